@@ -1,5 +1,6 @@
 """Runs of `protoclip align` between tiny halves, small enough for tests."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def rows_of(settings: dict[str, Any]) -> tuple[planning.Plan, Any, Any]:
     plan = planning.complete(
         planning.outline(choices.config),
         defaults=lambda *data: aligning.with_data(choices, *data),
+        pass_stream=partial(aligning.pass_stream, torch.device("cpu")),
     )
     model, _ = loading.training_model(plan.config, torch.device("cpu"), plan.start)
     return *aligning.encode(choices, plan, model), model

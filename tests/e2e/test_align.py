@@ -224,6 +224,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+def test_a_visit_draws_one_of_the_stored_views(given):
+    """Of each image the plain one and two augmented ones, which differ; judging takes the first."""
+    _, rows, _ = rows_of(changed(given, align={"views": 3}, data={"augmentation": "clip"}))
+    every = np.arange(96)
+    assert len(rows.image) == 3
+    draws = [np.full(96, (view + 0.5) / 3, np.float32) for view in range(3)]
+    views = [rows.image_rows(every, draw) for draw in draws]
+    assert views[0].equal(rows.image_rows(every))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (views[one] != views[other]).any(1).float().mean() > 0.5  # crops of one colour
+    mixed = rows.image_rows(every, np.linspace(0, 0.999, 96, dtype=np.float32))
+    assert mixed.equal(torch.cat([views[view][view * 32 : view * 32 + 32] for view in range(3)]))
+
+
 def test_bad_images_are_left_out(given, tmp_path):
     table = pq.read_table(given["data"]["train"])
     images = table["image"].to_pylist()

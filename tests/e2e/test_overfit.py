@@ -9,6 +9,8 @@ import pytest
 
 import protoclip
 from interrupting import with_changes
+from protoclip.cli import COMMANDS
+from protoclip.cli.parsing import parse
 from protoclip.config import SourceConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
@@ -36,6 +38,12 @@ def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, caps
     (tmp_path / "run" / "results.json").unlink()
     again = replace(config, run=replace(config.run, overfit=8))
     assert train(again, resume="auto")["overfit"] == facts
+
+
+@pytest.mark.parametrize("command", ["train", "align", "finetune"])
+def test_a_short_option_stands_for_the_setting(command):
+    given = parse(COMMANDS[command], ["--run.seed", "3", "--overfit", "64"]).settings()
+    assert given["run"] == {"seed": 3, "overfit": 64}
 
 
 def test_it_takes_no_teachers_and_no_weights_of_sources():

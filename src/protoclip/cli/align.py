@@ -1,6 +1,6 @@
 """`protoclip align`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from protoclip.cli.train import Train, show_results
 from protoclip.config import Config
@@ -17,8 +17,7 @@ class Align(Train):
     """
 
     def __call__(self) -> None:
-        sections = [section.name for section in fields(Config)]
-        settings = {name: self.given[name] for name in sections if name in self.given}
+        settings = self.settings()
         config = Config.from_dict(settings)
         if self.resume == "never":
             require_paths(config)

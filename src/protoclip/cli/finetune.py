@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.cli.train import exit_if_stopped, show_results
-from protoclip.config import NO_START, Config, NotNegative, Rank
+from protoclip.config import NO_START, BatchSize, Config, NotNegative, Rank
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
 from protoclip.terminal import say, visible
@@ -27,6 +27,7 @@ class Finetune(Config, Recipes):
     lora: Rank | None = None  # Rank of LoRA adapters; unset, all weights train.
     keep: NotNegative | None = None  # Weight of distillation from the start, as loss.keep.
     alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
+    overfit: BatchSize | None = None  # Only learn so many pairs by heart, as run.overfit.
     resume: Literal["never", "auto"] = "never"  # auto goes on: START may be the run to go on with.
     json: bool = False  # Print the results as JSON.
 
@@ -86,7 +87,7 @@ class Finetune(Config, Recipes):
             tree = merged(merged(begun, tree), {"run": {"out": self.start}})
         short: dict[str, dict[str, Any]] = {
             "model": {"start": start, "lora": self.lora},
-            "run": {"guard": self.guard or None},
+            "run": {"guard": self.guard or None, "overfit": self.overfit},
             "loss": {"keep": self.keep},
         }
         for section, values in short.items():

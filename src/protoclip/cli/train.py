@@ -8,22 +8,25 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from protoclip.checks import check
-from protoclip.cli.parsing import Recipes
-from protoclip.config import Config
+from protoclip.cli.parsing import Recipes, merged
+from protoclip.config import BatchSize, Config
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
 from protoclip.terminal import say, visible
+
+SECTIONS = {section.name for section in fields(Config)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Config, Recipes):
     """Train a model and evaluate it."""
 
+    overfit: BatchSize | None = None  # Only learn so many pairs by heart, as run.overfit.
     resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
     json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
-        config = Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
+        config = Config.from_dict(self.settings())
         check(config)
         # A finished run needs its data no more, and of several ranks one shall tell a mistake.
         if self.resume == "never" and "RANK" not in os.environ:
@@ -37,6 +40,11 @@ class Train(Config, Recipes):
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = run.train(config, resume=self.resume)
         show_results(results, as_json=self.json)
+
+    def settings(self) -> dict[str, Any]:
+        """What recipes and the command line set, with short options as the settings they mean."""
+        tree = {name: value for name, value in self.given.items() if name in SECTIONS}
+        return tree if self.overfit is None else merged(tree, {"run": {"overfit": self.overfit}})
 
 
 def show_results(results: Mapping[str, Any], *, as_json: bool) -> None:

@@ -134,6 +134,41 @@ class HalfEncoder(FrozenEncoder):
         return checksum(f"{self.checksum()} {layers} {facts} {first}".encode())
 
 
+@dataclass(frozen=True)
+class ImageHalf:
+    """The frozen image half for a view of images, and its folder in the store."""
+
+    encoder: HalfEncoder
+    folder: Path
+
+
+def image_halves(
+    halves: FrozenHalves,
+    views: Sequence[Transform],
+    root: Path,
+    *,
+    max_pixels: int,
+    autocast: Any,
+) -> list[ImageHalf]:
+    """The image half for each view: the transform of the plain image, then of augmented ones."""
+    made = []
+    for view, transform in enumerate(views):
+        encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
+        named = f"view {view} " if view else ""  # views of one transform differ by their draws
+        made.append(ImageHalf(encoder, root / checksum(f"{named}{encoder.key()}".encode())))
+    return made
+
+
+def images_at_once(halves: FrozenHalves) -> int:
+    """What a CPU computes of more images at once leaves its caches."""
+    return 16 if next(halves.parameters()).device.type == "cpu" else 256
+
+
+def view_id(key: str, view: int) -> str:
+    """The id of a view of an image with this key."""
+    return f"{key} view {view}" if view else key
+
+
 class ImagesOnce:
     """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`.
 
@@ -152,8 +187,7 @@ class ImagesOnce:
         return len(self.rows)
 
     def sample_id(self, row: int) -> str:
-        key = image_key(self.pairs, int(self.rows[row]))
-        return f"{key} view {self.view}" if self.view else key
+        return view_id(image_key(self.pairs, int(self.rows[row])), self.view)
 
     def sample_ids(self) -> Iterator[str]:
         return map(self.sample_id, range(len(self)))
@@ -357,29 +391,25 @@ def encode_halves(
     Raises:
         ValueError: The folder cannot be used, or is damaged; or no image can be read.
     """
-    # What a CPU computes of more images at once leaves its caches.
-    on_cpu = next(halves.parameters()).device.type == "cpu"
-    images_at_once, texts_at_once = (16, 64) if on_cpu else (256, 1024)
+    at_once = images_at_once(halves)
     # The first rank decides for all: files may have other times on other hosts.
     image_hashes = rank0_first(lambda: hashes_of_images(pairs))
     caption_hashes, counts = hashes_of_captions(pairs)
     first, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(pairs)), counts)
     unique, rows, inverse = np.unique(image_hashes, return_index=True, return_inverse=True)
     stores, numbers = [], []
-    for view, transform in enumerate(views):
-        encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
-        named = f"view {view} " if view else ""  # views of one transform differ by their draws
-        folder = root / checksum(f"{named}{encoder.key()}".encode())
+    settings: dict[str, Any] = {"max_pixels": max_pixels, "autocast": autocast}
+    for view, half in enumerate(image_halves(halves, views, root, **settings)):
         images = ImagesOnce(pairs, rows, view)
         hashes = unique if not view else hash_ids(images.sample_ids())
-        stored = completed(encoder, images, hashes, folder, images_at_once, threads)
+        stored = completed(half.encoder, images, hashes, half.folder, at_once, threads)
         stores.append(stored)
         numbers.append(stored.find(hashes)[np.searchsorted(unique, image_hashes)])
-    encoder = HalfEncoder(halves, tokenizer=tokenizer, max_pixels=max_pixels, autocast=autocast)
+    encoder = HalfEncoder(halves, tokenizer=tokenizer, **settings)
     unique, at = np.unique(caption_hashes, return_index=True)
     captions = CaptionsOnce(pairs, of_row[at], at - first[of_row[at]])
     folder = root / checksum(encoder.key().encode())
-    text = completed(encoder, captions, unique, folder, texts_at_once, threads)
+    text = completed(encoder, captions, unique, folder, 4 * at_once, threads)
     caption_numbers = text.find(unique)[np.searchsorted(unique, caption_hashes)]
     shown_by = rows[inverse]  # the first row with the image of each row
     owner = shown_by[of_row]
@@ -469,21 +499,25 @@ def completed(
             return stored
         missing = missing[np.argsort(items.rows[missing], kind="stable")]
         new = items.chosen(missing)
-        ids = checksum(hashes[missing].tobytes())  # in order, as parts are numbered
-        out = folder / ids
-        settings = {
-            "teacher": f"the {encoder.reads} half",
-            "source": f"{encoder.reads}s",  # whatever table has them
-            "samples": len(missing),
-            "ids": ids,
-            "reduced_to": None,
-            "weights": encoder.checksum(),
-            "modality": encoder.reads,
-            "part_rows": PART_ROWS[encoder.reads],
-        }
+        settings = segment_facts(encoder, hashes[missing])
+        out = folder / settings["ids"]
         if not encode_parts(encoder, new, out, settings, batch_size, threads):
             rank0_first(lambda: joined(out, settings))
         return opened(folder, encoder.width)
+
+
+def segment_facts(encoder: HalfEncoder, hashes: Hashes) -> dict[str, Any]:
+    """What a segment is made of; `hashes` are those of its ids, in order, as parts are numbered."""
+    return {
+        "teacher": f"the {encoder.reads} half",
+        "source": f"{encoder.reads}s",  # whatever table has them
+        "samples": len(hashes),
+        "ids": checksum(hashes.tobytes()),
+        "reduced_to": None,
+        "weights": encoder.checksum(),
+        "modality": encoder.reads,
+        "part_rows": PART_ROWS[encoder.reads],
+    }
 
 
 def joined(out: Path, settings: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
 
     The file is Parquet with the columns `sample_id` and `features` (lists of numbers), or an array
     `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line. Without that file the
-    rows are those of `sample_ids`, if given.
+    rows are those of `sample_ids`, if given. Of a sample with several features, such as those of
+    its captions or views (lists of lists, or an array `(n, v, q)`), the teacher has the mean.
 
     Raises:
         ValueError: There is no such teacher, it is damaged, or its features cannot be used.
@@ -50,6 +51,8 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
                 raise ValueError(f"needs its sample ids, one a line, in {text}")
         else:
             sample_ids, features = read_parquet(path)
+        if features.ndim == 3 and features.size and np.issubdtype(features.dtype, np.number):
+            features = features.mean(1, dtype=np.float32)
         if features.ndim != 2 or not features.size or not np.issubdtype(features.dtype, np.number):
             raise ValueError(
                 f"needs numbers of shape (samples, width), not {features.dtype} {features.shape}"
@@ -61,14 +64,30 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
 
 
 def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
+    """Sample ids and their features `(n, q)`, of several features the mean."""
     table = pq.read_table(path, columns=["sample_id", "features"])
-    lengths = pc.list_value_length(table["features"]).fill_null(0).to_numpy()
+    column, counts = table["features"], np.ones(len(table), np.int64)
+    if is_list(column.type) and is_list(column.type.value_type):
+        counts = pc.list_value_length(column).fill_null(0).to_numpy()
+        column = pc.list_flatten(column)
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
     width = lengths.max(initial=0)
-    if wrong := int((lengths != width).sum() + table["sample_id"].null_count):
-        raise ValueError(f"{wrong} of {len(table)} rows lack an id or are not of width {width}")
-    rows = [part.flatten().to_numpy(zero_copy_only=False) for part in table["features"].chunks]
+    narrow, empty = int((lengths != width).sum()), int((counts == 0).sum())
+    if wrong := narrow + empty + table["sample_id"].null_count:
+        number = len(lengths) + empty
+        raise ValueError(f"{wrong} of {number} rows lack an id or are not of width {width}")
+    rows = [part.flatten().to_numpy(zero_copy_only=False) for part in column.chunks]
     ids = table["sample_id"].cast(pa.string()).to_pylist()
-    return ids, np.concatenate([np.zeros(0, np.int8), *rows]).reshape(len(table), width)
+    features = np.concatenate([np.zeros(0, np.int8), *rows]).reshape(counts.sum(), width)
+    if (counts != 1).any():
+        sums = np.add.reduceat(features, np.cumsum(counts) - counts, dtype=np.float32)
+        features = sums / counts[:, None].astype(np.float32)
+    return ids, features
+
+
+def is_list(kind: pa.DataType) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in kinds)
 
 
 def teachers(

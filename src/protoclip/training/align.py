@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import timm
+import torch
 
 from protoclip.config import HALVES, Config, TeacherConfig
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
-from protoclip.data.pairs import BadSample, Pairs
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
@@ -26,7 +28,10 @@ from protoclip.features.halves import (
     encode_halves,
     features_folder,
     hashes_of_images,
+    image_halves,
+    images_at_once,
 )
+from protoclip.features.streamed import passed
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
@@ -86,6 +91,7 @@ def align(
             device,
             resume=resume == "auto",
             defaults=partial(with_data, choices),
+            pass_stream=partial(pass_stream, device),
             encode=partial(encode, choices),
         )
 
@@ -184,8 +190,6 @@ def refuse(config: Config) -> None:
             "data.captions: align encodes whole captions; give a table whose captions are the "
             "sentences, or leave it out"
         )
-    if config.data.read == "streaming":
-        raise ValueError("data.read: align encodes each pair once, so it takes no stream")
 
 
 def with_data(
@@ -194,13 +198,9 @@ def with_data(
     """The defaults of aligning for `plan.complete`: a pass over the data is an episode.
 
     Raises:
-        ValueError: The data are a stream.
+        ValueError: The head is none that the halves can have.
     """
-    if not isinstance(data.training, Pairs):
-        raise ValueError(
-            f"{data.training.name}: align encodes each pair once, and a stream has no end; copy "
-            "the shards, and leave data.read out"
-        )
+    assert isinstance(data.training, Pairs)  # a stream has passed by now
     choices.config, choose = config, choices.choose
     # An image that several rows show is one sample with all their captions.
     rows = len(np.unique(hashes_of_images(data.training)))
@@ -267,20 +267,15 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     """
     config, samples = plan.config, plan.samples
     assert isinstance(samples, Pairs)
-    halves = FrozenHalves(model.towers).eval().requires_grad_(False)
-    device = next(model.parameters()).device
-    plain = loading.evaluation_transform(model)
-    augmented = loading.training_transform(model, config.data.augmentation)
-    workers = config.data.workers
+    halves = frozen(model)
     rows = encode_halves(
         halves,
         samples,
         tokenizer=loading.tokenizer(plan.start),
-        views=[plain, *[augmented] * (config.align.views - 1)],
+        views=views_of(config, model),
         root=features_folder(config),
-        max_pixels=config.data.max_image_pixels,
-        autocast=autocast(resolve(config.run.precision, device), device),
-        threads=None if workers == "auto" else max(1, workers),
+        threads=threads_of(config),
+        **arithmetic(config, next(halves.parameters()).device),
         with_groups=config.loss.positives != "pair",
     )
     bad, notes = rows.bad, [*plan.notes]
@@ -313,6 +308,47 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
     plan = replace(plan, config=config, samples=kept, notes=notes)
     return plan, rows.without(left_out)
+
+
+def pass_stream(device: torch.device, config: Config, start: Start, stream: SampleStream) -> Pairs:
+    """Encode the images of a stream as they pass, each once, and keep the captions. Collective.
+
+    Raises:
+        ValueError: As `encode`.
+    """
+    model = loading.to_device(loading.model(start, seed=config.run.seed), device)
+    halves, root = frozen(model), features_folder(config)
+    return passed(
+        stream,
+        image_halves(halves, views_of(config, model), root, **arithmetic(config, device)),
+        root,
+        batch_size=images_at_once(halves),
+        max_bad_share=config.data.max_bad_share,
+        threads=threads_of(config),
+    )
+
+
+def frozen(model: ProtoCLIP) -> FrozenHalves:
+    return FrozenHalves(model.towers).eval().requires_grad_(False)
+
+
+def views_of(config: Config, model: ProtoCLIP) -> list[Transform]:
+    """The transform of the plain image, and of each augmented one."""
+    augmented = loading.training_transform(model, config.data.augmentation)
+    return [loading.evaluation_transform(model), *[augmented] * (config.align.views - 1)]
+
+
+def arithmetic(config: Config, device: torch.device) -> dict[str, Any]:
+    """What decides about features besides the halves and the transforms."""
+    return {
+        "max_pixels": config.data.max_image_pixels,
+        "autocast": autocast(resolve(config.run.precision, device), device),
+    }
+
+
+def threads_of(config: Config) -> int | None:
+    workers = config.data.workers
+    return None if workers == "auto" else max(1, workers)
 
 
 def why_bad(samples: Pairs, row: int, max_pixels: int) -> str:

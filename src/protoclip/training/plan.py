@@ -29,6 +29,8 @@ from protoclip.training import optim, overfit, sizes
 Section = TypeVar("Section")
 # Other defaults than those of `train`, for settings that nobody gave; and a note on them.
 Defaults = Callable[[Config, Start, Judged], tuple[Config, list[str]]]
+# Makes pairs of a stream, for runs that read it once. Collective.
+PassStream = Callable[[Config, Start, SampleStream], Pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,12 @@ def with_positives(config: Config) -> tuple[Config, list[str]]:
     return replace(config, loss=loss), [note] if shared else []
 
 
-def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
+def complete(
+    outlined: Outline,
+    *,
+    defaults: Defaults | None = None,
+    pass_stream: PassStream | None = None,
+) -> Plan:
     """Open the data, hold out pairs, and fill what is unset. Collective.
 
     Every rank opens the data. The first one decides for all: each reading may miss other samples.
@@ -124,6 +131,8 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     if config.run.overfit is not None:
         few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
         divided = divided._replace(training=few)
+    if pass_stream is not None and not isinstance(divided.training, Pairs):
+        divided = divided._replace(training=pass_stream(config, start, divided.training))
 
     def decide() -> tuple[Config, list[str]]:
         adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)
@@ -137,6 +146,9 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
     cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
     notes = [*outlined.notes, *notes, *cut, *divided.notes]
+    are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
+    if are_negatives and pass_stream is None:  # align makes one sample of them
+        notes += rank0_first(lambda: sizes.shared_images(divided.training))
     for guard in watched:
         notes += guard.notes
     notes += sources.notes(divided.training)

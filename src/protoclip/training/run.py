@@ -61,7 +61,7 @@ from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
 from protoclip.training.logging import MetricsLog
-from protoclip.training.plan import Defaults, Plan, complete, contents, outline
+from protoclip.training.plan import Defaults, PassStream, Plan, complete, contents, outline
 from protoclip.training.run_folder import (
     Begun,
     check_checkpoint,
@@ -108,15 +108,15 @@ def train_together(
     resume: bool,
     defaults: Defaults | None = None,
     ending: Ending | None = None,
+    pass_stream: PassStream | None = None,
     encode: Callable[[Plan, ProtoCLIP], tuple[Plan, HalfRows]] | None = None,
     is_done: Callable[[Path, Mapping[str, Any]], bool] = lambda folder, results: True,
 ) -> dict[str, Any]:
     """`train` on each rank of a process group, or in the only process.
 
     Args:
-        defaults: Other ones than those of `train`; see `plan.complete`.
-        encode: Encodes the pairs by two frozen halves, whose projections alone train then; the
-            plan that it returns leaves bad pairs out.
+        defaults, pass_stream: Of `plan.complete`; unset, as `train` does.
+        encode: Encodes the pairs, less bad ones, by two frozen halves, whose heads alone train.
         is_done: Whether the results in a run folder are already those of this `ending`.
     """
     folder = folder_of(config)
@@ -140,7 +140,7 @@ def train_together(
     begun, done = rank0_first(plan_without_data)
     if begun.results is not None and done:
         return begun.results
-    plan = complete(begun.outline, defaults=defaults)
+    plan = complete(begun.outline, defaults=defaults, pass_stream=pass_stream)
     model, said = loading.training_model(plan.config, device, plan.start)
     halves, samples = None, plan.samples
     if encode is not None:

@@ -1,12 +1,15 @@
 """Sizes that follow from the training pairs: of episodes, of small towers, and of prototypes.
 
-Beside them it counts the captions that a model's own size cuts. These are rules alone; `plan.py`
-asks for those that a configuration leaves unset.
+Beside them it counts the captions that a model's own size cuts, and the pairs that share an image.
+These are rules alone; `plan.py` asks for those that a configuration leaves unset.
 """
 
 import math
 from contextlib import suppress
 from itertools import islice
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from protoclip.data.captions import BETWEEN_SENTENCES
 from protoclip.data.decode import dimensions
@@ -16,7 +19,9 @@ from protoclip.data.defaults import (
     fitting_image_size,
     some_samples,
 )
-from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.held_out import image_names
+from protoclip.data.mixture import sources_of
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.models import loading
 from protoclip.models.start import Start
@@ -24,6 +29,7 @@ from protoclip.models.towers import TokenCounter, build_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
+SHARED = 0.01  # share of the pairs that name the image of another, from which on it is said
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
 
@@ -96,3 +102,27 @@ def captions_cut(samples: Pairs | SampleStream, start: Start, *, sentences: bool
         f"looked at; {way_out}"
     )
     return [note] if cut else []
+
+
+def shared_images(samples: Pairs | SampleStream) -> list[str]:
+    """A note on pairs that name the image file of another pair, if they are more than a few.
+
+    It reads no image, so equal files of different names, and images within the data, count as
+    different: protoclip data inspect compares contents.
+    """
+    if not isinstance(samples, Pairs):
+        return []
+    again = 0
+    for source in sources_of(samples):
+        names = image_names(source) if isinstance(source, ImageTextPairs) else None
+        if names is not None:
+            named = names.cast(pa.large_string())
+            named = named.filter(pc.not_equal(named, ""))
+            again += len(named) - pc.count_distinct(named).as_py()
+    if again <= SHARED * len(samples):
+        return []
+    return [
+        f"{again:,} pairs name the image file of another pair, and in a batch the two are "
+        "negatives of each other; set loss.positives = shared, or give each image one row with "
+        "all its captions"
+    ]

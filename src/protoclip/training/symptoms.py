@@ -49,7 +49,7 @@ def at_chance(
         return f"{said}, though it was {lowest:.4g}; lower optim.learning_rate"
     return (
         f"{said}, after {steps} steps at the full rate; check that captions belong to their images "
-        "(protoclip data inspect), and try run.overfit = 64; then raise optim.learning_rate, or "
+        "(protoclip data inspect), and try --overfit 64; then raise optim.learning_rate, or "
         "lower it"
     )
 

@@ -116,6 +116,19 @@ def test_an_array_needs_an_id_for_each_row(tmp_path):
         read_teacher(tmp_path / "mine.npy")
 
 
+def test_of_several_features_a_teacher_has_the_mean(tmp_path):
+    """As `embed` writes the vectors of captions, or as an array of views; a sample needs one."""
+    several = [[[1.0, 3.0]], [[0.0, 2.0], [4.0, 0.0], [5.0, 1.0]]]
+    path = tmp_path / "mine.parquet"
+    pq.write_table(pa.table({"sample_id": ["a", "b"], "features": several}), path)
+    assert read_teacher(path).lookup(["b", "a"]).tolist() == [[3.0, 1.0], [1.0, 3.0]]
+    np.save(tmp_path / "mine.npy", np.array([[[1.0, 2.0], [3.0, 4.0]]], np.float16))
+    assert read_teacher(tmp_path / "mine.npy", sample_ids=["a"]).lookup(["a"]).tolist() == [[2, 3]]
+    pq.write_table(pa.table({"sample_id": ["a", "b"], "features": [[[1.0]], []]}), path)
+    with pytest.raises(ValueError, match="1 of 2 rows lack"):
+        read_teacher(path)
+
+
 @pytest.mark.parametrize(
     ("ids", "features", "message"),
     [

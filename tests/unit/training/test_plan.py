@@ -125,6 +125,21 @@ def test_a_note_says_how_many_captions_are_cut(monkeypatch):
     assert captions_cut(samples, start, sentences=False) == []
 
 
+def test_a_note_says_how_many_pairs_name_the_image_of_another(tmp_path):
+    """Where they are negatives of each other; test_align has what align makes of them."""
+    for number, image in enumerate(tiny_pairs(12)["image"].to_pylist()):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    lines = [f"{number % 4}.png\tcaption {number}" for number in range(12)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
+    config = tiny_config(str(tmp_path / "pairs.tsv"), out=str(tmp_path / "run"))
+    config = replace(config, episodes=replace(config.episodes, size=8, batch_size=8))
+    config = replace(config, data=replace(config.data, validation=0.0))
+    said = [note for note in make_plan(config).notes if "name the image file of" in note]
+    assert [note.split(",")[0] for note in said] == ["8 pairs name the image file of another pair"]
+    shared = replace(config, loss=replace(config.loss, positives="shared"))
+    assert not [note for note in make_plan(shared).notes if "name the image file of" in note]
+
+
 def test_what_is_set_stays_and_a_plan_is_its_own_plan():
     teachers = [TeacherConfig(name=n, features=n, number=k) for n, k in (("a", 7), ("b", None))]
     config = Config(

@@ -17,7 +17,7 @@ CHANCE = math.log(256)
             0.98 * CHANCE,
             0.0,
             PATIENCE,
-            "run.overfit = 64; then raise optim.learning_rate",
+            "--overfit 64; then raise optim.learning_rate",
         ),
         (0.98 * CHANCE, 0.5 * CHANCE, 0.0, PATIENCE, "though it was 2.773; lower optim.learn"),
         (0.98 * CHANCE, 0.98 * CHANCE, 0.0, PATIENCE - 1, None),

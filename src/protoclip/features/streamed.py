@@ -1,0 +1,329 @@
+"""A stream that passes the frozen image half once, as `align` takes shards that it cannot keep.
+
+Each shard is read front to back. The features of its images go to the store, as those of other
+pairs do (see `halves.py`), and its ids and captions into a table there. From then on the run reads
+this table, whose pairs have no images any more.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import compress, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from protoclip.data.access import begun, is_url
+from protoclip.data.content import of_stream
+from protoclip.data.mixture import mixed_pairs, sources_of
+from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, Pairs, SampleStream, file_status
+from protoclip.data.stream import Item, ShardStream
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.features import store
+from protoclip.features.encode import encode_images
+from protoclip.features.halves import ImageHalf, opened, segment_facts, view_id
+from protoclip.features.parts import (
+    PARTS,
+    Part,
+    Show,
+    claim,
+    encode_missing,
+    parts_of,
+    read_note,
+    read_part,
+)
+from protoclip.features.store import Segments, hash_ids
+from protoclip.files import (
+    checksum,
+    file_checksum,
+    locked,
+    replacing,
+    sealed,
+    to_json,
+    write_atomically,
+)
+
+TABLE, FOLDER = "pairs.arrow", "streams"
+SCHEMA = pa.schema(
+    {"sample_id": pa.string(), "image": pa.string(), "captions": pa.list_(pa.string())}
+)
+AHEAD = 8  # batches of a shard that are read while as many are encoded
+WAY_OUT = "name another folder by align.features"
+
+
+class PassedPairs(ImageTextPairs):
+    """The pairs of a stream that has passed: ids, captions, and the keys of images in the store."""
+
+    def __init__(self, table: pa.Table, *, name: str, key: str, notes: Sequence[str]) -> None:
+        columns = {"caption_columns": ("captions",), "id_column": "sample_id"}
+        super().__init__(table, name=name, table_key=key, notes=notes, **columns)  # type: ignore[arg-type]
+
+    def image_key(self, row: int) -> str:
+        return str(self.value("image", row))
+
+    def image_file(self, row: int) -> None:
+        return None
+
+    def where(self, row: int) -> str:
+        return self.name
+
+    def encoded(self, row: int, part: slice | None = None) -> bytes:
+        raise self._bad(row, "its image came with a stream, which is not kept")
+
+
+def passed(
+    stream: SampleStream,
+    halves: Sequence[ImageHalf],
+    root: Path,
+    *,
+    batch_size: int,
+    max_bad_share: float,
+    threads: int | None = None,
+) -> Pairs:
+    """The pairs of a stream of tar shards, or of a mixture of some. All ranks call it.
+
+    Ranks share the shards; after an interruption the same call goes on with those that are missing.
+
+    Args:
+        halves: The image half for each view of an image.
+        root: Folder of the store.
+        max_bad_share: Share of the pairs, and of the shards, that may be bad.
+
+    Raises:
+        ValueError: The store cannot be used or is damaged, or too much is bad.
+    """
+    tables = []
+    for source in sources_of(stream):
+        assert isinstance(source, ShardStream)  # there are no other streams
+        tables.append(
+            _passed(
+                source,
+                halves,
+                root,
+                batch_size=batch_size,
+                max_bad_share=max_bad_share,
+                threads=threads,
+            )
+        )
+    return tables[0] if len(tables) == 1 else mixed_pairs(tables)
+
+
+def _passed(
+    stream: ShardStream,
+    halves: Sequence[ImageHalf],
+    root: Path,
+    *,
+    batch_size: int,
+    max_bad_share: float,
+    threads: int | None,
+) -> PassedPairs:
+    settings = {
+        "source": stream.name,
+        "samples": len(stream.shards),  # a part is a shard
+        "part_rows": 1,
+        **rank0_first(lambda: of_stream(stream)),
+        "captions": stream.caption_keys,
+        "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
+        "halves": [half.folder.name for half in halves],
+    }
+    working = root / FOLDER / checksum(to_json(settings).encode())
+    with ExitStack() as stack:
+        rank0_first(lambda: stack.enter_context(locked(working, way_out=WAY_OUT)))
+        rank0_first(lambda: _drop_broken(working))
+        if (pairs := _kept(working, stream, halves)) is not None:
+            return pairs
+        stored = [opened(half.folder, half.encoder.width) for half in halves]
+        encode_missing(
+            partial(_encode_shard, stream, halves, stored, batch_size, threads),
+            stream.shards,
+            lambda: claim(working, settings, name=working),
+            working,
+            settings,
+            label="a shard",
+        )
+        for view, half in enumerate(halves):
+            _add(half, view, working)
+        rank0_first(lambda: _finish(stream, working, settings, max_bad_share))
+        pairs = _kept(working, stream, halves)
+        assert pairs is not None
+        return pairs
+
+
+def _drop_broken(working: Path) -> None:
+    """Shards that were not read to their end are read again, unless the run went on without."""
+    if "rows" not in store.read_facts(working):
+        for file in parts_of(working):
+            if any(entry["reason"].endswith(LOST) for entry in read_note(file)["bad"]):
+                file.unlink()
+
+
+def _kept(working: Path, stream: ShardStream, halves: Sequence[ImageHalf]) -> PassedPairs | None:
+    """The pairs, if all shards have passed and the store has their images. Collective."""
+
+    def read() -> PassedPairs | None:
+        facts = store.read_facts(working)
+        if "rows" not in facts:
+            return None
+        path = working / TABLE
+        if not path.is_file() or file_checksum(path) != facts["table"]:
+            raise ValueError(
+                f"{path}: damaged (its checksum differs); delete {working}, and give the command "
+                "again"
+            )
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        # What says that a stream is read in order is not true of its table.
+        notes = [note for note in stream.notes if not note.startswith("episodes.replacement")]
+        return PassedPairs(
+            table, name=stream.name, key=working.name, notes=[*notes, *facts["notes"]]
+        )
+
+    pairs = raise_on_all_ranks(read)
+    for view, half in enumerate(halves if pairs is not None else ()):
+        names = (view_id(name, view) for name in pairs.column("image"))  # type: ignore[union-attr]
+        if (opened(half.folder, half.encoder.width).find(hash_ids(names)) < 0).any():
+            rank0_first(lambda: shutil.rmtree(working))  # its images were deleted since
+            return None
+    return pairs
+
+
+def _key_of(shard: str) -> str:
+    """Names a shard as it is now. What is behind URLs, or a command gives, is taken to stay."""
+    is_local = not (is_url(shard) or shard.startswith("pipe:"))
+    place = str(Path(shard).resolve()) if is_local else shard
+    return checksum(f"{file_status(shard)}{place}".encode())
+
+
+def _encode_shard(
+    stream: ShardStream,
+    halves: Sequence[ImageHalf],
+    stored: Sequence[Segments],
+    batch_size: int,
+    threads: int | None,
+    items: Sequence[Any],
+    show: Show,
+) -> Part:
+    """The ids and captions of a shard, and the features of images that the store lacks."""
+    shard = stream.shards[items[0]]
+    key = _key_of(shard)
+    captions: dict[str, tuple[str, ...]] = {}
+    bad: list[dict[str, str]] = []
+    new: list[str] = []
+    rows = [[torch.zeros(0, half.encoder.width)] for half in halves]
+    for chunk in _chunks(stream.read(shard), AHEAD * batch_size):
+        bad += [vars(item) for item in chunk if isinstance(item, BadSample)]
+        samples = {
+            f"{key} {item.sample_id}": item for item in chunk if not isinstance(item, BadSample)
+        }
+        known = np.ones(len(samples), bool)
+        for view, of in enumerate(stored):
+            known &= of.find(hash_ids(view_id(name, view) for name in samples)) >= 0
+        unknown = [name for name, is_known in zip(samples, known, strict=True) if not is_known]
+        for view, half in enumerate(halves):
+            named = [replace(samples[n], sample_id=view_id(n, view)) for n in unknown]
+            ids, features, wrong = encode_images(
+                half.encoder, stream, named, batch_size, lambda done: None, threads
+            )
+            rows[view].append(features)
+            if not view:  # what cannot be decoded, none of its views can
+                unknown = ids
+                bad += [
+                    entry | {"sample_id": samples[entry["sample_id"]].sample_id} for entry in wrong
+                ]
+                for entry in wrong:
+                    del samples[entry["sample_id"]]
+        new += unknown
+        captions |= {sample.sample_id: sample.captions for sample in samples.values()}
+    arrays = {
+        f"view{view}": store.to_half(torch.cat(of_view).numpy(), new, name="the image half")
+        for view, of_view in enumerate(rows)
+    }
+    values = {"captions": [*captions.values()], "new": new, "shard": key}
+    return Part(ids=[*captions], bad=bad, arrays=arrays, values=values)
+
+
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Items some at a time, which a thread reads while those before are used."""
+
+    def following() -> list[Item]:
+        return [*islice(items, size)]
+
+    coming = begun(following, name="protoclip-shard")
+    while chunk := coming.result():
+        coming = begun(following, name="protoclip-shard")
+        yield chunk
+
+
+def _add(half: ImageHalf, view: int, working: Path) -> None:
+    """Add the features in the parts to the store of a half, but for those it has. Collective."""
+
+    def write(stored: Segments) -> None:
+        parts = [read_note(file)["new"] for file in parts_of(working)]
+        names = [view_id(name, view) for part in parts for name in part]
+        lacking = stored.find(hash_ids(names)) < 0
+        if not lacking.any():
+            return
+        new = [name for name, lacks in zip(names, lacking, strict=True) if lacks]
+        facts = segment_facts(half.encoder, hash_ids(new))
+        out = half.folder / facts["ids"]
+        claim(out, facts, name=out)
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        blocks = (
+            read_part(file)[1][f"view{view}"][chosen]
+            for file, chosen in zip(parts_of(working), np.split(lacking, ends), strict=True)
+            if chosen.any()
+        )
+        store.write_folder(out, new, blocks, facts)
+        shutil.rmtree(out / PARTS, ignore_errors=True)
+
+    with ExitStack() as stack:
+        rank0_first(lambda: stack.enter_context(locked(half.folder, way_out=WAY_OUT)))
+        stored = opened(half.folder, half.encoder.width)
+        rank0_first(lambda: write(stored))
+
+
+def _finish(
+    stream: ShardStream, working: Path, settings: dict[str, Any], max_bad_share: float
+) -> None:
+    """Write the table of all parts, unless too much of the stream is bad."""
+    notes = [read_note(file) for file in parts_of(working)]
+    bad = [BadSample(**entry) for note in notes for entry in note["bad"]]
+    hashes = hash_ids(sample_id for note in notes for sample_id in note["ids"])
+    is_new = np.zeros(len(hashes), bool)
+    is_new[np.unique(hashes, return_index=True)[1]] = True
+    ends = np.cumsum([len(note["ids"]) for note in notes])[:-1]
+    for shard, note, new in zip(stream.shards, notes, np.split(is_new, ends), strict=True):
+        again = [note["ids"][row] for row in np.flatnonzero(~new)]
+        bad += [BadSample(each, shard, "the same sample id as in a shard before") for each in again]
+        for values in (note["ids"], note["captions"]):
+            values[:] = compress(values, new)
+    broken = [each for each in bad if each.reason.endswith(LOST)]
+    good, said = sum(len(note["ids"]) for note in notes), list[str]()
+    for some, number, what in (
+        (bad, good + len(bad), "pairs cannot be used"),
+        (broken, len(notes), "shards were not read to their end"),
+    ):
+        if not some:
+            continue
+        told = f"{len(some):,} of {number:,} {what}, such as {some[0]}"
+        if not good or len(some) > max_bad_share * number:
+            raise ValueError(
+                f"{stream.name}: {told}; that is more than data.max_bad_share "
+                f"({max_bad_share:g}) allows; mend or leave out what is bad, or raise it"
+            )
+        said.append(f"{stream.name}: {told}; they are left out")
+    if not good:
+        raise ValueError(f"{stream.name}: holds no pair")
+    path = working / TABLE
+    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
+        for note in notes:
+            images = [f"{note['shard']} {sample_id}" for sample_id in note["ids"]]
+            columns = {"sample_id": note["ids"], "image": images, "captions": note["captions"]}
+            table.write_table(pa.table(columns, schema=SCHEMA))
+    facts = {**settings, "rows": good, "notes": said, "table": file_checksum(path)}
+    write_atomically(working / store.FACTS, to_json(sealed(facts)), durable=True)
+    shutil.rmtree(working / PARTS, ignore_errors=True)

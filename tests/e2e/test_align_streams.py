@@ -1,0 +1,172 @@
+"""`protoclip align` on tar shards that are streamed: encoded as they pass, and never again."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.data.pack import pack
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.features import parts, streamed
+from protoclip.testing import run_distributed, tiny_pairs
+from protoclip.training.align import align
+from tiny_align import changed, rows_of, weights_of
+
+EPISODES = {"size": 16, "batch_size": 8, "count": 2}
+
+
+@pytest.fixture(scope="module")
+def shards(given, tmp_path_factory) -> Path:
+    """The 96 pairs in three shards, one of them compressed, and 30 others in a fourth, one with an
+    id of the former."""
+    folder = tmp_path_factory.mktemp("streams")
+    more = tiny_pairs(30, seed=5)
+    ids = pa.array(["tiny/0", *(f"more/{number}" for number in range(29))])
+    more = more.set_column(more.column_names.index("sample_id"), "sample_id", ids)
+    tables = {"plain": pq.read_table(given["data"]["train"]), "more": more}
+    for name, table in tables.items():
+        pack(ImageTextPairs(table, name=name), folder / name, samples_per_shard=40)
+    (folder / "more" / "00000.tar").rename(folder / "more" / "00009.tar")
+    (folder / "mixed").mkdir()
+    for number, path in enumerate(sorted((folder / "plain").glob("*.tar"))):
+        content = path.read_bytes()
+        kind, content = (".gz", gzip.compress(content)) if number == 1 else ("", content)
+        (folder / "mixed" / f"{path.name}{kind}").write_bytes(content)
+    return folder
+
+
+def of(given: dict[str, Any], train: Path | str, **more: Any) -> dict[str, Any]:
+    """Settings of a run over shards that are streamed."""
+    data = {**given["data"], "train": str(train), "read": "streaming", **more.pop("data", {})}
+    return changed({**given, "data": data}, **{"episodes": EPISODES, **more})
+
+
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of images that are encoded from now on."""
+    names, encode = list[str](), streamed.encode_images
+
+    def watched(*given: Any) -> Any:
+        names.extend(sample.sample_id for sample in given[2])
+        return encode(*given)
+
+    monkeypatch.setattr(streamed, "encode_images", watched)
+    return names
+
+
+def by_id(settings: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """What the store holds of each pair, by its id in the shards."""
+    plan, rows, _ = rows_of(settings)
+    every = np.arange(len(plan.samples))
+    ids = plan.samples.sample_ids()
+    images, texts = rows.image_rows(every), rows.mean_text_rows(every)
+    return {name: (*images[row].tolist(), *texts[row].tolist()) for row, name in enumerate(ids)}
+
+
+def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monkeypatch):
+    """Also compressed, with several views, and filtered. A second run reads no shard, and a larger
+    stream encodes what is new."""
+    names = encoded(monkeypatch)
+    plain = of(given, shards / "plain", align={"views": 2})
+    indexed = by_id(changed(plain, data={"read": "auto"}))
+    assert not names
+    stream = by_id(plain)
+    assert len(stream) == 96
+    assert len(names) == len({*names}) == 2 * 96
+    for name, row in indexed.items():
+        np.testing.assert_allclose(stream[name], row, atol=2e-3, rtol=2e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr("protoclip.data.stream.read_shard", None)
+        assert by_id(plain) == stream
+    larger = of(given, shards / "{plain,more}/*.tar", align={"views": 2})
+    assert len(by_id(larger)) == 96 + 29
+    assert "the same sample id as in a shard before" in "".join(rows_of(larger)[0].notes)
+    assert len(names) == len({*names}) == 2 * (96 + 30)
+    left_out = shards / "left_out.json"
+    left_out.write_text(json.dumps([next(iter(rows_of(plain)[0].samples.sample_ids()))]))
+    fewer = of(given, shards / "mixed/*.tar*", data={"without": str(left_out)})
+    assert len(by_id(fewer)) == 95
+
+
+def test_a_stream_goes_on_after_an_interruption(given, shards, store, monkeypatch):
+    names = encoded(monkeypatch)
+    write, left = parts.write_atomically, [2]
+
+    def full(path: Path, *rest: Any, **more: Any) -> None:
+        left[0] -= path.suffix == ".npz"
+        if not left[0]:
+            raise OSError(28, "No space left on device", path.name)
+        write(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            rows_of(of(given, shards / "plain"))
+    assert len(by_id(of(given, shards / "plain"))) == 96
+    assert len(names) == 96 + 40  # the shard that was not written passed again
+    assert len({*names}) == 96
+
+
+def trained(settings: dict[str, Any], cache: str, resume: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", cache)
+        return align(settings, resume=resume)
+
+
+def test_a_mixture_of_streams_trains_by_ranks_and_goes_on(given, shards, tmp_path):
+    """Each with its weight; a finished run is found again."""
+    sources = [
+        {"path": str(shards / "mixed/*.tar*"), "name": "one", "weight": 0.75},
+        {"path": str(shards / "more"), "name": "two", "weight": 0.25},
+    ]
+    data = {"sources": sources, "validation": given["data"]["validation"]}
+    settings = of(given, "emoji", data=data)
+    for ranks in (1, 2):
+        settings = changed(settings, tmp_path / f"{ranks}")
+        cache = str(tmp_path / f"cache{ranks}")
+        first = run_distributed(trained, ranks, settings, cache, "never")[0]
+        assert first["steps"] == 4
+        (tmp_path / f"{ranks}" / "results.json").unlink()
+        again = run_distributed(trained, 1, settings, cache, "auto")[0]
+        assert again["metrics"] == first["metrics"]
+    one, two = (weights_of(tmp_path / name) for name in ("1", "2"))
+    for name, value in one.items():
+        # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
+        if not name.endswith(("head.0.bias", "head.1.running_mean")):
+            np.testing.assert_allclose(two[name], value, atol=2e-4, rtol=2e-3)
+
+
+def test_what_is_bad_of_a_stream_is_said_and_left_out(given, shards, tmp_path, store):
+    """A broken shard is read again until the run may go on without the rest of it."""
+    whole = (shards / "more").glob("*.tar")
+    content = next(whole).read_bytes()
+    broken = tmp_path / "more.tar"
+    broken.write_bytes(content[: len(content) // 2])
+    settings = of(given, tmp_path / "*.tar", data={"max_bad_share": 0.5})
+    with pytest.raises(
+        ValueError, match=r"1 of 1 shards were not read to their end, such as .*; that is more than"
+    ):
+        rows_of(settings)
+    with pytest.raises(ValueError, match="1 of 1 shards"):
+        rows_of(settings)
+    plan, rows, _ = rows_of(changed(settings, data={"max_bad_share": 1.0}))
+    assert 0 < len(plan.samples) == len(rows.images) < 30
+    assert sum("they are left out" in note for note in plan.notes) == 2
+    broken.write_bytes(content)
+    assert len(rows_of(settings)[0].samples) == 30
+
+
+def test_rows_that_were_deleted_are_encoded_anew(given, shards, store, monkeypatch):
+    settings = of(given, shards / "more")
+    before = by_id(settings)
+    names = encoded(monkeypatch)
+    for file in store.glob("*/*/features.npy"):
+        for each in file.parent.iterdir():
+            each.unlink()
+        file.parent.rmdir()
+    assert by_id(settings) == before
+    assert len(names) == 30
