@@ -17,22 +17,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import protoclip
 from protoclip import config
 from protoclip.cli import COMMANDS
+from protoclip.cli.pages import SECTIONS
 from protoclip.cli.parsing import descriptions, help_text
 
 SOURCE = Path(protoclip.__file__).parent
-# Where a section of settings is explained.
-PAGES = {
-    "run": "training.md",
-    "data": "data.md",
-    "model": "models.md",
-    "episodes": "data.md#episodes",
-    "prototypes": "method.md",
-    "teacher": "training.md#a-teacher",
-    "loss": "method.md#the-sum",
-    "optim": "training.md#the-model-and-what-follows-from-it",
-    "align": "align.md",
-    "parallel": "scaling.md",
-}
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 GROUPS = {
     "Train and use": [
@@ -101,8 +89,8 @@ def section(kind: type[Any], prefix: str) -> Iterator[str]:
     head = ("| setting | what | type | default | limits |", "|---|---|---|---|---|")
     if prefix:
         yield from ("", f"{'##' if prefix.count('.') < 2 else '###'} [{title}]", "")
-        if title in PAGES:
-            yield from (f"Explained in [{PAGES[title]}](../{PAGES[title]}).", "")
+        if title in SECTIONS:
+            yield from (f"Explained in [{SECTIONS[title]}](../{SECTIONS[title]}).", "")
         yield from (*head, *rows)
     for entry in dataclasses.fields(kind):
         hint = hints[entry.name]

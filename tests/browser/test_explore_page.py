@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -87,14 +88,27 @@ def pages(table: Path) -> Pages:
 
 
 @pytest.fixture(scope="module")
-def address(pages: Pages) -> Iterator[str]:
-    listening = listen("127.0.0.1", 0)
-    serving = server(pages, host="127.0.0.1", token="token")
-    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield url_of(listening, "127.0.0.1", "token")
-    serving.should_exit = True
-    thread.join()
+def serve_pages() -> Iterator[Callable[[Pages], str]]:
+    """Serves pages until the end, and returns their address."""
+    running = []
+
+    def serve(pages: Pages) -> str:
+        listening = listen("127.0.0.1", 0)
+        serving = server(pages, host="127.0.0.1", token="token")
+        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((serving, thread))
+        return url_of(listening, "127.0.0.1", "token")
+
+    yield serve
+    for serving, thread in running:
+        serving.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(pages: Pages, serve_pages: Callable[[Pages], str]) -> str:
+    return serve_pages(pages)
 
 
 @pytest.fixture
@@ -231,6 +245,58 @@ def test_a_red_heart_is_found_first(watched: Watched) -> None:
     images = page.locator("section").first.locator(".card .caption")
     for caption in images.all_inner_texts()[:3]:
         assert "red heart" in caption.lower()
+
+
+def test_answers_come_while_one_types(watched: Watched) -> None:
+    """They say why, the field stays in focus, and going back shows the map again."""
+    page = watched.page
+    page.click("input[name=text]")
+    page.keyboard.type("a red heart", delay=30)
+    page.wait_for_url("**/search.html?text=a+red+heart")
+    first = page.locator("section .card").first
+    assert "red heart" in first.inner_text().lower()
+    assert "both near" in first.inner_text()
+    assert first.locator("a[href^=prototype-image-]").count() == 1
+    assert page.evaluate("document.activeElement.name") == "text"
+    assert "a red heart" in page.inner_text("main")
+    page.go_back()
+    page.wait_for_selector("#map[data-ready]")
+    page.go_forward()
+    page.wait_for_selector("section .card")
+    assert page.input_value("input[name=text]") == "a red heart"
+
+
+def test_the_map_by_umap_takes_its_place(
+    browser: Any, table: Path, serve_pages: Callable[[Pages], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, go_on = threading.Event(), threading.Event()
+
+    def slow(rows: Any, *, seed: int, done: Callable[[float], None]) -> Any:
+        done(0.5)
+        half.set()
+        assert go_on.wait(120)
+        return np.random.default_rng(seed).normal(size=(len(rows), 2)).astype(np.float32)
+
+    monkeypatch.setattr("protoclip.explore.atlas.by_umap", slow)
+    data = DataConfig(train=str(table))
+    pages = Pages(explorers(data, layout="umap", umap_later=True, cache=False))
+    assert pages.make_umaps()
+    assert half.wait(60)
+    page = browser.new_page()
+    page.goto(serve_pages(pages))
+    page.wait_for_selector("#map[data-ready]")
+    page.select_option("#colour-by", "distance")
+    page.wait_for_function("document.querySelector('#map-state progress').value === 0.5")
+    at = "Bokeh.documents[0].get_model_by_name('pairs').data.image_x[0]"
+    before = page.evaluate(at)
+    go_on.set()
+    page.wait_for_selector("#map-state:has-text('by UMAP now')", timeout=90_000)
+    assert page.evaluate(at) != before
+    assert page.locator("#map > *").count() == 1
+    assert page.input_value("#colour-by") == "distance"
+    assert page.inner_text("#layout") == "UMAP"
+    assert page.evaluate(NAMES)
+    page.close()
 
 
 def test_an_image_finds_itself(watched: Watched, pages: Pages) -> None:

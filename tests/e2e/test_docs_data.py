@@ -121,7 +121,9 @@ def test_the_large_run_lacks_its_data_alone(
     (command,) = re.findall(r"^protoclip (train .*)$", page, re.MULTILINE)
     with pytest.raises(SystemExit):
         main(shlex.split(command))
-    assert capsys.readouterr().err == "protoclip: error: data.train: cc12m: no such file\n"
+    assert capsys.readouterr().err == (
+        "protoclip: error: data.train: cc12m: no such file (docs/data.md)\n"
+    )
 
 
 def test_names_in_the_settings_table_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What a terminal obeys, what ends a line, what turns the direction of text.
 OBEYED = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 ERROR = "protoclip: error: "
+PAGE = re.compile(r" \(docs/[a-z_]+\.md(#[a-z-]+)?\)$")
 
 
 class TooLong(BaseException):
@@ -189,9 +190,9 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The line of the error; empty if there was none."""
+        """The line of the error, without its page; empty if there was none."""
         last = self.err.rstrip("\n").rpartition("\n")[2]
-        return last.removeprefix(ERROR) if last.startswith(ERROR) else ""
+        return PAGE.sub("", last.removeprefix(ERROR)) if last.startswith(ERROR) else ""
 
 
 def call(

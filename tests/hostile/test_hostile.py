@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import world
-from audited import ERROR, SECONDS, full, within
+from audited import ERROR, PAGE, SECONDS, full, within
 from filelock import FileLock
 
 from protoclip.cli import main
@@ -210,7 +210,7 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
         *beside, last = got.err
         assert last.startswith(ERROR), last
         assert all(map(BESIDE.match, beside)), beside
-        lines = [last.removeprefix(ERROR)]
+        lines = [PAGE.sub("", last.removeprefix(ERROR))]
     for pattern in case.says:
         assert any(fits(line, pattern) for line in lines), "\n".join([pattern, *lines])
     unclean = [line for line in lines if not line.isprintable()]

@@ -22,6 +22,7 @@ from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.finetune import Finetune
 from protoclip.cli.match import Match
+from protoclip.cli.pages import with_page
 from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.report import Report
 from protoclip.cli.train import Train
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         say("protoclip: interrupted")
         leave(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        fail(error)
+        fail(error, name)
 
 
 def overview() -> str:
@@ -144,10 +145,11 @@ def described(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: Exception, command: str) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again.
 
-    Of several ranks with the same error, rank 0 reports it.
+    The line names the page that explains the setting or option. Of several ranks with the same
+    error, rank 0 reports it.
     """
     rank, together, silent, code = 0, False, False, 2
     if "torch" in sys.modules or {"RANK", "SLURM_PROCID"} & os.environ.keys():
@@ -158,7 +160,7 @@ def fail(error: Exception) -> NoReturn:
     message: str | None = str(error).strip()
     if isinstance(error, ValueError):
         # A worker process puts a traceback before the message.
-        message = str(error).strip().rpartition("\nValueError: ")[2]
+        message = with_page(str(error).strip().rpartition("\nValueError: ")[2], command)
     elif isinstance(error, OSError):
         message = described(error)
     else:

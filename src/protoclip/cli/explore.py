@@ -1,5 +1,7 @@
 """`protoclip explore`."""
 
+import os
+import signal
 from contextlib import closing, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
@@ -107,6 +109,7 @@ class Explore:
                 pairs,
                 device=device,
                 layout=layout,
+                umap_later=self.static is None and self.atlas is None,
                 number=self.groups,
                 batch_size=self.batch_size,
                 workers=self.workers,
@@ -118,9 +121,12 @@ class Explore:
 
     def layout(self) -> Literal["pca", "umap"]:
         """How the map is made. Says so where a better one could be."""
+        has_umap = find_spec("umap") is not None
+        if self.map == "umap" and not has_umap:
+            raise ValueError("--map: umap needs umap-learn; pip install 'protoclip[explore]'")
         if self.map != "auto":
             return self.map
-        if find_spec("umap") is not None:
+        if has_umap:
             return "umap"
         say("note: the map is by PCA; pip install umap-learn for one of neighbourhoods")
         return "pca"
@@ -137,8 +143,17 @@ class Explore:
             explorers[number - 1].prepare()
         print(f"open {url_of(listening, self.host, token)}", flush=True)
         say("Ctrl-C ends it")
+        umaps = pages.make_umaps()
+        if umaps is not None:
+            say("the map is by PCA until that by UMAP is made; the page says how far it is")
         serving = server(pages, host=self.host, token=token)
-        serving.run(sockets=[listening])
+        try:
+            serving.run(sockets=[listening])
+        except KeyboardInterrupt:
+            if umaps is None or umaps.done():
+                raise
+            say("protoclip: interrupted")
+            os._exit(128 + signal.SIGINT)  # Python would abort: the thread is in compiled code
 
     def pairs(self) -> "ExploredPairs":
         """The pairs to look at. Prints what was noticed about them."""

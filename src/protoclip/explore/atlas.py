@@ -3,10 +3,11 @@
 Everything is computed once and kept in the cache, so that the next start shows it at once.
 """
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,8 +223,28 @@ def group(
     return torch.cat(assigned), torch.cat(similarity)
 
 
+@torch.inference_mode()
+def with_umap(
+    atlas: Atlas, features: Features, *, seed: int = 0, done: Callable[[float], None]
+) -> Atlas:
+    """The same atlas with a map by UMAP; `done` is told the share of UMAP's epochs that are."""
+    shown = torch.from_numpy(atlas.drawn)
+    positions = map_positions(features, shown, layout="umap", seed=seed, done=done)
+    return replace(
+        atlas,
+        image_map_position=positions["image"],
+        text_map_position=positions["text"],
+        layout="umap",
+    )
+
+
 def map_positions(
-    features: Features, shown: Int[Tensor, " m"], *, layout: Layout, seed: int
+    features: Features,
+    shown: Int[Tensor, " m"],
+    *,
+    layout: Layout,
+    seed: int,
+    done: Callable[[float], None] = lambda share: None,
 ) -> dict[Modality, Array]:
     """Where images and texts lie on one map of both, fitted to the pairs that are shown.
 
@@ -245,7 +266,7 @@ def map_positions(
         solver = "randomized" if fitted.shape[1] > 50 else "full"
         flat = PCA(2, svd_solver=solver, random_state=0).fit(fitted.numpy())
     else:
-        on_map = torch.from_numpy(by_umap(fitted, seed=seed))
+        on_map = torch.from_numpy(by_umap(fitted, seed=seed, done=done))
 
     def positions(modality: Modality) -> Array:
         parts = []
@@ -262,7 +283,24 @@ def map_positions(
     return {modality: positions(modality) for modality in MODALITIES}
 
 
-def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
+class Epochs(io.TextIOBase):
+    """A stream to which UMAP writes how many of its epochs are done, and nothing else."""
+
+    def __init__(self, done: Callable[[float], None]) -> None:
+        self.done = done
+
+    def write(self, text: str) -> int:
+        if text.strip().isdecimal():
+            self.done(int(text) / EPOCHS)
+        return len(text)
+
+
+def by_umap(
+    rows: Float[Tensor, "n d"],
+    *,
+    seed: int,
+    done: Callable[[float], None] = lambda share: None,
+) -> Array:
     """Two coordinates of each unit-norm row by UMAP.
 
     The exact neighbours are computed here: UMAP's search takes longer to compile than all the rest
@@ -291,6 +329,7 @@ def by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
         metric="cosine",
         random_state=seed,
         n_jobs=1,
+        tqdm_kwds={"disable": False, "file": Epochs(done), "bar_format": "{n}"},
     )
     with warnings.catch_warnings():  # that UMAP cannot map other rows later
         warnings.simplefilter("ignore")

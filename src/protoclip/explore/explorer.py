@@ -4,8 +4,9 @@ The search itself is in `neighbours.py`, and pages of the answers are made in `r
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -21,6 +22,7 @@ from protoclip.config import Config
 from protoclip.data.access import begun
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
+from protoclip.data.pairs import BadSample
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
 from protoclip.evaluation.encoders import encoder_of
@@ -35,7 +37,10 @@ from protoclip.explore.atlas import (
     make_atlas,
     path_of,
     read_kept,
+    unit,
+    with_umap,
 )
+from protoclip.explore.names import vocabulary
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
@@ -49,16 +54,27 @@ SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 2
 MAX_QUERY = 1000  # characters of a text that is searched for
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
 
+# Words of captions that answers are explained by, and how many an answer names at most. A word is
+# near to something if its cosine is this many standard deviations above that of words on average.
+MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
+
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The images and the captions nearest to a query."""
+    """The images and the captions nearest to a query.
+
+    Attributes:
+        words: The words of captions that are nearest to the query.
+        shared: Of each image and each text by modality, the words near both to it and the query.
+    """
 
     images: Near
     texts: Near
+    words: Sequence[str] = ()
+    shared: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +85,8 @@ class Explorer:
         name: The model's reference.
         teachers: Of the run that trained it, and what was learned of each.
         kept: Where the atlas is kept; None if it is not.
+        make_umap: Makes the atlas with a map by UMAP, where `atlas` has that by PCA meanwhile, and
+            tells the share that is done.
     """
 
     name: str
@@ -78,6 +96,7 @@ class Explorer:
     features: Callable[[], Features]
     teachers: str = ""
     kept: Path | None = None
+    make_umap: Callable[[Callable[[float], None]], Atlas] | None = None
     _lock: Any = field(default_factory=Lock, repr=False)
 
     @cached_property
@@ -90,10 +109,30 @@ class Explorer:
         with self._lock:
             return self._spaces[modality]
 
+    @cached_property
+    def _words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
+        captions = []
+        for row in self.atlas.rows[self.atlas.drawn].tolist():
+            with suppress(BadSample):
+                captions.append(self.pairs.caption(row))
+        words = vocabulary(captions, MOST_WORDS)
+        if not words:
+            return [], torch.zeros(0, 0)
+        return words, unit(self.encoder.texts(words, stage="words of captions"))
+
+    def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
+        """The most frequent words of captions, and their features, of unit norm."""
+        with self._lock:
+            return self._words
+
     def prepare(self) -> None:
-        """Open the features in a thread, so that the first question need not wait."""
-        # The first question says what is wrong.
-        begun(partial(self.space, "image"), name="protoclip-features")
+        """Open features and words in a thread, so that the first question need not wait."""
+
+        def opened() -> None:
+            self.space("image")
+            self.words()
+
+        begun(opened, name="protoclip-features")  # the first question says what is wrong
 
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""
@@ -111,6 +150,31 @@ class Explorer:
             near = zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
             by_modality[modality] = [(row, value) for row, value in near if row >= 0]
         return Answer(images=by_modality["image"], texts=by_modality["text"])
+
+    def explained(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
+        """An answer with the words that are near to the query, and near to each result too."""
+        words, features = self.words()
+        if not words:
+            return answer
+
+        def nearness(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
+            cosine = unit(rows) @ features.T
+            return (cosine - cosine.mean(1, keepdim=True)) / (cosine.std(1, keepdim=True) + 1e-6)
+
+        def named(rows: Float[Tensor, "n w"]) -> list[list[str]]:
+            best = rows.topk(min(NAMED_WORDS, len(words)), dim=1)
+            near = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            return [
+                [words[number] for value, number in zip(*row, strict=True) if value > NEARER]
+                for row in near
+            ]
+
+        of_query = nearness(query)
+        shared = {}
+        for modality, near in (("image", answer.images), ("text", answer.texts)):
+            rows = self.space(modality).rows(torch.tensor([row for row, _ in near]).long())
+            shared[modality] = named(torch.minimum(nearness(rows.float()), of_query))
+        return replace(answer, words=named(of_query)[0], shared=shared)
 
     def search_text(self, text: str, number: int = 24) -> Answer:
         """The pairs nearest to a text, of which the first 1,000 characters count.
@@ -130,7 +194,7 @@ class Explorer:
             tokens = encoder.tokenizer([text]).to(encoder.device)
             with encoder.context():
                 query = encoder.model.encode_text(tokens).float().cpu()
-        return self.near(query, number)
+        return self.explained(query, self.near(query, number))
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
@@ -141,7 +205,7 @@ class Explorer:
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
             with encoder.context():
                 query = encoder.model.encode_image(pixels).float().cpu()
-        return self.near(query, number)
+        return self.explained(query, self.near(query, number))
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """What is nearest to a pair's image or text; the pair itself is left out."""
@@ -160,6 +224,7 @@ def open_explorer(
     *,
     device: torch.device,
     layout: Layout = "pca",
+    umap_later: bool = False,
     number: int | None = None,
     batch_size: int = 256,
     workers: int | None = None,
@@ -170,6 +235,7 @@ def open_explorer(
 
     Args:
         reference: As `protoclip.load` takes it.
+        umap_later: Have the map by PCA where that by UMAP is not kept; `make_umap` makes it.
         number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
         show: Called with the name of each stage of the work.
 
@@ -190,10 +256,25 @@ def open_explorer(
         show=True,
     )
     heads = heads_of(model, config)
-    path = path_of(cache_folder() / "atlas", encoder.key, pairs.key, layout, number, bool(heads))
+
+    def path_for(layout: Layout) -> Path:
+        parts = encoder.key, pairs.key, layout, number, bool(heads)
+        return path_of(cache_folder() / "atlas", *parts)
+
+    def keep_if_possible(path: Path, atlas: Atlas) -> None:
+        if cache:
+            try:
+                keep(path, atlas)
+            except OSError as error:
+                say(f"warning: the map is not kept ({error})")
 
     made: list[Features] = []
+    path = path_for(layout)
     atlas = read_kept(path) if cache else None
+    later = atlas is None and umap_later and layout == "umap"
+    if later:
+        path, layout = path_for("pca"), "pca"
+        atlas = read_kept(path) if cache else None
     if atlas is None:
         show("features")
         made = [encoded(encoder, pairs, pairs.with_captions())]
@@ -207,20 +288,28 @@ def open_explorer(
             run_prototypes=analysis.run_prototypes(checkpoint) if heads and checkpoint else {},
             show=show,
         )
-        if cache:
-            try:
-                keep(path, atlas)
-            except OSError as error:
-                say(f"warning: the map is not kept ({error})")
+        keep_if_possible(path, atlas)
+
+    shown = atlas
+
+    def features() -> Features:
+        # Known rows spare the next start reading all captions.
+        return made[0] if made else encoded(encoder, pairs, shown.captioned)
+
+    def make_umap(done: Callable[[float], None]) -> Atlas:
+        with_map = with_umap(shown, features(), done=done)
+        keep_if_possible(path_for("umap"), with_map)
+        return with_map
+
     return Explorer(
         name=reference,
         teachers="" if config is None else config.uses_of_teachers,
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,
-        # Known rows spare the next start reading all captions.
-        features=lambda: made[0] if made else encoded(encoder, pairs, atlas.captioned),
+        features=features,
         kept=path if cache else None,
+        make_umap=make_umap if later else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Names of groups of pairs: the words that set the captions of a group apart from the others.
+"""Words of captions: those that name a group of pairs, and those that explain a search.
 
 Groups of the map are formed here too; prototypes, which group features, come from `atlas.py`.
 """
@@ -47,6 +47,25 @@ def word_pattern() -> str:
     return rf"(?u)\b[^\W\d_][\w{''.join(marks)}]+"
 
 
+def vocabulary(captions: Sequence[str], most: int) -> list[str]:
+    """The words that most captions have, the most frequent first, but for English stop words."""
+    words, has = words_of(captions)
+    order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:most]
+    return [str(word) for word in words[order]]
+
+
+def words_of(captions: Sequence[str]) -> tuple[Array, Any]:
+    """The words `(w,)` of captions, and a sparse matrix of which captions have which `(n, w)`."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(binary=True, stop_words="english", token_pattern=word_pattern())
+    try:
+        has = counter.fit_transform([caption[:READ] for caption in captions])
+    except ValueError:  # no caption has a word
+        return np.array([], str), np.zeros((len(captions), 0), np.int64)
+    return counter.get_feature_names_out(), has
+
+
 def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     """One to three words for each group, by class-based TF-IDF; empty where no word is found.
 
@@ -56,14 +75,9 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     Args:
         assigned: The group of each caption `(n,)`, in `0..number - 1`.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    counter = CountVectorizer(binary=True, stop_words="english", token_pattern=word_pattern())
-    try:
-        has = counter.fit_transform([caption[:READ] for caption in captions])
-    except ValueError:  # no caption has a word
+    words, has = words_of(captions)
+    if not len(words):
         return [""] * number
-    vocabulary = counter.get_feature_names_out()
     rarity = np.log1p(len(captions) / number / np.asarray(has.sum(0)).ravel())
     group_names = []
     for group in range(number):
@@ -71,7 +85,7 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
         score = np.asarray(has[members].sum(0)).ravel() / max(1, len(members)) * rarity
         best = np.argsort(-score, kind="stable")[: 4 * WORDS]
         chosen: list[str] = []
-        for word, value in zip(vocabulary[best], score[best], strict=True):
+        for word, value in zip(words[best], score[best], strict=True):
             if value <= LEAST * score[best[0]]:
                 break
             if not any(word.startswith(each) or each.startswith(word) for each in chosen):

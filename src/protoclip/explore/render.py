@@ -10,8 +10,9 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -28,8 +29,10 @@ from markupsafe import Markup
 from PIL import Image, ImageOps
 
 import protoclip
+from protoclip.data.access import begun
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
+from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.atlas import (
     LEAST_SIMILAR,
     MODALITIES,
@@ -50,6 +53,7 @@ from protoclip.terminal import visible
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
 FLOWS = 40  # movements between groups that are listed
+READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
 DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
@@ -66,6 +70,7 @@ class Card:
     sample_id: str
     caption: str
     facts: Sequence[str] = ()
+    prototype: tuple[str, int, str] | None = None  # modality, number, name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,20 @@ class Pages:
         pairs = self.explorers[0].pairs
         return lru_cache(maxsize=4096)(lambda row, side: thumbnail(pairs, row, side))
 
+    def make_umaps(self) -> "Future[None] | None":
+        """Begin to make maps by UMAP, where those by PCA are shown; None if there are none."""
+        waiting = [site for site in self._sites if site.explorer.make_umap is not None]
+        if not waiting:
+            return None
+        for site in waiting:
+            site.umap_done = 0.0
+
+        def make_all() -> None:
+            for site in waiting:
+                site.make_umap()
+
+        return begun(make_all, name="protoclip-umap")
+
     def moved(self, modality: str) -> Moved:
         return self._moved[modality]
 
@@ -112,6 +131,28 @@ class Pages:
     def _moved(self) -> dict[str, Moved]:
         first, second = (explorer.atlas for explorer in self.explorers)
         return {modality: moved(first, second, modality) for modality in MODALITIES}
+
+    def moved_words(self, modality: str) -> str:
+        """The words that set captions of what moved apart from those of what stayed."""
+        return self._moved_words[modality]
+
+    @cached_property
+    def _moved_words(self) -> dict[str, str]:
+        (first, second), words = self.explorers, {}
+        common = np.flatnonzero(np.isin(first.atlas.rows, second.atlas.rows))
+        for modality in MODALITIES:
+            gone = self.moved(modality).pairs[:, 0]
+            chosen = [
+                part
+                if len(part) <= READ_CAPTIONS
+                else part[evenly_spaced(len(part), READ_CAPTIONS, 0)]
+                for part in (gone, np.setdiff1d(common, gone))
+            ]
+            captions = [
+                first.pairs.caption(first.row(each)) for part in chosen for each in part.tolist()
+            ]
+            words[str(modality)] = names(captions, np.repeat([0, 1], [*map(len, chosen)]), 2)[0]
+        return words
 
     def front(self) -> str:
         """The page that leads to the first model's map."""
@@ -138,7 +179,31 @@ class Site:
         self.pages, self.number, self.live = pages, number, pages.live
         self.explorer = pages.explorers[number - 1]
         self.atlas, self.pairs = self.explorer.atlas, self.explorer.pairs
+        self.umap_done: float | None = None  # share, while the map by UMAP is made
+        self.umap_failed = ""
         self.on_card: Callable[[int], object] = lambda row: None  # told which images are shown
+
+    def make_umap(self) -> None:
+        """Make the map by UMAP, and show it from then on; that by PCA is shown meanwhile."""
+        make = self.explorer.make_umap
+        if make is None:
+            return
+
+        def done(share: float) -> None:
+            self.umap_done = share
+
+        try:
+            self.atlas = make(done)
+            self.__dict__.pop("map", None)
+            _ = self.map
+        except Exception as error:  # pages work on, with the map that there is
+            self.umap_failed = visible(str(error))
+        self.umap_done = None
+
+    def map_state(self) -> str:
+        """How the map is made, and how far a better one is, as JSON."""
+        state = {"layout": self.atlas.layout, "done": self.umap_done, "failed": self.umap_failed}
+        return json.dumps(state)
 
     # What pages are made of.
 
@@ -194,6 +259,19 @@ class Site:
 
     def id_shown(self, sample_id: str) -> str:
         return shown(sample_id, ID_LENGTH)
+
+    def found(self, modality: str, answer: Answer) -> list[Card]:
+        """The images or texts of an answer, each with why it is among them."""
+        nearest = answer.images if modality == "image" else answer.texts
+        shared = answer.shared.get(modality) or [()] * len(nearest)
+        cards = []
+        for (position, value), words in zip(nearest, shared, strict=True):
+            why = [f"both near {', '.join(shown(word, 40) for word in words)}"] if words else []
+            number = int(self.atlas.prototype(modality)[position])
+            prototype = (modality, number, self.name(modality, number))
+            card = self.card(position, f"cosine {value:.3f}", *why)
+            cards.append(replace(card, prototype=prototype))
+        return cards
 
     def near(self, title: str, nearest: Near, note: str = "") -> Section:
         cards = [self.card(position, f"cosine {value:.3f}") for position, value in nearest]
@@ -253,7 +331,13 @@ class Site:
         if self.explorer.kept is None:
             return None
         shows = [(source.name, source.class_column) for source in self.pairs.sources]
-        parts = (self.explorer.kept.stem, protoclip.__version__, version("bokeh"), shows)
+        parts = (
+            self.explorer.kept.stem,
+            self.atlas.layout,
+            protoclip.__version__,
+            version("bokeh"),
+            shows,
+        )
         return path_of(self.explorer.kept.parent, *parts).with_suffix(".map.json")
 
     @property
@@ -346,6 +430,11 @@ class Site:
     def moved(self, modality: Modality, page: int = 1) -> str:
         """What two models group differently."""
         movements = self.pages.moved(modality)
+        first, second = self.pages.site(1), self.pages.site(2)
+        flows = [
+            (count, (one, first.name(modality, one)), (two, second.name(modality, two)))
+            for count, one, two in movements.flows[:FLOWS].tolist()
+        ]
         part, pages = paged(np.arange(len(movements.pairs)), page)
         cards = [
             self.card(
@@ -360,7 +449,8 @@ class Site:
             here=f"moved-{modality}.html",
             modality=modality,
             moved=movements,
-            flows=movements.flows[:FLOWS].tolist(),
+            flows=flows,
+            words=shown(self.pages.moved_words(modality), 120),
             cards=cards,
             page=page,
             pages=pages,
@@ -401,12 +491,15 @@ class Site:
         """The images and captions nearest to a text or an image."""
         note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
         sections = [
-            self.near("Images", answer.images, note),
-            self.near("Captions", answer.texts, note),
+            Section(title=title, cards=self.found(modality, answer), note=note)
+            for modality, title in (("image", "Images"), ("text", "Captions"))
         ]
         here = f"search.html?{urlencode({'text': question}, errors='replace')}"
         asked = shown(question, 200)
-        return self.page("search.html", "Search", here=here, question=asked, sections=sections)
+        words = [shown(word, 40) for word in answer.words]
+        return self.page(
+            "search.html", "Search", here=here, question=asked, words=words, sections=sections
+        )
 
     def message(self, title: str, text: str) -> str:
         return self.page("message.html", title, text=visible(text))

@@ -87,6 +87,9 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
     def map_(request: Request) -> Made:
         return site(request).map, "json"
 
+    def map_state(request: Request) -> Made:
+        return site(request).map_state(), "json"
+
     def prototype_list(request: Request) -> Made:
         return site(request).prototype_list(modality(request)), "html"
 
@@ -174,6 +177,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         get("/images/{row:int}.webp", image),
         get("/{site:int}/index.html", index),
         get("/{site:int}/map.json", map_),
+        get("/{site:int}/map-state.json", map_state),
         get("/{site:int}/prototypes-{modality}.html", prototype_list),
         get("/{site:int}/prototype-{modality}-{number:int}.html", prototype),
         get("/{site:int}/ids-{modality}-{number:int}.{form}", ids),

@@ -124,6 +124,10 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("umap")
     monkeypatch.setattr(atlases, "EPOCHS", 30)
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
+    shares: list[float] = []
+    by_umap(F.normalize(gap_apart().image, dim=1), seed=0, done=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
     for most in (atlases.MAP_PAIRS, 40):
         monkeypatch.setattr(atlases, "MAP_PAIRS", most)
         atlas = make_atlas(gap_apart(), heads=None, number=CLUSTERS, layout="umap")

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from time import sleep
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,6 +18,7 @@ from worded import WordModel, distinct_pairs, explorers, loaded
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.explore import atlas as atlas_module
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore import map as map_module
 from protoclip.explore.explorer import Explorer, heads_of, open_explorer
@@ -70,6 +73,17 @@ def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
     for text in ("a red square", " The  red square", "an red square"):
         assert one.search_text(text, 3) == one.search_text("red square", 3)
     assert len(one.search_text("the", 3).images) == 3
+
+
+def test_answers_say_which_words_are_near(one: Explorer) -> None:
+    """Those near to the query; and of each result, those near to it and to the query."""
+    answer = one.search_text("a red square", 5)
+    assert {"red", "square"} <= {*answer.words} <= {*one.words()[0]}
+    for modality, near in (("image", answer.images), ("text", answer.texts)):
+        assert len(answer.shared[modality]) == len(near) == 5
+        assert {"red", "square"} <= {*answer.shared[modality][0]}
+    by_image = one.search_image(one.pairs.encoded(one.row(answer.images[0][0])), 5)
+    assert {*answer.words} == {*by_image.words}
 
 
 def test_any_question_is_answered_and_an_empty_one_is_one_line(one: Explorer) -> None:
@@ -158,6 +172,51 @@ def test_the_next_start_encodes_nothing(
     for modality in ("image", "text"):
         first, again = before.space(modality).features, after.space(modality).features
         assert torch.equal(first, again)
+
+
+def test_the_map_by_umap_takes_the_place_of_that_by_pca(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made once, while the other pages work, and a failure leaves the map that there is."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    settings: Any = {"layout": "umap", "umap_later": True}
+    half, go_on = Event(), Event()
+
+    def slow(rows: Any, *, seed: int, done: Any) -> Any:
+        done(0.5)
+        half.set()
+        assert go_on.wait(60)
+        return np.random.default_rng(seed).normal(size=(len(rows), 2)).astype(np.float32)
+
+    def failing(rows: Any, *, seed: int, done: Any) -> Any:
+        raise ValueError("no room")
+
+    def state(pages: Pages) -> dict[str, Any]:
+        return dict(json.loads(pages.site(1).map_state()))
+
+    for by_umap in (failing, slow):
+        monkeypatch.setattr(atlas_module, "by_umap", by_umap)
+        pages = Pages(explorers(DataConfig(train=str(table)), **settings))
+        before, positions = pages.site(1).map, pages.site(1).atlas.image_map_position
+        assert pages.make_umaps()
+        if by_umap is slow:
+            assert half.wait(60)
+            assert state(pages) == {"layout": "pca", "done": 0.5, "failed": ""}
+            assert 'data-waits="yes"' in pages.site(1).index()
+            go_on.set()
+        while state(pages)["done"] is not None:
+            sleep(0.01)
+        if by_umap is failing:
+            assert state(pages) == {"layout": "pca", "done": None, "failed": "no room"}
+            assert pages.site(1).map == before
+    assert state(pages) == {"layout": "umap", "done": None, "failed": ""}
+    assert pages.site(1).map != before
+    assert 'data-waits="yes"' not in pages.site(1).index()
+    monkeypatch.setattr(atlas_module, "by_umap", failing)
+    (again,) = explorers(DataConfig(train=str(table)), **settings)
+    assert again.make_umap is None
+    assert np.array_equal(again.atlas.image_map_position, pages.site(1).atlas.image_map_position)
+    assert not np.array_equal(again.atlas.image_map_position, positions)
 
 
 def test_the_map_is_kept_until_what_it_shows_changes(

@@ -10,9 +10,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +89,14 @@ def ask(
 
 
 PAGES = [
-    *("/", "/1/index.html", "/1/map.json", "/1/prototypes-image.html", "/1/prototypes-text.html"),
+    *(
+        "/",
+        "/1/index.html",
+        "/1/map.json",
+        "/1/map-state.json",
+        "/1/prototypes-image.html",
+        "/1/prototypes-text.html",
+    ),
     *("/1/prototype-image-0.html", "/1/prototype-text-1.html", "/1/ids-image-0.csv"),
     *("/1/ids-text-0.json", "/1/odd-distance.html", "/1/odd-loss.html?page=1"),
     *("/1/duplicates.html", "/2/moved-image.html", "/1/moved-text.html", "/1/pair-5.html"),
@@ -143,6 +152,36 @@ def test_members_of_a_prototype_are_shown_nearest_first(two: list[Explorer]) -> 
             found = site.members(modality, number)
             assert set(found) == set(np.flatnonzero(own == number))
             assert (np.diff(similarity[found]) <= 0).all()
+
+
+def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list[Explorer]) -> None:
+    """How many moved, from where to where by name, and the words of what moved."""
+    pages = Pages(two)
+    moved = pages.moved("image")
+    (paragraph,) = re.findall(
+        r'<p id="difference">(.*?)</p>', ask(port, "/1/moved-image.html")[2].decode(), re.DOTALL
+    )
+    said = " ".join(re.sub("<[^>]*>", "", paragraph).split())
+    share = 100 * len(moved.pairs) / moved.common
+    head = f"words-1 and words-2 group {len(moved.pairs)} of 60 images ({share:.1f}%) differently."
+    assert said.startswith(head)
+    count, one, other = moved.flows[0].tolist()
+    names = pages.site(1).name("image", one), pages.site(2).name("image", other)
+    assert f"{count} from {one}: {names[0]} to {other}: {names[1]}" in said
+    assert f"more often than others: {pages.moved_words('image')}." in said
+    assert pages.moved_words("image")
+    same = Pages([two[0], two[0]])
+    assert "group all 60 images alike." in " ".join(same.site(1).moved("image").split())
+    assert same.moved_words("image") == ""
+
+
+def test_answers_say_why(port: int) -> None:
+    """The words near to the question, and of each result its words and its prototype."""
+    body = ask(port, "/1/search.html?text=a+red+square")[2].decode()
+    assert re.search(r"puts it near the words <bdi>[^<]*(red|square)", body)
+    assert re.search(r'<p class="fact">both near [^<]*(red|square)', body)
+    for modality in MODALITIES:
+        assert f'<p class="fact"><a href="prototype-{modality}-' in body
 
 
 def test_links_of_every_page_lead_somewhere(port: int) -> None:
@@ -564,6 +603,28 @@ def test_the_map_is_by_umap_where_it_is_installed(
         assert Explore(models=["x"]).layout() == layout
         assert Explore(models=["x"], map="pca").layout() == "pca"
         assert said in capsys.readouterr().err
+
+
+def test_an_interrupt_while_umap_runs_ends_at_once(
+    two: list[Explorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, codes = threading.Event(), []
+
+    def ended(code: int) -> None:
+        codes.append(code)
+        raise SystemExit(code)
+
+    serving = SimpleNamespace(run=Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("protoclip.explore.server.server", lambda *_, **__: serving)
+    monkeypatch.setattr("os._exit", ended)
+    slow = replace(two[0], make_umap=lambda done: go_on.wait(60) and two[0].atlas)
+    with listen("127.0.0.1", 0) as listening:
+        with pytest.raises(SystemExit):
+            Explore(models=["x"]).serve([slow], listening)
+        go_on.set()
+        assert codes == [130]
+        with pytest.raises(KeyboardInterrupt):  # as any other command
+            Explore(models=["x"]).serve([two[0]], listening)
 
 
 def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:

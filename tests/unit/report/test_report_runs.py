@@ -137,5 +137,6 @@ def test_missing_libraries_are_named(monkeypatch, capsys):
         main(["report", "run"])
     said = capsys.readouterr().err
     assert said == (
-        "protoclip: error: report: needs no_such_library; pip install 'protoclip[report]'\n"
+        "protoclip: error: report: needs no_such_library; pip install 'protoclip[report]' "
+        "(docs/report.md)\n"
     )

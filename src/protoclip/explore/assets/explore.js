@@ -1,11 +1,13 @@
 "use strict";
-// The selection, the map's colours, sorting of tables, and search by image. Pages work without it,
-// but for the map.
+// The selection, the map's colours, sorting of tables, and search by image and while one types. Pages
+// work without it, but for the map.
 
 // The selection is a list of sample ids, kept for this tab and these pairs.
 const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
 const selection = new Set(JSON.parse(sessionStorage.getItem(KEY) || "[]"));
 let onMap = () => {};
+const LOOK = 1000; // milliseconds between two looks at how far a better map is
+const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
 // Of the map: pixels between names, of an image, and how many points in view show theirs.
 const [GAP, THUMB, FEW] = [12, 36, 150];
 
@@ -78,21 +80,67 @@ function sort(heading) {
   table.tBodies[0].append(...rows);
 }
 
+// An answer takes the place of the page, but for the form that asks. `what` is asked for in words.
+let asking = new AbortController();
+
+async function ask(what, url, options) {
+  asking.abort(); // an earlier question, whose answer would come too late
+  asking = new AbortController();
+  const { signal } = asking;
+  const said = document.getElementById("answered");
+  try {
+    const answer = await fetch(url, { ...options, signal });
+    const text = await answer.text();
+    if (!answer.ok) throw new Error(text);
+    const page = new DOMParser().parseFromString(text, "text/html");
+    if (signal.aborted) return false;
+    document.title = page.title;
+    for (const part of ["#main", ".names", "header nav"]) {
+      document.querySelector(part).replaceWith(page.querySelector(part));
+    }
+    said.textContent = page.querySelector("section") ? `Answers for ${what} are shown.` : "";
+  } catch (error) {
+    if (signal.aborted) return false;
+    const main = document.getElementById("main");
+    main.textContent = said.textContent = `No search by ${what} (${error.message}).`;
+  }
+  store();
+  return true;
+}
+
 const file = document.getElementById("query-image");
 if (file) {
-  file.addEventListener("change", async () => {
-    if (!file.files.length) return;
-    const main = document.getElementById("main");
-    try {
-      const answer = await fetch("search-image", { method: "POST", body: file.files[0] });
-      const text = await answer.text();
-      if (!answer.ok) throw new Error(text);
-      const page = new DOMParser().parseFromString(text, "text/html");
-      main.replaceWith(page.getElementById("main"));
-    } catch (error) {
-      main.textContent = `No search by this image (${error.message}).`;
-    }
-    store();
+  file.addEventListener("change", () => {
+    if (file.files.length) ask("this image", "search-image", { method: "POST", body: file.files[0] });
+  });
+}
+
+const query = document.querySelector("input[name=text]");
+if (query) {
+  const typed = () => `search.html?text=${encodeURIComponent(query.value).replaceAll("%20", "+")}`;
+  const address = () => location.pathname + location.search;
+  let shown = address();
+  const isAnswer = () => location.pathname.endsWith("/search.html");
+  if (isAnswer()) query.value = new URLSearchParams(location.search).get("text") || "";
+  let waiting = 0;
+  query.addEventListener("input", () => {
+    clearTimeout(waiting);
+    if (!query.value.trim()) return;
+    waiting = setTimeout(async () => {
+      const url = typed();
+      if (!(await ask("these words", url))) return;
+      // The first answer is a page to go back from, and later ones take its place.
+      if (isAnswer()) history.replaceState(null, "", url);
+      else history.pushState(null, "", url);
+      shown = address();
+    }, PAUSE);
+  });
+  query.form.addEventListener("submit", () => {
+    clearTimeout(waiting);
+    asking.abort();
+  });
+  addEventListener("popstate", () => {
+    if (address() !== shown) location.reload(); // and not for a link within the page
   });
 }
 
@@ -114,7 +162,10 @@ async function drawMap(place) {
   const plain = { image: glyphs.image.glyph.fill_color, text: glyphs.text.glyph.fill_color };
   const mappers = { categories: doc.get_model_by_name("categories"), range: doc.get_model_by_name("range") };
   const chooser = document.getElementById("colour-by");
+  const chosen = chooser.value;
+  chooser.replaceChildren();
   for (const way of Object.keys(found.ways)) chooser.add(new Option(way, way));
+  if (chosen in found.ways) chooser.value = chosen;
 
   function colour() {
     const way = found.ways[chooser.value];
@@ -145,7 +196,7 @@ async function drawMap(place) {
   const place_of = new Map(found.ids.map((id, index) => [id, index]));
   source.selected.indices = [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
   source.selected.properties.indices.change.connect(selected);
-  chooser.addEventListener("change", colour);
+  chooser.onchange = colour; // in the place of that of an earlier map
   colour();
   label(doc.get_model_by_name("map"), source, found.groups);
   place.dataset.ready = "yes";
@@ -179,7 +230,7 @@ function label(plot, source, groups) {
     button.addEventListener("click", () => zoomTo(group));
     return button;
   });
-  names.append(...buttons);
+  names.replaceChildren(...buttons);
   const sizes = buttons.map((button) => [button.offsetWidth, button.offsetHeight]);
 
   // As far in as the next level needs, and never out.
@@ -247,10 +298,10 @@ function label(plot, source, groups) {
   }
   for (const side of ["inner_width", "inner_height"]) plot.properties[side].change.connect(later);
   // The wheel over a name zooms the map too.
-  names.addEventListener("wheel", (event) => {
+  names.onwheel = (event) => {
     event.preventDefault();
     view.canvas_view.events_el.dispatchEvent(new WheelEvent("wheel", event));
-  }, { passive: false });
+  };
   draw();
 }
 
@@ -274,11 +325,37 @@ function legend(way, plain) {
   way.labels.forEach((label, index) => add(colours[index], label, shapes[index]));
 }
 
+// Waits for the map by UMAP, and draws it in the place of that by PCA.
+async function betterMap(place) {
+  const said = document.getElementById("map-state");
+  while (place.isConnected) { // an answer to a search may have taken its place
+    const answer = await fetch("map-state.json");
+    if (!answer.ok) throw new Error(await answer.text());
+    const { layout, done, failed } = await answer.json();
+    if (done !== null) {
+      if (done > 0) said.querySelector("progress").value = done; // before, UMAP is compiled
+      await new Promise((resolve) => setTimeout(resolve, LOOK));
+      continue;
+    }
+    if (failed) throw new Error(failed);
+    place.replaceChildren();
+    Bokeh.documents.splice(0);
+    await drawMap(place);
+    document.getElementById("layout").textContent = layout.toUpperCase();
+    said.textContent = "The map is by UMAP now.";
+    return;
+  }
+}
+
 store();
 const map = document.getElementById("map");
 if (map) {
-  drawMap(map).catch((error) => {
+  const failed = (error) => {
     map.removeAttribute("role");
     map.textContent = `The map cannot be drawn (${error.message}). The other pages work without it.`;
-  });
+  };
+  const noBetter = (error) => {
+    document.getElementById("map-state").textContent = `There is no map by UMAP (${error.message}).`;
+  };
+  drawMap(map).then(() => map.dataset.waits && betterMap(map).catch(noBetter), failed);
 }

@@ -1,0 +1,43 @@
+"""The pages that errors name."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from protoclip import cli
+from protoclip.cli import pages
+from protoclip.config import Config
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_page_is_there() -> None:
+    """Of every command, and of every section of the settings that is one."""
+    anchors = runpy.run_path(str(ROOT / "scripts" / "check_docs.py"))["anchors"]
+    assert pages.COMMANDS.keys() == cli.COMMANDS.keys()
+    assert pages.SECTIONS.keys() <= {field.name for field in dataclasses.fields(Config)}
+    for page in {*pages.COMMANDS.values(), *pages.SECTIONS.values()}:
+        path, _, anchor = page.partition("#")
+        assert (ROOT / "docs" / path).is_file(), page
+        assert not anchor or anchor in anchors(ROOT / "docs" / path), page
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        (["train", "--data.train", "nothing"], "docs/data.md"),
+        (["export", "x"], "docs/models.md#export"),
+        (["train", "--optim.betas", "2", "1"], "docs/training.md#the-model-and-what-follows"),
+        (["trian"], ""),
+    ],
+)
+def test_an_error_names_the_page_that_explains_it(
+    words: list[str], page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("protoclip: error: ")
+    assert f"({page}" in line if page else "docs/" not in line
