@@ -10,26 +10,19 @@ of a card's peak comes from, and what it leaves out.
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
-
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from typing import Annotated, Literal
 
 from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
-from protoclip.models import towers
+from protoclip.models import flops
+from protoclip.models.flops import Forward
 from protoclip.models.halves import NAMED_CONTEXT_LENGTH, SmallTowers
 from protoclip.models.resolve import resolve_start
 from protoclip.training import optim, plan, sizes
 from protoclip.training.stages import stage_of
-
-# TFLOP/s of 16-bit matrix products that are summed in 32 bits, without sparsity, by NVIDIA.
-PEAK = {"A100": 312.0, "H100": 989.0, "RTX-4090": 165.0, "RTX-2080-Ti": 54.0}
+from protoclip.training.throughput import PEAK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +38,9 @@ class Cost(Config, Recipes):
     images_per_core: Positive = 1000.0  # Images that a core decodes in a second.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """FLOPs of one forward pass of one sample, and the parameters of both towers."""
-
-    image: float
-    text: float
-    heads: float  # both
-    parameters: int
-
-
 def forward_flops(config: ModelConfig) -> Forward:
-    """Count the towers' FLOPs on the meta device, at the recipe's sizes. Needs no weights."""
-    start = resolve_start(config)
-    model = start.build("none")
-    pair: Any = model.towers
-    size, length = towers.image_size(pair), int(pair.context_length)
-    if config.name is None and config.start is None:
-        size, length = start.architecture.sizes.values()
-    samples = 2  # BatchNorm needs more than one
-
-    def counted(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:
-        with FlopCounterMode(display=False) as counter:
-            return part(inputs), counter.get_total_flops() / samples
-
-    # Text towers of transformers skip what needs values only if their tensors are fake, which makes
-    # each operation ten times as slow.
-    of_transformers = any(part.__module__.startswith("transformers") for part in pair.modules())
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if of_transformers else nullcontext()
-    with torch.device("meta"), fake:
-        features, image = counted(model.encode_image, torch.empty(samples, 3, size, size))
-        tokens = torch.ones(samples, length, dtype=torch.long)
-        _, text = counted(model.encode_text, tokens)
-        _, head = counted(model.image_head, features)
-    parameters = sum(p.numel() for p in pair.parameters())
-    return Forward(image=image, text=text, heads=2 * head, parameters=parameters)
+    """Count the towers' FLOPs at the recipe's sizes. Needs no weights."""
+    return flops.forward_flops(resolve_start(config))
 
 
 def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
@@ -123,7 +84,7 @@ def context_length(config: ModelConfig) -> int:
 
 
 def hours(cost: Cost, flops: float) -> float:
-    return flops / (PEAK[cost.card] * 1e12 * cost.share * cost.cards) / 3600
+    return flops / (PEAK[cost.card] * cost.share * cost.cards) / 3600
 
 
 def images_decoded(cost: Cost) -> int:
@@ -178,7 +139,7 @@ def report(words: Sequence[str]) -> list[str]:
         "FLOPs a pair": f"{total / seen / 1e9:.1f} G, all included",
         **{name: f"{part / total:.1%} of {total:.2e} FLOPs" for name, part in flops.items()},
         "hours": f"{taken:.1f} on {cost.cards} {cost.card} at {cost.share:.0%} of "
-        f"{PEAK[cost.card]:.0f} TFLOP/s",
+        f"{PEAK[cost.card] / 1e12:.0f} TFLOP/s",
         "cores": f"{math.ceil(rate / cost.images_per_core)} to decode {rate:,.0f} images/s, at "
         f"{cost.images_per_core:,.0f} a core",
     }

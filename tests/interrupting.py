@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from protoclip.testing import tiny_config
 from protoclip.training import run
 from protoclip.training.trainer import Trainer
 
+MEASURED = r"second|train/share/|train/memory"  # metrics of the machine
 # Prototypes from the queue, without an evaluation.
 QUEUE: dict[str, dict[str, Any]] = {
     "prototypes": {"source": "queue"},
@@ -68,7 +70,7 @@ def config_for(train: str, out: Path, **changes: Any) -> Config:
 
 
 def end_of(folder: Path, steps: int = 16) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """All tensors of the last checkpoint, and the metrics without times."""
+    """All tensors of the last checkpoint, and the metrics without what machines take for them."""
     last = find_checkpoint(folder)
     assert last.name == f"step-{steps:09}"
     tensors = {
@@ -79,7 +81,7 @@ def end_of(folder: Path, steps: int = 16) -> tuple[dict[str, Tensor], list[dict[
     assert any(name.endswith("/exp_avg_sq") for name in tensors)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [
-        {key: value for key, value in json.loads(line).items() if "second" not in key}
+        {key: value for key, value in json.loads(line).items() if not re.search(MEASURED, key)}
         for line in lines
     ]
     return tensors, metrics

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from interrupting import with_changes
-from protoclip.distributed import collectives
+from protoclip.distributed import collectives, parallel
+from protoclip.distributed.waits import WAITS
 from protoclip.features import teachers
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
+from protoclip.training import throughput
 from protoclip.training.run import train
 
 
@@ -48,6 +50,35 @@ def test_every_rank_has_the_same_sums_and_gathers(world_size):
         "passed on": [[float((rank - 1) % world_size)] * 2 for rank in range(world_size)],
     }
     assert run_distributed(collect, world_size, rows) == [expected] * world_size
+
+
+def wait_for_a_late_rank() -> tuple[float, float, str]:
+    """Seconds in a collective, seconds for gradients, and where the ranks are."""
+    late, module = 0.3 * collectives.rank(), parallel.distribute(torch.nn.Linear(2, 2))
+    where = throughput.placed(torch.device("cpu"), 8)
+    WAITS.take()
+    time.sleep(late)
+    collectives.all_gather_with_gradient(torch.zeros(1, 2))
+    waited = WAITS.take()
+    for _ in range(2):  # DDP says at a step how the one before it was
+        collectives.all_reduce(torch.zeros(1))
+        total = module(torch.zeros(1, 2)).sum()
+        time.sleep(late)
+        total.backward()
+    module(torch.zeros(1, 2))
+    return waited, parallel.unhidden_seconds(module), where
+
+
+def test_a_rank_knows_how_long_it_waits_for_another():
+    (waited, unhidden, where), (_, _, there) = run_distributed(wait_for_a_late_rank, 2)
+    assert 0.2 < waited < 30
+    assert 0.2 < unhidden < 30
+    assert where == there
+    assert where.startswith("1 host, 2 ranks on ")
+    assert where.endswith(
+        ", each with 8 pairs of every batch; learning rate, batch and episode are for all ranks "
+        "together"
+    )
 
 
 def fail() -> None:

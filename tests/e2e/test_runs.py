@@ -68,6 +68,11 @@ def test_a_run_folder_holds_what_it_should(tiny_run):
     assert [line["episode"] for line in extracted] == [1, 2]
     grouped = metrics_of(tiny_run, "train/loss/prototypical/image_from_text")
     assert [line["step"] for line in grouped] == list(range(5, 13))
+    for line in metrics_of(tiny_run, "train/loss/total"):
+        assert 0 <= line["train/share/data"] <= 1
+        assert 0.1 < line["train/memory_gb"] < 100
+        assert line["train/samples_per_second"] > 0
+        assert line.keys().isdisjoint({"train/share/collectives", "train/mfu"})
 
 
 def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys):

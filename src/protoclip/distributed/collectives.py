@@ -11,7 +11,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import import_module
@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+from protoclip.distributed.waits import WAITS
 
 Result = TypeVar("Result")
 # How long a rank waits for the tensors of another: within a step ranks do equal work.
@@ -195,7 +197,8 @@ def all_reduce(values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tens
     if world_size() == 1:
         return values
     result = values.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
+    with WAITS.counted(result):
+        dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
     return result
 
 
@@ -203,7 +206,8 @@ def broadcast(values: Tensor) -> None:
     """Copy rank 0's values to all ranks, in place."""
     _meet()
     if world_size() > 1:
-        dist.broadcast(values, 0)
+        with WAITS.counted(values):
+            dist.broadcast(values, 0)
 
 
 def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
@@ -212,12 +216,14 @@ def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     if world_size() == 1:
         return rows
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    with WAITS.counted(rows):
+        dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
     counts = [int(size) for size in sizes]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    with WAITS.counted(rows):
+        dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -229,7 +235,8 @@ def all_gather_with_gradient(rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "B 
     # torch 2.13 renamed it; earlier versions do not have the new name.
     new = "all_gather_single_autograd"
     gather = getattr(functional, new if hasattr(functional, new) else "all_gather_tensor_autograd")
-    gathered: Tensor = functional.wait_tensor(gather(rows, 0, dist.group.WORLD))  # type: ignore[no-untyped-call]
+    with WAITS.counted(rows):
+        gathered: Tensor = functional.wait_tensor(gather(rows, 0, dist.group.WORLD))  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -242,8 +249,9 @@ def pass_on(values: Tensor) -> Tensor:
     after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
     sends = dist.P2POp(dist.isend, values.detach().contiguous(), after)
     receives = dist.P2POp(dist.irecv, received, before)
-    for request in dist.batch_isend_irecv([sends, receives]):
-        request.wait()
+    with WAITS.counted(received):
+        for request in dist.batch_isend_irecv([sends, receives]):
+            request.wait()
     return received
 
 
@@ -263,7 +271,9 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     if world_size() == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
+    # With cards only the host waits here, and they go on.
+    with WAITS.counted(values) if dist.get_backend() == "gloo" else nullcontext():
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
     return [bool(value) for value in values.tolist()]
 
 

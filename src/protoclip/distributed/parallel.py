@@ -149,6 +149,19 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     return unreduced
 
 
+def unhidden_seconds(module: nn.Module) -> float:
+    """How long a step waits for the average of gradients when its backward pass is over.
+
+    DDP's own measurement of the last step that it measured: the first ten, and each hundredth.
+    """
+    if not isinstance(module, DistributedDataParallel):
+        return 0.0
+    facts: dict[str, Any] = module._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    names = ("backward_comm_time", "backward_compute_comm_overlap_time")
+    whole, hidden = (float(facts.get(name, 0)) for name in names)  # nanoseconds
+    return max(0.0, whole - hidden) / 1e9
+
+
 def reach_everything(output: object, *unused: nn.Module) -> Tensor:
     """Zero, computed from all of a model's output and from modules that have no part in it.
 

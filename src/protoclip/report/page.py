@@ -72,7 +72,12 @@ CHARTS: dict[str, dict[str, str]] = {
     "Optimisation": {
         "train/learning_rate": "Learning rate",
         "train/gradient_norm": "Gradient norm",
+    },
+    "The machines": {
         "train/samples_per_second": "Samples a second",
+        "train/share/*": "Share of waiting",
+        "train/memory_gb": "Memory (GB)",
+        "train/mfu": "Share of the card's peak",
     },
     "Validation": {
         f"eval/*/{metric}": findings.sentence_case(METRICS[metric].label)

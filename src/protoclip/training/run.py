@@ -55,7 +55,7 @@ from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
-from protoclip.training import loggers, optim, overfit, sync
+from protoclip.training import loggers, optim, overfit, sync, throughput
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
 from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
@@ -148,7 +148,8 @@ def train_together(
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
     start = {} if ending is None else parallel.weights(model)
     trains = loading.in_words(plan.config.model, model, run.loader.tokenizer)
-    notes = [trains, *plan.notes, *said, *run.notes]
+    where = throughput.placed(device, run.loader.batch_size)
+    notes = [trains, where, *plan.notes, *said, *run.notes]
     if encode is None and config.align != AlignConfig():
         notes.append("align.*: no effect, since protoclip align alone aligns halves")
     with ExitStack() as stack:
@@ -308,6 +309,9 @@ class Run:
             micro_batch_size=config.episodes.micro_batch_size,
             batches=config.episodes.size // config.episodes.batch_size,
             batch_size=config.episodes.batch_size,
+            throughput=throughput.measures(
+                plan.start if halves is None else None, device, precision, captions.number
+            ),
             recalls=config.run.overfit is not None,
         )
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
@@ -328,11 +332,6 @@ class Run:
         if part is not None and part >= self.loader.batch_size:
             why = f"since this rank's share of a batch is {self.loader.batch_size} pairs"
             self.notes.append(f"episodes.micro_batch_size: no effect, {why}")
-        if world_size() > 1:
-            self.notes.append(
-                f"{world_size()} ranks, each with {self.loader.batch_size} pairs of every batch; "
-                "learning rate, batch and episode are for all ranks together"
-            )
 
     def feature_source(self, context: Autocast) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
@@ -415,12 +414,13 @@ class Run:
 
     def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
-        trainer, config = self.trainer, self.config
+        trainer, config, count = self.trainer, self.config, self.config.episodes.count
         if trainer.step == 0 and (self.plan.guards or self.early_stop):
             self.judge()
-        steps = config.episodes.count * trainer.batches
+        steps = count * trainer.batches
         progress, loss = Progress(f"train {config.run.name}", steps), ""
-        for index in range(trainer.episode, config.episodes.count):
+        first_steps = throughput.FirstSteps(steps, trainer.step)
+        for index in range(trainer.episode, count):
             if self.is_finished:
                 return
             episode = self.episode(index)
@@ -433,9 +433,9 @@ class Run:
                 if detailed:
                     loss = f", loss {metrics['train/loss/total']:.4g}"
                 if rank() == 0:
-                    stage = trainer.stage(index).name
-                    position = f"episode {index + 1}/{config.episodes.count}, {stage}"
+                    position = f"episode {index + 1}/{count}, {trainer.stage(index).name}"
                     progress.update(trainer.step, position + loss + self.skips.summary)
+                    first_steps.update(trainer.step, trainer.batch_size)
                 self.recall = metrics.get("train/recall", 0.0)
                 if self.save_if_due() or self.is_finished:
                     return

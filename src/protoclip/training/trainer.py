@@ -35,6 +35,7 @@ from protoclip.training.optim import set_learning_rate
 from protoclip.training.overfit import recall
 from protoclip.training.stages import Stage, enter_stage
 from protoclip.training.symptoms import repeated
+from protoclip.training.throughput import Throughput
 
 PROGRESS = ("episode", "batch", "seconds")
 
@@ -78,6 +79,7 @@ class Trainer:
     micro_batch_size: int | None
     batches: int
     batch_size: int
+    throughput: Throughput = field(default_factory=Throughput)
     balance: Balance | None = None
     start: TowerPair | None = None
     recalls: bool = False
@@ -93,7 +95,6 @@ class Trainer:
         self._module: nn.Module = self.model  # the model, wrapped for the stage
         self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
-        self._reported = (0.0, 0)  # time and samples seen when a step was last reported
 
     @property
     def step(self) -> int:
@@ -119,7 +120,7 @@ class Trainer:
         self._statistics = batch_norm.Statistics(self.model)
         self._tick()
         self._waited = self._trained = 0.0
-        self._reported = (self._now, self.samples_seen)
+        self.throughput.start(self.model, self.samples_seen)
         return metrics
 
     def _prepare(self, episode: Episode) -> dict[str, float]:
@@ -156,7 +157,9 @@ class Trainer:
 
         Returns metrics if `detailed`, which takes time and waits for the device.
         """
-        self._waited += self._tick()
+        waited = self._tick()
+        self._waited += waited
+        self.throughput.waited += waited
         rate = self.schedule(self.step)
         set_learning_rate(self.optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
@@ -192,6 +195,7 @@ class Trainer:
         taken = self.guard.step(self.step + 1, checked, norm, batch.sample_id)
         self._record(batch, embeddings, assignments, pulls, taken)
         self.batch += 1
+        self.throughput.step()
         metrics: dict[str, float] = {}
         if detailed:
             report |= feature_statistics(
@@ -207,12 +211,11 @@ class Trainer:
                 report["train/recall"] = recall(embeddings, batch.sample_id, batch.captions)
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
-            self.guard.look()
+            self.guard.look()  # waits for the device
+            report |= self.throughput.shares(self._module, total.device)
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
-            (before, seen), now = self._reported, time.monotonic()
-            metrics["train/samples_per_second"] = (self.samples_seen - seen) / (now - before)
-            self._reported = (now, self.samples_seen)
+            metrics |= self.throughput.report(self.samples_seen, total.device)
         self._trained += self._tick()
         return metrics
 

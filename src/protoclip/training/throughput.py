@@ -1,0 +1,190 @@
+"""What a run makes of its machines: pairs a second, waiting, memory, the share of a card's peak.
+
+No step waits for a device because of this.
+"""
+
+import re
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from protoclip.distributed import collectives, parallel
+from protoclip.distributed.collectives import rank, world_size
+from protoclip.distributed.waits import WAITS
+from protoclip.models.flops import Forward, forward_flops
+from protoclip.models.precision import Precision
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.start import Start
+from protoclip.progress import duration
+from protoclip.terminal import say
+from protoclip.training.run_folder import environment
+
+# FLOP/s of 16-bit matrix products that are summed in 32 bits, without sparsity, by NVIDIA, and the
+# names by which torch knows these cards. Other cards of a like name have other peaks.
+PEAK = {"A100": 312e12, "H100": 989e12, "RTX-4090": 165e12, "RTX-2080-Ti": 54e12}
+CARDS = {
+    r"NVIDIA A100.*": "A100",
+    r"NVIDIA (H100 80GB HBM3|H200)": "H100",  # the H200 has more memory, and computes as fast
+    r"NVIDIA GeForce RTX 4090": "RTX-4090",
+    r"NVIDIA GeForce RTX 2080 Ti": "RTX-2080-Ti",
+}
+FIRST_STEPS = 20  # whose time says how long the rest takes
+
+
+def placed(device: torch.device, batch: int) -> str:
+    """Where a run trains with so many pairs of a batch on each rank, in words. Collective."""
+    hosts = len(set(collectives.all_gather_object(socket.gethostname())))
+    names = Counter(collectives.all_gather_object(environment(device)["device"]))
+    ranks, kinds = world_size(), device.type == "cuda" or len(names) > 1
+    devices = ", ".join(f"{number} x {name}" if kinds else name for name, number in names.items())
+    said = f"{hosts} host{'s' * (hosts > 1)}, {ranks} rank{'s' * (ranks > 1)} on {devices}, "
+    said += f"{'each ' * (ranks > 1)}with {batch} pairs of every batch"
+    if ranks > 1:
+        said += "; learning rate, batch and episode are for all ranks together"
+    return said
+
+
+def peak(device_name: str, precision: Precision) -> float | None:
+    """FLOP/s that a card can reach in this precision; None if that is not known."""
+    known = (PEAK[card] for name, card in CARDS.items() if re.fullmatch(name, device_name))
+    return next(known, None) if precision in ("bf16", "fp16") else None
+
+
+def passes(parameters: Iterable[nn.Parameter]) -> float:
+    """How many forward passes a training step of a tower is worth in FLOPs.
+
+    The pass itself; as much for the gradients of activations if anything trains; and for those of
+    weights as large a part as the weights that train are of all.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    trained = sum(size for size, trains in sizes if trains)
+    return 1 + (trained > 0) + trained / max(1, sum(size for size, _ in sizes))
+
+
+def memory(device: torch.device) -> float:
+    """The most memory that this process has had on its device, in bytes; 0 if not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu" or sys.platform == "win32":
+        return 0.0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else 1024 * most)
+
+
+@dataclass(kw_only=True)
+class Throughput:
+    """What a rank measures from one report to the next.
+
+    Attributes:
+        peak: FLOP/s of this rank's card, if it is known.
+        forward: Counts the FLOPs of a pair, where both towers run in a step; asked once, on rank 0,
+            if there is a peak.
+        captions: Texts of an image.
+        waited: Seconds of waiting for data since the last report.
+    """
+
+    peak: float | None = None
+    forward: Callable[[], Forward] | None = None
+    captions: int = 1
+    waited: float = 0.0
+    _flops: float = 0.0  # of a pair, in the stage under way
+    _last: tuple[float, int] = (0.0, 0)  # time, and samples seen
+    _steps: int = 0
+    _counted: list[Forward] = field(default_factory=list)
+
+    def start(self, model: ProtoCLIP, seen: int) -> None:
+        """Measure from here on, with what trains in this model now."""
+        if self.peak is not None and self.forward is not None and rank() == 0:
+            self._flops = self._pair(model, self.forward)
+        WAITS.take()
+        self._last, self._steps, self.waited = (time.monotonic(), seen), 0, 0.0
+
+    def _pair(self, model: ProtoCLIP, forward: Callable[[], Forward]) -> float:
+        """FLOPs of a pair in training; 0 if they cannot be counted."""
+        if not self._counted:
+            try:
+                self._counted.append(forward())
+            except Exception as error:  # a tower that does what the meta device cannot
+                say(f"note: train/mfu is left out, since FLOPs cannot be counted ({error})")
+                self.forward = None
+                return 0.0
+        counted, named = self._counted[0], [*model.towers.named_parameters()]
+        image, text = (
+            passes(p for name, p in named if name.startswith("visual.") == of_image)
+            for of_image in (True, False)
+        )
+        return counted.image * image + self.captions * counted.text * text
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def shares(self, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Shares of the time since the last report, on this rank. Call it when the device has
+        come as far as the host."""
+        spent = max(time.monotonic() - self._last[0], 1e-9)
+        shares = {"data": self.waited / spent}
+        # FSDP gathers and averages by itself, and does not say how long that takes.
+        if world_size() > 1 and not parallel.is_sharded(module):
+            waited = WAITS.take() + self._steps * parallel.unhidden_seconds(module)
+            shares["collectives"] = waited / spent
+        self.waited = 0.0
+        return {
+            f"train/share/{part}": torch.tensor(min(1.0, share), device=device)
+            for part, share in shares.items()
+        }
+
+    def report(self, seen: int, device: torch.device) -> dict[str, float]:
+        """Pairs a second since the last report, memory, and the share of the peak. Collective."""
+        (before, had), now = self._last, time.monotonic()
+        rate = (seen - had) / (now - before)
+        self._last, self._steps = (now, seen), 0
+        metrics = {"train/samples_per_second": rate}
+        most = collectives.all_reduce(torch.tensor(memory(device) / 1e9, device=device), "max")
+        if most > 0:
+            metrics["train/memory_gb"] = float(most)
+        if self.peak is not None and self._flops:
+            metrics["train/mfu"] = rate * self._flops / (world_size() * self.peak)
+        return metrics
+
+
+def measures(
+    start: Start | None, device: torch.device, precision: Precision, captions: int
+) -> Throughput:
+    """The measurements of a run with these towers; None where it trains no towers."""
+    return Throughput(
+        peak=peak(environment(device)["device"], precision),
+        forward=None if start is None else partial(forward_flops, start),
+        captions=captions,
+    )
+
+
+class FirstSteps:
+    """Says once, after the first steps of a process, how long the steps that remain will take.
+
+    The first step is not counted: it makes what later ones find.
+    """
+
+    def __init__(self, steps: int, done: int) -> None:
+        self.steps, self.first = steps, done
+        self._since = 0.0
+
+    def update(self, done: int, batch: int) -> None:
+        """Tell of each step: how many are done, with so many pairs in each."""
+        if done - self.first == 1:
+            self._since = time.monotonic()
+        if done - self.first == FIRST_STEPS and done < self.steps:
+            each = (time.monotonic() - self._since) / (FIRST_STEPS - 1)
+            left = self.steps - done
+            say(
+                f"note: {batch / each:,.3g} pairs a second: the {left:,} steps that remain take "
+                f"about {duration(each * left)}, and grouping, evaluation and saving come on top"
+            )

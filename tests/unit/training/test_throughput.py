@@ -1,0 +1,90 @@
+"""What a run says of its machines. `tests/distributed` has the waiting for other ranks."""
+
+import time
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from protoclip.models import loading
+from protoclip.models.flops import Forward
+from protoclip.testing import tiny_model
+from protoclip.training import throughput
+from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
+from protoclip.training.throughput import FirstSteps, Throughput, passes, peak
+
+CPU = torch.device("cpu")
+FORWARD = Forward(image=30e9, text=10e9, heads=1e6, parameters=1)
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA A100-SXM4-40GB", "fp16", 312e12),
+        ("NVIDIA H100 PCIe", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA A100-SXM4-40GB", "fp32", None),
+        ("x86_64 CPU, 8 threads", "bf16", None),
+    ],
+)
+def test_the_peak_is_that_of_cards_that_are_known(card, precision, expected):
+    assert peak(card, precision) == expected
+
+
+def test_a_step_of_what_trains_in_part_takes_fewer_passes():
+    whole, part = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 1, bias=False)
+    both = [*whole.parameters(), *part.parameters()]
+    assert passes(both) == 3
+    whole.requires_grad_(False)
+    assert passes(both) == 2.25
+    part.requires_grad_(False)
+    assert passes(both) == 1
+
+
+def test_the_share_of_the_peak_follows_from_what_trains(monkeypatch):
+    """60 pairs in a second, with 3 passes each, or one of a locked image tower."""
+    model, count, now = loading.model(tiny_model(), seed=0), Mock(return_value=FORWARD), Mock()
+    measured = Throughput(peak=1e15, forward=count, captions=2)
+    monkeypatch.setattr(time, "monotonic", now)
+    for stage, flops in ((PROTOTYPICAL, 3 * 30e9 + 2 * 3 * 10e9), (LOCKED_IMAGE, 90e9)):
+        enter_stage(model, stage)
+        now.return_value = 5.0
+        measured.start(model, 100)
+        measured.waited, now.return_value = 0.25, 6.0
+        shares = measured.shares(model, CPU)
+        assert {name: float(share) for name, share in shares.items()} == {"train/share/data": 0.25}
+        metrics = measured.report(160, CPU)
+        assert metrics["train/samples_per_second"] == 60
+        assert metrics["train/mfu"] == pytest.approx(60 * flops / 1e15)
+    assert count.call_count == 1
+
+
+def test_towers_that_cannot_be_counted_cost_one_line(capsys):
+    model, count = loading.model(tiny_model(), seed=0), Mock(side_effect=NotImplementedError("no"))
+    measured = Throughput(peak=1e15, forward=count)
+    for _ in range(2):
+        measured.start(model, 0)
+        assert "train/mfu" not in measured.report(10, CPU)
+    assert capsys.readouterr().err == (
+        "note: train/mfu is left out, since FLOPs cannot be counted (no)\n"
+    )
+
+
+def test_the_first_steps_say_how_long_the_rest_takes(monkeypatch, capsys):
+    """Steps of two seconds after one that took long; of a run that goes on at step 100."""
+    now = Mock(return_value=0.0)
+    monkeypatch.setattr(time, "monotonic", now)
+    said = FirstSteps(steps=1000, done=100)
+    for step in range(101, 140):
+        now.return_value = 500.0 + 2 * step
+        said.update(step, 64)
+    assert capsys.readouterr().err == (
+        "note: 32 pairs a second: the 880 steps that remain take about 29m 20s, and grouping, "
+        "evaluation and saving come on top\n"
+    )
+
+
+def test_one_rank_says_where_it_is(monkeypatch):
+    monkeypatch.setattr(throughput, "environment", lambda device: {"device": "a card"})
+    assert throughput.placed(CPU, 64) == "1 host, 1 rank on a card, with 64 pairs of every batch"
