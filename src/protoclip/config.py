@@ -280,11 +280,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    head: Literal["auto", "linear", "mlp"] = "auto"  # auto: mlp where there are enough pairs.
+    head: Literal["auto", "linear", "mlp"] = "auto"  # auto: linear; mlp has a hidden layer.
+    init: Literal["cca", "random"] = "cca"  # Where heads start; cca: in closed form.
     views: Annotated[int, 1, 64] = 1  # Stored images of an image; all but one are augmented.
     features: str | None = None  # Folder of the halves' features; else in the cache.
-    dropout: Share = 0.5  # Share of a half's features that a step leaves out.
-    geometry: NotNegative = 10.0  # Weight of keeping each half's neighbourhoods.
+    dropout: Share = 0.2  # Share of a half's features that a step leaves out.
+    geometry: NotNegative = 0.0  # Weight of keeping each half's neighbourhoods.
 
 
 @dataclass(frozen=True, kw_only=True)

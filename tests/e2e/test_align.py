@@ -57,17 +57,17 @@ def test_only_what_lies_between_the_halves_trains(given, tmp_path):
     assert "eval/validation/retrieval/image_to_text@1" in results["metrics"]
 
 
-def test_the_default_leaves_features_out_and_keeps_the_geometry(given, tmp_path, capsys):
-    """And has no prototypes, which cost where the geometry is kept (docs/LOG.md). Notes name what
-    was given without effect, and nothing that was chosen."""
+def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys):
+    """Without prototypes or the geometry term, which bring nothing (docs/LOG.md). Notes
+    name what was given without effect, and nothing that was chosen."""
     given = {**given, "loss": {}, "align": {}}
     align(changed(given, tmp_path / "run", data={"augmentation": "clip"}))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "train/loss/info_nce" in lines
-    assert "train/loss/geometry" in lines
+    assert "train/loss/geometry" not in lines
     assert "prototypical" not in lines
     config = (tmp_path / "run" / "config.toml").read_text()
-    for setting in ("dropout = 0.5", "geometry = 10.0", "teacher = 0.0", "prototypical = 0.0"):
+    for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0", 'projection = "linear"'):
         assert setting in config
     said = capsys.readouterr().err
     for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):

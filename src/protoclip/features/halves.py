@@ -324,12 +324,18 @@ class HalfRows:
         }
         return np.stack([keys[key]() for key in by], axis=1)
 
+    def all_captions(self, rows: Numbers) -> Numbers:
+        """The numbers of all captions of these rows, row after row."""
+        counts = self.first[rows + 1] - self.first[rows]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        numbers: Numbers = self.captions[np.repeat(self.first[rows], counts) + within]
+        return numbers
+
     def mean_text_rows(self, rows: Numbers) -> Tensor:
         """The mean over the captions of each row `(b, q)`."""
         counts = self.first[rows + 1] - self.first[rows]
         owner = np.repeat(np.arange(len(rows)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        features = self.text_rows(self.captions[np.repeat(self.first[rows], counts) + within])
+        features = self.text_rows(self.all_captions(rows))
         sums = torch.zeros(len(rows), self.text.width)
         sums.index_add_(0, torch.from_numpy(owner), features.float())
         return (sums / torch.from_numpy(counts)[:, None]).half()

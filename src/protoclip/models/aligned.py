@@ -58,6 +58,52 @@ class Projections(nn.Module):
         return projected
 
 
+def start_projections(
+    whole: ProtoCLIP, image: Float[Tensor, "q k"], text: Float[Tensor, "r k"]
+) -> None:
+    """Let the projections of both halves begin as linear maps, whose first columns matter most.
+
+    What they leave free stays as drawn, at a tenth of its size: it may train, and disturbs little.
+    """
+    towers: Any = whole.towers
+    for tower, linear in ((towers.visual, image), (towers.text, text)):
+        start_projection(getattr(tower, projection_name(tower)), linear)
+
+
+@torch.no_grad()
+def start_projection(projection: Tensor | nn.Module, linear: Float[Tensor, "q k"]) -> None:
+    """One of them: a matrix, a linear layer, or two with a GELU between them.
+
+    Two layers are the map itself, since GELU(x) - GELU(-x) = x: half of the hidden units have it,
+    and the other half its negative. Sizes are those of layers as drawn, which learning rates suit.
+    """
+    if isinstance(projection, Tensor):  # open_clip's own towers
+        write(projection, linear)
+        return
+    layers = [layer for layer in projection.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        if layer.bias is not None:
+            layer.bias.zero_()
+    first, *others = layers
+    if not others:
+        write(first.weight.T, linear)
+        return
+    (second,) = others
+    linear = linear[:, : min(first.out_features // 2, second.out_features)]
+    write(first.weight.T, torch.cat([linear, -linear], dim=1))
+    eye = torch.eye(linear.shape[1])
+    write(second.weight.T, torch.cat([eye, -eye]))
+
+
+def write(weight: Float[Tensor, "q d"], values: Float[Tensor, "p k"]) -> None:
+    """Put values into the corner of a matrix, scaled to the size that layers are drawn at."""
+    weight.mul_(0.1)
+    rows, columns = min(len(weight), len(values)), min(weight.shape[1], values.shape[1])
+    values = values[:rows, :columns]
+    size = len(weight) ** -0.5 / values.square().mean().sqrt().clamp(min=1e-12)
+    weight[:rows, :columns] = (values * size).to(weight)
+
+
 class AlignedModel(ProtoCLIP):
     """What trains of a model of two halves: it takes their features in the place of its input.
 

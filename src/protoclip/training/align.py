@@ -23,6 +23,7 @@ from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
+from protoclip.features.canonical import canonical_projections, second_moments
 from protoclip.features.halves import (
     HalfRows,
     encode_halves,
@@ -33,7 +34,7 @@ from protoclip.features.halves import (
 )
 from protoclip.features.streamed import passed
 from protoclip.models import loading
-from protoclip.models.aligned import FrozenHalves
+from protoclip.models.aligned import FrozenHalves, start_projections
 from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
 from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
@@ -45,9 +46,8 @@ from protoclip.training.overfit import given_for_few
 from protoclip.training.plan import Plan
 from protoclip.training.run import train_together
 
-PASSES = 100  # over the data
+PASSES = {"cca": 30, "random": 100}  # over the data, by where the heads start
 LARGEST_BATCH = 1024
-MLP_FROM = 2000  # pairs; with fewer, heads with a hidden layer learn them by heart
 # What aligning chooses where it is not given.
 CHOSEN = {
     *("run.name", "model.embed_dim", "model.projection"),
@@ -206,9 +206,7 @@ def with_data(
     rows = len(np.unique(hashes_of_images(data.training)))
     head, closed = config.align.head, list[str]()
     hidden = set(start.choices) if isinstance(start, TwoHalves) else {"vision_cfg", "text_cfg"}
-    if head == "auto":
-        head = "mlp" if rows >= MLP_FROM and hidden else "linear"
-    projection = choose("model.projection", head)
+    projection = choose("model.projection", "linear" if head == "auto" else head)
     if config.align.head not in ("auto", projection):
         raise ValueError(
             f"align.head: {head}, but model.projection is {projection}; leave one of them out"
@@ -252,7 +250,7 @@ def with_data(
     size = choose("episodes.size", max(batch, rows // batch * batch))
     if size <= rows:
         choose("episodes.replacement", False)
-    count = choose("episodes.count", max(1, round(PASSES * rows / size)))
+    count = choose("episodes.count", max(1, round(PASSES[config.align.init] * rows / size)))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     return choices.config, choices.notes + closed
 
@@ -294,6 +292,10 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
             )
         notes.append(f"{said}; they are left out")
     left_out = np.union1d(bad, rows.repeated)
+    kept_rows = rows.without(left_out) if len(left_out) else rows
+    if config.align.init == "cca":
+        moments = second_moments(kept_rows, next(halves.parameters()).device)
+        start_projections(model, *canonical_projections(moments))
     if not len(left_out):
         return plan, rows
     kept = without(samples, left_out)
@@ -307,7 +309,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         config = replace(config, episodes=replace(episodes, size=size))
         notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
     plan = replace(plan, config=config, samples=kept, notes=notes)
-    return plan, rows.without(left_out)
+    return plan, kept_rows
 
 
 def pass_stream(device: torch.device, config: Config, start: Start, stream: SampleStream) -> Pairs:

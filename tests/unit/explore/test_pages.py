@@ -10,21 +10,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from worded import WordModel, distinct_pairs, explorers, loaded
+from worded import HOSTILE, distinct_pairs, explorers
 
-from protoclip.cli import main
-from protoclip.cli.explore import Explore
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.explore.atlas import MODALITIES
@@ -33,28 +29,8 @@ from protoclip.explore.pairs import explored
 from protoclip.explore.render import Pages, ids_as, shown, thumbnail
 from protoclip.explore.server import MAX_BODY_BYTES, cookie_name, listen, server, url_of
 from protoclip.explore.static import write_static, write_table
-from protoclip.testing import tiny_config
-from protoclip.training.run_folder import to_toml
 
-HOSTILE = {
-    2: "<script>document.title='x'</script> <img src=x onerror=alert(1)> a red square",
-    3: "\u202egnirts\u202c \u2066a\u2069 {{ 7*7 }} a green square",
-    4: "long " * 200_000,
-    5: "\"'></p></article><h1>no heading</h1>\x1b[31m a blue square",
-}
 TOKEN = "the-token"
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[Explorer]:
-    """Two models over 60 pairs with hostile captions and ids."""
-    rows = distinct_pairs(60)
-    for row, caption in HOSTILE.items():
-        rows[row]["caption"] = caption
-    rows[6]["sample_id"] = '<b>id</b>,"quoted"/../\u202ex'
-    path = tmp_path_factory.mktemp("pages") / "<i>pairs.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return explorers(DataConfig(train=str(path)), {}, {8: 20, 9: 21})
 
 
 @pytest.fixture(scope="module")
@@ -548,91 +524,3 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
     assert table["text"][2].as_py() == HOSTILE[2]
     assert table["image"][0].as_py()["bytes"][8:12] == b"WEBP"
     assert len(set(table["id"].to_pylist())) == 120
-
-
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        ("nothing --data emoji", "nothing: no such run or checkpoint folder"),
-        ("a b c --data emoji", "3 models: give one or two"),
-        ("a b --data emoji --atlas x.parquet", "--atlas: takes one model"),
-        ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
-        ("hf:x --data nothing.csv", "nothing.csv: no such file"),
-        ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
-        ("x --data emoji --map tsne", "map: 'tsne' is not one of auto, pca, umap"),
-        ("hf:x --data {}/plain.csv --port 0", "no column with captions"),
-    ],
-)
-def test_mistakes_are_one_line(
-    words: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "plain.csv").write_text("image,other\na.png,1\n")
-    port = [] if "--port" in words else ["--port", "0"]
-    with pytest.raises(SystemExit) as ended:
-        main(["explore", *words.format(tmp_path).split(), *port])
-    assert ended.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("protoclip: error: ")
-    assert error in last
-
-
-def test_the_command_writes_pages_and_a_table(
-    two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (source,) = two[0].pairs.sources
-    pq.write_table(source.table, tmp_path / "pairs.parquet")
-    (tmp_path / "ids.csv").write_text("sample_id\n" + "\n".join(f"tiny/{n}" for n in range(30)))
-    samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
-    with loaded(WordModel(samples)) as (name,):
-        words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
-        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4", "--map", "pca"]
-        main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
-    said = capsys.readouterr()
-    assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
-    assert "note: data.without: 31 of 60 samples are used" in said.err
-    assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
-    assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
-
-
-@pytest.mark.usefixtures("any_map")
-def test_the_map_is_by_umap_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for there, layout, said in (("spec", "umap", ""), (None, "pca", "pip install umap-learn")):
-        monkeypatch.setattr("protoclip.cli.explore.find_spec", lambda name, found=there: found)
-        assert Explore(models=["x"]).layout() == layout
-        assert Explore(models=["x"], map="pca").layout() == "pca"
-        assert said in capsys.readouterr().err
-
-
-def test_an_interrupt_while_umap_runs_ends_at_once(
-    two: list[Explorer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go_on, codes = threading.Event(), []
-
-    def ended(code: int) -> None:
-        codes.append(code)
-        raise SystemExit(code)
-
-    serving = SimpleNamespace(run=Mock(side_effect=KeyboardInterrupt))
-    monkeypatch.setattr("protoclip.explore.server.server", lambda *_, **__: serving)
-    monkeypatch.setattr("os._exit", ended)
-    slow = replace(two[0], make_umap=lambda done: go_on.wait(60) and two[0].atlas)
-    with listen("127.0.0.1", 0) as listening:
-        with pytest.raises(SystemExit):
-            Explore(models=["x"]).serve([slow], listening)
-        go_on.set()
-        assert codes == [130]
-        with pytest.raises(KeyboardInterrupt):  # as any other command
-            Explore(models=["x"]).serve([two[0]], listening)
-
-
-def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
-    config = tiny_config("own.parquet", out=str(tmp_path / "run"))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
-    checkpoint.mkdir(parents=True)
-    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
-    for folder in (tmp_path / "run", checkpoint):
-        assert Explore(models=[str(folder)]).settings() == config.data
-        other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
-        assert other == DataConfig(train="x.tsv", root="y")

@@ -22,6 +22,14 @@ from protoclip.models import loading
 from protoclip.models.protoclip import TowerPair
 from protoclip.testing import tiny_pairs
 
+# Captions that would be markup, or break it, by row.
+HOSTILE = {
+    2: "<script>document.title='x'</script> <img src=x onerror=alert(1)> a red square",
+    3: "\u202egnirts\u202c \u2066a\u2069 {{ 7*7 }} a green square",
+    4: "long " * 200_000,
+    5: "\"'></p></article><h1>no heading</h1>\x1b[31m a blue square",
+}
+
 
 def distinct_pairs(number: int) -> list[dict[str, Any]]:
     """Pairs of which no two images are equal."""

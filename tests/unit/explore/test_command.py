@@ -1,0 +1,108 @@
+"""`protoclip explore`: what it serves and writes; the pages themselves are in `test_pages.py`."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pyarrow.parquet as pq
+import pytest
+from worded import WordModel, loaded
+
+from protoclip.cli import main
+from protoclip.cli.explore import Explore
+from protoclip.config import Config, DataConfig
+from protoclip.data import sources
+from protoclip.explore.explorer import Explorer
+from protoclip.explore.server import listen
+from protoclip.testing import tiny_config
+from protoclip.training.run_folder import to_toml
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("nothing --data emoji", "nothing: no such run or checkpoint folder"),
+        ("a b c --data emoji", "3 models: give one or two"),
+        ("a b --data emoji --atlas x.parquet", "--atlas: takes one model"),
+        ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
+        ("hf:x --data nothing.csv", "nothing.csv: no such file"),
+        ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
+        ("x --data emoji --map tsne", "map: 'tsne' is not one of auto, pca, umap"),
+        ("hf:x --data {}/plain.csv --port 0", "no column with captions"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plain.csv").write_text("image,other\na.png,1\n")
+    port = [] if "--port" in words else ["--port", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main(["explore", *words.format(tmp_path).split(), *port])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("protoclip: error: ")
+    assert error in last
+
+
+def test_the_command_writes_pages_and_a_table(
+    two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source,) = two[0].pairs.sources
+    pq.write_table(source.table, tmp_path / "pairs.parquet")
+    (tmp_path / "ids.csv").write_text("sample_id\n" + "\n".join(f"tiny/{n}" for n in range(30)))
+    samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
+    with loaded(WordModel(samples)) as (name,):
+        words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
+        words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4", "--map", "pca"]
+        main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
+    said = capsys.readouterr()
+    assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
+    assert "note: data.without: 31 of 60 samples are used" in said.err
+    assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
+    assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
+
+
+@pytest.mark.usefixtures("any_map")
+def test_the_map_is_by_umap_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for there, layout, said in (("spec", "umap", ""), (None, "pca", "pip install umap-learn")):
+        monkeypatch.setattr("protoclip.cli.explore.find_spec", lambda name, found=there: found)
+        assert Explore(models=["x"]).layout() == layout
+        assert Explore(models=["x"], map="pca").layout() == "pca"
+        assert said in capsys.readouterr().err
+
+
+def test_an_interrupt_while_umap_runs_ends_at_once(
+    two: list[Explorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, codes = threading.Event(), []
+
+    def ended(code: int) -> None:
+        codes.append(code)
+        raise SystemExit(code)
+
+    serving = SimpleNamespace(run=Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("protoclip.explore.server.server", lambda *_, **__: serving)
+    monkeypatch.setattr("os._exit", ended)
+    slow = replace(two[0], make_umap=lambda done: go_on.wait(60) and two[0].atlas)
+    with listen("127.0.0.1", 0) as listening:
+        with pytest.raises(SystemExit):
+            Explore(models=["x"]).serve([slow], listening)
+        go_on.set()
+        assert codes == [130]
+        with pytest.raises(KeyboardInterrupt):  # as any other command
+            Explore(models=["x"]).serve([two[0]], listening)
+
+
+def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
+    config = tiny_config("own.parquet", out=str(tmp_path / "run"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    for folder in (tmp_path / "run", checkpoint):
+        assert Explore(models=[str(folder)]).settings() == config.data
+        other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
+        assert other == DataConfig(train="x.tsv", root="y")

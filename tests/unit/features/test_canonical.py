@@ -1,0 +1,93 @@
+"""Where two frozen spaces agree, and heads that start there."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from torch import nn
+
+from protoclip.features.canonical import SecondMoments, canonical_projections, second_moments
+from protoclip.models.aligned import AlignedModel, start_projection
+from tiny_align import changed, rows_of, tiny_alignment
+
+CPU = torch.device("cpu")
+
+
+def test_moments_count_an_image_once_however_many_captions_it_has(tmp_path):
+    _, rows, _ = rows_of(tiny_alignment(tmp_path))
+    found = second_moments(rows, CPU)
+    assert found.samples == len(rows.images) == 96
+    image, text, cross = 0.0, 0.0, 0.0
+    for row in range(96):
+        x = rows.image_rows(np.array([row]))[0].double().numpy()
+        captions = rows.captions[rows.first[row] : rows.first[row + 1]]
+        for y in rows.text_rows(captions).double().numpy():
+            text += np.outer(y, y) / len(captions)
+            cross += np.outer(x, y) / len(captions)
+        image += np.outer(x, x)
+    for moment, expected in ((found.image, image), (found.text, text), (found.cross, cross)):
+        np.testing.assert_allclose(moment, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_directions_are_those_of_a_generalised_eigenproblem():
+    """In which the most correlated directions of both spaces are the eigenvectors of the pencil
+    of cross moments and of ridged moments; columns have their correlation as size."""
+    draws = torch.randn(50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, y = draws[:, :5], draws[:, 4:]  # one dimension is common to both
+    moments = SecondMoments(image=x.T @ x, text=y.T @ y, cross=x.T @ y, samples=50)
+    image, text = canonical_projections(moments)
+    ridged = [(m + m.trace() / 50 * torch.eye(5)).numpy() / 50 for m in (x.T @ x, y.T @ y)]
+    cross, zero = (x.T @ y).numpy() / 50, np.zeros((5, 5))
+    values, vectors = scipy.linalg.eigh(
+        np.block([[zero, cross], [cross.T, zero]]), scipy.linalg.block_diag(*ridged)
+    )
+    order = np.argsort(-values)[:5]
+    for column, (value, vector) in enumerate(zip(values[order], vectors.T[order], strict=True)):
+        for found, expected, moment in (
+            (image[:, column].numpy(), vector[:5], ridged[0]),
+            (text[:, column].numpy(), vector[5:], ridged[1]),
+        ):
+            expected = expected / np.sqrt(expected @ moment @ expected) * value
+            assert abs(found @ moment @ expected) == pytest.approx(value**2, rel=1e-7)
+            assert found @ moment @ found == pytest.approx(value**2, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "projection",
+    [
+        nn.Parameter(torch.randn(6, 4)),
+        nn.Linear(6, 4),
+        nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 4, bias=False)),
+        TimmModel("test_resnet", embed_dim=4, proj="mlp", proj_bias=True).head,
+    ],
+    ids=["matrix", "layer", "hidden layer", "timm's hidden layer"],
+)
+def test_a_projection_starts_as_a_linear_map(projection):
+    width = 6
+    if isinstance(projection, nn.Sequential):
+        width = next(m for m in projection.modules() if isinstance(m, nn.Linear)).in_features
+    features, linear = torch.randn(10, width), torch.randn(width, 4)
+    start_projection(projection, linear)
+    with torch.no_grad():
+        through = features @ projection if isinstance(projection, nn.Parameter) else None
+        outputs = projection(features) if through is None else through
+    assert torch.allclose(
+        F.normalize(outputs, dim=-1), F.normalize(features @ linear, dim=-1), atol=0.02
+    )
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_heads_know_pairs_before_the_first_step(head, tmp_path):
+    """Of the training pairs, so that chance alone finds few."""
+    given = changed(tiny_alignment(tmp_path), align={"head": head})
+    ranks = {}
+    for init in ("cca", "random"):
+        _, rows, model = rows_of(changed(given, align={"head": head, "init": init}))
+        with torch.no_grad():
+            every = np.arange(96)
+            made = AlignedModel(model).eval()(rows.image_rows(every), rows.mean_text_rows(every))
+        similarities = made.image_features @ made.text_features.T
+        ranks[init] = (similarities > similarities.diag()[:, None]).sum(1).float().mean()
+    assert ranks["cca"] < ranks["random"] / 2
