@@ -79,6 +79,15 @@ def difference(
     return mean, (mean - half, mean + half)
 
 
+def without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given."""
+    return {
+        name: without_none(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("study", type=Path)
@@ -86,6 +95,8 @@ def main() -> None:
     parser.add_argument("--validation", required=True)
     parser.add_argument("--root")
     parser.add_argument("--image-weights", required=True)
+    parser.add_argument("--image-size", type=int, help="of the image half, if not the study's")
+    parser.add_argument("--caption-column")
     parser.add_argument("--pairs", type=int, help="train on so many, drawn once for all seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+")
@@ -94,14 +105,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_flush_denormal(True)
     study = tomllib.loads(given.study.read_text(encoding="utf-8"))
-    places = {"train": given.train, "validation": given.validation, "root": given.root}
-    base = merged(
-        study["base"],
-        {
-            "data": {name: place for name, place in places.items() if place is not None},
-            "model": {"image": {"weights": given.image_weights}},
-        },
-    )
+    data = {"train": given.train, "validation": given.validation, "root": given.root}
+    data["caption_column"] = given.caption_column
+    image = {"weights": given.image_weights, "size": given.image_size}
+    base = study["base"]
+    for more in ({"data": data}, {"model": {"image": image}}):
+        base = merged(base, without_none(more))
     if given.pairs is not None:
         source = open_source(DataConfig(root=given.root), SourceConfig(path=given.train))
         only = given.folder / f"{given.pairs}.csv"
