@@ -147,9 +147,8 @@ def train_together(
         plan, halves = encode(plan, model)
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
     start = {} if ending is None else parallel.weights(model)
-    trains = loading.in_words(plan.config.model, model, run.loader.tokenizer)
-    where = throughput.placed(device, run.loader.batch_size)
-    notes = [trains, where, *plan.notes, *said, *run.notes]
+    notes = [loading.in_words(plan.config.model, model, run.loader.tokenizer)]
+    notes += [throughput.placed(device, run.loader.batch_size), *plan.notes, *said, *run.notes]
     if encode is None and config.align != AlignConfig():
         notes.append("align.*: no effect, since protoclip align alone aligns halves")
     with ExitStack() as stack:
@@ -335,10 +334,9 @@ class Run:
 
     def feature_source(self, context: Autocast) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
-        config, transform = self.config, self.loader.transform
+        config, trains = self.config, self.loader.transform
         evaluating = config.prototypes.extract_transform == "evaluation"
-        if evaluating:
-            transform = loading.evaluation_transform(self.model)
+        transform = loading.evaluation_transform(self.model) if evaluating else trains
         over = partial(self.loader.pass_over, transform=transform, stream=EXTRACTION_STREAM)
         self.extraction_pass: Callable[[Episode], Pass] = over
         settings: dict[str, Any] = {
