@@ -22,7 +22,7 @@ from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.shards import read_samples
-from protoclip.files import locked, read_json, replacing, write_atomically
+from protoclip.files import left_by_killed, locked, read_json, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -155,7 +155,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     row, number = last["read"], sum(shard["samples"] for shard in shards)
     items = _prepare(source, row, settings["resize"])
     progress = Progress(f"Packing {source.name}", len(source))
-    for left in out.glob(".*.tmp"):  # of a run that was killed
+    for left in left_by_killed(out):
         left.unlink()
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
     with (out / SKIPPED).open("ab") as skipped:

@@ -21,11 +21,12 @@ import protoclip
 from protoclip.config import GONE, PERMISSIONS, Config, build, shown
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
-from protoclip.files import SEAL, has_changed, read_json, read_toml
+from protoclip.files import SEAL, UNFINISHED, has_changed, read_json, read_toml
 from protoclip.models.saved import facts_of, remove_unfinished
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
 
+LOCK = ".lock"
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
@@ -73,8 +74,10 @@ def look(outline: Outline, *, resume: bool) -> Begun:
     """
     folder = folder_of(outline.config)
     is_begun = (folder / "config.toml").is_file()
-    # A run that was killed at its very start leaves hidden files at most.
-    empty = folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    # A run that was killed at its very start leaves a lock, and what it had begun to write.
+    empty = folder.is_dir() and all(
+        path.name == LOCK or UNFINISHED.fullmatch(path.name) for path in folder.iterdir()
+    )
     if folder.exists() and not (resume and (is_begun or empty)):
         way = ", or go on with --resume auto" if is_begun else ""
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
@@ -217,7 +220,7 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=resume)
     try:
-        lock = FileLock(folder / ".lock", timeout=0).acquire()
+        lock = FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise ValueError(
             f"{folder}: another process is running in this folder; wait for it, or choose "
