@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
+
 from protoclip.checks import check
 from protoclip.config import Config
 from protoclip.data import sources
@@ -19,8 +21,13 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
+from protoclip.features.halves import HalfRows
+from protoclip.features.store import StoredFeatures
+from protoclip.features.whiten import Whitens
+from protoclip.files import checksum, to_json
 from protoclip.models import loading
 from protoclip.models.halves import SmallTowers
+from protoclip.models.protoclip import TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
 from protoclip.paths import require_paths
@@ -152,19 +159,45 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     )
 
 
-def contents(plan: Plan, samples: Pairs | SampleStream, *, encoded: bool) -> dict[str, list[Facts]]:
-    """What identifies the pairs of a run: `sources` to train on, and a source that judges it.
+def contents(
+    plan: Plan,
+    samples: Pairs | SampleStream,
+    teachers: Mapping[str, Whitens],
+    start: TowerPair | None,
+    *,
+    halves: HalfRows | None,
+) -> dict[str, list[Facts]]:
+    """What identifies that which a run reads beside its checkpoints.
+
+    `sources` are the pairs to train on, `validation` a source that judges it, `teachers` what is
+    stored of them, and `start` the frozen start, where a loss needs it.
 
     Args:
         samples: Those of the plan, before halves encoded them if they did.
-        encoded: Whether the plan's are what is left of them then.
+        teachers: By name; those that the run makes of its start or its halves follow from these.
+        start: The frozen start, at the run's sizes.
+        halves: What these encoded, if they did; the plan's samples are what is left then.
     """
-    facts = {"sources": content(samples, encoded=plan.samples if encoded else None)}
+    facts = {"sources": content(samples, encoded=None if halves is None else plan.samples)}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):
         facts["validation"] = content(images)
+    stored = {name: each for name, each in teachers.items() if isinstance(each, StoredFeatures)}
+    facts["teachers"] = [{"name": name, **each.content} for name, each in stored.items()]
+    facts["start"] = [] if start is None else [{"weights": weights_key(start)}]
     return facts
+
+
+def weights_key(start: TowerPair) -> str:
+    """Of the weights of a start, but for embeddings of positions, whose sizes may have changed:
+    machines interpolate them with other last digits."""
+    raw = {
+        name: checksum(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in start.state_dict().items()
+        if "pos" not in name
+    }
+    return checksum(to_json(raw).encode())
 
 
 def fill(section: Section, values: Mapping[str, Any]) -> Section:

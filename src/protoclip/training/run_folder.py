@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import protoclip
-from protoclip.config import GONE, PERMISSIONS, Config, build, shown
+from protoclip.config import GONE, HALVES, PERMISSIONS, START, Config, build, shown
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
 from protoclip.files import SEAL, UNFINISHED, has_changed, read_json, read_toml
@@ -33,7 +33,7 @@ FREE = (
     *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
     *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.wandb", "run.evaluate"),
     *("run.evaluate_every", "run.guard", "data.workers", "data.cache", "data.cache_gb"),
-    "data.max_bad_share",
+    *("data.max_bad_share", "align.features"),
 )
 # These change memory, time and rounding alone, so a run that lacks memory can go on with others.
 ROUNDING = (
@@ -41,7 +41,12 @@ ROUNDING = (
     *("parallel.activation_checkpointing", "parallel.compile"),
 )
 # These say where data are, as `data.root` does. They may move, if what is there is the same.
-MOVABLE = ("data.train", "data.sources", "data.validation", "data.only", "data.without")
+MOVABLE = (
+    *("data.train", "data.sources", "data.validation", "data.only", "data.without"),
+    *("teacher.features", "teachers"),
+)
+PATHS = ("path", "root")  # of a source
+NAMES = ("emoji", START, *HALVES.values())  # which are not moved: they say what the data are
 # With `run.stop_by` these decide when the run ends.
 STOPS = ("run.evaluate_every", "run.guard")
 
@@ -278,6 +283,13 @@ def check_checkpoint(
             f"data.validation: not the pairs that judged the run before ({differs}); restore them, "
             "or choose another folder with --run.out"
         )
+    for key, setting in (("teachers", "teacher.features"), ("start", "model.start")):
+        frozen = content.get(key, [])
+        if differs := difference(facts.get(key, frozen), frozen):
+            raise ValueError(
+                f"{setting}: not what the run began with ({differs}), so its losses would be "
+                "others; restore it, or choose another folder with --run.out"
+            )
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -293,9 +305,16 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def without_paths(value: Any) -> Any:
     """A setting without the paths in it, since data may move; a share is no path."""
-    if isinstance(value, list):
-        return [{k: v for k, v in source.items() if k not in ("path", "root")} for source in value]
-    return "" if isinstance(value, str) and value != "emoji" else value
+    if isinstance(value, list):  # sources, or teachers
+        return [
+            {
+                key: without_paths(item) if key == "features" else item
+                for key, item in each.items()
+                if key not in PATHS
+            }
+            for each in value
+        ]
+    return "" if isinstance(value, str) and value not in NAMES else value
 
 
 def told(settings: Mapping[str, Any], key: str) -> str:
