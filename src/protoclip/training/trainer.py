@@ -3,7 +3,6 @@
 The loop over episodes is in `run.py`, and the losses are summed in `losses/objective.py`.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
-from protoclip.losses.grad_cache import forward_in_chunks, random_state
+from protoclip.losses.grad_cache import forward_in_chunks, number_of_chunks, random_state
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.positives import mean_positives
 from protoclip.losses.prototypical import Target
@@ -241,8 +240,7 @@ class Trainer:
         if size is None or size >= len(batch.image):
             embeddings = self._embed(batch.image, batch.text, project=self._projects, teach=True)
             return embeddings.paired(), lambda: None
-        # Of nearly equal sizes, since BatchNorm cannot train on a rest of one row.
-        number = math.ceil(len(batch.image) / size)
+        number = number_of_chunks(len(batch.image), size)
         parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
         outputs, backward = forward_in_chunks(
             [partial(self._encode, *part) for part in zip(*parts, strict=True)],
