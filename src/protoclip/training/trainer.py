@@ -31,7 +31,7 @@ from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
-from protoclip.training.overfit import recall
+from protoclip.training.overfit import names_of_images, recall
 from protoclip.training.stages import Stage, enter_stage
 from protoclip.training.symptoms import repeated
 
@@ -90,6 +90,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
         self._module: nn.Module = self.model  # the model, wrapped for the stage
+        self._image_names: dict[str, str] = {}  # by sample id, where it recalls
         self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
         self._reported = (0.0, 0)  # time and samples seen when a step was last reported
@@ -203,7 +204,8 @@ class Trainer:
                 metrics["train/repeated/captions"] = repeated(batch.captions)
                 metrics["train/repeated/images"] = repeated(batch.sample_id)
             if self.recalls:
-                report["train/recall"] = recall(embeddings, batch.sample_id, batch.captions)
+                images = names_of_images(batch, self._image_names)
+                report["train/recall"] = recall(embeddings, images, batch.captions)
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()
