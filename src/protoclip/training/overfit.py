@@ -17,7 +17,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import without
-from protoclip.distributed.collectives import world_size
+from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import checksum
 from protoclip.models.protoclip import Embeddings
 from protoclip.terminal import say
@@ -28,7 +28,9 @@ STEPS = 500  # after which the pairs are given up
 def settings(config: Config) -> dict[str, dict[str, Any]]:
     """What `run.overfit` decides: one batch of all pairs a step, by the instance loss alone, and
     nothing that keeps a model from learning by heart. The rate and the model stay."""
-    number = config.run.overfit
+    number, given = config.run.overfit, config.data.validation
+    if given is not None and given != 0 and rank() == 0:
+        say("note: data.validation: no effect, since run.overfit holds no pairs out")
     return {
         "run": {
             **{"log_every": 1, "evaluate": False, "evaluate_every": 0, "guard": []},

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.checks import check
 from protoclip.config import Config
@@ -142,6 +143,8 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
     watched = raise_on_all_ranks(lambda: guards(config, divided.data))
     raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
+    if defaults is None and config.model.frozen_batch_norm:  # fine-tuning asks it of any towers
+        notes += rank0_first(lambda: without_batch_norm(start))
     cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
     notes = [*outlined.notes, *notes, *cut, *divided.notes]
     for guard in watched:
@@ -157,6 +160,14 @@ def complete(outlined: Outline, *, defaults: Defaults | None = None) -> Plan:
         guards=watched,
         notes=notes,
     )
+
+
+def without_batch_norm(start: Start) -> list[str]:
+    """A note if a start's towers have none, so that there is nothing to freeze."""
+    parts = start.build("none").towers.modules()
+    if any(isinstance(part, _BatchNorm) for part in parts):
+        return []
+    return ["model.frozen_batch_norm: no effect, since the towers have no BatchNorm"]
 
 
 def contents(
