@@ -51,6 +51,7 @@ def test_an_image_of_two_rows_is_one_image():
         image_projections=None,
         text_projections=None,
         logit_scale=torch.tensor(1.0),
+        prototype_logit_scale=torch.tensor(1.0),
     )
     batch = Batch(
         position=torch.arange(3), sample_id=["a", "b", "c"], image=image[:, None, None], text=text
