@@ -3,7 +3,6 @@
 The limits of single settings are in `config.py`, and typos in paths are found by `paths.py`.
 """
 
-from dataclasses import replace
 from functools import reduce
 
 from protoclip.config import LOGGERS, START, Config, DataConfig, ModelConfig, TeacherConfig, build
@@ -146,7 +145,12 @@ def without_effect(config: Config) -> list[str]:
         "data.class_column": data.validation == 0
         and loss.positives != "class"
         and "data.validation is 0",
+        "data.augmentation": config.run.overfit is not None
+        and "run.overfit transforms images as an evaluation does",
         "model.heads.*": unused,
+        "model.heads.hidden_dim": not unused
+        and model.heads.hidden_layers == 0
+        and "model.heads.hidden_layers is 0",
         "prototypes.*": clip and "loss.prototypical is 0",
         "prototypes.number": no_groups,
         "prototypes.hard_targets": no_target,
@@ -186,8 +190,7 @@ def without_effect(config: Config) -> list[str]:
     ]
     for teacher in config.teachers or [config.teacher]:
         known = TeacherConfig(name=teacher.name)
-        is_given = teacher != replace(known, number=teacher.number)
-        if not is_given or (loss.teacher == 0 and not teacher.distil):
+        if teacher == known or (loss.teacher == 0 and not teacher.distil):
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from protoclip.terminal import OBEYED
 
 SOFTWARE = "protoclip"  # what a PNG file names as its maker
 SEAL = "checksum"  # key in a JSON object of the checksum of the rest
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp", re.ASCII | re.DOTALL)  # what `replacing` writes to
 FILE_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
 FILE_KINDS |= {stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -74,6 +76,16 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
             os.fsync(file.fileno())
 
 
+def left_by_killed(folder: Path) -> Iterator[Path]:
+    """What `replacing` left in a folder when its process was killed; hidden folders are not ours.
+
+    Nobody may be writing to the folder.
+    """
+    for top, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(top, name) for name in names if UNFINISHED.fullmatch(name))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends without an error.
@@ -83,7 +95,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # root could replace /dev/null
         raise FileExistsError(errno.EEXIST, "Is a device or a pipe", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see `UNFINISHED`
     try:
         with naming(path):
             yield temporary

@@ -99,7 +99,7 @@ def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -
         model=tiny_model(),
         episodes=EpisodeConfig(size=64, count=4, batch_size=16),
         prototypes=PrototypeConfig(number=8, iterations=5),
-        teacher=TeacherConfig(features=teacher, number=8),
+        teacher=TeacherConfig(features=teacher, number=8) if teacher else TeacherConfig(),
     )
 
 

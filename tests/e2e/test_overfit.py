@@ -6,15 +6,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import protoclip
 from interrupting import with_changes
 from protoclip.cli import COMMANDS
 from protoclip.cli.parsing import parse
 from protoclip.config import SourceConfig
+from protoclip.data.loader import Batch
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
+from protoclip.models.protoclip import Embeddings
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import overfit
 from protoclip.training.align import align
@@ -44,6 +47,26 @@ def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, caps
 def test_a_short_option_stands_for_the_setting(command):
     given = parse(COMMANDS[command], ["--run.seed", "3", "--overfit", "64"]).settings()
     assert given["run"] == {"seed": 3, "overfit": 64}
+
+
+def test_an_image_of_two_rows_is_one_image():
+    """Perfect features know all pairs: no row is nearer to its own text than to the other one's."""
+    image = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 1]])
+    text = torch.tensor([[1, 0.1, 0], [1, -0.1, 0], [0, 0, 1]])
+    features = Embeddings(
+        image_features=image,
+        text_features=text,
+        image_projections=None,
+        text_projections=None,
+        logit_scale=torch.tensor(1.0),
+        prototype_logit_scale=torch.tensor(1.0),
+    )
+    batch = Batch(
+        position=torch.arange(3), sample_id=["a", "b", "c"], image=image[:, None, None], text=text
+    )
+    names = overfit.names_of_images(batch, {})
+    assert overfit.recall(features, names, [b"1", b"2", b"3"]) == 1
+    assert overfit.recall(features, batch.sample_id, [b"1", b"2", b"3"]) < 1
 
 
 def test_it_takes_no_teachers_and_no_weights_of_sources():

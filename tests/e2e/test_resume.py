@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,8 +23,8 @@ from interrupting import (
     with_changes,
     with_out,
 )
-from protoclip.models import saved
-from protoclip.models.saved import checkpoints, find_checkpoint
+from protoclip.models import loading, saved
+from protoclip.models.saved import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 
@@ -146,6 +147,46 @@ def test_other_pairs_that_judge_a_run_do_not_go_on(tiny_parquet, tmp_path, monke
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         assert run.train(now, resume="auto")["steps"] == 2
+
+
+def test_another_teacher_or_start_at_the_same_path_does_not_go_on(
+    tiny_parquet, tmp_path, monkeypatch
+):
+    """But what is equal may move."""
+    base = quick_config(tiny_parquet, tmp_path / "run", run={"save_steps": 1})
+    path, moved, ids = tmp_path / "teacher.npy", tmp_path / "moved.npy", tiny_pairs()["sample_id"]
+    for file in (path, moved):
+        file.with_suffix(".ids.txt").write_text("\n".join(ids.to_pylist()))
+
+    def write(seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        np.save(path, draw.normal(size=(len(ids), 8)).astype(np.float32))
+
+    def start(seed: int) -> None:
+        weights = dict(loading.model(base.model, seed=seed).state_dict())
+        facts = {MODEL: model_json(base.model, None)}
+        saved.write_checkpoint(tmp_path / "start", {WEIGHTS: weights}, facts)
+
+    write(0)
+    start(0)
+    changes = {"model": {"start": str(tmp_path / "start")}, "loss": {"keep": 1.0}}
+    config = with_changes(base, {**changes, "teacher": {"features": str(path), "number": 4}})
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        run.train(config)
+    path.rename(moved)
+    write(1)
+    message = r"teacher\.features: not what the run began with \(other features\)"
+    with pytest.raises(ValueError, match=message):
+        run.train(config, resume="auto")
+    config = with_changes(config, {"teacher": {"features": str(moved)}})
+    start(1)
+    with pytest.raises(ValueError, match=r"model\.start: not .* \(other weights\)"):
+        run.train(config, resume="auto")
+    start(0)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert run.train(config, resume="auto")["steps"] == 2
 
 
 def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, capsys):

@@ -28,11 +28,13 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed.collectives import rank
+from protoclip.evaluation import validation
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.validation import judged
 from protoclip.features.teachers import teachers
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
+from protoclip.training.run_folder import to_toml
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -252,6 +254,19 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
     pq.write_table(tables[1], one)
     notes = held_out_of(after("first", train=str(both)))[2]
     assert "have changed since it was trained (other captions)" in notes[0]
+
+
+def test_a_run_that_names_itself_as_its_start_is_read_once(folder, tmp_path, monkeypatch):
+    """A folder that was copied over its own start; its pairs count once."""
+    run, opened = tmp_path / "run", []
+    config = with_changes(config_for(folder, run), {"model": {"start": str(run)}})
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    read = validation.read_config
+    monkeypatch.setattr(validation, "read_config", lambda path: opened.append(path) or read(path))
+    notes: list[str] = []
+    assert [*validation.trained_before(config, notes)] == ["model.start"]
+    assert (opened, notes) == ([run], [])
 
 
 def test_a_share_of_no_pair_cannot_judge_a_run(folder, tmp_path):

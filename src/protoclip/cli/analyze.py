@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 from protoclip.cli.device import open_device
 from protoclip.config import Count
-from protoclip.files import SOFTWARE, replacing, require_ours, to_json, write_atomically
+from protoclip.files import SOFTWARE, locked, replacing, require_ours, to_json, write_atomically
 from protoclip.paths import require_place, require_run, require_source
 from protoclip.terminal import say, visible
 
@@ -39,14 +40,24 @@ class Analyze:
             require_source("--data", self.data)
         if self.out is not None:
             require_place("--out", self.out, is_folder=True)
+        folders = [Path(run) for run in self.runs]
+        stems = self.stems(folders)
+        together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
+        places = (
+            [Path(self.out)] if self.out else [*stems, *([together] if len(folders) > 1 else [])]
+        )
+        with ExitStack() as stack:
+            for place in {each.resolve(): each for each in places}.values():
+                stack.enter_context(locked(place))
+            self.write(folders, stems, together)
+
+    def write(self, folders: Sequence[Path], stems: Sequence[Path], together: Path) -> None:
+        """Analyse, print and write."""
         from protoclip.evaluation.analysis import HINT, analyze, open_run
 
         device = open_device()
-        folders = [Path(run) for run in self.runs]
         for folder in folders:  # before minutes of work on the first one
             open_run(folder)
-        stems = self.stems(folders)
-        together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
         for stem in stems if not self.overwrite else ():
             require_ours(Path(f"{stem}.json"), '"checkpoints"')
             require_ours(Path(f"{stem}.png"), SOFTWARE)

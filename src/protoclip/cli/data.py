@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
 
 
+# Settings of `data` that training alone has a use for.
+OF_TRAINING = ("validation", "augmentation", "cache", "cache_gb", "max_bad_share")
+
+
 @dataclass(frozen=True)
 class Inspect(Recipes):
     """Show a source's sizes, caption lengths, duplicates, bad files."""
@@ -49,7 +53,7 @@ class Inspect(Recipes):
             seed=self.seed,
             workers=None if self.data.workers == "auto" else self.data.workers,
             max_pixels=self.data.max_image_pixels,
-            notes=notes,
+            notes=[*idle(self.data), *notes],
         )
         if self.json:
             print(to_json(report, indent=2))
@@ -151,8 +155,15 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
     samples, notes = open_source(data)
     if isinstance(samples, SampleStream):
         raise ValueError(f"{data.train}: a stream has no {purpose}; leave data.read at auto")
-    print_notes(notes)
+    print_notes([*idle(data), *notes])
     return samples
+
+
+def idle(data: DataConfig) -> list[str]:
+    """A note on settings that a command of data has no use for."""
+    known = DataConfig()
+    named = [f"data.{name}" for name in OF_TRAINING if getattr(data, name) != getattr(known, name)]
+    return [f"{', '.join(named)}: no effect here, since only training uses it"] if named else []
 
 
 def print_notes(notes: list[str]) -> None:

@@ -34,7 +34,7 @@ class EmbedTeacher(Recipes):
         require_data_paths(self.data)
         require_teacher("--teacher", self.teacher)
         require_place("--out", self.out, is_folder=True)
-        from protoclip.cli.data import open_source, print_notes
+        from protoclip.cli.data import idle, open_source, print_notes
         from protoclip.distributed import collectives
         from protoclip.features.encode import embed_teacher
 
@@ -42,7 +42,7 @@ class EmbedTeacher(Recipes):
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:
-                print_notes(notes)
+                print_notes([*idle(self.data), *notes])
             facts = embed_teacher(
                 self.teacher,
                 samples,

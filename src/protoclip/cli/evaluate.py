@@ -1,13 +1,14 @@
 """`protoclip evaluate`."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from protoclip.cli.device import open_device
 from protoclip.config import PERMISSIONS, Count, DataConfig
-from protoclip.files import read_toml, to_json
+from protoclip.files import locked, read_toml, to_json
 from protoclip.paths import (
     require_data_set,
     require_folder,
@@ -56,6 +57,11 @@ class Evaluate:
 
     def __call__(self) -> None:
         self.require_paths()
+        with ExitStack() as held:
+            self.evaluate(held)
+
+    def evaluate(self, held: ExitStack) -> None:
+        """Judge, print and write; `held` is what the first rank keeps others from meanwhile."""
         from protoclip.data.index import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed import collectives
@@ -94,6 +100,8 @@ class Evaluate:
             )
 
         with collectives.process_group(device):
+            if (out := self.out) is not None:
+                collectives.rank0_first(lambda: held.enter_context(locked(Path(out))))
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             # A later one would else be refused after the first was judged.
             collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])

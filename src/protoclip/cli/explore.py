@@ -2,7 +2,7 @@
 
 import os
 import signal
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,16 +87,18 @@ class Explore:
             with closing(listen(self.host, self.port)) as listening:  # before the work too
                 self.serve(self.explorers(), listening)
             return
-        with nullcontext() if self.static is None else locked(Path(self.static)):
+        with ExitStack() as stack:
+            for place in filter(None, (self.static, self.atlas)):
+                stack.enter_context(locked(Path(place)))
             explorers = self.explorers()
             if self.static is not None:
                 number = write_static(explorers, Path(self.static))
                 say(f"{number} pages written to {self.static}")
-        if self.atlas is not None:
-            rows = write_table(explorers[0], Path(self.atlas))
-            say(f"{rows:,} rows written to {self.atlas}; look at them with")
-            image = " --image image" if rows <= 2 * MAP_PAIRS else ""
-            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
+            if self.atlas is not None:
+                rows = write_table(explorers[0], Path(self.atlas))
+                say(f"{rows:,} rows written to {self.atlas}; look at them with")
+                image = " --image image" if rows <= 2 * MAP_PAIRS else ""
+                print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
 
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""

@@ -47,6 +47,8 @@ WORDS = {
     "sample": "images",
     "held_out": "pairs that are held out",
     "encoded": "pairs whose images can be read",
+    "features": "features",
+    "weights": "weights",
 }
 
 

@@ -269,8 +269,8 @@ class EpisodeLoader:
     """Turns episodes into batches.
 
     A bad sample (unreadable image, no caption) is replaced by the next good one that follows its
-    batch in the episode, so that no batch holds a pair twice. Worker processes start with the first
-    episode and stay until `close`.
+    batch in the episode, so that it repeats no pair that the draw did not. Worker processes start
+    with the first episode and stay until `close`.
 
     Attributes:
         batch_size: Images a batch on this rank; the last batch of an episode may be smaller.

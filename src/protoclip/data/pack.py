@@ -22,7 +22,14 @@ from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.shards import read_samples
-from protoclip.files import locked, read_json, replacing, write_atomically
+from protoclip.files import (
+    left_by_killed,
+    locked,
+    read_json,
+    replacing,
+    require_regular,
+    write_atomically,
+)
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -67,13 +74,18 @@ def pack(
         "samples_per_shard": samples_per_shard,
         "resize": resize,
     }
-    key = content_key(source)
+    key, skipped = content_key(source), out / SKIPPED
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
+        if skipped.exists():
+            try:
+                require_regular(skipped)
+            except ValueError as error:
+                raise ValueError(f"{skipped}: {error}; remove it") from error
         manifest = _read_manifest(out, settings, key)
         if not manifest["complete"]:
             _write_shards(source, out, manifest)
-    shards, skipped = manifest["shards"], out / SKIPPED
+    shards = manifest["shards"]
     if not shards:
         raise ValueError(f"{source.name}: no sample could be packed; {skipped} says why")
     for shard in shards:
@@ -155,7 +167,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     row, number = last["read"], sum(shard["samples"] for shard in shards)
     items = _prepare(source, row, settings["resize"])
     progress = Progress(f"Packing {source.name}", len(source))
-    for left in out.glob(".*.tmp"):  # of a run that was killed
+    for left in left_by_killed(out):
         left.unlink()
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
     with (out / SKIPPED).open("ab") as skipped:

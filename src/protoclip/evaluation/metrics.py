@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from scipy.stats import t
 
 Floats = npt.NDArray[np.float64]
-FEWEST = 5  # groups that an interval of a difference may rest on
+FEWEST = 5  # groups that an interval may rest on
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,17 @@ def is_share(name: str) -> bool:
     return name in METRICS and METRICS[name].is_share
 
 
-def interval(metric: float, influence: Floats) -> list[float]:
+def interval(metric: float, influence: Floats) -> list[float] | None:
     """The 95% interval of a metric between 0 and 1, by its influences.
+
+    `None` where fewer than `FEWEST` groups make up most of it, as with a few that are wrong.
 
     Wilson's interval for a share of as many samples as would leave the same variance; if the metric
     is 0 or 1, of as many as there are groups. It is not symmetric, and holds the truth near 0 and 1
     too.
     """
+    if rests_on_few(influence):
+        return None
     number, spread, variance = len(influence), metric * (1 - metric), np.square(influence).sum()
     size = spread / variance if spread > 0 and variance > 0 else number
     z = stdtrit(number - 1, 0.975)
@@ -181,12 +185,15 @@ def interval(metric: float, influence: Floats) -> list[float]:
 def intervals(
     metrics: Mapping[str, float], influence: Mapping[str, Floats]
 ) -> dict[str, list[float]]:
-    """The 95% interval of each metric that has influences."""
-    return {
-        name: interval(value, influence[name])
-        for name, value in metrics.items()
-        if name in influence
-    }
+    """The 95% interval of each metric that has influences, unless they rest on few groups."""
+    ends = {name: interval(metrics[name], influence[name]) for name in metrics if name in influence}
+    return {name: each for name, each in ends.items() if each is not None}
+
+
+def rests_on_few(influence: Floats) -> bool:
+    """Whether fewer than `FEWEST` groups make up most of the variance, which is not known then."""
+    variance = float(np.square(influence).sum())
+    return variance**2 < FEWEST * float(np.power(influence, 4).sum())
 
 
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
@@ -215,10 +222,9 @@ def interval_of_difference(difference: float, influence: Floats) -> list[float] 
     `None` where fewer than `FEWEST` groups make up most of it, as when two models are right on
     nearly everything.
     """
-    variance = np.square(influence).sum()
-    if variance**2 < FEWEST * np.power(influence, 4).sum():
+    if rests_on_few(influence):
         return None
-    half = stdtrit(len(influence) - 1, 0.975) * np.sqrt(variance)
+    half = stdtrit(len(influence) - 1, 0.975) * np.sqrt(np.square(influence).sum())
     return [float(difference - half), float(difference + half)]
 
 

@@ -37,7 +37,7 @@ from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
-from protoclip.files import open_local, read_json, write_atomically
+from protoclip.files import open_local, read_json, require_regular, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -389,7 +389,7 @@ class TorchvisionImages:
 
     def __init__(self, samples: Any, *, name: str) -> None:
         self.samples, self.name = samples, name
-        self.key = _torchvision_key(samples)
+        self.key, self._files = _torchvision_key(samples), _files_of(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -400,6 +400,8 @@ class TorchvisionImages:
     def image(self, row: int) -> Image.Image:
         """The image, upright and as RGB; raises `BadSample`."""
         try:
+            if len(self._files) == len(self):
+                require_regular(self._files[row])  # opening a pipe would wait for ever
             return Image.fromarray(rgb(ImageOps.exif_transpose(self.samples[row][0])))
         except Exception as error:  # damaged files make readers raise anything
             raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
@@ -418,12 +420,18 @@ def _torchvision_key(samples: Any) -> str:
     if isinstance(pixels, (np.ndarray, Tensor)):
         content = np.ascontiguousarray(np.asarray(pixels))
         return hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest()
+    files = _files_of(samples)
+    return files_key(map(Path, files)) if files else ""  # unknown: nothing is cached
+
+
+def _files_of(samples: Any) -> list[str | Path]:
+    """The image files of a torchvision data set, where it lists them."""
     for attribute in ("_image_files", "_images", "_samples", "samples"):
         listed = getattr(samples, attribute, None)
         files = [each[0] if isinstance(each, tuple) else each for each in listed or ()]
         if files and all(isinstance(file, (str, Path)) for file in files):
-            return files_key(map(Path, files))
-    return ""  # unknown: nothing is cached
+            return files
+    return []
 
 
 class LazySplits(Mapping[str, Any]):

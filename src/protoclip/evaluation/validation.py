@@ -157,19 +157,27 @@ def starts_of(config: Config) -> dict[Path, str]:
     return runs
 
 
-def trained_before(config: Config, notes: list[str]) -> dict[str, list[Before]]:
+def trained_before(
+    config: Config, notes: list[str], visited: frozenset[Path] = frozenset()
+) -> dict[str, list[Before]]:
     """The pairs that the starts were trained on, and those that they started from; adds notes.
 
     By the setting of each start that is known to have some, each with the rows that were held out
     of it, and so may judge this run too. Runs say what they were trained on; what other models saw
-    is not known.
+    is not known. Those `visited` on the way here are passed over: a folder may name itself.
     """
-    starts = starts_of(config).items()
-    found = {setting: pairs_of_run(run, config, setting, notes) for run, setting in starts}
+    starts = {run.resolve(): (run, setting) for run, setting in starts_of(config).items()}
+    found = {
+        setting: pairs_of_run(run, config, setting, notes, visited | {real})
+        for real, (run, setting) in starts.items()
+        if real not in visited
+    }
     return {setting: pairs for setting, pairs in found.items() if pairs}
 
 
-def pairs_of_run(run: Path, config: Config, setting: str, notes: list[str]) -> list[Before]:
+def pairs_of_run(
+    run: Path, config: Config, setting: str, notes: list[str], visited: frozenset[Path]
+) -> list[Before]:
     """The pairs of `trained_before`, of the run that a setting names."""
     try:
         settings = read_config(run)
@@ -178,7 +186,8 @@ def pairs_of_run(run: Path, config: Config, setting: str, notes: list[str]) -> l
         samples = sources.pairs(settings)
         if not isinstance(samples, Pairs):
             raise ValueError("it was a stream")
-        trained, before = plain_sources(samples), [*chain(*trained_before(settings, []).values())]
+        earlier = trained_before(settings, [], visited)
+        trained, before = plain_sources(samples), [*chain(*earlier.values())]
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
             folder = index_folder()

@@ -3,7 +3,6 @@
 Each format has a file of its own, and what goes along with the weights is in `card.py`.
 """
 
-import glob
 import os
 import re
 import shutil
@@ -109,7 +108,8 @@ def appearing(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.protoclip")
     try:
         # What processes that were killed have left.
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.protoclip"):
+        ours = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.protoclip", re.ASCII)
+        for left in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name)]:
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary

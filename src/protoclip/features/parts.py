@@ -30,7 +30,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.distributed.cores import cores
 from protoclip.features import store
-from protoclip.files import checksum, sealed, to_json, write_atomically
+from protoclip.files import checksum, left_by_killed, sealed, to_json, write_atomically
 from protoclip.progress import Progress
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def claim(
             raise ValueError(f"{name}: holds {others[0]}; choose a new or empty folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / store.FACTS, to_json(sealed(settings)), durable=True)
-    for left in folder.rglob(".*.tmp"):  # of a process that was killed
+    for left in left_by_killed(folder):
         left.unlink(missing_ok=True)
     facts = {key: value for key, value in store.read_facts(folder).items() if key != "checksums"}
     require_same(facts, settings, name=name, way_out=way_out)

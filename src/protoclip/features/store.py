@@ -25,6 +25,7 @@ from torch import Tensor
 from protoclip.features.whiten import Features, Whitens
 from protoclip.files import (
     SEAL,
+    checksum,
     file_checksum,
     read_json,
     read_sealed,
@@ -167,6 +168,24 @@ class StoredFeatures(Whitens):
         if self.checksums is not None:
             read = read[row_checksums(hashes, read) == self.checksums[rows]]
         return read
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tells these features from others: all ids, and their rows' checksums.
+
+        Without stored checksums those of a `sample` are made.
+        """
+        step = 1 if self.checksums is not None else max(1, len(self.hashes) // SAMPLE)
+        hashes, rows = self.hashes[::step], self.row_of_hash[::step]
+        if self.checksums is not None:
+            checksums = self.checksums[rows]
+        else:
+            checksums = row_checksums(hashes, self.features[rows])
+        return {
+            "rows": len(self.hashes),
+            "ids": checksum(self.hashes.tobytes()),
+            "features": checksum(checksums.tobytes()),
+        }
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
         """Features of these samples, as `rows`, in float32; whitened if `whiten` was called."""

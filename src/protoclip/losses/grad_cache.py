@@ -6,6 +6,7 @@ again with a graph, and pass on its part of that gradient. This costs one more f
 towers and holds the graph of one chunk.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -13,6 +14,15 @@ import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]  # of the towers, a row for each image or text
+
+
+def number_of_chunks(rows: int, size: int) -> int:
+    """Into how many chunks of nearly equal sizes a batch is divided, at most `size` rows each.
+
+    BatchNorm cannot train on one row. Rather than one of these, chunks of two have three.
+    """
+    number = math.ceil(rows / size)
+    return number if size == 1 or rows // number > 1 else max(1, rows // 2)
 
 
 def forward_in_chunks(

@@ -26,6 +26,7 @@ from protoclip.distributed.collectives import rank
 from protoclip.files import (
     checksum,
     file_checksum,
+    left_by_killed,
     read_json,
     read_local,
     read_toml,
@@ -43,6 +44,8 @@ CHECKSUMS = "checksums.json"
 SETTINGS = "config.toml"  # of a run, in its folder
 TEXT_FILES = "text"  # folder with the files of a Hugging Face text tower and tokenizer
 
+# What `write_checkpoint`, `write_model` and a fetch from a store write to: hidden, with a process.
+UNFINISHED_FOLDER = re.compile(r"\.(\.?model(\.\d+){1,2}|step-\d+\.(\d+|fetched))", re.ASCII)
 FORMAT = 3  # of what a run needs to go on
 TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
 
@@ -365,7 +368,9 @@ def write_model(
 
 def remove_unfinished(run: Path) -> None:
     """Remove what processes that were killed had begun to write; nobody else writes to the run."""
-    for left in (*(run / "checkpoints").glob(".step-*"), *run.glob(".*model.*")):
-        shutil.rmtree(left, ignore_errors=True)
-    for left in run.rglob(".*.tmp"):
+    for folder in (run, run / "checkpoints"):
+        for left in folder.glob(".*"):
+            if UNFINISHED_FOLDER.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+    for left in left_by_killed(run):
         left.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ import protoclip
 from protoclip.config import Config
 from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import METRICS
-from protoclip.files import require_ours, write_atomically
+from protoclip.files import locked, require_ours, write_atomically
 from protoclip.progress import Progress, duration
 from protoclip.report import findings, looks
 from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
@@ -185,18 +185,30 @@ def write_report(
         raise ValueError(f"--out: {out} is a folder; name a file, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise ValueError(f"--out: no folder {out.parent}; make it first")
-    if not overwrite:
-        require_ours(out, MARK)
     if not folders:
         raise ValueError("runs: none given; name one run folder or more")
+    with locked(out):
+        if not overwrite:
+            require_ours(out, MARK)
+        write_atomically(out, page_of(folders, out, samples, minutes, seed, device))
+    return out
+
+
+def page_of(
+    folders: Sequence[str | Path],
+    out: Path,
+    samples: int,
+    minutes: float,
+    seed: int,
+    device: torch.device | None,
+) -> str:
+    """The page of `write_report`."""
     runs = list({os.path.realpath(folder): read_run(folder) for folder in folders}.values())
     command = ["protoclip", "report", *folders, "--out", out, "--samples", samples, "--seed", seed]
-    content = render(
+    return render(
         context(runs, samples=samples, minutes=minutes, seed=seed, device=device)
         | {"command": shlex.join(map(str, command))}
     )
-    write_atomically(out, content)
-    return out
 
 
 def render(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ Why a loss does not fall is said by `symptoms.py`; the data of `run.guard` are o
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from protoclip.distributed.collectives import all_reduce
+from protoclip.distributed.collectives import all_reduce, raise_on_all_ranks
 from protoclip.files import to_json, write_atomically
 
 # Steps in a row that are not finite before the run is given up. Under fp16 each of them halves the
@@ -93,12 +94,16 @@ class NonFiniteGuard:
             self.in_a_row += 1
             self._row.append((loss, norm))
             if self.in_a_row >= MOST_SKIPPED:
-                raise ValueError(
-                    f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
-                    f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto "
-                    "or start anew with a lower optim.learning_rate "
-                    f"({self._write_report(number, sample_ids)})"
-                )
+                # All ranks are here, since they count the same; the first one says it.
+                raise_on_all_ranks(partial(self._give_up, number, sample_ids))
+
+    def _give_up(self, number: int, sample_ids: Sequence[str]) -> None:
+        raise ValueError(
+            f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
+            f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto "
+            "or start anew with a lower optim.learning_rate "
+            f"({self._write_report(number, sample_ids)})"
+        )
 
     def summary(self, steps: int, last: Path | None) -> str:
         """How many of so many steps were skipped; empty if none was.

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import Config
+from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import without
-from protoclip.distributed.collectives import world_size
+from protoclip.distributed.collectives import rank, world_size
+from protoclip.files import checksum
 from protoclip.models.protoclip import Embeddings
 from protoclip.terminal import say
 
@@ -26,7 +28,9 @@ STEPS = 500  # after which the pairs are given up
 def settings(config: Config) -> dict[str, dict[str, Any]]:
     """What `run.overfit` decides: one batch of all pairs a step, by the instance loss alone, and
     nothing that keeps a model from learning by heart. The rate and the model stay."""
-    number = config.run.overfit
+    number, given = config.run.overfit, config.data.validation
+    if given is not None and given != 0 and rank() == 0:
+        say("note: data.validation: no effect, since run.overfit holds no pairs out")
     return {
         "run": {
             **{"log_every": 1, "evaluate": False, "evaluate_every": 0, "guard": []},
@@ -80,14 +84,24 @@ def few_of(samples: Pairs | SampleStream, config: Config) -> Pairs:
     return few
 
 
-def recall(
-    embeddings: Embeddings, sample_ids: list[str], captions: list[bytes]
-) -> Float[Tensor, ""]:
+def names_of_images(batch: Batch, known: dict[str, str]) -> list[str]:
+    """What tells the images of a batch's pairs apart, by content: each is transformed alike.
+
+    `known` has the names by sample id, and gets those that are new.
+    """
+    each = len(batch.sample_id) // len(batch.image)
+    for image, sample_id in zip(batch.image, batch.sample_id[::each], strict=True):
+        if sample_id not in known:
+            known[sample_id] = checksum(image.contiguous().cpu().numpy().tobytes())
+    return [known[sample_id] for sample_id in batch.sample_id]
+
+
+def recall(embeddings: Embeddings, images: list[str], captions: list[bytes]) -> Float[Tensor, ""]:
     """The share of images and texts whose nearest text or image is of their pair, or of a pair with
-    an equal caption."""
+    an equal image or caption."""
     image, text = embeddings.image_features.detach(), embeddings.text_features.detach()
     same = torch.zeros(len(image), len(text), dtype=torch.bool, device=image.device)
-    for names in (sample_ids, captions):
+    for names in (images, captions):
         numbers = {name: number for number, name in enumerate(names)}
         keys = torch.tensor([numbers[name] for name in names], device=image.device)
         same |= keys[:, None] == keys

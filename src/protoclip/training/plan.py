@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from protoclip.checks import check
 from protoclip.config import Config
 from protoclip.data import sources
@@ -19,8 +22,13 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
+from protoclip.features.halves import HalfRows
+from protoclip.features.store import StoredFeatures
+from protoclip.features.whiten import Whitens
+from protoclip.files import checksum, to_json
 from protoclip.models import loading
 from protoclip.models.halves import SmallTowers
+from protoclip.models.protoclip import TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
 from protoclip.paths import require_paths
@@ -144,6 +152,8 @@ def complete(
     watched = raise_on_all_ranks(lambda: guards(config, divided.data))
     raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
+    if defaults is None and config.model.frozen_batch_norm:  # fine-tuning asks it of any towers
+        notes += rank0_first(lambda: without_batch_norm(start))
     cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
     notes = [*outlined.notes, *notes, *cut, *divided.notes]
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
@@ -164,19 +174,53 @@ def complete(
     )
 
 
-def contents(plan: Plan, samples: Pairs | SampleStream, *, encoded: bool) -> dict[str, list[Facts]]:
-    """What identifies the pairs of a run: `sources` to train on, and a source that judges it.
+def without_batch_norm(start: Start) -> list[str]:
+    """A note if a start's towers have none, so that there is nothing to freeze."""
+    parts = start.build("none").towers.modules()
+    if any(isinstance(part, _BatchNorm) for part in parts):
+        return []
+    return ["model.frozen_batch_norm: no effect, since the towers have no BatchNorm"]
+
+
+def contents(
+    plan: Plan,
+    samples: Pairs | SampleStream,
+    teachers: Mapping[str, Whitens],
+    start: TowerPair | None,
+    *,
+    halves: HalfRows | None,
+) -> dict[str, list[Facts]]:
+    """What identifies that which a run reads beside its checkpoints.
+
+    `sources` are the pairs to train on, `validation` a source that judges it, `teachers` what is
+    stored of them, and `start` the frozen start, where a loss needs it.
 
     Args:
         samples: Those of the plan, before halves encoded them if they did.
-        encoded: Whether the plan's are what is left of them then.
+        teachers: By name; those that the run makes of its start or its halves follow from these.
+        start: The frozen start, at the run's sizes.
+        halves: What these encoded, if they did; the plan's samples are what is left then.
     """
-    facts = {"sources": content(samples, encoded=plan.samples if encoded else None)}
+    facts = {"sources": content(samples, encoded=None if halves is None else plan.samples)}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):
         facts["validation"] = content(images)
+    stored = {name: each for name, each in teachers.items() if isinstance(each, StoredFeatures)}
+    facts["teachers"] = [{"name": name, **each.content} for name, each in stored.items()]
+    facts["start"] = [] if start is None else [{"weights": weights_key(start)}]
     return facts
+
+
+def weights_key(start: TowerPair) -> str:
+    """Of the weights of a start, but for embeddings of positions, whose sizes may have changed:
+    machines interpolate them with other last digits."""
+    raw = {
+        name: checksum(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in start.state_dict().items()
+        if "pos" not in name
+    }
+    return checksum(to_json(raw).encode())
 
 
 def fill(section: Section, values: Mapping[str, Any]) -> Section:

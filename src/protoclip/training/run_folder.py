@@ -18,21 +18,22 @@ import torch
 from filelock import FileLock, Timeout
 
 import protoclip
-from protoclip.config import GONE, PERMISSIONS, Config, build, shown
+from protoclip.config import GONE, HALVES, PERMISSIONS, START, Config, build, shown
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
-from protoclip.files import SEAL, has_changed, read_json, read_toml
+from protoclip.files import SEAL, UNFINISHED, has_changed, read_json, read_toml
 from protoclip.models.saved import facts_of, remove_unfinished
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
 
+LOCK = ".lock"
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
     *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
     *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.wandb", "run.evaluate"),
     *("run.evaluate_every", "run.guard", "data.workers", "data.cache", "data.cache_gb"),
-    "data.max_bad_share",
+    *("data.max_bad_share", "align.features"),
 )
 # These change memory, time and rounding alone, so a run that lacks memory can go on with others.
 ROUNDING = (
@@ -40,7 +41,12 @@ ROUNDING = (
     *("parallel.activation_checkpointing", "parallel.compile"),
 )
 # These say where data are, as `data.root` does. They may move, if what is there is the same.
-MOVABLE = ("data.train", "data.sources", "data.validation", "data.only", "data.without")
+MOVABLE = (
+    *("data.train", "data.sources", "data.validation", "data.only", "data.without"),
+    *("teacher.features", "teachers"),
+)
+PATHS = ("path", "root")  # of a source
+NAMES = ("emoji", START, *HALVES.values())  # which are not moved: they say what the data are
 # With `run.stop_by` these decide when the run ends.
 STOPS = ("run.evaluate_every", "run.guard")
 
@@ -73,8 +79,10 @@ def look(outline: Outline, *, resume: bool) -> Begun:
     """
     folder = folder_of(outline.config)
     is_begun = (folder / "config.toml").is_file()
-    # A run that was killed at its very start leaves hidden files at most.
-    empty = folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+    # A run that was killed at its very start leaves a lock, and what it had begun to write.
+    empty = folder.is_dir() and all(
+        path.name == LOCK or UNFINISHED.fullmatch(path.name) for path in folder.iterdir()
+    )
     if folder.exists() and not (resume and (is_begun or empty)):
         way = ", or go on with --resume auto" if is_begun else ""
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
@@ -217,7 +225,7 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=resume)
     try:
-        lock = FileLock(folder / ".lock", timeout=0).acquire()
+        lock = FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise ValueError(
             f"{folder}: another process is running in this folder; wait for it, or choose "
@@ -275,6 +283,13 @@ def check_checkpoint(
             f"data.validation: not the pairs that judged the run before ({differs}); restore them, "
             "or choose another folder with --run.out"
         )
+    for key, setting in (("teachers", "teacher.features"), ("start", "model.start")):
+        frozen = content.get(key, [])
+        if differs := difference(facts.get(key, frozen), frozen):
+            raise ValueError(
+                f"{setting}: not what the run began with ({differs}), so its losses would be "
+                "others; restore it, or choose another folder with --run.out"
+            )
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -290,9 +305,16 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def without_paths(value: Any) -> Any:
     """A setting without the paths in it, since data may move; a share is no path."""
-    if isinstance(value, list):
-        return [{k: v for k, v in source.items() if k not in ("path", "root")} for source in value]
-    return "" if isinstance(value, str) and value != "emoji" else value
+    if isinstance(value, list):  # sources, or teachers
+        return [
+            {
+                key: without_paths(item) if key == "features" else item
+                for key, item in each.items()
+                if key not in PATHS
+            }
+            for each in value
+        ]
+    return "" if isinstance(value, str) and value not in NAMES else value
 
 
 def told(settings: Mapping[str, Any], key: str) -> str:

@@ -150,7 +150,7 @@ def fetch(outline: Outline, *, resume: bool) -> None:
 def get(store: Store, name: str, path: Path) -> None:
     """Bring a file here, where it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as `files.replacing` does
     store.get_file(name, str(temporary))
     temporary.replace(path)
 

@@ -3,7 +3,6 @@
 The loop over episodes is in `run.py`, and the losses are summed in `losses/objective.py`.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
-from protoclip.losses.grad_cache import forward_in_chunks, random_state
+from protoclip.losses.grad_cache import forward_in_chunks, number_of_chunks, random_state
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.positives import mean_positives
 from protoclip.losses.prototypical import Target
@@ -32,7 +31,7 @@ from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
-from protoclip.training.overfit import recall
+from protoclip.training.overfit import names_of_images, recall
 from protoclip.training.stages import Stage, enter_stage
 from protoclip.training.symptoms import repeated
 from protoclip.training.throughput import Throughput
@@ -93,6 +92,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
         self._module: nn.Module = self.model  # the model, wrapped for the stage
+        self._image_names: dict[str, str] = {}  # by sample id, where it recalls
         self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
 
@@ -208,7 +208,8 @@ class Trainer:
                 metrics["train/repeated/captions"] = repeated(batch.captions)
                 metrics["train/repeated/images"] = repeated(batch.sample_id)
             if self.recalls:
-                report["train/recall"] = recall(embeddings, batch.sample_id, batch.captions)
+                images = names_of_images(batch, self._image_names)
+                report["train/recall"] = recall(embeddings, images, batch.captions)
             report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()  # waits for the device
@@ -244,8 +245,7 @@ class Trainer:
         if size is None or size >= len(batch.image):
             embeddings = self._embed(batch.image, batch.text, project=self._projects, teach=True)
             return embeddings.paired(), lambda: None
-        # Of nearly equal sizes, since BatchNorm cannot train on a rest of one row.
-        number = math.ceil(len(batch.image) / size)
+        number = number_of_chunks(len(batch.image), size)
         parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
         outputs, backward = forward_in_chunks(
             [partial(self._encode, *part) for part in zip(*parts, strict=True)],

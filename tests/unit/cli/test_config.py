@@ -12,10 +12,12 @@ from protoclip.config import (
     Config,
     DataConfig,
     EpisodeConfig,
+    HeadConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     PrototypeConfig,
+    RunConfig,
     SourceConfig,
     TeacherConfig,
     TextTowerConfig,
@@ -154,6 +156,7 @@ NO_PAIRS = {
     "loss": LossConfig(info_nce=0.0),
     "episodes": EpisodeConfig(warm_up=0, locked_image=0),
 }
+LINEAR = {"model": ModelConfig(heads=HeadConfig(hidden_layers=0))}
 HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
 
 
@@ -183,6 +186,9 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         ({}, "model.text.pooling", "cls", "model.text.name is not set"),
         (UNLOCKED, "optim.locked_learning_rate", 1e-4, "there is no locked-image stage"),
         (HARD, "prototypes.target_temperature", 0.5, "prototypes.hard_targets is set"),
+        ({}, "teacher.number", 500, "teacher.features is not set"),
+        (LINEAR, "model.heads.hidden_dim", 64, "model.heads.hidden_layers is 0"),
+        ({"run": RunConfig(overfit=8)}, "data.augmentation", "clip", "as an evaluation does"),
     ],
 )
 def test_a_setting_without_effect_draws_one_note(settings, name, value, why):

@@ -6,8 +6,8 @@ import sys
 import open_clip
 import pytest
 
-from protoclip.cli.data import tokens_of
-from protoclip.config import ModelConfig, TextTowerConfig
+from protoclip.cli.data import idle, tokens_of
+from protoclip.config import DataConfig, ModelConfig, TextTowerConfig
 from protoclip.models.loading import context_length
 
 CAPTIONS = ["a dog", "", "x" * 500, "Ünïcode 猫 👩\u200d🚀 don't  &amp;\n<b> go"]
@@ -24,6 +24,15 @@ def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
     assert count(CAPTIONS) == (tokenizer(CAPTIONS) != 0).sum(1).tolist()
     # Without a model it follows from the captions.
     assert length == (None if model == ModelConfig() else context_length(model))
+
+
+def test_settings_of_training_have_no_effect_on_data() -> None:
+    """One note names them; those that say what is read draw none."""
+    data = DataConfig(class_column="kind", cache="none", augmentation="clip")
+    assert idle(data) == [
+        "data.augmentation, data.cache: no effect here, since only training uses it"
+    ]
+    assert idle(DataConfig(class_column="kind")) == []
 
 
 def test_inspect_loads_no_model() -> None:

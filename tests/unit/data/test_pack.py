@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -145,6 +146,12 @@ def test_bad_samples_are_listed(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"no sample could be packed; .*skipped\.jsonl says why"):
         pack(source(2, caption=["", ""]), tmp_path / "none")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "skipped.jsonl")
+    with pytest.raises(ValueError, match=r"skipped\.jsonl: is a pipe, not a file; remove it$"):
+        pack(source(), tmp_path)
 
 
 def test_shards_end_by_bytes_too(tmp_path, monkeypatch):

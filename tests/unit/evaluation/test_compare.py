@@ -15,6 +15,7 @@ from protoclip.evaluation.metrics import (
     columns_of,
     interval,
     interval_of_difference,
+    intervals,
 )
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.files import to_json
@@ -114,6 +115,9 @@ def test_the_interval_of_a_metric_is_wilsons():
     low, high = interval(1.0, np.zeros(200))
     expected = scipy.stats.binomtest(200, 200).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, 1.0), rel=2e-3)
+    few, enough = (np.arange(200) >= wrong for wrong in (4, 6))
+    both = {"few": (few - 0.98) / 200, "enough": (enough - 0.97) / 200}
+    assert [*intervals({"few": 0.98, "enough": 0.97}, both)] == ["enough"]
 
 
 def correlated(seed: int) -> tuple[SampleResults, SampleResults]:

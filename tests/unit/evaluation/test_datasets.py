@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -339,15 +340,17 @@ def test_torchvision_sets(tmp_path):
     for name, red in (("AnnualCrop", 10), ("River", 20)):
         write(tmp_path / "eurosat/2750" / name / f"{red}.png", png(red))
     write(tmp_path / "eurosat/2750/River/x.png", b"not an image")
+    os.mkfifo(tmp_path / "eurosat/2750/River/y.png")
     data = open_data("torchvision:EuroSAT", root=str(tmp_path))
     assert data.name == "eurosat"
     assert list(data.class_names) == ["AnnualCrop", "River"]
     split = data.splits["test"]
-    assert split.labels.tolist() == [0, 1, 1]
+    assert split.labels.tolist() == [0, 1, 1, 1]
     assert [split.images.image(row).getpixel((0, 0))[0] for row in (0, 1)] == [10, 20]
     assert split.images.key
-    with pytest.raises(BadSample, match="eurosat/test/2"):
-        split.images.image(2)
+    for row, why in ((2, "cannot identify"), (3, "is a pipe, not a file")):
+        with pytest.raises(BadSample, match=f"eurosat/test/{row}.*{why}"):
+            split.images.image(row)
 
 
 def test_torchvision_sets_in_memory(tmp_path):

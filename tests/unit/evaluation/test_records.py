@@ -19,11 +19,11 @@ def judged(name: str, model, data=None, **options) -> list[Result]:
 
 
 def made(dataset: str, metrics: dict[str, float], seed: int, task: str = "knn") -> Result:
-    """A result with influences of ten groups."""
+    """A result with influences of thirty groups."""
     generator = np.random.default_rng(seed)
     record = {"dataset": dataset, "model": "m", "pretrained": "none", "task": task}
     record |= {"metrics": metrics, "language": "en", "split": "test", "intervals": {}}
-    influences = {metric: 0.01 * generator.normal(size=10) for metric in metrics}
+    influences = {metric: 0.01 * generator.normal(size=30) for metric in metrics}
     return Result(record=record, influences=influences, ids=[dataset])
 
 
@@ -98,7 +98,7 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
 
 def test_the_table_has_a_column_for_each_model(capsys):
     """A row for each metric; what a model lacks is a dash; differences on a second line."""
-    first = judged("one[b]", Guessing(0), tasks=["knn"])
+    first = judged("one[b]", Guessing(6), tasks=["knn"])
     second = judged("two", Guessing(1), tasks=["geometry", "knn"], pretrained="tag")
     records.show([first, records.with_differences(second, first)])
     shown = capsys.readouterr().out

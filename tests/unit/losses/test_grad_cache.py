@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip import Embeddings, Target, objective
-from protoclip.losses.grad_cache import forward_in_chunks
+from protoclip.losses.grad_cache import forward_in_chunks, number_of_chunks
 from protoclip.losses.objective import LossWeights
 
 B, K = 10, 6
@@ -136,6 +136,16 @@ def test_random_numbers_and_statistics_advance_once(middle):
     for right, mine in zip(plain.buffers(), cached.buffers(), strict=True):
         torch.testing.assert_close(mine, right)
     assert_equal_gradients(plain, cached)
+
+
+def test_no_chunk_has_one_row():
+    """BatchNorm cannot train on it; a batch is divided nearly as fine then."""
+    for rows in range(2, 40):
+        for size in range(2, 40):
+            chunks = torch.arange(rows).tensor_split(number_of_chunks(rows, size))
+            assert min(map(len, chunks)) > 1
+            assert max(map(len, chunks)) <= max(size, 3)
+    assert number_of_chunks(15, 1) == 15  # as asked
 
 
 def test_the_graph_of_one_chunk_is_held_at_a_time():

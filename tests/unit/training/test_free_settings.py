@@ -43,6 +43,7 @@ OTHER: dict[str, Any] = {
     "data.cache": "none",
     "data.cache_gb": 1e-9,
     "data.max_bad_share": 0.9,
+    "align.features": "elsewhere",
 }
 
 
@@ -105,7 +106,8 @@ def test_a_free_setting_changes_no_batch(section, base, expected):
     assert OTHER.keys() == {*FREE}
     other = base
     for setting, value in OTHER.items():
-        if setting.startswith(section) or (section == "run" and setting == "data.max_bad_share"):
+        others = section == "run" and setting in ("data.max_bad_share", "align.features")
+        if setting.startswith(section) or others:
             other = changed(other, setting, value)
             assert flat(asdict(other))[setting] != flat(asdict(base))[setting]
     assert all(equal(a, b) for a, b in zip(expected, batches(other), strict=True))
@@ -154,6 +156,11 @@ def test_data_may_move_until_the_run_is_finished(tmp_path):
     for name, value in {"only": "ids.csv", "validation": 0.1, "train": "emoji"}.items():
         with pytest.raises(ValueError, match=f"other settings: data.{name}"):
             check_settings(tmp_path, to_toml(changed(config, f"data.{name}", value)))
+    taught = with_changes(config, {"teacher": {"features": "a.npy"}})
+    (tmp_path / "config.toml").write_text(to_toml(taught), encoding="utf-8")
+    check_settings(tmp_path, to_toml(changed(taught, "teacher.features", "c/a.npy")))
+    with pytest.raises(ValueError, match=r"other settings: teacher\.features"):
+        check_settings(tmp_path, to_toml(changed(taught, "teacher.features", "start")))
     mixed = [SourceConfig(path="a.tsv", weight=1.0), SourceConfig(path="b.tsv", weight=2.0)]
     config = with_changes(config, {"data": {"train": "emoji", "sources": mixed}})
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")

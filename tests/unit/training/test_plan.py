@@ -15,20 +15,24 @@ from numbered import Numbered
 import protoclip
 from protoclip.config import (
     Config,
+    DataConfig,
     EpisodeConfig,
     ImageTowerConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     PrototypeConfig,
+    RunConfig,
     TeacherConfig,
 )
 from protoclip.data.content import content
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
+from protoclip.models.resolve import resolve_start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
-from protoclip.training.plan import Plan, filled, make_plan, outline
+from protoclip.training.overfit import few_pairs_alone
+from protoclip.training.plan import Plan, filled, make_plan, outline, without_batch_norm
 from protoclip.training.run_folder import as_begun
 from protoclip.training.sizes import captions_cut
 
@@ -306,3 +310,15 @@ def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, wo
     assert opened(prototypes=PrototypeConfig())[1]["captions"] - warm["captions"] == 102
     clip = {"prototypes": PrototypeConfig(), "loss": LossConfig(prototypical=0.0)}
     assert opened(**clip)[1] == warm
+
+
+def test_towers_without_batch_norm_have_none_to_freeze():
+    vit = ModelConfig(name="ViT-B-32", frozen_batch_norm=True)
+    for model, freezes in ((vit, False), (replace(vit, name="RN50"), True)):
+        assert (without_batch_norm(resolve_start(model)) == []) == freezes
+
+
+def test_few_pairs_are_not_judged(capsys):
+    config = Config(run=RunConfig(overfit=8), data=DataConfig(train="a.tsv", validation=0.1))
+    assert few_pairs_alone(config).data.validation == 0
+    assert "data.validation: no effect, since run.overfit" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""Hidden files in a folder that a command takes: its own that are left over go, others stay."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.config import Config, DataConfig, RunConfig
+from protoclip.data import sources
+from protoclip.data.pack import pack
+from protoclip.export.run import appearing
+from protoclip.features import parts
+from protoclip.testing import tiny_pairs
+from protoclip.training.plan import outline
+from protoclip.training.run_folder import claimed, look
+
+USERS = (".model.2025-backup/w.bin", ".git/sub/.a.tmp", ".git/.b.99.tmp", ".mine.tmp", ".model.txt")
+
+
+def packed(out: Path) -> None:
+    pq.write_table(tiny_pairs(8), out.parent / "pairs.parquet")
+    pack(sources.pairs(Config(data=DataConfig(train=str(out.parent / "pairs.parquet")))), out)
+
+
+def run(out: Path) -> None:
+    with claimed(out, resume=True):
+        pass
+
+
+def exported(out: Path) -> None:
+    with appearing(out / "model"):
+        pass
+
+
+OURS = {
+    "train": (run, ".model.99/model.json", "checkpoints/.step-1.9/x", "results/.a.parquet.9.tmp"),
+    "embed-teacher": (
+        lambda out: parts.claim(out, {}, name=out),
+        ".facts.json.99.tmp",
+        "parts/.00000.npz.99.tmp",
+    ),
+    "data pack": (packed, ".00000.tar.99.tmp"),
+    "export": (exported, ".model.99.protoclip/x"),
+}
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_only_what_the_command_made_is_removed(command: str, tmp_path: Path) -> None:
+    take, *ours = OURS[command]
+    assert isinstance(take, Callable)
+    out = tmp_path / "out"
+    for name in (*USERS, *ours, ".model.old.protoclip/x"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("")
+    if command == "embed-teacher":
+        (out / "facts.json").write_text("{}")
+    take(out)
+    assert [name for name in USERS if not (out / name).exists()] == []
+    assert [name for name in ours if (out / name).exists()] == []
+    assert (out / ".model.old.protoclip/x").exists()
+
+
+def test_no_run_begins_among_hidden_files_of_others(tmp_path: Path) -> None:
+    """But where one was killed at its very start."""
+    outlined = outline(Config(run=RunConfig(out=str(tmp_path))))
+    for name in (".lock", ".config.toml.99.tmp"):
+        (tmp_path / name).write_text("")
+    assert not look(outlined, resume=True).is_begun
+    (tmp_path / ".env").write_text("")
+    with pytest.raises(ValueError, match="run folder exists"):
+        look(outlined, resume=True)
