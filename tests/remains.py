@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
+from interrupting import MEASURED
 from protoclip.data.index import ArrowIndex, read_table
 from protoclip.models.saved import checkpoints, damage
 
@@ -40,8 +41,8 @@ def untimed(tree: Any) -> Any:
         return [untimed(each) for each in tree]
     if not isinstance(tree, dict):
         return tree
-    timed = ("second", "checksum", "metrics_bytes")
-    return {k: untimed(v) for k, v in tree.items() if not any(word in k for word in timed)}
+    timed = rf"{MEASURED}|checksum|metrics_bytes"
+    return {k: untimed(v) for k, v in tree.items() if not re.search(timed, k)}
 
 
 def packed_in(made: Mapping[str, object]) -> dict[str, tuple[bytes, ...]]:

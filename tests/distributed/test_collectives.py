@@ -247,6 +247,7 @@ def test_a_rank_may_work_for_longer_than_a_step_waits(device, monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo" if device == "cpu" else "nccl")
     monkeypatch.setattr(dist, "all_gather_object", answer)
     monkeypatch.setattr(dist, "all_reduce", lambda values, operation, group: used.append(group))
     with collectives.process_group(torch.device(device)):

@@ -310,7 +310,7 @@ def test_commands_take_an_aligned_run(line, given, ended, tmp_path):
         assert list(tmp_path.glob("out*"))
 
 
-def test_the_map_takes_what_align_has_encoded(given, tmp_path, monkeypatch):
+def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatch):
     """Of the run's own pairs; other images and captions beside them are encoded."""
     align(changed(given, tmp_path / "run", episodes={"count": 1}))
     others = tiny_pairs(4, seed=3)
@@ -355,7 +355,7 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     monkeypatch.setattr(Encoder, "encode", watched)
     for tower in ("encode_image", "encode_text"):
         monkeypatch.setattr(ProtoCLIP, tower, None)  # nothing passes the whole model
-    align(changed(given, run, episodes={"count": 2}))
+    align(changed(given, run, episodes={"count": 2}, run={"save_steps": 4}))
     data = given["data"]["validation"]
     made = sum(len(each.features) for each in encoded)
     assert made == len(pq.read_table(data)) + len({*pq.read_table(data)["caption"].to_pylist()})

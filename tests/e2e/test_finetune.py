@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import protoclip
-from interrupting import stop_after, with_changes
+from interrupting import MEASURED, stop_after, with_changes
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import Config
@@ -136,7 +137,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run without times."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return [
-        {key: value for key, value in json.loads(line).items() if "second" not in key}
+        {key: value for key, value in json.loads(line).items() if not re.search(MEASURED, key)}
         for line in text.splitlines()
     ]
 

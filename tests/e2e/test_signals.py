@@ -40,6 +40,7 @@ def started(work: Callable[[], None], ranks: int = 1) -> list[BaseProcess]:
 
     def begin(rank: int) -> None:
         os.setpgid(0, processes[0].pid if rank else 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's `&`
         if ranks > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in names.items()}
@@ -95,7 +96,7 @@ def words(tiny_parquet: str, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [("SIGHUP", 1), ("SIGINT", 2)],
+    [("SIGHUP", 1), ("SIGUSR1", 1), ("SIGINT", 2), ("SIGTERM", 2)],
 )
 def test_a_signal_to_all_processes_ends_in_a_checkpoint(
     name, ranks, words, tmp_path, monkeypatch, capfd

@@ -8,9 +8,6 @@ import math
 from contextlib import suppress
 from itertools import islice
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from protoclip.data.captions import BETWEEN_SENTENCES
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import (
@@ -19,7 +16,6 @@ from protoclip.data.defaults import (
     fitting_image_size,
     some_samples,
 )
-from protoclip.data.held_out import image_names
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
@@ -29,6 +25,7 @@ from protoclip.models.towers import TokenCounter, build_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
+FIRST_ROWS = 2000  # of a source, whose images are compared by name
 SHARED = 0.01  # share of the pairs that name the image of another, from which on it is said
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
@@ -105,24 +102,26 @@ def captions_cut(samples: Pairs | SampleStream, start: Start, *, sentences: bool
 
 
 def shared_images(samples: Pairs | SampleStream) -> list[str]:
-    """A note on pairs that name the image file of another pair, if they are more than a few.
+    """A note on pairs that name the image file of another pair, if they are more than a few of the
+    first rows of each source.
 
-    It reads no image, so equal files of different names, and images within the data, count as
-    different: protoclip data inspect compares contents.
+    Rows of one image follow each other in tables with a row a caption. It reads no image, so equal
+    files of different names, and images within the data, count as different: protoclip data inspect
+    compares contents.
     """
     if not isinstance(samples, Pairs):
         return []
-    again = 0
+    looked_at, again = 0, 0
     for source in sources_of(samples):
-        names = image_names(source) if isinstance(source, ImageTextPairs) else None
-        if names is not None:
-            named = names.cast(pa.large_string())
-            named = named.filter(pc.not_equal(named, ""))
-            again += len(named) - pc.count_distinct(named).as_py()
-    if again <= SHARED * len(samples):
+        if isinstance(source, ImageTextPairs):
+            first = range(min(len(source), FIRST_ROWS))
+            names = [name for name in map(source.image_file, first) if name is not None]
+            looked_at += len(first)
+            again += len(names) - len(set(names))
+    if again <= SHARED * looked_at:
         return []
     return [
-        f"{again:,} pairs name the image file of another pair, and in a batch the two are "
-        "negatives of each other; set loss.positives = shared, or give each image one row with "
-        "all its captions"
+        f"{again:,} of the first {looked_at:,} pairs name the image file of another one, and in a "
+        "batch the two are negatives of each other; set loss.positives = shared, or give each "
+        "image one row with all its captions"
     ]

@@ -139,7 +139,9 @@ def test_a_note_says_how_many_pairs_name_the_image_of_another(tmp_path):
     config = replace(config, episodes=replace(config.episodes, size=8, batch_size=8))
     config = replace(config, data=replace(config.data, validation=0.0))
     said = [note for note in make_plan(config).notes if "name the image file of" in note]
-    assert [note.split(",")[0] for note in said] == ["8 pairs name the image file of another pair"]
+    assert [note.split(",")[0] for note in said] == [
+        "8 of the first 12 pairs name the image file of another one"
+    ]
     shared = replace(config, loss=replace(config.loss, positives="shared"))
     assert not [note for note in make_plan(shared).notes if "name the image file of" in note]
 

@@ -21,8 +21,8 @@ from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.trainer import Trainer
 
-STEPS = 12
-LEFT_OUT = sorted(random.Random(0).sample(range(STEPS), 5))
+STEPS = 24
+LEFT_OUT = sorted(random.Random(0).sample(range(STEPS), 10))
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "extraction, micro-batches": (
         1,
