@@ -96,4 +96,4 @@ def test_a_run_ends_as_if_it_had_left_out_its_skipped_steps(way, tmp_path, capsy
         assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
         assert facts == expected_facts
         assert facts[1]
-    assert ranks > 1 or "note: 5 of 12 steps were skipped: their" in capsys.readouterr().err
+    assert ranks > 1 or "note: 10 of 24 steps were skipped: their" in capsys.readouterr().err
