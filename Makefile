@@ -5,7 +5,7 @@
 # installed into again when pyproject.toml changes. No target needs git or an activated environment.
 #
 #   PYTHON=python3.12    make .venv from this interpreter (otherwise: the first one found that will do)
-#   WORKERS=2            processes that pytest uses, one thread each
+#   WORKERS=3            processes that pytest uses, one thread each; some tests wait, so one more than cores
 #   ARGS="-k losses"     more arguments for the command of `demo`, `test...` or `bench`
 #
 # On Linux pip's default PyTorch wheel carries the CUDA libraries. On a machine without a GPU, put the
@@ -17,7 +17,7 @@ SHELL = /bin/sh
 .PHONY: help venv install demo test test-fast test-lowest lint format bench docs site ci clean stale
 
 PYTHON ?=
-WORKERS ?= 2
+WORKERS ?= 3
 ARGS ?=
 
 BIN = .venv/bin
