@@ -79,7 +79,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 def left_by_killed(folder: Path) -> Iterator[Path]:
     """What `replacing` left in a folder when its process was killed; hidden folders are not ours.
 
-    Nobody may be writing to the folder.
+    Nobody may be writing to the folder, or to those below it.
     """
     for top, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -133,8 +133,12 @@ def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") ->
 
 
 @contextmanager
-def locked(folder: Path, *, way_out: str = "choose another place") -> Iterator[None]:
+def locked(
+    folder: Path, *, way_out: str = "choose another place", wait: float = 0.0
+) -> Iterator[None]:
     """Keep other processes from writing a folder or file, which need not exist yet.
+
+    Another one may be done within so many seconds of `wait`.
 
     Raises:
         ValueError: Another process writes it; tells to wait, or this way out.
@@ -142,7 +146,10 @@ def locked(folder: Path, *, way_out: str = "choose another place") -> Iterator[N
     from filelock import FileLock, Timeout
 
     real = folder.resolve()
-    lock = FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
+    path = real.with_name(f".{real.name}.lock")
+    if real.is_dir() and not os.access(real.parent, os.W_OK):  # as of a volume of a container
+        path = real / ".lock"
+    lock = FileLock(path, timeout=wait)
     with naming(folder):
         real.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -163,7 +163,7 @@ def idle(data: DataConfig) -> list[str]:
     """A note on settings that a command of data has no use for."""
     known = DataConfig()
     named = [f"data.{name}" for name in OF_TRAINING if getattr(data, name) != getattr(known, name)]
-    return [f"{', '.join(named)}: no effect here, since only training uses it"] if named else []
+    return [f"{', '.join(named)}: used by training alone, so no effect here"] if named else []
 
 
 def print_notes(notes: list[str]) -> None:

@@ -1,7 +1,6 @@
 """`protoclip evaluate`."""
 
 import os
-from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,11 +56,6 @@ class Evaluate:
 
     def __call__(self) -> None:
         self.require_paths()
-        with ExitStack() as held:
-            self.evaluate(held)
-
-    def evaluate(self, held: ExitStack) -> None:
-        """Judge, print and write; `held` is what the first rank keeps others from meanwhile."""
         from protoclip.data.index import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed import collectives
@@ -100,8 +94,6 @@ class Evaluate:
             )
 
         with collectives.process_group(device):
-            if (out := self.out) is not None:
-                collectives.rank0_first(lambda: held.enter_context(locked(Path(out))))
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             # A later one would else be refused after the first was judged.
             collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])
@@ -147,7 +139,8 @@ class Evaluate:
             records.show(list(judged.values()))
         if self.out is not None:
             of_sets = [record for record in all_records if "datasets" not in record]
-            records.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
+            with locked(Path(self.out), wait=2.0):  # others write their records in less
+                records.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
     def require_paths(self) -> None:
         """Refuse paths that do not exist."""

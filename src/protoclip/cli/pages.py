@@ -2,6 +2,8 @@
 
 import re
 
+from protoclip.config import Config
+
 # By section of the settings.
 SECTIONS = {
     "run": "training.md",
@@ -33,8 +35,27 @@ COMMANDS = {
     "data pack": "data.md",
     "data index": "data.md",
 }
-SETTING = re.compile(r"(?:--)?([a-z]+)\.[a-z]")
+# Of settings that another page than that of their section explains.
+SETTINGS = {
+    "run.sync": "run_folder.md",
+    "run.guard": "models.md#fine-tune",
+    "run.device": "scaling.md",
+    "run.stop_by": "evaluation.md",
+    "run.keep_best": "evaluation.md",
+    "run.evaluate_every": "evaluation.md",
+    "optim.layer_decay": "models.md#fine-tune",
+    "loss.positives": "models.md#fine-tune",
+    "loss.keep_by": "models.md#fine-tune",
+    "episodes.micro_batch_size": "scaling.md",
+}
+SETTING = re.compile(r"(?:--)?(([a-z]+)\.[a-z_]+)(?=[:.\[\s])")
 OPTION = re.compile(r"(?:--)?[a-z_]+: ")
+
+
+def names_setting(words: str) -> bool:
+    """Whether these words are a setting, and no file such as `run.html`."""
+    section, _, name = words.partition(".")
+    return section in SECTIONS and hasattr(getattr(Config(), section), name)
 
 
 def with_page(message: str, command: str) -> str:
@@ -44,8 +65,8 @@ def with_page(message: str, command: str) -> str:
     'data.train: cc12m: no such file (docs/data.md)'
     """
     page = None
-    if (setting := SETTING.match(message)) and setting[1] in SECTIONS:
-        page = SECTIONS[setting[1]]
+    if (setting := SETTING.match(message)) and names_setting(setting[1]):
+        page = SETTINGS.get(setting[1], SECTIONS[setting[2]])
     elif OPTION.match(message):
         page = COMMANDS.get(command)
     return message if page is None or ".md" in message else f"{message} (docs/{page})"

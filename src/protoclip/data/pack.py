@@ -168,7 +168,8 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     items = _prepare(source, row, settings["resize"])
     progress = Progress(f"Packing {source.name}", len(source))
     for left in left_by_killed(out):
-        left.unlink()
+        if left.parent == out:  # another command may pack into a folder below
+            left.unlink()
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
     with (out / SKIPPED).open("ab") as skipped:
         skipped.truncate(last["skipped_bytes"])

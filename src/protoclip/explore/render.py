@@ -48,7 +48,7 @@ from protoclip.explore.explorer import Answer, Explorer, Near
 from protoclip.explore.names import names
 from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
-from protoclip.terminal import visible
+from protoclip.terminal import say, visible
 
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
@@ -198,6 +198,7 @@ class Site:
             _ = self.map
         except Exception as error:  # pages work on, with the map that there is
             self.umap_failed = visible(str(error))
+            say(f"warning: the map stays that by PCA, since UMAP failed ({self.umap_failed})")
         self.umap_done = None
 
     def map_state(self) -> str:

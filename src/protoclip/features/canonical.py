@@ -82,4 +82,6 @@ def inverse_root(moments: Float[Tensor, "q q"], samples: int) -> Float[Tensor, "
     mean = moments / samples
     ridge = mean.trace() / samples  # of `width` samples with a mean square of trace / width each
     values, vectors = torch.linalg.eigh(mean + ridge * torch.eye(len(mean), dtype=mean.dtype))
-    return vectors * values.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt() @ vectors.T
+    sizes: Tensor = values.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
+    root: Tensor = vectors * sizes @ vectors.T
+    return root

@@ -30,7 +30,7 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
     """One note names them; those that say what is read draw none."""
     data = DataConfig(class_column="kind", cache="none", augmentation="clip")
     assert idle(data) == [
-        "data.augmentation, data.cache: no effect here, since only training uses it"
+        "data.augmentation, data.cache: used by training alone, so no effect here"
     ]
     assert idle(DataConfig(class_column="kind")) == []
 

@@ -18,7 +18,10 @@ def test_every_page_is_there() -> None:
     anchors = runpy.run_path(str(ROOT / "scripts" / "check_docs.py"))["anchors"]
     assert pages.COMMANDS.keys() == cli.COMMANDS.keys()
     assert pages.SECTIONS.keys() <= {field.name for field in dataclasses.fields(Config)}
-    for page in {*pages.COMMANDS.values(), *pages.SECTIONS.values()}:
+    for setting, page in pages.SETTINGS.items():
+        assert pages.names_setting(setting)
+        assert setting.partition(".")[2] in (ROOT / "docs" / page.partition("#")[0]).read_text()
+    for page in {*pages.COMMANDS.values(), *pages.SECTIONS.values(), *pages.SETTINGS.values()}:
         path, _, anchor = page.partition("#")
         assert (ROOT / "docs" / path).is_file(), page
         assert not anchor or anchor in anchors(ROOT / "docs" / path), page
@@ -30,6 +33,11 @@ def test_every_page_is_there() -> None:
         (["train", "--data.train", "nothing"], "docs/data.md"),
         (["export", "x"], "docs/models.md#export"),
         (["train", "--optim.betas", "2", "1"], "docs/training.md#the-model-and-what-follows"),
+        (
+            ["train", "--run.stop_by", "retrieval", "--run.evaluate_every", "0"],
+            "docs/evaluation.md",
+        ),
+        (["report", "x", "--out", "run.toml"], "docs/report.md"),
         (["trian"], ""),
     ],
 )

@@ -328,10 +328,17 @@ function legend(way, plain) {
 // Waits for the map by UMAP, and draws it in the place of that by PCA.
 async function betterMap(place) {
   const said = document.getElementById("map-state");
+  let missed = 0; // answers in a row
   while (place.isConnected) { // an answer to a search may have taken its place
-    const answer = await fetch("map-state.json");
-    if (!answer.ok) throw new Error(await answer.text());
+    const answer = await fetch("map-state.json").catch(() => null);
+    if (!(answer && answer.ok)) { // a phone that slept, or a server with too much to do
+      if (++missed > 10) throw new Error("the server does not answer");
+      await new Promise((resolve) => setTimeout(resolve, LOOK));
+      continue;
+    }
+    missed = 0;
     const { layout, done, failed } = await answer.json();
+    if (!place.isConnected) return;
     if (done !== null) {
       if (done > 0) said.querySelector("progress").value = done; // before, UMAP is compiled
       await new Promise((resolve) => setTimeout(resolve, LOOK));
@@ -355,7 +362,8 @@ if (map) {
     map.textContent = `The map cannot be drawn (${error.message}). The other pages work without it.`;
   };
   const noBetter = (error) => {
-    document.getElementById("map-state").textContent = `There is no map by UMAP (${error.message}).`;
+    const said = document.getElementById("map-state");
+    if (said) said.textContent = `There is no map by UMAP (${error.message}).`;
   };
   drawMap(map).then(() => map.dataset.waits && betterMap(map).catch(noBetter), failed);
 }
