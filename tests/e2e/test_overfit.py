@@ -99,6 +99,14 @@ def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):
     assert len(lines) == 2
 
 
+def test_align_that_cannot_learn_says_so(tmp_path, monkeypatch):
+    """From the closed form it would know most pairs before the first step."""
+    monkeypatch.setattr(overfit, "STEPS", 2)
+    still = {"learning_rate": 1e-12}
+    given = changed(tiny_alignment(tmp_path), tmp_path / "run", run={"overfit": 8}, optim=still)
+    assert align(given)["overfit"]["recall"] < 0.4
+
+
 def test_align_goes_on_where_it_left_pairs_out(tmp_path, monkeypatch):
     """A bad image, so that seven of eight pairs are one batch."""
     monkeypatch.setattr(overfit, "STEPS", 2)

@@ -25,12 +25,16 @@ class SecondMoments:
         image: Of the outer products of image features with themselves `(q, q)`.
         text: The same of text features, a mean over the captions of each image `(r, r)`.
         cross: Of image features with the mean text features of the image `(q, r)`.
+        sum_of_images: Of the image features themselves `(q,)`.
+        sum_of_texts: Of the mean text features of each image `(r,)`.
         samples: How many images they sum over.
     """
 
     image: Float[Tensor, "q q"]
     text: Float[Tensor, "r r"]
     cross: Float[Tensor, "q r"]
+    sum_of_images: Float[Tensor, " q"]
+    sum_of_texts: Float[Tensor, " r"]
     samples: int
 
 
@@ -41,6 +45,7 @@ def second_moments(halves: HalfRows, device: torch.device) -> SecondMoments:
     image = torch.zeros(width, width, dtype=torch.float64)
     text = torch.zeros(text_width, text_width, dtype=torch.float64)
     cross = torch.zeros(width, text_width, dtype=torch.float64)
+    sums = torch.zeros(width, dtype=torch.float64), torch.zeros(text_width, dtype=torch.float64)
     for rows in np.array_split(chosen, -(-len(chosen) // BLOCK)):
         counts = halves.first[rows + 1] - halves.first[rows]
         x = halves.image_rows(rows).to(device).float()
@@ -51,7 +56,16 @@ def second_moments(halves: HalfRows, device: torch.device) -> SecondMoments:
         image += (x.T @ x).cpu()
         text += (y.T @ (share * y)).cpu()
         cross += (x.T @ means).cpu()
-    return SecondMoments(image=image, text=text, cross=cross, samples=len(chosen))
+        for total, features in zip(sums, (x, means), strict=True):
+            total += features.sum(0).cpu()
+    return SecondMoments(
+        image=image,
+        text=text,
+        cross=cross,
+        sum_of_images=sums[0],
+        sum_of_texts=sums[1],
+        samples=len(chosen),
+    )
 
 
 def canonical_projections(
@@ -69,18 +83,26 @@ def canonical_projections(
         The map of image features, and that of text features, `k = min(q, r)`; columns of the most
         correlated directions come first.
     """
-    image = inverse_root(moments.image, moments.samples)
-    text = inverse_root(moments.text, moments.samples)
+    image = inverse_root(moments.image, moments.sum_of_images, moments.samples)
+    text = inverse_root(moments.text, moments.sum_of_texts, moments.samples)
     left, correlations, right = torch.linalg.svd(
         image @ (moments.cross / moments.samples) @ text, full_matrices=False
     )
     return image @ left * correlations, text @ right.T * correlations
 
 
-def inverse_root(moments: Float[Tensor, "q q"], samples: int) -> Float[Tensor, "q q"]:
-    """The whitening of a space: the inverse square root of its mean moments and their ridge."""
+def inverse_root(
+    moments: Float[Tensor, "q q"], total: Float[Tensor, " q"], samples: int
+) -> Float[Tensor, "q q"]:
+    """The whitening of a space: the inverse square root of its mean moments and their ridge.
+
+    The ridge is of `q` samples whose mean square in each direction is trace / q. Where what all
+    features share is larger than what tells them apart, as in raw states of language models, it
+    counts no more than that: it would drown the rest.
+    """
     mean = moments / samples
-    ridge = mean.trace() / samples  # of `width` samples with a mean square of trace / width each
+    variance = mean.trace() - (total / samples).square().sum()
+    ridge = torch.minimum(mean.trace(), 2 * variance) / samples
     values, vectors = torch.linalg.eigh(mean + ridge * torch.eye(len(mean), dtype=mean.dtype))
     sizes: Tensor = values.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
     root: Tensor = vectors * sizes @ vectors.T

@@ -179,7 +179,7 @@ def _kept(working: Path, stream: ShardStream, halves: Sequence[ImageHalf]) -> Pa
         # What says that a stream is read in order is not true of its table.
         notes = [note for note in stream.notes if not note.startswith("episodes.replacement")]
         return PassedPairs(
-            table, name=stream.name, key=working.name, notes=[*notes, *facts["notes"]]
+            table, name=stream.name, key=facts["table"], notes=[*notes, *facts["notes"]]
         )
 
     pairs = raise_on_all_ranks(read)

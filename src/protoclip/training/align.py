@@ -34,7 +34,7 @@ from protoclip.features.halves import (
 )
 from protoclip.features.streamed import passed
 from protoclip.models import loading
-from protoclip.models.aligned import FrozenHalves, start_projections
+from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
 from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
@@ -292,10 +292,16 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
             )
         notes.append(f"{said}; they are left out")
     left_out = np.union1d(bad, rows.repeated)
+    if len(left_out) == len(samples):
+        raise ValueError(f"{samples.name}: no pair can be used; {notes[-1]}")
     kept_rows = rows.without(left_out) if len(left_out) else rows
     if config.align.init == "cca":
         moments = second_moments(kept_rows, next(halves.parameters()).device)
         start_projections(model, *canonical_projections(moments))
+        towers: Any = model.towers
+        for tower in (towers.visual, towers.text):
+            for parameter in Projection(tower).parameters():  # hosts may compute other last digits
+                collectives.broadcast(parameter.data)
     if not len(left_out):
         return plan, rows
     kept = without(samples, left_out)

@@ -59,7 +59,10 @@ def given_for_few(given: Mapping[str, Any]) -> Mapping[str, Any]:
     config = Config.from_dict(given)
     if config.run.overfit is None:
         return given
-    decided = settings(config) | {"align": {"dropout": 0.0, "geometry": 0.0, "views": 1}}
+    # From the closed form all pairs may be known before the first step.
+    decided = settings(config) | {
+        "align": {"init": "random", "dropout": 0.0, "geometry": 0.0, "views": 1}
+    }
     return {**given, **{name: {**given.get(name, {}), **of} for name, of in decided.items()}}
 
 

@@ -19,16 +19,20 @@ def test_moments_count_an_image_once_however_many_captions_it_has(tmp_path):
     _, rows, _ = rows_of(tiny_alignment(tmp_path))
     found = second_moments(rows, CPU)
     assert found.samples == len(rows.images) == 96
-    image, text, cross = 0.0, 0.0, 0.0
+    image, text, cross, sums = 0.0, 0.0, 0.0, [0.0, 0.0]
     for row in range(96):
         x = rows.image_rows(np.array([row]))[0].double().numpy()
         captions = rows.captions[rows.first[row] : rows.first[row + 1]]
         for y in rows.text_rows(captions).double().numpy():
             text += np.outer(y, y) / len(captions)
             cross += np.outer(x, y) / len(captions)
+            sums[1] += y / len(captions)
         image += np.outer(x, x)
-    for moment, expected in ((found.image, image), (found.text, text), (found.cross, cross)):
-        np.testing.assert_allclose(moment, expected, rtol=1e-5, atol=1e-4)
+        sums[0] += x
+    expected = [image, text, cross, *sums]
+    made = [found.image, found.text, found.cross, found.sum_of_images, found.sum_of_texts]
+    for moment, slow in zip(made, expected, strict=True):
+        np.testing.assert_allclose(moment, slow, rtol=1e-5, atol=1e-4)
 
 
 def test_directions_are_those_of_a_generalised_eigenproblem():
@@ -36,9 +40,16 @@ def test_directions_are_those_of_a_generalised_eigenproblem():
     of cross moments and of ridged moments; columns have their correlation as size."""
     draws = torch.randn(50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, y = draws[:, :5], draws[:, 4:]  # one dimension is common to both
-    moments = SecondMoments(image=x.T @ x, text=y.T @ y, cross=x.T @ y, samples=50)
-    image, text = canonical_projections(moments)
-    ridged = [(m + m.trace() / 50 * torch.eye(5)).numpy() / 50 for m in (x.T @ x, y.T @ y)]
+    y = y + 3  # what all samples share counts no more than what tells them apart
+    sums = {"sum_of_images": x.sum(0), "sum_of_texts": y.sum(0)}
+    image, text = canonical_projections(
+        SecondMoments(image=x.T @ x, text=y.T @ y, cross=x.T @ y, **sums, samples=50)
+    )
+    spread = [2 * y.var(0, correction=0).sum(), (x * x).sum() / 50]
+    ridged = [
+        (z.T @ z).numpy() / 50 + float(size) / 50 * np.eye(5)
+        for z, size in ((x, spread[1]), (y, spread[0]))
+    ]
     cross, zero = (x.T @ y).numpy() / 50, np.zeros((5, 5))
     values, vectors = scipy.linalg.eigh(
         np.block([[zero, cross], [cross.T, zero]]), scipy.linalg.block_diag(*ridged)
