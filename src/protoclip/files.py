@@ -151,7 +151,7 @@ def locked(
         path = real / ".lock"
     lock = FileLock(path, timeout=wait)
     with naming(folder):
-        real.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:

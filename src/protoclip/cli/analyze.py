@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.device import open_device
 from protoclip.config import Count
 from protoclip.files import SOFTWARE, locked, replacing, require_ours, to_json, write_atomically
 from protoclip.paths import require_place, require_run, require_source
 from protoclip.terminal import say, visible
+
+if TYPE_CHECKING:
+    import torch
 
 FEW = 100  # pairs; with fewer a note says that numbers say little
 
@@ -34,6 +37,8 @@ class Analyze:
     overwrite: bool = False  # Replace files that analyze did not write.
 
     def __call__(self) -> None:
+        from protoclip.evaluation.analysis import open_run
+
         for run in self.runs:
             require_run(run)
         if self.data is not None:
@@ -43,21 +48,21 @@ class Analyze:
         folders = [Path(run) for run in self.runs]
         stems = self.stems(folders)
         together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
-        places = (
-            [Path(self.out)] if self.out else [*stems, *([together] if len(folders) > 1 else [])]
-        )
-        with ExitStack() as stack:
-            for place in {each.resolve(): each for each in places}.values():
-                stack.enter_context(locked(place))
-            self.write(folders, stems, together)
-
-    def write(self, folders: Sequence[Path], stems: Sequence[Path], together: Path) -> None:
-        """Analyse, print and write."""
-        from protoclip.evaluation.analysis import HINT, analyze, open_run
-
+        places = [*stems, *([together] if len(folders) > 1 else [])]
         device = open_device()
         for folder in folders:  # before minutes of work on the first one
             open_run(folder)
+        with ExitStack() as stack:
+            for place in {each.resolve(): each for each in places}.values():
+                stack.enter_context(locked(place))
+            self.write(folders, stems, together, device)
+
+    def write(
+        self, folders: Sequence[Path], stems: Sequence[Path], together: Path, device: "torch.device"
+    ) -> None:
+        """Analyse, print and write."""
+        from protoclip.evaluation.analysis import HINT, analyze
+
         for stem in stems if not self.overwrite else ():
             require_ours(Path(f"{stem}.json"), '"checkpoints"')
             require_ours(Path(f"{stem}.png"), SOFTWARE)

@@ -139,7 +139,7 @@ class Evaluate:
             records.show(list(judged.values()))
         if self.out is not None:
             of_sets = [record for record in all_records if "datasets" not in record]
-            with locked(Path(self.out), wait=2.0):  # others write their records in less
+            with locked(Path(self.out) / "records", wait=2.0):  # others write theirs in less
                 records.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
     def require_paths(self) -> None:
