@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import SimpleHTTPRequestHandler
@@ -124,6 +125,14 @@ def watched(browser: Any, address: str) -> Iterator[Watched]:
     context.close()
 
 
+def wait_until(page: Any, condition: str) -> None:
+    """Until an expression holds in a page, whose policy forbids what `wait_for_function` does."""
+    end = time.monotonic() + 60
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        page.wait_for_timeout(50)
+
+
 def selected(page: Any) -> int:
     return int(page.inner_text("#selected").replace(",", ""))
 
@@ -141,7 +150,7 @@ def test_the_map_reacts(watched: Watched) -> None:
     before = page.evaluate(extent)
     page.mouse.move(*middle)
     page.mouse.wheel(0, -300)
-    page.wait_for_function(f"{extent} < {before} * 0.99")
+    wait_until(page, f"{extent} < {before} * 0.99")
     # A point's place on the screen.
     place = page.evaluate(
         """() => {
@@ -172,7 +181,7 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.click("#clear")
     assert selected(page) == 0
     page.mouse.click(place["x"], place["y"])
-    page.wait_for_function("Number(document.querySelector('#selected').innerText) >= 1")
+    wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
     page.click("text=Open the selected pair")
     page.wait_for_url("**/pair-*.html")
@@ -286,7 +295,7 @@ def test_the_map_by_umap_takes_its_place(
     page.goto(serve_pages(pages))
     page.wait_for_selector("#map[data-ready]")
     page.select_option("#colour-by", "distance")
-    page.wait_for_function("document.querySelector('#map-state progress').value === 0.5")
+    wait_until(page, "document.querySelector('#map-state progress').value === 0.5")
     at = "Bokeh.documents[0].get_model_by_name('pairs').data.image_x[0]"
     before = page.evaluate(at)
     go_on.set()

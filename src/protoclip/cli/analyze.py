@@ -37,8 +37,6 @@ class Analyze:
     overwrite: bool = False  # Replace files that analyze did not write.
 
     def __call__(self) -> None:
-        from protoclip.evaluation.analysis import open_run
-
         for run in self.runs:
             require_run(run)
         if self.data is not None:
@@ -49,6 +47,8 @@ class Analyze:
         stems = self.stems(folders)
         together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
         places = [*stems, *([together] if len(folders) > 1 else [])]
+        from protoclip.evaluation.analysis import open_run  # slow to import
+
         device = open_device()
         for folder in folders:  # before minutes of work on the first one
             open_run(folder)
