@@ -1,5 +1,7 @@
 """Where two frozen spaces agree, and heads that start there."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -10,6 +12,7 @@ from torch import nn
 
 from protoclip.features.canonical import SecondMoments, canonical_projections, second_moments
 from protoclip.models.aligned import AlignedModel, start_projection
+from protoclip.testing import run_distributed
 from tiny_align import changed, rows_of, tiny_alignment
 
 CPU = torch.device("cpu")
@@ -87,6 +90,23 @@ def test_a_projection_starts_as_a_linear_map(projection):
     assert torch.allclose(
         F.normalize(outputs, dim=-1), F.normalize(features @ linear, dim=-1), atol=0.02
     )
+
+
+def heads_of(settings: dict[str, Any], cache: str) -> dict[str, torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", cache)
+        _, _, model = rows_of(settings)
+    return {name: value for name, value in model.state_dict().items() if ".head" in name}
+
+
+def test_ranks_start_as_one_process(tmp_path):
+    given = changed(tiny_alignment(tmp_path), align={"init": "cca"})
+    alone = heads_of(given, str(tmp_path / "cache"))
+    ranks = run_distributed(heads_of, 2, given, str(tmp_path / "cache"))
+    assert alone
+    for name, value in alone.items():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], value, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
