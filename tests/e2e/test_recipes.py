@@ -1,11 +1,9 @@
 """Every recipe parses, builds its towers at full size, costs what its head says, and trains."""
 
-import importlib.util
 import json
 import logging
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +23,7 @@ from protoclip.config import Config, ModelConfig
 from protoclip.testing import tiny_pairs
 from protoclip.training import trainer
 from protoclip.training.stages import stage_of
+from scripts_as_modules import script
 from tiny_hugging_face import save_bert
 
 ROOT = Path(__file__).parents[2]
@@ -64,14 +63,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def cost() -> Iterator[Any]:
     """scripts/recipe_cost.py."""
-    path = ROOT / "scripts" / "recipe_cost.py"
-    spec = importlib.util.spec_from_file_location("recipe_cost", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "recipe_cost", module)
-        spec.loader.exec_module(module)
+    with script("scripts/recipe_cost.py") as module, pytest.MonkeyPatch.context() as patch:
         counted, known = module.forward_flops, {}  # recipes share towers
 
         def forward_flops(config: ModelConfig) -> Any:

@@ -1,29 +1,27 @@
 """scripts/check_docs.py finds links that lead nowhere, and relative ones in the README."""
 
-import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "https://github.com/me/it"
 
 
 @pytest.fixture
-def check_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def check_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script, for a small repository in `tmp_path`."""
-    spec = importlib.util.spec_from_file_location("check_docs", ROOT / "scripts/check_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "page.md").write_text("# Page\n\n## Here\n", encoding="utf-8")
     urls = f'[project.urls]\nSource = "{ADDRESS}"\n'
     (tmp_path / "pyproject.toml").write_text(urls, encoding="utf-8")
-    return module
+    with script("scripts/check_docs.py") as module:
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        yield module
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The benchmark for GPUs, in its small form on a CPU."""
 
-import importlib.util
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +8,15 @@ import pytest
 import torch
 
 from protoclip.testing import tiny_config
+from scripts_as_modules import script
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with script("benchmarks/gpu.py") as module:
+        yield module
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resume", "rn50")]

@@ -1,8 +1,6 @@
 """benchmarks/messages.py counts what ranks send; docs/scaling.md has its table."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +8,14 @@ from typing import Any
 import pytest
 
 from protoclip.testing import tiny_model
+from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def messages() -> Iterator[Any]:
-    path = ROOT / "benchmarks" / "messages.py"
-    spec = importlib.util.spec_from_file_location("messages", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "messages", module)
-        spec.loader.exec_module(module)
+    with script("benchmarks/messages.py") as module:
         yield module
 
 

@@ -1,8 +1,8 @@
 """Pages that readers look things up in: made from the code, or held against it."""
 
-import importlib.util
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +13,7 @@ from protoclip.cli import COMMANDS
 from protoclip.cli.parsing import options, parse
 from protoclip.config import Config
 from protoclip.evaluation.metrics import METRICS
+from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -20,13 +21,9 @@ BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts/reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reference() -> Iterator[ModuleType]:
+    with script("scripts/reference.py") as module:
+        yield module
 
 
 def test_every_setting_has_a_row(reference: ModuleType) -> None:

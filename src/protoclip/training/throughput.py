@@ -22,6 +22,7 @@ from protoclip.models.flops import Forward, forward_flops
 from protoclip.models.precision import Precision
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
+from protoclip.models.towers import PROJECTIONS
 from protoclip.progress import duration
 from protoclip.terminal import say
 from protoclip.training.run_folder import environment
@@ -118,8 +119,10 @@ class Throughput:
                 self.forward = None
                 return 0.0
         counted, named = self._counted[0], [*model.towers.named_parameters()]
+        # A projection that trains behind a locked tower asks that tower for no gradients.
+        inside = [(name, p) for name, p in named if not name.startswith(PROJECTIONS)]
         image, text = (
-            passes(p for name, p in named if name.startswith("visual.") == of_image)
+            passes(p for name, p in inside if name.startswith("visual.") == of_image)
             for of_image in (True, False)
         )
         return counted.image * image + self.captions * counted.text * text

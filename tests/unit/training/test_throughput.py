@@ -8,6 +8,7 @@ import torch
 
 from protoclip.models import loading
 from protoclip.models.flops import Forward
+from protoclip.models.towers import PROJECTIONS
 from protoclip.testing import tiny_model
 from protoclip.training import throughput
 from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
@@ -58,6 +59,15 @@ def test_the_share_of_the_peak_follows_from_what_trains(monkeypatch):
         assert metrics["train/samples_per_second"] == 60
         assert metrics["train/mfu"] == pytest.approx(60 * flops / 1e15)
     assert count.call_count == 1
+
+
+def test_a_locked_tower_behind_a_projection_that_trains_is_one_pass(monkeypatch):
+    model = loading.model(tiny_model(), seed=0)
+    for name, parameter in model.towers.named_parameters():
+        parameter.requires_grad_(name.startswith(PROJECTIONS))
+    assert any(parameter.requires_grad for parameter in model.towers.parameters())
+    measured = Throughput(peak=1e15, forward=Mock(return_value=FORWARD))
+    assert measured._pair(model, measured.forward) == FORWARD.image + FORWARD.text
 
 
 def test_towers_that_cannot_be_counted_cost_one_line(capsys):
