@@ -2,15 +2,12 @@
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from protoclip.testing import tiny_config
 from scripts_as_modules import script
-
-PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
