@@ -294,6 +294,20 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     assert all(torch.equal(weights(out)[name], w) for name, w in weights(finished).items())
 
 
+def test_another_start_at_the_same_path_does_not_go_on(top, finished, copied, tmp_path):
+    """The weights between it and the end would be those of no fine-tuning."""
+    start = tmp_path / "start"
+    shutil.copytree(find_checkpoint(top / "start"), start)
+    config = copied / "config.toml"
+    config.write_text(config.read_text().replace(str(top / "start"), str(start)))
+    changed = {name: value + 1 for name, value in read_tensors(start / saved.WEIGHTS).items()}
+    saved.write_checkpoint(
+        start, {saved.WEIGHTS: changed}, {saved.MODEL: read(start / saved.MODEL)}
+    )
+    with pytest.raises(ValueError, match=r"model\.start: not what .* \(other weights\); restore"):
+        finetune(settings(top, copied, model={"start": str(start)}), alpha=0.35, resume="auto")
+
+
 def test_results_that_could_not_be_written_are_made_again(top, copied, monkeypatch):
     """Between another model and its results the run has none of the old ones; the sweep is kept."""
     with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.checks import check
@@ -186,19 +187,19 @@ def contents(
     plan: Plan,
     samples: Pairs | SampleStream,
     teachers: Mapping[str, Whitens],
-    start: TowerPair | None,
+    start: TowerPair | Mapping[str, Tensor],
     *,
     halves: HalfRows | None,
 ) -> dict[str, list[Facts]]:
     """What identifies that which a run reads beside its checkpoints.
 
     `sources` are the pairs to train on, `validation` a source that judges it, `teachers` what is
-    stored of them, and `start` the frozen start, where a loss needs it.
+    stored of them, and `start` what a run begins with, where its losses or its ending need it.
 
     Args:
         samples: Those of the plan, before halves encoded them if they did.
         teachers: By name; those that the run makes of its start or its halves follow from these.
-        start: The frozen start, at the run's sizes.
+        start: This start at the run's sizes, or its weights; none where nothing needs them.
         halves: What these encoded, if they did; the plan's samples are what is left then.
     """
     facts = {"sources": content(samples, encoded=None if halves is None else plan.samples)}
@@ -208,17 +209,20 @@ def contents(
         facts["validation"] = content(images)
     stored = {name: each for name, each in teachers.items() if isinstance(each, StoredFeatures)}
     facts["teachers"] = [{"name": name, **each.content} for name, each in stored.items()]
-    facts["start"] = [] if start is None else [{"weights": weights_key(start)}]
+    weights = start.state_dict() if isinstance(start, TowerPair) else start
+    facts["start"] = [{"weights": weights_key(weights)}] if weights else []
     return facts
 
 
-def weights_key(start: TowerPair) -> str:
-    """Of the weights of a start, but for embeddings of positions, whose sizes may have changed:
-    machines interpolate them with other last digits."""
+def weights_key(start: Mapping[str, Tensor]) -> str:
+    """Of a start's towers, but for what machines make with other last digits.
+
+    That are embeddings of positions, which they interpolate, and what a run adds, such as LoRA.
+    """
     raw = {
         name: checksum(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, value in start.state_dict().items()
-        if "pos" not in name
+        for name, value in start.items()
+        if name.startswith("towers.") and "pos" not in name and "lora_" not in name
     }
     return checksum(to_json(raw).encode())
 

@@ -160,7 +160,7 @@ def train_together(
             else:
                 notes.clear()  # the run is known
             checkpoint = newest_intact(folder, notes) if begun.is_begun else None
-            run.content = contents(plan, samples, run.teachers, run.start, halves=halves)
+            run.content = contents(plan, samples, run.teachers, run.start or start, halves=halves)
             if checkpoint is not None:
                 check_checkpoint(
                     checkpoint,

@@ -285,10 +285,10 @@ def check_checkpoint(
         )
     for key, setting in (("teachers", "teacher.features"), ("start", "model.start")):
         frozen = content.get(key, [])
-        if differs := difference(facts.get(key, frozen), frozen):
+        if differs := difference(facts.get(key) or frozen, frozen):
             raise ValueError(
-                f"{setting}: not what the run began with ({differs}), so its losses would be "
-                "others; restore it, or choose another folder with --run.out"
+                f"{setting}: not what the run began with ({differs}); restore it, or choose "
+                "another folder with --run.out"
             )
 
 
