@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,19 @@ def test_what_is_bad_of_a_stream_is_said_and_left_out(given, shards, tmp_path, s
     assert sum("they are left out" in note for note in plan.notes) == 2
     broken.write_bytes(content)
     assert len(rows_of(settings)[0].samples) == 30
+
+
+def test_shards_may_move(given, shards, store, tmp_path, monkeypatch):
+    """As a job copies them to its own disk. Other content under a name is read."""
+    settings = of(given, shards / "plain")
+    before, names = by_id(settings), encoded(monkeypatch)
+    moved = tmp_path / "scratch" / "plain"
+    shutil.copytree(shards / "plain", moved, copy_function=shutil.copyfile)
+    assert by_id(of(given, moved)) == before
+    assert not names
+    shutil.copy(next((shards / "more").glob("*.tar")), moved / "00000.tar")
+    assert len(by_id(of(given, moved))) == 96 - 40 + 30
+    assert len(names) == 30
 
 
 def test_rows_that_were_deleted_are_encoded_anew(given, shards, store, monkeypatch):

@@ -19,15 +19,17 @@ import pyarrow as pa
 import torch
 
 from protoclip.data.access import begun, is_url
-from protoclip.data.content import of_stream
+from protoclip.data.content import of_stream, shard_facts
 from protoclip.data.mixture import mixed_pairs, sources_of
-from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, Pairs, SampleStream, file_status
+from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.shards import shard_stem
 from protoclip.data.stream import Item, ShardStream
-from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
 from protoclip.features import store
 from protoclip.features.encode import encode_images
 from protoclip.features.halves import ImageHalf, opened, segment_facts, view_id
 from protoclip.features.parts import (
+    FOLDERS,
     PARTS,
     Part,
     Show,
@@ -123,7 +125,6 @@ def _passed(
     threads: int | None,
 ) -> PassedPairs:
     settings = {
-        "source": stream.name,
         "samples": len(stream.shards),  # a part is a shard
         "part_rows": 1,
         **rank0_first(lambda: of_stream(stream)),
@@ -165,10 +166,8 @@ def _drop_broken(working: Path) -> None:
 def _kept(working: Path, stream: ShardStream, halves: Sequence[ImageHalf]) -> PassedPairs | None:
     """The pairs, if all shards have passed and the store has their images. Collective."""
 
-    def read() -> PassedPairs | None:
+    def read() -> PassedPairs:
         facts = store.read_facts(working)
-        if "rows" not in facts:
-            return None
         path = working / TABLE
         if not path.is_file() or file_checksum(path) != facts["table"]:
             raise ValueError(
@@ -182,20 +181,32 @@ def _kept(working: Path, stream: ShardStream, halves: Sequence[ImageHalf]) -> Pa
             table, name=stream.name, key=facts["table"], notes=[*notes, *facts["notes"]]
         )
 
+    if not rank0_first(lambda: "rows" in store.read_facts(working)):
+        return None
+    require_shared(working / store.FACTS, by=FOLDERS)
     pairs = raise_on_all_ranks(read)
-    for view, half in enumerate(halves if pairs is not None else ()):
-        names = (view_id(name, view) for name in pairs.column("image"))  # type: ignore[union-attr]
-        if (opened(half.folder, half.encoder.width).find(hash_ids(names)) < 0).any():
-            rank0_first(lambda: shutil.rmtree(working))  # its images were deleted since
-            return None
-    return pairs
+    stored = [opened(half.folder, half.encoder.width) for half in halves]
+
+    def has_images() -> bool:
+        shards = pairs.table.column("image").chunks  # one at a time, since names take memory
+        for view, of_view in enumerate(stored):
+            names = (view_id(name, view) for shard in shards for name in shard.to_pylist())
+            if (of_view.find(hash_ids(names)) < 0).any():
+                shutil.rmtree(working)  # they were deleted since
+                return False
+        return True
+
+    return pairs if rank0_first(has_images) else None
 
 
 def _key_of(shard: str) -> str:
-    """Names a shard as it is now. What is behind URLs, or a command gives, is taken to stay."""
+    """Names a shard as it is now, wherever it lies.
+
+    What is behind URLs, or a command gives, is taken to stay.
+    """
     is_local = not (is_url(shard) or shard.startswith("pipe:"))
-    place = str(Path(shard).resolve()) if is_local else shard
-    return checksum(f"{file_status(shard)}{place}".encode())
+    facts = [shard_stem(shard), *shard_facts(shard, is_read=True)] if is_local else [shard]
+    return checksum(to_json(facts).encode())
 
 
 def _encode_shard(
