@@ -19,8 +19,8 @@ class Match(OfPairs):
     """Rank pretrained halves before anything is trained.
 
     Each half encodes some pairs once. A row shows an image half with a text
-    half. The first row has the highest recall@10 of ridge regressions between
-    them, on pairs that these have not seen. docs/match.md explains the rest.
+    half. The first row has the highest recall@10 of what align begins with, on
+    pairs that this has not seen. docs/match.md explains the rest.
     """
 
     images: tuple[str, ...]  # Image halves: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
@@ -107,8 +107,8 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         )
     table.caption_justify = "left"
     table.caption = (
-        f"Ordered by recall@10: the mean of both ways between an image and its text, by ridge "
-        f"regressions fitted on {first['pairs'] - first['judged']:,} pairs and judged on "
+        f"Ordered by recall@10: the mean of both ways between an image and its text, by what align "
+        f"begins with, fitted on {first['pairs'] - first['judged']:,} pairs and judged on "
         f"{first['judged']:,} others (by chance {100 * first['recall@10/by_chance']:.1f}%). The "
         f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
         "caption."

@@ -28,6 +28,7 @@ from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
 from protoclip.evaluation.kept import Kept
+from protoclip.features.canonical import canonical_projections, moments_of_pairs
 from protoclip.features.encode import FrozenEncoder, Pooling, encode_items, open_encoder
 from protoclip.features.store import hash_ids
 from protoclip.files import checksum
@@ -39,8 +40,6 @@ from protoclip.prototypes.targets import agreement
 RECALL_AT = 10
 LEAST = 30  # pairs of which no two share an image or a caption; half of them are judged
 PAIRS_PER_GROUP, ITERATIONS = 10, 20  # of K-means, as in training
-# Of the ridge, in pairs: what it adds to the variance of each feature, over what a pair adds.
-STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(11))
 READERS = 16  # threads; the images may be behind URLs
 
 Record = dict[str, Any]
@@ -122,7 +121,7 @@ def match(
         images, texts: Halves, as `open_encoder` takes them.
         pairs: How many pairs to draw, evenly; of a stream the first ones. Of several captions of a
             sample the first is taken.
-        seed: Of the draw, of K-means and of the split for the regression.
+        seed: Of the draw, of K-means and of the split that fits and judges.
         pooling: How a Hugging Face model's tokens become one feature; unset, as its files say.
         cache: Folder in which features are kept by content; unset, none are.
 
@@ -314,7 +313,7 @@ def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: i
             {
                 "image": image.half.name,
                 "text": text.half.name,
-                **ridge_recall(
+                **canonical_recall(
                     image.of_pairs, text.of_pairs, drawn.image_of_pair, captions, seed=seed
                 ),
                 "mutual_neighbours": shared_neighbours(image.nearest, text.nearest),
@@ -394,7 +393,7 @@ def unbiased_hsic(rows: Float[Tensor, "n d"], others: Float[Tensor, "n e"]) -> f
     return float(joint - same + means)
 
 
-def ridge_recall(
+def canonical_recall(
     images: Float[Tensor, "p d"],
     texts: Float[Tensor, "p e"],
     image_of_pair: Int[Tensor, " p"],
@@ -402,12 +401,11 @@ def ridge_recall(
     *,
     seed: int = 0,
 ) -> Record:
-    """How often ridge regressions between two spaces find the partner of an image or a text.
+    """How often the closed form that `align` begins with finds the partner of an image or a text.
 
-    One regression leads from texts to images, another one back. Both are fitted on half of the
-    pairs; on the other half a text that was led to the images' space looks for its image there, and
-    an image for its text. Pairs that share an image or a caption are in one half. Each strength is
-    the one with the highest mean reciprocal rank in a split of the fitted half.
+    `canonical_projections` of half of the pairs lead both spaces into one. There an image of the
+    other half looks for its text, and a text for its image. Pairs that share an image or a caption
+    are in one half.
 
     Args:
         images, texts: Features of each pair's image and text.
@@ -420,62 +418,35 @@ def ridge_recall(
     """
     number_of: dict[str, int] = {}
     text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])
-    groups = sharing(image_of_pair, text_of_pair)
-    judged = half_of(groups, seed)
-    inner = half_of(torch.unique(groups[~judged], return_inverse=True)[1], seed)
-    (fitted,), (judged_rows,) = (~judged).nonzero(as_tuple=True), judged.nonzero(as_tuple=True)
-
-    def ranks(way: str, train: Tensor, test: Tensor, strengths: Sequence[float]) -> list[Tensor]:
-        known = retrieval.captions_of(
-            [(captions[pair],) for pair in test.tolist()],
-            [""] * len(test),
-            content=image_of_pair[test].tolist(),
-        )
-        pair_of = {captions[pair]: pair for pair in test.tolist()}
-        of_images = test[known.rows]
-        of_texts = torch.tensor([pair_of[text] for text in known.texts])
-        numbers = torch.arange(len(of_images))
-        if way == "text_to_image":
-            spaces, rows, candidates = (texts, images), of_texts, of_images
-            keys = known.numbers, numbers, known.matches.flip(0)
-        else:
-            spaces, rows, candidates = (images, texts), of_images, of_texts
-            keys = numbers, known.numbers, known.matches
-        inputs, targets = (of.double() - of[train].double().mean(dim=0) for of in spaces)
-        there, by_strength = F.normalize(targets[candidates], dim=1), []
-        for weights in ridge(inputs[train], targets[train], strengths):
-            led = F.normalize(inputs[rows] @ weights, dim=1)
-            by_strength.append(retrieval.best_relevant_rank(led, there, *keys))
-        return by_strength
-
-    recalls = {}
-    for way in ("text_to_image", "image_to_text"):
-        tried = ranks(way, fitted[~inner], fitted[inner], STRENGTHS)
-        reciprocal = [float((1 / (each + 1)).mean()) for each in tried]  # finer than a recall
-        best = max(zip(reciprocal, STRENGTHS, strict=True))[1]
-        (judged_ranks,) = ranks(way, fitted, judged_rows, [best])
-        recalls[way] = retrieval.recall_at(judged_ranks, RECALL_AT)
+    judged = half_of(sharing(image_of_pair, text_of_pair), seed)
+    maps = canonical_projections(moments_of_pairs(images[~judged], texts[~judged]))
+    (rows,) = judged.nonzero(as_tuple=True)
+    known = retrieval.captions_of(
+        [(captions[pair],) for pair in rows.tolist()],
+        [""] * len(rows),
+        content=image_of_pair[rows].tolist(),
+    )
+    pair_of = {captions[pair]: pair for pair in rows.tolist()}
+    of_images, of_texts = rows[known.rows], torch.tensor([pair_of[text] for text in known.texts])
+    led_images, led_texts = (
+        F.normalize(of.double() @ projection, dim=1)
+        for of, projection in zip((images[of_images], texts[of_texts]), maps, strict=True)
+    )
+    numbers = torch.arange(len(of_images))
+    ranks = {
+        "text_to_image": retrieval.best_relevant_rank(
+            led_texts, led_images, known.numbers, numbers, known.matches.flip(0)
+        ),
+        "image_to_text": retrieval.best_relevant_rank(
+            led_images, led_texts, numbers, known.numbers, known.matches
+        ),
+    }
+    recalls = {way: retrieval.recall_at(of_way, RECALL_AT) for way, of_way in ranks.items()}
     candidates = [len(torch.unique(of[judged])) for of in (image_of_pair, text_of_pair)]
     by_chance = sum(min(1.0, RECALL_AT / number) for number in candidates) / len(candidates)
     return {
         f"recall@{RECALL_AT}": sum(recalls.values()) / len(recalls),
         **{f"recall@{RECALL_AT}/{way}": value for way, value in recalls.items()},
         f"recall@{RECALL_AT}/by_chance": by_chance,
-        "judged": len(judged_rows),
+        "judged": len(rows),
     }
-
-
-def ridge(
-    inputs: Float[Tensor, "n d"], targets: Float[Tensor, "n e"], strengths: Sequence[float]
-) -> list[Float[Tensor, "d e"]]:
-    """The weights of ridge regressions from inputs to targets, a strength each, in float64.
-
-    They minimise `|(x - mean x) W - (y - mean y)|^2 + strength * v * |W|^2` over all rows, with v
-    the mean variance of a column of x. So a strength is a number of rows.
-    """
-    rows, wanted = (of.double() - of.double().mean(dim=0) for of in (inputs, targets))
-    squares, products = rows.T @ rows, rows.T @ wanted
-    unit = max(float(squares.diagonal().mean()) / len(rows), 1e-12)  # it is 0 if rows are equal
-    penalty = unit * torch.eye(len(squares), dtype=torch.float64)
-    factors = (torch.linalg.cholesky(squares + strength * penalty) for strength in strengths)
-    return [torch.cholesky_solve(products, factor) for factor in factors]

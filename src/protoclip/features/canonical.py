@@ -68,6 +68,19 @@ def second_moments(halves: HalfRows, device: torch.device) -> SecondMoments:
     )
 
 
+def moments_of_pairs(images: Float[Tensor, "p q"], texts: Float[Tensor, "p r"]) -> SecondMoments:
+    """Second moments of features in memory: each pair is a sample with one text."""
+    x, y = images.double(), texts.double()
+    return SecondMoments(
+        image=x.T @ x,
+        text=y.T @ y,
+        cross=x.T @ y,
+        sum_of_images=x.sum(0),
+        sum_of_texts=y.sum(0),
+        samples=len(x),
+    )
+
+
 def canonical_projections(
     moments: SecondMoments,
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, "r k"]]:

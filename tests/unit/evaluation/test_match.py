@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs, Sample
@@ -93,63 +92,40 @@ def test_cka_knows_neither_rotation_nor_scale_and_is_zero_by_chance():
     assert match.linear_cka(one, torch.ones(50, 3)) == 0.0
 
 
-@pytest.mark.parametrize("width", [6, 40])
-def test_ridge_equals_least_squares_with_a_row_for_each_penalty(width):
-    """With fewer columns than rows, and with more."""
-    inputs, targets, strengths = rows(20, width, 0) + 2, rows(20, 3, 1) - 1, [0.1, 30.0]
-    for strength, found in zip(strengths, match.ridge(inputs, targets, strengths), strict=True):
-        x, y = (of.numpy() - of.numpy().mean(axis=0) for of in (inputs, targets))
-        root = np.sqrt(strength * np.mean(x.var(axis=0)))
-        x = np.vstack([x, root * np.eye(width)])
-        y = np.vstack([y, np.zeros((width, 3))])
-        expected = np.linalg.lstsq(x, y, rcond=None)[0]
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-10)
-
-
-def slow_recall(inputs, targets, train, test, right, strength):
-    """How many inputs have one of the right targets among ten, by cosine."""
-    x, y = (of[train].numpy() for of in (inputs, targets))
-    alpha = strength * x.var(axis=0).mean()
-    led = Ridge(alpha=alpha).fit(x, y).predict(inputs[test].numpy()) - y.mean(axis=0)
-    there = targets[test].numpy() - y.mean(axis=0)
-    cosines = led @ there.T / np.linalg.norm(led, axis=1)[:, None] / np.linalg.norm(there, axis=1)
-    ranks = [
-        sum(cosine >= max(c for c, fits in zip(of, good, strict=True) if fits) for cosine in of)
-        for of, good in zip(cosines, right, strict=True)
-    ]
-    return np.mean(np.array(ranks) <= 10)
-
-
-def test_ridge_recall_equals_a_slow_restatement(monkeypatch):
-    """With pairs that share nothing, and one strength."""
-    monkeypatch.setattr(match, "STRENGTHS", (7.0,))
+def test_canonical_recall_equals_a_slow_restatement():
+    """With pairs that share nothing; the judged half has no part in the maps."""
     images = rows(120, 9, 0)
     texts = images[:, :4] + 0.5 * rows(120, 4, 1)
     captions = [f"caption {row}" for row in range(120)]
-    found = match.ridge_recall(images, texts, torch.arange(120), captions)
     judged = match.half_of(torch.arange(120), 0)
-    train, test = np.flatnonzero(~judged), np.flatnonzero(judged)
-    right = np.eye(60, dtype=bool)
-    expected = {
-        "text_to_image": slow_recall(texts, images, train, test, right, 7.0),
-        "image_to_text": slow_recall(images, texts, train, test, right, 7.0),
-    }
-    for way, value in expected.items():
+    found = match.canonical_recall(images, texts, torch.arange(120), captions)
+    fitted = match.moments_of_pairs(images[~judged], texts[~judged])
+    one, other = (
+        (of[judged].double() @ projection).numpy()
+        for of, projection in zip((images, texts), match.canonical_projections(fitted), strict=True)
+    )
+    cosines = one @ other.T
+    cosines /= np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)
+    for way, of_way in (("image_to_text", cosines), ("text_to_image", cosines.T)):
+        ranks = [sum(cosine > row[number] for cosine in row) for number, row in enumerate(of_way)]
+        value = np.mean(np.array(ranks) < 10)
         assert found[f"recall@10/{way}"] == pytest.approx(value, abs=1e-12)
         assert 0.3 < value < 0.95
-    assert found["recall@10"] == pytest.approx(np.mean([*expected.values()]))
+    ways = (found["recall@10/image_to_text"], found["recall@10/text_to_image"])
+    assert found["recall@10"] == pytest.approx(np.mean(ways))
     assert found["judged"] == 60
     assert found["recall@10/by_chance"] == pytest.approx(10 / 60)
 
 
-def test_ridge_recall_is_full_of_a_linear_map_and_chance_without_one():
+def test_canonical_recall_is_full_of_a_linear_map_and_chance_without_one():
     images, captions = rows(400, 12, 0), [str(row) for row in range(400)]
     linear, other = images @ rows(12, 20, 1) + 4, rows(400, 20, 2)
-    assert match.ridge_recall(images, linear, torch.arange(400), captions)["recall@10"] == 1.0
-    by_chance = match.ridge_recall(images, other, torch.arange(400), captions)
+    assert match.canonical_recall(images, linear, torch.arange(400), captions)["recall@10"] == 1.0
+    by_chance = match.canonical_recall(images, other, torch.arange(400), captions)
     assert by_chance["recall@10"] == pytest.approx(by_chance["recall@10/by_chance"], abs=0.03)
     constant = torch.ones(400, 5)  # of a half that sees nothing, everything is equally near
-    assert match.ridge_recall(images, constant, torch.arange(400), captions)["recall@10"] == 0.0
+    found = match.canonical_recall(images, constant, torch.arange(400), captions)
+    assert found["recall@10"] == 0.0
 
 
 def test_equal_images_and_captions_are_matches():
@@ -158,27 +134,8 @@ def test_equal_images_and_captions_are_matches():
     image_of_pair = torch.arange(100).repeat_interleave(2)
     captions = [f"{n % 90 if n < 100 else n}" for n in range(200)]
     texts = torch.stack([concepts[int(caption) // 2] for caption in captions])
-    found = match.ridge_recall(concepts[image_of_pair], texts, image_of_pair, captions)
+    found = match.canonical_recall(concepts[image_of_pair], texts, image_of_pair, captions)
     assert found["recall@10/text_to_image"] == 1.0
-
-
-def test_the_judged_half_never_chooses_the_strength(monkeypatch):
-    seen = []
-
-    def ridge(inputs, targets, strengths, before=match.ridge):
-        seen.append(strengths)
-        return before(inputs, targets, strengths)
-
-    monkeypatch.setattr(match, "ridge", ridge)
-    images = rows(200, 5, 0)
-    texts, captions = images @ rows(5, 4, 1) + rows(200, 4, 2), [str(row) for row in range(200)]
-    found = match.ridge_recall(images, texts, torch.arange(200), captions)
-    chosen, judged = seen[:], match.half_of(torch.arange(200), 0)
-    texts[judged] = rows(100, 4, 3)
-    spoiled = match.ridge_recall(images, texts, torch.arange(200), captions)
-    assert seen[4:] == chosen
-    assert [len(strengths) for strengths in chosen] == [len(match.STRENGTHS), 1] * 2
-    assert spoiled["recall@10"] < 0.2 < found["recall@10"]
 
 
 def test_pairs_that_share_an_image_or_a_caption_are_on_one_side():
