@@ -37,6 +37,7 @@ from protoclip.explore.atlas import (
     LEAST_SIMILAR,
     MODALITIES,
     MOST_DUPLICATES,
+    Atlas,
     Modality,
     Moved,
     Prototype,
@@ -181,6 +182,7 @@ class Site:
         self.atlas, self.pairs = self.explorer.atlas, self.explorer.pairs
         self.umap_done: float | None = None  # share, while the map by UMAP is made
         self.umap_failed = ""
+        self._drawn: tuple[Atlas, str] | None = None  # a map as JSON, and what it shows
         self.on_card: Callable[[int], object] = lambda row: None  # told which images are shown
 
     def make_umap(self) -> None:
@@ -193,9 +195,9 @@ class Site:
             self.umap_done = share
 
         try:
-            self.atlas = make(done)
-            self.__dict__.pop("map", None)
-            _ = self.map
+            atlas = make(done)
+            self._drawn = atlas, self._draw(atlas)
+            self.atlas = atlas
         except Exception as error:  # pages work on, with the map that there is
             self.umap_failed = visible(str(error))
             say(f"warning: the map stays that by PCA, since UMAP failed ({self.umap_failed})")
@@ -308,33 +310,36 @@ class Site:
             most_duplicates=MOST_DUPLICATES,
         )
 
-    @cached_property
+    @property
     def map(self) -> str:
-        """The map, as JSON: what Bokeh draws, and the ways to colour it.
+        """The map, as JSON: what Bokeh draws, and the ways to colour it."""
+        atlas, drawn = self.atlas, self._drawn  # another thread may put others in their place
+        if drawn is None or drawn[0] is not atlas:
+            drawn = self._drawn = atlas, self._draw(atlas)
+        return drawn[1]
 
-        It is kept beside the atlas, since Bokeh takes most of a second to import and to draw.
-        """
-        path = self._map_path
+    def _draw(self, atlas: Atlas) -> str:
+        """The map of an atlas, which is kept beside it: Bokeh takes most of a second."""
+        path = self._map_path(atlas)
         with suppress(OSError, ValueError):
             if path is not None:
                 return str(read_sealed(path)["map"])
         from protoclip.explore.map import map_json
 
-        made = json.dumps(map_json(self.atlas, self.pairs))
+        made = json.dumps(map_json(atlas, self.pairs))
         with suppress(OSError):  # it is drawn again the next time
             if path is not None:
                 write_atomically(path, to_json(sealed({"map": made})))
         return made
 
-    @property
-    def _map_path(self) -> Path | None:
+    def _map_path(self, atlas: Atlas) -> Path | None:
         """Where the map is kept; the name says all that it is made of."""
         if self.explorer.kept is None:
             return None
         shows = [(source.name, source.class_column) for source in self.pairs.sources]
         parts = (
             self.explorer.kept.stem,
-            self.atlas.layout,
+            atlas.layout,
             protoclip.__version__,
             version("bokeh"),
             shows,

@@ -219,6 +219,30 @@ def test_the_map_by_umap_takes_the_place_of_that_by_pca(
     assert not np.array_equal(again.atlas.image_map_position, positions)
 
 
+def test_umap_may_end_while_the_map_by_pca_is_drawn(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That by PCA is kept as such, and that by UMAP is shown from then on."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    data, draw = DataConfig(train=str(table)), map_module.map_json
+    site = Pages(explorers(data, layout="umap", umap_later=True)).site(1)
+
+    def by_umap(rows: Any, *, seed: int, done: Any) -> Any:
+        return np.random.default_rng(seed).normal(size=(len(rows), 2)).astype(np.float32)
+
+    def overtaken(shown: Any, pairs: Any) -> Any:
+        if shown.layout == "pca":
+            site.make_umap()
+        return draw(shown, pairs)
+
+    monkeypatch.setattr(atlas_module, "by_umap", by_umap)
+    with monkeypatch.context() as patch:
+        patch.setattr(map_module, "map_json", overtaken)
+        by_pca = site.map
+    assert site.map != by_pca
+    assert Pages(explorers(data, layout="pca")).site(1).map == by_pca
+
+
 def test_the_map_is_kept_until_what_it_shows_changes(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
