@@ -7,18 +7,31 @@ transforms one image at a time; for `light` those of ProtoCLIP's reference imple
 from PIL's, larger files, and the loaders with worker processes.
 
     python benchmarks/loading.py [--images 128] [--repeats 9] [--workers 2] > FILE
+
+With `--store` it compares something else: the same images as local files and in an S3 bucket, one
+object each and in tar shards. The bucket is that of a server (moto's) on this machine.
+
+    python benchmarks/loading.py --store [--images 128] [--repeats 9] > FILE
 """
 
 import argparse
 import datetime
 import os
+import socket
 import statistics
+import subprocess
+import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import open_clip
 import pyarrow as pa
@@ -29,12 +42,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from protoclip.data.access import NOTHING_MORE, read_file
 from protoclip.data.cache import MemoryCache, crop
 from protoclip.data.decode import decode_crop
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pack import stored_image
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.sampler import Episode
+from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import TrainingTransform, clip_transform, light_transform
 from protoclip.progress import Progress
 from protoclip.training import run_folder
@@ -152,6 +167,94 @@ def our_loader(paths: list[Path], name: str, workers: int) -> int:
     return sum(len(batch.image) for batch in loader.batches(episode))
 
 
+@contextmanager
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket, of a server in a process of its own, as s3fs finds it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    values = (f"http://127.0.0.1:{port}", "anybody", "anything", "us-east-1")
+    os.environ.update(zip(names, values, strict=True))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(240):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+                    break
+                time.sleep(0.25)
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+
+
+def from_files(locations: list[str]) -> Iterator[bytes]:
+    return (read_file(location, NOTHING_MORE) for location in locations)
+
+
+def from_shards(pattern: str, count: int) -> Iterator[bytes]:
+    stream = ShardStream(pattern, seed=0, shuffle=BATCH)
+    items = stream.samples()
+    for item in islice(items, count):
+        assert isinstance(item, Sample), item
+        yield item.image
+    items.close()
+
+
+def decoded(images: Callable[[], Iterator[bytes]]) -> None:
+    """The workers' part: reading, decoding, cropping."""
+    transform = OURS["clip"]
+    for data in images():
+        draws = torch.rand(1, transform.num_draws).numpy()[0]
+        crop(data, partial(transform.box, draws=draws), SIZE, max_pixels=10**8)
+
+
+def compare_stores(count: int, repeats: int) -> None:
+    """Print images a second from local files and from a bucket."""
+    rates: Rates = {}
+    with tempfile.TemporaryDirectory() as temporary, bucket() as url:
+        folder = Path(temporary)
+        paths = [folder / f"{number}.jpg" for number in range(count)]
+        for number, path in enumerate(paths):
+            write_photo(path, number, SIDES[0])
+        for shard, first in enumerate(range(0, count, BATCH)):
+            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+                for path in paths[first : first + BATCH]:
+                    caption = path.with_suffix(".txt")
+                    caption.write_text("a")
+                    for member in (path, caption):
+                        tar.add(member, member.name)
+        fsspec.filesystem("s3").put([*map(str, [*paths, *folder.glob("*.tar")])], f"{url}/")
+        arms: dict[tuple[str, str], Callable[[], Iterator[bytes]]] = {}
+        for place, of in (("local", temporary), ("s3", url)):
+            arms[place, "files"] = partial(from_files, [f"{of}/{path.name}" for path in paths])
+            shards = f"{of}/{{0..{(count - 1) // BATCH}}}.tar"
+            arms[place, "shards"] = partial(from_shards, shards, count)
+        progress = Progress("benchmark: stores", 1 + repeats)
+        for repeat in range(1 + repeats):
+            for arm, images in arms.items():
+                value = rate(partial(decoded, images), count)
+                if repeat > 0:
+                    rates.setdefault(arm, []).append(value)
+            progress.update(repeat + 1)
+    print(
+        "# Loading from a store: images a second for a core\n\n"
+        f"`python benchmarks/loading.py --store --images {count} --repeats {repeats}`, "
+        f"{datetime.date.today().isoformat()}; s3fs {version('s3fs')}, moto {version('moto')} on "
+        f"the same machine. {count} JPEG files of {SIDES[0]} pixels, read, decoded and cropped to "
+        f"{SIZE}. Median [least, most] of {repeats} rounds, in turn, per second of processor time "
+        "of the reading process, its client of S3 included and the server not; ratios are of "
+        "medians, to local files. A network adds its delay to each request, of which an object "
+        "takes one; workers wait for it side by side.\n\n"
+        "| images a second | local | S3 | ratio |\n|---|---|---|---|"
+    )
+    for kind, label in (("files", "a file or object each"), ("shards", "tar shards, streamed")):
+        local, there = rates["local", kind], rates["s3", kind]
+        ratio = statistics.median(there) / statistics.median(local)
+        print(f"| {label} | {spread(local)} | {spread(there)} | {ratio:.2f} |")
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} [{min(values):.0f}, {max(values):.0f}]"
 
@@ -170,8 +273,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--store", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.store:
+        compare_stores(arguments.images, arguments.repeats)
+        return
     count, workers = arguments.images, arguments.workers
     larger = max(8, count // 8)
     rates: Rates = {}

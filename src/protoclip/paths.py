@@ -57,7 +57,7 @@ def require_source(setting: str, path: str) -> None:
     """Refuse a source of data that is a local path, without a pattern, and does not exist."""
     is_pattern = any(sign in path for sign in "*{?[")
     if path != "emoji" and not path.startswith(DATA_KINDS) and not is_pattern:
-        require_file(setting, path)
+        require_path(setting, path, "no such file")
 
 
 def require_data_set(setting: str, reference: str) -> None:
@@ -136,9 +136,11 @@ def require_run(folder: str) -> None:
 
 
 def require_file(setting: str, path: str | None) -> None:
-    """Refuse a file or folder that does not exist, and a pipe or device."""
+    """Refuse a file or folder that does not exist, a URL, and a pipe or device."""
     if path is not None:
         require_path(setting, path, "no such file")
+        if "://" in path:
+            raise ValueError(f"{setting}: {path}: is not read from a URL; copy it here first")
 
 
 def require_folder(setting: str, path: str | None) -> None:

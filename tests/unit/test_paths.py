@@ -33,6 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data": {"without": "none.csv"}}, "data.without: none.csv: no such file"),
         ({"model": {"start": "runn"}}, "no such run or checkpoint folder; .*; did you mean run"),
         ({"teacher": {"features": "none.npy"}}, "teacher.features: none.npy: no such file"),
+        ({"teacher": {"features": "s3://bucket/a"}}, "features: s3://bucket/a: is not read from a"),
         ({"run": {"guard": ["none.tsv,class_column=a"]}}, "run.guard: none.tsv: no such file"),
         ({"run": {"guard": ["emoji,root=none"]}}, "run.guard: root: none: no such folder"),
     ],

@@ -38,6 +38,16 @@ READ_BYTES, REQUEST_BYTES = 1 << 20, 1 << 24
 # often a request is made, and the first pause between two tries (each is twice the last).
 CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 3.0, 20.0, 60.0, 3, 0.5
 HUB_SECONDS = 3.0  # to wait for the hub's answer
+# How long one thing after another may be tried and not read: then it is the network, or the store.
+PATIENCE_SECONDS = 600.0
+GO_ON = "check the network, and go on with --resume auto"
+KEYS = (
+    "check the credentials that its client finds (of s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY; FSSPEC_S3_ANON=true reads what is public)"
+)
+# What botocore says, and raises, without importing it.
+NO_BUCKET = "The specified bucket does not exist"
+WITHOUT_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 # What stores call the facts that change with a file, in lower case.
 URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "updated"}
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
@@ -134,21 +144,33 @@ def open_file(location: str, access: Access) -> io.BufferedReader:
     file, or any exception of a store's own client.
     """
     require_allowed(location, access)
-    protocol, is_remote, rest = location.partition("://")
-    if not is_remote:
+    if not is_url(location):
         return open_local(location)
     if is_web(location):
         return io.BufferedReader(WebFile(location), READ_BYTES)
-    filesystem, path = fsspec.core.url_to_fs(f"{protocol.lower()}://{rest}")
+    filesystem, path = _store(location)
+    filesystem.invalidate_cache(path)  # or it would be as long as when it was listed
     return io.BufferedReader(filesystem.open(path, "rb", block_size=REQUEST_BYTES), READ_BYTES)
+
+
+def _store(url: str) -> tuple[Any, str]:
+    """The client of a store, and the path that it knows a URL by."""
+    protocol, _, rest = url.partition("://")
+    store: tuple[Any, str] = fsspec.core.url_to_fs(f"{protocol.lower()}://{rest}")
+    return store
 
 
 def read_file(location: str, access: Access) -> bytes:
     """The file of one sample; raises as `open_file`, if it is too large, or after a minute."""
 
     def read() -> bytes:
-        with open_file(location, access) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        if is_url(location) and not is_web(location):
+            require_allowed(location, access)
+            filesystem, path = _store(location)
+            data: bytes = filesystem.cat_file(path, start=0, end=MAX_FILE_BYTES + 1)
+        else:
+            with open_file(location, access) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
         return data
@@ -248,8 +270,9 @@ def url_facts(url: str) -> Mapping[str, Any]:
     if is_web(url):
         with WebFile(url) as file:
             return file.headers
-    filesystem, path = fsspec.core.url_to_fs(url)
-    facts: Mapping[str, Any] = filesystem.info(path)
+    filesystem, path = _store(url)
+    filesystem.invalidate_cache(path)
+    facts: Mapping[str, Any] = within(TOTAL_SECONDS, partial(filesystem.info, path))
     return facts
 
 
@@ -261,15 +284,24 @@ def list_urls(pattern: str, access: Access) -> list[str]:
             "a web server does not say what it holds; name the files with braces, as in "
             "{00000..00099}.tar"
         )
-    filesystem, path = fsspec.core.url_to_fs(pattern)
+    filesystem, path = _store(pattern)
+    filesystem.invalidate_cache()
     return list(map(filesystem.unstrip_protocol, filesystem.glob(path)))
 
 
 def reason_of(error: BaseException) -> str:
+    """`first_line`, and what to do where a store's client finds no credentials, or wrong ones."""
+    refused = isinstance(error, PermissionError) and error.errno is None  # not by the system
+    told = first_line(error)
+    return f"{told}; {KEYS}" if refused or type(error).__name__ in WITHOUT_KEYS else told
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the exception's name."""
+    text = str(error).strip().split("\n")[0].strip()
     if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return visible(str(error).strip().split("\n")[0].strip()[:200]) or type(error).__name__
+        return text if text == NO_BUCKET else "no such file"
+    return visible(text[:200]) or type(error).__name__
 
 
 def _look_up(host: str) -> None:

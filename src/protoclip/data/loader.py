@@ -1,17 +1,15 @@
-"""Batches of an episode, in a fixed order, from any position; and the log of bad samples.
+"""Batches of an episode, in a fixed order, from any position.
 
 A batch comes in two pieces, the images as bytes and a block of everything else: two copies bring
 it to the device. Worker processes go on with the pass that comes next while this one is used.
 """
 
-import contextlib
-import json
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,21 +21,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip import signals
 from protoclip.config import Config
+from protoclip.data import access
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.captions import ONE, CaptionDraw
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.groups import Key, keys_of
 from protoclip.data.lanes import MIN_SPARE, overlapping, shares_of_batches
 from protoclip.data.packed import Packed
-from protoclip.data.pairs import LOST, MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
-from protoclip.files import naming, read_local, to_json
-from protoclip.terminal import say
 
 T = TypeVar("T")
-DAMAGED = (ValueError, KeyError, TypeError, RecursionError)  # what a damaged line raises
 Item = int | Sample | BadSample  # a row, or what a stream gave
 Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
@@ -47,7 +43,6 @@ FeaturesOf = dict[str, Callable[[Sequence[str]], Tensor]]  # features of sample 
 # Spare rows that replace the bad ones of a batch, as a multiple of it. They are more than the spare
 # samples of a stream, which travel to the workers with the batch: rows cost nothing until read.
 SPARE_ROWS = 4.0
-QUOTED = 3  # reasons in the message of a run that is stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +133,19 @@ class _Reader(Dataset[_Made]):
         position, candidates, transform = request.position, request.candidates, request.transform
         spare = iter(candidates[len(position) :])
         captions, images, ids = list[str](), [], list[str]()
-        groups, bad = list[list[int]](), list[BadSample]()
+        groups, bad, lost = list[list[int]](), list[BadSample](), 0.0
         for number, first in enumerate(candidates[: len(position)]):
             box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
             for candidate in chain([first], spare):
+                began = time.monotonic()
                 try:
                     sample, image = read_image(self.pairs, candidate, cut)
                 except BadSample as error:
                     bad.append(error)
+                    lost += time.monotonic() - began
+                    if lost > access.PATIENCE_SECONDS:  # or a large batch would wait for days
+                        return _Made([], torch.zeros(0), Packed.of({}), [], bad, error=_slow(bad))
                     continue
                 drawn = self.captions.of(sample.captions, float(request.caption_draws[number]))
                 captions += drawn
@@ -174,6 +173,14 @@ class _Reader(Dataset[_Made]):
                 return _Made(ids, torch.zeros(0), Packed.of({}), [], bad, error=str(error))
         tokens = [row.tobytes() for row in text.numpy()]
         return _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
+
+
+def _slow(bad: Sequence[BadSample]) -> str:
+    minutes = access.PATIENCE_SECONDS / 60
+    return (
+        f"{len(bad)} samples of a batch took over {minutes:g} minutes and could not be read, such "
+        f"as {bad[-1]}; {access.GO_ON}"
+    )
 
 
 def pair_numbers(position: npt.NDArray[np.int64], each: int) -> npt.NDArray[np.int64]:
@@ -353,9 +360,9 @@ class EpisodeLoader:
                     requests.abandon()
 
     def _batch(self, made: _Made, current: Pass) -> Batch:
-        self.on_read(len(made.sample_ids) + len(made.bad), made.bad)
         if made.error is not None:
             raise ValueError(made.error)
+        self.on_read(len(made.sample_ids) + len(made.bad), made.bad)
         if not made.sample_ids:
             what = "a batch found only bad samples to fill it, such as"
             raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
@@ -489,69 +496,6 @@ def killed_worker(error: RuntimeError) -> str | None:
         "lower data.workers, or set episodes.micro_batch_size, and go on with --resume auto "
         f"({str(error).splitlines()[0]})"
     )
-
-
-class SkipLog:
-    """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
-
-    It warns of shards that cannot be read to their end: how many samples they hold is not known.
-
-    A share of bad samples above `max_share` stops the run. It is taken of `at_least` samples or
-    more, so that one bad file among the first few does not stop it. `known` has the ids of the bad,
-    and `broken` those of them with which more of a shard is lost.
-    """
-
-    def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
-        self.path, self.max_share, self.at_least = path, max_share, at_least
-        self.read = self.skipped = 0
-        self._reasons: list[str] = []
-        self.known, self.broken = set[str](), set[str]()
-        try:
-            text = read_local(path, errors="replace") if path.exists() else ""
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; remove it") from None
-        # A process that was killed leaves part of a line.
-        self._torn = bool(text) and not text.endswith("\n")
-        # Sample ids may hold line breaks of Unicode's other than "\n".
-        for line in text.split("\n"):
-            with contextlib.suppress(*DAMAGED):
-                entry = json.loads(line)
-                self.known.add(str(entry["sample_id"]))
-                if str(entry["reason"]).endswith(LOST):
-                    self.broken.add(str(entry["sample_id"]))
-
-    @property
-    def summary(self) -> str:
-        """What was skipped so far, for a line of progress; empty if nothing was."""
-        shards = f" and {len(self.broken)} shards not read to their end" if self.broken else ""
-        return f", {len(self.known)} samples skipped{shards}" if self.known else ""
-
-    def add(self, read: int, bad: list[BadSample]) -> None:
-        """Record a batch: how many samples were read for it, and the bad ones among them.
-
-        Raises:
-            ValueError: More than `max_share` of all samples read so far were bad.
-        """
-        self.read += read
-        self.skipped += len(bad)
-        for sample in bad:
-            if sample.sample_id in self.known:
-                continue
-            self.known.add(sample.sample_id)
-            self._reasons = [*self._reasons, str(sample)][:QUOTED]
-            if sample.reason.endswith(LOST):
-                self.broken.add(sample.sample_id)
-                say(f"warning: {sample.where}: {sample.reason}, no one knows how many samples")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + to_json(vars(sample)) + "\n")
-            self._torn = False
-        if self.skipped > self.max_share * max(self.read, self.at_least):
-            raise ValueError(
-                f"{self.skipped} of {self.read} samples read are bad, more than "
-                f"data.max_bad_share ({self.max_share:g}) allows; mend the data or raise it "
-                f"({'; '.join(self._reasons)}; all in {self.path})"
-            )
 
 
 def loader(

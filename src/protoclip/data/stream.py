@@ -8,6 +8,7 @@ which shard each block of samples begins, so a run resumes without reading what 
 import importlib
 import io
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,11 +16,14 @@ from threading import Event
 from typing import Any
 
 from protoclip.data.access import (
+    GO_ON,
     NOTHING_MORE,
+    PATIENCE_SECONDS,
     READ_BYTES,
     Access,
     begun,
     digest,
+    is_url,
     open_file,
     reason_of,
     require_allowed,
@@ -163,7 +167,7 @@ class ShardStream:
         self, lane: int, number: int, skip: int, stopped: Event
     ) -> Iterator[tuple[int, int, Item]]:
         """Number of a lane's shard, number in it, and sample, from a sample of a shard on."""
-        failed = set[str]()
+        failed, lost = set[str](), 0.0  # shards in a row, and the seconds that they took
         # Any number of shards may hold none of the few samples that are chosen.
         most, reason = min(len(self.shards), MAX_FAILED), "it holds no sample"
         if self.chosen is not None:
@@ -171,19 +175,23 @@ class ShardStream:
         while True:
             shard = self._shard(number * self.lanes + lane)
             failed.add(shard)
+            began = time.monotonic()
             for number_in_shard, item in enumerate(self.read(shard)):
                 if stopped.is_set():
                     return
                 if isinstance(item, Sample):
                     failed.clear()
+                    lost = 0.0
                 else:
-                    reason = item.reason
+                    reason, lost = item.reason, lost + time.monotonic() - began
                 if number_in_shard >= skip:
                     yield number, number_in_shard, item
-            if len(failed) >= most:
+                began = time.monotonic()
+            if len(failed) >= most or (failed and lost > PATIENCE_SECONDS):
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a sample that can be "
                     f"used; the last is {without_secrets(shard)}: {reason}"
+                    f"{f'; {GO_ON}' if is_url(shard) else ''}"
                 )
             number, skip = number + 1, 0
 

@@ -26,9 +26,10 @@ from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts
 from protoclip.data.groups import KEYS
 from protoclip.data.index import cache_folder
-from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
+from protoclip.data.skipped import SkipLog
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.features import teachers as external

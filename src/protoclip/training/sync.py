@@ -69,7 +69,7 @@ def needed(url: str) -> Iterator[None]:
         yield
     except Exception as error:  # the clients of stores have exceptions of their own
         raise ValueError(
-            f"run.sync: {url}: {access.reason_of(error)}; check name, credentials, network and "
+            f"run.sync: {url}: {access.first_line(error)}; check name, credentials, network and "
             "room, or leave run.sync out"
         ) from None
 
@@ -255,7 +255,7 @@ class Copies:
                 self._copy(newest)
             except Exception as error:  # nobody else would hear of it in a thread
                 if newest != self._warned_of:
-                    self._warn(access.reason_of(error))
+                    self._warn(access.first_line(error))
                 self._warned_of = newest
 
     def _copy(self, newest: Path) -> None:

@@ -172,7 +172,9 @@ def test_what_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypatch):
 def test_a_store_that_never_answers_costs_one_sample(bucket, monkeypatch):
     """After the time for a sample's file."""
     free = threading.Event()
-    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", lambda *args, **more: free.wait(9))
+    monkeypatch.setattr(
+        type(fsspec.filesystem("s3")), "cat_file", lambda *args, **more: free.wait(9)
+    )
     monkeypatch.setattr(module, "TOTAL_SECONDS", 0.05)
     with pytest.raises(TimeoutError, match=r"not read within 0\.05 s"):
         read_file(f"{bucket}/a.jpg", Access())
@@ -183,7 +185,7 @@ def test_a_store_that_never_answers_costs_one_sample(bucket, monkeypatch):
 def test_any_error_of_a_store_is_a_bad_sample(bucket, monkeypatch, error):
     """With its own words; but no room in memory is not the sample's fault."""
     failing = Mock(side_effect=[error, MemoryError()])
-    monkeypatch.setattr(type(fsspec.filesystem("s3")), "_open", failing)
+    monkeypatch.setattr(type(fsspec.filesystem("s3")), "cat_file", failing)
     content = pa.table({"path": [f"{bucket}/a.jpg"], "caption": ["x"]})
     pairs = ImageTextPairs(content, name="a")
     with pytest.raises(BadSample, match=f"cannot be read .{error}"):

@@ -19,9 +19,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from protoclip.config import Config, DataConfig
 from protoclip.data.captions import CaptionDraw, caption_draw
-from protoclip.data.loader import Batch, EpisodeLoader, Pass, SkipLog
+from protoclip.data.loader import Batch, EpisodeLoader, Pass
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
+from protoclip.data.skipped import SkipLog
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.data.view import whole

@@ -1,0 +1,113 @@
+"""`run.sync` to an S3 bucket: a run goes on from there with an empty disk."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from interrupting import assert_equal_ends, config_for, stop_after, with_changes, with_out
+from protoclip.config import Config
+from protoclip.models.saved import CHECKSUMS, checkpoints, damage
+from protoclip.testing import tiny_pairs
+from protoclip.training import run
+
+
+@pytest.fixture
+def config(store: Any, tmp_path: Path) -> Config:
+    """Two steps, with a checkpoint after each."""
+    pq.write_table(tiny_pairs(64), tmp_path / "pairs.parquet")
+    return config_for(
+        str(tmp_path / "pairs.parquet"),
+        tmp_path / "run",
+        run={"sync": f"{store.url}/runs/a", "save_steps": 1, "evaluate": False},
+        episodes={"size": 16, "count": 2},
+        data={"workers": 0, "validation": 0.0},
+    )
+
+
+def complete(store: Any) -> list[int]:
+    """The steps of the complete checkpoints that are there."""
+    found = (
+        re.fullmatch(rf"runs/a/checkpoints/step-(\d+)/{CHECKSUMS}", n) for n in store.objects()
+    )
+    return sorted(int(match[1]) for match in found if match)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("warning: run.sync")]
+
+
+def test_a_run_goes_on_from_s3_with_an_empty_disk(
+    store, keys, config, tmp_path, monkeypatch, capsys
+):
+    """Bit for bit, with credentials, its files sent in parts; nothing else is left there."""
+    keys()
+    monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", 5 << 20)
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert run.train(config)["steps"] == 1
+    assert complete(store) == [1]
+    elsewhere = with_out(config, str(tmp_path / "elsewhere"))
+    assert run.train(elsewhere, resume="auto")["steps"] == 2
+    assert "step-000000001 fetched from s3://bucket/runs/a" in capsys.readouterr().err
+    whole = with_changes(config, {"run": {"out": str(tmp_path / "whole"), "sync": None}})
+    run.train(whole)
+    assert_equal_ends(tmp_path / "elsewhere", tmp_path / "whole", 2)
+    paths = (path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file())
+    here = {path.relative_to(tmp_path / "elsewhere").as_posix() for path in paths}
+    there = {name.removeprefix("runs/a/") for name in store.objects()}
+    assert there - {".protoclip"} == here - {".lock"}
+
+
+def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
+    for given, reason in (({"found": False}, "Unable to locate"), ({"right": False}, "signature")):
+        keys(**given)
+        with pytest.raises(
+            ValueError, match=f"^run.sync: {store.url}/runs/a: .*{reason}.*"
+        ) as error:
+            run.train(config)
+        assert "\n" not in str(error.value)
+        assert "check name, credentials" in str(error.value)
+    assert not Path(config.run.out or "").exists()
+
+
+def test_a_server_that_fails_for_a_while_costs_no_copy(store, config, capsys):
+    store.fail("500", "503", "reset", "slow", on="PUT", times=4, after=4)
+    assert run.train(config)["steps"] == 2
+    assert said(capsys) == []
+    assert complete(store) == [1, 2]
+
+
+def test_a_server_that_goes_on_failing_costs_warnings(store, hasty, config, tmp_path, capsys):
+    """All is copied when it is well again, and can be fetched."""
+    store.fail("403", "500", "reset", on="PUT /bucket/runs/a/checkpoints/step-000000002")
+    assert run.train(config)["steps"] == 2
+    warnings = said(capsys)
+    assert 1 <= len(warnings) <= 2  # of the second checkpoint, and at the end
+    for warning in warnings:
+        assert "run.sync: s3://bucket/runs/a: not copied (" in warning
+        assert "secret" not in warning
+    assert 2 not in complete(store)
+    store.fail()
+    run.train(config, resume="auto")
+    assert complete(store) == [1, 2]
+    elsewhere = with_out(config, str(tmp_path / "elsewhere"))
+    assert run.train(elsewhere, resume="auto")["steps"] == 2
+    assert [damage(path) for path in checkpoints(tmp_path / "elsewhere")] == [None]
+
+
+def test_a_fetch_that_is_cut_short_is_one_line_and_is_done_again(store, hasty, config, tmp_path):
+    """Nothing that is half there is taken for a run."""
+    run.train(config)
+    elsewhere = with_out(config, str(tmp_path / "elsewhere"))
+    store.fail("reset", on="GET /bucket/runs/a/checkpoints/step-000000002/model")
+    with pytest.raises(
+        ValueError, match=r"^run\.sync: s3://bucket/runs/a: [^\n]*Connection[^\n]*$"
+    ):
+        run.train(elsewhere, resume="auto")
+    assert checkpoints(tmp_path / "elsewhere") == []
+    store.fail()
+    assert run.train(elsewhere, resume="auto")["steps"] == 2
