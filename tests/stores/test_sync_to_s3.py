@@ -43,9 +43,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_a_run_goes_on_from_s3_with_an_empty_disk(
     store, keys, config, tmp_path, monkeypatch, capsys
 ):
-    """Bit for bit, with credentials, its files sent in parts; nothing else is left there."""
+    """Bit for bit, with credentials; nothing else is left there."""
     keys()
-    monkeypatch.setattr("s3fs.S3FileSystem.default_block_size", 5 << 20)
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         assert run.train(config)["steps"] == 1
