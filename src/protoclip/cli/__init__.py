@@ -9,7 +9,7 @@ import time
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from protoclip import signals
+from protoclip import __version__, signals
 from protoclip.cli.align import Align
 from protoclip.cli.analyze import Analyze
 from protoclip.cli.compare import Compare
@@ -99,6 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
             require_printed(output)
             sys.exit(0)
+        if words in (["--version"], ["-V"]) and not name:
+            print(f"protoclip {__version__}", flush=True)
+            require_printed(output)
+            sys.exit(0)
         if not name:
             said = " ".join(words)
             family = [known for known in COMMANDS if known.split()[0] == said and known != said]
@@ -121,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def overview() -> str:
     rows = {name: (inspect.getdoc(kind) or "").splitlines()[0] for name, kind in COMMANDS.items()}
-    hint = "protoclip COMMAND --help lists the options of a command."
+    hint = "protoclip COMMAND --help lists its options; protoclip --version tells the version."
     return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
 
 

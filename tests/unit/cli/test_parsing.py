@@ -169,6 +169,13 @@ def test_help_fits_the_terminal(command, monkeypatch, capsys):
     assert all(len(line) <= 80 for line in lines)
 
 
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"protoclip {protoclip.__version__}\n"
+
+
 def test_the_command_line_needs_no_torch():
     code = """
 import sys, protoclip, protoclip.cli
