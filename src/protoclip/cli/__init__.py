@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def overview() -> str:
     rows = {name: (inspect.getdoc(kind) or "").splitlines()[0] for name, kind in COMMANDS.items()}
-    hint = "protoclip COMMAND --help lists its options; protoclip --version tells the version."
+    hint = "protoclip COMMAND --help lists its options, protoclip --version the version."
     return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
 
 
