@@ -36,7 +36,6 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -588,7 +587,7 @@ def ends(config: Config, **more: Any) -> dict[str, Tensor]:
     Path(str(config.run.out)).parent.mkdir(parents=True, exist_ok=True)
     train(config, **more)
     last = saved.find_checkpoint(str(config.run.out))
-    parts = [load_file(last / name) for name in (WEIGHTS, OPTIMIZER)]
+    parts = [saved.read_tensors(last / name) for name in (WEIGHTS, OPTIMIZER)]
     return {
         f"{number}/{key}": value for number, part in enumerate(parts) for key, value in part.items()
     }

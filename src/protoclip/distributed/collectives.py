@@ -40,6 +40,10 @@ WORK_TIMEOUT = timedelta(days=7)
 UNSEEN = 60.0
 # The gloo group for these. It does not wait for a GPU either.
 _hosts: dist.ProcessGroup | None = None
+# The gloo group of a thread that works beside the training, whose own order of collectives is none
+# of that thread's; and whether this thread is such a one.
+_background: dist.ProcessGroup | None = None
+_beside = ContextVar("_beside", default=False)
 # Whether this thread is in a function that one rank alone may leave by an exception.
 _alone = ContextVar("_alone", default=False)
 
@@ -63,7 +67,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     Raises:
         ValueError: Two ranks have the same GPU, or ranks do not reach each other.
     """
-    global _hosts
+    global _hosts, _background
     rank_, size, _ = launched()
     if size == 1:
         yield
@@ -102,9 +106,30 @@ def process_group(device: torch.device) -> Iterator[None]:
     notice_lost_hosts()
     yield
     # Not after an error: other ranks may be gone, and this would wait for them.
-    _hosts = None
+    _hosts = _background = None
     gc.collect()  # what `DistributedDataParallel` leaves keeps the group, and so its threads
     dist.destroy_process_group()
+
+
+def open_background() -> None:
+    """Make the group that `in_background` uses, unless there is one already. Collective."""
+    global _background
+    if is_distributed() and _background is None:
+        _background = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+        notice_lost_hosts()
+
+
+@contextmanager
+def in_background() -> Iterator[dist.ProcessGroup | None]:
+    """Let objects and errors of this thread meet those of the same thread on the other ranks.
+
+    Gives their group, which `open_background` has made. Tensors have no way here.
+    """
+    entered = _beside.set(True)
+    try:
+        yield _background
+    finally:
+        _beside.reset(entered)
 
 
 def new_store(rank: int, size: int) -> Store:
@@ -261,7 +286,8 @@ def all_gather_object(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_hosts)
+    group = _background if _beside.get() else _hosts
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

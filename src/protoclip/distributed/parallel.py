@@ -29,6 +29,7 @@ from protoclip.distributed.collectives import (
     all_gather_object,
     all_reduce,
     broadcast,
+    open_background,
     rank,
     world_size,
 )
@@ -54,6 +55,7 @@ def shard(model: nn.Module, device: torch.device, *, gathered: torch.dtype | Non
         gathered: Type in which layers gather their parameters and compute; unset, that of the
             parameters, in which shards and sums of gradients stay.
     """
+    open_background()  # for its checkpoints, which all ranks write
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy()
     if gathered is not None:
@@ -213,6 +215,58 @@ def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensors.pop(name).detach().clone() for name in list(tensors)}
 
 
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of what this rank saves: `weights`, or its parts of a sharded model's.
+
+    Parts are DTensors, and no rank gathers them; what is not sharded is the same on all ranks.
+    """
+    if not is_sharded(model):
+        return weights(model)
+    reshard(model)
+    return {name: own(value) for name, value in model.state_dict().items()}
+
+
+def own_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies on the CPU of what this rank saves: `moments`, or its parts as in `own_weights`."""
+    if not is_sharded(model):
+        return moments(model, optimizer)
+    reshard(model)
+    return {
+        f"{name}/{moment}": own(value)
+        for name, parameter in model.named_parameters()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def own(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def are_parts(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are parts of a sharded model's tensors; the same on all ranks."""
+    return any(isinstance(value, DTensor) for value in tensors.values())
+
+
+def parts_to_fill(
+    model: nn.Module, moments: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A sharded model's weights and moments for this rank to read its parts into, on its device.
+
+    `moments` have the shapes and types of all moments, by the names of `own_moments`.
+    """
+    reshard(model)
+    weights = {name: torch.empty_like(value) for name, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    state = {}
+    for key, like in moments.items():
+        parameter = parameters[key.rpartition("/")[0]].detach()
+        if like.ndim:  # in the parameter's order in memory, through which fused AdamW walks
+            state[key] = torch.zeros_like(parameter, dtype=like.dtype)
+        else:
+            state[key] = torch.zeros((), dtype=like.dtype, device=parameter.device)
+    return weights, state
+
+
 def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
     return states.StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=strict
@@ -220,20 +274,34 @@ def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
 
 
 def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Load whole weights, which only rank 0 needs to hold. Collective."""
+    """Load whole weights, which only rank 0 needs to hold, or each rank's parts. Collective."""
     reshard(model)
+    if are_parts(whole):
+        for name, value in model.state_dict().items():
+            value.copy_(whole[name])
+        return
     states.set_model_state_dict(model, dict(whole), options=from_rank0())
 
 
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]
 ) -> None:
-    """Load what `moments` returned, which only rank 0 needs to hold. Collective."""
-    known: set[str] = set(all_gather_object([*whole])[0])
+    """Load what `moments` returned, which only rank 0 needs to hold, or each rank's parts.
+
+    Collective.
+    """
     state: dict[str, Any] = {}
     for key, value in whole.items():
         name, _, moment = key.rpartition("/")
         state.setdefault(name, {})[moment] = value
+    if are_parts(whole):
+        reshard(model)
+        optimizer.state.clear()
+        for name, parameter in model.named_parameters():
+            if name in state:
+                optimizer.state[parameter] = state[name]
+        return
+    known: set[str] = set(all_gather_object([*whole])[0])
     given: dict[str, Any] = {}
     if rank() == 0:
         given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}

@@ -4,25 +4,35 @@ Tensors are safetensors and everything else is JSON, so reading a checkpoint run
 `model.safetensors` and `model.json` are the model, which a run folder itself may hold too.
 `optimizer.safetensors`, which only rank 0 reads, `resume.safetensors` and `state.json` are what a
 run needs besides to go on. The run folder has its settings. When to save is decided elsewhere.
+
+Of a sharded model every rank writes its part: instead of a file `model.safetensors` there is a
+folder `model` then, and so for moments and the heads of teachers. Files are named as if there were
+one of each; `shards.py` reads and writes such folders.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import protoclip
 from protoclip.config import Config, ModelConfig, build
-from protoclip.distributed.collectives import rank
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    in_background,
+    rank,
+    rank0_first,
+)
+from protoclip.distributed.parallel import are_parts, is_sharded, parts_to_fill
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -35,11 +45,14 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
+from protoclip.models import shards
 from protoclip.models.opening import misfits
+from protoclip.models.protoclip import TEACHER_HEADS
 from protoclip.models.towers import examples_of
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
 OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"
+ADAPTERS = "adapters.safetensors"  # of a sharded model; otherwise they are in `RESUME`
 CHECKSUMS = "checksums.json"
 SETTINGS = "config.toml"  # of a run, in its folder
 TEXT_FILES = "text"  # folder with the files of a Hugging Face text tower and tokenizer
@@ -129,7 +142,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path}: no such run or checkpoint folder")
     for candidate in (path, *reversed(checkpoints(path))):
-        if (candidate / MODEL).is_file() and (candidate / WEIGHTS).is_file():
+        weights = candidate / WEIGHTS
+        if (candidate / MODEL).is_file() and (weights.is_file() or in_shards(weights)):
             return candidate
     raise ValueError(f"{path}: no checkpoint here, which has {MODEL} and {WEIGHTS}")
 
@@ -166,15 +180,37 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
         return f"{CHECKSUMS} cannot be read: {error.strerror}"
     except (ValueError, TypeError, RecursionError):
         return f"{CHECKSUMS} is damaged"
-    for name in names or sorted({WEIGHTS, MODEL, OPTIMIZER, RESUME, STATE} | expected.keys()):
+    needed = {WEIGHTS, MODEL, RESUME, STATE}
+    parts = {name for name in (OPTIMIZER, ADAPTERS) if in_shards(folder / name)}
+    needed |= parts if in_shards(folder / WEIGHTS) else {OPTIMIZER}
+    for name in names or sorted(needed | expected.keys()):
         try:
-            if file_checksum(folder / name) != expected.get(name):
-                return f"{name} is not what was written: its checksum differs"
+            files = files_of(folder, name, expected)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-        except ValueError as error:
-            return f"{name} {error}"
+        for file in files:
+            try:
+                if file_checksum(folder / file) != expected.get(file):
+                    return f"{file} is not what was written: its checksum differs"
+            except OSError as error:
+                return f"{file} cannot be read: {error.strerror}"
+            except ValueError as error:
+                return f"{file} {error}"
     return None
+
+
+def in_shards(path: Path) -> bool:
+    """Whether a folder of shards stands in place of this safetensors file."""
+    return path.suffix == ".safetensors" and not path.is_file() and path.with_suffix("").is_dir()
+
+
+def files_of(folder: Path, name: str, listed: Collection[str]) -> list[str]:
+    """A file, or in its place all shards that are in the folder, or are listed as written."""
+    if not in_shards(folder / name):
+        return [name]
+    stem = Path(name).stem
+    here = {f"{stem}/{path.name}" for path in shards.files(folder / stem)}
+    return sorted(here | {each for each in listed if each.startswith(f"{stem}/")})
 
 
 def require_intact(folder: Path, *names: str) -> None:
@@ -184,10 +220,24 @@ def require_intact(folder: Path, *names: str) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; raises `ValueError` if it is damaged."""
+    """A safetensors file, or what its shards make up; raises `ValueError` if it is damaged."""
+    if in_shards(path):
+        return shards.read(path.with_suffix(""))
     try:
         require_regular(path)
         return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file, or in its shards; raises as `read_tensors`."""
+    if in_shards(path):
+        return {*shards.described(path.with_suffix(""))}
+    try:
+        require_regular(path)
+        with safe_open(path, "pt") as tensors:
+            return {*tensors.keys()}
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 
@@ -214,18 +264,24 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     They are those of a plain model, also if `model` has adapters.
     """
     weights = read_tensors(folder / WEIGHTS)
+    require_fit(folder, model, weights)
+    return weights
+
+
+def require_fit(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if wrong := misfits(model, weights):
         raise ValueError(
             f"{folder}: checkpoint of another architecture: {examples_of(wrong)}; make "
             "the [model] section match"
         )
-    return weights
 
 
 def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     """The nested state that a run saved, with its tensors on the model's device.
 
-    `model` and `optimizer` are on the CPU, and empty but on rank 0.
+    `model` and `optimizer` are on the CPU, and empty but on rank 0. Of a sharded model, if sharded
+    ones wrote the checkpoint, they are this rank's parts on its device, whatever the number of
+    ranks was then. No rank waits for another.
     """
     facts, device = read_json(folder / STATE), next(model.parameters()).device
     if facts.get("format") != FORMAT:
@@ -236,10 +292,29 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / RESUME).items()}
     with understood(folder):
         state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
-    if rank() == 0:
+    if in_shards(folder / WEIGHTS) and is_sharded(model):
+        state |= read_parts(folder, model)
+    elif rank() == 0:
         state["model"] = read_weights(folder, model)
-        state["optimizer"] = read_tensors(folder / OPTIMIZER)
+        parts = (OPTIMIZER, ADAPTERS) if in_shards(folder / WEIGHTS) else (OPTIMIZER,)
+        for name in parts:
+            if name == OPTIMIZER or in_shards(folder / name):
+                state[Path(name).stem] = read_tensors(folder / name)
     return state
+
+
+def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """This rank's parts of weights and moments that a sharded model saved."""
+    require_fit(folder, model, shards.described(folder / Path(WEIGHTS).stem))
+    stored = shards.described(folder / Path(OPTIMIZER).stem)
+    with understood(folder):
+        weights, moments = parts_to_fill(model, stored)
+    heads = {name: part for name, part in weights.items() if name.startswith(TEACHER_HEADS)}
+    plain = {name: part for name, part in weights.items() if name not in heads}
+    for name, parts in {WEIGHTS: plain, OPTIMIZER: moments, ADAPTERS: heads}.items():
+        if parts:
+            shards.fill(folder / Path(name).stem, parts)
+    return {"model": weights, "optimizer": moments}
 
 
 @contextmanager
@@ -295,10 +370,14 @@ def checkpoint_files(
 
     `model` and `optimizer` in the state are copies already.
     """
-    others = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+    own = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"]}
+    if are_parts(state["model"]) and state["adapters"]:
+        own[ADAPTERS] = state["adapters"]
+    stems = {Path(name).stem for name in own}
+    others = {key: value for key, value in state.items() if key not in stems}
     tensors: dict[str, Tensor] = {}
     facts = {MODEL: model_facts, STATE: split({"format": FORMAT, **others}, tensors)}
-    return {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"], RESUME: tensors}, facts
+    return {**own, RESUME: tensors}, facts
 
 
 def write_checkpoint(
@@ -311,8 +390,60 @@ def write_checkpoint(
 
     `text_files` are written as they are, to a folder of their own.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = unfinished(folder)
+    try:
+        checksums = write_files(temporary, tensors, facts, text_files or {})
+        complete(temporary, folder, checksums)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_parts(
+    folder: Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, dict[str, Tensor]],
+    facts: Mapping[str, Any],
+    text_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """`write_checkpoint` by all ranks of a sharded model. Collective, in the background.
+
+    Args:
+        parts: What each rank writes its parts of, as `shards.write`, by the name that one file of
+            it would have.
+        tensors, facts, text_files: As for `write_checkpoint`; of rank 0, which alone writes them.
+
+    If one rank cannot write, all raise, and there is no checkpoint.
+    """
+    own = unfinished(folder)
+    with in_background():
+        try:
+            temporary, checksums = rank0_first(
+                lambda: (own, write_files(own, tensors, facts, text_files or {}))
+            )
+            for stem, part in ((Path(name).stem, part) for name, part in parts.items()):
+                for written in all_gather_object(shards.write(temporary / stem, part)):
+                    checksums |= {f"{stem}/{name}": digest for name, digest in written.items()}
+            rank0_first(lambda: complete(own, folder, checksums))
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(own, ignore_errors=True)
+            raise
+
+
+def unfinished(folder: Path) -> Path:
+    """Where this process writes a folder until it is whole; see `UNFINISHED_FOLDER`."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}")
+
+
+def write_files(
+    temporary: Path,
+    tensors: Mapping[str, dict[str, Tensor]],
+    facts: Mapping[str, Any],
+    text_files: Mapping[str, bytes],
+) -> dict[str, str]:
+    """Write files to a new folder; returns their checksums."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     checksums: dict[str, str] = {}
 
@@ -320,24 +451,30 @@ def write_checkpoint(
         checksums[name] = checksum(data)
         write_atomically(temporary / name, data, durable=True)
 
-    try:
-        temporary.mkdir()
-        if text_files:
-            (temporary / TEXT_FILES).mkdir()
-        for name, data in (text_files or {}).items():
-            write(f"{TEXT_FILES}/{name}", data)
-        # One file at a time, so that only one file's bytes are in memory besides the tensors.
-        for name, part in tensors.items():
-            write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
-        for name, content in {**facts, CHECKSUMS: checksums}.items():
-            write(name, (to_json(content, indent=2) + "\n").encode())
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary.mkdir()
+    if text_files:
+        (temporary / TEXT_FILES).mkdir()
+    for name, data in text_files.items():
+        write(f"{TEXT_FILES}/{name}", data)
+    # One file at a time, so that only one file's bytes are in memory besides the tensors.
+    for name, part in tensors.items():
+        write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
+    for name, content in facts.items():
+        write(name, as_file(content))
+    return checksums
+
+
+def complete(temporary: Path, folder: Path, checksums: Mapping[str, str]) -> None:
+    """Write the checksums of a folder, and give it its name."""
+    write_atomically(temporary / CHECKSUMS, as_file(checksums), durable=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    sync_folder(folder.parent)
+
+
+def as_file(content: Mapping[str, Any]) -> bytes:
+    return (to_json(content, indent=2) + "\n").encode()
 
 
 def write_model(

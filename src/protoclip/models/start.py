@@ -16,7 +16,7 @@ from zipfile import is_zipfile
 import open_clip
 import torch
 from open_clip import hf_configs
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from protoclip.config import HeadConfig, ModelConfig
@@ -39,7 +39,14 @@ from protoclip.models.opening import (
 )
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resize import adopt
-from protoclip.models.saved import MODEL, WEIGHTS, read_model, read_weights, require_intact
+from protoclip.models.saved import (
+    MODEL,
+    WEIGHTS,
+    read_model,
+    read_weights,
+    require_intact,
+    tensor_names,
+)
 from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Weights, examples_of
 from protoclip.paths import MODEL_HINT
 from protoclip.terminal import say
@@ -138,14 +145,11 @@ class RunStart(Start):
     @property
     def has_logit_bias(self) -> bool:
         """By the weights, since the sigmoid loss adds it to any towers."""
-        path = self.folder / WEIGHTS
         try:
-            require_regular(path)
-            with safe_open(path, "pt") as weights:
-                return "towers.logit_bias" in weights.keys()  # noqa: SIM118
-        except (OSError, ValueError, SafetensorError) as error:
+            return "towers.logit_bias" in tensor_names(self.folder / WEIGHTS)
+        except ValueError:
             require_intact(self.folder, WEIGHTS)  # its line names the way out
-            raise ValueError(f"{path}: damaged ({error})") from error
+            raise
 
     @property
     def is_resized(self) -> bool:

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from protoclip.distributed.collectives import raise_on_all_ranks, rank
+from protoclip.distributed.parallel import are_parts
 from protoclip.models import saved
 from protoclip.terminal import say
 
@@ -47,6 +49,9 @@ class CheckpointWriter:
     keeps the newest `keep` checkpoints and the best. `description` is what builds the model again,
     with `text_files` for a Hugging Face text tower or tokenizer. `then` gets each folder when it is
     written.
+
+    Of a sharded model all ranks save and write at the same steps, each its part, and rank 0 alone
+    decides, warns, and removes; otherwise rank 0 does all of it.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class CheckpointWriter:
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
         self._problem = ""
+        self._in_parts = False
         self._pending: tuple[Callable[[], None], Path | None] | None = None
         self._thread: Thread | None = None
 
@@ -94,10 +100,18 @@ class CheckpointWriter:
         """Start to write a copy of a nested state; `model` and `optimizer` in it are copies."""
         self.wait()
         self._saved_at, self.saved_step = time.monotonic(), step
+        self._in_parts = are_parts(state["model"])
+        if rank() != 0:
+            state = {key: state[key] for key in ("model", "optimizer", "adapters")}
         tensors, facts = saved.checkpoint_files(self.description, state)
         best = self.best and self.folder(self.best[0])
         self._needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
-        write = partial(saved.write_checkpoint, self.folder(step), tensors, facts, self.text_files)
+        given: tuple[Any, ...] = (tensors, facts, self.text_files)
+        if self._in_parts:
+            others = {saved.RESUME: tensors.pop(saved.RESUME)}
+            given = (tensors, others, facts, self.text_files)
+        way = saved.write_parts if self._in_parts else saved.write_checkpoint
+        write = partial(way, self.folder(step), *given)
         self._pending = write, best
         self._thread = Thread(target=self._write, daemon=False)
         self._thread.start()
@@ -114,17 +128,33 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait for the last checkpoint; if it could not be written, try again for a minute.
 
+        Collective.
+
         Raises:
             OSError: It cannot be written; says what to do.
         """
         self.wait()
+        if self._in_parts:
+            self._try_again()
+            raise_on_all_ranks(self._insist)
+        else:
+            raise_on_all_ranks(self._try_again_alone)
+
+    def _try_again_alone(self) -> None:
+        self._try_again()
+        self._insist()
+
+    def _try_again(self) -> None:
         for pause in LAST_RETRIES:
             if self.failed_step is None:
                 return
-            warn(f"trying to save step {self.failed_step} again in {pause:g} s")
+            if rank() == 0:
+                warn(f"trying to save step {self.failed_step} again in {pause:g} s")
             time.sleep(pause)
             self._write()
-        if self.failed_step is not None:
+
+    def _insist(self) -> None:
+        if self.failed_step is not None and rank() == 0:
             left = saved.checkpoints(self.run)
             start = left[-1] if left else "the beginning"
             raise OSError(
@@ -140,6 +170,8 @@ class CheckpointWriter:
             write()
         except Exception as error:  # nobody else would hear of it in a thread
             self.failed_step = step
+            if rank() != 0:
+                return
             room = f"{self._needed / 1e6:,.0f} MB are needed"
             with suppress(OSError):
                 room += f", {shutil.disk_usage(self.run).free / 1e6:,.0f} MB are free"
@@ -148,6 +180,8 @@ class CheckpointWriter:
             return
         self.failed_step = self._pending = None
         self._written_in = time.monotonic() - began
+        if rank() != 0:
+            return
         # Later checkpoints are damaged: the run went on from one before them.
         so_far = [path for path in saved.checkpoints(self.run) if path <= folder]
         for old in so_far[: -self.keep]:

@@ -192,7 +192,7 @@ def train_together(
         raise_on_all_ranks(lambda: run.open_log(logged))
         try:
             run.train_episodes()
-            raise_on_all_ranks(run.writer.finish)
+            run.writer.finish()
             last = run.writer.folder(run.trainer.step) if run.is_finished else None
             if (skipped := run.trainer.guard.summary(run.trainer.step, last)) and rank() == 0:
                 say(f"note: {skipped}")
@@ -504,7 +504,7 @@ class Run:
         return stop
 
     def save(self) -> None:
-        """Gather the state of all ranks; rank 0 starts to write it."""
+        """Start to write the state of all ranks: rank 0 does, of a sharded model each its part."""
         trainer, size = self.trainer, self.config.episodes.size
         position = self.loader.state_dict(trainer.episode, trainer.batch, size)
         state = {
@@ -518,16 +518,14 @@ class Run:
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
             "recall": self.recall,
+            "metrics_bytes": self.log.size if self.log is not None else 0,
         }
         if self.trained is not self.model:
             state["model"] = parallel.weights(self.model)
 
-        def write() -> None:
-            """The one before may still be on its way to a slow disk."""
-            if self.log is not None:
-                self.writer.save(trainer.step, {**state, "metrics_bytes": self.log.size})
-
-        raise_on_all_ranks(write)
+        writes = rank() == 0 or parallel.is_sharded(self.model)
+        # The one before may still be on its way to a slow disk.
+        raise_on_all_ranks(lambda: self.writer.save(trainer.step, state) if writes else None)
 
     def restore(self, checkpoint: Path) -> int:
         """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.

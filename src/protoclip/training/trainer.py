@@ -325,12 +325,13 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
-        `model` and `optimizer` are whole copies on the CPU of rank 0, and empty on other ranks.
+        `model` and `optimizer` are whole copies on the CPU of rank 0, and empty on other ranks; or
+        copies of each rank's parts, if the model is sharded, and then `adapters` are so too.
         `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on,
         with the heads of teachers.
         """
         self.guard.look()
-        plain, adapters = lora.merged(self.model, parallel.weights(self.model))
+        plain, adapters = lora.merged(self.model, parallel.own_weights(self.model))
         return {
             **{name: getattr(self, name) for name in PROGRESS},
             "scaler": self.scaler.state_dict(),
@@ -344,7 +345,7 @@ class Trainer:
             "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
             "adapters": adapters,
             "model": plain,
-            "optimizer": parallel.moments(self.model, self.optimizer),
+            "optimizer": parallel.own_moments(self.model, self.optimizer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
