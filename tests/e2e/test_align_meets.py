@@ -345,7 +345,10 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
 
 
 def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, store, monkeypatch):
-    """Of each checkpoint, of the model before training, and of a run with other heads."""
+    """Of each checkpoint, of the model before training, and of a run with other heads.
+
+    A run whose image half is another one encodes no caption that judges.
+    """
     run, encode, encoded = tmp_path / "run", Encoder.encode, []
 
     def watched(*arguments: Any) -> Encoded:
@@ -374,6 +377,9 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
         )
     )
     assert sum(len(each.features) for each in encoded) == made
+    image = {**given["model"]["image"], "size": 64}
+    align(changed(given, tmp_path / "larger", model={**given["model"], "image": image}))
+    assert sum(len(each.features) for each in encoded) == made + len(pq.read_table(data))
 
 
 def flip_a_bit(file: Path) -> None:

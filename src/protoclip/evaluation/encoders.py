@@ -7,6 +7,7 @@ between the same halves encodes nothing. `features.py` has what an encoder does.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import Config
+from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import PairsView
 from protoclip.evaluation.datasets import Images
@@ -48,7 +50,7 @@ def encoder_of(
     given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, **settings}
     if given.get("cache") is None or not (isinstance(model, ProtoCLIP) and model.joins_halves):
         return Encoder(model=model, **given)
-    kind = Encoder if aligned_by is None else partial(AlignedHalves, config=aligned_by)
+    kind = HalvesEncoder if aligned_by is None else partial(AlignedHalves, config=aligned_by)
     frozen = kind(model=FrozenHalves(model.towers), **given)
     return JoinedEncoder(model=model, frozen=frozen, **given)
 
@@ -89,7 +91,33 @@ class JoinedEncoder(Encoder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignedHalves(Encoder):
+class HalvesEncoder(Encoder):
+    """The encoder of two halves, which keeps features of each by that half alone.
+
+    So a half whose partner is another one encodes nothing anew.
+    """
+
+    def _folder(self, kind: str) -> Path:
+        if not isinstance(self.transform, EvaluationTransform):
+            return super()._folder(kind)
+        return self._folders[kind]
+
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        assert self.cache is not None
+        assert isinstance(self.model, FrozenHalves)
+        given: dict[str, Any] = {"max_pixels": MAX_IMAGE_PIXELS, "autocast": self.context}
+        assert isinstance(self.transform, EvaluationTransform)
+        with evaluation_mode(self.model):
+            keys = {
+                "images": HalfEncoder(self.model, transform=self.transform, **given).key(),
+                "texts": HalfEncoder(self.model, tokenizer=self.tokenizer, **given).key(),
+            }
+        return {kind: self.cache / checksum(f"{key} {kind}".encode()) for kind, key in keys.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedHalves(HalvesEncoder):
     """The encoder of two halves that reads what `align` encoded for training, where that is known.
 
     Each start reads the captions, and looks at the files. `config` is the run's.
