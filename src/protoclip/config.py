@@ -500,5 +500,6 @@ def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
         raise ValueError(f"{name}: {value} is too small; at least {least}{hint}")
     if value > most:
         limit = "below 1" if most == BELOW_1 else f"at most {most}"
+        limit += ", as a share of the pairs" if name == "data.validation" else ""
         raise ValueError(f"{name}: {value} is too large; {limit}")
     return value

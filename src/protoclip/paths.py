@@ -177,6 +177,12 @@ def require_path(setting: str, path: str, what: str) -> None:
         raise ValueError(f"{start}: is {kind}, not a file; name a file that can be read again")
 
 
+def require_empty(setting: str, folder: Path) -> None:
+    """Refuse a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is not empty; choose a new folder with {setting}")
+
+
 def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "") -> None:
     """Refuse a path where no file, or with `is_folder` no folder, can be written.
 

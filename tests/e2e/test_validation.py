@@ -271,7 +271,7 @@ def test_a_run_that_names_itself_as_its_start_is_read_once(folder, tmp_path, mon
 
 def test_a_share_of_no_pair_cannot_judge_a_run(folder, tmp_path):
     """One line says so before anything is written."""
-    with pytest.raises(ValueError, match=r"data\.validation: 0 of 200 pairs could be held out"):
+    with pytest.raises(ValueError, match=r"no pairs are held out, since only 0 of 200 could"):
         train(config_for(folder, tmp_path / "run", validation=0.001))
     assert not (tmp_path / "run").exists()
 

@@ -13,6 +13,7 @@ from protoclip.cli.device import open_device
 from protoclip.config import Count, DataConfig
 from protoclip.files import locked
 from protoclip.paths import (
+    require_empty,
     require_file,
     require_folder,
     require_model,
@@ -69,6 +70,7 @@ class Explore:
         require_folder("--root", self.root)
         if self.static is not None:
             require_place("--static", self.static, is_folder=True)
+            require_empty("--static", Path(self.static))
         if self.atlas is not None:
             require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
             if Path(self.atlas).exists():  # it may hold somebody's pairs
@@ -79,10 +81,8 @@ class Explore:
             )
         from protoclip.explore.atlas import MAP_PAIRS
         from protoclip.explore.server import listen
-        from protoclip.explore.static import require_empty, write_static, write_table
+        from protoclip.explore.static import write_static, write_table
 
-        if self.static is not None:
-            require_empty(Path(self.static))  # before minutes of work
         if self.static is None and self.atlas is None:
             with closing(listen(self.host, self.port)) as listening:  # before the work too
                 self.serve(self.explorers(), listening)

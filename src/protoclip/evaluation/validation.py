@@ -105,8 +105,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     learned = f"{' and '.join(before)} learned from"
     rows = held_out_rows(given_sources, share=share, folder=folder, before=trained)
     if len(rows) < (2 if asked else LEAST):
-        reason = f"data.validation: {len(rows)} of {len(samples):,} pairs could be held out, since "
-        reason += f"{learned} the others, " if before else ""
+        reason = f"data.validation: no pairs are held out, since only {len(rows)} of "
+        reason += f"{len(samples):,} could be: {f'{learned} the others, ' if before else ''}"
         reason += "they are few, or many share a caption; give a larger share or a source"
         return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):

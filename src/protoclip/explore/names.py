@@ -70,7 +70,8 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     """One to three words for each group, by class-based TF-IDF; empty where no word is found.
 
     A word scores the share of the group's captions that have it, times log(1 + A / f): f captions
-    have the word, and a group has A captions on average.
+    have the word, and a group has A captions on average. A word of one caption alone names a group
+    only where its captions share none.
 
     Args:
         assigned: The group of each caption `(n,)`, in `0..number - 1`.
@@ -78,12 +79,16 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
     words, has = words_of(captions)
     if not len(words):
         return [""] * number
-    rarity = np.log1p(len(captions) / number / np.asarray(has.sum(0)).ravel())
+    frequency = np.asarray(has.sum(0)).ravel()
+    rarity = np.log1p(len(captions) / number / frequency)
     group_names = []
     for group in range(number):
         members = np.flatnonzero(assigned == group)
-        score = np.asarray(has[members].sum(0)).ravel() / max(1, len(members)) * rarity
-        best = np.argsort(-score, kind="stable")[: 4 * WORDS]
+        having = np.asarray(has[members].sum(0)).ravel()
+        score = having / max(1, len(members)) * rarity
+        if (shared := having > 1).any():  # or words of one caption, which are rare, come first
+            score = score * shared
+        best = np.lexsort((-frequency, -score))[: 4 * WORDS]
         chosen: list[str] = []
         for word, value in zip(words[best], score[best], strict=True):
             if value <= LEAST * score[best[0]]:

@@ -17,6 +17,7 @@ from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
 from protoclip.files import naming, replacing
+from protoclip.paths import require_empty
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -35,7 +36,7 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
         ValueError: The folder holds something, or its disk has too little room.
         OSError: The pages cannot be written; names the folder.
     """
-    require_empty(folder)
+    require_empty("--static", folder)
     pages, rows = Pages(explorers, live=False), set[int]()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -59,7 +60,7 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
                 path = temporary / "images" / f"{row}.webp"
                 path.write_bytes(pages.image(row, THUMBNAIL_SIDE))
                 progress.update(done)
-            require_empty(folder)  # by now
+            require_empty("--static", folder)  # by now
             if folder.exists():
                 folder.rmdir()
             temporary.rename(folder)
@@ -67,12 +68,6 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return number
-
-
-def require_empty(folder: Path) -> None:
-    """Raise a `ValueError` if something is there already, but for an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is not empty; choose a new folder with --static")
 
 
 def announce(pages: Pages, rows: list[int], folder: Path, *, written: int, free: int) -> None:

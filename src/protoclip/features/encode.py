@@ -181,6 +181,8 @@ def timm_model(name: str, device: torch.device) -> FrozenEncoder:
     before, _, file = name.partition("/")
     in_file = Path(file).is_file()
     name = before if in_file else name
+    if "," in name:
+        raise ValueError("the file with its weights is named as in timm:resnet50/FILE")
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
     reference = f"timm:{name}/{file}" if in_file else f"timm:{name}"
     with hub(reference, str(getattr(published, "hf_hub_id", None) or "")):

@@ -227,8 +227,11 @@ def recompute_activations(both: nn.Module, config: ModelConfig) -> None:
         raise ValueError(f"{setting}: this image tower cannot do it; {way_out}")
 
 
-def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer) -> str:
-    """What a run trains, at what size; and of small towers, how to get a larger model."""
+def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns: bool) -> str:
+    """What a run trains, at what size; and of small towers, how to get a larger model.
+
+    A run that `aligns` trains what lies between two frozen halves alone.
+    """
     size, length = towers.image_size(built.towers), reads(["a"]).shape[1]
     millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
     said = f"{size} pixels and {length} tokens, {millions:.3g} million parameters with the heads"
@@ -239,6 +242,8 @@ def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer) -> str:
         config.text.name
         or f"a text transformer of {config.text.layers} layer{'s' * (config.text.layers > 1)}"
     )
+    if aligns:
+        return f"trains what lies between {config.image.name} and {text}, both frozen, at {said}"
     hint = ""
     if config.image.weights is None and config.text.name is None:
         hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50"

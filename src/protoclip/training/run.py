@@ -148,7 +148,8 @@ def train_together(
         plan, halves = encode(plan, model)
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
     start = {} if ending is None else parallel.weights(model)
-    notes = [loading.in_words(plan.config.model, model, run.loader.tokenizer)]
+    reads, aligns = run.loader.tokenizer, encode is not None
+    notes = [loading.in_words(plan.config.model, model, reads, aligns=aligns)]
     notes += [throughput.placed(device, run.loader.batch_size), *plan.notes, *said, *run.notes]
     if encode is None and config.align != AlignConfig():
         notes.append("align.*: no effect, since protoclip align alone aligns halves")

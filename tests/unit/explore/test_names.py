@@ -16,6 +16,14 @@ def test_names_are_the_words_that_set_a_group_apart() -> None:
     assert not {"hearts", "of", "or"} & {*heart, *moon}
 
 
+def test_words_of_one_caption_name_no_group_that_shares_words() -> None:
+    """They are rare, so they would come before those that the captions share."""
+    captions = ["adhd dog", "blanket dog", "zebra dog", "tree", "leaf tree", "oak"]
+    found = names(captions, np.repeat([0, 1], 3), 2)
+    assert found == ["dog", "tree"]
+    assert names(["a red fox", "blue"], np.array([0, 1]), 2) == ["fox, red", "blue"]
+
+
 def test_groups_without_words_have_no_name() -> None:
     assert names(["1 2 3", "", "!"], np.array([0, 1, 1]), 2) == ["", ""]
     assert names(["a red heart", "", ""], np.array([0, 2, 2]), 3)[1:] == ["", ""]

@@ -148,6 +148,7 @@ def test_a_model_of_transformers_with_two_towers_gives_either(tmp_path):
         ("open_clip:RN50", "auto", "name the weights too, as in open_clip:RN50/openai"),
         ("open_clip:RN51/openai", "auto", "open_clip has no model 'RN51'"),
         ("open_clip:RN50/mine", "auto", "open_clip has no weights 'mine'"),
+        ("timm:resnet10t,weights=x.pt", "auto", "is named as in timm:resnet50/FILE"),
         ("timm:resnet10x", "auto", "'timm:resnet10x' cannot be opened: Unknown model"),
         ("hf:{folder}", "auto", "Unrecognized model"),
         ("minilm", "auto", r"'minilm' cannot be opened: pip install 'protoclip\[teachers\]'"),
