@@ -81,7 +81,7 @@ site: .venv/docs docs ## Build the site of the documentation into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server -d build/site"
 
-ci: lint site test ## What .ci/run runs: lint, the site, then test
+ci: lint site test ## What .ci/run runs, one after the other: lint, the site, then test
 
 clean: ## Remove .venv, .venv-lowest, caches and builds
 	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
