@@ -19,6 +19,7 @@ from protoclip.evaluation.suite import Result
 from protoclip.files import require_ours, to_json, write_atomically
 
 CAPTION = {
+    "retrieval": "text_retrieval is from an image to its texts, which runs call image_to_text.",
     "intervals": "In brackets: 95% intervals over groups of samples.",
     "differences": "Second line: paired difference to {}, * if its interval leaves out 0.",
 }
@@ -148,6 +149,8 @@ def show(models: Sequence[Sequence[Result]]) -> None:
         filled = cells + ["-"] * (len(models) - len(cells))
         table.add_row(*map(escape, (*map(printable, shown), metric, *filled)))
     table.caption, table.caption_justify = CAPTION["intervals"], "left"
+    if any(metric.startswith("text_retrieval") for _, _, metric in rows):
+        table.caption += f" {CAPTION['retrieval']}"
     compared = [r.record["compared_to"] for of in models for r in of if "compared_to" in r.record]
     if compared:
         differences = CAPTION["differences"].format(escape(printable(compared[0])))

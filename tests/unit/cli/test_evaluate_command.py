@@ -69,6 +69,7 @@ def test_the_table_is_the_default_and_emoji_are_the_default_data(
     shown = capsys.readouterr().out
     assert made_up[0][0] == "emoji"
     assert "mean_per_class_recall" in shown
+    assert "which runs call image_to_text" in " ".join(shown.split())
     assert re.search(r"100\.0 \[\d\d\.\d, 100\.0\]", shown)
     assert not {"linear_probe", "knn", "clustering"} & {*shown.split()}
     assert len(list((tmp_path / "features").rglob("facts.json"))) == 3
