@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Int
+
 from protoclip.config import Config
 
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
@@ -67,3 +70,16 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
     )
     draw = CaptionDraw(number=number, sentences=asked == "sentences")
     return draw, [note] if number > 1 else []
+
+
+def without_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"]:
+    """Tokens without their last columns, if every row repeats its last token there: padding.
+
+    One of them stays. Most captions are far shorter than what a text tower can read, and padding
+    costs as much as words. For towers that ignore it (`TowerPair.ignores_padding`).
+
+    >>> without_padding(torch.tensor([[7, 5, 9, 0, 0, 0], [7, 9, 0, 0, 0, 0]])).tolist()
+    [[7, 5, 9, 0], [7, 9, 0, 0]]
+    """
+    changes = (tokens[:, 1:] != tokens[:, :-1]).any(0).nonzero()
+    return tokens[:, : int(changes.max()) + 2 if len(changes) else 1]

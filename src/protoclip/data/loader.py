@@ -23,7 +23,7 @@ from protoclip import signals
 from protoclip.config import Config
 from protoclip.data import access
 from protoclip.data.cache import crop, image_cache
-from protoclip.data.captions import ONE, CaptionDraw
+from protoclip.data.captions import ONE, CaptionDraw, without_padding
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.groups import Key, keys_of
 from protoclip.data.lanes import MIN_SPARE, overlapping, shares_of_batches
@@ -124,6 +124,7 @@ class _Reader(Dataset[_Made]):
 
     pairs: Pairs | SampleStream
     tokenizer: Tokenizer
+    cut_padding: bool
     captions: CaptionDraw
     crop: Crop
     features_of: FeaturesOf
@@ -158,8 +159,9 @@ class _Reader(Dataset[_Made]):
                 return _Made([], torch.zeros(0), Packed.of({}), [], bad)
         draws = torch.from_numpy(request.transform_draws)
         text = self.tokenizer(captions)
+        read = without_padding(text).contiguous() if self.cut_padding else text
         each = self.captions.number
-        tensors = {"position": torch.from_numpy(pair_numbers(position, each)), "text": text}
+        tensors = {"position": torch.from_numpy(pair_numbers(position, each)), "text": read}
         # A CPU applies a transform to a few images at a time, and so takes the draws themselves.
         tensors |= {"draws": draws} if self.on_cpu else named("change", transform.changes(draws))
         if request.group_by:
@@ -282,6 +284,7 @@ class EpisodeLoader:
     Attributes:
         batch_size: Images a batch on this rank; the last batch of an episode may be smaller.
         seed: With the episode's number, determines the random draws of transforms and captions.
+        cut_padding: Whether a batch's tokens may be as short as its longest caption.
         captions: Which captions of an image a visit brings.
         workers: Processes that decode; 0 decodes in this process.
         crop: `cache.crop` with its settings.
@@ -297,6 +300,7 @@ class EpisodeLoader:
     batch_size: int
     seed: int
     device: torch.device
+    cut_padding: bool = False
     captions: CaptionDraw = ONE
     workers: int = 0
     rank: int = 0
@@ -413,6 +417,7 @@ class EpisodeLoader:
             _Reader(
                 pairs=self.pairs,
                 tokenizer=self.tokenizer,
+                cut_padding=self.cut_padding,
                 captions=self.captions,
                 crop=self.crop,
                 features_of=self.features_of,
@@ -506,6 +511,7 @@ def loader(
     transform: Transform,
     device: torch.device,
     on_read: OnRead,
+    cut_padding: bool = False,
     captions: CaptionDraw = ONE,
     after: Callable[[Pass], Pass | None] = lambda current: None,
     kind: Callable[..., EpisodeLoader] = EpisodeLoader,
@@ -521,6 +527,7 @@ def loader(
     return kind(
         pairs=samples,
         tokenizer=tokenizer,
+        cut_padding=cut_padding,
         captions=captions,
         transform=transform,
         batch_size=share,

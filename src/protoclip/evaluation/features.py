@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from protoclip.data.captions import without_padding
 from protoclip.data.decode import decode, decode_crop
 from protoclip.data.loader import items_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
@@ -240,13 +241,18 @@ class Encoder:
                 kept.write_list(content, Listed(hashes=hashes, content=np.zeros(0, np.int64)))
         return kept.features(hashes)
 
+    def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
+        """What the text tower reads of texts, on the CPU."""
+        tokens = self.tokenizer(texts)
+        return without_padding(tokens) if getattr(self.model, "ignores_padding", False) else tokens
+
     def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
         def batches() -> Iterator[Batch]:
             for rows in self._shares(len(texts)):
-                yield self.tokenizer(texts[rows.start : rows.stop]), [], []
+                yield self.tokens(texts[rows.start : rows.stop]), [], []
 
         forward = partial(self.model.encode_text, normalize=False)
-        blank = partial(self.tokenizer, texts[:1])
+        blank = partial(self.tokens, texts[:1])
         progress = self._progress(stage, len(texts))
         return self.encode(forward, batches(), blank, range(len(texts)), stage, progress).features
 

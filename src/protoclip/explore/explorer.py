@@ -191,7 +191,7 @@ class Explorer:
         text = ARTICLE.sub("", text)
         encoder = self.encoder
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
-            tokens = encoder.tokenizer([text]).to(encoder.device)
+            tokens = encoder.tokens([text]).to(encoder.device)
             with encoder.context():
                 query = encoder.model.encode_text(tokens).float().cpu()
         return self.explained(query, self.near(query, number))

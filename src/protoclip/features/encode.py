@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from protoclip.data.captions import without_padding
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
@@ -82,14 +83,17 @@ class FrozenEncoder:
         self.autocast = autocast or on_card("auto", device)
         self.device, self.collate, self.forward = device, collate, forward
         self.transform, self.reads = transform, "image" if transform else "text"
+        self.cut_padding = transform is None and getattr(module, "ignores_padding", False)
         example = transform(Image.new("RGB", (64, 64))) if transform else "a"
         self.width = self.encode([example]).shape[1]
 
     @torch.inference_mode()
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
         """Features on the CPU."""
+        batch = self.collate(inputs)
+        batch = without_padding(batch) if self.cut_padding else batch
         with self.autocast():
-            features = self.forward(self.collate(inputs).to(self.device)).float()
+            features = self.forward(batch.to(self.device)).float()
         return (F.normalize(features, dim=-1) if self.unit_norm else features).cpu()
 
     def read_image(self, sample: Sample) -> Tensor:

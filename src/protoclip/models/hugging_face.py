@@ -184,6 +184,11 @@ class HuggingFaceTowers(nn.Module):
             input_ids=ids, attention_mask=mask[:, used].long()
         )
 
+    @property
+    def ignores_padding(self) -> bool:
+        """As `TowerPair.ignores_padding`."""
+        return self.kind in ("clip", MASKED_KIND)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations, as open_clip's towers can; raises `ValueError` if one cannot."""
         assert enable, "nothing turns it off"

@@ -16,6 +16,7 @@ import torch.export
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @contextmanager
@@ -82,6 +83,23 @@ def to_float(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def causal(towers: Any) -> bool:
+    """Whether these are open_clip's CLIP, whose words read no later ones."""
+    pool = getattr(towers, "text_pool_type", None)
+    return pool in ("argmax", "eos") and getattr(towers, "attn_mask", None) is not None
+
+
+class _ShortTexts(nn.Module):
+    """Reads tokens of fewer columns than open_clip's CLIP expects, by a part of its positions."""
+
+    def __init__(self, towers: nn.Module) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, tokens: Int[Tensor, "b l"], **settings: Any) -> Tensor:
+        return self.towers.encode_text(tokens, **settings)  # type: ignore[operator,no-any-return]
+
+
 class TowerPair(nn.Module):
     """An image tower and a text tower with one joint space.
 
@@ -104,9 +122,33 @@ class TowerPair(nn.Module):
     def encode_text(
         self, tokens: Int[Tensor, "b c"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
-        """Text features in the joint space; of unit norm if `normalize` is set."""
-        features = to_float(self.towers.encode_text(tokens, **self.settings))  # type: ignore[operator]
+        """Text features in the joint space; of unit norm if `normalize` is set.
+
+        Tokens may be what `data.captions.without_padding` leaves, where `ignores_padding` holds.
+        """
+        towers: Any = self.towers
+        if causal(towers) and tokens.shape[1] < len(towers.positional_embedding):
+            length = tokens.shape[1]
+            parts = {
+                "towers.positional_embedding": towers.positional_embedding[:length],
+                "towers.attn_mask": towers.attn_mask[:length, :length],
+            }
+            features = functional_call(_ShortTexts(towers), parts, tokens, self.settings)
+        else:
+            features = towers.encode_text(tokens, **self.settings)
+        features = to_float(features)
         return F.normalize(features, dim=-1) if normalize else features
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether features stay the same if columns that hold only padding are left out of tokens.
+
+        So it is if padding is masked, or if a text's features are those of its last word, which
+        reads no later one. SigLIP learned to read padding.
+        """
+        towers: Any = self.towers
+        masked = hasattr(getattr(towers, "text", None), "pooler")  # a text model of Hugging Face
+        return causal(towers) or masked or getattr(towers, "ignores_padding", False)
 
 
 class ProtoCLIP(TowerPair):

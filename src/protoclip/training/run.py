@@ -268,6 +268,7 @@ class Run:
             if config.run.overfit
             else loading.training_transform(model, config.data.augmentation),
             device=device,
+            cut_padding=model.ignores_padding and not config.parallel.compile,
             on_read=self.skips.add,
             after=self.pass_after,
             kind=EpisodeLoader if halves is None else partial(RowLoader, halves=halves),
@@ -329,10 +330,9 @@ class Run:
             then=self.copies.start,
         )
         self.notes += self.loader.notes if halves is None else ()  # rows need no workers
-        part = config.episodes.micro_batch_size
-        if part is not None and part >= self.loader.batch_size:
-            why = f"since this rank's share of a batch is {self.loader.batch_size} pairs"
-            self.notes.append(f"episodes.micro_batch_size: no effect, {why}")
+        part, share = config.episodes.micro_batch_size, self.loader.batch_size
+        if part is not None and part >= share:
+            self.notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
 
     def feature_source(self, context: Autocast) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""

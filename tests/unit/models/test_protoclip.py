@@ -14,6 +14,7 @@ from protoclip.config import (
     ParallelConfig,
     TextTowerConfig,
 )
+from protoclip.data.captions import without_padding
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import write_checkpoint
@@ -170,3 +171,24 @@ def test_activations_computed_again_give_the_same_gradients(kind, tmp_path):
     assert any(name.startswith(("towers.text.", "towers.transformer.")) for name in expected)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["small text tower", "halves"])
+def test_padding_that_no_caption_of_a_batch_needs_changes_nothing(kind, tmp_path):
+    """Features and gradients are those of tokens of the whole length."""
+    given = halves(tmp_path, size=32) if kind == "halves" else tiny_model()
+    model = loading.model(given, seed=0).eval()
+    tokens = loading.tokenizer(given)(["a dog", "red"])
+    short = without_padding(tokens)
+    assert model.ignores_padding
+    assert short.shape[1] < tokens.shape[1]
+    weights = [one for name, one in model.named_parameters() if ".visual." not in name]
+
+    def computed(tokens: Tensor) -> list[Tensor]:
+        features = model.encode_text(tokens)
+        gradients = torch.autograd.grad(features.square().sum(), weights, allow_unused=True)
+        return [features, *(one for one in gradients if one is not None)]
+
+    found = computed(short)
+    assert len(found) > 10
+    torch.testing.assert_close(found, computed(tokens), atol=1e-4, rtol=1e-4)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import protoclip
 from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data import access
+from protoclip.data.captions import without_padding
 from protoclip.data.transforms import LibraryTransform, PillowTransform
 from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
@@ -266,6 +267,13 @@ def test_a_hugging_face_model(kind, tmp_path):
     with torch.no_grad():
         expected_text = features(library.get_text_features(**tokens))
         assert_same_features(loaded, features(library.get_image_features(**images)), expected_text)
+        assert loaded[0].ignores_padding == (not kind.startswith("siglip"))
+        if loaded[0].ignores_padding:
+            tokens = loaded[2](["a dog", "red"])
+            short = without_padding(tokens)
+            assert short.shape[1] < 24
+            encode = loaded[0].encode_text
+            torch.testing.assert_close(encode(short), encode(tokens))
 
 
 @pytest.mark.parametrize(
