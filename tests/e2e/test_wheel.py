@@ -14,7 +14,7 @@ TRAIN = """
 train --run.out run --run.no-evaluate --model.image.name test_resnet --model.image.size 32
 --episodes.size 64 --episodes.count 2 --episodes.batch_size 32 --prototypes.number 4
 """
-# The script that is installed, once for each command, in one process: PyTorch takes seconds to import.
+# The installed script, once for each command, in one process: it takes seconds to import PyTorch.
 COMMANDS = """
 import runpy, sys
 
