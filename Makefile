@@ -21,8 +21,11 @@ WORKERS ?= 3
 ARGS ?=
 
 BIN = .venv/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-UV_INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode
+# Bytecode is written when a module is first imported, also where the environment says otherwise: each
+# of the processes that tests start would compile PyTorch again.
+export PYTHONDONTWRITEBYTECODE =
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+UV_INSTALL = $(BIN)/uv pip install --quiet
 # pip takes PyTorch from wherever it is set up to, uv the rest in a tenth of pip's time. uv reads none of
 # pip's settings: where it finds no packages, pip goes on.
 INSTALL = install() { \
@@ -50,10 +53,10 @@ install: .venv/runtime ## Install the package into .venv
 demo: .venv/runtime ## Run the demonstration
 	$(BIN)/protoclip demo $(ARGS)
 
-test: .venv/dev ## Run every test
+test: .venv/compiled ## Run every test
 	$(PYTEST) $(ARGS)
 
-test-fast: .venv/dev ## Run the tests that are not marked slow
+test-fast: .venv/compiled ## Run the tests that are not marked slow
 	$(PYTEST) -m 'not slow' $(ARGS)
 
 test-lowest: .venv-lowest/dev ## Run them with the lowest versions that pyproject.toml allows
@@ -92,12 +95,18 @@ clean: ## Remove .venv, .venv-lowest, caches and builds
 .venv/runtime: .venv/home pyproject.toml
 	@echo "Installing protoclip into .venv ($(NOTE))"
 	@$(INSTALL) '.[report]'
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # also templates that are no Python
 	@touch $@
 
 .venv/dev: .venv/home pyproject.toml
 	@echo "Installing protoclip and the tools to test it into .venv ($(NOTE))"
 	@$(INSTALL) '.[dev]'
 	@touch .venv/runtime $@
+
+# Tests, and what they import, which is a fifth of what is installed: once here, not by each worker.
+.venv/compiled: .venv/dev
+	@$(BIN)/python -m pytest --collect-only -qq >/dev/null 2>&1 || true # an error is told by the tests
+	@touch $@
 
 .venv/docs: .venv/home pyproject.toml
 	@echo "Installing protoclip and the tools that build the site into .venv ($(NOTE))"
@@ -110,7 +119,7 @@ clean: ## Remove .venv, .venv-lowest, caches and builds
 	@rm -rf .venv-lowest
 	@$(PIP_INSTALL) uv
 	@$(BIN)/uv venv --quiet --python $(BIN)/python .venv-lowest
-	@$(UV_INSTALL) --python .venv-lowest/bin/python --resolution lowest-direct \
+	@$(UV_INSTALL) --compile-bytecode --python .venv-lowest/bin/python --resolution lowest-direct \
 	  --only-binary :all: --no-binary protoclip --editable '.[dev]'
 	@touch $@
 

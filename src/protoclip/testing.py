@@ -162,7 +162,8 @@ class _Pool:
         # Ranks are forks of one process that has imported what they need, which takes it seconds.
         way = "forkserver" if sys.platform == "linux" else "spawn"
         context: Any = multiprocessing.get_context(way)
-        context.set_forkserver_preload(["protoclip.training.run", "open_clip", "transformers"])
+        needed = ["protoclip.training.run", "open_clip", "transformers", "torch.utils.tensorboard"]
+        context.set_forkserver_preload(needed)
         self.owner = os.getpid()
         self.store = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
@@ -204,6 +205,7 @@ class _Pool:
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    gc.freeze()  # what is imported stays, and ranks share its memory while nobody looks at it
     torch.set_num_threads(1)
     # Fork data workers, as under torchrun: spawning one takes seconds.
     multiprocessing.set_start_method("fork", force=True)

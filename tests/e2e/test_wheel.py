@@ -14,6 +14,19 @@ TRAIN = """
 train --run.out run --run.no-evaluate --model.image.name test_resnet --model.image.size 32
 --episodes.size 64 --episodes.count 2 --episodes.batch_size 32 --prototypes.number 4
 """
+# The installed script, once for each command, in one process: it takes seconds to import PyTorch.
+COMMANDS = """
+import runpy, sys
+
+script, *commands = sys.argv[1:]
+for command in commands:
+    sys.argv = [script, *command.split()]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 SCRIPT = """
 import protoclip
 
@@ -63,12 +76,12 @@ def test_what_a_release_uploads(tmp_path):
     protoclip = tmp_path / "installed" / "bin" / "protoclip"
     assert "\n  train  " in python(protoclip, "--help", folder=tmp_path)
     assert "--quick" in python(protoclip, "demo", "--help", folder=tmp_path)
-    python(protoclip, *TRAIN.split(), folder=tmp_path)
-    python(protoclip, "report", "run", "--out", "report.html", folder=tmp_path)
+    commands = [TRAIN, "report run --out report.html"]
+    python("-c", COMMANDS, protoclip, *commands, folder=tmp_path)
     assert "<style>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "mypy.ini").write_text(SETTINGS)
-    types = python("-m", "mypy", "script.py", folder=tmp_path)
+    types = python("-m", "mypy", "--cache-dir", os.devnull, "script.py", folder=tmp_path)
     assert 'note: Revealed type is "def (reference: str | pathlib.Path) -> tuple[proto' in types
     assert "positives: Literal['pair'] | Literal['masked'] | Literal['shared'] =" in types

@@ -102,7 +102,7 @@ def draw_on_terminals_alone() -> None:
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
 
 
 def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:
