@@ -187,13 +187,25 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.wait_for_url("**/pair-*.html")
 
 
+IMAGES = """() => [...document.querySelectorAll("#thumbs img")]
+  .map((image) => image.getBoundingClientRect().toJSON())"""
 NAMES = """() => [...document.querySelectorAll("#names button")]
   .filter((button) => button.style.visibility === "visible")
   .map((button) => ({ name: button.textContent, box: button.getBoundingClientRect().toJSON() }))"""
 
 
+def assert_apart(box: dict[str, float], other: dict[str, float]) -> None:
+    assert (
+        box["right"] <= other["left"]
+        or other["right"] <= box["left"]
+        or box["bottom"] <= other["top"]
+        or other["bottom"] <= box["top"]
+    )
+
+
 def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watched: Watched) -> None:
-    """By the keyboard alone; and near enough, points are images."""
+    """By the keyboard alone. Images of points stand where names leave room, bordered in their
+    colours, and near enough points are images."""
     page = watched.page
     page.set_viewport_size({"width": 600, "height": 700})
     page.wait_for_timeout(1000)
@@ -201,7 +213,17 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
     first = page.evaluate(NAMES)
     assert any("heart" in each["name"] for each in first)
     seen = {each["name"] for each in first}
-    assert page.locator("#thumbs img").count() == 0
+    images = page.evaluate(IMAGES)
+    assert len(images) > 3
+    for each, other in combinations([*images, *(each["box"] for each in first)], 2):
+        assert_apart(each, other)
+    colours = """[...new Set([...document.querySelectorAll("#thumbs img")]
+      .map((image) => image.style.borderColor))].sort()"""
+    by_group = page.evaluate(colours)
+    assert len(by_group) > 1
+    page.select_option("#colour-by", "loss")
+    assert page.evaluate(colours) != by_group
+    assert page.evaluate(IMAGES) == images
     for _ in range(3):
         name = page.evaluate(NAMES)[-1]["name"]
         page.get_by_role("button", name=name, exact=True).focus()
@@ -209,12 +231,7 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
         page.wait_for_timeout(500)
         shown = page.evaluate(NAMES)
         for each, other in combinations([each["box"] for each in shown], 2):
-            assert (
-                each["right"] <= other["left"]
-                or other["right"] <= each["left"]
-                or each["bottom"] <= other["top"]
-                or other["bottom"] <= each["top"]
-            )
+            assert_apart(each, other)
         for each in shown:
             assert frame["x"] <= each["box"]["left"]
             assert each["box"]["right"] <= frame["x"] + frame["width"]

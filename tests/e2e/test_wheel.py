@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -10,22 +11,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "protoclip"
-TRAIN = """
-train --run.out run --run.no-evaluate --model.image.name test_resnet --model.image.size 32
---episodes.size 64 --episodes.count 2 --episodes.batch_size 32 --prototypes.number 4
-"""
-# The installed script, once for each command, in one process: it takes seconds to import PyTorch.
-COMMANDS = """
-import runpy, sys
+# `protoclip demo --quick` of one group of emoji, two episodes and a small batch, in seconds.
+DEMO = """
+from dataclasses import replace
+from protoclip.cli import main, quick
 
-script, *commands = sys.argv[1:]
-for command in commands:
-    sys.argv = [script, *command.split()]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
+original = quick.configuration
+
+def configuration(out, *, seed):
+    config = original(out, seed=seed)
+    return replace(config, episodes=replace(config.episodes, size=32, count=2, batch_size=16))
+
+quick.configuration = configuration
+quick.GROUPS = ("activities",)
+main(["demo", "--quick"])
 """
 SCRIPT = """
 import protoclip
@@ -43,15 +42,10 @@ follow_imports = silent
 """
 
 
-def python(*words: str | Path, folder: Path) -> str:
-    """What a Python command prints that succeeds in a folder, with what is installed there."""
-    ended = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder / "installed")},
-        capture_output=True,
-        text=True,
-    )
+def output(*words: str | Path, folder: Path) -> str:
+    """What a command prints that succeeds in a folder, without what this process can import."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run([*map(str, words)], cwd=folder, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -71,17 +65,25 @@ def test_what_a_release_uploads(tmp_path):
     with zipfile.ZipFile(wheel) as opened:
         assert names <= set(opened.namelist())
 
-    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", "installed"]
-    python(*pip, wheel, folder=tmp_path)
-    protoclip = tmp_path / "installed" / "bin" / "protoclip"
-    assert "\n  train  " in python(protoclip, "--help", folder=tmp_path)
-    assert "--quick" in python(protoclip, "demo", "--help", folder=tmp_path)
-    commands = [TRAIN, "report run --out report.html"]
-    python("-c", COMMANDS, protoclip, *commands, folder=tmp_path)
-    assert "<style>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    # A fresh environment, which has the libraries of this one by a path, but not its `protoclip`.
+    venv.create(tmp_path / "fresh")
+    python = tmp_path / "fresh" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+    output(*pip, "--no-index", wheel, folder=tmp_path)
+    (site,) = tmp_path.glob("fresh/lib/python*/site-packages")
+    libraries = [path for path in sys.path if path.endswith("-packages")]
+    (site / "libraries.pth").write_text("\n".join(libraries))
+    protoclip = python.with_name("protoclip")
+    assert "\n  train  " in output(protoclip, "--help", folder=tmp_path)
+    assert output(protoclip, "--version", folder=tmp_path).split()[-1] in wheel.name
+
+    said = output(python, "-c", DEMO, folder=tmp_path)
+    assert "Of 57 drawings" in said
+    made = ["runs/quick/report.html", "runs/quick/explorer/index.html"]
+    assert all(f"  {each}   " in said and (tmp_path / each).is_file() for each in made)
 
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "mypy.ini").write_text(SETTINGS)
-    types = python("-m", "mypy", "--cache-dir", os.devnull, "script.py", folder=tmp_path)
+    types = output(python, "-m", "mypy", "--cache-dir", os.devnull, "script.py", folder=tmp_path)
     assert 'note: Revealed type is "def (reference: str | pathlib.Path) -> tuple[proto' in types
     assert "positives: Literal['pair'] | Literal['masked'] | Literal['shared'] =" in types

@@ -8,8 +8,9 @@ const selection = new Set(JSON.parse(sessionStorage.getItem(KEY) || "[]"));
 let onMap = () => {};
 const LOOK = 1000; // milliseconds between two looks at how far a better map is
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
-// Of the map: pixels between names, of an image, and how many points in view show theirs.
-const [GAP, THUMB, FEW] = [12, 36, 150];
+// Of the map: pixels between names, and of an image; among more points in view than FEW, images are
+// SPARSE pixels apart.
+const [GAP, THUMB, FEW, SPARSE] = [12, 36, 150, 16];
 
 function store() {
   try {
@@ -176,6 +177,14 @@ async function drawMap(place) {
       }
     }
     legend(way, plain);
+    redraw();
+  }
+  // A point's colour, for the border of the image that hides it.
+  function tint(index) {
+    const way = found.ways[chooser.value];
+    if (way.kind === "modality") return plain.image.value;
+    const step = source.data[`by ${chooser.value}`][index];
+    return way.colours[way.kind === "range" ? step >> 5 : step];
   }
 
   function selected() {
@@ -197,15 +206,15 @@ async function drawMap(place) {
   source.selected.indices = [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
   source.selected.properties.indices.change.connect(selected);
   chooser.onchange = colour; // in the place of that of an earlier map
+  const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
   colour();
-  label(doc.get_model_by_name("map"), source, found.groups);
   place.dataset.ready = "yes";
 }
 
-// Names of groups lie over the plot, of the coarse ones with an image; and all images when few are
-// in view. Coarse and large groups come first; what would overlap is left out, so there is room for
-// more of them as one zooms in.
-function label(plot, source, groups) {
+// Names of groups lie over the plot, of the coarse ones with an image; and images of points, far
+// apart while many are in view. Coarse and large groups come first; what would overlap is left out,
+// so there is room for more of them as one zooms in. Returns what draws them again.
+function label(plot, source, groups, tint) {
   const [names, thumbs] = ["names", "thumbs"].map((id) => document.getElementById(id));
   const view = Bokeh.index.get(plot);
   const [x, y] = [source.data.image_x, source.data.image_y];
@@ -251,12 +260,12 @@ function label(plot, source, groups) {
     const [across, down] = [view.frame.x_scale, view.frame.y_scale];
     const at = (px, py) => [across.compute(px), down.compute(py)];
     const boxes = [];
-    // A box of this size around a point, if it is inside and free.
-    const fits = (px, py, width, height) => {
+    // A box of this size around a point, if it is inside and free; it keeps later ones at a distance.
+    const fits = (px, py, width, height, apart = 0) => {
       const box = { left: px - width / 2, right: px + width / 2, top: py - height / 2, bottom: py + height / 2 };
       if (box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom) return false;
       if (boxes.some((other) => box.left < other.right && other.left < box.right && box.top < other.bottom && other.top < box.bottom)) return false;
-      return boxes.push(box);
+      return boxes.push({ left: box.left - apart, right: box.right + apart, top: box.top - apart, bottom: box.bottom + apart });
     };
     const shown = new Set();
     groups.forEach((group, index) => {
@@ -273,15 +282,17 @@ function label(plot, source, groups) {
     });
 
     const inside = [];
-    for (let index = 0; index < x.length && inside.length <= FEW; index++) {
+    for (let index = 0; index < x.length; index++) {
       if (x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end) inside.push(index);
     }
+    const apart = inside.length > FEW ? SPARSE : 0;
     const images = [];
-    for (const index of inside.length > FEW ? [] : inside) {
+    for (const index of inside) {
       const [px, py] = at(x[index], y[index]);
-      if (!fits(px, py, THUMB, THUMB)) continue;
+      if (!fits(px, py, THUMB, THUMB, apart)) continue;
       if (!pictures.has(index)) pictures.set(index, picture(index));
       const image = pictures.get(index);
+      image.style.borderColor = tint(index);
       put(image, px - THUMB / 2, py - THUMB / 2);
       images.push(image);
     }
@@ -302,7 +313,7 @@ function label(plot, source, groups) {
     event.preventDefault();
     view.canvas_view.events_el.dispatchEvent(new WheelEvent("wheel", event));
   };
-  draw();
+  return draw;
 }
 
 function legend(way, plain) {
