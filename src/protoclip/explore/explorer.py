@@ -282,7 +282,8 @@ def open_explorer(
         atlas = read_kept(path) if cache else None
     if atlas is None:
         show("features")
-        rows, halves = pairs.with_captions(), None
+        rows = pairs.with_captions()
+        halves: Features | None = None
         if aligned and isinstance(encoder, JoinedEncoder):
             halves = with_all_captions(encoder.frozen, pairs, encoded(encoder.frozen, pairs, rows))
             image, text = encoder.joint(halves.image, halves.text)

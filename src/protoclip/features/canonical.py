@@ -126,7 +126,8 @@ def out_of_fold(
     """
     folds = [rows for rows in deal(groups, seed) if len(rows)]
     assert len(folds) > 1, "one group"
-    first, step, parts = counts.cumsum(0) - counts, -(-len(groups) // SAMPLE), []
+    first, step = counts.cumsum(0) - counts, -(-len(groups) // SAMPLE)
+    parts: list[SecondMoments] = []
     for fold in folds:
         moments = []
         for rows in torch.split(fold[::step], BLOCK):
