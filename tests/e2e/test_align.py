@@ -12,6 +12,8 @@ import torch
 
 import protoclip
 from copying import Copies
+from protoclip.cli import main
+from protoclip.cli.align import Align
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
@@ -25,6 +27,7 @@ from protoclip.features.row_loader import RowLoader
 from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel
+from protoclip.models.saved import read_config
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
@@ -69,7 +72,17 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys):
     config = (tmp_path / "run" / "config.toml").read_text()
     for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0", 'projection = "linear"'):
         assert setting in config
-    said = capsys.readouterr().err
+    chosen = read_config(tmp_path / "run")
+    assert set(Align.defaults) - {"model.image.name"} <= aligning.CHOSEN
+    for name in ("optim.learning_rate", "loss.prototypical", "loss.teacher"):
+        section, _, setting = name.partition(".")
+        assert getattr(getattr(chosen, section), setting) == Align.defaults[name]
+    with pytest.raises(SystemExit):
+        main(["align", "--help"])
+    shown = capsys.readouterr()
+    assert "Episodes in the run. [30 passes]" in shown.out
+    assert "Weight of the prototypical loss; 0 is CLIP. [0.0]" in shown.out
+    said = shown.err
     for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
         assert f"{chosen}: no effect" not in said
     assert "data.augmentation: no effect, since align.views is 1" in said

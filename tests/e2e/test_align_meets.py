@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from protoclip.data import sources as sources_of
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.features import Encoded, Encoder
+from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explored
 from protoclip.features import encode as encoding
 from protoclip.features import parts
+from protoclip.features.canonical import canonical_projections, moments_of_pairs, out_of_fold
 from protoclip.features.store import hash_ids
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import read_config
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
 from protoclip.training.trainer import Trainer
@@ -310,6 +314,53 @@ def test_commands_take_an_aligned_run(line, given, ended, tmp_path):
         assert list(tmp_path.glob("out*"))
 
 
+def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(
+    given, sources, tmp_path, monkeypatch
+):
+    """With all captions of other images, in a mixture with weights and classes, with and without
+    a cache. Pairs that the run was not trained on are scored by the model itself."""
+    monkeypatch.setattr(atlas, "LEAST_IMAGES", 20)
+    several = {"path": given["data"]["train"], "name": "several", "weight": 0.5}
+    mixture = [*sources["mixture"]["sources"], several]
+    run = tmp_path / "run"
+    out = {"run": {"out": str(run)}, "episodes": {"size": 16, "count": 1, "batch_size": 8}}
+    align(of_source(given, {"sources": mixture, "validation": 0.0}, **out))
+    pairs = explored(sources_of.pairs(read_config(run)))
+    kept, plain = (
+        open_explorer(str(run), pairs, device=torch.device("cpu"), workers=0, cache=cache)
+        for cache in (True, False)
+    )
+    assert kept.atlas.unseen
+    frozen, rows = kept.encoder.frozen, kept.atlas.rows
+    captions = [pairs.sample_captions(row) for row in rows.tolist()]
+    assert {*map(len, captions)} == {1, 2}
+    images = frozen.images(pairs.images(rows), stage="images").features
+    texts = [frozen.texts(each, stage="captions").float() for each in captions]
+    means, firsts = (torch.stack(of) for of in ([t.mean(0) for t in texts], [t[0] for t in texts]))
+    counts = torch.tensor([*map(len, texts)])
+    folds = [*out_of_fold(images, torch.cat(texts), counts, atlas.equal_rows(images))]
+    assert len(folds) == 5
+    for fold, _, _ in folds:
+        rest = np.setdiff1d(np.arange(len(rows)), fold)
+        moments = moments_of_pairs(images[rest], means[rest])
+        every = [t.double().T @ t.double() / len(t) for t in (texts[row] for row in rest)]
+        maps = canonical_projections(replace(moments, text=sum(every)))
+        led = (
+            of[fold].double() @ linear for of, linear in zip((images, firsts), maps, strict=True)
+        )
+        cosines = torch.nn.functional.cosine_similarity(*led)
+        np.testing.assert_allclose(kept.atlas.distance[fold], 1 - cosines, atol=1e-3)
+    np.testing.assert_allclose(kept.atlas.distance, plain.atlas.distance, atol=0.05)
+    other = str(tmp_path / "other.parquet")
+    pq.write_table(tiny_pairs(40, seed=3), other)
+    for data, seen in (([], False), (["--data", other], True)):
+        folder = tmp_path / f"pages-{seen}"
+        cli.main(["explore", str(run), *data, "--map", "pca", "--static", str(folder)])
+        page = (folder / "1" / "odd-loss.html").read_text()
+        assert ("scored by heads that have not seen it" in page) != seen
+        assert ("The model itself scores them" in page) == seen
+
+
 def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatch):
     """Of the run's own pairs; other images and captions beside them are encoded."""
     align(changed(given, tmp_path / "run", episodes={"count": 1}))
@@ -337,6 +388,7 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
         1,  # the other captions are known
         100,
         101,
+        64,  # captions that are not the first of their pair
     ]
     mine, plain = (each.features() for each in opened)
     assert torch.equal(mine.rows, plain.rows)

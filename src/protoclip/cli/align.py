@@ -1,6 +1,8 @@
 """`protoclip align`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from protoclip.cli.train import Train, show_results
 from protoclip.config import Config
@@ -11,10 +13,24 @@ from protoclip.paths import require_paths, require_place
 class Align(Train):
     """Train heads between two frozen pretrained halves.
 
-    Each image and each caption is encoded once. The defaults differ from those
-    of train; notes say how. Name the halves by
-    --model.image.name and --model.text.name.
+    Each image and each caption is encoded once. Name the halves by
+    --model.image.name and --model.text.name. Other defaults follow from the
+    data; notes say which.
     """
+
+    # Where it has others than `train`; with words where they follow from the data.
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "run.name": "aligned",
+        "model.embed_dim": 512,
+        "model.image.name": None,
+        "episodes.count": "30 passes",
+        "episodes.batch_size": "<= 1024",
+        "episodes.replacement": False,
+        "episodes.locked_image": 0,
+        "optim.learning_rate": 1e-3,
+        "loss.prototypical": 0.0,
+        "loss.teacher": 0.0,
+    }
 
     def __call__(self) -> None:
         settings = self.settings()

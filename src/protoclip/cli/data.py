@@ -58,7 +58,7 @@ class Inspect(Recipes):
         if self.json:
             print(to_json(report, indent=2))
         else:
-            show(report)
+            show(report, of_small_towers=context_length is None)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ class Explore:
                 layout=layout,
                 umap_later=self.static is None and self.atlas is None,
                 number=self.groups,
+                trained_on=self.shows_data_of(model),
                 batch_size=self.batch_size,
                 workers=self.workers,
                 cache=self.cache,
@@ -120,6 +121,13 @@ class Explore:
             )
             for model in self.models
         ]
+
+    def shows_data_of(self, model: str) -> bool:
+        """Whether the pairs are of the data that a model's run was trained on."""
+        from protoclip.explore.explorer import run_config
+
+        config = run_config(model)
+        return config is not None and places_of(config.data) == places_of(self.settings())
 
     def layout(self) -> Literal["pca", "umap"]:
         """How the map is made. Says so where a better one could be."""
@@ -183,3 +191,8 @@ class Explore:
                 "with --data"
             )
         return replace(config.data, **given)
+
+
+def places_of(data: DataConfig) -> set[Path]:
+    """Where pairs come from."""
+    return {Path(path).resolve() for path in [each.path for each in data.sources] or [data.train]}

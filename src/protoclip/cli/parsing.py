@@ -17,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from glob import iglob
 from itertools import takewhile
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from protoclip.config import PERMISSIONS, Config, DataConfig, build, unknown
@@ -263,18 +263,23 @@ def help_text(command: str, kind: type[Any]) -> str:
     words = [entry.name.upper() for entry in fields(kind) if not entry.kw_only]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
-    return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *section_help(kind)])
+    lines = section_help(kind, getattr(kind, "defaults", {}))
+    return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *lines])
 
 
-def section_help(kind: type[Any], prefix: str = "") -> Iterator[str]:
-    """The settings of a section, one line each; then its sections."""
+def section_help(
+    kind: type[Any], defaults: Mapping[str, Any] = MappingProxyType({}), prefix: str = ""
+) -> Iterator[str]:
+    """The settings of a section, one line each; then its sections. A command may have `defaults` of
+    its own, by the names of settings."""
     hints, texts = get_type_hints(kind), descriptions(kind)
     rows: dict[str, str] = {}
     sections: list[str] = []
     for entry in sorted(fields(kind), key=is_optional):
-        hint, default = hints[entry.name], "on" if entry.default is True else entry.default
+        hint, default = hints[entry.name], defaults.get(f"{prefix}{entry.name}", entry.default)
+        default = "on" if default is True else "off" if entry.default is True else default
         if is_dataclass(hint):
-            sections += section_help(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+            sections += section_help(hint, defaults, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
             continue
         name = f"--{prefix}{entry.name}" if entry.kw_only else entry.name.upper()
         choices = get_args(hint) if get_origin(hint) is Literal else ()

@@ -220,14 +220,20 @@ def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
     return {str(p): values[number] for p, number in numbers.items()}
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print what `inspect` found, a line each; of what is measured, `50%` is the median."""
+def show(report: dict[str, Any], *, of_small_towers: bool = False) -> None:
+    """Print what `inspect` found, a line each; of what is measured, `50%` is the median.
+
+    Args:
+        of_small_towers: No model says how many tokens are read.
+    """
     for name, value in report.items():
         if value in (None, [], {}):
             continue
         if isinstance(value, dict):
             mark = "%" if name in MEASURED else ""
             value = ", ".join(f"{key}{mark}: {each:,}" for key, each in value.items())
+        if name == "context_length" and of_small_towers:
+            value = f"{value} tokens of small towers; name another model with --model.text.name"
         label = name.replace("_", " ")
         for line in value if isinstance(value, list) else [value]:
             text = f"{line:,}" if isinstance(line, int) else visible(line)

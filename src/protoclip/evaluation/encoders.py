@@ -43,14 +43,20 @@ def encoder_of(
     """The encoder of a model.
 
     Args:
-        aligned_by: The settings of the run that made the model. Then what `align` has encoded for
-            training is read too: in half precision, and of images without hashes of their content.
+        aligned_by: The settings of the run that made the model. Then it is that of its halves, if
+            it has some, also without a `cache`. With one, what `align` has encoded for training is
+            read too: in half precision, and of images without hashes of their content.
         settings: Those of `Encoder`. Without a `cache` nothing is kept.
     """
     given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, **settings}
-    if given.get("cache") is None or not (isinstance(model, ProtoCLIP) and model.joins_halves):
+    keeps = given.get("cache") is not None
+    joins = isinstance(model, ProtoCLIP) and model.joins_halves
+    if not (joins and (keeps or aligned_by is not None)):
         return Encoder(model=model, **given)
-    kind = HalvesEncoder if aligned_by is None else partial(AlignedHalves, config=aligned_by)
+    kind: Any = Encoder
+    if keeps:
+        kind = HalvesEncoder if aligned_by is None else partial(AlignedHalves, config=aligned_by)
+    assert isinstance(model, ProtoCLIP)
     frozen = kind(model=FrozenHalves(model.towers), **given)
     return JoinedEncoder(model=model, frozen=frozen, **given)
 
@@ -73,6 +79,13 @@ class JoinedEncoder(Encoder):
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
         features = self.frozen.texts(texts, stage=stage, content=content)
         return self._projected(features, self._projections.encode_text)
+
+    def joint(
+        self, images: Float[Tensor, "n q"], texts: Float[Tensor, "m r"]
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
+        """What the model makes of features of its halves."""
+        both = self._projections
+        return self._projected(images, both.encode_image), self._projected(texts, both.encode_text)
 
     @cached_property
     def _projections(self) -> Projections:

@@ -20,8 +20,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from protoclip.data.groups import number_of
 from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.neighbours import Neighbours, near_duplicates
+from protoclip.features.canonical import out_of_fold
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -40,7 +42,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 5
+FORM = 6
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -52,19 +54,24 @@ LEAST_SIMILAR, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 500, 20_000
 EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
+LEAST_IMAGES = 100  # of pairs that heads are fitted to; fewer say nothing of others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
     """Features of pairs, of any norm.
 
-    `rows` are those of the pairs that could be read, `captioned` of all that have a caption.
+    `rows` are those of the pairs that could be read, `captioned` of all that have a caption. Those
+    of a model are of one width; two halves have one each. `captions` are all captions, pair after
+    pair, `counts` of each, and `text` is the first; unset, there is one.
     """
 
     captioned: Int[Tensor, " c"]
     rows: Int[Tensor, " n"]
     image: Float[Tensor, "n d"]
-    text: Float[Tensor, "n d"]
+    text: Float[Tensor, "n e"]
+    captions: Float[Tensor, "m e"] | None = None
+    counts: Int[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,8 @@ class Atlas:
         image_similarity, text_similarity: Cosine to the prototype's centroid.
         distance: One minus the cosine of image and text, in [0, 2].
         loss: InfoNCE of the pair among others, in nats.
+        unseen: Whether distance and loss are by heads that have not seen the pair, and not by the
+            model itself.
         duplicates: Pairs of near-duplicate images `(p, 2)`; `duplicate_similarity` is their cosine.
         space: What was clustered, `projections` or `features`.
         compared: Images among which near-duplicates were looked for.
@@ -105,6 +114,7 @@ class Atlas:
     layout: str
     compared: int
     run_prototypes: Mapping[str, Sequence[int]]
+    unseen: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -132,6 +142,7 @@ def make_atlas(
     features: Features,
     *,
     heads: dict[str, Callable[[Tensor], Tensor]] | None,
+    halves: Features | None = None,
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
     number: int | None = None,
@@ -143,7 +154,9 @@ def make_atlas(
 
     Args:
         heads: Projection heads by modality, whose outputs are clustered; without, features are.
-        scale: Inverse temperature of the loss.
+        halves: What the frozen halves make of the same pairs, if heads between them were trained on
+            these. Then distance and loss are `unseen_disagreement`, where there are enough pairs.
+        scale: Inverse temperature of the model's own loss.
         number: Prototypes of each modality; see `num_prototypes`.
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.
 
@@ -174,7 +187,8 @@ def make_atlas(
     show(f"map{compiling}")
     positions = map_positions(features, shown, layout=layout, seed=seed)
     show("agreement of pairs")
-    distance, loss = disagreement(features, scale=scale, seed=seed)
+    unseen = None if halves is None else unseen_disagreement(halves, seed=seed)
+    distance, loss = unseen or disagreement(features, scale=scale, seed=seed)
     show("near-duplicates")
     pairs_of, values, compared = duplicates(features.image, seed=seed)
     return Atlas(
@@ -192,6 +206,7 @@ def make_atlas(
         layout=layout,
         compared=compared,
         run_prototypes=dead,
+        unseen=unseen is not None,
         **groups,
     )
 
@@ -360,6 +375,37 @@ def disagreement(
         distance.append(1 - cosine)
         loss.append((both[0] + both[1]) / 2)
     return torch.cat(distance), torch.cat(loss)
+
+
+def unseen_disagreement(
+    halves: Features, *, seed: int
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None:
+    """The same by heads in closed form that were fitted to pairs of other images; the loss is among
+    pairs that these heads have not seen either.
+
+    A model that was trained on a wrong pair has learned it, and finds that it fits. Pairs of one
+    caption may be apart: those with other images tell what it means.
+
+    Returns:
+        None if there are too few images to fit heads.
+    """
+    images = equal_rows(halves.image)
+    if len(torch.unique(images)) < LEAST_IMAGES:
+        return None
+    distance, loss = torch.zeros(2, len(images))
+    captions = halves.text if halves.captions is None else halves.captions
+    counts = torch.ones_like(images) if halves.counts is None else halves.counts
+    for rows, image, text in out_of_fold(halves.image, captions, counts, images, seed=seed):
+        fold = Features(captioned=rows, rows=rows, image=image, text=text)
+        distance[rows], loss[rows] = disagreement(fold, scale=USUAL_SCALE, seed=seed)
+    return distance, loss
+
+
+def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
+    """A number for each row from 0 on, the same for rows that are equal in half precision."""
+    numbers: dict[int, int] = {}
+    keys = (number_of(row.tobytes()) for row in features.half().numpy())
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def duplicates(

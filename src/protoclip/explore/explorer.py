@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -25,7 +26,7 @@ from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
-from protoclip.evaluation.encoders import encoder_of
+from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
 from protoclip.evaluation.features import Encoder
 from protoclip.explore.atlas import (
     MODALITIES,
@@ -45,7 +46,7 @@ from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
-from protoclip.models.saved import read_config, run_of
+from protoclip.models.saved import is_aligned, read_config, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
 
@@ -226,6 +227,7 @@ def open_explorer(
     layout: Layout = "pca",
     umap_later: bool = False,
     number: int | None = None,
+    trained_on: bool = True,
     batch_size: int = 256,
     workers: int | None = None,
     cache: bool = True,
@@ -237,6 +239,8 @@ def open_explorer(
         reference: As `protoclip.load` takes it.
         umap_later: Have the map by PCA where that by UMAP is not kept; `make_umap` makes it.
         number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
+        trained_on: Whether these are the pairs that the model was trained on. If `align` made it,
+            heads that have not seen a pair tell then how odd it is.
         show: Called with the name of each stage of the work.
 
     Raises:
@@ -256,9 +260,10 @@ def open_explorer(
         show=True,
     )
     heads = heads_of(model, config)
+    aligned = trained_on and checkpoint is not None and is_aligned(checkpoint)
 
     def path_for(layout: Layout) -> Path:
-        parts = encoder.key, pairs.key, layout, number, bool(heads)
+        parts = encoder.key, pairs.key, layout, number, bool(heads), aligned
         return path_of(cache_folder() / "atlas", *parts)
 
     def keep_if_possible(path: Path, atlas: Atlas) -> None:
@@ -277,11 +282,19 @@ def open_explorer(
         atlas = read_kept(path) if cache else None
     if atlas is None:
         show("features")
-        made = [encoded(encoder, pairs, pairs.with_captions())]
+        rows = pairs.with_captions()
+        halves: Features | None = None
+        if aligned and isinstance(encoder, JoinedEncoder):
+            halves = with_all_captions(encoder.frozen, pairs, encoded(encoder.frozen, pairs, rows))
+            image, text = encoder.joint(halves.image, halves.text)
+            made = [replace(halves, image=image, text=text, captions=None, counts=None)]
+        else:
+            made = [encoded(encoder, pairs, rows)]
         scale = getattr(getattr(model, "towers", None), "logit_scale", None)
         atlas = make_atlas(
             made[0],
             heads=heads,
+            halves=halves,
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
@@ -328,6 +341,19 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
         image=images.features,
         text=texts if bool(kept.all()) else texts[kept],
     )
+
+
+def with_all_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:
+    """The same with all captions of each pair."""
+    others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()]
+    if not any(others):
+        return features
+    texts = encoder.texts(chain(*others), stage="other captions")
+    counts = torch.tensor([*map(len, others)])
+    owner = torch.arange(len(others)).repeat_interleave(counts)
+    order = torch.argsort(torch.cat([torch.arange(len(others)), owner]), stable=True)
+    captions = torch.cat([features.text.float(), texts.float()])[order]
+    return replace(features, captions=captions, counts=1 + counts)
 
 
 def heads_of(model: Any, config: Config | None) -> dict[str, Callable[[Tensor], Tensor]] | None:

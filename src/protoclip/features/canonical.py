@@ -4,17 +4,21 @@ The heads between two halves start from it (`models/aligned.py` sets them). Whit
 alone is in `whiten.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import reduce
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.features.halves import HalfRows
 
 BLOCK = 2**12  # images whose features are in memory at once
 SAMPLE = 2**16  # images whose features are read: thirty times the width of a wide half
+FOLDS = 5  # of pairs that are scored by heads fitted to the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,34 +41,44 @@ class SecondMoments:
     sum_of_texts: Float[Tensor, " r"]
     samples: int
 
+    def __add__(self, other: "SecondMoments") -> "SecondMoments":
+        """Those of both, whose samples are others."""
+        names = [entry.name for entry in fields(self)]
+        return SecondMoments(**{n: getattr(self, n) + getattr(other, n) for n in names})
+
+    def __sub__(self, part: "SecondMoments") -> "SecondMoments":
+        """Those of the rest, without samples that are among these."""
+        names = [entry.name for entry in fields(self)]
+        return SecondMoments(**{n: getattr(self, n) - getattr(part, n) for n in names})
+
 
 def second_moments(halves: HalfRows, device: torch.device) -> SecondMoments:
     """Second moments of the plain images and of all their captions, of `SAMPLE` images at most."""
     chosen = np.arange(0, len(halves.images), -(-len(halves.images) // SAMPLE))
-    width, text_width = halves.image[0].width, halves.text.width
-    image = torch.zeros(width, width, dtype=torch.float64)
-    text = torch.zeros(text_width, text_width, dtype=torch.float64)
-    cross = torch.zeros(width, text_width, dtype=torch.float64)
-    sums = torch.zeros(width, dtype=torch.float64), torch.zeros(text_width, dtype=torch.float64)
+    parts = []
     for rows in np.array_split(chosen, -(-len(chosen) // BLOCK)):
-        counts = halves.first[rows + 1] - halves.first[rows]
-        x = halves.image_rows(rows).to(device).float()
-        y = halves.text_rows(halves.all_captions(rows)).to(device).float()
-        share = torch.from_numpy(np.repeat(1 / counts, counts)).to(y)[:, None]
-        owner = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(device)
-        means = torch.zeros(len(rows), text_width, device=device).index_add_(0, owner, share * y)
-        image += (x.T @ x).cpu()
-        text += (y.T @ (share * y)).cpu()
-        cross += (x.T @ means).cpu()
-        for total, features in zip(sums, (x, means), strict=True):
-            total += features.sum(0).cpu()
+        counts = torch.from_numpy(halves.first[rows + 1] - halves.first[rows])
+        x = halves.image_rows(rows).to(device)
+        y = halves.text_rows(halves.all_captions(rows)).to(device)
+        parts.append(moments_of_images(x, y, counts))
+    return total_of(parts)
+
+
+def moments_of_images(
+    images: Float[Tensor, "n q"], captions: Float[Tensor, "c r"], counts: Int[Tensor, " n"]
+) -> SecondMoments:
+    """Second moments of images and of their captions, image after image, `counts` of each."""
+    x, y = images.float(), captions.float()
+    share = (1 / counts.double()).repeat_interleave(counts).to(y)[:, None]
+    owner = torch.arange(len(x)).repeat_interleave(counts).to(y.device)
+    means = torch.zeros(len(x), y.shape[1], device=y.device).index_add_(0, owner, share * y)
     return SecondMoments(
-        image=image,
-        text=text,
-        cross=cross,
-        sum_of_images=sums[0],
-        sum_of_texts=sums[1],
-        samples=len(chosen),
+        image=(x.T @ x).cpu().double(),
+        text=(y.T @ (share * y)).cpu().double(),
+        cross=(x.T @ means).cpu().double(),
+        sum_of_images=x.sum(0).cpu().double(),
+        sum_of_texts=means.sum(0).cpu().double(),
+        samples=len(x),
     )
 
 
@@ -79,6 +93,64 @@ def moments_of_pairs(images: Float[Tensor, "p q"], texts: Float[Tensor, "p r"]) 
         sum_of_texts=y.sum(0),
         samples=len(x),
     )
+
+
+def total_of(parts: Iterable[SecondMoments]) -> SecondMoments:
+    return reduce(SecondMoments.__add__, parts)
+
+
+def out_of_fold(
+    images: Float[Tensor, "p q"],
+    captions: Float[Tensor, "c r"],
+    counts: Int[Tensor, " p"],
+    groups: Int[Tensor, " p"],
+    *,
+    seed: int = 0,
+) -> Iterator[tuple[Int[Tensor, " f"], Float[Tensor, "f k"], Float[Tensor, "f k"]]]:
+    """Pairs in a joint space that they had no part in: a fold's, by the other folds' closed form.
+
+    Groups are dealt to five folds of about equal size. Moments are sums, so those of the other
+    folds are the total without this fold's, and there are five solves and no second pass. Of more
+    than `SAMPLE` pairs, so many at most are fitted to.
+
+    Args:
+        images: Features of each pair's image, of any norm.
+        captions, counts: Features of all captions, pair after pair, and how many each pair has.
+            Heads are fitted to all of them.
+        groups: Equal for pairs that stay in one fold, such as those of one image; two or more.
+        seed: Of the deal.
+
+    Returns:
+        Of each fold the numbers of its pairs, and their images and first captions in the space of
+        the other folds, unit norm, `k = min(q, r)`. Together they have each pair once.
+    """
+    folds = [rows for rows in deal(groups, seed) if len(rows)]
+    assert len(folds) > 1, "one group"
+    first, step = counts.cumsum(0) - counts, -(-len(groups) // SAMPLE)
+    parts: list[SecondMoments] = []
+    for fold in folds:
+        moments = []
+        for rows in torch.split(fold[::step], BLOCK):
+            many = counts[rows]
+            shift = (first[rows] - (many.cumsum(0) - many)).repeat_interleave(many)
+            of_rows = captions[shift + torch.arange(len(shift))]
+            moments.append(moments_of_images(images[rows], of_rows, many))
+        parts.append(total_of(moments))
+    total = total_of(parts)
+    for rows, part in zip(folds, parts, strict=True):
+        image, text = (linear.float() for linear in canonical_projections(total - part))
+        led = images[rows].float() @ image, captions[first[rows]].float() @ text
+        yield rows, F.normalize(led[0], dim=1), F.normalize(led[1], dim=1)
+
+
+def deal(groups: Int[Tensor, " p"], seed: int) -> list[Int[Tensor, " f"]]:
+    """The rows of each fold, of about equal size; a group is in one fold."""
+    _, group, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
+    before = torch.zeros(len(sizes), dtype=torch.long)
+    before[order] = sizes[order].cumsum(0) - sizes[order]
+    fold = (before * FOLDS // len(groups))[group]
+    return [(fold == number).nonzero()[:, 0] for number in range(FOLDS)]
 
 
 def canonical_projections(

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -335,6 +335,14 @@ def facts_of(folder: Path, name: str) -> dict[str, Any]:
     """A section of a checkpoint's state, without its tensors."""
     with understood(folder):
         return dict(read_json(folder / STATE).get(name, {}))
+
+
+def is_aligned(checkpoint: Path) -> bool:
+    """Whether `align` made a checkpoint, so that its pairs have not changed its halves."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        sources = facts_of(checkpoint, "content")["sources"]
+        return any("encoded" in source for source in sources)
+    return False
 
 
 def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -119,11 +119,7 @@ def command_of(folder: Path, kept: Sequence[Path]) -> str:
             if is_number(alpha := sweep.get("alpha")) and alpha != sweep.get("best_alpha"):
                 return f"finetune --alpha {alpha}"  # which the rule would not choose
         return "finetune"
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        sources = saved.facts_of(kept[-1], "content")["sources"]
-        if any("encoded" in source for source in sources):
-            return "align"
-    return "train"
+    return "align" if kept and saved.is_aligned(kept[-1]) else "train"
 
 
 def whole(settings: Mapping[str, Any], name: str, default: int) -> int:

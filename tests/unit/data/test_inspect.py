@@ -113,6 +113,9 @@ def test_findings_are_shown_as_lines(mixed, capsys):
     assert "width 0%: 50, 1%: 50, 5%: 50, 25%: 64, 50%: 224," in text
     assert "repeated caption copies 2 repeated caption examples 3 x one two three" in text
     assert "notes a \\x1b[31mred note" in text
+    show(look(mixed), of_small_towers=True)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "context length 6 tokens of small towers; name another model with" in text
 
 
 def test_processes_find_what_one_finds(mixed):

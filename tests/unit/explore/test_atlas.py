@@ -100,6 +100,31 @@ def test_distance_and_loss_by_their_definition(atlas: atlases.Atlas) -> None:
     assert np.allclose(atlas.distance, 1 - (image * text).sum(1).numpy(), atol=1e-5)
 
 
+def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model has learned every pair by heart. A third of the images has two captions."""
+    draws = torch.Generator().manual_seed(0)
+    shown = torch.randn(180, 6, generator=draws)
+    image = shown @ torch.randn(6, 24, generator=draws) + torch.randn(180, 24, generator=draws) / 4
+    rows, of_pair = torch.arange(240), torch.arange(180).repeat(2)[:240]
+    text = shown[of_pair]
+    wrong = rows[2::16]  # also copies of images
+    text[wrong] = text[wrong.roll(1)]
+    text = text @ torch.randn(6, 12, generator=draws)
+    learned = torch.randn(240, WIDTH, generator=draws)
+    model = Features(captioned=rows, rows=rows, image=learned, text=learned)
+    halves = replace(model, image=image[of_pair].half(), text=text.half())
+    atlas = make_atlas(model, heads=None, number=CLUSTERS, halves=halves)
+    assert atlas.unseen
+    for measure in (atlas.distance, atlas.loss):
+        assert {*np.argsort(-measure)[: len(wrong)]} == {*wrong.tolist()}
+    monkeypatch.setattr(atlases, "LEAST_IMAGES", 181)
+    own = make_atlas(model, heads=None, number=CLUSTERS, halves=halves)
+    assert not own.unseen
+    assert own.distance.max() < 1e-6
+
+
 def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
     position = atlas.image_map_position

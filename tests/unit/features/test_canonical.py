@@ -1,5 +1,6 @@
 """Where two frozen spaces agree, and heads that start there."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from torch import nn
 
-from protoclip.features.canonical import SecondMoments, canonical_projections, second_moments
+from protoclip.features.canonical import (
+    SecondMoments,
+    canonical_projections,
+    moments_of_pairs,
+    out_of_fold,
+    second_moments,
+)
 from protoclip.models.aligned import AlignedModel, start_projection
 from protoclip.testing import run_distributed
 from tiny_align import changed, rows_of, tiny_alignment
@@ -122,3 +129,35 @@ def test_heads_know_pairs_before_the_first_step(head, tmp_path):
         similarities = made.image_features @ made.text_features.T
         ranks[init] = (similarities > similarities.diag()[:, None]).sum(1).float().mean()
     assert ranks["cca"] < ranks["random"] / 2
+
+
+def test_heads_that_score_a_pair_have_seen_nothing_of_its_group():
+    """Against fits to the pairs of the other folds, one for each fold."""
+    draws = torch.Generator().manual_seed(0)
+    counts = torch.arange(60) % 3 + 1
+    images = torch.randn(60, 7, generator=draws).half()
+    captions = torch.randn(int(counts.sum()), 5, generator=draws).half().split(counts.tolist())
+    texts = torch.stack([each[0] for each in captions])
+    groups = torch.arange(60) // 4 * 3  # four pairs each
+    groups[:20] = 0  # and one that fills more than a fold
+    folds = [*out_of_fold(images, torch.cat(captions), counts, groups, seed=1)]
+    assert sorted(torch.cat([rows for rows, _, _ in folds]).tolist()) == [*range(60)]
+    for rows, image, text in folds:
+        rest = torch.tensor([row for row in range(60) if row not in rows])
+        assert not {*groups[rows].tolist()} & {*groups[rest].tolist()}
+        means = torch.stack([captions[row].double().mean(0) for row in rest.tolist()])
+        of_all = [y.T @ y / len(y) for y in (captions[row].double() for row in rest.tolist())]
+        moments = replace(moments_of_pairs(images[rest], means), text=sum(of_all))
+        maps = canonical_projections(moments)
+        for made, of, linear in zip((image, text), (images, texts), maps, strict=True):
+            expected = F.normalize(of[rows].double() @ linear, dim=1)
+            # Directions are known up to their sign, which both spaces share.
+            torch.testing.assert_close(made.abs().double(), expected.abs(), atol=1e-4, rtol=1e-3)
+        scored, expected = ((image * text).sum(1), sum_of(images, texts, rows, maps))
+        torch.testing.assert_close(scored.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def sum_of(images, texts, rows, maps):
+    """The cosine of each of these pairs under linear maps."""
+    led = (of[rows].double() @ linear for of, linear in zip((images, texts), maps, strict=True))
+    return F.cosine_similarity(*led, dim=1)
