@@ -180,6 +180,16 @@ def test_the_map_reacts(watched: Watched) -> None:
     assert selected(page) == 3
     page.click("#clear")
     assert selected(page) == 0
+    # A page that the browser kept as it was has what other pages have selected since.
+    page.evaluate(
+        """() => {
+          const [key] = Object.keys(sessionStorage);
+          sessionStorage.setItem(key, JSON.stringify(["elsewhere", "on another page"]));
+          dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
+        }"""
+    )
+    assert selected(page) == 2
+    page.click("#clear")
     page.mouse.click(place["x"], place["y"])
     wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")

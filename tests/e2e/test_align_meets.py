@@ -359,6 +359,8 @@ def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(
         page = (folder / "1" / "odd-loss.html").read_text()
         assert ("scored by heads that have not seen it" in page) != seen
         assert ("The model itself scores them" in page) == seen
+        by = "distance" if seen else "loss"  # by which more wrong captions are found
+        assert f'<a href="odd-{by}.html" aria-current="page">Odd ones out</a>' in page
 
 
 def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatch):

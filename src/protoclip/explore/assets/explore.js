@@ -4,7 +4,8 @@
 
 // The selection is a list of sample ids, kept for this tab and these pairs.
 const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
-const selection = new Set(JSON.parse(sessionStorage.getItem(KEY) || "[]"));
+const kept = () => JSON.parse(sessionStorage.getItem(KEY) || "[]");
+const selection = new Set(kept());
 let onMap = () => {};
 const LOOK = 1000; // milliseconds between two looks at how far a better map is
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
@@ -42,6 +43,15 @@ function download(kind) {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
+
+// The browser may show a page again as it was left; other pages have changed the selection since.
+addEventListener("pageshow", (event) => {
+  if (!event.persisted) return;
+  selection.clear();
+  for (const id of kept()) pick(id, true);
+  onMap();
+  store();
+});
 
 document.addEventListener("change", (event) => {
   const box = event.target;
@@ -199,11 +209,11 @@ async function drawMap(place) {
     }
   }
 
-  onMap = () => {
-    source.selected.indices = [];
-  };
   const place_of = new Map(found.ids.map((id, index) => [id, index]));
-  source.selected.indices = [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
+  onMap = () => {
+    source.selected.indices = [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
+  };
+  onMap();
   source.selected.properties.indices.change.connect(selected);
   chooser.onchange = colour; // in the place of that of an earlier map
   const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
