@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from protoclip.explore import atlas as atlases
-from protoclip.explore.atlas import Features, by_umap, make_atlas, moved, num_prototypes
+from protoclip.explore.atlas import Features, by_umap, equal_rows, make_atlas, moved, num_prototypes
 from protoclip.explore.neighbours import Neighbours, near_duplicates
 
 CLUSTERS, EACH, WIDTH = 4, 15, 16
@@ -287,3 +287,14 @@ def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
     pairs, _ = near_duplicates(Neighbours(same), least=0.97, most=10)
     assert len(pairs) >= 3
     assert (pairs[:, 0] < pairs[:, 1]).all()
+
+
+def test_copies_of_an_image_are_one_whatever_their_last_bits():
+    rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).half()
+    copies = torch.nextafter(rows.float(), torch.tensor(9.0)).half()
+    copies[:, 0] *= 1.001
+    both = torch.cat([rows, copies])[torch.randperm(80, generator=torch.Generator().manual_seed(1))]
+    numbers = equal_rows(both)
+    assert numbers[0] == 0
+    assert numbers.bincount().tolist() == [2] * 40
+    assert torch.equal(numbers, equal_rows(both.float()))
