@@ -409,7 +409,7 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
     """
     rows, width = features.float(), features.shape[1]
     order = torch.argsort(rows @ torch.randn(width, generator=torch.Generator().manual_seed(0)))
-    parts = zip(order[:-1].split(CHUNK), order[1:].split(CHUNK), strict=True)
+    parts = zip(torch.split(order[:-1], CHUNK), torch.split(order[1:], CHUNK), strict=True)
     apart = [(rows[a] - rows[b]).norm(dim=1) > EQUAL * rows[b].norm(dim=1) for a, b in parts]
     groups = torch.zeros(len(rows), dtype=torch.long)
     groups[order[1:]] = torch.cat(apart).cumsum(0)
