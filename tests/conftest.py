@@ -16,8 +16,3 @@ def pytest_configure(config: pytest.Config) -> None:
     """The process that only hands tests to others need not import PyTorch, which takes seconds."""
     if not getattr(config.option, "numprocesses", None):
         config.pluginmanager.register(importlib.import_module("shared"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first, or one process would be at work on them when the others are done."""
-    items.sort(key=lambda item: "slow" not in item.keywords)
