@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, Config
+from protoclip.data.captions import without_padding
 from protoclip.data.decode import decode_crop
 from protoclip.data.groups import Key, class_number, normalised, number_of
 from protoclip.data.index import cache_folder
@@ -85,7 +86,9 @@ class HalfEncoder(FrozenEncoder):
         with self.autocast():
             if self.images is None:
                 assert self.tokenizer is not None
-                features = self.halves.encode_text(self.tokenizer(inputs).to(self.device))
+                tokens = self.tokenizer(inputs)
+                tokens = without_padding(tokens) if self.halves.ignores_padding else tokens
+                features = self.halves.encode_text(tokens.to(self.device))
             else:
                 pixels, draws = (torch.stack(list(each)) for each in zip(*inputs, strict=True))
                 images = self.images.finish(pixels.to(self.device), draws)

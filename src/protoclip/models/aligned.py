@@ -152,6 +152,7 @@ class FrozenHalves(nn.Module):
         self.pooler = getattr(text, "pooler", None)  # of Hugging Face's text models
         self.text: Any = unprojected(text) if self.pooler is None else text.transformer
         self.padding = 0 if self.pooler is None else int(text.config.pad_token_id)
+        self.ignores_padding = self.pooler is not None  # as `TowerPair.ignores_padding`
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
@@ -164,10 +165,7 @@ class FrozenHalves(nn.Module):
     ) -> Float[Tensor, "b q"]:
         if self.pooler is None:
             return to_float(self.text(tokens))
-        mask = tokens != self.padding
-        # What all captions of the batch leave empty costs as much as words.
-        length = max(1, int(mask.any(0).nonzero().max()) + 1) if bool(mask.any()) else 1
-        tokens, mask = tokens[:, :length], mask[:, :length].long()
+        mask = (tokens != self.padding).long()
         states = self.text(input_ids=tokens, attention_mask=mask)
         return to_float(self.pooler(states, mask))
 
