@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 from torch import Tensor
 
 from protoclip.prototypes.kmeans import kmeans
@@ -25,6 +24,9 @@ def clustering(
         2010, arithmetic mean), and `ari`, the adjusted Rand index (Hubert and Arabie 1985): 1 for
         clusters that are the classes, 0 by chance.
     """
+    # Here, since training imports this file, and scikit-learn takes two seconds to import.
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+
     k = len(torch.unique(labels))
     clusters = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=seed)
     assignments = clusters.assignments.cpu()

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
-from scipy.stats import t
 
 Floats = npt.NDArray[np.float64]
 FEWEST = 5  # groups that an interval may rest on
@@ -231,7 +230,7 @@ def interval_of_difference(difference: float, influence: Floats) -> list[float] 
 def t_interval(differences: Sequence[float]) -> list[float]:
     """Student's t interval (95%) of the mean of two or more independent differences."""
     values = np.asarray(differences, dtype=np.float64)
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
     return [float(values.mean() - half), float(values.mean() + half)]
 
 
