@@ -266,6 +266,9 @@ def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterat
     Odd.free.clear()
     yield serve(Odd)
     Odd.free.set()
+    for thread in threading.enumerate():  # reads that were given up, which try again
+        if thread.name == "protoclip-read":
+            thread.join(30)
 
 
 def read(url: str) -> bytes:
