@@ -143,7 +143,7 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.select_option("#colour-by", "distance")
     assert " to " in page.inner_text("#legend")
     page.select_option("#colour-by", "image prototype")
-    assert page.locator("#legend span").count() > 3
+    assert page.locator("#legend li").count() > 3
     box = page.locator("#map").bounding_box()
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     extent = "(range => range.end - range.start)(Bokeh.documents[0].roots()[0].x_range)"
@@ -200,10 +200,14 @@ def test_the_map_reacts(watched: Watched) -> None:
 IMAGES = """() => [...document.querySelectorAll("#thumbs img")]
   .map((image) => image.getBoundingClientRect().toJSON())"""
 PLACES = """() => [...document.querySelectorAll("#thumbs img")]
-  .map((image) => [image.offsetLeft, image.offsetTop])"""
+  .map((image) => image.src + image.style.transform)"""
 NAMES = """() => [...document.querySelectorAll("#names button")]
   .filter((button) => button.style.visibility === "visible")
-  .map((button) => ({ name: button.textContent, box: button.getBoundingClientRect().toJSON() }))"""
+  .map((button) => [button.innerText.trim(), button.getBoundingClientRect().toJSON()])
+  .map(([name, box]) => ({ name, box }))"""
+
+INKS = """() => [...new Set([...document.querySelectorAll("#names button")]
+  .map((button) => getComputedStyle(button).color))]"""
 
 
 def assert_apart(box: dict[str, float], other: dict[str, float]) -> None:
@@ -222,8 +226,15 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
     page.set_viewport_size({"width": 600, "height": 700})
     page.wait_for_timeout(1000)
     frame = page.locator("#map").bounding_box()
+    assert page.viewport_size["height"] - 20 < frame["y"] + frame["height"] <= 700
     first = page.evaluate(NAMES)
     assert any("heart" in each["name"] for each in first)
+    longer = [name for name in page.locator("#legend li").all_inner_texts() if ", " in name]
+    assert {each["name"] for each in first} & {name.partition(",")[0] for name in longer}
+    inks = page.evaluate(INKS)
+    assert len(inks) > 1
+    assert page.locator("#legend").bounding_box()["width"] == 1  # names say it, and it to who hears
+    assert page.locator("#legend li").count() >= len(inks)
     seen = {each["name"] for each in first}
     images = page.evaluate(IMAGES)
     assert len(images) > 3
@@ -233,9 +244,14 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
       .map((image) => image.style.borderColor))].sort()"""
     by_group = page.evaluate(colours)
     assert len(by_group) > 1
-    places = page.evaluate(PLACES)  # on the map, which moves as its legend takes more lines
     page.select_option("#colour-by", "loss")
     assert page.evaluate(colours) != by_group
+    assert len(page.evaluate(INKS)) == 1
+    assert page.locator("#legend").bounding_box()["width"] > 1
+    page.wait_for_timeout(500)  # the legend takes a line of the map's room
+    places = page.evaluate(PLACES)
+    page.select_option("#colour-by", "distance")
+    page.wait_for_timeout(500)
     assert page.evaluate(PLACES) == places
     for _ in range(3):
         name = page.evaluate(NAMES)[-1]["name"]

@@ -31,6 +31,8 @@ from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 MAP_CAPTION_LENGTH, NAME_LENGTH = 120, 40
 OUTER = 0.003  # share of the points at each side that the first view may leave out
 CATEGORIES = 20  # colours; later categories share the last one
+GROUNDS = ("#ffffff", "#15181d")  # of the pages in light and in dark, as `explore.css` has them
+CONTRAST = 4.5  # of text to its ground at least, as WCAG 2 asks
 # Colours that can be told apart on light and dark ground.
 PALETTE = (
     *("#3b82f6", "#e8590c", "#2f9e44", "#d6336c", "#9c36b5", "#0c8599", "#b08900", "#e03131"),
@@ -72,7 +74,8 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
     )
     groups, group_names = groups_of_map(map_positions, captions)
     ways: dict[str, Any] = {}
-    add_categories(data, ways, "group", group_names)
+    place = add_categories(data, ways, "group", group_names)
+    ways["group"]["inks"] = [[ink(colour, ground) for ground in GROUNDS] for colour in PALETTE]
     ways["modality"] = {"kind": "modality", "labels": ["images", "texts"]}
     for modality in MODALITIES:
         numbers = atlas.prototype(modality)[drawn].tolist()
@@ -157,6 +160,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
             "x": each.middle[0],
             "y": each.middle[1],
             "level": each.level,
+            "colour": place[each.coarse],
             "example": each.example,
             "size": each.size,
         }
@@ -174,8 +178,9 @@ def range_of(values: Array) -> Range1d:
 
 def add_categories(
     data: dict[str, Any], ways: dict[str, Any], name: str, values: list[str]
-) -> None:
-    """A way of colouring by categories: the most frequent have colours of their own."""
+) -> dict[str, int]:
+    """A way of colouring by categories: the most frequent have colours of their own. Returns the
+    place of each category's colour in the palette."""
     distinct = [value for value, _ in Counter(values).most_common()]
     rank = {value: min(number, CATEGORIES - 1) for number, value in enumerate(distinct)}
     data[f"by {name}"] = np.array([rank[value] for value in values], np.uint8)
@@ -184,3 +189,29 @@ def add_categories(
     if len(distinct) > CATEGORIES:
         labels.append(f"{len(distinct) - CATEGORIES + 1} others")
     ways[name] = {"kind": "categories", "labels": labels, "colours": list(PALETTE)}
+    return rank
+
+
+def ink(colour: str, ground: str) -> str:
+    """A colour for text: the given one, made as dark or as bright as a ground needs."""
+    pixels = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
+    end = 0 if luminance(ground) > 0.5 else 255
+    for share in np.linspace(0, 1, 51):
+        mixed = np.rint(pixels + share * (end - pixels)).astype(int).tolist()
+        found = "#{:02x}{:02x}{:02x}".format(*mixed)
+        if contrast(found, ground) >= CONTRAST:
+            break
+    return found
+
+
+def contrast(colour: str, other: str) -> float:
+    """The contrast of two colours by WCAG 2, from 1 to 21."""
+    low, high = sorted((luminance(colour), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of `#rrggbb` by WCAG 2, from 0 to 1."""
+    values = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))

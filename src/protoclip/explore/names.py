@@ -5,6 +5,7 @@ Groups of the map are formed here too; prototypes, which group features, come fr
 
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ class Group:
 
     Attributes:
         level: 0 is the coarsest.
+        coarse: The name of the coarse group that most of its pairs are in.
         middle: The median of its points, x and y.
         example: A pair that has the first word of the name, and whose image lies near the middle.
         size: Its pairs.
@@ -34,6 +36,7 @@ class Group:
 
     level: int
     name: str
+    coarse: str
     middle: tuple[float, float]
     example: int
     size: int
@@ -134,6 +137,7 @@ def groups_of_map(map_positions: Array, captions: Sequence[str]) -> tuple[list[G
                 Group(
                     level=level,
                     name=called[group],
+                    coarse=Counter(coarse[row] for row in members.tolist()).most_common(1)[0][0],
                     middle=(float(middle[0]), float(middle[1])),
                     example=having[int(from_middle.argmin())],
                     size=len(members),

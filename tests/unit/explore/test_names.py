@@ -51,6 +51,8 @@ def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first
         kind = np.linalg.norm(corners - each.middle, axis=1).argmin()
         assert np.linalg.norm(corners[kind] - each.middle) < 4
         assert kinds[each.example] == kind
+        assert ("heart" in each.coarse) == (kind == 0)
+        assert each.level or each.coarse == each.name
     assert len(coarse) == 300
     assert all("heart" in name for name, kind in zip(coarse, kinds, strict=True) if kind == 0)
 

@@ -155,6 +155,13 @@ if (query) {
   });
 }
 
+// Tells the style how much of the first screen lies above the map, which fills the rest.
+function fitStage() {
+  const stage = document.getElementById("stage");
+  const above = stage.getBoundingClientRect().top + scrollY;
+  stage.style.setProperty("--above", `${Math.ceil(above)}px`);
+}
+
 // A server is asked for the map. A page that is a file holds it, since browsers fetch no files.
 async function mapData(place) {
   const held = document.getElementById("map-data");
@@ -187,6 +194,13 @@ async function drawMap(place) {
       }
     }
     legend(way, plain);
+    // Names are in the colours of their groups where points are.
+    found.groups.forEach((group, index) => {
+      const [light, dark] = way.inks ? way.inks[group.colour] : ["", ""];
+      const { style } = document.getElementById("names").children[index];
+      style.setProperty("--on-light", light);
+      style.setProperty("--on-dark", dark);
+    });
     redraw();
   }
   // A point's colour, for the border of the image that hides it.
@@ -223,7 +237,7 @@ async function drawMap(place) {
 
 // Names of groups lie over the plot, of the coarse ones with an image; and images of points, far
 // apart while many are in view. Coarse and large groups come first; what would overlap is left out,
-// so there is room for more of them as one zooms in. Returns what draws them again.
+// so there is room for more of them as one zooms in. Of a coarse name the first word may be left. Returns what draws them again.
 function label(plot, source, groups, tint) {
   const [names, thumbs] = ["names", "thumbs"].map((id) => document.getElementById(id));
   const view = Bokeh.index.get(plot);
@@ -244,13 +258,19 @@ function label(plot, source, groups, tint) {
     button.type = "button";
     button.className = `level-${group.level}`;
     if (group.level === 0) button.append(picture(group.example));
-    button.append(group.name); // as text: it is made of captions
+    const [first, ...others] = group.name.split(/(?=, )/);
+    const rest = document.createElement("span");
+    rest.append(...others);
+    button.append(first, rest); // as text: it is made of captions
     button.title = `${group.size.toLocaleString("en")} pairs: zoom in`;
     button.addEventListener("click", () => zoomTo(group));
     return button;
   });
   names.replaceChildren(...buttons);
-  const sizes = buttons.map((button) => [button.offsetWidth, button.offsetHeight]);
+  const sizes = () => buttons.map((button) => [button.offsetWidth, button.offsetHeight]);
+  const whole = sizes();
+  for (const button of buttons) button.classList.add("first");
+  const short = sizes(); // of the first word alone
 
   // As far in as the next level needs, and never out.
   function zoomTo(group) {
@@ -279,16 +299,19 @@ function label(plot, source, groups, tint) {
     };
     const shown = new Set();
     groups.forEach((group, index) => {
-      const [width, height] = sizes[index];
-      let [px, py] = at(group.x, group.y);
-      if (px > frame.left && px < frame.right && py > frame.top && py < frame.bottom) {
-        px = Math.min(Math.max(px, frame.left + (width + GAP) / 2), frame.right - (width + GAP) / 2);
-        py = Math.min(Math.max(py, frame.top + (height + GAP) / 2), frame.bottom - (height + GAP) / 2);
-      }
-      const free = group.name && !shown.has(group.name) && fits(px, py, width + GAP, height + GAP);
-      buttons[index].style.visibility = free ? "visible" : "hidden";
-      if (free) put(buttons[index], px - width / 2, py - height / 2);
-      if (free) shown.add(group.name);
+      const [px, py] = at(group.x, group.y);
+      const inside = px > frame.left && px < frame.right && py > frame.top && py < frame.bottom;
+      const tried = inside && group.name && !shown.has(group.name) ? [whole, short].slice(0, group.level ? 1 : 2) : [];
+      const found = tried.find((each) => {
+        const [width, height] = [each[index][0] + GAP, each[index][1] + GAP];
+        const left = Math.min(Math.max(px - width / 2, frame.left), frame.right - width);
+        const top = Math.min(Math.max(py - height / 2, frame.top), frame.bottom - height);
+        put(buttons[index], left + GAP / 2, top + GAP / 2);
+        return fits(left + width / 2, top + height / 2, width, height);
+      });
+      buttons[index].style.visibility = found ? "visible" : "hidden";
+      buttons[index].classList.toggle("first", found === short);
+      if (found) shown.add(group.name);
     });
 
     const inside = [];
@@ -329,8 +352,9 @@ function label(plot, source, groups, tint) {
 function legend(way, plain) {
   const place = document.getElementById("legend");
   place.replaceChildren();
+  place.className = way.inks ? "unseen" : ""; // names on the map say it, and here to who hears them
   const add = (colour, label, shape) => {
-    const entry = document.createElement("span");
+    const entry = document.createElement("li");
     const mark = document.createElement("i");
     if (shape) mark.className = shape;
     mark.style.background = colour;
@@ -378,6 +402,8 @@ async function betterMap(place) {
 store();
 const map = document.getElementById("map");
 if (map) {
+  const above = new ResizeObserver(() => map.isConnected && fitStage());
+  for (const each of document.querySelectorAll("header, .map-bar, #map-state")) above.observe(each);
   const failed = (error) => {
     map.removeAttribute("role");
     map.textContent = `The map cannot be drawn (${error.message}). The other pages work without it.`;
