@@ -69,7 +69,9 @@ def words_of(captions: Sequence[str]) -> tuple[Array, Any]:
     return counter.get_feature_names_out(), has
 
 
-def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
+def names(
+    captions: Sequence[str], assigned: Array, number: int, *, apart: bool = False
+) -> list[str]:
     """One to three words for each group, by class-based TF-IDF; empty where no word is found.
 
     A word scores the share of the group's captions that have it, times log(1 + A / f): f captions
@@ -78,27 +80,32 @@ def names(captions: Sequence[str], assigned: Array, number: int) -> list[str]:
 
     Args:
         assigned: The group of each caption `(n,)`, in `0..number - 1`.
+        apart: Leave out words that the name of a larger group has, where a group has others; but
+            not a word that most of its captions have, which is what it is about.
     """
     words, has = words_of(captions)
     if not len(words):
         return [""] * number
     frequency = np.asarray(has.sum(0)).ravel()
     rarity = np.log1p(len(captions) / number / frequency)
-    group_names = []
-    for group in range(number):
+    group_names, taken = [""] * number, set[str]()
+    sizes = np.bincount(assigned, minlength=number)
+    for group in np.argsort(-sizes, kind="stable").tolist():
         members = np.flatnonzero(assigned == group)
         having = np.asarray(has[members].sum(0)).ravel()
         score = having / max(1, len(members)) * rarity
         if (shared := having > 1).any():  # or words of one caption, which are rare, come first
             score = score * shared
         best = np.lexsort((-frequency, -score))[: 4 * WORDS]
+        good = best[score[best] > LEAST * score[best[0]]]
+        own = [each for each in good if words[each] not in taken or 2 * having[each] > len(members)]
         chosen: list[str] = []
-        for word, value in zip(words[best], score[best], strict=True):
-            if value <= LEAST * score[best[0]]:
-                break
+        for word in words[own if apart and own else good].tolist():
             if not any(word.startswith(each) or each.startswith(word) for each in chosen):
-                chosen.append(str(word))
-        group_names.append(", ".join(chosen[:WORDS]))
+                chosen.append(word)
+        chosen = chosen[:WORDS]
+        taken.update(chosen)
+        group_names[group] = ", ".join(chosen)
     return group_names
 
 
@@ -121,7 +128,7 @@ def groups_of_map(map_positions: Array, captions: Sequence[str]) -> tuple[list[G
         with warnings.catch_warnings():  # that copies are fewer groups than asked for
             warnings.simplefilter("ignore", ConvergenceWarning)
             assigned = KMeans(number, n_init=1, random_state=0).fit_predict(middles)
-        called = names(captions, assigned, number)
+        called = names(captions, assigned, number, apart=level == 0)
         coarse = coarse or [called[group] for group in assigned]
         sizes = np.bincount(assigned, minlength=number)
         for group in np.argsort(-sizes, kind="stable").tolist():

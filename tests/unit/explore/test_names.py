@@ -24,6 +24,16 @@ def test_words_of_one_caption_name_no_group_that_shares_words() -> None:
     assert names(["a red fox", "blue"], np.array([0, 1]), 2) == ["fox, red", "blue"]
 
 
+def test_names_apart_repeat_a_word_of_a_larger_group_only_where_most_captions_have_it() -> None:
+    """Or where there is no other."""
+    captions = ["tree"] * 57 + ["red tree"] * 3 + ["animal", "cat"] * 4 + ["big animal"] * 9
+    captions += ["animal", "", ""] * 2 + ["red animal"] * 3
+    groups = np.repeat([0, 1, 2, 3, 4], [60, 8, 9, 6, 3])
+    found = ["tree", "cat, animal", "big, animal", "animal", "red, animal"]
+    assert names(captions, groups, 5) == found
+    assert names(captions, groups, 5, apart=True) == ["tree", "cat", *found[2:]]
+
+
 def test_groups_without_words_have_no_name() -> None:
     assert names(["1 2 3", "", "!"], np.array([0, 1, 1]), 2) == ["", ""]
     assert names(["a red heart", "", ""], np.array([0, 2, 2]), 3)[1:] == ["", ""]
