@@ -29,7 +29,8 @@ from protoclip.explore.names import groups_of_map
 from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 
 MAP_CAPTION_LENGTH, NAME_LENGTH = 120, 40
-OUTER = 0.003  # share of the points at each side that the first view may leave out
+OUTER = 0.01  # share of the points at each side that the first view may leave out
+MOST_SIZE = 8  # pixels across a point
 CATEGORIES = 20  # colours; later categories share the last one
 GROUNDS = ("#ffffff", "#15181d")  # of the pages in light and in dark, as `explore.css` has them
 CONTRAST = 4.5  # of text to its ground at least, as WCAG 2 asks
@@ -112,7 +113,6 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
     )
     plot.axis.visible = False
     plot.grid.visible = False
-    size = 4 if len(drawn) > 3000 else 6
     glyphs: Any = [
         plot.scatter(
             f"{modality}_x",
@@ -120,7 +120,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
             source=source,
             name=f"{modality}s",
             marker=marker,
-            size=size,
+            size=point_size(len(drawn)),
             fill_color=colour,
             line_color=None,
             fill_alpha=0.7,
@@ -167,6 +167,11 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         for each in groups
     ]
     return {"plot": json_item(plot), "ways": ways, "ids": ids, "groups": named}
+
+
+def point_size(number: int) -> float:
+    """Pixels across a point, so that any number of pairs covers as much of the map."""
+    return float(min(MOST_SIZE, 340 / max(1, number) ** 0.5))
 
 
 def range_of(values: Array) -> Range1d:
