@@ -178,8 +178,18 @@ def test_the_map_reacts(watched: Watched) -> None:
     pairs = "Bokeh.documents[0].get_model_by_name('pairs')"
     page.evaluate(f"() => {{ {pairs}.selected.indices = [0, 2, 5] }}")
     assert selected(page) == 3
+    beside = page.locator("#picked li")
+    assert beside.count() == 3
+    assert beside.all_inner_texts() == page.evaluate(f"[0, 2, 5].map(i => {pairs}.data.caption[i])")
+    page.evaluate(f"() => {{ {pairs}.selected.indices = [...Array(60).keys()] }}")
+    assert beside.count() == 48
+    assert page.inner_text("#picked h2") == "60 selected, the first 48"
+    assert page.locator("#map").bounding_box()["width"] < box["width"] - 200
+    page.wait_for_timeout(500)
+    assert page.locator("#map .bk-OnOffButton").count() == 6  # Bokeh hid them in a narrower map
     page.click("#clear")
     assert selected(page) == 0
+    assert page.locator("#picked").is_hidden()
     # A page that the browser kept as it was has what other pages have selected since.
     page.evaluate(
         """() => {
@@ -193,7 +203,9 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.mouse.click(place["x"], place["y"])
     wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
-    page.click("text=Open the selected pair")
+    assert page.inner_text("#picked h2") == "1 selected"
+    page.focus("#picked a")
+    page.keyboard.press("Enter")
     page.wait_for_url("**/pair-*.html")
 
 
@@ -447,6 +459,13 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         found.page.wait_for_selector("#map[data-ready]")
         assert found.page.locator("#colour-by option").count() > 3
         assert found.page.evaluate(NAMES)
+        found.page.evaluate(
+            "() => { Bokeh.documents[0].get_model_by_name('pairs').selected.indices = [4] }"
+        )
+        assert found.page.eval_on_selector(
+            "#picked img", "image => image.decode().then(() => true)"
+        )
+        assert found.page.locator("#picked a[href]").count() == 0  # pairs have no pages here
         found.page.click("text=What moved")
         found.page.wait_for_selector(".card img")
         assert found.page.eval_on_selector(".card img", "image => image.decode().then(() => true)")
@@ -510,6 +529,9 @@ def test_axe_finds_nothing_serious_in_the_explorer(
         page.goto(f"{base}/{name}")
         if name == "index.html":
             page.wait_for_selector("#map[data-ready]")
+            page.evaluate(
+                "() => { Bokeh.documents[0].get_model_by_name('pairs').selected.indices = [1, 4] }"
+            )
         if said := serious(page):
             found[name] = said
     assert found == {}

@@ -105,6 +105,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         sizing_mode="stretch_both",
         min_height=320,
         toolbar_location="above",
+        toolbar_sticky=False,  # or tools give way to the width of a title that there is not
         lod_threshold=4000,
         background_fill_alpha=0,
         border_fill_alpha=0,

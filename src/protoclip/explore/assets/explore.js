@@ -12,6 +12,7 @@ const PAUSE = 200; // milliseconds without a key after which what is typed is lo
 // Of the map: pixels between names, and of an image; among more points in view than FEW, images are
 // SPARSE pixels apart.
 const [GAP, THUMB, FEW, SPARSE] = [12, 36, 150, 16];
+const SHOWN = 48; // selected pairs beside the map
 
 function store() {
   try {
@@ -215,12 +216,30 @@ async function drawMap(place) {
     const ids = new Set(source.selected.indices.map((index) => found.ids[index]));
     for (const id of found.ids) pick(id, ids.has(id));
     store();
-    const tapped = document.getElementById("tapped");
-    if (tapped) {
-      const [index, more] = source.selected.indices;
-      tapped.hidden = index === undefined || more !== undefined;
-      tapped.firstElementChild.href = `pair-${source.data.position[index]}.html`;
-    }
+    showPicked();
+  }
+  // The first of the selected pairs, beside the map.
+  function showPicked() {
+    const { indices } = source.selected;
+    const panel = document.getElementById("picked");
+    const more = indices.length > SHOWN ? `, the first ${SHOWN}` : "";
+    panel.querySelector("h2").textContent = `${indices.length.toLocaleString("en")} selected${more}`;
+    panel.querySelector("ul").replaceChildren(...indices.slice(0, SHOWN).map(pickedPair));
+    panel.scrollTo(0, 0);
+    panel.hidden = !indices.length;
+  }
+  function pickedPair(index) {
+    const item = document.createElement("li");
+    const image = new Image();
+    image.alt = "";
+    image.src = `../images/${source.data.row[index]}.webp`;
+    const caption = document.createElement("bdi");
+    caption.textContent = source.data.caption[index] || source.data.id[index];
+    const link = document.createElement("a");
+    if (place.dataset.source) link.href = `pair-${source.data.position[index]}.html`; // else there is no such page
+    link.append(image, caption);
+    item.append(link);
+    return item;
   }
 
   const place_of = new Map(found.ids.map((id, index) => [id, index]));
@@ -228,6 +247,7 @@ async function drawMap(place) {
     source.selected.indices = [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
   };
   onMap();
+  showPicked();
   source.selected.properties.indices.change.connect(selected);
   chooser.onchange = colour; // in the place of that of an earlier map
   const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
