@@ -27,6 +27,12 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
+def three_digits(value: float) -> str:
+    """A number that is shown, rounded, and without an exponent: `0.512`, `30.3`, `3,750`."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:g}"
+
+
 @functools.cache
 def display(stream: Any) -> Display:
     """A terminal's lines, one for each task under way; redrawn by `update`, not by a thread."""

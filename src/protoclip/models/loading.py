@@ -23,6 +23,7 @@ from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start, find_start
 from protoclip.models.towers import Tokenizer
+from protoclip.progress import three_digits
 
 Pair = TypeVar("Pair", bound=TowerPair)
 
@@ -234,7 +235,8 @@ def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns:
     """
     size, length = towers.image_size(built.towers), reads(["a"]).shape[1]
     millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
-    said = f"{size} pixels and {length} tokens, {millions:.3g} million parameters with the heads"
+    parameters = f"{three_digits(millions)} million parameters with the heads"
+    said = f"{size} pixels and {length} tokens, {parameters}"
     name = config.start or config.name
     if name is not None:
         return f"trains {name}, at {said}"

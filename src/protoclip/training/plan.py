@@ -33,6 +33,7 @@ from protoclip.models.protoclip import TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
 from protoclip.paths import require_paths
+from protoclip.progress import three_digits
 from protoclip.training import optim, overfit, sizes
 
 Section = TypeVar("Section")
@@ -81,7 +82,7 @@ class Plan:
         if not isinstance(samples, Pairs):
             return amount
         passes = size * episodes.count / len(samples)
-        return f"{len(samples):,} pairs: {amount}, {passes:.3g} passes over the data"
+        return f"{len(samples):,} pairs: {amount}, {three_digits(passes)} passes over the data"
 
 
 def make_plan(config: Config) -> Plan:

@@ -23,7 +23,7 @@ from protoclip.models.precision import Precision
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
 from protoclip.models.towers import PROJECTIONS
-from protoclip.progress import duration
+from protoclip.progress import duration, three_digits
 from protoclip.terminal import say
 from protoclip.training.run_folder import environment
 
@@ -188,6 +188,7 @@ class FirstSteps:
             each = (time.monotonic() - self._since) / (FIRST_STEPS - 1)
             left = self.steps - done
             say(
-                f"note: {batch / each:,.3g} pairs a second: the {left:,} steps that remain take "
-                f"about {duration(each * left)}, and grouping, evaluation and saving come on top"
+                f"note: {three_digits(batch / each)} pairs a second: the {left:,} steps that "
+                f"remain take about {duration(each * left)}, and grouping, evaluation and saving "
+                "come on top"
             )
