@@ -164,7 +164,7 @@ def holds(
     truth: float, value: float, influence: Floats, *, paired: bool
 ) -> tuple[bool, float] | None:
     """Whether the interval holds the truth, and half its width; `None` without an interval."""
-    ends = interval_of_difference(value, influence) if paired else interval(value, influence)
+    ends = interval_of_difference([value], influence) if paired else interval(value, influence)
     return None if ends is None else (ends[0] <= truth <= ends[1], (ends[1] - ends[0]) / 2)
 
 

@@ -38,7 +38,7 @@ from protoclip.data.view import PairsView
 from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import beyond, interval_of_difference, t_interval
+from protoclip.evaluation.metrics import beyond, interval_of_difference
 from protoclip.models import loading
 from protoclip.models.saved import checkpoints
 
@@ -177,12 +177,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]], first: str) -> Iterator[str]
                 gains = [100 * (own[0] - other[0]) for own, other in pairs]
                 moved = 100 * np.mean([own[1] - other[1] for own, other in pairs], axis=0)
                 text += f"<br>{np.mean(gains):+.1f}"
-                ends = interval_of_difference(float(np.mean(gains)), moved)
-                if ends is not None:
-                    over_seeds = t_interval(gains) if len(gains) > 1 else (0.0, 0.0)
-                    parts = [(high - low) / 2 for low, high in (ends, over_seeds)]
-                    half, middle = float(np.hypot(*parts)), sum(ends) / 2
-                    ends = [middle - half, middle + half]
+                if (ends := interval_of_difference(gains, moved)) is not None:
                     text += f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" + " *" * beyond(ends)
             cells.append(text)
         yield f"| {metric} | {' | '.join(cells)} |"

@@ -17,7 +17,7 @@ import torch
 from protoclip.evaluation import compare, datasets
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
-from protoclip.evaluation.metrics import beyond, t_interval
+from protoclip.evaluation.metrics import difference as difference_of
 from protoclip.evaluation.task_features import task_features
 from protoclip.models import loading
 from protoclip.progress import Progress
@@ -43,9 +43,7 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     found = [second[seed] - first[seed] for seed in second if seed in first]
     if not found:
         return ""
-    interval = t_interval(found) if len(found) > 1 else None
-    facts = {"mean": statistics.mean(found), "interval": interval, "beyond": beyond(interval)}
-    shown = compare.cell({"mean": 0.0, "difference": facts}, scale=1.0, digits=1)
+    shown = compare.cell({"mean": 0.0, "difference": difference_of(found)}, scale=1.0, digits=1)
     return "<br>" + shown.partition("\n")[2]
 
 

@@ -61,7 +61,7 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
-from protoclip.evaluation.metrics import beyond, t_interval
+from protoclip.evaluation.metrics import beyond, half_of_samples, half_of_seeds
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
@@ -80,7 +80,6 @@ OWN = (
     "shift",
     "unset",
 )  # keys that are no settings
-NORMAL = 1.96  # half the width of a 95% interval, in standard deviations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,11 +356,8 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
         return None
     gaps = np.stack([found[s].metrics[metric] - other[s].metrics[metric] for s in seeds])
     mean = float(gaps[:, 0].mean())
-    of_samples = NORMAL * float(np.sqrt(np.square(gaps[:, 1:].mean(axis=0)).sum()))
-    of_seeds = 0.0
-    if len(seeds) > 1:
-        low, high = t_interval(gaps[:, 0].tolist())
-        of_seeds = (high - low) / 2
+    of_samples = half_of_samples(gaps[:, 1:].mean(axis=0))
+    of_seeds = half_of_seeds(gaps[:, 0].tolist()) if len(seeds) > 1 else 0.0
     half, ends = math.hypot(of_seeds, of_samples), None
     if math.isfinite(half):
         ends = [mean - half, mean + half]

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -241,14 +242,15 @@ def test_differences_cover_seeds_and_samples(tiny):
     one = {0: judged(study, "CLIP", 0.1), 1: judged(study, "CLIP", 0.2, seed=1)}
     other = {0: judged(study, "few", 0.4, spread=0.01), 1: judged(study, "few", 0.7, seed=1)}
     found = studies.difference({0: other[0]}, one, judge.ALL)
-    sd = float(np.linalg.norm((other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:]))
+    moved = (other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:]
+    samples = scipy.stats.t.ppf(0.975, len(moved) - 1) * float(np.linalg.norm(moved))
     assert found["mean"] == pytest.approx(0.3)
-    assert found["half_width"] == {"seeds": 0.0, "samples": pytest.approx(1.96 * sd)}
+    assert found["half_width"] == {"seeds": 0.0, "samples": pytest.approx(samples)}
     found = studies.difference(other, one, judge.ALL)
     seeds = 12.706 * 0.1  # Student's t of one degree of freedom, standard error of 0.3 and 0.5
     assert found["mean"] == pytest.approx(0.4)
     assert found["half_width"]["seeds"] == pytest.approx(seeds, rel=1e-3)
-    half = math.hypot(seeds, 1.96 * sd / 2)
+    half = math.hypot(seeds, samples / 2)
     assert found["interval"] == pytest.approx([0.4 - half, 0.4 + half], rel=1e-3)
     assert not found["beyond"]
     assert studies.difference({0: one[0]}, {1: one[1]}, judge.ALL) is None

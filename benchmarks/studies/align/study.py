@@ -26,12 +26,11 @@ from protoclip.cli.parsing import merged
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.sources import open_source
 from protoclip.evaluation.compare import read_results
-from protoclip.evaluation.metrics import t_interval
+from protoclip.evaluation.metrics import interval_of_difference
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.training.align import align
 
 RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-NORMAL = 1.96  # standard errors that a 95% interval reaches, of a thousand images
 
 
 def write_ids(path: Path, ids: list[str], size: int, seed: int) -> None:
@@ -71,12 +70,8 @@ def difference(
     of_images = np.mean(
         [mean_influence(run) - mean_influence(other) for run, other in both], axis=0
     )
-    variance = float(np.square(of_images).sum())
-    mean, half = float(np.mean(gains)), NORMAL * variance**0.5
-    if len(gains) > 1:
-        low, high = t_interval(gains)
-        half = (half**2 + ((high - low) / 2) ** 2) ** 0.5
-    return mean, (mean - half, mean + half)
+    low, high = interval_of_difference(gains, of_images) or (-np.inf, np.inf)
+    return float(np.mean(gains)), (low, high)
 
 
 def without_none(settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,12 @@ from protoclip.files import has_changed, read_local
 from protoclip.terminal import say
 
 SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if it leaves out 0."
+# By what an interval covers, with room for the number of samples.
 INTERVALS = {
-    "seeds": "Several seeds: paired by seed, Student's t.",
-    "samples": "One seed: over test samples by groups; it does not cover other seeds.",
+    "seeds and samples": "Several seeds: over seeds (paired, Student's t) and over {} test samples "
+    "by groups, together.",
+    "seeds": "Without results by sample: over seeds alone; it does not cover other samples.",
+    "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
 }
 Run = Mapping[str, Any]
 
@@ -146,32 +149,48 @@ def difference_of_runs(
     """How much higher a metric of the second runs is than that of the first runs.
 
     Returns:
-        `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
-        and `kind`: "seeds" for Student's t over two common seeds or more, "samples" over the test
-        samples of one common seed (for means over them), else None; `n`, the number of seeds or
-        samples; `beyond`, whether the interval leaves out 0.
+        `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval;
+        `kind`, what that covers, a key of `INTERVALS`, or None; `n`, the number of common seeds,
+        and `samples`, that of the test samples, if it covers them; and `beyond`, whether the
+        interval leaves out 0.
     """
     one, two = (
         {seed: np.float64(run["metrics"][key]) for seed, run in of.items() if key in run["metrics"]}
         for of in (first, second)
     )
     seeds = [seed for seed in two if seed in one]
-    gains = [float(two[seed] - one[seed]) for seed in seeds]
-    influence, kind, n = None, None, len(seeds)
-    if n > 1:
-        kind = "seeds"
-    elif n == 0:
-        gains = [float(np.mean(list(two.values())) - np.mean(list(one.values())))]
-    elif key.count("/") > 1:
-        _, data, metric = key.split("/", 2)
-        files = [run[seeds[0]].get("samples", {}).get(data) for run in (first, second)]
-        if None not in files:
-            (samples, by_metric), (others, by_metric_of_others) = map(read, files)
-            both = by_metric.keys() & by_metric_of_others.keys()
-            if metric in both and sample_ids(samples, metric) == sample_ids(others, metric):
-                influence = by_metric_of_others[metric] - by_metric[metric]
-                kind, n = "samples", len(samples.rows(metric)["sample_id"])
-    return {**difference(gains, influence), "n": n, "kind": kind}
+    if not seeds:
+        gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
+        return {**difference([gain]), "n": 0, "samples": None, "kind": None}
+    by_seed = [in_common(key, first[seed], second[seed], read) for seed in seeds]
+    found = [each for each in by_seed if each is not None]
+    influence, samples = None, None
+    if len(found) == len(seeds) and all(ids == found[0][0] for ids, _ in found):
+        influence, samples = np.mean([moved for _, moved in found], axis=0), len(found[0][0])
+    covers = ["seeds"] * (len(seeds) > 1) + ["samples"] * (samples is not None)
+    return {
+        **difference([float(two[seed] - one[seed]) for seed in seeds], influence),
+        **{"n": len(seeds), "samples": samples, "kind": " and ".join(covers) or None},
+    }
+
+
+def in_common(
+    key: str, one: Run, two: Run, read: Callable[[Path], tuple[SampleResults, dict[str, Floats]]]
+) -> tuple[list[tuple[str, str]], Floats] | None:
+    """The samples that judged both runs by a metric, and how much more each group moves the second;
+    None unless both have results by sample, of the same samples.
+    """
+    if key.count("/") < 2:
+        return None
+    _, data, metric = key.split("/", 2)
+    files = [run.get("samples", {}).get(data) for run in (one, two)]
+    if None in files:
+        return None
+    (samples, by_metric), (others, by_metric_of_others) = map(read, files)
+    ids = sample_ids(samples, metric) if metric in by_metric.keys() & by_metric_of_others else None
+    if ids is None or ids != sample_ids(others, metric):
+        return None
+    return ids, by_metric_of_others[metric] - by_metric[metric]
 
 
 def sample_ids(results: SampleResults, metric: str) -> list[tuple[str, str]]:
@@ -180,16 +199,23 @@ def sample_ids(results: SampleResults, metric: str) -> list[tuple[str, str]]:
     return sorted(zip(rows["sample_id"], rows.get("group", rows["sample_id"]), strict=True))
 
 
+def covered(gains: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the intervals of differences cover, in words."""
+    lines = []
+    for kind, text in INTERVALS.items():
+        of_kind = [gain for gain in gains if gain["kind"] == kind]
+        counts = sorted(gain["samples"] for gain in of_kind if gain["samples"] is not None)
+        many = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
+        lines += [text.format(many)] * bool(of_kind)
+    return lines
+
+
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a metric and one column an entry."""
     values = [value for entry in entries for value in entry["metrics"].values()]
     gains = [value["difference"] for value in values if "difference" in value]
-    kinds = {gain["kind"] for gain in gains}
-    lines = [SECOND_LINE] * bool(kinds) + [INTERVALS[kind] for kind in INTERVALS if kind in kinds]
-    if counts := sorted({gain["n"] for gain in gains if gain["kind"] == "samples"}):
-        many = " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
-        lines[-1] = lines[-1].replace("test samples", f"{many} test samples")
-    if kinds and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:
+    lines = [SECOND_LINE] * bool(gains) + covered(gains)
+    if gains and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:
         lines.append(
             "The models' seeds differ: differences are of the seeds that both have, if any."
         )

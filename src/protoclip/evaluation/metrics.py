@@ -199,39 +199,50 @@ def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[
     """How much higher a metric of one model is than that of another.
 
     Args:
-        gains: The difference in each pair of runs of one seed; or one difference.
-        influence: Of one difference: the influences on one model's metric less those on the other's
-            on the same samples.
+        gains, influence: As `interval_of_difference` takes them.
 
     Returns:
-        `mean`; `interval`, its 95% interval: Student's t over several gains, else over groups of
-        samples, or None; and `beyond`, whether that leaves out 0.
+        `mean`; `interval`, its 95% interval, or None; and `beyond`, whether that leaves out 0.
     """
-    mean, ends = float(np.mean(gains)), None
-    if len(gains) > 1:
-        ends = t_interval(gains)
-    elif influence is not None:
-        ends = interval_of_difference(mean, influence)
-    return {"mean": mean, "interval": ends, "beyond": beyond(ends)}
+    ends = interval_of_difference(gains, influence)
+    return {"mean": float(np.mean(gains)), "interval": ends, "beyond": beyond(ends)}
 
 
-def interval_of_difference(difference: float, influence: Floats) -> list[float] | None:
-    """The 95% interval of a difference: Student's t with one degree of freedom less than groups.
+def interval_of_difference(
+    gains: Sequence[float], influence: Floats | None = None
+) -> list[float] | None:
+    """The 95% interval of the mean of some gains: over their seeds, over samples, or over both.
 
-    `None` where fewer than `FEWEST` groups make up most of it, as when two models are right on
-    nearly everything.
+    Both half-widths add as those of independent errors do.
+
+    Args:
+        gains: The difference of each pair of runs of equal seed; a single one says nothing of
+            other seeds.
+        influence: The mean over the pairs of the difference of each group's influence `(groups,)`,
+            if all runs were measured on the same samples.
+
+    Returns:
+        `None` where neither seeds nor samples are known, or fewer than `FEWEST` groups make up most
+        of it, as when two models are right on nearly everything.
     """
-    if rests_on_few(influence):
+    halves = [half_of_seeds(gains)] if len(gains) > 1 else []
+    if influence is not None:
+        halves.append(half_of_samples(influence))
+    if not halves or (influence is not None and rests_on_few(influence)):
         return None
-    half = stdtrit(len(influence) - 1, 0.975) * np.sqrt(np.square(influence).sum())
-    return [float(difference - half), float(difference + half)]
+    mean, half = float(np.mean(gains)), float(np.hypot.reduce(halves))
+    return [mean - half, mean + half]
 
 
-def t_interval(differences: Sequence[float]) -> list[float]:
-    """Student's t interval (95%) of the mean of two or more independent differences."""
-    values = np.asarray(differences, dtype=np.float64)
-    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
-    return [float(values.mean() - half), float(values.mean() + half)]
+def half_of_seeds(gains: Sequence[float]) -> float:
+    """Half of Student's t interval (95%) of the mean of two or more independent gains."""
+    values = np.asarray(gains, dtype=np.float64)
+    return float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def half_of_samples(influence: Floats) -> float:
+    """Half a 95% interval over samples: Student's t with one degree of freedom less than groups."""
+    return float(stdtrit(len(influence) - 1, 0.975) * np.sqrt(np.square(influence).sum()))
 
 
 def beyond(ends: Sequence[float] | None) -> bool:

@@ -112,9 +112,10 @@ def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
     near = any(abs(end) < 0.0005 for end in ends)
     digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
     low, high = (f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in ends)
-    over = f"{difference['n']} seeds" if difference["kind"] == "seeds" else "test samples"
-    count = f"{difference['n']:,} " if difference["kind"] != "seeds" else ""
-    return f"[{low}, {high}], paired over {count}{over}"
+    over = [f"{difference['n']} seeds"] if difference["n"] > 1 else []
+    if difference["samples"] is not None:
+        over.append(f"{difference['samples']:,} test samples")
+    return f"[{low}, {high}], paired over {' and '.join(over)}"
 
 
 def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:

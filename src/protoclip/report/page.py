@@ -336,13 +336,8 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
 
 def compared_by(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """How the differences of the table were made."""
-    kinds = {
-        value["difference"]["kind"]
-        for entry in entries
-        for value in entry["metrics"].values()
-        if "difference" in value
-    }
-    return [text for kind, text in compare.INTERVALS.items() if kind in kinds]
+    values = [value for entry in entries for value in entry["metrics"].values()]
+    return compare.covered([value["difference"] for value in values if "difference" in value])
 
 
 # Charts

@@ -91,13 +91,13 @@ def test_a_class_of_one_group_is_held_against_the_others():
 def test_a_difference_rests_on_five_groups_or_more():
     """Else it has no interval; without any difference it is 0. An interval of NaN gets no star."""
     moved = np.array([0.1, -0.1] * 10)
-    low, high = interval_of_difference(0.2, moved)
+    low, high = interval_of_difference([0.2], moved)
     half = scipy.stats.t.ppf(0.975, 19) * math.sqrt(0.2)
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half))
-    assert interval_of_difference(0.2, np.where(np.arange(20) < 5, moved, 0.0)) is not None
-    assert interval_of_difference(0.2, np.where(np.arange(20) < 4, moved, 0.0)) is None
-    assert interval_of_difference(0.0, np.zeros(20)) == [0.0, 0.0]
-    ends = interval_of_difference(math.nan, moved)
+    assert interval_of_difference([0.2], np.where(np.arange(20) < 5, moved, 0.0)) is not None
+    assert interval_of_difference([0.2], np.where(np.arange(20) < 4, moved, 0.0)) is None
+    assert interval_of_difference([0.0], np.zeros(20)) == [0.0, 0.0]
+    ends = interval_of_difference([math.nan], moved)
     assert [beyond(of) for of in (None, ends, [0.1, 0.2], [-0.1, 0.2])] == [
         False,
         False,
@@ -233,13 +233,40 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
     first_moved, second_moved = (influences(of)["knn/acc1"] for of in (one, two))
     half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(second_moved - first_moved)
     assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
-    assert (found["n"], found["kind"]) == (60, "samples")
+    assert (found["n"], found["samples"], found["kind"]) == (1, 60, "samples")
     for entry, key in ((second, "modality_gap/gap"), (third, "knn/acc1"), (fourth, "knn/acc1")):
         found = entry["metrics"][f"eval/emoji/{key}"]["difference"]
         assert (found["interval"], found["kind"], found["beyond"]) == (None, None, False)
     assert "difference" not in first["metrics"]["eval/emoji/knn/acc1"]
     compare.show([first, second])
     assert "over 60 test samples by groups" in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
+    """Seeds that agree say nothing of other samples; over seeds alone where samples differ."""
+    ones = [results(seed) for seed in (0, 1)]
+    twos = [results(seed, skill=0.5) for seed in (2, 3)]
+    folders = [
+        made(tmp_path / f"{name}{seed}", name, seed, accuracy + seed / 100, of)
+        for name, accuracy, several in (("a", 0.4, ones), ("b", 0.6, twos))
+        for seed, of in enumerate(several)
+    ]
+    _, second = entries = compared(*folders)
+    found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
+    moved = [influences(of)["knn/acc1"] for of in (*ones, *twos)]
+    half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(
+        (moved[2] + moved[3] - moved[0] - moved[1]) / 2
+    )
+    assert found["interval"] == pytest.approx([0.2 - half, 0.2 + half])
+    assert (found["n"], found["samples"], found["kind"]) == (2, 60, "seeds and samples")
+    compare.show(entries)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Student's t) and over 60 test samples by groups, together. Without results by" in said
+    results(3, images=50, skill=0.5).write(folders[3] / "results" / "emoji-test.parquet")
+    _, second = compared(*folders)
+    found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
+    assert found["interval"] == pytest.approx([0.2, 0.2])
+    assert (found["n"], found["samples"], found["kind"]) == (2, None, "seeds")
 
 
 def test_a_run_counts_once(tmp_path):

@@ -57,7 +57,7 @@ def test_differences_are_paired_by_sample():
         for metric, of_metric in record["differences"].items():
             gain = record["metrics"][metric] - other.record["metrics"][metric]
             moved = result.influences[metric] - other.influences[metric]
-            ends = interval_of_difference(gain, moved)
+            ends = interval_of_difference([gain], moved)
             assert of_metric["mean"] == pytest.approx(gain)
             assert of_metric["interval"] == (None if ends is None else pytest.approx(ends))
     same = records.with_differences(first, first)[0].record["differences"]["acc1"]

@@ -47,18 +47,20 @@ def test_the_best_model_is_held_against_the_first_or_the_next(shares, verdict, s
     best, other = said[0], re.findall(r"\b[ABC]\b", said)[1]
     moved = [influences(SampleResults.read(runs[n]["samples"]["emoji"])) for n in (best, other)]
     gain = 100 * (shares[best] - shares[other])
-    low, high = interval_of_difference(gain, 100 * (moved[0]["knn/acc1"] - moved[1]["knn/acc1"]))
+    low, high = interval_of_difference([gain], 100 * (moved[0]["knn/acc1"] - moved[1]["knn/acc1"]))
     numbers = f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}], paired over 400 test samples."
     assert said.endswith(minus(numbers))
 
 
-def test_several_seeds_are_paired_by_seed(tmp_path):
-    seeds = [run(tmp_path, "A", 0.5 + seed / 100, seed=seed) for seed in range(3)]
-    seeds += [run(tmp_path, "B", 0.6 + seed / 100, seed=seed) for seed in range(3)]
+def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
+    """Each seed of these models differs alike, so that samples alone make the interval."""
+    shares = {"A": 0.5, "B": 0.6}
+    seeds = [run(tmp_path, name, of, seed=seed) for name, of in shares.items() for seed in range(3)]
     (found,) = findings(compare.compare(seeds))
-    assert found.rest.endswith(
-        "61.0 against 51.0 percent, +10.0 points [+10.0, +10.0], paired over 3 seeds."
-    )
+    one, _, _, two, *_ = (influences(SampleResults.read(of["samples"]["emoji"])) for of in seeds)
+    low, high = interval_of_difference([10.0], 100 * (two["knn/acc1"] - one["knn/acc1"]))
+    numbers = f"[{low:+.1f}, {high:+.1f}], paired over 3 seeds and 400 test samples."
+    assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {minus(numbers)}")
 
 
 def test_without_a_paired_interval_nothing_is_better(tmp_path):
