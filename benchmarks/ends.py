@@ -2,7 +2,7 @@
 
 `train`, `finetune`, `evaluate` and `embed-teacher` under torchrun, as small as they can be. Linux.
 
-    python benchmarks/ends.py [--runs 50] [--busy 2] [--out FILE]
+    python benchmarks/ends.py [--runs 50] [--busy 2] [--commands train evaluate] [--out FILE]
 """
 
 import argparse
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from interrupting import quick_config
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+COMMANDS = ["train", "finetune", "evaluate", "embed-teacher"]
 SMALL = ["--data.validation", "0", "--run.evaluate", "false", "--run.evaluate_every", "0"]
 SMALL += ["--episodes.warm_up", "0"]
 SMALL += ["--episodes.size", "16", "--episodes.batch_size", "8", "--episodes.count", "2"]
@@ -50,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50, help="of each command")
     parser.add_argument("--busy", type=int, default=2, help="processes that keep cores busy")
+    parser.add_argument("--commands", nargs="*", default=COMMANDS, choices=COMMANDS)
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     env, began = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic()
@@ -62,12 +64,12 @@ def main() -> None:
             folder = Path(name)
             words = commands(folder)
             run.train(quick_config(str(folder / "pairs.parquet"), folder / "run"))
-            for command, more in words.items():
+            for command in arguments.commands:
                 codes: Counter[int] = Counter()
                 for _ in range(arguments.runs):
                     shutil.rmtree(folder / "out", ignore_errors=True)
                     ended = subprocess.run(
-                        [*LAUNCH, "-m", "protoclip", command, *more],
+                        [*LAUNCH, "-m", "protoclip", command, *words[command]],
                         capture_output=True,
                         text=True,
                         env=env,
