@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=50, help="of each command")
     parser.add_argument("--busy", type=int, default=2, help="processes that keep cores busy")
-    parser.add_argument("--commands", nargs="*", default=COMMANDS, choices=COMMANDS)
+    parser.add_argument("--commands", nargs="+", default=COMMANDS, choices=COMMANDS)
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     arguments = parser.parse_args()
     env, began = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic()
@@ -89,7 +89,8 @@ def main() -> None:
         [
             "# Ends: does a finished command end well on two ranks?",
             "",
-            f"`python benchmarks/ends.py --runs {arguments.runs} --busy {arguments.busy}`, "
+            f"`python benchmarks/ends.py --runs {arguments.runs} --busy {arguments.busy} "
+            f"--commands {' '.join(arguments.commands)}`, "
             f"{datetime.date.today().isoformat()}; {os.cpu_count()} cores of a "
             f"{platform_of(facts)}, load {min(load):.0f} to {max(load):.0f}; "
             f"{time.monotonic() - began:.0f} s. `torchrun --standalone --nproc-per-node 2` beside "

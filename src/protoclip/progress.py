@@ -8,6 +8,7 @@ import functools
 import sys
 import time
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -29,8 +30,7 @@ def duration(seconds: float) -> str:
 
 def three_digits(value: float) -> str:
     """A number that is shown, rounded, and without an exponent: `0.512`, `30.3`, `3,750`."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:g}"
+    return f"{Decimal(f'{value:.3g}'):,f}"
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from protoclip.evaluation.metrics import Floats, difference, intervals, is_share, label
+from protoclip.evaluation.metrics import METRICS, Floats, difference, intervals, is_share, label
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.files import has_changed, read_local
 from protoclip.terminal import say
@@ -27,10 +27,11 @@ SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if
 INTERVALS = {
     "seeds and samples": "Several seeds: over seeds (paired, Student's t) and over {} test samples "
     "by groups, together.",
-    "seeds": "Without results by sample: over seeds alone; it does not cover other samples.",
+    "seeds": "Without results of the same samples: over seeds alone; it does not cover others.",
     "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
 }
 Run = Mapping[str, Any]
+ByMetric = tuple[SampleResults, dict[str, Floats]]  # results, and the influences by metric
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
@@ -111,9 +112,17 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
         groups.setdefault(name, {})[run["seed"]] = run
     reference = next(iter(groups.values()), {})
 
+    several = any(len(members) > 1 for members in groups.values())
+
     @cache
-    def read(path: Path) -> tuple[SampleResults, dict[str, Floats]]:
-        samples = SampleResults.read(path)
+    def read(path: Path) -> ByMetric | None:
+        try:
+            samples = SampleResults.read(path)
+        except ValueError as error:
+            if not several:
+                raise
+            say(f"warning: {error}")
+            return None
         return samples, influences(samples)
 
     entries = []
@@ -144,15 +153,16 @@ def difference_of_runs(
     key: str,
     first: Mapping[int, Run],
     second: Mapping[int, Run],
-    read: Callable[[Path], tuple[SampleResults, dict[str, Floats]]],
+    read: Callable[[Path], ByMetric | None],
 ) -> dict[str, Any]:
     """How much higher a metric of the second runs is than that of the first runs.
 
     Returns:
-        `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval;
-        `kind`, what that covers, a key of `INTERVALS`, or None; `n`, the number of common seeds,
-        and `samples`, that of the test samples, if it covers them; and `beyond`, whether the
-        interval leaves out 0.
+        `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
+        if the metric can have one; `kind`, what that covers, a key of `INTERVALS`, or None;
+        `seeds`, the number of common seeds; `samples`, that of test samples, if it covers them;
+        `n`, the one of both that stands first in `kind`; and `beyond`, whether the interval leaves
+        out 0.
     """
     one, two = (
         {seed: np.float64(run["metrics"][key]) for seed, run in of.items() if key in run["metrics"]}
@@ -161,21 +171,28 @@ def difference_of_runs(
     seeds = [seed for seed in two if seed in one]
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
-        return {**difference([gain]), "n": 0, "samples": None, "kind": None}
+        return {**difference([gain]), "n": 0, "seeds": 0, "samples": None, "kind": None}
     by_seed = [in_common(key, first[seed], second[seed], read) for seed in seeds]
     found = [each for each in by_seed if each is not None]
     influence, samples = None, None
     if len(found) == len(seeds) and all(ids == found[0][0] for ids, _ in found):
         influence, samples = np.mean([moved for _, moved in found], axis=0), len(found[0][0])
-    covers = ["seeds"] * (len(seeds) > 1) + ["samples"] * (samples is not None)
+    gains = [float(two[seed] - one[seed]) for seed in seeds]
+    metric = METRICS.get(key.split("/", 2)[-1])
+    if metric is not None and not metric.has_interval:
+        gains = [float(np.mean(gains))]
+    numbers = {"seeds": len(gains)} if len(gains) > 1 else {}
+    if samples is not None:
+        numbers["samples"] = samples
     return {
-        **difference([float(two[seed] - one[seed]) for seed in seeds], influence),
-        **{"n": len(seeds), "samples": samples, "kind": " and ".join(covers) or None},
+        **difference(gains, influence),
+        "n": next(iter(numbers.values()), len(seeds)),
+        **{"seeds": len(seeds), "samples": samples, "kind": " and ".join(numbers) or None},
     }
 
 
 def in_common(
-    key: str, one: Run, two: Run, read: Callable[[Path], tuple[SampleResults, dict[str, Floats]]]
+    key: str, one: Run, two: Run, read: Callable[[Path], ByMetric | None]
 ) -> tuple[list[tuple[str, str]], Floats] | None:
     """The samples that judged both runs by a metric, and how much more each group moves the second;
     None unless both have results by sample, of the same samples.
@@ -186,11 +203,13 @@ def in_common(
     files = [run.get("samples", {}).get(data) for run in (one, two)]
     if None in files:
         return None
-    (samples, by_metric), (others, by_metric_of_others) = map(read, files)
-    ids = sample_ids(samples, metric) if metric in by_metric.keys() & by_metric_of_others else None
-    if ids is None or ids != sample_ids(others, metric):
+    own, other = map(read, files)
+    if own is None or other is None or metric not in own[1].keys() & other[1].keys():
         return None
-    return ids, by_metric_of_others[metric] - by_metric[metric]
+    ids, (moved, moved_in_other) = sample_ids(own[0], metric), (own[1][metric], other[1][metric])
+    if ids != sample_ids(other[0], metric) or len(moved) != len(moved_in_other):
+        return None
+    return ids, moved_in_other - moved
 
 
 def sample_ids(results: SampleResults, metric: str) -> list[tuple[str, str]]:
@@ -203,7 +222,7 @@ def covered(gains: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the intervals of differences cover, in words."""
     lines = []
     for kind, text in INTERVALS.items():
-        of_kind = [gain for gain in gains if gain["kind"] == kind]
+        of_kind = [gain for gain in gains if gain["kind"] == kind and gain["interval"] is not None]
         counts = sorted(gain["samples"] for gain in of_kind if gain["samples"] is not None)
         many = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
         lines += [text.format(many)] * bool(of_kind)

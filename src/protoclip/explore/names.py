@@ -6,7 +6,7 @@ Groups of the map are formed here too; prototypes, which group features, come fr
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -98,15 +98,24 @@ def names(
             score = score * shared
         best = np.lexsort((-frequency, -score))[: 4 * WORDS]
         good = best[score[best] > LEAST * score[best[0]]]
-        own = [each for each in good if words[each] not in taken or 2 * having[each] > len(members)]
+        own = [
+            each
+            for each in good
+            if 2 * having[each] > len(members) or not is_form_of(words[each], taken)
+        ]
         chosen: list[str] = []
         for word in words[own if apart and own else good].tolist():
-            if not any(word.startswith(each) or each.startswith(word) for each in chosen):
+            if not is_form_of(word, chosen):
                 chosen.append(word)
         chosen = chosen[:WORDS]
         taken.update(chosen)
         group_names[group] = ", ".join(chosen)
     return group_names
+
+
+def is_form_of(word: str, others: Collection[str]) -> bool:
+    """Whether a word is another one with an ending, or the other way round."""
+    return any(word.startswith(each) or each.startswith(word) for each in others)
 
 
 def groups_of_map(map_positions: Array, captions: Sequence[str]) -> tuple[list[Group], list[str]]:

@@ -57,6 +57,7 @@ FLOWS = 40  # movements between groups that are listed
 READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
+MAP_FORM = 2  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
 DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
@@ -341,6 +342,7 @@ class Site:
             self.explorer.kept.stem,
             atlas.layout,
             protoclip.__version__,
+            MAP_FORM,
             version("bokeh"),
             shows,
         )

@@ -108,11 +108,12 @@ def minus(text: str) -> str:
 def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
     """The interval of a difference, and over what it is paired."""
     if ends is None:
-        return "(no interval: the runs share no seed, or have no results by sample)"
+        known = "too little is known of other samples"
+        return f"(no interval: {known if difference['seeds'] else 'the runs share no seed'})"
     near = any(abs(end) < 0.0005 for end in ends)
     digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
     low, high = (f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in ends)
-    over = [f"{difference['n']} seeds"] if difference["n"] > 1 else []
+    over = [f"{difference['seeds']} seeds"] if difference["seeds"] > 1 else []
     if difference["samples"] is not None:
         over.append(f"{difference['samples']:,} test samples")
     return f"[{low}, {high}], paired over {' and '.join(over)}"

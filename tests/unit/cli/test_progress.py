@@ -57,5 +57,6 @@ def test_a_terminal_line_never_wraps(width, clock, monkeypatch):
 
 
 def test_shown_numbers_have_no_exponent():
-    shown = {0.0512: "0.0512", 30.31: "30.3", 999.6: "1,000", 3754.0: "3,750", 1.2e6: "1,200,000"}
+    shown = {5.333e-6: "0.00000533", 0.0512: "0.0512", 30.31: "30.3", 32.0: "32"}
+    shown |= {999.6: "1,000", 3754.0: "3,750", 1.2e6: "1,200,000"}
     assert {value: three_digits(value) for value in shown} == shown

@@ -214,7 +214,7 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     assert found["interval"] == pytest.approx(tuple(expected))
     assert (found["n"], found["kind"], found["beyond"]) == (3, "seeds", True)
     same = second["metrics"]["eval/emoji/modality_gap/gap"]["difference"]
-    assert (same["mean"], same["beyond"]) == (0.0, False)
+    assert (same["mean"], same["interval"], same["kind"]) == (0.0, None, None)
     text = compare.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
     assert text == "42.7 ± 10.5\n+2.7 [+1.2, +4.1]*"
     compare.show(compared(*folders))
@@ -233,7 +233,7 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
     first_moved, second_moved = (influences(of)["knn/acc1"] for of in (one, two))
     half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(second_moved - first_moved)
     assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
-    assert (found["n"], found["samples"], found["kind"]) == (1, 60, "samples")
+    assert (found["n"], found["seeds"], found["samples"]) == (60, 1, 60)
     for entry, key in ((second, "modality_gap/gap"), (third, "knn/acc1"), (fourth, "knn/acc1")):
         found = entry["metrics"][f"eval/emoji/{key}"]["difference"]
         assert (found["interval"], found["kind"], found["beyond"]) == (None, None, False)
@@ -261,12 +261,16 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     assert (found["n"], found["samples"], found["kind"]) == (2, 60, "seeds and samples")
     compare.show(entries)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Student's t) and over 60 test samples by groups, together. Without results by" in said
-    results(3, images=50, skill=0.5).write(folders[3] / "results" / "emoji-test.parquet")
-    _, second = compared(*folders)
-    found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    assert found["interval"] == pytest.approx([0.2, 0.2])
-    assert (found["n"], found["samples"], found["kind"]) == (2, None, "seeds")
+    assert said.count("Student's t) and over 60 test samples by groups, together.") == 1
+    assert "over seeds alone" not in said
+    file = folders[3] / "results" / "emoji-test.parquet"
+    for spoil in (lambda: results(3, images=50).write(file), lambda: file.write_bytes(b"cut")):
+        spoil()
+        _, second = compared(*folders)
+        found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
+        assert found["interval"] == pytest.approx([0.2, 0.2])
+        assert (found["n"], found["samples"], found["kind"]) == (2, None, "seeds")
+    assert capsys.readouterr().err.count("emoji-test.parquet: not the results") == 1
 
 
 def test_a_run_counts_once(tmp_path):

@@ -222,6 +222,7 @@ async function drawMap(place) {
   function showPicked() {
     const { indices } = source.selected;
     const panel = document.getElementById("picked");
+    if (!panel) return; // results of a search are in its place
     const more = indices.length > SHOWN ? `, the first ${SHOWN}` : "";
     panel.querySelector("h2").textContent = `${indices.length.toLocaleString("en")} selected${more}`;
     panel.querySelector("ul").replaceChildren(...indices.slice(0, SHOWN).map(pickedPair));
