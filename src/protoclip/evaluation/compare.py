@@ -31,7 +31,7 @@ INTERVALS = {
     "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
 }
 Run = Mapping[str, Any]
-ByMetric = tuple[SampleResults, dict[str, Floats]]  # results, and the influences by metric
+WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
@@ -115,11 +115,11 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
     several = any(len(members) > 1 for members in groups.values())
 
     @cache
-    def read(path: Path) -> ByMetric | None:
+    def read(path: Path) -> WithInfluences | None:
         try:
             samples = SampleResults.read(path)
         except ValueError as error:
-            if not several:
+            if not several:  # else an interval over seeds is left
                 raise
             say(f"warning: {error}")
             return None
@@ -153,7 +153,7 @@ def difference_of_runs(
     key: str,
     first: Mapping[int, Run],
     second: Mapping[int, Run],
-    read: Callable[[Path], ByMetric | None],
+    read: Callable[[Path], WithInfluences | None],
 ) -> dict[str, Any]:
     """How much higher a metric of the second runs is than that of the first runs.
 
@@ -180,7 +180,7 @@ def difference_of_runs(
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     metric = METRICS.get(key.split("/", 2)[-1])
     if metric is not None and not metric.has_interval:
-        gains = [float(np.mean(gains))]
+        gains = [float(np.mean(gains))]  # as of one seed, which has no interval
     numbers = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
         numbers["samples"] = samples
@@ -192,7 +192,7 @@ def difference_of_runs(
 
 
 def in_common(
-    key: str, one: Run, two: Run, read: Callable[[Path], ByMetric | None]
+    key: str, one: Run, two: Run, read: Callable[[Path], WithInfluences | None]
 ) -> tuple[list[tuple[str, str]], Floats] | None:
     """The samples that judged both runs by a metric, and how much more each group moves the second;
     None unless both have results by sample, of the same samples.

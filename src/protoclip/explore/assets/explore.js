@@ -258,7 +258,8 @@ async function drawMap(place) {
 
 // Names of groups lie over the plot, of the coarse ones with an image; and images of points, far
 // apart while many are in view. Coarse and large groups come first; what would overlap is left out,
-// so there is room for more of them as one zooms in. Of a coarse name the first word may be left. Returns what draws them again.
+// so there is room for more of them as one zooms in. A coarse name without room shrinks to its first
+// word. Returns what draws them again.
 function label(plot, source, groups, tint) {
   const [names, thumbs] = ["names", "thumbs"].map((id) => document.getElementById(id));
   const view = Bokeh.index.get(plot);
