@@ -601,11 +601,13 @@ def steps(name: str, machine: Machine) -> Iterator[Row]:
     rate = machine.matrix_rate()
     yield Figure(what="bf16 matrix product", value=f"{rate / 1e12:,.3g} TFLOP/s")
     large, chunk = (64, 32) if machine.small else (4096, 512)
+    # A CPU may have no instructions for half precision.
+    precision = "fp32" if machine.small else "bf16"
     for batch, micro in ((chunk, None), (large, chunk)):
         middles = []
         for arm, weight in (("CLIP", 0.0), ("ProtoCLIP", 1.0)):
             config = Config(
-                run=RunConfig(device=str(machine.device), precision="bf16"),
+                run=RunConfig(device=str(machine.device), precision=precision),
                 model=tiny_model() if machine.small else ModelConfig(name=name),
                 episodes=EpisodeConfig(
                     size=256 if machine.small else 48 * 4096,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.train import Train, show_results
 from protoclip.config import Config
 from protoclip.paths import require_paths, require_place
@@ -41,9 +42,10 @@ class Align(Train):
             require_place("run.out", config.run.out, is_folder=True)
         if config.align.features is not None:
             require_place("align.features", config.align.features, is_folder=True)
-        import torch
+        with quick_imports():
+            import torch
 
-        from protoclip.training.align import align
+            from protoclip.training.align import align
 
         torch.set_flush_denormal(True)
         show_results(align(settings, resume=self.resume), as_json=self.json)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.config import Count
 from protoclip.files import SOFTWARE, locked, replacing, require_ours, to_json, write_atomically
 from protoclip.paths import require_place, require_run, require_source
@@ -47,7 +48,8 @@ class Analyze:
         stems = self.stems(folders)
         together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
         places = [*stems, *([together] if len(folders) > 1 else [])]
-        from protoclip.evaluation.analysis import open_run  # slow to import
+        with quick_imports():
+            from protoclip.evaluation.analysis import open_run
 
         device = open_device()
         for folder in folders:  # before minutes of work on the first one

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip.checks import check
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed
 from protoclip.files import to_json
@@ -41,7 +42,8 @@ class Inspect(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         require_model("model.start", self.model.start)
-        from protoclip.data.inspect import inspect, show
+        with quick_imports():
+            from protoclip.data.inspect import inspect, show
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)

@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import OfPairs
 from protoclip.config import Count
 from protoclip.paths import require_data_paths, require_model, require_place
@@ -33,8 +34,9 @@ class Embed(OfPairs):
         require_model("", self.model)
         require_data_paths(data)
         require_place("--out", self.out, is_folder=False, suffix=".parquet")
-        from protoclip.distributed import collectives
-        from protoclip.features.embed import embed
+        with quick_imports():
+            from protoclip.distributed import collectives
+            from protoclip.features.embed import embed
 
         device = open_device(self.device)
         with collectives.process_group(device):

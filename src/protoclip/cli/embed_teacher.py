@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
@@ -34,9 +35,10 @@ class EmbedTeacher(Recipes):
         require_data_paths(self.data)
         require_teacher("--teacher", self.teacher)
         require_place("--out", self.out, is_folder=True)
-        from protoclip.cli.data import idle, open_source, print_notes
-        from protoclip.distributed import collectives
-        from protoclip.features.encode import embed_teacher
+        with quick_imports():
+            from protoclip.cli.data import idle, open_source, print_notes
+            from protoclip.distributed import collectives
+            from protoclip.features.encode import embed_teacher
 
         device = open_device(self.device)
         with collectives.process_group(device):

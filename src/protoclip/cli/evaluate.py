@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.config import PERMISSIONS, Count, DataConfig
 from protoclip.files import locked, read_toml, to_json
 from protoclip.paths import (
@@ -56,13 +57,14 @@ class Evaluate:
 
     def __call__(self) -> None:
         self.require_paths()
-        from protoclip.data.index import cache_folder
-        from protoclip.data.transforms import PillowTransform
-        from protoclip.distributed import collectives
-        from protoclip.evaluation import datasets, records, suite
-        from protoclip.evaluation.encoders import encoder_of
-        from protoclip.models import loading
-        from protoclip.models.precision import autocast
+        with quick_imports():
+            from protoclip.data.index import cache_folder
+            from protoclip.data.transforms import PillowTransform
+            from protoclip.distributed import collectives
+            from protoclip.evaluation import datasets, records, suite
+            from protoclip.evaluation.encoders import encoder_of
+            from protoclip.models import loading
+            from protoclip.models.precision import autocast
 
         device = open_device(self.device)
 

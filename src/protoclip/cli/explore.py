@@ -10,6 +10,7 @@ from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.config import Count, DataConfig
 from protoclip.files import locked
 from protoclip.paths import (
@@ -79,9 +80,10 @@ class Explore:
             raise ValueError(
                 f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
             )
-        from protoclip.explore.atlas import MAP_PAIRS
-        from protoclip.explore.server import listen
-        from protoclip.explore.static import write_static, write_table
+        with quick_imports():
+            from protoclip.explore.atlas import MAP_PAIRS
+            from protoclip.explore.server import listen
+            from protoclip.explore.static import write_static, write_table
 
         if self.static is None and self.atlas is None:
             with closing(listen(self.host, self.port)) as listening:  # before the work too

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import KW_ONLY, dataclass
 
+from protoclip.cli.imports import quick_imports
 from protoclip.files import to_json
 from protoclip.paths import require_model, require_new, require_place
 from protoclip.terminal import say, visible
@@ -36,7 +37,8 @@ class Export:
                 "--push-to-hub: asks whether the model card may be uploaded, but nobody is at a "
                 "terminal; give --yes to upload without being asked"
             )
-        from protoclip.export.run import export
+        with quick_imports():
+            from protoclip.export.run import export
 
         facts = export(
             self.model,

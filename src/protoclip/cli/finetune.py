@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.cli.train import exit_if_stopped, show_results
 from protoclip.config import NO_START, BatchSize, Config, NotNegative, Rank
@@ -40,11 +41,12 @@ class Finetune(Config, Recipes):
             require_paths(config)
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
-        import torch
+        with quick_imports():
+            import torch
 
-        from protoclip.distributed import collectives
-        from protoclip.training.finetune import finetune
-        from protoclip.training.wise_ft import read_record
+            from protoclip.distributed import collectives
+            from protoclip.training.finetune import finetune
+            from protoclip.training.wise_ft import read_record
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = finetune(settings, alpha=self.alpha, resume=self.resume)

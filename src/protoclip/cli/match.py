@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import OfPairs
 from protoclip.config import Count, Seed
 from protoclip.files import to_json
@@ -41,9 +42,10 @@ class Match(OfPairs):
         require_source("--data", self.data)
         data = self.data_config()
         require_data_paths(data)
-        from protoclip.cli.data import open_source, print_notes
-        from protoclip.data.index import cache_folder
-        from protoclip.evaluation.match import match
+        with quick_imports():
+            from protoclip.cli.data import open_source, print_notes
+            from protoclip.data.index import cache_folder
+            from protoclip.evaluation.match import match
 
         device = open_device(self.device)
         source, _ = open_source(data, seed=self.seed)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Annotated
 
 from protoclip.cli.device import open_device
+from protoclip.cli.imports import quick_imports
 from protoclip.config import Positive, Seed
 from protoclip.paths import require_place, require_run
 from protoclip.terminal import say
@@ -32,7 +33,8 @@ class Report:
         for run in self.runs:
             require_run(run)
         require_place("--out", self.out, is_folder=False, suffix=".html")
-        from protoclip.report.page import write_report
+        with quick_imports():
+            from protoclip.report.page import write_report
 
         path = write_report(
             self.runs,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from protoclip.checks import check
+from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged
 from protoclip.config import BatchSize, Config
 from protoclip.files import to_json
@@ -33,9 +34,10 @@ class Train(Config, Recipes):
             require_paths(config)
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
-        import torch
+        with quick_imports():
+            import torch
 
-        from protoclip.training import run
+            from protoclip.training import run
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
         results = run.train(config, resume=self.resume)

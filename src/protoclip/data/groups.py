@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from typing import Literal
+from typing import Literal, cast
 
 from protoclip.data.pairs import Pairs, Sample, SampleStream
 
@@ -51,7 +51,6 @@ def keys_of(
         elif key == "image":
             columns.append([number_of(sample.image)] * len(captions))
         else:
-            assert isinstance(pairs, Pairs)
             assert row is not None, "sources.pairs refuses classes of streams"
-            columns.append([class_number(pairs, row)] * len(captions))
+            columns.append([class_number(cast("Pairs", pairs), row)] * len(captions))
     return [list(keys) for keys in zip(*columns, strict=True)]

@@ -17,8 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
-from scipy.sparse import bmat, coo_array, hstack
-from scipy.sparse.csgraph import connected_components
 
 from protoclip.data.access import digest, is_url, join
 from protoclip.data.pairs import BadSample, ImageTextPairs, file_status
@@ -209,6 +207,10 @@ def _components(keys: Sequence[Rows], *, rows: Rows | None = None, total: int = 
 
     Each array of `keys` has the keys of `rows`; of all rows in their order, if unset.
     """
+    # Here, since every command imports this file, and SciPy takes a quarter of a second to import.
+    from scipy.sparse import bmat, coo_array, hstack
+    from scipy.sparse.csgraph import connected_components
+
     if rows is None:
         rows, total = np.arange(len(keys[0])), len(keys[0])
     edges = coo_array((total, 0), dtype=np.int8)

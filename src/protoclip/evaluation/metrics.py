@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 Floats = npt.NDArray[np.float64]
 FEWEST = 5  # groups that an interval may rest on
@@ -179,7 +178,7 @@ def interval(metric: float, influence: Floats) -> list[float] | None:
         return None
     number, spread, variance = len(influence), metric * (1 - metric), np.square(influence).sum()
     size = spread / variance if spread > 0 and variance > 0 else number
-    z = stdtrit(number - 1, 0.975)
+    z = quantile_of_t(number - 1)
     centre = metric + z**2 / (2 * size)
     half = z * np.sqrt(spread / size + z**2 / (4 * size**2))
     low, high = (float(end / (1 + z**2 / size)) for end in (centre - half, centre + half))
@@ -242,12 +241,19 @@ def interval_of_difference(
 def half_of_seeds(gains: Sequence[float]) -> float:
     """Half of Student's t interval (95%) of the mean of two or more independent gains."""
     values = np.asarray(gains, dtype=np.float64)
-    return float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)))
+    return float(quantile_of_t(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def half_of_samples(influence: Floats) -> float:
     """Half a 95% interval over samples: Student's t with one degree of freedom less than groups."""
-    return float(stdtrit(len(influence) - 1, 0.975) * np.sqrt(np.square(influence).sum()))
+    return float(quantile_of_t(len(influence) - 1) * np.sqrt(np.square(influence).sum()))
+
+
+def quantile_of_t(degrees: int) -> float:
+    """What Student's t of so many degrees of freedom stays below in 97.5 of 100 cases."""
+    from scipy.special import stdtrit  # here, since training imports this file
+
+    return float(stdtrit(degrees, 0.975))
 
 
 def beyond(ends: Sequence[float] | None) -> bool:

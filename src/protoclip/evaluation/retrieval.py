@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_array
 from torch import Tensor
 
 CHUNK = 4_000_000  # similarities held in memory at once
@@ -129,6 +128,8 @@ def best_relevant_rank(
         def relevant_to(rows: slice) -> Bool[Tensor, "r m"]:
             return query_groups[rows].unsqueeze(1) == candidate_groups
     else:
+        from scipy.sparse import csr_array  # here, since training imports this file
+
         groups, partners = query_groups.numpy(), candidate_groups.numpy()
         first, second = matches.numpy()
         shape = (max(groups.max(), first.max()) + 1, max(partners.max(), second.max()) + 1)

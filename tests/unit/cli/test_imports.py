@@ -1,0 +1,29 @@
+"""Python's cyclic collector rests while a command imports."""
+
+import gc
+import subprocess
+import sys
+
+from protoclip.cli.imports import quick_imports
+
+CODE = """
+import gc
+from protoclip.cli.imports import quick_imports
+seen = []
+gc.callbacks.append(lambda phase, facts: seen.append(phase))
+with quick_imports():
+    made = [[] for _ in range(100_000)]
+print(len(seen), gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+
+
+def test_nothing_is_collected_while_a_command_imports():
+    found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "True", "True"]
+
+
+def test_a_process_that_has_pytorch_goes_on_collecting():
+    before = gc.get_freeze_count()
+    with quick_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
