@@ -26,7 +26,7 @@ from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explored
 from protoclip.features import encode as encoding
-from protoclip.features import parts
+from protoclip.features import halves, parts
 from protoclip.features.canonical import canonical_projections, moments_of_pairs, out_of_fold
 from protoclip.features.store import hash_ids
 from protoclip.files import locked
@@ -508,7 +508,8 @@ def test_a_damaged_part_names_what_to_delete(given, store, monkeypatch):
         rows_of(given)
 
 
-def test_a_store_that_is_being_added_to_can_be_read(given, sources, store):
+def test_a_store_that_is_being_added_to_can_be_read(given, sources, store, monkeypatch):
+    monkeypatch.setattr(halves, "WAIT", 0.0)
     rows_of(given)
     held = [path for path in store.iterdir() if path.is_dir()]
     assert len(held) == 2

@@ -192,7 +192,8 @@ class Explore:
                 f"{self.models[0]}: is no run that says which data it was trained on; name some "
                 "with --data"
             )
-        return replace(config.data, **given)
+        column = self.class_column or config.data.class_column
+        return replace(config.data, class_column=column, **given)
 
 
 def places_of(data: DataConfig) -> set[Path]:

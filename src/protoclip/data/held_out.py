@@ -329,7 +329,7 @@ def image_names(source: ImageTextPairs, table: pa.Table | None = None) -> pa.Chu
     """The file or URL of each image, null where the table holds the image itself; None if it holds
     all, or they are in shards. Of the whole `table` that is checked, or of this one of its rows."""
     values = (source.checked if table is None else table).column(source.image_column)
-    if "offset" in source.table.column_names:
+    if {"offset", "size"} <= {*source.table.column_names}:
         return None
     if pa.types.is_struct(values.type):
         parts = [values.type.field(i).name for i in range(values.type.num_fields)]

@@ -161,7 +161,8 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
         if weights and not len(rows):
             raise ValueError(
                 f"data.sources: no pair of '{source.name}' is left to train on, but it has a "
-                "weight; take it out, or hold out fewer pairs (data.validation)"
+                "weight; take it out, or, unless an earlier source has its images too, hold out "
+                "fewer pairs (data.validation)"
             )
     return EpisodeSampler(
         [len(rows) for _, rows in parts],

@@ -28,6 +28,7 @@ class SkipLog:
         self.read = self.skipped = 0
         self._reasons: list[str] = []
         self.known, self.broken = set[str](), set[str]()
+        self._warned = False
         try:
             text = read_local(path, errors="replace") if path.exists() else ""
         except ValueError as error:
@@ -64,10 +65,7 @@ class SkipLog:
             if sample.reason.endswith(LOST):
                 self.broken.add(sample.sample_id)
                 say(f"warning: {sample.where}: {sample.reason}, no one knows how many samples")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + to_json(vars(sample)) + "\n")
-            self._torn = False
+            self._write(sample)
         if self.skipped > self.max_share * max(self.read, self.at_least):
             way = f", or {GO_ON}" if bad and is_url(bad[-1].where) else ""
             raise ValueError(
@@ -75,3 +73,16 @@ class SkipLog:
                 f"data.max_bad_share ({self.max_share:g}) allows; mend the data or raise it{way} "
                 f"({'; '.join(self._reasons)}; all in {self.path})"
             )
+
+    def _write(self, sample: BadSample) -> None:
+        """Add a line; a full disk costs a warning, and not the run."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * self._torn + to_json(vars(sample)) + "\n")
+        except OSError as error:
+            if not self._warned:
+                say(f"warning: {error}; samples that are skipped are counted, and not listed there")
+            self._warned = self._torn = True
+            return
+        self._torn = False

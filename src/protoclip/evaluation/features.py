@@ -44,6 +44,7 @@ from protoclip.features import store
 from protoclip.files import checksum
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import evaluation_mode
+from protoclip.models.towers import TELLING
 from protoclip.progress import Progress
 
 FEW_IMAGES = 300  # are read faster than worker processes start
@@ -135,7 +136,7 @@ class Encoder:
         with evaluation_mode(self.model), torch.inference_mode():
             image = self.transform(Image.fromarray(ramp)).unsqueeze(0).to(self.device)
             tokens = self.tokenizer(["a photo of a red dog"])  # as many as are read of a caption
-            digest.update(str(tokens.tolist()).encode())
+            digest.update(str([tokens.tolist(), self.tokenizer([TELLING]).tolist()]).encode())
             text = tokens.to(self.device)
             for features in (self.model.encode_image(image), self.model.encode_text(text)):
                 first = features.float().flatten()[:16].tolist()

@@ -56,6 +56,7 @@ class Drawn:
         captions: The captions.
         image_of_pair, text_of_pair: The numbers of each pair's image and caption.
         skipped: Pairs that could not be read.
+        reason: Why the first of these could not.
     """
 
     images: Sequence[Item]
@@ -65,6 +66,7 @@ class Drawn:
     image_of_pair: Int[Tensor, " p"]
     text_of_pair: Int[Tensor, " p"]
     skipped: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,12 +186,14 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     text_of: dict[str, int] = {}
     images, ids, known, bad = [], [], set[str](), set[str]()
     of_pairs: dict[tuple[int, int], None] = {}
+    reason = ""
     progress = Progress(f"read {source.name}", len(items))
     with ThreadPoolExecutor(READERS) as pool:
         for done, (item, facts) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
             progress.update(done)
             if isinstance(facts, BadSample):
                 bad.add(facts.sample_id)  # a stream gives samples again
+                reason = reason or str(facts)
                 continue
             sample_id, content, caption = facts
             if content not in image_of:
@@ -209,6 +213,7 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
         image_of_pair=numbers[:, 0],
         text_of_pair=numbers[:, 1],
         skipped=len(bad),
+        reason=reason,
     )
 
 
@@ -230,6 +235,7 @@ def require_enough(drawn: Drawn, name: str) -> None:
         total, skipped = len(drawn.image_of_pair), drawn.skipped
         read = f"{total} pair{'s' * (total != 1)}"
         read += f", and {skipped} that cannot be read" * bool(skipped)
+        read += f" ({drawn.reason})" * bool(drawn.reason)
         raise ValueError(
             f"{name}: {read}, of which {number} share{'s' * (number == 1)} no image and no "
             f"caption: too few, at least {LEAST} are needed; raise --pairs, or name other data"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from protoclip.data.sampler import evenly_spaced
@@ -54,6 +55,9 @@ EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 EQUAL = 1e-3  # share of a row's norm by which copies of an image may differ in half precision
+# Rows along a line among which copies are looked for, and how many times their distance they may be
+# apart there, whose standard deviation is that distance.
+ALONG, DEVIATIONS = 64, 5
 LEAST_IMAGES = 100  # of pairs that heads are fitted to; fewer say nothing of others
 
 
@@ -323,6 +327,8 @@ def by_umap(
     """
     if bool((rows == rows[0]).all()):  # UMAP would scale by their spread
         return np.zeros((len(rows), 2), np.float32)
+    if len(rows) == 2:  # of which UMAP makes no graph
+        return np.array([[-1, 0], [1, 0]], np.float32)
     try:
         import umap
     except ImportError:
@@ -404,15 +410,24 @@ def unseen_disagreement(
 def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
     """A number for each row from 0 on, in order of appearance, the same for equal rows.
 
-    Copies of an image may differ in the last bits, if they were encoded in other batches. They are
-    still side by side along a line.
+    Copies of an image may differ in the last bits, if they were encoded in other batches. Along a
+    line they are still near each other, with few other rows in between.
     """
     rows, width = features.float(), features.shape[1]
-    order = torch.argsort(rows @ torch.randn(width, generator=torch.Generator().manual_seed(0)))
-    parts = zip(torch.split(order[:-1], CHUNK), torch.split(order[1:], CHUNK), strict=True)
-    apart = [(rows[a] - rows[b]).norm(dim=1) > EQUAL * rows[b].norm(dim=1) for a, b in parts]
-    groups = torch.zeros(len(rows), dtype=torch.long)
-    groups[order[1:]] = torch.cat(apart).cumsum(0)
+    along = rows @ torch.randn(width, generator=torch.Generator().manual_seed(0))
+    most, order = EQUAL * rows.norm(dim=1), torch.argsort(along)
+    edges = [torch.zeros(2, 0, dtype=torch.long)]
+    for step in range(1, min(ALONG, len(rows) - 1) + 1):
+        one, other = order[:-step], order[step:]
+        near = along[other] - along[one] <= DEVIATIONS * most[other]
+        if not near.any():
+            break
+        for pairs in torch.split(torch.stack([one[near], other[near]]), CHUNK, dim=1):
+            equal = (rows[pairs[0]] - rows[pairs[1]]).norm(dim=1) <= most[pairs[1]]
+            edges.append(pairs[:, equal])
+    ends = torch.cat(edges, dim=1).numpy()
+    graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), (len(rows), len(rows)))
+    groups = connected_components(graph, directed=False)[1]
     numbers: dict[int, int] = {}
     return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups.tolist()])
 

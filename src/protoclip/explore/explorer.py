@@ -307,7 +307,7 @@ def open_explorer(
 
     def features() -> Features:
         # Known rows spare the next start reading all captions.
-        return made[0] if made else encoded(encoder, pairs, shown.captioned)
+        return made[0] if made else of_rows(encoded(encoder, pairs, shown.captioned), shown.rows)
 
     def make_umap(done: Callable[[float], None]) -> Atlas:
         with_map = with_umap(shown, features(), done=done)
@@ -341,6 +341,23 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
         image=images.features,
         text=texts if bool(kept.all()) else texts[kept],
     )
+
+
+def of_rows(features: Features, rows: Rows) -> Features:
+    """Those of these rows; when an atlas was made, the image of another may have been unreadable.
+
+    Raises:
+        ValueError: The image of one of them cannot be read any more.
+    """
+    wanted = torch.from_numpy(np.asarray(rows, np.int64))
+    numbers = torch.searchsorted(features.rows, wanted).clamp(max=len(features.rows) - 1)
+    if lost := int((features.rows[numbers] != wanted).sum()):
+        raise ValueError(
+            f"{lost} images of the map cannot be read any more; mend them, or make it anew with "
+            "--no-cache"
+        )
+    image, text = features.image[numbers], features.text[numbers]
+    return replace(features, rows=wanted, image=image, text=text)
 
 
 def with_all_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:

@@ -83,7 +83,8 @@ def explored(samples: Pairs | SampleStream, *, class_column: str | None = None) 
         )
     sources = plain_sources(samples)
     for source in sources:
-        source.class_column = class_column or source.class_column
+        # A text table's index has its own name for the column that was named when it was opened.
+        source.class_column = source.class_column or class_column
         if source.class_column and source.class_column not in source.table.column_names:
             present = ", ".join(source.table.column_names)
             raise ValueError(f"{source.name}: no column '{source.class_column}'; it has {present}")

@@ -47,7 +47,7 @@ from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, on_card
-from protoclip.models.towers import transformers_config
+from protoclip.models.towers import TELLING, transformers_config
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -108,7 +108,7 @@ class FrozenEncoder:
         Weights alone tell neither layers apart nor limits of captions. So the structure counts too,
         and the features of examples, to three digits, since the last ones depend on the hardware.
         """
-        examples: list[Any] = ["a photo of a red dog", "two words"]
+        examples: list[Any] = ["a photo of a red dog", "two words", TELLING]
         if self.transform is None:
             reads = f"{self.collate!r} {self.collate(examples)}"
         else:

@@ -36,11 +36,12 @@ from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features, Whitens
 from protoclip.files import checksum, locked
 from protoclip.models.aligned import FrozenHalves
-from protoclip.models.towers import Tokenizer
+from protoclip.models.towers import TELLING, Tokenizer
 
 Read = TypeVar("Read")
 BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
+WAIT = 60.0  # seconds for another process that writes to the store
 # What a text model's configuration says of its files, and nothing of what it computes.
 FILE_SETTINGS = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
@@ -130,7 +131,7 @@ class HalfEncoder(FrozenEncoder):
             settings = self.module.config.to_dict() if hasattr(self.module, "config") else {}
             settings = {name: settings[name] for name in sorted(settings.keys() - FILE_SETTINGS)}
             facts = f"{type(self.halves.pooler).__name__} {settings}"
-            facts += f" {self.tokenizer([example, 'two words']).tolist()}"
+            facts += f" {self.tokenizer([example, 'two words', TELLING]).tolist()}"
         facts += "" if self.autocast is nullcontext else repr(self.autocast)
         layers = re.sub(r" at 0x[0-9a-f]+", "", repr(self.module))
         first = " ".join(f"{value:.3g}" for value in self.encode([example])[0, :16].tolist())
@@ -500,8 +501,9 @@ def completed(
     if (stored.find(hashes) >= 0).all():  # reading disturbs nobody
         return stored
     with ExitStack() as stack:
-        way_out = "name another folder by align.features"
-        rank0_first(lambda: stack.enter_context(locked(folder, way_out=way_out)))
+        # Images that cannot be read are tried by each run, which takes it a moment.
+        lock = locked(folder, way_out="name another folder by align.features", wait=WAIT)
+        rank0_first(lambda: stack.enter_context(lock))
         stored = opened(folder, encoder.width)
         missing = np.flatnonzero(stored.find(hashes) < 0)
         if not len(missing):

@@ -55,6 +55,7 @@ SCHEMA = pa.schema(
     {"sample_id": pa.string(), "image": pa.string(), "captions": pa.list_(pa.string())}
 )
 AHEAD = 8  # batches of a shard that are read while as many are encoded
+PATIENCE = 3600.0  # seconds for another process at the end
 WAY_OUT = "name another folder by align.features"
 
 
@@ -292,7 +293,9 @@ def _add(half: ImageHalf, view: int, working: Path) -> None:
         shutil.rmtree(out / PARTS, ignore_errors=True)
 
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(locked(half.folder, way_out=WAY_OUT)))
+        # All is encoded, so a run over other data that encodes with this half is waited for.
+        lock = locked(half.folder, way_out=WAY_OUT, wait=PATIENCE)
+        rank0_first(lambda: stack.enter_context(lock))
         stored = opened(half.folder, half.encoder.width)
         rank0_first(lambda: write(stored))
 

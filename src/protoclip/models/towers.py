@@ -29,6 +29,8 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 # How the names of what leads from a tower into the joint space begin: of timm's image and Hugging
 # Face's text trunks in open_clip, of open_clip's own towers, and of models of `transformers`.
 PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection")
+# A text in which tokenizers differ: capitals, accents, digits, punctuation, and other scripts.
+TELLING = "It's a DOG, 3.14% Naïve-É; 狗 собака كلب"
 # Parts of the names of timm's transformers among open_clip's image towers.
 TIMM_TRANSFORMERS = ("vit", "eva", "swin")
 

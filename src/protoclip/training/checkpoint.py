@@ -3,6 +3,7 @@
 `models/saved.py` has the files of a checkpoint.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -79,8 +80,8 @@ class CheckpointWriter:
         self._thread: Thread | None = None
 
     def rate(self, step: int, value: float) -> None:
-        """Note the result of an evaluation; higher is better."""
-        if self.best is None or value > self.best[1]:
+        """Note the result of an evaluation; higher is better. One that is not finite counts not."""
+        if math.isfinite(value) and (self.best is None or value > self.best[1]):
             self.best = (step, value)
 
     def due(self, step: int, *, episode_end: bool) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from protoclip.config import LOGGERS, RunConfig
+from protoclip.files import write_atomically
 from protoclip.terminal import say
 
 PROJECT = "protoclip"  # of W&B and Trackio; the experiment of MLflow
@@ -183,7 +184,7 @@ def open_logger(name: str, folder: Path, *, config: Mapping[str, Any], step: int
 
 def kept_id(path: Path, new: str) -> str:
     """The id in this file, under which an earlier start of the run has logged; or the new one."""
-    if not path.is_file():
+    if not path.is_file() or not path.read_text(encoding="utf-8"):  # or it was cut short
         path.parent.mkdir(exist_ok=True)
-        path.write_text(new, encoding="utf-8")
+        write_atomically(path, new)
     return path.read_text(encoding="utf-8")

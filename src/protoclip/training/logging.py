@@ -4,6 +4,7 @@ The loggers are in `loggers.py`; lines of progress for people are in `progress.p
 """
 
 import errno
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from protoclip.data.access import within
 from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import require_regular, to_json
 from protoclip.terminal import say
@@ -25,6 +27,8 @@ from protoclip.training.symptoms import Symptoms
 
 # Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
 MOST_WAITING = 10_000
+LONGEST_LINE = 2**20  # bytes
+CLOSE_SECONDS = 60.0  # that a logger may take to end
 
 
 @torch.no_grad()
@@ -64,7 +68,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, size: int) -> None:
-        self.path, self.size = path, size
+        self.path, self.size = path, whole_lines(path, size)
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         self._warned = False
         self._append()
@@ -104,6 +108,17 @@ class JsonLines:
             return
         self.size += len(data)
         self._waiting.clear()
+
+
+def whole_lines(path: Path, size: int) -> int:
+    """At most so many bytes of a file, up to the end of a line: a power failure may leave less than
+    was written."""
+    if size == 0 or not path.is_file():
+        return size
+    with path.open("rb") as file:
+        end = min(size, file.seek(0, os.SEEK_END))
+        start = file.seek(max(0, end - LONGEST_LINE))
+        return start + file.read(end - start).rfind(b"\n") + 1
 
 
 class MetricsLog:
@@ -154,7 +169,14 @@ class MetricsLog:
         self._lines.close()
         while self._others:
             name, other = self._others.popitem()
-            self._try(name, other.close)
+            self._try(name, partial(self._end, other))
+
+    def _end(self, other: loggers.Logger) -> None:
+        """Close a logger. One that hangs would hold the run, which hears no signal meanwhile."""
+        try:
+            within(CLOSE_SECONDS, other.close)
+        except TimeoutError:
+            raise TimeoutError(f"not done within {CLOSE_SECONDS:g} s of the end") from None
 
     def _start(self, name: str, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self._others[name] = loggers.open_logger(name, folder, config=config, step=step)
@@ -168,7 +190,7 @@ class MetricsLog:
             warn(name, f"{reason}; training goes on without it")
             with suppress(Exception), redirect_stdout(sys.stderr):
                 if other := self._others.pop(name, None):
-                    other.close()
+                    self._end(other)
 
 
 def warn(name: str, reason: str) -> None:

@@ -212,7 +212,7 @@ def train_together(
         if stopped:  # all ranks wait, since a launcher ends all when one has ended
             raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
     try:
-        results = run.results()
+        results = run.results(stopped=stopped)
     except BaseException:
         run.copies.finish(sync.STOPPED_SECONDS)
         raise
@@ -569,11 +569,11 @@ class Run:
         self.recall = state.get("recall", 0.0)
         return int(state["metrics_bytes"])
 
-    def results(self) -> dict[str, Any]:
+    def results(self, *, stopped: bool) -> dict[str, Any]:
         """Evaluate, write and return the results; or where a run stands that a signal stopped."""
         config, trainer, best = self.config, self.trainer, self.writer.best
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
-        if self.stopped_by is not None:
+        if stopped:  # as all ranks agreed; a signal may come later
             return {**results, "stopped": self.stopped_by, "metrics": {}}
         results |= {
             "seed": config.run.seed,

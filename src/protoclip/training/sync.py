@@ -23,8 +23,16 @@ from fsspec.implementations.dirfs import DirFileSystem
 from protoclip.config import Config
 from protoclip.data import access
 from protoclip.distributed.collectives import rank
-from protoclip.files import read_json
-from protoclip.models.saved import CHECKSUMS, MODEL, SETTINGS, STATE, checkpoints, damage
+from protoclip.files import has_changed, read_local
+from protoclip.models.saved import (
+    CHECKSUMS,
+    MODEL,
+    SETTINGS,
+    STATE,
+    WEIGHTS,
+    checkpoints,
+    damage,
+)
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline
 from protoclip.training.run_folder import claimed, folder_of, look
@@ -38,6 +46,8 @@ DONE = (MODEL, RESULTS)
 LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
 RUN_ID = "wandb/run-id"  # with it Weights & Biases goes on with the run's curves
 MARKER = re.compile(rf"checkpoints/(step-\d+)/{re.escape(CHECKSUMS)}", re.ASCII)
+# Hidden names, and those that would lead out of the run folder, which a store allows.
+ODD = re.compile(r"(^|/)(\.|/|$)|\\|^[a-z]:", re.IGNORECASE)
 
 
 def store_of(url: str) -> Store:
@@ -57,9 +67,9 @@ def store_of(url: str) -> Store:
 
 
 def names_in(store: Store) -> set[str]:
-    """All files but hidden ones."""
+    """All files but `ODD` ones."""
     store.fs.invalidate_cache()
-    return {name for name in store.find("") if not re.search(r"(^|/)\.", name)}
+    return {name for name in store.find("") if not ODD.search(name)}
 
 
 @contextmanager
@@ -106,12 +116,13 @@ def fetch(outline: Outline, *, resume: bool) -> None:
 
     Raises:
         ValueError: The store does not answer or may not be written, it or the run folder holds
-            another run, or it holds one and `resume` is not set. Nothing was written here.
+            another run, or it holds one and `resume` is not set. Nothing was written here. Or
+            every checkpoint there is damaged, and there is none here.
     """
     config, url, folder = outline.config, outline.config.run.sync, folder_of(outline.config)
     if url is None:
         return
-    if (folder / SETTINGS).is_file():  # or it would become the run of the store
+    if folder.exists():  # or what it holds would become the run of the store
         look(outline, resume=True)
     store, names = answer(url)
     if names and not (resume and SETTINGS in names):
@@ -133,18 +144,38 @@ def fetch(outline: Outline, *, resume: bool) -> None:
     newer = sorted(step for step in complete if step > max(intact, default=""))
     if (folder / RESULTS).is_file() or not (newer or RESULTS in names):
         return
-    beside = [name for name in names if not name.startswith("checkpoints/")]
+    beside = {name for name in names if not name.startswith("checkpoints/")}
     with claimed(folder, resume=True), needed(url):
-        for name in {*beside} - {*DONE}:
+        # What has settings is a run, so these come first.
+        for name in sorted(beside - {*DONE}, key=lambda name: name != SETTINGS):
             get(store, name, folder / name)
-        # Only now, so that a fetch that is cut short is done again.
-        got = next((step for step in reversed(newer) if get_checkpoint(store, step, folder)), None)
-        best = read_json(folder / "checkpoints" / got / STATE).get("best") if got else None
-        if best and (step := f"step-{best[0]:09}") in complete - {got}:
-            get_checkpoint(store, step, folder)
-        for name in {*beside} & {*DONE}:
+        # Only now, and the newest last, so that a fetch that is cut short is done again.
+        got = None
+        for step in reversed(newer):
+            best = best_of(store, step)
+            if best is not None and best in complete - {step, *intact}:
+                get_checkpoint(store, best, names, folder)
+            if get_checkpoint(store, step, names, folder):
+                got = step
+                break
+        for name in beside & {*DONE}:
             get(store, name, folder / name)
-    say(f"note: {folder}: {got or 'its results'} fetched from {url}")
+    if not (got or intact or RESULTS in names):
+        raise ValueError(
+            f"run.sync: {url}: every checkpoint there is damaged; restore one from a copy, remove "
+            f"all of them and {folder} to start again, or choose another folder"
+        )
+    if got or RESULTS in names:
+        say(f"note: {folder}: {got or 'its results'} fetched from {url}")
+
+
+def best_of(store: Store, step: str) -> str | None:
+    """The checkpoint that is kept beside this one of the store, since its evaluation was best."""
+    try:
+        best = json.loads(store.cat_file(f"checkpoints/{step}/{STATE}")).get("best")
+        return f"step-{int(best[0]):09}" if best else None
+    except (ValueError, TypeError, AttributeError):  # damaged, as `get_checkpoint` says
+        return None
 
 
 def get(store: Store, name: str, path: Path) -> None:
@@ -155,12 +186,17 @@ def get(store: Store, name: str, path: Path) -> None:
     temporary.replace(path)
 
 
-def get_checkpoint(store: Store, step: str, folder: Path) -> bool:
-    """Bring a checkpoint here; returns False, with a warning, if it is damaged."""
+def get_checkpoint(store: Store, step: str, names: set[str], folder: Path) -> bool:
+    """Bring a checkpoint here; returns False, with a warning, if it is damaged.
+
+    Args:
+        names: Of the files in the store.
+    """
     target = folder / "checkpoints" / step
     temporary = target.with_name(f".{step}.fetched")
-    for name in store.find(f"checkpoints/{step}"):
-        get(store, name, temporary / name.split("/", 2)[2])
+    for name in names:
+        if name.startswith(f"checkpoints/{step}/"):
+            get(store, name, temporary / name.split("/", 2)[2])
     if (wrong := damage(temporary)) is not None:
         say(f"warning: run.sync: {step} there is passed over: {wrong}")
         return False
@@ -187,6 +223,20 @@ def files_beside(folder: Path) -> dict[str, Path]:
         files |= {(of / name).as_posix(): Path(top, name) for name in names if name[0] != "."}
     wanted = {n for n in files if n.split("/")[0] not in LEFT_OUT or n == RUN_ID}
     return {name: path for name, path in files.items() if name in wanted and path.is_file()}
+
+
+def spoiled(folder: Path, name: str) -> str | None:
+    """What is wrong with a file beside checkpoints, that would take the place of a good copy."""
+    if name in (WEIGHTS, MODEL) and (folder / CHECKSUMS).is_file():
+        return damage(folder, [name])
+    if not name.endswith(".json"):
+        return None
+    try:
+        content = json.loads(read_local(folder / name))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{name} is damaged ({error})"
+    changed = isinstance(content, dict) and has_changed(content)
+    return f"{name} is not what was written: its checksum differs" if changed else None
 
 
 def state_of(path: Path) -> tuple[int, int]:
@@ -261,6 +311,10 @@ class Copies:
     def _copy(self, newest: Path) -> None:
         there, folder = names_in(self.store), self.folder
         beside = files_beside(folder)
+        for name in sorted(n for n in beside if self._is_new(beside[n], n)):
+            if (wrong := spoiled(folder, name)) is not None:
+                self._copied[name] = state_of(beside[name])  # it is told once
+                say(f"warning: run.sync: {folder}: {wrong}; it is not copied")
         if any(
             name.endswith(".safetensors") and self._is_new(beside[name], name) for name in beside
         ):
@@ -305,6 +359,11 @@ class Copies:
             if self.store.cat_file(marker) == checksums:
                 return
             self.store.rm_file(marker)  # of other files under this name
-        for file in json.loads(checksums):
+        files = json.loads(checksums)
+        for file in files:
             self.store.put_file(str(checkpoint / file), f"{name}/{file}")
+        # Of an upload that was cut short, by a run with more ranks.
+        for left in there - {marker}:
+            if left.startswith(f"{name}/") and left.removeprefix(f"{name}/") not in files:
+                self.store.rm_file(left)
         self.store.pipe_file(marker, checksums)

@@ -138,6 +138,16 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
     assert len(held_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
 
 
+def test_a_column_that_is_called_offset_hides_no_image(tmp_path):
+    """With a size it would be that of an image in a shard."""
+    images = [f"{row // 2}.jpg" for row in range(40)]
+    columns = {"image": images, "caption": [f"a {row}" for row in range(40)], "offset": range(40)}
+    pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
+    rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
+    assert len(rows)
+    assert not {images[row] for row in rows} & {images[r] for r in range(40) if r not in rows}
+
+
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     judging = source(300, "other", captions=4000, images=10**9)
     training = source(2000, "web", captions=4000, images=10**9, seed=1)

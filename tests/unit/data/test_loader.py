@@ -1,5 +1,6 @@
 """Loaders: order, position, worker processes and bad samples."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,8 +8,10 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -439,6 +442,20 @@ def test_skips_are_written_once_a_sample(tmp_path):
     written = [json.loads(line) for line in lines if "torn" not in line]
     assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
     assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
+
+
+def test_a_full_disk_costs_the_list_of_skips_and_not_the_run(tmp_path, monkeypatch, capsys):
+    log = SkipLog(tmp_path / "skipped.jsonl", max_share=1.0, at_least=1)
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(Path, "open", Mock(side_effect=full))
+        log.add(10, [bad("a"), bad("b")])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "skipped.jsonl" in warning
+    assert "counted, and not listed there" in warning
+    log.add(10, [bad("c")])
+    assert (log.read, log.skipped, len(log.known)) == (20, 3, 3)
+    assert json.loads((tmp_path / "skipped.jsonl").read_text().strip())["sample_id"] == "c"
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):

@@ -176,6 +176,13 @@ def test_equal_images_and_captions_are_read_once():
     assert len(fewer.image_of_pair) in (19, 20)
 
 
+def test_too_few_pairs_are_refused_with_the_reason_of_the_first_that_cannot_be_read():
+    table = pa.table({"image": tiny_pairs(60)["image"], "caption": [""] * 60})
+    drawn = match.draw(ImageTextPairs(table, name="tiny"), 60, 0)
+    with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample '.*caption"):
+        match.require_enough(drawn, "tiny")
+
+
 def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():
     class Unread(ImageTextPairs):
         def sample(self, row):

@@ -168,6 +168,12 @@ def test_equal_rows_are_in_one_place() -> None:
     assert not by_umap(torch.ones(5, 4) / 2, seed=0).any()
 
 
+def test_two_rows_have_a_map() -> None:
+    """UMAP itself makes none."""
+    rows = torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.8, 0.0]])
+    assert not np.equal(*by_umap(rows, seed=0)).all()
+
+
 def test_umap_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ValueError, match=r"^--map: umap needs umap-learn; pip install"):
@@ -298,3 +304,12 @@ def test_copies_of_an_image_are_one_whatever_their_last_bits():
     assert numbers[0] == 0
     assert numbers.bincount().tolist() == [2] * 40
     assert torch.equal(numbers, equal_rows(both.float()))
+
+
+def test_other_images_between_two_copies_hide_none() -> None:
+    """Among many rows some lie between copies along a line."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4000, 64, generator=generator)
+    copies = (rows + 1e-5 * torch.randn(4000, 64, generator=generator)).half()
+    numbers = equal_rows(torch.cat([rows.half(), copies]))
+    assert numbers.bincount().tolist() == [2] * 4000

@@ -21,7 +21,8 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.explore import atlas as atlas_module
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore import map as map_module
-from protoclip.explore.explorer import Explorer, heads_of, open_explorer
+from protoclip.explore.atlas import Features
+from protoclip.explore.explorer import Explorer, heads_of, of_rows, open_explorer
 from protoclip.explore.pairs import ExploredPairs, explored
 from protoclip.explore.render import Pages
 from protoclip.models import loading
@@ -52,6 +53,25 @@ def test_rows_that_cannot_be_read_are_left_out(one: Explorer) -> None:
     assert one.atlas.rows.tolist() == [row for row in range(60) if row not in (7, 9)]
     assert one.pairs.sample_id(one.row(7)) == "tiny/8"
     assert [one.position(row) for row in (0, 7, 8, 9, 59, 60)] == [0, None, 7, None, 57, None]
+
+
+def test_an_image_that_can_be_read_again_moves_no_other() -> None:
+    """The map was made without it; one that was lost since then is told."""
+    given = torch.arange(12.0).reshape(6, 2)
+    rows = torch.tensor([0, 1, 2, 3, 5, 6])
+    features = Features(captioned=torch.arange(7), rows=rows, image=given, text=-given)
+    found = of_rows(features, np.array([0, 2, 5, 6]))
+    assert found.rows.tolist() == [0, 2, 5, 6]
+    assert found.image.tolist() == given[[0, 2, 4, 5]].tolist() == (-found.text).tolist()
+    with pytest.raises(ValueError, match=r"^2 images of the map cannot be read any more"):
+        of_rows(features, np.array([3, 4, 6, 7]))
+
+
+def test_a_text_table_has_the_classes_that_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("image,caption,label\n" + "a.png,a cat,cat\nb.png,a dog,dog\n")
+    samples = sources.pairs(Config(data=DataConfig(train=str(path), class_column="label")))
+    assert explored(samples, class_column="label").has_classes
 
 
 def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:

@@ -18,7 +18,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import protoclip
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
@@ -443,3 +443,22 @@ def test_features_of_ones_own_become_a_folder(form, tmp_path):
     np.testing.assert_allclose(reduced, (features[: len(known)] - mean) @ axes.T, atol=5e-3)
     with pytest.raises(ValueError, match=r"--width: 7 is not between 1 and 6"):
         embed_teacher(str(file), samples, tmp_path / "x", width=7, device=CPU)
+
+
+def test_a_tokenizer_that_reads_otherwise_is_another_half():
+    """Over the same weights: as with capitals kept that were not before."""
+
+    def key(tokenizer: Callable[[str], str]) -> str:
+        def collate(texts: list[str]) -> Tensor:
+            codes = [[ord(letter) % 97 for letter in tokenizer(text)[:60]] for text in texts]
+            return torch.tensor([(each + 60 * [0])[:60] for each in codes], dtype=torch.float32)
+
+        torch.manual_seed(0)
+        encoder = FrozenEncoder(nn.Linear(60, 4), torch.device("cpu"), collate, lambda x: x[:, :4])
+        return encoder.key()
+
+    def plain(text: str) -> str:
+        return text
+
+    assert len({key(plain), key(str.lower), key(lambda text: text.replace("ï", "i"))}) == 3
+    assert key(plain) == key(plain)

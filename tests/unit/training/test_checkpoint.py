@@ -72,6 +72,13 @@ def test_training_tries_again_a_minute_after_it_could_not_save(tmp_path, monkeyp
     assert not writer.due(9, episode_end=False)
 
 
+def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path):
+    writer = CheckpointWriter(tmp_path, description={}, every_steps=0, every_minutes=0.0, keep=1)
+    for step, value in enumerate((float("nan"), 0.5, float("inf"), 0.7, 0.6)):
+        writer.rate(step, value)
+    assert writer.best == (3, 0.7)
+
+
 def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path):
     """A run that went on from before them must not remove what it writes now."""
     writer = writer_of(tmp_path)

@@ -14,6 +14,8 @@ from unittest.mock import Mock, call
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from protoclip.training import logging
+from protoclip.training.loggers import kept_id
 from protoclip.training.logging import JsonLines, MetricsLog
 
 
@@ -209,6 +211,35 @@ def test_a_class_of_ones_own_is_a_logger(tmp_path, capsys):
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {__name__}:Missing: ")
     assert not (tmp_path / "tensorboard").exists()
+
+
+class Hanging(Listing):
+    def close(self) -> None:
+        threading.Event().wait()
+
+
+def test_a_logger_that_hangs_at_the_end_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """While it is waited for, the run hears no signal."""
+    monkeypatch.setattr(logging, "CLOSE_SECONDS", 0.1)
+    log_twice(tmp_path, names=[f"{__name__}:Hanging"], config={"run": {"seed": 7}})
+    assert ":Hanging: not done within 0.1 s of the end" in capsys.readouterr().err
+
+
+def test_an_id_that_a_full_disk_cut_short_is_made_anew(tmp_path):
+    path = tmp_path / "run-id"
+    path.touch()
+    assert kept_id(path, "new") == kept_id(path, "newer") == "new"
+
+
+def test_metrics_that_a_power_failure_cut_short_end_with_a_whole_line(tmp_path):
+    """The checkpoint, which is on the disk, knows of more."""
+    log = MetricsLog(tmp_path, names=[])
+    for step in (1, 2):
+        log.write(step, 0, {"loss": 3.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    MetricsLog(tmp_path, names=[], size=log.size, step=2).write(3, 0, {"loss": 2.0})
+    assert steps(path) == [1, 3]
 
 
 def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):

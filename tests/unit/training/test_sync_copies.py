@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from interrupting import with_changes, with_out
-from protoclip.models.saved import CHECKSUMS, checkpoints, damage
+from protoclip.files import sealed, to_json, write_atomically
+from protoclip.models.saved import CHECKSUMS, checkpoints, damage, write_model
 from protoclip.testing import tiny_config
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.plan import outline
@@ -226,3 +227,110 @@ def test_a_bucket_that_cannot_be_written_ends_a_run_before_it_begins(bucket, tmp
     with pytest.raises(ValueError, match=f"^{message}, or leave run.sync out$"):
         fetched(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_name_that_leads_out_of_the_folder_is_left_alone(saving, tmp_path, monkeypatch):
+    """Stores allow it, and a recipe may name a bucket of somebody else."""
+    saving.save(1)
+    saving.finish()
+    files, find = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").find
+    step = "/bucket/run/checkpoints/step-000000001"
+    odd = [f"{step}/../../../out", f"/bucket/run/{tmp_path}/out", "/bucket/run/a\\..\\out"]
+
+    def with_odd_names(self: Any, path: str, *given: Any, **more: Any) -> list[str]:
+        return [*find(self, path, *given, **more), *odd]
+
+    monkeypatch.setattr(files, "find", with_odd_names)
+    for name in odd:
+        objects()[name] = objects()[f"{step}/model.json"]
+    assert fetched(tmp_path / "deep" / "new") == [1]
+    assert [path for path in tmp_path.rglob("*") if path.name.endswith("out")] == []
+
+
+def test_a_folder_of_other_files_is_not_taken_for_the_run(saving, tmp_path):
+    """Or they would be copied to the bucket, and hidden ones removed."""
+    saving.save(1)
+    saving.finish()
+    (tmp_path / "other").mkdir()
+    names = ["secret.txt", ".notes.txt.12.tmp"]
+    for name in names:
+        (tmp_path / "other" / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"other: run folder exists; choose another with --run"):
+        fetched(tmp_path / "other")
+    assert sorted(os.listdir(tmp_path / "other")) == sorted(names)  # noqa: PTH208
+
+
+def test_a_bucket_of_damaged_checkpoints_is_no_new_run(saving, tmp_path, capsys):
+    """Which would train all steps again. With an older one here that one goes on."""
+    saving.save(2)
+    saving.finish()
+    name = "/bucket/run/checkpoints/step-000000002/model.safetensors"
+    fsspec.filesystem("s3").pipe_file(name, b"")
+    with pytest.raises(ValueError, match=r"^run\.sync: s3://bucket/run: every checkpoint there is"):
+        fetched(tmp_path / "new")
+    other = Run(tmp_path / "other")
+    other.writer.then = lambda folder: None
+    other.save(1)
+    capsys.readouterr()
+    assert fetched(other.folder) == [1]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "step-000000002 there is passed over: model.safetensors is not" in warning
+
+
+def test_what_a_cut_upload_left_does_not_spoil_the_next_one(saving):
+    """As the shards of a run that had more ranks."""
+    left = "/bucket/run/checkpoints/step-000000002/model/shard-00004-model-00001.safetensors"
+    fsspec.filesystem("s3").pipe_file(left, b"part")
+    saving.save(2)
+    saving.finish()
+    assert complete() == [2]
+    assert left not in objects()
+
+
+def test_a_damaged_file_takes_the_place_of_no_good_one(saving, capsys):
+    """A new process copies all that it finds in the folder of a finished run."""
+    few = {"towers.w": torch.zeros(9)}
+    write_model(saving.folder, few, {"alpha": 1.0})
+    write_atomically(saving.folder / "wise_ft.json", to_json(sealed({"points": []})))
+    saving.save(1)
+    saving.finish()
+    names = ["model.safetensors", "wise_ft.json"]
+    good = {name: objects()[f"/bucket/run/{name}"].getvalue() for name in names}
+    for name in names:
+        content = bytearray((saving.folder / name).read_bytes())
+        content[-3] ^= 1
+        (saving.folder / name).write_bytes(content)
+    capsys.readouterr()
+    Copies(CONFIG.run.sync, saving.folder, keep=2).finish(60.0)
+    assert {name: objects()[f"/bucket/run/{name}"].getvalue() for name in names} == good
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for name, warning in zip(names, warnings, strict=True):
+        assert f"{saving.folder}: {name} is " in warning
+        assert warning.endswith("; it is not copied")
+
+
+def test_a_fetch_that_is_cut_short_comes_to_the_best_checkpoint_too(saving, tmp_path, monkeypatch):
+    """It is older than those that are kept as the newest."""
+    saving.writer.best = (1, 0.9)
+    for step in (1, 2, 3, 4):
+        few = {"w": torch.full((9,), float(step))}
+        saving.writer.save(step, {"model": few, "optimizer": few, "source": few, "best": [1, 0.9]})
+        saving.writer.wait()
+    saving.finish()
+    assert complete() == [1, 3, 4]
+    files, get_file = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").get_file
+
+    first: set[str] = set()
+
+    def cut(self: Any, name: str, *given: Any, **more: Any) -> None:
+        first.update(re.findall(r"step-\d+", name) if not first else ())
+        if "step-" in name and min(first) not in name:
+            raise OSError("preempted")
+        get_file(self, name, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "get_file", cut)
+        with pytest.raises(ValueError, match="preempted"):
+            fetched(tmp_path / "new")
+    assert fetched(tmp_path / "new") == [1, 4]
