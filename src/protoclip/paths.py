@@ -212,6 +212,15 @@ def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "")
         )
 
 
+def require_store(setting: str, path: str) -> None:
+    """Refuse a path that is no folder, and where none can be made.
+
+    One that may not be written to will do, if it holds all that is asked for.
+    """
+    if not Path(path).is_dir():
+        require_place(setting, path, is_folder=True)
+
+
 def require_new(folder: str | Path) -> None:
     """Refuse a folder that exists."""
     if Path(folder).exists():

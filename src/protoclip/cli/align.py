@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.train import Train, show_results
 from protoclip.config import Config
-from protoclip.paths import require_paths, require_place
+from protoclip.paths import require_paths, require_place, require_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Align(Train):
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
         if config.align.features is not None:
-            require_place("align.features", config.align.features, is_folder=True)
+            require_store("align.features", config.align.features)
         with quick_imports():
             import torch
 

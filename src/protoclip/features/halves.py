@@ -6,6 +6,7 @@ or by its row in data that hold it; a caption by its text. So runs over the same
 encode what is new.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -536,7 +537,9 @@ def joined(out: Path, settings: dict[str, Any]) -> None:
     if any(read_note(file)["ids"] for file in parts_of(out)):
         join_parts(out, settings)
     else:
-        shutil.rmtree(out)
+        gone = out.with_name(f".{out.name}.{os.getpid()}")  # another process may look meanwhile
+        out.rename(gone)
+        shutil.rmtree(gone)
 
 
 def opened(folder: Path, width: int) -> Segments:

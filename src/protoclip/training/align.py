@@ -40,7 +40,7 @@ from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
 from protoclip.models.two_halves import TwoHalves, names_model
-from protoclip.paths import require_place
+from protoclip.paths import require_store
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.overfit import given_for_few
 from protoclip.training.plan import Plan
@@ -125,7 +125,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     if "name" not in given.get("model", {}).get("image", {}):
         raise ValueError(f"model.image.name: align {NEEDS}")
     if config.align.features is not None:
-        require_place("align.features", config.align.features, is_folder=True)
+        require_store("align.features", config.align.features)
     refuse(config)
     image = replace(image, name=image.name.removeprefix("timm:"))
     if not names_model("image", image.name):
