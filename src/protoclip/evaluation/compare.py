@@ -27,7 +27,7 @@ SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if
 INTERVALS = {
     "seeds and samples": "Several seeds: over seeds (paired, Student's t) and over {} test samples "
     "by groups, together.",
-    "seeds": "Without results of the same samples: over seeds alone; it does not cover others.",
+    "seeds": "Without results by sample: over seeds alone; it does not cover other samples.",
     "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
 }
 Run = Mapping[str, Any]
@@ -179,8 +179,11 @@ def difference_of_runs(
         influence, samples = np.mean([moved for _, moved in found], axis=0), len(found[0][0])
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     metric = METRICS.get(key.split("/", 2)[-1])
-    if metric is not None and not metric.has_interval:
+    has_none = metric is not None and not metric.has_interval
+    # On other samples, as of other data, it is not the models alone that differ.
+    if has_none or not all(ids for ids, _ in found):
         gains = [float(np.mean(gains))]  # as of one seed, which has no interval
+        influence, samples = None, None
     numbers = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
         numbers["samples"] = samples
@@ -195,7 +198,7 @@ def in_common(
     key: str, one: Run, two: Run, read: Callable[[Path], WithInfluences | None]
 ) -> tuple[list[tuple[str, str]], Floats] | None:
     """The samples that judged both runs by a metric, and how much more each group moves the second;
-    None unless both have results by sample, of the same samples.
+    no samples, if other ones judged either run; None unless both have results by sample.
     """
     if key.count("/") < 2:
         return None
@@ -208,7 +211,7 @@ def in_common(
         return None
     ids, (moved, moved_in_other) = sample_ids(own[0], metric), (own[1][metric], other[1][metric])
     if ids != sample_ids(other[0], metric) or len(moved) != len(moved_in_other):
-        return None
+        return [], np.empty(0)
     return ids, moved_in_other - moved
 
 

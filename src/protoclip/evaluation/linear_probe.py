@@ -38,11 +38,12 @@ class LinearProbe:
         return float((self.predict(features) == labels).double().mean())
 
     def ranks(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """How many others are at least as probable as the class of each row; k if it is unseen."""
+        """How many others are at least as probable as the class of each row; if it is unseen k, or
+        5 of fewer classes, so that it is not among the first five."""
         logits, wanted = self.logits(features), labels.to(self.classes)
         position = torch.searchsorted(self.classes, wanted).clamp(max=len(self.classes) - 1)
         ranks = (logits >= logits.gather(1, position.unsqueeze(1))).sum(dim=1) - 1
-        ranks = ranks.where(self.classes[position] == wanted, len(self.classes))
+        ranks = ranks.where(self.classes[position] == wanted, max(5, len(self.classes)))
         return ranks.to(features.device)
 
 
@@ -58,7 +59,7 @@ def best_linear_probe(
 
     So CLIP does it (Radford et al. 2021, section A.3), and CLIP_benchmark. Of equally good
     strengths it is the strongest. Without validation rows they are a fifth of the training rows,
-    drawn by the seed.
+    drawn by the seed. If the others are of one class, the strongest is taken.
     """
     features, labels = train_features, train_labels
     if validation_features is not None and validation_labels is not None:
@@ -70,6 +71,8 @@ def best_linear_probe(
         chooses = torch.zeros(len(labels), dtype=torch.bool)
         chooses[order[: len(order) // 5]] = True
     chooses = chooses.to(labels.device)
+    if len(torch.unique(labels[~chooses])) < 2:
+        return fit_linear_probes(features, labels, REGULARISATIONS[:1])[0]
     probes = fit_linear_probes(features[~chooses], labels[~chooses])
     right = [probe.accuracy(features[chooses], labels[chooses]) for probe in probes]
     strengths = REGULARISATIONS[: right.index(max(right)) + 1]

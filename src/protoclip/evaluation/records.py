@@ -16,8 +16,9 @@ from rich.table import Table
 from protoclip.evaluation.compare import cell, print_table, printable
 from protoclip.evaluation.metrics import difference, intervals
 from protoclip.evaluation.suite import Result
-from protoclip.files import require_ours, to_json, write_atomically
+from protoclip.files import checksum, require_ours, to_json, write_atomically
 
+LONGEST_NAME = 180  # bytes of a file's name, without its ending
 CAPTION = {
     "retrieval": "text_retrieval is from an image to its texts, which runs call image_to_text.",
     "intervals": "In brackets: 95% intervals over groups of samples.",
@@ -111,7 +112,11 @@ def write_records(
     for record in records:
         words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
         words += [record["split"]] if record["split"] != "test" else []
-        stem = name = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
+        stem = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
+        if len(encoded := stem.encode()) > LONGEST_NAME:
+            start = encoded[:LONGEST_NAME].decode(errors="ignore")
+            stem = f"{start}-{checksum(encoded)[:8]}"
+        name = stem
         while name in written:  # two models of one name
             name = f"{stem}-{len(written)}"
         written[name] = to_json(record) + "\n"

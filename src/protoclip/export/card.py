@@ -43,7 +43,7 @@ from protoclip.models.saved import (
     run_of,
 )
 from protoclip.prototypes.targets import back_translate
-from protoclip.terminal import visible, without_secrets
+from protoclip.terminal import say, visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat, named_by
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
@@ -312,12 +312,19 @@ def is_end(run: Path | None, checkpoint: Path | None) -> bool:
 def metrics_of(
     run: Path | None, checkpoint: Path | None
 ) -> dict[str, tuple[float, list[float] | None]]:
-    """Metrics of a finished run, each with its 95% interval, if they are of this checkpoint."""
+    """Metrics of a finished run, each with its 95% interval, if they are of this checkpoint.
+
+    Damaged results cost a warning: the weights are whole all the same.
+    """
     if run is None or not is_end(run, checkpoint) or not (run / "results.json").is_file():
         return {}
-    results = read_results(run)
-    ends = intervals_of(results)
-    return {name: (value, ends.get(name)) for name, value in results["metrics"].items()}
+    results, ends = dict[str, Any](), {}
+    try:
+        results = read_results(run)
+        ends = intervals_of(results)
+    except ValueError as error:
+        say(f"warning: the card lacks numbers: {error}")
+    return {name: (value, ends.get(name)) for name, value in results.get("metrics", {}).items()}
 
 
 def write_card(

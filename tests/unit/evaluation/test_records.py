@@ -96,6 +96,18 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
     assert {"acc1", "acc5", "mean_per_class_recall", "image_retrieval_recall@5"} <= names
 
 
+def test_a_long_name_of_a_model_makes_a_name_that_any_disk_takes(tmp_path):
+    """After all was judged; two that begin alike stay apart."""
+    record = judged("runs/x", Guessing(), tasks=["retrieval"])[0].record
+    long = [record | {"model": 80 * "模型" + end} for end in ("a", "b")]
+    records.write_records(long, tmp_path)
+    names = [file.name for file in tmp_path.iterdir()]
+    assert len(names) == 2
+    assert max(len(name.encode()) for name in names) < 220
+    found = [json.loads(file.read_text())["model"] for file in tmp_path.iterdir()]
+    assert sorted(found) == [each["model"] for each in long]
+
+
 def test_the_table_has_a_column_for_each_model(capsys):
     """A row for each metric; what a model lacks is a dash; differences on a second line."""
     first = judged("one[b]", Guessing(6), tasks=["knn"])
