@@ -83,6 +83,8 @@ class Pack(Recipes):
         from protoclip.data.pack import pack
 
         pairs = open_indexed(replace(self.data, train=self.source), "end to pack")
+        if self.data.class_column:
+            say("note: data.class_column: shards hold no classes; keep the table for them")
         packed = pack(
             pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )

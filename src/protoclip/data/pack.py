@@ -31,7 +31,7 @@ from protoclip.files import (
     write_atomically,
 )
 from protoclip.progress import Progress
-from protoclip.terminal import visible
+from protoclip.terminal import say, visible
 
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
@@ -55,9 +55,9 @@ def pack(
 ) -> Packed:
     """Write a source's samples to `00000.tar`, `00001.tar`, ... in a folder.
 
-    The files of a sample are its number with `.jpg`, `.png`, `.webp` or `.gif`, its caption in
-    `.txt`, and a `.json` with its `sample_id`, and with its captions if it has several. Bad samples
-    are listed in `skipped.jsonl`. Equal input gives equal bytes.
+    The files of a sample are its number with `.jpg`, `.png`, `.webp` or `.gif`, a `.json` with its
+    `sample_id` and its captions as `caption`, and a `.txt` if there is one caption. Classes are not
+    written. Bad samples are listed in `skipped.jsonl`. Equal input gives equal bytes.
 
     Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
     all if it is unset, keep their bytes. An interrupted run with the same settings is resumed.
@@ -68,7 +68,7 @@ def pack(
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: {samples_per_shard} is too small; at least 1")
     settings = {
-        "form": 2,
+        "form": 3,
         "source": source.name,
         "source_samples": len(source),
         "samples_per_shard": samples_per_shard,
@@ -85,6 +85,11 @@ def pack(
         manifest = _read_manifest(out, settings, key)
         if not manifest["complete"]:
             _write_shards(source, out, manifest)
+        else:  # ids and captions are these
+            say(
+                f"note: {out}: was packed before, and images are not looked at again; delete it to "
+                "pack them anew"
+            )
     shards = manifest["shards"]
     if not shards:
         raise ValueError(f"{source.name}: no sample could be packed; {skipped} says why")
@@ -213,13 +218,13 @@ def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadS
         sample = source.sample(row)
     except BadSample as bad:
         return bad
-    facts: dict[str, Any] = {"sample_id": sample.sample_id}
-    if len(sample.captions) > 1:
-        facts["caption"] = sample.captions
+    # With `data.caption_column` the captions of a `.json` are read.
+    facts = {"sample_id": sample.sample_id, "caption": sample.captions}
     try:
         kind, image = stored_image(sample.image, side)
         files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
-        return files if "caption" in facts else {**files, "txt": sample.captions[0].encode()}
+        several = len(sample.captions) > 1
+        return files if several else {**files, "txt": sample.captions[0].encode()}
     except ValueError as error:  # from the decoder, or a caption that UTF-8 cannot hold
         return BadSample(sample.sample_id, sample.where, str(error))
 

@@ -126,10 +126,15 @@ class EpisodeSampler:
         rows: Rows = self.first_rows[source]
         return rows + draws.integers(0, self.sizes[source])
 
+    @property
+    def counts(self) -> Rows:
+        """Of how many rows of each source an episode is made without replacement."""
+        ends: Rows = np.rint(self.episode_size * self.bounds).astype(np.int64)
+        return np.diff(ends, prepend=0)
+
     def _without(self, index: int) -> Rows:
-        counts = np.diff(np.rint(self.episode_size * self.bounds).astype(np.int64), prepend=0)
         parts = []
-        for source, (count, size) in enumerate(zip(counts, self.sizes, strict=True)):
+        for source, (count, size) in enumerate(zip(self.counts, self.sizes, strict=True)):
             passes, within = np.divmod(np.arange(index * count, (index + 1) * count), size)
             for number in np.unique(passes):
                 # Every pass of every source has its own permutation.
@@ -147,7 +152,8 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
     """A function from the number of an episode to the episode.
 
     Raises:
-        ValueError: As `EpisodeSampler` does, or a source of which no pair is left has a weight.
+        ValueError: As `EpisodeSampler` does, or a source of which no pair is left has a weight, or
+            one has too small a weight to be in an episode.
     """
     size = config.episodes.size
     if isinstance(samples, SampleStream):
@@ -164,10 +170,17 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
                 "weight; take it out, or, unless an earlier source has its images too, hold out "
                 "fewer pairs (data.validation)"
             )
-    return EpisodeSampler(
+    sampler = EpisodeSampler(
         [len(rows) for _, rows in parts],
         size,
         seed=config.run.seed,
         replacement=config.episodes.replacement,
         weights=weights or None,
-    ).episode
+    )
+    if not (config.episodes.replacement or sampler.counts.all()):
+        source, _ = parts[int(np.flatnonzero(sampler.counts == 0)[0])]
+        raise ValueError(
+            f"data.sources: the weight of '{source.name}' is too small for a pair of it to be in "
+            f"an episode of {size}; raise it or episodes.size, or set episodes.replacement = true"
+        )
+    return sampler.episode

@@ -50,6 +50,7 @@ CAPTION_COLUMNS = (
     *("caption", "captions", "title", "text", "texts", "txt"),
     *("description", "alt_text", "sentence", "sentences"),
 )
+BINARY = ("binary", "large_binary", "binary_view", "fixed_size_binary")  # types of pyarrow
 NO_COLUMN = ""  # named to say that no column is to be used
 ID_COLUMNS = ("sample_id", "key", "uid")
 
@@ -328,9 +329,10 @@ def _holds(what: str, type_: pa.DataType) -> bool:
     is_list = what == "captions" and "list" in str(type_).partition("<")[0]
     if is_list or pa.types.is_dictionary(type_):
         type_ = type_.value_type
-    if what not in ("ids", "classes") and "binary" in str(type_):
+    kind = str(type_).partition("[")[0]  # without the width of fixed_size_binary[9]
+    if what not in ("ids", "classes") and kind in BINARY:
         return True
-    return str(type_) in ("string", "large_string", "string_view", "null")
+    return kind in ("string", "large_string", "string_view", "null")
 
 
 def _missing(label: str, names: Sequence[str], what: str) -> ValueError:

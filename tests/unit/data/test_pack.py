@@ -60,7 +60,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_what_is_packed_reads_back(tmp_path):
+def test_what_is_packed_reads_back(tmp_path, capsys):
     """The same ids, captions and bytes in order, from an index and by WebDataset. A second call
     reads nothing of the source."""
     out = tmp_path / "out"
@@ -76,10 +76,11 @@ def test_what_is_packed_reads_back(tmp_path):
         patch.setattr(ImageTextPairs, "sample", lambda self, row: pytest.fail("was read"))
         assert pack(source(), out, samples_per_shard=10) == packed
     assert content(out) == before
+    assert "was packed before, and images are not looked at again" in capsys.readouterr().err
 
 
 def test_any_id_and_several_captions_are_kept(tmp_path):
-    """Ids with slashes, dots and every script; one caption as .txt, several in the .json."""
+    """Ids with slashes, dots and every script; one caption as .txt too, all in the .json."""
     items = source(
         4,
         image=[encoded(8, 8, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF")],
@@ -91,8 +92,9 @@ def test_any_id_and_several_captions_are_kept(tmp_path):
         assert {(member.mode, member.mtime, member.uname) for member in tar} == {(0o644, 0, "")}
         names = "0.jpg 0.json 0.txt 1.json 1.png 2.json 2.txt 2.webp 3.gif 3.json 3.txt"
         assert tar.getnames() == [f"00000000{name}" for name in names.split()]
-    found = index(tmp_path / "out")
-    assert facts(samples(found)) == facts(samples(items))
+    for keys in (None, ["caption"]):
+        found = index(tmp_path / "out", keys)
+        assert facts(samples(found)) == facts(samples(items))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Episodes are pure functions of seed and number."""
 
 import collections
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def test_sources_without_weights_are_one_long_source():
     """The same rows as from one source of their total size."""
     joined, single = (EpisodeSampler(s, 40, seed=5, replacement=False) for s in ([30, 70], 100))
     assert torch.equal(joined.episode(3).rows, single.episode(3).rows)
+
+
+def test_a_weight_that_brings_no_pair_into_any_episode_is_refused():
+    """Without replacement, where each episode has as many of a source."""
+    parts = [ImageTextPairs(tiny_pairs(8), name=name) for name in ("many", "few")]
+    weights = {"many": 100.0, "few": 1.0}
+    config = Config(
+        data=DataConfig(sources=[SourceConfig(path=p.name, weight=weights[p.name]) for p in parts]),
+        episodes=EpisodeConfig(size=8, replacement=False),
+    )
+    with pytest.raises(ValueError, match=r"^data\.sources: the weight of 'few' is too small"):
+        episodes(config, mixed_pairs(parts))
+    config = replace(config, episodes=replace(config.episodes, replacement=True))
+    assert len(episodes(config, mixed_pairs(parts))(0).rows) == 8
 
 
 @pytest.mark.parametrize("replacement", [True, False])

@@ -112,6 +112,12 @@ def captions(pairs: ImageTextPairs) -> list[tuple[str, ...]]:
     return [pairs.sample_captions(row) for row in range(len(pairs))]
 
 
+@pytest.mark.parametrize("image", [[[b"one"], [b"two"]], [[{"bytes": b"one", "path": "a"}], []]])
+def test_lists_of_images_are_no_images(tmp_path, image):
+    with pytest.raises(ValueError, match=r"column 'image' holds list<.*, not images"):
+        opened(tmp_path, pa.table({"image": image, "TEXT": ["a", "b"]}))
+
+
 @pytest.mark.parametrize(
     "image",
     [

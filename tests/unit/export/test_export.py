@@ -33,7 +33,7 @@ from protoclip.export.source import open_source
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.opening import PICKLED
-from protoclip.models.saved import split, write_checkpoint
+from protoclip.models.saved import find_checkpoint, split, write_checkpoint
 from protoclip.testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 
@@ -507,6 +507,12 @@ def test_the_card_of_a_run(tmp_path):
     assert high == pytest.approx(accuracy + 1.96 * error, abs=0.3 * error)
     assert "| `eval/emoji/modality_gap/gap` | 0.5000 | - |" in card
     assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
+    # Damaged results cost numbers, not the export.
+    (made / "results" / "emoji-test.parquet").write_bytes(b"cut")
+    found = cards.metrics_of(made, find_checkpoint(made))
+    assert found["eval/emoji/zero_shot/acc5"] == (accuracy, None)
+    (made / "results.json").write_text("{")
+    assert cards.metrics_of(made, find_checkpoint(made)) == {}
     names = run_examples(tmp_path / "out")
     assert [*names] == [*ALL, "protoclip"]
     expected = names["protoclip"]["similarity"]
