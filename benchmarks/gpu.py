@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.config import (
@@ -548,27 +549,35 @@ def resume(machine: Machine) -> Iterator[Row]:
     }
     with tempfile.TemporaryDirectory() as folder:
         yield twice("as shipped", [tiny(f"{folder}/{place}", machine) for place in "ab"])
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with tempfile.TemporaryDirectory() as folder:
-        configs = [tiny(f"{folder}/{place}", machine, model=vit) for place in "ab"]
-        yield twice("deterministic", configs)
-    for name, way in ways.items():
+    with deterministic():
         with tempfile.TemporaryDirectory() as folder:
-            saving = {**way.get("run", {}), "save_steps": 6, "keep_checkpoints": 10}
-            config = tiny(folder, machine, **{**way, "run": saving, "model": vit})
-            wanted = ends(config)
-            own = Path(str(config.run.out))
-            for checkpoint in saved.checkpoints(own)[1:]:
-                shutil.rmtree(checkpoint)
-            (own / "results.json").unlink()
-            number = differing(ends(config, resume="auto"), wanted)
-            what = f"{name}: tensors that differ after going on from step 6"
-            yield Check(what=what, difference=float(number), bound=0.0)
-    torch.use_deterministic_algorithms(False)
+            configs = [tiny(f"{folder}/{place}", machine, model=vit) for place in "ab"]
+            yield twice("deterministic", configs)
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                saving = {**way.get("run", {}), "save_steps": 6, "keep_checkpoints": 10}
+                config = tiny(folder, machine, **{**way, "run": saving, "model": vit})
+                wanted = ends(config)
+                own = Path(str(config.run.out))
+                for checkpoint in saved.checkpoints(own)[1:]:
+                    shutil.rmtree(checkpoint)
+                (own / "results.json").unlink()
+                number = differing(ends(config, resume="auto"), wanted)
+                what = f"{name}: tensors that differ after going on from step 6"
+                yield Check(what=what, difference=float(number), bound=0.0)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's deterministic algorithms alone; attention on a CPU heeds these switches too."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = before
 
 
 def twice(name: str, configs: list[Config]) -> Figure:

@@ -217,7 +217,7 @@ def require_store(setting: str, path: str) -> None:
 
     One that may not be written to will do, if it holds all that is asked for.
     """
-    if not Path(path).is_dir():
+    if not path.strip() or not Path(path).is_dir():
         require_place(setting, path, is_folder=True)
 
 

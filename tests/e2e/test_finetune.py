@@ -311,7 +311,7 @@ def test_another_start_at_the_same_path_does_not_go_on(top, finished, copied, tm
 def test_results_that_could_not_be_written_are_made_again(top, copied, monkeypatch):
     """Between another model and its results the run has none of the old ones; the sweep is kept."""
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "results", lambda run: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr(Run, "results", lambda run, **_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="full"):
             finetune(settings(top, copied), alpha=0.5, resume="auto")
     assert not (copied / "results.json").exists()

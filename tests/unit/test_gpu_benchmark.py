@@ -42,6 +42,7 @@ def test_every_part_passes_on_a_cpu(gpu, name, monkeypatch):
     assert rows
     failed = [row for row in rows if isinstance(row, gpu.Check) and not row.passed]
     assert not failed
+    assert torch.backends.cuda.flash_sdp_enabled()  # or later tests would round otherwise
 
 
 def test_parts_that_fail_hang_or_raise_leave_the_others_alone(gpu, monkeypatch, tmp_path):

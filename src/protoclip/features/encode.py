@@ -108,9 +108,9 @@ class FrozenEncoder:
         Weights alone tell neither layers apart nor limits of captions. So the structure counts too,
         and the features of examples, to three digits, since the last ones depend on the hardware.
         """
-        examples: list[Any] = ["a photo of a red dog", "two words", TELLING]
+        examples: list[Any] = ["a photo of a red dog", "two words"]
         if self.transform is None:
-            reads = f"{self.collate!r} {self.collate(examples)}"
+            reads = f"{self.collate!r} {self.collate([*examples, TELLING])}"
         else:
             ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
             examples, reads = [self.transform(Image.fromarray(ramp))], repr(self.transform)
