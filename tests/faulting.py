@@ -331,6 +331,13 @@ def in_child(words: Sequence[str], injector: Injector, said: int, tell: int) -> 
         os._exit(code)
 
 
+def with_workers(content: object, number: int) -> object:
+    """A `config.toml` with so many workers instead of none; what other files hold as it is."""
+    if not isinstance(content, bytes):
+        return content
+    return content.replace(b"\nworkers = 0\n", b"\nworkers = %d\n" % number)
+
+
 class Scene:
     """A folder with pairs, a finished run, an unfinished one, and a command to call in it.
 
@@ -427,7 +434,8 @@ class Scene:
         """How a call ends under a fault, and the next one without; and all that is wrong then."""
         command, fresh = fault.command, fault.fresh and fault.command == "train"
         self.prepare(command, fresh=fresh)
-        words = self.words(command, fresh=fresh, workers=1 if fault.kind == "worker killed" else 0)
+        workers = 1 if fault.kind == "worker killed" else 0
+        words = self.words(command, fresh=fresh, workers=workers)
         at = 1 + int(fault.share * self.events[command, fresh])
         while True:
             self.reset()
@@ -443,8 +451,10 @@ class Scene:
         shows_less = command == "report" and fault.kind in WITHOUT_IMAGES
         no_captions = NO_CAPTIONS in first.said and first.code == 0 and fault.kind not in HARMLESS
         without = ("exported/prototypes.json",) if no_captions else ()
+        # A worker that is killed after its last batch ends nothing, and a finished run stays.
+        kept = workers if first.code == 0 else 0
         if first.code == 0 and not first.left_out and not shows_less:
-            differ = self.differences(command, fresh=fresh, without=without)
+            differ = self.differences(command, fresh=fresh, without=without, workers=kept)
             # What is not needed any more, and cannot be removed, the next call removes.
             wrong += [f"success, but {text}" for text in differ if "/parts/" not in text]
         if first.gone in before and not (self.folder / first.gone).exists():
@@ -455,7 +465,7 @@ class Scene:
         if first.code == 0 and first.left_out and command in ("train", "data pack"):
             wrong += self.without_some(command, fault, first)  # what is left out stays so
         else:
-            differ = self.differences(command, fresh=fresh, without=without)
+            differ = self.differences(command, fresh=fresh, without=without, workers=kept)
             if command == "train" and "samples read are bad" in first.last:  # the run keeps that
                 differ = [text for text in differ if not text.endswith(LISTS_OF_BAD)]
             wrong += [f"the next call: {text}" for text in differ]
@@ -478,9 +488,15 @@ class Scene:
             return f"names no path: {ended.last}"
         return ended.problem
 
-    def differences(self, command: str, *, fresh: bool, without: Sequence[str] = ()) -> list[str]:
-        """Between what a command made and what it makes undisturbed."""
-        found, expected = self.made(command, fresh=fresh), self.expected[command, fresh]
+    def differences(
+        self, command: str, *, fresh: bool, without: Sequence[str] = (), workers: int = 0
+    ) -> list[str]:
+        """Between what a command made and what it makes undisturbed with so many workers."""
+        found = self.made(command, fresh=fresh)
+        expected = {
+            name: with_workers(content, workers)
+            for name, content in self.expected[command, fresh].items()
+        }
         names = sorted((found.keys() | expected.keys()) - {*without})
         return [f"another {n}" for n in names if found.get(n, b"") != expected.get(n, b"")][:3]
 
@@ -523,7 +539,8 @@ class Scene:
             facts = json.loads(before[f"stopped/checkpoints/{self.start.name}/state.json"])
             for name, size in (("config.toml", None), ("metrics.jsonl", facts["metrics_bytes"])):
                 name = f"stopped/{name}"
-                known = (before[name], self.expected["train", False].get(name, before[name]))
+                ended_as = self.expected["train", False].get(name, before[name])
+                known = (before[name], ended_as, with_workers(ended_as, 1))
                 left = now.get(name, b"")[:size]
                 kept = any(left == whole[:size] for whole in known if isinstance(whole, bytes))
                 if not kept and name != ended.gone:

@@ -511,6 +511,14 @@ def write_model(
     sync_folder(run)
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, of which nothing is seen any more if this ends half-way."""
+    gone = unfinished(folder)
+    with suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def remove_unfinished(run: Path) -> None:
     """Remove what processes that were killed had begun to write; nobody else writes to the run."""
     for folder in (run, run / "checkpoints"):

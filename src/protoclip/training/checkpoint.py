@@ -187,7 +187,7 @@ class CheckpointWriter:
         so_far = [path for path in saved.checkpoints(self.run) if path <= folder]
         for old in so_far[: -self.keep]:
             if old != best:
-                shutil.rmtree(old, ignore_errors=True)
+                saved.remove_checkpoint(old)
         self.then(folder)
 
 

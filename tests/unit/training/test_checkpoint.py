@@ -72,6 +72,31 @@ def test_training_tries_again_a_minute_after_it_could_not_save(tmp_path, monkeyp
     assert not writer.due(9, episode_end=False)
 
 
+def test_a_checkpoint_whose_removal_is_cut_short_is_gone(tmp_path, monkeypatch):
+    """Half of one would be taken for damaged. The next process removes the rest."""
+    writer = CheckpointWriter(tmp_path, description={}, every_steps=0, every_minutes=0.0, keep=1)
+    few = {"w": torch.ones(9)}
+    state = {"model": few, "optimizer": few, "source": few}
+    writer.save(1, state)
+    writer.wait()
+    remove = saved.shutil.rmtree
+
+    def cut(folder: Path, **more: Any) -> None:
+        if (folder / "model.json").exists():
+            (folder / "model.json").unlink()
+        else:
+            remove(folder, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved.shutil, "rmtree", cut)
+        writer.save(2, state)
+        writer.wait()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000002"]
+    assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
+    saved.remove_unfinished(tmp_path)
+    assert len([*(tmp_path / "checkpoints").iterdir()]) == 1
+
+
 def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path):
     writer = CheckpointWriter(tmp_path, description={}, every_steps=0, every_minutes=0.0, keep=1)
     for step, value in enumerate((float("nan"), 0.5, float("inf"), 0.7, 0.6)):
