@@ -55,9 +55,9 @@ EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 EQUAL = 1e-3  # share of a row's norm by which copies of an image may differ in half precision
-# Rows along a line among which copies are looked for, and how many times their distance they may be
-# apart there, whose standard deviation is that distance.
-ALONG, DEVIATIONS = 64, 5
+# Copies are looked for among so many next rows along a line. Projected on so many lines, two rows
+# are hardly ever this many times their distance apart.
+ALONG, LINES, APART = 64, 16, 8
 LEAST_IMAGES = 100  # of pairs that heads are fitted to; fewer say nothing of others
 
 
@@ -414,14 +414,12 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
     line they are still near each other, with few other rows in between.
     """
     rows, width = features.float(), features.shape[1]
-    along = rows @ torch.randn(width, generator=torch.Generator().manual_seed(0))
-    most, order = EQUAL * rows.norm(dim=1), torch.argsort(along)
+    along = rows @ torch.randn(width, LINES, generator=torch.Generator().manual_seed(0))
+    most, order = EQUAL * rows.norm(dim=1), torch.argsort(along[:, 0])
     edges = [torch.zeros(2, 0, dtype=torch.long)]
     for step in range(1, min(ALONG, len(rows) - 1) + 1):
         one, other = order[:-step], order[step:]
-        near = along[other] - along[one] <= DEVIATIONS * most[other]
-        if not near.any():
-            break
+        near = (along[other] - along[one]).norm(dim=1) <= APART * most[other]
         for pairs in torch.split(torch.stack([one[near], other[near]]), CHUNK, dim=1):
             equal = (rows[pairs[0]] - rows[pairs[1]]).norm(dim=1) <= most[pairs[1]]
             edges.append(pairs[:, equal])

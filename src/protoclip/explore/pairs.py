@@ -83,8 +83,9 @@ def explored(samples: Pairs | SampleStream, *, class_column: str | None = None) 
         )
     sources = plain_sources(samples)
     for source in sources:
-        # A text table's index has its own name for the column that was named when it was opened.
-        source.class_column = source.class_column or class_column
+        # The index of a text table has its own name for the column that it was opened with.
+        if class_column in source.table.column_names or source.class_column is None:
+            source.class_column = class_column
         if source.class_column and source.class_column not in source.table.column_names:
             present = ", ".join(source.table.column_names)
             raise ValueError(f"{source.name}: no column '{source.class_column}'; it has {present}")

@@ -259,6 +259,7 @@ class Copies:
         self.store: Store = None if url is None else store_of(url)
         self._newest: Path | None = None
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of files beside checkpoints
+        self._told = set[str]()  # what is wrong with files beside checkpoints
         self._wanted: Path | None = None  # the newest checkpoint that was not copied yet
         self._warned_of: Path | None = None
         self._thread: Thread | None = None
@@ -312,9 +313,12 @@ class Copies:
         there, folder = names_in(self.store), self.folder
         beside = files_beside(folder)
         for name in sorted(n for n in beside if self._is_new(beside[n], n)):
-            if (wrong := spoiled(folder, name)) is not None:
-                self._copied[name] = state_of(beside[name])  # it is told once
+            if (wrong := spoiled(folder, name)) is None:
+                continue
+            del beside[name]
+            if wrong not in self._told:
                 say(f"warning: run.sync: {folder}: {wrong}; it is not copied")
+            self._told.add(wrong)
         if any(
             name.endswith(".safetensors") and self._is_new(beside[name], name) for name in beside
         ):

@@ -310,6 +310,22 @@ def test_a_damaged_file_takes_the_place_of_no_good_one(saving, capsys):
         assert warning.endswith("; it is not copied")
 
 
+def test_a_model_that_is_written_while_it_is_copied_is_copied_the_next_time(saving):
+    """Its checksums come after its weights."""
+    write_model(saving.folder, {"towers.w": torch.zeros(9)}, {"alpha": 0.0})
+    before = (saving.folder / CHECKSUMS).read_bytes()
+    write_model(saving.folder, {"towers.w": torch.ones(9)}, {"alpha": 1.0})
+    after = (saving.folder / CHECKSUMS).read_bytes()
+    (saving.folder / CHECKSUMS).write_bytes(before)
+    saving.save(1)
+    saving.finish()
+    assert "/bucket/run/model.safetensors" not in objects()
+    (saving.folder / CHECKSUMS).write_bytes(after)
+    saving.finish()
+    weights = (saving.folder / "model.safetensors").read_bytes()
+    assert objects()["/bucket/run/model.safetensors"].getvalue() == weights
+
+
 def test_a_fetch_that_is_cut_short_comes_to_the_best_checkpoint_too(saving, tmp_path, monkeypatch):
     """It is older than those that are kept as the newest."""
     saving.writer.best = (1, 0.9)
