@@ -80,7 +80,7 @@ class CheckpointWriter:
         self._thread: Thread | None = None
 
     def rate(self, step: int, value: float) -> None:
-        """Note the result of an evaluation; higher is better. One that is not finite counts not."""
+        """Note the result of an evaluation; higher is better. NaN and infinity do not count."""
         if math.isfinite(value) and (self.best is None or value > self.best[1]):
             self.best = (step, value)
 

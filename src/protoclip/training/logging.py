@@ -115,10 +115,13 @@ def whole_lines(path: Path, size: int) -> int:
     was written."""
     if size == 0 or not path.is_file():
         return size
-    with path.open("rb") as file:
-        end = min(size, file.seek(0, os.SEEK_END))
-        start = file.seek(max(0, end - LONGEST_LINE))
-        return start + file.read(end - start).rfind(b"\n") + 1
+    try:
+        with path.open("rb") as file:
+            end = min(size, file.seek(0, os.SEEK_END))
+            start = file.seek(max(0, end - LONGEST_LINE))
+            return start + file.read(end - start).rfind(b"\n") + 1
+    except OSError:  # as those who write to it tell
+        return size
 
 
 class MetricsLog:
