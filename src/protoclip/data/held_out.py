@@ -341,6 +341,16 @@ def image_names(source: ImageTextPairs, table: pa.Table | None = None) -> pa.Chu
     return source.kept(values) if "string" in str(values.type) else None
 
 
+def images_of_several_classes(source: ImageTextPairs) -> int:
+    """How many images have other classes in other rows."""
+    if (names := image_names(source, source.table)) is None:
+        return 0
+    classes = source.kept(source.checked.column(str(source.class_column)))
+    table = pa.table({"image": names, "class": classes}).filter(pc.is_valid(names))
+    counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
+    return int(np.count_nonzero(counts.to_numpy() > 1))
+
+
 def image_sizes(source: ImageTextPairs) -> Rows:
     """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
     table = source.checked

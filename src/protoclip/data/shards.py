@@ -47,7 +47,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and wh
 # A larger image or text is not read. A longer name, or a larger file of any kind, is damage.
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index. Change it when the rows or facts change.
-INDEX_FORM = "tar shards, 3"
+INDEX_FORM = "tar shards, 4"
 MAX_SHARDS = 1_000_000  # that a pattern may name
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # Where the image is in the tar; null if there is none.
@@ -158,13 +158,15 @@ def read_samples(
     *,
     stream: bool,
     beside: str | None = None,
+    unnamed: set[str] | None = None,
 ) -> Iterator[ShardSample]:
     """The samples of an uncompressed tar, each made of consecutive files with one key.
 
     Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
     the `.txt`, or without one under the first of the usual keys that is there. A stream is read
     front to back, images included; otherwise images are skipped by seeking. With `beside`,
-    samples are images and files with that extension, such as `cls`, not captions.
+    samples are images and files with that extension, such as `cls`, not captions. `unnamed` is
+    given the keys that have an image only behind a second dot, as in `dog.1.jpg`.
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
@@ -192,6 +194,9 @@ def read_samples(
                 continue  # nothing opens what a link or device names
             reading, (next_key, kind) = member.name, split_name(member.name)
             used, size = kind in IMAGES or kind in texts, member.size
+            if unnamed is not None and kind.rpartition(".")[2] in IMAGES:
+                has_image = next_key == key and not IMAGES.isdisjoint(files)
+                (unnamed.discard if used or has_image else unnamed.add)(next_key)
             if size <= MAX_MEMBER_BYTES and (used if stream else kind in texts):
                 member.data = source.read(size)
                 if len(member.data) < size:
@@ -354,15 +359,22 @@ def _index_shard(
     path, key = shard
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        unnamed = set[str]()
         with open_local(path) as file:
             if file.peek(6).startswith(tuple(COMPRESSED)):
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:
-                samples = list(read_samples(file, shard_stem(path), caption_keys, stream=False))
+                samples = list(
+                    read_samples(
+                        file, shard_stem(path), caption_keys, stream=False, unnamed=unnamed
+                    )
+                )
             except Exception as error:
                 raise ValueError(f"{path}: {reason_of(error)}") from None
         if samples and samples[-1].fault:
             facts["notes"] = [f"{path}: {samples.pop().fault}"]
+        if unnamed:
+            facts["unnamed"] = [len(unnamed), f"{path}: {visible(min(unnamed))}"]
         images = [s.image for s in samples]
         columns = {
             "sample_id": [s.sample_id for s in samples],
@@ -389,14 +401,22 @@ def _join_indexes(
                 progress.update(done)
     # One index is open at a time: there may be more shards than a process may have open files.
     names = pa.array(list(shards), pa.string())
-    faults: list[str] = []
+    faults, unnamed = list[str](), list[Any]()
     for number, shard in enumerate(shards.items()):
         index = index_one(shard)
         index.check()
         faults += index.notes
+        unnamed += [index.facts["unnamed"]] if "unnamed" in index.facts else []
         for batch in index.table.to_batches():
             rows = pa.array(np.full(len(batch), number, dtype=np.int32))
             column = pa.DictionaryArray.from_arrays(rows, names)
             yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
-    for fault in faults[:1]:
-        facts["notes"] = [f"{len(faults)} of {len(shards)} shards break off, such as {fault}"]
+    facts["notes"] = [
+        f"{len(faults)} of {len(shards)} shards break off, such as {fault}" for fault in faults[:1]
+    ]
+    for _, example in unnamed[:1]:
+        number = sum(count for count, _ in unnamed)
+        facts["left_out"] = [
+            f"{number:,} images are left out, such as {example}.*.jpg: a sample's name ends at its "
+            "first dot; rename them, as in 000-1.jpg"
+        ]

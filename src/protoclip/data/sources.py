@@ -101,6 +101,16 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
         for source in sources_of(samples)
         if isinstance(source, ImageTextPairs) and source.id_column is None
     ]
+    by_number = [
+        source.name
+        for source in sources_of(samples)
+        if isinstance(source, ImageTextPairs) and len(source) and source.class_of(0).isdecimal()
+    ]
+    if len(by_number) > 1:
+        numbered.append(
+            f"{' and '.join(by_number)}: have numbers as classes, and equal numbers count as one "
+            "class; write names in their class columns if they mean different things"
+        )
     return [*numbered, *getattr(samples, "notes", ())]
 
 

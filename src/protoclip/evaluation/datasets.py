@@ -23,7 +23,7 @@ from torch import Tensor
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
-from protoclip.data.held_out import image_names
+from protoclip.data.held_out import image_names, images_of_several_classes
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.sources import open_source
@@ -321,6 +321,11 @@ def _open_pairs(
         texts = classes_of_rows(pairs, rows)
         classes = pairs.class_labels or in_order(texts)
         labels = positions(texts, classes)
+        if several := images_of_several_classes(pairs) if len(rows) < len(pairs) else 0:
+            notes.append(
+                f"{reference}: {several:,} images have other classes in other rows, of "
+                "which the first counts; give each image one class"
+            )
     only = Split(images=images, labels=labels, captions=captions)
     names, templates = named(classes)
     return EvaluationData(

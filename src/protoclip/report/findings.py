@@ -13,6 +13,7 @@ import numpy as np
 from protoclip.evaluation.compare import intervals_of
 from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.validation import NAME
+from protoclip.terminal import say
 
 # The measures of the sentences, by the end of their names, and how a sentence names them.
 HEADLINES = {
@@ -129,7 +130,7 @@ def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
             if entry["name"] in (run["name"], f"{run['name']} ({run['folder']})")
         ]
     of_samples = {
-        name: intervals_of(runs[0]) if len(runs) == 1 else {} for name, runs in by_name.items()
+        name: known_intervals(runs[0]) if len(runs) == 1 else {} for name, runs in by_name.items()
     }
     keys = dict.fromkeys(key for entry in entries for key in entry["metrics"])
     rows = []
@@ -145,6 +146,15 @@ def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
             cells.append(cell(value, ends, percent=percent, best=best))
         rows.append(Row(metric=sentence_case(label(metric, data)), data=data, cells=cells))
     return rows
+
+
+def known_intervals(run: Results) -> dict[str, list[float]]:
+    """Intervals of a run's metrics; none, with a warning, if a file of its samples is damaged."""
+    try:
+        return intervals_of(run)
+    except ValueError as error:
+        say(f"warning: the report lacks intervals: {error}")
+        return {}
 
 
 def cell(

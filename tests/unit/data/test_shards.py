@@ -146,6 +146,16 @@ def test_an_index_notes_what_is_lost(tmp_path):
     ]
 
 
+def test_an_index_notes_images_whose_names_have_a_further_dot(tmp_path):
+    """They are no samples of their own; beside an image of that name they are something else."""
+    files = [*numbered(0).items(), ("000.seg.png", b"x"), ("dog.1.jpg", b"x"), ("dog.2.png", b"x")]
+    write_tar(tmp_path / "0.tar", [*files, ("1.depth.png", b"x"), ("1.png", b"x")])
+    assert index(tmp_path).notes == [
+        f"1 images are left out, such as {tmp_path}/0.tar: dog.*.jpg: a sample's name ends at its "
+        "first dot; rename them, as in 000-1.jpg"
+    ]
+
+
 def test_every_cut_keeps_what_is_whole(tmp_path):
     """A shard cut anywhere gives the samples before the cut; a stream adds a bad one."""
     path = write_tar(tmp_path / "a.tar", numbered(0, 1, 2, 3))

@@ -392,3 +392,20 @@ def test_ids_that_are_row_numbers_are_told(tmp_path):
     parts = [SourceConfig(path=str(tmp_path / f"{name}.csv")) for name in ("plain", "keyed")]
     (note,) = sources.notes(sources.pairs(Config(data=DataConfig(sources=parts))))
     assert note.startswith("plain.csv: has no column of sample ids, so they are row numbers: keep")
+
+
+@pytest.mark.parametrize(("classes", "is_told"), [(("1", "2"), True), (("1", "cat"), False)])
+def test_numbers_as_classes_of_several_sources_are_told(classes, is_told, tmp_path):
+    for number, name in enumerate(classes):
+        (tmp_path / f"{number}.csv").write_text(f"image,caption,key,kind\n0.jpg,a,b,{name}\n")
+    parts = [SourceConfig(path=str(tmp_path / f"{number}.csv")) for number in range(2)]
+    data = DataConfig(sources=parts, class_column="kind", id_column="key")
+    told = [note for note in sources.notes(sources.pairs(Config(data=data))) if "classes" in note]
+    assert (
+        told
+        == [
+            "0.csv and 1.csv: have numbers as classes, and equal numbers count as one "
+            "class; write names in their class columns if they mean different things"
+        ]
+        * is_told
+    )

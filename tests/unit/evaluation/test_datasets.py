@@ -221,6 +221,16 @@ def test_a_table_may_have_captions_and_classes(tmp_path):
     assert open_data(str(path), class_column="kind").class_names == ["7", "9"]
 
 
+def test_an_image_with_several_classes_in_its_rows_is_told(tmp_path):
+    columns = {"caption": ["a", "b", "c"], "kind": ["cat", "dog", "dog"]}
+    for images, number in ((["0.png", "0.png", "1.png"], 1), (["0.png", "1.png", "1.png"], 0)):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"image": images, **columns}), path)
+        notes = open_data(str(path), class_column="kind").notes
+        told = "1 images have other classes in other rows, of which the first counts; give each"
+        assert sum(f"{path}: {told}" in note for note in notes) == number
+
+
 def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
     """Which win over those for all."""
     path = write_table(tmp_path / "t.parquet", caption=["a", "b", "c"], kind=[7, 8, 9])

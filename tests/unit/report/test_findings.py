@@ -103,6 +103,15 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
     assert (gap.cells[1].difference, gap.cells[1].best) == ("\u22120.250", False)
 
 
+def test_a_damaged_file_of_samples_costs_the_intervals_alone(tmp_path, capsys):
+    one = run(tmp_path, "A", 0.5)
+    path = one["samples"]["emoji"]
+    path.write_bytes(path.read_bytes()[:100])
+    knn, _ = table(compare.compare([one]), [one])
+    assert (knn.cells[0].value, knn.cells[0].interval) == ("50.0", "")
+    assert f"warning: the report lacks intervals: {path}" in capsys.readouterr().err
+
+
 def test_words():
     assert minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
     assert [*map(sentence_case, ("kNN", "linear probe", "a"))] == ["kNN", "Linear probe", "A"]
