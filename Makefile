@@ -108,6 +108,12 @@ clean: ## Remove .venv, .venv-lowest, caches and builds
 	@$(BIN)/python -m pytest --collect-only -qq >/dev/null 2>&1 || true # an error is told by the tests
 	@touch $@
 
+# Both at once, for .ci/run.
+.venv/all: .venv/home pyproject.toml
+	@echo "Installing protoclip and the tools to test it and to build the site into .venv ($(NOTE))"
+	@$(INSTALL) '.[dev,docs]'
+	@touch .venv/runtime .venv/dev .venv/docs $@
+
 .venv/docs: .venv/home pyproject.toml
 	@echo "Installing protoclip and the tools that build the site into .venv ($(NOTE))"
 	@$(INSTALL) '.[docs]'

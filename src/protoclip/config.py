@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -394,13 +395,19 @@ class Config:
 Section = TypeVar("Section")
 
 
+@cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a section's settings, which take Python some time to read."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Section:
     """A section, such as `Config`, from a tree of values as TOML gives them.
 
     Raises:
         ValueError: A setting is unknown, missing, of the wrong type or out of range.
     """
-    hints = get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind)  # type: ignore[arg-type] # classes can be hashed
     former = without_number(prefix)
     tree = {n: v for n, v in tree.items() if n in hints or (former + n, v) not in GONE.items()}
     for name in tree:
