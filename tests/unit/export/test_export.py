@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.opening import PICKLED
 from protoclip.models.saved import find_checkpoint, split, write_checkpoint
+from protoclip.models.towers import clip_tokenizer
 from protoclip.testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 
@@ -157,8 +159,10 @@ def save_run(folder: Path, config: ModelConfig, *, sigmoid: bool = False, **stat
 
 
 @pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Makes a tiny model of a kind, and returns its reference."""
+def reference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], str]]:
+    """Makes a tiny model of a kind, whose tokenizer knows few words, and returns its reference."""
     base = tmp_path_factory.mktemp("models")
     build = open_clip.SimpleTokenizer.__init__
     with gzip.open(build.__defaults__[0]) as file:
@@ -175,6 +179,7 @@ def reference(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
             image = ImageTowerConfig(name="test_vit", size=32)
             return str(save_run(base / kind, replace(tiny_model(), image=image)))
         monkeypatch.setattr(build, "__defaults__", (base / "merges.gz", *build.__defaults__[1:]))
+        clip_tokenizer.cache_clear()  # of all words
         if kind.startswith("hf-text"):
             bert = str(save_bert(base / "bert"))
             text = {**NAMED[kind]["text_cfg"], "hf_model_name": bert, "hf_tokenizer_name": bert}
@@ -182,7 +187,9 @@ def reference(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
             monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, kind, config)
         return f"open_clip:{kind}"
 
-    return make
+    clip_tokenizer.cache_clear()
+    yield make
+    clip_tokenizer.cache_clear()  # of few words
 
 
 def expected(
