@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import protoclip
 from protoclip.cli import main
 from protoclip.config import DataConfig
+from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import embed as module
 from protoclip.testing import run_distributed, tiny_pairs
@@ -194,6 +196,19 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_run, pairs, tmp_path)
     assert not list(tmp_path.glob("*.parquet"))
     assert embedded(tiny_run, pairs, out) == []
     assert len(pq.read_table(out)) == 58
+
+
+def test_changed_shards_of_a_stream_are_other_data(tiny_run, tmp_path):
+    for number in range(2):
+        pack(ImageTextPairs(tiny_pairs(20, seed=number), name="tiny"), tmp_path / f"{number}")
+    data, out = DataConfig(train=f"{tmp_path}/0/*.tar", read="streaming"), tmp_path / "v.parquet"
+    protoclip.embed(tiny_run, data, out, num_samples=20)
+    before = pq.read_table(out)["captions"]
+    shutil.copy(tmp_path / "1" / "00000.tar", tmp_path / "0" / "00000.tar")
+    with pytest.raises(ValueError, match="made with other data, or before these were changed"):
+        protoclip.embed(tiny_run, data, out, num_samples=20)
+    protoclip.embed(tiny_run, data, out, num_samples=20, overwrite=True)
+    assert pq.read_table(out)["captions"] != before
 
 
 @pytest.mark.parametrize("read", ["auto", "streaming"])

@@ -302,7 +302,9 @@ def _open_pairs(
         )
     if class_column is not None and pairs.class_column is None:
         raise ValueError(f"{reference}: is no table and has no columns; leave out class_column")
-    name = re.sub(r"[^\w-]+", "-", Path(pairs.name.rstrip("/")).stem).strip("-")
+    parts = (Path(pairs.name.rstrip("/")).stem, Path(reference.rstrip("/")).parent.name)
+    plain = (re.sub(r"[^\w-]+", "-", part).strip("-") for part in parts)  # of a pattern, nothing
+    name = next(filter(None, plain), "data")
     notes = list(pairs.notes)
     images: Any = pairs
     rows, captions = list(range(len(pairs))), None

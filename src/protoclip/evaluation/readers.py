@@ -37,6 +37,7 @@ from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
+from protoclip.data.tables import fault_of
 from protoclip.files import open_local, read_json, require_regular, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
@@ -299,7 +300,14 @@ def _has_classes(folder: Path) -> bool:
 def classes_in(folder: Path) -> list[str]:
     """The names of the subfolders that hold an image, sorted."""
     folders = [path for path in folder.iterdir() if path.is_dir()]
-    return sorted(path.name for path in folders if any(map(_is_image, path.iterdir())))
+    return sorted(name_of(path) for path in folders if any(map(_is_image, path.iterdir())))
+
+
+def name_of(path: Path) -> str:
+    """The name of a file or folder, which tables and keys hold as UTF-8."""
+    if fault_of(path.name):
+        raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
+    return path.name
 
 
 def _is_image(path: Path) -> bool:
@@ -315,7 +323,7 @@ def read_class_folder(
     for number, class_ in enumerate(classes):
         of_class = folder / class_
         files = sorted(filter(_is_image, of_class.iterdir())) if of_class.is_dir() else []
-        names += [f"{class_}/{path.name}" for path in files]
+        names += [f"{class_}/{name_of(path)}" for path in files]
         labels += [number] * len(files)
     return image_files(names, root=str(folder), name=name), torch.tensor(labels)
 
@@ -362,7 +370,10 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
             captions: dict[str, list[str]] = {}
             for entry in content["annotations"]:
                 captions.setdefault(files[entry["image_id"]], []).append(entry["caption"])
-            return name, {"test": {image: clean_captions(captions[image]) for image in captions}}
+            for path, of_image in captions.items():
+                with suppress(ValueError):
+                    splits.setdefault("test", {})[path] = clean_captions(of_image)
+            return name, splits
         for image in content["images"]:
             split = {"restval": "train", "val": "validation"}.get(image["split"], image["split"])
             if not isinstance(split, str):

@@ -169,7 +169,7 @@ def results(
                 "language": data_set.language,
                 "split": split,
                 "samples": len(part.ids),
-                "bad_share": len(part.bad) / (len(part.ids) + len(part.bad)),
+                "bad_share": len(part.bad) / len(data_set.splits[split].images),
                 "intervals": intervals(values, of_task),
             }
             if task == "zero_shot":

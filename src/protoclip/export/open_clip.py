@@ -3,6 +3,8 @@
 How ProtoCLIP opens such a folder as a start is in `models/start.py`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,20 @@ def point_to(folder: Path, address: str) -> None:
     if any(Path(text[name]).is_absolute() or Path(text[name]).exists() for name in names):
         text |= dict.fromkeys(names, address)
         path.write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def pointing_to(folder: Path, address: str) -> Iterator[None]:
+    """`point_to`, which stays if the block ends without an error."""
+    path = folder / OPEN_CLIP_CONFIG
+    before = path.read_bytes() if path.is_file() else None
+    point_to(folder, address)
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            path.write_bytes(before)
+        raise
 
 
 def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:

@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
@@ -29,6 +29,7 @@ from protoclip.export.source import Features, Source, Unavailable, open_source, 
 from protoclip.files import locked, naming
 from protoclip.models import loading
 from protoclip.paths import require_new
+from protoclip.terminal import say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "open_clip": open_clip.write,
@@ -87,14 +88,15 @@ def export(
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
         # The name that the folder will have, once every library has read it.
-        open_clip.point_to(temporary, push_to_hub or str(folder.absolute()))
+        open_clip.point_to(temporary, str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
         facts["captions"] = card.add_captions(source, temporary)
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
             share_alike(temporary)
     if push_to_hub is not None and agrees((folder / card.CARD).read_text(encoding="utf-8")):
-        facts["url"] = upload(folder, push_to_hub)
+        with open_clip.pointing_to(folder, push_to_hub):
+            facts["url"] = upload(folder, push_to_hub)
     return facts
 
 
@@ -253,4 +255,13 @@ def upload(folder: Path, name: str) -> str:
         api.upload_folder(folder_path=folder, repo_id=address.repo_id)
     except Exception as error:
         raise ValueError(f"{name}: not uploaded ({line(str(error))}); {kept}") from error
+    ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    others = list[str]()
+    with suppress(Exception):  # what it holds is for a warning alone
+        others = sorted({*api.list_repo_files(address.repo_id)} - ours - {".gitattributes"})
+    if others:
+        say(
+            f"warning: {name} also holds {len(others)} files that are not of this export, such as "
+            f"{visible(others[0])}; readers may take them for parts of it, so delete them there"
+        )
     return str(address)

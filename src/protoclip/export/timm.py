@@ -21,6 +21,7 @@ from protoclip.export.source import Features, Source, Unavailable, has_quick_gel
 from protoclip.models.opening import misfits
 
 FOLDER = "timm"
+CROP_MODES = {"shortest": "center", "squash": "squash"}  # timm's, by open_clip's resize_mode
 # timm's names of CLIP's ResNets, by the blocks of their stages.
 RESNETS = {
     (3, 4, 6, 3): "resnet50_clip",
@@ -53,6 +54,8 @@ def write(source: Source, folder: Path) -> str:
     else:
         raise Unavailable(f"timm has no {type(visual).__name__}")
     given, side = source.preprocessing, source.image_size
+    if given["resize_mode"] not in CROP_MODES:
+        raise Unavailable(f"timm does not resize images as it does ({given['resize_mode']})")
     # timm's own entries are about the weights that it publishes.
     data = {
         **{"tag": "", "origin_url": "", "license": source.license},
@@ -61,7 +64,7 @@ def write(source: Source, folder: Path) -> str:
         "std": list(given["std"]),
         "interpolation": given["interpolation"],
         "crop_pct": 1.0,
-        "crop_mode": "squash" if given["resize_mode"] == "squash" else "center",
+        "crop_mode": CROP_MODES[given["resize_mode"]],
     }
     save_for_hf(
         model.eval(),

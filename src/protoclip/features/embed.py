@@ -25,6 +25,7 @@ from protoclip.checks import check
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
+from protoclip.data.content import content
 from protoclip.data.loader import Item
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, SampleStream
@@ -117,7 +118,7 @@ def embed(
             "reference": name,
             **ids,
             "class_column": config.data.class_column,
-            "data": digest(samples.state_dict(0)) if is_stream else samples.key,
+            "data": key_of_stream(samples) if is_stream else samples.key,
             "weights": images.checksum(),
             "width": images.width,
             "part_rows": PART_ROWS,
@@ -140,6 +141,11 @@ def embed(
     if rank() == 0:
         announce(out, facts, f"{out}: is finished" if finished else f"written to {out}")
     return out
+
+
+def key_of_stream(samples: Any) -> str:
+    """Changes with the order of a stream, and with its local shards."""
+    return digest({"order": samples.state_dict(0), "content": content(samples)})
 
 
 def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:

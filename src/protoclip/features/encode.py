@@ -22,7 +22,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from protoclip.data.access import digest
 from protoclip.data.captions import without_padding
+from protoclip.data.content import content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
@@ -288,12 +290,20 @@ def embed_teacher(
             return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
         encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
         settings |= {
+            "data": key_of_content(samples, encoder.reads),
             "weights": encoder.checksum(),
             "modality": encoder.reads,
             "pooling": pooling,
             "part_rows": PART_ROWS[encoder.reads],
         }
         return finish(encoder, samples, out, settings, batch_size, threads)
+
+
+def key_of_content(samples: Pairs | SampleStream, modality: str) -> str:
+    """Changes with what a tower reads of samples, wherever they lie."""
+    unread = {"image": {"captions"}, "text": {"images", "sample"}}[modality]
+    facts = [{k: v for k, v in each.items() if k not in unread} for each in content(samples)]
+    return digest({"content": facts})
 
 
 def finish(

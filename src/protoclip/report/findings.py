@@ -75,13 +75,15 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
         best = ranked[0]
         other = ranked[1] if best is first else first
         difference = (other if best is first else best)["metrics"][key]["difference"]
-        mean, ends = abs(difference["mean"]), difference["interval"]
-        if ends is not None and best is first:
-            ends = [-ends[1], -ends[0]]
+        mean, ends = difference["mean"], difference["interval"]
+        if best is first:
+            mean, ends = -mean, None if ends is None else [-ends[1], -ends[0]]
         better = bool(difference["beyond"]) and ends is not None and ends[0] > 0
-        one, two = (f"{100 * entry['metrics'][key]['mean']:.1f}" for entry in (best, other))
+        one, two = (100 * entry["metrics"][key]["mean"] for entry in (best, other))
         on = HEADLINES[metric] + (f" ({data})" if data != "emoji" else "")
-        numbers = f"{one} against {two} percent, {mean * 100:+.1f} points {basis(difference, ends)}"
+        of_all = abs(100 * mean - (one - two)) < 0.05
+        points = f"{100 * mean:+.1f} points{'' if of_all else ' over the seeds of both'}"
+        numbers = f"{one:.1f} against {two:.1f} percent, {points} {basis(difference, ends)}"
         says = f"is better than {other['name']} on {on}: {numbers}."
         if not better:
             says = f"and {other['name']} cannot be told apart on {on}: {numbers}."

@@ -271,7 +271,8 @@ def context(
     names = [clipped(label) for label in labels(runs)]
     models = list(dict.fromkeys(run.name for run in runs))
     results = [run.results for run in runs if run.results is not None]
-    entries = [entry for entry in compare.compare(results) if entry["metrics"]]
+    judged = [of_run for of_run in results if of_run["metrics"]]  # the first is compared with
+    entries = [entry for entry in compare.compare(judged) if entry["metrics"]]
     shown = show_models(runs, names, samples=samples, minutes=minutes, seed=seed, device=device)
     said = findings.findings(entries)
     return {
@@ -471,7 +472,9 @@ def show_models(
             reason = f"left out after {minutes:g} minutes; --minutes allows more"
             shown.append(Shown(label=label, problem=reason))
             continue
-        data = repr(run.config.data)
+        model = run.config.model  # what it starts from may have learned some of the pairs
+        starts = (model.start, model.image.name, model.text.name)
+        data = repr((run.config.data, starts, run.config.loss.positives))
         try:
             if data not in known:
                 examples = looks.find_examples(run.config, samples)

@@ -182,6 +182,8 @@ def as_coco(folder):
     ]
     for red in REDS:
         write(folder / f"{red}.png", png(red))
+    images.append({"id": 0, "file_name": "none.png"})  # cannot be retrieved
+    annotations.append({"image_id": 0, "caption": " "})
     content = json.dumps({"images": images, "annotations": annotations})
     return {"reference": f"karpathy:{write(folder / 'captions_val2017.json', content)}"}
 
@@ -219,6 +221,12 @@ def test_a_table_may_have_captions_and_classes(tmp_path):
     assert list(split.captions) == [("a",), ("c",)]
     assert reds(split.images) == [10, 30]
     assert open_data(str(path), class_column="kind").class_names == ["7", "9"]
+
+
+def test_a_pattern_is_named_after_its_folder(tmp_path):
+    (tmp_path / "my shop").mkdir()
+    write_table(tmp_path / "my shop" / "0.parquet", caption=["a", "b", "c"])
+    assert open_data(f"{tmp_path}/my shop/*.parquet").name == "my-shop"
 
 
 def test_an_image_with_several_classes_in_its_rows_is_told(tmp_path):
@@ -497,6 +505,14 @@ BAD = [
     (lambda t: folder_of(t, "train/a/1.png", "train/b/2.png"), r"no split 'test', only train$"),
     (lambda t: folder_of(t, A), r"has fewer than two classes \(a\)$"),
     (lambda t: folder_of(t, "train/a/1.png", "train/b/1.png", "test/c.txt"), r"no split 'test'"),
+    (
+        lambda t: folder_of(t, A, B, "test/a/\udce9.png"),
+        r"a/\\udce9.png: its name is not UTF-8; ren",
+    ),
+    (
+        lambda t: folder_of(t, A, B, "test/\udce9/3.png"),
+        r"test/\\udce9: its name is not UTF-8; ren",
+    ),
     (
         lambda t: folder_of(t, A, B, "classnames.txt"),
         r"classnames\.txt: cannot be read as UTF-8 \(",

@@ -506,6 +506,14 @@ def test_recall_with_several_captions_an_image(grouped):
         assert metrics[f"image_retrieval_recall@{k}"] == pytest.approx(expected)
 
 
+def test_the_share_of_bad_images_is_of_all_rows():
+    """Copies of an image are judged as one, and are as many images that could be used."""
+    images = Solid("test", [1, 1, 1, 2, 2, 3], bad=(5,))
+    split = Split(images=images, captions=[(f"number {n}",) for n in images.numbers])
+    record = judge(Guessing(), EvaluationData(name="x", splits={"test": split}), ["retrieval"])
+    assert record["zeroshot_retrieval"]["bad_share"] == 1 / 6
+
+
 def test_bad_images_are_left_out_named_and_counted(capsys):
     """The metrics are those of the others, with their labels and captions."""
     bad, data = (0, 5, 17), solid_data()

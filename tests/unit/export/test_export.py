@@ -286,8 +286,9 @@ def test_other_ways_to_prepare_images(preprocessing, why_not, reference, tmp_pat
     config = json.loads(file.read_text())
     config["preprocess_cfg"] |= preprocessing
     file.write_text(json.dumps(config))
-    facts = protoclip.export(tmp_path / "clip", tmp_path / "out")
+    facts = protoclip.export(tmp_path / "clip", tmp_path / "out", ["open_clip", "hf", "timm"])
     assert facts["left_out"].get("hf", "").startswith(why_not)
+    assert ("timm" in facts["left_out"]) is bool(why_not)
     image = IMAGES[0].resize((64, 40))
     _, transform, _ = protoclip.load(tmp_path / "clip")
     assert repr(protoclip.load(tmp_path / "out")[1]) == repr(transform)

@@ -5,6 +5,8 @@ import http.server
 import io
 import json
 import re
+import shutil
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import huggingface_hub
@@ -26,6 +28,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     refuses = False
 
     def do_GET(self) -> None:
+        if listed := re.match("/api/models/(.+)/tree/main", self.path):
+            facts = {"type": "file", "oid": "0", "size": 1}
+            self.answer([{**facts, "path": path} for path in self.repositories[listed[1]]], 200)
+            return
         known = self.path == "/api/whoami-v2"
         self.answer({"name": "me", "type": "user", "orgs": []} if known else {}, 200)
 
@@ -35,7 +41,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.answer({"error": "You have no\nwrite access"}, 403)
         elif self.path == "/api/repos/create":
             name = f"me/{json.loads(sent)['name']}"
-            self.repositories[name] = {}
+            self.repositories.setdefault(name, {})
             self.answer({"url": f"http://{self.headers['Host']}/{name}"}, 200)
         elif self.path == "/api/validate-yaml":
             self.answer({"warnings": [], "errors": []}, 200)
@@ -54,7 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             url = f"http://{self.headers['Host']}/{name}/commit/0"
             self.answer({"commitUrl": url, "commitOid": "0", "success": True}, 200)
 
-    def answer(self, content: dict[str, Any], code: int) -> None:
+    def answer(self, content: Any, code: int) -> None:
         data = json.dumps(content).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
@@ -90,9 +96,18 @@ def model(monkeypatch):
     return "open_clip:tiny"
 
 
-def test_the_hub_gets_every_file(use_hub, model, tmp_path):
+def test_the_hub_gets_every_file(use_hub, model, tmp_path, capsys):
+    """What else is there stays, and is told."""
     use_hub(Hub)
+    Hub.repositories.clear()
     folder = tmp_path / "out"
+    facts = protoclip.export(model, folder, push_to_hub="me/model")
+    assert "also holds" not in capsys.readouterr().err
+    protoclip.export(model, tmp_path / "less", ["open_clip"], push_to_hub="me/model")
+    assert "me/model also holds" in (said := capsys.readouterr().err)
+    assert "such as config.json; readers may take them for parts of it" in said
+    Hub.repositories.clear()
+    shutil.rmtree(folder)
     facts = protoclip.export(model, folder, push_to_hub="me/model")
     assert facts["url"].endswith("/me/model")
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
@@ -118,6 +133,19 @@ def test_a_text_tower_is_looked_up_where_the_folder_is_uploaded(use_hub, monkeyp
     assert {described[name] for name in names} == {"me/with-bert"}
     assert json.loads(found["config.json"])["model_type"] == "bert"
     assert "tokenizer.json" in found
+    # Where it is not uploaded, the folder itself.
+    for name, agrees in (("refused", True), ("declined", False)):
+        use_hub(Refusing)
+        with suppress(ValueError):
+            protoclip.export(
+                "open_clip:with-bert",
+                tmp_path / name,
+                ["open_clip"],
+                push_to_hub="me/with-bert",
+                agrees=lambda card, agrees=agrees: agrees,
+            )
+        text = json.loads((tmp_path / name / "open_clip_config.json").read_text())
+        assert text["model_cfg"]["text_cfg"]["hf_model_name"] == str(tmp_path / name)
 
 
 def test_without_a_token_nothing_is_exported(model, monkeypatch, tmp_path):

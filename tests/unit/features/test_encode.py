@@ -295,6 +295,7 @@ def test_a_killed_pass_goes_on_after_its_last_part(tmp_path):
     [
         ({"samples": pairs(words(20), name="other")}, "source made, not other"),
         ({"samples": pairs(words(21))}, "samples 20, not 21"),
+        ({"samples": pairs(words(20)[::-1])}, "other data, or before these were changed"),
         ({"width": 3}, "reduced_to None, not 3"),
         ({"teacher": "others"}, "teacher letters, not others"),
     ],

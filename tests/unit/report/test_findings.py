@@ -63,6 +63,16 @@ def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
     assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {minus(numbers)}")
 
 
+def test_a_difference_of_common_seeds_keeps_its_sign(tmp_path):
+    """Where another seed makes a model the best in the mean, the common ones decide."""
+    runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.4))]
+    runs.append(run(tmp_path, "B", 0.9, seed=1))
+    (found,) = findings(compare.compare(runs))
+    assert (found.verdict, found.model) == ("open", "B")
+    numbers = "65.0 against 50.0 percent, \u221210.0 points over the seeds of both [\u2212"
+    assert numbers in found.rest
+
+
 def test_without_a_paired_interval_nothing_is_better(tmp_path):
     entries = compare.compare([run(tmp_path, "A", 0.5), run(tmp_path, "B", 0.9, seed=1)])
     (found,) = findings(entries)

@@ -92,6 +92,16 @@ def test_a_report_of_two_models_has_every_section(two):
     assert f"--out {two.path} --samples 1000 --seed 0" in sections["environment"]
 
 
+def test_a_run_without_metrics_is_no_reference(runs, tmp_path):
+    """The first run that has some is, however many follow."""
+    bare = tmp_path / "bare"
+    shutil.copytree(runs / "clip", bare)
+    results = json.loads((bare / "results.json").read_text())
+    (bare / "results.json").write_text(json.dumps({**results, "name": "bare", "metrics": {}}))
+    page = page_of(tmp_path, bare, runs / "clip", runs / "proto", minutes=0.0, samples=40)
+    assert re.search(r"proto (?:and|is better than) clip|clip (?:and|is)", page.sections["results"])
+
+
 def test_texts_are_never_markup(runs, tmp_path):
     """Captions, classes and names show as they are, without what turns or breaks the text."""
     folder = tmp_path / "hostile"
