@@ -65,7 +65,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def rows_of(settings: dict[str, Any]) -> tuple[planning.Plan, Any, Any]:
     choices = aligning.before_data(settings)
     plan = planning.complete(
-        planning.outline(choices.config),
+        planning.outline(choices.config, is_whole=False),
         defaults=lambda *data: aligning.with_data(choices, *data),
         pass_stream=partial(aligning.pass_stream, torch.device("cpu")),
     )

@@ -8,16 +8,17 @@ from functools import reduce
 from protoclip.config import LOGGERS, START, Config, DataConfig, ModelConfig, TeacherConfig, build
 
 
-def check(config: Config) -> list[str]:
+def check(config: Config, *, is_whole: bool = True) -> list[str]:
     """Refuse wrong values and combinations; return notes on settings without effect.
+
+    Args:
+        is_whole: Whether nothing that is unset will be chosen; if not, sizes and weights pass.
 
     Raises:
         ValueError: In one line that names the setting and the way out.
     """
     build(Config, vars(config))
-    episodes, run, text = config.episodes, config.run, config.model.text
-    size, batch_size = episodes.size, episodes.batch_size
-    stages = episodes.warm_up + config.locked_episodes
+    run, text = config.run, config.model.text
     if text.width % text.heads:
         raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
     share = config.data.validation
@@ -40,6 +41,16 @@ def check(config: Config) -> list[str]:
     check_sources(config.data)
     check_positives(config)
     check_teachers(config)
+    if is_whole:
+        check_amounts(config)
+    return without_effect(config)
+
+
+def check_amounts(config: Config) -> None:
+    """Refuse sizes that do not fit each other, and weights that leave nothing to train."""
+    episodes = config.episodes
+    size, batch_size = episodes.size, episodes.batch_size
+    stages = episodes.warm_up + config.locked_episodes
     if size and size % batch_size:
         nearest = max(size - size % batch_size, batch_size)
         raise ValueError(
@@ -66,7 +77,6 @@ def check(config: Config) -> list[str]:
             "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
         )
-    return without_effect(config)
 
 
 def check_halves(model: ModelConfig) -> None:

@@ -203,6 +203,11 @@ class ModelConfig:
         return untrained and self.text.context_length is None
 
     @property
+    def has_start(self) -> bool:
+        """Whether it begins with weights that were trained: `start`, or a name and its tag."""
+        return self.start is not None or self.pretrained is not None
+
+    @property
     def projections_are_new(self) -> bool:
         """Whether the towers' projections into the joint space are new, as those of two halves."""
         return self.start is None and self.name is None

@@ -275,15 +275,16 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     signal, so that `finetune && export` goes no further."""
     out = tmp_path / "run"
     again = ["finetune", str(out), "--resume", "auto"]
+    asked = ["--alpha", "0.3"]
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         assert finetune(settings(top, out))["stopped"] == "SIGTERM"
     with monkeypatch.context() as patch:
         interrupt_sweep(patch, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
-            main(again)
+            main([*again, *asked])
     assert ended.value.code == 128 + signal.SIGTERM
-    assert f"protoclip finetune {out} --resume auto goes on" in capsys.readouterr().err
+    assert f"{' '.join([*again, *asked])} goes on" in capsys.readouterr().err
     left = {path.name for path in out.iterdir()}
     assert not left & {"wise_ft.json", "wise_ft.png", "model.json", "results.json"}
     assert find_checkpoint(out).name == "step-000000004"
@@ -467,5 +468,12 @@ def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
         data = [] if start == top / "start" else ["--data.train", "emoji"]
         given = parse(COMMANDS["finetune"], [str(start), "--resume", "auto", *data]).settings()
         assert given["model"] == {"start": str(start)}
+    # A name and its tag are a start too.
+    config = copied / "config.toml"
+    started = f'start = "{top / "start"}"'
+    assert started in config.read_text()
+    config.write_text(config.read_text().replace(started, 'name = "tiny"\npretrained = "mine"'))
+    given = parse(COMMANDS["finetune"], [str(copied), "--resume", "auto"]).settings()
+    assert (given["model"]["pretrained"], given["run"]["out"]) == ("mine", str(copied))
     given = parse(COMMANDS["finetune"], [str(copied), "--alpha", "0.3"]).settings()
     assert given == {"model": {"start": str(copied)}, "run": {}, "loss": {}}

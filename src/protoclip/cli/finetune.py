@@ -35,7 +35,7 @@ class Finetune(Config, Recipes):
     def __call__(self) -> None:
         settings = self.settings()
         config = Config.from_dict(settings)
-        if config.model.start is None:
+        if not config.model.has_start:
             raise ValueError(NO_START)
         if self.resume == "never":  # a finished run needs its data no more
             require_paths(config)
@@ -69,9 +69,10 @@ class Finetune(Config, Recipes):
                 raise ValueError(f"{folder}: {reason}; train in another folder") from error
             print(f"written to {visible(str(folder))}")
         if stopped:
+            alpha = "" if self.alpha is None else f" --alpha {self.alpha:g}"
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; "
-                f"protoclip finetune {folder} --resume auto goes on"
+                f"protoclip finetune {folder} --resume auto{alpha} goes on"
             )
             exit_if_stopped(results)
 
@@ -108,7 +109,8 @@ class Finetune(Config, Recipes):
         if not path.is_file():
             return None
         settings = read_recipe(path)
-        if settings.get("model", {}).get("start") is None:
+        model = settings.get("model", {})
+        if model.get("start") is None and model.get("pretrained") is None:
             return None
         say(f"note: going on with {self.start} by its own settings")
         return settings

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from protoclip.config import PERMISSIONS, Config, DataConfig, build, unknown
+from protoclip.config import HALVES, PERMISSIONS, START, Config, DataConfig, build, unknown
 from protoclip.files import read_local
 from protoclip.paths import require_file
 
@@ -224,6 +224,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {name: located(value, path.parent) for name, value in tree.items()}
 
 
+# What stands for no file where a path may.
+NO_PATHS = ("emoji", START, *HALVES.values())
+
+
 def located(value: Any, folder: Path, name: str = "") -> Any:
     """A value of a recipe in this folder, with its paths located.
 
@@ -233,7 +237,7 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PATH_SETTINGS or not isinstance(value, str) or value == "emoji":
+    if name not in PATH_SETTINGS or not isinstance(value, str) or value in NO_PATHS:
         return value
     if name == "guard":  # may have settings of its own, one of which is a folder
         return ",".join(located_part(part, folder) for part in value.split(","))

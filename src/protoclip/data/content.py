@@ -69,8 +69,8 @@ def content(
     for name, pairs in (("held_out", samples), ("encoded", encoded)):
         if isinstance(pairs, PairsView) and len(pairs.left_out):
             facts[0][name] = checksum(pairs.left_out.astype("<i8").tobytes())
-        elif name == "encoded" and pairs is not None:
-            facts[0][name] = ""  # all of them, which none left out would not tell
+        elif pairs is not None:
+            facts[0][name] = ""  # all of them, which no fact would not tell
     return facts
 
 

@@ -115,7 +115,10 @@ class DescribedTowers(Architecture):
         text, size = description["model_cfg"]["text_cfg"], self.sizes["image_size"]
         if text.get("hf_model_name"):
             text["hf_model_name"] = str(self.text_files or text["hf_model_name"])
-            towers.transformers_config(text["hf_model_name"])  # open_clip would offer to run code
+            # open_clip would offer to run code.
+            config = towers.transformers_config(text["hf_model_name"])
+            if length := self.sizes["context_length"]:
+                towers.require_length(length, config, "this model")
         towers.require_fitting_size(size, description["model_cfg"]["vision_cfg"], "this model")
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # open_clip warns that there are no weights

@@ -231,10 +231,7 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
             f"model.text.name: {name} is of kind {config.model_type}; text towers are of "
             f"{', '.join(TEXT_KINDS)}"
         )
-    if context_length > (most := towers.max_tokens(config)):
-        raise ValueError(
-            f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"
-        )
+    towers.require_length(context_length, config, name)
 
 
 def text_config(name: str, source: str) -> Any:

@@ -31,6 +31,7 @@ from protoclip.models.towers import (
     Weights,
     examples_of,
     max_tokens,
+    require_length,
     require_multiple,
     tower_kind,
     transformers_config,
@@ -259,11 +260,8 @@ class TransformersTowers(Architecture):
         if length is not None:
             if config.model_type != MASKED_KIND:  # whose positions are not the caption's alone
                 text.max_position_embeddings = length
-            elif length > (most := max_tokens(text)):
-                raise ValueError(
-                    f"model.text.context_length: {length} is too large; this model reads at "
-                    f"most {most}"
-                )
+            else:
+                require_length(length, text, "this model")
         built = HuggingFaceTowers(untrained(config).float())
         built.visual.prepare(images)
         return built

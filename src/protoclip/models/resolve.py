@@ -11,7 +11,8 @@ from typing import Any
 from protoclip.config import ModelConfig
 from protoclip.models.architecture import Architecture, NamedTowers
 from protoclip.models.halves import SmallTowers, pooling_of
-from protoclip.models.start import HuggingFaceStart, OpenClipStart, Start, find_start
+from protoclip.models.start import HuggingFaceStart, OpenClipStart, RunStart, Start, find_start
+from protoclip.models.towers import published_weights
 from protoclip.models.two_halves import names_model, two_halves
 
 # Settings that a start does not decide: weights are brought to other sizes.
@@ -42,7 +43,8 @@ def resolve_start(given: ModelConfig) -> Start:
         refuse_coca(f"model.name: {name}", named)
         unresized = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
         label = f"open_clip:{name}/{given.pretrained}"
-        return OpenClipStart(reference=label, unresized=unresized, model=given)
+        start = OpenClipStart(reference=label, unresized=unresized, model=given)
+        return replace(start, notes=squashed(start))
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:
@@ -60,14 +62,22 @@ def _resolved(start: Start, given: ModelConfig) -> Start:
     if isinstance(start, OpenClipStart) and start.file is None:
         model = replace(model, start=None)  # its name and tag say it all
     refuse_coca(f"model.start: {start.reference}", start.unresized)
-    notes, towers_json = start.notes, start.unresized.towers_json or {}
-    mode = towers_json.get("preprocess_cfg", {}).get("resize_mode", "shortest")
-    if mode != "shortest":
-        notes += (
-            f"model.start: {start.reference} resizes images by '{mode}'; this run crops them, and "
-            "so does the evaluation of what it trains",
-        )
-    return replace(start, model=model, notes=notes)
+    return replace(start, model=model, notes=start.notes + squashed(start))
+
+
+def squashed(start: Start) -> tuple[str, ...]:
+    """A note, if a model that is no run of ours has read whole images, squashed to squares."""
+    model, towers_json = start.unresized.model, start.unresized.towers_json or {}
+    settings = towers_json.get("preprocess_cfg", {})
+    if isinstance(start, OpenClipStart) and model.name and model.pretrained:
+        settings = published_weights(model.name, model.pretrained)
+    mode = settings.get("resize_mode") or "shortest"
+    if mode == "shortest" or isinstance(start, RunStart):
+        return ()
+    return (
+        f"model.start: {start.reference} resizes images by '{mode}'; this run crops them, and so "
+        "does the evaluation of what it trains",
+    )
 
 
 def refuse_coca(setting: str, architecture: Architecture) -> None:

@@ -135,6 +135,14 @@ def max_tokens(config: Any) -> int:
     return int(config.max_position_embeddings) - first
 
 
+def require_length(context_length: int, config: Any, name: str) -> None:
+    """Refuse a caption length that a text model of `transformers` has no positions for."""
+    if context_length > (most := max_tokens(config)):
+        raise ValueError(
+            f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"
+        )
+
+
 def set_input_size(trunk: Any, size: int, name: str) -> None:
     """Set the image size of a timm transformer; convolutional models take any size."""
     if hasattr(trunk, "set_input_size"):

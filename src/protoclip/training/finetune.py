@@ -82,7 +82,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
         ValueError: There is no start, or a setting is wrong.
     """
     choices = Choices(given, "fine-tuning")
-    if choices.config.model.start is None:
+    if not choices.config.model.has_start:
         raise ValueError(NO_START)
     choices.choose("run.name", "finetuned")
     judges = choices.config.data.validation != 0 or bool(choices.config.run.guard)

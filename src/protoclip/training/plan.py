@@ -45,11 +45,15 @@ PassStream = Callable[[Config, Start, SampleStream], Pairs]
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is decided before the data are opened: `config` follows its start, as `notes` say."""
+    """What is decided before the data are opened: `config` follows its start, as `notes` say.
+
+    `unsure` are notes on settings without effect, where more settings are chosen later.
+    """
 
     config: Config
     start: Start
     notes: list[str]
+    unsure: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +94,18 @@ def make_plan(config: Config) -> Plan:
     return complete(rank0_first(lambda: outline(config)))
 
 
-def outline(config: Config) -> Outline:
+def outline(config: Config, *, is_whole: bool = True) -> Outline:
     """Check the settings, and let the model follow its start.
+
+    Args:
+        is_whole: Whether what is unset keeps its default. If not, `complete` checks sizes and
+            weights, and says what has no effect.
 
     Raises:
         ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
     """
-    notes = check(config)
+    without_effect = check(config, is_whole=is_whole)
+    notes = without_effect if is_whole else []
     start = resolve_start(config.model)
     notes += start.notes
     config = replace(config, model=start.model)
@@ -109,7 +118,8 @@ def outline(config: Config) -> Outline:
         config = replace(config, loss=loss)
         if sigmoid:
             notes.append("loss.instance = sigmoid, since the model has a logit bias")
-    return Outline(config=config, start=start, notes=notes)
+    unsure = [] if is_whole else without_effect
+    return Outline(config=config, start=start, notes=notes, unsure=unsure)
 
 
 def with_positives(config: Config) -> tuple[Config, list[str]]:
@@ -147,8 +157,8 @@ def complete(
     def decide() -> tuple[Config, list[str]]:
         adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)
         decided, said = filled(adapted, start, divided.training)
-        check(decided)
-        return decided, notes + said
+        without_effect = [note for note in check(decided) if note in outlined.unsure]
+        return decided, without_effect + notes + said
 
     config, notes = rank0_first(decide)
     watched = raise_on_all_ranks(lambda: guards(config, divided.data))

@@ -125,7 +125,7 @@ def train_together(
     def plan_without_data() -> tuple[Begun, bool]:
         if encode is None:
             external.refuse_halves(config)
-        outlined = outline(config)
+        outlined = outline(config, is_whole=defaults is None)
         sync.fetch(outlined, resume=resume)
         begun = look(outlined, resume=resume)
         done = begun.results is not None and is_done(folder, begun.results)

@@ -16,6 +16,7 @@ from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import (
+    checksum,
     read_json,
     read_sealed,
     replacing,
@@ -137,6 +138,7 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
         "alpha": chosen,
         "best_alpha": by_rule,
         "points": points,
+        "data": judges(run),
     }
     weights, _ = lora.merged(run.model, parallel.weights(run.model))
     raise_on_all_ranks(lambda: write(run, weights, record))
@@ -169,16 +171,26 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
 
 def known_points(run: Run) -> list[Point]:
     """The points of a complete sweep of this run by the data sets that it has, on each rank."""
-    names = {data.name for data in (*run.plan.held_out[:1], *run.plan.guards)}
 
     def read() -> list[Point]:
         record = read_record(run.folder) if (run.folder / FILE).is_file() else {}
-        if record.get("steps") != run.trainer.step:
+        now = judges(run)
+        if record.get("steps") != run.trainer.step or record.get("data", now) != now:
             return []
         # Other guards would leave means of other data sets beside each other.
-        return [point for point in record["points"] if point["scores"].keys() == names]
+        return [point for point in record["points"] if point["scores"].keys() == now.keys()]
 
     return rank0_first(read)  # hosts may not share the folder
+
+
+def judges(run: Run) -> dict[str, str]:
+    """What judges the weights, by name: a digest of its images, captions, classes and prompts."""
+    found = {}
+    for data in (*run.plan.held_out[:1], *run.plan.guards):
+        split = data.splits["validation" if "validation" in data.splits else "test"]
+        facts = (split.images.key, split.captions, list(data.class_names), list(data.templates))
+        found[data.name] = checksum(repr(facts).encode())
+    return found
 
 
 def write(run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:

@@ -82,7 +82,8 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
     for name in ("here/shards/0.tar", "recipes/shards/0.tar", "recipes/more/0.tar"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    (tmp_path / "recipes" / "emoji").touch()
+    for name in ("emoji", "start", "image-half"):
+        (tmp_path / "recipes" / name).touch()
     monkeypatch.chdir(tmp_path / "here")
 
     def located(path: str) -> str:
@@ -95,7 +96,7 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
         assert located(path) == f"../recipes/{path}"
     for path in (".", "shards", "shards/{0..3}.tar", "none/*.tar", "/a/b"):
         assert located(path) == path
-    for path in ("emoji", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b"):
+    for path in ("emoji", "start", "image-half", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b"):
         assert located(path) == path
 
 

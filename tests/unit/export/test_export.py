@@ -24,7 +24,7 @@ from timm.models.vision_transformer import test_vit as vit_of_six_blocks
 
 import protoclip
 from protoclip.cli import main
-from protoclip.config import ImageTowerConfig, ModelConfig
+from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.evaluation.metrics import columns_of
 from protoclip.evaluation.samples import SampleResults
 from protoclip.export import card as cards
@@ -34,6 +34,7 @@ from protoclip.export.source import open_source
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.opening import PICKLED
+from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint, split, write_checkpoint
 from protoclip.models.towers import clip_tokenizer
 from protoclip.testing import tiny_model
@@ -297,6 +298,14 @@ def test_other_ways_to_prepare_images(preprocessing, why_not, reference, tmp_pat
         processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
         pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(pixels, transform(image), atol=0.05, rtol=0)
+
+
+def test_a_text_model_has_no_more_positions_than_it_has(reference, tmp_path):
+    protoclip.export(reference("hf-text-one-block"), tmp_path / "out", ["open_clip"])
+    text = TextTowerConfig(context_length=25)
+    given = ModelConfig(start=str(tmp_path / "out"), text=text)
+    with pytest.raises(ValueError, match="25 is too large; this model reads at most 24"):
+        loading.model(resolve_start(given).model, seed=0)
 
 
 def test_sentence_transformers_loads_the_folder(reference, tmp_path):

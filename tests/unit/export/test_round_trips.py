@@ -199,10 +199,10 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
     ]
     names = [f"clusters/{space}/{part}" for space in SPACES for part in PARTS]
     assert all(torch.equal(states[0][name], states[1][name]) for name in names)
-    # The checkpoint itself starts a run, with its heads.
-    again = loading.model(
-        outline(Config(model=ModelConfig(start=str(tmp_path / "parts")))).config.model, seed=1
-    )
+    # The checkpoint itself starts a run, with its heads. It was trained on cropped images.
+    outlined = outline(Config(model=ModelConfig(start=str(tmp_path / "parts"))))
+    assert not any("resizes images by" in note for note in outlined.notes)
+    again = loading.model(outlined.config.model, seed=1)
     assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
 
 

@@ -474,3 +474,10 @@ def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
         ),
     )
     assert message.format(tmp_path) in error(given)
+
+
+@pytest.mark.parametrize("given", [{"start": "open_clip:ViT-B-16-SigLIP/webli"}, {}])
+def test_a_published_model_that_squashes_images_is_told(given):
+    named = {"name": "ViT-B-16-SigLIP", "pretrained": "webli"}
+    notes = resolve_start(ModelConfig(**(given or named))).notes
+    assert [note for note in notes if "SigLIP/webli resizes images by 'squash'; this run" in note]

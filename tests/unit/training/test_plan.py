@@ -6,14 +6,17 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from numbered import Numbered
 
 import protoclip
 from protoclip.config import (
+    START,
     Config,
     DataConfig,
     EpisodeConfig,
@@ -29,10 +32,20 @@ from protoclip.data.content import content
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
+from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
+from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
+from protoclip.training import finetune as finetuning
 from protoclip.training.overfit import few_pairs_alone
-from protoclip.training.plan import Plan, filled, make_plan, outline, without_batch_norm
+from protoclip.training.plan import (
+    Plan,
+    complete,
+    filled,
+    make_plan,
+    outline,
+    without_batch_norm,
+)
 from protoclip.training.run_folder import as_begun
 from protoclip.training.sizes import captions_cut
 
@@ -243,6 +256,30 @@ def test_a_rate_that_is_set_counts_and_what_is_not_gets_a_note():
     config, notes = decided(named("ViT-B-32", learning_rate=1e-4))
     assert config.optim.locked_learning_rate == pytest.approx(1e-5)
     assert not any("optim.learning_rate" in note for note in notes)
+
+
+def test_fine_tuning_checks_sizes_and_effects_of_what_it_chose(tmp_path: Path):
+    """It takes a batch that fits, and what its own teacher uses has an effect."""
+    weights = loading.model(tiny_model(), seed=1).state_dict()
+    description = model_json(tiny_model(), None)
+    write_checkpoint(tmp_path / "start", {WEIGHTS: weights}, {MODEL: description})
+    pq.write_table(tiny_pairs(120), tmp_path / "own.parquet")
+    choices = finetuning.before_data(
+        {
+            "run": {"device": "cpu", "precision": "fp32"},
+            "model": {"start": str(tmp_path / "start")},
+            "data": {"train": str(tmp_path / "own.parquet"), "validation": 0.0},
+            "episodes": {"size": 40},
+            "loss": {"teacher": 0.5, "info_nce": 0.0},
+            "teacher": {"distil": 1.0, "number": 5},
+        }
+    )
+    outlined = outline(choices.config, is_whole=False)
+    plan = complete(outlined, defaults=partial(finetuning.with_data, choices, alpha=1.0))
+    assert plan.config.episodes.size == 40
+    assert 40 % plan.config.episodes.batch_size == 0
+    assert plan.config.teacher.features == START
+    assert not [note for note in plan.notes if "no effect" in note]
 
 
 def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, capsys):

@@ -2,24 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from protoclip.evaluation.datasets import EvaluationData
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import sealed
 from protoclip.models import saved
 from protoclip.models.saved import MODEL, damage, find_checkpoint, write_model
+from protoclip.testing import tiny_pairs
 from protoclip.training.run import Run
 from protoclip.training.wise_ft import (
     ALPHAS,
     FILE,
-    Point,
     best,
     interpolated,
+    judges,
     known_points,
     scores,
 )
@@ -91,19 +94,29 @@ def test_the_best_alpha(means, expected):
 
 
 def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
-    """Of a mixture all sources together; guards may change."""
+    """Of a mixture all sources together; guards may change, also behind the same name."""
     before = {"alpha": 0.5, "scores": {"validation": 0.5, "old": 0.7}, "mean": 0.6}
-    (tmp_path / FILE).write_text(json.dumps(sealed({"steps": 4, "points": [before]})))
 
-    def known(*guards: str, step: int = 4) -> list[Point]:
-        held_out = [EvaluationData(name=name, splits={}) for name in ("validation", "validation-a")]
-        data = [EvaluationData(name=name, splits={}) for name in guards]
+    def data(name: str, seed: int = 0, **more: Any) -> EvaluationData:
+        split = Split(images=ImageTextPairs(tiny_pairs(4, seed=seed), name="images"))
+        return EvaluationData(name=name, splits={"validation": split}, **more)
+
+    def run(*guards: EvaluationData, step: int = 4) -> Any:
         run = Mock(Run, folder=tmp_path, trainer=Mock(step=step))
-        run.plan = Mock(held_out=held_out, guards=data)
-        return known_points(run)
+        run.plan = Mock(held_out=[*map(data, ("validation", "validation-a"))], guards=guards)
+        return run
 
-    assert known("old") == [before]
-    assert known() == known("new") == known("old", "new") == known("old", step=5) == []
+    record = {"steps": 4, "points": [before]}
+    of_old = {"data": judges(run(data("old")))}
+    for known in (of_old, {}):  # earlier versions did not note it
+        (tmp_path / FILE).write_text(json.dumps(sealed(record | known)))
+        assert known_points(run(data("old"))) == [before]
+        for guards in ([], ["new"], ["old", "new"]):
+            assert known_points(run(*map(data, guards))) == []
+        assert known_points(run(data("old"), step=5)) == []
+    (tmp_path / FILE).write_text(json.dumps(sealed(record | of_old)))
+    for other in ({"seed": 1}, {"class_names": ["x"]}, {"templates": ["a {c}"]}):
+        assert known_points(run(data("old", **other))) == []
 
 
 def model(value: float) -> dict[str, Tensor]:
