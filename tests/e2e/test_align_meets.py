@@ -1,9 +1,11 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
+import errno
 import json
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -517,6 +519,27 @@ def test_a_store_that_is_being_added_to_can_be_read(given, sources, store, monke
         rows_of(given)
         with pytest.raises(ValueError, match=r"another process writes here; wait for it, or name"):
             rows_of(of_source(given, sources["mixture"]))
+
+
+def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, store, monkeypatch):
+    """What it lacks cannot be had by anybody; what it could have is refused."""
+    table = pq.read_table(given["data"]["train"])
+    images = table["image"].to_pylist()
+    broken = pa.array([b"broken", *images[1:]])
+    number = table.column_names.index("image")
+    pq.write_table(table.set_column(number, "image", broken), tmp_path / "bad.parquet")
+    bad = changed(given, data={"train": str(tmp_path / "bad.parquet"), "max_bad_share": 0.1})
+    assert len(rows_of(bad)[1].first) == 96
+
+    @contextmanager
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+        yield
+
+    monkeypatch.setattr(halves, "locked", refused)
+    assert len(rows_of(bad)[1].first) == 96
+    with pytest.raises(PermissionError):
+        rows_of(given)
 
 
 def test_equal_weights_of_another_architecture_are_another_half(given, tmp_path, store):

@@ -305,3 +305,13 @@ def test_a_mixture_with_the_emojis_teacher_holds_pairs_out(folder, tmp_path):
     (note,) = notes
     missing = int(note.split("no features of ")[1].split()[0])
     assert missing <= 200  # those of the table
+
+
+def test_what_is_wrong_with_the_pairs_that_judge_is_told(tmp_path):
+    rows = [f"{number}.jpg,a {number}" for number in range(12)]
+    for name, lines in (("own", rows[:6]), ("other", [*rows[6:], "x.jpg", "y.jpg,a,b"])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,caption", *lines]))
+    data = DataConfig(train=str(tmp_path / "own.csv"), validation=str(tmp_path / "other.csv"))
+    config = Config(data=data)
+    notes = judged(config, sources.pairs(config)).notes
+    assert [note for note in notes if "other.csv: left out 2 lines with another number" in note]

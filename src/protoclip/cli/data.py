@@ -158,7 +158,8 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
 
     samples, notes = open_source(data)
     if isinstance(samples, SampleStream):
-        raise ValueError(f"{data.train}: a stream has no {purpose}; leave data.read at auto")
+        way_out = "copy the shards here" if data.read == "auto" else "leave data.read at auto"
+        raise ValueError(f"{data.train}: a stream has no {purpose}; {way_out}")
     print_notes([*idle(data), *notes])
     return samples
 

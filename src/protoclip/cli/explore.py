@@ -43,6 +43,7 @@ class Explore:
     data: str | None = None  # Pairs, as data.train; else the first run's own.
     class_column: str | None = None  # Column of a table that holds the class.
     root: str | None = None  # Folder that holds all images of a table.
+    allow_links: bool = False  # As data.allow_links.
     only: str | None = None  # As data.only.
     without: str | None = None  # As data.without.
     map: Literal["auto", "pca", "umap"] = "auto"  # auto: umap where umap-learn is installed.
@@ -125,11 +126,11 @@ class Explore:
         ]
 
     def shows_data_of(self, model: str) -> bool:
-        """Whether the pairs are of the data that a model's run was trained on."""
+        """Whether the pairs are of the data that a model's run was trained on, or of a part."""
         from protoclip.explore.explorer import run_config
 
         config = run_config(model)
-        return config is not None and places_of(config.data) == places_of(self.settings())
+        return config is not None and places_of(self.settings()) <= places_of(config.data)
 
     def layout(self) -> Literal["pca", "umap"]:
         """How the map is made. Says so where a better one could be."""
@@ -182,6 +183,7 @@ class Explore:
 
         options = {"only": self.only, "without": self.without, "root": self.root}
         given: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
+        given |= {"allow_links": True} if self.allow_links else {}
         if self.data is not None:
             # A table's class column need not be named like one, and may be missing in a mixture.
             named = DataConfig(train=self.data, class_column=self.class_column)

@@ -44,6 +44,7 @@ WORDS = {
     "ids": "sample ids, or their order",
     "captions": "captions",
     "images": "images",
+    "classes": "classes",
     "sample": "images",
     "held_out": "pairs that are held out",
     "encoded": "pairs whose images can be read",
@@ -102,7 +103,9 @@ def facts_of_rows(pairs: ImageTextPairs) -> Facts:
     """The facts of all rows; of a table that has a key they are kept beside its index."""
     if not pairs.table_key:
         return hash_rows(pairs)
-    path = index_folder() / f"{digest({'content': FORM, 'rows': pairs.rows_key})}.json"
+    named = "" if pairs.id_column else pairs.name  # of which ids are made that no column has
+    key = {"content": FORM, "rows": pairs.rows_key, "name": named, "class": pairs.class_column}
+    path = index_folder() / f"{digest(key)}.json"
     with suppress(OSError, ValueError):
         return read_sealed(path)
     facts = hash_rows(pairs)
@@ -118,12 +121,13 @@ def hash_rows(pairs: ImageTextPairs) -> Facts:
     def hash_columns(*names: str, lengths: bool = False) -> str:
         return hash_of([pairs.kept(table.column(name)) for name in names], lengths=lengths)
 
-    in_shards = {"offset", "size"} <= {*table.column_names}  # which may lie anywhere
+    in_shards = pairs.in_ranges  # which may lie anywhere
     return {
         "rows": len(pairs),
         "ids": hash_columns(pairs.id_column) if pairs.id_column else f"{pairs.name}/row",
         "captions": hash_columns(*pairs.caption_columns),
         "images": hash_columns("size" if in_shards else pairs.image_column, lengths=True),
+        **({} if pairs.class_column is None else {"classes": hash_columns(pairs.class_column)}),
     }
 
 

@@ -63,7 +63,9 @@ def held_out_rows(
             held out then, still is.
     """
     total = sum(map(len, sources))
-    known = {"form": FORM, "share": share, "most": most, "sources": [*map(key_of, sources)]}
+    # Ids decide, which begin with these names.
+    named = [(key_of(s), s.prefix, "" if s.id_column else s.name) for s in sources]
+    known = {"form": FORM, "share": share, "most": most, "sources": named}
     if before:
         known["before"] = _facts(before)
     wanted = min(most, round(share * total))
@@ -240,9 +242,7 @@ def names_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
 
 def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
     """The names of images that are URLs, and so name the same image in any source."""
-    return [
-        pc.if_else(pc.match_substring(names, "://"), names, None) for names in _image_names(source)
-    ]
+    return [pc.if_else(pc.match_substring(n, "://"), n, None) for n in names_of(source)]
 
 
 def _image_names(source: ImageTextPairs) -> list[pa.ChunkedArray]:
@@ -329,7 +329,7 @@ def image_names(source: ImageTextPairs, table: pa.Table | None = None) -> pa.Chu
     """The file or URL of each image, null where the table holds the image itself; None if it holds
     all, or they are in shards. Of the whole `table` that is checked, or of this one of its rows."""
     values = (source.checked if table is None else table).column(source.image_column)
-    if {"offset", "size"} <= {*source.table.column_names}:
+    if source.in_ranges:
         return None
     if pa.types.is_struct(values.type):
         parts = [values.type.field(i).name for i in range(values.type.num_fields)]
@@ -354,12 +354,14 @@ def images_of_several_classes(source: ImageTextPairs) -> int:
 def image_sizes(source: ImageTextPairs) -> Rows:
     """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
     table = source.checked
-    if "size" in table.column_names and "offset" in table.column_names:
+    if source.in_ranges:
         return _numbers(source.kept(table.column("size")))
     sizes = np.full(len(source), -1, np.int64)
     values = table.column(source.image_column)
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = pc.struct_field(values, "bytes")
+    if pa.types.is_binary_view(values.type):  # which Arrow measures no lengths of
+        values = values.cast(pa.large_binary())
     if "binary" in str(values.type):
         sizes = _numbers(source.kept(pc.binary_length(values)))
     if (names := image_names(source)) is not None:

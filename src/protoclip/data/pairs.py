@@ -140,7 +140,7 @@ class ImageTextPairs:
         self.caption_columns = tuple(caption_columns)
         self.id_column = id_column if id_column in self._arrays else None
         self.class_column = class_column
-        self._ranges = {"offset", "size"} <= self._arrays.keys()
+        self.in_ranges = self._has_ranges()
         for column in (self.image_column, *self.caption_columns):
             self._require(column)
         if self.table.num_rows == 0:
@@ -152,6 +152,15 @@ class ImageTextPairs:
         self._check: Callable[..., None] | None = getattr(source, "check", None)
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
+
+    def _has_ranges(self) -> bool:
+        """Whether images are ranges of the files that their column names, as in tar shards."""
+        if not {"offset", "size", self.image_column} <= self._arrays.keys():
+            return False
+        names = self._arrays[self.image_column].type
+        names = names.value_type if pa.types.is_dictionary(names) else names
+        numbers = (self._arrays[column].type for column in ("offset", "size"))
+        return str(names) in ("string", "large_string") and all(map(pa.types.is_integer, numbers))
 
     @property
     def checked(self) -> pa.Table:
@@ -205,7 +214,7 @@ class ImageTextPairs:
         images = self.checked.column(self.image_column)
         if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
             images = pc.struct_field(images, "path")
-        if self._ranges or "string" not in str(images.type):
+        if self.in_ranges or "string" not in str(images.type):
             return self.rows_key
         key = hashlib.blake2b(self.rows_key.encode(), digest_size=16)
         for chunk in self.kept(images).iterchunks():
@@ -274,20 +283,21 @@ class ImageTextPairs:
         if self.class_column is None:
             return ""
         value, names = self.value(self.class_column, row), self.class_labels
-        if isinstance(value, int) and 0 <= value < len(names):
-            return names[value]
-        return "" if value is None else str(value)
+        if names and isinstance(value, int) and value < len(names):
+            return names[value] if value >= 0 else ""  # -1 is a `ClassLabel` that is not known
+        return "" if value is None else str(value).strip() and str(value)
 
     def encoded(self, row: int, part: slice | None = None) -> bytes:
         """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""
         image = self._image(row, part)
         if isinstance(image, bytes):
             return image
-        if image is None or (self._ranges and self.value("offset", row) is None):
+        if image is None or (self.in_ranges and self.value("offset", row) is None):
             raise self._bad(row, "no image")
         try:
-            if self._ranges:
-                path, size = join(self.root, image), self.value("size", row)
+            if self.in_ranges:
+                path = in_table(self.root, image, self.access) if self.root else image
+                size = self.value("size", row)
                 first, end, _ = (part or slice(None)).indices(size)
                 return read_range(path, self.value("offset", row) + first, end - first)
             path = in_table(self.root, image, self.access)
@@ -303,7 +313,7 @@ class ImageTextPairs:
 
     def image_file(self, row: int) -> str | None:
         """The path or URL of the file that is the image of a row; None for one in the data."""
-        image = None if self._ranges else self._image(row, slice(0, 0))  # bytes stay unread
+        image = None if self.in_ranges else self._image(row, slice(0, 0))  # bytes stay unread
         return join(self.root, image) if isinstance(image, str) else None
 
     def image_key(self, row: int) -> str:
@@ -390,7 +400,7 @@ def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
     Raises `ValueError` if none is left, or one is not UTF-8 or holds a zero byte.
     """
     try:
-        decoded = [text.decode() if isinstance(text, bytes) else text for text in texts]
+        decoded = [t.decode("utf-8-sig") if isinstance(t, bytes) else t for t in texts]
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8") from None
     if any(text and "\0" in text for text in decoded):

@@ -50,6 +50,8 @@ def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]
 
 def evenly_spaced(total: int, number: int, seed: int) -> list[int]:
     """`number` different row numbers below `total`, one from each of equal parts."""
+    if not number:
+        return []
     bounds = np.arange(number + 1, dtype=np.int64) * total // number
     chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
     return chosen

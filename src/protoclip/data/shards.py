@@ -261,7 +261,9 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
     if (number := number_of_names(pattern)) > MAX_SHARDS:
         raise ValueError(f"{told}: the braces stand for {number:,} shards; name fewer")
     try:
-        names = [pattern] if Path(pattern).exists() else list(braceexpand(pattern))
+        # Unlike a `Path`, it may be of any length.
+        exists = os.path.exists(pattern)  # noqa: PTH110
+        names = [pattern] if exists else list(braceexpand(pattern))
     except ValueError:
         raise ValueError(f"{told}: the braces do not pair up") from None
     shards = sorted({shard for name in names for shard in _expand(name, access)})
@@ -337,11 +339,16 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """
     pattern, folder = data.train, index_folder()
     captions = caption_columns(data) or None
-    paths = [str(Path(shard).resolve()) for shard in expand_shards(pattern)]
+    # Links keep their names, which ids begin with: a hub's cache links to files named by a hash.
+    paths = [os.path.abspath(shard) for shard in expand_shards(pattern)]  # noqa: PTH100
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
         prints = list(pool.map(fingerprint, paths))
     settings = {"form": INDEX_FORM, "captions": captions}
-    keys = [digest({**settings, "shard": each}) for each in prints]
+    stems = map(shard_stem, paths)
+    keys = [
+        digest({**settings, "shard": each, "stem": stem})
+        for each, stem in zip(prints, stems, strict=True)
+    ]
     key = digest({**settings, "shards": keys})
     index_one = partial(_index_shard, caption_keys=captions, folder=folder)
     join = partial(_join_indexes, dict(zip(paths, keys, strict=True)), index_one)

@@ -4,6 +4,7 @@ A table, a folder, tar shards and the bundled emoji are each read in a file of t
 that models are judged on are opened in `evaluation/datasets.py`.
 """
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,8 @@ def open_source(
     data = replace(data, train=path, sources=[], **given)
     told = without_secrets(path)
     # In a mixture tar shards are named after their folder, as other sources are.
-    name = entry.name or (Path(path).resolve().name if mixed and Path(path).exists() else None)
+    exists = os.path.exists(path)  # noqa: PTH110 (unlike a `Path`, it may be of any length)
+    name = entry.name or (Path(path).resolve().name if mixed and exists else None)
     if path == "emoji":
         asked = replace(DataConfig(), train=path, **given) if mixed else data
         lacking = changed(asked, EMOJI_LACK)

@@ -358,7 +358,10 @@ def captions_of_rows(
 def class_values(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
     """What the class column holds in these rows."""
     column = pairs.kept(pairs.checked.column(str(pairs.class_column)))
-    return list(column.take(pa.array(rows, pa.int64())).to_pylist())
+    values = list(column.take(pa.array(rows, pa.int64())).to_pylist())
+    if not pairs.class_labels:
+        return values
+    return [None if isinstance(each, int) and each < 0 else each for each in values]  # not known
 
 
 def has_no_class(value: Any) -> bool:

@@ -85,6 +85,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         given = sources.pairs(replace(config, data=other, loss=loss))
         if not isinstance(given, Pairs):
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
+        notes += getattr(given, "notes", ())
         judging = plain_sources(given)
         before = trained_before(config, notes)
         trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]

@@ -27,7 +27,7 @@ from protoclip.data.pairs import BadSample
 from protoclip.data.view import Rows
 from protoclip.evaluation import analysis
 from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.features import RETRIED, Encoder
 from protoclip.explore.atlas import (
     MODALITIES,
     USUAL_SCALE,
@@ -266,6 +266,15 @@ def open_explorer(
         parts = encoder.key, pairs.key, layout, number, bool(heads), aligned
         return path_of(cache_folder() / "atlas", *parts)
 
+    def usable(path: Path) -> Atlas | None:
+        """The kept atlas, unless an image that could not be read then can be now."""
+        atlas = read_kept(path) if cache else None
+        if atlas is None:
+            return None
+        bad = np.setdiff1d(atlas.captioned, atlas.rows)
+        some = bad[:: len(bad) // RETRIED + 1].tolist()
+        return None if any(can_be_read(pairs, row) for row in some) else atlas
+
     def keep_if_possible(path: Path, atlas: Atlas) -> None:
         if cache:
             try:
@@ -275,11 +284,11 @@ def open_explorer(
 
     made: list[Features] = []
     path = path_for(layout)
-    atlas = read_kept(path) if cache else None
+    atlas = usable(path)
     later = atlas is None and umap_later and layout == "umap"
     if later:
         path, layout = path_for("pca"), "pca"
-        atlas = read_kept(path) if cache else None
+        atlas = usable(path)
     if atlas is None:
         show("features")
         rows = pairs.with_captions()
@@ -324,6 +333,14 @@ def open_explorer(
         kept=path if cache else None,
         make_umap=make_umap if later else None,
     )
+
+
+def can_be_read(pairs: ExploredPairs, row: int) -> bool:
+    try:
+        pairs.image(row)
+    except BadSample:
+        return False
+    return True
 
 
 def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:

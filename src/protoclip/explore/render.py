@@ -495,14 +495,17 @@ class Site:
             sections=sections,
         )
 
-    def answer(self, question: str, answer: Answer) -> str:
-        """The images and captions nearest to a text or an image."""
+    def answer(self, question: str, answer: Answer, *, here: str | None = None) -> str:
+        """The images and captions nearest to a text or an image.
+
+        `here` is the page of it of another model; of a text it is the search for that.
+        """
         note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
         sections = [
             Section(title=title, cards=self.found(modality, answer), note=note)
             for modality, title in (("image", "Images"), ("text", "Captions"))
         ]
-        here = f"search.html?{urlencode({'text': question}, errors='replace')}"
+        here = here or f"search.html?{urlencode({'text': question}, errors='replace')}"
         asked = shown(question, 200)
         words = [shown(word, 40) for word in answer.words]
         return self.page(

@@ -144,7 +144,8 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
 
         def answered() -> str:
             try:
-                return of.answer("your image", of.explorer.search_image(bytes(body)))
+                found = of.explorer.search_image(bytes(body))
+                return of.answer("your image", found, here="index.html")  # nobody kept the image
             except ValueError as error:
                 return of.message("Search", f"This is no image that can be read: {error}")
 

@@ -286,7 +286,12 @@ def embed_teacher(
     store.build_index(ids, name=samples.name)  # refuses duplicates
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
-        if Path(teacher).suffix in teachers.FILES and not is_stream:
+        if Path(teacher).suffix in teachers.FILES:
+            if is_stream:
+                raise ValueError(
+                    f"{teacher}: a file of features needs pairs that can be read in any order, "
+                    "not a stream; leave data.read at auto"
+                )
             return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
         encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
         settings |= {
@@ -301,7 +306,7 @@ def embed_teacher(
 
 def key_of_content(samples: Pairs | SampleStream, modality: str) -> str:
     """Changes with what a tower reads of samples, wherever they lie."""
-    unread = {"image": {"captions"}, "text": {"images", "sample"}}[modality]
+    unread = {"classes", *{"image": ["captions"], "text": ["images", "sample"]}[modality]}
     facts = [{k: v for k, v in each.items() if k not in unread} for each in content(samples)]
     return digest({"content": facts})
 

@@ -6,6 +6,7 @@ or by its row in data that hold it; a caption by its text. So runs over the same
 encode what is new.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from protoclip.data.view import NONE, PairsView
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, FrozenEncoder, encode_parts, join_parts
-from protoclip.features.parts import FOLDERS, parts_of, read_note
+from protoclip.features.parts import FOLDERS, parts_of, read_images, read_note
 from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features, Whitens
 from protoclip.files import checksum, locked
@@ -42,6 +43,7 @@ from protoclip.models.towers import TELLING, Tokenizer
 Read = TypeVar("Read")
 BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 WAIT = 60.0  # seconds for another process that writes to the store
 # What a text model's configuration says of its files, and nothing of what it computes.
 FILE_SETTINGS = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
@@ -485,6 +487,21 @@ def keys_of_images(stored: Segments, numbers: Numbers) -> Numbers:
     return keys
 
 
+def require_unreadable(
+    encoder: HalfEncoder,
+    items: ImagesOnce,
+    batch_size: int,
+    threads: int | None,
+    refused: OSError,
+) -> None:
+    """Raise that a store cannot be written, unless what it lacks are images that cannot be read."""
+    if encoder.reads == "text":
+        raise refused
+    read = read_images(items, range(len(items)), encoder.read_image, batch_size, threads)
+    if not all(isinstance(one, BadSample) for batch in read for one in batch):
+        raise refused
+
+
 def completed(
     encoder: HalfEncoder,
     items: ImagesOnce,
@@ -504,7 +521,21 @@ def completed(
     with ExitStack() as stack:
         # Images that cannot be read are tried by each run, which takes it a moment.
         lock = locked(folder, way_out="name another folder by align.features", wait=WAIT)
-        rank0_first(lambda: stack.enter_context(lock))
+
+        def enter() -> OSError | None:
+            try:
+                stack.enter_context(lock)
+            except OSError as error:
+                if error.errno in READ_ONLY:
+                    return error
+                raise
+            return None
+
+        if (refused := rank0_first(enter)) is not None:
+            missing = np.flatnonzero(stored.find(hashes) < 0)
+            given = (encoder, items.chosen(missing), batch_size, threads)
+            raise_on_all_ranks(lambda: require_unreadable(*given, refused))
+            return stored
         stored = opened(folder, encoder.width)
         missing = np.flatnonzero(stored.find(hashes) < 0)
         if not len(missing):

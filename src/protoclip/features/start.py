@@ -26,6 +26,11 @@ from protoclip.models.precision import Autocast
 from protoclip.models.protoclip import TowerPair
 
 
+def captions_key(samples: Pairs) -> str:
+    captions, counts = hashes_of_captions(samples)
+    return checksum(captions.tobytes() + counts.tobytes())
+
+
 def embed_start(
     start: TowerPair,
     tokenizer: Tokenizer,
@@ -62,12 +67,11 @@ def embed_start(
     }
     is_one_host = len({*all_gather_object(socket.gethostname())}) == 1
     with ExitStack() as stack:
+        read = rank0_first(lambda: captions_key(samples))
 
         def chosen() -> Path:
             if not is_one_host or (of_run / store.FACTS).is_file():
                 return of_run
-            captions, counts = hashes_of_captions(samples)
-            read = checksum(captions.tobytes() + counts.tobytes())
             out = cache / checksum(f"{encoder.key()} {settings['ids']} {read}".encode())
             try:
                 if "rows" not in store.read_facts(out):  # reading disturbs nobody
@@ -77,8 +81,9 @@ def embed_start(
             return out
 
         out = rank0_first(chosen)
-        if out != of_run:
-            settings["source"] = START  # whatever table has the samples
+        # Whatever table has the samples; earlier versions wrote down its name in a run.
+        before = rank0_first(lambda: store.read_facts(out)) if out == of_run else {}
+        settings |= {"source": before.get("source", START), "data": read}
         finish(encoder, samples, out, settings, batch_size=256)
     features = raise_on_all_ranks(lambda: store.open_folder(out))
     features.way_out = "give the command"

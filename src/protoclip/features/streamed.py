@@ -27,7 +27,7 @@ from protoclip.data.stream import Item, ShardStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
 from protoclip.features import store
 from protoclip.features.encode import encode_images
-from protoclip.features.halves import ImageHalf, opened, segment_facts, view_id
+from protoclip.features.halves import WAIT, ImageHalf, opened, segment_facts, view_id
 from protoclip.features.parts import (
     FOLDERS,
     PARTS,
@@ -134,10 +134,13 @@ def _passed(
         "halves": [half.folder.name for half in halves],
     }
     working = root / FOLDER / checksum(to_json(settings).encode())
+    if (pairs := _kept(working, stream, halves)) is not None:  # reading disturbs nobody
+        return pairs
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(locked(working, way_out=WAY_OUT)))
+        lock = locked(working, way_out=WAY_OUT, wait=WAIT)
+        rank0_first(lambda: stack.enter_context(lock))
         rank0_first(lambda: _drop_broken(working))
-        if (pairs := _kept(working, stream, halves)) is not None:
+        if (pairs := _kept(working, stream, halves, removes=True)) is not None:
             return pairs
         stored = [opened(half.folder, half.encoder.width) for half in halves]
         encode_missing(
@@ -164,8 +167,13 @@ def _drop_broken(working: Path) -> None:
                 file.unlink()
 
 
-def _kept(working: Path, stream: ShardStream, halves: Sequence[ImageHalf]) -> PassedPairs | None:
-    """The pairs, if all shards have passed and the store has their images. Collective."""
+def _kept(
+    working: Path, stream: ShardStream, halves: Sequence[ImageHalf], *, removes: bool = False
+) -> PassedPairs | None:
+    """The pairs, if all shards have passed and the store has their images. Collective.
+
+    Where the store lacks images, what was written of the pass is removed if asked.
+    """
 
     def read() -> PassedPairs:
         facts = store.read_facts(working)
@@ -193,7 +201,8 @@ def _kept(working: Path, stream: ShardStream, halves: Sequence[ImageHalf]) -> Pa
         for view, of_view in enumerate(stored):
             names = (view_id(name, view) for shard in shards for name in shard.to_pylist())
             if (of_view.find(hash_ids(names)) < 0).any():
-                shutil.rmtree(working)  # they were deleted since
+                if removes:
+                    shutil.rmtree(working)  # they were deleted since
                 return False
         return True
 

@@ -5,6 +5,7 @@ whose features are made when the run begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sources import entries
+from protoclip.data.stream import ShardStream
 from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
 from protoclip.features.whiten import Whitens
 
 FILES = (".npy", ".parquet")  # of a user's own features
+FIRST = 64  # samples of a stream of which a teacher should know one
 
 
 def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> StoredFeatures:
@@ -129,7 +132,24 @@ def teachers(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "
                 "loss leaves out"
             )
+        if isinstance(samples, SampleStream) and not knows_any(stored, samples):
+            note(
+                f"{name}: has features of none of the first samples of {samples.name}; a teacher "
+                "that was made of other data, or under other names, teaches nothing"
+            )
     return loaded
+
+
+def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
+    """Whether a teacher knows one of the first samples of a stream, or there are none."""
+    streams = [each for each in sources_of(samples) if isinstance(each, ShardStream)]
+    prefixes = [f"{stream.name}/" if len(streams) > 1 else "" for stream in streams]
+    first = [
+        prefix + item.sample_id
+        for stream, prefix in zip(streams, prefixes, strict=True)
+        for item in islice(stream.read(stream.shards[0]), FIRST)
+    ]
+    return not first or bool((stored.find(first) >= 0).any())
 
 
 def refuse_halves(config: Config) -> None:

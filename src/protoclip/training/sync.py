@@ -174,7 +174,7 @@ def best_of(store: Store, step: str) -> str | None:
     try:
         best = json.loads(store.cat_file(f"checkpoints/{step}/{STATE}")).get("best")
         return f"step-{int(best[0]):09}" if best else None
-    except (ValueError, TypeError, AttributeError):  # damaged, as `get_checkpoint` says
+    except (ValueError, TypeError, AttributeError, FileNotFoundError):  # as `get_checkpoint` says
         return None
 
 
@@ -332,8 +332,10 @@ class Copies:
         for checkpoint in reversed(kept):
             try:
                 self._put_checkpoint(checkpoint, there)
-            except FileNotFoundError:  # removed meanwhile, since newer ones are whole
-                if checkpoint == newest and self._wanted is None:
+            except (FileNotFoundError, ValueError) as error:
+                # One before it is removed meanwhile, since newer ones are whole; or damaged.
+                removed = isinstance(error, FileNotFoundError) and self._wanted is not None
+                if checkpoint == newest and not removed:
                     raise
         for name in sorted(beside.keys() & {*DONE}):
             self._put(beside[name], name)

@@ -148,6 +148,42 @@ def test_a_column_that_is_called_offset_hides_no_image(tmp_path):
     assert not {images[row] for row in rows} & {images[r] for r in range(40) if r not in rows}
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
+def test_columns_called_offset_and_size_beside_images_are_a_shops(kind, tmp_path):
+    images = [b"image %d" % (row // 2) for row in range(40)]
+    columns = {"image": images, "caption": [f"a {row}" for row in range(40)]}
+    numbers = pa.array([*map(str, range(40))]).cast(kind)
+    table = pa.table({**columns, "offset": numbers, "size": numbers})
+    pairs = ImageTextPairs(table, name="web", id_column=None)
+    assert pairs.encoded(3) == images[3]
+    rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
+    assert len(rows)
+    assert not {images[row] for row in rows} & {images[r] for r in range(40) if r not in rows}
+
+
+def test_the_choice_depends_on_the_names_that_ids_begin_with(tmp_path):
+    """Wherever it is kept."""
+    tables = [source(200, name, captions=10**9, images=10**9).table for name in "ab"]
+
+    def chosen(names: str, folder: str) -> list[int]:
+        named = [ImageTextPairs(t, name=n) for t, n in zip(tables, names, strict=True)]
+        pairs = mixed_pairs(named).sources
+        return held_out_rows(pairs, share=0.2, folder=tmp_path / folder).tolist()
+
+    assert chosen("ab", "one") != chosen("uv", "one")
+    assert chosen("uv", "one") == chosen("uv", "other")
+
+
+def test_names_below_a_url_are_the_urls(tmp_path):
+    names, captions = [f"{n}.jpg" for n in range(12)], [f"a {n}" for n in range(12)]
+    whole = pa.table({"image": [f"s3://b/{name}" for name in names], "caption": captions})
+    judging = ImageTextPairs(whole, name="a", id_column=None)
+    table = pa.table({"image": names, "caption": captions})
+    training = ImageTextPairs(table, name="b", id_column=None, root="s3://b")
+    none = np.array([], np.int64)
+    assert shared([judging], [(training, none)], folder=tmp_path) == (12, 12, 12)
+
+
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     judging = source(300, "other", captions=4000, images=10**9)
     training = source(2000, "web", captions=4000, images=10**9, seed=1)

@@ -1,5 +1,7 @@
 """Pairs in an Arrow table: ids, captions, and what is bad about a sample."""
 
+import json
+
 import pyarrow as pa
 import pytest
 
@@ -68,3 +70,24 @@ def test_structural_faults_are_named():
         ImageTextPairs(tiny_pairs().drop_columns(["caption"]), name="tiny")
     with pytest.raises(ValueError, match="tiny: holds no sample"):
         ImageTextPairs(tiny_pairs().slice(0, 0), name="tiny")
+
+
+def test_ranges_of_files_stay_below_the_root(tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "data").mkdir()
+    for name in (str(tmp_path / "secret"), "../secret"):
+        columns = {"image": [name], "caption": ["a"], "offset": [0], "size": [6]}
+        pairs = ImageTextPairs(pa.table(columns), name="t", root=str(tmp_path / "data"))
+        with pytest.raises(BadSample, match="lies outside of"):
+            pairs.encoded(0)
+
+
+def test_an_unknown_class_is_none():
+    """`datasets` writes -1 for a `ClassLabel` that is not known."""
+    names = {"info": {"features": {"kind": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    columns = {"image": [b""] * 3, "caption": ["a"] * 3}
+    of_numbers = ([1, -1, 0], {b"huggingface": json.dumps(names)})
+    for values, metadata in (of_numbers, (["dog", " ", "cat"], {})):
+        table = pa.table({**columns, "kind": values}).replace_schema_metadata(metadata)
+        pairs = ImageTextPairs(table, name="t", class_column="kind")
+        assert [pairs.class_of(row) for row in range(3)] == ["dog", "", "cat"]

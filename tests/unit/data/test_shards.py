@@ -373,3 +373,19 @@ def test_patterns_without_a_match_are_errors(tmp_path, bucket, pattern, message)
     with pytest.raises(ValueError, match=message) as error:
         expand_shards(pattern.format(folder=tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_linked_shard_is_named_as_its_link(tmp_path):
+    """As a hub's cache links to files that are named by a hash."""
+    write_tar(tmp_path / "blobs" / "4e07.tar", numbered(0))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}-00000.tar").symlink_to(tmp_path / "blobs" / "4e07.tar")
+        ((sample_id, *_),) = both(tmp_path / folder / f"{folder}-00000.tar")
+        assert sample_id == f"{folder}-00000/000"
+
+
+def test_braces_may_be_long(tmp_path):
+    write_tar(tmp_path / "00007.tar", numbered(0))
+    with pytest.raises(ValueError, match="no such file"):
+        expand_shards(f"{tmp_path}/{{{','.join(f'{n:05}' for n in range(100))}}}.tar")

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from worded import WordModel, loaded
 
-from protoclip.cli import main
+from protoclip.cli import COMMANDS, main
 from protoclip.cli.explore import Explore
-from protoclip.config import Config, DataConfig
+from protoclip.cli.parsing import parse
+from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.server import listen
@@ -106,3 +107,16 @@ def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
         assert Explore(models=[str(folder)]).settings() == config.data
         other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
         assert other == DataConfig(train="x.tsv", root="y")
+
+
+def test_a_part_of_the_data_that_a_run_was_trained_on_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [SourceConfig(path=str(tmp_path / f"{name}.csv")) for name in "ab"]
+    config = Config(data=DataConfig(sources=parts))
+    monkeypatch.setattr("protoclip.explore.explorer.run_config", lambda model: config)
+    for name, is_part in (("a", True), ("c", False)):
+        words = ["run", "--data", str(tmp_path / f"{name}.csv"), "--allow_links", "true"]
+        command = parse(COMMANDS["explore"], words)
+        assert command.shows_data_of("run") is is_part
+        assert command.settings().allow_links

@@ -1,6 +1,7 @@
 """What an explorer answers, of which pairs, and what it keeps."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -333,3 +334,21 @@ def test_models_need_not_be_modules_of_ours(table: Path) -> None:
     samples = sources.pairs(Config(data=DataConfig(train=str(table))))
     with loaded(WordModel(samples)) as (name,):
         assert heads_of(loading.load(name)[0], None) is None
+
+
+def test_an_image_that_can_be_read_again_is_shown(tmp_path: Path, monkeypatch: Any) -> None:
+    """Though its file has the size and the time that it had."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    rows = ["image,caption"]
+    for number, row in enumerate(tiny_pairs(40).to_pylist()):
+        (tmp_path / f"{number}.png").write_bytes(row["image"])
+        rows.append(f"{number}.png,{row['caption']}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    path = tmp_path / "3.png"
+    whole, status = path.read_bytes(), path.stat()
+    data = DataConfig(train=str(tmp_path / "pairs.csv"))
+    for content, number in ((bytes(len(whole)), 39), (whole, 40)):
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        (found,) = explorers(data, cache=True)
+        assert len(found.atlas) == number

@@ -286,6 +286,7 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
     status, text = post(encoded)
     assert status == 200
     assert two[0].pairs.caption(10) in text
+    assert "text=your" not in text  # a link to another model would search for these words
     status, text = post(b"<script>")
     assert status == 200
     assert "This is no image that can be read" in text

@@ -21,14 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import protoclip
+from protoclip.config import Config, DataConfig, TeacherConfig
+from protoclip.data import sources
+from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.distributed import collectives
-from protoclip.features import encode
+from protoclip.features import encode, teachers
 from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
 from protoclip.features.teachers import read_teacher
 from protoclip.features.whiten import fit_pca
 from protoclip.models.towers import build_tokenizer, image_normalisation
-from protoclip.testing import run_distributed
+from protoclip.testing import run_distributed, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_dual_encoder
@@ -463,3 +466,18 @@ def test_a_tokenizer_that_reads_otherwise_is_another_half():
 
     assert len({key(plain), key(str.lower), key(lambda text: text.replace("ï", "i"))}) == 3
     assert key(plain) == key(plain)
+
+
+@pytest.mark.parametrize(("own", "told"), [("tiny", 0), ("other", 1)])
+def test_a_teacher_that_knows_none_of_a_stream_is_told(own, told, tmp_path):
+    """Of pairs in a table it is refused, whose ids are all known at once."""
+    table = tiny_pairs(20)
+    pack(ImageTextPairs(table, name="tiny"), tmp_path / "shards")
+    ids = [f"{own}/{row}" for row in range(20)]
+    columns = {"sample_id": ids, "features": np.eye(20).tolist()}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    data = DataConfig(train=f"{tmp_path}/shards/*.tar", read="streaming")
+    teacher = TeacherConfig(features=str(tmp_path / "t.parquet"), number=4)
+    config, notes = Config(data=data, teacher=teacher), list[str]()
+    teachers.teachers(config, sources.pairs(config), notes.append)
+    assert ["has features of none of the first samples" in note for note in notes] == [True] * told

@@ -430,6 +430,14 @@ def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(pairs, s
         beside = embed_start(*given, of_run=tmp_path / "run", **more)
     assert beside.name == str(tmp_path / "run")
     assert embed_start(*given, of_run=tmp_path / "run", **more).name == beside.name
+    moved = ImageTextPairs(pq.read_table(pairs), name="moved", caption_columns=("caption",))
+    named = given[0], given[1], moved
+    assert embed_start(*named, of_run=tmp_path / "run", **more).name == beside.name
+    captions = pa.array(["another"] * len(moved))
+    table = moved.table.set_column(moved.table.column_names.index("caption"), "caption", captions)
+    changed = given[0], given[1], ImageTextPairs(table, name="moved")
+    with pytest.raises(ValueError, match="made with other data, or before these were changed"):
+        embed_start(*changed, of_run=tmp_path / "run", **more)
     other = embed_start(*given, of_run=tmp_path / "other", **more)
     assert other.name == first.name
     ids = [*given[2].sample_ids()]

@@ -150,6 +150,8 @@ def test_the_newer_of_folder_and_bucket_wins(saving, tmp_path, capsys):
     assert fetched(tmp_path / "third") == [1]
     err = capsys.readouterr().err
     assert "step-000000002 there is passed over: model.safetensors is not what was written" in err
+    files.rm_file("/bucket/run/checkpoints/step-000000002/state.json")
+    assert fetched(tmp_path / "fourth") == [1]
 
 
 def test_checkpoints_of_other_machines_stay_for_as_many_as_are_kept(saving, tmp_path):
