@@ -5,7 +5,16 @@ The limits of single settings are in `config.py`, and typos in paths are found b
 
 from functools import reduce
 
-from protoclip.config import LOGGERS, START, Config, DataConfig, ModelConfig, TeacherConfig, build
+from protoclip.config import (
+    LOGGERS,
+    START,
+    Config,
+    DataConfig,
+    EpisodeConfig,
+    ModelConfig,
+    TeacherConfig,
+    build,
+)
 
 
 def check(config: Config, *, is_whole: bool = True) -> list[str]:
@@ -49,14 +58,8 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
 def check_amounts(config: Config) -> None:
     """Refuse sizes that do not fit each other, and weights that leave nothing to train."""
     episodes = config.episodes
-    size, batch_size = episodes.size, episodes.batch_size
-    stages = episodes.warm_up + config.locked_episodes
-    if size and size % batch_size:
-        nearest = max(size - size % batch_size, batch_size)
-        raise ValueError(
-            f"episodes.size: {size} is no multiple of episodes.batch_size ({batch_size}); "
-            f"try {nearest}"
-        )
+    size, stages = episodes.size, episodes.warm_up + config.locked_episodes
+    check_sizes(episodes)
     if stages > episodes.count:
         raise ValueError(
             f"episodes.count: {episodes.count} is less than episodes.warm_up + "
@@ -76,6 +79,17 @@ def check_amounts(config: Config) -> None:
         raise ValueError(
             "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
+        )
+
+
+def check_sizes(episodes: EpisodeConfig) -> None:
+    """Refuse an episode that is not so many whole batches."""
+    size, batch_size = episodes.size, episodes.batch_size
+    if size and size % batch_size:
+        nearest = max(size - size % batch_size, batch_size)
+        raise ValueError(
+            f"episodes.size: {size} is no multiple of episodes.batch_size ({batch_size}); "
+            f"try {nearest}"
         )
 
 

@@ -69,7 +69,7 @@ class Finetune(Config, Recipes):
                 raise ValueError(f"{folder}: {reason}; train in another folder") from error
             print(f"written to {visible(str(folder))}")
         if stopped:
-            alpha = "" if self.alpha is None else f" --alpha {self.alpha:g}"
+            alpha = "" if self.alpha is None else f" --alpha {self.alpha}"
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; "
                 f"protoclip finetune {folder} --resume auto{alpha} goes on"

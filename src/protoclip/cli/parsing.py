@@ -224,8 +224,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {name: located(value, path.parent) for name, value in tree.items()}
 
 
-# What stands for no file where a path may.
-NO_PATHS = ("emoji", START, *HALVES.values())
+# What stands for no file in `teacher.features`.
+TEACHERS_OF_A_RUN = (START, *HALVES.values())
 
 
 def located(value: Any, folder: Path, name: str = "") -> Any:
@@ -237,7 +237,9 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
-    if name not in PATH_SETTINGS or not isinstance(value, str) or value in NO_PATHS:
+    if name not in PATH_SETTINGS or not isinstance(value, str) or value == "emoji":
+        return value
+    if name == "features" and value in TEACHERS_OF_A_RUN:
         return value
     if name == "guard":  # may have settings of its own, one of which is a folder
         return ",".join(located_part(part, folder) for part in value.split(","))

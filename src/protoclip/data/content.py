@@ -71,7 +71,7 @@ def content(
         if isinstance(pairs, PairsView) and len(pairs.left_out):
             facts[0][name] = checksum(pairs.left_out.astype("<i8").tobytes())
         elif pairs is not None:
-            facts[0][name] = ""  # all of them, which no fact would not tell
+            facts[0][name] = ""  # none is left out; no fact at all would mean that nobody knows
     return facts
 
 

@@ -343,12 +343,15 @@ def image_names(source: ImageTextPairs, table: pa.Table | None = None) -> pa.Chu
 
 def images_of_several_classes(source: ImageTextPairs) -> int:
     """How many images have other classes in other rows."""
-    if (names := image_names(source, source.table)) is None:
+    several, classes = 0, source.kept(source.checked.column(str(source.class_column)))
+    if "list" in str(classes.type):
         return 0
-    classes = source.kept(source.checked.column(str(source.class_column)))
-    table = pa.table({"image": names, "class": classes}).filter(pc.is_valid(names))
-    counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
-    return int(np.count_nonzero(counts.to_numpy() > 1))
+    for names in _image_names(source):
+        columns = {"image": names, "class": classes.cast(pa.large_string())}
+        table = pa.table(columns).filter(pc.is_valid(names))
+        counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
+        several += int(np.count_nonzero(counts.to_numpy() > 1))
+    return several
 
 
 def image_sizes(source: ImageTextPairs) -> Rows:
@@ -360,10 +363,9 @@ def image_sizes(source: ImageTextPairs) -> Rows:
     values = table.column(source.image_column)
     if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
         values = pc.struct_field(values, "bytes")
-    if pa.types.is_binary_view(values.type):  # which Arrow measures no lengths of
-        values = values.cast(pa.large_binary())
     if "binary" in str(values.type):
-        sizes = _numbers(source.kept(pc.binary_length(values)))
+        lengths = [pc.binary_length(measurable(chunk)) for chunk in values.iterchunks()]
+        sizes = _numbers(source.kept(pa.chunked_array(lengths)))
     if (names := image_names(source)) is not None:
         texts = (name for chunk in names.iterchunks() for name in chunk.to_pylist())
         progress = Progress(f"looking at the images of {source.name}", len(source))
@@ -374,6 +376,11 @@ def image_sizes(source: ImageTextPairs) -> Rows:
             if len(source) > STEP and (row % STEP == 0 or row == len(source) - 1):
                 progress.update(row + 1)
     return sizes
+
+
+def measurable(images: pa.Array) -> pa.Array:
+    """The same images, in a form of which Arrow measures lengths."""
+    return images.cast(pa.large_binary()) if pa.types.is_binary_view(images.type) else images
 
 
 def _numbers(column: pa.ChunkedArray) -> Rows:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
@@ -48,6 +49,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and wh
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index. Change it when the rows or facts change.
 INDEX_FORM = "tar shards, 4"
+ROWS_FORM = "tar shards, 3"  # of the rows alone, by which stores know images
 MAX_SHARDS = 1_000_000  # that a pattern may name
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # Where the image is in the tar; null if there is none.
@@ -158,15 +160,15 @@ def read_samples(
     *,
     stream: bool,
     beside: str | None = None,
-    unnamed: set[str] | None = None,
+    unnamed: Counter[str] | None = None,
 ) -> Iterator[ShardSample]:
     """The samples of an uncompressed tar, each made of consecutive files with one key.
 
     Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
     the `.txt`, or without one under the first of the usual keys that is there. A stream is read
     front to back, images included; otherwise images are skipped by seeking. With `beside`,
-    samples are images and files with that extension, such as `cls`, not captions. `unnamed` is
-    given the keys that have an image only behind a second dot, as in `dog.1.jpg`.
+    samples are images and files with that extension, such as `cls`, not captions. `unnamed` counts
+    the images of keys that have them only behind a second dot, as in `dog.1.jpg`.
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
@@ -196,7 +198,10 @@ def read_samples(
             used, size = kind in IMAGES or kind in texts, member.size
             if unnamed is not None and kind.rpartition(".")[2] in IMAGES:
                 has_image = next_key == key and not IMAGES.isdisjoint(files)
-                (unnamed.discard if used or has_image else unnamed.add)(next_key)
+                if used:
+                    unnamed.pop(next_key, None)
+                elif not has_image:
+                    unnamed[next_key] += 1
             if size <= MAX_MEMBER_BYTES and (used if stream else kind in texts):
                 member.data = source.read(size)
                 if len(member.data) < size:
@@ -339,49 +344,54 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """
     pattern, folder = data.train, index_folder()
     captions = caption_columns(data) or None
-    # Links keep their names, which ids begin with: a hub's cache links to files named by a hash.
-    paths = [os.path.abspath(shard) for shard in expand_shards(pattern)]  # noqa: PTH100
+    links = expand_shards(pattern)
+    paths = [str(Path(link).resolve()) for link in links]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
         prints = list(pool.map(fingerprint, paths))
-    settings = {"form": INDEX_FORM, "captions": captions}
-    stems = map(shard_stem, paths)
-    keys = [
-        digest({**settings, "shard": each, "stem": stem})
-        for each, stem in zip(prints, stems, strict=True)
-    ]
-    key = digest({**settings, "shards": keys})
+    # Ids begin with the name of a link: a hub's cache links to files that are named by a hash.
+    stems = [shard_stem(link) for link in links]
+
+    def keys_in(form: str) -> list[str]:
+        settings = {"form": form, "captions": captions}
+        facts = [
+            {"shard": each} if stem == shard_stem(path) else {"shard": each, "stem": stem}
+            for each, stem, path in zip(prints, stems, paths, strict=True)
+        ]
+        own = [digest({**settings, **each}) for each in facts]
+        return [*own, digest({**settings, "shards": own})]
+
+    *_, key = keys_in(ROWS_FORM)
+    *keys, key_of_set = keys_in(INDEX_FORM)
+    shards = list(zip(paths, stems, keys, strict=True))
     index_one = partial(_index_shard, caption_keys=captions, folder=folder)
-    join = partial(_join_indexes, dict(zip(paths, keys, strict=True)), index_one)
+    join = partial(_join_indexes, shards, index_one)
     way_out = "name the files of a sample as in 000.jpg, 000.txt"
-    index = build_index(key, join, folder=folder, label=pattern, way_out=way_out)
+    index = build_index(key_of_set, join, folder=folder, label=pattern, way_out=way_out)
     way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
     data, name = replace(data, root=None), name or pattern
     return pairs_of(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
 
 
 def _index_shard(
-    shard: tuple[str, str], *, caption_keys: Sequence[str] | None, folder: Path
+    shard: tuple[str, str, str], *, caption_keys: Sequence[str] | None, folder: Path
 ) -> ArrowIndex:
-    """The index of one shard, given its path and key."""
-    path, key = shard
+    """The index of one shard, given its path, its stem and its key."""
+    path, stem, key = shard
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        unnamed = set[str]()
+        unnamed = Counter[str]()
         with open_local(path) as file:
             if file.peek(6).startswith(tuple(COMPRESSED)):
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:
-                samples = list(
-                    read_samples(
-                        file, shard_stem(path), caption_keys, stream=False, unnamed=unnamed
-                    )
-                )
+                read = read_samples(file, stem, caption_keys, stream=False, unnamed=unnamed)
+                samples = list(read)
             except Exception as error:
                 raise ValueError(f"{path}: {reason_of(error)}") from None
         if samples and samples[-1].fault:
             facts["notes"] = [f"{path}: {samples.pop().fault}"]
         if unnamed:
-            facts["unnamed"] = [len(unnamed), f"{path}: {visible(min(unnamed))}"]
+            facts["unnamed"] = [unnamed.total(), f"{path}: {visible(min(unnamed))}"]
         images = [s.image for s in samples]
         columns = {
             "sample_id": [s.sample_id for s in samples],
@@ -395,7 +405,7 @@ def _index_shard(
 
 
 def _join_indexes(
-    shards: dict[str, str], index_one: Any, facts: dict[str, Any]
+    shards: Sequence[tuple[str, str, str]], index_one: Any, facts: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """The rows of every shard, with its path in a further column."""
     if len(shards) >= PARALLEL_FROM:
@@ -404,12 +414,12 @@ def _join_indexes(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         progress = Progress(f"Indexing {len(shards)} shards", len(shards))
         with ProcessPoolExecutor(cores, multiprocessing.get_context(fork)) as pool:
-            for done, _ in enumerate(pool.map(index_one, shards.items()), 1):
+            for done, _ in enumerate(pool.map(index_one, shards), 1):
                 progress.update(done)
     # One index is open at a time: there may be more shards than a process may have open files.
-    names = pa.array(list(shards), pa.string())
+    names = pa.array([path for path, *_ in shards], pa.string())
     faults, unnamed = list[str](), list[Any]()
-    for number, shard in enumerate(shards.items()):
+    for number, shard in enumerate(shards):
         index = index_one(shard)
         index.check()
         faults += index.notes
@@ -424,6 +434,6 @@ def _join_indexes(
     for _, example in unnamed[:1]:
         number = sum(count for count, _ in unnamed)
         facts["left_out"] = [
-            f"{number:,} images are left out, such as {example}.*.jpg: a sample's name ends at its "
-            "first dot; rename them, as in 000-1.jpg"
+            f"{number:,} image(s) are left out, such as {example}.*.jpg: the name of a sample ends "
+            "at its first dot; rename them, as in 000-1.jpg"
         ]

@@ -58,7 +58,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
-csv.field_size_limit(MAX_LINE)
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
 LONGEST_HEADER = 100_000  # characters
 MAX_EMPTY_LINES = 1_000_000  # in a row
 SHOWN_LINES = 1 << 16  # after as many, progress is shown

@@ -325,7 +325,7 @@ def _open_pairs(
         labels = positions(texts, classes)
         if several := images_of_several_classes(pairs) if len(rows) < len(pairs) else 0:
             notes.append(
-                f"{reference}: {several:,} images have other classes in other rows, of "
+                f"{reference}: {several:,} image(s) have other classes in other rows, of "
                 "which the first counts; give each image one class"
             )
     only = Split(images=images, labels=labels, captions=captions)

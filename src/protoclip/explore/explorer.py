@@ -239,8 +239,8 @@ def open_explorer(
         reference: As `protoclip.load` takes it.
         umap_later: Have the map by PCA where that by UMAP is not kept; `make_umap` makes it.
         number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
-        trained_on: Whether these are the pairs that the model was trained on. If `align` made it,
-            heads that have not seen a pair tell then how odd it is.
+        trained_on: Whether the pairs are of the data that the model was trained on. If it was by
+            `align`, heads that have not seen a pair tell then how odd it is.
         show: Called with the name of each stage of the work.
 
     Raises:

@@ -498,7 +498,7 @@ class Site:
     def answer(self, question: str, answer: Answer, *, here: str | None = None) -> str:
         """The images and captions nearest to a text or an image.
 
-        `here` is the page of it of another model; of a text it is the search for that.
+        `here` is what the link to another model opens; unset, the same search.
         """
         note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
         sections = [

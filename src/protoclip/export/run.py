@@ -261,7 +261,7 @@ def upload(folder: Path, name: str) -> str:
         others = sorted({*api.list_repo_files(address.repo_id)} - ours - {".gitattributes"})
     if others:
         say(
-            f"warning: {name} also holds {len(others)} files that are not of this export, such as "
-            f"{visible(others[0])}; readers may take them for parts of it, so delete them there"
+            f"warning: {name} also holds what is not of this export, such as {visible(others[0])} "
+            f"({len(others)} in all); readers may take it for a part, so delete it there"
         )
     return str(address)

@@ -37,6 +37,7 @@ from protoclip.features.parts import (
     Part,
     Show,
     claim,
+    difference_in,
     encode_missing,
     identity,
     parts_of,
@@ -118,7 +119,8 @@ def embed(
             "reference": name,
             **ids,
             "class_column": config.data.class_column,
-            "data": key_of_stream(samples) if is_stream else samples.key,
+            "data": digest(samples.state_dict(0)) if is_stream else samples.key,
+            **({"content": rank0_first(lambda: content(samples))} if is_stream else {}),
             "weights": images.checksum(),
             "width": images.width,
             "part_rows": PART_ROWS,
@@ -141,11 +143,6 @@ def embed(
     if rank() == 0:
         announce(out, facts, f"{out}: is finished" if finished else f"written to {out}")
     return out
-
-
-def key_of_stream(samples: Any) -> str:
-    """Changes with the order of a stream, and with its local shards."""
-    return digest({"order": samples.state_dict(0), "content": content(samples)})
 
 
 def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:
@@ -185,7 +182,7 @@ def claim_file(
 ) -> tuple[dict[str, Any], list[Path]]:
     """The facts of the file if it is of these settings; else those of its parts, and the parts."""
     facts = read_facts(out)
-    is_finished = settings.items() <= facts.items()
+    is_finished = difference_in(facts, settings) is None
     if is_finished:
         shutil.rmtree(working, ignore_errors=True)  # it stays if the process was killed at the end
         return facts, []

@@ -22,9 +22,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data.access import digest
 from protoclip.data.captions import without_padding
-from protoclip.data.content import content
+from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
@@ -295,7 +294,7 @@ def embed_teacher(
             return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
         encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
         settings |= {
-            "data": key_of_content(samples, encoder.reads),
+            "content": rank0_first(lambda: read_content(samples, encoder.reads)),
             "weights": encoder.checksum(),
             "modality": encoder.reads,
             "pooling": pooling,
@@ -304,11 +303,10 @@ def embed_teacher(
         return finish(encoder, samples, out, settings, batch_size, threads)
 
 
-def key_of_content(samples: Pairs | SampleStream, modality: str) -> str:
-    """Changes with what a tower reads of samples, wherever they lie."""
+def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:
+    """The facts of what a tower reads of samples, wherever they lie."""
     unread = {"classes", *{"image": ["captions"], "text": ["images", "sample"]}[modality]}
-    facts = [{k: v for k, v in each.items() if k not in unread} for each in content(samples)]
-    return digest({"content": facts})
+    return [{k: v for k, v in of.items() if k not in unread} for of in content(samples)]
 
 
 def finish(

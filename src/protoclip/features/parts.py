@@ -19,6 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from protoclip.data.content import difference
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.distributed.collectives import (
@@ -37,7 +38,10 @@ T = TypeVar("T")
 PARTS = "parts"
 # Settings that are checksums, and what it means if they differ.
 CHECKSUMS = {"ids": "other sample ids", "data": "other data, or before these were changed"}
-CHECKSUMS |= {"weights": "other weights"}
+CHECKSUMS |= {"weights": "other weights", "content": CHECKSUMS["data"]}
+CHECKSUMS |= {"captions": "other captions, or before these were changed"}
+# 1.0.0 did not note these, so they are unknown where they are missing.
+NEW = ("content", "captions")
 FOLDERS = "--out or align.features"  # what says where the parts are
 Show = Callable[[int], None]  # is told how many samples of a part are done
 
@@ -87,12 +91,20 @@ def require_same(
     facts: Mapping[str, Any], settings: Mapping[str, Any], *, name: Path, way_out: str
 ) -> None:
     """Refuse facts that differ from the settings."""
+    if (key := difference_in(facts, settings)) is not None:
+        what = CHECKSUMS.get(key, f"{key} {facts.get(key)}, not {settings[key]}")
+        raise ValueError(f"{name}: was made with {what}; {way_out}")
+
+
+def difference_in(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """The first setting in which facts differ; None if they are of these settings."""
     for key, value in settings.items():
-        if key == "data" and key not in facts:
-            continue  # `embed-teacher` did not note it before 1.0
-        if (old := facts.get(key)) != value:
-            what = CHECKSUMS.get(key, f"{key} {old}, not {value}")
-            raise ValueError(f"{name}: was made with {what}; {way_out}")
+        if key in NEW and key not in facts and facts:
+            continue
+        old: Any = facts.get(key)
+        if difference(old or (), value) is not None if key == "content" else old != value:
+            return key
+    return None
 
 
 def claim(

@@ -83,7 +83,7 @@ def embed_start(
         out = rank0_first(chosen)
         # Whatever table has the samples; earlier versions wrote down its name in a run.
         before = rank0_first(lambda: store.read_facts(out)) if out == of_run else {}
-        settings |= {"source": before.get("source", START), "data": read}
+        settings |= {"source": before.get("source", START), "captions": read}
         finish(encoder, samples, out, settings, batch_size=256)
     features = raise_on_all_ranks(lambda: store.open_folder(out))
     features.way_out = "give the command"

@@ -16,11 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from protoclip.config import HALVES, START, Config
+from protoclip.data.access import is_url
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
-from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.pairs import Pairs, Sample, SampleStream
 from protoclip.data.sources import entries
 from protoclip.data.stream import ShardStream
+from protoclip.distributed.collectives import rank
 from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
 from protoclip.features.whiten import Whitens
 
@@ -132,7 +134,8 @@ def teachers(
                 f"{name}: no features of {missing} of {len(samples)} training samples, which its "
                 "loss leaves out"
             )
-        if isinstance(samples, SampleStream) and not knows_any(stored, samples):
+        is_first = rank() == 0
+        if isinstance(samples, SampleStream) and is_first and not knows_any(stored, samples):
             note(
                 f"{name}: has features of none of the first samples of {samples.name}; a teacher "
                 "that was made of other data, or under other names, teaches nothing"
@@ -141,15 +144,18 @@ def teachers(
 
 
 def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
-    """Whether a teacher knows one of the first samples of a stream, or there are none."""
+    """Whether a teacher knows a sample at the beginning of a stream; yes if there is none to see.
+
+    What is not on this machine is not read for it.
+    """
     streams = [each for each in sources_of(samples) if isinstance(each, ShardStream)]
-    prefixes = [f"{stream.name}/" if len(streams) > 1 else "" for stream in streams]
-    first = [
-        prefix + item.sample_id
-        for stream, prefix in zip(streams, prefixes, strict=True)
-        for item in islice(stream.read(stream.shards[0]), FIRST)
-    ]
-    return not first or bool((stored.find(first) >= 0).any())
+    ids = []
+    for stream in streams:
+        prefix = f"{stream.name}/" if len(streams) > 1 else ""
+        if not is_url(stream.shards[0]) and not stream.shards[0].startswith("pipe:"):
+            items = islice(stream.read(stream.shards[0]), FIRST)
+            ids += [prefix + item.sample_id for item in items if isinstance(item, Sample)]
+    return not ids or bool((stored.find(ids) >= 0).any())
 
 
 def refuse_halves(config: Config) -> None:

@@ -44,7 +44,7 @@ def resolve_start(given: ModelConfig) -> Start:
         unresized = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
         label = f"open_clip:{name}/{given.pretrained}"
         start = OpenClipStart(reference=label, unresized=unresized, model=given)
-        return replace(start, notes=squashed(start))
+        return replace(start, notes=squashed(start, "model.name"))
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:
@@ -65,7 +65,7 @@ def _resolved(start: Start, given: ModelConfig) -> Start:
     return replace(start, model=model, notes=start.notes + squashed(start))
 
 
-def squashed(start: Start) -> tuple[str, ...]:
+def squashed(start: Start, setting: str = "model.start") -> tuple[str, ...]:
     """A note, if a model that is no run of ours has read whole images, squashed to squares."""
     model, towers_json = start.unresized.model, start.unresized.towers_json or {}
     settings = towers_json.get("preprocess_cfg", {})
@@ -75,7 +75,7 @@ def squashed(start: Start) -> tuple[str, ...]:
     if mode == "shortest" or isinstance(start, RunStart):
         return ()
     return (
-        f"model.start: {start.reference} resizes images by '{mode}'; this run crops them, and so "
+        f"{setting}: {start.reference} resizes images by '{mode}'; this run crops them, and so "
         "does the evaluation of what it trains",
     )
 

@@ -137,6 +137,8 @@ def max_tokens(config: Any) -> int:
 
 def require_length(context_length: int, config: Any, name: str) -> None:
     """Refuse a caption length that a text model of `transformers` has no positions for."""
+    if not hasattr(config, "max_position_embeddings"):
+        return  # T5 and its kin take any length
     if context_length > (most := max_tokens(config)):
         raise ValueError(
             f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"

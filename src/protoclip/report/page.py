@@ -24,6 +24,7 @@ import protoclip
 from protoclip.config import Config
 from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import METRICS
+from protoclip.evaluation.validation import is_asked
 from protoclip.files import locked, require_ours, write_atomically
 from protoclip.progress import Progress, duration
 from protoclip.report import findings, looks
@@ -474,7 +475,7 @@ def show_models(
             continue
         model = run.config.model  # what it starts from may have learned some of the pairs
         starts = (model.start, model.image.name, model.text.name)
-        data = repr((run.config.data, starts, run.config.loss.positives))
+        data = repr((run.config.data, starts, run.config.loss.positives, is_asked(run.config)))
         try:
             if data not in known:
                 examples = looks.find_examples(run.config, samples)

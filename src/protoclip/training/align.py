@@ -115,6 +115,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
         ValueError: A half is missing, or a setting is wrong or is for towers that train.
     """
     choices = Choices(given, "aligning")
+    choices.require_sizes()
     config = choices.config
     model, image = config.model, config.model.image
     for setting, value in (("name", model.name), ("start", model.start)):

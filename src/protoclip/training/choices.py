@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from protoclip.checks import check_sizes
 from protoclip.config import Config, shown
 from protoclip.distributed.collectives import rank0_first
 from protoclip.training import sync
@@ -24,6 +25,11 @@ class Choices:
     def __init__(self, given: Mapping[str, Any], what: str) -> None:
         self.given, self.config, self.what = given, Config.from_dict(given), what
         self.chosen: dict[str, dict[str, Any]] = {}
+
+    def require_sizes(self) -> None:
+        """Refuse sizes that are given and do not fit, before a stream is read for hours."""
+        if self.is_given("episodes.size") and self.is_given("episodes.batch_size"):
+            check_sizes(self.config.episodes)
 
     def is_given(self, name: str) -> bool:
         section, key = name.split(".")

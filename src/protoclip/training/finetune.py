@@ -82,6 +82,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
         ValueError: There is no start, or a setting is wrong.
     """
     choices = Choices(given, "fine-tuning")
+    choices.require_sizes()
     if not choices.config.model.has_start:
         raise ValueError(NO_START)
     choices.choose("run.name", "finetuned")

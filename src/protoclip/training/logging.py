@@ -120,7 +120,7 @@ def whole_lines(path: Path, size: int) -> int:
             end = min(size, file.seek(0, os.SEEK_END))
             start = file.seek(max(0, end - LONGEST_LINE))
             return start + file.read(end - start).rfind(b"\n") + 1
-    except OSError:  # as those who write to it tell
+    except OSError:  # the writer warns of it
         return size
 
 

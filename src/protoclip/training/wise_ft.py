@@ -138,7 +138,6 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
         "alpha": chosen,
         "best_alpha": by_rule,
         "points": points,
-        "data": judges(run),
     }
     weights, _ = lora.merged(run.model, parallel.weights(run.model))
     raise_on_all_ranks(lambda: write(run, weights, record))
@@ -201,7 +200,8 @@ def write(run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) ->
     write_model(run.folder, weights, description, run.writer.text_files)
     # Those of another alpha; on a full disk they stay, with their model.
     (run.folder / "results.json").unlink(missing_ok=True)
-    write_atomically(run.folder / FILE, to_json(sealed(record), indent=2) + "\n")
+    sweep = sealed({**record, "data": judges(run)})
+    write_atomically(run.folder / FILE, to_json(sweep, indent=2) + "\n")
     draw(record, run.folder / FIGURE)
 
 

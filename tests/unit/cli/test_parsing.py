@@ -82,7 +82,7 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
     for name in ("here/shards/0.tar", "recipes/shards/0.tar", "recipes/more/0.tar"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    for name in ("emoji", "start", "image-half"):
+    for name in ("emoji", "start"):
         (tmp_path / "recipes" / name).touch()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -96,7 +96,11 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
         assert located(path) == f"../recipes/{path}"
     for path in (".", "shards", "shards/{0..3}.tar", "none/*.tar", "/a/b"):
         assert located(path) == path
-    for path in ("emoji", "start", "image-half", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b"):
+    assert located("start") == "../recipes/start"
+    recipe.write_text('teacher.features = "start"')
+    config: Config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
+    assert config.teacher.features == "start"  # the model that the run starts from
+    for path in ("emoji", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b"):
         assert located(path) == path
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -151,8 +152,8 @@ def test_an_index_notes_images_whose_names_have_a_further_dot(tmp_path):
     files = [*numbered(0).items(), ("000.seg.png", b"x"), ("dog.1.jpg", b"x"), ("dog.2.png", b"x")]
     write_tar(tmp_path / "0.tar", [*files, ("1.depth.png", b"x"), ("1.png", b"x")])
     assert index(tmp_path).notes == [
-        f"1 images are left out, such as {tmp_path}/0.tar: dog.*.jpg: a sample's name ends at its "
-        "first dot; rename them, as in 000-1.jpg"
+        f"2 image(s) are left out, such as {tmp_path}/0.tar: dog.*.jpg: the name of a sample ends "
+        "at its first dot; rename them, as in 000-1.jpg"
     ]
 
 
@@ -381,8 +382,12 @@ def test_a_linked_shard_is_named_as_its_link(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{folder}-00000.tar").symlink_to(tmp_path / "blobs" / "4e07.tar")
-        ((sample_id, *_),) = both(tmp_path / folder / f"{folder}-00000.tar")
+        ((sample_id, *sample),) = both(tmp_path / folder / f"{folder}-00000.tar")
         assert sample_id == f"{folder}-00000/000"
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a-00000.tar").symlink_to(tmp_path / "blobs" / "4e07.tar")
+    assert both(tmp_path / "c" / "a-00000.tar") == [("a-00000/000", *sample)]
 
 
 def test_braces_may_be_long(tmp_path):

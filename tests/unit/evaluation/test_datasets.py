@@ -235,7 +235,7 @@ def test_an_image_with_several_classes_in_its_rows_is_told(tmp_path):
         path = tmp_path / f"{number}.parquet"
         pq.write_table(pa.table({"image": images, **columns}), path)
         notes = open_data(str(path), class_column="kind").notes
-        told = "1 images have other classes in other rows, of which the first counts; give each"
+        told = "1 image(s) have other classes in other rows, of which the first counts; give each"
         assert sum(f"{path}: {told}" in note for note in notes) == number
 
 

@@ -105,7 +105,7 @@ def test_the_hub_gets_every_file(use_hub, model, tmp_path, capsys):
     assert "also holds" not in capsys.readouterr().err
     protoclip.export(model, tmp_path / "less", ["open_clip"], push_to_hub="me/model")
     assert "me/model also holds" in (said := capsys.readouterr().err)
-    assert "such as config.json; readers may take them for parts of it" in said
+    assert "such as config.json (" in said
     Hub.repositories.clear()
     shutil.rmtree(folder)
     facts = protoclip.export(model, folder, push_to_hub="me/model")

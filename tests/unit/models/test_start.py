@@ -36,6 +36,7 @@ from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint
+from protoclip.models.towers import require_length
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import make_plan, outline
@@ -481,3 +482,10 @@ def test_a_published_model_that_squashes_images_is_told(given):
     named = {"name": "ViT-B-16-SigLIP", "pretrained": "webli"}
     notes = resolve_start(ModelConfig(**(given or named))).notes
     assert [note for note in notes if "SigLIP/webli resizes images by 'squash'; this run" in note]
+
+
+def test_a_text_model_without_positions_reads_captions_of_any_length():
+    """T5's kin count the distance of tokens."""
+    require_length(1000, transformers.MT5Config(), "mt5")
+    with pytest.raises(ValueError, match="1000 is too large; bert reads at most 512"):
+        require_length(1000, transformers.BertConfig(), "bert")

@@ -436,7 +436,7 @@ def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(pairs, s
     captions = pa.array(["another"] * len(moved))
     table = moved.table.set_column(moved.table.column_names.index("caption"), "caption", captions)
     changed = given[0], given[1], ImageTextPairs(table, name="moved")
-    with pytest.raises(ValueError, match="made with other data, or before these were changed"):
+    with pytest.raises(ValueError, match="made with other captions, or before these were changed"):
         embed_start(*changed, of_run=tmp_path / "run", **more)
     other = embed_start(*given, of_run=tmp_path / "other", **more)
     assert other.name == first.name
