@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from protoclip.data.held_out import held_out_rows, shared
+from protoclip.data.held_out import held_out_rows, image_sizes, shared
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView, without
@@ -220,3 +220,10 @@ def test_only_images_that_look_equal_are_read_whole(tmp_path):
     whole = {row for row, is_whole in read if is_whole}
     assert whole
     assert not whole & {*range(20, 280)}
+
+
+def test_images_of_every_binary_type_are_measured():
+    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        images = pa.array([b"a", b"abc"]).cast(kind)
+        pairs = ImageTextPairs(pa.table({"image": images, "caption": ["a", "b"]}), name="t")
+        assert image_sizes(pairs).tolist() == [1, 3]

@@ -10,7 +10,7 @@ import torch
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.sampler import EpisodeSampler, episodes, permute, transform_draws
+from protoclip.data.sampler import EpisodeSampler, episodes, evenly_spaced, permute, transform_draws
 from protoclip.data.view import without
 from protoclip.testing import tiny_pairs
 
@@ -129,3 +129,8 @@ def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
     )
     with pytest.raises(ValueError, match=r"^data\.sources: no pair of 'of 2' is left .* weight;"):
         episodes(config, samples)
+
+
+def test_no_rows_are_evenly_spaced_without_a_warning():
+    with np.errstate(divide="raise"):
+        assert evenly_spaced(0, 0, seed=0) == evenly_spaced(5, 0, seed=0) == []

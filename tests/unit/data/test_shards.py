@@ -394,3 +394,8 @@ def test_braces_may_be_long(tmp_path):
     write_tar(tmp_path / "00007.tar", numbered(0))
     with pytest.raises(ValueError, match="no such file"):
         expand_shards(f"{tmp_path}/{{{','.join(f'{n:05}' for n in range(100))}}}.tar")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    files = {"0.jpg": IMAGE, "0.txt": "\ufeffa dog".encode()}
+    assert both(write_tar(tmp_path / "a.tar", files)) == [("a/0", IMAGE, ("a dog",))]

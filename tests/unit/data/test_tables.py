@@ -409,3 +409,10 @@ def test_numbers_as_classes_of_several_sources_are_told(classes, is_told, tmp_pa
         ]
         * is_told
     )
+
+
+def test_a_quoted_field_may_be_as_long_as_a_line(tmp_path):
+    text = "a " * 100_000
+    (tmp_path / "t.csv").write_text(f'image,caption,key\n0.jpg,"{text}",b\n')
+    data = DataConfig(train=str(tmp_path / "t.csv"), id_column="key")
+    assert sources.pairs(Config(data=data)).sample_captions(0) == (text.strip(),)
