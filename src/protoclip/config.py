@@ -90,8 +90,8 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 if supported.
     log_every: Count = 10  # Steps between lines of metrics.jsonl.
-    save_steps: CountOrZero = 0  # Steps between checkpoints; 0 for none.
-    save_minutes: NotNegative = 10.0  # Minutes between checkpoints; 0 for none.
+    save_steps: CountOrZero = 0  # Steps between checkpoints; 0: see save_minutes.
+    save_minutes: NotNegative = 10.0  # Minutes between them; 0: episodes' ends.
     keep_checkpoints: Count = 2  # Newest checkpoints to keep.
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
     loggers: tuple[str, ...] = ("tensorboard",)  # ... wandb mlflow trackio.

@@ -18,9 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from protoclip.terminal import OBEYED
+from protoclip.terminal import OBEYED, say
 
 SOFTWARE = "protoclip"  # what a PNG file names as its maker
+QUIET_SECONDS = 10.0  # that a process waits for another without a word
 SEAL = "checksum"  # key in a JSON object of the checksum of the rest
 UNFINISHED = re.compile(r"\..+\.\d+\.tmp", re.ASCII | re.DOTALL)  # what `replacing` writes to
 FILE_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
@@ -156,7 +157,7 @@ def locked(
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{folder}: another process writes here; wait for it, or {way_out}"
+                f"{folder}: another process writes here{holder(path)}; wait for it, or {way_out}"
             ) from None
     try:
         yield
@@ -164,6 +165,37 @@ def locked(
         with suppress(OSError):
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Let one process after the other work on a file; who waits for long says so, once a job."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=QUIET_SECONDS)
+    except Timeout:
+        if not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
+            place = Path(lock.lock_file)
+            say(f"note: waiting for another process to be done with {path}{holder(place)}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holder(lock: Path) -> str:
+    """Who holds a lock file, where the file says it: on file systems that know no locks.
+
+    There the file of a process that was killed stays, and no other host can tell.
+    """
+    try:
+        process, host = lock.read_text(encoding="utf-8").splitlines()[:2]
+    except (OSError, ValueError):
+        return ""
+    return f" (process {process} of {host}; if that has ended, delete {lock})"
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from interrupting import with_changes
+from interrupting import quick_config, with_changes
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.waits import WAITS
 from protoclip.features import teachers
+from protoclip.models import loading
+from protoclip.models.saved import MODEL, WEIGHTS
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training import throughput
 from protoclip.training.run import train
@@ -191,6 +196,81 @@ def test_launchers_are_recognised(monkeypatch):
     for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert collectives.launched() == (2, 4, 0)
+
+
+def test_each_step_of_a_slurm_job_has_a_port_of_its_own(monkeypatch):
+    """As in a sweep that starts several on the same hosts."""
+    monkeypatch.setenv("SLURM_JOB_ID", "123456")
+    ports = set()
+    for step in range(100):
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        ports.add(collectives.port_of_step())
+    assert len(ports) == 100
+    assert min(ports) >= 15_000
+    assert max(ports) < 30_000
+
+
+def place(folders: list[Path], written: bool) -> str:
+    """What this rank says of a file that each host has, as if it were shared."""
+    path = folders[collectives.rank()] / "facts.json"
+    with pytest.MonkeyPatch.context() as patch:  # ranks serve other tests, too
+        patch.setattr(collectives, "UNSEEN", 0.2)
+        try:
+            collectives.require_shared(path, by="--out", written=written)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_equal_files_of_two_hosts_are_not_one_place_to_write_to(tmp_path):
+    """They may be of a start before, in which another host had rank 0."""
+    apart = [tmp_path / "a", tmp_path / "b"]
+    for folder in apart:
+        folder.mkdir()
+        (folder / "facts.json").write_text("equal")
+    assert run_distributed(place, 2, apart, False) == ["", ""]
+    assert all("share by --out" in said for said in run_distributed(place, 2, apart, True))
+    assert run_distributed(place, 2, [apart[0]] * 2, True) == ["", ""]
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+def other_pairs(folders: list[Path], out: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folders[collectives.rank()])
+        try:
+            train(quick_config("pairs.parquet", out))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("number", "seed"), [(40, 0), (48, 1)])
+def test_hosts_that_see_other_pairs_are_refused(number, seed, tmp_path):
+    """Ranks would draw rows of tables that are not one; equal numbers of rows have equal ids."""
+    for name, table in (("a", tiny_pairs(48)), ("b", tiny_pairs(number, seed=seed))):
+        (tmp_path / name).mkdir()
+        pq.write_table(table.drop_columns("sample_id"), tmp_path / name / "pairs.parquet")
+    folders = [tmp_path / name for name in "ab"]
+    for said in run_distributed(other_pairs, 2, folders, tmp_path / "run"):
+        assert re.search(f"data.train: .* sees {number} pairs, and .* 48 pairs, or other", said)
+    assert not (tmp_path / "run").exists()
+
+
+def newest_of(run: str) -> str:
+    """What a rank takes for the run's model, where another checkpoint comes meanwhile."""
+    found = loading.pinned(run)
+    if collectives.rank() == 0:
+        shutil.copytree(found, Path(found).with_name("step-999999999"))
+    return found
+
+
+def test_ranks_take_one_checkpoint_of_a_run_that_trains(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "step-000000008"
+    checkpoint.mkdir(parents=True)
+    for name in (MODEL, WEIGHTS):
+        (checkpoint / name).touch()
+    assert run_distributed(newest_of, 2, str(tmp_path)) == [str(checkpoint)] * 2
+    assert loading.pinned("open_clip:RN50/openai") == "open_clip:RN50/openai"
 
 
 @pytest.mark.parametrize(("visible", "name"), [(1, "cuda:0"), (4, "cuda:2")])

@@ -28,6 +28,7 @@ from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel
 from protoclip.models.saved import read_config
+from protoclip.models.start import find_start
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
@@ -82,6 +83,7 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "Episodes in the run. [30 passes]" in shown.out
     assert "Weight of the prototypical loss; 0 is CLIP. [0.0]" in shown.out
+    assert find_start(str(tmp_path / "run")).heads_are_new  # nothing has trained them
     said = shown.err
     for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
         assert f"{chosen}: no effect" not in said

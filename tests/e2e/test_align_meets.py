@@ -35,6 +35,7 @@ from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import read_config
+from protoclip.models.start import find_start
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
 from protoclip.training.trainer import Trainer
@@ -269,6 +270,7 @@ def ended(given, sources, tmp_path_factory) -> dict[str, Path]:
 
 def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys):
     """By LoRA. Rows with one image are no other data."""
+    assert not find_start(str(ended["mlp"])).heads_are_new
     results = protoclip.finetune(
         {
             "model": {"start": str(ended["mlp"]), "lora": 2},

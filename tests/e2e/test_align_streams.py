@@ -1,6 +1,7 @@
 """`protoclip align` on tar shards that are streamed: encoded as they pass, and never again."""
 
 import gzip
+import io
 import json
 import shutil
 from contextlib import ExitStack
@@ -11,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from protoclip.config import DataConfig
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import parts, streamed
@@ -166,6 +169,21 @@ def test_what_is_bad_of_a_stream_is_said_and_left_out(given, shards, tmp_path, s
     assert sum("they are left out" in note for note in plan.notes) == 2
     broken.write_bytes(content)
     assert len(rows_of(settings)[0].samples) == 30
+
+
+def test_a_larger_limit_on_pixels_brings_images_back(given, tmp_path, store):
+    table = tiny_pairs(30, seed=7)
+    images = table["image"].to_pylist()
+    buffer = io.BytesIO()
+    Image.new("RGB", (90, 90), (200, 40, 90)).save(buffer, "PNG")
+    images[3] = buffer.getvalue()
+    table = table.set_column(table.column_names.index("image"), "image", pa.array(images))
+    pack(ImageTextPairs(table, name="large"), tmp_path)
+    settings = of(given, tmp_path / "*.tar", data={"max_image_pixels": 80 * 80})
+    assert len(rows_of(settings)[0].samples) == 29
+    for limit in (100 * 100, DataConfig().max_image_pixels):
+        assert len(rows_of(changed(settings, data={"max_image_pixels": limit}))[0].samples) == 30
+    assert len(rows_of(settings)[0].samples) == 29
 
 
 def test_shards_may_move(given, shards, store, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from protoclip.models import loading, saved
 from protoclip.models.saved import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from protoclip.training.run_folder import claimed
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
@@ -224,6 +225,28 @@ def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
     )
     assert run.train(stopped, resume="auto")["steps"] == 16
     assert_equal_ends(Path(str(stopped.run.out)), whole)
+
+
+def test_nobody_else_has_the_folder_until_the_results_are_written(
+    tiny_parquet, tmp_path, monkeypatch
+):
+    """Another process would remove what is being written."""
+    config, results, said = quick_config(tiny_parquet, tmp_path / "run"), run.Run.results, []
+
+    def watched(this, *, stopped):
+        with (
+            pytest.raises(ValueError, match="another process is running") as error,
+            claimed(tmp_path / "run", resume=True),
+        ):
+            pass
+        said.append(str(error.value))
+        return results(this, stopped=stopped)
+
+    monkeypatch.setattr(run.Run, "results", watched)
+    run.train(config)
+    assert said
+    with claimed(tmp_path / "run", resume=True):
+        pass
 
 
 def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):

@@ -86,7 +86,11 @@ class Pack(Recipes):
         if self.data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
         packed = pack(
-            pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
+            pairs,
+            Path(self.out),
+            samples_per_shard=self.samples_per_shard,
+            resize=self.resize,
+            max_pixels=self.data.max_image_pixels,
         )
         number = len(packed.shards)
         shards = f"{number:,} shard{'s' * (number != 1)}"

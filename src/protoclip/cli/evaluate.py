@@ -69,8 +69,9 @@ class Evaluate:
         device = open_device(self.device)
 
         def judge(reference: str) -> list[suite.Result]:
+            newest = loading.pinned(reference)
             model, transform, tokenizer = collectives.raise_on_all_ranks(
-                lambda: loading.load(reference)
+                lambda: loading.load(newest)
             )
             if self.fast_resize and isinstance(transform, PillowTransform):
                 transform = replace(transform, fast=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged, read_recipe
@@ -18,9 +18,27 @@ from protoclip.terminal import say, visible
 class Finetune(Config, Recipes):
     """Adapt a model to your own pairs without losing what it knew.
 
-    The defaults differ from those of train; notes say how. At the end models
-    between start and end are judged (WiSE-FT), and the best is the run's model.
+    What is left out follows from the start and the data; notes say how. At the
+    end models between start and end are judged (WiSE-FT), and the best is the
+    run's model.
     """
+
+    # Where it has others than `train`; with words where they follow from the data.
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "run.name": "finetuned",
+        "run.evaluate_every": 1,
+        "model.frozen_batch_norm": True,
+        "episodes.count": "5 passes",
+        "episodes.batch_size": "<= 512",
+        "episodes.replacement": False,
+        "episodes.warm_up": 0,
+        "episodes.locked_image": 0,
+        "optim.learning_rate": 1e-5,
+        "optim.layer_decay": 0.7,
+        "teacher.whiten": 0,
+        "loss.teacher": 1.0,
+        "loss.strengths": "constant",
+    }
 
     start: str | None = None  # Model to start from: a run, open_clip:NAME/TAG, hf:NAME, a folder.
     _: KW_ONLY

@@ -62,7 +62,7 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
                 "captions an image has at most, such as 5"
             )
         if most == 1:
-            return ONE, [f"data.captions = {asked}: no effect, since no image has several captions"]
+            return ONE, [f"data.captions = {asked}: one of each image, since none has several"]
         number = min(number, most) if most and asked != "all" else most or number
     note = (
         f"data.captions = {asked}: {number} of each image, which makes {batch * number:,} captions "

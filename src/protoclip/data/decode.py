@@ -152,7 +152,7 @@ def rgb(image: Image.Image) -> Pixels:
 
 
 def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
-    """An image of which only the header was read; raises as `decode_crop`."""
+    """An image whose size and orientation are known; raises as `decode_crop`."""
     if not encoded:
         raise ValueError("empty file")
     reader = next((kind for start, kind in READERS if encoded.startswith(start)), None)
@@ -168,6 +168,12 @@ def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
     if width * height > max_pixels:
         limit = f"data.max_image_pixels ({max_pixels})"
         raise ValueError(f"{width} x {height} pixels are more than {limit}")
+    if image.format == "PNG" and "exif" not in image.info and b"eXIf" in encoded:
+        # The orientation stands behind the pixels, so PIL knows it once it has read these.
+        try:
+            image.load()
+        except Exception as error:
+            raise _decode_error(error) from error
     return image
 
 

@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 
 from protoclip.data.access import digest, is_url, join
 from protoclip.data.pairs import BadSample, ImageTextPairs, file_status
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import AllBut, PairsView, Rows, whole
-from protoclip.files import replacing
+from protoclip.files import in_turn, replacing
 from protoclip.progress import Progress
 
 Hashes = npt.NDArray[np.uint64]
@@ -117,7 +116,7 @@ def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> R
     """What was computed for the same facts before, or is now; one process does."""
     path = folder / f"{digest(known)}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # one process chooses, the others wait for it
+    with in_turn(path):  # one process chooses, the others wait for it
         if (rows := _read_rows(path)) is None:
             for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 left.unlink(missing_ok=True)

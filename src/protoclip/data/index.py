@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
 
-from protoclip.files import read_sealed, replacing, sealed, to_json, write_atomically
+from protoclip.files import in_turn, read_sealed, replacing, sealed, to_json, write_atomically
 
 # Captions as stored; the image is a path or URL.
 ROWS = pa.schema({"image": pa.string(), "caption": pa.list_(pa.binary()), "sample_id": pa.string()})
@@ -140,7 +139,7 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
         return ArrowIndex(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with in_turn(path):
             with suppress(OSError, ValueError):
                 return ArrowIndex(path)
             for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed

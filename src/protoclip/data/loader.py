@@ -40,9 +40,9 @@ Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
 FeaturesOf = dict[str, Callable[[Sequence[str]], Tensor]]  # features of sample ids, by name
 
-# Spare rows that replace the bad ones of a batch, as a multiple of it. They are more than the spare
-# samples of a stream, which travel to the workers with the batch: rows cost nothing until read.
-SPARE_ROWS = 4.0
+# Spare rows for each one of a batch that is bad. They are more than the spare samples of a stream,
+# which travel to the workers with the batch: rows cost nothing until read.
+SPARE_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,9 @@ class Pass:
 
 
 class _Request(NamedTuple):
-    """A batch to make; `candidates` has a row or sample for each position, then spare ones."""
+    """A batch to make; `candidates` has a row or sample for each position, then spare ones, of
+    which those of a position are as far apart as there are positions.
+    """
 
     position: npt.NDArray[np.int64]
     candidates: list[Item]
@@ -132,18 +134,25 @@ class _Reader(Dataset[_Made]):
 
     def __getitem__(self, request: _Request) -> _Made:
         position, candidates, transform = request.position, request.candidates, request.transform
-        spare = iter(candidates[len(position) :])
+        size, taken, failed = len(position), set[int](), set[int]()
         captions, images, ids = list[str](), [], list[str]()
         groups, bad, lost = list[list[int]](), list[BadSample](), 0.0
-        for number, first in enumerate(candidates[: len(position)]):
+        for number in range(size):
             box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
-            for candidate in chain([first], spare):
-                began = time.monotonic()
+            # Its own spare ones, which no number of ranks changes where they are rows, before
+            # those of others.
+            for place in chain(range(number, len(candidates), size), range(size, len(candidates))):
+                candidate, began = candidates[place], time.monotonic()
+                row = candidate if isinstance(candidate, int) else None
+                if place in taken or row in failed:
+                    continue
+                taken.add(place)
                 try:
                     sample, image = read_image(self.pairs, candidate, cut)
                 except BadSample as error:
                     bad.append(error)
+                    failed |= set() if row is None else {row}
                     lost += time.monotonic() - began
                     if lost > access.PATIENCE_SECONDS:  # or a large batch would wait for days
                         return _Made([], torch.zeros(0), Packed.of({}), [], bad, error=_slow(bad))
@@ -152,7 +161,6 @@ class _Reader(Dataset[_Made]):
                 captions += drawn
                 images.append(image)
                 ids.append(sample.sample_id)
-                row = candidate if isinstance(candidate, int) else None
                 groups += keys_of(request.group_by, self.pairs, row, sample, drawn)
                 break
             else:
@@ -277,8 +285,8 @@ class _Requests(Sampler[_Request]):
 class EpisodeLoader:
     """Turns episodes into batches.
 
-    A bad sample (unreadable image, no caption) is replaced by the next good one that follows its
-    batch in the episode, so that it repeats no pair that the draw did not. Worker processes start
+    A bad sample (unreadable image, no caption) is replaced by a good one of the batches that follow
+    in the episode, so that it repeats no pair that the draw did not. Worker processes start
     with the first episode and stay until `close`.
 
     Attributes:
@@ -455,9 +463,10 @@ class EpisodeLoader:
             number = len(position)
             candidates: list[Item]
             if shares is None:
-                # Each rank has spare rows of its own among those after the batch.
-                spare = np.arange(max(MIN_SPARE, int(SPARE_ROWS * number)))
-                after = (end + self.rank + self.world_size * spare) % size
+                # The spare rows of a position are those of the same place in the batches that
+                # follow, so no rank has another's, and each has enough.
+                spare = np.arange(max(-(-MIN_SPARE // number), SPARE_BATCHES)) * stride
+                after = (end - begin + position + spare[:, None]).ravel() % size
                 candidates = rows[np.concatenate([position, after])].tolist()
             else:
                 candidates = [*next(shares)]
@@ -470,6 +479,17 @@ class EpisodeLoader:
                 with_features=current.with_features,
                 group_by=current.group_by,
             )
+
+
+def share_of(batch_size: int) -> int:
+    """The pairs of a batch that a rank has; raises `ValueError` if ranks cannot share it evenly."""
+    share, rest = divmod(batch_size, world_size())
+    if rest or share < 2:
+        raise ValueError(
+            f"episodes.batch_size: {batch_size} pairs cannot be shared evenly by {world_size()} "
+            f"ranks, two or more each; try {max(2, share) * world_size()}"
+        )
+    return share
 
 
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
@@ -517,12 +537,7 @@ def loader(
     kind: Callable[..., EpisodeLoader] = EpisodeLoader,
 ) -> EpisodeLoader:
     """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
-    share, rest = divmod(config.episodes.batch_size, world_size())
-    if rest or share < 2:
-        raise ValueError(
-            f"episodes.batch_size: {config.episodes.batch_size} pairs cannot be shared evenly by "
-            f"{world_size()} ranks, two or more each; try {max(2, share) * world_size()}"
-        )
+    share = share_of(config.episodes.batch_size)
     workers, note = number_of_workers(config.data, samples, image_size=transform.size)
     return kind(
         pairs=samples,

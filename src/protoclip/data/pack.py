@@ -33,6 +33,7 @@ from protoclip.files import (
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
 
+LIMIT = "data.max_image_pixels"
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
 SHARD_BYTES = 1 << 30  # a shard ends once it has as much content
@@ -51,7 +52,12 @@ class Packed:
 
 
 def pack(
-    source: Pairs, out: Path, *, samples_per_shard: int = 10_000, resize: int | None = None
+    source: Pairs,
+    out: Path,
+    *,
+    samples_per_shard: int = 10_000,
+    resize: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Packed:
     """Write a source's samples to `00000.tar`, `00001.tar`, ... in a folder.
 
@@ -60,7 +66,8 @@ def pack(
     written. Bad samples are listed in `skipped.jsonl`. Equal input gives equal bytes.
 
     Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
-    all if it is unset, keep their bytes. An interrupted run with the same settings is resumed.
+    all if it is unset, keep their bytes. An image of more than `max_pixels` that has to be decoded
+    is a bad one. An interrupted run with the same settings is resumed.
 
     Raises `ValueError` if the folder holds something else, no sample can be stored, or a shard does
     not hold what was written to it.
@@ -74,6 +81,8 @@ def pack(
         "samples_per_shard": samples_per_shard,
         "resize": resize,
     }
+    if max_pixels != MAX_IMAGE_PIXELS:
+        settings[LIMIT] = max_pixels
     key, skipped = content_key(source), out / SKIPPED
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -130,8 +139,10 @@ def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, A
         raise ValueError(
             f"{out}: holds {what} of another origin, such as {visible(other)}; choose a new folder"
         )
-    for name, value in settings.items():
-        if (before := manifest["settings"].get(name)) != value:
+    unsaid = {LIMIT: MAX_IMAGE_PIXELS}
+    known, given = {**unsaid, **manifest["settings"]}, {**unsaid, **settings}
+    for name, value in given.items():
+        if (before := known.get(name)) != value:
             reason = f"was packed with {name} = {shown(before)}, not {shown(value)}"
             raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
     if manifest["key"] != key:
@@ -170,7 +181,8 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     settings, shards = manifest["settings"], manifest["shards"]
     last = shards[-1] if shards else {"read": 0, "skipped_bytes": 0}
     row, number = last["read"], sum(shard["samples"] for shard in shards)
-    items = _prepare(source, row, settings["resize"])
+    max_pixels = settings.get(LIMIT, MAX_IMAGE_PIXELS)
+    items = _prepare(source, row, settings["resize"], max_pixels)
     progress = Progress(f"Packing {source.name}", len(source))
     for left in left_by_killed(out):
         if left.parent == out:  # another command may pack into a folder below
@@ -205,15 +217,19 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
             write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
 
 
-def _prepare(source: Pairs, start: int, side: int | None) -> Iterator[dict[str, bytes] | BadSample]:
+def _prepare(
+    source: Pairs, start: int, side: int | None, max_pixels: int
+) -> Iterator[dict[str, bytes] | BadSample]:
     """The files of each sample from row `start` on, by extension."""
     with ThreadPoolExecutor() as pool:
         for first in range(start, len(source), CHUNK):
             rows = range(first, min(first + CHUNK, len(source)))
-            yield from pool.map(partial(_files, source, side), rows)
+            yield from pool.map(partial(_files, source, side, max_pixels), rows)
 
 
-def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadSample:
+def _files(
+    source: Pairs, side: int | None, max_pixels: int, row: int
+) -> dict[str, bytes] | BadSample:
     try:
         sample = source.sample(row)
     except BadSample as bad:
@@ -221,7 +237,7 @@ def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadS
     # With `data.caption_column` the captions of a `.json` are read.
     facts = {"sample_id": sample.sample_id, "caption": sample.captions}
     try:
-        kind, image = stored_image(sample.image, side)
+        kind, image = stored_image(sample.image, side, max_pixels)
         files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
         several = len(sample.captions) > 1
         return files if several else {**files, "txt": sample.captions[0].encode()}
@@ -229,14 +245,16 @@ def _files(source: Pairs, side: int | None, row: int) -> dict[str, bytes] | BadS
         return BadSample(sample.sample_id, sample.where, str(error))
 
 
-def stored_image(encoded: bytes, side: int | None) -> tuple[str, bytes]:
+def stored_image(
+    encoded: bytes, side: int | None, max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[str, bytes]:
     """The extension and content of an image, its shorter side at most `side`."""
     kind = next((kind for start, kind in KEPT if encoded.startswith(start)), None)
-    shape = () if kind and side is None else dimensions(encoded, max_pixels=MAX_IMAGE_PIXELS)
+    shape = () if kind and side is None else dimensions(encoded, max_pixels=max_pixels)
     if kind and (side is None or min(shape) <= side):
         return kind, encoded
     target = min(side or min(shape), *shape)
-    pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=2 * target)
+    pixels = decode(encoded, max_pixels=max_pixels, at_least=2 * target)
     width, height = (max(1, round(length * target / min(shape))) for length in shape)
     buffer = io.BytesIO()
     small = Image.fromarray(resize_pixels(pixels, height, width))

@@ -28,13 +28,25 @@ class SkipLog:
         self.read = self.skipped = 0
         self._reasons: list[str] = []
         self.known, self.broken = set[str](), set[str]()
-        self._warned = False
-        try:
-            text = read_local(path, errors="replace") if path.exists() else ""
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; remove it") from None
-        # A process that was killed leaves part of a line.
-        self._torn = bool(text) and not text.endswith("\n")
+        self._warned = self._torn = False
+        # Ranks have a file each. There may have been more of them before.
+        for file in path.parent.glob("skipped*.jsonl"):
+            try:
+                text = read_local(file, errors="replace")
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}; remove it") from None
+            if file == path:  # a process that was killed leaves part of a line
+                self._torn = bool(text) and not text.endswith("\n")
+            self._learn(text)
+        self._before = {*self.known}  # of all ranks
+
+    @property
+    def own(self) -> tuple[set[str], set[str]]:
+        """The bad samples, and the broken shards, that no rank had met before this process."""
+        return self.known - self._before, self.broken - self._before
+
+    def _learn(self, text: str) -> None:
+        """What lines of a file say is known from now on."""
         # Sample ids may hold line breaks of Unicode's other than "\n".
         for line in text.split("\n"):
             with contextlib.suppress(*DAMAGED):

@@ -10,7 +10,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -74,7 +74,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
-        os.environ["MASTER_PORT"] = str(15_000 + int(os.environ["SLURM_JOB_ID"]) % 15_000)
+        os.environ["MASTER_PORT"] = str(port_of_step())
     # PyTorch imports this module when it is needed. Its functions have the group of that moment as
     # a default and keep it for ever; its threads would then meet the end of the interpreter, which
     # can end in SIGABRT after all work is done.
@@ -196,6 +196,13 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
+def port_of_step() -> int:
+    """A port that follows from SLURM's numbers of the job and of the step: a sweep may start
+    several steps of one job on the same hosts."""
+    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0))
+    return 15_000 + (job + 131 * step) % 15_000
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -303,6 +310,11 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
+def wait_for_all() -> None:
+    """Wait until every rank is here, for as long as it may work alone: not with `TIMEOUT`."""
+    any_rank([False])
+
+
 class RaisedOnAnotherRank(ValueError):
     """A user's mistake that another rank reports."""
 
@@ -353,17 +365,35 @@ def rank0_first(function: Callable[[], Result]) -> Result:
     return all_gather_object(result)[0]  # type: ignore[no-any-return]
 
 
-def require_shared(path: Path, *, by: str) -> None:
+def require_shared(path: Path, *, by: str, written: bool = False) -> None:
     """Refuse a file that rank 0 has and that is not the same for all ranks. Collective.
+
+    With `written`, to which all ranks will write, the hosts have to see its folder as one: equal
+    files may be left there of earlier starts, in which other hosts had rank 0.
 
     Raises:
         ValueError: The hosts have file systems of their own there; names what sets the place.
     """
-    content = rank0_first(path.read_bytes)
+    if world_size() == 1:
+        return
+    wanted = {path: rank0_first(path.read_bytes)}
+    if written:
+        name, token = rank0_first(lambda: (f".{path.name}.{os.getpid()}.tmp", uuid4().hex.encode()))
+        rank0_first(lambda: path.with_name(name).write_bytes(token))
+        wanted[path.with_name(name)] = token
+    try:
+        _require_seen(wanted, path, by)
+    finally:
+        if written and rank() == 0:
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _require_seen(wanted: Mapping[Path, bytes], path: Path, by: str) -> None:
+    """Wait until all ranks see these files with these contents, or raise."""
 
     def compare() -> None:
         deadline = time.monotonic() + UNSEEN
-        while not path.is_file() or path.read_bytes() != content:
+        while any(not p.is_file() or p.read_bytes() != c for p, c in wanted.items()):
             if time.monotonic() > deadline:
                 host = socket.gethostname()
                 raise ValueError(

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-from filelock import FileLock
 from jaxtyping import Bool, Int
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -38,7 +37,7 @@ from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
 from protoclip.data.tables import fault_of
-from protoclip.files import open_local, read_json, require_regular, write_atomically
+from protoclip.files import in_turn, open_local, read_json, require_regular, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -161,7 +160,7 @@ def _download(url: str, copy: Path, access: Access) -> None:
         return
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{copy}.lock"):
+        with in_turn(copy):
             if not copy.exists():
                 download(url, copy, access)
     except Exception as error:

@@ -106,11 +106,14 @@ def embed(
     for note in sources.notes(samples) if rank() == 0 else ():
         say(f"note: {note}")
     is_stream = isinstance(samples, SampleStream)
-    ids = identity(samples, () if is_stream else samples.sample_ids(), num_samples)
+    ids = raise_on_all_ranks(
+        lambda: identity(samples, () if is_stream else samples.sample_ids(), num_samples)
+    )
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
         rank0_first(lambda: None if overwrite else require_free(out))
-        model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(reference))
+        newest = loading.pinned(reference)
+        model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
         images = FrozenEncoder(model, device, torch.stack, model.encode_image, transform)

@@ -27,7 +27,7 @@ from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.distributed.collectives import rank0_first
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store, teachers
 from protoclip.features.parts import (
     PARTS,
@@ -276,13 +276,14 @@ def embed_teacher(
         ValueError: The teacher, the ids or the folder cannot be used.
     """
     is_stream = isinstance(samples, SampleStream)
-    ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
-    settings = {
-        "teacher": teacher,
-        **identity(samples, ids, num_samples),
-        "reduced_to": width,
-    }
-    store.build_index(ids, name=samples.name)  # refuses duplicates
+
+    def identified() -> tuple[list[str], dict[str, Any]]:
+        ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
+        store.build_index(ids, name=samples.name)  # refuses duplicates
+        return ids, identity(samples, ids, num_samples)
+
+    ids, known = raise_on_all_ranks(identified)
+    settings = {"teacher": teacher, **known, "reduced_to": width}
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
         if Path(teacher).suffix in teachers.FILES:
@@ -292,7 +293,9 @@ def embed_teacher(
                     "not a stream; leave data.read at auto"
                 )
             return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
-        encoder = open_encoder(teacher, modality=modality, pooling=pooling, device=device)
+        encoder = open_encoder(
+            loading.pinned(teacher), modality=modality, pooling=pooling, device=device
+        )
         settings |= {
             "content": rank0_first(lambda: read_content(samples, encoder.reads)),
             "weights": encoder.checksum(),

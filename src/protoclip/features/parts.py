@@ -7,6 +7,8 @@ folder holds what the pass is made of (`facts.json`) and the parts; who asked fo
 import io
 import json
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +24,9 @@ import numpy.typing as npt
 from protoclip.data.content import difference
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
+from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
+    all_gather_object,
     raise_on_all_ranks,
     rank,
     rank0_first,
@@ -150,9 +154,36 @@ def encode_missing(
     facts, written = rank0_first(claimed)
     if "rows" in facts:
         return facts
-    require_shared(folder / store.FACTS, by=FOLDERS)
+    require_shared(folder / store.FACTS, by=FOLDERS, written=True)
+    of_all = all_gather_object([settings.get(name) for name in ("samples", "ids", "weights")])
+    raise_on_all_ranks(lambda: require_same_for_all(of_all, folder))
     raise_on_all_ranks(lambda: encode_parts(encode, samples, written, folder, settings, label))
+    rank0_first(lambda: require_all_parts(folder, settings))
     return {}
+
+
+def require_same_for_all(of_all: Sequence[Any], folder: Path) -> None:
+    """Refuse hosts that see other samples or weights than rank 0, given what all ranks see."""
+    mine, first = of_all[rank()], of_all[0]
+    if mine != first:
+        what = "weights" if mine[:2] == first[:2] else "samples"
+        raise ValueError(
+            f"{folder}: {socket.gethostname()} sees other {what} than rank 0; let all hosts read "
+            "the same files"
+        )
+
+
+def require_all_parts(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Wait until the parts of all hosts are seen here, or raise `ValueError`."""
+    number = -(-settings["samples"] // settings["part_rows"])
+    deadline = time.monotonic() + collectives.UNSEEN
+    while (found := len(parts_of(folder))) < number:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder}: {found:,} of {number:,} parts are there; name a place that all hosts "
+                f"share by {FOLDERS}, and give the command again"
+            )
+        time.sleep(0.1)
 
 
 def encode_parts(

@@ -21,7 +21,14 @@ import torch
 from protoclip.data.access import begun, is_url
 from protoclip.data.content import of_stream, shard_facts
 from protoclip.data.mixture import mixed_pairs, sources_of
-from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import (
+    LOST,
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    SampleStream,
+)
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import Item, ShardStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
@@ -133,6 +140,8 @@ def _passed(
         "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
         "halves": [half.folder.name for half in halves],
     }
+    if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
+        settings["max_pixels"] = max_pixels  # larger images are bad
     working = root / FOLDER / checksum(to_json(settings).encode())
     if (pairs := _kept(working, stream, halves)) is not None:  # reading disturbs nobody
         return pairs

@@ -160,6 +160,10 @@ class NamedTowers(Architecture):
     def read_towers(self, weights: Weights) -> nn.Module:
         name, tag, size = str(self.model.name), self.model.pretrained, self.sizes["image_size"]
         towers.require_fitting_size(size, self.open_clip_config["vision_cfg"], name)
+        text, length = self.open_clip_config["text_cfg"], self.sizes["context_length"]
+        if text.get("hf_model_name") and length:
+            config = towers.transformers_config(text["hf_model_name"])
+            towers.require_length(length, config, name)
         known = towers.published_weights(name, tag) if tag else {}
         is_published = weights == "published"
         built: nn.Module = open_clip.create_model(
@@ -170,7 +174,7 @@ class NamedTowers(Architecture):
             force_quick_gelu=bool(known.get("quick_gelu")),
             force_preprocess_cfg=None if is_published else known or None,
             force_image_size=size,
-            force_context_length=self.sizes["context_length"],
+            force_context_length=length,
         )
         towers.set_trunk_size(built, size, name)
         return built

@@ -14,13 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
-from protoclip.distributed.collectives import raise_on_all_ranks, rank, world_size
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import is_sharded, load_whole, shard, shard_linear
 from protoclip.models import batch_norm, halves, lora, towers
 from protoclip.models.opening import Loaded
 from protoclip.models.precision import resolve
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resolve import resolve_start
+from protoclip.models.saved import checkpoints, find_checkpoint
 from protoclip.models.start import Start, find_start
 from protoclip.models.towers import Tokenizer
 from protoclip.progress import three_digits
@@ -46,6 +47,19 @@ def load(reference: str | Path) -> Loaded:
         ValueError: There is no such model, it cannot be downloaded, or its files are damaged.
     """
     return find_start(str(reference)).open()
+
+
+def pinned(reference: str) -> str:
+    """What a reference names now: of a run the checkpoint that is the newest for rank 0.
+
+    A run that still trains may write another before the next rank looks. Collective.
+    """
+
+    def newest() -> str:
+        is_run = Path(reference).is_dir() and checkpoints(Path(reference))
+        return str(find_checkpoint(reference)) if is_run else reference
+
+    return rank0_first(newest)
 
 
 def check(reference: str) -> None:

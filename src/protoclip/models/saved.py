@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import protoclip
@@ -219,13 +219,19 @@ def require_intact(folder: Path, *names: str) -> None:
         raise ValueError(f"{folder}: damaged ({wrong}); copy it again, or use another checkpoint")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or what its shards make up; raises `ValueError` if it is damaged."""
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin so, of a safetensors file or of its shards.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     if in_shards(path):
-        return shards.read(path.with_suffix(""))
+        return shards.read(path.with_suffix(""), prefix)
     try:
         require_regular(path)
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names = [*file.keys()]
+            return {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged ({error})") from error
 

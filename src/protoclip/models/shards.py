@@ -84,9 +84,13 @@ def described(folder: Path) -> dict[str, Tensor]:
         }
 
 
-def read(folder: Path) -> dict[str, Tensor]:
-    """The whole tensors of a folder, on the CPU; raises as `described`."""
-    whole = {name: torch.empty_like(like, device="cpu") for name, like in described(folder).items()}
+def read(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The whole tensors of a folder whose names begin so, on the CPU; raises as `described`."""
+    whole = {
+        name: torch.empty_like(like, device="cpu")
+        for name, like in described(folder).items()
+        if name.startswith(prefix)
+    }
     fill(folder, whole)
     return whole
 

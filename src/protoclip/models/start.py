@@ -43,6 +43,7 @@ from protoclip.models.saved import (
     MODEL,
     WEIGHTS,
     read_model,
+    read_tensors,
     read_weights,
     require_intact,
     tensor_names,
@@ -97,6 +98,11 @@ class Start:
         return None
 
     @property
+    def heads_are_new(self) -> bool:
+        """Whether it has no projection heads, or heads that never trained."""
+        return not self.has_heads
+
+    @property
     def is_resized(self) -> bool:
         """Whether `model` has other sizes than the weights, where these could be loaded as is."""
         return False
@@ -143,10 +149,25 @@ class RunStart(Start):
         return self.folder
 
     @property
+    def heads_are_new(self) -> bool:
+        """Both heads begin alike, and stay so in a run without prototypes, such as `align`."""
+        with self._intact():
+            image, text = (
+                [*read_tensors(self.folder / WEIGHTS, f"{modality}_head.").values()]
+                for modality in ("image", "text")
+            )
+        return all(map(torch.equal, image, text))
+
+    @property
     def has_logit_bias(self) -> bool:
         """By the weights, since the sigmoid loss adds it to any towers."""
-        try:
+        with self._intact():
             return "towers.logit_bias" in tensor_names(self.folder / WEIGHTS)
+
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError:
             require_intact(self.folder, WEIGHTS)  # its line names the way out
             raise

@@ -52,6 +52,8 @@ class ExtractedFeatures:
         autocast: Makes the context of forward passes.
         each_pair_once: Pass a pair that an episode repeats through the model once. Needs unique
             sample ids and a transform without random draws.
+        micro_batch_size: Images that pass through the model at once, with their captions; unset for
+            the whole batch.
     """
 
     model: ProtoCLIP
@@ -59,6 +61,7 @@ class ExtractedFeatures:
     teachers: dict[str, Whitens]
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
+    micro_batch_size: int | None = None
 
     @torch.no_grad()  # not in inference mode: see `parallel.without_gradients`
     def features(self, episode: Episode) -> EpisodeFeatures:
@@ -67,7 +70,8 @@ class ExtractedFeatures:
         Raises:
             ValueError: A projection is not finite. Every rank raises.
         """
-        images, texts, positions, sample_ids = [], [], [], []
+        images, texts = list[Tensor](), list[Tensor]()
+        positions, sample_ids = [], []
         passed: dict[tuple[str, bytes], int] = {}
         rows, number = [], 0
         with evaluation_mode(self.model):
@@ -80,32 +84,41 @@ class ExtractedFeatures:
                         passed[visit], number = number, number + 1
                         new.append(row)
                     rows += [passed[visit] * each + caption for caption in range(each)]
+                parts = -(-len(image) // (self.micro_batch_size or len(image)))
                 if len(new) < len(image):
-                    # A sharded model needs every rank in every pass, so pass at least one pair.
-                    passed_rows = Packed.of({"rows": torch.tensor(new or [0])})
+                    # A sharded model needs every rank in every pass: a pair a part at least.
+                    filled = new + [0] * (parts - len(new))
+                    passed_rows = Packed.of({"rows": torch.tensor(filled)})
                     chosen = passed_rows.send(image.device)["rows"]
                     image = image[chosen]
                     text = text.view(-1, each, *text.shape[1:])[chosen].flatten(0, 1)
-                with self.autocast():
-                    embeddings = self.model(image, text).paired()
-                images.append(embeddings.image_projections[: len(new) * each])
-                texts.append(embeddings.text_projections[: len(new) * each])
+                made = [
+                    self._projections(some, words)
+                    for some, words in zip(
+                        torch.tensor_split(image, parts),
+                        text.view(-1, each, *text.shape[1:]).tensor_split(parts),
+                        strict=True,
+                    )
+                ]
+                for kept, of_parts in zip((images, texts), zip(*made, strict=True), strict=True):
+                    kept.append(torch.cat(of_parts)[: len(new) * each])
                 positions.append(batch.position)
                 sample_ids += batch.sample_id
         image, text = torch.cat(images)[rows], torch.cat(texts)[rows]
         return self._with_teachers(image, text, sample_ids, torch.cat(positions))
+
+    def _projections(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Of images, and of their captions `(b, each, c)`: a row a caption."""
+        with self.autocast():
+            embeddings = self.model(image, text.flatten(0, 1)).paired()
+        return embeddings.image_projections, embeddings.text_projections
 
     def _with_teachers(
         self, image: Tensor, text: Tensor, sample_ids: list[str], positions: Tensor
     ) -> EpisodeFeatures:
         """These projections, checked, beside the teachers' features of the same samples."""
         finite = bool((torch.isfinite(image) & torch.isfinite(text)).all())
-        if collectives.any_rank([not finite])[0]:
-            raise ValueError(
-                "projections of this episode are not finite: training has diverged; go on with "
-                "--run.precision fp32 --resume auto, or start anew with a lower "
-                "optim.learning_rate or optim.heads_lr_scale"
-            )
+        collectives.raise_on_all_ranks(lambda: require_finite(finite))
         return EpisodeFeatures(
             image=image,
             text=text,
@@ -152,6 +165,15 @@ class ExtractedFeatures:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def require_finite(finite: bool) -> None:
+    if not finite:
+        raise ValueError(
+            "projections of this episode are not finite: training has diverged; go on with "
+            "--run.precision fp32 --resume auto, or start anew with a lower optim.learning_rate or "
+            "optim.heads_lr_scale"
+        )
 
 
 @dataclass(kw_only=True)

@@ -309,7 +309,7 @@ def context(
         **settings(runs),
         "names": names,
         "skipped": [
-            (name, len(run.skipped), run.skipped[:FEW])
+            (name, len({each.get("sample_id") for each in run.skipped}), run.skipped[:FEW])
             for run, name in zip(runs, names, strict=True)
             if run.skipped
         ],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
@@ -65,10 +65,11 @@ class CheckpointWriter:
         every_minutes: float,
         keep: int,
         then: Callable[[Path], None] = lambda folder: None,
+        in_use: Callable[[], set[Path]] = set,
     ) -> None:
         self.run, self.description, self.text_files = run, description, text_files
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
-        self.then = then
+        self.then, self.in_use = then, in_use
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
         self.best: tuple[int, float] | None = None  # step and value of an evaluation
@@ -76,6 +77,8 @@ class CheckpointWriter:
         self._written_in = 0.0  # seconds
         self._problem = ""
         self._in_parts = False
+        self._newest: tuple[Path, Path | None] | None = None  # that is whole, and the best then
+        self._pruning = Lock()
         self._pending: tuple[Callable[[], None], Path | None] | None = None
         self._thread: Thread | None = None
 
@@ -183,12 +186,23 @@ class CheckpointWriter:
         self._written_in = time.monotonic() - began
         if rank() != 0:
             return
-        # Later checkpoints are damaged: the run went on from one before them.
-        so_far = [path for path in saved.checkpoints(self.run) if path <= folder]
-        for old in so_far[: -self.keep]:
-            if old != best:
-                saved.remove_checkpoint(old)
+        self._newest = folder, best
+        self.prune()
         self.then(folder)
+
+    def prune(self) -> None:
+        """Remove what is not to be kept, up to the newest checkpoint of this process. Any thread
+        may call it."""
+        with self._pruning:
+            if self._newest is None:
+                return
+            newest, best = self._newest
+            # Later checkpoints are damaged: the run went on from one before them.
+            so_far = [path for path in saved.checkpoints(self.run) if path <= newest]
+            in_use = self.in_use() | {best}
+            for old in so_far[: -self.keep]:
+                if old not in in_use:
+                    saved.remove_checkpoint(old)
 
 
 def warn(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from protoclip.checks import check_sizes
 from protoclip.config import Config, shown
+from protoclip.data.loader import share_of
 from protoclip.distributed.collectives import rank0_first
 from protoclip.training import sync
 from protoclip.training.run_folder import read_settings
@@ -27,7 +28,9 @@ class Choices:
         self.chosen: dict[str, dict[str, Any]] = {}
 
     def require_sizes(self) -> None:
-        """Refuse sizes that are given and do not fit, before a stream is read for hours."""
+        """Refuse sizes that are given and do not fit, before hours of reading or encoding."""
+        if self.is_given("episodes.batch_size") and self.config.run.overfit is None:
+            share_of(self.config.episodes.batch_size)
         if self.is_given("episodes.size") and self.is_given("episodes.batch_size"):
             check_sizes(self.config.episodes)
 

@@ -127,7 +127,7 @@ def with_data(
         if features == START:
             choose("teacher.whiten", 0)
             choose("episodes.warm_up", 0)  # its features are good from the beginning
-        choose("optim.heads_lr_scale", optim.SLOW_HEADS if start.has_heads else 1.0)
+        choose("optim.heads_lr_scale", 1.0 if start.heads_are_new else optim.SLOW_HEADS)
     return choices.config, choices.notes
 
 
@@ -145,7 +145,10 @@ def episodes(choices: Choices, rows: int | None) -> tuple[int, int, int]:
     batch = min(batch, wanted)
     while given.size and wanted % batch and batch > 2:
         batch //= 2
-    batch = choose("episodes.batch_size", max(2, batch))
+    ranks = collectives.world_size()  # which share a batch evenly
+    even = range(max(2 * ranks, batch // ranks * ranks), ranks, -ranks)
+    fits = (number for number in even if not given.size or wanted % number == 0)
+    batch = choose("episodes.batch_size", next(fits, even[0]))
     size = choose("episodes.size", max(batch, wanted // batch * batch))
     if rows is not None and size <= rows:
         choose("episodes.replacement", False)

@@ -138,10 +138,12 @@ class NonFiniteGuard:
         return f"the samples of the last batch are in {self.report}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        row = [[str(value) for value in step] for step in self._row]  # JSON has no NaN
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "row": row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+        self._row = [(float(loss), float(norm)) for loss, norm in state.get("row", [])]
 
 
 class Watch:

@@ -5,6 +5,7 @@ that is unset. What comes after it asks no more whether a setting was left out.
 """
 
 import difflib
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -16,10 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from protoclip.checks import check
 from protoclip.config import Config
 from protoclip.data import sources
+from protoclip.data.access import digest
 from protoclip.data.content import Facts, content
-from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.mixture import sources_of
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.sampler import evenly_spaced
+from protoclip.data.shards import shard_stem
 from protoclip.data.view import PairsView
-from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    raise_on_all_ranks,
+    rank,
+    rank0_first,
+)
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
@@ -36,6 +46,7 @@ from protoclip.paths import require_paths
 from protoclip.progress import three_digits
 from protoclip.training import optim, overfit, sizes
 
+SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
 Section = TypeVar("Section")
 # Other defaults than those of `train`, for settings that nobody gave; and a note on them.
 Defaults = Callable[[Config, Start, Judged], tuple[Config, list[str]]]
@@ -148,6 +159,9 @@ def complete(
     config, start = outlined.config, outlined.start
     raise_on_all_ranks(lambda: require_paths(config))
     divided = raise_on_all_ranks(lambda: judged(config, sources.pairs(config)))
+    seen = raise_on_all_ranks(lambda: seen_of(divided.training))
+    of_all = all_gather_object([socket.gethostname(), *seen])
+    raise_on_all_ranks(lambda: require_same_pairs(of_all))
     if config.run.overfit is not None:
         few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
         divided = divided._replace(training=few)
@@ -184,6 +198,34 @@ def complete(
         guards=watched,
         notes=notes,
     )
+
+
+def seen_of(samples: Pairs | SampleStream) -> tuple[str, str]:
+    """How many pairs, and what tells them from others, quickly: some, and which are held out."""
+    if isinstance(samples, SampleStream):
+        shards = [shard_stem(each) for of in sources_of(samples) for each in of.shards]
+        return f"{len(shards):,} shards", digest({"shards": shards})
+    rows = evenly_spaced(len(samples), min(SEEN, len(samples)), seed=0)
+    left_out = samples.left_out.tolist() if isinstance(samples, PairsView) else []
+    pairs = [(samples.sample_id(row), captions_or_none(samples, row)) for row in rows]
+    return f"{len(samples):,} pairs", digest({"pairs": pairs, "left_out": left_out})
+
+
+def captions_or_none(samples: Pairs, row: int) -> tuple[str, ...]:
+    try:
+        return samples.sample_captions(row)
+    except BadSample:
+        return ()
+
+
+def require_same_pairs(of_all: Sequence[Sequence[str]]) -> None:
+    """Refuse hosts that see other pairs than rank 0, given host and `seen_of` of all ranks."""
+    (first, pairs, key), (host, others, other) = of_all[0], of_all[rank()]
+    if (pairs, key) != (others, other):
+        raise ValueError(
+            f"data.train: {host} sees {others}, and {first} {pairs}, or other ones; let all hosts "
+            "read the same data"
+        )
 
 
 def without_batch_norm(start: Start) -> list[str]:

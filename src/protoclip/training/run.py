@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import HALVES, START, AlignConfig, Config, PrototypeConfig, TeacherConfig
+from protoclip.config import START, AlignConfig, Config, PrototypeConfig, TeacherConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.captions import caption_draw
@@ -53,11 +52,10 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
-from protoclip.prototypes.kmeans import KMeans, kmeans
-from protoclip.prototypes.nearest import nearest
 from protoclip.terminal import say
 from protoclip.training import loggers, optim, overfit, sync, throughput
 from protoclip.training.checkpoint import CheckpointWriter, newest_intact
+from protoclip.training.clustering import Clusterings
 from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
@@ -94,7 +92,7 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         signal stopped the run: how many steps it made, and `stopped`, the name of the signal.
 
     Raises:
-        ValueError: A setting, a file or the run folder is wrong. Nothing was written.
+        ValueError: A setting, a file or the run folder is wrong, or training cannot go on.
         OSError: The last checkpoint could not be written, for a minute.
     """
     device, config = collectives.device(config.run.device), overfit.few_pairs_alone(config)
@@ -153,10 +151,10 @@ def train_together(
     notes += [throughput.placed(device, run.loader.batch_size), *plan.notes, *said, *run.notes]
     if encode is None and config.align != AlignConfig():
         notes.append("align.*: no effect, since protoclip align alone aligns halves")
-    with ExitStack() as stack:
+    with ExitStack() as held, ExitStack() as stack:
 
         def claim() -> Path | None:
-            stack.enter_context(claimed(folder, resume=resume))
+            held.enter_context(claimed(folder, resume=resume))  # until the results are written
             if begun.results is None:
                 (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
             else:
@@ -182,7 +180,7 @@ def train_together(
             return checkpoint
 
         checkpoint = rank0_first(claim)
-        collectives.require_shared(folder / "config.toml", by="--run.out")
+        collectives.require_shared(folder / "config.toml", by="--run.out", written=True)
         run.prepare_teachers()
         stack.enter_context(signals.handled(run.stop))
         # Dropout and the like draw from the global generator, so the seed sets it too.
@@ -195,7 +193,8 @@ def train_together(
             run.train_episodes()
             run.writer.finish()
             last = run.writer.folder(run.trainer.step) if run.is_finished else None
-            if (skipped := run.trainer.guard.summary(run.trainer.step, last)) and rank() == 0:
+            summary = partial(run.trainer.guard.summary, run.trainer.step, last)
+            if (skipped := raise_on_all_ranks(summary)) and rank() == 0:
                 say(f"note: {skipped}")
             if ending is not None and run.is_finished and not run.asked_to_stop():
                 ending(run, start)
@@ -211,13 +210,14 @@ def train_together(
                 run.log.close()
         if stopped:  # all ranks wait, since a launcher ends all when one has ended
             raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
-    try:
-        results = run.results(stopped=stopped)
-    except BaseException:
-        run.copies.finish(sync.STOPPED_SECONDS)
-        raise
-    if not stopped:
-        raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
+        stack.close()  # from here on a signal ends the process
+        try:
+            results = run.results(stopped=stopped)
+        except BaseException:
+            run.copies.finish(sync.STOPPED_SECONDS)
+            raise
+        if not stopped:
+            raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
     return results
 
 
@@ -236,7 +236,7 @@ class Run:
         self.trained = model  # what a step trains
         if halves is not None:
             self.trained = AlignedModel(model, dropout=config.align.dropout)
-        self.fixed: dict[str, KMeans] = {}  # clusters of the halves, which never change
+        self.clusterings = Clusterings(config)
         self.log: MetricsLog | None = None
         self.recall = 0.0  # of the pairs that are to be learned by heart
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
@@ -289,7 +289,7 @@ class Run:
             model=self.trained,
             stage=partial(stage_of, config),
             source=self.feature_source(autocast(precision, device)),
-            cluster=self.cluster,
+            cluster=self.clusterings,
             weights=loss_weights(config, geometry=config.align.geometry * (halves is not None)),
             balance=Balance() if config.sets_strengths else None,
             start=self.start if config.loss.keep else None,
@@ -328,7 +328,9 @@ class Run:
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
             then=self.copies.start,
+            in_use=self.copies.in_use,
         )
+        self.copies.copied = self.writer.prune  # of what was in use until then
         self.notes += self.loader.notes if halves is None else ()  # rows need no workers
         part, share = config.episodes.micro_batch_size, self.loader.batch_size
         if part is not None and part >= share:
@@ -347,6 +349,7 @@ class Run:
             "teachers": external.grouping(config, self.teachers),
             "autocast": context,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
+            "micro_batch_size": config.episodes.micro_batch_size,
         }
         if config.prototype_source == "queue":
             size = config.episodes.size * self.loader.captions.number
@@ -391,27 +394,6 @@ class Run:
             return self.extraction_pass(self.episode(index + 1))
         return self.training_pass(index + 1)
 
-    def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
-        """K-means with the settings of a space."""
-        settings, teacher = self.config.prototypes, self.config.external_teachers.get(space)
-        number = settings.number if teacher is None else teacher.number
-        if (fixed := self.fixed.get(space)) is not None:
-            return replace(fixed, assignments=nearest(rows, fixed.centroids)[0])
-        # A teacher may know fewer samples of an episode than it has prototypes.
-        known = collectives.all_reduce(torch.tensor(len(rows), device=rows.device))
-        made = kmeans(
-            rows,
-            min(number, int(known)),
-            iterations=settings.iterations,
-            restarts=settings.restarts,
-            init=settings.init,
-            seed=self.config.run.seed,
-            positions=positions,
-        )
-        if teacher is not None and teacher.features in HALVES.values():
-            self.fixed[space] = made
-        return made
-
     def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
         trainer, config, count = self.trainer, self.config, self.config.episodes.count
@@ -425,7 +407,9 @@ class Run:
                 return
             episode = self.episode(index)
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
-            for batch in self.loader.batches_of(self.training_pass(index, trainer.batch)):
+            collectives.wait_for_all()  # a logger of rank 0 may have taken long
+            batches = self.loader.batches_of(self.training_pass(index, trainer.batch))
+            for batch in trainer.awaited(batches):
                 number = trainer.step + 1
                 detailed = number % config.run.log_every == 0 or number == steps
                 metrics = trainer.train_step(batch, detailed=detailed)
@@ -435,7 +419,7 @@ class Run:
                 if rank() == 0:
                     position = f"episode {index + 1}/{count}, {trainer.stage(index).name}"
                     progress.update(trainer.step, position + loss + self.skips.summary)
-                    first_steps.update(trainer.step, trainer.batch_size)
+                    first_steps.update(trainer.step, trainer.batch_size, trainer.stepping)
                 self.recall = metrics.get("train/recall", 0.0)
                 if self.save_if_due() or self.is_finished:
                     return
@@ -473,7 +457,11 @@ class Run:
                 step=self.trainer.step,
                 names=loggers.names_of(config.run),
                 config=tomllib.loads(to_toml(config)),
-                symptoms=Symptoms(pairs=pairs, warm_up=config.optim.warm_up_steps),
+                symptoms=Symptoms(
+                    pairs=pairs,
+                    warm_up=config.optim.warm_up_steps,
+                    masked=config.loss.positives == "masked",
+                ),
             )
 
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:
@@ -551,9 +539,7 @@ class Run:
             raise_on_all_ranks(lambda: require_same_halves(state["model"], self.model.state_dict()))
             state["model"] = {n: value for n, value in state["model"].items() if n in trains}
         self.trainer.load_state_dict(state)
-        for space, teacher in config.external_teachers.items():
-            if teacher.features in HALVES.values() and space in self.trainer.clusters:
-                self.fixed[space] = self.trainer.clusters[space]
+        self.clusterings.keep(self.trainer.clusters)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
         counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]
@@ -575,11 +561,12 @@ class Run:
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
         if stopped:  # as all ranks agreed; a signal may come later
             return {**results, "stopped": self.stopped_by, "metrics": {}}
+        met = collectives.all_gather_object(self.skips.own)
         results |= {
             "seed": config.run.seed,
             "samples_seen": trainer.samples_seen,
-            "samples_skipped": sum(collectives.all_gather_object(len(self.skips.known))),
-            "shards_broken": sum(collectives.all_gather_object(len(self.skips.broken))),
+            "samples_skipped": len(self.skips.known.union(*(known for known, _ in met))),
+            "shards_broken": len(self.skips.broken.union(*(broken for _, broken in met))),
             "train_seconds": round(trainer.seconds, 2),
             "precision": self.arithmetic["run.precision"],
             "environment": environment(self.loader.device),

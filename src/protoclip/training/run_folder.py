@@ -21,7 +21,7 @@ import protoclip
 from protoclip.config import GONE, HALVES, PERMISSIONS, START, Config, build, shown
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
-from protoclip.files import SEAL, UNFINISHED, has_changed, read_json, read_toml
+from protoclip.files import SEAL, UNFINISHED, has_changed, holder, read_json, read_toml
 from protoclip.models.saved import facts_of, remove_unfinished
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
@@ -68,7 +68,8 @@ class Begun:
 
 
 def folder_of(config: Config) -> Path:
-    return Path(config.run.out or f"runs/{slug(config.run.name)}-{config.run.seed}")
+    name = config.run.name + " overfit" * (config.run.overfit is not None)
+    return Path(config.run.out or f"runs/{slug(name)}-{config.run.seed}")
 
 
 def look(outline: Outline, *, resume: bool) -> Begun:
@@ -228,8 +229,8 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
         lock = FileLock(folder / LOCK, timeout=0).acquire()
     except Timeout:
         raise ValueError(
-            f"{folder}: another process is running in this folder; wait for it, or choose "
-            "another with --run.out"
+            f"{folder}: another process is running in this folder{holder(folder / LOCK)}; wait "
+            "for it, or choose another with --run.out"
         ) from None
     with lock:
         remove_unfinished(folder)

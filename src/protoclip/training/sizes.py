@@ -122,6 +122,6 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
         return []
     return [
         f"{again:,} of the first {looked_at:,} pairs name the image file of another one, and in a "
-        "batch the two are negatives of each other; set loss.positives = shared, or give each "
+        "batch the two are negatives of each other; set loss.positives = masked, or give each "
         "image one row with all its captions"
     ]

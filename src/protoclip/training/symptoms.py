@@ -6,7 +6,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from statistics import fmean
+
+import torch
+
+from protoclip.distributed.collectives import all_gather, world_size
 
 # Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
 # for some dozens; a hundred more cost little, and a word too early costs trust.
@@ -16,35 +21,43 @@ RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is w
 # Share of a batch that repeats the rest of it, in the mean over so many logged steps.
 REPEATED, OBSERVED = 0.1, 5
 ADVICE = {
-    "captions": "set loss.positives = shared",
+    "captions": "set loss.positives = masked",
     "images": "set episodes.replacement = false, lower episodes.batch_size, or set "
-    "loss.positives = shared",
+    "loss.positives = masked",
 }
 
 
-def repeated(names: Sequence[object]) -> float:
-    """The share of names that come again.
+def repeated(names: Sequence[str | bytes], device: torch.device) -> float:
+    """The share of names that come again, in the batch of all ranks. Collective.
 
-    >>> repeated(["a cat", "a dog", "a cat", "a cat"])
+    >>> repeated(["a cat", "a dog", "a cat", "a cat"], torch.device("cpu"))
     0.5
     """
-    return 1 - len(set(names)) / len(names) if names else 0.0
+    if world_size() == 1:
+        return 1 - len({*names}) / len(names)
+    texts = [name.encode() if isinstance(name, str) else name for name in names]
+    keys = [blake2b(text, digest_size=8).digest() for text in texts]
+    hashes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.int64)
+    everyone = all_gather(hashes.to(device))
+    return 1 - len(torch.unique(everyone)) / len(everyone)
 
 
 def at_chance(
-    loss: float, lowest: float, *, pairs: int, positives: float, steps: int
+    loss: float, lowest: float, *, pairs: int, positives: float, masked: bool, steps: int
 ) -> str | None:
     """Whether InfoNCE is that of a guess after so many steps at the full rate.
 
     Args:
         loss: Now; `lowest` is the least before.
         pairs: In a batch, so that a guess has the loss ln(pairs).
-        positives: Other pairs that a pair matches on average, which no loss can tell apart.
+        positives: Other pairs that a pair matches on average: no loss can tell them apart, or they
+            are `masked`.
     """
-    chance, least = math.log(pairs), math.log1p(positives)
+    number = max(1, round(pairs - positives)) if masked else pairs
+    chance, least = math.log(number), 0.0 if masked else math.log1p(positives)
     if steps < PATIENCE or least > chance / 2 or loss < least + AT_CHANCE * (chance - least):
         return None
-    said = f"train/loss/info_nce is {loss:.4g}, and ln({pairs}) = {chance:.4g} is that of a guess"
+    said = f"train/loss/info_nce is {loss:.4g}, and ln({number}) = {chance:.4g} is that of a guess"
     if lowest < least + 0.9 * (chance - least):
         return f"{said}, though it was {lowest:.4g}; lower optim.learning_rate"
     return (
@@ -82,10 +95,12 @@ class Symptoms:
     Attributes:
         pairs: In a batch, of all ranks.
         warm_up: Steps until the full rate.
+        masked: Whether InfoNCE leaves out the pairs that match.
     """
 
     pairs: int
     warm_up: int
+    masked: bool = False
     lowest: float = math.inf
     shares: dict[str, list[float]] = field(default_factory=lambda: {"captions": [], "images": []})
     said: set[str] = field(default_factory=set)
@@ -105,6 +120,7 @@ class Symptoms:
                 self.lowest,
                 pairs=self.pairs,
                 positives=metrics.get("train/positives", 0.0),
+                masked=self.masked,
                 steps=step - self.warm_up,
             )
             self.lowest = min(self.lowest, loss)

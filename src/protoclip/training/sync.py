@@ -9,8 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -261,6 +261,8 @@ class Copies:
         self._copied: dict[str, tuple[int, int]] = {}  # size and time of files beside checkpoints
         self._told = set[str]()  # what is wrong with files beside checkpoints
         self._wanted: Path | None = None  # the newest checkpoint that was not copied yet
+        self._copying: Path | None = None
+        self.copied: Callable[[], None] = lambda: None  # is called after each copy
         self._warned_of: Path | None = None
         self._thread: Thread | None = None
         self._lock = Lock()
@@ -274,6 +276,14 @@ class Copies:
             if self._thread is None:
                 self._thread = Thread(target=self._work, name="protoclip-sync", daemon=True)
                 self._thread.start()
+
+    def in_use(self) -> set[Path]:
+        """The checkpoints to leave where they are: that which is copied, and that which will be.
+
+        A slow copy would never end otherwise, as each checkpoint would be gone before it is whole.
+        """
+        with self._lock:
+            return {path for path in (self._copying, self._wanted) if path is not None}
 
     def finish(self, seconds: float) -> None:
         """Copy what has changed, and wait for it; after so many seconds there is a warning."""
@@ -298,7 +308,8 @@ class Copies:
     def _work(self) -> None:
         while True:
             with self._lock:
-                newest, self._wanted = self._wanted, None
+                newest = self._copying = self._wanted
+                self._wanted = None
                 if newest is None:
                     self._thread = None
                     return
@@ -308,6 +319,10 @@ class Copies:
                 if newest != self._warned_of:
                     self._warn(access.first_line(error))
                 self._warned_of = newest
+            with self._lock:
+                self._copying = None
+            with suppress(OSError):  # what cannot be removed now, the next checkpoint removes
+                self.copied()
 
     def _copy(self, newest: Path) -> None:
         there, folder = names_in(self.store), self.folder

@@ -180,12 +180,13 @@ class FirstSteps:
         self.steps, self.first = steps, done
         self._since = 0.0
 
-    def update(self, done: int, batch: int) -> None:
-        """Tell of each step: how many are done, with so many pairs in each."""
+    def update(self, done: int, batch: int, seconds: float) -> None:
+        """Tell of each step: how many are done, with so many pairs in each, and the seconds that
+        steps have taken, with the waits for their batches and nothing else."""
         if done - self.first == 1:
-            self._since = time.monotonic()
+            self._since = seconds
         if done - self.first == FIRST_STEPS and done < self.steps:
-            each = (time.monotonic() - self._since) / (FIRST_STEPS - 1)
+            each = (seconds - self._since) / (FIRST_STEPS - 1)
             left = self.steps - done
             say(
                 f"note: {three_digits(batch / each)} pairs a second: the {left:,} steps that "

@@ -4,7 +4,7 @@ The loop over episodes is in `run.py`, and the losses are summed in `losses/obje
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,8 +43,8 @@ PROGRESS = ("episode", "batch", "seconds")
 class Trainer:
     """A model in training, with all that changes while it trains.
 
-    For each episode call `start_episode`, `train_step` with each batch, and `end_episode`; they
-    return metrics by name. With several ranks every method is collective.
+    For each episode call `start_episode`, `train_step` with each of the `awaited` batches, and
+    `end_episode`; they return metrics by name. With several ranks every method is collective.
 
     Attributes:
         source: Gives the features to cluster, and the prototypes that samples belong to.
@@ -95,6 +95,7 @@ class Trainer:
         self._image_names: dict[str, str] = {}  # by sample id, where it recalls
         self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
+        self.stepping = 0.0  # seconds of this process in steps and in waits for their batches
 
     @property
     def step(self) -> int:
@@ -152,14 +153,26 @@ class Trainer:
         seconds["back_translate"] = self._tick()
         return metrics | {f"train/seconds/{part}": spent for part, spent in seconds.items()}
 
+    def awaited(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, each with the seconds that it is waited for counted as such."""
+        following = iter(batches)
+        while True:
+            self._tick()  # what came since the last step: a line of the log, a checkpoint
+            batch = next(following, None)
+            waited = self._tick()
+            self._waited += waited
+            self.throughput.waited += waited
+            self.stepping += waited
+            if batch is None:
+                return
+            yield batch
+
     def train_step(self, batch: Batch, *, detailed: bool = True) -> dict[str, float]:
         """Forward, backward, one optimizer step with this rank's share of a batch.
 
         Returns metrics if `detailed`, which takes time and waits for the device.
         """
-        waited = self._tick()
-        self._waited += waited
-        self.throughput.waited += waited
+        self._tick()
         rate = self.schedule(self.step)
         set_learning_rate(self.optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
@@ -179,12 +192,15 @@ class Trainer:
             captions=len(batch.text) // len(batch.image),
             detailed=detailed,
         )
-        total = torch.stack(list(losses.values())).sum()
+        # There is none where a teacher, whose groups are all that teaches, knows no sample.
+        parts = [*losses.values()] or [0.0 * embeddings.logit_scale]
+        total = torch.stack(parts).sum()
         if world_size() > 1:
             total = total + parallel.reach_everything(embeddings)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish_backward()
+        self._drop_gradients_without_loss(losses)
         squares = self.model.take_pulls()
         pulls = measure(squares) if self.balance is not None or detailed else {}
         self.scaler.unscale_(self.optimizer)
@@ -205,20 +221,38 @@ class Trainer:
             if batch.groups is not None:
                 report["train/positives"] = mean_positives(all_gather(batch.groups))
             elif self.weights.info_nce or self.weights.sigmoid:
-                metrics["train/repeated/captions"] = repeated(batch.captions)
-                metrics["train/repeated/images"] = repeated(batch.sample_id)
+                metrics["train/repeated/captions"] = repeated(batch.captions, total.device)
+                metrics["train/repeated/images"] = repeated(batch.sample_id, total.device)
             if self.recalls:
                 images = names_of_images(batch, self._image_names)
                 report["train/recall"] = recall(embeddings, images, batch.captions)
-            report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
+            if self.weights.info_nce or self.weights.sigmoid:  # to which they are compared
+                report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()  # waits for the device
             report |= self.throughput.shares(self._module, total.device)
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)
-        self._trained += self._tick()
+        spent = self._tick()
+        self._trained += spent
+        self.stepping += spent
         return metrics
+
+    def _drop_gradients_without_loss(self, losses: Mapping[str, Tensor]) -> None:
+        """Where a tower has no loss, let it have no gradient, either.
+
+        Several ranks, and micro-batches, give it zeros, by which its weights would decay.
+        """
+        weights = self.weights
+        if weights.info_nce or weights.sigmoid or weights.keep or self.targets:
+            return
+        taught = getattr(self.model, "taught", {}) if losses else {}
+        for name, parameter in self.model.named_parameters():
+            of_image = name.startswith("towers.visual.")
+            of_text = name.startswith("towers.") and not of_image and "logit_" not in name
+            if not losses or (of_image and not taught["image"]) or (of_text and not taught["text"]):
+                parameter.grad = None
 
     @torch.no_grad()
     def _record(
@@ -231,7 +265,8 @@ class Trainer:
     ) -> None:
         """Keep what a step leaves behind besides weights and moments, if it was taken."""
         self._statistics.update(taken)
-        self.model.clamp_scales(taken, sigmoid=self.weights.sigmoid > 0)
+        is_free = self.weights.info_nce == 0 and embeddings.logit_bias is not None
+        self.model.clamp_scales(taken, sigmoid=is_free)
         if self.balance is not None:
             self.balance.update(pulls, self.weights.by_student(self.targets), taken)
         for space, prototypes in assignments.items():

@@ -120,6 +120,8 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(data, tmp_path, made_up, m
     monkeypatch.chdir(tmp_path)
     checkpoint = Path("run/checkpoints/step-1")
     checkpoint.mkdir(parents=True)
+    for name in ("model.json", "model.safetensors"):
+        (checkpoint / name).touch()
     Path("run/config.toml").write_text('[data]\ntrain = "pairs.tsv"\nsources = []\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     for model in ("run", str(checkpoint)):

@@ -99,10 +99,10 @@ def test_pairs_that_show_the_same_have_a_key_in_common():
     is alone; a bad one leaves no key behind."""
     images = tiny_pairs()["image"].to_pylist()[:2]
     rows = [
+        (b"nonsense", "a cat", "a"),
         (images[0], "A red  dog", "a"),
         (images[1], " a Red dog", "b"),
         (images[0], "a cat", "b"),
-        (b"nonsense", "a cat", "a"),
         (images[0] + b"\0", "straße", None),
         (images[0] + b"\1", "STRASSE", "c"),
         (images[1], "a red dog!", None),  # takes the place of the bad one
@@ -112,9 +112,9 @@ def test_pairs_that_show_the_same_have_a_key_in_common():
     made = loader(pairs=ImageTextPairs(table, name="p", class_column="kind"), batch_size=6)
     by = ("caption", "image", "class")
     batch = next(made.batches(episode_of(7), group_by=by))
-    assert batch.sample_id == [f"p/{row}" for row in (0, 1, 2, 6, 4, 5)]
+    assert batch.sample_id == [f"p/{row}" for row in (6, 1, 2, 3, 4, 5)]
     same = (batch.groups[:, None] == batch.groups).permute(2, 0, 1)
-    expected = [{(0, 1), (4, 5)}, {(0, 2), (1, 3)}, {(1, 2)}]
+    expected = [{(1, 2), (4, 5)}, {(1, 3), (0, 2)}, {(2, 3)}]
     for key, matches in zip(same, expected, strict=True):
         assert set(map(tuple, key.triu(1).nonzero().tolist())) == matches
 
@@ -246,8 +246,9 @@ def test_ranks_share_each_batch():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):
-    """Everything else is as without them, and each is reported with its reason."""
-    bad = {3, 7, 18}
+    """By what has their place there. Everything else is as without them, and each is reported with
+    its reason."""
+    bad = {3, 7, 18, 23}
     read: list[tuple[int, list[BadSample]]] = []
     source = loader(
         workers,
@@ -257,16 +258,39 @@ def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):
     clean = list(loader().batches(episode_of(64)))
     batches = list(source.batches(episode_of(64)))
     expected = [list(batch.sample_id) for batch in clean]
-    # 18 itself would stand in for 7, and is bad too.
-    expected[0][3], expected[0][7] = "tiny/16", "tiny/17"
-    expected[1][2] = "tiny/32"
+    # 23 itself would stand in for 7, and is bad too.
+    expected[0][3], expected[0][7] = "tiny/19", "tiny/39" if kind == "rows" else "tiny/16"
+    expected[1][2], expected[1][7] = "tiny/34", "tiny/39"
     assert [batch.sample_id for batch in batches] == expected
     kept = [i for i in range(16) if i not in bad]
     assert torch.equal(batches[0].image[kept], clean[0].image[kept])
     assert torch.equal(batches[0].position, clean[0].position)
-    assert [number for number, _ in read] == [18, 17, 16, 16]
+    assert [number for number, _ in read] == [19, 18, 16, 16]
     assert {each.sample_id for _, found in read for each in found} == {f"tiny/{n}" for n in bad}
     assert all(each.reason for _, found in read for each in found)
+
+
+def test_what_replaces_a_bad_sample_follows_from_its_place():
+    """With any number of ranks, and whatever else is bad: prototypes are those of places."""
+    episode = EpisodeSampler(96, 64, seed=0).episode(0)
+    rows = episode.rows.tolist()
+    bad = {rows[3], rows[5], rows[40]}
+    found = []
+    for ranks in (1, 2, 4):
+        parts = [
+            [
+                *loader(0, with_bad(bad), batch_size=16 // ranks, rank=r, world_size=ranks).batches(
+                    episode
+                )
+            ]
+            for r in range(ranks)
+        ]
+        found.append(
+            [[n for b in batches for n in b.sample_id] for batches in zip(*parts, strict=True)]
+        )
+    assert found[0] == found[1] == found[2]
+    (alone,) = [next(iter(loader(0, with_bad({rows[5]})).batches(episode)))]
+    assert alone.sample_id[5] == found[0][0][5]
 
 
 def test_a_batch_of_bad_samples_ends_the_run():
@@ -340,8 +364,8 @@ def test_the_most_captions_are_those_of_the_fullest_pair():
         (2, 3, 2, "2 of each image"),
         ("all", 3, 3, "3 of each image"),
         (5, None, 5, "5 of each image"),
-        (5, 1, 1, "no effect, since no image has several captions"),
-        ("all", 1, 1, "no effect, since no image has several captions"),
+        (5, 1, 1, "one of each image, since none has several"),
+        ("all", 1, 1, "one of each image, since none has several"),
     ],
 )
 def test_a_visit_brings_no_more_captions_than_an_image_has(asked, most, number, said):
@@ -442,6 +466,16 @@ def test_skips_are_written_once_a_sample(tmp_path):
     written = [json.loads(line) for line in lines if "torn" not in line]
     assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
     assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
+
+
+def test_what_more_ranks_skipped_is_known_to_fewer(tmp_path):
+    first = SkipLog(tmp_path / "skipped.2.jsonl", max_share=1.0, at_least=1)
+    first.add(10, [bad("a"), bad("b")])
+    again = SkipLog(tmp_path / "skipped.jsonl", max_share=1.0, at_least=1)
+    again.add(10, [bad("a"), bad("c")])
+    assert again.known == {"a", "b", "c"}
+    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == ["c"]
 
 
 def test_a_full_disk_costs_the_list_of_skips_and_not_the_run(tmp_path, monkeypatch, capsys):

@@ -129,6 +129,20 @@ def test_shrunk_images_are_upright_and_of_high_quality(tmp_path):
         assert not image.getexif()
 
 
+def test_images_with_too_many_pixels_are_not_shrunk(tmp_path):
+    """And under another limit the folder is another one, both ways."""
+    wide = source(2, image=[encoded(60, 40), encoded(20, 10)])
+    packed = pack(wide, tmp_path / "some", resize=8, max_pixels=1000)
+    assert (packed.samples, packed.skipped) == (1, 1)
+    skipped = (tmp_path / "some" / "skipped.jsonl").read_text()
+    assert "60 x 40 pixels are more than data.max_image_pixels (1000)" in skipped
+    with pytest.raises(ValueError, match=r"data\.max_image_pixels = 1000, not 178956970"):
+        pack(wide, tmp_path / "some", resize=8)
+    assert pack(wide, tmp_path / "all", resize=8).samples == 2
+    with pytest.raises(ValueError, match=r"data\.max_image_pixels = 178956970, not 1000"):
+        pack(wide, tmp_path / "all", resize=8, max_pixels=1000)
+
+
 def test_images_of_other_kinds_become_jpeg(tmp_path):
     """BMP is not read from shards; what is no image is skipped with a reason."""
     packed = pack(source(2, image=[encoded(20, 10, "BMP"), b"nonsense"]), tmp_path)

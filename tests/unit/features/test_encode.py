@@ -26,7 +26,7 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.distributed import collectives
-from protoclip.features import encode, teachers
+from protoclip.features import encode, parts, teachers
 from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
 from protoclip.features.teachers import read_teacher
 from protoclip.features.whiten import fit_pca
@@ -481,3 +481,25 @@ def test_a_teacher_that_knows_none_of_a_stream_is_told(own, told, tmp_path):
     config, notes = Config(data=data, teacher=teacher), list[str]()
     teachers.teachers(config, sources.pairs(config), notes.append)
     assert ["has features of none of the first samples" in note for note in notes] == [True] * told
+
+
+def test_parts_of_a_host_that_are_not_here_are_missed(tmp_path, monkeypatch):
+    """Else their rows would be lost without a word."""
+    monkeypatch.setattr(collectives, "UNSEEN", 0.2)
+    (tmp_path / parts.PARTS).mkdir()
+    facts = {"samples": 50, "part_rows": 20}
+    for number in (0, 2):
+        (tmp_path / parts.PARTS / f"{number:06d}.npz").touch()
+    with pytest.raises(ValueError, match=r"2 of 3 parts are there; name a place that all hosts"):
+        parts.require_all_parts(tmp_path, facts)
+    (tmp_path / parts.PARTS / "000001.npz").touch()
+    parts.require_all_parts(tmp_path, facts)
+
+
+def test_ranks_that_see_other_samples_are_refused():
+    seen = [[48, "a", "w"], [48, "b", "w"]]
+    parts.require_same_for_all(seen, Path("out"))  # as rank 0 does
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "rank", lambda: 1)
+        with pytest.raises(ValueError, match=r"out: .* sees other samples than rank 0"):
+            parts.require_same_for_all(seen, Path("out"))

@@ -192,6 +192,24 @@ def test_a_loss_of_pairs_is_its_papers_formula(kind, world_size, tile):
                 torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_shared_positives_change_nothing_where_one_side_is_equal():
+    """Equal captions, or one image with its captions: the mean over a group cancels in the sum. So
+    what repeats is to be masked."""
+    image, given, s = unit(6, D, seed=1), unit(6, D, seed=2), scale(14.0)
+    groups = torch.tensor([0, 0, 0, 1, 2, 2])
+    for sides in ((image, given[groups]), (given[groups], image)):
+        found = {
+            way: [
+                loss := info_nce(*sides, s, groups, positives=way),
+                *torch.autograd.grad(loss, [image, given, s], retain_graph=True),
+            ]
+            for way in ("pair", "shared", "masked")
+        }
+        for mine, theirs in zip(found["shared"], found["pair"], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+        assert abs(found["masked"][0] - found["pair"][0]) > 0.1
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_pairs_that_match_in_any_key_count_once(number):
     groups = matching(keys(number))

@@ -29,6 +29,7 @@ def test_shards_make_up_the_whole(tmp_path):
     whole = read_tensors(tmp_path / "model.safetensors")
     assert torch.equal(whole["a"], torch.arange(12.0).view(4, 3))
     assert tensor_names(tmp_path / "model.safetensors") == {"a"}
+    assert not read_tensors(tmp_path / "model.safetensors", "b")
     part = torch.zeros(4, 3)
     shards.fill(tmp_path / "model", {"a": part})
     assert torch.equal(part, whole["a"])

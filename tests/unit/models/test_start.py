@@ -489,3 +489,18 @@ def test_a_text_model_without_positions_reads_captions_of_any_length():
     require_length(1000, transformers.MT5Config(), "mt5")
     with pytest.raises(ValueError, match="1000 is too large; bert reads at most 512"):
         require_length(1000, transformers.BertConfig(), "bert")
+
+
+def test_a_named_model_with_a_text_tower_of_transformers_has_a_longest_caption(
+    tmp_path, monkeypatch
+):
+    bert = str(save_bert(tmp_path))
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"hf_model_name": bert, "hf_tokenizer_name": bert, "hf_proj_type": "linear"}
+    named = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "with-bert", named)
+    given = ModelConfig(name="with-bert", text=TextTowerConfig(context_length=5000))
+    with pytest.raises(
+        ValueError, match=r"model\.text\.context_length: 5000 is too large; with-bert reads at most"
+    ):
+        loading.model(given, seed=0)

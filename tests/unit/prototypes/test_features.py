@@ -161,6 +161,33 @@ def test_a_repeated_pair_is_extracted_once():
         torch.testing.assert_close(getattr(found, name), expected)
 
 
+def test_extraction_passes_micro_batches_through_the_model():
+    """As training does, or a large batch would run out of memory there. Repeated pairs are fewer
+    than the parts, each of which has one for a sharded model."""
+    names = [*"abcdefg", *"aaaaaaa"]
+    images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    numbers = torch.tensor(["abcdefg".index(name) for name in names])
+
+    def batches(episode: Episode) -> list[Batch]:
+        return [
+            replace(
+                batch(names[first : first + 7], first),
+                image=images[numbers[first : first + 7]],
+                text=numbers[first : first + 7, None].expand(7, 8) + 1,
+            )
+            for first in (0, 7)
+        ]
+
+    whole = ExtractedFeatures(**settings(batches))
+    passes: list[int] = []
+    whole.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    parts = replace(whole, micro_batch_size=3)
+    expected, found = whole.features(EPISODE), parts.features(EPISODE)
+    assert passes == [7, 1, 3, 2, 2, 1, 1, 1]
+    for name in ("image", "text"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
 def test_extraction_through_the_training_transform(tmp_path):
     """Each place of an episode has random draws of its own, equal every time."""
     pq.write_table(tiny_pairs(), tmp_path / "tiny.parquet")

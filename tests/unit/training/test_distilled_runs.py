@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import protoclip
 from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
 from protoclip.config import Config, TeacherConfig
 from protoclip.explore.explorer import run_config
+from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.report.page import run_facts
 from protoclip.report.runs import read_run
@@ -93,3 +95,34 @@ def test_no_model_has_heads_and_everyone_is_told_of_its_teachers(alone, tmp_path
     assert "[[teachers]]" in card
     assert run_facts(read_run(alone), "run")["teachers"] == told
     assert run_config(str(alone)).uses_of_teachers == told
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_tower_without_a_loss_stays(micro_batch, data, tmp_path):
+    """Micro-batches and ranks give it gradients of zero, by which its weights would decay."""
+    config = distilled(data, tmp_path / "run", info_nce=0.0, **ALONE)
+    episodes = {"locked_image": 0, "warm_up": 0, "micro_batch_size": micro_batch}
+    config = with_changes(config, {"episodes": episodes, "optim": {"weight_decay": 10.0}})
+    config = replace(config, teachers=[config.teachers[0]])
+    before = loading.model(config.model, seed=config.run.seed).state_dict()
+    train(config)
+    after = read_tensors(find_checkpoint(tmp_path / "run") / "model.safetensors")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("towers.visual.") for name in moved)
+    assert all(name.startswith("towers.visual.") for name in moved)
+
+
+def test_an_episode_that_the_only_teacher_does_not_know_teaches_nothing(data, tmp_path):
+    """And the run goes on."""
+    known = pa.table({"sample_id": ["tiny/47"], "features": [[1.0, 2.0, 3.0]]})
+    pq.write_table(known, tmp_path / "one.parquet")
+    config = distilled(data, tmp_path / "run", info_nce=0.0, prototypical=0.0, teacher=1.0)
+    config = with_changes(config, {"episodes": {"locked_image": 0, "warm_up": 0}})
+    teacher = TeacherConfig(name="one", features=str(tmp_path / "one.parquet"), number=2)
+    train(replace(config, teachers=[teacher]))
+    totals = [
+        line["train/loss/total"]
+        for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8"))
+        if "train/loss/total" in line
+    ]
+    assert 0.0 in totals

@@ -8,8 +8,10 @@ import pytest
 from numbered import Numbered
 
 from protoclip.checks import check
+from protoclip.cli.finetune import Finetune
 from protoclip.config import Config
 from protoclip.data.pairs import SampleStream
+from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
 from protoclip.training import finetune
@@ -22,7 +24,7 @@ def planned(
     """The settings with which fine-tuning on so many pairs begins, and its notes."""
     samples = Mock(SampleStream) if number is None else Numbered(number, different)
     choices = finetune.before_data(given)
-    start = Mock(Start, has_heads=":" not in str(choices.config.model.start))
+    start = Mock(Start, heads_are_new=":" in str(choices.config.model.start))
     data = Judged(samples, [Mock()], [])
     config, notes = finetune.with_data(choices, choices.config, start, data, alpha=None)
     return with_episodes(config, samples)[0], notes
@@ -51,6 +53,18 @@ def test_episodes_are_passes_over_the_data(number, given, expected):
     found = settings(number, episodes=given).episodes
     assert (found.batch_size, found.size, found.count) == expected
     assert found.replacement is (number is None or found.size > number)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "size", "batch"),
+    [(3, 300, None, 15), (16, 300, None, 32), (3, 40_000, 1_200, 15), (6, 40_000, None, 510)],
+)
+def test_ranks_share_the_batch_that_is_chosen(ranks, number, size, batch, monkeypatch):
+    monkeypatch.setattr(collectives, "world_size", lambda: ranks)
+    given = {} if size is None else {"size": size}
+    config = settings(number, episodes=given)
+    assert config.episodes.batch_size == batch
+    check(config)
 
 
 def test_what_is_given_stays():
@@ -93,6 +107,19 @@ def test_defaults_and_their_notes():
     assert [note.split(": ")[1].split(".")[0] for note in notes] == [
         *("run", "model", "episodes", "optim", "teacher", "loss")
     ]
+
+
+def test_help_shows_the_defaults_of_fine_tuning():
+    """Those that do not follow from the data."""
+    config, _ = planned({"model": {"start": "open_clip:RN50/openai"}})
+    follow = {"episodes.size", "optim.warm_up_steps", "optim.heads_lr_scale"}
+    # Of these the help says for all commands what they follow from.
+    elsewhere = {"optim.weight_decay", "teacher.features"}
+    assert {*Finetune.defaults} == finetune.CHOSEN - follow - elsewhere
+    for name, value in Finetune.defaults.items():
+        section, _, setting = name.partition(".")
+        if name not in ("episodes.count", "episodes.batch_size"):
+            assert getattr(getattr(config, section), setting) == value
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,14 @@ def test_ten_steps_in_a_row_end_the_run(tmp_path):
     assert MOST_SKIPPED == 10
     for number in range(1, 11):
         step(guard, number, NAN if number < 10 else 1.0)
-    assert guard.state_dict() == {"skipped": 9, "in_a_row": 0}
+    assert guard.state_dict() == {"skipped": 9, "in_a_row": 0, "row": []}
     for number in range(11, 20):
         step(guard, number, 1.5, INF)
+    state, guard = json.loads(json.dumps(guard.state_dict())), guard_of(tmp_path)
+    guard.load_state_dict(state)  # as of a run that goes on
     with pytest.raises(ValueError, match=r"^training has diverged: [^\n]* in 10 steps") as error:
         step(guard, 20, NAN, NAN)
-    assert guard.state_dict() == {"skipped": 19, "in_a_row": 10}
+    assert (guard.skipped, guard.in_a_row) == (19, 10)
     assert "up to step 20; go on with --run.precision fp32" in str(error.value)
     assert str(error.value).endswith(f"(the samples of the last batch are in {guard.report})")
     assert json.loads(guard.report.read_text()) == {

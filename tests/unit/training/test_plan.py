@@ -46,7 +46,7 @@ from protoclip.training.plan import (
     outline,
     without_batch_norm,
 )
-from protoclip.training.run_folder import as_begun
+from protoclip.training.run_folder import as_begun, folder_of
 from protoclip.training.sizes import captions_cut
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -359,5 +359,6 @@ def test_towers_without_batch_norm_have_none_to_freeze():
 
 def test_few_pairs_are_not_judged(capsys):
     config = Config(run=RunConfig(overfit=8), data=DataConfig(train="a.tsv", validation=0.1))
+    assert str(folder_of(config)) == "runs/protoclip-overfit-0"  # the real one stays free
     assert few_pairs_alone(config).data.validation == 0
     assert "data.validation: no effect, since run.overfit" in capsys.readouterr().err

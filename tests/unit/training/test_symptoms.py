@@ -3,8 +3,18 @@
 import math
 
 import pytest
+import torch
 
-from protoclip.training.symptoms import PATIENCE, Symptoms, at_chance, repeats, risen
+from protoclip.distributed import collectives
+from protoclip.testing import run_distributed
+from protoclip.training.symptoms import (
+    PATIENCE,
+    Symptoms,
+    at_chance,
+    repeated,
+    repeats,
+    risen,
+)
 
 CHANCE = math.log(256)
 
@@ -30,9 +40,27 @@ CHANCE = math.log(256)
     ],
 )
 def test_a_loss_at_chance_is_named_after_the_warm_up(loss, lowest, positives, steps, says):
-    line = at_chance(loss, lowest, pairs=256, positives=positives, steps=steps)
+    line = at_chance(loss, lowest, pairs=256, positives=positives, masked=False, steps=steps)
     assert (line is None) == (says is None)
     assert says is None or says in line
+
+
+def test_what_is_masked_makes_a_guess_easier():
+    """Of 256 pairs 25 are left out, so a guess is one of 231; and the least loss is 0."""
+    given = {"pairs": 256, "positives": 25.0, "steps": PATIENCE}
+    guess = math.log(231)
+    assert "ln(231) = 5.442 is that of a guess" in at_chance(guess, guess, masked=True, **given)
+    assert at_chance(0.96 * guess, 0.96 * guess, masked=True, **given) is None
+    assert at_chance(guess, guess, masked=False, **given) is None
+
+
+def repeated_names(parts: list[list[str]]) -> float:
+    return repeated(parts[collectives.rank()], torch.device("cpu"))
+
+
+def test_what_repeats_counts_over_all_ranks():
+    parts = [["a", "b", "c"], ["a", "b", "d"]]
+    assert run_distributed(repeated_names, 2, parts) == [pytest.approx(1 / 3)] * 2
 
 
 def test_a_loss_that_rises_above_chance_is_named():
@@ -45,7 +73,7 @@ def test_a_loss_that_rises_above_chance_is_named():
 
 @pytest.mark.parametrize(
     ("what", "way_out"),
-    [("captions", "loss.positives = shared"), ("images", "episodes.replacement = false")],
+    [("captions", "loss.positives = masked"), ("images", "episodes.replacement = false")],
 )
 def test_what_repeats_in_a_batch_is_named(what, way_out):
     """In the mean of five logged steps: two equal ones in a small batch are chance."""

@@ -81,14 +81,11 @@ def test_towers_that_cannot_be_counted_cost_one_line(capsys):
     )
 
 
-def test_the_first_steps_say_how_long_the_rest_takes(monkeypatch, capsys):
+def test_the_first_steps_say_how_long_the_rest_takes(capsys):
     """Steps of two seconds after one that took long; of a run that goes on at step 100."""
-    now = Mock(return_value=0.0)
-    monkeypatch.setattr(time, "monotonic", now)
     said = FirstSteps(steps=1000, done=100)
     for step in range(101, 140):
-        now.return_value = 500.0 + 2 * step
-        said.update(step, 64)
+        said.update(step, 64, seconds=500.0 + 2 * step)
     assert capsys.readouterr().err == (
         "note: 32 pairs a second: the 880 steps that remain take about 29m 20s, and grouping, "
         "evaluation and saving come on top\n"
