@@ -55,7 +55,7 @@ def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
     forwards = 1 + parallel.activation_checkpointing + (part is not None and part < batch)
     stages = [stage_of(cost, index) for index in range(episodes.count)]
     training = extraction = clustering = 0.0
-    spaces = [prototypes.number] * (2 if cost.loss.prototypical else 0)
+    spaces = [prototypes.number] * (2 if cost.groups_modalities else 0)
     spaces += [teacher.number for teacher in cost.grouping_teachers.values()]
     for stage in stages:
         backward_image = 0 if stage.locks_image else 2 * forward.image

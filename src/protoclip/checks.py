@@ -3,6 +3,7 @@
 The limits of single settings are in `config.py`, and typos in paths are found by `paths.py`.
 """
 
+from dataclasses import replace
 from functools import reduce
 
 from protoclip.config import (
@@ -43,7 +44,7 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
         if name not in LOGGERS and not all(name.partition(":")):
             known = ", ".join(LOGGERS)
             raise ValueError(f"run.loggers: '{name}' is none of {known}, and no module:Class")
-    if config.model.pretrained and not config.model.name:
+    if config.model.pretrained is not None and not config.model.name:
         raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
     check_halves(config.model)
     check_fine_tuning(config)
@@ -199,6 +200,7 @@ def without_effect(config: Config) -> list[str]:
         "model.embed_dim": named,
         "model.projection": named,
         "model.image.name": named,
+        "model.image.pooling": named,
         "model.text.pooling": model.text.name is None and "model.text.name is not set",
         "model.text.width": text_named,
         "model.text.heads": text_named,
@@ -212,6 +214,10 @@ def without_effect(config: Config) -> list[str]:
     notes = [
         f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
     ]
+    usual = TeacherConfig()
+    alone = replace(config.teacher, number=usual.number, name=usual.name)
+    if config.teachers and alone != usual:
+        notes.append("teacher.*: no effect, since teachers take its place")
     for teacher in config.teachers or [config.teacher]:
         known = TeacherConfig(name=teacher.name)
         if teacher == known or (loss.teacher == 0 and not teacher.distil):

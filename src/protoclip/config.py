@@ -157,6 +157,7 @@ class DataConfig:
 class ImageTowerConfig:
     name: str = "resnet10t"  # A timm model name.
     weights: str | None = None  # Of timm: published, or a file.
+    pooling: Literal["own", "avg"] | None = None  # Of its pixels; else as its weights need.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
 
 
@@ -473,7 +474,10 @@ def read(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name}: {shown(value)} is no table; give its settings by name")
         return build(hint, tree, f"{name}.")  # type: ignore[arg-type]
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: a number of {len(str(value))} digits is too large") from None
     if type(value) is not hint:
         wants = {int: "no whole number", float: "no number", str: "no text"}
         raise ValueError(f"{name}: {shown(value)} is {wants.get(hint, 'neither true nor false')}")

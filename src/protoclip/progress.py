@@ -5,6 +5,7 @@ Metrics of a run are written by `training/logging.py`, and single lines said by 
 
 import atexit
 import functools
+import os
 import sys
 import time
 from contextlib import suppress
@@ -54,7 +55,8 @@ class Progress:
         self.label, self.total, self.first = visible(label), total, -1
         # None if standard error is closed.
         self.stream: TextIO | None = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-        self.display = display(self.stream) if self.stream and self.stream.isatty() else None
+        shows = self.stream and self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.display = display(self.stream) if self.stream and shows else None
         self.task: Any = None
         self.interval = 0.2 if self.display else 15.0
         self.started = self.last_shown = time.monotonic()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from protoclip.cli.device import open_device
@@ -66,4 +67,4 @@ class EmbedTeacher(Recipes):
             shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
             print(f"{name:<24} {shown}")
         out = visible(self.out)
-        say(f"written to {out}; train with --teacher.features {out}")
+        say(f"written to {out}; train with --teacher.features {quote(out)}")

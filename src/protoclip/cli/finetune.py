@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, ClassVar, Literal
 
 from protoclip.cli.imports import quick_imports
@@ -90,7 +91,7 @@ class Finetune(Config, Recipes):
             alpha = "" if self.alpha is None else f" --alpha {self.alpha}"
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; "
-                f"protoclip finetune {folder} --resume auto{alpha} goes on"
+                f"protoclip finetune {quote(str(folder))} --resume auto{alpha} goes on"
             )
             exit_if_stopped(results)
 
@@ -106,9 +107,10 @@ class Finetune(Config, Recipes):
         if (begun := self.begun(tree)) is not None:
             start = None
             tree = merged(merged(begun, tree), {"run": {"out": self.start}})
+        guards = self.guard and [*tree.get("run", {}).get("guard", ()), *self.guard]
         short: dict[str, dict[str, Any]] = {
             "model": {"start": start, "lora": self.lora},
-            "run": {"guard": self.guard or None, "overfit": self.overfit},
+            "run": {"guard": guards or None, "overfit": self.overfit},
             "loss": {"keep": self.keep},
         }
         for section, values in short.items():

@@ -179,16 +179,20 @@ def value_of(words: Any, hint: Any) -> Any:
     """The words of an option as the value that a recipe would hold; text if they are not one."""
     inner = get_args(hint)
     if isinstance(words, list):
+        if words in (["none"], ["null"]) and NoneType in inner and str not in inner:
+            return None
         values = [value_of(word, hint) for word in words]
         alone = len(values) == 1 and (isinstance(values[0], list) or str in inner[1:])
         return values[0] if alone else values
     if not isinstance(words, str) or hint is str or get_origin(hint) is Literal:
         return words
+    if hint is bool and words.lower() in ("true", "false"):
+        return words.lower() == "true"
     if words.lower() in ("none", "null") and NoneType in inner:
         return None
     if str not in inner or float in inner or words.startswith("["):
         for reader in (json.loads, ast.literal_eval, float, with_not_finite):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 return reader(words)
     return words
 

@@ -9,6 +9,7 @@ import time
 import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from protoclip.cli import explore
@@ -126,9 +127,10 @@ def quick(out: str | Path = "runs/quick", *, seed: int = 0) -> dict[str, Any]:
     if not looks:
         print("  pip install 'protoclip[explore]', and the same command makes a map of them")
         return results
-    page, model = explorer / "index.html", visible(str(out / "model"))
+    page, model = explorer / "index.html", quote(visible(str(out / "model")))
     print(f"  {visible(str(page))}   a map of these drawings")
-    print(f"  protoclip explore {model} --data {visible(str(unseen))}   a clearer map, and search")
+    data = quote(visible(str(unseen)))
+    print(f"  protoclip explore {model} --data {data}   a clearer map, and search")
     # Without a display a browser in text mode would take the terminal.
     display = (
         sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -162,7 +163,8 @@ def image_halves(
     for view, transform in enumerate(views):
         encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
         named = f"view {view} " if view else ""  # views of one transform differ by their draws
-        made.append(ImageHalf(encoder, root / checksum(f"{named}{encoder.key()}".encode())))
+        key = rank0_first(encoder.key)  # unlike hosts may compute other last digits
+        made.append(ImageHalf(encoder, root / checksum(f"{named}{key}".encode())))
     return made
 
 
@@ -274,8 +276,9 @@ class HalfRows:
     @property
     def bad(self) -> Numbers:
         """Rows that cannot be trained on: an image is bad, or there is no caption."""
-        bad = np.flatnonzero((self.images < 0).any(1) | (np.diff(self.first) == 0))
-        return np.setdiff1d(bad, self.repeated)
+        silent = np.diff(self.first) == 0
+        silent[self.repeated] = False  # another row has their captions
+        return np.flatnonzero((self.images < 0).any(1) | silent)
 
     def without(self, rows: Numbers) -> "HalfRows":
         """The same of all other rows."""
@@ -421,7 +424,7 @@ def encode_halves(
     encoder = HalfEncoder(halves, tokenizer=tokenizer, **settings)
     unique, at = np.unique(caption_hashes, return_index=True)
     captions = CaptionsOnce(pairs, of_row[at], at - first[of_row[at]])
-    folder = root / checksum(encoder.key().encode())
+    folder = root / checksum(rank0_first(encoder.key).encode())
     text = completed(encoder, captions, unique, folder, 4 * at_once, threads)
     caption_numbers = text.find(unique)[np.searchsorted(unique, caption_hashes)]
     shown_by = rows[inverse]  # the first row with the image of each row
@@ -487,12 +490,23 @@ def keys_of_images(stored: Segments, numbers: Numbers) -> Numbers:
     return keys
 
 
+def require_same_names(items: ImagesOnce, hashes: Hashes) -> None:
+    """Refuse a host on which image files have other sizes or times than for rank 0, whose hashes
+    these are: what it encodes would be stored by other names, and not be found."""
+    if (hash_ids(items.sample_ids()) != hashes).any():
+        raise ValueError(
+            f"{items.name}: image files have other places, sizes or times on "
+            f"{socket.gethostname()} than for rank 0; let all hosts read the same files, or copy "
+            "them with their times"
+        )
+
+
 def require_unreadable(
     encoder: HalfEncoder,
     items: ImagesOnce,
     batch_size: int,
     threads: int | None,
-    refused: OSError,
+    refused: OSError | ValueError,
 ) -> None:
     """Raise that a store cannot be written, unless what it lacks are images that cannot be read."""
     if encoder.reads == "text":
@@ -522,9 +536,11 @@ def completed(
         # Images that cannot be read are tried by each run, which takes it a moment.
         lock = locked(folder, way_out="name another folder by align.features", wait=WAIT)
 
-        def enter() -> OSError | None:
+        def enter() -> OSError | ValueError | None:
             try:
                 stack.enter_context(lock)
+            except ValueError as error:  # another process is at it
+                return error
             except OSError as error:
                 if error.errno in READ_ONLY:
                     return error
@@ -542,6 +558,8 @@ def completed(
             return stored
         missing = missing[np.argsort(items.rows[missing], kind="stable")]
         new = items.chosen(missing)
+        if encoder.reads == "image":
+            raise_on_all_ranks(lambda: require_same_names(new, hashes[missing]))
         settings = segment_facts(encoder, hashes[missing])
         out = folder / settings["ids"]
         if not encode_parts(encoder, new, out, settings, batch_size, threads):

@@ -155,7 +155,7 @@ def encode_missing(
     if "rows" in facts:
         return facts
     require_shared(folder / store.FACTS, by=FOLDERS, written=True)
-    of_all = all_gather_object([settings.get(name) for name in ("samples", "ids", "weights")])
+    of_all = all_gather_object([settings.get(name) for name in ("samples", "ids")])
     raise_on_all_ranks(lambda: require_same_for_all(of_all, folder))
     raise_on_all_ranks(lambda: encode_parts(encode, samples, written, folder, settings, label))
     rank0_first(lambda: require_all_parts(folder, settings))
@@ -163,12 +163,11 @@ def encode_missing(
 
 
 def require_same_for_all(of_all: Sequence[Any], folder: Path) -> None:
-    """Refuse hosts that see other samples or weights than rank 0, given what all ranks see."""
+    """Refuse hosts that see other samples than rank 0, given what all ranks see."""
     mine, first = of_all[rank()], of_all[0]
     if mine != first:
-        what = "weights" if mine[:2] == first[:2] else "samples"
         raise ValueError(
-            f"{folder}: {socket.gethostname()} sees other {what} than rank 0; let all hosts read "
+            f"{folder}: {socket.gethostname()} sees other samples than rank 0; let all hosts read "
             "the same files"
         )
 

@@ -164,7 +164,7 @@ class NamedTowers(Architecture):
         if text.get("hf_model_name") and length:
             config = towers.transformers_config(text["hf_model_name"])
             towers.require_length(length, config, name)
-        known = towers.published_weights(name, tag) if tag else {}
+        known = {} if tag is None else towers.published_weights(name, tag)
         is_published = weights == "published"
         built: nn.Module = open_clip.create_model(
             name,

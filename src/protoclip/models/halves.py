@@ -5,7 +5,8 @@ Halves of two models are joined in `two_halves.py`, and encode pairs in `feature
 
 import json
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,13 +14,14 @@ from typing import Any, Literal
 
 import open_clip
 import timm
+import torch
 from open_clip import hf_configs
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES
+from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, ImageTowerConfig
 from protoclip.files import read_local
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture
@@ -52,7 +54,7 @@ class SmallTowers(Architecture):
             names = dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), self._text_source)
             described = {**names, "hf_proj_type": self.model.projection}
             described["hf_pooler_type"] = self._pooler
-        vision = {"timm_model_name": self.model.image.name, "timm_pool": "avg"}
+        vision = {"timm_model_name": self.model.image.name, "timm_pool": self._image_pool}
         return {
             "embed_dim": self.model.embed_dim,
             "vision_cfg": {**vision, "timm_proj": self.model.projection},
@@ -88,7 +90,7 @@ class SmallTowers(Architecture):
         size, length = self.sizes["image_size"], self.sizes["context_length"]
         vision = CLIPVisionCfg(
             timm_model_name=image.name,
-            timm_pool="avg",
+            timm_pool=self._image_pool,
             timm_proj=self.model.projection,
             image_size=size,
         )
@@ -120,7 +122,7 @@ class SmallTowers(Architecture):
             )
         towers.set_input_size(trunk, size, image.name)
         if weights == "published" and image.weights is not None:
-            trunk.load_state_dict(image_weights(image.name, image.weights, size))
+            trunk.load_state_dict(image_weights(image.name, image.weights, size, self._image_pool))
         if weights == "published" and text.name is not None:
             built.text.transformer.load_state_dict(text_weights(text.name, source))
         return built  # type: ignore[no-any-return]
@@ -133,6 +135,11 @@ class SmallTowers(Architecture):
         return towers.described_tokenizer(text, context_length=length)
 
     @property
+    def _image_pool(self) -> str:
+        """As open_clip has it: empty for timm's own."""
+        return "" if self.model.image.pooling == "own" else "avg"
+
+    @property
     def _pooler(self) -> str:
         return POOLERS[self.model.text.pooling or "mean"]
 
@@ -141,7 +148,34 @@ class SmallTowers(Architecture):
         return str(self.text_files or text_source(self.model.text.name))
 
 
-def image_weights(name: str, weights: str, size: int) -> dict[str, Tensor]:
+def with_pooling(image: ImageTowerConfig) -> ImageTowerConfig:
+    """An image tower with its pooling: as its weights need, and the mean where it has none."""
+    if image.pooling is not None:
+        return image
+    is_mean, can_be = means_of(image.name)
+    averages = is_mean or (can_be and image.weights is None)
+    return replace(image, pooling="avg" if averages else "own")
+
+
+@cache
+def means_of(name: str) -> tuple[bool, bool]:
+    """Whether a timm model's feature of an image is a mean over places, and whether it can be.
+
+    A class token, or a layer of attention, is a part of what weights have learned.
+    """
+    towers.require_image_name(name)
+    with torch.device("meta"):
+        model: Any = timm.create_model(name)
+    model.reset_classifier(0)
+    own = repr(model), str(getattr(model, "global_pool", ""))
+    try:
+        model.reset_classifier(0, global_pool="avg")
+    except (AssertionError, TypeError, ValueError):
+        return False, False
+    return own == (repr(model), str(getattr(model, "global_pool", ""))), True
+
+
+def image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Tensor]:
     """Weights of a timm model without its classifier, for images of `size` pixels."""
     reference = f"model.image.weights: {weights}"
     model: Any
@@ -163,7 +197,7 @@ def image_weights(name: str, weights: str, size: int) -> dict[str, Tensor]:
         if wrong := [key for key in misfits(model, trunk) if key not in dropped]:
             raise ValueError(f"{reference}: does not fit {name}: {examples_of(wrong)}")
         model.load_state_dict(trunk, strict=False)
-    model.reset_classifier(0, global_pool="avg")
+    model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
     towers.set_input_size(model, size, name)
     state: dict[str, Tensor] = model.state_dict()
     return state

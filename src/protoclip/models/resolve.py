@@ -10,7 +10,7 @@ from typing import Any
 
 from protoclip.config import ModelConfig
 from protoclip.models.architecture import Architecture, NamedTowers
-from protoclip.models.halves import SmallTowers, pooling_of
+from protoclip.models.halves import SmallTowers, pooling_of, with_pooling
 from protoclip.models.start import HuggingFaceStart, OpenClipStart, RunStart, Start, find_start
 from protoclip.models.towers import published_weights
 from protoclip.models.two_halves import names_model, two_halves
@@ -33,6 +33,7 @@ def resolve_start(given: ModelConfig) -> Start:
     if reference is None and name is None:
         if names_model("image", given.image.name) or names_model("text", given.text.name):
             return two_halves(given)
+        given = replace(given, image=with_pooling(given.image))
         if given.text.name is not None and given.text.pooling is None:
             text = replace(given.text, pooling=pooling_of(given.text.name))
             given = replace(given, text=text)

@@ -32,7 +32,8 @@ PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection
 # A text in which tokenizers differ: capitals, accents, digits, punctuation, and other scripts.
 TELLING = "It's a DOG, 3.14% Naïve-É; 狗 собака كلب"
 # Parts of the names of timm's transformers among open_clip's image towers.
-TIMM_TRANSFORMERS = ("vit", "eva", "swin")
+TIMM_TRANSFORMERS = ("vit", "eva", "swin", "deit", "beit", "cait", "xcit", "hiera", "pit_")
+TIMM_CONVOLUTIONAL = ("fastvit", "repvit")
 
 
 class Misfit(ValueError):
@@ -76,7 +77,9 @@ def tower_kind(vision: Mapping[str, Any]) -> TowerKind:
     if "timm_model_name" not in vision:
         transformer = isinstance(vision["layers"], int)
     else:
-        transformer = any(part in vision["timm_model_name"] for part in TIMM_TRANSFORMERS)
+        name = vision["timm_model_name"]
+        transformer = any(part in name for part in TIMM_TRANSFORMERS)
+        transformer &= not name.startswith(TIMM_CONVOLUTIONAL)
     return "transformer" if transformer else "convolutional"
 
 

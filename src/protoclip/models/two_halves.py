@@ -22,6 +22,7 @@ from protoclip.models.halves import (
     pooling_of,
     text_config,
     text_source,
+    with_pooling,
 )
 from protoclip.models.opening import HUGGING_FACE_CONFIG, misfits
 from protoclip.models.protoclip import ProtoCLIP
@@ -180,7 +181,7 @@ def half(tower: Tower, given: ModelConfig) -> Start:
     name = given.image.name if tower == "image" else given.text.name
     if not names_model(tower, name):
         if tower == "image":
-            model = ModelConfig(image=given.image)
+            model = ModelConfig(image=with_pooling(given.image))
             return Start(
                 reference=given.image.name, unresized=SmallTowers(model=model), model=model
             )

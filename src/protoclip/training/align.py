@@ -236,12 +236,16 @@ def with_data(
             f"model.text.name: open_clip itself knows no text models of kind {kind}, so the model "
             "can be exported as ONNX, and not as open_clip"
         )
-    idle = dict.fromkeys(("data.cache", "data.cache_gb"), "each image is read once")
+    read_once = ("data.cache", "data.cache_gb", "data.shuffle_buffer")
+    idle = dict.fromkeys(read_once, "each image is read once")
+    idle["model.frozen_batch_norm"] = "the halves are frozen"
     if config.align.views == 1:
         idle["data.augmentation"] = "align.views is 1"
     closed += [
         f"{name}: no effect, since {why}" for name, why in idle.items() if choices.is_given(name)
     ]
+    if is_tower and config.model.text.pooling is not None:
+        closed.append("model.text.pooling: no effect, since the text half has one of its own")
     given = config.episodes
     batch = 2
     while batch < LARGEST_BATCH and 4 * batch <= (given.size or rows):
@@ -278,9 +282,9 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         with_groups=config.loss.positives != "pair",
     )
     bad, notes = rows.bad, [*plan.notes]
-    if len(rows.repeated):
+    if len(also := np.setdiff1d(rows.repeated, bad)):
         notes.append(
-            f"{len(rows.repeated):,} of {len(samples):,} pairs have the image of another one, "
+            f"{len(also):,} of {len(samples):,} pairs have the image of another one, "
             "which has their captions too"
         )
     if len(bad):
@@ -311,10 +315,12 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         left = len(kept)
         config = replace(config, episodes=replace(episodes, size=left, batch_size=left))
     elif len(kept) < episodes.size and not choices.is_given("episodes.size"):
-        batch = episodes.batch_size
-        size = max(batch, len(kept) // batch * batch)
-        config = replace(config, episodes=replace(episodes, size=size))
-        notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
+        size = max(episodes.batch_size, len(kept) // episodes.batch_size * episodes.batch_size)
+        again = size > len(kept) and not choices.is_given("episodes.replacement")
+        fitting = replace(episodes, size=size, replacement=again or episodes.replacement)
+        config = replace(config, episodes=fitting)
+        if size != episodes.size:
+            notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
     plan = replace(plan, config=config, samples=kept, notes=notes)
     return plan, kept_rows
 

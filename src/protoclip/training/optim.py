@@ -4,7 +4,8 @@ Which parameters train is decided in `stages.py`; steps are taken in `trainer.py
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ SLOW_HEADS = 0.01  # of the towers' learning rate
 # numbered blocks (or stages). What matches neither is behind the last block.
 LAYERS = {
     "stem": r"conv\d|bn\d|class_embedding|positional_embedding|ln_pre|token_embedding|cls_emb|"
-    r"(?:transformer|model)\.(?:embed|pre_layrnorm)",
+    r"(?:transformer|model)\.(?:embed|pre_layrnorm|encoder\.rel)",
     "blocks": r"(?:transformer\.resblocks|"
     r"(?:transformer|model)(?:\.encoder|\.transformer)?\.(?:layers?|blocks?|stages)|layer)\.?(\d+)",
 }
@@ -45,7 +46,7 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
         return {
             "learning_rate": 2e-3,
             "warm_up_steps": 50,
-            "locked_learning_rate": 2e-4,
+            "locked_learning_rate": (given.learning_rate or 2e-3) / 10,
             "betas": (0.9, 0.98),
             "eps": 1e-6,
             "weight_decay": 0.2,
@@ -165,7 +166,9 @@ def layer_distances(model: Any) -> dict[str, int]:
         )
     else:
         matcher = trunk.group_matcher(coarse=True)
-        parts.append((prefix_of_trunk, trunk, matcher, 1 if behind else 0))
+        # What no group has, as the norm behind the last stage of a ConvNeXt, is behind it already.
+        beyond = 1 if behind and all(is_in(matcher, name) for name, _ in named(trunk)) else 0
+        parts.append((prefix_of_trunk, trunk, matcher, beyond))
     distances: dict[str, int] = {}
     for prefix, part, matcher, beyond in parts:
         numbers = group_parameters(part, matcher, reverse=True)
@@ -179,6 +182,19 @@ def layer_distances(model: Any) -> dict[str, int]:
             if prefix or not name.startswith(("visual.", "logit_")):
                 distances[f"towers.{prefix}{name}"] = last - number
     return distances
+
+
+def named(trunk: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [*trunk.named_parameters()]
+
+
+def is_in(matcher: Any, name: str) -> bool:
+    """Whether a group of timm's has a parameter; a matcher that is a function has them all."""
+    if not isinstance(matcher, Mapping):
+        return True
+    groups = [each if isinstance(each, list | tuple) else [each] for each in matcher.values()]
+    patterns = [part[0] if isinstance(part, list | tuple) else part for of in groups for part in of]
+    return any(re.match(pattern, name) for pattern in patterns)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

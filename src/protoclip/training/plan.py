@@ -165,6 +165,8 @@ def complete(
     if config.run.overfit is not None:
         few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
         divided = divided._replace(training=few)
+    watched = raise_on_all_ranks(lambda: guards(config, divided.data))
+    raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
     if pass_stream is not None and not isinstance(divided.training, Pairs):
         divided = divided._replace(training=pass_stream(config, start, divided.training))
 
@@ -175,12 +177,11 @@ def complete(
         return decided, without_effect + notes + said
 
     config, notes = rank0_first(decide)
-    watched = raise_on_all_ranks(lambda: guards(config, divided.data))
-    raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
     if defaults is None and config.model.frozen_batch_norm:  # fine-tuning asks it of any towers
         notes += rank0_first(lambda: without_batch_norm(start))
-    cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=sentences))
+    draws = None if pass_stream is not None else sentences  # align draws whole captions
+    cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=draws))
     notes = [*outlined.notes, *notes, *cut, *divided.notes]
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
     if are_negatives and pass_stream is None:  # align makes one sample of them

@@ -27,6 +27,7 @@ from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
 
 LOCK = ".lock"
+UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg"}  # what is meant where it is unset
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
@@ -168,7 +169,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
     """
     before = as_written_today(read_settings(folder))
-    now = {"loss.positives": "pair", **flat(tomllib.loads(config))}  # unset, it is that
+    now = {**UNSAID, **flat(tomllib.loads(config))}
     differ = {
         key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
@@ -201,7 +202,7 @@ def as_written_today(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that any earlier version began, as this version would keep them."""
     # What earlier versions did, without a setting for it.
     implied: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    implied["loss.positives"] = "pair"
+    implied |= UNSAID
     if "teacher.features" in saved:
         implied["teacher.whiten"] = 0
     teachers = [dict(teacher) for teacher in saved.get("teachers", [])]

@@ -77,7 +77,9 @@ def size_and_length(
     return fitting_image_size(sides), fitting_context_length(lengths), reason
 
 
-def captions_cut(samples: Pairs | SampleStream, start: Start, *, sentences: bool) -> list[str]:
+def captions_cut(
+    samples: Pairs | SampleStream, start: Start, *, sentences: bool | None
+) -> list[str]:
     """A note on how many captions the model's context length cuts, by some of them, if it cuts any.
 
     It reads no image, and nothing of a stream. Without `sentences` captions are whole.
@@ -93,7 +95,7 @@ def captions_cut(samples: Pairs | SampleStream, start: Start, *, sentences: bool
     length, count_tokens = loading.context_length(start), TokenCounter(loading.tokenizer(start))
     cut = sum(tokens > length for tokens in count_tokens(texts))
     what = "sentences" if sentences else "captions"
-    way_out = "raise it" if sentences else "raise it, or draw sentences by data.captions"
+    way_out = "raise it" + ", or draw sentences by data.captions" * (sentences is False)
     note = (
         f"model.text.context_length = {length} cuts {cut:,} of {len(texts):,} {what} that were "
         f"looked at; {way_out}"

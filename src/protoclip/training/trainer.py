@@ -245,7 +245,7 @@ class Trainer:
         Several ranks, and micro-batches, give it zeros, by which its weights would decay.
         """
         weights = self.weights
-        if weights.info_nce or weights.sigmoid or weights.keep or self.targets:
+        if weights.info_nce or weights.sigmoid or weights.keep or weights.geometry or self.targets:
             return
         taught = getattr(self.model, "taught", {}) if losses else {}
         for name, parameter in self.model.named_parameters():

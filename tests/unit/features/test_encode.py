@@ -497,7 +497,7 @@ def test_parts_of_a_host_that_are_not_here_are_missed(tmp_path, monkeypatch):
 
 
 def test_ranks_that_see_other_samples_are_refused():
-    seen = [[48, "a", "w"], [48, "b", "w"]]
+    seen = [[48, "a"], [48, "b"]]
     parts.require_same_for_all(seen, Path("out"))  # as rank 0 does
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "rank", lambda: 1)

@@ -35,7 +35,7 @@ from protoclip.models import loading, towers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.resolve import resolve_start
-from protoclip.models.saved import find_checkpoint
+from protoclip.models.saved import find_checkpoint, model_config, model_json
 from protoclip.models.towers import require_length
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
@@ -333,7 +333,8 @@ def test_settings_follow_the_start(tiny, pairs, tmp_path):
     assert by_name == resolve_start(ModelConfig(start=f"{reference},model=tiny"))
     assert not by_name.has_heads
     found = resolve_start(ModelConfig(start=str(tmp_path / "run"))).model
-    assert replace(found, start=None) == replace(tiny_model())
+    small = tiny_model()
+    assert replace(found, start=None) == replace(small, image=replace(small.image, pooling="avg"))
     for given in (ModelConfig(start=str(tiny / "folder")), mine):
         plan = make_plan(Config(model=given))
         assert plan.config.optim.eps == 1e-6
@@ -504,3 +505,28 @@ def test_a_named_model_with_a_text_tower_of_transformers_has_a_longest_caption(
         ValueError, match=r"model\.text\.context_length: 5000 is too large; with-bert reads at most"
     ):
         loading.model(given, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("test_vit", "own"), ("test_vit3", "own"), ("test_resnet", "avg")]
+)
+def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
+    """By a class token, a layer of attention, or the mean, as timm has it. A new tower takes the
+    mean, and so do models that were saved before there was a choice."""
+    given = halves(tmp_path, name, size=64)
+    start = resolve_start(given)
+    assert start.model.image.pooling == pooling
+    built, weights = loading.model(start, seed=0).eval(), load_file(str(given.image.weights))
+    theirs = timm.create_model(name).eval()
+    theirs.load_state_dict(weights)
+    theirs.reset_classifier(0)
+    if hasattr(theirs, "set_input_size"):
+        theirs.set_input_size(img_size=(64, 64))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(built.towers.visual.trunk(images), theirs(images))
+    untrained = replace(given, image=replace(given.image, weights=None))
+    assert resolve_start(untrained).model.image.pooling == "avg"
+    saved = model_json(start.model, None)
+    del saved["model"]["image"]["pooling"]
+    assert model_config(saved, tmp_path).image.pooling == "avg"

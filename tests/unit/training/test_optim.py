@@ -1,6 +1,7 @@
 """The optimizer and its learning rate, stages, and precision."""
 
 import math
+import re
 from dataclasses import replace
 
 import open_clip
@@ -18,7 +19,9 @@ from protoclip.models import loading
 from protoclip.models.precision import autocast, grad_scaler, resolve
 from protoclip.testing import tiny_config, tiny_model
 from protoclip.training.optim import (
+    LAYERS,
     defaults,
+    layer_distances,
     optimizer,
     schedule,
     set_learning_rate,
@@ -154,3 +157,26 @@ def test_precision_is_as_asked_and_only_as_asked():
 def test_cards_that_imitate_bf16_train_in_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda imitated=True: imitated)
     assert resolve("auto", torch.device("cuda")) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("image", "behind", "last"),
+    [("test_convnext", "head.norm", "stages.3"), ("test_vit", "norm", "blocks.5")],
+)
+def test_what_is_behind_the_last_stage_keeps_the_whole_rate(image, behind, last):
+    """Or counts to it, where timm groups it so."""
+    config = replace(tiny_model(), image=replace(tiny_model().image, name=image))
+    distances = layer_distances(loading.model(config, seed=0))
+    trunk = "towers.visual.trunk."
+    of = {
+        part: {d for name, d in distances.items() if name.startswith(f"{trunk}{part}.")}
+        for part in (behind, last)
+    }
+    assert of[last] == {1}
+    assert of[behind] == ({0} if image == "test_convnext" else {1})
+
+
+def test_a_position_bias_of_all_layers_has_the_rate_of_the_embeddings():
+    stem = re.compile(LAYERS["stem"])
+    assert stem.match("transformer.encoder.relative_attention_bias.weight")
+    assert not stem.match("transformer.encoder.layer.0.attention.self.query.weight")
