@@ -107,7 +107,8 @@ class Finetune(Config, Recipes):
         if (begun := self.begun(tree)) is not None:
             start = None
             tree = merged(merged(begun, tree), {"run": {"out": self.start}})
-        guards = self.guard and [*tree.get("run", {}).get("guard", ()), *self.guard]
+        known = tree.get("run", {}).get("guard", ())
+        guards = self.guard and [*dict.fromkeys([*known, *self.guard])]
         short: dict[str, dict[str, Any]] = {
             "model": {"start": start, "lora": self.lora},
             "run": {"guard": guards or None, "overfit": self.overfit},

@@ -31,7 +31,13 @@ from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.data.transforms import Transform
 from protoclip.data.view import NONE, PairsView
-from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    raise_on_all_ranks,
+    rank,
+    rank0_first,
+    require_shared,
+)
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, FrozenEncoder, encode_parts, join_parts
 from protoclip.features.parts import FOLDERS, parts_of, read_images, read_note
@@ -417,7 +423,9 @@ def encode_halves(
     settings: dict[str, Any] = {"max_pixels": max_pixels, "autocast": autocast}
     for view, half in enumerate(image_halves(halves, views, root, **settings)):
         images = ImagesOnce(pairs, rows, view)
-        hashes = unique if not view else hash_ids(images.sample_ids())
+        hashes = unique
+        if view:
+            hashes = rank0_first(lambda images=images: hash_ids(images.sample_ids()))  # type: ignore[misc]
         stored = completed(half.encoder, images, hashes, half.folder, at_once, threads)
         stores.append(stored)
         numbers.append(stored.find(hashes)[np.searchsorted(unique, image_hashes)])
@@ -490,10 +498,20 @@ def keys_of_images(stored: Segments, numbers: Numbers) -> Numbers:
     return keys
 
 
+def require_same_weights(of_all: Sequence[str], reads: str) -> None:
+    """Refuse a host whose half has other weights than that of rank 0."""
+    if of_all[rank()] != of_all[0]:
+        setting = "model.text.name" if reads == "text" else "model.image.weights"
+        raise ValueError(
+            f"{setting}: {socket.gethostname()} has other weights than rank 0; let all hosts read "
+            "the same files"
+        )
+
+
 def require_same_names(items: ImagesOnce, hashes: Hashes) -> None:
     """Refuse a host on which image files have other sizes or times than for rank 0, whose hashes
     these are: what it encodes would be stored by other names, and not be found."""
-    if (hash_ids(items.sample_ids()) != hashes).any():
+    if rank() and (hash_ids(items.sample_ids()) != hashes).any():
         raise ValueError(
             f"{items.name}: image files have other places, sizes or times on "
             f"{socket.gethostname()} than for rank 0; let all hosts read the same files, or copy "
@@ -558,6 +576,8 @@ def completed(
             return stored
         missing = missing[np.argsort(items.rows[missing], kind="stable")]
         new = items.chosen(missing)
+        of_all = all_gather_object(encoder.checksum(without="pos"))  # which machines interpolate
+        raise_on_all_ranks(lambda: require_same_weights(of_all, encoder.reads))
         if encoder.reads == "image":
             raise_on_all_ranks(lambda: require_same_names(new, hashes[missing]))
         settings = segment_facts(encoder, hashes[missing])

@@ -155,7 +155,9 @@ def encode_missing(
     if "rows" in facts:
         return facts
     require_shared(folder / store.FACTS, by=FOLDERS, written=True)
-    of_all = all_gather_object([settings.get(name) for name in ("samples", "ids")])
+    # Of the halves of `align`, which are interpolated, `halves.py` compares the weights.
+    alike = ["samples", "ids"] + ["weights"] * ("half" not in str(settings.get("teacher")))
+    of_all = all_gather_object([settings.get(name) for name in alike])
     raise_on_all_ranks(lambda: require_same_for_all(of_all, folder))
     raise_on_all_ranks(lambda: encode_parts(encode, samples, written, folder, settings, label))
     rank0_first(lambda: require_all_parts(folder, settings))
@@ -163,12 +165,12 @@ def encode_missing(
 
 
 def require_same_for_all(of_all: Sequence[Any], folder: Path) -> None:
-    """Refuse hosts that see other samples than rank 0, given what all ranks see."""
+    """Refuse hosts that see other samples or weights than rank 0, given what all ranks see."""
     mine, first = of_all[rank()], of_all[0]
     if mine != first:
         raise ValueError(
-            f"{folder}: {socket.gethostname()} sees other samples than rank 0; let all hosts read "
-            "the same files"
+            f"{folder}: {socket.gethostname()} sees other samples or weights than rank 0; let all "
+            "hosts read the same files"
         )
 
 

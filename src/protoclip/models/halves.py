@@ -150,9 +150,13 @@ class SmallTowers(Architecture):
 
 def with_pooling(image: ImageTowerConfig) -> ImageTowerConfig:
     """An image tower with its pooling: as its weights need, and the mean where it has none."""
-    if image.pooling is not None:
+    if image.pooling == "own":
         return image
     is_mean, can_be = means_of(image.name)
+    if image.pooling == "avg" and not can_be:
+        raise ValueError(f"model.image.pooling: timm has no mean for {image.name}; leave it out")
+    if image.pooling == "avg":
+        return image
     averages = is_mean or (can_be and image.weights is None)
     return replace(image, pooling="avg" if averages else "own")
 

@@ -31,9 +31,11 @@ def resolve_start(given: ModelConfig) -> Start:
     """
     reference, name = given.start, given.name
     if reference is None and name is None:
-        if names_model("image", given.image.name) or names_model("text", given.text.name):
+        of_a_model = names_model("image", given.image.name)
+        if not of_a_model:
+            given = replace(given, image=with_pooling(given.image))
+        if of_a_model or names_model("text", given.text.name):
             return two_halves(given)
-        given = replace(given, image=with_pooling(given.image))
         if given.text.name is not None and given.text.pooling is None:
             text = replace(given.text, pooling=pooling_of(given.text.name))
             given = replace(given, text=text)

@@ -112,6 +112,7 @@ def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
         settings.pop("checkpoint", None)  # what `start` was in 0.1 and 0.2
         if missing := {"image", "text", "heads"} - settings.keys():
             raise KeyError(min(missing))
+        settings["pretrained"] = settings.get("pretrained") or None  # "" was none up to 1.0.0
         settings["image"] = {"pooling": "avg", **settings["image"]}  # as all had it up to 1.0.0
         return build(ModelConfig, settings, "model.")
     except (KeyError, TypeError, ValueError) as error:

@@ -203,6 +203,8 @@ def half(tower: Tower, given: ModelConfig) -> Start:
         raise ValueError(f"model.{tower}.name: {said}") from error
     if tower == "image" and given.image.weights is not None:
         raise ValueError(f"model.image.weights: {name} has weights of its own; leave it out")
+    if tower == "image" and given.image.pooling is not None:
+        raise ValueError(f"model.image.pooling: {name} has a pooling of its own; leave it out")
     return start
 
 

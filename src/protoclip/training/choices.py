@@ -37,8 +37,9 @@ class Choices:
     def is_given(self, name: str) -> bool:
         section, key = name.split(".")
         given = self.given.get(section, {})
-        # Of [optim] what is None is unset, and else would get what `train` chooses.
-        return key in given and not (section == "optim" and given[key] is None)
+        # Here what is None is unset, and else would get what `train` chooses.
+        is_open = section in ("optim", "episodes")
+        return key in given and not (is_open and given[key] is None)
 
     def choose(self, name: str, value: Any) -> Any:
         """The value of a setting: what is given, else this one."""

@@ -179,6 +179,7 @@ def layer_distances(model: Any) -> dict[str, int]:
             )
         last = max(numbers.values()) + beyond
         for name, number in numbers.items():
+            number = 0 if "shared_rel_pos" in name else number  # of all blocks, as embeddings
             if prefix or not name.startswith(("visual.", "logit_")):
                 distances[f"towers.{prefix}{name}"] = last - number
     return distances

@@ -68,6 +68,7 @@ from protoclip.training.run_folder import (
     environment,
     folder_of,
     look,
+    pooled_as_begun,
     to_toml,
 )
 from protoclip.training.stages import stage_of
@@ -123,7 +124,10 @@ def train_together(
     def plan_without_data() -> tuple[Begun, bool]:
         if encode is None:
             external.refuse_halves(config)
-        outlined = outline(config, is_whole=defaults is None)
+        with ExitStack() as stack:
+            begun_in = stack.enter_context(sync.begun(config)) if resume else None
+            known = config if begun_in is None else pooled_as_begun(config, begun_in)
+        outlined = outline(known, is_whole=defaults is None)
         sync.fetch(outlined, resume=resume)
         begun = look(outlined, resume=resume)
         done = begun.results is not None and is_done(folder, begun.results)

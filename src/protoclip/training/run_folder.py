@@ -23,6 +23,7 @@ from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
 from protoclip.files import SEAL, UNFINISHED, has_changed, holder, read_json, read_toml
 from protoclip.models.saved import facts_of, remove_unfinished
+from protoclip.models.two_halves import names_model
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
 
@@ -122,6 +123,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"{error}; restore it from a copy, or choose another folder with --run.out"
         ) from error
     return saved
+
+
+def pooled_as_begun(config: Config, folder: Path) -> Config:
+    """The settings with the image tower's pooling as the run in a folder has it, if it is unset.
+
+    Runs of versions up to 1.0.0 have the mean, which is no longer what follows from all weights.
+    """
+    model = config.model
+    of_timm = model.projections_are_new and not names_model("image", model.image.name)
+    if not (of_timm and model.image.pooling is None and (folder / "config.toml").is_file()):
+        return config
+    pooling = as_written_today(read_settings(folder))["model.image.pooling"]
+    return replace(config, model=replace(model, image=replace(model.image, pooling=pooling)))
 
 
 def as_begun(config: Config, folder: Path) -> Config:

@@ -501,5 +501,5 @@ def test_ranks_that_see_other_samples_are_refused():
     parts.require_same_for_all(seen, Path("out"))  # as rank 0 does
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "rank", lambda: 1)
-        with pytest.raises(ValueError, match=r"out: .* sees other samples than rank 0"):
+        with pytest.raises(ValueError, match=r"out: .* sees other samples or weights than"):
             parts.require_same_for_all(seen, Path("out"))

@@ -527,6 +527,11 @@ def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
         torch.testing.assert_close(built.towers.visual.trunk(images), theirs(images))
     untrained = replace(given, image=replace(given.image, weights=None))
     assert resolve_start(untrained).model.image.pooling == "avg"
+    text = f"local-dir:{save_open_clip(tmp_path / 'clip')}"
+    joined = resolve_start(replace(given, text=TextTowerConfig(name=text)))
+    assert joined.model.image.pooling == pooling
+    described = joined.architecture.open_clip_config["vision_cfg"]
+    assert described["timm_pool"] == {"own": "", "avg": "avg"}[pooling]
     saved = model_json(start.model, None)
     del saved["model"]["image"]["pooling"]
     assert model_config(saved, tmp_path).image.pooling == "avg"

@@ -15,14 +15,21 @@ import torch
 from PIL import Image
 
 from interrupting import with_changes
-from protoclip.config import PERMISSIONS, Config, SourceConfig
+from protoclip.config import PERMISSIONS, Config, ImageTowerConfig, ModelConfig, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
 from protoclip.models.towers import build_tokenizer
 from protoclip.testing import tiny_config
-from protoclip.training.run_folder import FREE, ROUNDING, check_settings, flat, to_toml
+from protoclip.training.run_folder import (
+    FREE,
+    ROUNDING,
+    check_settings,
+    flat,
+    pooled_as_begun,
+    to_toml,
+)
 
 # Another value for each setting that is free; `{}` is a folder.
 OTHER: dict[str, Any] = {
@@ -176,3 +183,16 @@ def test_what_decides_when_a_run_ends_stays(tmp_path):
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"other settings: run\.evaluate_every"):
         check_settings(tmp_path, to_toml(changed(config, "run.evaluate_every", 2)))
+
+
+def test_the_pooling_of_an_image_half_stays_what_it_was(tmp_path):
+    """That of versions up to 1.0.0, which had no such setting, was the mean for all weights."""
+    image = ImageTowerConfig(name="test_vit", weights="vit.safetensors")
+    given = Config(model=ModelConfig(image=image))
+    assert pooled_as_begun(given, tmp_path) == given
+    for pooling, kept in ((None, "avg"), ("own", "own")):
+        saved = replace(given, model=replace(given.model, image=replace(image, pooling=pooling)))
+        (tmp_path / "config.toml").write_text(to_toml(saved))
+        assert pooled_as_begun(given, tmp_path).model.image.pooling == kept
+    for other in (ModelConfig(name="RN50"), ModelConfig(start="runs/a")):
+        assert pooled_as_begun(Config(model=other), tmp_path) == Config(model=other)
