@@ -167,7 +167,9 @@ def layer_distances(model: Any) -> dict[str, int]:
     else:
         matcher = trunk.group_matcher(coarse=True)
         # What no group has, as the norm behind the last stage of a ConvNeXt, is behind it already.
-        beyond = 1 if behind and all(is_in(matcher, name) for name, _ in named(trunk)) else 0
+        beyond = (
+            1 if behind and all(is_in(matcher, name) for name, _ in trunk.named_parameters()) else 0
+        )
         parts.append((prefix_of_trunk, trunk, matcher, beyond))
     distances: dict[str, int] = {}
     for prefix, part, matcher, beyond in parts:
@@ -183,10 +185,6 @@ def layer_distances(model: Any) -> dict[str, int]:
             if prefix or not name.startswith(("visual.", "logit_")):
                 distances[f"towers.{prefix}{name}"] = last - number
     return distances
-
-
-def named(trunk: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [*trunk.named_parameters()]
 
 
 def is_in(matcher: Any, name: str) -> bool:

@@ -99,18 +99,24 @@ def test_an_upload_that_is_cut_leaves_the_older_checkpoint(saving, tmp_path, mon
     assert capsys.readouterr().err == ""
 
 
-def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
-    """Training saves on while a store is slow, and the end waits for so long only."""
+def slowed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Event, Event]:
+    """What is put into the store by name, when the first is, and what all of it waits for."""
     files, put = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").put_file
-    begun, go_on, put_names = Event(), Event(), []
+    names, begun, go_on = list[str](), Event(), Event()
 
     def slow(self: Any, path: str, name: str) -> None:
-        put_names.append(name)
+        names.append(name)
         begun.set()
         assert go_on.wait(60)
         put(self, path, name)
 
     monkeypatch.setattr(files, "put_file", slow)
+    return names, begun, go_on
+
+
+def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
+    """Training saves on while a store is slow, and the end waits for so long only."""
+    put_names, begun, go_on = slowed(monkeypatch)
     saving.save(1)
     assert begun.wait(60)
     for step in (2, 3, 4):
@@ -129,16 +135,7 @@ def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
 
 def test_a_checkpoint_stays_until_it_is_copied(saving, monkeypatch):
     """However long that takes, or no copy would ever be whole; then it goes."""
-    files, put = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").put_file
-    begun, go_on = Event(), Event()
-
-    def slow(self: Any, path: str, name: str) -> None:
-        if "step-000000001" in name:
-            begun.set()
-            assert go_on.wait(60)
-        put(self, path, name)
-
-    monkeypatch.setattr(files, "put_file", slow)
+    _, begun, go_on = slowed(monkeypatch)
     saving.save(1)
     assert begun.wait(60)
     for step in (2, 3, 4, 5):
