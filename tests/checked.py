@@ -9,9 +9,11 @@ import builtins
 import functools
 import sys
 import typing
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -21,6 +23,8 @@ from beartype import BeartypeConf, beartype
 BEARTYPE = beartype(conf=BeartypeConf(violation_type=TypeError))
 SIZES = jaxtyping.jaxtyped("context")
 DECORATOR = "_check_shapes_and_types"  # a name that every module sees
+# How names of bytecode files end. It changes with this file, which decides what they hold.
+BYTECODE = f".checked-{zlib.crc32(Path(__file__).read_bytes()):08x}.pyc"
 
 
 def install() -> None:
@@ -89,11 +93,17 @@ class Decorate(ast.NodeTransformer):
 
 
 class Loader(SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:
-        """Always from the source: bytecode on disk is without the checks."""
-        path = self.get_filename(fullname)
-        tree = Decorate().visit(ast.parse(self.get_data(path)))
+    """Keeps bytecode with the checks beside that without them, under another name."""
+
+    def source_to_code(self, data: bytes, path: str, **_: Any) -> CodeType:
+        tree = Decorate().visit(ast.parse(data))
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(path.replace(".pyc", BYTECODE))
+
+    def set_data(self, path: str, data: bytes, **more: Any) -> None:
+        super().set_data(path.replace(".pyc", BYTECODE), data, **more)
 
 
 class Finder:

@@ -53,6 +53,15 @@ def require_regular(path: str | Path | int) -> None:
         raise ValueError(f"is {kind}, not a file")
 
 
+def open_to_append(path: Path) -> io.FileIO:
+    """A file to add to, made if need be. Raises `OSError` for a link, which may lead anywhere."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link; put the file itself in its place", str(path))
+    return open(path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
+
+
 def read_local(path: str | Path, *, encoding: str = "utf-8", errors: str = "strict") -> str:
     """The text of a regular file, every line ended as in Unix; raises as `open_local`."""
     with io.TextIOWrapper(open_local(path), encoding=encoding, errors=errors) as file:

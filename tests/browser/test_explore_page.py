@@ -1,6 +1,7 @@
 """The explorer in a real browser: no request leaves, the map reacts, and cleaning data works."""
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -114,15 +115,36 @@ def address(pages: Pages, serve_pages: Callable[[Pages], str]) -> str:
 
 @pytest.fixture
 def watched(browser: Any, address: str) -> Iterator[Watched]:
-    """The map, open and drawn."""
+    """A page that is empty yet."""
     context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
     context.set_default_timeout(90_000)  # machines that test are busy
     found = Watched(page=context.new_page(), own=urlparse(address).netloc)
-    found.page.goto(address)
-    found.page.wait_for_selector("#map[data-ready]")
     yield found
     found.assert_quiet()
     context.close()
+
+
+@pytest.fixture
+def map_page(watched: Watched, address: str) -> Any:
+    """The map, open and drawn."""
+    watched.page.goto(address)
+    watched.page.wait_for_selector("#map[data-ready]")
+    return watched.page
+
+
+@pytest.fixture
+def list_page(watched: Watched, address: str) -> Any:
+    """The text prototypes: a page without the map, which takes a second to draw."""
+    watched.page.goto(address.replace("/?", "/1/prototypes-text.html?"))
+    return watched.page
+
+
+@pytest.fixture(scope="module")
+def files(pages: Pages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages as files, in a folder."""
+    folder = tmp_path_factory.mktemp("files") / "out"
+    write_static(list(pages.explorers), folder)
+    return folder
 
 
 def wait_until(page: Any, condition: str) -> None:
@@ -137,9 +159,9 @@ def selected(page: Any) -> int:
     return int(page.inner_text("#selected").replace(",", ""))
 
 
-def test_the_map_reacts(watched: Watched) -> None:
+def test_the_map_reacts(map_page: Any) -> None:
     """It zooms, shows a pair under the pointer, changes colours, and selects."""
-    page = watched.page
+    page = map_page
     page.select_option("#colour-by", "distance")
     assert " to " in page.inner_text("#legend")
     page.select_option("#colour-by", "image prototype")
@@ -190,18 +212,26 @@ def test_the_map_reacts(watched: Watched) -> None:
     page.click("#clear")
     assert selected(page) == 0
     assert page.locator("#picked").is_hidden()
-    # A page that the browser kept as it was has what other pages have selected since.
-    page.evaluate(
-        """() => {
-          const [key] = Object.keys(sessionStorage);
-          sessionStorage.setItem(key, JSON.stringify(["elsewhere", "on another page"]));
-          dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
-        }"""
-    )
-    assert selected(page) == 2
-    page.click("#clear")
+    page.click("#clear")  # when the map has its width again
     page.mouse.click(place["x"], place["y"])
     wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
+    # A page that the browser kept as it was has what other pages have selected since.
+    page.evaluate(
+        """(ticked) => {
+          const [key] = Object.keys(sessionStorage);
+          sessionStorage.setItem(key, JSON.stringify(["elsewhere", ticked]));
+          dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
+        }""",
+        page.evaluate(f"{pairs}.data.id[7]"),
+    )
+    assert selected(page) == 2
+    for indices, number in (([0], 3), ([], 2), ([2, 5], 4)):  # on the map; ticks stay
+        page.evaluate(f"() => {{ {pairs}.selected.indices = {indices} }}")
+        assert selected(page) == number
+        assert page.evaluate(f"{pairs}.selected.indices.includes(7)")
+    page.evaluate(f"() => {pairs}.selection_manager.clear()")  # as Escape and Reset do
+    assert selected(page) == 2
+    page.click("#clear")
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
     assert page.inner_text("#picked h2") == "1 selected"
     page.focus("#picked a")
@@ -231,10 +261,10 @@ def assert_apart(box: dict[str, float], other: dict[str, float]) -> None:
     )
 
 
-def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watched: Watched) -> None:
+def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(map_page: Any) -> None:
     """By the keyboard alone. Images of points stand where names leave room, bordered in their
     colours, and near enough points are images."""
-    page = watched.page
+    page = map_page
     page.set_viewport_size({"width": 600, "height": 700})
     page.wait_for_timeout(1000)
     frame = page.locator("#map").bounding_box()
@@ -291,8 +321,8 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(watche
     assert page.eval_on_selector("#thumbs img", "image => image.decode().then(() => true)")
 
 
-def test_a_hostile_caption_is_shown_and_does_nothing(watched: Watched, pages: Pages) -> None:
-    page = watched.page
+def test_a_hostile_caption_is_shown_and_does_nothing(list_page: Any, pages: Pages) -> None:
+    page = list_page
     position = int((pages.explorers[0].atlas.rows == 1).nonzero()[0][0])
     base = page.url.rpartition("/")[0]
     for name in (f"pair-{position}.html", "odd-distance.html", "search.html?text=script"):
@@ -304,8 +334,8 @@ def test_a_hostile_caption_is_shown_and_does_nothing(watched: Watched, pages: Pa
     assert "<script>" in page.locator("p.caption.large").inner_text()
 
 
-def test_a_red_heart_is_found_first(watched: Watched) -> None:
-    page = watched.page
+def test_a_red_heart_is_found_first(list_page: Any) -> None:
+    page = list_page
     page.fill("input[name=text]", "a red heart")
     page.press("input[name=text]", "Enter")
     page.wait_for_url("**/search.html?text=a+red+heart")
@@ -314,9 +344,9 @@ def test_a_red_heart_is_found_first(watched: Watched) -> None:
         assert "red heart" in caption.lower()
 
 
-def test_answers_come_while_one_types(watched: Watched) -> None:
+def test_answers_come_while_one_types(map_page: Any) -> None:
     """They say why, the field stays in focus, and going back shows the map again."""
-    page = watched.page
+    page = map_page
     page.click("input[name=text]")
     page.keyboard.type("a red heart", delay=30)
     page.wait_for_url("**/search.html?text=a+red+heart")
@@ -366,8 +396,8 @@ def test_the_map_by_umap_takes_its_place(
     page.close()
 
 
-def test_an_image_finds_itself(watched: Watched, pages: Pages) -> None:
-    page, encoded = watched.page, pages.explorers[0].pairs.encoded(7)
+def test_an_image_finds_itself(list_page: Any, pages: Pages) -> None:
+    page, encoded = list_page, pages.explorers[0].pairs.encoded(7)
     page.set_input_files(
         "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": encoded}
     )
@@ -389,8 +419,8 @@ def test_an_image_that_cannot_be_searched_for_is_one_line(
     context.close()
 
 
-def test_a_prototype_shows_its_members(watched: Watched, pages: Pages) -> None:
-    page = watched.page
+def test_a_prototype_shows_its_members(list_page: Any, pages: Pages) -> None:
+    page = list_page
     page.click("text=Image prototypes")
     page.wait_for_url("**/prototypes-image.html")
     page.click("thead button:has-text('Tightness')")
@@ -409,10 +439,10 @@ def test_a_prototype_shows_its_members(watched: Watched, pages: Pages) -> None:
 
 
 def test_exporting_a_selection_and_training_without_it(
-    watched: Watched, pages: Pages, table: Path, tmp_path: Path
+    list_page: Any, pages: Pages, table: Path, tmp_path: Path
 ) -> None:
     """The loop: look at odd pairs, export some, train without them."""
-    page = watched.page
+    page = list_page
     page.click("text=Odd ones out")
     page.wait_for_url("**/odd-*.html")
     for box in page.locator("input[data-id]").all()[:5]:
@@ -446,14 +476,13 @@ def test_exporting_a_selection_and_training_without_it(
 
 
 def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
-    browser: Any, pages: Pages, tmp_path: Path, serve: Callable[..., str]
+    browser: Any, files: Path, serve: Callable[..., str]
 ) -> None:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *arguments: object) -> None:
             pass
 
-    write_static(list(pages.explorers), tmp_path / "out")
-    for address in (serve(Quiet, tmp_path / "out"), (tmp_path / "out").as_uri()):
+    for address in (serve(Quiet, files), files.as_uri()):
         found = Watched(page=browser.new_page(), own=urlparse(address).netloc)
         found.page.goto(f"{address}/index.html")
         found.page.wait_for_selector("#map[data-ready]")
@@ -473,8 +502,8 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         found.page.close()
 
 
-def test_a_map_that_cannot_be_drawn_says_so(browser: Any, pages: Pages, tmp_path: Path) -> None:
-    write_static(list(pages.explorers)[:1], tmp_path / "out")
+def test_a_map_that_cannot_be_drawn_says_so(browser: Any, files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files, tmp_path / "out")
     (tmp_path / "out" / "assets" / "bokeh.min.js").unlink()
     page = browser.new_page()
     page.goto((tmp_path / "out" / "1" / "index.html").as_uri())
@@ -496,39 +525,35 @@ def test_a_link_to_a_page_keeps_its_place(browser: Any, address: str) -> None:
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_wider_than_a_phone(scheme: str, browser: Any, address: str) -> None:
-    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
-    page = context.new_page()
-    page.goto(address)
-    page.wait_for_selector("#map[data-ready]")
-    for name in ("index.html", "prototypes-image.html", "odd-distance.html", "pair-1.html"):
-        page.goto(f"{page.url.rpartition('/')[0]}/{name}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 24, 29)")
-    context.close()
+def require_fit(page: Any, width: int) -> None:
+    """Nothing on a page is wider than its window, in either scheme of colours."""
+    for scheme, ground in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 24, 29)")):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, page.url
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1400), ("dark", 390)])
-def test_axe_finds_nothing_serious_in_the_explorer(
+def test_pages_fit_and_axe_finds_nothing_serious_in_the_explorer(
     browser: Any, serious: Callable[[Any], list[str]], address: str, scheme: Any, width: int
 ) -> None:
     """The map, groups and one of them, odd pairs, near-duplicates, a pair, answers of a search, and
     two models compared."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     context.set_default_timeout(90_000)
-    page = context.new_page()
+    page, found = context.new_page(), {}
     page.goto(address)
     page.wait_for_selector("#map[data-ready]")
-    base, found = page.url.rpartition("/")[0], {}
+    base = page.url.rpartition("/")[0]
     for name in (
         *("index.html", "prototypes-image.html", "prototype-text-0.html", "odd-loss.html"),
         *("duplicates.html", "pair-1.html", "search.html?text=a+red+heart", "moved-image.html"),
     ):
-        page.goto(f"{base}/{name}")
+        if name != "index.html":  # which the address has opened
+            page.goto(f"{base}/{name}")
+        require_fit(page, width)
+        page.emulate_media(color_scheme=scheme)
         if name == "index.html":
-            page.wait_for_selector("#map[data-ready]")
             page.evaluate(
                 "() => { Bokeh.documents[0].get_model_by_name('pairs').selected.indices = [1, 4] }"
             )

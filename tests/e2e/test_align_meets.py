@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -146,6 +147,20 @@ def test_a_teacher_from_a_file_takes_the_place_of_a_half_or_stands_beside_it(giv
     lines = logged(tmp_path / "run")
     assert all(f"image_from_{name}" in lines for name in ("texts", "mine"))
     assert "image_half" not in lines
+
+
+def test_what_cannot_work_is_refused_before_anything_is_encoded(given, tmp_path, store):
+    """A teacher of other pairs, and a place where no run folder can be made."""
+    ids, features = pa.array(["x", "y"]), pa.array([[1.0, 2.0], [3.0, 4.0]])
+    pq.write_table(pa.table({"sample_id": ids, "features": features}), tmp_path / "other.parquet")
+    other = {"name": "other", "features": str(tmp_path / "other.parquet")}
+    settings = {key: value for key, value in given.items() if key != "teacher"}
+    with pytest.raises(ValueError, match="no teacher features for 96 of 96 training"):
+        align(changed({**settings, "teachers": [other]}, tmp_path / "run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^run.out: .*/file is a file, not a folder"):
+        align(changed(given, tmp_path / "file" / "run"))
+    assert not list(store.rglob("*.npy"))
 
 
 def test_a_guard_keeps_the_best_and_ends_the_run(given, tmp_path):
@@ -415,7 +430,8 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
 
     monkeypatch.setattr(Encoder, "encode", watched)
     for tower in ("encode_image", "encode_text"):
-        monkeypatch.setattr(ProtoCLIP, tower, None)  # nothing passes the whole model
+        # Nothing passes the whole model.
+        monkeypatch.setattr(ProtoCLIP, tower, Mock(side_effect=AssertionError))
     align(changed(given, run, episodes={"count": 2}, run={"save_steps": 4}))
     data = given["data"]["validation"]
     made = sum(len(each.features) for each in encoded)

@@ -424,6 +424,10 @@ def test_ranks_sweep_one_model(top, tmp_path):
             "finetune {start} --data.train {own} --data.validation {general} --guard {clash}",
             "run.guard: {clash}: two data sets of this run are called 'validation'",
         ),
+        (
+            "finetune open_clip:RN50 --data.train {own}",
+            "model.start: open_clip:RN50: names no weights; write open_clip:RN50/TAG",
+        ),
         ("train --run.guard emoji", "two data sets of this run are called 'emoji'"),
         (
             "train --run.evaluate_every 1 --run.stop_by eval/emoji/acc1",
@@ -443,6 +447,26 @@ def test_wrong_settings_are_named_in_one_line(options, message, top, tmp_path, c
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.format(**places) in last
     assert not list(tmp_path.iterdir())
+
+
+def test_a_guard_that_comes_later_judges_too(top, copied, monkeypatch):
+    """The run is swept anew, with parts as small as in training; and the start, of which nothing is
+    needed after its features, is let go."""
+    runs, choose_weights = list[Run](), wise_ft.choose_weights
+
+    def watched(run: Run, *given: Any, **more: Any) -> None:
+        runs.append(run)
+        choose_weights(run, *given, **more)
+
+    monkeypatch.setattr(wise_ft, "choose_weights", watched)
+    more = ["--guard", f"{top}/before.parquet,class_column=kind"]
+    more += ["--episodes.micro_batch_size", "8"]
+    main(["finetune", str(copied), "--resume", "auto", *more])
+    assert "eval/before/zero_shot/acc1" in read(copied / "results.json")["metrics"]
+    assert runs[0].start is None
+    assert runs[0].evaluate.encoder.batch_size == 8
+    main(["finetune", str(copied), "--resume", "auto", *more])
+    assert len(runs) == 1
 
 
 def test_without_matplotlib_there_is_no_figure(top, copied, capsys, monkeypatch):

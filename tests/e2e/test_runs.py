@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -260,7 +261,8 @@ def test_the_reference_is_one_recipe_away(seen):
 
 def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):
     """Three arms, one table, results.json, a report; `evaluate` repeats a run's metrics, and
-    `compare` shows differences. A second call trains what is not finished, and no other seed."""
+    `compare` shows differences. A second call trains what is not finished, and no other seed. It
+    may name the folder in another way, and one that holds a lock alone is empty."""
     original, small = demo.arms, tiny_config(out="")
 
     def arms(*, seed: int, out: str) -> dict[str, Config]:
@@ -318,8 +320,13 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "write_report", lambda *_, **__: True)  # which takes seconds
     demo.demo(Path("demo"))
     assert trained == ["ProtoCLIP"]
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match=r"run.seed \(0 before, 5 now\); .* folder with --out"):
         demo.demo(Path("demo"), seed=5)
+    shutil.rmtree("demo/protoclip")
+    Path("demo/protoclip").mkdir()
+    Path("demo/protoclip/.lock").touch()
+    demo.demo(tmp_path / "demo")
+    assert trained == ["ProtoCLIP", "ProtoCLIP"]
 
 
 def test_the_quick_demonstration(tmp_path, monkeypatch, capsys):

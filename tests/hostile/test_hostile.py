@@ -111,23 +111,28 @@ def copy(source: str, target: str) -> str:
 
 
 @functools.cache
-def digest(path: Path, inode: int, changed: int) -> str:
+def digest(path: str, inode: int, changed: int) -> str:
     """Of the content of a file, which is read anew when it has changed."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """What each path below a folder is, and the digest of each file."""
+def contents(folder: Path, below: str = "") -> dict[str, str]:
+    """What each path below a folder is, and the digest of each file.
+
+    Names are strings: `Path.rglob` took three times as long, for each of many cases.
+    """
     found = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
-        kind = stat.S_IFMT(status.st_mode)
-        what = oct(kind)
-        if kind == stat.S_IFREG:
-            what += digest(path, status.st_ino, status.st_ctime_ns)
-        elif kind == stat.S_IFLNK:
-            what += os.readlink(path)  # noqa: PTH115
-        found[str(path.relative_to(folder))] = what
+    with os.scandir(folder / below) as entries:
+        for entry in entries:
+            name, status = below + entry.name, entry.stat(follow_symlinks=False)
+            kind = stat.S_IFMT(status.st_mode)
+            found[name] = oct(kind)
+            if kind == stat.S_IFREG:
+                found[name] += digest(entry.path, status.st_ino, status.st_ctime_ns)
+            elif kind == stat.S_IFLNK:
+                found[name] += os.readlink(entry.path)  # noqa: PTH115
+            elif kind == stat.S_IFDIR:
+                found |= contents(folder, f"{name}/")
     return found
 
 

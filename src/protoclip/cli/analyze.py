@@ -34,6 +34,8 @@ class Analyze:
     data: str | None = None  # Held-out pairs, as data.train; else the run's own.
     samples: Count = 5000  # Most pairs to use, drawn evenly.
     groups: Count | None = None  # Groups of each modality; else as many as prototypes.
+    allow_commands: bool = False  # Run the commands of pipe: sources.
+    allow_links: bool = False  # Follow symbolic links that leave the root.
     json: bool = False  # Print the analyses as JSON.
     overwrite: bool = False  # Replace files that analyze did not write.
 
@@ -72,7 +74,13 @@ class Analyze:
             require_ours(together, SOFTWARE)
         analyses = [
             analyze(
-                folder, data=self.data, samples=self.samples, num_groups=self.groups, device=device
+                folder,
+                data=self.data,
+                samples=self.samples,
+                num_groups=self.groups,
+                allow_commands=self.allow_commands,
+                allow_links=self.allow_links,
+                device=device,
             )
             for folder in folders
         ]
@@ -84,8 +92,8 @@ class Analyze:
                     f"{analysis['folder']}: only {analysis['pairs']} pairs, whose groups say "
                     "little; --data names others"
                 )
-            if analysis["skipped"]:
-                note(f"{analysis['data']}: {analysis['skipped']} pairs could not be read")
+            for said in analysis["notes"]:
+                note(f"{analysis['folder']}: {said}")
         if len({(analysis["data"], analysis["groups"]) for analysis in analyses}) > 1:
             note("the runs differ in data or in the number of groups; see --data and --groups")
         for stem, analysis in zip(stems, analyses, strict=True):

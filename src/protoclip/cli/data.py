@@ -134,7 +134,9 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
 
 def count_clip_tokens(texts: list[str]) -> list[int]:
     """The tokens of captions for CLIP, before they are cut, start and end included."""
-    return [len(clip_tokenizer().encode(text)) + 2 for text in texts]
+    from protoclip.data.captions import legible
+
+    return [len(clip_tokenizer().encode(legible(text))) + 2 for text in texts]
 
 
 @cache

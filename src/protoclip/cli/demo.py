@@ -72,11 +72,12 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
         ValueError: The folder holds something else than this demonstration.
     """
     from protoclip.evaluation import compare
+    from protoclip.report import MARK
     from protoclip.training import run
 
     started, out = time.monotonic(), Path(out)
     require_ours(out / "results.json", '"seeds"', "with --out")
-    require_ours(out / "report.html", "protoclip report", "with --out")
+    require_ours(out / "report.html", MARK, "with --out")
     configs = arms(seed=seed, out=str(out))
     folders = {name: Path(config.run.out or "") for name, config in configs.items()}
     for name, config in configs.items():

@@ -11,20 +11,19 @@ from protoclip.terminal import say
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the folder of a run holds it, finished; raises `ValueError` if it holds another."""
-    from protoclip.training.plan import make_plan
-    from protoclip.training.run_folder import to_toml
+    """Whether the folder of a run holds it, finished.
 
-    folder = Path(config.run.out or "")
-    if not folder.exists():
-        return False
-    written, settings = folder / "config.toml", to_toml(make_plan(config).config)
-    if not written.is_file() or written.read_text(encoding="utf-8") != settings:
-        raise ValueError(
-            f"{folder}: holds another run than this demonstration's; remove it, or choose "
-            "another folder with --out"
-        )
-    return (folder / "results.json").is_file()
+    Raises:
+        ValueError: It holds another run, or something else.
+    """
+    from protoclip.training.plan import outline
+    from protoclip.training.run_folder import folder_of, look, pooled_as_begun
+
+    try:
+        outlined = outline(pooled_as_begun(config, folder_of(config)))
+        return look(outlined, resume=True).results is not None
+    except ValueError as error:
+        raise ValueError(str(error).replace("--run.out", "--out")) from error
 
 
 def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:

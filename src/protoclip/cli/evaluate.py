@@ -63,6 +63,7 @@ class Evaluate:
             from protoclip.distributed import collectives
             from protoclip.evaluation import datasets, records, suite
             from protoclip.evaluation.encoders import encoder_of
+            from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
             from protoclip.models.precision import autocast
 
@@ -101,7 +102,7 @@ class Evaluate:
             # A later one would else be refused after the first was judged.
             collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])
             templates = self.templates and collectives.raise_on_all_ranks(
-                lambda: datasets.read_templates(str(self.templates))
+                lambda: read_templates(str(self.templates))
             )
             config = DataConfig(**{name: getattr(self, name) for name in OF_DATA})
             data = collectives.raise_on_all_ranks(
@@ -122,7 +123,7 @@ class Evaluate:
                 "on new ones; its results.json has its numbers on held-out pairs"
                 for run in references
                 for name in self.data
-                if trained_on(run, name)
+                if trained_on(run, name, self.split)
             ]
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
@@ -156,8 +157,11 @@ class Evaluate:
             require_place("--out", self.out, is_folder=True)
 
 
-def trained_on(reference: str, data: str) -> bool:
-    """Whether a run, or the run of a checkpoint, has this data among what it was trained on."""
+def trained_on(reference: str, data: str, split: str) -> bool:
+    """Whether a run, or the run of a checkpoint, has this data among what it was trained on.
+
+    The split is the measured one, of data of the hub that names none.
+    """
     from protoclip.models.saved import SETTINGS, run_of
 
     data = with_options(data)[0]
@@ -174,9 +178,18 @@ def trained_on(reference: str, data: str) -> bool:
         ]
     except (ValueError, KeyError, AttributeError, TypeError):  # damaged
         return False
-    path_of_data = os.path.realpath(without_secrets(data.removeprefix("wds:")))
-    paths = [without_secrets(path) for path in trained if isinstance(path, str)]
-    return any(os.path.realpath(path) == path_of_data for path in paths)
+    measured = one_spelling(data.removeprefix("wds:"), split)
+    return any(one_spelling(path, "train") == measured for path in trained if isinstance(path, str))
+
+
+def one_spelling(data: str, split: str) -> str:
+    """Data as a whole path; of the hub with its split, and with options in one order."""
+    from protoclip.evaluation.datasets import with_split
+
+    if data.startswith("hf:"):
+        name, *options = with_split(data, split).split(",")
+        return ",".join([name, *sorted(options)])
+    return os.path.realpath(without_secrets(data))
 
 
 def names_of(reference: str) -> tuple[str, str]:

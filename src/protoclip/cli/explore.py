@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from protoclip.explore.pairs import ExploredPairs
 
 NEEDED = ("bokeh", "jinja2", "starlette", "uvicorn")
+# Options that are settings of `data` by the same names.
+OF_DATA = ("image_column", "caption_column", "id_column", "root", "only", "without")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Explore:
     _: KW_ONLY
     data: str | None = None  # Pairs, as data.train; else the first run's own.
     class_column: str | None = None  # Column of a table that holds the class.
+    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
+    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    id_column: str | None = None  # Column of sample ids; else detected.
     root: str | None = None  # Folder that holds all images of a table.
     allow_links: bool = False  # As data.allow_links.
     only: str | None = None  # As data.only.
@@ -73,6 +78,7 @@ class Explore:
         if self.static is not None:
             require_place("--static", self.static, is_folder=True)
             require_empty("--static", Path(self.static))
+            require_replaceable("--static", Path(self.static))
         if self.atlas is not None:
             require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
             if Path(self.atlas).exists():  # it may hold somebody's pairs
@@ -181,7 +187,7 @@ class Explore:
         """What the options say; of data that is not named, what the first run's settings say."""
         from protoclip.explore.explorer import run_config
 
-        options = {"only": self.only, "without": self.without, "root": self.root}
+        options = {name: getattr(self, name) for name in OF_DATA}
         given: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
         given |= {"allow_links": True} if self.allow_links else {}
         if self.data is not None:
@@ -195,7 +201,19 @@ class Explore:
                 "with --data"
             )
         column = self.class_column or config.data.class_column
-        return replace(config.data, class_column=column, **given)
+        # A run may have streamed shards that lie here, where they can be read in any order too.
+        return replace(config.data, read="auto", class_column=column, **given)
+
+
+def require_replaceable(setting: str, folder: Path) -> None:
+    """Refuse a folder whose place a new one cannot take, such as a volume of a container."""
+    real = folder.resolve()
+    if real.is_dir() and (
+        real.is_mount() or real == Path.cwd() or not os.access(real.parent, os.W_OK | os.X_OK)
+    ):
+        raise ValueError(
+            f"{setting}: {folder}: cannot be replaced as a whole; name a new folder in it"
+        )
 
 
 def places_of(data: DataConfig) -> set[Path]:

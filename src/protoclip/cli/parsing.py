@@ -7,6 +7,7 @@ and nested dataclasses sections (`--section.name value`). The comment behind a f
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import textwrap
@@ -117,8 +118,8 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options among the words as a tree of settings, and the other words.
 
-    `--no-NAME` switches a flag off. A list grows with each option. A command whose `--data` names
-    data takes `--data.root` as `--root`, since messages say so.
+    `--no-NAME` switches a flag off. A list grows with each option. A command that reads data beside
+    recipes takes `--data.root` as `--root`, since messages say so.
 
     Raises:
         ValueError: There is no such option, or its value is missing.
@@ -133,8 +134,10 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         if word == "--":
             raise ValueError("--: has no meaning here; leave it out")
         option, is_joined, value = word.partition("=")
+        if value.startswith("~/"):  # which shells leave as it is behind "="
+            value = os.path.expanduser(value)  # noqa: PTH111
         name = option.lstrip("-").replace("-", "_")
-        if "data" in known:
+        if {"data", *PERMISSIONS} & known.keys():
             name = name.removeprefix("data.")
         if name in arguments(kind):
             raise ValueError(f"{option}: is an argument, not an option; give it without {option}")
@@ -256,6 +259,8 @@ def located_part(part: str, folder: Path) -> str:
 
 
 def located_path(path: str, folder: Path) -> str:
+    if path.startswith("~/"):
+        path = os.path.expanduser(path)  # noqa: PTH111
     pattern = re.sub(r"\{.*\}", "*", path)
     # Path.glob refuses absolute patterns.
     here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
@@ -305,11 +310,17 @@ def is_optional(entry: Field[Any]) -> tuple[bool, bool]:
 
 
 def aligned(rows: Mapping[str, str]) -> Iterator[str]:
-    """Names, and texts beside them, in the width of the terminal."""
+    """Names, and texts beside them, or below in a narrow terminal, in its width."""
     column, width = max(map(len, rows), default=0) + 4, shutil.get_terminal_size().columns
+    is_narrow = width < column + 30
+    indent = " " * (6 if is_narrow else column)
     for name, text in rows.items():
-        line, indent = f"  {name}".ljust(column) + text, " " * column
-        yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
+        line = text if is_narrow else f"  {name}".ljust(column) + text
+        first = indent if is_narrow else ""
+        yield from [f"  {name}"] * is_narrow
+        yield from textwrap.wrap(
+            line, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+        )
 
 
 def descriptions(kind: type[Any]) -> dict[str, str]:

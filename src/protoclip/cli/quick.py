@@ -10,15 +10,18 @@ import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protoclip.cli import explore
 from protoclip.cli.demo_runs import is_finished, write_report
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config
-from protoclip.files import replacing, require_ours
+from protoclip.files import replacing, require_ours, require_regular
 from protoclip.progress import duration
 from protoclip.terminal import visible
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ARTIST = "twemoji"  # whose drawings are held out
 # Of Unicode's groups. People, hands and symbols are left out: many look almost alike.
@@ -29,6 +32,7 @@ GROUPS = (
 EPISODES = 8  # four passes
 EXAMPLES = 300  # pairs in the report
 FIRST = 10
+TITLE = "<title>Report of runs: quick</title>"  # of its page, and of none of other runs
 
 
 def configuration(out: Path, *, seed: int) -> Config:
@@ -57,7 +61,11 @@ def configuration(out: Path, *, seed: int) -> Config:
 
 
 def write_pairs(out: Path) -> list[Path]:
-    """Write the pairs to learn and those to judge by, as tables that any command reads."""
+    """Write the pairs to learn and those to judge by, as tables that any command reads.
+
+    Raises:
+        ValueError: A table of this name holds something else.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -73,16 +81,34 @@ def write_pairs(out: Path) -> list[Path]:
     for name, pairs in (("seen", seen), ("unseen", unseen)):
         path = out / f"{name}.parquet"
         paths.append(path)
-        if path.is_file():  # of an earlier call
-            continue
         # With the kind in the caption ("banana, food fruit"), groups on the map have clear names.
         kinds = pc.replace_substring(pairs["subgroup"], "-", " ")
         captions = pc.binary_join_element_wise(pairs["label"], kinds, ", ")
         pairs = pairs.select(["sample_id", "image", "group"]).append_column("caption", captions)
+        if path.exists():  # of an earlier call
+            require_equal(path, pairs)
+            continue
         out.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
             pq.write_table(pairs, scratch)
     return paths
+
+
+def require_equal(path: Path, table: "pa.Table") -> None:
+    """Refuse a Parquet file that holds another table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        require_regular(path)
+        is_equal = pq.read_table(path).equals(table)
+    except (OSError, ValueError, pa.ArrowException):
+        is_equal = False
+    if not is_equal:
+        raise ValueError(
+            f"{path}: exists, and holds other pairs than this demonstration's; choose another "
+            "folder with --out"
+        )
 
 
 def quick(out: str | Path = "runs/quick", *, seed: int = 0) -> dict[str, Any]:
@@ -99,7 +125,7 @@ def quick(out: str | Path = "runs/quick", *, seed: int = 0) -> dict[str, Any]:
 
     started, out = time.monotonic(), Path(out)
     report, explorer, unseen = out / "report.html", out / "explorer", out / "unseen.parquet"
-    require_ours(report, "protoclip report", "with --out")
+    require_ours(report, TITLE, "with --out")
     config = configuration(out, seed=seed)
     if not (kept := is_finished(config)) and explorer.exists():
         raise ValueError(f"{explorer}: is of another model; remove it, or choose another --out")

@@ -187,7 +187,9 @@ def download(location: str, copy: Path, access: Access) -> None:
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """Some bytes of a local file; raises `ValueError` if it ends before them."""
+    """Some bytes of a local file; raises `ValueError` if it ends before them, or for too many."""
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
     with open_local(path) as file:
         file.seek(offset)
         data = file.read(size)

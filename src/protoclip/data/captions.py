@@ -14,6 +14,14 @@ from jaxtyping import Int
 from protoclip.config import Config
 
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+# Beyond what any tower reads. CLIP's tokenizer takes hours for a word of some megabytes.
+LONGEST_TEXT = 20_000
+LONG_WORD = re.compile(r"(\w{500})\w+")
+
+
+def legible(text: str) -> str:
+    """A caption as tokenizers get it: 20,000 characters at most, and 500 of a word."""
+    return LONG_WORD.sub(r"\1", text[:LONGEST_TEXT])
 
 
 @dataclass(frozen=True, kw_only=True)

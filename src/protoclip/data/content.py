@@ -46,7 +46,7 @@ WORDS = {
     "images": "images",
     "classes": "classes",
     "sample": "images",
-    "held_out": "pairs that are held out",
+    "held_out": "pairs that are held out, as by another run.guard or run.evaluate_every",
     "encoded": "pairs whose images can be read",
     "features": "features",
     "weights": "weights",

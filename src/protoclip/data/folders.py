@@ -16,11 +16,12 @@ from typing import Any
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import NOTHING_MORE, digest, read_file
+from protoclip.data.access import Access, digest, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
     LeftOut,
+    access_of,
     caption_columns,
     captions_in,
     fault_of,
@@ -89,14 +90,14 @@ def _inside(folder: Path, name: Any) -> Path:
 
 def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them."""
-    left_out, keys = LeftOut(str(folder)), caption_columns(data)
+    left_out, keys, access = LeftOut(str(folder)), caption_columns(data), access_of(data)
     images = list(_walk(folder, left_out))
     stems = Counter(_split(image)[0] for image, _ in images)
     names = {image for image, _ in images}
 
     def rows() -> Iterator[tuple[str, list[bytes], str]]:
         for image, caption in images:
-            if texts := _captions(folder, image, caption, keys, left_out):
+            if texts := _captions(folder, image, caption, keys, access, left_out):
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
                 yield image, texts, image if stems[stem] > 1 or stem in names else stem
@@ -107,11 +108,10 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
 
     # The index changes with a caption, but not with the content of an image.
     known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
-    key = digest({"folder": str(folder.resolve()), "known": known, "keys": keys})
+    key = digest({**vars(access), "folder": str(folder.resolve()), "known": known, "keys": keys})
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
     index = build_index(key, build, folder=index_folder(), label=str(folder), way_out=way_out)
-    # The user named the folder; no table names what is in it.
-    settings = replace(data, root=None, allow_links=True)
+    settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
     pairs.notes += unused(data)
     return pairs
@@ -151,14 +151,24 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _captions(
-    folder: Path, image: str, file: str | None, keys: Sequence[str], left_out: LeftOut
+    folder: Path,
+    image: str,
+    file: str | None,
+    keys: Sequence[str],
+    access: Access,
+    left_out: LeftOut,
 ) -> list[bytes]:
     """The captions of an image; none, and counted, if there is nothing to read."""
     if file is None:
         left_out.add("images without a caption", image)
         return []
     try:
-        raw = read_file(str(folder / file), NOTHING_MORE).removeprefix(b"\xef\xbb\xbf")
+        path = in_table(str(folder), file, access)
+    except ValueError:
+        left_out.add("captions that are links out of it; see --data.allow_links", image)
+        return []
+    try:
+        raw = read_file(path, access).removeprefix(b"\xef\xbb\xbf")
         if file.lower().endswith(".txt"):
             return [raw]
         record = json.loads(raw.decode("utf-8", "surrogateescape"))

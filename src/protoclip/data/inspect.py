@@ -36,7 +36,7 @@ EXAMPLES, NAME_LENGTH = 5, 90
 WAYS = {
     500: "too few to judge by: take a published model as it is, or protoclip align",
     100_000: "protoclip align, two pretrained halves",
-    1_000_000: "protoclip align, then protoclip finetune of the run",
+    1_000_000: "protoclip align, then protoclip finetune of the run, with --guard",
     10_000_000: "protoclip finetune of a published model, with --guard",
 }
 MORE = "protoclip train, by a recipe"  # than any of these

@@ -487,7 +487,8 @@ def share_of(batch_size: int) -> int:
     if rest or share < 2:
         raise ValueError(
             f"episodes.batch_size: {batch_size} pairs cannot be shared evenly by {world_size()} "
-            f"ranks, two or more each; try {max(2, share) * world_size()}"
+            f"ranks, two or more each; try {max(2, share) * world_size()}, or for a run that goes "
+            f"on a number of ranks that divides {batch_size}"
         )
     return share
 

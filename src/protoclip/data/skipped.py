@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protoclip.data.access import GO_ON, is_url
 from protoclip.data.pairs import LOST, BadSample
-from protoclip.files import naming, read_local, to_json
+from protoclip.files import naming, open_to_append, read_local, to_json
 from protoclip.terminal import say
 
 DAMAGED = (ValueError, KeyError, TypeError, RecursionError)  # what a damaged line raises
@@ -90,8 +90,8 @@ class SkipLog:
         """Add a line; a full disk costs a warning, and not the run."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * self._torn + to_json(vars(sample)) + "\n")
+            with naming(self.path), open_to_append(self.path) as file:
+                file.write(("\n" * self._torn + to_json(vars(sample)) + "\n").encode())
         except OSError as error:
             if not self._warned:
                 say(f"warning: {error}; samples that are skipped are counted, and not listed there")

@@ -422,7 +422,8 @@ def _text_batches(
             captions = columns["caption_columns"]
             for name in filter(None, [*single, *captions]):
                 if name not in names:
-                    raise _missing(path, names, f"no column '{name}', which {paths[0]} has")
+                    first = without_secrets(paths[0])
+                    raise _missing(told, names, f"no column '{name}', which {first} has")
             fields = [pa.field(name, pa.string()) for name in ("image", "sample_id", "class")]
             schema = pa.schema([f for f, name in zip(fields, single, strict=True) if name])
             if captions:
@@ -434,7 +435,7 @@ def _text_batches(
                 yield batch
         facts["left_out"] += left_out.notes
         if left := left_out.counts.total():
-            facts["left_out"].append(f"{path}: {used:,} of {used + left:,} rows are used")
+            facts["left_out"].append(f"{told}: {used:,} of {used + left:,} rows are used")
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:

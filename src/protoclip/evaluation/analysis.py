@@ -6,7 +6,7 @@ The measures are in `grouping.py`, and their figures in `analysis_figure.py`.
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,19 +18,20 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import Config, DataConfig
+from protoclip.config import PERMISSIONS, Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
+from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import changed_since, judged
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -54,9 +55,19 @@ class HeldOut:
     captions: Sequence[str]
     classes: Int[Tensor, " n"] | None
     skipped: int  # samples that could not be read
+    reason: str = ""  # why one of these could not
+    changed: str = ""  # in what the run's data differ from those that it was trained on
     groups: Sequence[int] | None = None  # pairs of one group fit each other, where data say so
     key: str = ""  # of the images, as `Images.key`; unset, it is made of them
     _readers: "list[KeptReader]" = field(default_factory=list, repr=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of these pairs, in sentences without an end."""
+        lost = f"{self.skipped:,} pairs of {self.name} could not be read, such as {self.reason}"
+        trained = f"its data have changed since it was trained ({self.changed}), so it may have "
+        trained += f"been trained on pairs of {self.name}"
+        return [lost] * bool(self.skipped) + [trained] * bool(self.changed)
 
     def reader(self, transform: Callable[[Image.Image], Tensor]) -> "KeptReader":
         """Reads the images; for several models of one transform it is the same reader."""
@@ -103,6 +114,8 @@ def analyze(
     data: str | None = None,
     samples: int = 5000,
     num_groups: int | None = None,
+    allow_commands: bool = False,
+    allow_links: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
     """Measure every checkpoint of a run on held-out pairs.
@@ -118,16 +131,22 @@ def analyze(
         samples: Pairs to use at most, drawn evenly; of a stream the first ones.
         num_groups: Groups of each modality; else the run's number of prototypes, but at least five
             pairs to a group.
+        allow_commands, allow_links: As in `data`; a run folder grants neither.
 
     Raises:
         ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
             too few.
     """
     config, checkpoints = open_run(run)
+    allowed = replace(config.data, allow_commands=allow_commands, allow_links=allow_links)
+    config = replace(config, data=allowed)
     pairs = held_out(run, config, data, samples)
     if len(pairs.images) < 2 * PAIRS_PER_GROUP:
         least = 2 * PAIRS_PER_GROUP
-        raise ValueError(f"{pairs.name}: {len(pairs.images)} pairs are too few; needs {least}")
+        notes = "".join(f"; {note}" for note in pairs.notes)
+        raise ValueError(
+            f"{pairs.name}: {len(pairs.images)} pairs are too few; needs {least}{notes}"
+        )
     most = len(pairs.images) // PAIRS_PER_GROUP
     number = num_groups or min(config.prototypes.number or most, most)
     if not 2 <= number <= most:
@@ -164,6 +183,7 @@ def analyze(
         "data": pairs.name,
         "pairs": len(pairs.images),
         "skipped": pairs.skipped,
+        "notes": pairs.notes,
         "groups": number,
         "checkpoints": entries,
     }
@@ -186,27 +206,51 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
 
 def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldOut:
     """Pairs that the run has not trained on, as `analyze` describes them."""
-    if data is None or data == "emoji":
-        judged_by = [datasets.emoji()] if data else judged(config, sources.pairs(config)).data
-        if not judged_by:
-            raise ValueError(f"{run}: no pairs are held out; name some with --data")
-        return of_split(judged_by[0], samples)
-    return of_source(sources.pairs(Config(data=DataConfig(train=data))), samples)
+    if data == "emoji":
+        return of_split(datasets.emoji(), samples)
+    if data is not None:
+        allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
+        return of_source(sources.pairs(Config(data=DataConfig(train=data, **allowed))), samples)
+    training, judged_by, _ = judged(config, sources.pairs(config))
+    if not judged_by:
+        raise ValueError(f"{run}: no pairs are held out; name some with --data")
+    return replace(of_split(judged_by[0], samples), changed=changed_data(run, training))
+
+
+def changed_data(run: Path, training: Pairs | SampleStream) -> str:
+    """In what a run's data differ from those that it was trained on; empty if they are the same.
+
+    Pairs held out of others need not be those that were held out of these.
+    """
+    if not (isinstance(training, PairsView) and len(training.left_out)):
+        return ""  # pairs of another source judge the run
+    with suppress(ValueError, LookupError, TypeError, AttributeError):  # its state is damaged
+        return changed_since(run, training) or ""
+    return ""
 
 
 decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
 
 
-def read_all(read: Callable[[Any], T], items: Iterable[Any]) -> list[T | None]:
-    """What `read` makes of each item, by threads; None for one that cannot be read."""
+def read_all(
+    read: Callable[[Any], T], items: Iterable[Any]
+) -> tuple[list[T | None], dict[str, Any]]:
+    """What `read` makes of each item, by threads; None for one that cannot be read.
 
-    def read_or_none(item: Any) -> T | None:
-        with suppress(ValueError):  # BadSample too
-            return read(item)
-        return None
+    And how many these are, and why the first one is, as fields of `HeldOut`.
+    """
+
+    def read_or_none(item: Any) -> tuple[T | None, str]:
+        try:
+            return read(item), ""
+        except ValueError as error:  # BadSample too
+            return None, str(error)
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(read_or_none, items))
+        made = list(pool.map(read_or_none, items))
+    reasons = [reason for _, reason in made if reason]
+    lost = {"skipped": len(reasons), "reason": next(iter(reasons), "")}
+    return [each for each, _ in made], lost
 
 
 def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
@@ -215,7 +259,7 @@ def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
         items: Iterable[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
     else:
         items = islice(source.samples(), samples)
-    read = read_all(lambda item: read_image(source, item, decoded)[0], items)
+    read, lost = read_all(lambda item: read_image(source, item, decoded)[0], items)
     good: dict[str, Sample] = {}  # a stream starts again at its end
     for sample in read:
         if sample is not None:
@@ -226,8 +270,8 @@ def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
         images=[sample.image for sample in good.values()],
         captions=[sample.captions[0] for sample in good.values()],
         classes=None,
-        skipped=sum(sample is None for sample in read),
         key=getattr(source, "key", "") if whole else "",
+        **lost,
     )
 
 
@@ -243,17 +287,17 @@ def of_split(data: EvaluationData, samples: int) -> HeldOut:
         return image
 
     chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    read = dict(zip(chosen, read_all(encoded, chosen), strict=True))
-    images = {row: image for row, image in read.items() if image is not None}
+    read, lost = read_all(encoded, chosen)
+    images = {row: each for row, each in zip(chosen, read, strict=True) if each is not None}
     rows = [*images]
     return HeldOut(
         name=data.name,
         images=[*images.values()],
         captions=[split.captions[row][0] for row in rows],
         classes=None if split.labels is None else split.labels[rows],
-        skipped=len(chosen) - len(rows),
         groups=None if split.groups is None else [split.groups[row] for row in rows],
         key=source.key if rows == [*range(len(source))] else "",
+        **lost,
     )
 
 

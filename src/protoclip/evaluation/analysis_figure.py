@@ -5,7 +5,7 @@ this module imports matplotlib, which is an optional dependency.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from protoclip.terminal import visible
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "^", "s", "D", "v", "P", "X")  # another one where the colours come again
 MODALITIES = {"image": ("images", COLOURS[0]), "text": ("texts", COLOURS[1])}
 BOTH = ("both together", COLOURS[-1])
 RECALL = ("recall@10/image_to_text", "recall@10/text_to_image")
@@ -93,8 +94,31 @@ def grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def draw(axes: Axes, points: Points, colour: str, dash: Dash) -> None:
-    axes.plot(*points, color=colour, linestyle=dash, marker="o", markersize=2.6, linewidth=1.3)
+@dataclass(frozen=True)
+class Look:
+    """How a curve looks."""
+
+    colour: str
+    dash: Dash = "-"
+    marker: str = MARKERS[0]
+
+
+def looks_of_runs(number: int) -> list[Look]:
+    """A look for each of so many runs."""
+    each = [Look(colour, marker=marker) for marker in MARKERS for colour in COLOURS]
+    return list(islice(cycle(each), number))
+
+
+def draw(axes: Axes, points: Points, look: Look) -> None:
+    size = 2.6 if look.marker == MARKERS[0] else 4.0  # or its shape is not seen
+    axes.plot(
+        *points,
+        color=look.colour,
+        linestyle=look.dash,
+        marker=look.marker,
+        markersize=size,
+        linewidth=1.3,
+    )
 
 
 def plain(name: str) -> str:
@@ -111,12 +135,22 @@ def name_axes(axes: Axes, x: str, y: str, *, samples: bool = False) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def legend(figure: Figure, entries: Sequence[tuple[str, str, Dash]], columns: int) -> None:
-    """Below the panels: labels with their colours and dashes, row by row."""
+def legend(figure: Figure, entries: Sequence[tuple[str, Look]], columns: int) -> None:
+    """Below the panels: labels with how their curves look, row by row."""
     rows = [entries[first : first + columns] for first in range(0, len(entries), columns)]
     # matplotlib fills columns first.
     ordered = [row[column] for column in range(columns) for row in rows if column < len(row)]
-    handles = [Line2D([], [], color=c, linestyle=d, label=plain(label)) for label, c, d in ordered]
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=look.colour,
+            linestyle=look.dash,
+            marker="" if look.marker == MARKERS[0] else look.marker,
+            label=plain(label),
+        )
+        for label, look in ordered
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
@@ -134,18 +168,19 @@ def run_figure(analysis: Mapping[str, Any]) -> Figure:
         for space in spaces:
             for measure, points in curves(analysis, space, panel).items():
                 colour = MODALITIES.get(measure.rpartition("/")[2], BOTH)[1]
-                draw(axes, points, colour, DASHES[space])
+                draw(axes, points, Look(colour, DASHES[space]))
         name_axes(axes, "samples seen", panel.unit, samples=True)
     whose = [*MODALITIES.values(), BOTH]
     entries = [
-        (f"{of}, {space}", colour, DASHES[space]) for space in spaces for of, colour in whose
+        (f"{of}, {space}", Look(colour, DASHES[space])) for space in spaces for of, colour in whose
     ]
     legend(figure, entries, columns=len(whose))
     return figure
 
 
 def runs_figure(analyses: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
-    """Runs laid over each other, by their features: a colour a run, dashes for texts.
+    """Runs laid over each other, by their features: a colour a run, dashes for texts. After seven
+    runs the colours come again, with another marker.
 
     In the last two panels each point is a checkpoint. They show whether grouping goes with
     alignment: a run whose curve lies higher groups more at the same recall or modality gap.
@@ -160,24 +195,20 @@ def runs_figure(analyses: Sequence[Mapping[str, Any]], labels: Sequence[str]) ->
     )
     figure.suptitle("Features of held-out pairs", fontsize=11)
     *over_time, by_recall, by_gap = all_axes
-    colours = list(islice(cycle(COLOURS), len(analyses)))
-    for analysis, colour in zip(analyses, colours, strict=True):
+    looks = looks_of_runs(len(analyses))
+    for analysis, look in zip(analyses, looks, strict=True):
         for panel, axes in zip(kept, over_time, strict=True):
             for measure, points in curves(analysis, "features", panel).items():
-                draw(axes, points, colour, "--" if measure.endswith("/text") else "-")
+                draw(axes, points, replace(look, dash="--") if measure.endswith("/text") else look)
         grouped = curve(analysis, "features", "agreement")[1]
-        draw(by_recall, (recall(analysis, "features")[1], grouped), colour, "-")
-        draw(by_gap, (curve(analysis, "features", "gap")[1], grouped), colour, "-")
+        draw(by_recall, (recall(analysis, "features")[1], grouped), look)
+        draw(by_gap, (curve(analysis, "features", "gap")[1], grouped), look)
     for panel, axes in zip(kept, over_time, strict=True):
         name_axes(axes, "samples seen", panel.unit, samples=True)
     name_axes(by_recall, "recall@10, mean of both ways", "image against text groups, AMI")
     name_axes(by_gap, "modality gap, distance of the means", "image against text groups, AMI")
-    of_runs = list(zip(labels, colours, strict=True))
-    images: list[tuple[str, str, Dash]] = [
-        (f"{label}, images or both", colour, "-") for label, colour in of_runs
-    ]
-    texts: list[tuple[str, str, Dash]] = [
-        (f"{label}, texts", colour, "--") for label, colour in of_runs
-    ]
+    of_runs = list(zip(labels, looks, strict=True))
+    images = [(f"{label}, images or both", look) for label, look in of_runs]
+    texts = [(f"{label}, texts", replace(look, dash="--")) for label, look in of_runs]
     legend(figure, [*images, *texts], columns=min(4, len(labels)))
     return figure

@@ -7,10 +7,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from protoclip.evaluation.metrics import METRICS, Floats, difference, intervals, is_share, label
-from protoclip.evaluation.samples import SampleResults, influences
+from protoclip.evaluation.samples import Columns, SampleResults, influences
 from protoclip.files import has_changed, read_local
 from protoclip.terminal import say
 
@@ -30,8 +30,40 @@ INTERVALS = {
     "seeds": "Without results by sample: over seeds alone; it does not cover other samples.",
     "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
 }
+OTHERS = (
+    "Where other samples judged the models, a difference has no interval, and is not of the models "
+    "alone."
+)
+SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
 Run = Mapping[str, Any]
 WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
+Reader = Callable[[Path], WithInfluences | None]
+
+
+class Common(NamedTuple):
+    """What judged two runs by a metric.
+
+    Attributes:
+        samples: The results by sample of the first one.
+        same: Whether the same samples judged the second one.
+        moved: How much more each group moves the second one `(groups,)`, where that is known.
+    """
+
+    samples: SampleResults
+    same: bool
+    moved: Floats | None
+
+
+def models_of(runs: Iterable[tuple[str, int, str]]) -> list[str]:
+    """What to call the model of each run, given the run's name, its seed and its folder.
+
+    Runs of one name are seeds of one model. Where a seed of a name repeats, each of its runs is a
+    model of its own, named with its folder.
+    """
+    known = list(runs)
+    counts = Counter((name, seed) for name, seed, _ in known)
+    repeated = {name for (name, _), count in counts.items() if count > 1}
+    return [f"{name} ({folder})" if name in repeated else name for name, _, folder in known]
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
@@ -76,12 +108,37 @@ def samples_of(folder: Path, split: str) -> dict[str, Path]:
     return {file.name.removesuffix(f"-{split}.parquet"): file for file in files}
 
 
-def intervals_of(results: Run) -> dict[str, list[float]]:
-    """The 95% interval, over test samples, of each metric of `read_results` that has one."""
+def reader(*, refuse: bool) -> Reader:
+    """Reads a file of `results["samples"]`, each once; what is damaged is refused, or else None.
+
+    Then there is a warning.
+    """
+
+    @cache
+    def read(path: Path) -> WithInfluences | None:
+        try:
+            samples = SampleResults.read(path)
+        except ValueError as error:
+            if refuse:
+                raise
+            say(f"warning: {error}")
+            return None
+        return samples, influences(samples)
+
+    return read
+
+
+def intervals_of(results: Run, read: Reader | None = None) -> dict[str, list[float]]:
+    """The 95% interval, over test samples, of each metric of `read_results` that has one.
+
+    A file that is damaged raises `ValueError`, unless `read` says otherwise.
+    """
+    read = read or reader(refuse=True)
+    of_data = {data: read(path) for data, path in results["samples"].items()}
     by_metric = {
         f"eval/{data}/{metric}": of_groups
-        for data, path in results["samples"].items()
-        for metric, of_groups in influences(SampleResults.read(path)).items()
+        for data, known in of_data.items()
+        for metric, of_groups in (known[1] if known else {}).items()
     }
     return intervals(results["metrics"], by_metric)
 
@@ -94,37 +151,32 @@ def number(value: Any) -> float | None:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Group runs by name, and compare each group with the first.
+def compare(
+    runs: Sequence[Run], models: Sequence[str] | None = None, read: Reader | None = None
+) -> list[dict[str, Any]]:
+    """Group runs by model, and compare each model with the first.
 
-    A run that is given twice counts once. Runs of equal name and seed are named with their folders.
+    A run that is given twice counts once.
+
+    Args:
+        runs: As `read_results` returns them.
+        models: The model of each, for runs that differ; unset, by `models_of`.
+        read: Reads results by sample; unset, a damaged file is refused, unless there are several
+            seeds: then an interval over these is left.
 
     Returns:
-        One entry a name: `name`, `seeds`, and for `samples_seen`, `train_seconds` and each of
+        One entry a model: `name`, `seeds`, and for `samples_seen`, `train_seconds` and each of
         `metrics` a `summary`. Metrics of later entries have a `difference`.
     """
-    runs = list({os.path.realpath(run["folder"]): run for run in runs}.values())
-    counts = Counter((run["name"], run["seed"]) for run in runs)
-    repeated = {name for (name, _), count in counts.items() if count > 1}
+    if models is None:
+        runs = list({os.path.realpath(run["folder"]): run for run in runs}.values())
+        models = models_of((run["name"], run["seed"], run["folder"]) for run in runs)
     groups: dict[str, dict[int, Run]] = {}
-    for run in runs:
-        name = f"{run['name']} ({run['folder']})" if run["name"] in repeated else run["name"]
-        groups.setdefault(name, {})[run["seed"]] = run
+    for model, run in zip(models, runs, strict=True):
+        groups.setdefault(model, {})[run["seed"]] = run
     reference = next(iter(groups.values()), {})
-
     several = any(len(members) > 1 for members in groups.values())
-
-    @cache
-    def read(path: Path) -> WithInfluences | None:
-        try:
-            samples = SampleResults.read(path)
-        except ValueError as error:
-            if not several:  # else an interval over seeds is left
-                raise
-            say(f"warning: {error}")
-            return None
-        return samples, influences(samples)
-
+    read = read or reader(refuse=not several)
     entries = []
     for name, members in groups.items():
         entry: dict[str, Any] = {"name": name, "seeds": list(members), "metrics": {}}
@@ -153,7 +205,7 @@ def difference_of_runs(
     key: str,
     first: Mapping[int, Run],
     second: Mapping[int, Run],
-    read: Callable[[Path], WithInfluences | None],
+    read: Reader,
 ) -> dict[str, Any]:
     """How much higher a metric of the second runs is than that of the first runs.
 
@@ -161,27 +213,34 @@ def difference_of_runs(
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
         if the metric can have one; `kind`, what that covers, a key of `INTERVALS`, or None;
         `seeds`, the number of common seeds; `samples`, that of test samples, if it covers them;
-        `n`, the one of both that stands first in `kind`; and `beyond`, whether the interval leaves
-        out 0.
+        `n`, the one of both that stands first in `kind`; `beyond`, whether the interval leaves out
+        0; and `other_samples`, whether other samples are known to have judged the runs.
     """
     one, two = (
         {seed: np.float64(run["metrics"][key]) for seed, run in of.items() if key in run["metrics"]}
         for of in (first, second)
     )
     seeds = [seed for seed in two if seed in one]
+    pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
+    found = [in_common(key, first[left], second[right], read) for left, right in pairs]
+    common = [each for each in found if each is not None]
+    others = {"other_samples": not all(each.same for each in common)}
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
-        return {**difference([gain]), "n": 0, "seeds": 0, "samples": None, "kind": None}
-    by_seed = [in_common(key, first[seed], second[seed], read) for seed in seeds]
-    found = [each for each in by_seed if each is not None]
+        return {**difference([gain]), "n": 0, "seeds": 0, "samples": None, "kind": None, **others}
+    name = key.split("/", 2)[-1]
+    moved = [each.moved for each in common if each.moved is not None]
     influence, samples = None, None
-    if len(found) == len(seeds) and all(ids == found[0][0] for ids, _ in found):
-        influence, samples = np.mean([moved for _, moved in found], axis=0), len(found[0][0])
+    if len(moved) == len(seeds) and all(
+        same_samples(each.samples, common[0].samples, name) for each in common
+    ):
+        influence = np.mean(moved, axis=0)
+        samples = len(common[0].samples.rows(name)["sample_id"])
     gains = [float(two[seed] - one[seed]) for seed in seeds]
-    metric = METRICS.get(key.split("/", 2)[-1])
+    metric = METRICS.get(name)
     has_none = metric is not None and not metric.has_interval
     # On other samples, as of other data, it is not the models alone that differ.
-    if has_none or not all(ids for ids, _ in found):
+    if has_none or others["other_samples"]:
         gains = [float(np.mean(gains))]  # as of one seed, which has no interval
         influence, samples = None, None
     numbers = {"seeds": len(gains)} if len(gains) > 1 else {}
@@ -191,45 +250,55 @@ def difference_of_runs(
         **difference(gains, influence),
         "n": next(iter(numbers.values()), len(seeds)),
         **{"seeds": len(seeds), "samples": samples, "kind": " and ".join(numbers) or None},
+        **others,
     }
 
 
-def in_common(
-    key: str, one: Run, two: Run, read: Callable[[Path], WithInfluences | None]
-) -> tuple[list[tuple[str, str]], Floats] | None:
-    """The samples that judged both runs by a metric, and how much more each group moves the second;
-    no samples, if other ones judged either run; None unless both have results by sample.
-    """
+def in_common(key: str, one: Run, two: Run, read: Reader) -> Common | None:
+    """What judged two runs by a metric; None unless both have results by sample."""
     if key.count("/") < 2:
         return None
     _, data, metric = key.split("/", 2)
     files = [run.get("samples", {}).get(data) for run in (one, two)]
-    if None in files:
+    if None in files or metric not in METRICS:
         return None
     own, other = map(read, files)
-    if own is None or other is None or metric not in own[1].keys() & other[1].keys():
+    if own is None or other is None:
         return None
-    ids, (moved, moved_in_other) = sample_ids(own[0], metric), (own[1][metric], other[1][metric])
-    if ids != sample_ids(other[0], metric) or len(moved) != len(moved_in_other):
-        return [], np.empty(0)
-    return ids, moved_in_other - moved
+    if not same_samples(own[0], other[0], metric):
+        return Common(own[0], same=False, moved=None)
+    if metric not in own[1].keys() & other[1].keys():
+        return Common(own[0], same=True, moved=None)
+    if len(own[1][metric]) != len(other[1][metric]):  # groups of texts that only one has
+        return Common(own[0], same=False, moved=None)
+    return Common(own[0], same=True, moved=other[1][metric] - own[1][metric])
 
 
-def sample_ids(results: SampleResults, metric: str) -> list[tuple[str, str]]:
-    """The samples that a metric is computed from, each with its group, in a fixed order."""
-    rows = results.rows(metric)
+def same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:
+    """Whether the same samples, in the same groups, judge both by a metric.
+
+    What a query is searched among decides as much as the queries.
+    """
+    sides = [(one.rows(metric), two.rows(metric))]
+    if METRICS[metric].task in SEARCHES:
+        sides = [(one.images, two.images), (one.texts, two.texts)]
+    return all(in_groups(left) == in_groups(right) for left, right in sides)
+
+
+def in_groups(rows: Columns) -> list[tuple[str, str]]:
+    """Samples, each with its group, in a fixed order."""
     return sorted(zip(rows["sample_id"], rows.get("group", rows["sample_id"]), strict=True))
 
 
 def covered(gains: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the intervals of differences cover, in words."""
+    """What the intervals of differences cover, in words, and why some have none."""
     lines = []
     for kind, text in INTERVALS.items():
         of_kind = [gain for gain in gains if gain["kind"] == kind and gain["interval"] is not None]
         counts = sorted(gain["samples"] for gain in of_kind if gain["samples"] is not None)
         many = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
         lines += [text.format(many)] * bool(of_kind)
-    return lines
+    return lines + [OTHERS] * any(gain["other_samples"] for gain in gains)
 
 
 def show(entries: Sequence[Mapping[str, Any]]) -> None:

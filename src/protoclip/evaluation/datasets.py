@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_number,
 )
-from protoclip.evaluation.zero_shot import check_templates
+from protoclip.evaluation.zero_shot import read_templates, templates_in
 from protoclip.files import read_local
 from protoclip.paths import DATA_HINT, with_options
 from protoclip.terminal import visible
@@ -50,12 +51,11 @@ TORCHVISION = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST"), "train test"),
     **dict.fromkeys(("Food101", "StanfordCars", "STL10", "SVHN", "USPS"), "train test"),
     **dict.fromkeys(("DTD", "FGVCAircraft", "Flowers102", "RenderedSST2"), "train val test"),
-    "Country211": "train valid test",
     "OxfordIIITPet": "trainval test",
     **dict.fromkeys(("ImageNet", "Imagenette"), "train val"),
     **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), ""),  # not split
 }
-SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation", "valid": "validation"}
+SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation"}
 HUB = "wds:https://huggingface.co/datasets/clip-benchmark/wds_"
 CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
 #: What data sets can be downloaded from. Keys are lower case without signs; docs/evaluation.md has
@@ -243,43 +243,14 @@ def fetching(name: str, root: str) -> str:
     return f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{download_hint(name)}"
 
 
-def read_templates(reference: str) -> list[str]:
-    """Prompts in which "{c}" stands for the class name.
-
-    Args:
-        reference: `openai` (the 80 of ImageNet), `simple` (seven of these), or a text file with a
-            prompt a line, where "{}" stands for the class name too.
-
-    Raises:
-        ValueError: The file cannot be read, is empty, or a line has no place for the class.
-    """
-    if reference in ("openai", "simple"):
-        import open_clip
-
-        known = {
-            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-        }
-        return [template("{c}") for template in known[reference]]
-    try:
-        text = read_local(reference)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
-        ) from None
-    return _templates(text, reference)
-
-
-def _templates(text: str, source: str) -> list[str]:
-    templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
-    if not templates:
-        raise ValueError(f"{source}: holds no prompt")
-    check_templates(templates, source)
-    return templates
-
-
 def _names(text: str) -> list[str]:
     return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def with_split(reference: str, split: str) -> str:
+    """A reference with the split that is read of it, if it is of the hub and names none."""
+    is_open = reference.startswith("hf:") and ",split=" not in reference
+    return f"{reference},split={split}" if is_open else reference
 
 
 def _exists(path: str) -> bool:
@@ -290,9 +261,7 @@ def _open_pairs(
     reference: str, config: DataConfig, split: str, class_column: str | None
 ) -> EvaluationData:
     """Captions, classes or both, of one source of pairs."""
-    path = reference
-    if reference.startswith("hf:") and ",split=" not in reference:
-        path = f"{reference},split={split}"
+    path = with_split(reference, split)
     config = replace(config, class_column=class_column or config.class_column)
     pairs = open_source(config, SourceConfig(path=path))
     if not isinstance(pairs, ImageTextPairs):
@@ -310,8 +279,11 @@ def _open_pairs(
     rows, captions = list(range(len(pairs))), None
     if pairs.caption_columns:
         rows, captions = captions_of_rows(pairs, rows)
-        if not rows:
+        if not rows and pairs.class_column is None:
             raise ValueError(f"{reference}: no image has a caption")
+        if not rows:
+            notes.append(f"{reference}: no image has a caption, so only the classes are used")
+            rows, captions = list(range(len(pairs))), None
     if len(rows) < len(pairs):
         notes.append(
             f"{reference}: {len(pairs)} rows are {len(rows)} images with captions; rows without a "
@@ -378,15 +350,15 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
         ValueError: A row has no class, or a number without a name.
     """
     values = class_values(pairs, rows)
-    if names := pairs.class_labels:
-        images = PairsView([(pairs, rows)])
-        return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
     for row, value in zip(rows, values, strict=True):
         if has_no_class(value):
             raise ValueError(
                 f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "
                 "fill it in, or leave its row out"
             )
+    if names := pairs.class_labels:
+        images = PairsView([(pairs, rows)])
+        return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
     return list(map(str, values))
 
 
@@ -413,7 +385,7 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
         splits["test"] = splits.pop("validation")
     templates = list(DEFAULT_TEMPLATES)
     if text := _beside(folder, readers.TEMPLATES):
-        templates = _templates(text, str(folder / readers.TEMPLATES))
+        templates = templates_in(text, str(folder / readers.TEMPLATES))
     elif imagenet:
         templates = read_templates("openai")
     name = folder.resolve().name
@@ -493,7 +465,7 @@ def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
             )
         names, usual = named(names)
         text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
-        templates = _templates(text, f"{location}/{readers.TEMPLATES}")
+        templates = templates_in(text, f"{location}/{readers.TEMPLATES}")
 
     def read(split: str) -> Split:
         pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
@@ -508,7 +480,8 @@ def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
 
     plain = Path(location).resolve().name
     if is_url(location):
-        plain = re.sub(r"/(tree|raw|blob|resolve)/.*", "", location.rstrip("/")).rpartition("/")[2]
+        url = urlsplit(re.sub(r"/(tree|raw|blob|resolve)/.*", "", location.rstrip("/")))
+        plain = url.path.rpartition("/")[2] or url.hostname or ""  # no user, no password
     return EvaluationData(
         name=plain.removeprefix("wds_"),
         splits=LazySplits(read, shards.folders, first=split, of=location),
@@ -560,6 +533,8 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     # Of a tuple of synonyms the first is the usual one; MNIST writes "7 - seven".
     names = [str(each if isinstance(each, str) else each[0]) for each in names]
     names = [re.sub(r"^(\d) - .*", r"\1", each).replace("_", " ") for each in names]
+    if name == "Caltech256":  # which writes "001.ak47" and "145.motorbikes-101"
+        names = [re.sub(r"^\d{3}\.|-101$", "", each) for each in names]
     ids = getattr(samples("test"), "wnids", None)  # ImageNet's, which has cranes of two kinds
     imagenet = imagenet_names(ids) if ids else None
 

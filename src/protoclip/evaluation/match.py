@@ -75,11 +75,13 @@ class Half:
 
     Attributes:
         per_second: How many it encoded; None if all that can be read were kept.
+        reason: Why the first that cannot be read could not.
     """
 
     name: str
     features: Float[Tensor, "n d"]
     per_second: float | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,8 @@ def match(
         for name, encoder in opened["image"].items()
     ]
     can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
-    drawn = keep(drawn, can_be_read)
+    reasons = (half.reason for half in image_halves)
+    drawn = keep(drawn, can_be_read, reason=next(filter(None, reasons), ""))
     require_enough(drawn, source.name)
     texts_of = captions, [one.sample_id for one in captions], drawn.captions
     text_halves = [
@@ -217,14 +220,15 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     )
 
 
-def keep(drawn: Drawn, images: Bool[Tensor, " i"]) -> Drawn:
-    """Only the pairs of these images; the others are skipped."""
+def keep(drawn: Drawn, images: Bool[Tensor, " i"], *, reason: str) -> Drawn:
+    """Only the pairs of these images; the others are skipped, the first for this reason."""
     kept = images[drawn.image_of_pair]
     return replace(
         drawn,
         image_of_pair=drawn.image_of_pair[kept],
         text_of_pair=drawn.text_of_pair[kept],
         skipped=drawn.skipped + int((~kept).sum()),
+        reason=drawn.reason or reason,
     )
 
 
@@ -266,7 +270,7 @@ def encode(
         return Half(name=name, features=features, per_second=None)
     progress, started = Progress(f"encode {name}", len(missing)), time.monotonic()
     new = [items[number] for number in missing.tolist()]
-    ids_read, rows, _ = encode_items(encoder, source, new, batch_size, progress.update)
+    ids_read, rows, bad = encode_items(encoder, source, new, batch_size, progress.update)
     seconds = time.monotonic() - started
     progress.update(len(missing))
     if not torch.isfinite(rows).all():
@@ -277,7 +281,8 @@ def encode(
     if kept is not None:
         kept.add([contents[number] for number in numbers], rows)
     rate = len(ids_read) / max(seconds, 1e-9) if ids_read else None
-    return Half(name=name, features=features, per_second=rate)
+    reason = str(BadSample(**bad[0])) if bad else ""
+    return Half(name=name, features=features, per_second=rate, reason=reason)
 
 
 def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int) -> list[Record]:

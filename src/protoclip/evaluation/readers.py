@@ -287,18 +287,23 @@ def _holds_table(folder: Path) -> bool:
 
 
 def _has_classes(folder: Path) -> bool:
-    """Whether subfolders hold images that have no captions beside them, and no table lists."""
+    """Whether subfolders hold images, and none there or here has captions or is in a table."""
     if not folder.is_dir() or _holds_table(folder):
         return False
     classes = classes_in(folder)
-    files = list((folder / classes[0]).iterdir()) if classes else []
-    texts = {path.stem for path in files if path.suffix in (".txt", ".json")}
-    return bool(classes) and texts.isdisjoint(path.stem for path in files if _is_image(path))
+    return bool(classes) and not (_holds_captions(folder) or _holds_captions(folder / classes[0]))
+
+
+def _holds_captions(folder: Path) -> bool:
+    """Whether a text lies beside an image, by its name."""
+    files = list(folder.iterdir())
+    texts = {path.stem for path in files if path.suffix.lower() in (".txt", ".json")}
+    return any(path.stem in texts for path in files if _is_image(path))
 
 
 def classes_in(folder: Path) -> list[str]:
-    """The names of the subfolders that hold an image, sorted."""
-    folders = [path for path in folder.iterdir() if path.is_dir()]
+    """The names of the subfolders that hold an image, sorted; hidden ones are passed over."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
     return sorted(name_of(path) for path in folders if any(map(_is_image, path.iterdir())))
 
 

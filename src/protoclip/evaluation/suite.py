@@ -18,9 +18,10 @@ from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals
 from protoclip.evaluation.task_features import splits_of, task_features
+from protoclip.evaluation.zero_shot import check_templates, read_templates
 from protoclip.terminal import say
 
-Data = str | EvaluationData
+Data = str | Path | EvaluationData
 # Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
 QUICK = ("zero_shot", "retrieval")
 # Those that are run unless others are asked for; the rest learn, mostly from `train`.
@@ -78,7 +79,7 @@ def evaluate(
         model: A module with `encode_image` and `encode_text`, on the device where it shall run.
         image_transform: A PIL image to `(3, h, w)`.
         tokenizer: Texts to tokens `(b, c)`.
-        data: Data sets, or references to them as `datasets.open_data` takes.
+        data: Data sets, or references to them as `datasets.open_data` takes, or paths.
         tasks: Unset, those of `zero_shot`, `retrieval` and `geometry` that the data can serve. The
             others encode `train` or fit something, and a note says how many images they encode.
         split: The split that is measured.
@@ -107,10 +108,10 @@ def evaluate(
         cache=cache,
         show=show,
     )
-    references = [data] if isinstance(data, str | EvaluationData) else data
+    references = [data] if isinstance(data, Data) else data
     opened = raise_on_all_ranks(
         lambda: [
-            datasets.open_data(each, split=split) if isinstance(each, str) else each
+            each if isinstance(each, EvaluationData) else datasets.open_data(str(each), split=split)
             for each in references
         ]
     )
@@ -138,13 +139,11 @@ def results(
     pretrained: str = "none",
 ) -> list[Result]:
     """`evaluate`, with the influences of samples, by which two models can be compared."""
-    names = [data_set.name for data_set in data]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"data: two data sets are called '{repeated[0]}'; rename one's file")
     # Opens, perhaps downloads, the train splits that tasks need.
     chosen = raise_on_all_ranks(lambda: chosen_tasks(data, split, tasks))
     if isinstance(templates, str):
-        templates = raise_on_all_ranks(partial(datasets.read_templates, templates))
+        templates = raise_on_all_ranks(partial(read_templates, templates))
+    check_templates(templates or (), "templates")  # before anything is encoded
     judged = []
     for data_set, tasks in zip(data, chosen, strict=True):
         if not tasks:
@@ -219,7 +218,12 @@ def of_run(names: Collection[str], data: EvaluationData, split: str) -> list[str
 
 def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
     """Whether the data have enough classes for a metric: the best five of fewer say nothing."""
-    return not metric.endswith("acc5") or not 0 < number_of_classes(data, split) < 5
+    if not metric.endswith("acc5"):
+        return True
+    if METRICS[metric].task == "linear_probe":  # which knows the classes that it learned from
+        labels = data.splits["train"].labels
+        return labels is not None and len(set(labels.tolist())) >= 5
+    return not 0 < number_of_classes(data, split) < 5
 
 
 def evaluate_run(
@@ -278,13 +282,19 @@ def chosen_tasks(
     """The tasks of each data set: those asked for that it can serve; without a wish, the usual.
 
     Raises:
-        ValueError: There is no such task or split, or no data set can serve a task.
+        ValueError: There is no such task or split, no data set can serve a task, or two data sets
+            have one name, by which records tell them apart.
     """
     for task in tasks or ():
         if task not in TASKS:
             close = get_close_matches(task, TASKS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose of {', '.join(TASKS)}"
             raise ValueError(f"tasks: no task '{task}'; {hint}")
+    names = [data_set.name for data_set in data]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"data: two data sets are called '{repeated[0]}'; evaluate them one after the other"
+        )
     for data_set in data:
         if split not in data_set.splits:
             known = ", ".join(data_set.splits)
@@ -292,14 +302,14 @@ def chosen_tasks(
         if not len(data_set.splits[split].images):
             raise ValueError(f"{data_set.name}: its split '{split}' holds no image")
     lacking = {task: [lacks(data_set, split, task) for data_set in data] for task in tasks or usual}
-    names = ", ".join(data_set.name for data_set in data)
+    shown = ", ".join(names)
     for task, reasons in lacking.items():
         if tasks and all(reasons):
-            raise ValueError(f"{names}: {task} needs {reasons[0]}; choose other data or --tasks")
+            raise ValueError(f"{shown}: {task} needs {reasons[0]}; choose other data or --tasks")
     if all(all(reasons) for reasons in lacking.values()):
         why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in lacking.items())
         others = "" if tasks or {*usual} >= {*TASKS} else "; --tasks names others"
-        raise ValueError(f"{names}: can serve no task ({why}{others})")
+        raise ValueError(f"{shown}: can serve no task ({why}{others})")
     return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
 
 

@@ -99,7 +99,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         return Judged(samples, [], notes)
     asked = is_asked(config)
     if not isinstance(samples, Pairs):
-        reason = "data.validation: a stream is not held out; name a source to judge the run by"
+        reason = (
+            "data.validation: a stream is not held out; name a source to judge the run by, or 0"
+        )
         return refuse_or_note(samples, reason, asked=asked)
     before = trained_before(config, notes)
     trained = [*chain(*before.values())]
@@ -108,7 +110,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: no pairs are held out, since only {len(rows)} of "
         reason += f"{len(samples):,} could be: {f'{learned} the others, ' if before else ''}"
-        reason += "they are few, or many share a caption; give a larger share or a source"
+        reason += "they are few, or many share a caption; give a larger share, a source, or 0"
         return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
         notes.append(

@@ -1,6 +1,6 @@
 """Zero-shot classification: images against the encoded names of classes.
 
-Names and templates come from `datasets.py`, and `task_features.py` has them encoded.
+Names and their usual templates come from `datasets.py`, and `task_features.py` has them encoded.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,46 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from protoclip.data.access import reason_of
 from protoclip.evaluation.retrieval import best_relevant_rank
+from protoclip.files import read_local
 from protoclip.terminal import visible
+
+
+def read_templates(reference: str) -> list[str]:
+    """Prompts in which "{c}" stands for the class name.
+
+    Args:
+        reference: `openai` (the 80 of ImageNet), `simple` (seven of these), or a text file with a
+            prompt a line, where "{}" stands for the class name too.
+
+    Raises:
+        ValueError: The file cannot be read, is empty, or a line has no place for the class.
+    """
+    if reference in ("openai", "simple"):
+        import open_clip
+
+        known = {
+            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+        }
+        return [template("{c}") for template in known[reference]]
+    try:
+        text = read_local(reference)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
+        ) from None
+    return templates_in(text, reference)
+
+
+def templates_in(text: str, source: str) -> list[str]:
+    """The prompts of a text, one a line; raises `ValueError`, which names its source."""
+    templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
+    if not templates:
+        raise ValueError(f"{source}: holds no prompt")
+    check_templates(templates, source)
+    return templates
 
 
 def check_templates(templates: Sequence[str], source: str) -> None:

@@ -141,6 +141,12 @@ def num_prototypes(pairs: int) -> int:
     return min(max(2, min(pairs // PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES)), pairs)
 
 
+def require_groups(number: int | None, pairs: int) -> None:
+    """Refuse more prototypes than pairs that K-means is fitted to."""
+    if number is not None and number > (most := min(pairs, FITTED_ROWS)):
+        raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
+
+
 @torch.inference_mode()
 def make_atlas(
     features: Features,
@@ -165,11 +171,12 @@ def make_atlas(
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.
 
     Raises:
-        ValueError: Fewer than two pairs, or UMAP is not installed.
+        ValueError: Fewer than two pairs, more prototypes than pairs, or UMAP is not installed.
     """
     pairs = len(features.rows)
     if pairs < 2:
         raise ValueError(f"{pairs} pair can be read; exploring needs two or more")
+    require_groups(number, pairs)
     number = number or num_prototypes(pairs)
     shown = torch.tensor(evenly_spaced(pairs, min(pairs, MAP_PAIRS), seed))
     show("prototypes")

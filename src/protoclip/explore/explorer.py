@@ -38,6 +38,7 @@ from protoclip.explore.atlas import (
     make_atlas,
     path_of,
     read_kept,
+    require_groups,
     unit,
     with_umap,
 )
@@ -61,6 +62,10 @@ MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
+
+
+class UnreadableImage(ValueError):
+    """An image that is searched for cannot be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +203,14 @@ class Explorer:
         return self.explained(query, self.near(query, number))
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
-        """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
+        """The pairs nearest to an image; raises `UnreadableImage` if it cannot be decoded."""
         encoder = self.encoder
         # One at a time, since an image may be large.
         with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
-            image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
+            try:
+                image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
+            except ValueError as error:
+                raise UnreadableImage(str(error)) from None
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
             with encoder.context():
                 query = encoder.model.encode_image(pixels).float().cpu()
@@ -244,8 +252,10 @@ def open_explorer(
         show: Called with the name of each stage of the work.
 
     Raises:
-        ValueError: There is no such model, no image can be read, or too few pairs.
+        ValueError: There is no such model, no image can be read, too few pairs, or more prototypes
+            than pairs.
     """
+    require_groups(number, len(pairs))
     model, transform, tokenizer = loading.load(reference)
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else run_config(reference)

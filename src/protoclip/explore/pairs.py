@@ -4,6 +4,7 @@ Sources are opened in `data/sources.py`; what a model makes of the pairs is in `
 """
 
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -71,22 +72,22 @@ class ExploredPairs(PairsView):
 
 
 def explored(samples: Pairs | SampleStream, *, class_column: str | None = None) -> ExploredPairs:
-    """The pairs of a source or mixture.
+    """The pairs of a source or mixture. Sources without the column of classes have none.
 
     Raises:
-        ValueError: It is a stream, which cannot be read in any order, or lacks the column.
+        ValueError: It is a stream, which cannot be read in any order, or no source has the column.
     """
     if not isinstance(samples, Pairs):
         raise ValueError(
-            f"{samples.name}: a stream cannot be explored; copy the shards, and leave data.read at "
-            "auto"
+            f"{samples.name}: a stream cannot be explored; copy the shards here, and name them "
+            "with --data"
         )
     sources = plain_sources(samples)
     for source in sources:
         # The index of a text table has its own name for the column that it was opened with.
-        if class_column in source.table.column_names or source.class_column is None:
+        if class_column in source.table.column_names:
             source.class_column = class_column
-        if source.class_column and source.class_column not in source.table.column_names:
-            present = ", ".join(source.table.column_names)
-            raise ValueError(f"{source.name}: no column '{source.class_column}'; it has {present}")
+    if class_column is not None and not any(source.class_column for source in sources):
+        present = ", ".join(dict.fromkeys(chain(*(each.table.column_names for each in sources))))
+        raise ValueError(f"{samples.name}: no column '{class_column}'; it has {present}")
     return ExploredPairs([(source, AllBut(len(source))) for source in sources], samples.name)

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from protoclip.explore.atlas import MODALITIES, Modality
+from protoclip.explore.explorer import UnreadableImage
 from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
 from protoclip.files import checksum
 from protoclip.terminal import visible
@@ -145,9 +146,9 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         def answered() -> str:
             try:
                 found = of.explorer.search_image(bytes(body))
-                return of.answer("your image", found, here="index.html")  # nobody kept the image
-            except ValueError as error:
+            except UnreadableImage as error:
                 return of.message("Search", f"This is no image that can be read: {error}")
+            return of.answer("your image", found, here="index.html")  # nobody kept the image
 
         return respond(await run_in_threadpool(answered), "html")
 
@@ -200,13 +201,14 @@ def unanswered(request: Request, error: Exception) -> Response:
 
 
 def respond(body: str | bytes, kind: str) -> Response:
-    """A body of that kind. Images and assets may be kept by the browser."""
+    """A body of that kind. Images and assets may be kept by the browser, until the cookie changes:
+    the next server has another, and may show other data at the same address."""
     if isinstance(body, str):
         body = body.encode("utf-8", "replace")  # names of files may hold halves of characters
     if kind == "html":
         return Response(body, media_type="text/html; charset=utf-8")
     keeps = kind in ("webp", "css", "js")
-    headers = {"cache-control": "private, max-age=600" if keeps else "no-store"}
+    headers = {"cache-control": "private, max-age=600" if keeps else "no-store", "vary": "Cookie"}
     return Response(body, media_type=TYPES.get(kind, f"image/{kind}"), headers=headers)
 
 
@@ -226,8 +228,9 @@ class Guard:
     def __init__(self, inner: ASGIApp, *, host: str, token: str) -> None:
         self.inner, self.token = inner, token
         self.cookie = cookie_name(token)
-        self.hosts = {"localhost", "127.0.0.1", "::1", host.lower()}
-        if host not in self.hosts or host in ("0.0.0.0", "::"):
+        loopback = {"localhost", "127.0.0.1", "::1"}
+        self.hosts = {*loopback, host.lower()}
+        if host.lower() not in loopback:
             self.hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.any_address = host in ("0.0.0.0", "::")
 

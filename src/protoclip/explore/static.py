@@ -38,8 +38,9 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     """
     require_empty("--static", folder)
     pages, rows = Pages(explorers, live=False), set[int]()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    real = folder.resolve()  # a link is left as it is
+    real.parent.mkdir(parents=True, exist_ok=True)
+    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     number, size = 0, 0
     try:
@@ -61,9 +62,9 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
                 path.write_bytes(pages.image(row, THUMBNAIL_SIDE))
                 progress.update(done)
             require_empty("--static", folder)  # by now
-            if folder.exists():
-                folder.rmdir()
-            temporary.rename(folder)
+            if real.exists():
+                real.rmdir()
+            temporary.rename(real)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -327,6 +327,18 @@ def metrics_of(
     return {name: (value, ends.get(name)) for name, value in results.get("metrics", {}).items()}
 
 
+def judged_on(settings: Mapping[str, Any]) -> str:
+    """What the metrics of a run are of. Data that a setting names may be trained on too."""
+    known = flat(settings)
+    named = [known.get("data.validation"), *(known.get("run.guard") or [])]
+    # A share is held out, and the emoji have splits of their own.
+    named = [each for each in named if isinstance(each, str) and each != "emoji"]
+    if not named:
+        return "On data that the run did not train on:"
+    shown = ", ".join(f"`{visible(each)}`" for each in named)
+    return f"On the data that judged the run; {shown} may share pairs with its training data:"
+
+
 def write_card(
     source: Source, folder: Path, facts: Mapping[str, Any], *, hub_name: str | None
 ) -> None:
@@ -382,7 +394,7 @@ def write_card(
         lines.append("Not known: the model does not come from a run folder.")
     lines += ["", "## Metrics", ""]
     if metrics := metrics_of(run, checkpoint):
-        lines += ["On data that the run did not train on:", ""]
+        lines += [judged_on(settings), ""]
         lines += ["| metric | value | 95% interval |", "|---|---|---|"]
         for name, (value, ends) in metrics.items():
             interval = "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"

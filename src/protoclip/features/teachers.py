@@ -23,7 +23,7 @@ from protoclip.data.pairs import Pairs, Sample, SampleStream
 from protoclip.data.sources import entries
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.collectives import rank
-from protoclip.features.store import DAMAGED, StoredFeatures, open_folder
+from protoclip.features.store import DAMAGED, StoredFeatures, load_array, open_folder
 from protoclip.features.whiten import Whitens
 
 FILES = (".npy", ".parquet")  # of a user's own features
@@ -49,7 +49,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
         raise ValueError(f"teacher.features: {path}: {what}")
     try:
         if path.suffix == ".npy":
-            features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
+            features, text = load_array(path), path.with_suffix(".ids.txt")
             if text.is_file():
                 sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
             elif sample_ids is None:

@@ -30,10 +30,10 @@ from protoclip.models.opening import hub_name, misfits, readable_errors, require
 from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
 
 NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
-# The kinds of Hugging Face text model that open_clip can hold, and others that are built alike, of
-# which it is told here.
-OPEN_CLIP_KINDS = ("bert", "roberta", "xlm-roberta")
-TEXT_KINDS = (*OPEN_CLIP_KINDS, "mpnet", "camembert")
+# The kinds of Hugging Face text model that open_clip itself can hold, and those that become halves,
+# some of which are built alike and which it is told of here.
+OPEN_CLIP_KINDS = tuple(hf_configs.arch_dict)
+TEXT_KINDS = ("bert", "roberta", "xlm-roberta", "mpnet", "camembert")
 for kind in TEXT_KINDS:
     hf_configs.arch_dict.setdefault(kind, hf_configs.arch_dict["roberta"])
 # What open_clip calls the ways from a caption's tokens to one feature.

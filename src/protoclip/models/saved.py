@@ -16,16 +16,17 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 import protoclip
-from protoclip.config import Config, ModelConfig, build
+from protoclip.config import PERMISSIONS, Config, ModelConfig, build
 from protoclip.distributed.collectives import (
     all_gather_object,
     in_background,
@@ -162,16 +163,19 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def read_config(run: Path) -> Config:
-    """The settings in a run folder; raises `ValueError` if they are damaged or of another version.
+    """The settings in a run folder, which may be somebody else's: they permit nothing.
 
-    The message names the file.
+    Raises:
+        ValueError: They are damaged or of another version; names the file.
     """
     path = run / SETTINGS
     tree = read_toml(path)
     try:
-        return Config.from_dict(tree)
+        config = Config.from_dict(tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    permissions: dict[str, Any] = dict.fromkeys(PERMISSIONS, False)
+    return replace(config, data=replace(config.data, **permissions))
 
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
@@ -258,12 +262,28 @@ def read_clusters(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """
     path = checkpoint / RESUME
     stored = read_tensors(path) if path.is_file() else {}
-    found = (re.fullmatch("clusters/(.+)/centroids", name) for name in stored)
-    return {
-        match[1]: (stored[match[0]], stored[f"clusters/{match[1]}/assignments"])
-        for match in found
-        if match is not None
-    }
+    clusters: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, centroids in stored.items():
+        if match := re.fullmatch("clusters/(.+)/centroids", name):
+            assignments = stored.get(f"clusters/{match[1]}/assignments", torch.empty(0, 0))
+            if not are_clusters(centroids, assignments):
+                raise ValueError(
+                    f"{path}: damaged ({name} and its assignments do not fit); copy the checkpoint "
+                    "again, or use another one"
+                )
+            clusters[match[1]] = (centroids, assignments)
+    if len({len(assignments) for _, assignments in clusters.values()}) > 1:
+        raise ValueError(f"{path}: damaged (its clusters are of different samples); copy it again")
+    return clusters
+
+
+def are_clusters(centroids: Tensor, assignments: Tensor) -> bool:
+    """Whether each sample is assigned to one of the prototypes, or to none of them (-1)."""
+    if centroids.ndim != 2 or not centroids.is_floating_point():
+        return False
+    if assignments.ndim != 1 or assignments.dtype not in (torch.int32, torch.int64):
+        return False
+    return bool(((assignments >= -1) & (assignments < len(centroids))).all())
 
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -150,13 +150,18 @@ class RunStart(Start):
 
     @property
     def heads_are_new(self) -> bool:
-        """Both heads begin alike, and stay so in a run without prototypes, such as `align`."""
+        """Both heads begin alike, and stay so in a run without prototypes, such as `align`.
+
+        Only their BatchNorm statistics move there.
+        """
+
+        def parameters(modality: str) -> list[Tensor]:
+            head = read_tensors(self.folder / WEIGHTS, f"{modality}_head.")
+            statistics = ("running_mean", "running_var", "num_batches_tracked")
+            return [tensor for name, tensor in head.items() if not name.endswith(statistics)]
+
         with self._intact():
-            image, text = (
-                [*read_tensors(self.folder / WEIGHTS, f"{modality}_head.").values()]
-                for modality in ("image", "text")
-            )
-        return all(map(torch.equal, image, text))
+            return all(map(torch.equal, parameters("image"), parameters("text")))
 
     @property
     def has_logit_bias(self) -> bool:
@@ -399,10 +404,11 @@ def reference_start(reference: str, given: str) -> ReferenceStart:
     if "timm_model_name" not in config["vision_cfg"]:
         config["quick_gelu"] = True
     weights = reference_weights(reference, Path(file))
-    first, last = weights.get("image_head.0.weight"), weights.get("image_head.3.weight")
-    model, has_heads = ModelConfig(name=name), first is not None and last is not None
-    if first is not None and last is not None:
-        heads = HeadConfig(hidden_layers=1, hidden_dim=len(first), projection_dim=len(last))
+    layers = [weights.get(f"image_head.{number}.weight") for number in (0, 3)]
+    widths = [len(layer) for layer in layers if layer is not None and layer.ndim]
+    model, has_heads = ModelConfig(name=name), len(widths) == 2
+    if has_heads:
+        heads = HeadConfig(hidden_layers=1, hidden_dim=widths[0], projection_dim=widths[1])
         model = replace(model, heads=heads)
     description = {"model_cfg": config, "preprocess_cfg": {}}
     return ReferenceStart(
@@ -420,6 +426,8 @@ def reference_weights(reference: str, file: Path) -> dict[str, Tensor]:
         lazily = is_zipfile(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
         content = dict(content.get("state_dict", content))
+        if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            raise ValueError("holds more than tensors by name")
     return {reference_name(key): value for key, value in content.items()}
 
 

@@ -21,6 +21,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from protoclip.data.captions import legible
+
 Tokenizer = Callable[[list[str]], Tensor]
 Weights = Literal["published", "new", "none"]  # "none" is for towers on the meta device
 TowerKind = Literal["transformer", "convolutional"]
@@ -149,11 +151,35 @@ def require_length(context_length: int, config: Any, name: str) -> None:
 
 
 def set_input_size(trunk: Any, size: int, name: str) -> None:
-    """Set the image size of a timm transformer; convolutional models take any size."""
+    """Set the image size of a timm transformer; convolutional models take any size.
+
+    Raises:
+        ValueError: It reads images of another size alone.
+    """
     if hasattr(trunk, "set_input_size"):
         patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
         require_multiple(size, patch, name)
         trunk.set_input_size(img_size=(size, size))
+        return
+    settings = getattr(trunk, "pretrained_cfg", None) or {}
+    own = settings.get("input_size", (3, size))[-1]
+    if own != size and settings.get("fixed_input_size") and not reads(trunk, size):
+        raise ValueError(
+            f"model.image.size: {name} cannot read images of {size} pixels; its own are of {own}"
+        )
+
+
+def reads(trunk: Any, size: int) -> bool:
+    """Whether an image tower of timm can read images of this size."""
+    trains = trunk.training
+    try:
+        with torch.no_grad():
+            trunk.eval()(torch.zeros(1, 3, size, size, device=next(trunk.parameters()).device))
+    except Exception:  # each of timm's models has its own
+        return False
+    finally:
+        trunk.train(trains)
+    return True
 
 
 def set_trunk_size(built: Any, size: int | None, name: str) -> None:
@@ -202,7 +228,8 @@ class RememberingTokenizer:
         if isinstance(texts, str):  # open_clip's tokenizers take a single caption too
             texts = [texts]
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        tokens = dict(zip(new, self.tokenizer(new), strict=True)) if new else {}
+        read = [legible(text) for text in new]
+        tokens = dict(zip(new, self.tokenizer(read), strict=True)) if new else {}
         batch = torch.stack([self._known[t] if t in self._known else tokens[t] for t in texts])
         if len(self._known) + len(tokens) <= self.capacity:
             self._known |= tokens
@@ -255,6 +282,7 @@ class TokenCounter:
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
 
     def __call__(self, texts: list[str]) -> list[int]:
+        texts = [legible(text) for text in texts]
         if hasattr(self.tokenizer, "encode"):
             return [len(self.tokenizer.encode(text)) + 2 for text in texts]
         return [len(ids) for ids in self.tokenizer.tokenizer(texts)["input_ids"]]

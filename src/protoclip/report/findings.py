@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from protoclip.evaluation.compare import intervals_of
+from protoclip.evaluation.compare import Reader, intervals_of
 from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.validation import NAME
-from protoclip.terminal import say
 
 # The measures of the sentences, by the end of their names, and how a sentence names them.
 HEADLINES = {
@@ -111,8 +110,12 @@ def minus(text: str) -> str:
 def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
     """The interval of a difference, and over what it is paired."""
     if ends is None:
-        known = "too little is known of other samples"
-        return f"(no interval: {known if difference['seeds'] else 'the runs share no seed'})"
+        why = "too little is known of other samples"
+        if difference["other_samples"]:
+            why = "other samples judged each"
+        elif not difference["seeds"]:
+            why = "the runs share no seed"
+        return f"(no interval: {why})"
     near = any(abs(end) < 0.0005 for end in ends)
     digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
     low, high = (f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in ends)
@@ -122,17 +125,18 @@ def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
     return f"[{low}, {high}], paired over {' and '.join(over)}"
 
 
-def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
-    """All metrics of all models. A model of one seed has intervals over the test samples."""
-    by_name: dict[str, list[Results]] = {}
-    for entry in entries:
-        by_name[entry["name"]] = [
-            run
-            for run in results
-            if entry["name"] in (run["name"], f"{run['name']} ({run['folder']})")
-        ]
+def table(
+    entries: Sequence[Entry], of_models: Mapping[str, Sequence[Results]], read: Reader
+) -> list[Row]:
+    """All metrics of all models. A model of one seed has intervals over the test samples.
+
+    Args:
+        of_models: The results of each model's runs, by the names of the entries.
+        read: Reads results by sample, as `compare` does.
+    """
     of_samples = {
-        name: known_intervals(runs[0]) if len(runs) == 1 else {} for name, runs in by_name.items()
+        name: intervals_of(runs[0], read) if len(runs) == 1 else {}
+        for name, runs in of_models.items()
     }
     keys = dict.fromkeys(key for entry in entries for key in entry["metrics"])
     rows = []
@@ -141,22 +145,19 @@ def table(entries: Sequence[Entry], results: Sequence[Results]) -> list[Row]:
         given = [entry["metrics"].get(key) for entry in entries]
         percent = is_share(metric)
         means = [value["mean"] for value in given if value is not None]
+        ranked = percent and not any(map(judged_by_others, given))
         cells = []
         for entry, value in zip(entries, given, strict=True):
             ends = of_samples[entry["name"]].get(key)
-            best = percent and value is not None and value["mean"] == max(means) > min(means)
+            best = ranked and value is not None and value["mean"] == max(means) > min(means)
             cells.append(cell(value, ends, percent=percent, best=best))
         rows.append(Row(metric=sentence_case(label(metric, data)), data=data, cells=cells))
     return rows
 
 
-def known_intervals(run: Results) -> dict[str, list[float]]:
-    """Intervals of a run's metrics; none, with a warning, if a file of its samples is damaged."""
-    try:
-        return intervals_of(run)
-    except ValueError as error:
-        say(f"warning: the report lacks intervals: {error}")
-        return {}
+def judged_by_others(value: Mapping[str, Any] | None) -> bool:
+    """Whether other samples judged a metric of a model than that of the first one."""
+    return value is not None and value.get("difference", {}).get("other_samples", False)
 
 
 def cell(

@@ -6,8 +6,10 @@ Charts of it are drawn in `figures.py`, and all pairs of a source are shown by `
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs
 from protoclip.evaluation.analysis import (
     PAIRS_PER_GROUP,
     HeldOut,
+    changed_data,
     embed,
     embed_with,
     keeping_encoder,
@@ -33,13 +36,14 @@ from protoclip.evaluation.analysis import (
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.grouping import MODALITIES, measure
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import is_asked, judged
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
+from protoclip.training.overfit import few_of
 
 PAIRS_PER_PROTOTYPE = 20  # in the gallery, in the mean
 FEWEST_MEMBERS = 5  # of a prototype that counts as tight or mixed
@@ -59,7 +63,7 @@ class Examples:
     """Pairs to show a model on; `class_names` and `templates` if the data have classes."""
 
     pairs: HeldOut
-    held_out: bool
+    held_out: bool  # and not trained on, unless `pairs.changed`
     class_names: Sequence[str] = ()
     templates: Sequence[str] = ("{c}",)
 
@@ -151,16 +155,31 @@ class Look:
     grouping: Mapping[str, Mapping[str, float]]  # by space
 
 
-def find_examples(config: Config, samples: int) -> Examples:
+def examples_key(config: Config, checkpoints: Sequence[Path]) -> str:
+    """What decides which pairs a run is shown on: equal for runs that share their examples."""
+    model = config.model  # what it starts from may have learned some of the pairs
+    starts = (model.start, model.image.name, model.text.name)
+    few = config.run.overfit and (config.run.overfit, config.run.seed)
+    trained_on: list[Any] = []
+    with suppress(ValueError):  # damaged
+        trained_on = [saved.facts_of(each, "content").get("sources") for each in checkpoints[-1:]]
+    return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
+
+
+def find_examples(config: Config, samples: int, *, run: Path) -> Examples:
     """Pairs that the run has not trained on; training pairs if none are held out.
+
+    Of a run that learns few pairs by heart these are shown.
 
     Raises:
         ValueError: The data are gone or cannot be read, or there are too few of them.
     """
     try:
         training, data, _ = judged(config, sources.pairs(config))
+        if config.run.overfit is not None:
+            training, data = few_of(training, config), []
         if data:
-            pairs = of_split(data[0], samples)
+            pairs = replace(of_split(data[0], samples), changed=changed_data(run, training))
             names = data[0].class_names if pairs.classes is not None else ()
             examples = Examples(
                 pairs=pairs, held_out=True, class_names=names, templates=data[0].templates
@@ -170,10 +189,13 @@ def find_examples(config: Config, samples: int) -> Examples:
             examples = Examples(pairs=of_source(training, given), held_out=False)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"the data cannot be read ({error})") from error
-    if not examples.pairs.images:
-        raise ValueError(f"{examples.pairs.name}: none of the images can be read")
-    if len(examples.pairs.images) < 2 * PAIRS_PER_GROUP:
-        raise ValueError(f"{len(examples.pairs.images)} pairs are too few to show anything")
+    found, lost = examples.pairs, ""
+    if found.skipped:
+        lost = f" ({found.skipped:,} could not be read, such as {found.reason})"
+    if not found.images:
+        raise ValueError(f"{found.name}: none of the images can be read{lost}")
+    if len(found.images) < 2 * PAIRS_PER_GROUP:
+        raise ValueError(f"{len(found.images)} pairs are too few to show anything{lost}")
     return examples
 
 
@@ -269,7 +291,10 @@ def first_model(
     firsts: dict[str, Map],
 ) -> list[Map]:
     """The map before training, with the weights that the run's seed gave; else of an early step."""
-    start = repr((config.model, config.run.seed))
+    title = "Before training"
+    if config.align.init == "cca" and any(map(saved.is_aligned, checkpoints[-1:])):
+        title = "Random heads, before the closed form"  # from which training starts
+    start = repr((config.model, config.run.seed, title))
     if start in firsts:
         return [firsts[start]]
     chosen = HeldOut(
@@ -284,7 +309,7 @@ def first_model(
         model = loading.model(config.model, seed=config.run.seed).eval()
         transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
         spaces = embed_with(model, transform, tokenizer, chosen, project=False, device=device)
-        firsts[start] = map_of(spaces["features"], rows=every, title="Before training")
+        firsts[start] = map_of(spaces["features"], rows=every, title=title)
         return [firsts[start]]
     except (ValueError, OSError):  # what it started from is gone
         if len(checkpoints) < 2:

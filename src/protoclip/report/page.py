@@ -1,13 +1,13 @@
 """The page: gathers what the other modules find, and renders `report.html.j2`.
 
-Run folders are read in `runs.py`, and charts are drawn in `figures.py`.
+Run folders are read in `runs.py`, charts are drawn in `figures.py`, and how to repeat a run is said
+in `repeat.py`.
 """
 
 import base64
 import os
 import shlex
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,22 +21,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import protoclip
-from protoclip.config import Config
 from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import METRICS
-from protoclip.evaluation.validation import is_asked
 from protoclip.files import locked, require_ours, write_atomically
+from protoclip.models import saved
 from protoclip.progress import Progress, duration
-from protoclip.report import findings, looks
+from protoclip.report import MARK, findings, looks
 from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
 from protoclip.report.looks import Confusions, Examples, Look, Map
-from protoclip.report.runs import Curve, RunFolder, labels, read_run
+from protoclip.report.repeat import commands, settings
+from protoclip.report.runs import Curve, RunFolder, labels, models, read_run
 from protoclip.terminal import OBEYED
-from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import flat, named_by, to_toml
+from protoclip.training.run_folder import named_by
 
 HERE = Path(__file__).parent
-MARK = '<meta name="generator" content="protoclip report">'  # of a page that may be replaced
 LONGEST = 160  # characters of a caption, a name or a setting
 FEW = 10  # bad samples that are named
 
@@ -108,8 +106,6 @@ GROUPING = {
     "recall@10/image_to_text": "Recall@10, image to text",
     "recall@10/text_to_image": "Recall@10, text to image",
 }
-# Settings that say where and not how a run was made.
-NAMES_OF_RUN = ("run.out", "run.name", "run.sync")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +162,8 @@ def write_report(
     seed: int = 0,
     device: torch.device | None = None,
     overwrite: bool = False,
+    allow_commands: bool = False,
+    allow_links: bool = False,
 ) -> Path:
     """Write the report of runs to one HTML file, which needs nothing else and asks for nothing.
 
@@ -176,6 +174,7 @@ def write_report(
         minutes: After this long no further model is run on examples; the page says so.
         seed: Draws the examples.
         overwrite: Replace a file that is no report, or is read-only.
+        allow_commands, allow_links: As in `data`, for the examples.
 
     Raises:
         ValueError: A folder is no run, or `out` cannot be written there or is somebody's.
@@ -191,23 +190,33 @@ def write_report(
     with locked(out):
         if not overwrite:
             require_ours(out, MARK)
-        write_atomically(out, page_of(folders, out, samples, minutes, seed, device))
+        permissions = {"allow_commands": allow_commands, "allow_links": allow_links}
+        page = page_of(
+            folders,
+            out,
+            permissions,
+            {"samples": samples, "seed": seed, "minutes": minutes},
+            device=device,
+        )
+        write_atomically(out, page)
     return out
 
 
 def page_of(
     folders: Sequence[str | Path],
     out: Path,
-    samples: int,
-    minutes: float,
-    seed: int,
+    permissions: Mapping[str, bool],
+    options: Mapping[str, Any],
+    *,
     device: torch.device | None,
 ) -> str:
-    """The page of `write_report`."""
-    runs = list({os.path.realpath(folder): read_run(folder) for folder in folders}.values())
-    command = ["protoclip", "report", *folders, "--out", out, "--samples", samples, "--seed", seed]
+    """The page of `write_report`, and the command that makes it again."""
+    read = {os.path.realpath(folder): read_run(folder, **permissions) for folder in folders}
+    command = ["protoclip", "report", *folders, "--out", out]
+    command += [word for name, value in options.items() for word in (f"--{name}", value)]
+    command += [f"--{name}" for name, is_given in permissions.items() if is_given]
     return render(
-        context(runs, samples=samples, minutes=minutes, seed=seed, device=device)
+        context([*read.values()], **options, device=device)
         | {"command": shlex.join(map(str, command))}
     )
 
@@ -270,14 +279,19 @@ def context(
 ) -> dict[str, Any]:
     """All values of the page."""
     names = [clipped(label) for label in labels(runs)]
-    models = list(dict.fromkeys(run.name for run in runs))
-    results = [run.results for run in runs if run.results is not None]
-    judged = [of_run for of_run in results if of_run["metrics"]]  # the first is compared with
-    entries = [entry for entry in compare.compare(judged) if entry["metrics"]]
-    shown = show_models(runs, names, samples=samples, minutes=minutes, seed=seed, device=device)
+    of_runs = models(runs)
+    known = list(dict.fromkeys(of_runs))
+    of_models: dict[str, list[Mapping[str, Any]]] = {}  # the first one is compared with
+    for model, run in zip(of_runs, runs, strict=True):
+        if run.results is not None and run.results["metrics"]:
+            of_models.setdefault(model, []).append(run.results)
+    entries, table = compared(of_models)
+    shown = show_models(
+        runs, names, of_runs, samples=samples, minutes=minutes, seed=seed, device=device
+    )
     said = findings.findings(entries)
     return {
-        "title": " · ".join(map(clipped, models[:4])) + (" · …" if len(models) > 4 else ""),
+        "title": " · ".join(map(clipped, known[:4])) + (" · …" if len(known) > 4 else ""),
         "version": protoclip.__version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "runs": [run_facts(run, name) for run, name in zip(runs, names, strict=True)],
@@ -285,11 +299,12 @@ def context(
         "findings": said,
         "better": [finding for finding in said if finding.verdict == "better"],
         "entries": entries,
-        "table": findings.table(entries, results),
+        "table": table,
+        "others": any(findings.judged_by_others(v) for e in entries for v in e["metrics"].values()),
         "several_data": len({findings.parts(k)[0] for e in entries for k in e["metrics"]}) > 1,
         "differences": compared_by(entries),
-        "legend": [legend(number, name) for number, name in enumerate(models)],
-        "charts": charts(runs, names, models),
+        "legend": [legend(number, name) for number, name in enumerate(known)],
+        "charts": charts(runs, names, [known.index(model) for model in of_runs]),
         "analyzed": any(run.analysis and len(run.analysis["checkpoints"]) > 1 for run in runs),
         "sweeps": [
             {"label": name, **run.sweep}
@@ -313,15 +328,32 @@ def context(
             for run, name in zip(runs, names, strict=True)
             if run.skipped
         ],
+        "unlisted": [n for run, n in zip(runs, names, strict=True) if run.command == "align"],
         "environments": [(name, run.environment) for run, name in zip(runs, names, strict=True)],
         "commands": commands(runs),
     }
 
 
+def compared(
+    of_models: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tuple[list[dict[str, Any]], list[findings.Row]]:
+    """The entries of `compare`, and the table of all metrics, of the results of models' runs.
+
+    A damaged file of samples costs a warning and the intervals that need it.
+    """
+    read = compare.reader(refuse=False)
+    results = [(model, of_run) for model, runs in of_models.items() for of_run in runs]
+    named = [model for model, _ in results]
+    all_entries = compare.compare([of_run for _, of_run in results], named, read)
+    entries = [entry for entry in all_entries if entry["metrics"]]
+    return entries, findings.table(entries, of_models, read)
+
+
 def run_facts(run: RunFolder, label: str) -> dict[str, str]:
     """A row of the table of runs."""
     seen = run.environment.get("samples_seen", run.last_step * run.batch_size)
-    spent = run.environment.get("train_seconds") or sum(seconds(run).values())
+    spent = max(run.seconds or 0.0, sum(seconds(run).values()))
+    time = duration(spent) if run.results else f"at least {duration(spent)}"
     steps = f"{run.last_step:,} steps" if run.curves else "but metrics.jsonl holds no step"
     finished = f"finished, {steps}"
     state = finished if run.results else f"not finished: step {run.last_step:,} of {run.steps:,}"
@@ -329,7 +361,7 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
         "label": label,
         "state": state,
         "seen": f"{int(seen):,}",
-        "time": duration(float(spent)),
+        "time": time if spent else "not known",
         "data": ", ".join(named_by(run.settings, "data.sources", "path", "data.train")),
         "teachers": run.config.uses_of_teachers if run.config is not None else "",
         "folder": str(run.folder),
@@ -352,9 +384,13 @@ def legend(number: int, name: str) -> Legend:
 
 
 def charts(
-    runs: Sequence[RunFolder], names: Sequence[str], models: Sequence[str]
+    runs: Sequence[RunFolder], names: Sequence[str], numbers: Sequence[int]
 ) -> dict[str, Charts]:
-    """The charts under each heading; those that no run has anything for are left out."""
+    """The charts under each heading; those that no run has anything for are left out.
+
+    Args:
+        numbers: That of each run's model.
+    """
     curves = [all_curves(run) for run in runs]
     known = list(dict.fromkeys(name for of in curves for name in of))
     sections: dict[str, Charts] = {}
@@ -375,7 +411,7 @@ def charts(
                 if len(values) == 1:
                     section.same.append(f"{clipped(full)}: {values[0]:.3g}")
                 else:
-                    chart = chart_of(name, clipped(full), runs, curves, names, models)
+                    chart = chart_of(name, clipped(full), runs, curves, names, numbers)
                     section.drawn.append(chart)
     return sections
 
@@ -386,14 +422,14 @@ def chart_of(
     runs: Sequence[RunFolder],
     curves: Sequence[Mapping[str, Curve]],
     names: Sequence[str],
-    models: Sequence[str],
+    numbers: Sequence[int],
 ) -> Chart:
     series, ends = [], []
-    for run, of, name in zip(runs, curves, names, strict=True):
+    for run, of, name, number in zip(runs, curves, names, numbers, strict=True):
         if metric in of:
             steps, values = of[metric]
             curve = (steps * run.batch_size, values)
-            series.append(Series(model=models.index(run.name), curve=curve))
+            series.append(Series(model=number, curve=curve))
             ends.append(f"{name}: {values[0]:.3g} to {values[-1]:.3g}")
     return Chart(
         title=title,
@@ -431,13 +467,19 @@ def seconds(run: RunFolder) -> dict[str, float]:
 
 
 def times(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a run: seconds, and the share of all."""
+    """A row a run: seconds, and the share of all.
+
+    Parts are logged at the end of an episode, so that one which was cut short tells of none.
+    """
     rows = []
     for run, name in zip(runs, names, strict=True):
         spent = seconds(run)
-        if total := sum(spent.values()):
-            parts = [(p, spent.get(p, 0.0), spent.get(p, 0.0) / total) for p in TIMES]
-            rows.append({"label": name, "total": total, "parts": parts})
+        if known := sum(spent.values()):
+            total = max(known, run.seconds or 0.0)
+            every = {**{part: spent.get(part, 0.0) for part in TIMES}, "other": total - known}
+            parts = [(part, of, of / total) for part, of in every.items()]
+            at_least = run.results is None or run.seconds is None
+            rows.append({"label": name, "total": total, "parts": parts, "at_least": at_least})
     return rows
 
 
@@ -447,17 +489,18 @@ def times(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str, Any
 def show_models(
     runs: Sequence[RunFolder],
     names: Sequence[str],
+    of_runs: Sequence[str],
     *,
     samples: int,
     minutes: float,
     seed: int,
     device: torch.device | None,
 ) -> list[Shown]:
-    """Run the first run of each name that has a checkpoint on example pairs."""
-    by_name: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        by_name.setdefault(run.name, []).append(index)
-    chosen = [min(of, key=lambda index: not runs[index].checkpoints) for of in by_name.values()]
+    """Run the first run of each model that has a checkpoint on example pairs."""
+    by_model: dict[str, list[int]] = {}
+    for index, model in enumerate(of_runs):
+        by_model.setdefault(model, []).append(index)
+    chosen = [min(of, key=lambda index: not runs[index].checkpoints) for of in by_model.values()]
     progress = Progress("report", len(chosen))
 
     started, shown = time.monotonic(), []
@@ -473,12 +516,10 @@ def show_models(
             reason = f"left out after {minutes:g} minutes; --minutes allows more"
             shown.append(Shown(label=label, problem=reason))
             continue
-        model = run.config.model  # what it starts from may have learned some of the pairs
-        starts = (model.start, model.image.name, model.text.name)
-        data = repr((run.config.data, starts, run.config.loss.positives, is_asked(run.config)))
         try:
+            data = looks.examples_key(run.config, run.checkpoints)
             if data not in known:
-                examples = looks.find_examples(run.config, samples)
+                examples = looks.find_examples(run.config, samples, run=run.folder)
                 known[data] = examples, {}, cache(partial(data_uri, examples))
             examples, firsts, images = known[data]
             look = looks.look(
@@ -533,6 +574,8 @@ def grouping(
         if run.analysis and (not newest or newest == f"step-{last['step']:09}"):
             spaces = {space: last[space] for space in ("features", "projections") if space in last}
             source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
+            if (run.folder / saved.MODEL).is_file():  # which fine-tuning chose at its end
+                source += f", step {last['step']:,} before WiSE-FT"
         elif of is not None and of.look is not None and of.examples is not None:
             spaces = of.look.grouping
             pairs = of.examples.pairs
@@ -542,30 +585,3 @@ def grouping(
             for space, values in spaces.items()
         ]
     return columns
-
-
-# Settings and commands
-
-
-def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Settings that differ between the runs, and those that all share but are no defaults."""
-    defaults = flat(tomllib.loads(to_toml(make_plan(Config()).config)))
-    keys = sorted({key for run in runs for key in run.settings} - set(NAMES_OF_RUN))
-    values = {key: [run.settings.get(key) for run in runs] for key in keys}
-    differ = {key: of for key, of in values.items() if any(value != of[0] for value in of)}
-    shared = {
-        key: (of[0], defaults.get(key))
-        for key, of in values.items()
-        if key not in differ and of[0] != defaults.get(key)
-    }
-    return {"differ": differ, "shared": shared}
-
-
-def commands(runs: Sequence[RunFolder]) -> list[str]:
-    again = [
-        f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
-        "--run.out FOLDER"
-        for run in runs
-    ]
-    folders = shlex.join(str(run.folder) for run in runs)
-    return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]

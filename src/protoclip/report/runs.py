@@ -5,10 +5,11 @@ What a run itself checks before it goes on in its folder is in `training/run_fol
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.config import Config
-from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.compare import models_of, read_results
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
 from protoclip.terminal import say
 from protoclip.training.run_folder import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
+FEW = 3  # runs that are named
 # A metric over the run: steps, and its value at each.
 Curve = tuple[Numbers, Numbers]
 
@@ -50,6 +52,7 @@ class RunFolder:
     sweep: Mapping[str, Any] | None  # over alpha, at the end of fine-tuning
     checkpoints: Sequence[Path]
     command: str
+    seconds: float | None  # of training: in all, or until the newest checkpoint; None if not known
 
     @property
     def batch_size(self) -> int:
@@ -67,8 +70,13 @@ class RunFolder:
         return int(max((steps[-1] for steps, _ in self.curves.values()), default=0))
 
 
-def read_run(path: str | Path) -> RunFolder:
-    """Read a run folder.
+def read_run(
+    path: str | Path, *, allow_commands: bool = False, allow_links: bool = False
+) -> RunFolder:
+    """Read a run folder, which may be somebody else's: its own settings permit nothing.
+
+    Args:
+        allow_commands, allow_links: As in `data`.
 
     Raises:
         ValueError: This is no run folder, or its files are damaged.
@@ -78,13 +86,17 @@ def read_run(path: str | Path) -> RunFolder:
         raise ValueError(f"{folder}: no such run folder")
     written = folder / "config.toml"
     if not written.is_file():
-        holds = folder.is_dir() and any(folder.glob("*/config.toml"))
-        hint = f"it holds runs: name them, as {folder}/*" if holds else "a run has a config.toml"
+        found = folder.glob("*/config.toml") if folder.is_dir() else ()
+        inside = sorted(str(each.parent) for each in found)
+        named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
+        hint = f"it holds runs: name them, as {named}" if inside else "a run has a config.toml"
         raise ValueError(f"{folder}: not a run folder; {hint}")
     tree = read_toml(written)
     config, problem = None, ""
     try:
         config = Config.from_dict(tree)
+        allowed = replace(config.data, allow_commands=allow_commands, allow_links=allow_links)
+        config = replace(config, data=allowed)
     except ValueError as error:
         problem = f"another version of protoclip wrote this run ({error})"
     settings = flat(as_kept(tree))
@@ -92,7 +104,7 @@ def read_run(path: str | Path) -> RunFolder:
     curves = read_curves(folder / "metrics.jsonl")
     if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
-    kept = saved.checkpoints(folder)
+    kept, environment = saved.checkpoints(folder), read_environment(folder / "results.json")
     return RunFolder(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
@@ -102,16 +114,27 @@ def read_run(path: str | Path) -> RunFolder:
         problem=problem,
         curves=curves,
         results=results,
-        environment=read_environment(folder / "results.json"),
+        environment=environment,
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
         sweep=read_sweep(folder / "wise_ft.json"),
         checkpoints=kept,
-        command=command_of(folder, kept),
+        command=command_of(folder, kept, settings, ended=results is not None),
+        seconds=environment.get("train_seconds", seconds_until(kept)),
     )
 
 
-def command_of(folder: Path, kept: Sequence[Path]) -> str:
+def seconds_until(checkpoints: Sequence[Path]) -> float | None:
+    """How long a run has trained until the newest checkpoint; None if that does not say it."""
+    spent: Any = None
+    with suppress(ValueError):
+        spent = read_json(checkpoints[-1] / saved.STATE).get("seconds") if checkpoints else None
+    return float(spent) if is_number(spent) else None
+
+
+def command_of(
+    folder: Path, kept: Sequence[Path], settings: Mapping[str, Any], *, ended: bool
+) -> str:
     """The command that made a run, as far as its files tell."""
     if (path := folder / "wise_ft.json").is_file():
         with suppress(ValueError):
@@ -119,6 +142,10 @@ def command_of(folder: Path, kept: Sequence[Path]) -> str:
             if is_number(alpha := sweep.get("alpha")) and alpha != sweep.get("best_alpha"):
                 return f"finetune --alpha {alpha}"  # which the rule would not choose
         return "finetune"
+    starts = settings.get("model.start") or settings.get("model.pretrained")
+    ends = ended and "run.overfit" not in settings  # with the choice that `wise_ft.json` tells of
+    if starts and not ends and settings.get("model.frozen_batch_norm") is True:
+        return "finetune"  # which alone freezes BatchNorm unasked
     return "align" if kept and saved.is_aligned(kept[-1]) else "train"
 
 
@@ -128,17 +155,19 @@ def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
     return value if type(value) is int else default
 
 
+def models(runs: Sequence[RunFolder]) -> list[str]:
+    """What to call the model of each run, as `compare` does."""
+    return models_of((run.name, run.seed, str(run.folder)) for run in runs)
+
+
 def labels(runs: Sequence[RunFolder]) -> list[str]:
-    """What to call each run: its name, its seed where the name repeats, and else its folder."""
-    names = Counter(run.name for run in runs)
-    seeds = Counter((run.name, run.seed) for run in runs)
-
-    def label(run: RunFolder) -> str:
-        if seeds[run.name, run.seed] > 1:
-            return f"{run.name} ({run.folder})"
-        return run.name if names[run.name] == 1 else f"{run.name}, seed {run.seed}"
-
-    return [label(run) for run in runs]
+    """What to call each run: its model, and its seed where that has several."""
+    named = models(runs)
+    counts = Counter(named)
+    return [
+        model if counts[model] == 1 else f"{model}, seed {run.seed}"
+        for model, run in zip(named, runs, strict=True)
+    ]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

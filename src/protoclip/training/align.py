@@ -22,6 +22,7 @@ from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
+from protoclip.distributed.collectives import raise_on_all_ranks
 from protoclip.evaluation.validation import Judged
 from protoclip.features.canonical import canonical_projections, second_moments
 from protoclip.features.halves import (
@@ -33,6 +34,7 @@ from protoclip.features.halves import (
     images_at_once,
 )
 from protoclip.features.streamed import passed
+from protoclip.features.teachers import teachers
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
@@ -270,6 +272,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     """
     config, samples = plan.config, plan.samples
     assert isinstance(samples, Pairs)
+    require_teachers(config, samples)
     halves = frozen(model)
     rows = encode_halves(
         halves,
@@ -331,6 +334,7 @@ def pass_stream(device: torch.device, config: Config, start: Start, stream: Samp
     Raises:
         ValueError: As `encode`.
     """
+    require_teachers(config, stream)
     model = loading.to_device(loading.model(start, seed=config.run.seed), device)
     halves, root = frozen(model), features_folder(config)
     return passed(
@@ -341,6 +345,12 @@ def pass_stream(device: torch.device, config: Config, start: Start, stream: Samp
         max_bad_share=config.data.max_bad_share,
         threads=threads_of(config),
     )
+
+
+def require_teachers(config: Config, samples: Pairs | SampleStream) -> None:
+    """Refuse external teachers that cannot be used, before anything is encoded. Collective."""
+    if config.external_teachers:
+        raise_on_all_ranks(lambda: teachers(config, samples, note=lambda said: None))
 
 
 def frozen(model: ProtoCLIP) -> FrozenHalves:

@@ -73,6 +73,7 @@ class CheckpointWriter:
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
         self.best: tuple[int, float] | None = None  # step and value of an evaluation
+        self._best_before: tuple[int, float] | None = None  # which counts if that is not written
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
         self._problem = ""
@@ -85,12 +86,12 @@ class CheckpointWriter:
     def rate(self, step: int, value: float) -> None:
         """Note the result of an evaluation; higher is better. NaN and infinity do not count."""
         if math.isfinite(value) and (self.best is None or value > self.best[1]):
-            self.best = (step, value)
+            self._best_before, self.best = self.best, (step, value)
 
     def due(self, step: int, *, episode_end: bool) -> bool:
         """Whether it is time to save after this step."""
         if self.best is not None and self.best[0] == self.failed_step:
-            self.best = None
+            self.best, self._best_before = self._best_before, None
         age = time.monotonic() - self._saved_at
         return step != self.saved_step and (
             (self.every_steps > 0 and step % self.every_steps == 0)

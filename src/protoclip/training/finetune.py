@@ -66,7 +66,9 @@ def finetune(
             resume=resume == "auto",
             defaults=partial(with_data, choices, alpha=alpha),
             ending=None if overfits else partial(wise_ft.choose_weights, alpha=alpha),
-            is_done=(lambda *_: True) if overfits else partial(wise_ft.is_done, alpha=alpha),
+            is_done=(lambda *_: True)
+            if overfits
+            else partial(wise_ft.is_done, alpha=alpha, guards=choices.config.run.guard),
         )
 
 

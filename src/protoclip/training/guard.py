@@ -100,8 +100,8 @@ class NonFiniteGuard:
     def _give_up(self, number: int, sample_ids: Sequence[str]) -> None:
         raise ValueError(
             f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
-            f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto "
-            "or start anew with a lower optim.learning_rate "
+            f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto if "
+            "that is not its precision, or start anew with a lower optim.learning_rate "
             f"({self._write_report(number, sample_ids)})"
         )
 

@@ -56,10 +56,12 @@ def judge_of(
     plan: Plan, model: ProtoCLIP, *, tokenizer: Tokenizer, workers: int, aligns: bool
 ) -> Judge:
     """The judge of a run; of one that `aligns`, the halves encode what is measured but once."""
+    most = Encoder.batch_size
     encoder = encoder_of(
         model,
         loading.evaluation_transform(model),
         tokenizer,
+        batch_size=min(most, plan.config.episodes.micro_batch_size or most),
         workers=workers,
         cache=features_folder(plan.config) if aligns else None,  # towers that train change
         show=True,

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from protoclip.config import LOGGERS, RunConfig
 from protoclip.files import write_atomically
-from protoclip.terminal import say
+from protoclip.terminal import say, without_secrets
 
 PROJECT = "protoclip"  # of W&B and Trackio; the experiment of MLflow
 MOST_PARAMETERS = 100  # that MLflow takes at once
@@ -89,6 +90,8 @@ class WeightsAndBiases(_Logged):
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
         mode = config.get("run", {}).get("wandb", "off")
+        # W&B keeps the command line, whose URLs may hold a password.
+        sys.argv = [without_secrets(word) for word in sys.argv]
         self._run = import_module("wandb").init(
             project=PROJECT,
             dir=str(folder),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protoclip.data.access import within
 from protoclip.distributed.collectives import all_reduce, world_size
-from protoclip.files import require_regular, to_json
+from protoclip.files import open_to_append, require_regular, to_json
 from protoclip.terminal import say
 from protoclip.training import loggers
 from protoclip.training.guard import Watch
@@ -92,7 +92,7 @@ class JsonLines:
             # while, and some file systems report a failed write only when the file is closed.
             if self.path.exists():
                 require_regular(self.path)
-            with self.path.open("ab", buffering=0) as file:
+            with open_to_append(self.path) as file:
                 self.size = min(self.size, file.tell())
                 file.truncate(self.size)
                 try:

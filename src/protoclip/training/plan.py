@@ -119,7 +119,9 @@ def outline(config: Config, *, is_whole: bool = True) -> Outline:
     notes = without_effect if is_whole else []
     start = resolve_start(config.model)
     notes += start.notes
-    config = replace(config, model=start.model)
+    given, config = config.model.start, replace(config, model=start.model)
+    if given is not None and not config.model.has_start and (config.uses_start or not is_whole):
+        raise ValueError(f"model.start: {given}: names no weights; write {given}/TAG")
     config, said = with_positives(config)
     notes += said
     loading.check_parallel(config, start)

@@ -377,6 +377,8 @@ class Run:
             )
             self.teachers.update({name: copy(features) for name in names})
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
+        if not self.config.loss.keep:
+            self.start = None  # a whole model, which nothing needs any more
         external.whiten(self.config, self.teachers)
         self.trainer.source.teachers.update(external.grouping(self.config, self.teachers))
 

@@ -24,6 +24,7 @@ from protoclip.evaluation.compare import read_results
 from protoclip.files import SEAL, UNFINISHED, has_changed, holder, read_json, read_toml
 from protoclip.models.saved import facts_of, remove_unfinished
 from protoclip.models.two_halves import names_model
+from protoclip.paths import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
 
@@ -90,6 +91,7 @@ def look(outline: Outline, *, resume: bool) -> Begun:
         way = ", or go on with --resume auto" if is_begun else ""
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
     if not is_begun:
+        require_place("run.out", str(folder), is_folder=True)  # or hours of encoding are lost
         return Begun(outline=outline)
     path = folder / "results.json"
     config = as_begun(outline.config, folder)

@@ -144,6 +144,7 @@ class Trainer:
         metrics = {
             f"train/prototypes/agreement/{student}_from_{teacher}": target.confidence
             for (student, teacher), target in self.targets.items()
+            if student in self.clusters  # or nothing was measured
         }
         for space, clustering in self.clusters.items():
             number, assigned = len(clustering.centroids), clustering.assignments

@@ -27,7 +27,7 @@ from protoclip.files import (
 from protoclip.models import lora, saved
 from protoclip.models.saved import write_model
 from protoclip.progress import Progress
-from protoclip.terminal import say
+from protoclip.terminal import say, without_secrets
 from protoclip.training.run import Run
 
 FILE, FIGURE = "wise_ft.json", "wise_ft.png"
@@ -95,8 +95,13 @@ def best(points: Sequence[Point]) -> float | None:
     return float(min(usual, key=lambda point: (-point["mean"], point["alpha"]))["alpha"])
 
 
-def is_done(folder: Path, results: Mapping[str, Any], *, alpha: float | None) -> bool:
-    """Whether the model of a finished run is that of this alpha; unset, of the best one."""
+def is_done(
+    folder: Path, results: Mapping[str, Any], *, alpha: float | None, guards: Sequence[str]
+) -> bool:
+    """Whether the model of a finished run is that of this alpha; unset, of the best one by all
+    these guards."""
+    if not {*map(without_secrets, guards)} <= {*saved.read_config(folder).run.guard}:
+        return False
     wanted = results.get("best_alpha") if alpha is None else alpha
     if wanted is None or results.get("alpha") != wanted:
         return False

@@ -114,25 +114,40 @@ def test_a_run_folder_stays_as_it_is(made_up, tmp_path, monkeypatch, capsys):
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["{}", "{}"]
 
 
-@pytest.mark.parametrize("data", ["pairs.tsv", "./pairs.tsv,class_column=kind", "other.tsv"])
-def test_a_run_on_its_own_training_pairs_is_warned_of(data, tmp_path, made_up, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("train", "data", "same"),
+    [
+        ("pairs.tsv", "pairs.tsv", True),
+        ("pairs.tsv", "./pairs.tsv,class_column=kind", True),
+        ("pairs.tsv", "other.tsv", False),
+        ("hf:me/x", "hf:me/x", False),  # of which the test split is measured
+        ("hf:me/x", "hf:me/x,split=train", True),
+        ("hf:me/x,split=test", "hf:me/x", True),
+        ("hf:me/x,split=test,config=a", "hf:me/x,config=a", True),
+        ("hf:me/x,split=test,config=a", "hf:me/x", False),
+    ],
+)
+def test_a_run_on_its_own_training_pairs_is_warned_of(
+    train, data, same, tmp_path, made_up, monkeypatch, capsys
+):
     """Also its checkpoint; not a run on other pairs."""
     monkeypatch.chdir(tmp_path)
     checkpoint = Path("run/checkpoints/step-1")
     checkpoint.mkdir(parents=True)
     for name in ("model.json", "model.safetensors"):
         (checkpoint / name).touch()
-    Path("run/config.toml").write_text('[data]\ntrain = "pairs.tsv"\nsources = []\n')
+    Path("run/config.toml").write_text(f'[data]\ntrain = "{train}"\nsources = []\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     for model in ("run", str(checkpoint)):
         main(["evaluate", model, "--data", data, "--tasks", "knn", "--no-cache"])
         said = f"warning: {data}: {model} was trained on these pairs"
-        assert (said in capsys.readouterr().err) == (data != "other.tsv")
+        assert (said in capsys.readouterr().err) == same
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("none --data a --data a", "data: two data sets are called 'a'; evaluate them one after"),
         ("knowing --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
         ("knowing --tasks", "--tasks: needs a value"),
         ("knowing --tasks --json", "--tasks: needs a value"),

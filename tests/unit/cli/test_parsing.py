@@ -102,6 +102,10 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
     assert config.teacher.features == "start"  # the model that the run starts from
     for path in ("emoji", "pipe:cat a.tar", "s3://b/*.tar", "hf:a/b"):
         assert located(path) == path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert located("~/a.tsv") == f"{tmp_path}/a.tsv"
+    typed: Config = parse(COMMANDS["train"], ["--data.root=~/images"])  # as shells leave it
+    assert typed.data.root == f"{tmp_path}/images"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +176,19 @@ def test_help_fits_the_terminal(command, monkeypatch, capsys):
     assert lines[0].startswith(f"usage: protoclip {command}".rstrip())
     assert len(lines) > 5
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_help_in_a_narrow_terminal_stands_below_the_names(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("  --run.precision")
+    assert lines[at + 1 : at + 3] == [
+        "      auto is bf16 if supported.",
+        "      [auto|fp32|bf16|fp16]",
+    ]
+    assert max(map(len, lines[6:])) <= 40
 
 
 def test_the_version_is_the_packages(capsys):

@@ -19,12 +19,14 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import access as module
 from protoclip.data import sources
 from protoclip.data.access import (
+    MAX_FILE_BYTES,
     NOTHING_MORE,
     Access,
     fingerprint,
     in_table,
     open_file,
     read_file,
+    read_range,
     visible,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs
@@ -103,6 +105,13 @@ def test_a_cell_that_leads_astray_costs_its_row(table, cell):
 def test_the_rows_beside_them_are_read(table):
     """By a path below the root, relative or absolute, and by a link that stays there."""
     assert [table.sample(row).image for row in range(3)] == [b"good"] * 3
+
+
+def test_a_range_has_no_more_bytes_than_a_file(place):
+    """A row that claims a petabyte is a bad sample, and not the end of the memory."""
+    assert read_range(str(place / "good.jpg"), 1, 2) == b"oo"
+    with pytest.raises(ValueError, match=f"has more than {MAX_FILE_BYTES} bytes"):
+        read_range(str(place / "good.jpg"), 0, 10**15)
 
 
 def test_the_user_says_what_a_table_may_name(place, tmp_path):

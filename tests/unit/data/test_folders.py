@@ -36,7 +36,11 @@ def ids(pairs: ImageTextPairs) -> list[str]:
 
 
 def test_images_with_captions_beside_them(tmp_path, cache):
-    """At any depth and behind links, in order of the names, each with its image and captions."""
+    """At any depth and behind links, in order of the names, each with its image and captions.
+
+    Links that lead out of the folder need a permission: an archive of somebody else's may hold one
+    to any file, whose text would be a caption.
+    """
     store = write(cache / "store", {"x/1.jpg": b"L", "x/1.txt": "linked", "2.jpg": b"M"})
     write(
         tmp_path,
@@ -60,6 +64,11 @@ def test_images_with_captions_beside_them(tmp_path, cache):
     (tmp_path / "linked").symlink_to(store / "x")
     (tmp_path / "z.jpg").symlink_to(store / "2.jpg")
     pairs = opened(tmp_path)
+    (note,) = pairs.notes
+    assert "left out 1 captions that are links out of it; see --data.allow_links (" in note
+    with pytest.raises(BadSample, match=r"is a link to .*--data.allow_links true follows it"):
+        pairs.encoded(ids(pairs).index("z"))
+    pairs = opened(tmp_path, allow_links=True)
     assert ids(pairs) == ["a", "b", "z", "linked/1", "sub/d", "sub/deep er/c"]
     assert [pairs.encoded(row) for row in range(6)] == [b"A", b"B", b"M", b"L", b"D", b"C"]
     assert [pairs.sample_captions(row) for row in range(6)] == [

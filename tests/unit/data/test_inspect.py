@@ -96,7 +96,12 @@ MEASURED = {
 
 @pytest.mark.parametrize(
     ("pairs", "command"),
-    [(500, "published"), (501, "align,"), (10**6, "finetune of the run"), (10**7 + 1, "train,")],
+    [
+        (500, "published"),
+        (501, "align,"),
+        (10**6, "finetune of the run, with --guard"),
+        (10**7 + 1, "train,"),
+    ],
 )
 def test_the_last_line_says_what_to_do_with_so_many_pairs(pairs, command):
     """And names a page that has the same commands."""

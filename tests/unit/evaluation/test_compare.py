@@ -226,20 +226,36 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
 def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
     """By groups if both runs have results of the same samples, for metrics that have such."""
     one, two = results(0), results(1, skill=0.5)
-    files = {"a": one, "b": two, "c": None, "d": results(2, images=50)}
+    files = {"a": one, "b": two, "c": None, "d": results(2, images=50), "e": results(4, texts=30)}
     folders = [made(tmp_path / name, name, 3, 0.4, of) for name, of in files.items()]
-    first, second, third, fourth = compared(*folders)
+    for folder in folders:  # a search whose queries are the images
+        path = folder / "results.json"
+        search = '"eval/emoji/retrieval/image_to_text@1": 0.3, "eval/emoji/knn'
+        path.write_text(path.read_text().replace('"eval/emoji/knn', search))
+    first, second, third, fourth, fifth = entries = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
     first_moved, second_moved = (influences(of)["knn/acc1"] for of in (one, two))
     half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(second_moved - first_moved)
     assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
     assert (found["n"], found["seeds"], found["samples"]) == (60, 1, 60)
-    for entry, key in ((second, "modality_gap/gap"), (third, "knn/acc1"), (fourth, "knn/acc1")):
+    search = "retrieval/image_to_text@1"
+    assert second["metrics"][f"eval/emoji/{search}"]["difference"]["samples"] == 60
+    for entry, key, others in (
+        (second, "modality_gap/gap", False),
+        (third, "knn/acc1", False),
+        (fourth, "knn/acc1", True),
+        (fifth, search, True),  # among fewer texts
+    ):
         found = entry["metrics"][f"eval/emoji/{key}"]["difference"]
         assert (found["interval"], found["kind"], found["beyond"]) == (None, None, False)
+        assert found["other_samples"] is others
+    assert not fifth["metrics"]["eval/emoji/knn/acc1"]["difference"]["other_samples"]
     assert "difference" not in first["metrics"]["eval/emoji/knn/acc1"]
-    compare.show([first, second])
-    assert "over 60 test samples by groups" in " ".join(capsys.readouterr().out.split())
+    for shown, told in (([first, second, third], False), (entries, True)):
+        compare.show(shown)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "over 60 test samples by groups" in said
+        assert ("Where other samples judged the models" in said) == told
 
 
 def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):

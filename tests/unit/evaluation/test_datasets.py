@@ -20,7 +20,8 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import DOWNLOADS, Images, emoji, open_data, read_templates
+from protoclip.evaluation.datasets import DOWNLOADS, Images, emoji, open_data
+from protoclip.evaluation.zero_shot import read_templates
 
 # The images of every split below, by the red of their pixels, with class and captions.
 REDS, NAMES, CLASSES = (10, 20, 30), ["cat", "big dog"], [1, 0, 1]
@@ -99,6 +100,7 @@ def as_folder(folder):
         for name, red in (("big_dog", 10), ("cat", 20), ("big_dog", 30)):
             write(folder / "pets" / split / name / f"{red}.png", png(red))
     write(folder / "pets/test/cat/._20.png", b"left by a Mac")
+    write(folder / "pets/test/.thumbs/20.png", png(20))
     return {"reference": str(folder / "pets")}, "pets"
 
 
@@ -111,11 +113,11 @@ def as_csv(folder):
     return {"reference": str(path), "class_column": "kind"}, "pets"
 
 
-def as_class_label(folder):
+def as_class_label(folder, labels=CLASSES):
     features = hugging_face.Features(
         image=hugging_face.Value("binary"), label=hugging_face.ClassLabel(names=NAMES)
     )
-    data = {"image": [png(red) for red in REDS], "label": CLASSES}
+    data = {"image": [png(red) for red in REDS], "label": labels}
     path = str(folder / "pets.parquet")
     hugging_face.Dataset.from_dict(data, features=features).to_parquet(path)
     return {"reference": path, "class_column": "label"}, "pets"
@@ -149,6 +151,15 @@ def as_pairs(folder):
         write(folder / f"{red}.png", png(red))
     rows = ["10.png,one", "20.png,two", "40.png,", "20.png,a second", "30.png,three"]
     return {"reference": str(write(folder / "my pairs.csv", "\n".join(["file,title", *rows])))}
+
+
+def as_pairs_in_files(folder):
+    """A folder below it holds images alone."""
+    for red, texts in zip(REDS, CAPTIONS, strict=True):
+        write(folder / "shop" / f"{red}.png", png(red))
+        write(folder / "shop" / f"{red}.JSON", json.dumps({"caption": texts}))
+    write(folder / "shop/small/10.png", png(10))
+    return {"reference": str(folder / "shop")}
 
 
 def as_captions_of_tars(folder):
@@ -192,6 +203,7 @@ def as_coco(folder):
     ("write_form", "name"),
     [
         (as_pairs, "my-pairs"),
+        (as_pairs_in_files, "shop"),
         (as_captions_of_tars, "flickr"),
         (as_karpathy, "org-coco"),
         (as_coco, "captions_val2017"),
@@ -206,7 +218,9 @@ def test_images_and_captions_are_read_from(write_form, name, tmp_path):
     assert not data.class_names
     assert reds(split.images) == list(REDS)
     assert list(split.captions) == CAPTIONS
-    assert any("left out" in note for note in data.notes) == (write_form is as_pairs)
+    assert any("left out" in note for note in data.notes) == (
+        write_form in (as_pairs, as_pairs_in_files)
+    )
 
 
 def test_several_classes_an_image(tmp_path):
@@ -221,6 +235,11 @@ def test_a_table_may_have_captions_and_classes(tmp_path):
     assert list(split.captions) == [("a",), ("c",)]
     assert reds(split.images) == [10, 30]
     assert open_data(str(path), class_column="kind").class_names == ["7", "9"]
+    empty = write_table(tmp_path / "e.parquet", caption=["", None, " "], kind=[7, 8, 9])
+    data = open_data(str(empty), class_column="kind")
+    assert data.splits["test"].labels.tolist() == [0, 1, 2]
+    assert data.splits["test"].captions is None
+    assert data.notes == [f"{empty}: no image has a caption, so only the classes are used"]
 
 
 def test_a_pattern_is_named_after_its_folder(tmp_path):
@@ -261,6 +280,9 @@ def test_only_the_split_that_is_measured_is_read(tmp_path):
 def test_a_url_is_read_once(tmp_path, serve, monkeypatch):
     folder = write_wds(tmp_path / "wds_pets")
     reference = f"wds:{serve('ranges', tmp_path)}/wds_pets"
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "other"))
+    at_root = serve("ranges", folder).replace("://", "://me:passw0rd@")
+    assert open_data(f"wds:{at_root}").name == "127.0.0.1"
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     first = open_data(reference)
     shutil.rmtree(folder)
@@ -369,6 +391,13 @@ def test_torchvision_sets(tmp_path):
     for row, why in ((2, "cannot identify"), (3, "is a pipe, not a file")):
         with pytest.raises(BadSample, match=f"eurosat/test/{row}.*{why}"):
             split.images.image(row)
+
+
+def test_the_classes_of_caltech256_have_no_numbers(tmp_path):
+    for name in ("001.ak47", "145.motorbikes-101"):
+        write(tmp_path / "caltech256/256_ObjectCategories" / name / "a.jpg", b"")
+    data = open_data("torchvision:Caltech256", root=str(tmp_path))
+    assert list(data.class_names) == ["ak47", "motorbikes"]
 
 
 def test_torchvision_sets_in_memory(tmp_path):
@@ -525,6 +554,8 @@ BAD = [
         r"'t.parquet/1' has no class; fill it in, or leave its row out$",
     ),
     (lambda t: table_with(t, "k", k=["a", "b", " "]), r"'t.parquet/2' has no class; "),
+    (lambda t: as_class_label(t, [1, -1, 0])[0], r"'pets.parquet/1' has no class; fill it in"),
+    (lambda t: as_class_label(t, [1, 0, None])[0], r"'pets.parquet/2' has no class; fill it in"),
     (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
     (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
     (
@@ -544,6 +575,8 @@ BAD = [
     (lambda t: json_with(t, KARPATHY), r"a.jpg: no such image; set root to the folder"),
     (lambda t: {"reference": f"karpathy:{t}/dataset_flickr30k.json"}, r"file; flickr30k is to be"),
     (lambda t: {"reference": "torchvision:Dogs", "root": str(t)}, r"not a known .*; known are CIF"),
+    # Its classes are called by the codes of countries.
+    (lambda _: {"reference": "torchvision:Country211"}, r"not a known .*; country211 is to be had"),
     (
         lambda t: {"reference": "torchvision:CIFAR10"},
         r"root is not set; .*CIFAR10\('FOLDER', download=True\) may .*; cifar10 is to be had from",
@@ -565,7 +598,7 @@ def test_all_data_sets_of_the_documentation_are_known_where_they_are_missing():
     assert [source for source in DOWNLOADS.values() if source not in whole] == []
     table = page.partition("### Where to get them")[2].partition("## Tasks")[0]
     found = re.findall(r"`(wds:|torchvision:|karpathy:)(?:HUB/)?([^`]+)`", table)
-    assert len(found) > 25
+    assert len(found) == 25
     for kind, name in (*found, ("wds:", "birdsnap"), ("wds:", "ucf101")):
         with pytest.raises(ValueError, match=r"is to be had from (wds:)?https://"):
             open_data(f"{kind}{name}")

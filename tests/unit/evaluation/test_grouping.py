@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -15,7 +16,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation import analysis, datasets, grouping, retrieval
+from protoclip.evaluation import analysis, analysis_figure, datasets, grouping, retrieval
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
@@ -223,6 +224,33 @@ def test_the_command_writes_files_and_figures(runs, tmp_path, capsys):
     assert f"{runs / 'clip'}: only {found[1]['pairs']} pairs" in shown.err
     for name in ("proto", "clip", "analysis_of_runs"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_run_looks_different():
+    """Also where the colours come again."""
+    values = {"agreement": 0.5, "gap": 0.5} | dict.fromkeys(analysis_figure.RECALL, 0.5)
+    run = {"checkpoints": [{"samples": 1, "features": values}]}
+    figure = analysis_figure.runs_figure([run] * 9, [f"run {number}" for number in range(9)])
+    for axes in figure.axes:
+        assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 9
+
+
+def test_links_that_leave_the_root_are_followed_where_they_may_be(runs, tmp_path, capsys):
+    """Else the message names the reason, and what allows it."""
+    (tmp_path / "table").mkdir()
+    rows = ["image\tcaption"]
+    for number, image in enumerate(tiny_pairs(12)["image"].to_pylist()):
+        (tmp_path / f"{number}.png").write_bytes(image)
+        (tmp_path / "table" / f"{number}.png").symlink_to(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png\tcaption {number}")
+    (tmp_path / "table" / "pairs.tsv").write_text("\n".join(rows))
+    words = ["analyze", str(runs / "clip"), "--data", str(tmp_path / "table" / "pairs.tsv")]
+    with pytest.raises(SystemExit):
+        main([*words, "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert re.search("0 pairs are too few; needs 10; 12 pairs of .*allow_links true follows", said)
+    main([*words, "--out", str(tmp_path), "--data.allow_links", "true", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["pairs"] == 12
 
 
 def test_without_matplotlib_the_numbers_are_there(runs, tmp_path, capsys, monkeypatch):

@@ -181,6 +181,20 @@ def test_too_few_pairs_are_refused_with_the_reason_of_the_first_that_cannot_be_r
     drawn = match.draw(ImageTextPairs(table, name="tiny"), 60, 0)
     with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample '.*caption"):
         match.require_enough(drawn, "tiny")
+    # An image that is there may still be none, which is seen when a half encodes it.
+    pairs = ImageTextPairs(
+        pa.table({"image": [b"none"] * 60, "caption": [f"a {row}" for row in range(60)]}), name="t"
+    )
+    drawn = match.draw(pairs, 60, 0)
+    half = match.encode(
+        "half",
+        FrozenEncoder(nn.Identity(), CPU, torch.stack, lambda x: x, lambda image: torch.ones(2)),
+        pairs,
+        *(drawn.images, drawn.ids, drawn.contents, 8),
+    )
+    drawn = match.keep(drawn, half.features.isfinite().all(dim=1), reason=half.reason)
+    with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample 't/0' .*image"):
+        match.require_enough(drawn, "t")
 
 
 def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():

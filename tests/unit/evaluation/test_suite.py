@@ -306,6 +306,11 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     assert [*of_run] == suite.metric_names(few, "test")
     names = [name.removeprefix("eval/x/") for name in of_run]
     assert [name for name in names if "shot" in name] == ["zero_shot/acc1"]
+    # A probe tells apart what it learned, however many classes have a name.
+    named = replace(few, class_names=solid_data().class_names)
+    records = judge(Knowing(), named, ["zero_shot", "linear_probe"])
+    assert "acc5" in records["zeroshot_classification"]["metrics"]
+    assert "lp_acc5" not in records["linear_probe"]["metrics"]
 
 
 def at_chance(metrics, chances, number):
@@ -478,6 +483,9 @@ def test_an_image_is_one_image_in_any_container(write, tmp_path):
         (record,), (expected,) = (judge(model, of, ["retrieval"]).values() for of in (found, once))
         assert record["samples"] == 20
         assert record["metrics"] == expected["metrics"]
+    path = tmp_path / f"pairs.{'parquet' if write is in_parquet else 'tsv'}"
+    for given in (path, [path]):
+        assert judge(Guessing(), given, ["retrieval"])["zeroshot_retrieval"] == record
     perfect = judge(Knowing(), found, ["retrieval"])["zeroshot_retrieval"]["metrics"]
     assert set(perfect.values()) == {1.0}
 
@@ -598,7 +606,9 @@ def faulty(**changes):
     ],
 )
 def test_what_cannot_be_judged_is_one_line(data, options, message):
+    model = Guessing()
     with pytest.raises(ValueError, match=r".*") as error:
-        judge(Guessing(), faulty(**data), **options)
+        judge(model, faulty(**data), **options)
+    assert not any(model.calls.values())  # told before anything is encoded
     assert str(error.value).startswith(message) or message in str(error.value)
     assert "\n" not in str(error.value)

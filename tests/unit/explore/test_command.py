@@ -107,6 +107,26 @@ def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
         assert Explore(models=[str(folder)]).settings() == config.data
         other = Explore(models=[str(folder)], data="x.tsv", root="y").settings()
         assert other == DataConfig(train="x.tsv", root="y")
+        columns = {"image_column": "a", "caption_column": ["b", "c"], "id_column": "d"}
+        given = Explore(models=[str(folder)], **columns).settings()
+        assert given == replace(config.data, **columns)
+    streamed = replace(config, data=replace(config.data, read="streaming"))
+    (tmp_path / "run" / "config.toml").write_text(to_toml(streamed))
+    assert Explore(models=[str(tmp_path / "run")]).settings() == config.data  # read="auto"
+
+
+def test_a_folder_that_no_other_can_take_the_place_of_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the work: the current folder, and a volume of a container."""
+    error = r"^--static: {}: cannot be replaced as a whole; name a new folder in it$"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=error.format(r"\.")):
+            Explore(models=["hf:x"], data="emoji", static=".")()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(ValueError, match=error.format(tmp_path)):
+        Explore(models=["hf:x"], data="emoji", static=str(tmp_path))()
 
 
 def test_a_part_of_the_data_that_a_run_was_trained_on_is_its_own(

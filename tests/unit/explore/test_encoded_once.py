@@ -52,7 +52,7 @@ def explore(run: Path, data: str) -> None:
 
 def report(run: Path, data: str) -> None:
     config = Config(data=DataConfig(train=data, validation=0.0))
-    examples = looks.find_examples(config, PAIRS)
+    examples = looks.find_examples(config, PAIRS, run=run)
     checkpoints = sorted((run / "checkpoints").iterdir())
     looks.look(examples, tiny_config(out=""), checkpoints, seed=0, device=CPU, firsts={})
 

@@ -296,11 +296,22 @@ def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:
 
 def test_a_stream_and_a_missing_class_column_are_refused(table: Path) -> None:
     stream = sources.pairs(Config(data=DataConfig(train="pipe:true", allow_commands=True)))
-    with pytest.raises(ValueError, match="a stream cannot be explored"):
+    with pytest.raises(ValueError, match="a stream cannot be explored; copy the shards here"):
         explored(stream)
     samples = sources.pairs(Config(data=DataConfig(train=str(table))))
     with pytest.raises(ValueError, match="no column 'nothing'; it has "):
         explored(samples, class_column="nothing")
+    mixed = [SourceConfig(path=str(table)), SourceConfig(path="emoji")]  # of which one has it
+    samples = sources.pairs(Config(data=DataConfig(sources=mixed)))
+    pairs = explored(samples, class_column="kind")
+    assert (pairs.class_of(0) != "", pairs.class_of(len(pairs) - 1)) == (True, "")
+    with pytest.raises(ValueError, match="no column 'nothing'; it has "):
+        explored(samples, class_column="nothing")
+
+
+def test_more_prototypes_than_pairs_are_refused_before_anything_is_encoded(one: Explorer) -> None:
+    with pytest.raises(ValueError, match=r"^--groups: 61 is too large; at most 60 for these"):
+        open_explorer("no model", one.pairs, device=torch.device("cpu"), number=61)
 
 
 @pytest.mark.parametrize(("prototypical", "space"), [(1.0, "projections"), (0.0, "features")])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import explored
 from protoclip.explore.render import Pages, ids_as, shown, thumbnail
-from protoclip.explore.server import MAX_BODY_BYTES, cookie_name, listen, server, url_of
+from protoclip.explore.server import MAX_BODY_BYTES, Guard, cookie_name, listen, server, url_of
 from protoclip.explore.static import write_static, write_table
 
 TOKEN = "the-token"
@@ -93,6 +94,8 @@ def test_every_page_has_its_headers_and_no_element_that_is_not_its_own(
     assert body
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+    # The next server shows other images at the same addresses, and sets another cookie.
+    assert headers.get("vary") == "Cookie" or "max-age" not in headers.get("cache-control", "")
     if ".html" not in path:
         return
     text = body.decode()
@@ -276,7 +279,9 @@ def test_foreign_hosts_and_sites_are_refused(
         assert answered == (200 if status == 200 and "navigate" not in given.values() else 403)
 
 
-def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
+def test_search_by_image_has_limits(
+    port: int, two: list[Explorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded = two[0].pairs.encoded(10)
 
     def post(body: Any = None, **headers: str) -> tuple[int, str]:
@@ -299,6 +304,9 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
     large = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(large, "PNG")
     assert "13000 x 13000 pixels are more than" in post(large.getvalue())[1]
+    # What is wrong with the features is not said of the image.
+    monkeypatch.setattr(Explorer, "near", Mock(side_effect=ValueError("2 images of the map")))
+    assert post(encoded) == (500, "This cannot be shown: 2 images of the map")
     assert ask(port, "/1/index.html")[0] == 200
 
 
@@ -431,6 +439,18 @@ def test_the_address_names_the_host() -> None:
             == f"http://127.0.0.1:{listening.getsockname()[1]}/?token=t"
         )
         assert "0.0.0.0" not in url_of(listening, "0.0.0.0", "t")
+
+
+def test_this_machine_is_known_by_its_name_unless_only_itself_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "Box")
+    monkeypatch.setattr("socket.getfqdn", lambda: "box.lan")
+    for host, is_known in (("192.0.2.1", True), ("0.0.0.0", True), ("LOCALHOST", False)):
+        guard = Guard(Mock(), host=host, token=TOKEN)
+        assert guard.names_this_server("box:8000") is is_known
+        assert guard.names_this_server("box.lan") is is_known
+        assert not guard.names_this_server("evil.example")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint, split, write_checkpoint
 from protoclip.models.towers import clip_tokenizer
 from protoclip.testing import tiny_model
-from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
+from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
@@ -71,6 +71,14 @@ NAMED: dict[str, dict[str, Any]] = {
         **CLIP,
         "vision_cfg": TIMM,
         "text_cfg": {"hf_proj_type": "linear", "context_length": 12},
+    },
+    "hf-text-m2m": {**CLIP, "text_cfg": {"hf_proj_type": "linear", "context_length": 12}},
+    "coca": {
+        **CLIP,
+        "vision_cfg": {**VIT, "attentional_pool": True, "output_tokens": True},
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
+        "custom_text": True,
     },
 }
 # Smaller ones for ONNX, which takes seconds a layer.
@@ -135,6 +143,10 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"open_clip": "CustomTextCLIP", "timm": "test_vit"},
         {"hf": "no model of transformers has its text tower"},
     ),
+    "hf-text-m2m": (  # as NLLB-CLIP
+        {"open_clip": "CustomTextCLIP", "timm": "vit_base_patch32_clip_224"},
+        {"hf": "no model of transformers has its text tower"},
+    ),
 }
 
 
@@ -183,6 +195,8 @@ def reference(
         clip_tokenizer.cache_clear()  # of all words
         if kind.startswith("hf-text"):
             bert = str(save_bert(base / "bert"))
+            if kind == "hf-text-m2m":  # with BERT's tokenizer
+                save_m2m_100(base / "bert")
             text = {**NAMED[kind]["text_cfg"], "hf_model_name": bert, "hf_tokenizer_name": bert}
             config = {**NAMED[kind], "text_cfg": text}
             monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, kind, config)
@@ -362,6 +376,17 @@ def test_onnx_graphs_compute_the_same(kind, reference, tmp_path):
     assert max(facts["differences"]["onnx"].values()) < 1e-5
 
 
+def test_the_graphs_of_a_coca_give_features_of_any_norm(reference):
+    """ONNX is made of them; open_clip's CoCa gives unit norm unless it is told not to."""
+    source = open_source(reference("coca"))
+    images = torch.stack([source.transform(image) for image in IMAGES])
+    tokens = source.tokenizer(TEXTS)
+    with torch.no_grad():
+        image, text = onnx.ImageGraph(source.model)(images), onnx.TextGraph(source.model)(tokens)
+        assert torch.equal(image, source.model.encode_image(images))
+        assert torch.equal(text, source.model.encode_text(tokens))
+
+
 @pytest.mark.parametrize(
     ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
 )
@@ -523,6 +548,10 @@ def test_the_card_of_a_run(tmp_path):
     assert low == pytest.approx(accuracy - 1.96 * error, abs=0.3 * error)
     assert high == pytest.approx(accuracy + 1.96 * error, abs=0.3 * error)
     assert "| `eval/emoji/modality_gap/gap` | 0.5000 | - |" in card
+    assert "\nOn data that the run did not train on:\n" in card
+    named = {"data": {"validation": "a.tsv"}, "run": {"guard": ["emoji", "b.tsv"]}}
+    shared = "`a.tsv`, `b.tsv` may share pairs with its training data:"
+    assert cards.judged_on(named) == f"On the data that judged the run; {shared}"
     assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
     # Damaged results cost numbers, not the export.
     (made / "results" / "emoji-test.parquet").write_bytes(b"cut")
@@ -612,6 +641,16 @@ def test_prototypes_go_along(tmp_path):
     facts = json.loads((tmp_path / "prototypes.json").read_text())
     assert facts["spaces"]["image"] == {"number": 3, "width": 8, "sizes": [1, 0, 3]}
     assert [*facts["spaces"]] == ["image", "other", "text"]
+    for spoiled in (
+        {"image": {"centroids": centroids}},
+        {"image": {"centroids": centroids, "assignments": torch.tensor([3, 0])}},
+        {**clusters, "text": {"centroids": centroids, "assignments": torch.tensor([0])}},
+    ):
+        run = save_run(
+            tmp_path / f"spoiled{len(list(tmp_path.iterdir()))}", tiny_model(), clusters=spoiled
+        )
+        with pytest.raises(ValueError, match=r"resume.safetensors: damaged \("):
+            write_prototypes(open_source(str(run)), tmp_path)
     finished = open_source(str(save_run(tmp_path / "finished", tiny_model(), clusters={})))
     (tmp_path / "empty").mkdir()
     assert write_prototypes(finished, tmp_path / "empty") == "the checkpoint holds none"

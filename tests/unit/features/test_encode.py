@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,6 +36,7 @@ from protoclip.testing import run_distributed, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_dual_encoder
+from tiny_starts import CLIP
 
 CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"]
 CPU = torch.device("cpu")
@@ -118,13 +120,14 @@ def test_timm_models_give_pooled_features(tmp_path):
         opened(f"timm:resnet10t/{tmp_path}/others.safetensors")
 
 
-def test_open_clip_models_give_either_tower(tmp_path):
+def test_open_clip_models_give_either_tower(tmp_path, monkeypatch):
     """The image tower unless text is asked. The weights may be in a file."""
-    towers = protoclip.load("open_clip:ViT-S-32-alt")[0].towers
-    tokenizer = build_tokenizer("ViT-S-32-alt")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
+    towers = protoclip.load("open_clip:tiny")[0].towers
+    tokenizer = build_tokenizer("tiny")
     torch.save(towers.state_dict(), tmp_path / "weights.pt")
-    image = opened(f"open_clip:ViT-S-32-alt/{tmp_path}/weights.pt")
-    text = opened(f"open_clip:ViT-S-32-alt/{tmp_path}/weights.pt", modality="text")
+    image = opened(f"open_clip:tiny/{tmp_path}/weights.pt")
+    text = opened(f"open_clip:tiny/{tmp_path}/weights.pt", modality="text")
     assert (image.reads, text.reads) == ("image", "text")
     pixels = image.transform(Image.new("RGB", (300, 260), (200, 30, 90)))
     tokens = tokenizer(CAPTIONS)

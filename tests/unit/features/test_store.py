@@ -156,6 +156,16 @@ def test_arrays_are_rows_of_numbers(array, tmp_path):
         read_teacher(tmp_path / "mine.npy")
 
 
+@pytest.mark.parametrize("cut", [0, 40])
+def test_an_archive_of_arrays_is_none(cut, tmp_path):
+    """Neither is a damaged one."""
+    with (tmp_path / "mine.npy").open("wb") as file:
+        np.savez(file, a=rows(2), b=rows(3))
+        file.truncate(file.tell() - cut)
+    with pytest.raises(ValueError, match=r"mine.npy: not a file of teacher features"):
+        read_teacher(tmp_path / "mine.npy", sample_ids=["a", "b"])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

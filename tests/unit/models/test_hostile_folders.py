@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTModel
 
 import protoclip
 from protoclip.cli import main
@@ -101,6 +102,19 @@ def reference_code(folder: Path) -> str:
     return f"reference:{folder / 'epoch.pt'},model=RN50"
 
 
+def other_reference(folder: Path, content: Any) -> str:
+    torch.save(content, folder / "epoch.pt")
+    return f"reference:{folder / 'epoch.pt'},model=RN50"
+
+
+def by_number(folder: Path) -> str:
+    return other_reference(folder, {0: torch.ones(1)})
+
+
+def of_numbers(folder: Path) -> str:
+    return other_reference(folder, {"state_dict": {"module.image_projection_head.0.weight": 1}})
+
+
 def misshape(model: Path) -> str:
     """Give seven tensors of a folder another shape."""
     (file,) = model.glob("*.safetensors")
@@ -135,10 +149,27 @@ WRONG: dict[Callable[[Path], str], str] = {
     pickled_hugging_face: "pytorch_model.bin is pickled and could run code; convert it to safetens",
     pickled_open_clip: "open_clip_pytorch_model.bin is pickled and could run code; convert it to",
     reference_code: "holds more than tensors, which could run code and is not read; save its",
+    by_number: "holds more than tensors by name",
+    of_numbers: "holds more than tensors by name",
     adapter: "cannot be opened (",
     of_other_shapes: "does not fit open_clip_config.json: 6 tensors are missing, unknown or of",
     siglip_of_other_shapes: "does not fit config.json: 7 tensors are missing, unknown or of",
 }
+
+
+def test_no_question_asks_whether_to_run_a_tokenizer(tmp_path, monkeypatch, capsys):
+    """A model of a kind that has none, whose folder names a class beside it."""
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32)
+    model = tmp_path / "model"
+    ViTModel(config, add_pooling_layer=False).save_pretrained(model)
+    add_code(model)
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(SystemExit):
+        main(["embed-teacher", "--teacher", f"hf:{model}", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.rglob("ran"))
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", ["export {} {}/out", "train --model.start {} --run.out {}/out"])

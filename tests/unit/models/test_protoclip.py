@@ -100,6 +100,12 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
         loading.model(odd, seed=0)
 
 
+def test_a_tower_that_reads_one_size_alone_is_refused_at_another():
+    config = replace(tiny_model(), image=ImageTowerConfig(name="levit_128s", size=64))
+    with pytest.raises(ValueError, match="cannot read images of 64 pixels; its own are of 224"):
+        loading.model(config, seed=0)
+
+
 def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
     model = loading.model(given, seed=0).train()

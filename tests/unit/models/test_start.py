@@ -31,11 +31,12 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.models import loading, towers
+from protoclip.models import loading, saved, towers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint, model_config, model_json
+from protoclip.models.start import find_start
 from protoclip.models.towers import require_length
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
@@ -55,16 +56,15 @@ def pairs(tmp_path: Path) -> str:
     return str(tmp_path / "pairs.parquet")
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with starts of open_clip's model `tiny`, each with random weights."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
-    model = open_clip.create_model("tiny", force_quick_gelu=True)
-    folder = tmp_path / "starts"
+    folder = tmp_path_factory.mktemp("starts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
+        model = open_clip.create_model("tiny", force_quick_gelu=True)
     save_open_clip(folder / "folder", **HALF)
     save_file(model.state_dict(), folder / "weights.safetensors")
-    tag = {"file": str(folder / "weights.safetensors"), "quick_gelu": True, **HALF}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
     heads = ProtoCLIP(model, projection_head(16, HEADS)).state_dict()
     theirs = {"image_head.": "image_projection_head.", "text_head.": "text_projection_head."}
     names = {key: key.removeprefix("towers.") for key in heads}
@@ -74,6 +74,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     content = {names[key]: value for key, value in heads.items()}
     torch.save({"state_dict": content}, folder / "with_heads.pt")
     torch.save({"state_dict": model.state_dict()}, folder / "without_heads.pt")
+    return folder
+
+
+@pytest.fixture
+def tiny(starts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A copy of the starts, which open_clip knows by name."""
+    folder = shutil.copytree(starts, tmp_path / "starts")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
+    tag = {"file": str(folder / "weights.safetensors"), "quick_gelu": True, **HALF}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"mine": tag})
     return folder
 
 
@@ -403,26 +413,36 @@ def error(given: ModelConfig) -> str:
     ],
 )
 def test_a_start_that_cannot_be(start, more, message, tiny, offline):
-    other = shutil.copytree(tiny / "folder", tiny / "other")
-    wider = {**CLIP, "vision_cfg": {**VIT, "width": 48}}
-    (other / "open_clip_config.json").write_text(json.dumps({"model_cfg": wider}))
-    pickled = shutil.copytree(tiny / "folder", tiny / "pickled")
-    (pickled / "open_clip_model.safetensors").rename(pickled / "open_clip_pytorch_model.bin")
-    coca = shutil.copytree(tiny / "folder", tiny / "coca")
-    text = json.dumps({"model_cfg": {**CLIP, "multimodal_cfg": TEXT}})
-    (coca / "open_clip_config.json").write_text(text)
-    save_bert(tiny / "bert")
-    words = tiny / "words"
-    if start == "hf:{}/words":
-        protoclip.export(tiny / "folder", words, ("hf",))
-        merges = json.loads((words / "tokenizer.json").read_text())
-        merges["model"]["merges"] = merges["model"]["merges"][:9]
-        (words / "tokenizer.json").write_text(json.dumps(merges))
+    if start is not None and "{}" in start:
+        make_useless(tiny, start.rpartition("/")[2])
     found = error(ModelConfig(start=start and start.format(tiny), **more))
     assert message in found
     if start == "{}/other":
         assert re.search(r"\d+ tensors are missing, unknown or of another shape", found)
         assert found.count("visual.") == 5
+
+
+def make_useless(tiny: Path, name: str) -> None:
+    """Make the folder of this name that cannot be started from, if there is one."""
+    whole, folder = tiny / "folder", tiny / name
+    if name == "bert":
+        save_bert(folder)
+    elif name == "words":
+        protoclip.export(whole, folder, ("hf",))
+        merges = json.loads((folder / "tokenizer.json").read_text())
+        merges["model"]["merges"] = merges["model"]["merges"][:9]
+        (folder / "tokenizer.json").write_text(json.dumps(merges))
+    elif name == "pickled":
+        shutil.copytree(whole, folder)
+        (folder / "open_clip_model.safetensors").rename(folder / "open_clip_pytorch_model.bin")
+    elif name in ("other", "coca"):
+        shutil.copytree(whole, folder)
+        more = {
+            "other": {"vision_cfg": {**VIT, "width": 48}},
+            "coca": {"multimodal_cfg": TEXT},
+        }
+        config = json.dumps({"model_cfg": {**CLIP, **more[name]}})
+        (folder / "open_clip_config.json").write_text(config)
 
 
 @pytest.mark.parametrize(
@@ -535,3 +555,15 @@ def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
     saved = model_json(start.model, None)
     del saved["model"]["image"]["pooling"]
     assert model_config(saved, tmp_path).image.pooling == "avg"
+
+
+@pytest.mark.parametrize(("changed", "new"), [("running_mean", True), ("0.weight", False)])
+def test_heads_are_new_until_a_loss_has_trained_them(changed, new, tmp_path):
+    """Statistics of BatchNorm move in the warm-up too."""
+    weights = loading.model(tiny_model(), seed=0).state_dict()
+    (name,) = (name for name in weights if name.startswith("text_head") and name.endswith(changed))
+    weights[name] = weights[name] + 1
+    saved.write_checkpoint(
+        tmp_path, {saved.WEIGHTS: weights}, {saved.MODEL: model_json(tiny_model(), None)}
+    )
+    assert find_start(str(tmp_path)).heads_are_new == new

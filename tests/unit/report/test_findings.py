@@ -10,13 +10,14 @@ from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.report.findings import findings, minus, sentence_case, table
 
+READ = compare.reader(refuse=False)
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
 
-def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5):
+def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5, of: str = ""):
     """Results of a run that classifies this share of 400 images right, from a place of its own."""
     file = tmp_path / f"{name}-{seed}.parquet"
-    ids = np.array([f"{row}" for row in range(400)], object)
+    ids = np.array([f"{of}{row}" for row in range(400)], object)
     right = np.roll(np.arange(400) < 400 * share, 130 * "ABC".index(name))
     SampleResults(images={"sample_id": ids, "knn_correct": right}).write(file)
     return {
@@ -80,6 +81,18 @@ def test_without_a_paired_interval_nothing_is_better(tmp_path):
     assert "(no interval: the runs share no seed" in found.rest
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
+    """The easier samples may be the others' only merit; whether the runs share a seed or not."""
+    runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.9, seed=seed, of="other ")}
+    entries = compare.compare([*runs.values()])
+    (found,) = findings(entries)
+    assert found.verdict == "open"
+    assert found.rest.endswith("+40.0 points (no interval: other samples judged each).")
+    knn, _ = table(entries, {name: [of] for name, of in runs.items()}, READ)
+    assert [(cell.value, cell.best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
+
+
 def test_sources_of_a_mixture_have_no_sentences_of_their_own(tmp_path):
     """Other data sets have, whatever they are called."""
     runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.9))]
@@ -100,7 +113,7 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
     """Of one seed the interval over test samples, as `evaluate` shows it; of several the spread."""
     one = run(tmp_path, "A", 0.5)
     two = [run(tmp_path, "B", 0.75, seed=seed, gap=0.25) for seed in (0, 1)]
-    knn, gap = table(compare.compare([one, *two]), [one, *two])
+    knn, gap = table(compare.compare([one, *two]), {"A": [one], "B": two}, READ)
     samples = SampleResults.read(one["samples"]["emoji"])
     low, high = (100 * end for end in interval(0.5, influences(samples)["knn/acc1"]))
     first, second = knn.cells
@@ -114,12 +127,20 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
 
 
 def test_a_damaged_file_of_samples_costs_the_intervals_alone(tmp_path, capsys):
-    one = run(tmp_path, "A", 0.5)
-    path = one["samples"]["emoji"]
+    """Of that run, and those of differences to it; there is one warning."""
+    runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.75)}
+    path = runs["A"]["samples"]["emoji"]
     path.write_bytes(path.read_bytes()[:100])
-    knn, _ = table(compare.compare([one]), [one])
-    assert (knn.cells[0].value, knn.cells[0].interval) == ("50.0", "")
-    assert f"warning: the report lacks intervals: {path}" in capsys.readouterr().err
+    read = compare.reader(refuse=False)
+    entries = compare.compare([*runs.values()], [*runs], read)
+    knn, _ = table(entries, {name: [of] for name, of in runs.items()}, read)
+    first, second = knn.cells
+    assert (first.value, first.interval, second.difference) == ("50.0", "", "+25.0")
+    assert second.interval.startswith("[")
+    assert "too little is known of other samples" in findings(entries)[0].rest
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {path}: not the results of an evaluation")
+    assert said.count("warning") == 1
 
 
 def test_words():

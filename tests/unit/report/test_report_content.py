@@ -89,7 +89,11 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "loss.prototypical 0.0 1.0" in sections["settings"]
     assert "No run left out a sample." in sections["data"]
     assert "protoclip compare" in sections["environment"]
-    assert f"--out {two.path} --samples 1000 --seed 0" in sections["environment"]
+    assert f"--out {two.path} --samples 1000 --seed 0 --minutes 10.0" in sections["environment"]
+    assert "Settings that all runs share, other than the defaults of train." in sections["settings"]
+    assert "Default of train" in sections["settings"]
+    assert "prototypes.number 8 from the data or model" in sections["settings"]
+    assert "held-out pairs of validation" in sections["prototypes"]
 
 
 def test_a_run_without_metrics_is_no_reference(runs, tmp_path):
@@ -98,6 +102,8 @@ def test_a_run_without_metrics_is_no_reference(runs, tmp_path):
     shutil.copytree(runs / "clip", bare)
     results = json.loads((bare / "results.json").read_text())
     (bare / "results.json").write_text(json.dumps({**results, "name": "bare", "metrics": {}}))
+    text = (bare / "config.toml").read_text()
+    (bare / "config.toml").write_text(text.replace('name = "clip"', 'name = "bare"', 1))
     page = page_of(tmp_path, bare, runs / "clip", runs / "proto", minutes=0.0, samples=40)
     assert re.search(r"proto (?:and|is better than) clip|clip (?:and|is)", page.sections["results"])
 
@@ -183,7 +189,11 @@ def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_p
         "episodes": {"size": 32, "batch_size": 16, "count": 1},
     }
     finetune(given, alpha=0.25)
+    entry = {"step": 2, "features": {"agreement": 0.123}}
+    analysis = json.dumps({"data": "mine", "pairs": 77, "checkpoints": [entry]})
+    (tmp_path / "shop/analysis.json").write_text(analysis)
     page = page_of(tmp_path, tmp_path / "shop")
+    assert "77 pairs of mine, step 2 before WiSE-FT" in page.sections["grouping"]
     assert "After step 2, alpha 0.25" in page.sections["maps"]
     assert "step 2, alpha 0.25" in page.sections["prototypes"]
     assert "Those of alpha 0.25 are the run's model." in page.sections["results"]
@@ -234,6 +244,87 @@ def test_of_several_seeds_the_first_with_a_checkpoint_is_shown(runs, tmp_path):
     assert "proto, seed 0" in page.sections["maps"]
     assert "not shown" not in page.sections["grouping"]
     assert "Seeds of one model look alike." in page.sections["curves"]
+
+
+def test_runs_of_equal_name_and_seed_are_models_of_their_own(runs, tmp_path, capsys):
+    """In every section. A damaged file of samples costs intervals, and no page."""
+    again = tmp_path / "again"
+    shutil.copytree(runs / "proto", again)
+    damaged = again / "results" / "validation-validation.parquet"
+    damaged.write_bytes(b"cut")
+    page = page_of(tmp_path, runs / "proto", again, runs / "clip", samples=40)
+    both = [f"proto ({folder})" for folder in (runs / "proto", again)]
+    for section in ("results", "curves", "grouping", "maps", "prototypes", "confusions"):
+        for name in (*both, "clip"):
+            assert name in page.sections[section]
+    assert page.sections["maps"].count("After step 6") == 3
+    assert "look alike" not in page.sections["curves"]
+    assert capsys.readouterr().err.count(f"warning: {damaged}: not the results") == 1
+
+
+def with_settings(runs, folder, name: str, *changes: tuple[str, str]) -> Path:
+    """A copy of a run, with other lines in its settings."""
+    shutil.copytree(runs / name, folder)
+    text = (folder / "config.toml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+def test_a_run_folder_permits_nothing(runs, tmp_path, capsys):
+    """Whatever it says, the command line alone does."""
+    ran = tmp_path / "ran"
+    given = 'allow_commands = true\ntrain = "pipe:touch ' + str(ran) + '" #'
+    changes = [("train = ", given), ("validation = 0.4", "validation = 0.0")]
+    folder = with_settings(runs, tmp_path / "run", "proto", *changes)
+    out = tmp_path / "report.html"
+    words = ["report", str(folder), "--out", str(out)]
+    main(words)
+    assert "commands run only with --data.allow_commands true" in Page(out).sections["grouping"]
+    with pytest.raises(SystemExit):
+        main(["analyze", str(folder)])
+    assert "commands run only with --data.allow_commands true" in capsys.readouterr().err
+    assert not ran.exists()
+    main([*words, "--data.allow_commands", "true"])
+    assert ran.exists()
+    assert "--minutes 10.0 --allow_commands" in Page(out).sections["environment"]
+
+
+def test_pairs_that_may_have_been_trained_on_are_not_called_held_out(runs, tmp_path, capsys):
+    """As where the data have other captions by now; `analyze` says so too."""
+    data = hostile_pairs(tmp_path / "pairs.parquet", 61)
+    place = (str(runs / "pairs.parquet"), str(data))
+    folder = with_settings(runs, tmp_path / "run", "clip", place)
+    page = page_of(tmp_path, folder, runs / "proto", samples=40)
+    told = "have changed ( number of rows: 60 before, 61 now )"
+    assert page.sections["prototypes"].count("held-out") == 1
+    assert page.sections["prototypes"].count(told) == 1
+    main(["analyze", str(folder)])
+    told = "since it was trained (number of rows: 60 before, 61 now), so it may have been trained"
+    assert told in capsys.readouterr().err
+
+
+def test_an_aligned_run_began_in_closed_form_and_lists_no_bad_pairs(runs, tmp_path):
+    """Heads of its seed are not where it began, and what it left out is in no file."""
+    folder = with_settings(runs, tmp_path / "run", "clip", ('name = "clip"', 'name = "aligned"'))
+    (state,) = folder.glob("checkpoints/step-000000006/state.json")
+    facts = json.loads(state.read_text())
+    facts["content"]["sources"][0]["encoded"] = ""
+    state.write_text(json.dumps(facts))
+    page = page_of(tmp_path, folder, runs / "clip", samples=40)
+    assert page.sections["maps"].count("Random heads, before the closed form: gap") == 1
+    assert page.sections["maps"].count("Before training: gap") == 1
+    assert "No run lists a sample that it left out. aligned : align" in page.sections["data"]
+    assert f"protoclip align --config {folder}/config.toml" in page.sections["environment"]
+
+
+def test_a_run_that_learns_few_pairs_by_heart_is_shown_on_these(runs, tmp_path):
+    changes = [("[run]", "[run]\noverfit = 16"), ("validation = 0.4", "validation = 0.0")]
+    folder = with_settings(runs, tmp_path / "few", "clip", *changes)
+    page = page_of(tmp_path, folder)
+    assert "16 training pairs of pairs" in page.sections["prototypes"]
 
 
 def test_the_page_is_made_for_everyone(two):

@@ -6,9 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from protoclip.cli import main
+from protoclip.cli import COMMANDS, main
+from protoclip.cli.parsing import parse
 from protoclip.models.saved import STATE
-from protoclip.report.page import run_facts
+from protoclip.report.page import run_facts, times
+from protoclip.report.repeat import commands
 from protoclip.report.runs import labels, read_run
 from protoclip.testing import tiny_config
 from protoclip.training.run_folder import to_toml
@@ -80,6 +82,41 @@ def test_the_command_of_a_run_follows_from_its_files(file, content, command, tmp
     assert read_run(folder).command == command
 
 
+def test_what_fine_tuning_has_not_ended_is_fine_tuned_again(tmp_path):
+    """It leaves no file of its own before its end, but freezes BatchNorm. And the command of a run
+    that was copied to a store does not go on with that copy."""
+    folder = begun(tmp_path / "run", frozen_batch_norm="true")
+    text = (folder / "config.toml").read_text()
+    assert read_run(folder).command == "train"
+    text = text.replace("[model]", '[model]\nstart = "x"').replace(
+        "[run]", '[run]\nsync = "s3://a"'
+    )
+    (folder / "config.toml").write_text(text)
+    again, *_ = commands([read_run(folder)])
+    assert again == f"protoclip finetune --config {folder}/config.toml --run.out FOLDER " + (
+        "--run.sync none"
+    )
+    assert parse(COMMANDS["train"], again.split()[2:]).run.sync is None
+
+
+def test_times_of_unfinished_runs_are_at_least_those_of_the_checkpoint(tmp_path):
+    """Parts are logged at an episode's end, so what an episode lost is in none of them."""
+    folder = begun(tmp_path / "run")
+    parts = {f"train/seconds/{part}": 6.0 for part in ("data", "train")}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, **parts}))
+    run = read_run(folder)
+    assert run_facts(run, "run")["time"] == "at least 12s"
+    kept = folder / "checkpoints" / "step-000000006"
+    kept.mkdir(parents=True)
+    (kept / STATE).write_text('{"seconds": 75.0}')
+    run = read_run(folder)
+    assert run_facts(run, "run")["time"] == "at least 1m 15s"
+    (row,) = times([run], ["run"])
+    assert (row["total"], row["at_least"]) == (75.0, True)
+    assert ("other", 63.0, 0.84) in row["parts"]
+    assert run_facts(read_run(begun(tmp_path / "new")), "new")["time"] == "not known"
+
+
 def test_a_mixture_is_named_by_its_sources(tmp_path):
     folder = begun(tmp_path / "run")
     text = (folder / "config.toml").read_text()
@@ -96,7 +133,9 @@ def test_labels_tell_runs_apart(tmp_path):
     begun(three, seed=1)
     begun(four, name='"other"')
     found = labels([read_run(folder) for folder in (one, two, three, four)])
-    assert found == ["tiny, seed 0", f"tiny ({two})", f"tiny ({three})", "other"]
+    assert found == [f"tiny ({one})", f"tiny ({two})", f"tiny ({three})", "other"]
+    found = labels([read_run(folder) for folder in (one, two, four)])
+    assert found == ["tiny, seed 0", "tiny, seed 1", "other"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +146,7 @@ def test_labels_tell_runs_apart(tmp_path):
         (["run", "gone"], "gone: no such run folder"),
         (["empty"], "empty: not a run folder; a run has a config.toml"),
         (["run/config.toml"], "run/config.toml: not a run folder; a run has a config.toml"),
-        (["."], ".: not a run folder; it holds runs: name them, as ./*"),
+        (["."], ".: not a run folder; it holds runs: name them, as damaged results run\n"),
         (["damaged"], "damaged/config.toml: damaged (Expected"),
         (["results"], "results/results.json: not the results of a run"),
         (["run", "--out", "gone/report.html"], "--out: no folder gone; make it first"),

@@ -104,6 +104,25 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path):
     assert writer.best == (3, 0.7)
 
 
+def test_if_a_better_checkpoint_cannot_be_written_the_best_one_stays(tmp_path, monkeypatch):
+    writer = writer_of(tmp_path, keep=1)
+    for step, value in ((1, 0.5), (2, 0.9)):
+        writer.rate(step, value)
+        assert writer.due(step, episode_end=False)
+        with monkeypatch.context() as patch:
+            if step == 2:
+                patch.setattr(saved, "write_checkpoint", Mock(side_effect=OSError(28, "full")))
+            writer.save(step, state())
+            writer.wait()
+    writer.rate(3, 0.1)
+    assert not writer.due(3, episode_end=False)
+    assert writer.best == (1, 0.5)
+    for step in (4, 5):
+        writer.save(step, state())
+        writer.wait()
+    assert [found.name[-1] for found in checkpoints(tmp_path)] == ["1", "5"]
+
+
 def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path):
     """A run that went on from before them must not remove what it writes now."""
     writer = writer_of(tmp_path)

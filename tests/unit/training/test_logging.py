@@ -14,6 +14,8 @@ from unittest.mock import Mock, call
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from protoclip.data.pairs import BadSample
+from protoclip.data.skipped import SkipLog
 from protoclip.training import logging
 from protoclip.training.loggers import kept_id
 from protoclip.training.logging import JsonLines, MetricsLog
@@ -42,6 +44,22 @@ def room(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_link_in_a_run_folder_is_not_followed(tmp_path, capsys):
+    """What it leads to may be anything of the user's."""
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine.txt")
+    log = MetricsLog(tmp_path / "run", names=[])
+    log.write(1, 0, {"loss": 1.0})
+    log.close()
+    SkipLog(tmp_path / "run" / "skipped.jsonl", max_share=1.0, at_least=1).add(
+        1, [BadSample("a", "there", "is damaged")]
+    )
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert capsys.readouterr().err.count("is a link; put the file itself in its place") == 2
 
 
 def test_each_call_is_a_line_and_a_point(tmp_path):
@@ -136,12 +154,17 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
     return fake
 
 
-def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys):
-    """With the run's settings, in the run folder. A run that goes on keeps its id."""
+def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys, monkeypatch):
+    """With the run's settings, in the run folder, and a command line without secrets, which it
+    keeps. A run that goes on keeps its id."""
+    monkeypatch.setattr(
+        sys, "argv", ["protoclip", "--data.train", "https://me:word@host/a?token=b"]
+    )
     for _ in range(2):
         log_twice(tmp_path, names=["wandb"], config={"run": {"seed": 0, "wandb": "offline"}})
     first, second = wandb.init.call_args_list
     assert first == second
+    assert sys.argv == ["protoclip", "--data.train", "https://***@host/a?***"]
     assert first.kwargs.pop("id")
     assert first.kwargs == {
         "project": "protoclip",

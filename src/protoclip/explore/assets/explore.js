@@ -6,6 +6,7 @@
 const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
 const kept = () => JSON.parse(sessionStorage.getItem(KEY) || "[]");
 const selection = new Set(kept());
+const byMap = new Set(); // the ids in it that the map selected; others were ticked, here or on other pages
 let onMap = () => {};
 const LOOK = 1000; // milliseconds between two looks at how far a better map is
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
@@ -212,11 +213,21 @@ async function drawMap(place) {
     return way.colours[way.kind === "range" ? step >> 5 : step];
   }
 
+  // A new selection on the map takes the place of the last one made there; what was ticked stays.
   function selected() {
     const ids = new Set(source.selected.indices.map((index) => found.ids[index]));
-    for (const id of found.ids) pick(id, ids.has(id));
+    for (const id of byMap) {
+      if (ids.has(id)) continue;
+      pick(id, false);
+      byMap.delete(id);
+    }
+    for (const id of ids) {
+      if (!selection.has(id)) byMap.add(id);
+      pick(id, true);
+    }
     store();
-    showPicked();
+    if (chosenOnMap().length > ids.size) onMap(); // puts what was ticked back, and comes here again
+    else showPicked();
   }
   // The first of the selected pairs, beside the map.
   function showPicked() {
@@ -244,8 +255,9 @@ async function drawMap(place) {
   }
 
   const place_of = new Map(found.ids.map((id, index) => [id, index]));
+  const chosenOnMap = () => [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
   onMap = () => {
-    source.selected.indices = [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
+    source.selected.indices = chosenOnMap();
   };
   onMap();
   showPicked();
