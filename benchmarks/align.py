@@ -31,7 +31,8 @@ from torch import Tensor
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import store
-from protoclip.features.halves import HalfEncoder, HalfRows, ImagesOnce, completed
+from protoclip.features.half_rows import HalfRows
+from protoclip.features.halves import HalfEncoder, ImagesOnce, completed
 from protoclip.features.store import hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading

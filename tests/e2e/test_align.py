@@ -22,7 +22,7 @@ from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
-from protoclip.features.halves import half_teachers
+from protoclip.features.half_rows import half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.store import hash_ids
 from protoclip.models import loading

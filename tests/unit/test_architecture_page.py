@@ -28,6 +28,14 @@ def test_files_and_names_are_there():
         assert set(filter(None, name.split("."))) <= defined, (file, name)
 
 
+def test_no_file_is_longer_than_600_lines():
+    lengths = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCE.rglob("*.py")
+    }
+    assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
 def test_no_two_files_import_each_other():
     """Nor inside of functions; the package itself gathers names from all of them."""
     paths = {

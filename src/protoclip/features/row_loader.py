@@ -21,7 +21,7 @@ from protoclip.data.packed import Packed
 from protoclip.data.pairs import Pairs
 from protoclip.data.sampler import caption_draws, transform_draws
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.features.halves import HalfRows
+from protoclip.features.half_rows import HalfRows
 
 
 @dataclass(frozen=True, kw_only=True)

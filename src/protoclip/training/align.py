@@ -25,8 +25,8 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks
 from protoclip.evaluation.validation import Judged
 from protoclip.features.canonical import canonical_projections, second_moments
+from protoclip.features.half_rows import HalfRows
 from protoclip.features.halves import (
-    HalfRows,
     encode_halves,
     features_folder,
     hashes_of_images,

@@ -33,7 +33,7 @@ from protoclip.distributed.collectives import (
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
-from protoclip.features.halves import HalfRows
+from protoclip.features.half_rows import HalfRows
 from protoclip.features.store import StoredFeatures
 from protoclip.features.whiten import Whitens
 from protoclip.files import checksum, to_json

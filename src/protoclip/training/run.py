@@ -32,7 +32,7 @@ from protoclip.data.skipped import SkipLog
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.features import teachers as external
-from protoclip.features.halves import HalfRows, half_teachers
+from protoclip.features.half_rows import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.start import embed_start
 from protoclip.files import sealed, to_json, write_atomically
