@@ -23,6 +23,7 @@ from interrupting import (
     quick_config,
     relative_difference,
     with_changes,
+    with_out,
 )
 from protoclip.config import Config
 from protoclip.distributed import collectives, parallel
@@ -46,7 +47,8 @@ from protoclip.training.trainer import Trainer
 
 CHANGES: dict[str, dict[str, Any]] = {
     "parallel": {"strategy": "fsdp"},
-    "run": {"save_steps": 2, "keep_checkpoints": 9, "evaluate": False},
+    # The first is amid an episode that has prototypes.
+    "run": {"save_steps": 3, "keep_checkpoints": 9, "evaluate": False},
     # Rounding may move a value across a ReLU; so the steps stay small.
     "optim": {"eps": 1e-2, "warm_up_steps": 0},
     # Its heads, which are no part of the model that a checkpoint holds.
@@ -118,7 +120,7 @@ def probed(config: Config) -> tuple[list[str], float, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """The folder of a run of two ranks, with three checkpoints, and what each rank saw."""
+    """The folder of a run of two ranks, with two checkpoints, and what each rank saw."""
     folder = tmp_path_factory.mktemp("sharded") / "run"
     return folder, run_distributed(probed, 2, config_in(folder))
 
@@ -133,7 +135,7 @@ def test_no_rank_gathers_or_writes_the_whole(ended):
         first, second = shards.files(last / part)
         assert first.stat().st_size == pytest.approx(second.stat().st_size, rel=0.2)
         assert not (last / f"{part}.safetensors").exists()
-    assert [path.name for path in checkpoints(folder)] == [f"step-00000000{n}" for n in (2, 4, 6)]
+    assert [path.name for path in checkpoints(folder)] == [f"step-00000000{n}" for n in (3, 6)]
 
 
 def test_its_model_is_the_whole_one(ended, tmp_path):
@@ -160,7 +162,7 @@ def gone_on(config: Config) -> dict[str, Tensor]:
     return all_of(find_checkpoint(str(config.run.out)))
 
 
-def stopped(folder: Path, out: Path, step: int = 2) -> Path:
+def stopped(folder: Path, out: Path, step: int = 3) -> Path:
     """A copy of a run as it was after a step."""
     shutil.copytree(folder, out)
     for path in checkpoints(out):
@@ -196,7 +198,7 @@ def test_a_damaged_shard_is_named_and_passed_over(ended, tmp_path):
     name = f"model/{shard.name}"
     assert damage(last) == f"{name} is not what was written: its checksum differs"
     notes: list[str] = []
-    assert newest_intact(folder, notes) == checkpoints(folder)[1]
+    assert newest_intact(folder, notes) == checkpoints(folder)[0]
     assert [name in note and "passed over" in note for note in notes] == [True]
     with pytest.raises(ValueError, match=re.escape(name)):
         protoclip.load(last)
@@ -205,7 +207,7 @@ def test_a_damaged_shard_is_named_and_passed_over(ended, tmp_path):
     with pytest.raises(ValueError, match="not all of"):
         read_tensors(last / WEIGHTS)
     # Of a checkpoint by more ranks that had the same name.
-    before = checkpoints(folder)[1]
+    before = checkpoints(folder)[0]
     shutil.copy(shards.files(before / "model")[0], before / "model" / "shard-00003.safetensors")
     assert str(damage(before)).startswith("model/shard-00003.safetensors is not what was written")
 
@@ -238,8 +240,8 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint(tmp_path):
     assert error == ""
     assert second == []
     assert len(first) == 1
-    assert "step-000000002: not saved ([Errno 28] No space left" in first[0]
-    assert [path.name[-1] for path in checkpoints(tmp_path / "a")] == ["4", "6"]
+    assert "step-000000003: not saved ([Errno 28] No space left" in first[0]
+    assert [path.name[-1] for path in checkpoints(tmp_path / "a")] == ["6"]
     assert not [*(tmp_path / "a" / "checkpoints").glob(".*")]
     config = with_changes(config_in(tmp_path / "b"), {"run": {"save_steps": 0}})
     (first, error), (second, same) = run_distributed(failing, 2, config, 2)
@@ -251,11 +253,11 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint(tmp_path):
 
 def killed(config: Config) -> None:
     """A run whose ranks are all killed when they have written some of the second checkpoint."""
-    write_data, marker = shards.Writer.write_data, "checkpoints/step-000000002/checksums.json"
+    write_data, marker = shards.Writer.write_data, "checkpoints/step-000000003/checksums.json"
 
     def and_die(writer: Any, *given: Any) -> Any:
         written = write_data(writer, *given)
-        if "000000004" in str(writer.folder):
+        if "000000006" in str(writer.folder):
             while not Path(str(config.run.sync).removeprefix("s3://"), marker).exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -268,20 +270,26 @@ def killed(config: Config) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_goes_on(ended, tmp_path):
-    """From the checkpoint before, bit for bit; also from a copy in a bucket alone."""
-    config = config_in(tmp_path / "run")
-    config = with_changes(config, {"run": {"sync": f"s3://{tmp_path}/bucket"}})
+    """From the checkpoint before, bit for bit; also elsewhere, from a copy in a bucket alone."""
+    bucket, kept = tmp_path / "bucket", tmp_path / "kept"
+    config = with_changes(config_in(tmp_path / "run"), {"run": {"sync": f"s3://{bucket}"}})
     with pytest.raises((AssertionError, EOFError, ConnectionError)):
         run_distributed(killed, 2, config)
     (left,) = (tmp_path / "run" / "checkpoints").glob(".*")
     assert shards.files(left / "model")
+    assert [path.name for path in checkpoints(bucket)] == ["step-000000003"]
     expected = all_of(find_checkpoint(ended[0]))
-    shutil.copytree(tmp_path / "bucket", tmp_path / "kept")
-    for copy in (None, tmp_path / "kept"):
-        if copy is not None:
-            shutil.rmtree(tmp_path / "run")
-            shutil.rmtree(tmp_path / "bucket")
-            shutil.copytree(copy, tmp_path / "bucket")
-        for end in run_distributed(gone_on, 2, config):
+    shutil.copytree(bucket, kept)
+    for out in ("run", "elsewhere"):
+        shutil.rmtree(bucket)
+        shutil.copytree(kept, bucket)
+        for end in run_distributed(gone_on, 2, with_out(config, str(tmp_path / out))):
             assert [name for name in end if not torch.equal(end[name], expected[name])] == []
-        assert not left.exists()
+        # Until the checkpoint, with the seconds that steps took.
+        lines = [
+            (of / "metrics.jsonl").read_text().split("\n")[:3] for of in (kept, tmp_path / out)
+        ]
+        assert lines[0] == lines[1]
+        assert all(lines[0])
+        assert (bucket / "results.json").is_file()
+    assert not left.exists()

@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def ended(config: Config, left_out: bool) -> tuple[dict[str, Tensor], dict[str, Any], list[Any]]:
-    """The last checkpoint and the shares of dead prototypes of a run in which five steps were not
+    """The last checkpoint and the shares of dead prototypes of a run in which ten steps were not
     finite, or were left out.
 
     On the last rank alone, every other one of them has a loss that is not finite, and the others a
