@@ -145,11 +145,12 @@ def few_emoji() -> datasets.EvaluationData:
 
 
 def quick_config(train: str, out: Path, **changes: Any) -> Config:
-    """A run of three episodes of two steps with a model of 0.1 million weights."""
+    """A run of three episodes of two steps with a model of half a million weights."""
     config = config_for(train, out, run={"evaluate": False})
     image = replace(config.model.image, name="test_efficientnet")
+    text = replace(config.model.text, width=8)  # of 49,408 tokens
     small = {
-        "model": {"image": image},
+        "model": {"image": image, "text": text},
         "data": {"validation": 0.0},
         "episodes": {"size": 16, "count": 3, "batch_size": 8},
         "prototypes": {"number": 4, "iterations": 2},

@@ -35,7 +35,10 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
     if isinstance(share, float) and config.data.is_emoji:
         raise ValueError("data.validation: the emoji have held-out splits; leave it out")
     if run.evaluate_every and share == 0 and not run.guard:
-        raise ValueError("run.evaluate_every: data.validation is 0, so no pairs are held out")
+        raise ValueError(
+            "run.evaluate_every: data.validation is 0, so no pairs are held out; leave it out, or "
+            "name a guard (run.guard)"
+        )
     if run.keep_best is not None and not run.evaluate_every:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
     if run.stop_by is not None and not run.evaluate_every:

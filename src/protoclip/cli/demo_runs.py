@@ -3,6 +3,7 @@
 Neither trains here: `training/run.py` does.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def is_finished(config: Config) -> bool:
         outlined = outline(pooled_as_begun(config, folder_of(config)))
         return look(outlined, resume=True).results is not None
     except ValueError as error:
-        raise ValueError(str(error).replace("--run.out", "--out")) from error
+        way_out = "remove it, or choose another folder with --out"
+        told = re.sub(
+            "(restore them, or )?choose another( folder)? with --run.out", way_out, str(error)
+        )
+        raise ValueError(told) from error
 
 
 def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:

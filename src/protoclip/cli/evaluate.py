@@ -184,9 +184,10 @@ def trained_on(reference: str, data: str, split: str) -> bool:
 
 def one_spelling(data: str, split: str) -> str:
     """Data as a whole path; of the hub with its split, and with options in one order."""
+    from protoclip.data.access import is_url
     from protoclip.evaluation.datasets import with_split
 
-    if data.startswith("hf:"):
+    if data.startswith("hf:") and not is_url(data):
         name, *options = with_split(data, split).split(",")
         return ",".join([name, *sorted(options)])
     return os.path.realpath(without_secrets(data))

@@ -179,7 +179,9 @@ class Explore:
         from protoclip.cli.data import open_source, print_notes
         from protoclip.explore.pairs import explored
 
-        samples, notes = open_source(self.settings())
+        data = self.settings()
+        require_here(data)
+        samples, notes = open_source(data)
         print_notes(notes)
         return explored(samples, class_column=self.class_column)
 
@@ -203,6 +205,16 @@ class Explore:
         column = self.class_column or config.data.class_column
         # A run may have streamed shards that lie here, where they can be read in any order too.
         return replace(config.data, read="auto", class_column=column, **given)
+
+
+def require_here(data: DataConfig) -> None:
+    """Refuse the output of commands, which cannot be read in any order."""
+    for path in [data.train] if not data.sources else [source.path for source in data.sources]:
+        if path.startswith("pipe:"):
+            raise ValueError(
+                f"{path}: a stream cannot be explored; copy the shards here, and name them with "
+                "--data"
+            )
 
 
 def require_replaceable(setting: str, folder: Path) -> None:

@@ -244,6 +244,8 @@ def located(value: Any, folder: Path, name: str = "") -> Any:
         return {key: located(inner, folder, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
+    if isinstance(value, str) and value.startswith("~/"):
+        value = os.path.expanduser(value)  # noqa: PTH111
     if name not in PATH_SETTINGS or not isinstance(value, str) or value == "emoji":
         return value
     if name == "features" and value in TEACHERS_OF_A_RUN:
@@ -259,8 +261,6 @@ def located_part(part: str, folder: Path) -> str:
 
 
 def located_path(path: str, folder: Path) -> str:
-    if path.startswith("~/"):
-        path = os.path.expanduser(path)  # noqa: PTH111
     pattern = re.sub(r"\{.*\}", "*", path)
     # Path.glob refuses absolute patterns.
     here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207

@@ -124,9 +124,7 @@ def in_table(root: str, name: str, access: Access) -> str:
             "that holds the images (--data.root /)"
         )
     if not access.links:
-        raise ValueError(
-            f"is a link to {real}, outside of {here}; --data.allow_links true follows it"
-        )
+        raise ValueError(f"is a link that leads out; --data.allow_links true follows it, to {real}")
     return path
 
 

@@ -16,12 +16,12 @@ from protoclip.config import Config
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 # Beyond what any tower reads. CLIP's tokenizer takes hours for a word of some megabytes.
 LONGEST_TEXT = 20_000
-LONG_WORD = re.compile(r"(\w{500})\w+")
+LONG_WORD = re.compile(r"(\w{500})\w+|([^\w\s]{500})[^\w\s]+")
 
 
 def legible(text: str) -> str:
-    """A caption as tokenizers get it: 20,000 characters at most, and 500 of a word."""
-    return LONG_WORD.sub(r"\1", text[:LONGEST_TEXT])
+    """A caption as tokenizers get it: 20,000 characters at most, and 500 of a word or of signs."""
+    return LONG_WORD.sub(r"\1\2", text[:LONGEST_TEXT])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The log of the samples that a run could not use."""
 
 import contextlib
+import errno
 import json
 from pathlib import Path
 
@@ -91,7 +92,9 @@ class SkipLog:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with naming(self.path), open_to_append(self.path) as file:
-                file.write(("\n" * self._torn + to_json(vars(sample)) + "\n").encode())
+                line = ("\n" * self._torn + to_json(vars(sample)) + "\n").encode()
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, "only a part was written; the disk may be full")
         except OSError as error:
             if not self._warned:
                 say(f"warning: {error}; samples that are skipped are counted, and not listed there")

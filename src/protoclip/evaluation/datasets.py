@@ -249,7 +249,8 @@ def _names(text: str) -> list[str]:
 
 def with_split(reference: str, split: str) -> str:
     """A reference with the split that is read of it, if it is of the hub and names none."""
-    is_open = reference.startswith("hf:") and ",split=" not in reference
+    of_hub = reference.startswith("hf:") and not is_url(reference)
+    is_open = of_hub and ",split=" not in reference
     return f"{reference},split={split}" if is_open else reference
 
 

@@ -291,7 +291,7 @@ def _has_classes(folder: Path) -> bool:
     if not folder.is_dir() or _holds_table(folder):
         return False
     classes = classes_in(folder)
-    return bool(classes) and not (_holds_captions(folder) or _holds_captions(folder / classes[0]))
+    return bool(classes) and not any(_holds_captions(folder / name) for name in ("", *classes))
 
 
 def _holds_captions(folder: Path) -> bool:

@@ -330,7 +330,8 @@ def metrics_of(
 def judged_on(settings: Mapping[str, Any]) -> str:
     """What the metrics of a run are of. Data that a setting names may be trained on too."""
     known = flat(settings)
-    named = [known.get("data.validation"), *(known.get("run.guard") or [])]
+    guards = known.get("run.guard")
+    named = [known.get("data.validation"), *(guards if isinstance(guards, list) else [])]
     # A share is held out, and the emoji have splits of their own.
     named = [each for each in named if isinstance(each, str) and each != "emoji"]
     if not named:

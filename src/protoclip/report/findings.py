@@ -144,8 +144,10 @@ def table(
         data, metric = parts(key)
         given = [entry["metrics"].get(key) for entry in entries]
         percent = is_share(metric)
+        # Where the first model has no value, nothing says whether the same samples judged the rest.
+        known = given[0] is not None or sum(value is not None for value in given) < 2
         means = [value["mean"] for value in given if value is not None]
-        ranked = percent and not any(map(judged_by_others, given))
+        ranked = percent and known and not any(map(judged_by_others, given))
         cells = []
         for entry, value in zip(entries, given, strict=True):
             ends = of_samples[entry["name"]].get(key)

@@ -22,7 +22,7 @@ from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
-from protoclip.distributed.collectives import raise_on_all_ranks
+from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation.validation import Judged
 from protoclip.features.canonical import canonical_projections, second_moments
 from protoclip.features.half_rows import HalfRows
@@ -43,6 +43,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
 from protoclip.models.two_halves import TwoHalves, names_model
 from protoclip.paths import require_store
+from protoclip.terminal import say
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.overfit import given_for_few
 from protoclip.training.plan import Plan
@@ -350,7 +351,11 @@ def pass_stream(device: torch.device, config: Config, start: Start, stream: Samp
 def require_teachers(config: Config, samples: Pairs | SampleStream) -> None:
     """Refuse external teachers that cannot be used, before anything is encoded. Collective."""
     if config.external_teachers:
-        raise_on_all_ranks(lambda: teachers(config, samples, note=lambda said: None))
+        told: list[str] = []
+        raise_on_all_ranks(lambda: teachers(config, samples, told.append))
+        if isinstance(samples, SampleStream) and rank() == 0:  # pairs are looked up, and told later
+            for note in told:
+                say(f"note: {note}")
 
 
 def frozen(model: ProtoCLIP) -> FrozenHalves:

@@ -73,7 +73,8 @@ class CheckpointWriter:
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
         self.best: tuple[int, float] | None = None  # step and value of an evaluation
-        self._best_before: tuple[int, float] | None = None  # which counts if that is not written
+        self._rated: tuple[int, float] | None = None  # the same, when the last save began
+        self.best_written: tuple[int, float] | None = None  # which counts if that one is not
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
         self._problem = ""
@@ -86,12 +87,12 @@ class CheckpointWriter:
     def rate(self, step: int, value: float) -> None:
         """Note the result of an evaluation; higher is better. NaN and infinity do not count."""
         if math.isfinite(value) and (self.best is None or value > self.best[1]):
-            self._best_before, self.best = self.best, (step, value)
+            self.best = (step, value)
 
     def due(self, step: int, *, episode_end: bool) -> bool:
         """Whether it is time to save after this step."""
         if self.best is not None and self.best[0] == self.failed_step:
-            self.best, self._best_before = self._best_before, None
+            self.best = self.best_written
         age = time.monotonic() - self._saved_at
         return step != self.saved_step and (
             (self.every_steps > 0 and step % self.every_steps == 0)
@@ -109,7 +110,7 @@ class CheckpointWriter:
         if rank() != 0:
             state = {key: state[key] for key in ("model", "optimizer", "adapters")}
         tensors, facts = saved.checkpoint_files(self.description, state)
-        best = self.best and self.folder(self.best[0])
+        best, self._rated = self.best and self.folder(self.best[0]), self.best
         self._needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
         given: tuple[Any, ...] = (tensors, facts, self.text_files)
         if self._in_parts:
@@ -184,6 +185,8 @@ class CheckpointWriter:
             warn(f"{self._problem}; earlier checkpoints are whole")
             return
         self.failed_step = self._pending = None
+        if self._rated is not None and self._rated[0] == step:
+            self.best_written = self._rated
         self._written_in = time.monotonic() - began
         if rank() != 0:
             return

@@ -555,7 +555,7 @@ class Run:
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
         if state["best"] and state.get("best_by", config.run.keep_best) == config.run.keep_best:
             step, value = state["best"]
-            self.writer.best = int(step), float(value)
+            self.writer.best = self.writer.best_written = int(step), float(value)
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         self.recall = state.get("recall", 0.0)

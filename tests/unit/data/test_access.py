@@ -46,7 +46,7 @@ CELLS = {
     "pipe:touch ran.tar": "a table runs no command",
     "../secret.jpg": r"set data.root to the folder that holds the images \(--data.root /\)",
     "/etc/passwd": "lies outside of",
-    "link.jpg": "secret.jpg, outside of .*--data.allow_links true",
+    "link.jpg": "leads out; --data.allow_links true follows it, to .*secret.jpg",
     "fifo.jpg": "is a pipe, not a file",
     "socket.jpg": "is a socket, not a file",
     "zero.jpg": "is a device, not a file",

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -482,7 +481,7 @@ def test_a_full_disk_costs_the_list_of_skips_and_not_the_run(tmp_path, monkeypat
     log = SkipLog(tmp_path / "skipped.jsonl", max_share=1.0, at_least=1)
     with monkeypatch.context() as patch:
         full = OSError(errno.ENOSPC, "No space left on device")
-        patch.setattr(Path, "open", Mock(side_effect=full))
+        patch.setattr("protoclip.data.skipped.open_to_append", Mock(side_effect=full))
         log.add(10, [bad("a"), bad("b")])
     (warning,) = capsys.readouterr().err.splitlines()
     assert "skipped.jsonl" in warning

@@ -4,9 +4,10 @@
 
 // The selection is a list of sample ids, kept for this tab and these pairs.
 const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
-const kept = () => JSON.parse(sessionStorage.getItem(KEY) || "[]");
-const selection = new Set(kept());
-const byMap = new Set(); // the ids in it that the map selected; others were ticked, here or on other pages
+const BY_MAP = `${KEY}, by the map`;
+const kept = (key) => JSON.parse(sessionStorage.getItem(key) || "[]");
+const selection = new Set(kept(KEY));
+const byMap = new Set(kept(BY_MAP)); // the ids in it that the map selected; others were ticked
 let onMap = () => {};
 const LOOK = 1000; // milliseconds between two looks at how far a better map is
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
@@ -18,6 +19,7 @@ const SHOWN = 48; // selected pairs beside the map
 function store() {
   try {
     sessionStorage.setItem(KEY, JSON.stringify([...selection]));
+    sessionStorage.setItem(BY_MAP, JSON.stringify([...byMap]));
   } catch {
     // Too large to be kept for other pages; it can still be exported from this one.
   }
@@ -30,6 +32,12 @@ function store() {
 function pick(id, chosen) {
   if (chosen) selection.add(id);
   else selection.delete(id);
+  byMap.delete(id);
+}
+
+function pickNone() {
+  selection.clear();
+  byMap.clear();
 }
 
 function quoted(id) {
@@ -49,8 +57,9 @@ function download(kind) {
 // The browser may show a page again as it was left; other pages have changed the selection since.
 addEventListener("pageshow", (event) => {
   if (!event.persisted) return;
-  selection.clear();
-  for (const id of kept()) pick(id, true);
+  pickNone();
+  for (const id of kept(KEY)) selection.add(id);
+  for (const id of kept(BY_MAP)) byMap.add(id);
   onMap();
   store();
 });
@@ -68,7 +77,7 @@ document.addEventListener("click", (event) => {
   if (!button) return;
   if (button.dataset.export) download(button.dataset.export);
   if (button.id === "clear") {
-    selection.clear();
+    pickNone();
     onMap();
     store();
   }
@@ -217,13 +226,11 @@ async function drawMap(place) {
   function selected() {
     const ids = new Set(source.selected.indices.map((index) => found.ids[index]));
     for (const id of byMap) {
-      if (ids.has(id)) continue;
-      pick(id, false);
-      byMap.delete(id);
+      if (!ids.has(id)) pick(id, false);
     }
     for (const id of ids) {
       if (!selection.has(id)) byMap.add(id);
-      pick(id, true);
+      selection.add(id);
     }
     store();
     if (chosenOnMap().length > ids.size) onMap(); // puts what was ticked back, and comes here again
