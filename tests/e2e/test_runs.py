@@ -92,6 +92,7 @@ def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys)
     assert np.mean(losses[-2:]) < losses[0] - 0.3
     assert metrics_of(tmp_path / "clip", "train/seconds/extract") == []
     shown = capsys.readouterr().err
+    assert shown.startswith("note: trains test_resnet")
     assert "training on 96 pairs: 12 episodes of 64 pairs in batches of 16, 8 passes" in shown
     assert f"loss {losses[-1]:.4g})" in shown.splitlines()[-1]
 

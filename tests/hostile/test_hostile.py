@@ -289,7 +289,13 @@ data index gone.tsv
 """
 
 
-def test_typos_in_paths_are_found_before_anything_slow_is_imported():
+@pytest.mark.parametrize("kind", ["missing", "pipes"])
+def test_typos_in_paths_are_found_before_anything_slow_is_imported(kind, tmp_path):
+    """Pipes are refused as early; whoever opens one waits for somebody to write into it."""
+    if kind == "pipes":
+        for name in {*re.findall(r"gone[.a-z]*", TYPOS)}:
+            os.mkfifo(tmp_path / name)
+    shutil.copy(__file__, tmp_path)
     program = f"""
 import sys
 from protoclip.cli import main
@@ -303,9 +309,8 @@ for line in {TYPOS.splitlines()}:
     slow = sys.modules.keys() & {{"torch", "torchvision", "open_clip", "datasets", "pyarrow"}}
     assert not slow, (line, slow)
 """
-    here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=here, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(TYPOS.splitlines())

@@ -2,7 +2,7 @@
 
 import runpy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Settings of `data` that training alone has a use for.
-OF_TRAINING = ("validation", "augmentation", "cache", "cache_gb", "max_bad_share")
+OF_TRAINING = ("validation", "augmentation", "cache", "cache_gb", "max_bad_share", "captions")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Index(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         started = time.monotonic()
-        pairs = open_indexed(replace(self.data, train=self.source), "index")
+        given, also = replace(self.data, train=self.source), ("workers", "max_image_pixels")
+        pairs = open_indexed(given, "index", also=also)
         print(f"{len(pairs):,} pairs indexed, in {duration(time.monotonic() - started)}")
 
 
@@ -158,7 +159,7 @@ def open_source(data: DataConfig, *, seed: int = 0) -> "tuple[Pairs | SampleStre
     return samples, sources.notes(samples)
 
 
-def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
+def open_indexed(data: DataConfig, purpose: str, *, also: Sequence[str] = ("workers",)) -> "Pairs":
     """The samples of a source that is no stream. Prints what was noticed about them."""
     from protoclip.data.pairs import SampleStream
 
@@ -166,15 +167,17 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
     if isinstance(samples, SampleStream):
         way_out = "copy the shards here" if data.read == "auto" else "leave data.read at auto"
         raise ValueError(f"{data.train}: a stream has no {purpose}; {way_out}")
-    print_notes([*idle(data), *notes])
+    print_notes([*idle(data, also=also), *notes])
     return samples
 
 
-def idle(data: DataConfig) -> list[str]:
-    """A note on settings that a command of data has no use for."""
-    known = DataConfig()
-    named = [f"data.{name}" for name in OF_TRAINING if getattr(data, name) != getattr(known, name)]
-    return [f"{', '.join(named)}: used by training alone, so no effect here"] if named else []
+def idle(data: DataConfig, *, also: Sequence[str] = ()) -> list[str]:
+    """Notes on settings that a command of data has no use for; `also` those that others have."""
+    notes, known = [], DataConfig()
+    for names, why in ((OF_TRAINING, "used by training alone, so "), (also, "")):
+        named = [f"data.{name}" for name in names if getattr(data, name) != getattr(known, name)]
+        notes += [f"{', '.join(named)}: {why}no effect here"] if named else []
+    return notes
 
 
 def print_notes(notes: list[str]) -> None:

@@ -45,7 +45,8 @@ class EmbedTeacher(Recipes):
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:
-                print_notes([*idle(self.data), *notes])
+                also = ["max_image_pixels"] + ["workers"] * (self.modality == "text")
+                print_notes([*idle(self.data, also=also), *notes])
             facts = embed_teacher(
                 self.teacher,
                 samples,

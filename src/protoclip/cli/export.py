@@ -24,6 +24,7 @@ class Export:
     opset: int = 18  # Of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
+    allow_links: bool = False  # As data.allow_links, for captions.
     yes: bool = False  # Upload without showing the model card and asking.
     json: bool = False  # Print what was written as JSON.
 
@@ -47,6 +48,7 @@ class Export:
             opset=self.opset,
             license=self.license,
             push_to_hub=self.push_to_hub,
+            allow_links=self.allow_links,
             agrees=self.agrees,
         )
         if self.json:

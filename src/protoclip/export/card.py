@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
     return None
 
 
-def add_captions(source: Source, folder: Path) -> str | None:
+def add_captions(source: Source, folder: Path, *, allow_links: bool = False) -> str | None:
     """Add the captions nearest to each prototype to `prototypes.json`, by the model itself.
 
     Nothing brings images and captions close by their projections, so those of an image prototype
@@ -196,7 +197,7 @@ def add_captions(source: Source, folder: Path) -> str | None:
     if run is None:
         return "the checkpoint is not in the folder of its run"
     try:
-        captions = captions_of(run)
+        captions = captions_of(run, allow_links=allow_links)
     except (ValueError, OSError) as error:
         return f"the run's data cannot be opened ({line(str(error))})"
     if not captions:
@@ -215,9 +216,10 @@ def add_captions(source: Source, folder: Path) -> str | None:
     return None
 
 
-def captions_of(run: Path) -> list[str]:
+def captions_of(run: Path, *, allow_links: bool) -> list[str]:
     """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
     config = read_config(run)
+    config = replace(config, data=replace(config.data, allow_links=allow_links))
     for entry in sources.entries(config.data):
         if is_url(entry.path) or entry.path.startswith(("hf:", "pipe:")):
             raise ValueError(f"{without_secrets(entry.path)} is not on this machine")

@@ -51,6 +51,7 @@ def export(
     opset: int = onnx.LEAST_OPSET,
     license: str = "unknown",
     push_to_hub: str | None = None,
+    allow_links: bool = False,
     agrees: Callable[[str], bool] = lambda card: True,
 ) -> dict[str, Any]:
     """Write a model as a folder that other libraries load.
@@ -67,6 +68,7 @@ def export(
         opset: Of the ONNX graphs, 18 or later.
         license: For the model card, as the hub writes it, such as "mit".
         push_to_hub: Name on the Hugging Face hub to upload the folder to, such as "me/model".
+        allow_links: As in `data`, for the captions nearest to prototypes.
         agrees: Is given the text of the model card before the upload, which it may refuse.
 
     Returns:
@@ -90,7 +92,7 @@ def export(
         # The name that the folder will have, once every library has read it.
         open_clip.point_to(temporary, str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
-        facts["captions"] = card.add_captions(source, temporary)
+        facts["captions"] = card.add_captions(source, temporary, allow_links=allow_links)
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
             share_alike(temporary)

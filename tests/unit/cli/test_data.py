@@ -35,6 +35,10 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
         "data.augmentation, data.cache: used by training alone, so no effect here"
     ]
     assert idle(DataConfig(class_column="kind")) == []
+    assert idle(DataConfig(workers=2, captions=2), also=["workers"]) == [
+        "data.captions: used by training alone, so no effect here",
+        "data.workers: no effect here",
+    ]
 
 
 def test_inspect_loads_no_model() -> None:

@@ -44,6 +44,8 @@ def test_images_that_fit_in_memory_are_decoded_in_this_process(
     assert found == number
     assert (note is None) == ("workers" in settings)
     assert note is None or note.startswith(f"data.workers = {number}, ")
+    idle = number > 0 and "cache_gb" in settings and "workers" not in settings
+    assert idle == (note is not None and note.endswith("so data.cache_gb has no effect"))
 
 
 def test_a_stream_is_decoded_by_all_cores(pairs, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from protoclip.evaluation.metrics import columns_of
 from protoclip.evaluation.samples import SampleResults
 from protoclip.export import card as cards
 from protoclip.export import huggingface, onnx, run
-from protoclip.export.card import write_prototypes
+from protoclip.export.card import captions_of, write_prototypes
 from protoclip.export.source import open_source
 from protoclip.files import to_json
 from protoclip.models import loading
@@ -655,3 +655,15 @@ def test_prototypes_go_along(tmp_path):
     (tmp_path / "empty").mkdir()
     assert write_prototypes(finished, tmp_path / "empty") == "the checkpoint holds none"
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_captions_behind_links_need_a_permission(tmp_path):
+    """As in training, since a run folder may be somebody else's."""
+    (tmp_path / "linked").mkdir()
+    for name in ("a.jpg", "a.txt"):
+        (tmp_path / name).write_text("a caption")
+        (tmp_path / "linked" / name).symlink_to(tmp_path / name)
+    (tmp_path / "config.toml").write_text(f'data.train = "{tmp_path}/linked"\n')
+    with pytest.raises(ValueError, match=r"--data.allow_links"):
+        captions_of(tmp_path, allow_links=False)
+    assert captions_of(tmp_path, allow_links=True) == ["a caption"]
