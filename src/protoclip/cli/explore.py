@@ -209,11 +209,13 @@ class Explore:
 
 def require_here(data: DataConfig) -> None:
     """Refuse the output of commands, which cannot be read in any order."""
-    for path in [data.train] if not data.sources else [source.path for source in data.sources]:
-        if path.startswith("pipe:"):
+    from protoclip.data.sources import entries
+
+    for entry in entries(data):
+        if entry.path.startswith("pipe:"):
             raise ValueError(
-                f"{path}: a stream cannot be explored; copy the shards here, and name them with "
-                "--data"
+                f"{entry.path}: a stream cannot be explored; copy the shards here, and name them "
+                "with --data"
             )
 
 

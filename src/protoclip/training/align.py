@@ -24,6 +24,7 @@ from protoclip.data.view import without
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation.validation import Judged
+from protoclip.features import teachers as external
 from protoclip.features.canonical import canonical_projections, second_moments
 from protoclip.features.half_rows import HalfRows
 from protoclip.features.halves import (
@@ -34,7 +35,6 @@ from protoclip.features.halves import (
     images_at_once,
 )
 from protoclip.features.streamed import passed
-from protoclip.features.teachers import teachers
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
@@ -352,7 +352,7 @@ def require_teachers(config: Config, samples: Pairs | SampleStream) -> None:
     """Refuse external teachers that cannot be used, before anything is encoded. Collective."""
     if config.external_teachers:
         told: list[str] = []
-        raise_on_all_ranks(lambda: teachers(config, samples, told.append))
+        raise_on_all_ranks(lambda: external.teachers(config, samples, told.append))
         if isinstance(samples, SampleStream) and rank() == 0:  # pairs are looked up, and told later
             for note in told:
                 say(f"note: {note}")
