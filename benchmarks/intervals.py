@@ -10,13 +10,19 @@ on which the linear probe and kNN are fitted, and the names of classes stay the 
 The column "alone" has the share where each image and each caption counts as a group of its own, as
 up to version 0.2. AMI is measured with the influences that leaving out one group at a time gives.
 
-    python benchmarks/intervals.py [--repeats 1000] [--seed 0] [--ami 0] > FILE
+With --over-seeds, each model is trained with five seeds of many. A seed turns what the towers make
+of everything, and makes them better or worse. The intervals are those of the mean gain over seeds
+and samples together, and the truth is the mean over seeds and test sets. The largest test sets are
+left out.
+
+    python benchmarks/intervals.py [--repeats 1000] [--over-seeds 0] [--seed 0] [--ami 0] > FILE
 """
 
 import argparse
 import datetime
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +43,9 @@ from protoclip.progress import Progress
 from protoclip.training.run_folder import environment
 
 WIDTH, CLASSES, CAPTIONS, TRAIN = 24, 8, 5, 400
+SEEDS, OF_SEEDS = 5, 100  # of a comparison, and of all that there are
+# How far seeds turn features, and how much their errors differ.
+STRENGTHS = {"seeds that differ little": (0.03, 0.02), "seeds that differ much": (0.1, 0.05)}
 ERRORS = (0.9, 1.0)  # of the two models
 Metrics = dict[str, tuple[float, Floats]]
 
@@ -59,35 +68,58 @@ POPULATIONS = {
 }
 
 
+class Towers(NamedTuple):
+    """A model: its error, what it turns images and texts by, and what it was fitted to."""
+
+    error: float
+    of_images: Tensor
+    of_texts: Tensor
+    names: Tensor
+    probe: Any
+    train: tuple[Tensor, Tensor]
+
+
 class World(NamedTuple):
-    """What stays the same in all test sets: classes, and of each model names and a training set."""
+    """What stays the same in all test sets: classes, two models, and pairs of these by seed."""
 
     centres: Tensor
-    names: list[Tensor]
-    probes: list[Any]
-    train: list[tuple[Tensor, Tensor]]
+    models: list[Towers]
+    by_seed: dict[str, list[list[Towers]]]
 
 
 def normal(draw: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(draw.normal(size=shape)).float()
 
 
-def make_world(seed: int) -> World:
+def make_world(seed: int, *, seeds: int = 0) -> World:
     draw = np.random.default_rng(seed)
     centres = normal(draw, CLASSES, WIDTH)
     labels = torch.from_numpy(draw.integers(CLASSES, size=TRAIN))
     images = centres[labels] + 1.3 * normal(draw, TRAIN, WIDTH)
-    names, probes, train = [], [], []
-    for error in ERRORS:
-        names.append(F.normalize(centres + 0.8 * normal(draw, CLASSES, WIDTH), dim=1))
-        seen = F.normalize(images + 1.5 * error * normal(draw, TRAIN, WIDTH), dim=1)
-        train.append((seen, labels))
-        probes.append(best_linear_probe(seen, labels))
-    return World(centres, names, probes, train)
+
+    def fitted(error: float, of_images: Tensor, of_texts: Tensor) -> Towers:
+        names = F.normalize((centres + 0.8 * normal(draw, CLASSES, WIDTH)) @ of_texts, dim=1)
+        seen = images + 1.5 * error * normal(draw, TRAIN, WIDTH)
+        seen = F.normalize(seen @ of_images, dim=1)
+        probe = best_linear_probe(seen, labels)
+        return Towers(error, of_images, of_texts, names, probe, (seen, labels))
+
+    def of_seed(error: float, turn: float, better: float) -> Towers:
+        turns = [torch.eye(WIDTH) + turn * normal(draw, WIDTH, WIDTH) for _ in range(2)]
+        return fitted(error * math.exp(better * draw.normal()), *turns)
+
+    models = [fitted(error, torch.eye(WIDTH), torch.eye(WIDTH)) for error in ERRORS]
+    by_seed = {
+        name: [[of_seed(error, *strength) for error in ERRORS] for _ in range(seeds)]
+        for name, strength in STRENGTHS.items()
+    }
+    return World(centres, models, by_seed)
 
 
-def draw_test_set(world: World, population: Population, *seed: int) -> list[Measured]:
-    """The results of both models."""
+def draw_test_set(
+    world: World, population: Population, models: list[Towers], *seed: int
+) -> list[Measured]:
+    """The results of some models on one test set."""
     draw = np.random.default_rng(seed)
     number = population.concepts
     class_of_concept = torch.from_numpy(draw.integers(CLASSES, size=number))
@@ -104,32 +136,31 @@ def draw_test_set(world: World, population: Population, *seed: int) -> list[Meas
     common = population.common * (0.5 * normal(draw, len(texts), 1)).exp()
     noise = [normal(draw, *of.shape) for of in (images, images, texts, concepts)]
     found = []
-    for model, error in enumerate(ERRORS):
+    for model in models:
 
         def seen(clean: Tensor, noise: Tensor, scale: Tensor | float) -> Tensor:
             own = 0.7 * normal(draw, *clean.shape)
-            return clean + 0.7 * error * scale * (noise + own)  # noqa: B023
+            return clean + 0.7 * model.error * scale * (noise + own)  # noqa: B023
 
-        image = F.normalize(seen(images, noise[0], hard), dim=1)
+        image = F.normalize(seen(images, noise[0], hard) @ model.of_images, dim=1)
         of_image = images + 0.6 * hard * noise[1]  # what all captions of an image get wrong
         text = seen(of_image[image_of], noise[2], hard[image_of])
-        text = F.normalize(text + common, dim=1)
-        names = F.normalize(seen(concepts, noise[3], 1.0), dim=1)
+        text = F.normalize((text + common) @ model.of_texts, dim=1)
+        names = F.normalize(seen(concepts, noise[3], 1.0) @ model.of_texts, dim=1)
         group = torch.arange(len(images))
         to_text = best_relevant_rank(image, text, group, image_of)
         to_image = best_relevant_rank(text, image, image_of, group)
         of_texts = crowding(image, text, to_text, concept, concept[image_of])
         of_images = crowding(text, image, to_image, concept[image_of], concept)
-        probe, (rows, of_rows) = world.probes[model], world.train[model]
         columns = {
             "zero_shot_rank": zero_shot_ranks(image, names, concept),
             "zero_shot_class": concept,
-            "zero_shot_subgroup_rank": zero_shot_ranks(image, world.names[model], labels),
+            "zero_shot_subgroup_rank": zero_shot_ranks(image, model.names, labels),
             "image_to_text_rank": to_text,
             **{f"text_to_image_crowding_{k}": taken for k, taken in of_images.items()},
-            "linear_probe_correct": probe.predict(image) == labels,
-            "linear_probe_rank": probe.ranks(image, labels),
-            "knn_correct": knn_predict(rows, of_rows, image) == labels,
+            "linear_probe_correct": model.probe.predict(image) == labels,
+            "linear_probe_rank": model.probe.ranks(image, labels),
+            "knn_correct": knn_predict(*model.train, image) == labels,
             "class": labels,
             "group": concept,
         }
@@ -143,7 +174,7 @@ def draw_test_set(world: World, population: Population, *seed: int) -> list[Meas
             texts={"sample_id": -1 - np.arange(len(text))}
             | {k: v.numpy() for k, v in text_columns.items()},
         )
-        scores = image @ world.names[model].T
+        scores = image @ model.names.T
         metrics = {name: samples.mean(name) for name in samples.means()}
         metrics[MULTILABEL] = mean_average_precision(scores, present)
         found.append(Measured(metrics=metrics, samples=samples, scores=(scores, present)))
@@ -212,39 +243,105 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
     return lines
 
 
+def known(measured: list[Measured]) -> list[Metrics]:
+    """Of each model its metrics that have influences, with these."""
+    moved = [of.influences() for of in measured]
+    return [
+        {key: (of.metrics[key], by[key]) for key in by}
+        for of, by in zip(measured, moved, strict=True)
+    ]
+
+
+def rows_of_seeds(repeats: list[list[list[Metrics]]]) -> list[str]:
+    """A row a metric: how often the intervals of the mean gain hold the truth, by what they cover.
+
+    A repeat has both models by seed.
+    """
+    lines = []
+    for name in repeats[0][0][0]:
+        pairs = [[(one[name], two[name]) for one, two in of] for of in repeats]
+        gains = np.array([[two[0] - one[0] for one, two in of] for of in pairs])
+        moved = [np.stack([two[1] - one[1] for one, two in of]) for of in pairs]
+        truth, held = float(gains.mean()), dict[str, list[bool]]()
+        for own, influence in zip(gains, moved, strict=True):
+            both = {
+                "five": interval_of_difference(own, influence),
+                "three": interval_of_difference(own[:3], influence[:3]),
+                "seeds": interval_of_difference(own),
+                "samples": interval_of_difference([own.mean()], influence.mean(axis=0)),
+            }
+            for kind, ends in both.items():
+                if ends is not None:
+                    held.setdefault(kind, []).append(ends[0] <= truth <= ends[1])
+        spread = 1.96 * float(gains.mean(axis=1).std(ddof=1))
+        of_seeds = float(np.sqrt(gains.var(axis=1, ddof=1).mean()))
+        cells = [name, f"{100 * truth:.1f}", f"{100 * of_seeds:.1f}", f"{100 * spread:.1f}"]
+        for kind in ("five", "three", "seeds", "samples"):
+            given = held.get(kind, [])
+            enough = len(given) >= len(repeats) / 2
+            share = f"{100 * np.mean(given):.1f}" if enough else "-"
+            cells.append(f"**{share}**" if enough and kind in ("five", "three") else share)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def over_seeds(world: World, repeats: int, seed: int) -> None:
+    """Print a table a population, of models that are trained with several seeds."""
+    print("# Over seeds and samples together\n")
+    print(
+        f"{repeats} test sets, each with {SEEDS} of {OF_SEEDS} seeds. The mean gain, the standard"
+    )
+    print("deviation of gains over seeds, 1.96 standard deviations of the mean over test sets with")
+    print("their seeds, and in how many of 100 the interval holds the truth: over five seeds and")
+    print("samples, over three and samples, over five seeds alone, over samples alone.\n")
+    quick = [name for name, population in POPULATIONS.items() if population.concepts <= 300]
+    for name, strength in product(quick, STRENGTHS):
+        population, by_seed = POPULATIONS[name], world.by_seed[strength]
+        progress = Progress(f"{strength}: {population.concepts} concepts", repeats)
+        found = []
+        for repeat in range(repeats):
+            draw = np.random.default_rng([seed, repeat])
+            chosen = draw.choice(OF_SEEDS, size=SEEDS, replace=False)
+            models = [model for each in chosen for model in by_seed[each]]
+            metrics = known(draw_test_set(world, population, models, seed, repeat))
+            found.append([metrics[first : first + 2] for first in range(0, len(metrics), 2)])
+            progress.update(repeat + 1)
+        print(f"## {name}; {strength}\n")
+        print("| metric | gain | over seeds | spread | five seeds | three | seeds alone ", end="")
+        print("| samples alone |")
+        print("|---" * 8 + "|")
+        print(*rows_of_seeds(found), sep="\n")
+        print(flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--over-seeds", type=int, default=0, help="repeats with five seeds")
     parser.add_argument("--ami", type=int, default=0, help="repeats with K-means")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    world = make_world(given.seed)
+    world = make_world(given.seed, seeds=OF_SEEDS if given.over_seeds else 0)
     facts = environment(torch.device("cpu"))
     print("# Do intervals hold the truth?\n")
     print(f"`python benchmarks/intervals.py --repeats {given.repeats} --seed {given.seed}", end="")
-    print(f" --ami {given.ami}`, ", end="")
+    print(f" --over-seeds {given.over_seeds} --ami {given.ami}`, ", end="")
     print(f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}.\n")
     print("Percent. Of one model and of the difference of two: the truth, 1.96 standard deviations")
     print("over test sets, the mean half-width of the intervals, in how many of 100 test sets the")
     print("interval holds the truth, and in how many if each image and caption counted alone.")
     print("A dash stands where most test sets give no interval, since too few groups differ.\n")
-    error = 100 * math.sqrt(0.95 * 0.05 / given.repeats)
+    error = 100 * math.sqrt(0.95 * 0.05 / (given.repeats or given.over_seeds))
     print(f"Standard error of a 95: {error:.1f}.\n")
-    for name, population in POPULATIONS.items():
+    for name, population in POPULATIONS.items() if given.repeats else ():
         progress = Progress(f"intervals: {population.concepts} concepts", given.repeats)
         repeats: list[list[Metrics]] = []
         apart: list[list[Mapping[str, Floats]]] = []
         clustered: list[list[Metrics]] = []
         for seed in range(given.repeats):
-            both = draw_test_set(world, population, given.seed, seed)
-            moved = [of.influences() for of in both]
-            repeats.append(
-                [
-                    {key: (of.metrics[key], by[key]) for key in by}
-                    for of, by in zip(both, moved, strict=True)
-                ]
-            )
+            both = draw_test_set(world, population, world.models, given.seed, seed)
+            repeats.append(known(both))
             apart.append([influences(alone(of.samples)) for of in both])
             if seed < given.ami:
                 clustered.append([{"clustering/ami": ami_by_group(of.samples)} for of in both])
@@ -257,6 +354,8 @@ def main() -> None:
         if clustered:
             print(*rows_of(clustered, [[] for _ in clustered]), sep="\n")
         print(flush=True)
+    if given.over_seeds:
+        over_seeds(world, given.over_seeds, given.seed)
 
 
 if __name__ == "__main__":

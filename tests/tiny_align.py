@@ -67,7 +67,7 @@ def rows_of(settings: dict[str, Any]) -> tuple[planning.Plan, Any, Any]:
     plan = planning.complete(
         planning.outline(choices.config, is_whole=False),
         defaults=lambda *data: aligning.with_data(choices, *data),
-        pass_stream=partial(aligning.pass_stream, torch.device("cpu")),
+        pass_stream=partial(aligning.pass_stream, choices, torch.device("cpu")),
     )
     model, _ = loading.training_model(plan.config, torch.device("cpu"), plan.start)
     return *aligning.encode(choices, plan, model), model

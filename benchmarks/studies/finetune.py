@@ -175,7 +175,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]], first: str) -> Iterator[str]
                     (own[metric], other[metric]) for own, other in zip(of_seeds, base, strict=True)
                 ]
                 gains = [100 * (own[0] - other[0]) for own, other in pairs]
-                moved = 100 * np.mean([own[1] - other[1] for own, other in pairs], axis=0)
+                moved = 100 * np.stack([own[1] - other[1] for own, other in pairs])
                 text += f"<br>{np.mean(gains):+.1f}"
                 if (ends := interval_of_difference(gains, moved)) is not None:
                     text += f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" + " *" * beyond(ends)

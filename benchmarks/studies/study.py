@@ -1,7 +1,8 @@
 """Train arms over data sets and seeds, judge them by transfer, and print one table a data set.
 
     python benchmarks/studies/study.py benchmarks/studies/FILE.toml [--seeds 0 1 2] [--jobs 2]
-        [--captions FILE --root FOLDER --teacher FOLDER] [--transfer emoji wds:FOLDER ...] [--test]
+        [--captions FILE --root FOLDER --teacher FOLDER --image-teacher FILE]
+        [--transfer emoji wds:FOLDER ...] [--test]
 
 A study is a TOML file: a question, and arms, which are changes to the defaults as a recipe makes
 them. Arms of one group are settings tried for the same thing; unset, an arm is its own group.
@@ -16,8 +17,10 @@ them. Arms of one group are settings tried for the same thing; unset, an arm is 
 
 More keys of an arm: `schedule`, a factor to the number of episodes; `start`, the arm whose weights
 it starts from; `rotate` and `shift`, which take the start's text features away from the images'
-(see `displaced`). A teacher's `features = "own"` are those of the data set at hand. `unset` names
-settings of photographs.toml that an arm leaves open, such as `["episodes.size"]`.
+(see `displaced`). A teacher's `features = "own"` are those of the data set at hand, `"own images"`
+those of its images. `unset` names settings of photographs.toml that an arm leaves open, such as
+`["episodes.size"]`. With `align = true` an arm is what `protoclip align` makes of two halves; it
+has none of a data set's settings but those of the data.
 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
@@ -46,7 +49,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,7 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
 from protoclip.training import run, run_folder
+from protoclip.training.align import align
 from protoclip.training.plan import make_plan
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
@@ -79,6 +83,7 @@ OWN = (
     "rotate",
     "shift",
     "unset",
+    "align",
 )  # keys that are no settings
 
 
@@ -94,6 +99,7 @@ class Arm:
     rotate: bool = False
     shift: float = 0.0
     unset: Sequence[str] = ()
+    align: bool = field(default=False, repr=False)
 
     @property
     def displaces(self) -> bool:
@@ -117,11 +123,12 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """A data set to pretrain on: settings that all arms share, and its teacher's features."""
+    """A data set to pretrain on: settings that all arms share, and its teachers' features."""
 
     name: str
     settings: Mapping[str, Any]
     teacher: str | None
+    image_teacher: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,41 +178,49 @@ def read_study(path: Path) -> Study:
     return study
 
 
-def photographs(captions: str, *, root: str | None, teacher: str | None) -> Pretraining:
+def photographs(
+    captions: str, *, root: str | None, teacher: str | None, image_teacher: str | None = None
+) -> Pretraining:
     """Captioned photographs that the user names, with the settings that suit them."""
     settings = tomllib.loads(PHOTOGRAPHS.read_text(encoding="utf-8"))
     given = {"train": captions, **({"root": root} if root else {})}
     return Pretraining(
-        name="photographs", settings=merged(settings, {"data": given}), teacher=teacher
+        name="photographs",
+        settings=merged(settings, {"data": given}),
+        teacher=teacher,
+        image_teacher=image_teacher,
     )
 
 
 def config_of(task: Task) -> Config:
     """The configuration of a run, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
-    tree = merged(data.settings, arm.settings)
+    shared = {"data": data.settings.get("data", {})} if arm.align else data.settings
+    tree = merged(shared, arm.settings)
     for name in arm.unset:
         section, _, key = name.partition(".")
         tree[section] = {k: value for k, value in tree.get(section, {}).items() if k != key}
 
     def resolved(teacher: Mapping[str, Any]) -> dict[str, Any]:
-        if teacher.get("features") != "own":
+        own = {"own": data.teacher, "own images": data.image_teacher}
+        features = teacher.get("features")
+        if features not in own:
             return dict(teacher)
-        if data.teacher is None:
+        if own[features] is None:
+            option = "--teacher" if features == "own" else "--image-teacher"
             raise ValueError(
-                f"{arm.name}: the {data.name} have no teacher; name its features with --teacher"
+                f"{arm.name}: the {data.name} have no such teacher; name its features with {option}"
             )
-        return {**teacher, "features": data.teacher}
+        return {**teacher, "features": own[features]}
 
     tree["teacher"] = resolved(tree.get("teacher", {}))
     tree["teachers"] = [resolved(teacher) for teacher in tree.get("teachers", [])]
     tree = merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
     try:
         config = Config.from_dict(tree)
-        episodes = replace(
-            config.episodes, count=max(1, round(arm.schedule * config.episodes.count))
-        )
-        config = replace(config, episodes=episodes)
+        if not arm.align:
+            count = max(1, round(arm.schedule * config.episodes.count))
+            config = replace(config, episodes=replace(config.episodes, count=count))
         check(config)
     except ValueError as error:
         raise ValueError(f"{task.study.name}: {arm.name}: {error}") from error
@@ -250,7 +265,7 @@ def train(task: Task) -> dict[str, Any]:
             displaced(config, before, start, rotate=arm.rotate, shift=arm.shift)
         model = replace(model, start=str(start))
     own = replace(config, model=model, run=replace(config.run, out=str(folder)))
-    results = run.train(own, resume="auto")
+    results = (align if arm.align else run.train)(own, resume="auto")
     if "stopped" in results:
         raise KeyboardInterrupt
     return results
@@ -356,7 +371,7 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
         return None
     gaps = np.stack([found[s].metrics[metric] - other[s].metrics[metric] for s in seeds])
     mean = float(gaps[:, 0].mean())
-    of_samples = half_of_samples(gaps[:, 1:].mean(axis=0))
+    of_samples = half_of_samples(gaps[:, 1:])
     of_seeds = half_of_seeds(gaps[:, 0].tolist()) if len(seeds) > 1 else 0.0
     half, ends = math.hypot(of_seeds, of_samples), None
     if math.isfinite(half):
@@ -536,7 +551,8 @@ def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
         ValueError: It was opened before for other arms.
     """
     path = out / "test-opened.jsonl"
-    arms = digest({name: repr(arm) for name, arm in study.arms.items()})
+    # Of arms of towers as it was before there were others: what is on disk stays known.
+    arms = digest({name: repr(arm) + " align" * arm.align for name, arm in study.arms.items()})
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     own = [entry for entry in map(json.loads, before) if entry["study"] == study.name]
     for entry in own:
@@ -562,6 +578,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--captions", help="photographs to pretrain on, as data.train takes them")
     parser.add_argument("--root", help="folder of the photographs, as data.root")
     parser.add_argument("--teacher", help="features of their captions, as teacher.features")
+    parser.add_argument("--image-teacher", help="features of the photographs, as a Parquet file")
     parser.add_argument("--without-emoji", action="store_true", help="do not pretrain on emoji")
     parser.add_argument("--transfer", nargs="+", default=["emoji"], help="emoji, or wds:FOLDER")
     parser.add_argument("--test", action="store_true", help="then measure what was chosen on test")
@@ -581,7 +598,8 @@ def study_of(given: argparse.Namespace, words: str) -> None:
     study = read_study(given.study)
     data = [] if given.without_emoji else [Pretraining(name="emoji", settings={}, teacher="emoji")]
     if given.captions:
-        data.append(photographs(given.captions, root=given.root, teacher=given.teacher))
+        teachers = {"teacher": given.teacher, "image_teacher": given.image_teacher}
+        data.append(photographs(given.captions, root=given.root, **teachers))
     if not data:
         raise ValueError("--without-emoji: nothing is left to pretrain on; name --captions")
     tasks = [

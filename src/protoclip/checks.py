@@ -36,8 +36,8 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
         raise ValueError("data.validation: the emoji have held-out splits; leave it out")
     if run.evaluate_every and share == 0 and not run.guard:
         raise ValueError(
-            "run.evaluate_every: data.validation is 0, so no pairs are held out; leave it out, or "
-            "name a guard (run.guard)"
+            "run.evaluate_every: data.validation is 0, so no pairs are held out; set this to 0 "
+            "too, or name a guard (run.guard)"
         )
     if run.keep_best is not None and not run.evaluate_every:
         raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
@@ -67,7 +67,7 @@ def check_amounts(config: Config) -> None:
     if stages > episodes.count:
         raise ValueError(
             f"episodes.count: {episodes.count} is less than episodes.warm_up + "
-            f"episodes.locked_image ({stages})"
+            f"episodes.locked_image ({stages}); raise it above that, or lower these"
         )
     numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
     numbers |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
@@ -84,6 +84,23 @@ def check_amounts(config: Config) -> None:
             "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
             "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
         )
+
+
+def never_trained(config: Config) -> list[str]:
+    """Notes on what no episode trains; numbers of episodes are filled in, and fit each other."""
+    episodes, locked = config.episodes, config.locked_episodes
+    notes = []
+    if config.uses_prototypes and episodes.warm_up + locked == episodes.count:
+        notes.append(
+            "no episode uses prototypes, since episodes.warm_up and episodes.locked_image take all "
+            f"{episodes.count} of episodes.count; raise it, or lower these"
+        )
+    if locked == episodes.count and "image" not in config.model.locked:
+        notes.append(
+            "the image tower does not train, since episodes.locked_image takes all of "
+            "episodes.count; raise it, or set episodes.locked_image = 0"
+        )
+    return notes
 
 
 def check_sizes(episodes: EpisodeConfig) -> None:

@@ -114,6 +114,11 @@ def test_policies_of_layers(gathered, monkeypatch):
         assert policies == {"Linear": mixed, "Layered": mixed, "BatchNorm1d": plain}
 
 
+def test_the_norm_of_no_gradient_is_on_the_device_of_the_model():
+    norm = parallel.clip_gradients(nn.Linear(2, 2, device="meta"), 1.0)
+    assert (norm.shape, norm.device.type) == ((), "meta")
+
+
 class Layered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -142,6 +147,7 @@ def features_and_gradient(gathered: torch.dtype | None) -> tuple[Tensor, Tensor]
         model = ProtoCLIP(Layered(), nn.Linear(4, 4)).to("meta").eval()
         parallel.shard(model, CPU, gathered=gathered)
         parallel.load_whole(model, whole if collectives.rank() == 0 else None)
+        assert parallel.clip_gradients(model, 1.0) == 0
     features = model.encode_image(images)
     features.float().square().sum().backward()
     gradient = model.towers.blocks[0].weight.grad

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,8 +50,10 @@ def forked(words: list[str], folder: Path, *, well: bool) -> tuple[list[str], li
     return out, err
 
 
-def test_torchrun_ends_a_run_with_a_checkpoint(tmp_path):
-    """SIGTERM to it ends both processes, though their workers get it too."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_torchrun_ends_a_run_with_a_checkpoint(name, tmp_path):
+    """It passes a signal on to both processes, whose workers get it too, and ends with a code of
+    its own. SIGUSR1 it has to be told of."""
     folder, recipe = tmp_path / "run", tmp_path / "tiny.toml"
     pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
     sections = {"run": {"save_steps": 2, "evaluate": False}, "data": {"workers": 1}}
@@ -58,6 +61,7 @@ def test_torchrun_ends_a_run_with_a_checkpoint(tmp_path):
     recipe.write_text(to_toml(with_changes(config, {"episodes": {"count": 999}})), encoding="utf-8")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
         *("-m", "protoclip", "train", "--config", str(recipe)),
     ]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -68,11 +72,11 @@ def test_torchrun_ends_a_run_with_a_checkpoint(tmp_path):
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline, "no checkpoint after two minutes"
         time.sleep(0.05)
-    run.terminate()
+    run.send_signal(getattr(signal, name))
     said, _ = run.communicate(timeout=180)
     assert run.returncode == 1, said  # torchrun's own
     last = int(checkpoints(folder)[-1].name.removeprefix("step-"))
-    assert f"SIGTERM: stopped after step {last}" in said
+    assert f"{name}: stopped after step {last}" in said
 
 
 def test_two_processes_judge_as_one_does(tmp_path, capsys):

@@ -202,6 +202,12 @@ def test_an_episode_shrinks_to_the_pairs_that_can_be_read(given, tmp_path):
     settings["episodes"] = {"batch_size": 16, "count": 2}
     assert align(settings)["steps"] == 2 * (80 // 16)
     assert align(settings, resume="auto")["steps"] == 10
+    settings["episodes"] = {"size": 96, "batch_size": 16, "count": 1}
+    plan, *_ = rows_of(settings)
+    assert plan.config.episodes.replacement
+    assert "episodes.replacement = true, since an episode is larger than what is left" in plan.notes
+    settings["episodes"]["replacement"] = False  # as it is given
+    assert not rows_of(settings)[0].config.episodes.replacement
 
 
 def test_a_finished_run_is_not_trained_again(given, finished, monkeypatch):

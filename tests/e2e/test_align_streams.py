@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +16,13 @@ import pytest
 from PIL import Image
 
 from protoclip.config import DataConfig
+from protoclip.data import access
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import parts, streamed
 from protoclip.files import locked
 from protoclip.testing import run_distributed, tiny_pairs
+from protoclip.training import align as aligning
 from protoclip.training.align import align
 from tiny_align import changed, rows_of, weights_of
 
@@ -101,6 +104,33 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
     left_out.write_text(json.dumps([next(iter(rows_of(plain)[0].samples.sample_ids()))]))
     fewer = of(given, shards / "mixed/*.tar*", data={"without": str(left_out)})
     assert len(by_id(fewer)) == 95
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        (
+            {"align": {"head": "mlp"}, "model": {"projection": "linear"}},
+            "align.head: mlp, but model.projection is linear",
+        ),
+        ({"episodes": {"size": 1009}}, "episodes.size: 1009 is no multiple of .* \\(256\\)"),
+        ({"episodes": {"size": 16, "count": 1, "warm_up": 2}}, "episodes.count: 1 is less than"),
+        ({"prototypes": {"number": 65}}, "prototypes.number: 65 needs to be between"),
+        ({"teacher": {"number": 65}}, "image_half.number: 65 needs to be between"),
+    ],
+)
+def test_what_no_data_make_possible_is_refused_before_a_pass(
+    sections, line, given, shards, store, monkeypatch
+):
+    settings = {**of(given, shards / "plain"), "episodes": {"size": 64}}
+    monkeypatch.setattr(aligning, "passed", None)
+    with pytest.raises(ValueError, match=line):
+        rows_of(changed(settings, **sections))
+
+
+def test_a_batch_that_is_chosen_divides_a_given_size(given, shards):
+    settings = {**of(given, shards / "plain"), "episodes": {"size": 60}}
+    assert rows_of(settings)[0].config.episodes.batch_size == 15
 
 
 def test_a_stream_goes_on_after_an_interruption(given, shards, store, monkeypatch):
@@ -197,6 +227,30 @@ def test_shards_may_move(given, shards, store, tmp_path, monkeypatch):
     shutil.copy(next((shards / "more").glob("*.tar")), moved / "00000.tar")
     assert len(by_id(of(given, moved))) == 96 - 40 + 30
     assert len(names) == 30
+
+
+def test_shards_of_one_name_behind_other_urls_are_others(given, shards, store, bucket):
+    for name, number in (("plain", 40), ("more", 30)):
+        content = min((shards / name).glob("*.tar")).read_bytes()
+        fsspec.filesystem("s3").pipe(f"{bucket}/{name}/00000.tar", content)
+        assert len(rows_of(of(given, f"{bucket}/{name}/*.tar"))[0].samples) == number
+
+
+@pytest.mark.parametrize(("most", "seconds", "failed"), [(2, 600.0, 2), (32, 0.0, 1)])
+def test_a_store_that_fails_for_long_ends_a_pass(
+    most, seconds, failed, given, shards, store, bucket, monkeypatch
+):
+    """The same call reads all shards that were lost."""
+    settings = of(given, f"{bucket}/a/{{0..2}}.tar")
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed, "MAX_FAILED", most)
+        patch.setattr(access, "PATIENCE_SECONDS", seconds)
+        line = rf"{failed} shards in a row .*s3://bucket/a/.\.tar: no such.* the command again$"
+        with pytest.raises(ValueError, match=line):
+            rows_of(settings)
+    for number, path in enumerate(sorted((shards / "plain").glob("*.tar"))):
+        fsspec.filesystem("s3").pipe(f"{bucket}/a/{number}.tar", path.read_bytes())
+    assert len(rows_of(settings)[0].samples) == 96
 
 
 def test_rows_that_were_deleted_are_encoded_anew(given, shards, store, monkeypatch):

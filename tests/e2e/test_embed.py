@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow import csv
 
 import protoclip
 from protoclip.cli import main
 from protoclip.config import DataConfig
+from protoclip.data import access
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import embed as module
@@ -115,7 +118,13 @@ def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, ca
     parts = tmp_path / ".vectors.parquet.parts"
     assert not out.exists()
     assert len(list((parts / "parts").glob("*.npz"))) == 2
+    # A kill while the parts are joined leaves the first two; the others are not ours.
+    left = [f".vectors.{end}.99.tmp" for end in ("parquet", "skipped.jsonl", "parquet.new")]
+    for name in (*left, ".whole.parquet.99.tmp"):
+        (tmp_path / name).write_bytes(b"half of a file")
     assert embedded(tiny_run, pairs, out) == sizes[2:]
+    kept = sorted(path.name for path in tmp_path.glob(".*.tmp"))
+    assert kept == [".vectors.parquet.new.99.tmp", ".whole.parquet.99.tmp"]
     assert out.read_bytes() == whole.read_bytes()
     assert pq.ParquetFile(out).num_row_groups == 6
     parts.mkdir()  # as a kill leaves it that comes at the very end
@@ -123,6 +132,26 @@ def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, ca
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}: is finished; 58 rows")
     assert out.read_bytes() == whole.read_bytes()
     assert not parts.exists()
+
+
+def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, monkeypatch):
+    """The pass ends before the part is written, and the same call goes on. What is bad on the disk
+    stays bad."""
+    table, store, out = tiny_pairs(20), fsspec.filesystem("s3"), tmp_path / "vectors.parquet"
+    images = dict(enumerate(table["image"].to_pylist()))
+    paths = ["none.png" if row == 3 else f"{bucket}/{row}.png" for row in images]
+    path = tmp_path / "pairs.csv"
+    csv.write_csv(pa.table({"image": paths, "caption": table["caption"], "kind": paths}), path)
+    store.pipe({f"{bucket}/{row}.png": images[row] for row in range(15)})
+    with monkeypatch.context() as patch:
+        patch.setattr(access, "PATIENCE_SECONDS", 0.0)
+        line = r"^1 samples in a row took .*s3://bucket/15\.png.*; check the .* the command again$"
+        with pytest.raises(ValueError, match=line):
+            embedded(tiny_run, path, out)
+    assert len(list((tmp_path / ".vectors.parquet.parts" / "parts").glob("*.npz"))) == 1
+    store.pipe({f"{bucket}/{row}.png": images[row] for row in images})
+    assert embedded(tiny_run, path, out) == [10]
+    assert len(pq.read_table(out)) == 19
 
 
 def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):

@@ -16,11 +16,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from interrupting import stop_after, with_changes
+from protoclip.checks import check
 from protoclip.config import (
     Config,
     DataConfig,
     ImageTowerConfig,
     ModelConfig,
+    RunConfig,
     SourceConfig,
     TextTowerConfig,
 )
@@ -271,9 +273,26 @@ def test_a_run_that_names_itself_as_its_start_is_read_once(folder, tmp_path, mon
 
 def test_a_share_of_no_pair_cannot_judge_a_run(folder, tmp_path):
     """One line says so before anything is written."""
-    with pytest.raises(ValueError, match=r"no pairs are held out, since only 0 of 200 could"):
+    message = r"only 0 of 200 could .* or 0, with run\.evaluate_every = 0$"
+    with pytest.raises(ValueError, match=message):
         train(config_for(folder, tmp_path / "run", validation=0.001))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_that_nothing_judges_is_told_a_way_that_works(folder, tmp_path):
+    """Without a validation on the way 0 is enough, and a note says so."""
+    pairs = ImageTextPairs(pq.read_table(folder / "a.parquet"), name="a", id_column=None)
+    pack(pairs, tmp_path / "shards")
+    data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
+    config = Config(data=data, run=RunConfig(evaluate_every=50))
+    stream = sources.pairs(config)
+    with pytest.raises(ValueError, match=r"not held out; .*, or 0, with run\.evaluate_every = 0$"):
+        judged(config, stream)
+    config = Config(data=replace(data, validation=0.0), run=RunConfig(evaluate_every=0))
+    assert check(config) == []
+    assert judged(config, stream).data == []
+    (note,) = judged(Config(data=data), stream).notes
+    assert note.endswith("name a source to judge the run by, or 0")
 
 
 def ids_of_a_rank(path: str) -> list[str]:

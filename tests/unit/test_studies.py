@@ -99,14 +99,17 @@ def test_every_study_that_is_there_can_be_trained(path, tmp_path):
     if path == studies.PHOTOGRAPHS:
         return
     study = studies.read_study(path)
-    photographs = studies.photographs("captions.tsv", root="images", teacher="features")
-    for data in (pretraining(), photographs):
+    teachers = {"teacher": "features", "image_teacher": "features.parquet"}
+    photographs = studies.photographs("captions.tsv", root="images", **teachers)
+    for data in (replace(pretraining(), image_teacher="features.parquet"), photographs):
         tasks = [task_of(study, name, tmp_path, data=data) for name in study.arms]
         assert len({studies.folder_of(task) for task in tasks}) == len(tasks)
         configs = [studies.config_of(task) for task in tasks]
-        assert all(config.model.image.size in (None, 64) for config in configs)
+        sizes = {config.model.image.size for config in configs}
+        of_halves = any(arm.align for arm in study.arms.values())
+        assert sizes == {160} if of_halves else sizes <= {None, 64}
         teachers = [each for config in configs for each in config.external_teachers.values()]
-        assert "own" not in {teacher.features for teacher in teachers}
+        assert not {"own", "own images"} & {teacher.features for teacher in teachers}
 
 
 @pytest.mark.parametrize(
@@ -237,10 +240,14 @@ def judged(study, arm, values, *, seed=0, split="validation", spread=0.0):
 
 
 def test_differences_cover_seeds_and_samples(tiny):
-    """Of one seed, samples only; of two, the t interval and the samples' add up as squares."""
+    """Of one seed, samples only; of two, both, but for what the seeds show of samples already.
+
+    With two seeds the variance over samples that is left is the product of both influences.
+    """
     study = studies.read_study(tiny)
     one = {0: judged(study, "CLIP", 0.1), 1: judged(study, "CLIP", 0.2, seed=1)}
-    other = {0: judged(study, "few", 0.4, spread=0.01), 1: judged(study, "few", 0.7, seed=1)}
+    other = {0: judged(study, "few", 0.4, spread=0.01), 1: judged(study, "few", 0.7, spread=0.02)}
+    other[1].metrics[judge.ALL][1:51] *= -0.5
     found = studies.difference({0: other[0]}, one, judge.ALL)
     moved = (other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:]
     samples = scipy.stats.t.ppf(0.975, len(moved) - 1) * float(np.linalg.norm(moved))
@@ -250,9 +257,13 @@ def test_differences_cover_seeds_and_samples(tiny):
     seeds = 12.706 * 0.1  # Student's t of one degree of freedom, standard error of 0.3 and 0.5
     assert found["mean"] == pytest.approx(0.4)
     assert found["half_width"]["seeds"] == pytest.approx(seeds, rel=1e-3)
-    half = math.hypot(seeds, samples / 2)
+    products = moved * other[1].metrics[judge.ALL][1:]
+    assert products.sum() > 0
+    half = math.hypot(seeds, samples * math.sqrt(products.sum()) / np.linalg.norm(moved))
     assert found["interval"] == pytest.approx([0.4 - half, 0.4 + half], rel=1e-3)
     assert not found["beyond"]
+    other[1].metrics[judge.ALL][1:] *= -1
+    assert studies.difference(other, one, judge.ALL)["half_width"]["samples"] == 0
     assert studies.difference({0: one[0]}, {1: one[1]}, judge.ALL) is None
 
 

@@ -67,9 +67,7 @@ def difference(
         mean_recall(run) - mean_recall(other) for run, other in zip(runs, reference, strict=True)
     ]
     both = zip(runs, reference, strict=True)
-    of_images = np.mean(
-        [mean_influence(run) - mean_influence(other) for run, other in both], axis=0
-    )
+    of_images = np.stack([mean_influence(run) - mean_influence(other) for run, other in both])
     low, high = interval_of_difference(gains, of_images) or (-np.inf, np.inf)
     return float(np.mean(gains)), (low, high)
 

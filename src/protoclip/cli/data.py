@@ -46,7 +46,7 @@ class Inspect(Recipes):
             from protoclip.data.inspect import inspect, show
 
         count_tokens, context_length = tokens_of(self.model)
-        pairs, notes = open_source(replace(self.data, train=self.source), seed=self.seed)
+        pairs, notes = open_source(of_source(self.source, self.data), seed=self.seed)
         report = inspect(
             pairs,
             count_tokens=count_tokens,
@@ -82,7 +82,7 @@ class Pack(Recipes):
         require_place("out", self.out, is_folder=True)
         from protoclip.data.pack import pack
 
-        pairs = open_indexed(replace(self.data, train=self.source), "end to pack")
+        pairs = open_indexed(of_source(self.source, self.data), "end to pack")
         if self.data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
         packed = pack(
@@ -109,7 +109,7 @@ class Index(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         started = time.monotonic()
-        given, also = replace(self.data, train=self.source), ("workers", "max_image_pixels")
+        given, also = of_source(self.source, self.data), ("workers", "max_image_pixels")
         pairs = open_indexed(given, "index", also=also)
         print(f"{len(pairs):,} pairs indexed, in {duration(time.monotonic() - started)}")
 
@@ -117,7 +117,12 @@ class Index(Recipes):
 def require_paths(source: str, data: DataConfig) -> None:
     """Refuse a source, and paths in the settings, that do not exist."""
     require_source("", source)
-    require_data_paths(replace(data, train="emoji"))
+    require_data_paths(of_source("emoji", data))
+
+
+def of_source(source: str, data: DataConfig) -> DataConfig:
+    """The settings for one source, which takes the place of those that a recipe names."""
+    return replace(data, train=source, sources=[])
 
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int | None]:

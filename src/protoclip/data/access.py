@@ -41,6 +41,7 @@ HUB_SECONDS = 3.0  # to wait for the hub's answer
 # How long one thing after another may be tried and not read: then it is the network, or the store.
 PATIENCE_SECONDS = 600.0
 GO_ON = "check the network, and go on with --resume auto"
+AGAIN = "check the network, and give the command again"  # of what has no run to go on with
 KEYS = (
     "check the credentials that its client finds (of s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY; FSSPEC_S3_ANON=true reads what is public)"
@@ -287,6 +288,12 @@ def list_urls(pattern: str, access: Access) -> list[str]:
     filesystem, path = _store(pattern)
     filesystem.invalidate_cache()
     return list(map(filesystem.unstrip_protocol, filesystem.glob(path)))
+
+
+def too_slow(what: str, last: object, way_out: str) -> str:
+    """One line on what was tried for longer than `PATIENCE_SECONDS`, with the last that failed."""
+    minutes = f"{PATIENCE_SECONDS / 60:g}"
+    return f"{what} took over {minutes} minutes and could not be read, such as {last}; {way_out}"
 
 
 def reason_of(error: BaseException) -> str:

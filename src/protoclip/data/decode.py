@@ -193,9 +193,11 @@ def _read(encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int) -> 
     try:
         if image.format == "JPEG":
             # When only the end marker is missing, decoders fill the rest with grey. Compressed
-            # data never contain that marker.
-            scan, end = b"\xff\xda", b"\xff\xd9"
-            if not encoded.endswith(end) and encoded.find(end, encoded.rfind(scan)) < 0:
+            # data never contain that marker. They begin where PIL stopped, behind the thumbnail,
+            # which has an end of its own; a phone's video may follow the image.
+            end = b"\xff\xd9"
+            assert image.fp is not None
+            if not encoded.endswith(end) and encoded.find(end, image.fp.tell()) < 0:
                 raise ValueError("truncated")
             if factor == 1 and image.mode in ("RGB", "L"):
                 buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)

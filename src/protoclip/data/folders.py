@@ -32,7 +32,12 @@ from protoclip.data.tables import (
 )
 from protoclip.files import read_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    *(".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+)
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2")
+UNREAD = "images of a kind that is not read (JPEG, PNG, WebP, GIF, BMP and TIFF are)"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -91,7 +96,10 @@ def _inside(folder: Path, name: Any) -> Path:
 def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them."""
     left_out, keys, access = LeftOut(str(folder)), caption_columns(data), access_of(data)
-    images = list(_walk(folder, left_out))
+    unread = LeftOut(str(folder))  # apart, since the index does not change with these
+    images = list(_walk(folder, left_out, unread))
+    if unread.notes and not images:
+        raise ValueError(f"{unread.notes[0]}; no pair is left: convert them, as to JPEG")
     stems = Counter(_split(image)[0] for image, _ in images)
     names = {image for image, _ in images}
 
@@ -113,14 +121,15 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     index = build_index(key, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
-    pairs.notes += unused(data)
+    pairs.notes += [*unread.notes, *unused(data)]
     return pairs
 
 
-def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
+def _walk(top: Path, left_out: LeftOut, unread: LeftOut) -> Iterator[tuple[str, str | None]]:
     """The images below a folder, each with the file of its captions; in order of the names.
 
-    Links are followed, but no folder is read twice. Hidden files and folders are passed over.
+    Those of a kind that is not read are counted in `unread`, other things in `left_out`. Links are
+    followed, but no folder is read twice. Hidden files and folders are passed over.
     """
     seen: set[tuple[int, int]] = set()
 
@@ -142,6 +151,8 @@ def _walk(top: Path, left_out: LeftOut) -> Iterator[tuple[str, str | None]]:
         split = [((here / name).as_posix(), *_split((here / name).as_posix())) for name in names]
         beside = {stem: file for file, stem, suffix in split if suffix == ".json"}
         beside |= {stem: file for file, stem, suffix in split if suffix == ".txt"}
+        for file in (f for f, _, suffix in split if suffix in UNREAD_SUFFIXES):
+            unread.add(UNREAD, file)
         yield from ((f, beside.get(stem)) for f, stem, suffix in split if suffix in IMAGE_SUFFIXES)
 
 

@@ -186,11 +186,7 @@ class _Reader(Dataset[_Made]):
 
 
 def _slow(bad: Sequence[BadSample]) -> str:
-    minutes = access.PATIENCE_SECONDS / 60
-    return (
-        f"{len(bad)} samples of a batch took over {minutes:g} minutes and could not be read, such "
-        f"as {bad[-1]}; {access.GO_ON}"
-    )
+    return access.too_slow(f"{len(bad)} samples of a batch", bad[-1], access.GO_ON)
 
 
 def pair_numbers(position: npt.NDArray[np.int64], each: int) -> npt.NDArray[np.int64]:

@@ -154,10 +154,11 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
     """A function from the number of an episode to the episode.
 
     Raises:
-        ValueError: As `EpisodeSampler` does, or a source of which no pair is left has a weight, or
-            one has too small a weight to be in an episode.
+        ValueError: As `EpisodeSampler` does; a batch is larger than the data without replacement; a
+            source of which no pair is left has a weight, or one has too small a weight to be in an
+            episode.
     """
-    size = config.episodes.size
+    size, batch_size = config.episodes.size, config.episodes.batch_size
     if isinstance(samples, SampleStream):
         # Here the rows are positions in the stream.
         return lambda index: Episode(index=index, rows=torch.arange(size) + index * size)
@@ -165,6 +166,12 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
     weights = [entry.weight for entry in config.data.sources if entry.weight is not None]
     if config.run.overfit is not None:
         weights = []  # each pair once an episode
+    left = sum(len(rows) for _, rows in parts)
+    if not (weights or config.episodes.replacement) and batch_size > left:
+        raise ValueError(
+            f"episodes.batch_size: {batch_size} is larger than the {left} training samples; lower "
+            "it, or set episodes.replacement = true"
+        )
     for source, rows in parts:
         if weights and not len(rows):
             raise ValueError(

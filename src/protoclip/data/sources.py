@@ -7,7 +7,7 @@ that models are judged on are opened in `evaluation/datasets.py`.
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.access import is_url, require_allowed
@@ -116,12 +116,17 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
 
 
 def _is_shards(path: str) -> bool:
-    """Whether a path names tar files: by suffix, as a command, or as a folder that holds some."""
+    """Whether a path names tar files: by suffix, as a command, or as a folder that holds some.
+
+    A URL that ends in `/` is taken for such a folder, since nothing else is read of a remote one.
+    """
     parts = re.split("[?#]", path) if is_url(path) else [path]
     parts[0] = parts[0].rpartition("/")[2]
     if path.startswith("pipe:") or any(map(TAR.search, parts)):
         return True
-    return not is_url(path) and Path(path).is_dir() and any(Path(path).glob("*.tar"))
+    if is_url(path):
+        return path.endswith("/") and not parts[0]
+    return Path(path).is_dir() and any(Path(path).glob("*.tar"))
 
 
 def open_source(
@@ -149,7 +154,15 @@ def open_source(
     local, streaming = not (is_url(path) or path.startswith("pipe:")), data.read == "streaming"
     if not _is_shards(path):
         if streaming:
-            raise ValueError(f'{told}: only tar shards can be streamed; set data.read = "auto"')
+            raise ValueError(
+                f"{told}: only tar shards can be streamed; name them as in .../*.tar, or set "
+                'data.read = "auto"'
+            )
+        if not local and not PurePath(re.split("[?#]", path)[0]).suffix:
+            raise ValueError(
+                f"{told}: neither a table nor tar shards; name a table's file, or shards as in "
+                ".../*.tar"
+            )
         opener = open_folder if local and Path(path).is_dir() else open_table
         return (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
     shards: ImageTextPairs | ShardStream

@@ -177,9 +177,12 @@ def reach_everything(output: object, *unused: nn.Module) -> Tensor:
 def clip_gradients(model: nn.Module, most: float) -> Tensor:
     """Scale the whole gradient down to a norm of at most `most`, in place; returns its norm before.
 
-    FSDP2 does not average the gradients of scalars, so that happens here.
+    The norm is on the model's device, and 0 where no parameter has a gradient. FSDP2 does not
+    average the gradients of scalars, so that happens here.
     """
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not trained:
+        return torch.zeros((), device=next(model.parameters()).device)
     if not isinstance(model, FSDPModule):
         return torch.nn.utils.clip_grad_norm_(trained, most)
     sharded = [parameter for parameter in trained if isinstance(parameter, DTensor)]

@@ -234,7 +234,7 @@ def difference_of_runs(
     if len(moved) == len(seeds) and all(
         same_samples(each.samples, common[0].samples, name) for each in common
     ):
-        influence = np.mean(moved, axis=0)
+        influence = np.stack(moved)
         samples = len(common[0].samples.rows(name)["sample_id"])
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     metric = METRICS.get(name)

@@ -98,7 +98,8 @@ class Space:
 
 def usual_pooling(name: str) -> Pooling:
     """As the files of a text half say, and `align` has it; the mean of others."""
-    with suppress(ValueError):  # `open_encoder` tells what is wrong with a half
+    # `open_encoder` tells what is wrong with a half, or is not installed.
+    with suppress(ValueError, ImportError):
         if name == MINILM or name.startswith("hf:"):
             return pooling_of(name)
     return "mean"

@@ -194,9 +194,12 @@ def intervals(
 
 
 def rests_on_few(influence: Floats) -> bool:
-    """Whether fewer than `FEWEST` groups make up most of the variance, which is not known then."""
+    """Whether fewer than `FEWEST` groups make up most of the variance, which is not known then.
+
+    Nor is it where influences are NaN.
+    """
     variance = float(np.square(influence).sum())
-    return variance**2 < FEWEST * float(np.power(influence, 4).sum())
+    return not variance**2 >= FEWEST * float(np.power(influence, 4).sum())
 
 
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
@@ -217,13 +220,14 @@ def interval_of_difference(
 ) -> list[float] | None:
     """The 95% interval of the mean of some gains: over their seeds, over samples, or over both.
 
-    Both half-widths add as those of independent errors do.
+    Both half-widths add as those of independent errors do. `benchmarks/intervals.py` counts how
+    often they hold the truth.
 
     Args:
         gains: The difference of each pair of runs of equal seed; a single one says nothing of
             other seeds.
-        influence: The mean over the pairs of the difference of each group's influence `(groups,)`,
-            if all runs were measured on the same samples.
+        influence: The difference of each group's influence `(pairs, groups)`, or `(groups,)` of a
+            single pair, if all runs were measured on the same samples.
 
     Returns:
         `None` where neither seeds nor samples are known, or fewer than `FEWEST` groups make up most
@@ -232,7 +236,9 @@ def interval_of_difference(
     halves = [half_of_seeds(gains)] if len(gains) > 1 else []
     if influence is not None:
         halves.append(half_of_samples(influence))
-    if not halves or (influence is not None and rests_on_few(influence)):
+        if rests_on_few(np.atleast_2d(influence).mean(axis=0)):
+            return None
+    if not halves:
         return None
     mean, half = float(np.mean(gains)), float(np.hypot.reduce(halves))
     return [mean - half, mean + half]
@@ -245,8 +251,21 @@ def half_of_seeds(gains: Sequence[float]) -> float:
 
 
 def half_of_samples(influence: Floats) -> float:
-    """Half a 95% interval over samples: Student's t with one degree of freedom less than groups."""
-    return float(quantile_of_t(len(influence) - 1) * np.sqrt(np.square(influence).sum()))
+    """Half a 95% interval over samples: Student's t with one degree of freedom less than groups.
+
+    What each seed makes of a sample by chance moves the gains of seeds already. It is left to
+    `half_of_seeds`, so that it does not count twice.
+
+    Args:
+        influence: As `interval_of_difference` takes it.
+    """
+    of_pairs = np.atleast_2d(influence)
+    number, groups = of_pairs.shape
+    mean = of_pairs.mean(axis=0)
+    variance = np.square(mean).sum()
+    if number > 1:
+        variance -= np.square(of_pairs - mean).sum() / (number - 1) / number
+    return float(quantile_of_t(groups - 1) * np.sqrt(np.maximum(variance, 0)))
 
 
 def quantile_of_t(degrees: int) -> float:

@@ -121,7 +121,9 @@ def content_checksum(table: pa.Table) -> str:
 def influences(results: SampleResults) -> dict[str, Floats]:
     """The influence of each group on each metric of `results.means()`, `(groups,)` each.
 
-    With a single group there is none, and no interval.
+    With a single group there is none, and no interval. It is NaN, so that there is no interval
+    either, for a recall whose candidates make up most of the variance: then it rests on a few that
+    are near to very many queries, and a test set that happens to lack them does not show it.
     """
     groups = results.groups()
     if len(groups.names) < 2:
@@ -139,7 +141,10 @@ def influences(results: SampleResults) -> dict[str, Floats]:
             candidates, of_candidates = results.texts, groups.texts
         if (crowding := METRICS[metric].crowding) in candidates:
             taken = candidates[str(crowding)].astype(np.float64)
-            by_metric[metric] += by_group(taken, of_candidates, len(groups.names))
+            by_candidates = by_group(taken, of_candidates, len(groups.names))
+            by_metric[metric] += by_candidates
+            if 2 * np.square(by_candidates).sum() > np.square(by_metric[metric]).sum():
+                by_metric[metric][:] = np.nan
     return by_metric
 
 

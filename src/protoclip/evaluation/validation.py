@@ -98,10 +98,11 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if share == 0:
         return Judged(samples, [], notes)
     asked = is_asked(config)
+    # Without pairs to judge by, a validation on the way would be refused next.
+    nothing = "0, with run.evaluate_every = 0" if judges_on_the_way(config) else "0"
     if not isinstance(samples, Pairs):
-        reason = (
-            "data.validation: a stream is not held out; name a source to judge the run by, or 0"
-        )
+        reason = "data.validation: a stream is not held out; name a source to judge the run by, or "
+        reason += nothing
         return refuse_or_note(samples, reason, asked=asked)
     before = trained_before(config, notes)
     trained = [*chain(*before.values())]
@@ -110,7 +111,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: no pairs are held out, since only {len(rows)} of "
         reason += f"{len(samples):,} could be: {f'{learned} the others, ' if before else ''}"
-        reason += "they are few, or many share a caption; give a larger share, a source, or 0"
+        reason += "they are few, or many share a caption; give a larger share, a source, or "
+        reason += nothing
         return refuse_or_note(samples, reason, asked=asked)
     if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
         notes.append(
@@ -217,8 +219,12 @@ def changed_since(run: Path, training: PairsView) -> str | None:
 
 def is_asked(config: Config) -> bool:
     """Whether the settings ask for something to judge the run by."""
-    evaluates = config.run.evaluate_every > 0 and not config.run.guard
-    return config.data.validation is not None or evaluates
+    return config.data.validation is not None or judges_on_the_way(config)
+
+
+def judges_on_the_way(config: Config) -> bool:
+    """Whether the run validates as it trains, by nothing but pairs that are held out."""
+    return config.run.evaluate_every > 0 and not config.run.guard
 
 
 def overlap(name: str, counts: tuple[int, int, int]) -> list[str]:

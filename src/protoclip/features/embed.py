@@ -6,6 +6,7 @@ rank joins them, a row group each, so that no more than one part is in memory.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -184,6 +185,8 @@ def claim_file(
     out: Path, working: Path, settings: Mapping[str, Any], overwrite: bool
 ) -> tuple[dict[str, Any], list[Path]]:
     """The facts of the file if it is of these settings; else those of its parts, and the parts."""
+    for path in (out, skipped_of(out)):
+        drop_unfinished(path)
     facts = read_facts(out)
     is_finished = difference_in(facts, settings) is None
     if is_finished:
@@ -194,6 +197,14 @@ def claim_file(
     if overwrite and is_of_others(working, settings):
         shutil.rmtree(working)
     return claim(working, settings, name=out, way_out=WAY_OUT)
+
+
+def drop_unfinished(path: Path) -> None:
+    """Remove what `replacing` left of this file alone when its process was killed."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp", re.ASCII)
+    for left in path.parent.iterdir():
+        if ours.fullmatch(left.name):
+            left.unlink(missing_ok=True)
 
 
 def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from protoclip.data import access
 from protoclip.data.content import difference
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
@@ -269,6 +270,24 @@ def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, 
     return good, len(bad)
 
 
+@dataclass
+class Patience:
+    """Remote samples in a row that could not be read, and the seconds that they took."""
+
+    failed: int = 0
+    lost: float = 0.0
+
+    def add(self, one: object, seconds: float) -> None:
+        """Count what was read, or a bad sample; raises `ValueError` when it has lasted too long."""
+        if not isinstance(one, BadSample):
+            self.failed, self.lost = 0, 0.0
+        elif access.is_url(one.where):
+            self.failed, self.lost = self.failed + 1, self.lost + seconds
+            if self.lost > access.PATIENCE_SECONDS:
+                what = f"{self.failed} samples in a row"
+                raise ValueError(access.too_slow(what, one, access.AGAIN))
+
+
 def read_images(
     samples: Any,
     items: Sequence[Item],
@@ -280,6 +299,10 @@ def read_images(
 
     Threads (one a core if unset) read and decode one batch ahead of the model. A `ValueError` of
     `prepare` marks a bad sample.
+
+    Raises:
+        ValueError: Remote samples in a row took more than `access.PATIENCE_SECONDS`, added up over
+            the threads, and could not be read. Then it is the network, or the store.
     """
 
     def read(item: Item) -> tuple[Item, Sample, T] | BadSample:
@@ -292,9 +315,20 @@ def read_images(
         except ValueError as error:
             return BadSample(sample.sample_id, sample.where, str(error))
 
-    with ThreadPoolExecutor(cores() if threads is None else max(1, threads)) as pool:
-        coming = pool.map(read, items[:batch_size])
+    def timed(item: Item) -> tuple[tuple[Item, Sample, T] | BadSample, float]:
+        began = time.monotonic()
+        return read(item), time.monotonic() - began
+
+    patience = Patience()
+    pool = ThreadPoolExecutor(cores() if threads is None else max(1, threads))
+    try:
+        coming = pool.map(timed, items[:batch_size])
         for first in range(0, len(items), batch_size):
-            batch = list(coming)
-            coming = pool.map(read, items[first + batch_size : first + 2 * batch_size])
+            batch = []
+            for one, seconds in coming:
+                patience.add(one, seconds)
+                batch.append(one)
+            coming = pool.map(timed, items[first + batch_size : first + 2 * batch_size])
             yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)  # or what is left of a batch would be read first

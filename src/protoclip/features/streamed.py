@@ -6,6 +6,7 @@ this table, whose pairs have no images any more.
 """
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from protoclip.data import access
 from protoclip.data.access import begun, is_url
 from protoclip.data.content import of_stream, shard_facts
 from protoclip.data.mixture import mixed_pairs, sources_of
@@ -30,7 +32,7 @@ from protoclip.data.pairs import (
     SampleStream,
 )
 from protoclip.data.shards import shard_stem
-from protoclip.data.stream import Item, ShardStream
+from protoclip.data.stream import MAX_FAILED, Item, ShardStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
 from protoclip.features import store
 from protoclip.features.encode import encode_images
@@ -38,6 +40,7 @@ from protoclip.features.halves import WAIT, ImageHalf, opened, segment_facts, vi
 from protoclip.features.parts import (
     FOLDERS,
     PARTS,
+    Encode,
     Part,
     Show,
     claim,
@@ -56,6 +59,7 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
+from protoclip.terminal import without_secrets
 
 TABLE, FOLDER = "pairs.arrow", "streams"
 SCHEMA = pa.schema(
@@ -142,6 +146,8 @@ def _passed(
     }
     if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
         settings["max_pixels"] = max_pixels  # larger images are bad
+    if remote := [without_secrets(shard) for shard in stream.shards if not _is_local(shard)]:
+        settings["remote"] = remote  # `of_stream` knows no more of them than their file names
     working = root / FOLDER / checksum(to_json(settings).encode())
     if (pairs := _kept(working, stream, halves)) is not None:  # reading disturbs nobody
         return pairs
@@ -153,7 +159,9 @@ def _passed(
             return pairs
         stored = [opened(half.folder, half.encoder.width) for half in halves]
         encode_missing(
-            partial(_encode_shard, stream, halves, stored, batch_size, threads),
+            _until_out_of_patience(
+                stream, partial(_encode_shard, stream, halves, stored, batch_size, threads)
+            ),
             stream.shards,
             lambda: claim(working, settings, name=working),
             working,
@@ -218,14 +226,43 @@ def _kept(
     return pairs if rank0_first(has_images) else None
 
 
+def _is_local(shard: str) -> bool:
+    return not (is_url(shard) or shard.startswith("pipe:"))
+
+
 def _key_of(shard: str) -> str:
     """Names a shard as it is now, wherever it lies.
 
     What is behind URLs, or a command gives, is taken to stay.
     """
-    is_local = not (is_url(shard) or shard.startswith("pipe:"))
-    facts = [shard_stem(shard), *shard_facts(shard, is_read=True)] if is_local else [shard]
+    facts = [shard_stem(shard), *shard_facts(shard, is_read=True)] if _is_local(shard) else [shard]
     return checksum(to_json(facts).encode())
+
+
+def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
+    """`encode`, which ends the pass after as many lost shards in a row as end a stream.
+
+    Only remote ones count: then it is the network, or the store. The same command reads them again.
+    """
+    failed, lost = 0, 0.0  # shards in a row, and the seconds that they took
+
+    def encode_one(items: Sequence[Any], show: Show) -> Part:
+        nonlocal failed, lost
+        shard, began = stream.shards[items[0]], time.monotonic()
+        part = encode(items, show)
+        reasons = [entry["reason"] for entry in part.bad if entry["reason"].endswith(LOST)]
+        if part.ids or not reasons or _is_local(shard):
+            failed, lost = 0, 0.0
+            return part
+        failed, lost = failed + 1, lost + time.monotonic() - began
+        if failed >= MAX_FAILED or lost > access.PATIENCE_SECONDS:
+            raise ValueError(
+                f"{stream.name}: {failed} shards in a row without a sample that can be used; the "
+                f"last is {without_secrets(shard)}: {reasons[-1]}; {access.AGAIN}"
+            )
+        return part
+
+    return encode_one
 
 
 def _encode_shard(

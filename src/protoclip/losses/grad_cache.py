@@ -9,11 +9,13 @@ towers and holds the graph of one chunk.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]  # of the towers, a row for each image or text
+RandomState = Sequence[Tensor | None]  # by device, None of one that is not in use
 
 
 def number_of_chunks(rows: int, size: int) -> int:
@@ -67,7 +69,7 @@ def forward_in_chunks(
         gradients = zip(*map(torch.split, given, sizes), strict=True)
         for number, of_chunk in enumerate(gradients):
             with no_sync() if number < len(chunks) - 1 else nullcontext():
-                with repeated(*states[number]):
+                with repeated(states[number]):
                     part = chunks[number]()
                 trained = [index for index, output in enumerate(part) if output.requires_grad]
                 if trained:
@@ -81,17 +83,35 @@ def forward_in_chunks(
     return whole, backward
 
 
-def random_state() -> tuple[Tensor, Tensor | None]:
-    """State of the generators of dropout: the CPU's and, if in use, the current GPU's."""
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if in_use else None
+def generators() -> tuple[Any, ...]:
+    """PyTorch's modules for the generators of dropout: of the CPU, of CUDA, and of Apple's GPU.
+
+    None stands for a device that is not in use.
+    """
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    mps = torch.backends.mps.is_available()
+    return torch, torch.cuda if cuda else None, torch.mps if mps else None
+
+
+def random_state() -> RandomState:
+    """State of the generators of dropout, in the order of `generators`."""
+    return tuple(None if module is None else module.get_rng_state() for module in generators())
+
+
+def set_random_state(states: RandomState) -> None:
+    """Let the generators of devices in use go on from such states."""
+    # Checkpoints of earlier versions hold no state of Apple's GPU.
+    for module, state in zip(generators(), states, strict=False):
+        if module is not None and state is not None:
+            module.set_rng_state(state.cpu())
 
 
 @contextmanager
-def repeated(cpu: Tensor, gpu: Tensor | None) -> Iterator[None]:
+def repeated(states: RandomState) -> Iterator[None]:
     """Draw from this random state again, and then go on from the present one."""
-    with torch.random.fork_rng(devices=[] if gpu is None else [torch.cuda.current_device()]):
-        torch.set_rng_state(cpu)
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu)
+    present = random_state()
+    set_random_state(states)
+    try:
         yield
+    finally:
+        set_random_state(present)

@@ -128,7 +128,9 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
     except Exception as error:  # what these libraries raise has no common class
         if isinstance(error, ValueError) and str(error).startswith("model."):
             raise  # it is of ours, and says it all
-        if repository and answer is None:
+        # What libraries cannot get is an OSError; any other ValueError is about the model.
+        about_model = isinstance(error, ValueError) and not isinstance(error, OSError)
+        if repository and answer is None and not about_model:
             raise ValueError(
                 f"{reference}: the hub does not answer, and there is no earlier download; check "
                 "the network, HF_ENDPOINT and HF_HUB_OFFLINE"

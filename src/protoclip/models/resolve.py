@@ -30,6 +30,8 @@ def resolve_start(given: ModelConfig) -> Start:
         ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
     reference, name = given.start, given.name
+    image = replace(given.image, name=given.image.name.removeprefix("timm:"))  # as `align` has it
+    given = replace(given, image=image)
     if reference is None and name is None:
         of_a_model = names_model("image", given.image.name)
         if not of_a_model:

@@ -15,14 +15,15 @@ import numpy as np
 import timm
 import torch
 
-from protoclip.config import HALVES, Config, TeacherConfig
+from protoclip.checks import check_amounts
+from protoclip.config import HALVES, Config, EpisodeConfig, TeacherConfig
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
-from protoclip.distributed.collectives import raise_on_all_ranks, rank
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.evaluation.validation import Judged
 from protoclip.features import teachers as external
 from protoclip.features.canonical import canonical_projections, second_moments
@@ -94,7 +95,7 @@ def align(
             device,
             resume=resume == "auto",
             defaults=partial(with_data, choices),
-            pass_stream=partial(pass_stream, device),
+            pass_stream=partial(pass_stream, choices, device),
             encode=partial(encode, choices),
         )
 
@@ -208,18 +209,8 @@ def with_data(
     choices.config, choose = config, choices.choose
     # An image that several rows show is one sample with all their captions.
     rows = len(np.unique(hashes_of_images(data.training)))
-    head, closed = config.align.head, list[str]()
-    hidden = set(start.choices) if isinstance(start, TwoHalves) else {"vision_cfg", "text_cfg"}
-    projection = choose("model.projection", "linear" if head == "auto" else head)
-    if config.align.head not in ("auto", projection):
-        raise ValueError(
-            f"align.head: {head}, but model.projection is {projection}; leave one of them out"
-        )
-    if projection == "mlp" and not hidden:
-        raise ValueError(
-            f"align.head: {head}, but both halves are open_clip's own towers, which hold linear "
-            "projections only; leave it out, or name timm's image tower"
-        )
+    closed, hidden = list[str](), hidden_choices(start)
+    projection = choose("model.projection", projection_of(choices, config, start))
     if projection == "mlp" and len(hidden) == 1:
         linear = "text" if "vision_cfg" in hidden else "image"
         closed.append(
@@ -250,17 +241,67 @@ def with_data(
     if is_tower and config.model.text.pooling is not None:
         closed.append("model.text.pooling: no effect, since the text half has one of its own")
     given = config.episodes
-    batch = 2
-    while batch < LARGEST_BATCH and 4 * batch <= (given.size or rows):
-        batch *= 2
-    ranks = collectives.world_size()  # which share a batch evenly
-    batch = choose("episodes.batch_size", max(2 * ranks, batch // ranks * ranks))
+    usual = batch_for(given.size or rows, divides=given.size is not None)
+    batch = choose("episodes.batch_size", usual)
     size = choose("episodes.size", max(batch, rows // batch * batch))
     if size <= rows:
         choose("episodes.replacement", False)
     count = choose("episodes.count", max(1, round(PASSES[config.align.init] * rows / size)))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     return choices.config, choices.notes + closed
+
+
+def hidden_choices(start: Start) -> set[str]:
+    """The settings of open_clip's for projections with a hidden layer that a start leaves open."""
+    return set(start.choices) if isinstance(start, TwoHalves) else {"vision_cfg", "text_cfg"}
+
+
+def projection_of(choices: Choices, config: Config, start: Start) -> str:
+    """The kind of both projections into the joint space, `linear` or `mlp`.
+
+    Raises:
+        ValueError: The head is none that the halves can have.
+    """
+    head = config.align.head
+    projection = "linear" if head == "auto" else head
+    if choices.is_given("model.projection"):
+        projection = config.model.projection
+    if head not in ("auto", projection):
+        raise ValueError(
+            f"align.head: {head}, but model.projection is {projection}; leave one of them out"
+        )
+    if projection == "mlp" and not hidden_choices(start):
+        raise ValueError(
+            f"align.head: {head}, but both halves are open_clip's own towers, which hold linear "
+            "projections only; leave it out, or name timm's image tower"
+        )
+    return projection
+
+
+def batch_for(pairs: int, *, divides: bool) -> int:
+    """How many of so many pairs make a batch, if possible one that divides their number."""
+    batch = 2
+    while batch < LARGEST_BATCH and 4 * batch <= pairs:
+        batch *= 2
+    ranks = collectives.world_size()  # which share a batch evenly
+    even = range(max(2 * ranks, batch // ranks * ranks), ranks, -ranks)
+    fits = (number for number in even if not divides or pairs % number == 0)
+    return next(fits, even[0])
+
+
+def require_possible(choices: Choices, config: Config, start: Start) -> None:
+    """Refuse what no data make possible, before a stream passes for hours.
+
+    Raises:
+        ValueError: The head is none that the halves can have, or given amounts do not fit.
+    """
+    projection_of(choices, config, start)
+    episodes = config.episodes
+    if episodes.size is not None and not choices.is_given("episodes.batch_size"):
+        episodes = replace(episodes, batch_size=batch_for(episodes.size, divides=True))
+    if not choices.is_given("episodes.count"):  # the pairs decide; here it is what stages need
+        episodes = replace(episodes, count=episodes.warm_up + config.locked_episodes)
+    check_amounts(replace(config, episodes=episodes))
 
 
 def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
@@ -318,23 +359,39 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     if config.run.overfit is not None:  # each pair that is left, in one batch
         left = len(kept)
         config = replace(config, episodes=replace(episodes, size=left, batch_size=left))
-    elif len(kept) < episodes.size and not choices.is_given("episodes.size"):
-        size = max(episodes.batch_size, len(kept) // episodes.batch_size * episodes.batch_size)
-        again = size > len(kept) and not choices.is_given("episodes.replacement")
-        fitting = replace(episodes, size=size, replacement=again or episodes.replacement)
-        config = replace(config, episodes=fitting)
-        if size != episodes.size:
-            notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
+    else:
+        episodes, said_too = fitting(choices, episodes, len(kept))
+        config, notes = replace(config, episodes=episodes), notes + said_too
     plan = replace(plan, config=config, samples=kept, notes=notes)
     return plan, kept_rows
 
 
-def pass_stream(device: torch.device, config: Config, start: Start, stream: SampleStream) -> Pairs:
+def fitting(
+    choices: Choices, episodes: EpisodeConfig, pairs: int
+) -> tuple[EpisodeConfig, list[str]]:
+    """Episodes of the pairs that are left: what was chosen adapts. And notes on it."""
+    notes, batch = list[str](), episodes.batch_size
+    if pairs < episodes.size and not choices.is_given("episodes.size"):
+        size = max(batch, pairs // batch * batch)
+        if size != episodes.size:
+            notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
+        episodes = replace(episodes, size=size)
+    is_chosen = not choices.is_given("episodes.replacement")
+    if pairs < episodes.size and is_chosen and not episodes.replacement:
+        notes.append("episodes.replacement = true, since an episode is larger than what is left")
+        episodes = replace(episodes, replacement=True)
+    return episodes, notes
+
+
+def pass_stream(
+    choices: Choices, device: torch.device, config: Config, start: Start, stream: SampleStream
+) -> Pairs:
     """Encode the images of a stream as they pass, each once, and keep the captions. Collective.
 
     Raises:
-        ValueError: As `encode`.
+        ValueError: As `encode`; or settings do not go together, whatever passes.
     """
+    rank0_first(lambda: require_possible(choices, config, start))
     require_teachers(config, stream)
     model = loading.to_device(loading.model(start, seed=config.run.seed), device)
     halves, root = frozen(model), features_folder(config)

@@ -59,6 +59,8 @@ class NonFiniteGuard:
     ) -> Bool[Tensor, ""]:
         """Take step `number`, unless the loss of any rank or the norm is not finite; see `look`.
 
+        A step without a gradient counts as taken, and changes nothing.
+
         Returns:
             Whether the step was taken, the same on every rank.
         """
@@ -70,8 +72,9 @@ class NonFiniteGuard:
                 found_inf.copy_(~taken)
         else:
             self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if has_gradients(self.optimizer):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self._pending.append((number, torch.stack([loss, norm.detach()]), sample_ids))
         if loss.device.type == "cpu":
             self.look()
@@ -144,6 +147,12 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
         self._row = [(float(loss), float(norm)) for loss, norm in state.get("row", [])]
+
+
+def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether there is something to step by; without it the loss scaler ends the run."""
+    parameters = (each for group in optimizer.param_groups for each in group["params"])
+    return any(parameter.grad is not None for parameter in parameters)
 
 
 class Watch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.checks import check
+from protoclip.checks import check, never_trained
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
@@ -176,7 +176,7 @@ def complete(
         adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)
         decided, said = filled(adapted, start, divided.training)
         without_effect = [note for note in check(decided) if note in outlined.unsure]
-        return decided, without_effect + notes + said
+        return decided, without_effect + notes + said + never_trained(decided)
 
     config, notes = rank0_first(decide)
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"

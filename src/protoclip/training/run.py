@@ -467,6 +467,8 @@ class Run:
                     pairs=pairs,
                     warm_up=config.optim.warm_up_steps,
                     masked=config.loss.positives == "masked",
+                    replaced=config.episodes.replacement and isinstance(self.plan.samples, Pairs),
+                    overfits=config.run.overfit is not None,
                 ),
             )
 

@@ -22,8 +22,7 @@ RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is w
 REPEATED, OBSERVED = 0.1, 5
 ADVICE = {
     "captions": "set loss.positives = masked",
-    "images": "set episodes.replacement = false, lower episodes.batch_size, or set "
-    "loss.positives = masked",
+    "images": "lower episodes.batch_size, or set loss.positives = masked",
 }
 
 
@@ -43,7 +42,14 @@ def repeated(names: Sequence[str | bytes], device: torch.device) -> float:
 
 
 def at_chance(
-    loss: float, lowest: float, *, pairs: int, positives: float, masked: bool, steps: int
+    loss: float,
+    lowest: float,
+    *,
+    pairs: int,
+    positives: float,
+    masked: bool,
+    steps: int,
+    overfits: bool = False,
 ) -> str | None:
     """Whether InfoNCE is that of a guess after so many steps at the full rate.
 
@@ -52,6 +58,7 @@ def at_chance(
         pairs: In a batch, so that a guess has the loss ln(pairs).
         positives: Other pairs that a pair matches on average: no loss can tell them apart, or they
             are `masked`.
+        overfits: Whether this is a run of `--overfit`, which is not advised again.
     """
     number = max(1, round(pairs - positives)) if masked else pairs
     chance, least = math.log(number), 0.0 if masked else math.log1p(positives)
@@ -60,10 +67,10 @@ def at_chance(
     said = f"train/loss/info_nce is {loss:.4g}, and ln({number}) = {chance:.4g} is that of a guess"
     if lowest < least + 0.9 * (chance - least):
         return f"{said}, though it was {lowest:.4g}; lower optim.learning_rate"
+    trial = "" if overfits else ", and try --overfit 64"
     return (
         f"{said}, after {steps} steps at the full rate; check that captions belong to their images "
-        "(protoclip data inspect), and try --overfit 64; then raise optim.learning_rate, or "
-        "lower it"
+        f"(protoclip data inspect){trial}; then raise optim.learning_rate, or lower it"
     )
 
 
@@ -78,13 +85,18 @@ def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
     )
 
 
-def repeats(what: str, shares: Sequence[float]) -> str | None:
-    """Whether too much of each batch repeats: `captions` or `images`, negatives of their equals."""
+def repeats(what: str, shares: Sequence[float], *, replaced: bool = True) -> str | None:
+    """Whether too much of each batch repeats: `captions` or `images`, negatives of their equals.
+
+    Args:
+        replaced: Whether pairs are drawn with replacement, and need not be.
+    """
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
+    once = "set episodes.replacement = false, " if what == "images" and replaced else ""
     return (
         f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
-        f"of each other; {ADVICE[what]}"
+        f"of each other; {once}{ADVICE[what]}"
     )
 
 
@@ -96,11 +108,15 @@ class Symptoms:
         pairs: In a batch, of all ranks.
         warm_up: Steps until the full rate.
         masked: Whether InfoNCE leaves out the pairs that match.
+        replaced: Whether pairs are drawn with replacement, and need not be.
+        overfits: Whether this is a run of `--overfit`.
     """
 
     pairs: int
     warm_up: int
     masked: bool = False
+    replaced: bool = True
+    overfits: bool = False
     lowest: float = math.inf
     shares: dict[str, list[float]] = field(default_factory=lambda: {"captions": [], "images": []})
     said: set[str] = field(default_factory=set)
@@ -111,7 +127,7 @@ class Symptoms:
         for what, shares in self.shares.items():
             if (share := metrics.get(f"train/repeated/{what}")) is not None:
                 shares[:] = [*shares[1 - OBSERVED :], share]
-                lines[what] = repeats(what, shares)
+                lines[what] = repeats(what, shares, replaced=self.replaced)
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
             lines["risen"] = risen(loss, self.lowest, pairs=self.pairs)
@@ -122,6 +138,7 @@ class Symptoms:
                 positives=metrics.get("train/positives", 0.0),
                 masked=self.masked,
                 steps=step - self.warm_up,
+                overfits=self.overfits,
             )
             self.lowest = min(self.lowest, loss)
         new = {name: line for name, line in lines.items() if line and name not in self.said}

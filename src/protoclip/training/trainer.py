@@ -18,7 +18,12 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
-from protoclip.losses.grad_cache import forward_in_chunks, number_of_chunks, random_state
+from protoclip.losses.grad_cache import (
+    forward_in_chunks,
+    number_of_chunks,
+    random_state,
+    set_random_state,
+)
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.positives import mean_positives
 from protoclip.losses.prototypical import Target
@@ -28,7 +33,7 @@ from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces, in_order
-from protoclip.training.guard import NonFiniteGuard
+from protoclip.training.guard import NonFiniteGuard, has_gradients
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.overfit import names_of_images, recall
@@ -204,7 +209,8 @@ class Trainer:
         self._drop_gradients_without_loss(losses)
         squares = self.model.take_pulls()
         pulls = measure(squares) if self.balance is not None or detailed else {}
-        self.scaler.unscale_(self.optimizer)
+        if has_gradients(self.optimizer):
+            self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
         # Projections without a loss must be finite too, since they are clustered.
         with torch.no_grad():
@@ -398,10 +404,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
         if len(state["random"]) == world_size():
-            cpu, gpu = state["random"][collectives.rank()]
-            torch.set_rng_state(cpu.cpu())
-            if gpu is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(gpu.cpu())
+            set_random_state(state["random"][collectives.rank()])
         self.source.load_state_dict(state["source"])
         if self.balance is not None:
             self.balance.load_state_dict(state.get("balance", {}))

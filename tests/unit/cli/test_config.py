@@ -143,6 +143,8 @@ def test_evaluation_during_training_needs_something_to_evaluate_on():
     assert check(other) == []
     nothing = with_value(other, "data.validation", 0.0)
     assert refusal(nothing).startswith("run.evaluate_every: data.validation is 0")
+    assert "set this to 0 too" in refusal(nothing)  # a recipe may have set it
+    assert check(with_value(nothing, "run.evaluate_every", 0)) == []
     emoji = with_value(config, "data.validation", 0.1)
     assert refusal(emoji).startswith("data.validation: the emoji have held-out splits")
 

@@ -6,8 +6,8 @@ import sys
 import open_clip
 import pytest
 
-from protoclip.cli.data import idle, tokens_of
-from protoclip.config import DataConfig, ModelConfig, TextTowerConfig
+from protoclip.cli.data import Index, idle, tokens_of
+from protoclip.config import DataConfig, ModelConfig, SourceConfig, TextTowerConfig
 from protoclip.models.loading import context_length
 
 CAPTIONS = ["a dog", "", "x" * 500, "Ünïcode 猫 👩\u200d🚀 don't  &amp;\n<b> go"]
@@ -39,6 +39,12 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
         "data.captions: used by training alone, so no effect here",
         "data.workers: no effect here",
     ]
+
+
+def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose paths need not be there."""
+    Index("emoji", data=DataConfig(sources=[SourceConfig(path="gone.tsv")]))()
+    assert "pairs indexed" in capsys.readouterr().out
 
 
 def test_inspect_loads_no_model() -> None:

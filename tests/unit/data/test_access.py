@@ -144,6 +144,9 @@ def test_a_root_that_is_a_url_holds_its_table(bucket):
         ("reference://x::data:a,b", "'reference://' is not read; use a local file or one of"),
         ("memory://a.tar", "'memory://' is not read"),
         ("s3://bucket/a.tar::tar://b", "chained with '::'"),
+        # A URL that ends in "/" is that of its shards.
+        ("https://host/cc3m/", "a web server does not say what it holds"),
+        ("https://host/cc3m", r"neither a table nor tar shards; .* as in \.\.\./\*\.tar"),
     ],
 )
 def test_a_source_that_may_not_be_read_is_one_line(source, message):

@@ -217,6 +217,20 @@ def test_a_truncated_file_is_refused(name, size):
     assert "JPEG" not in name or refused == len(cuts)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_video_behind_a_photo_is_no_part_of_it(options):
+    """Phones append one, whose bytes look like any marker; a photo that is cut stays refused."""
+    photo_alone = with_thumbnail(encoded(photo(96, 64), "JPEG", **options))
+    video = b"ftypmp42 \xff\xda \xff\xd9 \xff\xda\0"
+    box = fixed((0, 0, 96, 64))
+    for size in (16, 64):
+        expected = decode_crop(photo_alone, box, size, max_pixels=PIXELS)
+        found = decode_crop(photo_alone + video, box, size, max_pixels=PIXELS)
+        np.testing.assert_array_equal(found, expected)
+        with pytest.raises(ValueError, match=r"^truncated$"):
+            decode_crop(photo_alone[:-2], box, size, max_pixels=PIXELS)
+
+
 @pytest.mark.parametrize("name", list(FILES))
 @pytest.mark.usefixtures("capfd")  # libjpeg and libtiff print what they find
 @pytest.mark.filterwarnings("ignore")

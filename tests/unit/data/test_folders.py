@@ -106,8 +106,10 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
             "broken.json": '{"caption": ',
             "other.jpg": b"D",
             "other.json": {"label": "no caption"},
-            "sub/e.jpg": b"E",
+            "sub/e.jfif": b"E",
             "sub/e.txt": "fine too",
+            "sub/f.HEIC": b"F",
+            "sub/f.txt": "of a kind that is not read",
             "closed/f.jpg": b"F",
         },
     )
@@ -129,6 +131,7 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     counted = [note.removeprefix(f"{tmp_path}: left out ").split(" (")[0] for note in pairs.notes]
     assert sorted(counted) == [
         "1 folders that cannot be read",
+        "1 images of a kind that is not read",
         "1 images whose .json has no caption",
         "1 images whose caption file cannot be read",
         "1 names that are not UTF-8",
@@ -136,6 +139,9 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
         "3 images without a caption",
     ]
     assert f"{tmp_path}: left out 3 images without a caption ('alone1.jpg')" in pairs.notes
+    # Also when the index is there already.
+    notes = opened(write(tmp_path, {"late.avif": b"G"})).notes
+    assert sum("left out 2 images of a kind that is not read (JPEG," in note for note in notes) == 1
 
 
 def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path):
@@ -232,6 +238,10 @@ FAULTS = {
     "no captions": (
         {"a.jpg": b"A", "b.jpg": b"B"},
         r"2 images without a caption \('a.jpg'\)",
+    ),
+    "another kind alone": (
+        {"a.heic": b"A", "a.txt": "a", "b.jp2": b"B"},
+        r"2 images of a kind .* \('a.heic'\); no pair is left: convert them, as to JPEG",
     ),
     "metadata without file names": (
         {"metadata.csv": "name,text\na.jpg,a\n"},

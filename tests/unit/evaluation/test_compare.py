@@ -80,6 +80,19 @@ def test_influences_are_sums_over_groups(backwards):
         np.testing.assert_allclose(found[metric], np.array([*expected.values()]) * correction)
 
 
+@pytest.mark.parametrize("taken", [0.01, 0.1])
+def test_a_recall_that_candidates_decide_has_no_interval(taken):
+    """An image that stands before the matches of most captions may be missing in the next set."""
+    group = np.arange(40)
+    columns = {"sample_id": group, "group": group}
+    crowding = taken * np.where(group % 8 == 0, -1.0, 1 / 7)
+    images = {**columns, "text_to_image_crowding_1": crowding}
+    texts = {**columns, "text_to_image_rank": group % 2}
+    found = influences(SampleResults(images=images, texts=texts))["retrieval/text_to_image@1"]
+    assert (interval(0.5, found) is None) == (taken == 0.1)
+    assert (interval_of_difference([0.1, 0.2], found) is None) == (taken == 0.1)
+
+
 def test_a_class_of_one_group_is_held_against_the_others():
     """As of emoji, whose images of a concept are one group and one class."""
     columns = {"sample_id": np.arange(8), "zero_shot_class": np.arange(8) // 2}
@@ -272,9 +285,9 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     _, second = entries = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
     moved = [influences(of)["knn/acc1"] for of in (*ones, *twos)]
-    half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(
-        (moved[2] + moved[3] - moved[0] - moved[1]) / 2
-    )
+    # What two seeds share: what is left of the variance is the product of their influences.
+    shared = (moved[2] - moved[0]) @ (moved[3] - moved[1])
+    half = scipy.stats.t.ppf(0.975, 16) * math.sqrt(shared)
     assert found["interval"] == pytest.approx([0.2 - half, 0.2 + half])
     assert (found["n"], found["samples"], found["kind"]) == (2, 60, "seeds and samples")
     compare.show(entries)

@@ -1,5 +1,7 @@
 """What is measured of two halves, against slow restatements in float64 and known values."""
 
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -217,3 +219,8 @@ def test_features_that_are_not_finite_are_refused():
     pairs = ImageTextPairs(tiny_pairs(1), name="tiny")
     with pytest.raises(ValueError, match=r"^broken: its features are not finite"):
         match.encode("broken", broken, pairs, texts, ["0"], ["a"], 8)
+
+
+def test_a_library_that_is_missing_is_told_of_when_the_half_is_opened(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.utils.hub", None)
+    assert match.usual_pooling("hf:a/b") == "mean"

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoclip import Embeddings, Target, objective
-from protoclip.losses.grad_cache import forward_in_chunks, number_of_chunks
+from protoclip.losses.grad_cache import (
+    forward_in_chunks,
+    number_of_chunks,
+    random_state,
+    repeated,
+    set_random_state,
+)
 from protoclip.losses.objective import LossWeights
 
 B, K = 10, 6
@@ -121,6 +127,26 @@ def test_the_gradients_are_those_of_the_whole_batch(size, kind):
     assert_equal_gradients(once, cached)
     for right, mine in zip(once.buffers(), cached.buffers(), strict=True):
         torch.testing.assert_close(mine, right, atol=1e-9, rtol=1e-9)
+
+
+def test_apples_gpu_draws_again_what_it_drew(monkeypatch):
+    """As the other devices do; here a generator of the CPU takes its place."""
+    gpu = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", gpu.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", gpu.set_state)
+
+    def draw() -> list[float]:
+        return torch.rand(2, generator=gpu).tolist()
+
+    state, first, present = random_state(), draw(), gpu.get_state()
+    with repeated(state):
+        assert draw() == first
+    assert torch.equal(gpu.get_state(), present)
+    set_random_state(state)
+    assert draw() == first
+    set_random_state(state[:2])  # of a checkpoint of an earlier version
+    assert draw() != first
 
 
 @pytest.mark.parametrize("middle", [nn.Dropout(0.5), nn.BatchNorm1d(8)], ids=["dropout", "norm"])

@@ -26,6 +26,7 @@ from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data import access
 from protoclip.data.captions import without_padding
 from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.models import opening
 from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
 from protoclip.models.protoclip import ProtoCLIP
@@ -401,3 +402,13 @@ def test_what_the_hub_answers_is_one_line_within_seconds(
     assert "\n" not in str(error.value)
     assert time.monotonic() - start < 5
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_a_fault_of_a_model_is_not_blamed_on_the_network(monkeypatch):
+    """Without an answer of the hub an earlier download is opened, and may be the wrong model."""
+    monkeypatch.setattr(opening, "hub_answer", lambda *_, **__: None)
+    with (
+        pytest.raises(ValueError, match="hf:a/b: cannot be opened \\(reads text only\\)"),
+        opening.readable_errors("hf:a/b", "a/b"),
+    ):
+        raise ValueError("reads text only")

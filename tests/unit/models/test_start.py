@@ -505,6 +505,11 @@ def test_a_published_model_that_squashes_images_is_told(given):
     assert [note for note in notes if "SigLIP/webli resizes images by 'squash'; this run" in note]
 
 
+def test_a_timm_model_may_be_named_as_align_names_it():
+    start = resolve_start(ModelConfig(image=ImageTowerConfig(name="timm:test_resnet")))
+    assert start.model.image.name == "test_resnet"
+
+
 def test_a_text_model_without_positions_reads_captions_of_any_length():
     """T5's kin count the distance of tokens."""
     require_length(1000, transformers.MT5Config(), "mt5")

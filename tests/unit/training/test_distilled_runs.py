@@ -19,7 +19,7 @@ from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.report.page import run_facts
 from protoclip.report.runs import read_run
 from protoclip.testing import tiny_pairs
-from protoclip.training import trainer
+from protoclip.training import run, trainer
 from protoclip.training.run import train
 
 
@@ -112,8 +112,13 @@ def test_a_tower_without_a_loss_stays(micro_batch, data, tmp_path):
     assert all(name.startswith("towers.visual.") for name in moved)
 
 
-def test_an_episode_that_the_only_teacher_does_not_know_teaches_nothing(data, tmp_path):
-    """And the run goes on."""
+@pytest.mark.parametrize("fp16", [False, True])
+def test_an_episode_that_the_only_teacher_does_not_know_teaches_nothing(
+    fp16, data, tmp_path, monkeypatch
+):
+    """And the run goes on, with the loss scaler of fp16, too."""
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    monkeypatch.setattr(run, "grad_scaler", lambda *given: scaler)
     known = pa.table({"sample_id": ["tiny/47"], "features": [[1.0, 2.0, 3.0]]})
     pq.write_table(known, tmp_path / "one.parquet")
     config = distilled(data, tmp_path / "run", info_nce=0.0, prototypical=0.0, teacher=1.0)

@@ -15,6 +15,7 @@ import pytest
 from numbered import Numbered
 
 import protoclip
+from protoclip.checks import never_trained
 from protoclip.config import (
     START,
     Config,
@@ -31,6 +32,7 @@ from protoclip.config import (
 from protoclip.data.content import content
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
@@ -157,6 +159,28 @@ def test_a_note_says_how_many_pairs_name_the_image_of_another(tmp_path):
     ]
     shared = replace(config, loss=replace(config.loss, positives="shared"))
     assert not [note for note in make_plan(shared).notes if "name the image file of" in note]
+
+
+def test_a_batch_larger_than_the_data_is_what_has_to_be_lowered():
+    """The size of an episode follows from it, and may not have been given."""
+    config = Config(episodes=EpisodeConfig(size=256, batch_size=128, replacement=False))
+    with pytest.raises(ValueError, match=r"episodes\.batch_size: 128 is larger than the 98"):
+        episodes(config, Numbered(98, 10**9))
+
+
+@pytest.mark.parametrize(
+    ("count", "warm_up", "locked", "said"),
+    [
+        (3, 1, 1, []),
+        (2, 1, 1, ["no episode uses prototypes"]),
+        (1, 0, 1, ["no episode uses prototypes", "the image tower does not train"]),
+    ],
+)
+def test_stages_that_leave_out_what_a_run_is_for_draw_a_note(count, warm_up, locked, said):
+    episodes = EpisodeConfig(count=count, warm_up=warm_up, locked_image=locked)
+    notes = never_trained(Config(episodes=episodes))
+    assert [note.partition(", since")[0] for note in notes] == said
+    assert not never_trained(Config(episodes=episodes, loss=LossConfig(prototypical=0.0)))[1:]
 
 
 def test_what_is_set_stays_and_a_plan_is_its_own_plan():

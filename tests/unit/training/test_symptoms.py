@@ -40,9 +40,11 @@ CHANCE = math.log(256)
     ],
 )
 def test_a_loss_at_chance_is_named_after_the_warm_up(loss, lowest, positives, steps, says):
-    line = at_chance(loss, lowest, pairs=256, positives=positives, masked=False, steps=steps)
+    given = {"pairs": 256, "positives": positives, "masked": False, "steps": steps}
+    line = at_chance(loss, lowest, **given)
     assert (line is None) == (says is None)
     assert says is None or says in line
+    assert "--overfit" not in (at_chance(loss, lowest, **given, overfits=True) or "")
 
 
 def test_what_is_masked_makes_a_guess_easier():
@@ -82,6 +84,7 @@ def test_what_repeats_in_a_batch_is_named(what, way_out):
     line = repeats(what, [0.3, 0.1, 0.1, 0.1, 0.1])
     assert line.startswith(f"14% of the {what} of a batch")
     assert way_out in line
+    assert "episodes.replacement" not in repeats(what, [0.5] * 5, replaced=False)
 
 
 def test_each_symptom_is_said_once():
