@@ -22,8 +22,8 @@ def save_bert(folder: Path, **more: Any) -> Path:
     transformers.BertTokenizer(vocab={name: n for n, name in enumerate(names)}).save_pretrained(
         folder
     )
-    sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 24}
-    config = transformers.BertConfig(**sizes, **more)
+    sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 24, **more}
+    config = transformers.BertConfig(**sizes)
     transformers.BertModel(config).save_pretrained(folder)
     return folder
 
@@ -32,7 +32,7 @@ def save_dual_encoder(folder: Path, **more: Any) -> Path:
     """ViT and BERT."""
     text = transformers.AutoConfig.from_pretrained(save_bert(folder, **more))
     build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
-    config = build(transformers.ViTConfig(**VISION, **more), text, projection_dim=16)
+    config = build(transformers.ViTConfig(**{**VISION, **more}), text, projection_dim=16)
     transformers.VisionTextDualEncoderModel(config).save_pretrained(folder)
     square = {"height": 32, "width": 32}
     transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(

@@ -47,6 +47,7 @@ from protoclip.models.saved import (
     write_checkpoint,
 )
 from protoclip.testing import run_distributed, tiny_config
+from protoclip.training.plan import make_plan
 from protoclip.training.run import train
 
 FEATURES = {
@@ -97,38 +98,42 @@ Choice = tuple[str, Any]
 # Worker processes keep no images in memory: this pair runs, in a row of its own, so that it does
 # not stand for a cache in another.
 SEPARATE = frozenset({("cache", "ram"), ("workers", 1)})
-# What the settings refuse together, or what BatchNorm of the towers makes another run: it sees a
-# micro-batch, and counts twice with checkpoints.
+# What the settings refuse together.
 REFUSED = [
     frozenset(pair)
     for pair in (
         *((("keep", keep), ("start", "no")) for keep in ("relations", "features")),
-        (("distil", "features"), ("teacher", "no")),
         # These have no column of classes.
         *((("positives", "class"), ("source", s)) for s in ("folder", "shards", "stream", "emoji")),
         (("captions", 2), ("positives", "pair")),
         (("lora", "yes"), ("ranks", "fsdp")),
         (("lora", "yes"), ("compile", "yes")),
-        (("towers", "resnet"), ("accumulation", "yes")),
+        # BatchNorm would count twice.
         (("towers", "resnet"), ("checkpointing", "yes")),
     )
+]
+# What the settings allow, and no row needs: without a teacher there is nothing to distil, and
+# BatchNorm sees a micro-batch, which makes another run.
+POINTLESS = [
+    frozenset({("distil", "features"), ("teacher", "no")}),
+    frozenset({("towers", "resnet"), ("accumulation", "yes")}),
 ]
 
 
 def allowed(row: Row) -> bool:
-    return not any(row.items() >= pair for pair in (SEPARATE, *REFUSED))
+    return not any(row.items() >= pair for pair in (SEPARATE, *REFUSED, *POINTLESS))
 
 
 @cache
 def wanted() -> list[frozenset[Choice]]:
-    """Every pair of choices of two features that the settings allow."""
+    """Every pair of choices of two features that can be run and compared."""
     pairs = (
         frozenset({(one, first), (other, second)})
         for (one, firsts), (other, seconds) in itertools.combinations(FEATURES.items(), 2)
         for first in firsts
         for second in seconds
     )
-    return [pair for pair in pairs if pair not in REFUSED]
+    return [pair for pair in pairs if pair not in (*REFUSED, *POINTLESS)]
 
 
 @cache
@@ -400,8 +405,8 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
     """Bit for bit on one process; on two, to a twentieth of the way that the weights went.
 
     Rounding may move a sample that lies between two prototypes, which is worth a hundredth here; a
-    wrong image, caption, gradient or position is worth half of the way and more. In bf16, which
-    rounds the sum of a batch and those of its halves otherwise, it is a tenth.
+    wrong image, caption, gradient or position is worth half of the way and more. BatchNorm over
+    ranks rounds otherwise than that of one process, which in bf16 is worth a sixth.
     """
     expected, scores = twin(row, data, tmp_path / "twin")
     config = config_for(row, data, tmp_path / "run")
@@ -422,7 +427,8 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
             assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []
             assert metrics == scores
         else:
-            nearest = 0.2 if row["precision"] == "bf16" else 0.05
+            rounds = (row["towers"], row["precision"]) == ("resnet", "bf16")
+            nearest = 0.2 if rounds else 0.05
             assert relative_difference(weights, expected, config) < nearest
             assert metrics.keys() == scores.keys()
             # Rounding turns recalls of ten pairs by a tenth.
@@ -459,6 +465,10 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
         assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []
 
 
-def test_every_pair_is_run():
-    run = set().union(*(pairs_of(row) for row in rows()))
-    assert set(wanted()) <= run
+@pytest.mark.parametrize("pair", REFUSED, ids=lambda pair: name(PLAIN | dict(pair)))
+def test_the_settings_refuse_what_is_left_out_as_refused(pair, data, tmp_path):
+    """So that none is left out which the settings have come to allow."""
+    names = r"loss\.keep|loss\.positives|model\.lora|parallel\.activation_checkpointing"
+    config = config_for(PLAIN | dict(pair), data, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"^({names}): "):
+        make_plan(config)

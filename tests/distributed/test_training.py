@@ -266,14 +266,18 @@ def seen(config: Config, stop: int | None = None) -> list[list[str]]:
 
 def test_a_stream_goes_on_with_other_ranks(tmp_path):
     """Begun on two, stopped within an episode that has prototypes, by one and by two again: the
-    batches are those of the two lanes, of which each pass has every sample once."""
+    batches are those of the two lanes, of which each pass has every sample once. Meanwhile the
+    shards come from elsewhere, as from a store."""
     pack(ImageTextPairs(tiny_pairs(40), name="tiny"), tmp_path / "shards", samples_per_shard=7)
     config = quick_config(str(tmp_path / "shards"), tmp_path / "run")
     data = {"read": "streaming", "shuffle_buffer": 5, "workers": 0}
     config = with_changes(config, {"data": data, "episodes": {"count": 5}})
+    command = f"pipe:cat {tmp_path}/shards/{{00000..00005}}.tar"
+    moved = {"train": command, "read": "auto", "allow_commands": True}
+    elsewhere = with_changes(config, {"data": moved})
     steps: list[list[str]] = []
-    for ranks, stop in ((2, 3), (1, 4), (2, None)):
-        parts = run_distributed(seen, ranks, config, stop)
+    for ranks, stop, given in ((2, 3, config), (1, 4, elsewhere), (2, None, config)):
+        parts = run_distributed(seen, ranks, given, stop)
         steps += [[*itertools.chain(*step)] for step in zip(*parts, strict=True)]
     stream = ShardStream(config.data.train, seed=config.run.seed, shuffle=5, lanes=2)
     lanes = [

@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import open_clip
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,9 @@ from protoclip.models.saved import find_checkpoint
 from protoclip.testing import tiny_pairs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+VERSIONS = sorted(
+    path.name.removeprefix("run-").removesuffix(".tar.xz") for path in FIXTURES.glob("run-*.tar.xz")
+)
 RESUME = "train --config run/config.toml --resume auto"
 
 
@@ -37,7 +41,7 @@ def unpack(version: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.chdir(folder)
 
 
-@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "1.0.0"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_model_of_an_old_run_computes_the_same(version, monkeypatch, tmp_path):
     unpack(version, monkeypatch, tmp_path)
     then = json.loads((FIXTURES / f"run-{version}.json").read_text())
@@ -60,9 +64,21 @@ def test_the_model_of_an_old_run_computes_the_same(version, monkeypatch, tmp_pat
                 expected = torch.tensor(then[modality])
                 torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-5)
 
+    pq.write_table(pairs, "pairs.parquet")
+    (record,) = protoclip.evaluate(model, transform, tokenizer, "pairs.parquet", ["retrieval"])
+    assert record["samples"] == len(pairs)
+    main(["report", "run"])
+    page = Path("report.html").read_text(encoding="utf-8")
+    for found in ("not finished: step 6 of 16", "step 6, 96 pairs of tiny.parquet"):
+        assert found in page  # its curves, and its model
+
 
 @pytest.mark.parametrize(
-    ("version", "words"), [("0.2.0", "--loss.strengths constant"), ("1.0.0", "")]
+    ("version", "words"),
+    [
+        ("0.2.0", "--loss.strengths constant"),
+        *((version, "") for version in VERSIONS if version.startswith("1.")),
+    ],
 )
 def test_an_old_run_goes_on(version, words, monkeypatch, tmp_path, capsys):
     unpack(version, monkeypatch, tmp_path)
@@ -91,9 +107,10 @@ def test_an_old_run_that_cannot_go_on_is_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_new_run_starts_from_the_weights_of_an_old_one(monkeypatch, tmp_path):
-    """The way out that the refusal names."""
-    unpack("0.1.0", monkeypatch, tmp_path)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_new_run_starts_from_the_weights_of_an_old_one(version, monkeypatch, tmp_path):
+    """The way out that the refusal of 0.1.0 names."""
+    unpack(version, monkeypatch, tmp_path)
     words = "--model.start run --loss.strengths constant --run.out new --episodes.count 2"
     main(["train", "--config", "run/config.toml", *words.split(), "--episodes.locked_image", "0"])
     assert find_checkpoint("new").name == "step-000000008"

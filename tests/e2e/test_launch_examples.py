@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "examples" / "launch"
 SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 JOB = str(os.getpid())  # decides the port at which ranks meet
-SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": JOB}
+SLURM = {
+    **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": JOB},
+    "SLURM_CPUS_PER_TASK": "6",
+}
 # Starts two tasks as `srun` does, and ends with their largest code.
 SRUN = """
 import os, subprocess, sys
@@ -33,14 +36,14 @@ ranks = [
 ]
 sys.exit(max(rank.wait() for rank in ranks))
 """
-# Stands for `protoclip`: the ranks meet, and rank 0 tells what it was given.
+# Stands for `protoclip`: the ranks meet, and rank 0 tells what srun and it were given.
 MEET = """
-import sys, torch
+import os, sys, torch
 from protoclip.distributed import collectives
 with collectives.process_group(torch.device("cpu")):
     ranks = collectives.all_gather_object(collectives.rank())
     if collectives.rank() == 0:
-        print(ranks, *sys.argv[1:])
+        print(ranks, os.environ["SRUN_CPUS_PER_TASK"], *sys.argv[1:])
 """
 
 
@@ -69,25 +72,29 @@ def sbatch(
 def test_the_ranks_of_a_slurm_job_meet(tmp_path):
     ended = sbatch(tmp_path, MEET, "--run.seed", "3", RUN="runs/mine")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "[0, 1] train --run.out runs/mine --resume auto --run.seed 3\n"
-    parse(Train, shlex.split(ended.stdout)[3:])
+    assert ended.stdout == "[0, 1] 6 train --run.out runs/mine --resume auto --run.seed 3\n"
+    parse(Train, shlex.split(ended.stdout)[4:])
 
 
 @pytest.mark.parametrize(
-    ("codes", "finished", "again"),
+    ("codes", "left", "again"),
     [
-        ("138, 138", False, True),
-        ("138, 143", False, True),
-        ("138, 138", True, False),
-        ("2, 2", False, False),
+        ("138, 138", "", True),
+        ("138, 143", "checkpoints/step-000000008", True),
+        ("138, 138", "results.json", False),
+        ("2, 2", "", False),
+        ("2, 143", "", False),
     ],
 )
-def test_a_slurm_job_whose_time_is_over_goes_back_into_the_queue(codes, finished, again, tmp_path):
-    """Not one that is finished, nor one that ends by a mistake."""
-    if finished:
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "results.json").touch()
-    end = f'import os, sys; sys.exit(({codes})[int(os.environ["SLURM_PROCID"])])'
+def test_a_slurm_job_whose_time_is_over_goes_back_into_the_queue(codes, left, again, tmp_path):
+    """Not one that is finished, nor one that ends by a mistake; by what this start has left."""
+    (tmp_path / "run" / "checkpoints" / "step-000000004").mkdir(parents=True)
+    end = f"""
+import os, sys
+from pathlib import Path
+Path("run", {left!r}).mkdir(exist_ok=True)
+sys.exit(({codes})[int(os.environ["SLURM_PROCID"])])
+"""
     ended = sbatch(tmp_path, end, RUN="run")
     assert ended.returncode == max(map(int, codes.split(",")))
     assert ended.stdout == (f"scontrol requeue {JOB}\n" if again else "")
@@ -99,6 +106,10 @@ def test_slurm_is_asked_for_what_the_documents_say():
     assert f"--signal={asked['signal']}`" in SCALING
     assert "requeue" in asked
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # a task a GPU
+    assert f'"${{SLURM_CPUS_PER_TASK:-{asked["cpus-per-task"]}}}"' in text
+    (srun,) = re.findall(r"^srun .*", SCALING, re.MULTILINE)
+    for name in ("ntasks-per-node", "gpus-per-node", "cpus-per-task"):
+        assert f"--{name} {asked[name]} " in srun
     assert text.index("#SBATCH --signal") < text.index("\nset -u")  # SLURM stops at a command
 
 

@@ -1,7 +1,10 @@
 """A run on URLs with a password and a token keeps neither, and goes on all the same."""
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +25,19 @@ def leaks(folder: Path) -> list[str]:
     ]
 
 
+class Telling:
+    """A logger that writes into the run folder what settings it is told."""
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        (folder / f"told-{step}.json").write_text(json.dumps(config))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics hold no settings."""
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
 @pytest.mark.slow
 def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     shards, serve, tmp_path, monkeypatch, capsys
@@ -33,6 +49,8 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     train = f"{url}/{{00000..00002}}.tar?t0ken=1"
     settings = {"data": {"max_bad_share": 0.9, "shuffle_buffer": 20}}
     config = config_for(train, tmp_path / "run", prototypes={"source": "queue"}, **settings)
+    loggers = ("tensorboard", f"{__name__}:Telling")
+    config = with_changes(config, {"run": {"loggers": loggers}})
     with monkeypatch.context() as patch:
         stop_after(6, patch)
         assert run.train(config)["stopped"] == "SIGTERM"
@@ -40,11 +58,16 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     kept = (tmp_path / "run" / "config.toml").read_text()
     assert "://***@127.0.0.1" in kept
     assert ".tar?***" in kept
+    assert "Telling" not in kept
     # Another token does no harm, nor does an earlier version's config.toml.
     kept = kept.replace("://***@", "://somebody:passw0rd@").replace("?***", "?t0ken=1")
     (tmp_path / "run" / "config.toml").write_text(kept)
     other = with_changes(config, {"data": {"train": train.replace("t0ken=1", "t0ken=2")}})
     assert run.train(other, resume="auto")["steps"] == 16
+    for step in (0, 6):
+        told = json.loads((tmp_path / "run" / f"told-{step}.json").read_text())
+        assert "://***@127.0.0.1" in told["data"]["train"]
+        assert told["run"]["loggers"] == ["tensorboard"]
     main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--formats", "open_clip"])
     main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")])
     shutil.rmtree(tmp_path / "served")

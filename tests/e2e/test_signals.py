@@ -179,6 +179,17 @@ def test_a_signal_after_the_last_step_leaves_the_evaluation_to_the_next_call(
     assert (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_rank_that_leaves_the_report_to_rank_0_ends_with_the_code_of_the_failure(monkeypatch):
+    """Though srun ends it by SIGTERM meanwhile, and would report 143, that of a stop."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(cli.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["trian"])
+    assert ended.value.code == 2
+
+
 def test_under_nohup_sighup_is_not_heard():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heard = []

@@ -313,4 +313,7 @@ for line in {TYPOS.splitlines()}:
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == len(TYPOS.splitlines())
+    for line, said in zip(TYPOS.splitlines(), done.stderr.splitlines(), strict=True):
+        words = line.split()
+        wrong = next((word for word in words if word.startswith("gone")), words[-1])
+        assert f" {wrong}: " in said, line

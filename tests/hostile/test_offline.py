@@ -47,39 +47,41 @@ def blocked() -> float:
     return time.monotonic() - (computed + queued) / 1e9
 
 
-NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "no names": (no_name, refuse),
-    "names are looked up for ever": (slow_name, refuse),
-    "connections are refused": (some_name, refuse),
-    "nobody answers": (some_name, wait),
+# How names are looked up, how one connects, and the reason that is then given for a URL.
+NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
+    "no names": (no_name, refuse, "[Errno -3] Temporary failure in name resolution"),
+    "names are looked up for ever": (slow_name, refuse, "not read within 3 s"),
+    "connections are refused": (some_name, refuse, "[Errno 111] Connection refused"),
+    "nobody answers": (some_name, wait, "no answer in time"),
 }
 SLOW = ("names are looked up for ever", "nobody answers")
+NO_HUB = "the hub does not answer"
 # A command, and what its line says.
 NEEDS: dict[str, str] = {
-    "evaluate hf:nobody/model": "hf:nobody/model: the hub does not answer",
-    "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k": "the hub does not answer",
-    "evaluate open_clip:RN50/openai": "open_clip:RN50/openai: ",
-    "train --model.start hf:nobody/model": "hf:nobody/model: the hub does not answer",
-    "train --model.name RN50 --model.pretrained openai": "RN50",
-    "train --model.text.name nobody/model": "nobody/model",
-    "data inspect hf:nobody/data": "hf:nobody/data: the hub does not answer",
-    "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: ",
-    "train --data.workers 0 --data.train https://example.com/{0..1}.tar": "https://example.com/",
-    "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
-    "evaluate {}/run --data https://example.com/pairs.csv": "https://example.com/pairs.csv: ",
-    "embed hf:nobody/model --data {}/pairs.parquet --out {out}/v.parquet": "hub does not answer",
-    "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": "hub",
-    "embed-teacher --teacher timm:resnet18 --data.train {}/pairs.parquet --out {out}/f": "resnet18",
-    "export hf:nobody/model {out}/exported": "hf:nobody/model: the hub does not answer",
-    "export {}/run {out}/e --formats open_clip --push_to_hub me/model --yes": "hub does not answer",
-    "explore hf:nobody/model --data {}/pairs.parquet --static {out}/pages": "hub does not answer",
+    "evaluate hf:nobody/model": f"hf:nobody/model: {NO_HUB}",
+    "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k": f"laion2b_s34b_b79k: {NO_HUB}",
+    "evaluate open_clip:RN50/openai": f"open_clip:RN50/openai: {NO_HUB}",
+    "train --model.start hf:nobody/model": f"model.start: hf:nobody/model: {NO_HUB}",
+    "train --model.name RN50 --model.pretrained openai": f"pretrained: RN50/openai: {NO_HUB}",
+    "train --model.text.name nobody/model": f"model.text.name: nobody/model: {NO_HUB}",
+    "data inspect hf:nobody/data": f"hf:nobody/data: {NO_HUB}",
+    "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: {reason}",
+    "train --data.workers 0 --data.train https://example.com/{0..1}.tar": "/1.tar: {reason}",
+    "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: {reason}",
+    "evaluate {}/run --data https://example.com/pairs.csv": "example.com/pairs.csv: {reason}",
+    "embed hf:nobody/model --data {}/pairs.parquet --out {out}/v.parquet": NO_HUB,
+    "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": NO_HUB,
+    "embed-teacher --teacher timm:resnet18 --data.train {}/pairs.parquet --out {out}/f": NO_HUB,
+    "export hf:nobody/model {out}/exported": f"hf:nobody/model: {NO_HUB}",
+    "export {}/run {out}/e --formats open_clip --push_to_hub me/model --yes": f"me/model: {NO_HUB}",
+    "explore hf:nobody/model --data {}/pairs.parquet --static {out}/pages": NO_HUB,
 }
 
 
 @pytest.fixture
-def cut(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, of one kind; no earlier download; no proxy."""
-    look_up, connect = NETWORKS[request.param]
+def cut(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """No network, of one kind; no earlier download; no proxy. Why a URL cannot be read."""
+    look_up, connect, reason = NETWORKS[request.param]
     for name in ("getaddrinfo", "gethostbyname"):
         monkeypatch.setattr(socket, name, look_up)
     monkeypatch.setattr(socket.socket, "connect", connect)
@@ -90,6 +92,7 @@ def cut(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+    return reason
 
 
 # One command for each way to the network; on networks that take seconds to fail, only these.
@@ -113,5 +116,5 @@ def test_without_a_network_there_is_one_line_within_seconds(cut, command, traine
     began = blocked()
     ended = call(words, writes=[tmp_path], keeps=trained, seconds=2 * PAUSE)
     assert ended.code == 2
-    assert NEEDS[command] in ended.error
+    assert NEEDS[command].replace("{reason}", cut) in ended.error
     assert blocked() - began < SECONDS

@@ -71,6 +71,17 @@ def test_every_public_name_is_there(reference: ModuleType) -> None:
         assert f"## protoclip.{name}\n" in reference.python_as_text()
 
 
+def test_public_names_are_those_that_stay() -> None:
+    """A name that comes or goes is also written down, or struck, on the page of what stays."""
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| Python \| (.+?) \|", page, re.MULTILINE)
+    names, of_model = row.split("; and ")
+    assert sorted(re.findall(r"`(\w+)`", names)) == sorted(protoclip.__all__)
+    assert re.findall(r"`(\w+)`", of_model) == ["encode_image", "encode_text"]
+    for name in ("encode_image", "encode_text"):
+        assert callable(getattr(protoclip.ProtoCLIP, name))
+
+
 def test_every_metric_is_explained() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.+?) \| (`.+?) \| `(\w+)` \|", page, re.MULTILINE)

@@ -24,6 +24,16 @@ def test_the_version_is_one():
     )
 
 
+def test_each_version_since_1_0_0_left_a_run_that_later_ones_open():
+    """tests/e2e/test_compatibility.py opens those that are there."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[([1-9]\d*\.\d+\.\d+)\] - ", changes, re.MULTILINE)
+    assert "1.0.0" in released
+    for version in released:
+        for kind in ("tar.xz", "json"):
+            assert (ROOT / "tests" / "fixtures" / f"run-{version}.{kind}").is_file()
+
+
 def test_only_the_job_that_publishes_may_do_so():
     """It has no checkout and runs no code of ours; the others may read, and keep no token."""
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")

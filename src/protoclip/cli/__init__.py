@@ -180,7 +180,9 @@ def fail(error: Exception, command: str) -> NoReturn:
             why = collectives.reason(error)
             message = f"another rank has ended or does not answer ({why})"
     if silent or (rank and not together):
-        time.sleep(PATIENCE)  # the launcher ends this process when rank 0 ends
+        # The launcher ends this process when rank 0 ends; the code stays that of the failure.
+        with signals.handled(lambda _: os._exit(code)):
+            time.sleep(PATIENCE)
     if not silent:
         say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
     leave(code)

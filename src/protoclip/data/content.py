@@ -40,6 +40,7 @@ SHARDS, BLOCK = 1000, 1 << 14  # of each stream that are read, and how many byte
 WORDS = {
     "name": "name",
     "rows": "number of rows",
+    "names": "shards",  # by file name, wherever they lie
     "shards": "shards",
     "ids": "sample ids, or their order",
     "captions": "captions",
@@ -81,9 +82,15 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
         return f"{len(before)} sources before, {len(now)} now"
     for number, (old, new) in enumerate(zip(before, now, strict=True)):
         of = f" of '{new.get('name', number)}'" if len(now) > 1 else ""
+        if is_stream(old) and "rows" in new:
+            return f"a stream{of} before, pairs in any order now, unless data.read is streaming"
+        if "rows" in old and is_stream(new):
+            return f"pairs in any order{of} before, a stream now"
         for name, word in WORDS.items():
             one, other = old.get(name), new.get(name)
             if one is None or other is None or one == other:
+                continue
+            if name == "shards" and one == new.get("names"):  # up to version 1.0.0, of a store
                 continue
             if name == "sample" and all(a == b for a, b in zip(one, other, strict=True) if a and b):
                 continue
@@ -91,6 +98,23 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
                 return f"{word}{of}: {one} before, {other} now"
             return f"other {word}{of}"
     return None
+
+
+def is_stream(facts: Mapping[str, Any]) -> bool:
+    return "shards" in facts or "names" in facts
+
+
+def wherever_it_lies(facts: Facts, source: Any) -> Facts:
+    """A source's facts, less what differs when shards move between a disk and a store.
+
+    What is in a store, or what a command gives, is known by the names of its shards alone.
+    """
+    if not isinstance(source, ShardStream):
+        return facts
+    names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
+    is_local = not any(is_url(shard) or shard.startswith("pipe:") for shard in source.shards)
+    kept = {name: fact for name, fact in facts.items() if is_local or name != "shards"}
+    return {**kept, "names": names}
 
 
 def of_pairs(pairs: ImageTextPairs) -> Facts:
@@ -146,7 +170,12 @@ def of_stream(stream: Any) -> Facts:
     number = len(stream.shards)
     read = {stream.shards[n] for n in evenly_spaced(number, min(SHARDS, number), 0)}
     shards = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in stream.shards]
-    return {"shards": checksum(to_json(shards).encode())}
+    return {"shards": hash_of_shards(shards)}
+
+
+def hash_of_shards(shards: Sequence[Sequence[Any]]) -> str:
+    """A hash of the name of each shard, and of what `shard_facts` says of it."""
+    return checksum(to_json(shards).encode())
 
 
 def shard_facts(path: str, is_read: bool) -> list[Any]:

@@ -395,13 +395,29 @@ class EpisodeLoader:
         state: dict[str, Any] = {"episode": episode, "batch": batch}
         if isinstance(self.pairs, SampleStream):
             first = episode * (size // self.pairs.lanes)
+            following = first + batch * (self.batch_size * self.world_size // self.pairs.lanes)
             lanes = overlapping(self.rank, self.world_size, self.pairs.lanes)
-            state["stream"] = [self.pairs.state_dict(first, lane) for lane in lanes]
+            # Both are known then: a pass that extracts features begins with the episode.
+            state["stream"] = [
+                self.pairs.state_dict(sample, lane)
+                for lane in lanes
+                for sample in sorted({first, following})
+            ]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a position that a rank saved, once those of all ranks are loaded."""
-        if isinstance(self.pairs, SampleStream) and "stream" in state:
+        """Go on at a position that a rank saved, once those of all ranks are loaded.
+
+        Raises:
+            ValueError: It belongs to another stream, or to none, or these pairs are no stream.
+        """
+        # Checkpoints of version 0.2 say nothing else of their data.
+        if isinstance(self.pairs, SampleStream) != ("stream" in state):
+            raise ValueError(
+                f"{self.pairs.name}: a run that began with a stream goes on with one, and no other "
+                "does; restore data.train and data.read, or start anew"
+            )
+        if isinstance(self.pairs, SampleStream):
             lanes = state["stream"]
             # Up to version 0.2 a rank saved the one lane that it had.
             for lane in lanes if isinstance(lanes, list) else [lanes]:

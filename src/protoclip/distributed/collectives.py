@@ -72,8 +72,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if size == 1:
         yield
         return
-    if "MASTER_ADDR" not in os.environ:
+    by_srun = "SLURM_STEP_NODELIST" in os.environ
+    if by_srun and "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+    if by_srun and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(port_of_step())
     # PyTorch imports this module when it is needed. Its functions have the group of that moment as
     # a default and keep it for ever; its threads would then meet the end of the interpreter, which

@@ -73,7 +73,7 @@ class CheckpointWriter:
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
         self.best: tuple[int, float] | None = None  # step and value of an evaluation
-        self._rated: tuple[int, float] | None = None  # the same, when the last save began
+        self._rated: tuple[int, float] | None = None  # the same, for the last save
         self.best_written: tuple[int, float] | None = None  # which counts if that one is not
         self._saved_at = time.monotonic()
         self._written_in = 0.0  # seconds
@@ -88,6 +88,10 @@ class CheckpointWriter:
         """Note the result of an evaluation; higher is better. NaN and infinity do not count."""
         if math.isfinite(value) and (self.best is None or value > self.best[1]):
             self.best = (step, value)
+            if step == self.saved_step:  # its checkpoint was begun before it was judged
+                self._rated = self.best
+                if self.folder(step).is_dir():
+                    self.best_written = self.best
 
     def due(self, step: int, *, episode_end: bool) -> bool:
         """Whether it is time to save after this step."""

@@ -18,7 +18,7 @@ from protoclip.checks import check, never_trained
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.data.content import Facts, content
+from protoclip.data.content import Facts, content, wherever_it_lies
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
@@ -31,6 +31,7 @@ from protoclip.distributed.collectives import (
     rank0_first,
 )
 from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
 from protoclip.features.half_rows import HalfRows
@@ -258,7 +259,9 @@ def contents(
         start: This start at the run's sizes, or its weights; none where nothing needs them.
         halves: What these encoded, if they did; the plan's samples are what is left then.
     """
-    facts = {"sources": content(samples, encoded=None if halves is None else plan.samples)}
+    known = content(samples, encoded=None if halves is None else plan.samples)
+    each = zip(known, sources_of(samples), strict=True)
+    facts = {"sources": [wherever_it_lies(of_one, source) for of_one, source in each]}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):
@@ -364,13 +367,20 @@ def with_sizes(config: Config, size: int, number: int) -> Config:
 def check_metrics(
     config: Config, held_out: Sequence[EvaluationData], watched: Sequence[EvaluationData]
 ) -> None:
-    """Refuse the name of a metric that no evaluation of this run gives."""
+    """Refuse a metric that no evaluation of this run gives, or of which higher is not better."""
     known = [name for data in held_out for name in metric_names(data)]
     for data in watched:
         split = "validation" if "validation" in data.splits else "test"
         known += metric_names(data, split, quick=True)
+    better = [name for name in known if is_share(name.split("/", 2)[2])]
     for setting in ("keep_best", "stop_by"):
         metric = getattr(config.run, setting)
-        if metric is not None and metric not in known:
-            close = ", ".join(difflib.get_close_matches(metric, known, n=3, cutoff=0.0)) or "none"
-            raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {close}")
+        if metric is None or metric in better:
+            continue
+        close = difflib.get_close_matches(metric, better, n=3, cutoff=0.0) or ["none"]
+        if metric in known:
+            raise ValueError(
+                f"run.{setting}: higher is not better of {metric}; choose another, such as "
+                f"{close[0]}"
+            )
+        raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {', '.join(close)}")

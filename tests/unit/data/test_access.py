@@ -98,7 +98,7 @@ def test_a_cell_that_leads_astray_costs_its_row(table, cell):
     started = time.monotonic()
     with pytest.raises(BadSample, match=CELLS[cell]) as error:
         table.sample(row)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
     assert "\n" not in str(error.value)
 
 
@@ -269,10 +269,8 @@ class Odd(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Limits of milliseconds."""
-    limits = {"CONNECT": 0.5, "SILENCE": 0.15, "TOTAL": 1.0, "PAUSE": 0.001}
-    for name, seconds in limits.items():
-        monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
+    """No pause between tries; all other limits are those of users, which a busy machine keeps."""
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.001)
     Odd.counts.clear()
     Odd.seen.clear()
     Odd.free.clear()
@@ -281,6 +279,10 @@ def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterat
     for thread in threading.enumerate():  # reads that were given up, which try again
         if thread.name == "protoclip-read":
             thread.join(30)
+
+
+# The limits that are reached, so that it takes a second or two.
+SHORTER = {"hang": ("SILENCE_SECONDS", 0.5), "trickle": ("TOTAL_SECONDS", 1.0)}
 
 
 def read(url: str) -> bytes:
@@ -310,8 +312,10 @@ def test_what_may_pass_is_tried_again(server, name, requests):
         ("to:ftp://127.0.0.1/a", "unsupported protocol 'ftp://'", 1),
     ],
 )
-def test_what_will_not_pass_is_an_error(server, name, reason, requests):
+def test_what_will_not_pass_is_an_error(server, name, reason, requests, monkeypatch):
     """After as many requests as make sense, in one line."""
+    if name in SHORTER:
+        monkeypatch.setattr(module, *SHORTER[name])
     with pytest.raises(OSError, match=reason) as error:
         read(f"{server}/{name}")
     assert Odd.counts[name] == requests

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data.content import content, difference
+from protoclip.data.content import content, difference, wherever_it_lies
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
@@ -109,6 +109,29 @@ def test_a_stream_is_known_by_its_shards(tmp_path):
     assert difference(known, content(stream(TINY))) is None
     assert difference(known, content(stream(TINY[:32]))) == "other shards"
     assert difference(known, content(stream(TINY.take(list(range(40))[::-1])))) == "other shards"
+
+
+def test_a_stream_moves_between_a_disk_and_a_store_and_stays_a_stream(tmp_path):
+    """Known then by the names of its shards, which are all that checkpoints up to version 1.0.0
+    know of shards in a store."""
+    pack(ImageTextPairs(TINY, name="tiny"), tmp_path, samples_per_shard=8)
+
+    def facts(pattern: str) -> list[dict[str, Any]]:
+        stream = ShardStream(pattern, seed=0, name="tiny")
+        return [wherever_it_lies(of_one, stream) for of_one in content(stream)]
+
+    local, remote = facts(f"{tmp_path}/{{00000..00004}}.tar"), facts("s3://b/{00000..00004}.tar")
+    before = content(ShardStream("s3://a/{00000..00004}.tar", seed=0))  # of an earlier version
+    for one, other in ((local, remote), (remote, local), (before, remote), (before, local)):
+        assert difference(one, other) is None
+    assert difference(remote, facts("s3://b/{00000..00003}.tar")) == "other shards"
+    (tmp_path / "00003.tar").write_bytes(b"other")
+    assert difference(local, facts(f"{tmp_path}/*.tar")) == "other shards"
+    for stream in (local, remote, before):
+        assert difference(stream, of(TINY)) == (
+            "a stream before, pairs in any order now, unless data.read is streaming"
+        )
+        assert difference(of(TINY), stream) == "pairs in any order before, a stream now"
 
 
 def test_tables_on_disk(tmp_path):

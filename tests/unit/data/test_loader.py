@@ -41,6 +41,7 @@ class NumberedStream:
 
     def __init__(self, bad: frozenset[int] = frozenset()) -> None:
         self.pairs, self.bad, self.open = ImageTextPairs(tiny_pairs(), name="tiny"), bad, 0
+        self.learned = list[dict[str, Any]]()
 
     def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         self.open += 1
@@ -55,7 +56,7 @@ class NumberedStream:
         return {"first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learned = state
+        self.learned.append(state)
 
 
 def loader(
@@ -386,8 +387,13 @@ def test_the_state_is_json_and_prepares_a_stream():
     state = json.loads(json.dumps(source.state_dict(3, 2, size=64)))
     assert (state["episode"], state["batch"]) == (3, 2)
     source.load_state_dict(state)
-    assert source.pairs.learned == {"first": 192}
-    assert loader().state_dict(3, 2, size=64) == {"episode": 3, "batch": 2}
+    assert source.pairs.learned == [{"first": 192}, {"first": 224}]  # the episode, the next batch
+    of_rows = loader().state_dict(3, 2, size=64)
+    assert of_rows == {"episode": 3, "batch": 2}
+    loader().load_state_dict(of_rows)
+    for other, saved in ((loader(), state), (source, of_rows)):
+        with pytest.raises(ValueError, match=r"began with a stream goes on with one.*data\.read"):
+            other.load_state_dict(saved)
 
 
 def test_a_source_that_fails_leaves_the_workers_in_order(tmp_path, capfd):

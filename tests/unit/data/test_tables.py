@@ -381,7 +381,7 @@ def test_a_hub_that_does_not_answer_is_one_line_within_seconds(tmp_path, monkeyp
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"hf:owner/name: the hub does not answer, .*network") as e:
         open_hub(DataConfig(train="hf:owner/name"))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25
     assert "\n" not in str(e.value)
 
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 from unittest.mock import Mock
 
@@ -225,7 +225,9 @@ def test_the_map_by_umap_takes_the_place_of_that_by_pca(
             assert state(pages) == {"layout": "pca", "done": 0.5, "failed": ""}
             assert 'data-waits="yes"' in pages.site(1).index()
             go_on.set()
+        end = monotonic() + 60
         while state(pages)["done"] is not None:
+            assert monotonic() < end
             sleep(0.01)
         if by_umap is failing:
             assert state(pages) == {"layout": "pca", "done": None, "failed": "no room"}

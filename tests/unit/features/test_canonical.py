@@ -76,17 +76,18 @@ def test_directions_are_those_of_a_generalised_eigenproblem():
 
 
 @pytest.mark.parametrize(
-    "projection",
+    "made",
     [
-        nn.Parameter(torch.randn(6, 4)),
-        nn.Linear(6, 4),
-        nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 4, bias=False)),
-        TimmModel("test_resnet", embed_dim=4, proj="mlp", proj_bias=True).head,
+        lambda: nn.Parameter(torch.randn(6, 4)),
+        lambda: nn.Linear(6, 4),
+        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 4, bias=False)),
+        lambda: TimmModel("test_resnet", embed_dim=4, proj="mlp", proj_bias=True).head,
     ],
     ids=["matrix", "layer", "hidden layer", "timm's hidden layer"],
 )
-def test_a_projection_starts_as_a_linear_map(projection):
-    width = 6
+def test_a_projection_starts_as_a_linear_map(made):
+    torch.manual_seed(0)
+    projection, width = made(), 6
     if isinstance(projection, nn.Sequential):
         width = next(m for m in projection.modules() if isinstance(m, nn.Linear)).in_features
     features, linear = torch.randn(10, width), torch.randn(width, 4)

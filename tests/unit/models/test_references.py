@@ -400,7 +400,7 @@ def test_what_the_hub_answers_is_one_line_within_seconds(
         protoclip.load(reference)
     assert str(error.value).startswith(f"{reference}: ")
     assert "\n" not in str(error.value)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 

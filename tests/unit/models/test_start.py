@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import protoclip
-from interrupting import stop_after
 from protoclip.checks import check
 from protoclip.config import (
     Config,
@@ -229,27 +228,6 @@ def test_the_packaged_minilm(monkeypatch):
         mask = inputs["attention_mask"][..., None]
         mean = (hidden * mask).sum(1) / mask.sum(1)
         torch.testing.assert_close(built.encode_text(tokens), built.towers.text.proj(mean))
-
-
-def test_a_run_of_two_halves_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
-    given = halves(tmp_path / "sources")
-
-    def config(out: str) -> Config:
-        usual = one_step(pairs, tmp_path / out, given)
-        episodes = EpisodeConfig(size=16, count=3, batch_size=8, warm_up=1, locked_image=1)
-        return replace(usual, episodes=episodes, optim=OptimConfig(learning_rate=1e-3))
-
-    run.train(config("whole"))
-    stop_after(3, monkeypatch)
-    assert run.train(config("parts"))["stopped"] == "SIGTERM"
-    monkeypatch.undo()
-    assert "stopped" not in run.train(config("parts"), resume="auto")
-    whole, parts = (
-        load_file(find_checkpoint(tmp_path / out) / "model.safetensors")
-        for out in ("whole", "parts")
-    )
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 
 @pytest.mark.parametrize(

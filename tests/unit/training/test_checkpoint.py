@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 from unittest.mock import Mock
 
@@ -104,16 +105,31 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path):
     assert writer.best == (3, 0.7)
 
 
-def test_if_a_better_checkpoint_cannot_be_written_the_best_one_stays(tmp_path, monkeypatch):
-    writer = writer_of(tmp_path, keep=1)
+@pytest.mark.parametrize("judged", ["before it is saved", "while it is written", "after that"])
+def test_if_a_better_checkpoint_cannot_be_written_the_best_one_stays(judged, tmp_path, monkeypatch):
+    """A step is judged after its checkpoint was begun if `run.save_steps` falls on it."""
+    writer, go_on, write = writer_of(tmp_path, keep=1), Event(), saved.write_checkpoint
+
+    def written(folder: Path, *given: Any) -> None:
+        assert go_on.wait(60)
+        if folder == writer.folder(2):
+            raise OSError(errno.ENOSPC, "No space left")
+        write(folder, *given)
+
     for step, value in ((1, 0.5), (2, 0.9)):
-        writer.rate(step, value)
-        assert writer.due(step, episode_end=False)
+        go_on.clear()
+        if judged == "before it is saved":
+            writer.rate(step, value)
+            assert writer.due(step, episode_end=False)
         with monkeypatch.context() as patch:
-            if step == 2:
-                patch.setattr(saved, "write_checkpoint", Mock(side_effect=OSError(28, "full")))
+            patch.setattr(saved, "write_checkpoint", written)
             writer.save(step, state())
-            writer.wait()
+        if judged == "while it is written":
+            writer.rate(step, value)
+        go_on.set()
+        writer.wait()
+        if judged == "after that":
+            writer.rate(step, value)
     writer.rate(3, 0.1)
     assert not writer.due(3, episode_end=False)
     assert writer.best == (1, 0.5)

@@ -142,7 +142,7 @@ def test_all_other_settings_are_refused(tmp_path):
             branch = branch.setdefault(section, {})
         branch[last] = "another"
         refused = pytest.raises(ValueError, match=f"other settings: {setting} \\([^\n]*$")
-        taken = setting in (*FREE, *ROUNDING, "data.root")
+        taken = setting in (*FREE, *ROUNDING, "data.root", "data.read")
         with nullcontext() if taken else refused:
             notes = check_settings(tmp_path, tomli_w.dumps(tree))
         if taken:
@@ -155,7 +155,7 @@ def test_data_may_move_until_the_run_is_finished(tmp_path):
     before is another setting, and so is a share."""
     config = with_changes(tiny_config("a.tsv", out="run"), {"data": {"validation": "b.tsv"}})
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    moved = {"train": "c/a.tsv", "validation": "c/b.tsv", "root": "c"}
+    moved = {"train": "c/a.tsv", "validation": "c/b.tsv", "root": "c", "read": "streaming"}
     check_settings(tmp_path, to_toml(with_changes(config, {"data": moved})))
     for name, value in moved.items():
         with pytest.raises(ValueError, match=f"other settings: data.{name}"):

@@ -375,6 +375,35 @@ def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, wo
     assert opened(**clip)[1] == warm
 
 
+@pytest.mark.parametrize("setting", ["keep_best", "stop_by"])
+def test_no_run_is_judged_by_a_metric_of_which_higher_is_not_better(setting, tmp_path):
+    """A name that is wrong is not told to be one of these, either."""
+    for name in ("train", "held_out"):
+        pq.write_table(tiny_pairs(16, seed=len(name)), tmp_path / f"{name}.parquet")
+    config = tiny_config(str(tmp_path / "train.parquet"), out=str(tmp_path / "run"))
+    config = replace(
+        config, data=replace(config.data, validation=str(tmp_path / "held_out.parquet"))
+    )
+
+    def judged_by(metric: str) -> Plan:
+        metric = f"eval/validation/{metric}"
+        return make_plan(
+            replace(config, run=replace(config.run, evaluate_every=1, **{setting: metric}))
+        )
+
+    judged_by("retrieval/image_to_text@1")
+    for measure in ("gap", "alignment", "uniformity_image", "uniformity_text"):
+        refused = (
+            rf"^run\.{setting}: higher is not better of eval/validation/modality_gap/{measure}; "
+            r"choose another, such as eval/validation/retrieval/\S+$"
+        )
+        with pytest.raises(ValueError, match=refused):
+            judged_by(f"modality_gap/{measure}")
+    with pytest.raises(ValueError, match=r"no metric .* the closest are") as wrong:
+        judged_by("modality_gap/gaps")
+    assert "modality_gap" not in str(wrong.value).partition("closest")[2]
+
+
 def test_towers_without_batch_norm_have_none_to_freeze():
     vit = ModelConfig(name="ViT-B-32", frozen_batch_norm=True)
     for model, freezes in ((vit, False), (replace(vit, name="RN50"), True)):
