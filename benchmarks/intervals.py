@@ -37,7 +37,12 @@ from protoclip.evaluation.linear_probe import best_linear_probe
 from protoclip.evaluation.measured import Measured
 from protoclip.evaluation.metrics import MULTILABEL, Floats, interval, interval_of_difference
 from protoclip.evaluation.retrieval import best_relevant_rank, crowding
-from protoclip.evaluation.samples import SampleResults, by_group, influences
+from protoclip.evaluation.samples import (
+    SampleResults,
+    by_group,
+    decided_by_candidates,
+    influences,
+)
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
 from protoclip.training.run_folder import environment
@@ -47,7 +52,8 @@ SEEDS, OF_SEEDS = 5, 100  # of a comparison, and of all that there are
 # How far seeds turn features, and how much their errors differ.
 STRENGTHS = {"seeds that differ little": (0.03, 0.02), "seeds that differ much": (0.1, 0.05)}
 ERRORS = (0.9, 1.0)  # of the two models
-Metrics = dict[str, tuple[float, Floats]]
+# Values, their influences, and whether candidates decide them.
+Metrics = dict[str, tuple[float, Floats, bool]]
 
 
 class Population(NamedTuple):
@@ -199,7 +205,7 @@ def holds(
     return None if ends is None else (ends[0] <= truth <= ends[1], (ends[1] - ends[0]) / 2)
 
 
-def ami_by_group(samples: SampleResults) -> tuple[float, Floats]:
+def ami_by_group(samples: SampleResults) -> tuple[float, Floats, bool]:
     """AMI, and its influences: without each group in turn, the clusters of the others staying."""
     labels, group = samples.images["class"], samples.images["group"]
     found = clustering(samples.images["features"], torch.from_numpy(labels))
@@ -209,7 +215,7 @@ def ami_by_group(samples: SampleResults) -> tuple[float, Floats]:
     )
     number = len(names)
     parts = (without.mean() - without) * (number - 1) / number
-    return found["ami"], by_group(parts, np.arange(number), number)
+    return found["ami"], by_group(parts, np.arange(number), number), False
 
 
 def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]]) -> list[str]:
@@ -220,18 +226,19 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
         for paired in (False, True):
             values, held, without = [], [], []
             for (one, two), sides in zip(repeats, apart, strict=True):
-                value, influence = one[name]
+                value, influence, decided = one[name]
                 lonely = sides[0].get(name) if sides else None
                 if paired:
                     value, influence = two[name][0] - value, two[name][1] - influence
                     lonely = sides[1][name] - lonely if lonely is not None else None
-                values.append((value, influence, lonely))
-            truth = float(np.mean([value for value, _, _ in values]))
-            for value, influence, lonely in values:
-                held.append(holds(truth, value, influence, paired=paired))
+                values.append((value, influence, lonely, decided and not paired))
+            truth = float(np.mean([value for value, *_ in values]))
+            for value, influence, lonely, decided in values:
+                ends = None if decided else holds(truth, value, influence, paired=paired)
+                held.append(ends)
                 if lonely is not None:
                     without.append(holds(truth, value, lonely, paired=paired))
-            spread = 1.96 * float(np.std([value for value, _, _ in values], ddof=1))
+            spread = 1.96 * float(np.std([value for value, *_ in values], ddof=1))
             cells += [f"{100 * truth:.1f}", f"{100 * spread:.1f}"]
             known = [each for each in held if each is not None]
             enough = len(known) >= len(held) / 2
@@ -246,9 +253,12 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
 def known(measured: list[Measured]) -> list[Metrics]:
     """Of each model its metrics that have influences, with these."""
     moved = [of.influences() for of in measured]
+    decided = [
+        decided_by_candidates(of.samples, by) for of, by in zip(measured, moved, strict=True)
+    ]
     return [
-        {key: (of.metrics[key], by[key]) for key in by}
-        for of, by in zip(measured, moved, strict=True)
+        {key: (of.metrics[key], by[key], key in few) for key in by}
+        for of, by, few in zip(measured, moved, decided, strict=True)
     ]
 
 
@@ -331,7 +341,8 @@ def main() -> None:
     print("Percent. Of one model and of the difference of two: the truth, 1.96 standard deviations")
     print("over test sets, the mean half-width of the intervals, in how many of 100 test sets the")
     print("interval holds the truth, and in how many if each image and caption counted alone.")
-    print("A dash stands where most test sets give no interval, since too few groups differ.\n")
+    print("A dash stands where most test sets give no interval: too few groups differ, or few")
+    print("candidates decide a recall of one model.\n")
     error = 100 * math.sqrt(0.95 * 0.05 / (given.repeats or given.over_seeds))
     print(f"Standard error of a 95: {error:.1f}.\n")
     for name, population in POPULATIONS.items() if given.repeats else ():

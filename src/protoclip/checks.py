@@ -89,15 +89,19 @@ def check_amounts(config: Config) -> None:
 def never_trained(config: Config) -> list[str]:
     """Notes on what no episode trains; numbers of episodes are filled in, and fit each other."""
     episodes, locked = config.episodes, config.locked_episodes
+    stages = {"episodes.warm_up": episodes.warm_up, "episodes.locked_image": locked}
+    taking = " and ".join(name for name, number in stages.items() if number)
     notes = []
     if config.uses_prototypes and episodes.warm_up + locked == episodes.count:
         notes.append(
-            "no episode uses prototypes, since episodes.warm_up and episodes.locked_image take all "
-            f"{episodes.count} of episodes.count; raise it, or lower these"
+            f"no episode uses prototypes, since episodes.count ({episodes.count}) has none beside "
+            f"{taking}; raise it, or lower what takes them"
         )
-    if locked == episodes.count and "image" not in config.model.locked:
+    if locked == episodes.count and (
+        "image" not in config.model.locked or config.model.projections_are_new
+    ):
         notes.append(
-            "the image tower does not train, since episodes.locked_image takes all of "
+            "nothing of the image side trains, since episodes.locked_image takes all of "
             "episodes.count; raise it, or set episodes.locked_image = 0"
         )
     return notes

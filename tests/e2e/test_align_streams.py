@@ -234,6 +234,10 @@ def test_shards_of_one_name_behind_other_urls_are_others(given, shards, store, b
         content = min((shards / name).glob("*.tar")).read_bytes()
         fsspec.filesystem("s3").pipe(f"{bucket}/{name}/00000.tar", content)
         assert len(rows_of(of(given, f"{bucket}/{name}/*.tar"))[0].samples) == number
+    facts = [json.loads(path.read_bytes()) for path in store.rglob("facts.json")]
+    remote = [of_pass["remote"] for of_pass in facts if "remote" in of_pass]
+    assert [len(each) for each in remote] == [32, 32]  # checksums: there may be a million URLs
+    assert remote[0] != remote[1]
 
 
 @pytest.mark.parametrize(("most", "seconds", "failed"), [(2, 600.0, 2), (32, 0.0, 1)])
@@ -251,6 +255,17 @@ def test_a_store_that_fails_for_long_ends_a_pass(
     for number, path in enumerate(sorted((shards / "plain").glob("*.tar"))):
         fsspec.filesystem("s3").pipe(f"{bucket}/a/{number}.tar", path.read_bytes())
     assert len(rows_of(settings)[0].samples) == 96
+
+
+def test_lost_shards_among_good_ones_end_no_later_pass(given, shards, store, bucket, monkeypatch):
+    """Which reads them one after another, as all others are there."""
+    for number, path in zip((1, 3, 5), sorted((shards / "plain").glob("*.tar")), strict=True):
+        fsspec.filesystem("s3").pipe(f"{bucket}/b/{number}.tar", path.read_bytes())
+    settings = of(given, f"{bucket}/b/{{0..5}}.tar")
+    monkeypatch.setattr(streamed, "MAX_FAILED", 2)
+    with pytest.raises(ValueError, match="3 of 6 shards were not read to their end"):
+        rows_of(settings)
+    assert len(rows_of(changed(settings, data={"max_bad_share": 0.5}))[0].samples) == 96
 
 
 def test_rows_that_were_deleted_are_encoded_anew(given, shards, store, monkeypatch):

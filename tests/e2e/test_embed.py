@@ -22,9 +22,13 @@ import protoclip
 from protoclip.cli import main
 from protoclip.config import DataConfig
 from protoclip.data import access
+from protoclip.data import pairs as data_pairs
 from protoclip.data.pack import pack
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.tables import open_table
 from protoclip.features import embed as module
+from protoclip.features.halves import ImagesOnce
+from protoclip.features.parts import Patience, read_images
 from protoclip.testing import run_distributed, tiny_pairs
 
 ROWS = 60
@@ -135,23 +139,45 @@ def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, ca
 
 
 def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, monkeypatch):
-    """The pass ends before the part is written, and the same call goes on. What is bad on the disk
-    stays bad."""
+    """The pass ends before the part is written, and the same call goes on. What is bad on the disk,
+    missing in the store, or no image there, stays bad."""
     table, store, out = tiny_pairs(20), fsspec.filesystem("s3"), tmp_path / "vectors.parquet"
     images = dict(enumerate(table["image"].to_pylist()))
     paths = ["none.png" if row == 3 else f"{bucket}/{row}.png" for row in images]
     path = tmp_path / "pairs.csv"
     csv.write_csv(pa.table({"image": paths, "caption": table["caption"], "kind": paths}), path)
-    store.pipe({f"{bucket}/{row}.png": images[row] for row in range(15)})
+    del images[4]
+    images[5] = b"no image"
+    store.pipe({f"{bucket}/{row}.png": image for row, image in images.items()})
+    read_file = data_pairs.read_file
+
+    def failing(location: str, allowed: access.Access) -> bytes:
+        if location == f"{bucket}/15.png":
+            raise OSError("no answer")
+        return read_file(location, allowed)
+
     with monkeypatch.context() as patch:
         patch.setattr(access, "PATIENCE_SECONDS", 0.0)
+        patch.setattr(data_pairs, "read_file", failing)
         line = r"^1 samples in a row took .*s3://bucket/15\.png.*; check the .* the command again$"
         with pytest.raises(ValueError, match=line):
             embedded(tiny_run, path, out)
+        # As `align` reads them.
+        once = ImagesOnce(open_table(DataConfig(train=str(path))), np.arange(20))
+        with pytest.raises(ValueError, match=line):
+            list(read_images(once, range(20), lambda sample: sample, 4, threads=2))
     assert len(list((tmp_path / ".vectors.parquet.parts" / "parts").glob("*.npz"))) == 1
-    store.pipe({f"{bucket}/{row}.png": images[row] for row in images})
     assert embedded(tiny_run, path, out) == [10]
-    assert len(pq.read_table(out)) == 19
+    assert len(pq.read_table(out)) == 17
+
+
+def test_threads_that_wait_at_the_same_time_count_once():
+    patience, bad = Patience(), BadSample("a", "s3://bucket/a.png", "no answer")
+    bad.__context__ = OSError("no answer")
+    for _ in range(16):
+        patience.add(bad, 0.0, 60.0)
+    with pytest.raises(ValueError, match=r"^17 samples in a row took over 10 minutes"):
+        patience.add(bad, 590.0, 601.0)
 
 
 def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):

@@ -77,17 +77,21 @@ def test_the_ranks_of_a_slurm_job_meet(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codes", "left", "again"),
+    ("codes", "starts", "left", "again"),
     [
-        ("138, 138", "", True),
-        ("138, 143", "checkpoints/step-000000008", True),
-        ("138, 138", "results.json", False),
-        ("2, 2", "", False),
-        ("2, 143", "", False),
+        ("138, 138", 9, "", True),
+        ("138, 143", 9, "checkpoints/step-000000008", True),
+        ("138, 138", 0, "results.json", False),
+        ("2, 2", 0, "", False),
+        ("138, 143", 1, "", True),
+        ("2, 143", 2, "", False),
     ],
 )
-def test_a_slurm_job_whose_time_is_over_goes_back_into_the_queue(codes, left, again, tmp_path):
-    """Not one that is finished, nor one that ends by a mistake; by what this start has left."""
+def test_a_slurm_job_whose_time_is_over_goes_back_into_the_queue(
+    codes, starts, left, again, tmp_path
+):
+    """Not one that is finished, nor one that ends by a mistake; by what this start has left, and
+    where nothing tells, by the starts before."""
     (tmp_path / "run" / "checkpoints" / "step-000000004").mkdir(parents=True)
     end = f"""
 import os, sys
@@ -95,7 +99,7 @@ from pathlib import Path
 Path("run", {left!r}).mkdir(exist_ok=True)
 sys.exit(({codes})[int(os.environ["SLURM_PROCID"])])
 """
-    ended = sbatch(tmp_path, end, RUN="run")
+    ended = sbatch(tmp_path, end, RUN="run", SLURM_RESTART_COUNT=str(starts))
     assert ended.returncode == max(map(int, codes.split(",")))
     assert ended.stdout == (f"scontrol requeue {JOB}\n" if again else "")
 

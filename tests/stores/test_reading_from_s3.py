@@ -264,7 +264,7 @@ def test_a_run_whose_network_goes_ends_in_one_line_and_goes_on(store, hasty, tmp
     config = config_for(train, tmp_path / "run", **settings)
     store.fail("reset", after=20 if is_table else 10)
     place = f"{store.url}/table/images/" if is_table else f"{store.url}/shards/"
-    go_on = "check the network, and go on with --resume auto"
+    go_on = r"check the network, and give the same command again \(a run: with --resume auto\)"
     with pytest.raises(ValueError, match=rf"^(?=[^\n]*{place})[^\n]*{go_on}[^\n]*$"):
         run.train(config)
     store.fail()
@@ -277,7 +277,7 @@ def test_what_cannot_be_read_ends_a_run_before_long(store, hasty, monkeypatch, t
     """However many rows or shards there are to try; and says how to go on."""
     put_table(store, 64)
     put_shards(store, number=8)
-    go_on = "check the network, and go on with --resume auto"
+    go_on = r"check the network, and give the same command again \(a run: with --resume auto\)"
     monkeypatch.setattr(streams, "PATIENCE_SECONDS", 0.0)
     stream = ShardStream(f"{store.url}/shards/*.tar", seed=0).samples()
     store.fail("reset")

@@ -40,7 +40,7 @@ CONNECT_SECONDS, SILENCE_SECONDS, TOTAL_SECONDS, TRIES, PAUSE_SECONDS = 3.0, 20.
 HUB_SECONDS = 3.0  # to wait for the hub's answer
 # How long one thing after another may be tried and not read: then it is the network, or the store.
 PATIENCE_SECONDS = 600.0
-GO_ON = "check the network, and go on with --resume auto"
+GO_ON = "check the network, and give the same command again (a run: with --resume auto)"
 AGAIN = "check the network, and give the command again"  # of what has no run to go on with
 KEYS = (
     "check the credentials that its client finds (of s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "

@@ -83,7 +83,7 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
     for number, (old, new) in enumerate(zip(before, now, strict=True)):
         of = f" of '{new.get('name', number)}'" if len(now) > 1 else ""
         if is_stream(old) and "rows" in new:
-            return f"a stream{of} before, pairs in any order now, unless data.read is streaming"
+            return f"a stream{of} before, pairs in any order now; set data.read = streaming"
         if "rows" in old and is_stream(new):
             return f"pairs in any order{of} before, a stream now"
         for name, word in WORDS.items():
@@ -104,7 +104,7 @@ def is_stream(facts: Mapping[str, Any]) -> bool:
     return "shards" in facts or "names" in facts
 
 
-def wherever_it_lies(facts: Facts, source: Any) -> Facts:
+def facts_that_may_move(facts: Facts, source: Any) -> Facts:
     """A source's facts, less what differs when shards move between a disk and a store.
 
     What is in a store, or what a command gives, is known by the names of its shards alone.

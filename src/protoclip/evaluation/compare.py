@@ -18,7 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from protoclip.evaluation.metrics import METRICS, Floats, difference, intervals, is_share, label
-from protoclip.evaluation.samples import Columns, SampleResults, influences
+from protoclip.evaluation.samples import (
+    Columns,
+    SampleResults,
+    decided_by_candidates,
+    influences,
+)
 from protoclip.files import has_changed, read_local
 from protoclip.terminal import say
 
@@ -140,7 +145,12 @@ def intervals_of(results: Run, read: Reader | None = None) -> dict[str, list[flo
         for data, known in of_data.items()
         for metric, of_groups in (known[1] if known else {}).items()
     }
-    return intervals(results["metrics"], by_metric)
+    without = {
+        f"eval/{data}/{metric}"
+        for data, known in of_data.items()
+        for metric in (decided_by_candidates(*known) if known else ())
+    }
+    return intervals(results["metrics"], by_metric, without)
 
 
 def number(value: Any) -> float | None:

@@ -4,7 +4,7 @@ The functions that compute them are in the files of their tasks; `samples` has t
 intervals follow from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -186,20 +186,22 @@ def interval(metric: float, influence: Floats) -> list[float] | None:
 
 
 def intervals(
-    metrics: Mapping[str, float], influence: Mapping[str, Floats]
+    metrics: Mapping[str, float], influence: Mapping[str, Floats], without: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """The 95% interval of each metric that has influences, unless they rest on few groups."""
-    ends = {name: interval(metrics[name], influence[name]) for name in metrics if name in influence}
+    """The 95% interval of each metric that has influences, unless they rest on few groups.
+
+    Args:
+        without: Metrics that get none, as `samples.decided_by_candidates` has them.
+    """
+    given = [name for name in metrics if name in influence and name not in without]
+    ends = {name: interval(metrics[name], influence[name]) for name in given}
     return {name: each for name, each in ends.items() if each is not None}
 
 
 def rests_on_few(influence: Floats) -> bool:
-    """Whether fewer than `FEWEST` groups make up most of the variance, which is not known then.
-
-    Nor is it where influences are NaN.
-    """
+    """Whether fewer than `FEWEST` groups make up most of the variance, which is not known then."""
     variance = float(np.square(influence).sum())
-    return not variance**2 >= FEWEST * float(np.power(influence, 4).sum())
+    return variance**2 < FEWEST * float(np.power(influence, 4).sum())
 
 
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def with_means(results: Sequence[Result]) -> list[Result]:
             for metric in metrics
             if all(metric in r.influences for r in members)
         }
+        without = {metric for member in members for metric in member.without}
         first = members[0].record
         record = {
             "dataset": f"mean of {len(names)}",
@@ -57,10 +58,10 @@ def with_means(results: Sequence[Result]) -> list[Result]:
             "language": first["language"],
             "split": first["split"],
             "datasets": list(names),
-            "intervals": intervals(values, influences),
+            "intervals": intervals(values, influences, without),
         }
         ids = [sample for member in members for sample in member.ids]
-        means.append(Result(record=record, influences=influences, ids=ids))
+        means.append(Result(record=record, influences=influences, ids=ids, without=without))
     return [*results, *means]
 
 

@@ -121,9 +121,7 @@ def content_checksum(table: pa.Table) -> str:
 def influences(results: SampleResults) -> dict[str, Floats]:
     """The influence of each group on each metric of `results.means()`, `(groups,)` each.
 
-    With a single group there is none, and no interval. It is NaN, so that there is no interval
-    either, for a recall whose candidates make up most of the variance: then it rests on a few that
-    are near to very many queries, and a test set that happens to lack them does not show it.
+    With a single group there is none, and no interval.
     """
     groups = results.groups()
     if len(groups.names) < 2:
@@ -136,16 +134,34 @@ def influences(results: SampleResults) -> dict[str, Floats]:
         if by is not None:
             parts = deviations(values, rows[by], group)
         by_metric[metric] = by_group(parts, group, len(groups.names))
-        candidates, of_candidates = results.images, groups.images
-        if rows is candidates:
-            candidates, of_candidates = results.texts, groups.texts
-        if (crowding := METRICS[metric].crowding) in candidates:
-            taken = candidates[str(crowding)].astype(np.float64)
-            by_candidates = by_group(taken, of_candidates, len(groups.names))
-            by_metric[metric] += by_candidates
-            if 2 * np.square(by_candidates).sum() > np.square(by_metric[metric]).sum():
-                by_metric[metric][:] = np.nan
+        by_metric[metric] += of_candidates(results, metric, groups)
     return by_metric
+
+
+def of_candidates(results: SampleResults, metric: str, groups: Groups) -> Floats:
+    """What each group's candidates take from a recall; zeros for any other metric."""
+    candidates, group = results.texts, groups.texts
+    if METRICS[metric].of_texts:
+        candidates, group = results.images, groups.images
+    if (crowding := METRICS[metric].crowding) not in candidates:
+        return np.zeros(len(groups.names))
+    return by_group(candidates[str(crowding)].astype(np.float64), group, len(groups.names))
+
+
+def decided_by_candidates(results: SampleResults, influence: Mapping[str, Floats]) -> set[str]:
+    """The metrics whose candidates make up most of the variance, by their `influences`.
+
+    Such a recall of one model rests on a few candidates that are near to very many queries, and a
+    test set that happens to lack them does not show it. Two models share most of it.
+    """
+    groups = results.groups()
+    return {
+        metric
+        for metric in results.means()
+        if metric in influence
+        and 2 * np.square(of_candidates(results, metric, groups)).sum()
+        > np.square(influence[metric]).sum()
+    }
 
 
 def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats:

@@ -17,6 +17,7 @@ from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals
+from protoclip.evaluation.samples import decided_by_candidates
 from protoclip.evaluation.task_features import splits_of, task_features
 from protoclip.evaluation.zero_shot import check_templates, read_templates
 from protoclip.terminal import say
@@ -38,11 +39,13 @@ class Result:
         record: As `evaluate` returns it.
         influences: Of each metric that has an interval, the influence of each group of samples.
         ids: The measured samples. Two results with equal ids have the same groups.
+        without: Metrics that have no interval of their own; a difference may have one.
     """
 
     record: dict[str, Any]
     influences: Mapping[str, Floats] = field(repr=False)
     ids: Sequence[str] = field(repr=False)
+    without: Collection[str] = ()
 
 
 def evaluate(
@@ -151,6 +154,7 @@ def results(
         features = task_features(encoder, data_set, tasks, split=split, templates=templates)
         measured = measure(features, data_set, tasks, split=split, show=encoder.show)
         influences, part = measured.influences(), features.parts[split]
+        decided = decided_by_candidates(measured.samples, influences)
         for task in tasks:
             keys = {
                 name: METRICS[name].key
@@ -159,6 +163,7 @@ def results(
             }
             values = {key: measured.metrics[name] for name, key in keys.items()}
             of_task = {key: influences[name] for name, key in keys.items() if name in influences}
+            without = {key for name, key in keys.items() if name in decided}
             record: dict[str, Any] = {
                 "dataset": data_set.name,
                 "model": model_name,
@@ -169,11 +174,11 @@ def results(
                 "split": split,
                 "samples": len(part.ids),
                 "bad_share": len(part.bad) / len(data_set.splits[split].images),
-                "intervals": intervals(values, of_task),
+                "intervals": intervals(values, of_task, without),
             }
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
-            judged.append(Result(record=record, influences=of_task, ids=part.ids))
+            judged.append(Result(record=record, influences=of_task, ids=part.ids, without=without))
     return judged
 
 

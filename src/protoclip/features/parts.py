@@ -272,20 +272,35 @@ def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, 
 
 @dataclass
 class Patience:
-    """Remote samples in a row that could not be read, and the seconds that they took."""
+    """Remote images in a row that the network or the store kept back.
+
+    Attributes:
+        failed: How many there are since the last good sample.
+        since: When reading the first of them began, in seconds of the monotonic clock.
+    """
 
     failed: int = 0
-    lost: float = 0.0
+    since: float = 0.0
 
-    def add(self, one: object, seconds: float) -> None:
+    def add(self, one: object, began: float, ended: float) -> None:
         """Count what was read, or a bad sample; raises `ValueError` when it has lasted too long."""
         if not isinstance(one, BadSample):
-            self.failed, self.lost = 0, 0.0
-        elif access.is_url(one.where):
-            self.failed, self.lost = self.failed + 1, self.lost + seconds
-            if self.lost > access.PATIENCE_SECONDS:
+            self.failed = 0
+        elif kept_back(one):
+            self.since = self.since if self.failed else began
+            self.failed += 1
+            if ended - self.since > access.PATIENCE_SECONDS:
                 what = f"{self.failed} samples in a row"
                 raise ValueError(access.too_slow(what, one, access.AGAIN))
+
+
+def kept_back(bad: BadSample) -> bool:
+    """Whether a remote image may be read later: it is not missing, refused or damaged."""
+    met: BaseException | None = bad
+    while isinstance(met, BadSample):  # `ImagesOnce` names a bad sample anew
+        met = met.__context__  # the error that ended its reading, if one did
+    is_lasting = met is None or isinstance(met, FileNotFoundError | ValueError)
+    return access.is_url(bad.where) and not is_lasting
 
 
 def read_images(
@@ -301,8 +316,8 @@ def read_images(
     `prepare` marks a bad sample.
 
     Raises:
-        ValueError: Remote samples in a row took more than `access.PATIENCE_SECONDS`, added up over
-            the threads, and could not be read. Then it is the network, or the store.
+        ValueError: For more than `access.PATIENCE_SECONDS`, remote images could not be read, and
+            none was good. Then it is the network, or the store. Missing files do not count.
     """
 
     def read(item: Item) -> tuple[Item, Sample, T] | BadSample:
@@ -315,9 +330,9 @@ def read_images(
         except ValueError as error:
             return BadSample(sample.sample_id, sample.where, str(error))
 
-    def timed(item: Item) -> tuple[tuple[Item, Sample, T] | BadSample, float]:
+    def timed(item: Item) -> tuple[tuple[Item, Sample, T] | BadSample, float, float]:
         began = time.monotonic()
-        return read(item), time.monotonic() - began
+        return read(item), began, time.monotonic()
 
     patience = Patience()
     pool = ThreadPoolExecutor(cores() if threads is None else max(1, threads))
@@ -325,8 +340,8 @@ def read_images(
         coming = pool.map(timed, items[:batch_size])
         for first in range(0, len(items), batch_size):
             batch = []
-            for one, seconds in coming:
-                patience.add(one, seconds)
+            for one, began, ended in coming:
+                patience.add(one, began, ended)
                 batch.append(one)
             coming = pool.map(timed, items[first + batch_size : first + 2 * batch_size])
             yield batch

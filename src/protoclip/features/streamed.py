@@ -33,7 +33,12 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import MAX_FAILED, Item, ShardStream
-from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first, require_shared
+from protoclip.distributed.collectives import (
+    raise_on_all_ranks,
+    rank0_first,
+    require_shared,
+    world_size,
+)
 from protoclip.features import store
 from protoclip.features.encode import encode_images
 from protoclip.features.halves import WAIT, ImageHalf, opened, segment_facts, view_id
@@ -147,7 +152,8 @@ def _passed(
     if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
         settings["max_pixels"] = max_pixels  # larger images are bad
     if remote := [without_secrets(shard) for shard in stream.shards if not _is_local(shard)]:
-        settings["remote"] = remote  # `of_stream` knows no more of them than their file names
+        # `of_stream` knows no more of them than their file names.
+        settings["remote"] = checksum(to_json(remote).encode())
     working = root / FOLDER / checksum(to_json(settings).encode())
     if (pairs := _kept(working, stream, halves)) is not None:  # reading disturbs nobody
         return pairs
@@ -243,18 +249,23 @@ def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
     """`encode`, which ends the pass after as many lost shards in a row as end a stream.
 
     Only remote ones count: then it is the network, or the store. The same command reads them again.
+    It reads no others then, so it counts only those that are neighbours in the rank's share of all.
     """
     failed, lost = 0, 0.0  # shards in a row, and the seconds that they took
+    last = 0  # the number of the last of them
 
     def encode_one(items: Sequence[Any], show: Show) -> Part:
-        nonlocal failed, lost
-        shard, began = stream.shards[items[0]], time.monotonic()
+        nonlocal failed, lost, last
+        number, began = items[0], time.monotonic()
+        shard = stream.shards[number]
         part = encode(items, show)
         reasons = [entry["reason"] for entry in part.bad if entry["reason"].endswith(LOST)]
         if part.ids or not reasons or _is_local(shard):
             failed, lost = 0, 0.0
             return part
-        failed, lost = failed + 1, lost + time.monotonic() - began
+        if number != last + world_size():
+            failed, lost = 0, 0.0
+        failed, lost, last = failed + 1, lost + time.monotonic() - began, number
         if failed >= MAX_FAILED or lost > access.PATIENCE_SECONDS:
             raise ValueError(
                 f"{stream.name}: {failed} shards in a row without a sample that can be used; the "

@@ -279,14 +279,19 @@ def projection_of(choices: Choices, config: Config, start: Start) -> str:
 
 
 def batch_for(pairs: int, *, divides: bool) -> int:
-    """How many of so many pairs make a batch, if possible one that divides their number."""
+    """How many of so many pairs make a batch; if possible one that divides their number.
+
+    It is at least half as large as it would be otherwise: in small batches there is little to tell
+    apart.
+    """
     batch = 2
     while batch < LARGEST_BATCH and 4 * batch <= pairs:
         batch *= 2
     ranks = collectives.world_size()  # which share a batch evenly
-    even = range(max(2 * ranks, batch // ranks * ranks), ranks, -ranks)
+    usual = max(2 * ranks, batch // ranks * ranks)
+    even = range(usual, max(ranks, usual // 2 - 1), -ranks)
     fits = (number for number in even if not divides or pairs % number == 0)
-    return next(fits, even[0])
+    return next(fits, usual)
 
 
 def require_possible(choices: Choices, config: Config, start: Start) -> None:

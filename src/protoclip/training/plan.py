@@ -18,7 +18,7 @@ from protoclip.checks import check, never_trained
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.data.content import Facts, content, wherever_it_lies
+from protoclip.data.content import Facts, content, facts_that_may_move
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
@@ -261,7 +261,7 @@ def contents(
     """
     known = content(samples, encoded=None if halves is None else plan.samples)
     each = zip(known, sources_of(samples), strict=True)
-    facts = {"sources": [wherever_it_lies(of_one, source) for of_one, source in each]}
+    facts = {"sources": [facts_that_may_move(of_one, source) for of_one, source in each]}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):
@@ -379,8 +379,6 @@ def check_metrics(
             continue
         close = difflib.get_close_matches(metric, better, n=3, cutoff=0.0) or ["none"]
         if metric in known:
-            raise ValueError(
-                f"run.{setting}: higher is not better of {metric}; choose another, such as "
-                f"{close[0]}"
-            )
+            other = f"choose another, such as {close[0]}" if better else "leave it out"
+            raise ValueError(f"run.{setting}: higher is not better of {metric}; {other}")
         raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {', '.join(close)}")

@@ -467,7 +467,9 @@ class Run:
                     pairs=pairs,
                     warm_up=config.optim.warm_up_steps,
                     masked=config.loss.positives == "masked",
-                    replaced=config.episodes.replacement and isinstance(self.plan.samples, Pairs),
+                    replaced=config.episodes.replacement
+                    and isinstance(self.plan.samples, Pairs)
+                    and len(self.plan.samples) >= config.episodes.size,
                     overfits=config.run.overfit is not None,
                 ),
             )

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data.content import content, difference, wherever_it_lies
+from protoclip.data.content import content, difference, facts_that_may_move
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
@@ -118,7 +118,7 @@ def test_a_stream_moves_between_a_disk_and_a_store_and_stays_a_stream(tmp_path):
 
     def facts(pattern: str) -> list[dict[str, Any]]:
         stream = ShardStream(pattern, seed=0, name="tiny")
-        return [wherever_it_lies(of_one, stream) for of_one in content(stream)]
+        return [facts_that_may_move(of_one, stream) for of_one in content(stream)]
 
     local, remote = facts(f"{tmp_path}/{{00000..00004}}.tar"), facts("s3://b/{00000..00004}.tar")
     before = content(ShardStream("s3://a/{00000..00004}.tar", seed=0))  # of an earlier version
@@ -129,7 +129,7 @@ def test_a_stream_moves_between_a_disk_and_a_store_and_stays_a_stream(tmp_path):
     assert difference(local, facts(f"{tmp_path}/*.tar")) == "other shards"
     for stream in (local, remote, before):
         assert difference(stream, of(TINY)) == (
-            "a stream before, pairs in any order now, unless data.read is streaming"
+            "a stream before, pairs in any order now; set data.read = streaming"
         )
         assert difference(of(TINY), stream) == "pairs in any order before, a stream now"
 

@@ -17,7 +17,7 @@ from protoclip.evaluation.metrics import (
     interval_of_difference,
     intervals,
 )
-from protoclip.evaluation.samples import SampleResults, influences
+from protoclip.evaluation.samples import SampleResults, decided_by_candidates, influences
 from protoclip.files import to_json
 
 
@@ -88,9 +88,12 @@ def test_a_recall_that_candidates_decide_has_no_interval(taken):
     crowding = taken * np.where(group % 8 == 0, -1.0, 1 / 7)
     images = {**columns, "text_to_image_crowding_1": crowding}
     texts = {**columns, "text_to_image_rank": group % 2}
-    found = influences(SampleResults(images=images, texts=texts))["retrieval/text_to_image@1"]
-    assert (interval(0.5, found) is None) == (taken == 0.1)
-    assert (interval_of_difference([0.1, 0.2], found) is None) == (taken == 0.1)
+    results, name = SampleResults(images=images, texts=texts), "retrieval/text_to_image@1"
+    found = influences(results)
+    decided = decided_by_candidates(results, found)
+    assert decided == ({name} if taken == 0.1 else set())
+    assert (name in intervals({name: 0.5}, found, decided)) == (taken == 0.01)
+    assert interval_of_difference([0.1], found[name]) is not None
 
 
 def test_a_class_of_one_group_is_held_against_the_others():

@@ -173,7 +173,7 @@ def test_a_batch_larger_than_the_data_is_what_has_to_be_lowered():
     [
         (3, 1, 1, []),
         (2, 1, 1, ["no episode uses prototypes"]),
-        (1, 0, 1, ["no episode uses prototypes", "the image tower does not train"]),
+        (1, 0, 1, ["no episode uses prototypes", "nothing of the image side trains"]),
     ],
 )
 def test_stages_that_leave_out_what_a_run_is_for_draw_a_note(count, warm_up, locked, said):
