@@ -194,9 +194,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     stops = STOPS if before.get("run.stop_by") or now.get("run.stop_by") else ()
     free = {*FREE, *ROUNDING} - {*stops}
     if not finished:  # of a finished run nobody opens the data to compare
-        free |= {"data.root"}
-        if before.get("data.read") == "auto":
-            free |= {"data.read"}  # shards of a store, copied to a disk, may stay a stream
+        free |= {"data.root", "data.read"}  # shards of a store, copied to a disk, stay a stream
         free |= {
             key for key in MOVABLE if without_paths(before.get(key)) == without_paths(now.get(key))
         }
