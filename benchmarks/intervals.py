@@ -240,17 +240,17 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
                     without.append(holds(truth, value, lonely, paired=paired))
             spread = 1.96 * float(np.std([value for value, *_ in values], ddof=1))
             cells += [f"{100 * truth:.1f}", f"{100 * spread:.1f}"]
-            known = [each for each in held if each is not None]
-            enough = len(known) >= len(held) / 2
-            cells.append(f"{100 * np.mean([width for _, width in known]):.1f}" if enough else "-")
-            cells.append(f"**{100 * np.mean([of for of, _ in known]):.1f}**" if enough else "-")
+            given = [each for each in held if each is not None]
+            enough = len(given) >= len(held) / 2
+            cells.append(f"{100 * np.mean([width for _, width in given]):.1f}" if enough else "-")
+            cells.append(f"**{100 * np.mean([of for of, _ in given]):.1f}**" if enough else "-")
             alike = [each[0] for each in without if each is not None]
             cells.append(f"{100 * np.mean(alike):.1f}" if enough and alike else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def known(measured: list[Measured]) -> list[Metrics]:
+def with_influences(measured: list[Measured]) -> list[Metrics]:
     """Of each model its metrics that have influences, with these."""
     moved = [of.influences() for of in measured]
     decided = [
@@ -313,7 +313,7 @@ def over_seeds(world: World, repeats: int, seed: int) -> None:
             draw = np.random.default_rng([seed, repeat])
             chosen = draw.choice(OF_SEEDS, size=SEEDS, replace=False)
             models = [model for each in chosen for model in by_seed[each]]
-            metrics = known(draw_test_set(world, population, models, seed, repeat))
+            metrics = with_influences(draw_test_set(world, population, models, seed, repeat))
             found.append([metrics[first : first + 2] for first in range(0, len(metrics), 2)])
             progress.update(repeat + 1)
         print(f"## {name}; {strength}\n")
@@ -352,7 +352,7 @@ def main() -> None:
         clustered: list[list[Metrics]] = []
         for seed in range(given.repeats):
             both = draw_test_set(world, population, world.models, given.seed, seed)
-            repeats.append(known(both))
+            repeats.append(with_influences(both))
             apart.append([influences(alone(of.samples)) for of in both])
             if seed < given.ami:
                 clustered.append([{"clustering/ami": ami_by_group(of.samples)} for of in both])

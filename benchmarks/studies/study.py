@@ -551,7 +551,7 @@ def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
         ValueError: It was opened before for other arms.
     """
     path = out / "test-opened.jsonl"
-    # Of arms of towers as it was before there were others: what is on disk stays known.
+    # `align` counts only where it is set, so that files from before it still match.
     arms = digest({name: repr(arm) + " align" * arm.align for name, arm in study.arms.items()})
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     own = [entry for entry in map(json.loads, before) if entry["study"] == study.name]

@@ -41,7 +41,6 @@ HUB_SECONDS = 3.0  # to wait for the hub's answer
 # How long one thing after another may be tried and not read: then it is the network, or the store.
 PATIENCE_SECONDS = 600.0
 GO_ON = "check the network, and give the same command again (a run: with --resume auto)"
-AGAIN = "check the network, and give the command again"  # of what has no run to go on with
 KEYS = (
     "check the credentials that its client finds (of s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY; FSSPEC_S3_ANON=true reads what is public)"
@@ -67,6 +66,11 @@ NOTHING_MORE = Access()
 
 def is_url(path: str) -> bool:
     return "://" in path
+
+
+def is_local(path: str) -> bool:
+    """Whether a source or shard is a file: it is behind no URL, and no command gives it."""
+    return not (is_url(path) or path.startswith("pipe:"))
 
 
 def is_web(path: str) -> bool:
@@ -290,10 +294,10 @@ def list_urls(pattern: str, access: Access) -> list[str]:
     return list(map(filesystem.unstrip_protocol, filesystem.glob(path)))
 
 
-def too_slow(what: str, last: object, way_out: str) -> str:
+def too_slow(what: str, last: object) -> str:
     """One line on what was tried for longer than `PATIENCE_SECONDS`, with the last that failed."""
     minutes = f"{PATIENCE_SECONDS / 60:g}"
-    return f"{what} took over {minutes} minutes and could not be read, such as {last}; {way_out}"
+    return f"{what} took over {minutes} minutes and could not be read, such as {last}; {GO_ON}"
 
 
 def reason_of(error: BaseException) -> str:

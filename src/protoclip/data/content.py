@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip.data.access import digest, is_url
+from protoclip.data.access import digest, is_local, is_url
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
@@ -112,8 +112,8 @@ def facts_that_may_move(facts: Facts, source: Any) -> Facts:
     if not isinstance(source, ShardStream):
         return facts
     names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
-    is_local = not any(is_url(shard) or shard.startswith("pipe:") for shard in source.shards)
-    kept = {name: fact for name, fact in facts.items() if is_local or name != "shards"}
+    is_on_disk = all(map(is_local, source.shards))
+    kept = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
     return {**kept, "names": names}
 
 

@@ -186,7 +186,7 @@ class _Reader(Dataset[_Made]):
 
 
 def _slow(bad: Sequence[BadSample]) -> str:
-    return access.too_slow(f"{len(bad)} samples of a batch", bad[-1], access.GO_ON)
+    return access.too_slow(f"{len(bad)} samples of a batch", bad[-1])
 
 
 def pair_numbers(position: npt.NDArray[np.int64], each: int) -> npt.NDArray[np.int64]:

@@ -31,6 +31,7 @@ from protoclip.data.access import (
     Access,
     digest,
     fingerprint,
+    is_local,
     is_url,
     list_urls,
     reason_of,
@@ -323,7 +324,7 @@ def _expand(name: str, access: Access) -> list[str]:
             return list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
     except Exception as error:  # every store has its own errors
         raise ValueError(f"{without_secrets(name)}: {reason_of(error)}") from None
-    if is_url(name) or name.startswith("pipe:"):
+    if not is_local(name):
         return [name]
     path = Path(name).expanduser()
     if path.exists():

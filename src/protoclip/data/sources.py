@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from protoclip.config import Config, DataConfig, SourceConfig
-from protoclip.data.access import is_url, require_allowed
+from protoclip.data.access import is_local, is_url, require_allowed
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
@@ -151,7 +151,7 @@ def open_source(
             require_allowed(location, access_of(data))
         except ValueError as error:
             raise ValueError(f"{setting}{without_secrets(location)}: {error}") from None
-    local, streaming = not (is_url(path) or path.startswith("pipe:")), data.read == "streaming"
+    local, streaming = is_local(path), data.read == "streaming"
     if not _is_shards(path):
         if streaming:
             raise ValueError(

@@ -291,7 +291,7 @@ class Patience:
             self.failed += 1
             if ended - self.since > access.PATIENCE_SECONDS:
                 what = f"{self.failed} samples in a row"
-                raise ValueError(access.too_slow(what, one, access.AGAIN))
+                raise ValueError(access.too_slow(what, one))
 
 
 def kept_back(bad: BadSample) -> bool:

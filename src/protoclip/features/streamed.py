@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from protoclip.data import access
-from protoclip.data.access import begun, is_url
+from protoclip.data.access import begun, is_local
 from protoclip.data.content import of_stream, shard_facts
 from protoclip.data.mixture import mixed_pairs, sources_of
 from protoclip.data.pairs import (
@@ -151,7 +151,7 @@ def _passed(
     }
     if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
         settings["max_pixels"] = max_pixels  # larger images are bad
-    if remote := [without_secrets(shard) for shard in stream.shards if not _is_local(shard)]:
+    if remote := [without_secrets(shard) for shard in stream.shards if not is_local(shard)]:
         # `of_stream` knows no more of them than their file names.
         settings["remote"] = checksum(to_json(remote).encode())
     working = root / FOLDER / checksum(to_json(settings).encode())
@@ -232,16 +232,12 @@ def _kept(
     return pairs if rank0_first(has_images) else None
 
 
-def _is_local(shard: str) -> bool:
-    return not (is_url(shard) or shard.startswith("pipe:"))
-
-
 def _key_of(shard: str) -> str:
     """Names a shard as it is now, wherever it lies.
 
     What is behind URLs, or a command gives, is taken to stay.
     """
-    facts = [shard_stem(shard), *shard_facts(shard, is_read=True)] if _is_local(shard) else [shard]
+    facts = [shard_stem(shard), *shard_facts(shard, is_read=True)] if is_local(shard) else [shard]
     return checksum(to_json(facts).encode())
 
 
@@ -260,7 +256,7 @@ def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
         shard = stream.shards[number]
         part = encode(items, show)
         reasons = [entry["reason"] for entry in part.bad if entry["reason"].endswith(LOST)]
-        if part.ids or not reasons or _is_local(shard):
+        if part.ids or not reasons or is_local(shard):
             failed, lost = 0, 0.0
             return part
         if number != last + world_size():
@@ -269,7 +265,7 @@ def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
         if failed >= MAX_FAILED or lost > access.PATIENCE_SECONDS:
             raise ValueError(
                 f"{stream.name}: {failed} shards in a row without a sample that can be used; the "
-                f"last is {without_secrets(shard)}: {reasons[-1]}; {access.AGAIN}"
+                f"last is {without_secrets(shard)}: {reasons[-1]}; {access.GO_ON}"
             )
         return part
 

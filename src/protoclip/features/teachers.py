@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from protoclip.config import HALVES, START, Config
-from protoclip.data.access import is_url
+from protoclip.data.access import is_local
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, Sample, SampleStream
@@ -152,7 +152,7 @@ def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
     ids = []
     for stream in streams:
         prefix = f"{stream.name}/" if len(streams) > 1 else ""
-        if not is_url(stream.shards[0]) and not stream.shards[0].startswith("pipe:"):
+        if is_local(stream.shards[0]):
             items = islice(stream.read(stream.shards[0]), FIRST)
             ids += [prefix + item.sample_id for item in items if isinstance(item, Sample)]
     return not ids or bool((stored.find(ids) >= 0).any())

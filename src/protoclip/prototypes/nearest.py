@@ -1,7 +1,7 @@
 """Nearest centroid of each row: in the precision of the rows, or faster by way of bfloat16.
 
-Neither search holds the whole matrix of distances. Both give the same result: bfloat16 distances
-only narrow down which centroids can be the nearest, and float32 distances decide between them.
+Neither search holds the whole matrix of distances. Both give the nearest centroid up to float32's
+rounding: bfloat16 distances only narrow down which can be it, and float32 distances decide.
 """
 
 import torch
