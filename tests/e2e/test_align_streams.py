@@ -249,7 +249,7 @@ def test_a_store_that_fails_for_long_ends_a_pass(
     with monkeypatch.context() as patch:
         patch.setattr(streamed, "MAX_FAILED", most)
         patch.setattr(access, "PATIENCE_SECONDS", seconds)
-        line = rf"{failed} shards in a row .*s3://bucket/a/.\.tar: no such.* same command again \(.*\)$"
+        line = rf"{failed} shards in a row .*s3://bucket/a/.\.tar: no such.* again \(.*\)$"
         with pytest.raises(ValueError, match=line):
             rows_of(settings)
     for number, path in enumerate(sorted((shards / "plain").glob("*.tar"))):

@@ -159,7 +159,7 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
     with monkeypatch.context() as patch:
         patch.setattr(access, "PATIENCE_SECONDS", 0.0)
         patch.setattr(data_pairs, "read_file", failing)
-        line = r"^1 samples in a row took .*s3://bucket/15\.png.*; check the .* same command again \(.*\)$"
+        line = r"^1 samples in a row took .*s3://bucket/15\.png.*; check the .* again \(.*\)$"
         with pytest.raises(ValueError, match=line):
             embedded(tiny_run, path, out)
         # As `align` reads them.
