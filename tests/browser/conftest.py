@@ -5,11 +5,15 @@ The fixture comes first among those of a test, so that nothing is made for a tes
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from protoclip.explore.render import Pages
+from protoclip.explore.server import listen, server, url_of
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 
@@ -44,3 +48,28 @@ def serious() -> Callable[[Any], list[str]]:
         ]
 
     return found
+
+
+@pytest.fixture(scope="module")
+def serve_pages() -> Iterator[Callable[[Pages], str]]:
+    """Serves pages until the end, and returns their address."""
+    running = []
+
+    def serve(pages: Pages) -> str:
+        listening = listen("127.0.0.1", 0)
+        serving = server(pages, host="127.0.0.1", token="token")
+        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+        thread.start()
+        running.append((serving, thread))
+        return url_of(listening, "127.0.0.1", "token")
+
+    yield serve
+    for serving, thread in running:
+        serving.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(pages: Pages, serve_pages: Callable[[Pages], str]) -> str:
+    """That of the `pages` of a file of tests."""
+    return serve_pages(pages)

@@ -26,7 +26,6 @@ from protoclip.config import DataConfig
 from protoclip.data import sources
 from protoclip.data.emoji import emoji_table
 from protoclip.explore.render import Pages
-from protoclip.explore.server import listen, server, url_of
 from protoclip.explore.static import write_static
 from protoclip.testing import tiny_config
 from protoclip.training.run import train
@@ -89,30 +88,6 @@ def pages(table: Path) -> Pages:
     return Pages(explorers(DataConfig(train=str(table)), {}, {3: 40, 4: 41}))
 
 
-@pytest.fixture(scope="module")
-def serve_pages() -> Iterator[Callable[[Pages], str]]:
-    """Serves pages until the end, and returns their address."""
-    running = []
-
-    def serve(pages: Pages) -> str:
-        listening = listen("127.0.0.1", 0)
-        serving = server(pages, host="127.0.0.1", token="token")
-        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
-        thread.start()
-        running.append((serving, thread))
-        return url_of(listening, "127.0.0.1", "token")
-
-    yield serve
-    for serving, thread in running:
-        serving.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def address(pages: Pages, serve_pages: Callable[[Pages], str]) -> str:
-    return serve_pages(pages)
-
-
 @pytest.fixture
 def watched(browser: Any, address: str) -> Iterator[Watched]:
     """A page that is empty yet."""
@@ -155,6 +130,33 @@ def wait_until(page: Any, condition: str) -> None:
         page.wait_for_timeout(50)
 
 
+# A point's place on the screen, where no name lies over it.
+POINT = """() => {
+  const doc = Bokeh.documents[0];
+  const plot = doc.roots()[0];
+  const view = Bokeh.index.get(plot);
+  const source = doc.get_model_by_name("pairs");
+  const box = view.el.getBoundingClientRect();
+  const inner = view.frame.bbox;
+  for (let index = 0; index < source.data.image_x.length; index++) {
+    const x = view.frame.x_scale.compute(source.data.image_x[index]);
+    const y = view.frame.y_scale.compute(source.data.image_y[index]);
+    const inside = (value, low, high) => value > low + 20 && value < high - 20;
+    const free = !document.elementFromPoint(box.x + x, box.y + y)?.closest("#names");
+    if (free && inside(x, inner.left, inner.right) && inside(y, inner.top, inner.bottom))
+      return { x: box.x + x, y: box.y + y };
+  }
+}"""
+
+
+FREE = "([x, y]) => { while (document.elementFromPoint(x, y).closest('#names')) x += 5; return x }"
+FOCUSED = """() => {
+  let found = document.activeElement;
+  while (found.shadowRoot?.activeElement) found = found.shadowRoot.activeElement;
+  return found.title;
+}"""
+
+
 def selected(page: Any) -> int:
     return int(page.inner_text("#selected").replace(",", ""))
 
@@ -173,25 +175,7 @@ def test_the_map_reacts(map_page: Any) -> None:
     page.mouse.move(*middle)
     page.mouse.wheel(0, -300)
     wait_until(page, f"{extent} < {before} * 0.99")
-    # A point's place on the screen.
-    place = page.evaluate(
-        """() => {
-          const doc = Bokeh.documents[0];
-          const plot = doc.roots()[0];
-          const view = Bokeh.index.get(plot);
-          const source = doc.get_model_by_name("pairs");
-          const box = view.el.getBoundingClientRect();
-          const inner = view.frame.bbox;
-          for (let index = 0; index < source.data.image_x.length; index++) {
-            const x = view.frame.x_scale.compute(source.data.image_x[index]);
-            const y = view.frame.y_scale.compute(source.data.image_y[index]);
-            const inside = (value, low, high) => value > low + 20 && value < high - 20;
-            const free = !document.elementFromPoint(box.x + x, box.y + y)?.closest("#names");
-            if (free && inside(x, inner.left, inner.right) && inside(y, inner.top, inner.bottom))
-              return { x: box.x + x, y: box.y + y };
-          }
-        }"""
-    )
+    place = page.evaluate(POINT)
     page.mouse.move(place["x"] - 3, place["y"])
     page.mouse.move(place["x"], place["y"])
     image = page.locator(".tooltip img").first
@@ -506,6 +490,53 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         assert found.page.eval_on_selector(".card img", "image => image.decode().then(() => true)")
         found.assert_quiet()
         found.page.close()
+
+
+def test_on_a_phone_one_taps_points_scrolls_past_the_map_and_resets_it(
+    browser: Any, address: str
+) -> None:
+    """Bokeh holds the finger while a tool is chosen that drags."""
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    context = browser.new_context(**phone)
+    context.set_default_timeout(90_000)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#map[data-ready]")
+    point = page.evaluate(POINT)
+    page.touchscreen.tap(point["x"], point["y"])
+    wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
+    page.tap("#clear")
+    touch = context.new_cdp_session(page)
+
+    def drag_up() -> None:
+        box = page.locator("#map").bounding_box()
+        y = box["y"] + box["height"] * 0.8
+        x = page.evaluate(FREE, [box["x"] + box["width"] / 2, y])
+        for step in range(11):
+            kind = "touchMove" if step else "touchStart"
+            points = [{"x": x, "y": y - 30 * step}]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(150)  # or the page would roll on
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    bottom = "Bokeh.documents[0].roots()[0].y_range.start"
+    first = page.evaluate(bottom)
+    drag_up()
+    wait_until(page, "scrollY > 100")
+    assert page.evaluate(bottom) == first
+    page.evaluate("scrollTo(0, 0)")
+    page.tap("#map [title=Pan]")
+    drag_up()
+    wait_until(page, f"{bottom} !== {first}")
+    assert page.evaluate("scrollY") == 0
+    page.focus("#colour-by")
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUSED) == "Reset":
+            break
+    page.keyboard.press("Enter")
+    wait_until(page, f"{bottom} === {first}")
+    context.close()
 
 
 def test_a_map_that_cannot_be_drawn_says_so(browser: Any, files: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.neighbours import Neighbours, near_duplicates
 from protoclip.features.canonical import out_of_fold
+from protoclip.features.store import Hashes
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -42,7 +43,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 6
+FORM = 7
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -153,6 +154,7 @@ def make_atlas(
     *,
     heads: dict[str, Callable[[Tensor], Tensor]] | None,
     halves: Features | None = None,
+    shown_images: Hashes | None = None,
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
     number: int | None = None,
@@ -166,6 +168,8 @@ def make_atlas(
         heads: Projection heads by modality, whose outputs are clustered; without, features are.
         halves: What the frozen halves make of the same pairs, if heads between them were trained on
             these. Then distance and loss are `unseen_disagreement`, where there are enough pairs.
+        shown_images: A number for the image of each pair `(n,)`, the same for pairs that show the
+            same file; unset, each has its own. An image is no near-duplicate of itself.
         scale: Inverse temperature of the model's own loss.
         number: Prototypes of each modality; see `num_prototypes`.
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.
@@ -201,7 +205,7 @@ def make_atlas(
     unseen = None if halves is None else unseen_disagreement(halves, seed=seed)
     distance, loss = unseen or disagreement(features, scale=scale, seed=seed)
     show("near-duplicates")
-    pairs_of, values, compared = duplicates(features.image, seed=seed)
+    pairs_of, values, compared = duplicates(features.image, shown_images, seed=seed)
     return Atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
@@ -438,11 +442,17 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
 
 
 def duplicates(
-    images: Float[Tensor, "n d"], *, seed: int
+    features: Float[Tensor, "n d"], shown_images: Hashes | None, *, seed: int
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
-    """Near-duplicate images, their cosines, and among how many images they were looked for."""
-    chosen = torch.tensor(evenly_spaced(len(images), min(len(images), COMPARED_ROWS), seed))
-    neighbours = Neighbours(images[chosen])
+    """Near-duplicate images, their cosines, and among how many images they were looked for.
+
+    Where several pairs show an image, it is compared once, as that of the first of them.
+    """
+    once = np.arange(len(features))
+    if shown_images is not None:
+        once = np.sort(np.unique(shown_images, return_index=True)[1])
+    chosen = torch.from_numpy(once[evenly_spaced(len(once), min(len(once), COMPARED_ROWS), seed)])
+    neighbours = Neighbours(features[chosen])
     pairs, values = near_duplicates(neighbours, least=LEAST_SIMILAR, most=MOST_DUPLICATES)
     return chosen[pairs], values, len(chosen)
 

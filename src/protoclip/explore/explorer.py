@@ -45,11 +45,14 @@ from protoclip.explore.atlas import (
 from protoclip.explore.names import vocabulary
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.features.halves import image_key
+from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.saved import is_aligned, read_config, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
+from protoclip.training.run_folder import UNSAID
 
 SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 20 bytes a pixel
 
@@ -59,6 +62,9 @@ ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
 # Words of captions that answers are explained by, and how many an answer names at most. A word is
 # near to something if its cosine is this many standard deviations above that of words on average.
 MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
+
+# So many times as many pairs as images are asked for, until that many images are among them.
+PAIRS_PER_IMAGE = (2, 16, 128)
 
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
@@ -73,12 +79,14 @@ class Answer:
     """The images and the captions nearest to a query.
 
     Attributes:
+        sharing: Of each image, by its position, the other pairs found that show the same file.
         words: The words of captions that are nearest to the query.
         shared: Of each image and each text by modality, the words near both to it and the query.
     """
 
     images: Near
     texts: Near
+    sharing: Mapping[int, Sequence[int]] = field(default_factory=dict)
     words: Sequence[str] = ()
     shared: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
@@ -90,6 +98,7 @@ class Explorer:
     Attributes:
         name: The model's reference.
         teachers: Of the run that trained it, and what was learned of each.
+        positives: What equal pairs were to that run: its `loss.positives`.
         kept: Where the atlas is kept; None if it is not.
         make_umap: Makes the atlas with a map by UMAP, where `atlas` has that by PCA meanwhile, and
             tells the share that is done.
@@ -101,6 +110,7 @@ class Explorer:
     atlas: Atlas
     features: Callable[[], Features]
     teachers: str = ""
+    positives: str = ""
     kept: Path | None = None
     make_umap: Callable[[Callable[[float], None]], Atlas] | None = None
     _lock: Any = field(default_factory=Lock, repr=False)
@@ -144,18 +154,42 @@ class Explorer:
         """The row in the data of a pair in the atlas."""
         return int(self.atlas.rows[position])
 
+    def image_key(self, position: int) -> str:
+        """Names the image of a pair in the atlas; pairs that show the same file have one name."""
+        return image_key(self.pairs, self.row(position))
+
     def position(self, row: int) -> int | None:
         """Where in the atlas a row of the data is; None if it is not there."""
         position = int(np.searchsorted(self.atlas.rows, row))
         return position if row in self.atlas.rows[position : position + 1] else None
 
     def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
-        by_modality = {}
-        for modality in MODALITIES:
-            similarity, rows = self.space(modality).search(query, number)
-            near = zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
-            by_modality[modality] = [(row, value) for row, value in near if row >= 0]
-        return Answer(images=by_modality["image"], texts=by_modality["text"])
+        """The nearest images, each once however many pairs show it, and the nearest texts."""
+        images, sharing = self._images_near(query, number)
+        return Answer(images=images, texts=self._pairs_near(query, "text", number), sharing=sharing)
+
+    def _pairs_near(self, query: Float[Tensor, "1 d"], modality: str, number: int) -> Near:
+        similarity, rows = self.space(modality).search(query, number)
+        near = zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
+        return [(row, value) for row, value in near if row >= 0]
+
+    def _images_near(
+        self, query: Float[Tensor, "1 d"], number: int
+    ) -> tuple[Near, dict[int, list[int]]]:
+        for times in PAIRS_PER_IMAGE:
+            showing: dict[str, Near] = {}
+            for entry in self._pairs_near(query, "image", times * number):
+                showing.setdefault(self.image_key(entry[0]), []).append(entry)
+            # Pairs of one image follow each other, so of all but the last none is missing.
+            if len(showing) > number:
+                break
+        images: Near = []
+        sharing: dict[int, list[int]] = {}
+        for entries in [*showing.values()][:number]:
+            first, *others = sorted(position for position, _ in entries)
+            images.append((first, entries[0][1]))
+            sharing[first] = others
+        return images, sharing
 
     def explained(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
         """An answer with the words that are near to the query, and near to each result too."""
@@ -217,14 +251,14 @@ class Explorer:
         return self.explained(query, self.near(query, number))
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
-        """What is nearest to a pair's image or text; the pair itself is left out."""
+        """What is nearest to a pair's image or text; its own image and text are left out."""
         query = self.space(modality).rows(torch.tensor([position]))
         answer = self.near(query, number + 1)
 
-        def others(near: Near) -> Near:
-            return [entry for entry in near if entry[0] != position][:number]
-
-        return Answer(images=others(answer.images), texts=others(answer.texts))
+        own = self.image_key(position)
+        images = [entry for entry in answer.images if self.image_key(entry[0]) != own]
+        texts = [entry for entry in answer.texts if entry[0] != position]
+        return replace(answer, images=images[:number], texts=texts[:number])
 
 
 def open_explorer(
@@ -314,6 +348,7 @@ def open_explorer(
             made[0],
             heads=heads,
             halves=halves,
+            shown_images=hash_ids(image_key(pairs, row) for row in made[0].rows.tolist()),
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,
@@ -336,6 +371,7 @@ def open_explorer(
     return Explorer(
         name=reference,
         teachers="" if config is None else config.uses_of_teachers,
+        positives="" if config is None else config.loss.positives or UNSAID["loss.positives"],
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,

@@ -73,7 +73,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
     map_positions = np.stack(
         [atlas.map_position(modality)[drawn] for modality in MODALITIES], axis=1
     )
-    groups, group_names = groups_of_map(map_positions, captions)
+    groups, group_names = groups_of_map(map_positions, captions, data["distance"])
     ways: dict[str, Any] = {}
     place = add_categories(data, ways, "group", group_names)
     ways["group"]["inks"] = [[ink(colour, ground) for ground in GROUNDS] for colour in PALETTE]

@@ -20,6 +20,7 @@ COARSE, FINER, LEVELS = 12, 3, 3  # 12 groups of the map, then 36, then 108
 PAIRS_PER_GROUP = 8  # on average at least, so that a group's words are not those of one caption
 WORDS, LEAST = 3, 0.4  # in a name; each scores at least this share of what the first scores
 READ = 300  # characters of a caption
+PART_NEAR_MIDDLE = 4  # of a group's pairs, a quarter may be its example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Group:
         level: 0 is the coarsest.
         coarse: The name of the coarse group that most of its pairs are in.
         middle: The median of its points, x and y.
-        example: A pair that has the first word of the name, and whose image lies near the middle.
+        example: A pair that has the first word of the name, whose image lies near the middle and
+            shows, of such pairs, most clearly what its caption says.
         size: Its pairs.
     """
 
@@ -118,12 +120,15 @@ def is_form_of(word: str, others: Collection[str]) -> bool:
     return any(word.startswith(each) or each.startswith(word) for each in others)
 
 
-def groups_of_map(map_positions: Array, captions: Sequence[str]) -> tuple[list[Group], list[str]]:
+def groups_of_map(
+    map_positions: Array, captions: Sequence[str], distance: Array
+) -> tuple[list[Group], list[str]]:
     """Groups of pairs that lie together, coarse ones and large ones first; and of each pair the
     name of its coarse group.
 
     Args:
         map_positions: Where image and text of each pair lie `(n, 2, 2)`.
+        distance: Between the features of image and text of each pair `(n,)`.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -147,15 +152,17 @@ def groups_of_map(map_positions: Array, captions: Sequence[str]) -> tuple[list[G
             middle = np.median(map_positions[members].reshape(-1, 2), axis=0)
             word = called[group].partition(",")[0]
             having = [row for row in members.tolist() if word in captions[row].lower()]
-            having = having or members.tolist()  # a word is not always lowered as `lower` does it
-            from_middle = np.linalg.norm(map_positions[having, 0] - middle, axis=1)
+            candidates = np.array(having) if having else members  # `lower` may miss a lowered word
+            from_middle = np.linalg.norm(map_positions[candidates, 0] - middle, axis=1)
+            central = candidates[np.argsort(from_middle, kind="stable")]
+            central = central[: -(-len(central) // PART_NEAR_MIDDLE)]
             groups.append(
                 Group(
                     level=level,
                     name=called[group],
                     coarse=Counter(coarse[row] for row in members.tolist()).most_common(1)[0][0],
                     middle=(float(middle[0]), float(middle[1])),
-                    example=having[int(from_middle.argmin())],
+                    example=int(central[distance[central].argmin()]),
                     size=len(members),
                 )
             )

@@ -45,10 +45,11 @@ from protoclip.explore.atlas import (
     path_of,
     prototypes,
 )
-from protoclip.explore.explorer import Answer, Explorer, Near
+from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.names import names
 from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
+from protoclip.models.saved import run_of
 from protoclip.terminal import say, visible
 
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
@@ -56,8 +57,9 @@ PAGE_SIZE = 60  # pairs on a page
 FLOWS = 40  # movements between groups that are listed
 READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
+OTHERS = 9  # pairs that share an image, below the first of them
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
-MAP_FORM = 2  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
+MAP_FORM = 3  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
 DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
@@ -73,6 +75,7 @@ class Card:
     caption: str
     facts: Sequence[str] = ()
     prototype: tuple[str, int, str] | None = None  # modality, number, name
+    others: Sequence["Card"] = ()  # pairs with the same image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,13 @@ class Pages:
     @cached_property
     def _sites(self) -> "list[Site]":
         return [Site(self, number) for number in range(1, len(self.explorers) + 1)]
+
+    @cached_property
+    def model_names(self) -> list[str]:
+        """The models for headings: of a path the last part, unless both have the same."""
+        whole = [explorer.name for explorer in self.explorers]
+        short = [*map(last_part, whole)]
+        return [shown(name, 60) for name in (short if len({*short}) == len(short) else whole)]
 
     @cached_property
     def image(self) -> Callable[[int, int], bytes]:
@@ -159,6 +169,15 @@ class Pages:
     def front(self) -> str:
         """The page that leads to the first model's map."""
         return str(template("front.html").render())
+
+
+def last_part(reference: str) -> str:
+    """The last part of a path, after that of its run for a checkpoint; other names are whole."""
+    path = Path(reference).absolute()
+    if not path.exists():
+        return reference
+    run = run_of(path)
+    return path.name if run in (None, path) else f"{run.name}, {path.name}"
 
 
 def thumbnail(pairs: ExploredPairs, row: int, side: int) -> bytes:
@@ -264,22 +283,30 @@ class Site:
     def id_shown(self, sample_id: str) -> str:
         return shown(sample_id, ID_LENGTH)
 
-    def found(self, modality: str, answer: Answer) -> list[Card]:
-        """The images or texts of an answer, each with why it is among them."""
-        nearest = answer.images if modality == "image" else answer.texts
-        shared = answer.shared.get(modality) or [()] * len(nearest)
+    def cards(self, modality: str, answer: Answer) -> list[Card]:
+        """The images or texts of an answer; an image stands once, with the pairs that show it."""
+        nearest, sharing = answer.texts, dict[int, Sequence[int]]()
+        if modality == "image":
+            nearest, sharing = answer.images, dict(answer.sharing)
         cards = []
-        for (position, value), words in zip(nearest, shared, strict=True):
-            why = [f"both near {', '.join(shown(word, 40) for word in words)}"] if words else []
-            number = int(self.atlas.prototype(modality)[position])
-            prototype = (modality, number, self.name(modality, number))
-            card = self.card(position, f"cosine {value:.3f}", *why)
-            cards.append(replace(card, prototype=prototype))
+        for position, value in nearest:
+            facts, others = [f"cosine {value:.3f}"], sharing.get(position, ())
+            if len(others) > OTHERS:
+                facts.append(f"with {OTHERS} of {len(others):,} other captions")
+            below = [self.card(other) for other in others[:OTHERS]]
+            cards.append(replace(self.card(position, *facts), others=below))
         return cards
 
-    def near(self, title: str, nearest: Near, note: str = "") -> Section:
-        cards = [self.card(position, f"cosine {value:.3f}") for position, value in nearest]
-        return Section(title=title, cards=cards, note=note)
+    def found(self, modality: str, answer: Answer) -> list[Card]:
+        """The same, each with why it is among them."""
+        cards = self.cards(modality, answer)
+        found, shared = [], answer.shared.get(modality) or [()] * len(cards)
+        for card, words in zip(cards, shared, strict=True):
+            why = [f"both near {', '.join(shown(word, 40) for word in words)}"] if words else []
+            number = int(self.atlas.prototype(modality)[card.position])
+            prototype = (modality, number, self.name(modality, number))
+            found.append(replace(card, facts=[*card.facts, *why], prototype=prototype))
+        return found
 
     def page(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
         """A page from its template; `here` is where the other model shows the same."""
@@ -287,8 +314,9 @@ class Site:
             title=title,
             here=here,
             site=self,
-            model=shown(self.explorer.name, 60),
-            models=[shown(each.name, 60) for each in self.pages.explorers],
+            reference=shown(self.explorer.name),
+            model=self.pages.model_names[self.number - 1],
+            models=self.pages.model_names,
             data=shown(self.pairs.name, 60),
             shown=shown,
             modalities=MODALITIES,
@@ -472,12 +500,15 @@ class Site:
             captions = [shown(text) for text in source.sample_captions(index)]
         except BadSample as error:
             captions = [shown(str(error))]
-        nearest = {m: self.explorer.nearest(position, m) for m in MODALITIES}
+        nearest = {str(m): self.explorer.nearest(position, m) for m in MODALITIES}
         sections = [
-            self.near("Images near this image", nearest["image"].images),
-            self.near("Captions near this image", nearest["image"].texts),
-            self.near("Captions near this caption", nearest["text"].texts),
-            self.near("Images near this caption", nearest["text"].images),
+            Section(title=title, cards=self.cards(modality, nearest[of]))
+            for title, modality, of in (
+                ("Images near this image", "image", "image"),
+                ("Captions near this image", "text", "image"),
+                ("Captions near this caption", "text", "text"),
+                ("Images near this caption", "image", "text"),
+            )
         ]
         other = self.pages.explorers[-self.number].position(row)
         return self.page(

@@ -295,6 +295,17 @@ def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
     assert (pairs[:, 0] < pairs[:, 1]).all()
 
 
+def test_an_image_of_several_pairs_is_no_near_duplicate_of_itself() -> None:
+    """But of its copy in another file."""
+    found = clustered()
+    image = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+    files = np.tile(np.arange(20), 3).astype(np.uint64)
+    files[[3, 43]] = 20  # the copy of file 3, which is still that of row 23
+    atlas = make_atlas(replace(found, image=image), heads=None, shown_images=files)
+    assert atlas.duplicates.tolist() == [[3, 23]]
+    assert atlas.compared == 21
+
+
 def test_copies_of_an_image_are_one_whatever_their_last_bits():
     rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).half()
     copies = torch.nextafter(rows.float(), torch.tensor(9.0)).half()

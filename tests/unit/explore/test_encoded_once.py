@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,10 @@ from protoclip.data.view import NONE, without
 from protoclip.evaluation.features import Encoded, Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explored
+from protoclip.models import batch_norm, loading
 from protoclip.report import looks
 from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training.judge import without_teacher_heads
 from protoclip.training.run import train
 
 CPU = torch.device("cpu")
@@ -28,12 +31,16 @@ PAIRS = 40
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one checkpoint, and beside it pairs of which no two images are equal."""
+    """A run of one checkpoint; and beside it pairs of which no two images are equal, by which it
+    was judged, and the cache that it had."""
     folder = tmp_path_factory.mktemp("once")
     pq.write_table(tiny_pairs(seed=1), folder / "train.parquet")
     pq.write_table(pa.Table.from_pylist(distinct_pairs(PAIRS)), folder / "pairs.parquet")
     config = tiny_config(str(folder / "train.parquet"), out=str(folder / "run"))
-    train(with_changes(config, {"episodes": {"count": 2}, "data": {"validation": 0.0}}))
+    data = {"validation": str(folder / "pairs.parquet")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(folder / "cache"))
+        train(with_changes(config, {"episodes": {"count": 2}, "data": data}))
     return folder / "run"
 
 
@@ -47,7 +54,7 @@ def analyze(run: Path, data: str) -> None:
 
 def explore(run: Path, data: str) -> None:
     pairs = explored(sources.pairs(Config(data=DataConfig(train=data))))
-    open_explorer(str(run), pairs, device=CPU, workers=0)
+    assert open_explorer(str(run), pairs, device=CPU, workers=0).positives == "pair"
 
 
 def report(run: Path, data: str) -> None:
@@ -81,6 +88,24 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, "encode", watched)
     evaluate(run, str(tmp_path / "some.parquet"))
     assert [len(each.features) for each in encoded] == [0]
+
+
+def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
+    monkeypatch.setattr(Reader, "read", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(Encoder, "encode", Mock(side_effect=AssertionError))
+    evaluate(run, str(run.parent / "pairs.parquet"))
+
+
+def test_a_model_in_training_has_the_key_of_the_one_that_is_opened(run):
+    """Also with the heads of teachers, and with BatchNorm over ranks."""
+    model, transform, tokenizer = loading.load(run)
+    given = {"transform": transform, "tokenizer": tokenizer}
+    opened = Encoder(model=model, **given).key
+    loading.add_teacher_heads(model, 16, {"a": ("image", 8)}, seed=0)
+    assert batch_norm.synchronise(model, CPU) > 0
+    assert Encoder(model=without_teacher_heads(model), **given).key == opened
+    assert "teacher_heads.image.0.weight" in model.state_dict()
 
 
 def test_a_view_of_all_rows_has_the_key_of_its_source(run):

@@ -90,6 +90,25 @@ def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
     assert [value for _, value in near.images] == sorted((v for _, v in near.images), reverse=True)
 
 
+def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(tmp_path: Path) -> None:
+    """Not as what is near to itself either; texts are all found."""
+    rows = ["image,caption"]
+    for number, row in enumerate(distinct_pairs(20)):
+        (tmp_path / f"{number}.png").write_bytes(row["image"])
+        rows += [f"{number}.png,{row['caption']}", f"{number}.png,one more {row['caption']}"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.csv")))
+    found = one.search_text("a red square", 10)
+    shown = [position for position, _ in found.images]
+    assert len({position // 2 for position in shown}) == len(shown) == len(found.texts) == 10
+    assert found.sharing == {position: [position + 1] for position in shown}
+    near = one.nearest(6, "image", 10)
+    assert 3 not in {position // 2 for position, _ in near.images}
+    assert 7 in dict(one.nearest(6, "text", 40).texts)
+    page = Pages([one]).site(1).answer("a red square", found)
+    assert page.count("> select <bdi>one more ") == 10
+
+
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
     for text in ("a red square", " The  red square", "an red square"):
         assert one.search_text(text, 3) == one.search_text("red square", 3)

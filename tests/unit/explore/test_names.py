@@ -1,6 +1,7 @@
 """Names of groups, on captions whose words are known."""
 
 import numpy as np
+import pytest
 
 from protoclip.explore.names import groups_of_map, names
 
@@ -51,7 +52,7 @@ def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first
     kinds = draw.choice(3, 300, p=[0.5, 0.3, 0.2])
     corners = np.array([[0, 0], [50, 0], [0, 50]])
     positions = corners[kinds][:, None] + draw.normal(size=(300, 2, 2))
-    groups, coarse = groups_of_map(positions, [CAPTIONS[kind] for kind in kinds])
+    groups, coarse = groups_of_map(positions, [CAPTIONS[kind] for kind in kinds], np.zeros(300))
     assert [each.level for each in groups] == sorted(each.level for each in groups)
     for level in {each.level for each in groups}:
         sizes = [each.size for each in groups if each.level == level]
@@ -67,8 +68,22 @@ def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first
     assert all("heart" in name for name, kind in zip(coarse, kinds, strict=True) if kind == 0)
 
 
+def test_a_group_is_shown_by_a_pair_near_its_middle_that_fits_its_caption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not by one without the word, or one far from the middle, however well they fit."""
+    positions = np.repeat(np.linspace(0, 1, 12)[:, None, None], 2, axis=1).repeat(2, axis=2)
+    captions = ["a moon"] * 12
+    captions[5] = "a heart"
+    distance = np.linspace(0.2, 0.9, 12)
+    distance[[0, 5, 7]] = 0.0, 0.0, 0.1
+    monkeypatch.setattr("protoclip.explore.names.PAIRS_PER_GROUP", 12)
+    (group,), _ = groups_of_map(positions, captions, distance)
+    assert (group.name, group.example) == ("moon", 7)
+
+
 def test_pairs_in_one_place_are_one_group() -> None:
-    groups, coarse = groups_of_map(np.zeros((40, 2, 2)), ["a moon"] * 40)
+    groups, coarse = groups_of_map(np.zeros((40, 2, 2)), ["a moon"] * 40, np.zeros(40))
     assert [each.size for each in groups] == [40]
     assert coarse == ["moon"] * 40
 
@@ -79,7 +94,7 @@ def test_copies_that_differ_in_rounding_are_no_groups() -> None:
     positions = np.repeat(draw.normal(size=(30, 2, 2)), 20, axis=0).astype(np.float32)
     moved = np.nextafter(positions, np.float32(9))
     apart = np.where(draw.random(positions.shape) < 0.3, moved, positions)
-    groups, _ = groups_of_map(apart, ["a moon", "a heart"] * 300)
+    groups, _ = groups_of_map(apart, ["a moon", "a heart"] * 300, np.zeros(600))
     assert groups
     assert all(each.size for each in groups)
 

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,7 @@ def test_every_page_has_its_headers_and_no_element_that_is_not_its_own(
     text = body.decode()
     own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
     own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
+    assert set(re.findall('type="checkbox" >(.*?)<bdi>', own)) <= {" select "}  # what a tick does
     assert not [markup for markup in MARKUP if markup in own]
     assert "a 49 green square" not in own
     assert len(text) < 300_000
@@ -534,6 +536,34 @@ def test_a_map_that_cannot_be_kept_is_shown_still(
     (found,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
     assert len(found.atlas) == 20
     assert "warning: the map is not kept ([Errno 28] No space left" in capsys.readouterr().err
+
+
+def test_the_map_says_who_taught_a_model_and_what_its_positives_were(two: list[Explorer]) -> None:
+    asked = r"<dt>(taught by|positives)</dt><dd>(.*?)</dd>"
+    assert re.findall(asked, Pages(two).site(1).index()) == []  # no run trained it
+    told = replace(two[0], teachers="<b> (groups)", positives="shared")
+    found = re.findall(asked, Pages([told]).site(1).index())
+    assert found == [("taught by", "&lt;b&gt; (groups)"), ("positives", "shared")]
+
+
+def test_a_model_is_called_by_the_last_part_of_its_path(
+    two: list[Explorer], tmp_path: Path
+) -> None:
+    """The whole path is in a tooltip; a checkpoint has its run before it."""
+    run, other = tmp_path / "a" / "mine-0", tmp_path / "b" / "mine-0"
+    checkpoint = run / "checkpoints" / "step-3"
+    for folder in (checkpoint, other):
+        folder.mkdir(parents=True)
+    (run / "config.toml").touch()
+
+    def names(*paths: Path) -> list[str]:
+        return Pages([replace(two[0], name=str(path)) for path in paths]).model_names
+
+    assert names(run) == ["mine-0"]
+    assert names(run, checkpoint) == ["mine-0", "mine-0, step-3"]
+    assert names(run, other) == [shown(str(run), 60), shown(str(other), 60)]
+    page = Pages([replace(two[0], name=str(run))]).site(1).index()
+    assert f'<strong title="{shown(str(run))}">mine-0</strong>' in page
 
 
 def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ const byMap = new Set(kept(BY_MAP)); // the ids in it that the map selected; oth
 let onMap = () => {};
 const LOOK = 1000; // milliseconds between two looks at how far a better map is
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
-// Of the map: pixels between names, and of an image; among more points in view than FEW, images are
-// SPARSE pixels apart.
-const [GAP, THUMB, FEW, SPARSE] = [12, 36, 150, 16];
+// Of the map: pixels between names, and of an image; among more places in view than FEW, images are
+// SPARSE pixels apart, and stand where at least this share of them is.
+const [GAP, THUMB, FEW, SPARSE, LEAST] = [12, 36, 150, 16, 1e-3];
 const SHOWN = 48; // selected pairs beside the map
 
 function store() {
@@ -24,6 +24,7 @@ function store() {
     // Too large to be kept for other pages; it can still be exported from this one.
   }
   document.getElementById("selected").textContent = selection.size.toLocaleString("en");
+  document.getElementById("selection").classList.toggle("none", !selection.size);
   for (const box of document.querySelectorAll("input[data-id]")) {
     box.checked = selection.has(box.dataset.id);
   }
@@ -272,7 +273,23 @@ async function drawMap(place) {
   chooser.onchange = colour; // in the place of that of an earlier map
   const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
   colour();
+  letFingersScroll(doc.get_model_by_name("map"));
   place.dataset.ready = "yes";
+}
+
+// A finger on the map scrolls the page, unless a tool is chosen that drags. Where there is no mouse,
+// none is at first: the map fills the screen, so there would be no way past it.
+function letFingersScroll(plot) {
+  const { tools } = plot.toolbar.gestures.pan;
+  const { style } = Bokeh.index.get(plot).canvas_view.events_el;
+  const follow = () => {
+    style.touchAction = tools.some((tool) => tool.active) ? "none" : "pan-x pan-y";
+  };
+  for (const tool of tools) {
+    if (matchMedia("(pointer: coarse)").matches) tool.active = false;
+    tool.properties.active.change.connect(follow);
+  }
+  follow();
 }
 
 // Names of groups lie over the plot, of the coarse ones with an image; and images of points, far
@@ -293,6 +310,13 @@ function label(plot, source, groups, tint) {
     return image;
   }
   const pictures = new Map(); // by point, so that none is asked for twice
+  // The first point of each place: pairs of one image lie in one.
+  const taken = new Set();
+  const places = [...x.keys()].filter((index) => {
+    const place = `${x[index]} ${y[index]}`;
+    if (taken.has(place)) return false;
+    return taken.add(place);
+  });
 
   const buttons = groups.map((group) => {
     const button = document.createElement("button");
@@ -326,6 +350,20 @@ function label(plot, source, groups, tint) {
     element.style.transform = `translate(${Math.round(left)}px, ${Math.round(top)}px)`;
   };
 
+  // Those with the most neighbours first, by squares of the map as large as an image; of thousands, none
+  // that lie alone. Squares move with the map, so images stay on their points.
+  function crowded(indices, frame) {
+    const [width, height] = [(THUMB * (xs.end - xs.start)) / frame.width, (THUMB * (ys.end - ys.start)) / frame.height];
+    const squares = new Map();
+    for (const index of indices) {
+      const square = `${Math.floor(x[index] / width)} ${Math.floor(y[index] / height)}`;
+      if (!squares.has(square)) squares.set(square, []);
+      squares.get(square).push(index);
+    }
+    const full = [...squares.values()].filter((each) => each.length >= indices.length * LEAST);
+    return full.sort((one, other) => other.length - one.length).flat();
+  }
+
   function draw() {
     const frame = view.frame.bbox;
     const [across, down] = [view.frame.x_scale, view.frame.y_scale];
@@ -355,15 +393,12 @@ function label(plot, source, groups, tint) {
       if (found) shown.add(group.name);
     });
 
-    const inside = [];
-    for (let index = 0; index < x.length; index++) {
-      if (x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end) inside.push(index);
-    }
-    const apart = inside.length > FEW ? SPARSE : 0;
+    const inside = places.filter((index) => x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end);
+    const many = inside.length > FEW;
     const images = [];
-    for (const index of inside) {
+    for (const index of many ? crowded(inside, frame) : inside) {
       const [px, py] = at(x[index], y[index]);
-      if (!fits(px, py, THUMB, THUMB, apart)) continue;
+      if (!fits(px, py, THUMB, THUMB, many ? SPARSE : 0)) continue;
       if (!pictures.has(index)) pictures.set(index, picture(index));
       const image = pictures.get(index);
       image.style.borderColor = tint(index);
