@@ -6,7 +6,10 @@ written. For both ways: how long a step takes that begins one, that meets one be
 that meets none; and how far saving raises the highest memory of each process. A busy machine makes
 all of these longer, so the load before and after is told.
 
-    python benchmarks/checkpoints.py [--model ViT-B-32] [--batch 8] [--saves 3] [--out FILE]
+    python benchmarks/checkpoints.py [--model ViT-B-32] [--batch 8] [--saves 3]
+        [--ways parts gathered] [--out FILE]
+
+A way takes 4 + 5 SAVES steps, and more where writing lasts longer than one.
 """
 
 import argparse
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=8, help="pairs of a step, of both processes")
     parser.add_argument("--saves", type=int, default=3, help="checkpoints by each way")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], help="both, or one")
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -145,13 +149,14 @@ def main() -> None:
     facts, load = run_folder.environment(torch.device("cpu")), [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(tiny_pairs(16), Path(folder) / "pairs.parquet")
-        found = {way: measured(arguments, way, Path(folder)) for way in WAYS}
+        found = {way: measured(arguments, way, Path(folder)) for way in arguments.ways}
     load.append(os.getloadavg()[0])
     lines = [
         "# Checkpoints of a sharded model",
         "",
         f"`python benchmarks/checkpoints.py --model {arguments.model} --batch {arguments.batch} "
-        f"--saves {arguments.saves}`, {datetime.date.today().isoformat()}; "
+        f"--saves {arguments.saves} --ways {' '.join(arguments.ways)}`, "
+        f"{datetime.date.today().isoformat()}; "
         f"{facts['device'].split(',')[0]}, {os.cpu_count()} cores, torch {facts['torch']}, gloo, "
         "FSDP2 in two processes of one thread, fp32. Processes that were ready to run on the "
         f"machine: {load[0]:.1f} before, {load[1]:.1f} after.",

@@ -34,7 +34,7 @@ def require_paths(config: Config) -> None:
     require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
         if teacher.features not in ("emoji", START, *HALVES.values()):
-            require_file("teacher.features", teacher.features)
+            require_features(teacher.features)
     for guard in config.run.guard:
         require_data_set("run.guard", guard)
 
@@ -143,6 +143,12 @@ def require_file(setting: str, path: str | None) -> None:
             raise ValueError(f"{setting}: {path}: is not read from a URL; copy it here first")
 
 
+def require_features(path: str | None) -> None:
+    """Refuse features of a teacher that are no URL and do not exist."""
+    if path is not None:
+        require_path("teacher.features", path, "no such file")
+
+
 def require_folder(setting: str, path: str | None) -> None:
     """Refuse a folder that does not exist, or is none."""
     if path is not None:
@@ -192,6 +198,8 @@ def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "")
     if not path.strip():
         raise ValueError(f"{setting}: is empty; name a {'folder' if is_folder else 'file'}")
     target, start = Path(path), f"{setting}: {path}"
+    if "://" in path:
+        raise ValueError(f"{start}: is a URL; name a place on a disk")
     if target.is_symlink() and not target.exists():
         raise ValueError(f"{start}: is a link that leads nowhere; choose another place")
     if target.is_dir() and not is_folder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from protoclip.cli.parsing import parse
 from protoclip.cli.train import Train
@@ -22,7 +23,8 @@ SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 JOB = str(os.getpid())  # decides the port at which ranks meet
 SLURM = {
     **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": JOB},
-    "SLURM_CPUS_PER_TASK": "6",
+    **{"SLURM_CPUS_PER_TASK": "6", "SLURM_GPUS_ON_NODE": "4"},
+    **{"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "[a-b]"},
 }
 # Starts two tasks as `srun` does, and ends with their largest code.
 SRUN = """
@@ -30,8 +32,9 @@ import os, subprocess, sys
 words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
+environment = {**os.environ, "JOB_SHELL": str(os.getppid())}
 ranks = [
-    subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+    subprocess.Popen(words, env={**environment, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
     for rank in "01"
 ]
 sys.exit(max(rank.wait() for rank in ranks))
@@ -45,14 +48,31 @@ with collectives.process_group(torch.device("cpu")):
     if collectives.rank() == 0:
         print(ranks, os.environ["SRUN_CPUS_PER_TASK"], *sys.argv[1:])
 """
+# Answers who the hosts are, and tells what else it is asked for.
+SCONTROL = """
+import sys
+print("a\\nb" if sys.argv[1] == "show" else " ".join(["scontrol", *sys.argv[1:]]))
+"""
+# Stands for `torchrun`: tells what srun and it were given, and ends when `scancel` has asked it to.
+TORCHRUN = """
+import os, signal, sys, time
+from pathlib import Path
+if os.environ["SLURM_PROCID"] == "0":
+    print(os.environ["SRUN_CPUS_PER_TASK"], *sys.argv[1:], flush=True)
+    if os.environ["TIME"] == "over":
+        os.kill(int(os.environ["JOB_SHELL"]), signal.SIGUSR1)
+while os.environ["TIME"] == "over" and not Path("asked").exists():
+    time.sleep(0.01)
+sys.exit(1)
+"""
 
 
 def sbatch(
-    folder: Path, protoclip: str, *words: str, **env: str
+    folder: Path, protoclip: str, *words: str, script: str = "protoclip", **env: str
 ) -> "subprocess.CompletedProcess[str]":
-    """Run the script's body, with stand-ins for what a cluster has."""
-    programs = {"srun": SRUN, "protoclip": protoclip}
-    programs["scontrol"] = 'import sys; print("scontrol", *sys.argv[1:])'
+    """Run a script's body, with stand-ins for what a cluster has; `protoclip` is what it starts."""
+    programs = {"srun": SRUN, script: protoclip, "scontrol": SCONTROL}
+    programs["scancel"] = 'import sys; open("asked", "w").write(" ".join(sys.argv[1:]))'
     (folder / "bin").mkdir()
     for name, text in programs.items():
         path = folder / "bin" / name
@@ -60,7 +80,7 @@ def sbatch(
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(
-        ["bash", str(LAUNCH / "protoclip.sbatch"), *words],
+        ["bash", str(LAUNCH / f"{script}.sbatch"), *words],
         env={**os.environ, **SLURM, **paths, **env},
         cwd=folder,
         capture_output=True,
@@ -102,6 +122,28 @@ sys.exit(({codes})[int(os.environ["SLURM_PROCID"])])
     ended = sbatch(tmp_path, end, RUN="run", SLURM_RESTART_COUNT=str(starts))
     assert ended.returncode == max(map(int, codes.split(",")))
     assert ended.stdout == (f"scontrol requeue {JOB}\n" if again else "")
+
+
+@pytest.mark.parametrize(("time", "left"), [("over", ""), ("over", "results.json"), ("left", "")])
+def test_torchrun_on_the_hosts_of_a_slurm_job(time, left, tmp_path):
+    """Back into the queue goes a job whose time is over, not one that is done or that fails."""
+    (tmp_path / "run" / left).mkdir(parents=True)
+    ended = sbatch(tmp_path, TORCHRUN, "--run.seed", "3", script="torchrun", RUN="run", TIME=time)
+    assert ended.returncode == 1, ended.stderr
+    told, *requeued = ended.stdout.splitlines()
+    assert requeued == [f"scontrol requeue {JOB}"] * (time == "over" and not left)
+    if time == "over":
+        assert (tmp_path / "asked").read_text() == f"--signal=USR1 {JOB}"
+    cores, *words = shlex.split(told)
+    given = get_args_parser().parse_args(words)
+    assert (cores, given.nnodes, given.nproc_per_node, given.rdzv_id) == ("6", "2", "4", JOB)
+    assert given.rdzv_endpoint.startswith("a:")
+    assert "SIGUSR1" in given.signals_to_handle.split(",")
+    text = (LAUNCH / "torchrun.sbatch").read_text(encoding="utf-8")
+    (seconds,) = re.findall("^#SBATCH --signal=B:USR1@(.*)", text, re.MULTILINE)
+    assert given.shutdown_timeout == int(seconds)
+    trained = trains(["torchrun", *words])
+    assert (trained.resume, trained.run.out, trained.run.seed) == ("auto", "run", 3)
 
 
 def test_slurm_is_asked_for_what_the_documents_say():

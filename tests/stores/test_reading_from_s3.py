@@ -110,8 +110,8 @@ def test_shards_are_streamed(store, mode):
     assert isinstance(opened(f"{store.url}/shards/*{end}"), ShardStream)
 
 
-def test_evaluation_data_is_copied_once_and_indexed(store):
-    """CLIP_benchmark's layout; and the first image by its pixels."""
+def put_evaluation_data(store: Any) -> list[bytes]:
+    """Three images of two classes; returns their bytes."""
     files = dict[str, bytes]()
     for red in (10, 20, 30):
         made = io.BytesIO()
@@ -121,6 +121,12 @@ def test_evaluation_data_is_copied_once_and_indexed(store):
     store.put("wds_pets/test/nshards.txt", b"1")
     store.put("wds_pets/classnames.txt", b"cat\ndog\n")
     store.put("wds_pets/zeroshot_classification_templates.txt", b"a {c}\n")
+    return [data for name, data in files.items() if name.endswith("png")]
+
+
+def test_evaluation_data_is_copied_once_and_indexed(store):
+    """In CLIP_benchmark's layout."""
+    put_evaluation_data(store)
     for _ in range(2):
         data = open_data(f"wds:{store.url}/wds_pets")
         split = data.splits["test"]
@@ -227,14 +233,20 @@ def test_a_bucket_that_is_not_there_is_named(store):
 
 
 def test_a_server_that_fails_for_a_while_loses_no_sample(store):
-    """While a table, its images, a listing and shards are read."""
+    """While a table, its images, a listing, shards and evaluation data are read."""
     images, shards, faults = put_table(store), put_shards(store), ("500", "503", "reset", "cut")
+    judged = put_evaluation_data(store)
     store.fail(*faults, on="GET", times=2)
     pairs = opened(f"{store.url}/table/pairs.csv")
     store.fail(*faults, "slow", on="GET", times=5)
     assert images_of(pairs) == images
     store.fail("reset", "cut", "503", "slow", "500", on="GET", times=5)
     assert streamed(f"{store.url}/shards/*.tar", len(shards)) == shards
+    assert store.times == 0
+    store.fail("503", "reset", "cut", "500", on="GET", times=4)
+    split = READS["wds"](store.url).splits["test"]
+    assert [split.images.encoded(row) for row in range(3)] == judged
+    assert split.labels.tolist() == [0, 1, 0]
     assert store.times == 0
 
 

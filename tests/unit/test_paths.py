@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data": {"without": "none.csv"}}, "data.without: none.csv: no such file"),
         ({"model": {"start": "runn"}}, "no such run or checkpoint folder; .*; did you mean run"),
         ({"teacher": {"features": "none.npy"}}, "teacher.features: none.npy: no such file"),
-        ({"teacher": {"features": "s3://bucket/a"}}, "features: s3://bucket/a: is not read from a"),
+        ({"data": {"only": "s3://bucket/a"}}, "data.only: s3://bucket/a: is not read from a URL"),
         ({"run": {"guard": ["none.tsv,class_column=a"]}}, "run.guard: none.tsv: no such file"),
         ({"run": {"guard": ["emoji,root=none"]}}, "run.guard: root: none: no such folder"),
     ],
@@ -58,6 +58,7 @@ def test_a_path_that_is_not_there_is_named_with_its_setting(tree, message, place
         {"model": {"start": "open_clip:RN50/openai"}},
         {"model": {"start": "run"}},
         {"teacher": {"features": "emoji"}},
+        {"teacher": {"features": "s3://bucket/a"}},
         {"teacher": {"features": "start"}, "model": {"start": "run"}},
         {"run": {"guard": ["wds:none", "torchvision:CIFAR10,root=run"]}},
     ],
@@ -107,6 +108,7 @@ def test_a_place_to_write_to_may_be_new_but_nothing_may_be_in_its_way(place):
         ("run", False, "--out: run: is a folder; name a file in it"),
         ("pairs.tsv", True, "--out: pairs.tsv: is a file, not a folder; choose another place"),
         ("pairs.tsv/a/b", False, "pairs.tsv is a file, not a folder; choose another place"),
+        ("s3://bucket/run", True, "--out: s3://bucket/run: is a URL; name a place on a disk"),
         ("dangling", True, "dangling: is a link that leads nowhere; choose another place"),
     ):
         with pytest.raises(ValueError, match=message):

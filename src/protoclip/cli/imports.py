@@ -1,5 +1,9 @@
-"""Imports of the libraries that a command needs, which are most of its start."""
+"""Imports of the libraries that a command needs, which are most of its start.
 
+Each command names its libraries itself; here is what makes their import quicker.
+"""
+
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -24,3 +28,5 @@ def quick_imports() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        if "triton" in sys.modules:  # what is left of it at the end, it complains of in many lines
+            atexit.register(gc.unfreeze)

@@ -84,7 +84,9 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
 
 
-def require_allowed(location: str, access: Access) -> None:
+def require_allowed(
+    location: str, access: Access, *, protocols: tuple[str, ...] = WEB + STORES
+) -> None:
     """Raises `ValueError`, with the way out, for a path, URL or command that may not be read."""
     if location.startswith("pipe:"):
         if not access.commands:
@@ -96,8 +98,8 @@ def require_allowed(location: str, access: Access) -> None:
             f"'{REMOVED}' stands for a user, password or query, which no run keeps; name the whole "
             "URL again, as when the run began"
         )
-    if is_remote and protocol.lower() not in WEB + STORES:
-        known = ", ".join(WEB + STORES)
+    if is_remote and protocol.lower() not in protocols:
+        known = ", ".join(protocols)
         raise ValueError(f"'{protocol}://' is not read; use a local file or one of {known}")
     # An IPv6 address contains "::".
     if is_remote and "::" in re.sub(r"^\[[^\[\]]*\]", "", rest):

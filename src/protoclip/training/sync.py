@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from threading import Lock, Thread
 from typing import Any
@@ -37,11 +37,16 @@ from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline
 from protoclip.training.run_folder import claimed, folder_of, look
 
+# Where copies may be: beside the stores that data come from, Azure's, and a folder that is mounted.
+# Clients of others are left out: that of sftp takes any host for the one it asked for, and that of
+# oci wants what stands in the place of a user. So are protocols that read what a URL brings along.
+PLACES = (*access.STORES, "az", "abfs", "file")
 Store = Any  # an fsspec file system, whose paths are names relative to the folder there
 ANSWER_SECONDS = 60.0  # that a store may take to answer before a run begins
 # Seconds that the end of a run waits for its last copy: after a signal, and after the results.
 STOPPED_SECONDS, END_SECONDS = 60.0, 1800.0
 RESULTS, PROBE = "results.json", ".protoclip"
+PART = ".protoclip.tmp"  # what is written to a mounted folder, until it is whole
 DONE = (MODEL, RESULTS)
 LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
 RUN_ID = "wandb/run-id"  # with it Weights & Biases goes on with the run's curves
@@ -50,20 +55,61 @@ MARKER = re.compile(rf"checkpoints/(step-\d+)/{re.escape(CHECKSUMS)}", re.ASCII)
 ODD = re.compile(r"(^|/)(\.|/|$)|\\|^[a-z]:", re.IGNORECASE)
 
 
+class MountedFolder(DirFileSystem):  # type: ignore[misc]
+    """A folder that acts as a store does: files appear whole, folders go with their last file."""
+
+    def put_file(self, lpath: str, rpath: str) -> None:
+        super().put_file(lpath, PART)
+        self.mv(PART, rpath)
+
+    def pipe_file(self, path: str, value: bytes) -> None:
+        super().pipe_file(PART, value)
+        self.mv(PART, path)
+
+    def rm_file(self, path: str) -> None:
+        super().rm_file(path)
+        with suppress(OSError):  # it holds more
+            for folder in PurePosixPath(path).parents[:-1]:
+                self.rmdir(str(folder))
+
+
 def store_of(url: str) -> Store:
     """The folder that `run.sync` names; raises `ValueError` if it may not be one."""
     protocol, _, path = url.partition("://")
+    protocol = protocol.lower()
     try:
-        if protocol.lower() not in access.STORES or not path.strip("/"):
-            known = ", ".join(access.STORES)
+        if protocol not in PLACES or not path.strip("/"):
+            known = ", ".join(PLACES)
             raise ValueError(f"is no folder of a store ({known}); name one, as s3://bucket/folder")
+        access.require_allowed(url, access.NOTHING_MORE, protocols=PLACES)
+        if protocol == "file":
+            return mounted(path)
         if without_secrets(url) != url:
             raise ValueError("leave out user and query: a store's client finds credentials itself")
-        access.require_allowed(url, access.NOTHING_MORE)
-        files, root = fsspec.core.url_to_fs(f"{protocol.lower()}://{path}")
-    except (ValueError, ImportError) as error:  # or its client is not installed
+        files, root = fsspec.core.url_to_fs(f"{protocol}://{path}")
+    except (ValueError, OSError, ImportError) as error:  # or its client is not installed
         raise ValueError(f"run.sync: {url}: {access.reason_of(error)}") from None
     return DirFileSystem(root, files)
+
+
+def mounted(path: str) -> MountedFolder:
+    """A folder in one that exists, or a mount that is not there would fill the disk below it."""
+    if not path.startswith("/"):
+        raise ValueError("name the whole path, as file:///mnt/folder")
+    if without_secrets(f"file://{path}") != f"file://{path}":  # so settings would not keep it
+        raise ValueError("'?' and '#' begin a query in a URL; name a folder without them")
+    files, root = fsspec.core.url_to_fs(f"file://{path}", auto_mkdir=True)
+    if not (parent := Path(root).parent).is_dir():
+        raise ValueError(f"there is no folder {parent}; mount it, make it, or name another")
+    return MountedFolder(root, files)
+
+
+def require_apart(url: str, folder: Path) -> None:
+    """Refuse a copy in the run folder, or around it."""
+    if url.lower().startswith("file://"):
+        there, here = Path(store_of(url).path).resolve(), folder.resolve()
+        if there.is_relative_to(here) or here.is_relative_to(there):
+            raise ValueError(f"run.sync: {url}: is not apart from {folder}; choose another folder")
 
 
 def names_in(store: Store) -> set[str]:
@@ -84,8 +130,13 @@ def needed(url: str) -> Iterator[None]:
         ) from None
 
 
-def answer(url: str) -> tuple[Store, set[str]]:
-    """A store, and what it holds; raises `ValueError` if it cannot be read and written."""
+def answer(url: str, folder: Path) -> tuple[Store, set[str]]:
+    """The store of a run folder, and what it holds.
+
+    Raises:
+        ValueError: It cannot be read and written, or is not apart from the folder.
+    """
+    require_apart(url, folder)
     store = store_of(url)
 
     def ask() -> set[str]:
@@ -103,7 +154,7 @@ def begun(config: Config) -> Iterator[Path]:
     if url is None or (folder / SETTINGS).is_file():
         yield folder
         return
-    store, names = answer(url)
+    store, names = answer(url, folder)
     with TemporaryDirectory() as temporary:
         if SETTINGS in names:
             with needed(url):
@@ -124,7 +175,7 @@ def fetch(outline: Outline, *, resume: bool) -> None:
         return
     if folder.exists():  # or what it holds would become the run of the store
         look(outline, resume=True)
-    store, names = answer(url)
+    store, names = answer(url, folder)
     if names and not (resume and SETTINGS in names):
         what = "holds a run; go on with --resume auto" if SETTINGS in names else "holds other files"
         raise ValueError(f"run.sync: {url}: {what}, or choose another folder")

@@ -284,10 +284,30 @@ def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_mlflow_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
-    """By MLflow itself, in a database of its own: skipped where it is not installed."""
+def test_trackio_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
+    """By Trackio itself, in a folder of its own: skipped where it is not installed."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    folder = tmp_path / "run-0"
+    folder.mkdir()
+    for step in (0, 2):
+        log = MetricsLog(folder, names=["trackio"], config={"run": {"seed": 5}}, step=step)
+        log.write(step + 1, 0, {"eval/text@1": 0.25 * step, "train/loss": 1.0})
+        log.close()
+    assert "warning: trackio" not in capsys.readouterr().err
+    (run,) = trackio.Api().runs("protoclip")
+    assert run.name == (folder / "trackio" / "run-id").read_text()
+    assert run.config["run"] == {"seed": 5}
+    kept = trackio.sqlite_storage.SQLiteStorage.get_logs("protoclip", run.name)
+    assert [(row["step"], row["eval/text@1"]) for row in kept] == [(1, 0.0), (3, 0.5)]
+
+
+@pytest.mark.parametrize("store", ["sqlite:///{}/mlflow.db", "file://{}/mlruns"])
+def test_mlflow_has_the_curves_of_a_run_that_goes_on(store, tmp_path, monkeypatch, capsys):
+    """By MLflow itself, in a database or folder of its own: skipped where it is not installed."""
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(tmp_path))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # or 3.17 refuses the folder
     folder = tmp_path / "run-0"
     folder.mkdir()
     for step in (0, 2):

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,7 +19,7 @@ from protoclip.testing import tiny_config
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.plan import outline
 from protoclip.training.run_folder import to_toml
-from protoclip.training.sync import Copies, fetch
+from protoclip.training.sync import Copies, fetch, require_apart, store_of
 
 
 def objects() -> dict[str, Any]:
@@ -131,6 +132,73 @@ def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
     others = [step for step in put_steps if step > 1]  # what is under way comes to its end first
     assert others == sorted(others, reverse=True)
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_is_mounted_takes_copies(tmp_path, monkeypatch, capsys):
+    """As a run folder; one not apart from the run's, or in no folder, such as a mount, is none."""
+    place = tmp_path / "mounted" / "of runs"
+    in_place = with_changes(CONFIG, {"run": {"sync": f"file://{place}"}})
+    monkeypatch.setitem(globals(), "CONFIG", in_place)
+    with pytest.raises(ValueError, match=f"there is no folder {place.parent}; mount it, make it"):
+        fetched(tmp_path / "other")
+    place.parent.mkdir()
+    saving = Run(tmp_path / "run")
+    for step in (1, 2, 3, 4):
+        saving.save(step)
+        saving.finish()
+    assert [(path.name[-1], damage(path)) for path in checkpoints(place)] == [
+        ("3", None),
+        ("4", None),
+    ]
+    assert fetched(tmp_path / "other") == [4]
+    assert f"step-000000004 fetched from file://{place}" in capsys.readouterr().err
+    for around in (place, place / "checkpoints", place.parent):
+        with pytest.raises(ValueError, match=f"is not apart from {around}; choose another folder"):
+            require_apart(f"file://{place}", around)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("reference://a/b", r"is no folder of a store \(s3, gs, hf, az, abfs, file\); name one"),
+        ("oci://bucket@of/run", "is no folder of a store"),
+        ("file:///", "is no folder of a store"),
+        ("file://mnt/nas/run", "name the whole path, as file:///mnt/folder"),
+        ("file://localhost/mnt/run", "name the whole path"),
+        ("file:///tmp/a#b", "'[?]' and '#' begin a query in a URL; name a folder without them"),
+        ("s3://me:word@bucket/run", "leave out user and query"),
+        ("file://a::reference://b", "URLs chained with '::' are not read"),
+        ("AZ://container/run", "Install adlfs to access Azure"),
+    ],
+)
+def test_a_place_that_takes_no_copies_is_refused(url, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(ValueError, match=rf"^run\.sync: {url}: {message}[^\n]*$"):
+        store_of(url)
+
+
+def test_a_copy_to_a_mounted_folder_that_is_cut_leaves_the_file_before(tmp_path, monkeypatch):
+    """Though a file system lets see what is written so far."""
+    place = tmp_path / "place"
+    in_place = with_changes(CONFIG, {"run": {"sync": f"file://{place}"}})
+    monkeypatch.setitem(globals(), "CONFIG", in_place)
+    saving = Run(tmp_path / "run")
+    saving.save(1)
+    saving.finish()
+    before = (place / "config.toml").read_bytes()
+
+    def cut(source: str, target: str) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:9])
+        raise OSError("killed")
+
+    (saving.folder / "config.toml").write_bytes(before + b"# more")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", cut)
+        saving.finish()
+    assert (place / "config.toml").read_bytes() == before
+    saving.finish()
+    assert (place / "config.toml").read_bytes() == before + b"# more"
+    assert [path.name for path in place.iterdir() if path.name[0] == "."] == []
 
 
 def test_a_checkpoint_stays_until_it_is_copied(saving, monkeypatch):
