@@ -17,6 +17,8 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
+from protoclip.data.content import image_hash
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
@@ -40,6 +42,8 @@ Judged = tuple[Sequence[str], Metrics]  # the names of the groups, and the metri
 
 FOLDER = "judged-by-group"  # in the run's folder; `judged` has the draws of an earlier version
 HELD_OUT = "held-out"  # what the pairs that were held out of pretraining are called
+# What their metrics are kept as; `test-held-out` has those of pairs like some of validation.
+KEPT = {"validation": HELD_OUT, "test": f"{HELD_OUT}-apart"}
 FOLDS = 5
 # What a transfer set is for; the others are for held-out pairs.
 TRANSFER = ("linear_probe", "knn", "clustering")
@@ -79,7 +83,7 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
             return on_classes(encoder(), data)
         return measured(encoder(), data, (*TRANSFER, "zero_shot"), split)
 
-    found = kept(folder / FOLDER / f"{split}-{HELD_OUT}.npz", on_held_out)
+    found = kept(folder / FOLDER / f"{split}-{KEPT[split]}.npz", on_held_out)
     by_name = {HELD_OUT: found}
     for reference in transfer:
         name = digest({"reference": reference, "folds": FOLDS})[:8]
@@ -173,7 +177,8 @@ def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split
 def held_out(config: Config, split: str) -> EvaluationData:
     """The pairs that a run did not train on: half of them for choices, half for the test.
 
-    The emoji have splits of their own.
+    The test has none that shares a caption or the bytes of its image with a pair for choices. The
+    emoji have splits of their own.
     """
     if config.data.is_emoji:
         return datasets.emoji()
@@ -184,13 +189,27 @@ def held_out(config: Config, split: str) -> EvaluationData:
     ((source, numbers),) = images.parts  # a study has one source
     assert whole.captions is not None
     ids = [images.sample_id(row) for row in range(len(images))]
-    half = hash_ids(ids) % 2 == (split == "test")
-    rows = [row for row, own in enumerate(half.tolist()) if own]
+    is_test = hash_ids(ids) % 2 == 1
+    rows = np.flatnonzero(is_test if split == "test" else ~is_test).tolist()
+    if split == "test":
+        contents = [
+            content_of(source, numbers[row], captions)
+            for row, captions in enumerate(whole.captions)
+        ]
+        known = set().union(*(contents[row] for row in np.flatnonzero(~is_test)))
+        rows = [row for row in rows if contents[row].isdisjoint(known)]
     own = Split(
         images=PairsView([(source, [numbers[row] for row in rows])]),
         captions=[whole.captions[row] for row in rows],
     )
     return EvaluationData(name=HELD_OUT, splits={split: own})
+
+
+def content_of(source: ImageTextPairs, number: int, captions: Sequence[str]) -> set[str]:
+    """What tells a pair's captions, whatever their case and spaces, and the bytes of its image."""
+    texts = {"caption: " + " ".join(caption.casefold().split()) for caption in captions}
+    image = image_hash(source, number)
+    return texts | ({"image: " + image} if image else set())
 
 
 def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:

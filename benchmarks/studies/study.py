@@ -1,6 +1,7 @@
 """Train arms over data sets and seeds, judge them by transfer, and print one table a data set.
 
     python benchmarks/studies/study.py benchmarks/studies/FILE.toml [--seeds 0 1 2] [--jobs 2]
+        [--arms NAME ...] [--image-size N] [--emoji-image-teacher FILE]
         [--captions FILE --root FOLDER --teacher FOLDER --image-teacher FILE]
         [--transfer emoji wds:FOLDER ...] [--test]
 
@@ -43,6 +44,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import sys
 import threading
 import tomllib
@@ -130,6 +132,10 @@ class Pretraining:
     teacher: str | None
     image_teacher: str | None = None
 
+    @property
+    def image_option(self) -> str:
+        return "--emoji-image-teacher" if self.name == "emoji" else "--image-teacher"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -170,12 +176,36 @@ def read_study(path: Path) -> Study:
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a study ({error}); --help shows one") from error
+    return whole(study, str(path))
+
+
+def whole(study: Study, where: str) -> Study:
+    """The study, of which no arm that another needs is missing."""
     if study.reference not in study.groups:
-        raise ValueError(f"{path}: reference: no group '{study.reference}'")
-    for arm in arms.values():
-        if arm.start is not None and (arm.start not in arms or arms[arm.start].start):
-            raise ValueError(f"{path}: {arm.name}: start: name an arm that has no start itself")
+        raise ValueError(f"{where}: reference: no group '{study.reference}'")
+    for arm in study.arms.values():
+        start = None if arm.start is None else study.arms.get(arm.start)
+        if arm.start is not None and (start is None or start.start):
+            raise ValueError(f"{where}: {arm.name}: start: name an arm that has no start itself")
     return study
+
+
+def some_arms(study: Study, names: Sequence[str]) -> Study:
+    """The study with these arms alone, in its own order."""
+    if unknown := [name for name in names if name not in study.arms]:
+        raise ValueError(f"--arms: {study.name} has no '{unknown[0]}', but {', '.join(study.arms)}")
+    arms = {name: arm for name, arm in study.arms.items() if name in names}
+    return whole(replace(study, arms=arms), "--arms")
+
+
+def at_size(study: Study, size: int) -> Study:
+    """The study with images of another size in every arm."""
+    given = {"model": {"image": {"size": size}}}
+    arms = study.arms.values()
+    return replace(
+        study,
+        arms={arm.name: replace(arm, settings=merged(arm.settings, given)) for arm in arms},
+    )
 
 
 def photographs(
@@ -190,6 +220,20 @@ def photographs(
         teacher=teacher,
         image_teacher=image_teacher,
     )
+
+
+def pretrainings(given: argparse.Namespace) -> list[Pretraining]:
+    """The data sets that the options name."""
+    data = []
+    if not given.without_emoji:
+        teachers = {"teacher": "emoji", "image_teacher": given.emoji_image_teacher}
+        data.append(Pretraining(name="emoji", settings={}, **teachers))
+    if given.captions:
+        teachers = {"teacher": given.teacher, "image_teacher": given.image_teacher}
+        data.append(photographs(given.captions, root=given.root, **teachers))
+    if not data:
+        raise ValueError("--without-emoji: nothing is left to pretrain on; name --captions")
+    return data
 
 
 def config_of(task: Task) -> Config:
@@ -207,7 +251,7 @@ def config_of(task: Task) -> Config:
         if features not in own:
             return dict(teacher)
         if own[features] is None:
-            option = "--teacher" if features == "own" else "--image-teacher"
+            option = "--teacher" if features == "own" else data.image_option
             raise ValueError(
                 f"{arm.name}: the {data.name} have no such teacher; name its features with {option}"
             )
@@ -569,24 +613,31 @@ def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
     return len(own) + 1
 
 
-def main(words: list[str] | None = None) -> None:
+def options(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", type=Path, help="a TOML file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--image-size", type=int, help="of all arms, if not the study's")
     parser.add_argument("--captions", help="photographs to pretrain on, as data.train takes them")
     parser.add_argument("--root", help="folder of the photographs, as data.root")
     parser.add_argument("--teacher", help="features of their captions, as teacher.features")
     parser.add_argument("--image-teacher", help="features of the photographs, as a Parquet file")
     parser.add_argument("--without-emoji", action="store_true", help="do not pretrain on emoji")
+    parser.add_argument("--emoji-image-teacher", help="features of the emoji, as a Parquet file")
     parser.add_argument("--transfer", nargs="+", default=["emoji"], help="emoji, or wds:FOLDER")
     parser.add_argument("--test", action="store_true", help="then measure what was chosen on test")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
-    given = parser.parse_args(words)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="one for each data")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    given = options(words)
     try:
-        study_of(given, " ".join(sys.argv[1:] if words is None else words))
+        study_of(given, shlex.join(sys.argv[1:] if words is None else words))
     except ValueError as error:
         raise SystemExit(f"study.py: error: {error}") from error
     except KeyboardInterrupt:
@@ -596,12 +647,11 @@ def main(words: list[str] | None = None) -> None:
 def study_of(given: argparse.Namespace, words: str) -> None:
     """What `main` was asked to do."""
     study = read_study(given.study)
-    data = [] if given.without_emoji else [Pretraining(name="emoji", settings={}, teacher="emoji")]
-    if given.captions:
-        teachers = {"teacher": given.teacher, "image_teacher": given.image_teacher}
-        data.append(photographs(given.captions, root=given.root, **teachers))
-    if not data:
-        raise ValueError("--without-emoji: nothing is left to pretrain on; name --captions")
+    if given.arms is not None:
+        study = some_arms(study, given.arms)
+    if given.image_size is not None:
+        study = at_size(study, given.image_size)
+    data = pretrainings(given)
     tasks = [
         Task(
             study=study,

@@ -99,9 +99,9 @@ def test_every_study_that_is_there_can_be_trained(path, tmp_path):
     if path == studies.PHOTOGRAPHS:
         return
     study = studies.read_study(path)
-    teachers = {"teacher": "features", "image_teacher": "features.parquet"}
-    photographs = studies.photographs("captions.tsv", root="images", **teachers)
-    for data in (replace(pretraining(), image_teacher="features.parquet"), photographs):
+    files = "--teacher f --image-teacher f.parquet --emoji-image-teacher f.parquet"
+    given = studies.options(f"{path} --captions pairs.tsv --root images {files}".split())
+    for data in studies.pretrainings(given):
         tasks = [task_of(study, name, tmp_path, data=data) for name in study.arms]
         assert len({studies.folder_of(task) for task in tasks}) == len(tasks)
         configs = [studies.config_of(task) for task in tasks]
@@ -110,6 +110,23 @@ def test_every_study_that_is_there_can_be_trained(path, tmp_path):
         assert sizes == {160} if of_halves else sizes <= {None, 64}
         teachers = [each for config in configs for each in config.external_teachers.values()]
         assert not {"own", "own images"} & {teacher.features for teacher in teachers}
+
+
+def test_some_arms_at_another_size(tiny, tmp_path):
+    """As a log's command has them; an arm that another starts from cannot be left out."""
+    study = studies.read_study(tiny)
+    small = studies.at_size(studies.some_arms(study, ["few", "CLIP"]), 48)
+    assert [*small.arms] == ["CLIP", "few"]
+    sizes = [
+        studies.config_of(task_of(small, arm, tmp_path)).model.image.size for arm in small.arms
+    ]
+    assert sizes == [48, 48]
+    for names, message in (
+        (["few", "many"], "--arms: tiny has no 'many', but CLIP, few, gap"),
+        (["few"], "--arms: reference: no group 'CLIP'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            studies.some_arms(study, names)
 
 
 @pytest.mark.parametrize(
@@ -201,28 +218,34 @@ def test_what_has_no_interval_has_no_star(tiny):
     assert studies.cell({"mean": 0.5, "difference": gap}) == "50.0<br>+35.0"
 
 
-def test_held_out_pairs_are_halved(tmp_path):
-    """The halves for choices and for the test share no pair, and training has none of them."""
-    draw, images = np.random.default_rng(0), []
-    for _ in range(60):
-        buffer = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, format="PNG")
-        images.append(buffer.getvalue())
-    columns = {
-        "image": pa.array(images, pa.binary()),
-        "caption": [f"number {row}" for row in range(60)],
-        "sample_id": [f"tiny/{row}" for row in range(60)],
-    }
-    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
-    data = studies.photographs(str(tmp_path / "pairs.parquet"), root=None, teacher=None)
+def halves(captions, images, folder):
+    """The halves for choices and for the test of a table of pairs."""
+    ids = [f"tiny/{row}" for row in range(len(captions))]
+    columns = {"image": pa.array(images, pa.binary()), "caption": captions, "sample_id": ids}
+    pq.write_table(pa.table(columns), folder / "pairs.parquet")
+    data = studies.photographs(str(folder / "pairs.parquet"), root=None, teacher=None)
     study = studies.Study(
         name="a",
         question="",
         reference="CLIP",
         arms={"CLIP": studies.Arm(name="CLIP", group="CLIP", settings={})},
     )
-    config = studies.config_of(task_of(study, "CLIP", tmp_path, data=data))
-    parts = [judge.held_out(config, split).splits[split] for split in ("validation", "test")]
+    config = studies.config_of(task_of(study, "CLIP", folder, data=data))
+    return [judge.held_out(config, split).splits[split] for split in ("validation", "test")]
+
+
+def images_of_noise(number):
+    draw, images = np.random.default_rng(0), []
+    for _ in range(number):
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, format="PNG")
+        images.append(buffer.getvalue())
+    return images
+
+
+def test_held_out_pairs_are_halved(tmp_path):
+    """The halves for choices and for the test share no pair, and training has none of them."""
+    parts = halves([f"number {row}" for row in range(60)], images_of_noise(60), tmp_path)
     ids = [{part.images.sample_id(row) for row in range(len(part.images))} for part in parts]
     assert len(ids[0]) + len(ids[1]) == 12
     assert not ids[0] & ids[1]
@@ -230,6 +253,24 @@ def test_held_out_pairs_are_halved(tmp_path):
     for part in parts:
         row_of = {part.images.sample_id(row): row for row in range(len(part.images))}
         assert all(part.captions[row] == (f"number {own[5:]}",) for own, row in row_of.items())
+
+
+def test_the_test_repeats_nothing_of_validation(tmp_path, monkeypatch):
+    """Titles and images that repeat over both halves are judged in validation's alone."""
+    different = images_of_noise(90)
+    titles = [f"Shirt {row // 2 if row < 60 else row}" for row in range(120)]
+    images = [different[row if row < 60 else row // 2] for row in range(120)]
+    parts = halves(titles, images, tmp_path)
+    contents = [
+        {*sum(part.captions, ()), *map(part.images.encoded, range(len(part.images)))}
+        for part in parts
+    ]
+    assert all(contents)
+    assert not contents[0] & contents[1]
+    monkeypatch.setattr(judge, "content_of", lambda *_: set())
+    before = halves(titles, images, tmp_path)
+    assert before[0].captions == parts[0].captions
+    assert len(before[1].captions) > len(parts[1].captions)
 
 
 def judged(study, arm, values, *, seed=0, split="validation", spread=0.0):
