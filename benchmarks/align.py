@@ -5,7 +5,8 @@
 - `encode`: images a second through the image half into the store, decoded images given, over those
   of the forward pass alone, in turn.
 - `step`: one step that trains the whole towers on images, over one that trains what lies between
-  the halves on rows, at equal batch.
+  the halves on rows, at equal batch; and steps on rows in large batches, of which the last needs
+  tiles: all its logits would take 4.3 GB.
 - `store`: memory of a process that draws batches from a store of `--rows` rows, of 64 values each.
 
 The halves are EfficientNet-Lite0 and a BERT of the size of MiniLM, with random weights, which are
@@ -15,6 +16,7 @@ as fast as pretrained ones.
 import argparse
 import datetime
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -43,7 +45,7 @@ from protoclip.training.run_folder import environment
 
 REPEATS = 3
 IMAGES, ENCODED_AT_ONCE = 512, 16
-BATCH, LARGE_BATCH = 64, 1024  # of a step of the whole towers; of one on rows, for scale
+BATCH, LARGE_BATCHES = 64, (1024, 32_768)  # of a step of the whole towers; of others on rows
 STORED_WIDTH, CAPTIONS_A_PAIR, DRAWN, DRAWS = 64, 2, 4096, 50
 
 
@@ -64,9 +66,9 @@ def model_of(folder: Path) -> ProtoCLIP:
     return loading.to_device(loading.model(halves, seed=0), torch.device("cpu"))
 
 
-def median_seconds(work: Callable[[], Any]) -> float:
+def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
@@ -129,17 +131,25 @@ def step(model: ProtoCLIP) -> dict[str, float]:
 
     images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     tokens = torch.randint(5, 8, (BATCH, 20))
-    rows = {
-        size: (torch.randn(size, 1280), torch.randn(size, 384)) for size in (BATCH, LARGE_BATCH)
-    }
+    seconds, gigabytes = {}, {}
+    for size in (BATCH, *LARGE_BATCHES):  # in this order: the peak is that of the process
+        rows = torch.randn(size, 1280), torch.randn(size, 384)
+        before, repeats = resident(), 1 if size > 10_000 else REPEATS  # it takes minutes
+        seconds[size] = median_seconds(lambda rows=rows: train(on_rows, *rows), repeats)  # type: ignore[misc]
+        gigabytes[size] = (peak() - before) / 1e9
+    # After the others, whose peaks are lower.
     whole = median_seconds(lambda: train(model, images, tokens))
-    on = {size: median_seconds(lambda size=size: train(on_rows, *rows[size])) for size in rows}
     return {
         f"seconds_of_the_whole_towers_at_{BATCH}": whole,
-        f"seconds_on_rows_at_{BATCH}": on[BATCH],
-        f"seconds_on_rows_at_{LARGE_BATCH}": on[LARGE_BATCH],
-        "ratio": whole / on[BATCH],
+        **{f"seconds_on_rows_at_{size}": found for size, found in seconds.items()},
+        f"gigabytes_more_on_rows_at_{LARGE_BATCHES[-1]}": gigabytes[LARGE_BATCHES[-1]],
+        "ratio": whole / seconds[BATCH],
     }
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def simulated(folder: Path, ids: Iterator[str], rows: int) -> None:

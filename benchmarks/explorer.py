@@ -135,7 +135,7 @@ def drawn_atlas(pairs: int) -> Atlas:
         space="features",
         layout="pca",
         compared=min(pairs, COMPARED_ROWS),
-        own={},
+        run_prototypes={},
     )
 
 

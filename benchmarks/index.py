@@ -1,7 +1,8 @@
-"""What does a table of ten million rows cost to open, and to draw from?
+"""What does a table of ten million rows cost to open, to draw from, and to plan a run on?
 
 Writes a TSV table (ids, paths, captions; no images), and opens it in fresh processes: the first
-time, later, and with reading. A small table shows what a process needs anyway. Linux only.
+time, later, and with reading. A small table shows what a process needs anyway. Plans are of a table
+that was planned on before, and are measured in CPU time, beside that of opening it. Linux only.
 
     python benchmarks/index.py [--rows 10000000] [--folder DIR] [--out FILE]
 """
@@ -16,17 +17,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from protoclip.config import DataConfig
+from protoclip.config import (
+    Config,
+    DataConfig,
+    ImageTowerConfig,
+    LossConfig,
+    ModelConfig,
+    TeacherConfig,
+    TextTowerConfig,
+)
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.tables import open_table
+from protoclip.features.store import write_folder
 
 SMALL_ROWS, EPISODE_ROWS, READ_ROWS, REPEATS = 10_000, 200_000, 20_000, 5
+TEACHER_WIDTH = 16
 WORDS = ("a", "the", "of", "two", "small", "wooden", "grey", "dog", "bicycle", "über", "猫", "زهرة")
 
 
@@ -74,8 +88,57 @@ def measure(task: str, path: str) -> dict[str, Any]:
     return {**found, "after": memory()}
 
 
+def write_teacher(path: str) -> dict[str, Any]:
+    """A teacher of a few features for each row of a table."""
+    ids = list(open_table(DataConfig(train=path)).sample_ids())
+    features = np.random.default_rng(0).normal(size=(len(ids), TEACHER_WIDTH)).astype(np.float16)
+    folder = teacher_of(path)
+    folder.mkdir()
+    return write_folder(folder, ids, [features], {"name": "teacher", "modality": "text"})
+
+
+def teacher_of(path: str) -> Path:
+    return Path(path).with_suffix(".teacher")
+
+
+def plans(path: str) -> dict[str, float]:
+    """CPU seconds of opening a known table, and of plans of runs on it; medians, after one more."""
+    # Here, since the processes that only open a table are to stay small.
+    from protoclip.training.plan import make_plan
+
+    data = DataConfig(train=path)
+    # There are no images whose size could be looked at.
+    model = ModelConfig(image=ImageTowerConfig(size=64), text=TextTowerConfig(context_length=32))
+    prototypes = Config(data=data, model=model)
+    teacher = TeacherConfig(features=str(teacher_of(path)))
+    tasks: dict[str, Callable[[], object]] = {
+        "opening": lambda: open_table(data),
+        "CLIP": lambda: make_plan(replace(prototypes, loss=LossConfig(prototypical=0.0))),
+        "ProtoCLIP": lambda: make_plan(prototypes),
+        "ProtoCLIP + stored teacher": lambda: make_plan(replace(prototypes, teacher=teacher)),
+    }
+    return {name: cpu_seconds(task) for name, task in tasks.items()}
+
+
+def cpu_seconds(task: Callable[[], object]) -> float:
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.process_time()
+        task()
+        times.append(time.process_time() - start)
+    return statistics.median(times[1:])
+
+
+TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "open": partial(measure, "open"),
+    "read": partial(measure, "read"),
+    "teacher": write_teacher,
+    "plans": plans,
+}
+
+
 def fresh(task: str, path: Path, cache: Path) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """One of `TASKS` in a process of its own."""
     command = [sys.executable, __file__, "--task", task, str(path)]
     environment = {**os.environ, "PROTOCLIP_CACHE": str(cache)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
@@ -90,7 +153,8 @@ def main() -> None:
     parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
-        print(json.dumps(measure(*arguments.task)))
+        task, given = arguments.task
+        print(json.dumps(TASKS[task](given)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         path, small_path, cache = (Path(temporary) / n for n in ("large.tsv", "small.tsv", "cache"))
@@ -99,6 +163,9 @@ def main() -> None:
         first, _ = fresh("open", path, cache), fresh("open", small_path, cache)
         runs = [fresh("read", path, cache) for _ in range(REPEATS)]
         small = [fresh("read", small_path, cache) for _ in range(REPEATS)]
+        for each in (path, small_path):
+            fresh("teacher", each, cache)
+        planned, of_small = (fresh("plans", each, cache) for each in (path, small_path))
         index = max(cache.rglob("*.arrow"), key=lambda file: file.stat().st_size)
         sizes = [file.stat().st_size / 1e9 for file in (path, index)]
 
@@ -114,6 +181,12 @@ def main() -> None:
         f"draw an episode of {EPISODE_ROWS:,}": f"{median('draw'):.1f} ms",
         f"read {READ_ROWS:,} ids and captions": f"{median('read') / 1000:.2f} s",
         f"memory over that of {SMALL_ROWS:,} rows": f"{most[0] - most[1]:.0f} MB",
+    }
+    opening = planned.pop("opening")
+    table |= {
+        f"make_plan of {kind}, CPU time": f"{1000 * seconds:.0f} ms, {seconds / opening:.0f} times "
+        f"opening ({1000 * of_small[kind]:.0f} ms with {SMALL_ROWS:,} rows)"
+        for kind, seconds in planned.items()
     }
     text = f"""# A table of {arguments.rows:,} rows
 

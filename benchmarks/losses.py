@@ -4,7 +4,8 @@ Forward and backward in float32. Times are medians over repeats in alternation. 
 far a step raises the resident memory of a fresh process (Linux only). With `--processes`, InfoNCE
 of a batch on several ranks is measured instead.
 
-    python benchmarks/losses.py [--repeats 7] [--threads 1] [--processes 2] [--out FILE]
+    python benchmarks/losses.py [--repeats 7] [--threads 1] [--cases info-nce-4096 ...]
+        [--processes 2] [--out FILE]
 """
 
 import argparse
@@ -24,6 +25,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from protoclip import KMeans, Target, info_nce, sigmoid_loss
 from protoclip.distributed.collectives import rank, world_size
@@ -100,9 +102,25 @@ def pairs(form: str, b: int, d: int, *, sigmoid: bool = False) -> Step:
 
     def step() -> None:
         instance.TILED_ABOVE = b * b if form == "plain" else 0
-        loss(groups, positives=positives).backward()
+        by_rows = form == "checkpoint"
+        value = checkpointed(*leaves) if by_rows else loss(groups, positives=positives)
+        value.backward()
 
     return step
+
+
+def checkpointed(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE as torch's checkpoints would have it: the backward pass computes rows again."""
+    scaled = scale * images
+
+    def sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+        logits = rows @ texts.T
+        return logits.logsumexp(1), logits.logsumexp(0)
+
+    parts = [checkpoint(sums, rows, use_reentrant=False) for rows in scaled.split(tiles.ROWS)]
+    of_rows, of_columns = zip(*parts, strict=True)
+    total = torch.cat(of_rows) + torch.stack(of_columns).logsumexp(0)
+    return (total - 2 * (scaled * texts).sum(1)).mean() / 2
 
 
 class Towers(nn.Module):
@@ -150,6 +168,7 @@ MATCHING = {
     "shared": "tiled, those that match shared",
 }
 TILED = {"plain": "plain", "tiled": "tiled", "torch": "tiled, without oneDNN"}
+CHECKPOINT = {"checkpoint": "plain, 512 rows a checkpoint"}
 # Name, forms of a step (the first is the measure of the others), the step, and a small step first.
 Case = tuple[str, dict[str, str], Callable[[str], Step], Callable[[str], Step]]
 SMALL = partial(prototypical, b=8, scale=14.3)
@@ -167,7 +186,7 @@ CASES: dict[str, Case] = {
     **{
         f"info-nce-{b}": (
             f"InfoNCE, b = {b:,}, d = 512",
-            TILED | MATCHING,
+            TILED | CHECKPOINT | MATCHING,
             partial(pairs, b=b, d=512),
             partial(pairs, b=8, d=512),
         )
@@ -279,12 +298,14 @@ def extra_memory(key: str, form: str, threads: int) -> float | None:
     return int(result.stdout) / 1e6
 
 
-def table(repeats: int, threads: int) -> list[str]:
-    """All cases in one process."""
+def table(repeats: int, threads: int, cases: dict[str, Case]) -> list[str]:
+    """The cases, all in one process."""
+    chosen = "" if cases == CASES else f" --cases {' '.join(cases)}"
     lines = [
         "# Losses: time and memory against the plain forms",
         "",
-        f"`python benchmarks/losses.py --repeats {repeats} --threads {threads}`, {facts()}. "
+        f"`python benchmarks/losses.py --repeats {repeats} --threads {threads}{chosen}`, "
+        f"{facts()}. "
         f"Prototypical: {NUM_PROTOTYPES:,} prototypes of width {WIDTH}, soft targets at "
         f"temperature {TEMPERATURE}; its plain form computes the target scores in each step. Whole "
         "step: two ViT-Ti/16 at 64 px with InfoNCE.",
@@ -292,8 +313,8 @@ def table(repeats: int, threads: int) -> list[str]:
         "| what | form | ms | speed-up | extra MB | share |",
         "|---|---|---|---|---|---|",
     ]
-    progress = Progress("benchmark: losses", len(CASES) * repeats)
-    for number, (key, (name, forms, make, _)) in enumerate(CASES.items()):
+    progress = Progress("benchmark: losses", len(cases) * repeats)
+    for number, (key, (name, forms, make, _)) in enumerate(cases.items()):
         steps = {form: make(form) for form in forms}
         times: dict[str, list[float]] = {form: [] for form in forms}
         for repeat in range(-1, repeats):
@@ -331,6 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--processes", type=int, help="measure sharded InfoNCE in so many")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "FORM"), help=argparse.SUPPRESS)
@@ -342,7 +364,9 @@ def main() -> None:
         print(measure_here(CASES[key], form))
         return
     if arguments.processes is None:
-        lines = table(arguments.repeats, arguments.threads)
+        lines = table(
+            arguments.repeats, arguments.threads, {key: CASES[key] for key in arguments.cases}
+        )
     else:
         lines = sharded_table(arguments.processes, arguments.repeats)
     text = "\n".join(lines) + "\n"

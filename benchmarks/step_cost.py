@@ -37,6 +37,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
+from protoclip.features.teachers import teachers
 from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.precision import resolve
@@ -153,7 +154,9 @@ def episode_seconds(
     model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, timed_batches() as waits:
-        plan = Plan(config=config, start=resolve_start(config.model), samples=samples)
+        opened = teachers(config, samples, print)
+        start = resolve_start(config.model)
+        plan = Plan(config=config, start=start, samples=samples, teachers=opened)
         built = run.Run(plan, model, folder=Path(folder))
         trainer = built.trainer
 

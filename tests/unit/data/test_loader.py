@@ -14,11 +14,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from interrupting import with_changes
 from protoclip.config import Config, DataConfig
 from protoclip.data.captions import CaptionDraw, caption_draw
 from protoclip.data.loader import Batch, EpisodeLoader, Pass
@@ -29,7 +31,8 @@ from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.data.view import whole
 from protoclip.models.towers import RememberingTokenizer, build_tokenizer
-from protoclip.testing import tiny_pairs
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training.run import train
 
 GREY = (0.5, 0.5, 0.5)
 
@@ -183,6 +186,38 @@ def test_workers_go_on_with_the_pass_that_comes_next(kind, monkeypatch):
         assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
     ours.close()
     assert stream is None or stream.open == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": {"prototypical": 0.0}},
+        {"prototypes": {"source": "extract"}},
+        {"prototypes": {"source": "queue"}},
+        {"prototypes": {"source": "queue"}, "episodes": {"warm_up": 0, "locked_image": 0}},
+    ],
+    ids=["CLIP", "extraction", "queue", "queue without warm-up"],
+)
+def test_a_run_has_one_iteration(settings, tmp_path, monkeypatch):
+    """It foretells every pass, the locked-image stage included: else workers would start cold."""
+    iterations = []
+    started = DataLoader.__iter__
+    monkeypatch.setattr(
+        DataLoader, "__iter__", lambda loader: iterations.append(1) or started(loader)
+    )
+    pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
+    small = {
+        "run": {"evaluate": False},
+        "data": {"workers": 1},  # none reads ahead
+        "episodes": {"size": 32, "batch_size": 16},
+        "prototypes": {"number": 4},
+    }
+    sections = {
+        name: {**small.get(name, {}), **settings.get(name, {})} for name in small | settings
+    }
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "runs"))
+    assert train(with_changes(config, sections))["steps"] == 4 * 2
+    assert len(iterations) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,9 @@
-"""What a step copies to the device, counted on `meta`, where waiting for a result is an error."""
+"""What a training step copies to the device, on `meta`, where waiting for a result is an error."""
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,79 +16,130 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
 from protoclip.features.store import StoredFeatures
-from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.positives import Positives
+from protoclip.losses.balance import Balance
+from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import Target
 from protoclip.models import loading
-from protoclip.prototypes.features import ExtractedFeatures
+from protoclip.models.precision import grad_scaler
+from protoclip.models.protoclip import ProtoCLIP, TowerPair
+from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.testing import tiny_model, tiny_pairs
+from protoclip.training.guard import NonFiniteGuard
+from protoclip.training.stages import PROTOTYPICAL
+from protoclip.training.trainer import Trainer
 
-META, NUMBER, PROTOTYPES = torch.device("meta"), 64, 5
+META, NUMBER, BATCH, PROTOTYPES = torch.device("meta"), 32, 16, 5
+WIDTH, TEACHER_WIDTH, WHITENED = tiny_model().heads.projection_dim, 24, 8
+# What a step may do besides: weights of losses, and settings of the trainer.
+MORE = {"positives": "shared", "keep": 1.0, "distil": {"bert": 1.0}}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "extraction, masked": ({"positives": "masked"}, {}),
+    "queue, shared, keep, distil": (MORE, {"source": QueuedFeatures}),
+    "micro-batches, strengths, keep, distil": (
+        MORE,
+        {"micro_batch_size": BATCH // 2, "balance": Balance()},
+    ),
+}
 
 
-@pytest.mark.parametrize("positives", ["masked", "shared"])
-def test_a_step_copies_its_batch_at_once(
-    monkeypatch: pytest.MonkeyPatch, positives: Positives
-) -> None:
-    """Two copies a batch, with augmentation, a whitened teacher and groups of positives; none from
-    then to the loss."""
-    autocast = torch.autocast
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # `meta` has none
-    monkeypatch.setattr(torch, "autocast", lambda kind, **settings: autocast("cpu", **settings))
-    pairs = ImageTextPairs(tiny_pairs(), name="tiny")
-    model = loading.model(tiny_model(), seed=0).to(META)
-    rows = np.random.default_rng(0).normal(size=(len(pairs), 24)).astype(np.float16)
-    teacher = StoredFeatures.in_memory(
-        name="bert", sample_ids=list(pairs.sample_ids()), features=rows
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=META)
+
+
+def teacher_of(pairs: ImageTextPairs) -> StoredFeatures:
+    rows = np.random.default_rng(0).normal(size=(len(pairs), TEACHER_WIDTH)).astype(np.float16)
+    ids = list(pairs.sample_ids())
+    teacher = StoredFeatures.in_memory(name="bert", sample_ids=ids, features=rows)
+    teacher.whiten(WHITENED)
+    return teacher
+
+
+def trainer_of(
+    model: ProtoCLIP, weights: LossWeights, source: ExtractedFeatures, **settings: Any
+) -> Trainer:
+    """A trainer amid an episode that has its prototypes."""
+    # The fused AdamW of a run has no form for `meta`; this one asks the host nothing, either.
+    optimizer = torch.optim.Adamax([{"params": [*model.parameters()], "scale": 1.0}])
+    scaler = grad_scaler("fp32", META)
+    trainer = Trainer(
+        model=model,
+        stage=lambda episode: PROTOTYPICAL,
+        source=source,
+        cluster=Mock(),
+        weights=weights,
+        make_targets=Mock(),
+        optimizer=optimizer,
+        schedule=lambda step: 0.1,
+        scaler=scaler,
+        guard=NonFiniteGuard(optimizer, scaler, Path("unused")),
+        autocast=nullcontext,
+        clip_norm=1.0,
+        batches=NUMBER // BATCH,
+        batch_size=BATCH,
+        **{"micro_batch_size": None, **settings},
     )
-    teacher.whiten(8)
-    loader = EpisodeLoader(
-        pairs=pairs,
-        tokenizer=loading.tokenizer(tiny_model()),
-        transform=light_transform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3),
-        batch_size=16,
-        seed=0,
-        device=META,
-        features_of={"bert": teacher.rows},
-    )
-    source = ExtractedFeatures(
-        model=model, batches=loader.batches, teachers={"bert": teacher}, autocast=nullcontext
-    )
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=META)
-
-    width = tiny_model().heads.projection_dim
-    clusters, targets = {}, {}
     for space in ("image", "text", "bert"):
-        clusters[space] = KMeans(
-            centroids=empty(PROTOTYPES, 8 if space == "bert" else width),
+        trainer.clusters[space] = KMeans(
+            centroids=empty(PROTOTYPES, WHITENED if space == "bert" else WIDTH),
             assignments=empty(NUMBER).long(),
             inertia=0.0,
             history=(),
         )
+        trainer.reached[space] = empty(PROTOTYPES + 1)
         for student in {"image", "text"} - {space}:
-            targets[student, space] = Target(
-                classes=empty(PROTOTYPES, width),
+            trainer.targets[student, space] = Target(
+                classes=empty(PROTOTYPES, WIDTH),
                 class_index=empty(PROTOTYPES).long(),
-                lookup=empty(PROTOTYPES, width),
+                lookup=empty(PROTOTYPES, WIDTH),
             )
+    return trainer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Two copies a batch, with augmentation, a whitened teacher and groups of positives; none from
+    then to the end of the optimizer's step."""
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # `meta` has none
+    monkeypatch.setattr(torch, "autocast", lambda kind, **settings: autocast("cpu", **settings))
+    of_losses, settings = CASES[case]
+    pairs = ImageTextPairs(tiny_pairs(), name="tiny")
+    model = loading.model(tiny_model(), seed=0)
+    if "distil" in of_losses:
+        width = model.towers.get_parameter("text_projection").shape[1]
+        model.add_teacher_heads(width, {"bert": ("text", TEACHER_WIDTH)})
+    model = model.to(META)
+    teacher = teacher_of(pairs)
+    loader = EpisodeLoader(
+        pairs=pairs,
+        tokenizer=loading.tokenizer(tiny_model()),
+        transform=light_transform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3),
+        batch_size=BATCH,
+        seed=0,
+        device=META,
+        features_of={"bert": teacher.rows},
+    )
+    kind = settings.get("source", ExtractedFeatures)
+    source = kind(
+        model=model,
+        batches=loader.batches,
+        teachers={"bert": teacher},
+        autocast=nullcontext,
+        **({"size": NUMBER} if kind is QueuedFeatures else {}),
+    )
+    weights = LossWeights(teachers={"bert": 1.0}, **of_losses)
+    start = TowerPair(loading.model(tiny_model(), seed=0).towers).to(META) if weights.keep else None
+    trainer = trainer_of(model, weights, **settings | {"source": source, "start": start})
     episode = Episode(index=0, rows=torch.arange(NUMBER))
+    trainer.start_episode(episode)
     by: tuple[Key, ...] = ("caption", "image")
-    batches, number = loader.batches(episode, with_features=True, group_by=by), 0
-    weights = LossWeights(teachers={"bert": 1.0}, positives=positives)
-    for number in range(1, 5):
+    batches = loader.batches(episode, with_features=True, group_by=by)
+    for number in range(trainer.batches):
         with Copies() as of_batch:
             batch = next(batches)
         with Copies() as of_step:
-            embeddings = model(batch.image, batch.text)
-            assignments = source.assign(batch, embeddings, clusters)
-            losses, _ = objective(
-                embeddings, targets, assignments, weights=weights, groups=batch.groups
-            )
-            torch.stack(list(losses.values())).sum().backward()
-        assert len(losses) == 1 + 4
-        if number > 1:  # constants, such as the transform's mean, were copied once
+            assert trainer.train_step(batch, detailed=False) == {}
+        if number:  # constants, such as the transform's mean, were copied once
             assert (len(of_batch.names), of_step.names) == (2, [])
-    assert number == 4
+    assert trainer.batch == NUMBER // BATCH
