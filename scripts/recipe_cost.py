@@ -117,6 +117,8 @@ def read(words: Sequence[str]) -> Cost:
             text=replace(text, context_length=length),
         )
         config = replace(config, model=model)
+    prototypes = plan.fill(config.prototypes, {"source": config.prototype_source})
+    config = replace(config, prototypes=prototypes)
     values = optim.defaults(config, architecture.tower_kind)
     return replace(cost, **vars(replace(config, optim=plan.fill(config.optim, values))))
 

@@ -27,6 +27,10 @@ PAGES = {
     "reference/python.md": reference.python,
 }
 NOTEBOOKS = ROOT / "examples" / "notebooks"
+SEARCH: dict[str, dict[str, Any]] = {
+    "LOG.md": {"exclude": True},  # or its tables would be most answers
+    "reference/settings.md": {"boost": 4},  # or prose that has a setting's name comes first
+}
 # Pages of the reference that are written by hand.
 WRITTEN = ("metrics.md", "run_folder.md", "compatibility.md")
 PLAIN_TEXT = """# As plain text
@@ -118,12 +122,12 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
 def on_nav(nav: Any, config: Any, files: Any) -> Any:
     """llms.txt: the pages by their kinds."""
     lines = [SUMMARY]
-    for section in nav.items:
-        if section.children:
-            lines += [f"## {section.title}", ""]
-            for page in section.children:
-                lines.append(f"- [{page.title}]({page.file.src_uri}): {first_sentence(page.file)}")
-            lines.append("")
+    for item in nav.items:  # a section, or a page beside them
+        if item.children:
+            lines += [f"## {item.title}", ""]
+        for page in item.children or [item]:
+            lines.append(f"- [{page.title}]({page.file.src_uri}): {first_sentence(page.file)}")
+        lines.append("")
     files.get_file_from_path("llms.txt").content_string = "\n".join(lines)
     return nav
 
@@ -153,8 +157,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{match[1]}{config.extra['source']}/{kind}/main/{path}{mark}{fragment}"
 
     markdown = LINK.sub(absolute, markdown)
-    if page.file.src_uri == "LOG.md":  # or its tables would be most answers of a search
-        page.meta["search"] = {"exclude": True}
+    if page.file.src_uri in SEARCH:
+        page.meta["search"] = SEARCH[page.file.src_uri]
     page.meta["source_text"] = (
         MERMAID.sub("", markdown) if "reference/python" not in page.file.src_uri else ""
     )

@@ -6,9 +6,13 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from PIL import Image
 
+from scripts_as_modules import script
+
+ROOT = Path(__file__).parents[2]
 KINDS = ("image/png", "text/html", "text/plain")
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +34,17 @@ def test_a_notebook_gives_what_it_shows(path, kernel, tmp_path):
     execute(kernel, found, tmp_path)
     assert outputs(found) == outputs(shown)
     assert any(any(cell) for cell in outputs(shown))
+
+
+def test_the_figure_of_the_method_is_the_notebook_s(tmp_path: Path) -> None:
+    """As large as docs/ has it, in points and nearly in bytes: fonts and arithmetic differ."""
+    kept = ROOT / "docs" / "back_translation.png"
+    with script("scripts/draw_back_translation.py") as module:
+        module.draw(tmp_path / "drawn.png")
+    with Image.open(kept) as one, Image.open(tmp_path / "drawn.png") as other:
+        assert one.size == other.size
+    assert kept.stat().st_size < 60_000
+    assert kept.stat().st_size == pytest.approx((tmp_path / "drawn.png").stat().st_size, rel=0.1)
 
 
 def execute(kernel: nbclient.NotebookClient, notebook: nbformat.NotebookNode, folder: Path) -> None:

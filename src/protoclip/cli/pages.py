@@ -1,4 +1,7 @@
-"""Which page of `docs/` explains a setting or a command, for errors and for the reference."""
+"""Which page of `docs/` explains a setting or a command, for errors and for the reference.
+
+The reference itself is written by `scripts/reference.py`.
+"""
 
 import re
 
@@ -11,7 +14,7 @@ SECTIONS = {
     "model": "models.md",
     "episodes": "data.md#episodes",
     "prototypes": "method.md",
-    "teacher": "training.md#a-teacher",
+    "teacher": "teachers.md",
     "loss": "method.md#the-sum",
     "optim": "training.md#the-model-and-what-follows-from-it",
     "align": "align.md",
@@ -30,7 +33,7 @@ COMMANDS = {
     "embed": "embed.md",
     "demo": "results.md#the-demonstration",
     "match": "match.md",
-    "embed-teacher": "training.md#a-teacher",
+    "embed-teacher": "teachers.md",
     "data inspect": "data.md",
     "data pack": "data.md",
     "data index": "data.md",
@@ -44,12 +47,14 @@ SETTINGS = {
     "run.keep_best": "evaluation.md",
     "run.evaluate_every": "evaluation.md",
     "optim.layer_decay": "models.md#fine-tune",
+    "loss.teacher": "teachers.md",
+    "loss.distil_by": "teachers.md",
     "loss.positives": "models.md#fine-tune",
     "loss.keep_by": "models.md#fine-tune",
     "episodes.micro_batch_size": "scaling.md",
 }
 SETTING = re.compile(r"(?:--)?(([a-z]+)\.[a-z_]+)(?=[:.\[\s])")
-OPTION = re.compile(r"(?:--)?[a-z_]+: ")
+SECTION = re.compile(r"(teacher|[a-z]+)s?: ")  # also the list of teachers
 
 
 def names_setting(words: str) -> bool:
@@ -59,14 +64,23 @@ def names_setting(words: str) -> bool:
 
 
 def with_page(message: str, command: str) -> str:
-    """The message of an error, with the page that explains the setting or option it begins with.
+    """The message of an error, with the page of what it begins with, else of the command.
+
+    That is a setting or a section of settings. What names nothing at its beginning is no message of
+    ours, and explained by no page.
 
     >>> with_page("data.train: cc12m: no such file", "train")
     'data.train: cc12m: no such file (docs/data.md)'
+    >>> with_page("runs/mine: no run folder", "report")
+    'runs/mine: no run folder (docs/report.md)'
+    >>> with_page("teachers: 'x' is taken", "train")
+    "teachers: 'x' is taken (docs/teachers.md)"
+    >>> with_page("all the input array dimensions must match", "train")
+    'all the input array dimensions must match'
     """
-    page = None
+    page = COMMANDS.get(command) if ": " in message else None
     if (setting := SETTING.match(message)) and names_setting(setting[1]):
         page = SETTINGS.get(setting[1], SECTIONS[setting[2]])
-    elif OPTION.match(message):
-        page = COMMANDS.get(command)
+    elif (section := SECTION.match(message)) and section[1] in SECTIONS:
+        page = SECTIONS[section[1]]
     return message if page is None or ".md" in message else f"{message} (docs/{page})"

@@ -38,6 +38,9 @@ def test_every_page_is_there() -> None:
             "docs/evaluation.md",
         ),
         (["report", "x", "--out", "run.toml"], "docs/report.md"),
+        (["compare", "runs/none", "runs/gone"], "docs/evaluation.md"),  # no setting, but a command
+        (["embed-teacher", "--teacher", "x", "--out", "y"], "docs/teachers.md"),
+        (["train", "--teacher.whiten", "-1"], "docs/teachers.md"),
         (["trian"], ""),
     ],
 )
