@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from protoclip.data.pack import pack
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import tiny_pairs
@@ -50,6 +52,40 @@ def tiny_alignment(folder: Path) -> dict[str, Any]:
         "prototypes": {"number": 4},
         "teacher": {"number": 4},
     }
+
+
+def saved_sources(folder: Path) -> dict[str, Any]:
+    """Settings of `data` for the same and other pairs, by what they are."""
+    table = tiny_pairs(96)
+    kinds = pa.array([caption.split()[1] for caption in table["caption"].to_pylist()])
+    pq.write_table(table.append_column("kind", kinds), folder / "classes.parquet")
+    pq.write_table(tiny_pairs(48, seed=2), folder / "more.parquet")
+    (folder / "images").mkdir()
+    rows = ["image\tcaption"]
+    columns = zip(table["image"].to_pylist(), table["caption"].to_pylist(), strict=True)
+    for number, (image, caption) in enumerate(columns):
+        (folder / f"images/{number}.png").write_bytes(image)
+        (folder / f"images/{number}.txt").write_text(caption)
+        rows.append(f"images/{number // 3}.png\t{caption} {number}")
+    (folder / "shared.tsv").write_text("\n".join(rows))
+    pack(ImageTextPairs(table, name="tiny"), folder / "shards", samples_per_shard=40)
+    (folder / "ids.csv").write_text("\n".join(["sample_id", *(f"tiny/{n}" for n in range(20))]))
+    classes = {"path": str(folder / "classes.parquet"), "class_column": "kind", "weight": 0.7}
+    mixture = [classes, {"path": str(folder / "more.parquet"), "weight": 0.3}]
+    return {
+        "mixture": {"sources": mixture, "validation": 0.4},
+        "shared": {"train": str(folder / "shared.tsv"), "validation": 0.3},
+        "shards": {"train": str(folder / "shards")},
+        "folder": {"train": str(folder / "images")},
+        "without": {"without": str(folder / "ids.csv")},
+    }
+
+
+def of_source(given: dict[str, Any], data: dict[str, Any], **more: Any) -> dict[str, Any]:
+    rest = {"workers": 0, "validation": given["data"]["validation"]}
+    if "sources" not in data:
+        rest["train"] = given["data"]["train"]
+    return changed({**given, "data": {**rest, **data}}, **more)
 
 
 def changed(given: dict[str, Any], out: Path | None = None, **sections: Any) -> dict[str, Any]:

@@ -53,6 +53,17 @@ def save_mpnet(folder: Path) -> Path:
     return folder
 
 
+def save_xlm_roberta(folder: Path) -> Path:
+    """A tiny XLM-RoBERTa with its tokenizer, one token a letter."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [*special, "▁", *string.ascii_lowercase]
+    vocabulary = [(piece, -2.0 * (piece not in special)) for piece in pieces]
+    transformers.XLMRobertaTokenizer(vocab=vocabulary).save_pretrained(folder)
+    config = transformers.XLMRobertaConfig(**SIZES, vocab_size=60, max_position_embeddings=26)
+    transformers.XLMRobertaModel(config).save_pretrained(folder)
+    return folder
+
+
 def save_m2m_100(folder: Path) -> Path:
     """A tiny model that translates, as NLLB; without a tokenizer."""
     sizes = {"d_model": 32, "vocab_size": 60, "max_position_embeddings": 24, "pad_token_id": 0}

@@ -358,7 +358,10 @@ class Config:
 
     @property
     def prototype_source(self) -> Literal["extract", "queue"]:
-        """`prototypes.source`; `auto` is queue with a teacher, else extract, as in the paper."""
+        """The features to cluster: `prototypes.source`, or what `auto` means in this run.
+
+        `auto` means queue with a teacher that groups, else extract, as in the paper.
+        """
         if self.prototypes.source != "auto":
             return self.prototypes.source
         return "queue" if self.grouping_teachers else "extract"

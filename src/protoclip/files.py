@@ -186,8 +186,8 @@ def in_turn(path: Path) -> Iterator[None]:
         lock.acquire(timeout=QUIET_SECONDS)
     except Timeout:
         if not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
-            place = Path(lock.lock_file)
-            say(f"note: waiting for another process to be done with {path}{holder(place)}")
+            lock_file = Path(lock.lock_file)
+            say(f"note: waiting for another process to be done with {path}{holder(lock_file)}")
         lock.acquire()
     try:
         yield

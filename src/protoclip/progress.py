@@ -48,7 +48,9 @@ def display(stream: Any) -> Display:
 class Progress:
     """Shows how far a task of `total` units is, and how long is left.
 
-    A terminal shows a line for each task; elsewhere a line is printed every 15 seconds.
+    A terminal shows a line for each task; elsewhere a line is printed every 15 seconds. The time
+    that is left follows from what came after the first report: before it lie what is made once,
+    and what a resume skips.
     """
 
     def __init__(self, label: str, total: int) -> None:
@@ -59,12 +61,13 @@ class Progress:
         self.display = display(self.stream) if self.stream and shows else None
         self.task: Any = None
         self.interval = 0.2 if self.display else 15.0
-        self.started = self.last_shown = time.monotonic()
+        self.started = self.first_at = self.last_shown = time.monotonic()
 
     def update(self, done: int, detail: str = "") -> None:
         """Report `done` units of work, counted from the task's beginning (before a resume too)."""
         now, finished = time.monotonic(), done >= self.total
-        self.first = done if self.first < 0 else self.first
+        if self.first < 0:
+            self.first, self.first_at = done, now
         if now - self.last_shown < self.interval and not finished:
             return
         self.last_shown = now
@@ -75,7 +78,7 @@ class Progress:
         passed, made = now - self.started, done - self.first
         at = f"{100 * done // max(1, self.total)}%, {duration(passed)} so far"
         if made and not finished:
-            at += f", {duration((self.total - done) * passed / made)} left"
+            at += f", {duration((self.total - done) * (now - self.first_at) / made)} left"
         about = f" ({visible(detail)})" if detail else ""
         what = self.label + about
         if self.display is None:

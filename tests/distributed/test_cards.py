@@ -49,12 +49,14 @@ def test_every_batch_norm_of_a_tower_is_synchronised(device, types):
     tower = timm.create_model("resnet10t")
     towers = nn.ModuleDict({"timm": timm.create_model("efficientnet_b0"), "torch": tower})
     names, weight = list(towers.state_dict()), tower.bn1.weight
+    printed = repr(towers)
     assert batch_norm.synchronise(towers, device) == 49 + 14
     synced = [type(part) for part in towers.modules() if isinstance(part, (*types,))]
     assert (len(synced), {*synced}) == (49 + 14, types)
     assert not batch_norm.has_own_statistics(towers)
     assert list(towers.state_dict()) == names
     assert tower.bn1.weight is weight
+    assert batch_norm.layers_of(towers) == printed != repr(towers)
     assert batch_norm.synchronise(towers, device) == 49 + 14  # and again changes nothing
 
 

@@ -14,7 +14,7 @@ from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
-from tiny_align import tiny_alignment
+from tiny_align import saved_sources, tiny_alignment
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,6 +80,12 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield tiny_alignment(tmp_path_factory.mktemp("halves"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of `data` for the pairs of `given` and others, by what they are."""
+    return saved_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
     settings = changed(given, data={"captions": "all"}, loss={"positives": "masked"})
     plan, rows, model = rows_of(settings)
     run = Run(plan, model, folder=tmp_path, halves=rows)
-    assert "data.captions = all: 2 of each image, which makes 32" in "".join(run.notes)
+    assert "data.captions = all: 2 of each image, which makes 32" in "".join(plan.notes)
     batch = next(run.loader.batches_of(run.training_pass(0)))
     assert (len(batch.image), len(batch.text), len(batch.sample_id)) == (16, 32, 32)
     twice = [row % 3 == 0 for row in run.episode(0).rows[:16].tolist()]

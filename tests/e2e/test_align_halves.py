@@ -1,5 +1,6 @@
 """Halves of `protoclip align` that are towers of other models: of runs, open_clip, transformers."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from protoclip.models.resolve import resolve_start
 from protoclip.testing import tiny_config
 from protoclip.training.align import align
 from tiny_align import changed, tiny_alignment, weights_of
-from tiny_hugging_face import save_mpnet
+from tiny_hugging_face import save_bert, save_mpnet, save_xlm_roberta
 from tiny_starts import CLIP, RESNET, save_open_clip
 
 SHORT: dict[str, Any] = {"run": {"evaluate": False}, "episodes": {"size": 16, "count": 2}}
@@ -107,19 +108,55 @@ def original(start: Any, tower: str, tokens: torch.Tensor) -> torch.Tensor:
     return towers.encode_text(tokens)
 
 
-def test_mpnet_is_read_as_its_library_reads_it(given, models, tmp_path):
-    settings = settings_of(given, None, models["mpnet"])
-    model = loading.model(build(ModelConfig, {**settings["model"], "image": {}}, "model."), seed=0)
-    tokens = loading.tokenizer(build(ModelConfig, {**settings["model"], "image": {}}, "model."))(
-        TEXTS
-    )
-    theirs = transformers.AutoModel.from_pretrained(models["mpnet"]).eval()
-    words = transformers.AutoTokenizer.from_pretrained(models["mpnet"])
+def save_pooling(folder: Path, settings: dict[str, Any]) -> None:
+    """As sentence-transformers keeps it beside a model."""
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("save", "pooling", "way"),
+    [
+        (save_mpnet, None, "mean"),
+        (save_bert, {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        (save_bert, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        (save_bert, {"pooling_mode": "cls", "include_prompt": True}, "cls"),
+        (save_xlm_roberta, {"pooling_mode": "mean", "include_prompt": True}, "mean"),
+    ],
+)
+def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_path):
+    """Pooled as its sentence-transformers files say, of older and newer versions."""
+    folder = save(tmp_path / "text")
+    if pooling is not None:
+        save_pooling(folder, pooling)
+    text = TextTowerConfig(name=str(folder), context_length=16)
+    start = resolve_start(ModelConfig(text=text)).model
+    tokens = loading.tokenizer(start)(TEXTS)
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
-        found = FrozenHalves(model.towers).eval().encode_text(tokens)
+        found = FrozenHalves(loading.model(start, seed=0).towers).eval().encode_text(tokens)
         inputs = words(TEXTS, return_tensors="pt", padding=True)
         states, mask = theirs(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
-        torch.testing.assert_close(found, (states * mask).sum(1) / mask.sum(1))
+        mean = (states * mask).sum(1) / mask.sum(1)
+        torch.testing.assert_close(found, states[:, 0] if way == "cls" else mean)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "ways"),
+    [
+        ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, "max and mean"),
+        ({"pooling_mode": "lasttoken"}, "lasttoken"),
+    ],
+)
+def test_another_pooling_is_refused_in_one_line(pooling, ways, tmp_path):
+    folder = save_bert(tmp_path / "text")
+    save_pooling(folder, pooling)
+    line = f"^model.text.name: .* pools its tokens by {ways}; .*choose one with model.text.pooling$"
+    with pytest.raises(ValueError, match=line):
+        resolve_start(ModelConfig(text=TextTowerConfig(name=str(folder))))
+    chosen = ModelConfig(text=TextTowerConfig(name=str(folder), pooling="cls"))
+    assert resolve_start(chosen).model.text.pooling == "cls"
 
 
 def test_a_run_between_towers_of_other_models_is_fine_tuned(given, models, tmp_path, capsys):
@@ -176,11 +213,21 @@ def test_an_aligned_run_is_exported_with_its_text_files(given, models, tmp_path)
     align(changed(settings, tmp_path / "run"))
     shutil.rmtree(moved)
     protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"\n| image half | {models['run']} |\n" in card
+    assert f"\n| text half | {moved} |\n" in card
     model, _, tokenizer = protoclip.load(tmp_path / "run")
     theirs, _, _ = protoclip.load(tmp_path / "out")
     with torch.inference_mode():
         ours = model.encode_text(tokenizer(TEXTS))
         torch.testing.assert_close(theirs.encode_text(tokenizer(TEXTS)), ours)
+
+
+def test_a_run_between_two_towers_of_open_clip_is_a_model_of_transformers(given, models, tmp_path):
+    align(changed(settings_of(given, models["open_clip"], models["open_clip"]), tmp_path / "run"))
+    facts = protoclip.export(tmp_path / "run", tmp_path / "out", ("hf",))
+    assert facts["formats"] == {"hf": "CLIPModel"}
+    assert max(facts["differences"]["hf"].values()) < 1e-5
 
 
 def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_path):

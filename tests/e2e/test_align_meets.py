@@ -5,7 +5,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import protoclip
 from protoclip import cli
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources as sources_of
-from protoclip.data.pack import pack
-from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
@@ -36,47 +33,10 @@ from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import read_config
-from protoclip.models.start import find_start
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
 from protoclip.training.trainer import Trainer
-from tiny_align import changed, rows_of, weights_of
-
-
-@pytest.fixture(scope="module")
-def sources(given, tmp_path_factory) -> dict[str, Any]:
-    """Settings of `data` for the same and other pairs, by what they are."""
-    folder = tmp_path_factory.mktemp("sources")
-    table = tiny_pairs(96)
-    kinds = pa.array([caption.split()[1] for caption in table["caption"].to_pylist()])
-    pq.write_table(table.append_column("kind", kinds), folder / "classes.parquet")
-    pq.write_table(tiny_pairs(48, seed=2), folder / "more.parquet")
-    (folder / "images").mkdir()
-    rows = ["image\tcaption"]
-    columns = zip(table["image"].to_pylist(), table["caption"].to_pylist(), strict=True)
-    for number, (image, caption) in enumerate(columns):
-        (folder / f"images/{number}.png").write_bytes(image)
-        (folder / f"images/{number}.txt").write_text(caption)
-        rows.append(f"images/{number // 3}.png\t{caption} {number}")
-    (folder / "shared.tsv").write_text("\n".join(rows))
-    pack(ImageTextPairs(table, name="tiny"), folder / "shards", samples_per_shard=40)
-    (folder / "ids.csv").write_text("\n".join(["sample_id", *(f"tiny/{n}" for n in range(20))]))
-    classes = {"path": str(folder / "classes.parquet"), "class_column": "kind", "weight": 0.7}
-    mixture = [classes, {"path": str(folder / "more.parquet"), "weight": 0.3}]
-    return {
-        "mixture": {"sources": mixture, "validation": 0.4},
-        "shared": {"train": str(folder / "shared.tsv"), "validation": 0.3},
-        "shards": {"train": str(folder / "shards")},
-        "folder": {"train": str(folder / "images")},
-        "without": {"without": str(folder / "ids.csv")},
-    }
-
-
-def of_source(given: dict[str, Any], data: dict[str, Any], **more: Any) -> dict[str, Any]:
-    rest = {"workers": 0, "validation": given["data"]["validation"]}
-    if "sources" not in data:
-        rest["train"] = given["data"]["train"]
-    return changed({**given, "data": {**rest, **data}}, **more)
+from tiny_align import changed, of_source, rows_of, weights_of
 
 
 @pytest.mark.parametrize("kind", ["mixture", "shared", "shards", "without"])
@@ -113,6 +73,28 @@ def test_pairs_with_one_image_are_on_one_side_of_the_hold_out(given, sources):
     trained = {samples.where(row) for row in range(len(samples))}
     assert len(trained) == len(samples)
     assert trained.isdisjoint({held_out.where(row) for row in range(len(held_out))})
+
+
+def test_pairs_of_one_class_are_positives(given, sources, tmp_path, monkeypatch):
+    """In each batch of rows; those without a class are alone."""
+    batches, train_step = [], Trainer.train_step
+
+    def and_note(trainer: Trainer, batch: Any, **how: Any) -> Any:
+        batches.append(batch)
+        return train_step(trainer, batch, **how)
+
+    monkeypatch.setattr(Trainer, "train_step", and_note)
+    changes = {"loss": {"positives": "class"}, "episodes": {"size": 32, "count": 1}}
+    run = tmp_path / "run"
+    align(of_source(given, sources["mixture"], run={"out": str(run)}, **changes))
+    pairs = sources_of.pairs(read_config(run))
+    classes = {each: pairs.class_of(row) for row, each in enumerate(pairs.sample_ids())}
+    assert len(batches) == 2
+    for batch in batches:
+        named = [classes[each] or each for each in batch.sample_id]
+        equal = batch.groups[:, None, 2] == batch.groups[:, 2]
+        assert equal.tolist() == [[one == other for other in named] for one in named]
+        assert len({*named}) < len({*batch.sample_id})
 
 
 def logged(folder: Path) -> str:
@@ -277,66 +259,6 @@ def test_a_run_of_ranks_goes_on_with_another_number(given, finished, tmp_path):
         # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
         if not name.endswith(("head.0.bias", "head.1.running_mean")):
             np.testing.assert_allclose(resumed[name], value, atol=2e-4, rtol=2e-3)
-
-
-@pytest.fixture(scope="module")
-def ended(given, sources, tmp_path_factory) -> dict[str, Path]:
-    """Finished runs, by their head. What each said is in a file beside it."""
-    folder = tmp_path_factory.mktemp("ended")
-    for head in ("linear", "mlp"):
-        more = {"align": {"head": head}, "run": {"out": str(folder / head)}}
-        with (folder / f"{head}.txt").open("w") as said, redirect_stderr(said):
-            align(of_source(given, sources["shared"], episodes={"size": 16, "count": 2}, **more))
-    return {head: folder / head for head in ("linear", "mlp")}
-
-
-def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys):
-    """By LoRA. Rows with one image are no other data."""
-    assert not find_start(str(ended["mlp"])).heads_are_new
-    results = protoclip.finetune(
-        {
-            "model": {"start": str(ended["mlp"]), "lora": 2},
-            "data": {**sources["shared"], "workers": 0},
-            "run": {"device": "cpu", "precision": "fp32", "out": str(tmp_path / "tuned")},
-            "episodes": {"size": 16, "count": 1, "batch_size": 8},
-        },
-        alpha=1.0,
-    )
-    assert results["steps"] == 2
-    said = capsys.readouterr().err
-    assert "the data of" not in said
-    assert "15 of 96 pairs are held out" in said
-
-
-def test_what_an_mlp_closes_is_said_before_training(ended, tmp_path):
-    """And it is true; test_export has the other formats of a tower that ends in an MLP."""
-    said = ended["mlp"].with_suffix(".txt").read_text()
-    note = "note: model.projection = mlp: its image tower cannot be exported as timm"
-    assert said.index(note) < said.index("training on")
-    made = {
-        head: {*protoclip.export(run, tmp_path / head, formats=("open_clip", "timm"))["formats"]}
-        for head, run in ended.items()
-    }
-    assert made == {"linear": {"open_clip", "timm"}, "mlp": {"open_clip"}}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "evaluate {run} --data {pairs}",
-        "report {run} --out {out}.html",
-        "analyze {run} --data {pairs} --samples 60",
-        "embed {run} --data {pairs} --out {out}.parquet",
-        "explore {run} --data {pairs} --static {out}",
-        "embed-teacher --teacher {run} --data.train {pairs} --out {out}",
-    ],
-)
-def test_commands_take_an_aligned_run(line, given, ended, tmp_path):
-    run = shutil.copytree(ended["linear"], tmp_path / "run")
-    words = line.format(run=run, pairs=given["data"]["validation"], out=tmp_path / "out").split()
-    cli.main(words)
-    if "{out}" in line:
-        assert list(tmp_path.glob("out*"))
 
 
 def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(

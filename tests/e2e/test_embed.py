@@ -28,7 +28,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_table
 from protoclip.features import embed as module
 from protoclip.features.halves import ImagesOnce
-from protoclip.features.parts import Patience, read_images
+from protoclip.features.parts import Patience, claim, difference_in, read_images, require_same
 from protoclip.testing import run_distributed, tiny_pairs
 
 ROWS = 60
@@ -106,6 +106,31 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     expected = {"reference": str(tiny_run), "width": 16, "rows": 58, "bad": 2}
     expected |= {"source": "pairs.parquet", "version": protoclip.__version__}
     assert expected.items() <= facts.items()
+
+
+def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parquet, tmp_path):
+    """On a CPU `auto` is fp32. Files of versions that had no choice are of `auto`."""
+    vectors, features = [], []
+    for precision in ("auto", "bf16"):
+        file, folder = tmp_path / f"{precision}.parquet", tmp_path / precision
+        main(f"embed {tiny_run} --data {tiny_parquet} --out {file} --precision {precision}".split())
+        words = f"--teacher {tiny_run} --data.train {tiny_parquet} --out {folder}"
+        main(f"embed-teacher {words} --device cpu --precision {precision}".split())
+        vectors.append(np.stack(pq.read_table(file)["image_vector"].to_pylist()))
+        features.append(np.load(folder / "features.npy"))
+    for exact, rounded in (vectors, features):
+        assert 1e-3 < np.abs(exact.astype(np.float32) - rounded).max() < 0.05
+    with pytest.raises(ValueError, match=r"was made with precision bf16, not fp32; choose another"):
+        protoclip.embed(tiny_run, tiny_parquet, tmp_path / "bf16.parquet", precision="fp32")
+    before = {"width": 16}
+    assert difference_in(before, {**before, "precision": "auto"}) is None
+    other = {**before, "precision": "fp32"}
+    assert difference_in(before, other) == "precision"
+    with pytest.raises(ValueError, match=r"^out: was made with precision auto, not fp32; choose"):
+        require_same(before, other, name=Path("out"), way_out="choose another")
+    claim(tmp_path / "begun", before, name=tmp_path)
+    assert not module.is_of_others(tmp_path / "begun", {**before, "precision": "auto"})
+    assert module.is_of_others(tmp_path / "begun", other)
 
 
 def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, capsys):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.features import Encoder
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
@@ -191,6 +193,15 @@ def test_the_sweep_measures_the_models_between_the_ends(top, finished):
     (zero_shot,) = protoclip.evaluate(model, transform, tokenizer, data, ["zero_shot"])
     assert zero_shot["metrics"]["acc1"] == results["metrics"][GUARD]
     assert results["start_metrics"][GUARD] == points[0.0][GUARD]
+
+
+def test_the_start_and_the_chosen_model_are_encoded_for_all_who_judge_them(
+    top, finished, monkeypatch, capsys
+):
+    monkeypatch.setattr(Encoder, "encode", Mock(side_effect=AssertionError))
+    for model in (top / "start", finished):
+        guard = ["--data", f"{top}/general.parquet", "--class_column", "kind"]
+        main(["evaluate", str(model), *guard, "--tasks", "zero_shot", "--workers", "0"])
 
 
 def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):

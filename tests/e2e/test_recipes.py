@@ -195,6 +195,15 @@ def test_what_the_flops_of_a_run_are_made_of(cost):
     assert flops(**alone) == {**usual, "teacher": with_teacher["teacher"]}
 
 
+@pytest.mark.parametrize(("teacher", "scale"), [([], 1.0), (["--teacher.features", "seen"], 0.01)])
+def test_the_heads_learn_as_fast_as_in_the_run(teacher, scale, cost, tmp_path):
+    """By what `prototypes.source` means there, where the recipe leaves it open."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model.name = "RN50"\n')
+    read = cost.read([str(recipe), "--pairs", "100000", *teacher])
+    assert read.optim.heads_lr_scale == scale
+
+
 def test_a_card_that_is_not_known_is_a_line(cost):
     with pytest.raises(ValueError, match="card: 'abacus' is not one of A100"):
         cost.report(["recipes/cc3m_rn50.toml", "--card", "abacus"])

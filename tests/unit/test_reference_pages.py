@@ -1,8 +1,10 @@
 """Pages that readers look things up in: made from the code, or held against it."""
 
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,7 @@ from protoclip.cli import COMMANDS
 from protoclip.cli.parsing import options, parse
 from protoclip.config import Config
 from protoclip.evaluation.metrics import METRICS
+from protoclip.export.run import export
 from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +83,38 @@ def test_public_names_are_those_that_stay() -> None:
     assert re.findall(r"`(\w+)`", of_model) == ["encode_image", "encode_text"]
     for name in ("encode_image", "encode_text"):
         assert callable(getattr(protoclip.ProtoCLIP, name))
+
+
+# The first parameters of each; others with defaults may follow, by name.
+PARAMETERS = {
+    "train": "config resume",
+    "align": "settings resume",
+    "finetune": "settings alpha resume",
+    "embed": "reference data out",
+    "load": "reference",
+    "evaluate": "model image_transform tokenizer data tasks",
+    "export": "reference folder formats",
+    "info_nce": "image_features text_features logit_scale groups",
+    "sigmoid_loss": "image_features text_features logit_scale logit_bias groups",
+    "prototypical_loss": "student_projections student_centroids teacher_centroids assignments "
+    "logit_scale target_temperature",
+    "objective": "embeddings targets assignments weights",
+    "back_translate": "assignments student_features num_prototypes",
+    "kmeans": "features num_clusters iterations restarts seed init spherical",
+    "ProtoCLIP.encode_image": "self images normalize",
+    "ProtoCLIP.encode_text": "self tokens normalize",
+}
+
+
+def test_public_functions_keep_their_parameters() -> None:
+    """Callers outside pass them by name."""
+    functions = {name for name in protoclip.__all__ if name[0].islower()}
+    assert functions == {name for name in PARAMETERS if "." not in name}
+    for name, words in PARAMETERS.items():
+        # The package of this name can be called too, and says nothing of parameters.
+        function = export if name == "export" else attrgetter(name)(protoclip)
+        kept = words.split()
+        assert [*inspect.signature(function).parameters][: len(kept)] == kept, name
 
 
 def test_every_metric_is_explained() -> None:

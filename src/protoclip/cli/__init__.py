@@ -1,4 +1,8 @@
-"""The command line. Commands import what they need when they run, so that `--help` is fast."""
+"""The command line: it finds the command, runs it, and tells an error in one line.
+
+Commands import what they need when they run, so that `--help` is fast. Each has a file of its own,
+and `parsing.py` turns words into its settings.
+"""
 
 import errno
 import inspect
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             os.getcwd()  # noqa: PTH109
         except FileNotFoundError:  # or libraries would end the process
-            raise ValueError("the current folder was deleted; cd to another one") from None
+            raise OSError("the current folder was deleted; cd to another one") from None
         if not {"-h", "--help"}.isdisjoint(words):
             print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
             require_printed(output)
@@ -136,7 +140,7 @@ def require_printed(output: Stream | None) -> None:
     """
     error = output.error if output is not None else None
     if error is not None and not isinstance(error, BrokenPipeError):
-        raise ValueError(
+        raise OSError(
             f"standard output: {error.strerror}; what is printed was lost, so give the command "
             "again with one that can be written"
         )
@@ -152,8 +156,8 @@ def described(error: OSError) -> str:
 def fail(error: Exception, command: str) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again.
 
-    The line names the page that explains the setting or option. Of several ranks with the same
-    error, rank 0 reports it.
+    The line names the page that explains the setting, or the command. Of several ranks with the
+    same error, rank 0 reports it.
     """
     rank, together, silent, code = 0, False, False, 2
     if "torch" in sys.modules or {"RANK", "SLURM_PROCID"} & os.environ.keys():

@@ -1,4 +1,7 @@
-"""`protoclip align`."""
+"""`protoclip align`: its options, with the defaults that its help shows.
+
+The heads are trained in `training/align.py`, which also sets these defaults.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""`protoclip analyze`."""
+"""`protoclip analyze`: its options, the table that it prints, and the files that it may replace.
+
+The measures are computed in `evaluation/analysis.py`, and drawn in `evaluation/analysis_figure.py`.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -49,7 +52,7 @@ class Analyze:
         folders = [Path(run) for run in self.runs]
         stems = self.stems(folders)
         together = (Path(self.out) if self.out else folders[0].parent) / "analysis_of_runs.png"
-        places = [*stems, *([together] if len(folders) > 1 else [])]
+        outputs = [*stems, *([together] if len(folders) > 1 else [])]
         with quick_imports():
             from protoclip.evaluation.analysis import open_run
 
@@ -57,8 +60,8 @@ class Analyze:
         for folder in folders:  # before minutes of work on the first one
             open_run(folder)
         with ExitStack() as stack:
-            for place in {each.resolve(): each for each in places}.values():
-                stack.enter_context(locked(place))
+            for output in {each.resolve(): each for each in outputs}.values():
+                stack.enter_context(locked(output))
             self.write(folders, stems, together, device)
 
     def write(

@@ -1,4 +1,7 @@
-"""`protoclip compare`."""
+"""`protoclip compare`: its options.
+
+The differences are computed, and the table printed, in `evaluation/compare.py`.
+"""
 
 from dataclasses import KW_ONLY, dataclass
 

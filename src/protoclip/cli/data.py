@@ -1,4 +1,7 @@
-"""`protoclip data inspect`, `data pack` and `data index`."""
+"""`protoclip data inspect`, `data pack` and `data index`: their options, and what they print.
+
+The work is done in `data/inspect.py`, `data/pack.py` and, for an index, `data/sources.py`.
+"""
 
 import runpy
 import time

@@ -1,4 +1,7 @@
-"""The device of a command."""
+"""The device of a command other than training, with torch set up for it.
+
+Whether a machine has such a device is told by `distributed/collectives.py`.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,7 @@
-"""`protoclip embed`."""
+"""`protoclip embed`: its options.
+
+The vectors are computed and written in `features/embed.py`.
+"""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
@@ -27,6 +30,7 @@ class Embed(OfPairs):
     batch_size: Count = 256  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
     overwrite: bool = False  # Replace a file of other settings.
 
     def __call__(self) -> None:
@@ -46,6 +50,7 @@ class Embed(OfPairs):
                 self.out,
                 batch_size=self.batch_size,
                 device=device,
+                precision=self.precision,
                 num_samples=self.num_samples,
                 overwrite=self.overwrite,
             )

@@ -1,4 +1,7 @@
-"""`protoclip embed-teacher`."""
+"""`protoclip embed-teacher`: its options, and what it prints.
+
+The features are computed and written in `features/encode.py`.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,7 @@ class EmbedTeacher(Recipes):
     width: Count | None = None  # Reduce the features to this width by PCA.
     batch_size: Count = 256  # Captions or images at once.
     device: str = "auto"  # As run.device.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
     num_samples: Count | None = None  # Samples of a stream to read.
     json: bool = False  # Print the facts as JSON.
     data: DataConfig = field(default_factory=DataConfig)
@@ -56,6 +60,7 @@ class EmbedTeacher(Recipes):
                 width=self.width,
                 batch_size=self.batch_size,
                 device=device,
+                precision=self.precision,
                 num_samples=self.num_samples,
                 threads=None if self.data.workers == "auto" else self.data.workers,
             )

@@ -1,4 +1,7 @@
-"""`protoclip evaluate`."""
+"""`protoclip evaluate`: its options, and which models are judged on which data.
+
+Tasks are run in `evaluation/suite.py`; records are printed and written in `evaluation/records.py`.
+"""
 
 import os
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -65,7 +68,7 @@ class Evaluate:
             from protoclip.evaluation.encoders import encoder_of
             from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
-            from protoclip.models.precision import autocast
+            from protoclip.models.precision import encoding
 
         device = open_device(self.device)
 
@@ -84,7 +87,7 @@ class Evaluate:
                 workers=self.workers,
                 cache=cache_folder() / "features" if self.cache else None,
                 show=True,
-                autocast=None if self.precision == "auto" else autocast(self.precision, device),
+                autocast=encoding(self.precision, device),
             )
             name, pretrained = names_of(reference)
             return suite.results(

@@ -1,4 +1,7 @@
-"""`protoclip explore`."""
+"""`protoclip explore`: its options, and whether pages are served or written.
+
+What the pages show, and how they are served, is in `explore/`.
+"""
 
 import os
 import signal
@@ -97,8 +100,8 @@ class Explore:
                 self.serve(self.explorers(), listening)
             return
         with ExitStack() as stack:
-            for place in filter(None, (self.static, self.atlas)):
-                stack.enter_context(locked(Path(place)))
+            for output in filter(None, (self.static, self.atlas)):
+                stack.enter_context(locked(Path(output)))
             explorers = self.explorers()
             if self.static is not None:
                 number = write_static(explorers, Path(self.static))

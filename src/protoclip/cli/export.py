@@ -1,4 +1,7 @@
-"""`protoclip export`."""
+"""`protoclip export`: its options, what it prints, and the question before an upload.
+
+The folder is written and read back in `export/run.py`.
+"""
 
 import sys
 from dataclasses import KW_ONLY, dataclass

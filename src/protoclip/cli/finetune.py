@@ -1,4 +1,7 @@
-"""`protoclip finetune`."""
+"""`protoclip finetune`: its options, with the defaults that its help shows, and its tables.
+
+The model is trained in `training/finetune.py`, which also sets these defaults.
+"""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field

@@ -1,4 +1,7 @@
-"""`protoclip match`."""
+"""`protoclip match`: its options, and the table that it prints.
+
+The halves are encoded and ranked in `evaluation/match.py`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,7 @@
-"""`protoclip report`."""
+"""`protoclip report`: its options, and the libraries that it needs.
+
+The page is written in `report/page.py`.
+"""
 
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec

@@ -1,4 +1,7 @@
-"""`protoclip train`."""
+"""`protoclip train`: its options, and how the results of any run are printed.
+
+The model is trained in `training/run.py`.
+"""
 
 import os
 import signal

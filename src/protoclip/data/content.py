@@ -7,7 +7,7 @@ themselves a few are read, each time.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -161,6 +161,35 @@ def image_hash(pairs: ImageTextPairs, row: int) -> str:
         return "" if is_url(pairs.where(row)) else checksum(pairs.encoded(row))
     except BadSample:
         return ""
+
+
+def repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
+    """How many of the rows have the image of another one, which counts once.
+
+    Images in files, or behind URLs, are compared by name, and others by their bytes, of which
+    little is read: all of an image only where another one begins as it does.
+    """
+
+    def beginning(row: int) -> str | bytes | None:
+        if (name := pairs.image_file(row)) is not None:
+            return name
+        if pairs.in_ranges and is_url(pairs.where(row)):
+            return None
+        return pairs.encoded(row, slice(0, BLOCK))
+
+    def whole(row: int) -> str | bytes | None:
+        return pairs.image_file(row) or checksum(pairs.encoded(row))
+
+    alike, groups = [*rows], 0
+    for look in (beginning, whole):
+        equal: dict[Any, list[int]] = {}
+        for row in alike:
+            with suppress(BadSample):
+                if (key := look(row)) is not None:
+                    equal.setdefault(key, []).append(row)
+        kept = [same for same in equal.values() if len(same) > 1]
+        alike, groups = [row for same in kept for row in same], len(kept)
+    return len(alike) - groups
 
 
 def of_stream(stream: Any) -> Facts:

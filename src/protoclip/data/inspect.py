@@ -40,6 +40,7 @@ WAYS = {
     10_000_000: "protoclip finetune of a published model, with --guard",
 }
 MORE = "protoclip train, by a recipe"  # than any of these
+UNCOUNTED = "count the pairs of this stream with --every (docs/which_way.md)"
 CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
 
@@ -83,18 +84,25 @@ def inspect(
         collate_fn=partial(_examine, source, count_tokens, max_pixels),
     )
     progress = Progress(f"inspect {source.name}", len(parts))
+    read_of_parts: list[int] = []
 
     def samples_of_parts() -> Iterator[_Facts | BadSample]:
         for done, samples_of_part in enumerate(items_of(loader), 1):
             yield from samples_of_part
+            read_of_parts.append(len(samples_of_part))
             progress.update(done)
 
+    known = _tally(samples_of_parts(), context_length)
+    if isinstance(source, Pairs):
+        pairs, counted = len(source), True
+    else:
+        pairs, counted = known["read"], _is_whole(source, parts, read_of_parts)
     return {
         "source": source.name,
         "pairs": len(source) if isinstance(source, Pairs) else None,
-        **_tally(samples_of_parts(), context_length),
+        **known,
         "notes": list(notes),
-        "next": way(len(source)) if isinstance(source, Pairs) else None,
+        "next": way(pairs) if counted else UNCOUNTED,
     }
 
 
@@ -108,8 +116,7 @@ def _shards(
     source: SampleStream, samples: int | None, seed: int
 ) -> list[tuple[ShardStream, str, int | None]]:
     """Shards to look at: stream, shard, and how many of its samples (all if None)."""
-    streams = sources_of(source)
-    shards = [(s, shard) for s in streams if isinstance(s, ShardStream) for shard in s.shards]
+    shards = _all_shards(source)
     if not shards:
         raise ValueError(f"{source.name}: has no end; only streams of tar shards can be inspected")
     if samples is None:
@@ -117,6 +124,21 @@ def _shards(
     number = min(len(shards), -(-samples // CHUNK))
     most = -(-samples // number)
     return [(*shards[chosen], most) for chosen in evenly_spaced(len(shards), number, seed)]
+
+
+def _all_shards(source: SampleStream) -> list[tuple[ShardStream, str]]:
+    streams = [stream for stream in sources_of(source) if isinstance(stream, ShardStream)]
+    return [(stream, shard) for stream in streams for shard in stream.shards]
+
+
+def _is_whole(
+    source: SampleStream,
+    parts: Sequence[tuple[ShardStream, str, int | None]],
+    read: Sequence[int],
+) -> bool:
+    """Whether so many samples, read of these parts, are all of the stream."""
+    ended = (most is None or number < most for (*_, most), number in zip(parts, read, strict=True))
+    return len(parts) == len(_all_shards(source)) and all(ended)
 
 
 # Values of one sample by name; an image or caption is its hash and how to show it.

@@ -142,12 +142,12 @@ class _Reader(Dataset[_Made]):
             cut = partial(self.crop, box=box, size=transform.size)
             # Its own spare ones, which no number of ranks changes where they are rows, before
             # those of others.
-            for place in chain(range(number, len(candidates), size), range(size, len(candidates))):
-                candidate, began = candidates[place], time.monotonic()
+            for index in chain(range(number, len(candidates), size), range(size, len(candidates))):
+                candidate, began = candidates[index], time.monotonic()
                 row = candidate if isinstance(candidate, int) else None
-                if place in taken or row in failed:
+                if index in taken or row in failed:
                     continue
-                taken.add(place)
+                taken.add(index)
                 try:
                     sample, image = read_image(self.pairs, candidate, cut)
                 except BadSample as error:

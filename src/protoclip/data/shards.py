@@ -358,8 +358,8 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
             {"shard": each} if stem == shard_stem(path) else {"shard": each, "stem": stem}
             for each, stem, path in zip(prints, stems, paths, strict=True)
         ]
-        own = [digest({**settings, **each}) for each in facts]
-        return [*own, digest({**settings, "shards": own})]
+        shard_keys = [digest({**settings, **each}) for each in facts]
+        return [*shard_keys, digest({**settings, "shards": shard_keys})]
 
     *_, key = keys_in(ROWS_FORM)
     *keys, key_of_set = keys_in(INDEX_FORM)

@@ -1,4 +1,8 @@
-"""The log of the samples that a run could not use."""
+"""The log of the samples that a run could not use.
+
+Sources say why a sample cannot be used, by `BadSample` of `pairs.py`, and `loader.py` puts another
+one in its place.
+"""
 
 import contextlib
 import errno
@@ -42,7 +46,7 @@ class SkipLog:
         self._before = {*self.known}  # of all ranks
 
     @property
-    def own(self) -> tuple[set[str], set[str]]:
+    def new(self) -> tuple[set[str], set[str]]:
         """The bad samples, and the broken shards, that no rank had met before this process."""
         return self.known - self._before, self.broken - self._before
 

@@ -226,7 +226,7 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     if not is_sharded(model):
         return weights(model)
     reshard(model)
-    return {name: own(value) for name, value in model.state_dict().items()}
+    return {name: cpu_copy(value) for name, value in model.state_dict().items()}
 
 
 def own_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -235,13 +235,13 @@ def own_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         return moments(model, optimizer)
     reshard(model)
     return {
-        f"{name}/{moment}": own(value)
+        f"{name}/{moment}": cpu_copy(value)
         for name, parameter in model.named_parameters()
         for moment, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def own(value: Tensor) -> Tensor:
+def cpu_copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -232,8 +232,8 @@ def difference_of_runs(
     )
     seeds = [seed for seed in two if seed in one]
     pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
-    found = [in_common(key, first[left], second[right], read) for left, right in pairs]
-    common = [each for each in found if each is not None]
+    judged = [in_common(key, first[left], second[right], read) for left, right in pairs]
+    common = [each for each in judged if each is not None]
     others = {"other_samples": not all(each.same for each in common)}
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
@@ -272,16 +272,17 @@ def in_common(key: str, one: Run, two: Run, read: Reader) -> Common | None:
     files = [run.get("samples", {}).get(data) for run in (one, two)]
     if None in files or metric not in METRICS:
         return None
-    own, other = map(read, files)
-    if own is None or other is None:
+    of_one, of_two = map(read, files)
+    if of_one is None or of_two is None:
         return None
-    if not same_samples(own[0], other[0], metric):
-        return Common(own[0], same=False, moved=None)
-    if metric not in own[1].keys() & other[1].keys():
-        return Common(own[0], same=True, moved=None)
-    if len(own[1][metric]) != len(other[1][metric]):  # groups of texts that only one has
-        return Common(own[0], same=False, moved=None)
-    return Common(own[0], same=True, moved=other[1][metric] - own[1][metric])
+    (samples, influence), (other_samples, other_influence) = of_one, of_two
+    if not same_samples(samples, other_samples, metric):
+        return Common(samples, same=False, moved=None)
+    if metric not in influence.keys() & other_influence.keys():
+        return Common(samples, same=True, moved=None)
+    if len(influence[metric]) != len(other_influence[metric]):  # groups of texts that only one has
+        return Common(samples, same=False, moved=None)
+    return Common(samples, same=True, moved=other_influence[metric] - influence[metric])
 
 
 def same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:

@@ -42,6 +42,7 @@ from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.kept import Bad, Kept, Listed
 from protoclip.features import store
 from protoclip.files import checksum
+from protoclip.models.batch_norm import layers_of
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import evaluation_mode
 from protoclip.models.towers import TELLING
@@ -129,7 +130,7 @@ class Encoder:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(content.numpy())
         # Functions and objects without a text show their address in memory.
-        facts = f"{self.model!r} {self.transform!r}"
+        facts = f"{layers_of(self.model)} {self.transform!r}"
         facts += "" if self.context is nullcontext else repr(self.context)
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", facts).encode())
         ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)

@@ -48,8 +48,8 @@ class Kept:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._writable = folder, True
-        found = (path for path in folder.glob("[!.]*"))
-        names = rank0_first(lambda: sorted(path.name for path in found if path.is_dir()))
+        entries = folder.glob("[!.]*")
+        names = rank0_first(lambda: sorted(path.name for path in entries if path.is_dir()))
         opened = [segment_of(folder / name) for name in names]
         missing = any_rank([segment is None for segment in opened])
         self._use(

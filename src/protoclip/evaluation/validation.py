@@ -172,12 +172,12 @@ def trained_before(
     is not known. Those `visited` on the way here are passed over: a folder may name itself.
     """
     starts = {run.resolve(): (run, setting) for run, setting in starts_of(config).items()}
-    found = {
+    by_setting = {
         setting: pairs_of_run(run, config, setting, notes, visited | {real})
         for real, (run, setting) in starts.items()
         if real not in visited
     }
-    return {setting: pairs for setting, pairs in found.items() if pairs}
+    return {setting: pairs for setting, pairs in by_setting.items() if pairs}
 
 
 def pairs_of_run(

@@ -25,10 +25,11 @@ import protoclip
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import is_url
+from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.tables import line
 from protoclip.evaluation.compare import intervals_of, read_results
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models.protoclip import ProtoCLIP
@@ -236,8 +237,12 @@ def captions_of(run: Path, *, allow_links: bool) -> list[str]:
 @torch.inference_mode()
 def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     """The normalised projections of captions."""
-    encoder = Encoder(
-        model=source.model, transform=source.transform, tokenizer=source.tokenizer, show=True
+    encoder = encoder_of(
+        source.model,
+        source.transform,
+        source.tokenizer,
+        cache=cache_folder() / "features",
+        show=True,
     )
     features = encoder.texts(captions, stage="captions of prototypes")
     projected = source.model.text_head(features)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ from protoclip.features.parts import (
 )
 from protoclip.files import locked, replacing, require_ours, require_regular, to_json
 from protoclip.models import loading
+from protoclip.models.precision import Precision, encoding
 from protoclip.terminal import say, without_secrets
 
 PART_ROWS = 2048
@@ -64,6 +65,7 @@ def embed(
     *,
     batch_size: int = 256,
     device: str | torch.device = "auto",
+    precision: Literal["auto"] | Precision = "auto",
     num_samples: int | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -88,6 +90,7 @@ def embed(
         out: The file. One of the same model, data and settings is left as it is.
         batch_size: Images or captions encoded at once.
         device: As `run.device`.
+        precision: Of forward passes; `auto` is bf16 or fp16 on a card, as in training, else fp32.
         num_samples: Samples to read of a stream.
         overwrite: Replace a file that is of something else.
 
@@ -117,8 +120,9 @@ def embed(
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
-        images = FrozenEncoder(model, device, torch.stack, model.encode_image, transform)
-        texts = FrozenEncoder(model, device, tokenizer, model.encode_text)
+        context = encoding(precision, device)
+        images = FrozenEncoder(model, device, torch.stack, model.encode_image, transform, context)
+        texts = FrozenEncoder(model, device, tokenizer, model.encode_text, autocast=context)
         settings = {
             "reference": name,
             **ids,
@@ -127,6 +131,7 @@ def embed(
             **({"content": rank0_first(lambda: content(samples))} if is_stream else {}),
             "weights": images.checksum(),
             "width": images.width,
+            "precision": precision,
             "part_rows": PART_ROWS,
         }
         has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
@@ -210,9 +215,10 @@ def drop_unfinished(path: Path) -> None:
 def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the parts in a folder are of other settings, or nobody can tell."""
     try:
-        return store.read_facts(working) not in ({}, settings)
+        facts = store.read_facts(working)
     except ValueError:
         return True
+    return bool(facts) and difference_in(facts, settings) is not None
 
 
 def encode_pairs(

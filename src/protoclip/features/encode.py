@@ -29,6 +29,7 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store, teachers
+from protoclip.features.fetched import local_copy
 from protoclip.features.parts import (
     PARTS,
     Part,
@@ -47,8 +48,9 @@ from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
-from protoclip.models.precision import Autocast, on_card
+from protoclip.models.precision import Autocast, Precision, encoding, on_card
 from protoclip.models.towers import TELLING, transformers_config
+from protoclip.terminal import without_secrets
 
 Pooling = Literal["mean", "cls", "pooler"]
 
@@ -131,11 +133,18 @@ class FrozenEncoder:
 
 
 def open_encoder(
-    teacher: str, *, modality: str, pooling: Pooling, device: torch.device, setting: str = ""
+    teacher: str,
+    *,
+    modality: str,
+    pooling: Pooling,
+    device: torch.device,
+    autocast: Autocast | None = None,
+    setting: str = "",
 ) -> FrozenEncoder:
     """Open a frozen model; `embed_teacher` says what the other arguments mean.
 
-    `setting` is what messages name; unset, the options of `embed-teacher`.
+    `autocast` is that of `FrozenEncoder`. `setting` is what messages name; unset, the options of
+    `embed-teacher`.
 
     `teacher` is `hf:NAME_OR_FOLDER` (a text model, or one with two towers), `minilm`
     (all-MiniLM-L6-v2 as a package), `timm:MODEL[/FILE]` (an image model, its weights in a file if
@@ -155,9 +164,9 @@ def open_encoder(
                 if not reads_images:
                     if modality == "image":
                         raise ValueError("reads text only")
-                    return hugging_face(name, pooling, device)
+                    return hugging_face(name, pooling, device, autocast)
         if kind == "timm" and name:
-            return timm_model(name, device)
+            return timm_model(name, device, autocast)
         if kind == "open_clip" and name and "/" not in name:
             raise ValueError("name the weights too, as in open_clip:RN50/openai")
         if not Path(teacher).is_dir() and not (name and kind in PAIRS):
@@ -173,8 +182,8 @@ def open_encoder(
         start = setting or "--teacher"
         raise ValueError(f"{start}: '{teacher}' cannot be opened: {reason}") from None
     if modality == "text":
-        return FrozenEncoder(model, device, tokenizer, model.encode_text)
-    return FrozenEncoder(model, device, torch.stack, model.encode_image, transform)
+        return FrozenEncoder(model, device, tokenizer, model.encode_text, autocast=autocast)
+    return FrozenEncoder(model, device, torch.stack, model.encode_image, transform, autocast)
 
 
 def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
@@ -182,7 +191,7 @@ def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
     return opening.readable_errors(teacher, repository)
 
 
-def timm_model(name: str, device: torch.device) -> FrozenEncoder:
+def timm_model(name: str, device: torch.device, autocast: Autocast | None) -> FrozenEncoder:
     """An image model without its classifier."""
     before, _, file = name.partition("/")
     in_file = Path(file).is_file()
@@ -201,10 +210,12 @@ def timm_model(name: str, device: torch.device) -> FrozenEncoder:
             raise ValueError(f"{file} lacks {missing[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-    return FrozenEncoder(model, device, torch.stack, model, transform)
+    return FrozenEncoder(model, device, torch.stack, model, transform, autocast)
 
 
-def hugging_face(name: str, pooling: Pooling, device: torch.device) -> FrozenEncoder:
+def hugging_face(
+    name: str, pooling: Pooling, device: torch.device, autocast: Autocast | None
+) -> FrozenEncoder:
     """A text model through `transformers`; all-MiniLM-L6-v2 without a name."""
     from transformers import AutoTokenizer
 
@@ -229,7 +240,8 @@ def hugging_face(name: str, pooling: Pooling, device: torch.device) -> FrozenEnc
     def forward(batch: Any) -> Tensor:
         return pooled(model(**batch), batch["attention_mask"], pooling)
 
-    return FrozenEncoder(model, device, partial(tokenizer, **settings), forward)
+    collate = partial(tokenizer, **settings)
+    return FrozenEncoder(model, device, collate, forward, autocast=autocast)
 
 
 def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -253,6 +265,7 @@ def embed_teacher(
     width: int | None = None,
     batch_size: int = 256,
     device: torch.device,
+    precision: Literal["auto"] | Precision = "auto",
     num_samples: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -266,6 +279,7 @@ def embed_teacher(
         modality: What the model reads; `auto` takes the image tower of a model with two.
         pooling: How a Hugging Face model's tokens become one feature.
         width: Dimensions kept by PCA; all if unset.
+        precision: Of forward passes; `auto` is bf16 or fp16 on a card, as in training, else fp32.
         num_samples: Samples to read of a stream.
         threads: How many read images; one a core if unset.
 
@@ -284,7 +298,7 @@ def embed_teacher(
         return ids, identity(samples, ids, num_samples)
 
     ids, known = raise_on_all_ranks(identified)
-    settings = {"teacher": teacher, **known, "reduced_to": width}
+    settings = {"teacher": without_secrets(teacher), **known, "reduced_to": width}
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
         if Path(teacher).suffix in teachers.FILES:
@@ -293,15 +307,20 @@ def embed_teacher(
                     f"{teacher}: a file of features needs pairs that can be read in any order, "
                     "not a stream; leave data.read at auto"
                 )
-            return rank0_first(lambda: convert(Path(teacher), ids, out, settings))
+            return rank0_first(lambda: convert(local_copy(teacher), ids, out, settings))
         encoder = open_encoder(
-            loading.pinned(teacher), modality=modality, pooling=pooling, device=device
+            loading.pinned(teacher),
+            modality=modality,
+            pooling=pooling,
+            device=device,
+            autocast=encoding(precision, device),
         )
         settings |= {
             "content": rank0_first(lambda: read_content(samples, encoder.reads)),
             "weights": encoder.checksum(),
             "modality": encoder.reads,
             "pooling": pooling,
+            "precision": precision,
             "part_rows": PART_ROWS[encoder.reads],
         }
         return finish(encoder, samples, out, settings, batch_size, threads)

@@ -46,6 +46,7 @@ from protoclip.features.parts import FOLDERS, parts_of, read_images, read_note
 from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.files import checksum, locked
 from protoclip.models.aligned import FrozenHalves
+from protoclip.models.batch_norm import layers_of
 from protoclip.models.towers import TELLING, Tokenizer
 
 Read = TypeVar("Read")
@@ -142,7 +143,7 @@ class HalfEncoder(FrozenEncoder):
             facts = f"{type(self.halves.pooler).__name__} {settings}"
             facts += f" {self.tokenizer([example, 'two words', TELLING]).tolist()}"
         facts += "" if self.autocast is nullcontext else repr(self.autocast)
-        layers = re.sub(r" at 0x[0-9a-f]+", "", repr(self.module))
+        layers = re.sub(r" at 0x[0-9a-f]+", "", layers_of(self.module))
         first = " ".join(f"{value:.3g}" for value in self.encode([example])[0, :16].tolist())
         return checksum(f"{self.checksum()} {layers} {facts} {first}".encode())
 
@@ -476,7 +477,7 @@ def opened(folder: Path, width: int) -> Segments:
         require_shared(path / store.FACTS, by=FOLDERS)
     segments = raise_on_all_ranks(lambda: [read(path, store.open_folder) for path in paths])
     for segment in segments:
-        segment.way_out = "give the command"
+        segment.way_out = "delete the folder, and give the command again"
     return Segments(segments, width)
 
 

@@ -47,6 +47,7 @@ CHECKSUMS |= {"weights": "other weights", "content": CHECKSUMS["data"]}
 CHECKSUMS |= {"captions": "other captions, or before these were changed"}
 # 1.0.0 did not note these, so they are unknown where they are missing.
 NEW = ("content", "captions")
+CHOSEN_BEFORE = {"precision": "auto"}  # by versions that had no such setting
 FOLDERS = "--out or align.features"  # what says where the parts are
 Show = Callable[[int], None]  # is told how many samples of a part are done
 
@@ -97,7 +98,7 @@ def require_same(
 ) -> None:
     """Refuse facts that differ from the settings."""
     if (key := difference_in(facts, settings)) is not None:
-        what = CHECKSUMS.get(key, f"{key} {facts.get(key)}, not {settings[key]}")
+        what = CHECKSUMS.get(key, f"{key} {kept(facts, key)}, not {settings[key]}")
         raise ValueError(f"{name}: was made with {what}; {way_out}")
 
 
@@ -106,10 +107,15 @@ def difference_in(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str 
     for key, value in settings.items():
         if key in NEW and key not in facts and facts:
             continue
-        old: Any = facts.get(key)
+        old: Any = kept(facts, key)
         if difference(old or (), value) is not None if key == "content" else old != value:
             return key
     return None
+
+
+def kept(facts: Mapping[str, Any], key: str) -> Any:
+    """A setting as facts have it, also those of versions that did not know it."""
+    return facts.get(key, CHOSEN_BEFORE.get(key))
 
 
 def claim(
@@ -179,10 +185,10 @@ def require_all_parts(folder: Path, settings: Mapping[str, Any]) -> None:
     """Wait until the parts of all hosts are seen here, or raise `ValueError`."""
     number = -(-settings["samples"] // settings["part_rows"])
     deadline = time.monotonic() + collectives.UNSEEN
-    while (found := len(parts_of(folder))) < number:
+    while (seen := len(parts_of(folder))) < number:
         if time.monotonic() > deadline:
             raise ValueError(
-                f"{folder}: {found:,} of {number:,} parts are there; name a place that all hosts "
+                f"{folder}: {seen:,} of {number:,} parts are there; name a place that all hosts "
                 f"share by {FOLDERS}, and give the command again"
             )
         time.sleep(0.1)

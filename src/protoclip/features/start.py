@@ -86,5 +86,5 @@ def embed_start(
         settings |= {"source": before.get("source", START), "captions": read}
         finish(encoder, samples, out, settings, batch_size=256)
     features = raise_on_all_ranks(lambda: store.open_folder(out))
-    features.way_out = "give the command"
+    features.way_out = "delete the folder, and give the command again"
     return features

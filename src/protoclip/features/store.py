@@ -82,7 +82,7 @@ class StoredFeatures(Whitens):
     called, is applied to what is looked up.
     """
 
-    way_out = "run protoclip embed-teacher"  # makes damaged features anew
+    way_out = "delete the folder, and run protoclip embed-teacher again"  # of damaged features
 
     def __init__(
         self,
@@ -228,8 +228,8 @@ class StoredFeatures(Whitens):
             if len(wrong := np.flatnonzero(checksums != self.checksums[rows[order]])):
                 raise ValueError(
                     f"{self.name}: damaged (the checksum of the features of "
-                    f"'{name(int(order[wrong[0]]))}' differs in {FEATURES}); delete the folder, "
-                    f"and {self.way_out} again"
+                    f"'{name(int(order[wrong[0]]))}' differs in {FEATURES}); "
+                    f"{self.way_out}"
                 )
         features: Features = np.empty(stored.shape, stored.dtype)
         features[order] = stored
@@ -291,7 +291,9 @@ def load_array(path: Path, mode: Literal["r", "c"] | None = "r") -> npt.NDArray[
     return array
 
 
-def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeatures:
+def open_folder(
+    folder: Path, *, mode: Literal["r", "c"] = "r", way_out: str = StoredFeatures.way_out
+) -> StoredFeatures:
     """The features in a folder that is finished; `c` maps them as PyTorch wants them, writable.
 
     Raises:
@@ -318,10 +320,9 @@ def open_folder(folder: Path, *, mode: Literal["r", "c"] = "r") -> StoredFeature
         checksums = load_array(folder / CHECKSUMS, None) if "checksums" in facts else None
     except DAMAGED as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(
-            f"{folder}: damaged ({reason}); delete it, and run protoclip embed-teacher again"
-        ) from None
+        raise ValueError(f"{folder}: damaged ({reason}); {way_out}") from None
     opened = StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+    opened.way_out = way_out
     opened.modality = facts.get("modality")
     return opened
 

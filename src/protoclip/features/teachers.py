@@ -5,6 +5,7 @@ whose features are made when the run begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from protoclip.config import HALVES, START, Config
+from protoclip.config import HALVES, START, Config, TeacherConfig
 from protoclip.data.access import is_local
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import Pairs, Sample, SampleStream
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.sources import entries
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.collectives import rank
+from protoclip.features.fetched import local_copy
 from protoclip.features.store import DAMAGED, StoredFeatures, load_array, open_folder
 from protoclip.features.whiten import Whitens
+from protoclip.terminal import without_secrets
 
 FILES = (".npy", ".parquet")  # of a user's own features
 FIRST = 64  # samples of a stream of which a teacher should know one
+LOOKED_UP = 100_000  # samples of pairs, so that a run on many begins as soon as one on few
 
 
 def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> StoredFeatures:
@@ -37,13 +42,20 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     `NAME.npy` `(n, q)` with its sample ids in `NAME.ids.txt`, one a line. Without that file the
     rows are those of `sample_ids`, if given. Of a sample with several features, such as those of
     its captions or views (lists of lists, or an array `(n, v, q)`), the teacher has the mean.
+    Behind a URL there may be the same, but an array needs its ids; `local_copy` fetches it.
 
     Raises:
         ValueError: There is no such teacher, it is damaged, or its features cannot be used.
     """
-    path = Path(path)
+    given, path = str(path), local_copy(path)
     if path.is_dir():
-        return open_folder(path)
+        if is_local(given):
+            return open_folder(path)
+        url = without_secrets(given)
+        again = f"delete {path}, and give the command again, which fetches {url} anew"
+        opened = open_folder(path, way_out=again)
+        opened.name = f"{url}, copied to {path}"
+        return opened
     if not path.is_file():
         what = "is neither a file nor a folder" if path.exists() else "no such file"
         raise ValueError(f"teacher.features: {path}: {what}")
@@ -97,7 +109,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 def teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
-) -> dict[str, Whitens]:
+) -> dict[str, StoredFeatures]:
     """The external teachers by name, without the frozen start, which is not embedded yet.
 
     `whiten` is the next step. Notes how many samples a teacher has no features of.
@@ -108,7 +120,7 @@ def teachers(
     sources = zip(sources_of(samples), entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
-    loaded: dict[str, Whitens] = {}
+    loaded: dict[str, StoredFeatures] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
         if teacher.features == START:  # `start.embed_start` makes these, when the run begins
@@ -129,18 +141,30 @@ def teachers(
         else:
             stored = read_teacher(teacher.features)
         loaded[name] = stored
-        if isinstance(samples, Pairs) and (missing := stored.missing(samples.sample_ids())):
-            note(
-                f"{name}: no features of {missing} of {len(samples)} training samples, which its "
-                "loss leaves out"
-            )
-        is_first = rank() == 0
-        if isinstance(samples, SampleStream) and is_first and not knows_any(stored, samples):
-            note(
-                f"{name}: has features of none of the first samples of {samples.name}; a teacher "
-                "that was made of other data, or under other names, teaches nothing"
-            )
+        for said in unknown_to(name, stored, samples):
+            note(said)
     return loaded
+
+
+def unknown_to(name: str, stored: StoredFeatures, samples: Pairs | SampleStream) -> list[str]:
+    """A note on the samples that a teacher has no features of; of a stream on rank 0 alone."""
+    if isinstance(samples, Pairs):
+        rows = evenly_spaced(len(samples), min(len(samples), LOOKED_UP), seed=0)
+        ids = [samples.sample_id(row) for row in rows]
+        if (stored.find(ids) < 0).all():
+            ids = [*samples.sample_ids()]  # it may know a few of the others
+        missing = stored.missing(ids)
+        looked_up = " that were looked up" * (len(ids) < len(samples))
+        note = (
+            f"{name}: no features of {missing} of {len(ids)} training samples{looked_up}; its loss "
+            "leaves such samples out"
+        )
+        return [note] if missing else []
+    note = (
+        f"{name}: has features of none of the first samples of {samples.name}; a teacher that was "
+        "made of other data, or under other names, teaches nothing"
+    )
+    return [] if rank() != 0 or knows_any(stored, samples) else [note]
 
 
 def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
@@ -180,22 +204,22 @@ def grouping(config: Config, teachers: Mapping[str, Whitens]) -> dict[str, White
     return {name: each for name, each in teachers.items() if name in config.grouping_teachers}
 
 
-def heads(
-    config: Config, teachers: Mapping[str, Whitens], width: int
-) -> dict[str, tuple[str, int | None]]:
-    """Of each teacher to be distilled the tower that learns, `image` or `text`, and how wide its
-    features are; None for relations, which need no head.
+def with_towers(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config, list[str]]:
+    """The settings with the tower that learns each teacher to be distilled: that of its modality.
 
-    Args:
-        width: Of the model's features, which those of the start have too.
+    Notes each that is set to the other tower.
 
     Raises:
-        ValueError: The tower is not known, or the run leaves it as it is.
+        ValueError: A tower is not known, or the run leaves it as it is.
     """
-    learned: dict[str, tuple[str, int | None]] = {}
-    for name, teacher in config.distilled_teachers.items():
+    notes = list[str]()
+
+    def filled(teacher: TeacherConfig) -> TeacherConfig:
+        name = teacher.name
+        if name not in config.distilled_teachers:
+            return teacher
         modality = "text" if teacher.features == START else teachers[name].modality
-        tower = teacher.tower or modality
+        tower: Any = teacher.tower or modality
         if tower not in ("image", "text"):
             raise ValueError(
                 f"teacher.tower: {teacher.features} does not say what it was made of; name the "
@@ -206,6 +230,34 @@ def heads(
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"
             )
+        if modality not in (None, tower):
+            notes.append(
+                f"{name}.tower = {tower}, though its features were made of {modality}s; {modality} "
+                "is usual"
+            )
+        return replace(teacher, tower=tower)
+
+    if config.teachers:
+        config = replace(config, teachers=[filled(teacher) for teacher in config.teachers])
+    else:
+        config = replace(config, teacher=filled(config.teacher))
+    return config, notes
+
+
+def heads(
+    config: Config, teachers: Mapping[str, Whitens], width: int
+) -> dict[str, tuple[str, int | None]]:
+    """Of each teacher to be distilled the tower that learns, `image` or `text`, and how wide its
+    features are; None for relations, which need no head.
+
+    Args:
+        config: Its towers are filled.
+        width: Of the model's features, which those of the start have too.
+    """
+    learned: dict[str, tuple[str, int | None]] = {}
+    for name, teacher in config.distilled_teachers.items():
+        assert teacher.tower is not None, "`with_towers` comes first"
         teacher_width = teachers[name].width if name in teachers else width
-        learned[name] = tower, teacher_width if config.loss.distil_by == "features" else None
+        by_features = config.loss.distil_by == "features"
+        learned[name] = teacher.tower, teacher_width if by_features else None
     return learned

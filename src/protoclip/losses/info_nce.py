@@ -1,4 +1,7 @@
-"""InfoNCE, the contrastive loss between pairs. For large batches it is computed tile by tile."""
+"""InfoNCE, the contrastive loss between pairs. For large batches it is computed tile by tile.
+
+The softmax of a tile is in `tiles.py`, and the sigmoid loss between pairs in `sigmoid.py`.
+"""
 
 from typing import Any
 
@@ -38,11 +41,13 @@ def info_nce(
         image_features: Of unit norm. Row `i` pairs with text row `i`.
         text_features: Of unit norm.
         logit_scale: Inverse temperature, in [1, 100].
-        groups: An integer of each pair, or several in columns: pairs that are equal in a column are
-            no negatives of each other.
-        positives: What others of a pair's group are: `shared`, positives, by the mean of their
-            log-probabilities (SupCon, arXiv 2004.11362); `masked`, left out of the softmax; or
-            `pair`, negatives all the same.
+        groups: An integer of each pair, or several in columns: pairs that are equal in a column
+            are of one group.
+        positives: What rows of one group are to each other. `masked`: no negatives, and no
+            positives either; each is left out of the other's softmax. `shared`: positives, by the
+            mean of their log-probabilities (SupCon, arXiv 2004.11362); each stays in the softmax,
+            and where the rows of a group have equal texts, or equal images, that is the loss
+            without groups. `pair`: negatives, as without groups.
         across_ranks: Set the local rows against those of all ranks, each with `b` pairs. The means
             of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
 

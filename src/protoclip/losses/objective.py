@@ -28,6 +28,7 @@ from protoclip.models.protoclip import Embeddings
 class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed.
 
+    A run has InfoNCE or the sigmoid loss; `objective` is public, and takes both.
     `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, `keep_by` what is
     to be kept of the start, and `distil_by` what is to be learned of the teachers in `distil`.
     """

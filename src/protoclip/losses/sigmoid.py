@@ -46,8 +46,9 @@ def sigmoid_loss(
         logit_scale: Inverse temperature; 10 at the start of training, in the paper.
         logit_bias: Added to every logit; -10 at the start, since few of them are of pairs.
         groups: As for `info_nce`.
-        positives: What others of a pair's group are: `shared`, pairs too, with z_ij = 1; `masked`,
-            left out of the sum; or `pair`, no pairs all the same.
+        positives: What rows of one group are to each other. `masked`: no negatives, and no
+            positives either; their z_ij is left out of the sum. `shared`: positives, with z_ij = 1.
+            `pair`: negatives, with z_ij = -1, as without groups.
         across_ranks: Set the local images against the texts of all ranks, each with `b` pairs. The
             means of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
             Every rank must multiply the loss by the same factor before its backward pass.

@@ -3,8 +3,11 @@
 Which layers keep their statistics in a stage is decided in `training/stages.py`.
 """
 
+import re
+
 import torch
 from jaxtyping import Bool, Float
+from timm.layers import norm_act
 from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,6 +63,15 @@ class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
 
 
 SYNCHRONISED = (SyncBatchNorm, nn.SyncBatchNorm)
+SHOWN = re.compile(r"(?:Sync)?BatchNorm(Act)?(?:\dd)?")  # how layers of any kind are printed
+
+
+def layers_of(model: object) -> str:
+    """A model as it is printed, with BatchNorm over ranks as over one.
+
+    In evaluation both compute the same, so features of either are found by both.
+    """
+    return SHOWN.sub(r"BatchNorm\g<1>2d", repr(model))
 
 
 def synchronise(module: nn.Module, device: torch.device) -> int:
@@ -81,6 +93,9 @@ def synchronise(module: nn.Module, device: torch.device) -> int:
             )
     if device.type == "cuda":
         convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        for layer in module.modules():
+            if isinstance(layer, norm_act.SyncBatchNormAct):  # its `act` was last; see `layers_of`
+                layer.add_module("act", layer._modules.pop("act"))
         return len(layers)
     for part in layers:
         if not isinstance(part, SYNCHRONISED):

@@ -1,4 +1,7 @@
-"""FLOPs of a forward pass, counted on the meta device, without weights and without a batch."""
+"""FLOPs of a forward pass, counted on the meta device, without weights and without a batch.
+
+The share of a card's peak that a run reaches is computed from them in `training/throughput.py`.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext

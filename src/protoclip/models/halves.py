@@ -4,6 +4,7 @@ Halves of two models are joined in `two_halves.py`, and encode pairs in `feature
 """
 
 import json
+import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import cache
@@ -171,12 +172,12 @@ def means_of(name: str) -> tuple[bool, bool]:
     with torch.device("meta"):
         model: Any = timm.create_model(name)
     model.reset_classifier(0)
-    own = repr(model), str(getattr(model, "global_pool", ""))
+    default = repr(model), str(getattr(model, "global_pool", ""))
     try:
         model.reset_classifier(0, global_pool="avg")
     except (AssertionError, TypeError, ValueError):
         return False, False
-    return own == (repr(model), str(getattr(model, "global_pool", ""))), True
+    return default == (repr(model), str(getattr(model, "global_pool", ""))), True
 
 
 def image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Tensor]:
@@ -249,16 +250,27 @@ def pooling_of(name: str) -> Literal["mean", "cls"]:
         file = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return "mean"
-    settings = json.loads(read_local(Path(file)))
-    ways = {key for key, value in settings.items() if key.startswith("pooling_mode_") and value}
-    if ways == {"pooling_mode_cls_token"}:
+    ways = pooling_modes(json.loads(read_local(Path(file))))
+    if ways == {"cls"}:
         return "cls"
-    if ways != {"pooling_mode_mean_tokens"}:
+    if ways - {"mean"}:
         raise ValueError(
             f"model.text.name: {name} pools its tokens by {' and '.join(sorted(ways))}; text "
             "towers take the mean or the first token, so choose one with model.text.pooling"
         )
     return "mean"
+
+
+def pooling_modes(settings: dict[str, Any]) -> set[str]:
+    """How sentence-transformers pools tokens, by a file of its settings.
+
+    Newer files name the way, or several. Older ones have a flag for each, such as
+    `pooling_mode_cls_token`.
+    """
+    if (named := settings.get("pooling_mode")) is not None:
+        return {named} if isinstance(named, str) else {*named}
+    flags = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    return {re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags}
 
 
 def check_text(name: str, source: str, *, context_length: int) -> None:

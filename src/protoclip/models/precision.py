@@ -43,6 +43,11 @@ def on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast
     return autocast(resolve(name, device), device) if device.type == "cuda" else nullcontext
 
 
+def encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
+    """The same of encoding by a frozen model; `auto` is that of `on_card`."""
+    return on_card(name, device) if name == "auto" else autocast(name, device)
+
+
 @contextmanager
 def measured_convolutions(device: torch.device) -> Iterator[None]:
     """On a card, cuDNN tries its convolutions on each new shape and takes the fastest.

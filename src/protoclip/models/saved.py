@@ -245,7 +245,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 def tensor_names(path: Path) -> set[str]:
     """Names of the tensors in a safetensors file, or in its shards; raises as `read_tensors`."""
     if in_shards(path):
-        return {*shards.described(path.with_suffix(""))}
+        return {*shards.meta_tensors(path.with_suffix(""))}
     try:
         require_regular(path)
         with safe_open(path, "pt") as tensors:
@@ -333,8 +333,8 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """This rank's parts of weights and moments that a sharded model saved."""
-    require_fit(folder, model, shards.described(folder / Path(WEIGHTS).stem))
-    stored = shards.described(folder / Path(OPTIMIZER).stem)
+    require_fit(folder, model, shards.meta_tensors(folder / Path(WEIGHTS).stem))
+    stored = shards.meta_tensors(folder / Path(OPTIMIZER).stem)
     with understood(folder):
         weights, moments = parts_to_fill(model, stored)
     heads = {name: part for name, part in weights.items() if name.startswith(TEACHER_HEADS)}
@@ -406,14 +406,14 @@ def checkpoint_files(
 
     `model` and `optimizer` in the state are copies already.
     """
-    own = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"]}
+    files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"]}
     if are_parts(state["model"]) and state["adapters"]:
-        own[ADAPTERS] = state["adapters"]
-    stems = {Path(name).stem for name in own}
+        files[ADAPTERS] = state["adapters"]
+    stems = {Path(name).stem for name in files}
     others = {key: value for key, value in state.items() if key not in stems}
     tensors: dict[str, Tensor] = {}
     facts = {MODEL: model_facts, STATE: split({"format": FORMAT, **others}, tensors)}
-    return {**own, RESUME: tensors}, facts
+    return {**files, RESUME: tensors}, facts
 
 
 def write_checkpoint(
@@ -451,19 +451,19 @@ def write_parts(
 
     If one rank cannot write, all raise, and there is no checkpoint.
     """
-    own = unfinished(folder)
+    staging = unfinished(folder)
     with in_background():
         try:
             temporary, checksums = rank0_first(
-                lambda: (own, write_files(own, tensors, facts, text_files or {}))
+                lambda: (staging, write_files(staging, tensors, facts, text_files or {}))
             )
             for stem, part in ((Path(name).stem, part) for name, part in parts.items()):
                 for written in all_gather_object(shards.write(temporary / stem, part)):
                     checksums |= {f"{stem}/{name}": digest for name, digest in written.items()}
-            rank0_first(lambda: complete(own, folder, checksums))
+            rank0_first(lambda: complete(staging, folder, checksums))
         except BaseException:
             if rank() == 0:
-                shutil.rmtree(own, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
             raise
 
 

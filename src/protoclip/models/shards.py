@@ -65,7 +65,7 @@ def write(folder: Path, parts: Mapping[str, Tensor]) -> dict[str, str]:
     return writer.checksums
 
 
-def described(folder: Path) -> dict[str, Tensor]:
+def meta_tensors(folder: Path) -> dict[str, Tensor]:
     """The whole tensors of a folder on the meta device: their names, shapes and types.
 
     Raises:
@@ -74,21 +74,21 @@ def described(folder: Path) -> dict[str, Tensor]:
     with understandable(folder):
         for path in files(folder):
             require_regular(path)
-        found: dict[str, Any] = dict(reader(folder).read_metadata().state_dict_metadata)
-        for name, tensor in found.items():
+        stored: dict[str, Any] = dict(reader(folder).read_metadata().state_dict_metadata)
+        for name, tensor in stored.items():
             if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
                 raise ValueError(f"not all of {name} is there")
         return {
             name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
-            for name, tensor in found.items()
+            for name, tensor in stored.items()
         }
 
 
 def read(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The whole tensors of a folder whose names begin so, on the CPU; raises as `described`."""
+    """The whole tensors of a folder whose names begin so, on the CPU; raises as `meta_tensors`."""
     whole = {
         name: torch.empty_like(like, device="cpu")
-        for name, like in described(folder).items()
+        for name, like in meta_tensors(folder).items()
         if name.startswith(prefix)
     }
     fill(folder, whole)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -138,17 +139,16 @@ class Start:
         return adopt(built, self.pretrained(), name=name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunStart(Start):
-    """A run or checkpoint folder."""
+@dataclass(frozen=True)
+class SavedWeights:
+    """What the weights of a checkpoint say of their model. Each is read once, when it is asked for.
+
+    A start shares it with the copies of it that have other settings.
+    """
 
     folder: Path
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder
-
-    @property
+    @cached_property
     def heads_are_new(self) -> bool:
         """Both heads begin alike, and stay so in a run without prototypes, such as `align`.
 
@@ -163,9 +163,9 @@ class RunStart(Start):
         with self._intact():
             return all(map(torch.equal, parameters("image"), parameters("text")))
 
-    @property
+    @cached_property
     def has_logit_bias(self) -> bool:
-        """By the weights, since the sigmoid loss adds it to any towers."""
+        """The sigmoid loss adds it to any towers."""
         with self._intact():
             return "towers.logit_bias" in tensor_names(self.folder / WEIGHTS)
 
@@ -177,18 +177,37 @@ class RunStart(Start):
             require_intact(self.folder, WEIGHTS)  # its line names the way out
             raise
 
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart(Start):
+    """A run or checkpoint folder."""
+
+    weights: SavedWeights
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.weights.folder
+
+    @property
+    def heads_are_new(self) -> bool:
+        return self.weights.heads_are_new
+
+    @property
+    def has_logit_bias(self) -> bool:
+        return self.weights.has_logit_bias
+
     @property
     def is_resized(self) -> bool:
         return self.architecture.sizes != self.unresized.sizes
 
     def build(self, weights: Weights) -> ProtoCLIP:
-        with buildable(self.folder):
+        with buildable(self.checkpoint):
             return super().build(weights)
 
     def open(self) -> Loaded:
         built: ProtoCLIP = seeded(replace(self, model=self.unresized.model).build, "new")
         self._load(built)
-        with buildable(self.folder):
+        with buildable(self.checkpoint):
             transform = EvaluationTransform(**towers.image_input(built.towers))
             return built.eval(), transform, self.unresized.tokenizer()
 
@@ -199,8 +218,8 @@ class RunStart(Start):
         return []
 
     def _load(self, built: ProtoCLIP) -> None:
-        require_intact(self.folder, WEIGHTS)
-        built.load_state_dict(read_weights(self.folder, built))
+        require_intact(self.checkpoint, WEIGHTS)
+        built.load_state_dict(read_weights(self.checkpoint, built))
 
 
 @contextmanager
@@ -239,7 +258,7 @@ def run_start(reference: str) -> RunStart:
         unresized=architecture,
         model=saved.model,
         has_heads=True,
-        folder=saved.folder,
+        weights=SavedWeights(saved.folder),
     )
 
 

@@ -161,14 +161,15 @@ def set_input_size(trunk: Any, size: int, name: str) -> None:
         require_multiple(size, patch, name)
         trunk.set_input_size(img_size=(size, size))
     settings = getattr(trunk, "pretrained_cfg", None) or {}
-    own = settings.get("input_size", (3, size))[-1]
+    native_size = settings.get("input_size", (3, size))[-1]
     is_patched = hasattr(trunk, "patch_embed")  # and then read, once its patches divide the size
     is_fixed = settings.get("fixed_input_size") and not (
         is_patched and hasattr(trunk, "set_input_size")
     )
-    if own != size and is_fixed and not reads(trunk, size):
+    if native_size != size and is_fixed and not reads(trunk, size):
         raise ValueError(
-            f"model.image.size: {name} cannot read images of {size} pixels; its own are of {own}"
+            f"model.image.size: {name} cannot read images of {size} pixels; its own are of "
+            f"{native_size}"
         )
 
 

@@ -124,7 +124,8 @@ def two_halves(given: ModelConfig) -> TwoHalves:
         ValueError: There is no such model, or its tower can be no half.
     """
     image, text = half("image", given), half("text", given)
-    (image_facts, vision), (text_facts, reads) = described("image", image), described("text", text)
+    image_facts, vision_cfg = tower_config("image", image)
+    text_facts, text_cfg = tower_config("text", text)
     activations = {*image_facts.values(), *text_facts.values()}
     if len(activations) > 1:
         raise ValueError(
@@ -134,13 +135,13 @@ def two_halves(given: ModelConfig) -> TwoHalves:
         )
     built = image.build("none").towers
     mean, std = towers.image_normalisation(built)
-    native_size, native_length = towers.image_size(built), int(reads["context_length"])
+    native_size, native_length = towers.image_size(built), int(text_cfg["context_length"])
     size = given.image.size or native_size
     length = given.text.context_length or native_length
     notes = []
     if size != native_size:
         notes.append(f"model.image.size = {size}: the image half was made for {native_size} pixels")
-    if length > native_length or (length < native_length and "hf_model_name" not in reads):
+    if length > native_length or (length < native_length and "hf_model_name" not in text_cfg):
         notes.append(
             f"model.text.context_length = {length}: the text half was made for {native_length}"
         )
@@ -151,8 +152,8 @@ def two_halves(given: ModelConfig) -> TwoHalves:
         "embed_dim": given.embed_dim,
         "custom_text": True,
         **({"quick_gelu": True} if activations == {True} else {}),
-        "vision_cfg": {**vision, "image_size": native_size},
-        "text_cfg": reads,
+        "vision_cfg": {**vision_cfg, "image_size": native_size},
+        "text_cfg": text_cfg,
     }
     towers.require_fitting_size(given.image.size, config["vision_cfg"], image.reference)
     source = text.unresized
@@ -208,7 +209,7 @@ def half(tower: Tower, given: ModelConfig) -> Start:
     return start
 
 
-def described(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str, Any]]:
+def tower_config(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str, Any]]:
     """Whether a tower has QuickGELU, where that matters, and open_clip's configuration of it.
 
     Raises:

@@ -189,13 +189,13 @@ def find_examples(config: Config, samples: int, *, run: Path) -> Examples:
             examples = Examples(pairs=of_source(training, given), held_out=False)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"the data cannot be read ({error})") from error
-    found, lost = examples.pairs, ""
-    if found.skipped:
-        lost = f" ({found.skipped:,} could not be read, such as {found.reason})"
-    if not found.images:
-        raise ValueError(f"{found.name}: none of the images can be read{lost}")
-    if len(found.images) < 2 * PAIRS_PER_GROUP:
-        raise ValueError(f"{len(found.images)} pairs are too few to show anything{lost}")
+    pairs, lost = examples.pairs, ""
+    if pairs.skipped:
+        lost = f" ({pairs.skipped:,} could not be read, such as {pairs.reason})"
+    if not pairs.images:
+        raise ValueError(f"{pairs.name}: none of the images can be read{lost}")
+    if len(pairs.images) < 2 * PAIRS_PER_GROUP:
+        raise ValueError(f"{len(pairs.images)} pairs are too few to show anything{lost}")
     return examples
 
 

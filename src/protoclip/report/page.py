@@ -32,7 +32,7 @@ from protoclip.report.looks import Confusions, Examples, Look, Map
 from protoclip.report.repeat import commands, settings
 from protoclip.report.runs import Curve, RunFolder, labels, models, read_run
 from protoclip.terminal import OBEYED
-from protoclip.training.run_folder import named_by
+from protoclip.training.run_folder import UNSAID, named_by
 
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a caption, a name or a setting
@@ -364,6 +364,7 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
         "time": time if spent else "not known",
         "data": ", ".join(named_by(run.settings, "data.sources", "path", "data.train")),
         "teachers": run.config.uses_of_teachers if run.config is not None else "",
+        "positives": str(run.settings.get("loss.positives") or UNSAID["loss.positives"]),
         "folder": str(run.folder),
     }
 

@@ -86,8 +86,8 @@ def read_run(
         raise ValueError(f"{folder}: no such run folder")
     written = folder / "config.toml"
     if not written.is_file():
-        found = folder.glob("*/config.toml") if folder.is_dir() else ()
-        inside = sorted(str(each.parent) for each in found)
+        configs = folder.glob("*/config.toml") if folder.is_dir() else ()
+        inside = sorted(str(config.parent) for config in configs)
         named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
         hint = f"it holds runs: name them, as {named}" if inside else "a run has a config.toml"
         raise ValueError(f"{folder}: not a run folder; {hint}")

@@ -17,6 +17,7 @@ import torch
 
 from protoclip.checks import check_amounts
 from protoclip.config import HALVES, Config, EpisodeConfig, TeacherConfig
+from protoclip.data.captions import caption_draw
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
@@ -315,11 +316,11 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     An episode that was chosen shrinks to what is left.
 
     Raises:
-        ValueError: The store cannot be used, or more pairs are bad than `data.max_bad_share` says.
+        ValueError: The store cannot be used, more pairs are bad than `data.max_bad_share` says, or
+            a visit cannot bring the captions that `data.captions` names.
     """
     config, samples = plan.config, plan.samples
     assert isinstance(samples, Pairs)
-    require_teachers(config, samples)
     halves = frozen(model)
     rows = encode_halves(
         halves,
@@ -357,17 +358,19 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         for tower in (towers.visual, towers.text):
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
                 collectives.broadcast(parameter.data)
-    if not len(left_out):
-        return plan, rows
-    kept = without(samples, left_out)
-    episodes = config.episodes
+    kept: Pairs = without(samples, left_out) if len(left_out) else samples
+    episodes, left = config.episodes, len(kept)
     if config.run.overfit is not None:  # each pair that is left, in one batch
-        left = len(kept)
-        config = replace(config, episodes=replace(episodes, size=left, batch_size=left))
-    else:
-        episodes, said_too = fitting(choices, episodes, len(kept))
-        config, notes = replace(config, episodes=episodes), notes + said_too
-    plan = replace(plan, config=config, samples=kept, notes=notes)
+        episodes = replace(episodes, size=left, batch_size=left)
+    elif len(left_out):
+        episodes, said_too = fitting(choices, episodes, left)
+        notes += said_too
+    config = replace(config, episodes=episodes)
+    captions, said_too = raise_on_all_ranks(lambda: caption_draw(config, kept_rows))
+    notes += said_too
+    for name, teacher in plan.teachers.items():
+        notes += raise_on_all_ranks(partial(external.unknown_to, name, teacher, kept))
+    plan = replace(plan, config=config, samples=kept, captions=captions, notes=notes)
     return plan, kept_rows
 
 
@@ -397,7 +400,11 @@ def pass_stream(
         ValueError: As `encode`; or settings do not go together, whatever passes.
     """
     rank0_first(lambda: require_possible(choices, config, start))
-    require_teachers(config, stream)
+    if config.external_teachers:  # or hours pass before they are refused
+        told: list[str] = []
+        raise_on_all_ranks(lambda: external.teachers(config, stream, told.append))
+        for note in told if rank() == 0 else ():
+            say(f"note: {note}")
     model = loading.to_device(loading.model(start, seed=config.run.seed), device)
     halves, root = frozen(model), features_folder(config)
     return passed(
@@ -408,16 +415,6 @@ def pass_stream(
         max_bad_share=config.data.max_bad_share,
         threads=threads_of(config),
     )
-
-
-def require_teachers(config: Config, samples: Pairs | SampleStream) -> None:
-    """Refuse external teachers that cannot be used, before anything is encoded. Collective."""
-    if config.external_teachers:
-        told: list[str] = []
-        raise_on_all_ranks(lambda: external.teachers(config, samples, told.append))
-        if isinstance(samples, SampleStream) and rank() == 0:  # pairs are looked up, and told later
-            for note in told:
-                say(f"note: {note}")
 
 
 def frozen(model: ProtoCLIP) -> FrozenHalves:

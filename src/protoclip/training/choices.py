@@ -1,6 +1,8 @@
 """Other defaults than those of `train`, for the commands that have some: fine-tuning, aligning.
 
 The values are in `finetune.py` and `align.py`; what a run itself fills in is decided in `plan.py`.
+Here unset means that the user did not give a setting, be it at its default: a question of the
+command, which is answered before the plan. In the plan unset is a setting without a value.
 """
 
 from collections.abc import Callable, Collection, Mapping

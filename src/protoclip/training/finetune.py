@@ -1,4 +1,7 @@
-"""Fine-tuning: `train` with other defaults, then WiSE-FT. What `protoclip finetune` does."""
+"""Fine-tuning: `train` with other defaults, then WiSE-FT. What `protoclip finetune` does.
+
+The defaults are set here; the loop over episodes is in `run.py`, and WiSE-FT in `wise_ft.py`.
+"""
 
 from collections.abc import Mapping
 from functools import partial

@@ -65,7 +65,7 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
         "weight_decay": 0.2 if is_transformer else 0.1,
         "heads_weight_decay": 0.0,
         # Fast heads leave behind the projections that wait in a queue (docs/LOG.md).
-        "heads_lr_scale": 1.0 if config.prototype_source == "extract" else SLOW_HEADS,
+        "heads_lr_scale": 1.0 if config.prototypes.source == "extract" else SLOW_HEADS,
     }
 
 

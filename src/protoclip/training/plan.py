@@ -1,13 +1,27 @@
 """The plan of a run: all that is decided before it starts, each thing once.
 
-It reads the start, opens the data, holds out the pairs that judge the run, and fills every setting
-that is unset. What comes after it asks no more whether a setting was left out.
+It reads the start, opens data and teachers, holds out the pairs that judge the run, and fills all
+settings that are unset. What comes after it asks no more whether one was left out. These stay open:
+
+- What a run goes without: `model.lora`, `run.sync`, `run.stop_by`, `data.only` and their like.
+- What the machine decides, for a run may go on on another one: `run.device`, `run.precision`,
+  `data.workers`; and places that follow from others: `run.out`, `align.features`.
+- How sources are read, by what is in them: `data.read` and the columns of tables.
+- `data.validation`: pairs that are asked for have to be held out, and without being asked a run
+  goes on without any if they are few. A share in its place would say that they were asked for, when
+  the run goes on, and when another one starts from it (evaluation/validation.py).
+- `align.head`: `model.projection` is what became of it.
+
+It says every note but a few. Those on the built model and its loader need these: how large it is,
+what was resized, added or made parallel, how many processes read. `align` tells of the pairs that
+it could encode. A run names its devices, and what it goes on from, as it begins; a command says
+what it was given in vain.
 """
 
 import difflib
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,25 +29,29 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.checks import check, never_trained
-from protoclip.config import Config
+from protoclip.config import AlignConfig, Config
 from protoclip.data import sources
 from protoclip.data.access import digest
+from protoclip.data.captions import ONE, CaptionDraw, caption_draw
 from protoclip.data.content import Facts, content, facts_that_may_move
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.view import PairsView
+from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
     raise_on_all_ranks,
     rank,
     rank0_first,
+    world_size,
 )
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged
+from protoclip.features import teachers as external
 from protoclip.features.half_rows import HalfRows
 from protoclip.features.store import StoredFeatures
 from protoclip.features.whiten import Whitens
@@ -73,10 +91,12 @@ class Plan:
     """What a run is going to do, and with which data.
 
     Attributes:
-        config: The settings, with sizes, model and optimizer filled. Rules of the machine stay
-            `auto`, since a run may go on on another one: workers, device and precision.
+        config: The settings, with all filled that the module's first lines do not leave open.
         start: What the model starts from.
         samples: The pairs to train on.
+        teachers: The external teachers by name, but for those that the run makes of its start or
+            its halves.
+        captions: Those of a visit to an image.
         held_out: The data sets that judge the run, of pairs that are not trained on.
         guards: The data sets of `run.guard`.
         notes: What the user should know of all this.
@@ -85,6 +105,8 @@ class Plan:
     config: Config
     start: Start
     samples: Pairs | SampleStream
+    teachers: Mapping[str, StoredFeatures] = field(default_factory=dict)
+    captions: CaptionDraw = ONE
     held_out: Sequence[EvaluationData] = ()
     guards: Sequence[EvaluationData] = ()
     notes: Sequence[str] = ()
@@ -177,9 +199,23 @@ def complete(
         adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)
         decided, said = filled(adapted, start, divided.training)
         without_effect = [note for note in check(decided) if note in outlined.unsure]
-        return decided, without_effect + notes + said + never_trained(decided)
+        return decided, without_effect + notes + said + never_trained(decided) + idle(decided)
 
     config, notes = rank0_first(decide)
+    told, training = list[str](), divided.training
+    teachers = raise_on_all_ranks(lambda: external.teachers(config, training, told.append))
+    if world_size() > 1:
+        known = raise_on_all_ranks(lambda: {n: each.content for n, each in teachers.items()})
+        known_to_all = all_gather_object((socket.gethostname(), known))
+        raise_on_all_ranks(lambda: require_same_teachers(known_to_all))
+    config, said = rank0_first(lambda: external.with_towers(config, teachers))
+    notes += said
+    captions = ONE
+    if pass_stream is None:  # align tells of the pairs that it keeps
+        captions, said = raise_on_all_ranks(lambda: caption_draw(config, training))
+        notes += said + told
+        if config.align != AlignConfig():
+            notes.append("align.*: no effect, since protoclip align alone aligns halves")
     start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
     if defaults is None and config.model.frozen_batch_norm:  # fine-tuning asks it of any towers
         notes += rank0_first(lambda: without_batch_norm(start))
@@ -187,7 +223,8 @@ def complete(
     cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=draws))
     notes = [*outlined.notes, *notes, *cut, *divided.notes]
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
-    if are_negatives and pass_stream is None:  # align makes one sample of them
+    # align makes one sample of them, and the emoji are bundled as they are
+    if are_negatives and pass_stream is None and not config.data.is_emoji:
         notes += rank0_first(lambda: sizes.shared_images(divided.training))
     for guard in watched:
         notes += guard.notes
@@ -198,6 +235,8 @@ def complete(
         config=config,
         start=start,
         samples=divided.training,
+        teachers=teachers,
+        captions=captions,
         held_out=divided.data,
         guards=watched,
         notes=notes,
@@ -230,6 +269,29 @@ def require_same_pairs(of_all: Sequence[Sequence[str]]) -> None:
             f"data.train: {host} sees {others}, and {first} {pairs}, or other ones; let all hosts "
             "read the same data"
         )
+
+
+def require_same_teachers(of_all: Sequence[tuple[str, Mapping[str, Facts]]]) -> None:
+    """Refuse a host whose features differ from those of rank 0, given host and `content` by name
+    of all ranks."""
+    (first, expected), (host, known) = of_all[0], of_all[rank()]
+    for name, features in known.items():
+        if features != expected[name]:
+            raise ValueError(
+                f"teacher.features: {host} has other features of {name} than {first}; let all "
+                "hosts read the same files"
+            )
+
+
+def idle(config: Config) -> list[str]:
+    """Notes on settings that this device, or so many ranks, make slow or idle."""
+    notes = []
+    if config.run.precision == "fp16" and collectives.device(config.run.device).type == "cpu":
+        notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
+    part, share = config.episodes.micro_batch_size, config.episodes.batch_size // world_size()
+    if part is not None and part >= share:
+        notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
+    return notes
 
 
 def without_batch_norm(start: Start) -> list[str]:
@@ -287,8 +349,8 @@ def weights_key(start: Mapping[str, Tensor]) -> str:
 
 
 def fill(section: Section, values: Mapping[str, Any]) -> Section:
-    """A section of the settings, with these values for what it leaves unset."""
-    unset = {name: value for name, value in values.items() if getattr(section, name) is None}
+    """A section of the settings, with these values for what it leaves unset, or `auto`."""
+    unset = {n: value for n, value in values.items() if getattr(section, n) in (None, "auto")}
     return replace(section, **unset)  # type: ignore[type-var]
 
 
@@ -316,7 +378,8 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
         size, length = architecture.sizes["image_size"], architecture.sizes["context_length"]
         image, text = replace(model.image, size=size), replace(model.text, context_length=length)
         model = replace(model, image=image, text=text)
-    config = replace(config, model=model)
+    prototypes = fill(config.prototypes, {"source": config.prototype_source})
+    config = replace(config, model=model, prototypes=prototypes)
     config, said = with_episodes(config, samples)
     kind = architecture.tower_kind
     values = optim.defaults(config, kind)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import START, AlignConfig, Config, PrototypeConfig, TeacherConfig
+from protoclip.config import START, Config, PrototypeConfig, TeacherConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
-from protoclip.data.captions import caption_draw
 from protoclip.data.chosen import read_chosen
 from protoclip.data.content import Facts
 from protoclip.data.groups import KEYS
@@ -35,6 +34,7 @@ from protoclip.features import teachers as external
 from protoclip.features.half_rows import HalfRows, half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.start import embed_start
+from protoclip.features.whiten import Whitens
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
@@ -152,9 +152,8 @@ def train_together(
     start = {} if ending is None else parallel.weights(model)
     reads, aligns = run.loader.tokenizer, encode is not None
     notes = [loading.in_words(plan.config.model, model, reads, aligns=aligns)]
-    notes += [throughput.placed(device, run.loader.batch_size), *plan.notes, *said, *run.notes]
-    if encode is None and config.align != AlignConfig():
-        notes.append("align.*: no effect, since protoclip align alone aligns halves")
+    notes += [throughput.placed(device, run.loader.batch_size), *plan.notes, *said]
+    notes += () if aligns else run.loader.notes  # rows need no workers
     with ExitStack() as held, ExitStack() as stack:
 
         def claim() -> Path | None:
@@ -246,12 +245,9 @@ class Run:
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
         self.early_stop = early_stop_of(config.run)
         self.more_results: dict[str, Any] = {}  # of an ending
-        self.notes: list[str] = []
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
-        if self.arithmetic == {"run.device": "cpu", "run.precision": "fp16"}:
-            self.notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
         self.content: dict[str, list[Facts]] = {}  # identifies the samples, on rank 0
@@ -261,13 +257,11 @@ class Run:
             at_least=config.episodes.size // world_size(),
         )
         self.episode = sampler.episodes(config, samples)
-        captions, said = caption_draw(config, samples if halves is None else halves)
-        self.notes += said
         self.loader = data_loader.loader(
             config,
             samples,
             tokenizer=loading.tokenizer(plan.start),
-            captions=captions,
+            captions=plan.captions,
             transform=loading.evaluation_transform(model)
             if config.run.overfit
             else loading.training_transform(model, config.data.augmentation),
@@ -277,7 +271,7 @@ class Run:
             after=self.pass_after,
             kind=EpisodeLoader if halves is None else partial(RowLoader, halves=halves),
         )
-        self.teachers = external.teachers(config, samples, self.notes.append)
+        self.teachers: dict[str, Whitens] = {**plan.teachers}
         if config.distilled_teachers:
             width = plan.start.architecture.embed_dim
             heads = external.heads(config, self.teachers, width)
@@ -316,7 +310,7 @@ class Run:
             batches=config.episodes.size // config.episodes.batch_size,
             batch_size=config.episodes.batch_size,
             throughput=throughput.measures(
-                plan.start if halves is None else None, device, precision, captions.number
+                plan.start if halves is None else None, device, precision, plan.captions.number
             ),
             recalls=config.run.overfit is not None,
         )
@@ -335,10 +329,6 @@ class Run:
             in_use=self.copies.in_use,
         )
         self.copies.copied = self.writer.prune  # of what was in use until then
-        self.notes += self.loader.notes if halves is None else ()  # rows need no workers
-        part, share = config.episodes.micro_batch_size, self.loader.batch_size
-        if part is not None and part >= share:
-            self.notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
 
     def feature_source(self, context: Autocast) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
@@ -355,7 +345,7 @@ class Run:
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
             "micro_batch_size": config.episodes.micro_batch_size,
         }
-        if config.prototype_source == "queue":
+        if config.prototypes.source == "queue":
             size = config.episodes.size * self.loader.captions.number
             return QueuedFeatures(size=size, **settings)
         return ExtractedFeatures(**settings)
@@ -466,6 +456,7 @@ class Run:
                 symptoms=Symptoms(
                     pairs=pairs,
                     warm_up=config.optim.warm_up_steps,
+                    rate=config.optim.learning_rate,
                     masked=config.loss.positives == "masked",
                     replaced=config.episodes.replacement
                     and isinstance(self.plan.samples, Pairs)
@@ -571,7 +562,7 @@ class Run:
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
         if stopped:  # as all ranks agreed; a signal may come later
             return {**results, "stopped": self.stopped_by, "metrics": {}}
-        met = collectives.all_gather_object(self.skips.own)
+        met = collectives.all_gather_object(self.skips.new)
         results |= {
             "seed": config.run.seed,
             "samples_seen": trainer.samples_seen,
@@ -583,7 +574,8 @@ class Run:
             "metrics": {},
         }
         if config.run.evaluate:
-            results["metrics"] = self.evaluate("test", samples_to=self.folder / "results")
+            to = self.folder / "results"
+            results["metrics"] = self.evaluate("test", keeps=True, samples_to=to)
         results |= self.more_results
         if config.run.overfit is not None:  # of which align may have left some out
             results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)

@@ -166,13 +166,17 @@ def as_begun(config: Config, folder: Path) -> Config:
         model = replace(model, image=image, text=text)
     for number, each in enumerate(saved.get("teachers", [])):
         saved |= flat(each, f"teachers.{number}.")
-    teachers = [begun(each, f"teachers.{n}", "number") for n, each in enumerate(config.teachers)]
+    of_teacher = ("number", "tower")
+    teachers = [
+        begun(each, f"teachers.{number}", *of_teacher)
+        for number, each in enumerate(config.teachers)
+    ]
     return replace(
         config,
         model=model,
         episodes=begun(config.episodes, "episodes", "size"),
-        prototypes=begun(config.prototypes, "prototypes", "number"),
-        teacher=begun(config.teacher, "teacher", "number"),
+        prototypes=begun(config.prototypes, "prototypes", "number", "source"),
+        teacher=begun(config.teacher, "teacher", *of_teacher),
         teachers=teachers,
         optim=begun(config.optim, "optim", *vars(config.optim)),
     )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import islice
 
 from protoclip.data.captions import BETWEEN_SENTENCES
+from protoclip.data.content import repeated_images
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import (
     LOOKED_AT,
@@ -25,8 +26,8 @@ from protoclip.models.towers import TokenCounter, build_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
-FIRST_ROWS = 2000  # of a source, whose images are compared by name
-SHARED = 0.01  # share of the pairs that name the image of another, from which on it is said
+FIRST_ROWS = 2000  # of a source, whose images are compared
+SHARED = 0.01  # share of the pairs that have the image of another, from which on it is said
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
 
@@ -104,12 +105,11 @@ def captions_cut(
 
 
 def shared_images(samples: Pairs | SampleStream) -> list[str]:
-    """A note on pairs that name the image file of another pair, if they are more than a few of the
-    first rows of each source.
+    """A note on pairs that have the image of another pair, if they are more than a few of the first
+    rows of each source.
 
-    Rows of one image follow each other in tables with a row a caption. It reads no image, so equal
-    files of different names, and images within the data, count as different: protoclip data inspect
-    compares contents.
+    Rows of one image follow each other in tables with a row a caption. Equal files of different
+    names count as different (`content.repeated_images`): protoclip data inspect compares contents.
     """
     if not isinstance(samples, Pairs):
         return []
@@ -117,13 +117,12 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
     for source in sources_of(samples):
         if isinstance(source, ImageTextPairs):
             first = range(min(len(source), FIRST_ROWS))
-            names = [name for name in map(source.image_file, first) if name is not None]
             looked_at += len(first)
-            again += len(names) - len(set(names))
+            again += repeated_images(source, first)
     if again <= SHARED * looked_at:
         return []
     return [
-        f"{again:,} of the first {looked_at:,} pairs name the image file of another one, and in a "
-        "batch the two are negatives of each other; set loss.positives = masked, or give each "
-        "image one row with all its captions"
+        f"{again:,} of the first {looked_at:,} pairs have the image of another one, and in a batch "
+        "the two are negatives of each other; set loss.positives = masked, or give each image one "
+        "row with all its captions"
     ]

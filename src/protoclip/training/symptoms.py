@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from statistics import fmean
+from statistics import fmean, pstdev
 
 import torch
 
@@ -18,6 +18,9 @@ from protoclip.distributed.collectives import all_gather, world_size
 PATIENCE = 300
 AT_CHANCE = 0.97  # of the way from the least possible loss to that of a guess
 RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is wrong gets there
+# AdamW moves a weight by about the rate in a step, and by less than this in so many steps does not
+# move it. No rate that is of use is so low: 1e-7 is already far above it.
+UNMOVED = 1e-5
 # Share of a batch that repeats the rest of it, in the mean over so many logged steps.
 REPEATED, OBSERVED = 0.1, 5
 ADVICE = {
@@ -74,6 +77,25 @@ def at_chance(
     )
 
 
+def unmoved(losses: Sequence[float], *, rate: float, steps: int) -> str | None:
+    """Whether a rate does nothing: it cannot move weights, and InfoNCE is what it was at first.
+
+    Args:
+        losses: The first that were logged, in order.
+        rate: The highest of the schedule.
+        steps: At the full rate.
+    """
+    half = len(losses) // 2
+    if steps < PATIENCE or rate * PATIENCE >= UNMOVED or half < OBSERVED:
+        return None
+    if abs(fmean(losses[:half]) - fmean(losses[-half:])) > pstdev(losses):
+        return None
+    return (
+        f"train/loss/info_nce stays at {fmean(losses[-half:]):.4g}: optim.learning_rate = {rate:g} "
+        "is too low to move any weight; raise it"
+    )
+
+
 def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
     """Whether InfoNCE rose far above that of a guess."""
     chance = math.log(pairs)
@@ -107,6 +129,7 @@ class Symptoms:
     Attributes:
         pairs: In a batch, of all ranks.
         warm_up: Steps until the full rate.
+        rate: That full rate.
         masked: Whether InfoNCE leaves out the pairs that match.
         replaced: Whether pairs are drawn with replacement, and need not be.
         overfits: Whether this is a run of `--overfit`.
@@ -114,10 +137,12 @@ class Symptoms:
 
     pairs: int
     warm_up: int
+    rate: float
     masked: bool = False
     replaced: bool = True
     overfits: bool = False
     lowest: float = math.inf
+    losses: list[float] = field(default_factory=list)
     shares: dict[str, list[float]] = field(default_factory=lambda: {"captions": [], "images": []})
     said: set[str] = field(default_factory=set)
 
@@ -130,15 +155,22 @@ class Symptoms:
                 lines[what] = repeats(what, shares, replaced=self.replaced)
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
+            steps = step - self.warm_up
+            self.losses += [loss] if len(self.losses) < PATIENCE else []
             lines["risen"] = risen(loss, self.lowest, pairs=self.pairs)
-            lines["chance"] = at_chance(
-                loss,
-                self.lowest,
-                pairs=self.pairs,
-                positives=metrics.get("train/positives", 0.0),
-                masked=self.masked,
-                steps=step - self.warm_up,
-                overfits=self.overfits,
+            lines["unmoved"] = unmoved(self.losses, rate=self.rate, steps=steps)
+            lines["chance"] = (
+                None
+                if lines["unmoved"]
+                else at_chance(
+                    loss,
+                    self.lowest,
+                    pairs=self.pairs,
+                    positives=metrics.get("train/positives", 0.0),
+                    masked=self.masked,
+                    steps=steps,
+                    overfits=self.overfits,
+                )
             )
             self.lowest = min(self.lowest, loss)
         new = {name: line for name, line in lines.items() if line and name not in self.said}

@@ -48,14 +48,16 @@ def interpolated(
 ) -> dict[str, Tensor]:
     """Weights `(1 - alpha) start + alpha end`, statistics of BatchNorm included.
 
-    Exactly `start` at 0 and `end` at 1. Whole numbers, such as counts of batches, are those of
-    `end`.
+    Exactly `start` at 0 and `end` at 1. Between them whole numbers, such as counts of batches, are
+    those of `end`.
 
     Args:
         start, end: State dicts of one model, on the CPU.
         alpha: In [0, 1].
     """
     assert start.keys() == end.keys()
+    if alpha == 0:
+        return dict(start)
     return {
         name: torch.lerp(start[name], value, alpha)
         if value.is_floating_point() and FIXED not in name
@@ -135,7 +137,7 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
     start_metrics = {}
     if run.config.run.evaluate:
         load(0.0)
-        start_metrics = run.evaluate("test")
+        start_metrics = run.evaluate("test", keeps=True)
     load(chosen)
     record = {
         "rule": RULE,
@@ -164,7 +166,8 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
         if rank() == 0:
             progress.update(done, f"alpha {each:g}")
         load(each)
-        metrics = run.evaluate("validation", quick=True, show=False)
+        # Others that start from the same weights may judge them by the same data.
+        metrics = run.evaluate("validation", quick=True, keeps=each == 0.0, show=False)
         by_data = scores(metrics)
         mean = float(np.mean([*by_data.values()]))
         known[each] = {"alpha": each, "scores": by_data, "mean": mean, "metrics": metrics}
@@ -189,12 +192,12 @@ def known_points(run: Run) -> list[Point]:
 
 def judges(run: Run) -> dict[str, str]:
     """What judges the weights, by name: a digest of its images, captions, classes and prompts."""
-    found = {}
+    digests = {}
     for data in (*run.plan.held_out[:1], *run.plan.guards):
         split = data.splits["validation" if "validation" in data.splits else "test"]
         facts = (split.images.key, split.captions, list(data.class_names), list(data.templates))
-        found[data.name] = checksum(repr(facts).encode())
-    return found
+        digests[data.name] = checksum(repr(facts).encode())
+    return digests
 
 
 def write(run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""The figure of a WiSE-FT sweep. Only this module of training imports matplotlib, an extra."""
+"""The figure of a WiSE-FT sweep. Only this module of training imports matplotlib, an extra.
+
+The sweep itself, which chooses the model, is in `wise_ft.py`.
+"""
 
 from collections.abc import Mapping
 from itertools import cycle

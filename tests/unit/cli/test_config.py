@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from protoclip.checks import check
 from protoclip.cli.parsing import descriptions
 from protoclip.config import (
+    GONE,
+    RENAMED,
     Config,
     DataConfig,
     EpisodeConfig,
@@ -132,6 +135,39 @@ def test_a_tree_of_values_becomes_a_configuration():
         build(Config, {"prototypes": {"start": "spread"}})
     with pytest.raises(ValueError, match=r"^data\.sources\[0\]\.path: is missing"):
         build(Config, {"data": {"sources": [{"weight": 1}]}})
+
+
+def tree_of(name: str, value: object) -> dict[str, Any]:
+    """One setting as a recipe holds it."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("row", RENAMED)
+def test_a_setting_of_earlier_versions_is_refused_with_the_way_out(row):
+    """In one line, and every setting that it names is there."""
+    name, _, value = row.partition(" = ")
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        build(Config, tree_of(name, value or "anything"))
+    shown_value = f"'{value}' " if value else ""
+    assert str(error.value) == f"{name}: {shown_value}{RENAMED[row]}"
+    assert re.search(r"; [\w.]+ |is \w+\.\w+ now", RENAMED[row])
+    for section, setting in re.findall(r"([a-z]+)\.([a-z]\w*)", RENAMED[row]):
+        assert hasattr(getattr(Config(), section), setting)
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_the_value_of_a_dropped_setting_that_changed_nothing_is_passed_over(name):
+    """As old run folders have it; any other value is refused."""
+    assert build(Config, tree_of(name, GONE[name])) == Config()
+    with pytest.raises(ValueError, match=re.escape(f"{name}: {RENAMED[name]}")):
+        build(Config, tree_of(name, 7))
+    section, setting = name.split(".")
+    if section == "teacher":
+        teachers = build(Config, {"teachers": [{setting: GONE[name]}]}).teachers
+        assert teachers == [TeacherConfig()]
 
 
 def test_evaluation_during_training_needs_something_to_evaluate_on():

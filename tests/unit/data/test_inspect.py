@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data.inspect import evenly_spaced, inspect, show, way
+from protoclip.data.inspect import UNCOUNTED, evenly_spaced, inspect, show, way
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
@@ -160,9 +160,14 @@ def shards(tmp_path: Path) -> ShardStream:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_streamed_shards_are_read_once(shards, workers, capsys):
     """One pass where all are asked for; else the starts of several shards; never a sample twice."""
-    for samples, read in ((None, 210), (128, 128), (10_000, 210)):
+    for samples, read, advice in (
+        (None, 210, way(210)),
+        (128, 128, UNCOUNTED),
+        (999, 210, way(210)),
+    ):
         found = look(shards, samples=samples, workers=workers)
         assert (found["pairs"], found["read"], found["unreadable"]) == (None, read, 0)
+        assert found["next"] == advice
         assert found["repeated_caption_copies"] == found["repeated_image_copies"] == 0
         assert capsys.readouterr().err.count("inspect") == 1
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import protoclip
 from protoclip.data.pairs import BadSample
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.files import checksum
@@ -103,3 +104,10 @@ def solid_data(name: str = "solid", bad: Sequence[int] = ()) -> EvaluationData:
         class_names=[f"{number}" for number in range(CLASSES)],
         templates=("a class {c}", "some class {c}"),
     )
+
+
+def judge(model, data, tasks=None, **more):
+    """The records of `protoclip.evaluate`, by task."""
+    given = model, transform, tokenizer, data
+    found = protoclip.evaluate(*given, tasks, **{"workers": 0, "model_name": "m", **more})
+    return {record["task"]: record for record in found}

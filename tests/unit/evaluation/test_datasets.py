@@ -1,94 +1,35 @@
-"""Every reference to evaluation data: what is read, and one line for what is wrong with it."""
+"""Every reference to evaluation data: what is read."""
 
-import gzip
-import io
 import json
 import os
-import re
 import shutil
-import tarfile
-from pathlib import Path
 
 import datasets as hugging_face
-import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
+from written import (
+    CAPTIONS,
+    CLASSES,
+    NAMES,
+    REDS,
+    as_class_label,
+    png,
+    write,
+    write_table,
+    write_wds,
+)
 
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import DOWNLOADS, Images, emoji, open_data
+from protoclip.evaluation.datasets import Images, emoji, open_data
 from protoclip.evaluation.zero_shot import read_templates
-
-# The images of every split below, by the red of their pixels, with class and captions.
-REDS, NAMES, CLASSES = (10, 20, 30), ["cat", "big dog"], [1, 0, 1]
-CAPTIONS = [("one",), ("two", "a second"), ("three",)]
-
-
-def png(red: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (3, 2), (red, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def reds(images: Images) -> list[int]:
     return [images.image(row).getpixel((0, 0))[0] for row in range(len(images))]
-
-
-def write(path, content: str | bytes):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def write_tar(path, files: dict[str, bytes]):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def npy(*present: int) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(present))
-    return buffer.getvalue()
-
-
-BESIDE = {
-    "cls": [b"1", b"0\n", b"1"],
-    "npy": [npy(0, 1), npy(1, 1), npy(0, 0)],
-    "txt": ["\n".join(texts).encode() for texts in CAPTIONS],
-}
-KINDS = {"cls": "classification", "npy": "multilabel", "txt": "retrieval"}
-
-
-def write_wds(folder, extension: str = "cls", beside=None, splits=("train", "test")):
-    """Three samples in two tars a split."""
-    for split in splits:
-        write(folder / split / "nshards.txt", "2\n")
-        samples = list(zip(REDS, beside or BESIDE[extension], strict=True))
-        for shard, part in enumerate((samples[:2], samples[2:])):
-            files: dict[str, bytes] = {}
-            for number, (red, content) in enumerate(part):
-                key = f"s{shard}{number}"
-                files |= {f"{key}.{extension}": content, f"{key}.png": png(red), f"{key}.json": b""}
-            write_tar(folder / split / f"{shard}.tar", files)
-    write(folder / "classnames.txt", "cat\nbig dog\n")
-    write(folder / "zeroshot_classification_templates.txt", "a {c}\nthe {c}.\n")
-    if extension != "cls":
-        write(folder / "dataset_type.txt", KINDS[extension] + "\n")
-    return folder
-
-
-def write_table(path, **columns):
-    table = {"image": [png(red) for red in REDS], **columns}
-    pq.write_table(pa.table(table), path)
-    return path
 
 
 def as_wds(folder):
@@ -111,16 +52,6 @@ def as_csv(folder):
         write(folder / f"{red}.png", png(red))
     path = write(folder / "pets.csv", "\n".join(["filepath,kind", *rows]))
     return {"reference": str(path), "class_column": "kind"}, "pets"
-
-
-def as_class_label(folder, labels=CLASSES):
-    features = hugging_face.Features(
-        image=hugging_face.Value("binary"), label=hugging_face.ClassLabel(names=NAMES)
-    )
-    data = {"image": [png(red) for red in REDS], "label": labels}
-    path = str(folder / "pets.parquet")
-    hugging_face.Dataset.from_dict(data, features=features).to_parquet(path)
-    return {"reference": path, "class_column": "label"}, "pets"
 
 
 @pytest.mark.parametrize("write_form", [as_wds, as_folder, as_csv, as_class_label])
@@ -436,192 +367,3 @@ def test_templates(reference, number, first, tmp_path):
     file = write(tmp_path / "prompts.txt", "a {}\n\nno {c}, none\n")
     found = read_templates(reference or str(file))
     assert (len(found), found[0]) == (number, first)
-
-
-def folder_of(tmp_path, *files: str):
-    for file in files:
-        write(tmp_path / file, png(1))
-    return {"reference": str(tmp_path)}
-
-
-def wds_with(tmp_path, extension="cls", splits=("test",), beside=None, without=(), **files):
-    write_wds(tmp_path, extension, beside, splits)
-    for name in without:
-        (tmp_path / name).unlink()
-    for name, content in files.items():
-        write(tmp_path / f"{name}.txt", content)
-    return {"reference": f"wds:{tmp_path}"}
-
-
-def tar_with(tmp_path, files, cut=0, *, packed=False):
-    write(tmp_path / "test/nshards.txt", "1")
-    write_tar(tmp_path / "test/0.tar", files)
-    content = (tmp_path / "test/0.tar").read_bytes()
-    content = gzip.compress(content) if packed else content[: cut or None]
-    write(tmp_path / "test/0.tar", content)
-    write(tmp_path / "classnames.txt", "cat\ndog")
-    return {"reference": f"wds:{tmp_path}"}
-
-
-def table_with(tmp_path, class_column=None, **columns):
-    return {
-        "reference": str(write_table(tmp_path / "t.parquet", **columns)),
-        "class_column": class_column,
-    }
-
-
-def json_with(tmp_path, content):
-    return {"reference": f"karpathy:{write(tmp_path / 'c.json', content)}"}
-
-
-KARPATHY = '{"images": [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a"}]}]}'
-A, B = "test/a/1.png", "test/b/2.png"
-BAD = [
-    (lambda _: {"reference": "cifar10"}, r"^cifar10: no such file, .*clip-benchmark/wds_vtab-cif"),
-    (lambda _: {"reference": "tfds:mnist"}, r"^tfds:mnist: no such file, and no reference to a"),
-    (lambda t: {"reference": f"{t}/photos"}, r"photos: no such file"),
-    (
-        lambda t: {"reference": f"wds:{t}/wds_gtsrb"},
-        r"no such folder; gtsrb is to be had from wds:",
-    ),
-    (lambda t: {"reference": f"wds:{t}"}, r"no split in CLIP_benchmark's layout, such as test/nsh"),
-    (lambda t: {"reference": "emoji", "split": "dev"}, r"split: 'dev' is none of train, validatio"),
-    (lambda t: wds_with(t, splits=("train",)), r"has no split 'test', only train$"),
-    (lambda t: wds_with(t, **{"test/nshards": "many"}), r"nshards.txt: holds 'many', not a numb"),
-    (lambda t: wds_with(t, without=["classnames.txt"]), r"has no class names; write them into cl"),
-    (lambda t: wds_with(t, classnames="cat"), r"sample '0/s00': class 1, but the class names go"),
-    (lambda t: wds_with(t, beside=[b"0", b"-1", b"0"]), r"sample '0/s01': class -1, but"),
-    (lambda t: wds_with(t, beside=[b"0", b"0_1", b"0"]), r"'0/s01': b'0_1' is not a class number$"),
-    (
-        lambda t: wds_with(t, "npy", beside=[npy(0, 1), npy(0, np.nan), npy(1, 0)]),
-        r"sample '0/s01': its .npy holds something else than numbers",
-    ),
-    (
-        lambda t: tar_with(t, {"a.cls": b"0", "a.webp": png(1), "a.png": png(2)}),
-        r"0.tar: sample 'a' has two images; keys must differ, and",
-    ),
-    (
-        lambda t: tar_with(t, {"a.cls": b"0", "a.png": png(1), "b.cls": b"1", "./a.cls": b"1"}),
-        r"0.tar: sample 'b' has no image",
-    ),
-    (
-        lambda t: tar_with(t, {"a.cls": b"0", "a.png": png(1)}, packed=True),
-        r"0.tar: is compressed; unpack it once \(gunzip\)$",
-    ),
-    (lambda _: {"reference": "wds:"}, r"^'wds:' is not complete; give wds:FOLDER_OR_URL$"),
-    (lambda t: wds_with(t, beside=[b"0"] * 3, classnames="cat"), r"fewer than two classes \(cat\)"),
-    (lambda t: wds_with(t, "npy", classnames="a\nb\nc"), r"'0/s00': shape \(2,\) in its .npy, but"),
-    (lambda t: wds_with(t, "npy", beside=[b"0"] * 3), r"sample '0/s00': "),
-    (lambda t: wds_with(t, "txt", beside=[b"a", b" ", b"c"]), r"sample '0/s01': empty caption$"),
-    (lambda t: wds_with(t, dataset_type="video"), r"dataset_type.txt: 'video' is none of classif"),
-    (
-        lambda t: wds_with(t, zeroshot_classification_templates="a {c}\nphoto"),
-        r"templates.txt: 'photo' has no place for the class; write \{c\} there$",
-    ),
-    (lambda t: tar_with(t, {"a.txt": b"0", "a.png": b"1"}), r"0.tar: sample 'a' has no .cls; dat"),
-    (lambda t: tar_with(t, {"\x1b[2J.cls": b"0"}), r"sample '\\x1b\[2J' has no image"),
-    (lambda t: wds_with(t, dataset_type="\x1b[2J"), r"dataset_type.txt: '\\x1b\[2j' is none of"),
-    (lambda t: tar_with(t, {"a.cls": b"0"}), r"0.tar: sample 'a' has no image \(gif"),
-    (
-        lambda t: tar_with(t, {"a.cls": b"0", "b.png": b"1"}, cut=1024),
-        r"unexpected end of data after 0",
-    ),
-    (
-        lambda t: tar_with(t, {"a.cls": b"0", "a.png": b"1", "b.png": b"1" * 999}, cut=2900),
-        r"0.tar: .* in b.p",
-    ),
-    (lambda t: tar_with(t, {}), r"test: holds no sample$"),
-    (lambda t: folder_of(t, "train/a/1.png", "train/b/2.png"), r"no split 'test', only train$"),
-    (lambda t: folder_of(t, A), r"has fewer than two classes \(a\)$"),
-    (lambda t: folder_of(t, "train/a/1.png", "train/b/1.png", "test/c.txt"), r"no split 'test'"),
-    (
-        lambda t: folder_of(t, A, B, "test/a/\udce9.png"),
-        r"a/\\udce9.png: its name is not UTF-8; ren",
-    ),
-    (
-        lambda t: folder_of(t, A, B, "test/\udce9/3.png"),
-        r"test/\\udce9: its name is not UTF-8; ren",
-    ),
-    (
-        lambda t: folder_of(t, A, B, "classnames.txt"),
-        r"classnames\.txt: cannot be read as UTF-8 \(",
-    ),
-    (lambda t: table_with(t), r"no column with captions; set caption_column to one"),
-    (lambda t: table_with(t, caption=[None, "", " "]), r"no image has a caption$"),
-    (lambda t: table_with(t, "kind", caption=list("abc")), r"no column 'kind'; it has 'image', 'c"),
-    (
-        lambda t: table_with(t, "k", k=[1, None, 2]),
-        r"'t.parquet/1' has no class; fill it in, or leave its row out$",
-    ),
-    (lambda t: table_with(t, "k", k=["a", "b", " "]), r"'t.parquet/2' has no class; "),
-    (lambda t: as_class_label(t, [1, -1, 0])[0], r"'pets.parquet/1' has no class; fill it in"),
-    (lambda t: as_class_label(t, [1, 0, None])[0], r"'pets.parquet/2' has no class; fill it in"),
-    (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
-    (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
-    (
-        lambda t: table_with(t, image=[1, 2, 3], caption=list("abc")),
-        r"holds int64, not images; set",
-    ),
-    (
-        lambda t: {"reference": str(write_wds(t) / "test"), "class_column": "k"},
-        r"is no table and has no columns; leave out class_column$",
-    ),
-    (
-        lambda _: {"reference": "https://example.com/{0..3}.tar"},
-        r"tar: evaluation reads in any order; copy the shards, or",
-    ),
-    (lambda t: json_with(t, "[]"), r"c.json: is neither Karpathy's JSON .* nor COCO's captions"),
-    (lambda t: json_with(t, '{"images": [{"filename": "a"}]}'), r"COCO's captions \(no 'split'\)$"),
-    (lambda t: json_with(t, KARPATHY), r"a.jpg: no such image; set root to the folder"),
-    (lambda t: {"reference": f"karpathy:{t}/dataset_flickr30k.json"}, r"file; flickr30k is to be"),
-    (lambda t: {"reference": "torchvision:Dogs", "root": str(t)}, r"not a known .*; known are CIF"),
-    # Its classes are called by the codes of countries.
-    (lambda _: {"reference": "torchvision:Country211"}, r"not a known .*; country211 is to be had"),
-    (
-        lambda t: {"reference": "torchvision:CIFAR10"},
-        r"root is not set; .*CIFAR10\('FOLDER', download=True\) may .*; cifar10 is to be had from",
-    ),
-    (
-        lambda t: {"reference": "torchvision:MNIST"},
-        r"MNIST\('FOLDER', download=True\) may fetch it$",
-    ),
-    (
-        lambda t: {"reference": "torchvision:CIFAR10", "root": str(t)},
-        r"its test split is not in .*not found.*CIFAR10\(.*; cifar10 is to be had from wds:https:",
-    ),
-]
-
-
-def test_all_data_sets_of_the_documentation_are_known_where_they_are_missing():
-    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
-    whole = page.replace("HUB/", "https://huggingface.co/datasets/clip-benchmark/")
-    assert [source for source in DOWNLOADS.values() if source not in whole] == []
-    table = page.partition("### Where to get them")[2].partition("## Tasks")[0]
-    found = re.findall(r"`(wds:|torchvision:|karpathy:)(?:HUB/)?([^`]+)`", table)
-    assert len(found) == 25
-    for kind, name in (*found, ("wds:", "birdsnap"), ("wds:", "ucf101")):
-        with pytest.raises(ValueError, match=r"is to be had from (wds:)?https://"):
-            open_data(f"{kind}{name}")
-
-
-@pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_data_are_one_clear_line(make, message, tmp_path):
-    with pytest.raises(ValueError, match=message) as caught:
-        open_data(**make(tmp_path))
-    assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("a photo of a\n", r"p.txt: 'a photo of a' has no place for the class; write \{c\} there$"),
-        ("\n", r"p.txt: holds no prompt$"),
-        (None, r"p.txt: no file of prompts \(no such file\); give openai, simple or a file$"),
-    ],
-)
-def test_bad_templates_are_refused(content, message, tmp_path):
-    path = tmp_path / "p.txt"
-    if content is not None:
-        write(path, content)
-    with pytest.raises(ValueError, match=message):
-        read_templates(str(path))

@@ -2,9 +2,9 @@
 
 import gzip
 import json
-import re
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
-import yaml
+from exported import assert_close, blocks_of, run_code, run_examples, save_run
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,17 +25,12 @@ from timm.models.vision_transformer import test_vit as vit_of_six_blocks
 import protoclip
 from protoclip.cli import main
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.evaluation.metrics import columns_of
-from protoclip.evaluation.samples import SampleResults
-from protoclip.export import card as cards
 from protoclip.export import huggingface, onnx, run
-from protoclip.export.card import captions_of, write_prototypes
+from protoclip.export.card import examples
 from protoclip.export.source import open_source
-from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.opening import PICKLED
 from protoclip.models.resolve import resolve_start
-from protoclip.models.saved import find_checkpoint, split, write_checkpoint
 from protoclip.models.towers import clip_tokenizer
 from protoclip.testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip
@@ -156,21 +151,6 @@ def one_block(pretrained: bool = False, **more: Any) -> VisionTransformer:
     return vit_of_six_blocks(pretrained, **{"depth": 1, **more})
 
 
-def save_run(folder: Path, config: ModelConfig, *, sigmoid: bool = False, **state: Any) -> Path:
-    """A run with one checkpoint; returns its folder."""
-    tensors: dict[str, torch.Tensor] = {}
-    facts = {"model.json": {"model": asdict(config)}, "state.json": split(state, tensors)}
-    model = loading.model(config, seed=1)
-    if sigmoid:
-        model.add_logit_bias()
-    write_checkpoint(
-        folder / "checkpoints" / "step-000000004",
-        {"model.safetensors": model.state_dict(), "resume.safetensors": tensors},
-        facts,
-    )
-    return folder
-
-
 @pytest.fixture
 def reference(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
@@ -221,11 +201,6 @@ def expected(
             model.encode_image(images, normalize=normalize),
             model.encode_text(tokenizer(TEXTS), normalize=normalize),
         )
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
-    scale = wanted.norm(dim=1).mean()
-    torch.testing.assert_close(found / scale, wanted / scale, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("kind", MATRIX)
@@ -338,9 +313,14 @@ def test_what_transformers_js_reads(reference, tmp_path):
     facts = protoclip.export(reference("run"), folder, ["hf", "onnx"])
     assert facts["formats"]["onnx"] == "opset 18"
     names = run_examples(folder)
-    computed = torch.from_numpy(names["onnx"]["image_features"])
-    expected_image = names["hf"]["outputs"].image_embeds
-    assert_close(torch.nn.functional.normalize(computed), expected_image)
+    # The card of a folder without `transformers`' format prepares images and captions by open_clip.
+    protoclip.export(reference("run"), tmp_path / "plain", ["open_clip"])
+    shutil.copytree(folder / "onnx", tmp_path / "plain" / "onnx")
+    *_, block = blocks_of("".join(examples(["open_clip", "onnx"], 'folder = "plain"')))
+    for left in (names["onnx"], run_code(tmp_path / "plain", block)):
+        images, texts = (torch.from_numpy(left[f"{each}_features"]) for each in ("image", "text"))
+        assert_close(torch.nn.functional.normalize(images), names["hf"]["outputs"].image_embeds)
+        assert_close(torch.nn.functional.normalize(texts), names["hf"]["outputs"].text_embeds)
     assert max(facts["differences"]["onnx"].values()) < 1e-5
     image, text = expected(reference("run"))
     sessions = {
@@ -514,156 +494,3 @@ def test_who_may_read_the_card_may_read_the_weights(reference, tmp_path):
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"model.safetensors", "open_clip_model.safetensors"}
     assert len({path.stat().st_mode for path in files}) == 1
-
-
-def test_the_card_of_a_run(tmp_path):
-    """With settings, metrics with intervals, and commands that load the folder."""
-    made, generator = save_run(tmp_path / "run", tiny_model()), np.random.default_rng(0)
-    (made / "config.toml").write_text(
-        '[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n'
-        '[teacher]\nfeatures = "me/teacher"\n'
-    )
-    images: dict[str, Any] = {
-        name: generator.integers(0, 9, 200) for name in columns_of(texts=False)
-    }
-    ids = np.array([f"{number:03}" for number in range(200)])
-    images["group"] = ids
-    texts = {"sample_id": ids, "group": ids, "text_to_image_rank": images["image_to_text_rank"]}
-    samples = SampleResults(images={"sample_id": ids, **images}, texts=texts)
-    samples.write(made / "results" / "emoji-test.parquet")
-    accuracy = float(samples.values("zero_shot/acc5").mean())
-    metrics = {"eval/emoji/zero_shot/acc5": accuracy, "eval/emoji/modality_gap/gap": 0.5}
-    metrics["eval/emoji/clustering/ami"] = 0.25
-    counts = {"name": "My model", "seed": 0, "samples_seen": 1, "train_seconds": 1.0}
-    (made / "results.json").write_text(to_json({**counts, "metrics": metrics}))
-    protoclip.export(made, tmp_path / "out", ALL)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "\n# My model\n" in card
-    assert 'train = "pairs.tsv"' in card
-    assert "| teachers | `me/teacher` |\n| data | `pairs.tsv` |\n| positives | `pair` |\n" in card
-    row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
-    value, low, high = map(float, row.groups())
-    assert value == pytest.approx(accuracy, abs=1e-4)
-    error = (accuracy * (1 - accuracy) / 200) ** 0.5
-    assert low == pytest.approx(accuracy - 1.96 * error, abs=0.3 * error)
-    assert high == pytest.approx(accuracy + 1.96 * error, abs=0.3 * error)
-    assert "| `eval/emoji/modality_gap/gap` | 0.5000 | - |" in card
-    assert "\nOn data that the run did not train on:\n" in card
-    named = {"data": {"validation": "a.tsv"}, "run": {"guard": ["emoji", "b.tsv"]}}
-    shared = "`a.tsv`, `b.tsv` may share pairs with its training data:"
-    assert cards.judged_on(named) == f"On the data that judged the run; {shared}"
-    assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
-    # Damaged results cost numbers, not the export.
-    (made / "results" / "emoji-test.parquet").write_bytes(b"cut")
-    found = cards.metrics_of(made, find_checkpoint(made))
-    assert found["eval/emoji/zero_shot/acc5"] == (accuracy, None)
-    (made / "results.json").write_text("{")
-    assert cards.metrics_of(made, find_checkpoint(made)) == {}
-    names = run_examples(tmp_path / "out")
-    assert [*names] == [*ALL, "protoclip"]
-    expected = names["protoclip"]["similarity"]
-    assert expected.shape == (1, 2)
-    assert_close(names["open_clip"]["similarity"], expected)
-    assert_close(names["hf"]["similarity"], expected)
-    features = names["timm"]["image_features"]
-    assert_close(torch.nn.functional.normalize(features), names["protoclip"]["image_features"])
-    front = yaml.safe_load(card.split("\n---\n")[0])
-    assert front == {
-        "license": "unknown",
-        "library_name": "open_clip",
-        "pipeline_tag": "zero-shot-image-classification",
-        "tags": ["clip", "protoclip", "transformers", "timm"],
-    }
-
-
-def test_the_card_shows_how_a_run_learned(tmp_path, monkeypatch):
-    """By the report's figure, with its words and its positives; by none without the extra. A
-    licence that the hub does not know is another one, by its name."""
-    made = save_run(tmp_path / "run", tiny_model())
-    (made / "config.toml").write_text('[loss]\npositives = "shared"\n[episodes]\nbatch_size = 16\n')
-    metric = "eval/]$data/retrieval/image_to_text@1"
-    other = "eval/once/retrieval/image_to_text@1"  # one value is no curve
-    logged = [
-        {"step": 1, "train/loss/total": 3.0, metric: 0.25},
-        {"step": 9, "train/loss/total": 2.0, metric: 0.5, other: 0.5},
-    ]
-    (made / "metrics.jsonl").write_text("".join(to_json(line) + "\n" for line in logged))
-    protoclip.export(made, tmp_path / "out", ("open_clip",), license="my-own")
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "| positives | `shared` |" in text
-    assert "Total loss from 3 to 2; \\]$data: " in text
-    assert " from 0.25 to 0.5](training.png)" in text
-    with Image.open(tmp_path / "out" / "training.png") as image:
-        assert image.size == (1260, 390)
-    front = yaml.safe_load(text.split("\n---\n")[0])
-    assert (front["license"], front["license_name"]) == ("other", "my-own")
-    monkeypatch.setattr(cards, "find_spec", lambda name: None)
-    assert cards.write_figure(made, tmp_path) is None
-    assert not (tmp_path / "training.png").exists()
-
-
-def run_examples(folder: Path) -> dict[str, dict[str, Any]]:
-    """The names that the code for each reader in a card leaves behind, by format."""
-    card = (folder / "README.md").read_text()
-    formats = re.findall(r"^\| (\w+) \| .* \| [-\d].* \| [-\d].* \|$", card, re.MULTILINE)
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    left: dict[str, dict[str, Any]] = {}
-    for name, block in zip(formats, blocks, strict=True):
-        assert len(block.splitlines()) <= 20
-        left[name] = {}
-        with torch.inference_mode():
-            exec(
-                block.replace(f'folder = "{folder.name}"', f"folder = {str(folder)!r}"), left[name]
-            )
-    return left
-
-
-def test_prototypes_go_along(tmp_path):
-    """With the heads, and the number of members."""
-    centroids = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    clusters = {
-        "image": {"centroids": centroids, "assignments": torch.tensor([2, 0, 2, 2])},
-        "text": {"centroids": centroids.neg()[:2], "assignments": torch.tensor([0, 1, 1, 1])},
-        "other": {"centroids": centroids[:, :5], "assignments": torch.tensor([0, -1, -1, 1])},
-    }
-    made = save_run(tmp_path / "run", tiny_model(), clusters=clusters)
-    source = open_source(str(made))
-    assert write_prototypes(source, tmp_path) is None
-    found = load_file(tmp_path / "prototypes.safetensors")
-    assert torch.equal(found["image.centroids"], centroids)
-    assert found["image.sizes"].tolist() == [1, 0, 3]
-    a, b = centroids.neg()[:2]
-    torch.testing.assert_close(found["image.in_text"], torch.stack([b, 0 * a, (a + 2 * b) / 3]))
-    torch.testing.assert_close(found["other.in_text"], torch.stack([a, b, 0 * a]))
-    assert "text.in_text" not in found
-    head = source.model.image_head.state_dict()
-    assert all(torch.equal(found[f"image_head.{key}"], value) for key, value in head.items())
-    facts = json.loads((tmp_path / "prototypes.json").read_text())
-    assert facts["spaces"]["image"] == {"number": 3, "width": 8, "sizes": [1, 0, 3]}
-    assert [*facts["spaces"]] == ["image", "other", "text"]
-    for spoiled in (
-        {"image": {"centroids": centroids}},
-        {"image": {"centroids": centroids, "assignments": torch.tensor([3, 0])}},
-        {**clusters, "text": {"centroids": centroids, "assignments": torch.tensor([0])}},
-    ):
-        run = save_run(
-            tmp_path / f"spoiled{len(list(tmp_path.iterdir()))}", tiny_model(), clusters=spoiled
-        )
-        with pytest.raises(ValueError, match=r"resume.safetensors: damaged \("):
-            write_prototypes(open_source(str(run)), tmp_path)
-    finished = open_source(str(save_run(tmp_path / "finished", tiny_model(), clusters={})))
-    (tmp_path / "empty").mkdir()
-    assert write_prototypes(finished, tmp_path / "empty") == "the checkpoint holds none"
-    assert not list((tmp_path / "empty").iterdir())
-
-
-def test_captions_behind_links_need_a_permission(tmp_path):
-    """As in training, since a run folder may be somebody else's."""
-    (tmp_path / "linked").mkdir()
-    for name in ("a.jpg", "a.txt"):
-        (tmp_path / name).write_text("a caption")
-        (tmp_path / "linked" / name).symlink_to(tmp_path / name)
-    (tmp_path / "config.toml").write_text(f'data.train = "{tmp_path}/linked"\n')
-    with pytest.raises(ValueError, match=r"--data.allow_links"):
-        captions_of(tmp_path, allow_links=False)
-    assert captions_of(tmp_path, allow_links=True) == ["a caption"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -28,6 +29,9 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationTransform
+from protoclip.evaluation.features import Encoder
+from protoclip.export.card import project
+from protoclip.export.source import open_source
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import find_checkpoint
@@ -265,6 +269,10 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     with torch.no_grad():
         projections = model.text_head(model.encode_text(tokenizer(captions))).double()
     projections /= projections.norm(dim=1, keepdim=True)
+    with monkeypatch.context() as patch:  # the next export encodes none of them
+        patch.setattr(Encoder, "encode", Mock(side_effect=AssertionError))
+        kept = project(open_source(str(tmp_path / "finished")), captions)
+    torch.testing.assert_close(kept.double(), projections)
     # Those of image prototypes, whose space is another, are by the text prototypes of the members.
     image, text = (found[f"clusters/{space}/assignments"] for space in SPACES)
     texts = written["text.centroids"].double()

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,15 @@ from protoclip.config import Config, DataConfig, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
+from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import collectives
 from protoclip.features import encode, parts, teachers
 from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
+from protoclip.features.halves import HalfEncoder
 from protoclip.features.teachers import read_teacher
 from protoclip.features.whiten import fit_pca
+from protoclip.models.aligned import FrozenHalves
+from protoclip.models.batch_norm import synchronise
 from protoclip.models.towers import build_tokenizer, image_normalisation
 from protoclip.testing import run_distributed, tiny_pairs
 
@@ -506,3 +512,17 @@ def test_ranks_that_see_other_samples_are_refused():
         patch.setattr(parts, "rank", lambda: 1)
         with pytest.raises(ValueError, match=r"out: .* sees other samples or weights than"):
             parts.require_same_for_all(seen, Path("out"))
+
+
+def test_a_half_with_batch_norm_over_ranks_is_the_same_half():
+    """Features that are kept beside such a run are found by its model, which has plain layers."""
+    visual = SimpleNamespace(trunk=timm.create_model("test_resnet", num_classes=0))
+    text = SimpleNamespace(
+        pooler=nn.Identity(), transformer=nn.Identity(), config=SimpleNamespace(pad_token_id=0)
+    )
+    halves = FrozenHalves(SimpleNamespace(visual=visual, text=text)).eval()
+    transform = EvaluationTransform(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    encoder = HalfEncoder(halves, transform=transform, max_pixels=10**6, autocast=nullcontext)
+    plain = encoder.key()
+    assert synchronise(halves, CPU) > 0
+    assert encoder.key() == plain

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from protoclip.data.pairs import ImageTextPairs
+from protoclip.features import teachers
 from protoclip.features.store import StoredFeatures, write_folder
 from protoclip.features.teachers import read_teacher
 
@@ -73,6 +75,33 @@ def test_faulty_features_are_refused(opened, tmp_path):
     with pytest.raises(ValueError, match=r"^[^\n]*2 of \d+ features are not finite"):
         opened(names(12), features, other)
     assert not list(tmp_path.glob("**/facts.json"))
+
+
+class Counted(ImageTextPairs):
+    """Pairs that count how many ids are asked for, one by one."""
+
+    asked = 0
+
+    def sample_id(self, row: int) -> str:
+        self.asked += 1
+        return super().sample_id(row)
+
+
+def test_of_many_samples_some_are_looked_up(monkeypatch):
+    """All of them only if none of these is known."""
+    monkeypatch.setattr(teachers, "LOOKED_UP", 10)
+    half = StoredFeatures.in_memory(name="half", sample_ids=names(500), features=rows(500))
+    ids = names(1000)
+    pairs = Counted(pa.table({"sample_id": ids, "image": ids, "caption": ids}), name="counted")
+    (note,) = teachers.unknown_to("half", half, pairs)
+    assert note.startswith("half: no features of 5 of 10 training samples that were looked up;")
+    assert pairs.asked == 10
+    few = StoredFeatures.in_memory(name="few", sample_ids=["sample/1"], features=rows(1))
+    (note,) = teachers.unknown_to("few", few, pairs)
+    assert note.startswith("few: no features of 999 of 1000 training samples;")
+    other = StoredFeatures.in_memory(name="other", sample_ids=["x"], features=rows(1))
+    with pytest.raises(ValueError, match=r"^other: no teacher features for 1000 of 1000"):
+        teachers.unknown_to("other", other, pairs)
 
 
 def test_missing_samples_are_counted():

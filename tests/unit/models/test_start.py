@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -550,3 +551,34 @@ def test_heads_are_new_until_a_loss_has_trained_them(changed, new, tmp_path):
         tmp_path, {saved.WEIGHTS: weights}, {saved.MODEL: model_json(tiny_model(), None)}
     )
     assert find_start(str(tmp_path)).heads_are_new == new
+
+
+def test_a_plan_reads_once_what_a_start_says(pairs, tmp_path, monkeypatch):
+    """Its description, and the names of its weights; and so does what comes after the plan."""
+    reads: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        read = getattr(saved, name)
+
+        def counted(path: Path, *more: Any) -> Any:
+            reads[path.name] += 1
+            return read(path, *more)
+
+        monkeypatch.setattr(saved, name, counted)
+
+    folder, weights = tmp_path / "start", loading.model(tiny_model(), seed=0).state_dict()
+    saved.write_checkpoint(
+        folder, {saved.WEIGHTS: weights}, {saved.MODEL: model_json(tiny_model(), None)}
+    )
+    count("read_json")
+    count("safe_open")
+    config = replace(
+        tiny_config(pairs, out=str(tmp_path / "run")),
+        model=ModelConfig(start=str(folder), frozen_batch_norm=True),
+    )
+    start = make_plan(replace(config, episodes=replace(config.episodes, size=16))).start
+    assert not start.build("none").state_dict().keys() - weights.keys()
+    assert reads == {saved.MODEL: 1, saved.WEIGHTS: 1}
+    assert start.heads_are_new
+    assert replace(start, notes=()).heads_are_new
+    assert reads == {saved.MODEL: 1, saved.WEIGHTS: 3}  # once for each head

@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
+from protoclip.config import PrototypeConfig, TeacherConfig
 from protoclip.models.saved import STATE
 from protoclip.report.page import run_facts, times
-from protoclip.report.repeat import commands
+from protoclip.report.repeat import FOLLOWS, commands, settings
 from protoclip.report.runs import labels, read_run
 from protoclip.testing import tiny_config
 from protoclip.training.run_folder import to_toml
@@ -54,6 +56,30 @@ def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path):
         "another version of protoclip wrote this run (run.shuffled: no such setting" in run.problem
     )
     assert run.settings["episodes.batch_size"] == 16
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_runs_do_not_differ_by_what_earlier_versions_left_open(several, tmp_path):
+    """The features to cluster, and the tower that learns a teacher: a plan fills both by rule."""
+    learned = TeacherConfig(features="seen", distil=1.0, number=8)
+    runs = []
+    for name, source, tower in (("1", "auto", None), ("2", "queue", "image"), ("3", "auto", None)):
+        teacher = replace(learned, tower=tower)
+        config = replace(
+            tiny_config(out=str(tmp_path / name)),
+            prototypes=PrototypeConfig(source=source, number=8),
+            **({"teachers": [teacher]} if several else {"teacher": teacher}),
+        )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(to_toml(config))
+        runs.append(read_run(tmp_path / name))
+    told = settings(runs)
+    assert told["differ"] == {}
+    assert told["shared"]["prototypes.source"] == ("queue", FOLLOWS)
+    if not several:
+        assert told["shared"]["teacher.tower"] == ("image", FOLLOWS)
+    clip = read_run(begun(tmp_path / "clip"))
+    assert settings([runs[0], clip])["differ"]["prototypes.source"] == ["queue", "extract"]
 
 
 def test_damaged_files_beside_the_settings_are_left_out(tmp_path):
@@ -122,6 +148,7 @@ def test_a_mixture_is_named_by_its_sources(tmp_path):
     text = (folder / "config.toml").read_text()
     sources = '[[data.sources]]\npath = "a.tsv"\n[[data.sources]]\npath = "hf:b"\n'
     assert run_facts(read_run(folder), "run")["data"] == "emoji"
+    assert run_facts(read_run(folder), "run")["positives"] == "pair"
     (folder / "config.toml").write_text(re.sub("^sources = .*$", "", text, flags=re.M) + sources)
     assert run_facts(read_run(folder), "run")["data"] == "a.tsv, hf:b"
 
@@ -146,7 +173,11 @@ def test_labels_tell_runs_apart(tmp_path):
         (["run", "gone"], "gone: no such run folder"),
         (["empty"], "empty: not a run folder; a run has a config.toml"),
         (["run/config.toml"], "run/config.toml: not a run folder; a run has a config.toml"),
-        (["."], ".: not a run folder; it holds runs: name them, as damaged results run\n"),
+        (
+            ["."],
+            ".: not a run folder; it holds runs: name them, as damaged results run "
+            "(docs/report.md)\n",
+        ),
         (["damaged"], "damaged/config.toml: damaged (Expected"),
         (["results"], "results/results.json: not the results of a run"),
         (["run", "--out", "gone/report.html"], "--out: no folder gone; make it first"),

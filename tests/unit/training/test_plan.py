@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numbered import Numbered
@@ -18,6 +20,7 @@ import protoclip
 from protoclip.checks import never_trained
 from protoclip.config import (
     START,
+    AlignConfig,
     Config,
     DataConfig,
     EpisodeConfig,
@@ -29,7 +32,7 @@ from protoclip.config import (
     RunConfig,
     TeacherConfig,
 )
-from protoclip.data.content import content
+from protoclip.data.content import BLOCK, content, repeated_images
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
@@ -39,6 +42,7 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import finetune as finetuning
+from protoclip.training import plan
 from protoclip.training.overfit import few_pairs_alone
 from protoclip.training.plan import (
     Plan,
@@ -48,10 +52,21 @@ from protoclip.training.plan import (
     outline,
     without_batch_norm,
 )
-from protoclip.training.run_folder import as_begun, folder_of
+from protoclip.training.run_folder import as_begun, flat, folder_of, look, to_toml
 from protoclip.training.sizes import captions_cut
 
 RECIPES = Path(__file__).parents[3] / "recipes"
+# What a plan leaves open, as its module says.
+WITHOUT = {
+    *("run.keep_best", "run.out", "run.overfit", "run.stop_by", "run.sync", "align.features"),
+    *("data.caption_column", "data.class_column", "data.id_column", "data.image_column"),
+    *("data.only", "data.root", "data.validation", "data.without", "episodes.micro_batch_size"),
+    *("model.image.weights", "model.lora", "model.name", "model.pretrained", "model.start"),
+    *("model.text.name", "model.text.pooling"),
+}
+BY_MACHINE_OR_SOURCE = {
+    *("run.device", "run.precision", "data.workers", "data.read", "align.head"),
+}
 USUAL = Config(model=tiny_model(), episodes=EpisodeConfig(size=4096))
 
 
@@ -144,8 +159,11 @@ def test_a_note_says_how_many_captions_are_cut(monkeypatch):
     assert captions_cut(samples, start, sentences=False) == []
 
 
-def test_a_note_says_how_many_pairs_name_the_image_of_another(tmp_path):
-    """Where they are negatives of each other; test_align has what align makes of them."""
+def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
+    """Where they are negatives of each other; test_align has what align makes of them.
+
+    Equal are the names of files, and the bytes in a table and in shards.
+    """
     for number, image in enumerate(tiny_pairs(12)["image"].to_pylist()):
         (tmp_path / f"{number}.png").write_bytes(image)
     lines = [f"{number % 4}.png\tcaption {number}" for number in range(12)]
@@ -153,12 +171,23 @@ def test_a_note_says_how_many_pairs_name_the_image_of_another(tmp_path):
     config = tiny_config(str(tmp_path / "pairs.tsv"), out=str(tmp_path / "run"))
     config = replace(config, episodes=replace(config.episodes, size=8, batch_size=8))
     config = replace(config, data=replace(config.data, validation=0.0))
-    said = [note for note in make_plan(config).notes if "name the image file of" in note]
+    said = [note for note in make_plan(config).notes if "have the image of" in note]
     assert [note.split(",")[0] for note in said] == [
-        "8 of the first 12 pairs name the image file of another one"
+        "8 of the first 12 pairs have the image of another one"
     ]
     shared = replace(config, loss=replace(config.loss, positives="shared"))
-    assert not [note for note in make_plan(shared).notes if "name the image file of" in note]
+    assert not [note for note in make_plan(shared).notes if "have the image of" in note]
+    image = (tmp_path / "0.png").read_bytes()
+    same_start = bytes(BLOCK)
+    images = pa.array([image, same_start, same_start + b"1", None, image], pa.binary())
+    table = pa.table({"image": images, "caption": ["a"] * 5})
+    assert repeated_images(ImageTextPairs(table, name="a"), range(5)) == 1
+    shard = bytes(10) + image + image + b"1"
+    (tmp_path / "shard").write_bytes(shard)
+    size = len(image)
+    ranges = {"offset": [10, 10 + size, 10 + size], "size": [size, size, size + 1]}
+    table = pa.table({"image": ["shard"] * 3, "caption": ["a"] * 3, **ranges})
+    assert repeated_images(ImageTextPairs(table, name="a", root=str(tmp_path)), range(3)) == 1
 
 
 def test_a_batch_larger_than_the_data_is_what_has_to_be_lowered():
@@ -323,6 +352,70 @@ def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, caps
     assert replace(again, data=config.data) == make_plan(small).config
 
 
+@pytest.fixture(scope="module")
+def distilling() -> Plan:
+    """Of a run whose settings leave all open that they can, with a teacher to be distilled."""
+    teacher = TeacherConfig(features="emoji", distil=1.0)
+    return make_plan(Config(teacher=teacher))
+
+
+def test_a_plan_leaves_open_what_it_names_and_nothing_else(distilling: Plan):
+    settings = flat(asdict(distilling.config))
+    assert {name for name, value in settings.items() if value is None} == WITHOUT
+    assert {n for n, value in settings.items() if value == "auto"} == BY_MACHINE_OR_SOURCE
+    config = distilling.config
+    assert (config.prototypes.source, config.teacher.tower) == ("queue", "text")
+    assert make_plan(config).config == config
+
+
+def test_a_teacher_for_the_other_tower_is_told(distilling: Plan):
+    """As a run's settings have it that are given with another teacher."""
+    teacher = replace(distilling.config.teacher, tower="image")
+    notes = make_plan(replace(distilling.config, teacher=teacher)).notes
+    told = "teacher.tower = image, though its features were made of texts; text is usual"
+    assert (told in notes, told in distilling.notes) == (True, False)
+
+
+def test_hosts_with_other_features_of_a_teacher_are_refused(distilling: Plan, monkeypatch):
+    """They would train on them, and say nothing."""
+
+    def gathered(mine: Any) -> list[Any]:
+        known = mine[1] if len(mine) == 2 else {}  # else what is seen of the pairs
+        others = {name: {**content, "features": "others"} for name, content in known.items()}
+        return [("first", others) if known else mine, mine]
+
+    monkeypatch.setattr(plan, "all_gather_object", gathered)
+    monkeypatch.setattr(plan, "world_size", lambda: 2)
+    monkeypatch.setattr(plan, "rank", lambda: 1)
+    refused = r"^teacher\.features: \S+ has other features of teacher than first; let all hosts"
+    with pytest.raises(ValueError, match=refused):
+        make_plan(distilling.config)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_left_it(
+    several, distilling: Plan, tmp_path: Path
+):
+    """The features to cluster, and the tower that learns a teacher."""
+    whole = replace(distilling.config, run=RunConfig(out=str(tmp_path)))
+    given = replace(
+        whole,
+        prototypes=replace(whole.prototypes, source="auto"),
+        teacher=replace(whole.teacher, tower=None),
+    )
+    if several:
+        given, whole = (
+            replace(each, teachers=[each.teacher], teacher=TeacherConfig(number=409))
+            for each in (given, whole)
+        )
+    for begun, goes_on in ((given, given), (whole, whole)):
+        (tmp_path / "config.toml").write_text(to_toml(begun))
+        assert look(outline(given), resume=True).outline.config == goes_on
+    other = replace(given, prototypes=replace(given.prototypes, source="extract"))
+    with pytest.raises(ValueError, match=r"prototypes\.source \(queue before, extract now\)"):
+        look(outline(other), resume=True)
+
+
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts what takes long on a large table."""
@@ -408,6 +501,38 @@ def test_towers_without_batch_norm_have_none_to_freeze():
     vit = ModelConfig(name="ViT-B-32", frozen_batch_norm=True)
     for model, freezes in ((vit, False), (replace(vit, name="RN50"), True)):
         assert (without_batch_norm(resolve_start(model)) == []) == freezes
+
+
+def test_a_plan_says_what_needs_no_built_model(tmp_path):
+    """Of captions, teachers and the machine too, and what another command would use."""
+    pq.write_table(tiny_pairs(48), tmp_path / "pairs.parquet")
+    known = tiny_pairs(40)["sample_id"]
+    features = [np.full(4, row, np.float32) for row in range(len(known))]
+    pq.write_table(
+        pa.table({"sample_id": known, "features": features}), tmp_path / "teacher.parquet"
+    )
+    config = tiny_config(
+        str(tmp_path / "pairs.parquet"),
+        out=str(tmp_path / "run"),
+        teacher=str(tmp_path / "teacher.parquet"),
+    )
+    plan = make_plan(
+        replace(
+            config,
+            run=replace(config.run, precision="fp16"),
+            data=replace(config.data, captions=2, validation=0.0),
+            episodes=replace(config.episodes, micro_batch_size=16),
+            align=AlignConfig(views=2),
+        )
+    )
+    assert [*plan.teachers] == ["teacher"]
+    assert [note for note in plan.notes if ": " in note] == [
+        "run.precision: fp16 is slow on a CPU; auto is faster",
+        "episodes.micro_batch_size: no effect: a rank has 16 pairs",
+        "data.captions = 2: one of each image, since none has several",
+        "teacher: no features of 8 of 48 training samples; its loss leaves such samples out",
+        "align.*: no effect, since protoclip align alone aligns halves",
+    ]
 
 
 def test_few_pairs_are_not_judged(capsys):

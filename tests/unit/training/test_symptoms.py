@@ -14,6 +14,7 @@ from protoclip.training.symptoms import (
     repeated,
     repeats,
     risen,
+    unmoved,
 )
 
 CHANCE = math.log(256)
@@ -73,6 +74,24 @@ def test_a_loss_that_rises_above_chance_is_named():
     assert risen(1.4 * CHANCE, 0.1, pairs=256) is None
 
 
+def test_a_rate_that_does_nothing_is_named():
+    """By the rate and the loss: not a run that has converged, nor one that learns nevertheless."""
+    flat = [1.0 + 0.1 * (-1) ** step for step in range(40)]
+    given = {"rate": 1e-12, "steps": PATIENCE}
+    assert "stays at 1: optim.learning_rate = 1e-12 is too low" in unmoved(flat, **given)
+    assert unmoved(flat, rate=1e-7, steps=10 * PATIENCE) is None
+    assert unmoved(flat, rate=1e-12, steps=PATIENCE - 1) is None
+    assert unmoved([1.0 - 0.01 * step for step in range(40)], **given) is None
+    assert unmoved(flat[:8], **given) is None
+    for loss in (1.0, CHANCE):  # which then is no reason to look at the data
+        symptoms = Symptoms(pairs=256, warm_up=100, rate=1e-12)
+        lines = []
+        for step in range(0, 1000, 10):
+            lines += symptoms.lines(step, {"train/loss/info_nce": loss})
+        assert [line.partition(":")[0] for line in lines] == [f"step {100 + PATIENCE}"]
+        assert "is too low to move any weight; raise it" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("what", "way_out"),
     [("captions", "loss.positives = masked"), ("images", "episodes.replacement = false")],
@@ -88,7 +107,7 @@ def test_what_repeats_in_a_batch_is_named(what, way_out):
 
 
 def test_each_symptom_is_said_once():
-    symptoms = Symptoms(pairs=256, warm_up=100)
+    symptoms = Symptoms(pairs=256, warm_up=100, rate=1e-3)
     lines = []
     for step in range(0, 1000, 10):
         metrics = {"train/repeated/captions": 0.2, "train/repeated/images": 0.0}
