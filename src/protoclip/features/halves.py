@@ -494,5 +494,5 @@ def read(path: Path, by: Callable[[Path], Read]) -> Read:
     try:
         return by(path)
     except ValueError as error:
-        reason = str(error).partition("; delete it")[0]
+        reason = str(error).partition("; delete")[0]
         raise ValueError(f"{reason}; delete {path}, and give the command again") from None
