@@ -24,7 +24,7 @@ from torch import Tensor
 from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.neighbours import Neighbours, near_duplicates
 from protoclip.features.canonical import out_of_fold
-from protoclip.features.store import Hashes
+from protoclip.features.store import Hashes, Numbers
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -51,6 +51,7 @@ OTHERS = 1024  # pairs that each pair's loss is computed against
 # Images are near-duplicates from this cosine on; of more images only some are compared without an
 # index.
 LEAST_SIMILAR, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 500, 20_000
+LOOKED_AT = 5 * COMPARED_ROWS  # pairs, for as many different images; each costs a look at its file
 # Of UMAP. An image or text is placed by this many that are near, the nearest by far the most.
 EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
@@ -154,7 +155,7 @@ def make_atlas(
     *,
     heads: dict[str, Callable[[Tensor], Tensor]] | None,
     halves: Features | None = None,
-    shown_images: Hashes | None = None,
+    shown_images: Callable[[Numbers], Hashes] | None = None,
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
     number: int | None = None,
@@ -168,8 +169,8 @@ def make_atlas(
         heads: Projection heads by modality, whose outputs are clustered; without, features are.
         halves: What the frozen halves make of the same pairs, if heads between them were trained on
             these. Then distance and loss are `unseen_disagreement`, where there are enough pairs.
-        shown_images: A number for the image of each pair `(n,)`, the same for pairs that show the
-            same file; unset, each has its own. An image is no near-duplicate of itself.
+        shown_images: Gives a number for the image of each of these pairs, the same for pairs that
+            show the same file; unset, each has its own. An image is no near-duplicate of itself.
         scale: Inverse temperature of the model's own loss.
         number: Prototypes of each modality; see `num_prototypes`.
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.
@@ -442,15 +443,19 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
 
 
 def duplicates(
-    features: Float[Tensor, "n d"], shown_images: Hashes | None, *, seed: int
+    features: Float[Tensor, "n d"],
+    shown_images: Callable[[Numbers], Hashes] | None,
+    *,
+    seed: int,
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
     """Near-duplicate images, their cosines, and among how many images they were looked for.
 
     Where several pairs show an image, it is compared once, as that of the first of them.
     """
-    once = np.arange(len(features))
+    total = len(features)
+    once = np.array(evenly_spaced(total, min(total, LOOKED_AT), seed))
     if shown_images is not None:
-        once = np.sort(np.unique(shown_images, return_index=True)[1])
+        once = once[np.sort(np.unique(shown_images(once), return_index=True)[1])]
     chosen = torch.from_numpy(once[evenly_spaced(len(once), min(len(once), COMPARED_ROWS), seed)])
     neighbours = Neighbours(features[chosen])
     pairs, values = near_duplicates(neighbours, least=LEAST_SIMILAR, most=MOST_DUPLICATES)

@@ -64,7 +64,7 @@ ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
 MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
 # So many times as many pairs as images are asked for, until that many images are among them.
-PAIRS_PER_IMAGE = (2, 16, 128)
+PAIRS_PER_IMAGE = (2, 16, 128, 1024)
 
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
@@ -348,7 +348,7 @@ def open_explorer(
             made[0],
             heads=heads,
             halves=halves,
-            shown_images=hash_ids(image_key(pairs, row) for row in made[0].rows.tolist()),
+            shown_images=lambda of: hash_ids(image_key(pairs, int(made[0].rows[n])) for n in of),
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from protoclip.data.access import is_url
 from protoclip.data.captions import without_padding
 from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
@@ -301,7 +302,7 @@ def embed_teacher(
     settings = {"teacher": without_secrets(teacher), **known, "reduced_to": width}
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
-        if Path(teacher).suffix in teachers.FILES:
+        if Path(teacher.partition("?")[0] if is_url(teacher) else teacher).suffix in teachers.FILES:
             if is_stream:
                 raise ValueError(
                     f"{teacher}: a file of features needs pairs that can be read in any order, "

@@ -40,15 +40,19 @@ def local_copy(path: str | Path) -> Path:
             scratch = copy.with_name(f".{copy.name}.fetched")
             shutil.rmtree(scratch, ignore_errors=True)  # of a fetch that was killed
             say(f"note: {without_secrets(url)} is copied to {copy}")
-            fetch(files, scratch)
-            if store.FACTS in files:
-                looked_at(url, scratch, store.open_folder)
-            if prints != [fingerprint(each) for each in files.values()]:
-                raise ValueError(
-                    f"{without_secrets(url)}: changed while it was fetched; give the same command "
-                    "again"
-                )
-            scratch.rename(copy)
+            try:
+                fetch(files, scratch)
+                if store.FACTS in files:
+                    looked_at(url, scratch, store.open_folder)
+                if prints != [fingerprint(each) for each in files.values()]:
+                    raise ValueError(
+                        f"{without_secrets(url)}: changed while it was fetched; give the same "
+                        "command again"
+                    )
+                scratch.rename(copy)
+            except BaseException:  # the next one may have another name
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise
     return copy if store.FACTS in files else copy / next(iter(files))
 
 

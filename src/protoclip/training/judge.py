@@ -78,10 +78,15 @@ def judge_of(
         show=True,
         autocast=on_card(config.run.precision, next(model.parameters()).device),
     )
-    encoder = make(model, cache=features_folder(config) if aligns else None)
+    keeps = not aligns and computes_as_opened(config, model)
+    encoder = make(
+        model,
+        aligned_by=config if keeps else None,  # or halves were projected otherwise than if kept
+        cache=features_folder(config) if aligns else None,
+    )
 
     def keeping() -> Encoder:
-        if aligns or not computes_as_opened(config, model):
+        if not keeps:
             return encoder
         return make(without_teacher_heads(model), cache=cache_folder() / "features")
 

@@ -301,7 +301,7 @@ def test_an_image_of_several_pairs_is_no_near_duplicate_of_itself() -> None:
     image = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
     files = np.tile(np.arange(20), 3).astype(np.uint64)
     files[[3, 43]] = 20  # the copy of file 3, which is still that of row 23
-    atlas = make_atlas(replace(found, image=image), heads=None, shown_images=files)
+    atlas = make_atlas(replace(found, image=image), heads=None, shown_images=files.__getitem__)
     assert atlas.duplicates.tolist() == [[3, 23]]
     assert atlas.compared == 21
 
