@@ -119,7 +119,8 @@ def test_search_leads_to_a_setting(browser: Any, address: str) -> None:
     """A name of a setting, without its section, finds the page of settings first."""
     page = browser.new_page()
     page.goto(f"{address}index.html")
-    page.get_by_role("textbox", name="Search").fill("positives")
+    page.get_by_text("Type to start searching").wait_for(state="attached")
+    page.get_by_role("textbox", name="Search").press_sequentially("positives")  # it listens to keys
     page.locator(".md-search-result__link").first.click()
     page.wait_for_url("**/reference/settings.html*")
     assert page.get_by_text("loss.positives", exact=True).count() == 1
