@@ -28,7 +28,7 @@ from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
@@ -114,10 +114,21 @@ def words(top: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(top: Path) -> Path:
-    """A run of the command; what it said is beside it."""
+    """A run of the command; beside it what it said, its cache, and how many images it encoded."""
+    encode, images = Encoder.encode, list[int]()
+
+    def counted(self: Encoder, *given: Any) -> Encoded:
+        encoded = encode(self, *given)
+        images.append(len(encoded.content))
+        return encoded
+
     files = ((top / name).open("w") for name in ("said.out", "said.err"))
-    with next(files) as out, next(files) as err, redirect_stdout(out), redirect_stderr(err):
-        main(words(top, top / "finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
+        patch.setattr(Encoder, "encode", counted)
+        with next(files) as out, next(files) as err, redirect_stdout(out), redirect_stderr(err):
+            main(words(top, top / "finished"))
+    (top / "images.json").write_text(json.dumps(images))
     return top / "finished"
 
 
@@ -195,9 +206,21 @@ def test_the_sweep_measures_the_models_between_the_ends(top, finished):
     assert results["start_metrics"][GUARD] == points[0.0][GUARD]
 
 
+def test_each_weights_are_encoded_once(top, finished):
+    """Those of both ends are judged on the way, in the sweep, and when the run ends."""
+    judged = 16 + 24  # held-out pairs, and those of the guard
+    weights = {"start", "after an episode", "end", "alpha 0.5"}
+    assert sum(json.loads((top / "images.json").read_text())) == judged * len(weights)
+    assert read(finished / "wise_ft.json")["alpha"] > 0
+    kept = [*(top / "cache" / "features").iterdir()]
+    teacher = 1  # the start, whose features the run learns from
+    assert len(kept) == len({"images", "texts"}) * len({"start", "chosen"}) + teacher
+
+
 def test_the_start_and_the_chosen_model_are_encoded_for_all_who_judge_them(
     top, finished, monkeypatch, capsys
 ):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
     monkeypatch.setattr(Encoder, "encode", Mock(side_effect=AssertionError))
     for model in (top / "start", finished):
         guard = ["--data", f"{top}/general.parquet", "--class_column", "kind"]

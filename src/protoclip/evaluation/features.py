@@ -7,6 +7,7 @@ is chosen in `task_features.py`. Frozen models that teach, or that `align` joins
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -35,6 +36,7 @@ from protoclip.distributed.collectives import (
     any_rank,
     raise_on_all_ranks,
     rank,
+    rank0_first,
     world_size,
 )
 from protoclip.distributed.cores import cores
@@ -242,6 +244,12 @@ class Encoder:
             if content:
                 kept.write_list(content, Listed(hashes=hashes, content=np.zeros(0, np.int64)))
         return kept.features(hashes)
+
+    def forget(self) -> None:
+        """Remove what is kept of this model, which no one will judge again."""
+        if self.cache is not None:
+            folders = [self._folder(kind) for kind in ("images", "texts")]
+            rank0_first(lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in folders])
 
     def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
         """What the text tower reads of texts, on the CPU."""

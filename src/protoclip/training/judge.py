@@ -42,16 +42,17 @@ class Judge:
     keeping: Callable[[], Encoder]
 
     def __call__(
-        self, split: Split, *, quick: bool = False, keeps: bool = False, **more: Any
+        self, split: Split, *, quick: bool = False, encoder: Encoder | None = None, **more: Any
     ) -> dict[str, float]:
         """Metrics on the split, of the data that have it.
 
         Held-out pairs but the emoji have no test split, and not all guards have a validation split.
         `quick` is for a comparison of models: zero-shot and retrieval, and of a mixture all sources
-        together. `keeps` is for weights that will be judged again: those a run starts or ends with.
+        together. The `encoder` is unset or, for weights that will be judged again, as those that a
+        run starts or ends with, that of `keeping`.
         """
         metrics: dict[str, float] = {}
-        encoder = self.keeping() if keeps else self.encoder
+        encoder = encoder or self.encoder
 
         def measure(data: EvaluationData, otherwise: Split, *, quick: bool) -> dict[str, float]:
             present: Split = split if split in data.splits else otherwise
@@ -88,7 +89,9 @@ def judge_of(
     def keeping() -> Encoder:
         if not keeps:
             return encoder
-        return make(without_teacher_heads(model), cache=cache_folder() / "features")
+        made = make(without_teacher_heads(model), cache=cache_folder() / "features")
+        _ = made.key  # of the weights that the model has now
+        return made
 
     return Judge(plan=plan, encoder=encoder, keeping=keeping)
 

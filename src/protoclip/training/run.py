@@ -428,7 +428,10 @@ class Run:
     def judge(self) -> None:
         """Evaluate on the way: which checkpoint is the best, and whether the run ends here."""
         step, keep_best, early_stop = self.trainer.step, self.config.run.keep_best, self.early_stop
-        metrics = self.evaluate("validation", show=False)
+        # The start may judge other runs too, and the end is judged again when the run has ended.
+        at_an_end = step == 0 or self.trainer.episode == self.config.episodes.count
+        encoder = self.evaluate.keeping() if at_an_end else None
+        metrics = self.evaluate("validation", encoder=encoder, show=False)
         self.write(self.trainer.episode, metrics)
         if keep_best is not None and step > 0:  # before the first step there is no checkpoint
             self.writer.rate(step, metrics[keep_best])
@@ -575,7 +578,8 @@ class Run:
         }
         if config.run.evaluate:
             to = self.folder / "results"
-            results["metrics"] = self.evaluate("test", keeps=True, samples_to=to)
+            encoder = self.evaluate.keeping()
+            results["metrics"] = self.evaluate("test", encoder=encoder, samples_to=to)
         results |= self.more_results
         if config.run.overfit is not None:  # of which align may have left some out
             results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)

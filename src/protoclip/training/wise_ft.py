@@ -14,6 +14,7 @@ from torch import Tensor
 
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import (
     checksum,
@@ -137,7 +138,7 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
     start_metrics = {}
     if run.config.run.evaluate:
         load(0.0)
-        start_metrics = run.evaluate("test", keeps=True)
+        start_metrics = run.evaluate("test", encoder=run.evaluate.keeping())
     load(chosen)
     record = {
         "rule": RULE,
@@ -152,7 +153,11 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
 
 
 def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[Point] | None:
-    """Judge the model at each alpha; what an earlier sweep of this run judged is known."""
+    """Judge the model at each alpha; what an earlier sweep of this run judged is known.
+
+    The features of the start are kept, since other runs may judge it by the same data, and those of
+    the weights that are chosen, which are judged again when the run ends.
+    """
     plan = run.plan
     known = {point["alpha"]: point for point in known_points(run)}
     if not plan.held_out and not plan.guards:
@@ -160,17 +165,24 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
     wanted = sorted({*ALPHAS, *known, *([] if alpha is None else [alpha])})
     missing = [alpha for alpha in wanted if alpha not in known]
     progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
+    kept: Encoder | None = None  # that of the weights to choose, as far as the sweep has come
     for done, each in enumerate(missing):
         if run.asked_to_stop():
             return None
         if rank() == 0:
             progress.update(done, f"alpha {each:g}")
         load(each)
-        # Others that start from the same weights may judge them by the same data.
-        metrics = run.evaluate("validation", quick=True, keeps=each == 0.0, show=False)
+        encoder = run.evaluate.keeping()
+        metrics = run.evaluate("validation", quick=True, encoder=encoder, show=False)
         by_data = scores(metrics)
         mean = float(np.mean([*by_data.values()]))
         known[each] = {"alpha": each, "scores": by_data, "mean": mean, "metrics": metrics}
+        if each == 0.0:
+            continue
+        if each == (best([*known.values()]) if alpha is None else alpha):
+            encoder, kept = kept, encoder
+        if encoder is not None:
+            encoder.forget()
     if rank() == 0 and missing:
         progress.update(len(missing))
     return [known[each] for each in wanted]
