@@ -5,7 +5,8 @@
         [-- OPTIONS]
 
 Runs `benchmarks/NAME.py OPTIONS` of the other checkout and of this one, round by round, so that
-both have a share of what else the machine does. Tables and columns that both print are compared,
+both have a share of what else the machine does; where the other one has no such file, this one's
+(`public` asks for what both can do). Tables and columns that both print are compared,
 row by row, by the medians over rounds. The installed packages are those of this Python for both.
 """
 
@@ -58,7 +59,9 @@ def measure(checkout: Path, name: str, options: list[str], cache: Path) -> dict[
         "PYTHONPATH": str(checkout / "src"),
         "PROTOCLIP_CACHE": str(cache),
     }
-    command = [sys.executable, str(checkout / "benchmarks" / f"{name}.py"), *options]
+    scripts = [folder / "benchmarks" / f"{name}.py" for folder in (checkout, HERE)]
+    script = next((path for path in scripts if path.is_file()), scripts[0])
+    command = [sys.executable, str(script), *options]
     done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return numbers(done.stdout)
 
@@ -69,7 +72,7 @@ def main() -> None:
     options = words[end + 1 :]
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("before", type=Path, help="the other checkout")
-    parser.add_argument("name", help="a benchmark that both have, such as losses")
+    parser.add_argument("name", help="a benchmark, such as losses")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--columns", nargs="+", help="those to show (by default all)")
     parser.add_argument("--out", type=Path, help="also append the table to this Markdown file")

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from public import EPISODE_ROWS, READ_ROWS, write_table
 
 from protoclip.config import (
     Config,
@@ -39,23 +40,8 @@ from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.tables import open_table
 from protoclip.features.store import write_folder
 
-SMALL_ROWS, EPISODE_ROWS, READ_ROWS, REPEATS = 10_000, 200_000, 20_000, 5
+SMALL_ROWS, REPEATS = 10_000, 5
 TEACHER_WIDTH = 16
-WORDS = ("a", "the", "of", "two", "small", "wooden", "grey", "dog", "bicycle", "über", "猫", "زهرة")
-
-
-def write_table(path: Path, rows: int) -> None:
-    """Rows of about 100 bytes: a path, a caption of 5 to 14 words, an id."""
-    generator = np.random.default_rng(0)
-    with path.open("w", encoding="utf-8") as file:
-        file.write("filepath\ttitle\tkey\n")
-        for first in range(0, rows, 50_000):
-            count = min(50_000, rows - first)
-            lengths = generator.integers(5, 15, count)
-            drawn = iter(generator.integers(0, len(WORDS), int(lengths.sum())).tolist())
-            for row, length in zip(range(first, first + count), lengths.tolist(), strict=True):
-                caption = " ".join([WORDS[next(drawn)] for _ in range(length)])
-                file.write(f"images/{row // 1000:05d}/{row:09d}.jpg\t{caption}\t{row:09d}\n")
 
 
 def memory() -> dict[str, float]:

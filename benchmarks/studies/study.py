@@ -20,8 +20,9 @@ More keys of an arm: `schedule`, a factor to the number of episodes; `start`, th
 it starts from; `rotate` and `shift`, which take the start's text features away from the images'
 (see `displaced`). A teacher's `features = "own"` are those of the data set at hand, `"own images"`
 those of its images. `unset` names settings of photographs.toml that an arm leaves open, such as
-`["episodes.size"]`. With `align = true` an arm is what `protoclip align` makes of two halves; it
-has none of a data set's settings but those of the data.
+`["episodes.size"]`. With `align = true`, or the settings of `[align]`, an arm is what `protoclip
+align` makes of two halves, with `finetune = true` what `protoclip finetune` makes of its `start`,
+without WiSE-FT; both have none of a data set's settings but those of the data.
 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
@@ -52,6 +53,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
 from protoclip.training import run, run_folder
 from protoclip.training.align import align
+from protoclip.training.finetune import finetune
 from protoclip.training.plan import make_plan
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
@@ -86,6 +89,7 @@ OWN = (
     "shift",
     "unset",
     "align",
+    "finetune",
 )  # keys that are no settings
 
 
@@ -102,6 +106,11 @@ class Arm:
     shift: float = 0.0
     unset: Sequence[str] = ()
     align: bool = field(default=False, repr=False)
+    finetune: bool = field(default=False, repr=False)
+
+    @property
+    def command(self) -> str:
+        return "align" if self.align else "finetune" if self.finetune else "train"
 
     @property
     def displaces(self) -> bool:
@@ -167,6 +176,8 @@ def read_study(path: Path) -> Study:
         for entry in tree["arms"]:
             own = {key: entry[key] for key in OWN if key in entry}
             settings = {key: value for key, value in entry.items() if key not in OWN}
+            if isinstance(own.get("align"), dict):
+                settings["align"], own["align"] = own["align"], True
             arm = Arm(**{"group": entry["name"], **own}, settings=settings)
             if arm.name in arms:
                 raise ValueError(f"two arms are called '{arm.name}'")
@@ -199,13 +210,15 @@ def some_arms(study: Study, names: Sequence[str]) -> Study:
 
 
 def at_size(study: Study, size: int) -> Study:
-    """The study with images of another size in every arm."""
+    """The study with images of another size in the arms that set one, or in all if none does."""
     given = {"model": {"image": {"size": size}}}
-    arms = study.arms.values()
-    return replace(
-        study,
-        arms={arm.name: replace(arm, settings=merged(arm.settings, given)) for arm in arms},
-    )
+
+    def sets_one(arm: Arm) -> bool:
+        return "size" in arm.settings.get("model", {}).get("image", {})
+
+    arms = [*filter(sets_one, study.arms.values())] or study.arms.values()
+    changed = {arm.name: replace(arm, settings=merged(arm.settings, given)) for arm in arms}
+    return replace(study, arms={**study.arms, **changed})
 
 
 def photographs(
@@ -239,7 +252,8 @@ def pretrainings(given: argparse.Namespace) -> list[Pretraining]:
 def config_of(task: Task) -> Config:
     """The configuration of a run, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
-    shared = {"data": data.settings.get("data", {})} if arm.align else data.settings
+    trains = arm.command == "train"
+    shared = data.settings if trains else {"data": data.settings.get("data", {})}
     tree = merged(shared, arm.settings)
     for name in arm.unset:
         section, _, key = name.partition(".")
@@ -262,7 +276,7 @@ def config_of(task: Task) -> Config:
     tree = merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
     try:
         config = Config.from_dict(tree)
-        if not arm.align:
+        if trains:
             count = max(1, round(arm.schedule * config.episodes.count))
             config = replace(config, episodes=replace(config.episodes, count=count))
         check(config)
@@ -303,13 +317,16 @@ def train(task: Task) -> dict[str, Any]:
         first = replace(task, arm=task.study.arms[arm.start])
         train(first)
         before = folder_of(first)
-    if arm.start is not None or arm.displaces:
+    if arm.finetune:
+        model = replace(model, start=str(before))
+    elif arm.start is not None or arm.displaces:
         start = folder.with_suffix(".start")
         if not (start / MODEL).is_file():
             displaced(config, before, start, rotate=arm.rotate, shift=arm.shift)
         model = replace(model, start=str(start))
     own = replace(config, model=model, run=replace(config.run, out=str(folder)))
-    results = (align if arm.align else run.train)(own, resume="auto")
+    commands = {"align": align, "finetune": partial(finetune, alpha=1.0), "train": run.train}
+    results = commands[arm.command](own, resume="auto")
     if "stopped" in results:
         raise KeyboardInterrupt
     return results
@@ -595,8 +612,9 @@ def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
         ValueError: It was opened before for other arms.
     """
     path = out / "test-opened.jsonl"
-    # `align` counts only where it is set, so that files from before it still match.
-    arms = digest({name: repr(arm) + " align" * arm.align for name, arm in study.arms.items()})
+    # Other commands than `train` count where they are set, so that files from before still match.
+    other = {"align": " align", "finetune": " finetune", "train": ""}
+    arms = digest({name: repr(arm) + other[arm.command] for name, arm in study.arms.items()})
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     own = [entry for entry in map(json.loads, before) if entry["study"] == study.name]
     for entry in own:
