@@ -18,11 +18,13 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.content import image_hash
+from protoclip.data.index import cache_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
@@ -69,7 +71,9 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
     def encoder() -> Encoder:
         if not encoders:
             model, transform, tokenizer = loading.load(folder)
-            encoders.append(Encoder(model=model, transform=transform, tokenizer=tokenizer))
+            # What frozen halves make of transfer sets is the same whatever joins them.
+            cache = cache_folder() / "features" if model.joins_halves else None
+            encoders.append(encoder_of(model, transform, tokenizer, cache=cache))
         return encoders[0]
 
     def on_held_out() -> Judged:
