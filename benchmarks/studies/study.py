@@ -53,7 +53,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -249,11 +248,10 @@ def pretrainings(given: argparse.Namespace) -> list[Pretraining]:
     return data
 
 
-def config_of(task: Task) -> Config:
-    """The configuration of a run, without the folder and the weights that it starts from."""
+def settings_of(task: Task) -> dict[str, Any]:
+    """What a run's data set and arm set, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
-    trains = arm.command == "train"
-    shared = data.settings if trains else {"data": data.settings.get("data", {})}
+    shared = data.settings if arm.command == "train" else {"data": data.settings.get("data", {})}
     tree = merged(shared, arm.settings)
     for name in arm.unset:
         section, _, key = name.partition(".")
@@ -273,10 +271,15 @@ def config_of(task: Task) -> Config:
 
     tree["teacher"] = resolved(tree.get("teacher", {}))
     tree["teachers"] = [resolved(teacher) for teacher in tree.get("teachers", [])]
-    tree = merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
+    return merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
+
+
+def config_of(task: Task) -> Config:
+    """The configuration of these settings."""
+    arm = task.arm
     try:
-        config = Config.from_dict(tree)
-        if trains:
+        config = Config.from_dict(settings_of(task))
+        if arm.command == "train":
             count = max(1, round(arm.schedule * config.episodes.count))
             config = replace(config, episodes=replace(config.episodes, count=count))
         check(config)
@@ -293,6 +296,8 @@ def folder_of(task: Task) -> Path:
     known["rotate"] = task.arm.rotate
     if task.arm.start is not None:
         known["start"] = str(folder_of(replace(task, arm=task.study.arms[task.arm.start])))
+    if task.arm.finetune:
+        known["finetune"] = True
     return task.out / "runs" / f"{digest(known)[:12]}-{task.seed}"
 
 
@@ -317,16 +322,20 @@ def train(task: Task) -> dict[str, Any]:
         first = replace(task, arm=task.study.arms[arm.start])
         train(first)
         before = folder_of(first)
-    if arm.finetune:
-        model = replace(model, start=str(before))
-    elif arm.start is not None or arm.displaces:
+    if arm.finetune:  # whose defaults count what is set, which a configuration does not tell
+        given = {"model": {"start": str(before)}, "run": {"out": str(folder)}}
+        return finished(finetune(merged(settings_of(task), given), alpha=1.0, resume="auto"))
+    if arm.start is not None or arm.displaces:
         start = folder.with_suffix(".start")
         if not (start / MODEL).is_file():
             displaced(config, before, start, rotate=arm.rotate, shift=arm.shift)
         model = replace(model, start=str(start))
     own = replace(config, model=model, run=replace(config.run, out=str(folder)))
-    commands = {"align": align, "finetune": partial(finetune, alpha=1.0), "train": run.train}
-    results = commands[arm.command](own, resume="auto")
+    return finished((align if arm.align else run.train)(own, resume="auto"))
+
+
+def finished(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of a run that no signal stopped."""
     if "stopped" in results:
         raise KeyboardInterrupt
     return results
