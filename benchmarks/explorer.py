@@ -39,6 +39,7 @@ from PIL import Image
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.kept import Kept
+from protoclip.explore.address import listen
 from protoclip.explore.atlas import (
     COMPARED_ROWS,
     MAP_PAIRS,
@@ -53,7 +54,7 @@ from protoclip.explore.atlas import (
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.explore.render import Pages
-from protoclip.explore.server import cookie_name, listen, server
+from protoclip.explore.server import cookie_name, server
 from protoclip.features.store import hash_ids
 from protoclip.testing import resident
 

@@ -7,7 +7,7 @@ the decoding of images cost. Needs the package alone; faiss is measured too wher
 
 Each part runs in a process of its own, for at most its budget of seconds: then it is cut, and says
 so. A part that raises is reported as failed, and the others go on. Ends with status 1 if a check
-or a part failed. Without a CUDA card everything is smaller, and takes seconds.
+or a part failed. Without a CUDA card everything is smaller, and takes minutes.
 """
 
 import argparse

@@ -67,7 +67,12 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
-from protoclip.evaluation.metrics import beyond, half_of_samples, half_of_seeds
+from protoclip.evaluation.metrics import (
+    beyond,
+    half_of_samples,
+    half_of_seeds,
+    interval_of_difference,
+)
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
@@ -443,9 +448,9 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
     mean = float(gaps[:, 0].mean())
     of_samples = half_of_samples(gaps[:, 1:])
     of_seeds = half_of_seeds(gaps[:, 0].tolist()) if len(seeds) > 1 else 0.0
-    half, ends = math.hypot(of_seeds, of_samples), None
-    if math.isfinite(half):
-        ends = [mean - half, mean + half]
+    ends = None  # without influences, as AMI is
+    if math.isfinite(of_samples):
+        ends = interval_of_difference(gaps[:, 0].tolist(), gaps[:, 1:])
     return {
         "mean": mean,
         "interval": ends,

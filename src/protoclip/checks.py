@@ -3,11 +3,15 @@
 The limits of single settings are in `config.py`, and typos in paths are found by `paths.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import reduce
+from pathlib import Path
+from typing import Any
 
 from protoclip.config import (
     LOGGERS,
+    NO_START,
     START,
     Config,
     DataConfig,
@@ -142,6 +146,28 @@ def check_fine_tuning(config: Config) -> None:
         raise ValueError(f"{setting}: needs model.start, the model to keep to; set it")
 
 
+def require_start(given: Mapping[str, Any]) -> None:
+    """Refuse settings, as a recipe holds them, that name no model to fine-tune."""
+    if not Config.from_dict(given).model.has_start:
+        raise ValueError(NO_START)
+
+
+def require_named_pairs(given: Mapping[str, Any]) -> None:
+    """Refuse settings, as a recipe holds them, that name no pairs to fine-tune on.
+
+    The bundled emoji, on which `train` trains a first model, are hardly what a model is for.
+    """
+    if {"train", "sources"} & given.get("data", {}).keys():
+        return
+    start = given["model"].get("start")
+    is_tuned = start is not None and (Path(start) / "wise_ft.json").is_file()
+    again = f", or go on with {start} by --resume auto" if is_tuned else ""
+    raise ValueError(
+        "data.train: fine-tuning needs pairs of yours; name them, such as --data.train pairs.tsv"
+        f" (emoji are the bundled ones){again}"
+    )
+
+
 def check_sources(data: DataConfig) -> None:
     if data.sources and data.train != DataConfig().train:
         raise ValueError("data.sources: takes the place of data.train; leave one of them out")
@@ -185,6 +211,8 @@ def without_effect(config: Config) -> list[str]:
     no_teacher = not config.external_teachers and has_teacher and "loss.teacher is 0"
     no_features = not config.grouping_teachers and loss.teacher > 0 and "no teacher has features"
     locked = [] if model.projections_are_new else model.locked
+    # A tenth is what the plan fills in, and so what a run's own settings hold, unasked.
+    tenth = config.optim.locked_learning_rate == (config.optim.learning_rate or 0) / 10
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {
@@ -218,6 +246,7 @@ def without_effect(config: Config) -> list[str]:
         "loss.instance": no_instance,
         "loss.positives": no_instance,
         "optim.locked_learning_rate": not config.locked_episodes
+        and not tenth
         and "there is no locked-image stage",
         "optim.image_lr_scale": "image" in locked and "the image tower is locked",
         "optim.text_lr_scale": "text" in locked and "the text tower is locked",

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from protoclip.explore.address import listen, url_of
 from protoclip.explore.render import Pages
-from protoclip.explore.server import listen, server, url_of
+from protoclip.explore.server import server
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 

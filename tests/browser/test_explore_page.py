@@ -385,15 +385,6 @@ def test_the_map_by_umap_takes_its_place(
     page.close()
 
 
-def test_an_image_finds_itself(list_page: Any, pages: Pages) -> None:
-    page, encoded = list_page, pages.explorers[0].pairs.encoded(7)
-    page.set_input_files(
-        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": encoded}
-    )
-    page.wait_for_selector("main .card")
-    assert pages.explorers[0].pairs.sample_id(7) in page.locator("section").first.inner_text()
-
-
 def test_an_image_that_cannot_be_searched_for_is_one_line(
     browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""What the explorer's first screen has room for: images among crowded points, and a phone's bar."""
+"""The explorer's first screen: what has room, what stays in sight, and what takes the pointer."""
 
 import sys
 from collections.abc import Iterator
@@ -51,6 +51,12 @@ def phone(browser: Any, address: str) -> Iterator[Any]:
     context.close()
 
 
+MIDDLE_OF_A_NAME = """() => {
+  const [name] = [...document.querySelectorAll("#names button")]
+    .filter((button) => button.style.visibility === "visible");
+  const box = name.getBoundingClientRect();
+  return [box.x + box.width / 2, box.y + box.height / 2];
+}"""
 ROWS = """() => [...document.querySelectorAll("#thumbs img")]
   .map((image) => Number(image.src.match(/(\\d+)\\.webp/)[1]))"""
 
@@ -73,11 +79,47 @@ def test_images_stand_first_where_points_are_many(phone: Any) -> None:
     assert phone.evaluate(ROWS) == [0]
 
 
-def test_a_phone_shows_the_selection_once_there_is_one(phone: Any) -> None:
+def test_a_drag_that_selects_may_begin_on_a_name(phone: Any) -> None:
+    """With other tools a name takes the pointer."""
+    phone.set_viewport_size({"width": 1400, "height": 900})
+    phone.wait_for_timeout(500)  # names have found their room
+    start = phone.evaluate(MIDDLE_OF_A_NAME)
+    box = phone.locator("#map").bounding_box()
+    for tool, on_name in (("Lasso Select", False), ("Pan", True), ("Box Select", False)):
+        phone.click(f"#map [title='{tool}']")
+        on = "([x, y]) => !!document.elementFromPoint(x, y).closest('#names')"
+        assert phone.evaluate(on, start) is on_name
+    phone.mouse.move(*start)
+    phone.mouse.down()
+    far = box["x"] + 0.95 * box["width"], box["y"] + 0.95 * box["height"]
+    phone.mouse.move(*far, steps=3)
+    phone.mouse.up()
+    phone.wait_for_selector("#selection:not(.none)")
+
+
+def test_a_phone_keeps_the_selection_in_sight_once_there_is_one(phone: Any) -> None:
     """The field for a search is most of its line."""
-    assert phone.locator("#selection").is_hidden()
-    assert phone.get_by_label("Search by text").bounding_box()["width"] > 390 / 2
-    phone.evaluate("() => { Bokeh.documents[0].get_model_by_name('pairs').selected.indices = [4] }")
+    at = "() => document.getElementById('selection').getBoundingClientRect().top"
     assert phone.locator("#selection").is_visible()
+    assert phone.get_by_label("Search by text").bounding_box()["width"] > 390 / 2
+    phone.goto(phone.url.replace("index", "odd-distance"))
+    last = phone.locator("input[data-id]").last
+    last.scroll_into_view_if_needed()
+    assert phone.evaluate(at) < 0  # it covers nothing before
+    last.check()
+    assert phone.evaluate(at) == 0
     phone.tap("#clear")
-    assert phone.locator("#selection").is_hidden()
+    assert phone.evaluate(at) < 0
+
+
+def test_an_image_finds_itself(phone: Any, pages: Pages) -> None:
+    """The text that was asked for before is gone."""
+    pairs = pages.explorers[0].pairs
+    phone.fill("input[name=text]", "a red square")
+    phone.wait_for_url("**/search.html?text=a+red+square")
+    phone.set_input_files(
+        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.encoded(7)}
+    )
+    phone.wait_for_selector("main:has-text('Nearest to your image by')")
+    assert phone.input_value("input[name=text]") == ""
+    assert pairs.sample_id(7) in phone.locator("section").first.inner_text()

@@ -56,7 +56,8 @@ def page_file(tmp_path_factory) -> Path:
 
 
 def test_the_page_opens_from_a_file_and_asks_for_nothing(browser, page_file):
-    """No request, no error, no script; images with texts; no sideways scrolling; AA contrast."""
+    """No request, no error, no script; images with texts; no sideways scrolling, nor of the results
+    of two models on a phone; AA contrast."""
     asked: list[str] = []
     said: list[str] = []
     context = browser.new_context(offline=True)
@@ -75,6 +76,8 @@ def test_the_page_opens_from_a_file_and_asks_for_nothing(browser, page_file):
         assert images
         assert all(has_text and is_shown for has_text, is_shown in images)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        results = page.get_by_label("Table of metrics")
+        assert results.evaluate("it => it.scrollWidth - it.clientWidth") <= 0
         low = [found for found in page.evaluate(CONTRASTS) if found[0] < found[1]]
         assert low == []
     assert [url for url in asked if not url.startswith("data:")] == [page_file.as_uri()]

@@ -85,7 +85,7 @@ def wait_for_a_late_rank(folder: Path) -> tuple[tuple[float, float], tuple[float
     """Of a collective and of gradients, the seconds that a rank says it has waited, and those that
     have passed; and where the ranks are."""
     module = parallel.distribute(torch.nn.Linear(2, 2))
-    where = throughput.placed(torch.device("cpu"), 8)
+    where = throughput.machines(torch.device("cpu")).placed(8)
     WAITS.take()
     began = begin("gather", folder)
     collectives.all_gather_with_gradient(torch.zeros(1, 2))

@@ -1,6 +1,7 @@
 """Several ranks train what one process trains: gradients of every loss, weights of short runs."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -246,6 +247,10 @@ def test_a_stopped_run_of_two_ranks_goes_on(finished, tmp_path):
                 assert all(torch.equal(weights[name], value) for name, value in expected.items())
             else:
                 assert relative_difference(weights, expected, config) < 1e-4
+        facts = json.loads((folder / "results.json").read_text())["environment"]
+        assert (facts["hosts"], facts["ranks"]) == (1, ranks)
+        began = [where.split(" on ")[0] for where in facts["machines"]]
+        assert began == ["1 host, 2 ranks", "1 host, 1 rank"][: 3 - ranks]
 
 
 def seen(config: Config, stop: int | None = None) -> list[list[str]]:

@@ -169,9 +169,13 @@ def finished(given, tmp_path_factory) -> Path:
     return folder
 
 
-def test_its_own_recipe_trains_the_same(finished, tmp_path):
-    cli.main(["align", "--config", f"{finished}/config.toml", "--run.out", str(tmp_path / "again")])
-    one, two = weights_of(finished), weights_of(tmp_path / "again")
+def test_its_own_recipe_trains_the_same(finished, tmp_path, capsys):
+    """The last line names where it is, and what to look at it with."""
+    again = tmp_path / "again"
+    cli.main(["align", "--config", f"{finished}/config.toml", "--run.out", str(again)])
+    last = f"written to {again}; look at its pairs with protoclip explore {again}\n"
+    assert capsys.readouterr().out.endswith(last)
+    one, two = weights_of(finished), weights_of(again)
     assert all(value.equal(two[name]) for name, value in one.items())
 
 

@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -27,6 +28,7 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_table
 from protoclip.features import embed as module
+from protoclip.features import parts
 from protoclip.features.halves import ImagesOnce
 from protoclip.features.parts import Patience, claim, difference_in, read_images, require_same
 from protoclip.testing import run_distributed, tiny_pairs
@@ -85,12 +87,13 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
         *("vectors.parquet", "vectors.skipped.jsonl"),
     ]
     found, given = pq.read_table(out), pq.read_table(pairs).to_pylist()
-    types = [pa.string(), HALF, pa.list_(HALF), pa.list_(pa.string()), pa.string()]
-    names = ["sample_id", "image_vector", "text_vectors", "captions", "class"]
+    types = [pa.string(), HALF, pa.list_(HALF), pa.list_(pa.string()), pa.string(), pa.string()]
+    names = ["sample_id", "image_vector", "text_vectors", "captions", "image", "class"]
     assert (found.column_names, found.schema.types) == (names, types)
     given = [row for number, row in enumerate(given) if number not in (7, 41)]
     for ours, its in (("sample_id", "sample_id"), ("captions", "caption"), ("class", "kind")):
         assert found[ours].to_pylist() == [row[its] for row in given]
+    assert found["image"].null_count == len(found)  # they are in the table
 
     model, transform, tokenizer = protoclip.load(tiny_run)
     source = ImageTextPairs(pa.Table.from_pylist(given), name="given")
@@ -106,6 +109,17 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     expected = {"reference": str(tiny_run), "width": 16, "rows": 58, "bad": 2}
     expected |= {"source": "pairs.parquet", "version": protoclip.__version__}
     assert expected.items() <= facts.items()
+
+
+def test_progress_counts_the_samples(tiny_run, pairs, tmp_path, monkeypatch):
+    """From the start, and not only after each part."""
+    shown: list[int] = []
+    progress = Mock(return_value=Mock(update=shown.append))
+    monkeypatch.setattr(parts, "Progress", progress)
+    protoclip.embed(tiny_run, pairs, tmp_path / "vectors.parquet", device="cpu")
+    assert progress.call_args.args == (f"embed {tiny_run}", ROWS)
+    assert sorted(set(shown)) == [0, 16, 32, 48, 59, 60]
+    assert shown.count(60) == 1  # each report of the end is a line
 
 
 def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parquet, tmp_path):
@@ -193,7 +207,9 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
             list(read_images(once, range(20), lambda sample: sample, 4, threads=2))
     assert len(list((tmp_path / ".vectors.parquet.parts" / "parts").glob("*.npz"))) == 1
     assert embedded(tiny_run, path, out) == [10]
-    assert len(pq.read_table(out)) == 17
+    found = pq.read_table(out)
+    assert len(found) == 17
+    assert found["image"] == found["class"]  # each row leads to its image
 
 
 def test_threads_that_wait_at_the_same_time_count_once():

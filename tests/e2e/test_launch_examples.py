@@ -26,6 +26,7 @@ SLURM = {
     **{"SLURM_CPUS_PER_TASK": "6", "SLURM_GPUS_ON_NODE": "4"},
     **{"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "[a-b]"},
 }
+BUCKET = "s3://my-bucket/cc3m/"  # a folder of *.tar files
 # Starts two tasks as `srun` does, and ends with their largest code.
 SRUN = """
 import os, subprocess, sys
@@ -146,6 +147,23 @@ def test_torchrun_on_the_hosts_of_a_slurm_job(time, left, tmp_path):
     assert (trained.resume, trained.run.out, trained.run.seed) == ("auto", "run", 3)
 
 
+@pytest.mark.parametrize("script", ["protoclip", "torchrun"])
+def test_the_head_of_a_slurm_script_says_what_to_type(script, monkeypatch):
+    """In the folder of the clone; with a teacher too."""
+    monkeypatch.chdir(ROOT)
+    text = (LAUNCH / f"{script}.sbatch").read_text(encoding="utf-8")
+    clip, proto = (shlex.split(line) for line in re.findall(r"^#   (RUN=.+)", text, re.MULTILINE))
+    for words in (clip, proto):
+        assert words[1:3] == ["sbatch", f"examples/launch/{script}.sbatch"]
+        given = parse(Train, words[3:])
+        assert given.data.train == "cc3m"  # which its recipe says how to get
+    assert with_a_teacher(given, "cc3m-teacher")
+
+
+def with_a_teacher(given: Train, features: str) -> bool:
+    return bool(given.loss.teacher) and given.teacher.features == features
+
+
 def test_slurm_is_asked_for_what_the_documents_say():
     text = (LAUNCH / "protoclip.sbatch").read_text(encoding="utf-8")
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
@@ -170,14 +188,22 @@ def trains(command: list[str], **variables: str) -> Train:
 
 def test_a_spot_machine_goes_on_from_the_bucket(monkeypatch):
     monkeypatch.chdir(ROOT)
-    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    text = (LAUNCH / "skypilot.yaml").read_text(encoding="utf-8")
+    task = yaml.safe_load(text)
     known = {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
     assert task.keys() == known
     assert task["resources"]["use_spot"] is True
-    command = shlex.split(task["run"].replace("\\\n", " "))
-    given = trains(command, SKYPILOT_NUM_GPUS_PER_NODE="8", **task["envs"])
+    activate, line = task["run"].replace("\\\n", " ").splitlines()
+    assert activate in task["setup"].splitlines()
+    command, variables = shlex.split(line), {"SKYPILOT_NUM_GPUS_PER_NODE": "8", **task["envs"]}
+    given = trains(command, **variables)
     assert (given.resume, given.run.sync) == ("auto", task["envs"]["SYNC"])
-    assert given.data.train == task["envs"]["DATA"]
+    assert given.data.train == task["envs"]["DATA"] == BUCKET
+    (recipe,) = re.findall(r"--env RECIPE=([\w./]+)", text)
+    more = shlex.split(re.findall(r"^#   (--teacher.+)", text, re.MULTILINE)[0])
+    other = trains([*command, *more], **(variables | {"RECIPE": recipe}))
+    assert with_a_teacher(other, f"{BUCKET[:-1]}-teacher")
+    assert (other.data.validation, other.run.evaluate_every) == (0, 0)
     extras(re.findall(r"\[(.+?)\]", task["setup"])[0])
 
 
@@ -202,6 +228,11 @@ def test_a_pod_has_time_to_save(monkeypatch):
     assert "`terminationGracePeriodSeconds`" in SCALING
     given = trains(command)
     assert (given.resume, given.run.sync) == ("auto", "s3://my-bucket/runs/clip-0")
+    assert given.data.train == BUCKET
+    more = re.findall(r"^ +# - (--\S+)$", text, re.MULTILINE)
+    other = trains([*command, *more, "--config=recipes/cc3m_rn50.toml"])
+    assert with_a_teacher(other, f"{BUCKET[:-1]}-teacher")
+    assert (other.data.validation, other.run.evaluate_every) == (0, 0)
 
 
 def extras(names: str) -> None:

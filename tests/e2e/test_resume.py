@@ -26,13 +26,14 @@ from interrupting import (
 from protoclip.models import loading, saved
 from protoclip.models.saved import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
 from protoclip.testing import tiny_config, tiny_pairs
-from protoclip.training import run
+from protoclip.training import run, throughput
 from protoclip.training.run_folder import claimed
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
     """In every stage, within and between episodes, after any signal: all tensors and metrics end
-    equal, as of two runs with one seed. Afterwards the process has its own signal handlers again.
+    equal, as of two runs with one seed. Afterwards the process has its own signal handlers again,
+    and the results name the machines before.
     """
     given = {"episodes": {"replacement": False}, "prototypes": {"extract_transform": "training"}}
     config = config_for(tiny_parquet, tmp_path / "run", **given)
@@ -43,6 +44,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
         before = signal.getsignal(getattr(signal, by))
         with monkeypatch.context() as patch:
             stop_after(step, patch, by)
+            patch.setattr(throughput, "machines", lambda _: throughput.Machines(1, 2, "others"))
             stopped = run.train(config, resume="auto")
         assert (stopped["stopped"], stopped["steps"]) == (by, step)
         assert find_checkpoint(tmp_path / "run").name == f"step-{step:09}"
@@ -51,6 +53,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
         torch.manual_seed(step)  # the state of this process must not matter
     results = run.train(config, resume="auto")
     assert (results["steps"], results["samples_seen"]) == (16, 256)
+    before, now = results["environment"]["machines"]
+    assert before == "1 host, 2 ranks on others"
+    assert now == f"1 host, 1 rank on {results['environment']['device']}"
     assert_equal_ends(tmp_path / "run", tmp_path / "whole")
 
 

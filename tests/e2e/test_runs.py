@@ -93,7 +93,8 @@ def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys)
     assert metrics_of(tmp_path / "clip", "train/seconds/extract") == []
     shown = capsys.readouterr().err
     assert shown.startswith("note: trains test_resnet")
-    assert "training on 96 pairs: 12 episodes of 64 pairs in batches of 16, 8 passes" in shown
+    amount = "12 episodes of 64 pairs in batches of 16, 8 passes"
+    assert f"training on 96 pairs from {tiny_parquet}: {amount}" in shown
     assert f"loss {losses[-1]:.4g})" in shown.splitlines()[-1]
 
 
@@ -148,16 +149,23 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
     assert first["train/logit_bias"] == trained.towers.logit_bias.item()
 
 
-def test_a_run_says_its_loss_and_how_many_pairs_match(tmp_path, capsys):
-    """All of a batch of 16, where all are of one class."""
+def test_a_run_says_its_loss_and_how_many_pairs_match(tmp_path, monkeypatch, capsys):
+    """All of a batch of 16, where all are of one class. Progress shows no loss of a stage that has
+    ended, such as that with prototypes, beside the next one's name."""
     table = tiny_pairs(96)
     path = tmp_path / "pairs.parquet"
     pq.write_table(table.append_column("kind", pa.array(["one"] * len(table))), path)
     data = {"class_column": "kind", "validation": 0.0}
     changes = {"data": data, "loss": {"positives": "class", "prototypical": 0.0}}
     changes["loss"]["instance"] = "sigmoid"
-    config = short(tiny_config(str(path), out=""), tmp_path / "run", count=1, **changes)
+    changes |= {"run": {"log_every": 3}, "episodes": {"locked_image": 1}}
+    config = short(tiny_config(str(path), out=""), tmp_path / "run", count=2, **changes)
+    shown = []
+    monkeypatch.setattr(run.Progress, "update", lambda _, done, detail="": shown.append(detail))
     run.train(config)
+    details = [detail.split(", ")[1:] for detail in shown if detail.startswith("episode ")]
+    assert [stage for stage, *_ in details] == ["contrastive"] * 4 + ["locked image"] * 4
+    assert [len(loss) for _, *loss in details] == [0, 0, 1, 1, 0, 1, 1, 1]
     assert (
         "note: loss.instance = sigmoid: the logits start with scale 10" in capsys.readouterr().err
     )

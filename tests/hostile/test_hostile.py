@@ -34,7 +34,7 @@ from protoclip.training import checkpoint
 
 TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))
 # Lines on standard error that may come before an error: notes, and progress.
-BESIDE = re.compile(r"(note|warning|computing): |training on |going on from |.*: \d+%, ")
+BESIDE = re.compile(r"(note|warning|computing): |training on |going on from |opening |.*: \d+%, ")
 
 
 @dataclass(frozen=True, kw_only=True)

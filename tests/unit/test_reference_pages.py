@@ -117,6 +117,21 @@ def test_public_functions_keep_their_parameters() -> None:
         assert [*inspect.signature(function).parameters][: len(kept)] == kept, name
 
 
+def test_one_line_installs_all_that_the_first_steps_need() -> None:
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs" / name for name in ("index.md", "first_steps/photographs.md")),
+    ]
+    lines = {
+        line
+        for page in pages
+        for line in re.findall(r"^pip install '\.\[.+?\]'", page.read_text(encoding="utf-8"), re.M)
+    }
+    assert len(lines) == 1, lines
+    wanted = {"teachers", "explore", "report", "finetune", "export"}
+    assert {*re.findall(r"[\w-]+", lines.pop().split("[")[1])} == wanted
+
+
 def test_every_metric_is_explained() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.+?) \| (`.+?) \| `(\w+)` \|", page, re.MULTILINE)
@@ -129,12 +144,14 @@ def test_every_metric_is_explained() -> None:
     assert sorted(found) == sorted(known)
 
 
-def test_commands_of_pages_can_be_read() -> None:
-    """Each `protoclip` line of a shell block names a command and options that exist."""
+def test_commands_of_pages_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each `protoclip` line of a shell block names a command, options and recipes that exist."""
+    monkeypatch.chdir(ROOT)
     seen = set()
     for path in PAGES:
         for block in BLOCK.findall(path.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
+                line = line.partition("||")[0].replace("$seed", "0")  # in a loop over seeds
                 words = shlex.split(line, comments=True)
                 if "protoclip" not in words or words[-1].endswith("pip") or "..." in words:
                     continue
@@ -142,8 +159,10 @@ def test_commands_of_pages_can_be_read() -> None:
                 names = [name for name in COMMANDS if words[: len(name.split())] == name.split()]
                 assert names, f"{path.name}: {line}"
                 words = words[len(names[0].split()) :]
-                if "--config" not in words:  # which would be read
+                recipe = words[words.index("--config") + 1] if "--config" in words else None
+                if recipe is None or recipe.startswith("recipes/"):  # others would be read too
                     parse(COMMANDS[names[0]], words)
                     seen.add((path.name, names[0]))
     assert {("README.md", name) for name in ("data inspect", "align", "explore")} <= seen
+    assert {("shards.md", "train"), ("shards.md", "embed-teacher")} <= seen
     assert len(seen) > 30

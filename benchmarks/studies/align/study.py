@@ -61,15 +61,14 @@ def mean_influence(results: dict[str, Any]) -> npt.NDArray[np.float64]:
 
 def difference(
     runs: list[dict[str, Any]], reference: list[dict[str, Any]]
-) -> tuple[float, tuple[float, float]]:
-    """The mean difference over seeds, and its 95% interval."""
+) -> tuple[float, list[float] | None]:
+    """The mean difference over seeds, and its 95% interval if it has one."""
     gains = [
         mean_recall(run) - mean_recall(other) for run, other in zip(runs, reference, strict=True)
     ]
     both = zip(runs, reference, strict=True)
     of_images = np.stack([mean_influence(run) - mean_influence(other) for run, other in both])
-    low, high = interval_of_difference(gains, of_images) or (-np.inf, np.inf)
-    return float(np.mean(gains)), (low, high)
+    return float(np.mean(gains)), interval_of_difference(gains, of_images)
 
 
 def without_none(settings: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +134,8 @@ def main() -> None:
         gain, ends = difference(runs, table[reference])
         seconds = float(np.mean([run["train_seconds"] for run in runs]))
         each = [mean_recall(run) for run in runs]
-        said = "-" if name == reference else f"{gain:+.1f} [{ends[0]:.1f}, {ends[1]:.1f}]"
+        said = "-" if name == reference else f"{gain:+.1f}"
+        said += f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends and name != reference else ""
         one, other = (" / ".join(f"{r:.1f}" for r in part) for part in (recalls[:3], recalls[3:]))
         print(f"| {name} | {np.mean(each):.1f} | {one} | {other} | {said} | {seconds:.0f} |")
         facts.append(

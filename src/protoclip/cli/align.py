@@ -51,4 +51,5 @@ class Align(Train):
             from protoclip.training.align import align
 
         torch.set_flush_denormal(True)
-        show_results(align(settings, resume=self.resume), as_json=self.json)
+        results = align(settings, resume=self.resume)
+        show_results(results, as_json=self.json, explores=True)

@@ -63,7 +63,7 @@ class Inspect(Recipes):
         if self.json:
             print(to_json(report, indent=2))
         else:
-            show(report, of_small_towers=context_length is None)
+            show(report, by_captions=context_length is None)
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,21 @@ class Index(Recipes):
 
     def __call__(self) -> None:
         require_paths(self.source, self.data)
-        started = time.monotonic()
+        started, before = time.monotonic(), kept_indexes()
         given, also = of_source(self.source, self.data), ("workers", "max_image_pixels")
         pairs = open_indexed(given, "index", also=also)
-        print(f"{len(pairs):,} pairs indexed, in {duration(time.monotonic() - started)}")
+        number, took = f"{len(pairs):,} pairs", duration(time.monotonic() - started)
+        if kept_indexes() == before:
+            print(f"{number}, whose index is there already; a look took {took}")
+        else:
+            print(f"{number} indexed, in {took}")
+
+
+def kept_indexes() -> set[tuple[Path, int]]:
+    """The indexes in the cache, each with the time when it was written."""
+    from protoclip.data.index import index_folder
+
+    return {(path, path.stat().st_mtime_ns) for path in index_folder().rglob("*.arrow")}
 
 
 def require_paths(source: str, data: DataConfig) -> None:

@@ -27,7 +27,7 @@ class Embed(OfPairs):
     out: str  # Parquet file to write.
     class_column: str | None = None  # Column of a table that holds the class.
     num_samples: Count | None = None  # Samples of a stream to read.
-    batch_size: Count = 256  # Images or captions at once.
+    batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.

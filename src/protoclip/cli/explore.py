@@ -56,7 +56,7 @@ class Explore:
     without: str | None = None  # As data.without.
     map: Literal["auto", "pca", "umap"] = "auto"  # auto: umap where umap-learn is installed.
     groups: Count | None = None  # Prototypes of each modality; else a tenth of the pairs.
-    port: Annotated[int, 0, 65535] = 8000  # Port; 0 for any that is free.
+    port: Annotated[int, 0, 65535] | None = None  # Port; unset, the first free one from 8000 on.
     host: str = "127.0.0.1"  # Address to serve on.
     static: str | None = None  # Write read-only pages to this folder instead.
     atlas: str | None = None  # Write embedding-atlas's table to this file instead.
@@ -90,18 +90,19 @@ class Explore:
             raise ValueError(
                 f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
             )
-        with quick_imports():
-            from protoclip.explore.atlas import MAP_PAIRS
-            from protoclip.explore.server import listen
-            from protoclip.explore.static import write_static, write_table
-
         if self.static is None and self.atlas is None:
-            with closing(listen(self.host, self.port)) as listening:  # before the work too
+            with closing(self.listen()) as listening:  # before the work, and slow imports
+                self.say_what_is_opened()
                 self.serve(self.explorers(), listening)
             return
         with ExitStack() as stack:
             for output in filter(None, (self.static, self.atlas)):
                 stack.enter_context(locked(Path(output)))
+            self.say_what_is_opened()
+            with quick_imports():
+                from protoclip.explore.atlas import MAP_PAIRS
+                from protoclip.explore.static import write_static, write_table
+
             explorers = self.explorers()
             if self.static is not None:
                 number = write_static(explorers, Path(self.static))
@@ -112,9 +113,25 @@ class Explore:
                 image = " --image image" if rows <= 2 * MAP_PAIRS else ""
                 print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
 
+    def listen(self) -> socket:
+        """The socket to serve on. Says so where it is not on the usual port."""
+        from protoclip.explore.address import USUAL_PORT, listen
+
+        listening = listen(self.host, self.port)
+        used = listening.getsockname()[1]
+        if self.port is None and used != USUAL_PORT:
+            say(f"note: port {USUAL_PORT} is taken; pages will be on port {used}")
+        return listening
+
+    def say_what_is_opened(self) -> None:
+        """At once, since libraries, model and pairs take a while."""
+        data = f" on {self.data}" if self.data else ""
+        say(f"opening {' and '.join(self.models)}{data}")
+
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""
-        from protoclip.explore.explorer import open_explorer
+        with quick_imports():
+            from protoclip.explore.explorer import open_explorer
 
         device, pairs, layout = open_device(), self.pairs(), self.layout()
         return [
@@ -156,8 +173,9 @@ class Explore:
     def serve(self, explorers: "list[Explorer]", listening: socket) -> None:
         import secrets
 
+        from protoclip.explore.address import url_of
         from protoclip.explore.render import Pages
-        from protoclip.explore.server import server, url_of
+        from protoclip.explore.server import server
 
         pages, token = Pages(explorers), secrets.token_urlsafe(16)
         for number in range(1, len(explorers) + 1):

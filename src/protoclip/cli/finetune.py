@@ -9,10 +9,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, ClassVar, Literal
 
+from protoclip.checks import require_named_pairs, require_start
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.cli.train import exit_if_stopped, show_results
-from protoclip.config import NO_START, BatchSize, Config, NotNegative, Rank
+from protoclip.config import BatchSize, Config, NotNegative, Rank
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
 from protoclip.terminal import say, visible
@@ -29,6 +30,7 @@ class Finetune(Config, Recipes):
 
     # Where it has others than `train`; with words where they follow from the data.
     defaults: ClassVar[Mapping[str, Any]] = {
+        "data.train": None,  # has to be named
         "run.name": "finetuned",
         "run.evaluate_every": 1,
         "model.frozen_batch_norm": True,
@@ -57,10 +59,10 @@ class Finetune(Config, Recipes):
     def __call__(self) -> None:
         settings = self.settings()
         config = Config.from_dict(settings)
-        if not config.model.has_start:
-            raise ValueError(NO_START)
+        require_start(settings)
         if self.resume == "never":  # a finished run needs its data no more
             require_paths(config)
+        require_named_pairs(settings)
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
         with quick_imports():
@@ -168,9 +170,11 @@ def show_sweep(record: Mapping[str, Any]) -> None:
 
 def show_metrics(results: Mapping[str, Any]) -> None:
     """Print the metrics of the start and of the chosen weights."""
+    from protoclip.evaluation.compare import decimals
+
     before = results["start_metrics"]
     if results["metrics"]:
         print(f"{'metric':<45} {'start':>10} {'alpha ' + format(results['alpha'], 'g'):>10}")
     for name, value in results["metrics"].items():
-        values = ["-" if v is None else f"{v:.4f}" for v in (before[name], value)]
+        values = ["-" if v is None else decimals(v, 4) for v in (before[name], value)]
         print(f"{visible(name):<45} {values[0]:>10} {values[1]:>10}")

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from shlex import quote
 from typing import Any, Literal
 
 from protoclip.checks import check
@@ -52,8 +53,11 @@ class Train(Config, Recipes):
         return tree if self.overfit is None else merged(tree, {"run": {"overfit": self.overfit}})
 
 
-def show_results(results: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the results of a run on rank 0, or where it stands if a signal stopped it."""
+def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = False) -> None:
+    """Print the results of a run on rank 0, or where it stands if a signal stopped it.
+
+    With `explores` the last line names the command that shows what the model has learned.
+    """
     from protoclip.distributed import collectives
 
     if collectives.launched()[0] > 0:
@@ -71,7 +75,9 @@ def show_results(results: Mapping[str, Any], *, as_json: bool) -> None:
         )
         exit_if_stopped(results)
     elif not as_json:
-        print(f"written to {visible(results['folder'])}")
+        folder = visible(results["folder"])
+        look = f"; look at its pairs with protoclip explore {quote(folder)}" if explores else ""
+        print(f"written to {folder}{look}")
 
 
 def exit_if_stopped(results: Mapping[str, Any]) -> None:

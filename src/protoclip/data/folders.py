@@ -20,6 +20,8 @@ from protoclip.data.access import Access, digest, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
+    METADATA,
+    TEXT_SUFFIXES,
     LeftOut,
     access_of,
     caption_columns,
@@ -31,6 +33,7 @@ from protoclip.data.tables import (
     unused,
 )
 from protoclip.files import read_json
+from protoclip.progress import Progress
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -38,14 +41,14 @@ IMAGE_SUFFIXES = (
 )
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2")
 UNREAD = "images of a kind that is not read (JPEG, PNG, WebP, GIF, BMP and TIFF are)"
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """Open the local folder `data.train`. It is the first of these that fits:
 
     * what `datasets` saved (`save_to_disk`), or one split of it;
-    * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose `file_name` names them;
+    * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose columns are found as in a table,
+      `file_name` first;
     * `*.parquet` files of one split;
     * images at any depth, each with captions in a `.txt` or `.json` of the same name.
 
@@ -55,8 +58,6 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     folder, files = tables(Path(data.train))
     if not files:
         return open_images(folder, data, name=name)
-    if files[0].name in METADATA:
-        data = replace(data, image_column=data.image_column or "file_name")
     saved = (folder / "state.json").is_file()
     return open_files([*map(str, files)], data, name=name, root=str(folder), saved=saved)
 
@@ -85,6 +86,12 @@ def tables(folder: Path) -> tuple[Path, list[Path]]:
     return folder, files
 
 
+def text_tables(folder: Path) -> list[Path]:
+    """The CSV, TSV and JSON Lines files of a folder, which nothing reads with the folder."""
+    visible = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in visible if file.suffix.lower() in TEXT_SUFFIXES)
+
+
 def _inside(folder: Path, name: Any) -> Path:
     """A file or folder of a saved dataset, which may name nothing outside its own folder."""
     if not isinstance(name, str) or Path(name).name != name or name == "..":
@@ -104,11 +111,15 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     names = {image for image, _ in images}
 
     def rows() -> Iterator[tuple[str, list[bytes], str]]:
-        for image, caption in images:
+        progress = Progress(f"read captions of {folder}", len(images))
+        for done, (image, caption) in enumerate(images):
+            progress.update(done)
             if texts := _captions(folder, image, caption, keys, access, left_out):
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
                 yield image, texts, image if stems[stem] > 1 or stem in names else stem
+        if progress.last_shown > progress.started:  # it took long enough to be shown
+            progress.update(len(images))
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         yield from batches(rows(), ROWS)
@@ -118,6 +129,8 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     key = digest({**vars(access), "folder": str(folder.resolve()), "known": known, "keys": keys})
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
+    if images and (beside := text_tables(folder)):
+        way_out = f"{beside[0]} looks like a table of captions: name it instead of the folder"
     index = build_index(key, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))

@@ -34,7 +34,7 @@ REASONS = 100  # that are counted by themselves
 EXAMPLES, NAME_LENGTH = 5, 90
 # Up to how many pairs a way is advised, and its row in docs/which_way.md.
 WAYS = {
-    500: "too few to judge by: take a published model as it is, or protoclip align",
+    500: "take a published model as it is, or protoclip align, with --data.validation 0.2",
     100_000: "protoclip align, two pretrained halves",
     1_000_000: "protoclip align, then protoclip finetune of the run, with --guard",
     10_000_000: "protoclip finetune of a published model, with --guard",
@@ -96,7 +96,7 @@ def inspect(
     if isinstance(source, Pairs):
         pairs, counted = len(source), True
     else:
-        pairs, counted = known["read"], _is_whole(source, parts, read_of_parts)
+        pairs, counted = sum(read_of_parts), _is_whole(source, parts, read_of_parts)
     return {
         "source": source.name,
         "pairs": len(source) if isinstance(source, Pairs) else None,
@@ -190,20 +190,23 @@ def _hash(content: bytes) -> int:
 
 
 def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) -> dict[str, Any]:
-    """What samples are, counted. Memory is bounded but for the hashes of contents."""
+    """What samples are, counted: those that were `read`, and the `unreadable` ones.
+
+    Memory is bounded but for the hashes of contents.
+    """
     read, unreadable = 0, list[str]()
     counts: dict[str, Counter[Any]] = defaultdict(Counter)
     hashes = {"image": array("Q"), "caption": array("Q")}
     names: dict[int, str] = {}
     reasons, tokens = counts["reasons"], counts["tokens"]
     for facts in samples:
-        read += 1
         if isinstance(facts, BadSample):
             unreadable = [*unreadable, str(facts)][:EXAMPLES]
             # Without the numbers and details of this sample.
             reason = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", facts.reason))[:NAME_LENGTH]
             reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
             continue
+        read += 1
         for kind in hashes:
             for content, name in facts.pop(kind):
                 hashes[kind].append(content)
@@ -242,11 +245,11 @@ def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
     return {str(p): values[number] for p, number in numbers.items()}
 
 
-def show(report: dict[str, Any], *, of_small_towers: bool = False) -> None:
+def show(report: dict[str, Any], *, by_captions: bool = False) -> None:
     """Print what `inspect` found, a line each; of what is measured, `50%` is the median.
 
     Args:
-        of_small_towers: No model says how many tokens are read.
+        by_captions: No model says how many tokens are read; the length follows from the captions.
     """
     for name, value in report.items():
         if value in (None, [], {}):
@@ -254,8 +257,8 @@ def show(report: dict[str, Any], *, of_small_towers: bool = False) -> None:
         if isinstance(value, dict):
             mark = "%" if name in MEASURED else ""
             value = ", ".join(f"{key}{mark}: {each:,}" for key, each in value.items())
-        if name == "context_length" and of_small_towers:
-            value = f"{value} tokens of small towers; name another model with --model.text.name"
+        if name == "context_length" and by_captions:
+            value = f"{value} tokens, by these captions; --model.text.name takes a model's"
         label = name.replace("_", " ")
         for line in value if isinstance(value, list) else [value]:
             text = f"{line:,}" if isinstance(line, int) else visible(line)

@@ -311,10 +311,15 @@ class ImageTextPairs:
             missing = isinstance(error, FileNotFoundError)
             raise self._bad(row, reason if missing else f"cannot be read ({reason})") from None
 
+    def image_name(self, row: int) -> str | None:
+        """The path or URL of a row's image as the data name it; None for one in the data."""
+        image = None if self.in_ranges else self._image(row, slice(0, 0))  # bytes stay unread
+        return image if isinstance(image, str) else None
+
     def image_file(self, row: int) -> str | None:
         """The path or URL of the file that is the image of a row; None for one in the data."""
-        image = None if self.in_ranges else self._image(row, slice(0, 0))  # bytes stay unread
-        return join(self.root, image) if isinstance(image, str) else None
+        name = self.image_name(row)
+        return None if name is None else join(self.root, name)
 
     def image_key(self, row: int) -> str:
         """Names the image of a row, also among other rows of the table: its file with size and

@@ -46,6 +46,9 @@ IMAGE_COLUMNS = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "filepath", "file_path"),
     *("image_path", "img_path", "file_name", "filename", "file", "path", "image_url", "url"),
 )
+# Tables of an image folder, in which Hugging Face `datasets` reads `file_name`, and so do we first.
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA_IMAGE_COLUMNS = tuple(dict.fromkeys(("file_name", *IMAGE_COLUMNS)))
 CAPTION_COLUMNS = (
     *("caption", "captions", "title", "text", "texts", "txt"),
     *("description", "alt_text", "sentence", "sentences"),
@@ -63,6 +66,7 @@ LONGEST_HEADER = 100_000  # characters
 MAX_EMPTY_LINES = 1_000_000  # in a row
 SHOWN_LINES = 1 << 16  # after as many, progress is shown
 FORM = 5  # Changes when the same file would be read differently than before.
+NOT_UTF8 = "lines that are not UTF-8"
 Cell = str | list[str] | None
 
 
@@ -93,7 +97,8 @@ def open_files(
     """
     label, folder = without_secrets(paths[0]), index_folder()
     prints = [fingerprint(path, access_of(data)) for path in paths]
-    columns = [data.image_column, caption_columns(data), data.id_column]
+    first = "file_name" if is_metadata(label) else None  # as versions had it that knew no other
+    columns = [data.image_column or first, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": columns})
     *_, before, last = ("", "", *_suffixes(paths[0]))
@@ -280,8 +285,9 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
     chosen: list[list[str]] = []
     notes: list[str] = []
     optional = {"ids", "classes"} | ({"captions"} if data.class_column else set())
+    image_names = METADATA_IMAGE_COLUMNS if is_metadata(label) else IMAGE_COLUMNS
     for setting, what, usual, named in (
-        ("image_column", "images", IMAGE_COLUMNS, [data.image_column]),
+        ("image_column", "images", image_names, [data.image_column]),
         ("caption_column", "captions", CAPTION_COLUMNS, caption_columns(data)),
         ("id_column", "ids", ID_COLUMNS, [data.id_column]),
         ("class_column", "classes", (), [data.class_column]),
@@ -319,6 +325,10 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
     columns["id_column"] = ids[0] if ids else None
     columns["class_column"] = classes[0] if classes else None
     return columns, notes
+
+
+def is_metadata(path: str) -> bool:
+    return PurePath(path).name in METADATA
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
@@ -370,6 +380,7 @@ class LeftOut:
         self.path, self.counts = path, Counter[str]()
         self.examples: dict[str, str] = {}
         self.lines: dict[str, list[str]] = defaultdict(list)
+        self.advice: dict[str, str] = {}  # what to do, by reason
 
     def add(self, what: str, example: str, number: int = 0) -> None:
         self.counts[what] += 1
@@ -382,6 +393,7 @@ class LeftOut:
         numbers = {what: f"line {', '.join(lines)}: " for what, lines in self.lines.items()}
         return [
             f"{self.path}: left out {self.counts[what]} {what} ({numbers.get(what, '')}{example})"
+            + (f"; {self.advice[what]}" if what in self.advice else "")
             for what, example in self.examples.items()
         ]
 
@@ -493,7 +505,7 @@ def fault_of(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "lines that are not UTF-8"
+        return NOT_UTF8
     return ""
 
 
@@ -501,6 +513,7 @@ def _read_csv(
     path: str, lines: Iterator[str], left_out: LeftOut
 ) -> tuple[list[str], Iterator[list[Cell]]]:
     """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
+    left_out.advice[NOT_UTF8] = "save it as UTF-8"  # spreadsheets often write another encoding
     number, header = next((line for line in enumerate(lines, 1) if line[1].strip()), (0, ""))
     usual = "\t" if ".tsv" in _suffixes(path) else ","
     separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)

@@ -112,6 +112,11 @@ class PairsView:
     def most_captions(self) -> int:
         return max(int(source.most_captions) for source in self.sources)
 
+    def image_name(self, row: int) -> str | None:
+        source, number = self.locate(row)
+        name: str | None = source.image_name(number)
+        return name
+
     def class_of(self, row: int) -> str:
         source, number = self.locate(row)
         return str(source.class_of(number))

@@ -39,6 +39,10 @@ OTHERS = (
     "Where other samples judged the models, a difference has no interval, and is not of the models "
     "alone."
 )
+ON_FEW = (
+    "A difference has no interval where too few groups of test samples differ, or too few do not."
+)
+SPREAD = "±: sample standard deviation over seeds."
 SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
 Run = Mapping[str, Any]
 WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
@@ -72,8 +76,8 @@ def models_of(runs: Iterable[tuple[str, int, str]]) -> list[str]:
 
 
 def read_results(run: str | Path) -> dict[str, Any]:
-    """The `results.json` of a finished run, with finite `metrics`, its `folder`, and `samples`: the
-    files with the results of each test sample, by data set.
+    """The `results.json` of a finished run, with finite `metrics`, its `folder`, its `machines` in
+    words, and `samples`: the files with the results of each test sample, by data set.
 
     Raises:
         ValueError: There is no such run, or it has not finished.
@@ -103,8 +107,17 @@ def read_results(run: str | Path) -> dict[str, Any]:
     return {
         **{"name": results["name"], "seed": results["seed"], **counts, "folder": str(path.parent)},
         "metrics": {key: value for key, value in metrics.items() if value is not None},
+        "machines": machines_of(results.get("environment")),
         "samples": validation | test,
     }
+
+
+def machines_of(environment: Any) -> str:
+    """On what a run trained, one after the other; of versions up to 1.0.0 the device alone."""
+    known = environment if isinstance(environment, dict) else {}
+    listed = known.get("machines")
+    names = listed if isinstance(listed, list) else [known.get("device")]
+    return ", then ".join(str(name) for name in names if name)
 
 
 def samples_of(folder: Path, split: str) -> dict[str, Path]:
@@ -175,8 +188,9 @@ def compare(
             seeds: then an interval over these is left.
 
     Returns:
-        One entry a model: `name`, `seeds`, and for `samples_seen`, `train_seconds` and each of
-        `metrics` a `summary`. Metrics of later entries have a `difference`.
+        One entry a model: `name`, `seeds`, the different `machines` of its runs, and for
+        `samples_seen`, `train_seconds` and each of `metrics` a `summary`. Metrics of later entries
+        have a `difference`.
     """
     if models is None:
         runs = list({os.path.realpath(run["folder"]): run for run in runs}.values())
@@ -192,6 +206,7 @@ def compare(
         entry: dict[str, Any] = {"name": name, "seeds": list(members), "metrics": {}}
         for key in ("samples_seen", "train_seconds"):
             entry[key] = summary([run[key] for run in members.values()])
+        entry["machines"] = sorted({run.get("machines", "") for run in members.values()} - {""})
         listed = [run["metrics"] for run in members.values()]
         for key in listed[0]:
             if not all(key in metrics for metrics in listed):
@@ -309,14 +324,21 @@ def covered(gains: Sequence[Mapping[str, Any]]) -> list[str]:
         counts = sorted(gain["samples"] for gain in of_kind if gain["samples"] is not None)
         many = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
         lines += [text.format(many)] * bool(of_kind)
+    lines += [ON_FEW] * any(map(rests_on_few_groups, gains))
     return lines + [OTHERS] * any(gain["other_samples"] for gain in gains)
+
+
+def rests_on_few_groups(gain: Mapping[str, Any]) -> bool:
+    """Whether a difference is of known test samples, of which too few tell the models apart."""
+    return gain["interval"] is None and gain["samples"] is not None
 
 
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a metric and one column an entry."""
     values = [value for entry in entries for value in entry["metrics"].values()]
     gains = [value["difference"] for value in values if "difference" in value]
-    lines = [SECOND_LINE] * bool(gains) + covered(gains)
+    lines = [SPREAD] * any("spread" in value for value in values)
+    lines += [SECOND_LINE] * bool(gains) + covered(gains)
     if gains and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:
         lines.append(
             "The models' seeds differ: differences are of the seeds that both have, if any."
@@ -342,6 +364,9 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     ratios = [f" ({s / seconds[0]:.2f})" if s is not None and seconds[0] else "" for s in seconds]
     shown = ["-" if s is None else f"{s:,.0f}{r}" for s, r in zip(seconds, ratios, strict=True)]
     table.add_row("training, seconds (ratio)", *shown)
+    machines = [printable("; ".join(entry["machines"])) for entry in entries]
+    if len({*machines}) > 1:
+        table.add_row("machines", *(escape(each or "not known") for each in machines))
     print_table(table, columns=len(entries))
 
 
@@ -362,16 +387,21 @@ def cell(value: Mapping[str, Any] | None, *, scale: float, digits: int) -> str:
     """Mean, and spread or interval; on a second line the difference, as `+3.4 [+2.8, +4.0]*`."""
     if value is None:
         return "-"
-    text = f"{value['mean'] * scale:.{digits}f}"
+    text = decimals(value["mean"] * scale, digits)
     if value.get("interval") is not None:
-        low, high = (f"{end * scale:.{digits}f}" for end in value["interval"])
+        low, high = (decimals(end * scale, digits) for end in value["interval"])
         text += f" [{low}, {high}]"
     if "spread" in value:
-        text += f" ± {value['spread'] * scale:.{digits}f}"
+        text += f" ± {decimals(value['spread'] * scale, digits)}"
     if "difference" in value:
         mean, ends, beyond = (value["difference"][k] for k in ("mean", "interval", "beyond"))
-        text += f"\n{mean * scale:+.{digits}f}"
+        text += f"\n{decimals(mean * scale, digits, '+')}"
         if ends is not None:
-            low, high = (f"{end * scale:+.{digits}f}" for end in ends)
+            low, high = (decimals(end * scale, digits, "+") for end in ends)
             text += f" [{low}, {high}]" + "*" * beyond
     return text
+
+
+def decimals(number: float, digits: int, sign: str = "") -> str:
+    """A number with so many decimals, and a `+` if that is its sign; what rounds to 0 has no -."""
+    return f"{round(number, digits) + 0.0:{sign}.{digits}f}"

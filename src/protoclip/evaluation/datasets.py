@@ -58,6 +58,8 @@ TORCHVISION = {
 SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation"}
 HUB = "wds:https://huggingface.co/datasets/clip-benchmark/wds_"
 CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
+# Kinds of data whose classes and captions are not in columns.
+WITHOUT_COLUMNS = ("emoji", "wds", "torchvision", "karpathy")
 #: What data sets can be downloaded from. Keys are lower case without signs; docs/evaluation.md has
 #: more.
 DOWNLOADS = {
@@ -202,6 +204,8 @@ def open_data(
     settings = replace(config or DataConfig(), sources=[], read="auto")
     settings = replace(settings, root=options.get("root", root) or settings.root)
     kind, _, location = reference.partition(":")
+    if class_column is not None and kind in WITHOUT_COLUMNS:
+        raise no_columns(reference)
     if reference == "emoji":
         data = emoji()
     elif kind == "wds":
@@ -211,6 +215,8 @@ def open_data(
     elif kind == "karpathy":
         data = _open_captions(location, settings.root, split)
     elif folders := readers.class_folders(Path(reference)):
+        if class_column is not None:
+            raise no_columns(reference)
         data = _open_class_folders(Path(reference), folders, split)
     elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
         data = _open_pairs(reference, settings, split, class_column)
@@ -228,6 +234,13 @@ def open_data(
         note += "for the first of its classes"
         data = replace(data, notes=[*data.notes, note])
     return data
+
+
+def no_columns(reference: str) -> ValueError:
+    return ValueError(
+        f"{reference}: is no table and has no columns; leave out class_column, or write it behind "
+        "its table alone (TABLE,class_column=NAME)"
+    )
 
 
 def download_hint(reference: str) -> str:
@@ -271,7 +284,7 @@ def _open_pairs(
             "CLIP_benchmark's layout that they lie in with wds:"
         )
     if class_column is not None and pairs.class_column is None:
-        raise ValueError(f"{reference}: is no table and has no columns; leave out class_column")
+        raise no_columns(reference)
     parts = (Path(pairs.name.rstrip("/")).stem, Path(reference.rstrip("/")).parent.name)
     plain = (re.sub(r"[^\w-]+", "-", part).strip("-") for part in parts)  # of a pattern, nothing
     name = next(filter(None, plain), "data")

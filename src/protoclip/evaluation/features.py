@@ -248,8 +248,8 @@ class Encoder:
     def forget(self) -> None:
         """Remove what is kept of this model, which no one will judge again."""
         if self.cache is not None:
-            folders = [self._folder(kind) for kind in ("images", "texts")]
-            rank0_first(lambda: [shutil.rmtree(folder, ignore_errors=True) for folder in folders])
+            for folder in map(self._folder, ("images", "texts")):
+                rank0_first(partial(shutil.rmtree, folder, ignore_errors=True))
 
     def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
         """What the text tower reads of texts, on the CPU."""

@@ -142,8 +142,10 @@ def match(
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
     def open_half(name: str, modality: str, way: str) -> FrozenEncoder:
-        pools = pooling or usual_pooling(name)
-        return open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
+        pools, progress = pooling or usual_pooling(name), Progress(f"open {name}", 1)
+        half = open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
+        progress.update(1)
+        return half
 
     opened = {
         modality: {name: open_half(name, modality, way) for name in dict.fromkeys(names)}
@@ -273,7 +275,6 @@ def encode(
     new = [items[number] for number in missing.tolist()]
     ids_read, rows, bad = encode_items(encoder, source, new, batch_size, progress.update)
     seconds = time.monotonic() - started
-    progress.update(len(missing))
     if not torch.isfinite(rows).all():
         raise ValueError(f"{name}: its features are not finite; choose another model")
     number_of = {sample_id: number for number, sample_id in enumerate(ids)}

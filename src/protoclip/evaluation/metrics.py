@@ -198,10 +198,26 @@ def intervals(
     return {name: each for name, each in ends.items() if each is not None}
 
 
-def rests_on_few(influence: Floats) -> bool:
-    """Whether fewer than `FEWEST` groups make up most of the variance, which is not known then."""
-    variance = float(np.square(influence).sum())
-    return variance**2 < FEWEST * float(np.power(influence, 4).sum())
+def rests_on_few(parts: Floats) -> bool:
+    """Whether fewer than `FEWEST` groups make up most of a sum of squares.
+
+    Of influences that sum is the variance, which is not known then.
+    """
+    squares = float(np.square(parts).sum())
+    # Of k equal parts the ratio of both sides is k; rounding must not make 5 less.
+    return squares**2 < (FEWEST - 1e-6) * float(np.power(parts, 4).sum())
+
+
+def differs_in_few(gain: float, influence: Floats) -> bool:
+    """Whether fewer than `FEWEST` groups make up most of a difference, or none differ.
+
+    An influence is less the mean, which hides from few groups that most of them do not differ. With
+    the mean it is what a group adds to the difference: about 0 where both models are equally right,
+    and exactly if all groups weigh the same.
+    """
+    number = len(influence)
+    added = influence * np.sqrt((number - 1) / number) + gain / number
+    return not influence.any() or rests_on_few(influence) or rests_on_few(added)
 
 
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
@@ -233,12 +249,12 @@ def interval_of_difference(
 
     Returns:
         `None` where neither seeds nor samples are known, or fewer than `FEWEST` groups make up most
-        of it, as when two models are right on nearly everything.
+        of it, as when two models are right on nearly everything, or are the same.
     """
     halves = [half_of_seeds(gains)] if len(gains) > 1 else []
     if influence is not None:
         halves.append(half_of_samples(influence))
-        if rests_on_few(np.atleast_2d(influence).mean(axis=0)):
+        if differs_in_few(float(np.mean(gains)), np.atleast_2d(influence).mean(axis=0)):
             return None
     if not halves:
         return None

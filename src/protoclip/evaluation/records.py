@@ -22,7 +22,8 @@ LONGEST_NAME = 180  # bytes of a file's name, without its ending
 CAPTION = {
     "retrieval": "text_retrieval is from an image to its texts, which runs call image_to_text.",
     "intervals": "In brackets: 95% intervals over groups of samples.",
-    "differences": "Second line: paired difference to {}, * if its interval leaves out 0.",
+    "differences": "Second line: paired difference to {}, * if its interval leaves out 0; without "
+    "an interval where too few groups differ, or too few do not.",
 }
 
 
@@ -129,7 +130,9 @@ def write_records(
 
 def show(models: Sequence[Sequence[Result]]) -> None:
     """Print a table: one column a model, one row a metric of a task of a data set."""
-    table = Table("data", "task", "metric", title="Percent, but for geometry")
+    tasks = {result.record["task"] for results in models for result in results}
+    title = "Percent, but for geometry" if "geometry" in tasks else "Percent"
+    table = Table("data", "task", "metric", title=None if tasks == {"geometry"} else title)
     rows: dict[tuple[str, str, str], list[str]] = {}
     for number, results in enumerate(models):
         for record in (result.record for result in results):

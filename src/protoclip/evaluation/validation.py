@@ -42,7 +42,7 @@ from protoclip.models.saved import STATE, checkpoints, read_config, run_of
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
-FEW = 100  # pairs; with fewer, one moves a value by more than a point, which a note says
+FEW = 100  # pairs; of so many or fewer, one moves a value by a point or more, which a note says
 # Settings of `data` that name columns of a table, or the folder of its images.
 COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root")
 MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
@@ -123,9 +123,11 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         raise ValueError(
             f"data.validation: {share} leaves none of {len(samples):,} pairs to train on; lower it"
         )
-    step = f", so values move in steps of {100 / len(rows):.0f} points" if len(rows) < FEW else ""
+    points = f"{100 / len(rows):.3g}"
+    steps = f", so values move in steps of {points} point{'s' * (points != '1')}"
     notes.append(
-        f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by{step}; "
+        f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by"
+        f"{steps if len(rows) <= FEW else ''}; "
         "data.validation sets a share, another source, or 0 for none"
     )
     parts = by_source(given_sources, rows)

@@ -34,6 +34,7 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
+from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.nearest import nearest
 
@@ -413,9 +414,12 @@ def unseen_disagreement(
     distance, loss = torch.zeros(2, len(images))
     captions = halves.text if halves.captions is None else halves.captions
     counts = torch.ones_like(images) if halves.counts is None else halves.counts
+    progress, done = Progress("agreement of pairs", len(images)), 0
     for rows, image, text in out_of_fold(halves.image, captions, counts, images, seed=seed):
         fold = Features(captioned=rows, rows=rows, image=image, text=text)
         distance[rows], loss[rows] = disagreement(fold, scale=USUAL_SCALE, seed=seed)
+        done += len(rows)
+        progress.update(done)
     return distance, loss
 
 

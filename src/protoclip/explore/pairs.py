@@ -47,6 +47,12 @@ class ExploredPairs(PairsView):
         except BadSample as error:
             return str(error)
 
+    def file_name(self, row: int) -> str:
+        """The name of the file or URL that is a pair's image; empty for an image in the data."""
+        source, number = self.locate(row)
+        path = source.image_file(number) or ""
+        return visible(path).rpartition("/")[2]  # without a query, which may be a secret
+
     def with_captions(self) -> Rows:
         """The rows that have a caption."""
         progress, rows = Progress("reading captions", len(self)), []

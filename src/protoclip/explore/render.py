@@ -76,6 +76,7 @@ class Card:
     facts: Sequence[str] = ()
     prototype: tuple[str, int, str] | None = None  # modality, number, name
     others: Sequence["Card"] = ()  # pairs with the same image
+    file: str = ""  # name of the file that is the image; empty for an image in the data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,7 @@ class Site:
             sample_id=self.pairs.sample_id(row),
             caption=shown(self.pairs.caption_or_reason(row)),
             facts=facts,
+            file=shown(self.pairs.file_name(row), ID_LENGTH),
         )
 
     def id_shown(self, sample_id: str) -> str:
@@ -526,18 +528,17 @@ class Site:
             sections=sections,
         )
 
-    def answer(self, question: str, answer: Answer, *, here: str | None = None) -> str:
-        """The images and captions nearest to a text or an image.
-
-        `here` is what the link to another model opens; unset, the same search.
-        """
+    def answer(self, question: str | None, answer: Answer) -> str:
+        """What is nearest to a text; or, without one, to an image, which was not kept."""
         note = "" if self.explorer.space("image").exact else "By an index, so some may be missed."
         sections = [
             Section(title=title, cards=self.found(modality, answer), note=note)
             for modality, title in (("image", "Images"), ("text", "Captions"))
         ]
-        here = here or f"search.html?{urlencode({'text': question}, errors='replace')}"
-        asked = shown(question, 200)
+        here, asked = "index.html", None
+        if question is not None:
+            here = f"search.html?{urlencode({'text': question}, errors='replace')}"
+            asked = shown(question, 200)
         words = [shown(word, 40) for word in answer.words]
         return self.page(
             "search.html", "Search", here=here, question=asked, words=words, sections=sections

@@ -5,7 +5,6 @@ ever opened as a file. `docs/explore.md` has the rules.
 """
 
 import asyncio
-import errno
 import ipaddress
 import secrets
 import socket
@@ -36,7 +35,6 @@ MAX_PAGE, MAX_PATH = 1_000_000, 200
 MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
 # Seconds in which a request has to arrive, and after which nobody reads an answer any more.
 REQUEST_SECONDS, READING_SECONDS = 60.0, 30.0
-OF_PORT = (errno.EADDRINUSE, errno.EACCES)  # what is wrong with a port rather than with a host
 TYPES = {"css": "text/css", "js": "text/javascript", "csv": "text/csv", "json": "application/json"}
 HEADERS = {
     "content-security-policy": (
@@ -148,7 +146,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
                 found = of.explorer.search_image(bytes(body))
             except UnreadableImage as error:
                 return of.message("Search", f"This is no image that can be read: {error}")
-            return of.answer("your image", found, here="index.html")  # nobody kept the image
+            return of.answer(None, found)  # nobody kept the image
 
         return respond(await run_in_threadpool(answered), "html")
 
@@ -350,36 +348,6 @@ class PatientProtocol(H11Protocol):
         for timer in (self.request_timer, self.reading_timer):
             if timer is not None:
                 timer.cancel()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        ValueError: The port is taken, or the host is none of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(256)
-    except (OSError, OverflowError, UnicodeError) as error:
-        listening.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        of_port = isinstance(error, OverflowError) or getattr(error, "errno", None) in OF_PORT
-        setting = "--port" if of_port else "--host"
-        raise ValueError(
-            f"{setting}: cannot listen on {host} port {port} ({reason}); choose another"
-        ) from None
-    return listening
-
-
-def url_of(listening: socket.socket, host: str, token: str) -> str:
-    """The address to open."""
-    shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    shown = f"[{shown}]" if ":" in shown else shown
-    return f"http://{shown}:{listening.getsockname()[1]}/?token={token}"
 
 
 def server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:

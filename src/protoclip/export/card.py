@@ -28,7 +28,7 @@ from protoclip.data.access import is_url
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.tables import line
-from protoclip.evaluation.compare import intervals_of, read_results
+from protoclip.evaluation.compare import decimals, intervals_of, read_results
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
@@ -277,8 +277,12 @@ def front_matter(license: str, libraries: Sequence[str]) -> str:
     ).to_yaml()
 
 
-def origin(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Rows of what a run was made of: start or halves, teachers, data, positives."""
+def origin(settings: Mapping[str, Any], alpha: float | None) -> Iterator[str]:
+    """Rows of what a model was made of: start or halves, weights, teachers, data, positives.
+
+    Args:
+        alpha: Where a fine-tuned model lies between its start and the end; None for others.
+    """
     known = flat(settings)
     if start := known.get("model.start") or known.get("model.name"):
         yield f"| start | `{visible(str(start))}` |"
@@ -286,6 +290,8 @@ def origin(settings: Mapping[str, Any]) -> Iterator[str]:
         for half in ("image", "text"):
             name = known.get(f"model.{half}.name") or f"new, `model.{half}` below"
             yield f"| {half} half | {visible(str(name))} |"
+    if alpha is not None:
+        yield f"| weights | {alpha:g} of the way from the start to the end of fine-tuning |"
     for what, many, key, one in (
         ("teachers", "teachers", "features", "teacher.features"),
         ("data", "data.sources", "path", "data.train"),
@@ -332,6 +338,15 @@ def metrics_of(
     except ValueError as error:
         say(f"warning: the card lacks numbers: {error}")
     return {name: (value, ends.get(name)) for name, value in results.get("metrics", {}).items()}
+
+
+def start_metrics_of(run: Path | None) -> dict[str, float]:
+    """Metrics of what a run fine-tuned, where its results have them."""
+    if run is None or not (run / "results.json").is_file():
+        return {}
+    known = read_json(run / "results.json").get("start_metrics")
+    known = known if isinstance(known, dict) else {}
+    return {name: value for name, value in known.items() if isinstance(value, float)}
 
 
 def judged_on(settings: Mapping[str, Any]) -> str:
@@ -393,7 +408,8 @@ def write_card(
     lines += ["## Data and settings", ""]
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
-        lines += ["| made of | |", "|---|---|", *origin(settings), ""]
+        alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
+        lines += ["| made of | |", "|---|---|", *origin(settings, alpha), ""]
         lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
         with suppress(ValueError):  # another version of the package wrote them
             if taught := Config.from_dict(settings).uses_of_teachers:
@@ -403,10 +419,13 @@ def write_card(
     lines += ["", "## Metrics", ""]
     if metrics := metrics_of(run, checkpoint):
         lines += [judged_on(settings), ""]
-        lines += ["| metric | value | 95% interval |", "|---|---|---|"]
+        before = start_metrics_of(run)
+        column, line_below = ("| start ", "|---") if before else ("", "")
+        lines += [f"| metric {column}| value | 95% interval |", f"|---{line_below}|---|---|"]
         for name, (value, ends) in metrics.items():
-            interval = "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
-            lines.append(f"| `{name}` | {value:.4f} | {interval} |")
+            interval = "-" if ends is None else " to ".join(decimals(end, 4) for end in ends)
+            start = f"| {decimals(before[name], 4)} " if name in before else "| - " * bool(before)
+            lines.append(f"| `{name}` {start}| {decimals(value, 4)} | {interval} |")
         lines += ["", "Intervals are over groups of test samples; they leave out other seeds."]
     else:
         lines.append("None: there are no results of this checkpoint.")

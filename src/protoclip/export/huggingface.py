@@ -26,10 +26,10 @@ from protoclip.export.source import (
 from protoclip.export.timm import has_linear_projection, trunk_arguments
 from protoclip.models import conversion
 from protoclip.models.hugging_face import (
-    MASKED_KIND,
     HuggingFaceTowers,
     auto_model,
     draw_on_terminals_alone,
+    return_what_is_read,
 )
 
 NAMES = {ours: theirs for theirs, ours in conversion.NAMES.items()}  # from open_clip's
@@ -59,14 +59,12 @@ def write(source: Source, folder: Path) -> str:
 
 
 def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
-    """What `transformers` computes from the folder."""
-    from transformers import AutoTokenizer
+    """What `transformers` computes from the folder, of captions as the card's code calls it."""
+    from transformers import AutoProcessor
 
     model: Any = auto_model().from_pretrained(folder, use_safetensors=True).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    if model.config.model_type != MASKED_KIND:
-        tokens.pop("attention_mask", None)
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    tokens = processor(text=captions, padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
         return Features(
             image=HuggingFaceTowers(model).encode_image(images),
@@ -89,6 +87,7 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
         processor = open_processor(name, trust_remote_code=False)
     tokenizer = source.text_tokenizer
     tokenizer.tokenizer.model_max_length = tokenizer.context_length
+    return_what_is_read(tokenizer.tokenizer, source.towers.kind)
     return model, tokenizer.tokenizer, processor
 
 

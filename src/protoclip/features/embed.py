@@ -34,6 +34,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.features import store
 from protoclip.features.encode import FrozenEncoder, encode_texts
+from protoclip.features.halves import images_at_once
 from protoclip.features.parts import (
     Part,
     Show,
@@ -63,7 +64,7 @@ def embed(
     data: str | Path | DataConfig,
     out: str | Path,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: str | torch.device = "auto",
     precision: Literal["auto"] | Precision = "auto",
     num_samples: int | None = None,
@@ -81,6 +82,7 @@ def embed(
     | `image_vector` | list of float16, unit norm, in the joint space |
     | `text_vectors` | list of such lists, one a caption |
     | `captions` | list of strings |
+    | `image` | string: the image's path or URL as the data name it; null for one in the data |
     | `class` | string, if the data have classes; null where there is none |
 
     Args:
@@ -88,7 +90,7 @@ def embed(
         data: What `data.train` names: a table, a folder, shards, `hf:OWNER/NAME` or `emoji`; or a
             `[data]` section, which may also name columns.
         out: The file. One of the same model, data and settings is left as it is.
-        batch_size: Images or captions encoded at once.
+        batch_size: Images or captions encoded at once; unset, 16 on a CPU and 256 on a card.
         device: As `run.device`.
         precision: Of forward passes; `auto` is bf16 or fp16 on a card, as in training, else fp32.
         num_samples: Samples to read of a stream.
@@ -141,7 +143,7 @@ def embed(
             images,
             texts,
             samples,
-            batch_size=batch_size,
+            batch_size=batch_size or images_at_once(model),
             threads=None if workers == "auto" else workers,
             has_classes=has_classes,
             name=name,
@@ -235,13 +237,16 @@ def encode_pairs(
 ) -> Part:
     """The vectors of samples and of all their captions, which stand one after another."""
     assert images.transform is not None
-    ids, captions, classes, bad = list[str](), list[tuple[str, ...]](), list[str | None](), []
+    ids, captions, bad = list[str](), list[tuple[str, ...]](), []
+    files, classes = list[str | None](), list[str | None]()
     vectors, done = [torch.zeros(0, images.width)], 0
+    show(done)
     for batch in read_images(samples, items, images.read_image, batch_size, threads):
         bad += [vars(one) for one in batch if isinstance(one, BadSample)]
         good = [one for one in batch if not isinstance(one, BadSample)]
         ids += [sample.sample_id for _, sample, _ in good]
         captions += [sample.captions for _, sample, _ in good]
+        files += [image_name(samples, item) for item, *_ in good]
         if has_classes:
             classes += [samples.class_of(row) or None for row, *_ in good]
         if good:
@@ -251,6 +256,7 @@ def encode_pairs(
     text_vectors = torch.zeros(sum(map(len, captions)), images.width)
     for numbers, features in encode_texts(texts, list(chain(*captions)), batch_size):
         text_vectors[numbers] = features
+        show(done)  # images alone are counted, but it says that the work goes on
     owners = [sample_id for sample_id, several in zip(ids, captions, strict=True) for _ in several]
     return Part(
         ids=ids,
@@ -259,8 +265,14 @@ def encode_pairs(
             "image": store.to_half(torch.cat(vectors).numpy(), ids, name=name),
             "text": store.to_half(text_vectors.numpy(), owners, name=name),
         },
-        values={"captions": captions, "classes": classes},
+        values={"captions": captions, "images": files, "classes": classes},
     )
+
+
+def image_name(samples: Any, item: Item) -> str | None:
+    """The path or URL of an image, as the data name it; None for one in the data or a stream."""
+    name = samples.image_name(item) if isinstance(item, int) else None
+    return None if name is None else without_secrets(name)
 
 
 def join_parts(
@@ -277,6 +289,7 @@ def join_parts(
         "image_vector": HALF,
         "text_vectors": pa.list_(HALF),
         "captions": pa.list_(pa.string()),
+        "image": pa.string(),
     }
     types |= {"class": pa.string()} if has_classes else {}
     schema = pa.schema(types, metadata={FACTS: to_json(facts)})
@@ -304,6 +317,8 @@ def columns(
         "image_vector": lists(arrays["image"]),
         "text_vectors": pa.ListArray.from_arrays(ends, lists(arrays["text"])),
         "captions": pa.array(captions, pa.list_(pa.string())),
+        # Versions that named no images may have begun the file.
+        "image": pa.array(note.get("images", [None] * len(captions)), pa.string()),
         **({"class": pa.array(note["classes"], pa.string())} if note["classes"] else {}),
     }
 

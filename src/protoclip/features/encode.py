@@ -49,7 +49,7 @@ from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
-from protoclip.models.precision import Autocast, Precision, encoding, on_card
+from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
 from protoclip.models.towers import TELLING, transformers_config
 from protoclip.terminal import without_secrets
 
@@ -309,22 +309,38 @@ def embed_teacher(
                     "not a stream; leave data.read at auto"
                 )
             return rank0_first(lambda: convert(local_copy(teacher), ids, out, settings))
-        encoder = open_encoder(
-            loading.pinned(teacher),
-            modality=modality,
-            pooling=pooling,
-            device=device,
-            autocast=encoding(precision, device),
+        newest = loading.pinned(teacher)
+        encoder = raise_on_all_ranks(
+            lambda: open_encoder(
+                newest,
+                modality=modality,
+                pooling=pooling,
+                device=device,
+                autocast=encoding(precision, device),
+            )
         )
         settings |= {
             "content": rank0_first(lambda: read_content(samples, encoder.reads)),
             "weights": encoder.checksum(),
             "modality": encoder.reads,
             "pooling": pooling,
-            "precision": precision,
+            "precision": rank0_first(lambda: precision_of(out, precision, device)),
             "part_rows": PART_ROWS[encoder.reads],
         }
         return finish(encoder, samples, out, settings, batch_size, threads)
+
+
+def precision_of(
+    out: Path, asked: Literal["auto"] | Precision, device: torch.device
+) -> Literal["auto"] | Precision:
+    """What `auto` means here. Folders that versions up to 1.0.0 began do not say it: `auto` stays.
+
+    Raises:
+        ValueError: The facts in the folder are damaged.
+    """
+    begun = store.read_facts(out)
+    is_older = bool(begun) and begun.get("precision", "auto") == "auto"
+    return "auto" if asked == "auto" and is_older else of_encoding(asked, device)
 
 
 def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from protoclip.config import Config
 from protoclip.data.captions import without_padding
@@ -174,9 +174,9 @@ def image_halves(
     return made
 
 
-def images_at_once(halves: FrozenHalves) -> int:
-    """What a CPU computes of more images at once leaves its caches."""
-    return 16 if next(halves.parameters()).device.type == "cpu" else 256
+def images_at_once(model: nn.Module) -> int:
+    """How many images a frozen model encodes at once: with more, a CPU's work leaves its caches."""
+    return 16 if next(model.parameters()).device.type == "cpu" else 256
 
 
 def view_id(key: str, view: int) -> str:

@@ -207,7 +207,8 @@ def encode_parts(
     numbers = range(-(-settings["samples"] // size))
     missing = sorted(set(numbers) - {int(path.stem) for path in written})
     share = missing[rank() :: world_size()]
-    progress = Progress(f"embed {label}", len(share) * size)
+    total = sum(min(size, settings["samples"] - number * size) for number in share)
+    progress = Progress(f"embed {label}", total)
     show: Show = progress.update if rank() == 0 else lambda done: None
     known: set[str] = set()
     if is_stream:
@@ -224,14 +225,18 @@ def encode_parts(
                 if item.sample_id not in known:
                     known.add(item.sample_id)
                     items.append(item)
-        part = encode(items, lambda within, before=done * size: show(before + within))  # type: ignore[misc]
+
+        def show_within(within: int, before: int = done * size) -> None:
+            show(min(before + within, total - 1))  # the last one is done when its part is written
+
+        part = encode(items, show_within)
         position = samples.state_dict(end) if is_stream else None
         note = {"ids": part.ids, "bad": part.bad, "position": position, **part.values}
         content = io.BytesIO()
         np.savez(content, note=np.array(json.dumps(note).encode()), **part.arrays)  # type: ignore[arg-type]
         path = folder / PARTS / f"{number:06d}.npz"
         write_atomically(path, content.getvalue(), durable=True)
-        show((done + 1) * size)
+        show(min((done + 1) * size, total))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,18 +16,32 @@ from typing import Any, Literal
 import open_clip
 import timm
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.file_download import repo_folder_name
 from open_clip import hf_configs
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, ImageTowerConfig
+from protoclip.config import (
+    SMALL_CONTEXT_LENGTHS,
+    SMALL_IMAGE_SIZES,
+    ImageTowerConfig,
+    ModelConfig,
+)
+from protoclip.data.access import hub_answer
 from protoclip.files import read_local
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture
 from protoclip.models.hugging_face import read_model
-from protoclip.models.opening import hub_name, misfits, readable_errors, require_safetensors
+from protoclip.models.opening import (
+    hub_name,
+    misfits,
+    readable_errors,
+    require_safetensors,
+    unreachable,
+)
 from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
 
 NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
@@ -188,7 +202,7 @@ def image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Te
     if weights == PUBLISHED:
         if not published.has_weights:
             raise ValueError(f"{reference}: timm has no weights for {name}; name a file")
-        with readable_errors(reference, published.hf_hub_id or ""):
+        with readable_errors(*published_by(name)):
             model = timm.create_model(name, pretrained=True)
     elif not Path(weights).is_file():
         raise ValueError(f"{reference}: no such file; weights are '{PUBLISHED}' or a file")
@@ -206,6 +220,29 @@ def image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Te
     towers.set_input_size(model, size, name)
     state: dict[str, Tensor] = model.state_dict()
     return state
+
+
+def published_by(name: str) -> tuple[str, str, str]:
+    """What errors call timm's weights of a model, where the hub has them, and what else helps."""
+    reference = f"model.image.weights: {PUBLISHED} weights of {name}"
+    repository = towers.timm_settings(name).hf_hub_id or ""
+    return reference, repository, "give a file: --model.image.weights FILE"
+
+
+def require_image_weights(model: ModelConfig) -> None:
+    """Refuse published image weights that cannot be had, before any work is done for them.
+
+    Raises:
+        ValueError: Nothing of them was downloaded before, and the hub does not answer.
+    """
+    if model.image.weights != PUBLISHED:
+        return
+    reference, repository, way_out = published_by(model.image.name)
+    if not repository:
+        return
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    if not folder.is_dir() and hub_answer(partial(HfApi().model_info, repository)) is None:
+        raise unreachable(reference, way_out)
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:

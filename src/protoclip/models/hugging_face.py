@@ -42,6 +42,8 @@ KINDS = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
 # Those whose text tower must not read padding. CLIP's tokens never read later ones, and SigLIP was
 # trained to read padding.
 MASKED_KIND, PADDING = "vision-text-dual-encoder", -1
+# Those that read padding. Their published tokenizers return no mask; a class's own default does.
+UNMASKED_KINDS = ("siglip", "siglip2")
 # Those that are trained as models of `transformers`. SigLIP 2 with images of any shape is not: its
 # images are not cropped to squares. Where they are squares, SigLIP 2 is of the kind "siglip" too.
 TRAINABLE = ("siglip", MASKED_KIND)
@@ -119,6 +121,33 @@ def open_tokenizer(name: str, config: Any, *, context_length: int | None = None)
         masked=config.model_type == MASKED_KIND,
     )
     return RememberingTokenizer(reads)
+
+
+def ignored_mask(name: str, kind: str) -> str | None:
+    """What to tell a user whose tokenizer returns a mask that a text tower of this kind is denied.
+
+    None if it returns none. What its files do not say is as its class has it, with a mask.
+    """
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    names = get_tokenizer_config(name).get("model_input_names", ["attention_mask"])
+    if kind not in UNMASKED_KINDS or "attention_mask" not in names:
+        return None
+    return (
+        "its tokenizer returns attention_mask, which SigLIP was trained without; it is not read "
+        "here, and transformers gives captions other features with it"
+    )
+
+
+def return_what_is_read(tokenizer: Any, kind: str) -> None:
+    """Let a tokenizer return a mask if the text tower of this kind must get one, and else none.
+
+    Its saved files say so too.
+    """
+    names = [name for name in tokenizer.model_input_names if name != "attention_mask"]
+    names = ["input_ids"] if kind in UNMASKED_KINDS else [*names, "attention_mask"]
+    tokenizer.model_input_names = names
+    tokenizer.init_kwargs["model_input_names"] = names  # what is saved
 
 
 class Tower(nn.Module):

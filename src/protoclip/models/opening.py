@@ -89,12 +89,21 @@ def text_repository(config: Mapping[str, Any]) -> str | None:
     return hub_name(name) if name else None
 
 
+def unreachable(reference: str, way_out: str = "") -> ValueError:
+    """Says that what is not here cannot be fetched; `way_out` is one that others do not have."""
+    advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+    advice += f", or {way_out}" if way_out else ""
+    return ValueError(
+        f"{reference}: the hub does not answer, and there is no earlier download; {advice}"
+    )
+
+
 @contextmanager
-def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
+def readable_errors(reference: str, repository: str = "", way_out: str = "") -> Iterator[None]:
     """Turn what other libraries raise into one line.
 
     They reach the hub only for a `repository`, and only if it answers within seconds; else they
-    read what was downloaded before.
+    read what was downloaded before. `way_out` is that of `unreachable`.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -131,10 +140,7 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
         # What libraries cannot get is an OSError; any other ValueError is about the model.
         about_model = isinstance(error, ValueError) and not isinstance(error, OSError)
         if repository and answer is None and not about_model:
-            raise ValueError(
-                f"{reference}: the hub does not answer, and there is no earlier download; check "
-                "the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-            ) from error
+            raise unreachable(reference, way_out) from error
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{reference}: brings code of its own, which never runs here; choose another model"

@@ -44,8 +44,13 @@ def on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast
 
 
 def encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
-    """The same of encoding by a frozen model; `auto` is that of `on_card`."""
-    return on_card(name, device) if name == "auto" else autocast(name, device)
+    """The same of encoding by a frozen model."""
+    return autocast(of_encoding(name, device), device)
+
+
+def of_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """The precision that `auto` means in encoding: that of `on_card`."""
+    return resolve(name, device) if name != "auto" or device.type == "cuda" else "fp32"
 
 
 @contextmanager

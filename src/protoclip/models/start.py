@@ -369,12 +369,13 @@ class HuggingFaceStart(Start):
             hugging_face.open_config(self.name)
 
     def open(self) -> Loaded:
-        with readable_errors(self.reference, hub_name(self.name)):
-            loaded: Loaded = seeded(hugging_face.open_model, self.name)
+        loaded = self._opened()
+        for note in self._ignored_mask(loaded[0].towers.kind):  # type: ignore[arg-type]
+            say(f"note: {self.reference}: {note}")
         return loaded
 
     def pretrained(self) -> TowerPair:
-        return conversion.converted(self.reference, self.name, self.open())
+        return conversion.converted(self.reference, self.name, self._opened())
 
     def trainable(self) -> "HuggingFaceStart":
         """The same with the towers that training gives it, which opening it does not need."""
@@ -382,7 +383,20 @@ class HuggingFaceStart(Start):
         is_open_clip = "model_cfg" in towers_json
         kind = DescribedTowers if is_open_clip else hugging_face.TransformersTowers
         architecture = kind(model=self.model, towers_json=towers_json, tokenizer_source=self.name)
-        return replace(self, unresized=architecture)
+        ignored = self._ignored_mask(towers_json.get("transformers", {}).get("model_type", "clip"))
+        notes = tuple(f"model.start: {self.reference}: {note}" for note in ignored)
+        return replace(self, unresized=architecture, notes=notes)
+
+    def _opened(self) -> Loaded:
+        with readable_errors(self.reference, hub_name(self.name)):
+            loaded: Loaded = seeded(hugging_face.open_model, self.name)
+        return loaded
+
+    def _ignored_mask(self, kind: str) -> list[str]:
+        """What `hugging_face.ignored_mask` has to say, or nothing."""
+        with readable_errors(self.reference, hub_name(self.name)):
+            note = hugging_face.ignored_mask(self.name, kind)
+        return [] if note is None else [note]
 
 
 def hugging_face_start(reference: str, name: str) -> HuggingFaceStart:

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from protoclip.evaluation.compare import Reader, intervals_of
+from protoclip.evaluation.compare import Reader, decimals, intervals_of, rests_on_few_groups
 from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.validation import NAME
 
@@ -81,7 +79,7 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
         one, two = (100 * entry["metrics"][key]["mean"] for entry in (best, other))
         on = HEADLINES[metric] + (f" ({data})" if data != "emoji" else "")
         of_all = abs(100 * mean - (one - two)) < 0.05
-        points = f"{100 * mean:+.1f} points{'' if of_all else ' over the seeds of both'}"
+        points = f"{decimals(100 * mean, 1, '+')} points" + " over the seeds of both" * (not of_all)
         numbers = f"{one:.1f} against {two:.1f} percent, {points} {basis(difference, ends)}"
         says = f"is better than {other['name']} on {on}: {numbers}."
         if not better:
@@ -115,10 +113,12 @@ def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
             why = "other samples judged each"
         elif not difference["seeds"]:
             why = "the runs share no seed"
+        elif rests_on_few_groups(difference):
+            why = "too few groups of test samples differ, or too few do not"
         return f"(no interval: {why})"
     near = any(abs(end) < 0.0005 for end in ends)
     digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
-    low, high = (f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in ends)
+    low, high = (decimals(100 * end, digits, "+") for end in ends)
     over = [f"{difference['seeds']} seeds"] if difference["seeds"] > 1 else []
     if difference["samples"] is not None:
         over.append(f"{difference['samples']:,} test samples")
@@ -171,7 +171,7 @@ def cell(
     scale, digits = (100.0, 1) if percent else (1.0, 3)
 
     def text(number: float, sign: str = "") -> str:
-        return minus(f"{np.round(number * scale, digits) + 0.0:{sign}.{digits}f}")
+        return minus(decimals(number * scale, digits, sign))
 
     around = f"[{text(ends[0])}, {text(ends[1])}]" if ends is not None else ""
     if "spread" in value:

@@ -81,7 +81,7 @@ class Prototype:
     """A prototype with what lies nearest to it in both modalities.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: Each of `KINDS` that is true of it, as `largest, tightest`.
         size: Pairs whose image (or text) is nearest to it.
         tightness: Mean cosine of its members to it.
         together: Largest share of its pairs that share a prototype in the other modality.
@@ -395,7 +395,7 @@ def describe(
 def chosen(
     sizes: Float[Tensor, " k"], tightness: Float[Tensor, " k"], together: Float[Tensor, " k"]
 ) -> list[tuple[str, int]]:
-    """The prototypes to show, each with its kind; none is shown twice."""
+    """The prototypes to show, each once, with all kinds that are true of it."""
     enough = sizes >= min(FEWEST_MEMBERS, float(sizes.max()))
     never = torch.tensor(float("-inf"))
     scores = {
@@ -403,17 +403,16 @@ def chosen(
         "tightest": torch.where(enough, tightness, never),
         "most mixed": torch.where(enough, -together, never),
     }
-    kinds: dict[int, str] = {}
+    kinds: dict[int, list[str]] = {}
     for kind in KINDS:
-        left = [
+        fitting = [
             index
             for index in best_first(scores[kind])
-            if index not in kinds
-            and float(scores[kind][index]) > float("-inf")
-            and sizes[index] > 0
+            if float(scores[kind][index]) > float("-inf") and sizes[index] > 0
         ]
-        kinds |= dict.fromkeys(left[:PICKS], kind)
-    return [(kind, index) for index, kind in kinds.items()]
+        for index in fitting[:PICKS]:
+            kinds.setdefault(index, []).append(kind)
+    return [(", ".join(of), index) for index, of in kinds.items()]
 
 
 def best_first(scores: Float[Tensor, " n"]) -> list[int]:

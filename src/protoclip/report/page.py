@@ -30,7 +30,16 @@ from protoclip.report import MARK, findings, looks
 from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
 from protoclip.report.looks import Confusions, Examples, Look, Map
 from protoclip.report.repeat import commands, settings
-from protoclip.report.runs import Curve, RunFolder, labels, models, read_run
+from protoclip.report.runs import (
+    TOTAL,
+    Curve,
+    RunFolder,
+    all_curves,
+    labels,
+    models,
+    read_run,
+    without_total,
+)
 from protoclip.terminal import OBEYED
 from protoclip.training.run_folder import UNSAID, named_by
 
@@ -42,7 +51,7 @@ FEW = 10  # bad samples that are named
 # goes on with the rest of the name.
 CHARTS: dict[str, dict[str, str]] = {
     "Losses": {
-        "train/loss/total": "Total loss",
+        TOTAL: "Total loss",
         "train/loss/info_nce": "InfoNCE loss",
         "train/loss/sigmoid": "Sigmoid loss",
         "train/loss/prototypical/*": "Prototypical loss",
@@ -257,7 +266,8 @@ def clipped(text: Any, length: int = LONGEST) -> str:
 
 def number(value: float) -> str:
     """Three decimals, or one of larger numbers."""
-    return findings.minus(f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}")
+    small = abs(value) < 10
+    return findings.minus(compare.decimals(value, 3) if small else f"{value:,.1f}")
 
 
 def named_rows(confusions: Confusions) -> list[tuple[str, int, list[float]]]:
@@ -301,6 +311,8 @@ def context(
         "entries": entries,
         "table": table,
         "others": any(findings.judged_by_others(v) for e in entries for v in e["metrics"].values()),
+        "spread": compare.SPREAD,
+        "spreads": any("spread" in v for e in entries for v in e["metrics"].values()),
         "several_data": len({findings.parts(k)[0] for e in entries for k in e["metrics"]}) > 1,
         "differences": compared_by(entries),
         "legend": [legend(number, name) for number, name in enumerate(known)],
@@ -392,7 +404,7 @@ def charts(
     Args:
         numbers: That of each run's model.
     """
-    curves = [all_curves(run) for run in runs]
+    curves = without_total([all_curves(run) for run in runs])
     known = list(dict.fromkeys(name for of in curves for name in of))
     sections: dict[str, Charts] = {}
     for heading, patterns in CHARTS.items():
@@ -440,27 +452,6 @@ def chart_of(
     )
 
 
-def all_curves(run: RunFolder) -> dict[str, Curve]:
-    """The logged curves, temperatures from logit scales, and measures of several checkpoints."""
-    curves = dict(run.curves)
-    for scale, name in (
-        ("train/logit_scale", "temperature"),
-        ("train/prototype_logit_scale", "prototype_temperature"),
-    ):
-        if scale in curves:
-            steps, values = curves[scale]
-            curves[name] = (steps, 1 / np.maximum(values, 1e-12))
-    checkpoints = run.analysis["checkpoints"] if run.analysis else []
-    if len(checkpoints) > 1:
-        steps = np.array([entry["step"] for entry in checkpoints], np.float64)
-        for key in checkpoints[-1]["features"]:
-            measured = [entry["features"].get(key) for entry in checkpoints]
-            known = np.array([value is not None for value in measured])
-            given = np.array([value for value in measured if value is not None], np.float64)
-            curves[f"features/{key}"] = (steps[known], given)
-    return curves
-
-
 def seconds(run: RunFolder) -> dict[str, float]:
     """Where the time of a run went, in seconds, by part."""
     named = {part: run.curves.get(f"train/seconds/{part}") for part in TIMES}
@@ -468,16 +459,17 @@ def seconds(run: RunFolder) -> dict[str, float]:
 
 
 def times(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a run: seconds, and the share of all.
+    """A row a run: seconds, and the share of all, of the parts that a run has.
 
     Parts are logged at the end of an episode, so that one which was cut short tells of none.
     """
     rows = []
-    for run, name in zip(runs, names, strict=True):
-        spent = seconds(run)
+    all_spent = [seconds(run) for run in runs]
+    logged = [part for part in TIMES if any(part in spent for spent in all_spent)]
+    for run, name, spent in zip(runs, names, all_spent, strict=True):
         if known := sum(spent.values()):
             total = max(known, run.seconds or 0.0)
-            every = {**{part: spent.get(part, 0.0) for part in TIMES}, "other": total - known}
+            every = {**{part: spent.get(part, 0.0) for part in logged}, "other": total - known}
             parts = [(part, of, of / total) for part, of in every.items()]
             at_least = run.results is None or run.seconds is None
             rows.append({"label": name, "total": total, "parts": parts, "at_least": at_least})

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.config import Config
-from protoclip.evaluation.compare import models_of, read_results
+from protoclip.evaluation.compare import machines_of, models_of, read_results
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
 from protoclip.terminal import say
@@ -25,6 +25,7 @@ from protoclip.training.run_folder import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
 FEW = 3  # runs that are named
+TOTAL, INSTANCE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 # A metric over the run: steps, and its value at each.
 Curve = tuple[Numbers, Numbers]
 
@@ -208,6 +209,38 @@ def read_curves(path: Path) -> dict[str, Curve]:
     }
 
 
+def all_curves(run: RunFolder) -> dict[str, Curve]:
+    """The logged curves, temperatures from logit scales, and measures of several checkpoints."""
+    curves = dict(run.curves)
+    for scale, name in (
+        ("train/logit_scale", "temperature"),
+        ("train/prototype_logit_scale", "prototype_temperature"),
+    ):
+        if scale in curves:
+            steps, values = curves[scale]
+            curves[name] = (steps, 1 / np.maximum(values, 1e-12))
+    checkpoints = run.analysis["checkpoints"] if run.analysis else []
+    if len(checkpoints) > 1:
+        steps = np.array([entry["step"] for entry in checkpoints], np.float64)
+        for key in checkpoints[-1]["features"]:
+            measured = [entry["features"].get(key) for entry in checkpoints]
+            known = np.array([value is not None for value in measured])
+            given = np.array([value for value in measured if value is not None], np.float64)
+            curves[f"features/{key}"] = (steps[known], given)
+    return curves
+
+
+def without_total(curves: Sequence[dict[str, Curve]]) -> list[dict[str, Curve]]:
+    """The curves of each run, less the total losses where all of them are of a single loss."""
+
+    def is_single(of: Mapping[str, Curve]) -> bool:
+        return any(np.array_equal(of[name], of[TOTAL]) for name in INSTANCE if name in of)
+
+    if not all(is_single(of) for of in curves if TOTAL in of):
+        return [*curves]
+    return [{name: curve for name, curve in of.items() if name != TOTAL} for of in curves]
+
+
 def is_number(value: Any) -> bool:
     """Whether a value from JSON is a finite number."""
     known = isinstance(value, int | float) and not isinstance(value, bool)
@@ -220,6 +253,7 @@ def read_environment(path: Path) -> dict[str, Any]:
         results = read_json(path)
         given = dict(results.get("environment", {}))
         known: dict[str, Any] = {str(name): str(value) for name, value in given.items()}
+        known |= {"machines": words} if (words := machines_of(given)) else {}
         numbers = ("train_seconds", "samples_seen", "samples_skipped")
         known |= {name: results[name] for name in numbers if is_number(results.get(name))}
         return known | ({"precision": str(results["precision"])} if "precision" in results else {})

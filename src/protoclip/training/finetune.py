@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
-from protoclip.config import NO_START, START, Config
+from protoclip.checks import require_named_pairs, require_start
+from protoclip.config import START, Config
 from protoclip.data.pairs import Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
@@ -51,10 +52,13 @@ def finetune(
         `alpha`, `best_alpha` and `start_metrics`.
 
     Raises:
-        ValueError: As for `train`; or there is no start, or nothing to judge the weights by.
+        ValueError: As for `train`; or there is no start, no pairs are named, or nothing judges
+            the weights.
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
+    require_start(settings)
+    require_named_pairs(settings)
     settings = given_for_few(settings)
     config = Config.from_dict(settings)
     device, overfits = collectives.device(config.run.device), config.run.overfit is not None
@@ -84,12 +88,10 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     (arXiv 2201.03545, 2212.06138).
 
     Raises:
-        ValueError: There is no start, or a setting is wrong.
+        ValueError: A setting is wrong.
     """
     choices = Choices(given, "fine-tuning")
     choices.require_sizes()
-    if not choices.config.model.has_start:
-        raise ValueError(NO_START)
     choices.choose("run.name", "finetuned")
     judges = choices.config.data.validation != 0 or bool(choices.config.run.guard)
     choices.choose("run.evaluate_every", int(judges))  # with nothing held out alpha is given

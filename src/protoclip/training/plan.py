@@ -57,7 +57,7 @@ from protoclip.features.store import StoredFeatures
 from protoclip.features.whiten import Whitens
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.halves import SmallTowers
+from protoclip.models.halves import SmallTowers, require_image_weights
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
@@ -113,14 +113,16 @@ class Plan:
 
     @property
     def amount(self) -> str:
-        """How much a run trains on, in words."""
+        """What a run trains on and how much, in words."""
         episodes, samples = self.config.episodes, self.samples
         size, batch = episodes.size, episodes.batch_size
         amount = f"{episodes.count:,} episodes of {size:,} pairs in batches of {batch:,}"
+        data = self.config.data
+        name = f"{len(data.sources)} sources" if data.sources else data.train
         if not isinstance(samples, Pairs):
-            return amount
-        passes = size * episodes.count / len(samples)
-        return f"{len(samples):,} pairs: {amount}, {three_digits(passes)} passes over the data"
+            return f"pairs from {name}: {amount}"
+        passes = f"{three_digits(size * episodes.count / len(samples))} passes over the data"
+        return f"{len(samples):,} pairs from {name}: {amount}, {passes}"
 
 
 def make_plan(config: Config) -> Plan:
@@ -183,6 +185,7 @@ def complete(
     """
     config, start = outlined.config, outlined.start
     raise_on_all_ranks(lambda: require_paths(config))
+    rank0_first(lambda: require_image_weights(config.model))
     divided = raise_on_all_ranks(lambda: judged(config, sources.pairs(config)))
     seen = raise_on_all_ranks(lambda: seen_of(divided.training))
     of_all = all_gather_object([socket.gethostname(), *seen])

@@ -151,8 +151,9 @@ def train_together(
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
     start = {} if ending is None else parallel.weights(model)
     reads, aligns = run.loader.tokenizer, encode is not None
+    run.machines = [machines := throughput.machines(device)]
     notes = [loading.in_words(plan.config.model, model, reads, aligns=aligns)]
-    notes += [throughput.placed(device, run.loader.batch_size), *plan.notes, *said]
+    notes += [machines.placed(run.loader.batch_size), *plan.notes, *said]
     notes += () if aligns else run.loader.notes  # rows need no workers
     with ExitStack() as held, ExitStack() as stack:
 
@@ -251,6 +252,7 @@ class Run:
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
         self.content: dict[str, list[Facts]] = {}  # identifies the samples, on rank 0
+        self.machines: list[throughput.Machines] = []  # where it trains, one after the other
         self.skips = SkipLog(
             folder / f"skipped{number}.jsonl",
             max_share=config.data.max_bad_share,
@@ -402,6 +404,8 @@ class Run:
             if self.is_finished:
                 return
             episode = self.episode(index)
+            if index and trainer.stage(index) != trainer.stage(index - 1):
+                loss = ""  # the next stage has others
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
             collectives.wait_for_all()  # a logger of rank 0 may have taken long
             batches = self.loader.batches_of(self.training_pass(index, trainer.batch))
@@ -507,6 +511,7 @@ class Run:
             "arithmetic": self.arithmetic,
             "chosen": self.chosen,
             "content": self.content,
+            "machines": [vars(each) for each in self.machines],
             "best": self.writer.best,
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
@@ -515,7 +520,6 @@ class Run:
         }
         if self.trained is not self.model:
             state["model"] = parallel.weights(self.model)
-
         writes = rank() == 0 or parallel.is_sharded(self.model)
         # The one before may still be on its way to a slow disk.
         raise_on_all_ranks(lambda: self.writer.save(trainer.step, state) if writes else None)
@@ -533,6 +537,9 @@ class Run:
         self.writer.saved_step = self.trainer.step
         if rank() == 0:
             say(f"going on from {checkpoint}, step {self.trainer.step}")
+            before = world_size() if self.is_finished else len(state["loader"])
+            for note in throughput.other_ranks(before, self.trained, self.config):
+                say(f"note: {note}")
         return size
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
@@ -557,6 +564,7 @@ class Run:
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         self.recall = state.get("recall", 0.0)
+        self.machines = throughput.machines_since(state, *self.machines, over=self.is_finished)
         return int(state["metrics_bytes"])
 
     def results(self, *, stopped: bool) -> dict[str, Any]:
@@ -573,7 +581,7 @@ class Run:
             "shards_broken": len(self.skips.broken.union(*(broken for _, broken in met))),
             "train_seconds": round(trainer.seconds, 2),
             "precision": self.arithmetic["run.precision"],
-            "environment": environment(self.loader.device),
+            "environment": environment(self.loader.device) | throughput.facts_of(self.machines),
             "metrics": {},
         }
         if config.run.evaluate:

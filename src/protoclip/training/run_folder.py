@@ -18,10 +18,11 @@ import torch
 from filelock import FileLock, Timeout
 
 import protoclip
-from protoclip.config import GONE, HALVES, PERMISSIONS, START, Config, build, shown
+from protoclip.config import GONE, HALVES, PERMISSIONS, START, Config, ModelConfig, build, shown
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
 from protoclip.files import SEAL, UNFINISHED, has_changed, holder, read_json, read_toml
+from protoclip.models.resolve import by_name
 from protoclip.models.saved import facts_of, remove_unfinished
 from protoclip.models.two_halves import names_model
 from protoclip.paths import require_place
@@ -30,6 +31,9 @@ from protoclip.training.plan import Outline, fill
 
 LOCK = ".lock"
 UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg"}  # what is meant where it is unset
+# Settings of towers that are put together, at their defaults; a whole model has others than these.
+OF_PARTS = ("embed_dim", "projection", "image.name", "text.width", "text.heads", "text.layers")
+PARTS = {f"model.{name}": by_name(ModelConfig())[name] for name in OF_PARTS}
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
@@ -189,7 +193,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
     """
     before = as_written_today(read_settings(folder))
-    now = {**UNSAID, **flat(tomllib.loads(config))}
+    now = {**UNSAID, **PARTS, **flat(tomllib.loads(config))}
     differ = {
         key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
@@ -370,14 +374,28 @@ def slug(name: str) -> str:
 def to_toml(config: Config) -> str:
     """The configuration as TOML, without what is unset, permissions, and secrets in URLs.
 
+    What starts from a whole model goes without `PARTS` too, which say nothing of that model.
     A run that goes on reads the URLs that it is given then.
     """
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     for permission in PERMISSIONS:
         del tree["data"][permission]
+    if config.model.start is not None or config.model.name is not None:
+        tree["model"] = without_parts(tree["model"], "model.")
     # A class is code, which a recipe cannot name.
     tree["run"]["loggers"] = [name for name in config.run.loggers if ":" not in name]
     return without_secrets(tomli_w.dumps(tree))
+
+
+def without_parts(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Settings below a name without `PARTS`, and without tables that are empty then."""
+    kept: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        inner = without_parts(value, f"{name}.") if isinstance(value, dict) else value
+        if inner != {} and inner != PARTS.get(name):
+            kept[key] = inner
+    return kept
 
 
 def as_kept(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,16 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from protoclip.config import Config
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.distributed.waits import WAITS
@@ -39,17 +42,81 @@ CARDS = {
 FIRST_STEPS = 20  # whose time says how long the rest takes
 
 
-def placed(device: torch.device, batch: int) -> str:
-    """Where a run trains with so many pairs of a batch on each rank, in words. Collective."""
+@dataclass(frozen=True)
+class Machines:
+    """Where a run trains: the numbers of hosts, if known, and ranks, and the devices in words."""
+
+    hosts: int | None
+    ranks: int
+    devices: str
+
+    def __str__(self) -> str:
+        ranks = f"{in_words(self.ranks)} on {self.devices}"
+        return f"{self.hosts} host{'s' * (self.hosts > 1)}, {ranks}" if self.hosts else ranks
+
+    def placed(self, batch: int) -> str:
+        """Where a run trains with so many pairs of a batch on each rank, in words."""
+        several = self.ranks > 1
+        said = f"{self}, {'each ' * several}with {batch} pairs of every batch"
+        if several:
+            said += "; learning rate, batch and episode are for all ranks together"
+        return said
+
+
+def in_words(ranks: int) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)}"
+
+
+def machines(device: torch.device) -> Machines:
+    """Where the ranks of this run are. Collective."""
     hosts = len(set(collectives.all_gather_object(socket.gethostname())))
     names = Counter(collectives.all_gather_object(environment(device)["device"]))
-    ranks, kinds = world_size(), device.type == "cuda" or len(names) > 1
+    kinds = device.type == "cuda" or len(names) > 1
     devices = ", ".join(f"{number} x {name}" if kinds else name for name, number in names.items())
-    said = f"{hosts} host{'s' * (hosts > 1)}, {ranks} rank{'s' * (ranks > 1)} on {devices}, "
-    said += f"{'each ' * (ranks > 1)}with {batch} pairs of every batch"
-    if ranks > 1:
-        said += "; learning rate, batch and episode are for all ranks together"
-    return said
+    return Machines(hosts, world_size(), devices)
+
+
+def machines_since(state: Mapping[str, Any], now: Machines, *, over: bool) -> list[Machines]:
+    """The machines of a run one after the other: those that a checkpoint has saved, and those of
+    now, unless they are the same, or training is over."""
+    saved = [Machines(**each) for each in state.get("machines", [])]
+    if not saved:  # an earlier version saved how many ranks there were, and no more
+        saved = [Machines(None, len(state["loader"]), "machines not known")]
+    return saved if over or saved[-1] == now else [*saved, now]
+
+
+def facts_of(of_run: Sequence[Machines]) -> dict[str, Any]:
+    """What `results.json` says of a run's machines: the last ones, and all in words."""
+    last = of_run[-1]
+    return {"hosts": last.hosts, "ranks": last.ranks, "machines": [str(each) for each in of_run]}
+
+
+def other_ranks(before: int, model: ProtoCLIP, config: Config) -> list[str]:
+    """A note for a run that goes on with another number of ranks than before, if it does."""
+    if before == world_size():
+        return []
+    said = f"going on with {in_words(world_size())} ({before} before): batches stay, "
+    if not counts_by_rank(model, config):
+        return [f"{said}and weights are equal up to rounding; dropout, if any, draws anew"]
+    return [
+        f"{said}but BatchNorm in the towers takes its statistics over other parts of a batch, so "
+        "weights may differ by more than rounding (docs/scaling.md)"
+    ]
+
+
+def counts_by_rank(model: ProtoCLIP, config: Config) -> bool:
+    """Whether a BatchNorm of the towers trains with statistics over less than a whole batch."""
+    settings = config.parallel
+    synchronised = settings.sync_batch_norm or settings.strategy == "fsdp"
+    if synchronised and config.episodes.micro_batch_size is None:
+        return False  # see `loading.parallelise`
+    if config.model.frozen_batch_norm:
+        return False  # see `stages.enter_stage`
+    return any(
+        isinstance(layer, _BatchNorm)
+        for name, layer in model.towers.named_modules()
+        if ("image" if name.startswith("visual.") else "text") not in config.model.locked
+    )
 
 
 def peak(device_name: str, precision: Precision) -> float | None:

@@ -179,10 +179,10 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
         known[each] = {"alpha": each, "scores": by_data, "mean": mean, "metrics": metrics}
         if each == 0.0:
             continue
-        if each == (best([*known.values()]) if alpha is None else alpha):
-            encoder, kept = kept, encoder
-        if encoder is not None:
-            encoder.forget()
+        leads = each == (best([*known.values()]) if alpha is None else alpha)
+        outdone, kept = (kept, encoder) if leads else (encoder, kept)
+        if outdone is not None:
+            outdone.forget()
     if rank() == 0 and missing:
         progress.update(len(missing))
     return [known[each] for each in wanted]

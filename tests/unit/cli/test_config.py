@@ -237,6 +237,12 @@ def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
     assert why in note
 
 
+def test_what_a_plan_filled_in_draws_no_note():
+    """As a run's own settings do, with which it goes on."""
+    config = with_value(Config(**UNLOCKED), "optim.learning_rate", 1e-5)
+    assert check(with_value(config, "optim.locked_learning_rate", 1e-5 / 10)) == []
+
+
 def test_groups_that_measure_agreement_have_a_number():
     """Of images and texts, by which a teacher is trusted, though nothing learns from them."""
     config = Config(**CLIP, **TEACHER)

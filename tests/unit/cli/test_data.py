@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -44,7 +45,21 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:
     """Whose paths need not be there."""
     Index("emoji", data=DataConfig(sources=[SourceConfig(path="gone.tsv")]))()
-    assert "pairs indexed" in capsys.readouterr().out
+    assert " pairs, whose index is there already; " in capsys.readouterr().out
+
+
+def test_a_second_call_says_that_the_index_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    table = tmp_path / "pairs.tsv"
+    table.write_text("image\tcaption\na.jpg\ta\n")
+    said = []
+    for _ in range(2):
+        Index(str(table))()
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith("1 pairs indexed, in ")
+    assert said[1].startswith("1 pairs, whose index is there already; a look took ")
 
 
 def test_inspect_loads_no_model() -> None:

@@ -192,6 +192,7 @@ def test_a_malformed_line_is_counted_and_named(tmp_path, file, text, first, ragg
     *notes, total = pairs.notes
     for note, what in zip(notes, expected, strict=True):
         assert note.startswith(f"{tmp_path / file}: left out {what}")
+    assert notes[0].endswith("; save it as UTF-8") == (not file.endswith(".jsonl"))
     rows = len(text.strip().splitlines()) - (first == 2)
     assert total == f"{tmp_path / file}: 3 of {rows} rows are used"
 

@@ -138,8 +138,13 @@ BAD = [
     ),
     (
         lambda t: {"reference": str(write_wds(t) / "test"), "class_column": "k"},
-        r"is no table and has no columns; leave out class_column$",
+        r"is no table and has no columns; leave out class_column, or write it behind its table al",
     ),
+    (
+        lambda t: folder_of(t, "test/a/1.png", "test/b/2.png") | {"class_column": "k"},
+        r"^.*: is no table and has no columns",
+    ),
+    (lambda _: {"reference": "wds:x,class_column=k"}, r"^wds:x: is no table and has no columns"),
     (
         lambda _: {"reference": "https://example.com/{0..3}.tar"},
         r"tar: evaluation reads in any order; copy the shards, or",

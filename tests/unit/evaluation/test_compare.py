@@ -105,14 +105,25 @@ def test_a_class_of_one_group_is_held_against_the_others():
 
 
 def test_a_difference_rests_on_five_groups_or_more():
-    """Else it has no interval; without any difference it is 0. An interval of NaN gets no star."""
+    """Else it has no interval, nor has a model against itself: a width of 0 would claim certainty.
+    Of few groups it counts which differ, and not which are off the mean. NaN gets no star."""
     moved = np.array([0.1, -0.1] * 10)
     low, high = interval_of_difference([0.2], moved)
     half = scipy.stats.t.ppf(0.975, 19) * math.sqrt(0.2)
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half))
     assert interval_of_difference([0.2], np.where(np.arange(20) < 5, moved, 0.0)) is not None
     assert interval_of_difference([0.2], np.where(np.arange(20) < 4, moved, 0.0)) is None
-    assert interval_of_difference([0.0], np.zeros(20)) == [0.0, 0.0]
+    assert interval_of_difference([0.0], np.zeros(20)) is None
+    rows = np.arange(20)
+    none, *others = (
+        influences(SampleResults(images={"sample_id": rows, "knn_correct": rows < right}))
+        for right in range(21)
+    )
+    ends = [
+        interval_of_difference([right / 20], of["knn/acc1"] - none["knn/acc1"])
+        for right, of in enumerate(others, 1)
+    ]
+    assert [right for right, of in enumerate(ends, 1) if of is not None] == [*range(5, 17)]
     ends = interval_of_difference([math.nan], moved)
     assert [beyond(of) for of in (None, ends, [0.1, 0.2], [-0.1, 0.2])] == [
         False,
@@ -234,9 +245,23 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     text = compare.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
     assert text == "42.7 ± 10.5\n+2.7 [+1.2, +4.1]*"
     compare.show(compared(*folders))
-    assert "differences are of the seeds that both have" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "differences are of the seeds that both have" in said
+    assert compare.SPREAD in said
+
+
+def test_equal_models_have_no_interval_and_no_minus_0(tmp_path, capsys):
+    """The table says why; small numbers of either sign are shown as 0."""
+    folders = [made(tmp_path / name, name, 0, 0.4, results(0)) for name in ("a", "b")]
+    entries = compared(*folders)
+    compare.show(entries)
+    said = " ".join(capsys.readouterr().out.split())
+    assert compare.ON_FEW in said
+    assert "test samples by groups" not in said
+    value = entries[1]["metrics"]["eval/emoji/knn/acc1"]
+    assert compare.cell(value, scale=100.0, digits=1) == "40.0\n+0.0"
+    value["difference"] |= {"mean": -1e-9, "interval": [-0.1, -1e-9], "beyond": True}
+    assert compare.cell(value, scale=100.0, digits=1) == "40.0\n+0.0 [-10.0, +0.0]*"
 
 
 def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
@@ -307,6 +332,25 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     assert found["interval"] == pytest.approx([0.2, 0.2])
     assert (found["n"], found["samples"], found["kind"]) == (2, None, "seeds")
     assert capsys.readouterr().err.count("emoji-test.parquet: not the results") == 1
+
+
+def test_seconds_of_unlike_machines_are_told_apart(tmp_path, capsys):
+    """With the machines of each, where they differ; of an earlier version the device is known."""
+    folders = [made(tmp_path / name, name, 0, 0.4) for name in ("a", "b", "c")]
+    machines = ["1 host, 2 ranks on a CPU", "1 host, 1 rank on a [card]"]
+    kept = ({"device": "a CPU", "machines": machines[:1]}, {"machines": machines}, {"device": "x"})
+    for folder, environment in zip(folders, kept, strict=True):
+        path = folder / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "environment": environment}))
+    first, second, third = entries = compared(*folders)
+    compare.show([first, first])
+    assert "machines" not in capsys.readouterr().out
+    assert second["machines"] == [", then ".join(machines)]
+    assert third["machines"] == ["x"]
+    compare.show(entries)
+    said = capsys.readouterr().out
+    assert "machines" in said
+    assert "[card]" in said
 
 
 def test_a_run_counts_once(tmp_path):

@@ -61,7 +61,7 @@ def test_differences_are_paired_by_sample():
             assert of_metric["mean"] == pytest.approx(gain)
             assert of_metric["interval"] == (None if ends is None else pytest.approx(ends))
     same = records.with_differences(first, first)[0].record["differences"]["acc1"]
-    assert same == {"mean": 0.0, "interval": [0.0, 0.0], "beyond": False}
+    assert same == {"mean": 0.0, "interval": None, "beyond": False}
     (alone,) = judged("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])
     apart = records.with_differences([alone], first)[0].record["differences"]["acc1"]
     assert (apart["interval"], apart["beyond"]) == (None, False)
@@ -123,3 +123,8 @@ def test_the_table_has_a_column_for_each_model(capsys):
     assert "one[b]" in shown
     assert "two tag" in shown
     assert "paired difference to one[b]" in " ".join(shown.split())
+    assert "Percent, but for geometry" in " ".join(shown.split())
+    records.show([first])
+    shown = capsys.readouterr().out
+    assert "Percent" in shown
+    assert "geometry" not in shown

@@ -101,7 +101,7 @@ def test_distance_and_loss_by_their_definition(atlas: atlases.Atlas) -> None:
 
 
 def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model has learned every pair by heart. A third of the images has two captions."""
     draws = torch.Generator().manual_seed(0)
@@ -117,6 +117,7 @@ def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
     halves = replace(model, image=image[of_pair].half(), text=text.half())
     atlas = make_atlas(model, heads=None, number=CLUSTERS, halves=halves)
     assert atlas.unseen
+    assert "agreement of pairs: 100%" in capsys.readouterr().err
     for measure in (atlas.distance, atlas.loss):
         assert {*np.argsort(-measure)[: len(wrong)]} == {*wrong.tolist()}
     monkeypatch.setattr(atlases, "LEAST_IMAGES", 181)

@@ -15,8 +15,8 @@ from protoclip.cli.explore import Explore
 from protoclip.cli.parsing import parse
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
+from protoclip.explore.address import listen
 from protoclip.explore.explorer import Explorer
-from protoclip.explore.server import listen
 from protoclip.testing import tiny_config
 from protoclip.training.run_folder import to_toml
 
@@ -59,10 +59,29 @@ def test_the_command_writes_pages_and_a_table(
         words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4", "--map", "pca"]
         main([*words, "--static", str(tmp_path / "out"), "--atlas", str(tmp_path / "a.parquet")])
     said = capsys.readouterr()
+    assert said.err.startswith(f"opening words-1 on {tmp_path / 'pairs.parquet'}\n")
     assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
     assert "note: data.without: 31 of 60 samples are used" in said.err
     assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
     assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
+
+
+def test_a_port_that_is_taken_is_known_before_anything_is_opened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was given is refused; else the next free one is used."""
+    monkeypatch.setattr("protoclip.cli.explore.quick_imports", Mock(side_effect=AssertionError))
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 port {port} "):
+            Explore(models=["hf:x"], data="emoji", port=port)()
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr("protoclip.explore.address.USUAL_PORT", port)
+        with Explore(models=["hf:x"]).listen() as listening:
+            used = listening.getsockname()[1]
+    assert used > port
+    said = capsys.readouterr().err
+    assert said == f"note: port {port} is taken; pages will be on port {used}\n"
 
 
 @pytest.mark.usefixtures("any_map")

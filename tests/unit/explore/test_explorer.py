@@ -107,6 +107,8 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(tmp_path:
     assert 7 in dict(one.nearest(6, "text", 40).texts)
     page = Pages([one]).site(1).answer("a red square", found)
     assert page.count("> select <bdi>one more ") == 10
+    odd = Pages([one]).site(1).odd("distance")
+    assert all(f"<bdi>{number}.png</bdi>" in odd for number in range(20))  # ids are rows' numbers
 
 
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:

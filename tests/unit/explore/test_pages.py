@@ -25,11 +25,12 @@ from worded import HOSTILE, distinct_pairs, explorers
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
+from protoclip.explore.address import listen, url_of
 from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import explored
 from protoclip.explore.render import Pages, ids_as, shown, thumbnail
-from protoclip.explore.server import MAX_BODY_BYTES, Guard, cookie_name, listen, server, url_of
+from protoclip.explore.server import MAX_BODY_BYTES, Guard, cookie_name, server
 from protoclip.explore.static import write_static, write_table
 
 TOKEN = "the-token"
@@ -293,7 +294,8 @@ def test_search_by_image_has_limits(
     status, text = post(encoded)
     assert status == 200
     assert two[0].pairs.caption(10) in text
-    assert "text=your" not in text  # a link to another model would search for these words
+    assert "Nearest to your image by the model" in text
+    assert "?text=" not in text  # a link to another model would search for words
     status, text = post(b"<script>")
     assert status == 200
     assert "This is no image that can be read" in text

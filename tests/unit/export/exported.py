@@ -12,10 +12,18 @@ from protoclip.models import loading
 from protoclip.models.saved import split, write_checkpoint
 
 
-def save_run(folder: Path, config: ModelConfig, *, sigmoid: bool = False, **state: Any) -> Path:
-    """A run with one checkpoint; returns its folder."""
+def save_run(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    sigmoid: bool = False,
+    alpha: float | None = None,
+    **state: Any,
+) -> Path:
+    """A run with one checkpoint, with `alpha` one of chosen weights; returns its folder."""
     tensors: dict[str, torch.Tensor] = {}
-    facts = {"model.json": {"model": asdict(config)}, "state.json": split(state, tensors)}
+    described = {"model": asdict(config)} | ({} if alpha is None else {"alpha": alpha})
+    facts = {"model.json": described, "state.json": split(state, tensors)}
     model = loading.model(config, seed=1)
     if sigmoid:
         model.add_logit_bias()

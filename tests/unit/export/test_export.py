@@ -370,15 +370,28 @@ def test_the_graphs_of_a_coca_give_features_of_any_norm(reference):
 @pytest.mark.parametrize(
     ("save", "formats"), [(save_siglip, ["hf"]), (save_dual_encoder, ["hf", "onnx"])]
 )
-def test_a_hugging_face_model_comes_out_again(save, formats, tmp_path):
-    """ONNX has a mask where the text tower must not read padding, and takes one caption too."""
+def test_a_hugging_face_model_comes_out_again(save, formats, capsys, tmp_path):
+    """Its tokenizer returns a mask only where the text tower must not read padding, and says so.
+
+    ONNX has one there too, and takes one caption as well.
+    """
     save(tmp_path / "in")
     facts = protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "out", formats)
     assert [*facts["differences"]] == [*formats, "protoclip"]
     for found in facts["differences"].values():
         assert max(found.values()) < 1e-5
+    assert ("attention_mask, which SigLIP" in capsys.readouterr().err) == (save is save_siglip)
+    notes = resolve_start(ModelConfig(start=f"hf:{tmp_path / 'in'}")).notes
+    assert any("attention_mask" in note for note in notes) == (save is save_siglip)
+    model, transform, tokenizer = protoclip.load(tmp_path / "out")
+    assert "attention_mask" not in capsys.readouterr().err
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    process = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = process(text=TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        text = theirs.get_text_features(**inputs).pooler_output
+        assert_close(text, model.encode_text(tokenizer(TEXTS)))
     if "onnx" in formats:
-        _, transform, tokenizer = protoclip.load(tmp_path / "out")
         images = torch.stack([transform(image) for image in IMAGES[:2]])
         tokens = tokenizer(TEXTS[:2])
         both = onnx.features(tmp_path / "out", images, tokens)

@@ -419,6 +419,23 @@ def make_without_parts(out: Path, failing: int) -> str:
     return "made"
 
 
+def test_a_teacher_that_cannot_be_opened_is_reported_by_one_rank(tmp_path, monkeypatch):
+    """The ranks open it together, so that the others know what the first one reports."""
+    met: list[str] = []
+
+    def on_all_ranks(function: Any) -> Any:
+        try:
+            return function()
+        except ValueError as error:
+            met.append(str(error))
+            raise
+
+    monkeypatch.setattr(encode, "raise_on_all_ranks", on_all_ranks)
+    with pytest.raises(ValueError, match="'timm:no_such' cannot be opened") as raised:
+        embed_teacher("timm:no_such", pairs(words(3)), tmp_path / "t", device=CPU)
+    assert met == [str(raised.value)]
+
+
 @pytest.mark.parametrize(("failing", "said"), [(0, "no room"), (1, "made")])
 def test_no_rank_waits_for_one_that_cannot_make_a_folder(failing, said, tmp_path):
     """Only the first rank makes one; if it fails, both raise."""

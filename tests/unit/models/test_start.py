@@ -428,7 +428,13 @@ def make_useless(tiny: Path, name: str) -> None:
     ("image", "text", "message"),
     [
         ({"weights": "none"}, {}, "model.image.weights: none: no such file; weights are"),
-        ({"weights": "published"}, {}, "model.image.weights: published: the hub does not answer"),
+        (
+            {"weights": "published"},
+            {},
+            "model.image.weights: published weights of test_vit: the hub does not answer, and "
+            "there is no earlier download; check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or "
+            "give a file: --model.image.weights FILE",
+        ),
         (
             {"weights": "published", "name": "resnet10t.none"},
             {},

@@ -81,6 +81,14 @@ def test_without_a_paired_interval_nothing_is_better(tmp_path):
     assert "(no interval: the runs share no seed" in found.rest
 
 
+def test_equal_models_are_told_so_without_an_interval(tmp_path):
+    """And without a minus sign before the 0, whichever is held against the other."""
+    equal = run(tmp_path, "A", 0.5)
+    (found,) = findings(compare.compare([equal, {**equal, "name": "B", "folder": "B"}]))
+    few = "too few groups of test samples differ, or too few do not"
+    assert found.rest.endswith(f"50.0 against 50.0 percent, +0.0 points (no interval: {few}).")
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
     """The easier samples may be the others' only merit; whether the runs share a seed or not."""

@@ -57,6 +57,16 @@ def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypat
 
 
 def test_no_prototype_is_shown_twice_and_small_ones_are_not_tight():
+    """Of few prototypes one is several things, and says all of them."""
+    picks = looks.chosen(
+        *(torch.tensor(of) for of in ([9.0, 8, 7, 5], [0.3, 0.9, 0.8, 0.2], [0.1, 1, 0.9, 0.5]))
+    )
+    assert picks == [
+        ("largest, most mixed", 0),
+        ("largest, tightest", 1),
+        ("tightest", 2),
+        ("most mixed", 3),
+    ]
     images, _ = clumps([9, 8, 7, 2], spread=0.02)
     found = gallery(images, images, number=4, captions=["a"] * 26, seed=0)
     for prototypes in found.values():

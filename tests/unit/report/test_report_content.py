@@ -78,6 +78,7 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "Samples a second" in sections["curves"]
     assert "Effective rank of images" in sections["grouping"]
     assert "Where the time went" in sections["curves"]
+    assert "Data Train Extract Cluster Back-translate Other All" in sections["curves"]
     assert "proto, projections" in sections["grouping"]
     assert "clip, projections" not in sections["grouping"]
     assert sections["maps"].count("Before training: gap") == 2
@@ -94,6 +95,21 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "Default of train" in sections["settings"]
     assert "prototypes.number 8 from the data or model" in sections["settings"]
     assert "held-out pairs of validation" in sections["prototypes"]
+
+
+def test_a_page_says_nothing_of_what_a_run_lacks(runs, tmp_path):
+    """Of one loss there is no total, of CLIP no time for prototypes, of few pairs no grouping. The
+    machines are said, as far as the run kept them."""
+    known = page_of(tmp_path, runs / "clip")
+    assert "InfoNCE loss" in known.sections["curves"]
+    assert "Total loss" not in known.sections["curves"]
+    assert "Run Data Train Other All" in known.sections["curves"]
+    assert "Their values at the end are under" in known.sections["curves"]
+    assert "1 host, 1 rank on " in known.sections["environment"]
+    assert "extract, cluster and back-translate" not in known.sections["curves"]
+    few = page_of(tmp_path, runs / "clip", samples=7)
+    assert "7 pairs are too few" in few.sections["grouping"]
+    assert "Their values at the end" not in few.sections["curves"]
 
 
 def test_a_run_without_metrics_is_no_reference(runs, tmp_path):

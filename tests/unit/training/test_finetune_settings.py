@@ -115,10 +115,11 @@ def test_help_shows_the_defaults_of_fine_tuning():
     follow = {"episodes.size", "optim.warm_up_steps", "optim.heads_lr_scale"}
     # Of these the help says for all commands what they follow from.
     elsewhere = {"optim.weight_decay", "teacher.features"}
-    assert {*Finetune.defaults} == finetune.CHOSEN - follow - elsewhere
+    assert {*Finetune.defaults} - {"data.train"} == finetune.CHOSEN - follow - elsewhere
+    assert Finetune.defaults["data.train"] is None
     for name, value in Finetune.defaults.items():
         section, _, setting = name.partition(".")
-        if name not in ("episodes.count", "episodes.batch_size"):
+        if name not in ("data.train", "episodes.count", "episodes.batch_size"):
             assert getattr(getattr(config, section), setting) == value
 
 
@@ -155,8 +156,14 @@ def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes):
     assert config.prototypes.number == config.teacher.number == prototypes
 
 
-def test_without_a_start_or_a_length(tmp_path: Path):
+def test_without_a_start_or_pairs_or_a_length(tmp_path: Path):
+    """The emoji are no default. Of a run that was fine-tuned the way to go on is said."""
     with pytest.raises(ValueError, match=r"^model\.start: fine-tuning needs a model to start"):
-        planned({"data": {"train": str(tmp_path)}})
+        finetune.finetune({"data": {"train": str(tmp_path)}})
+    with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
+        finetune.finetune({"model": {"start": str(tmp_path)}, "data": {"workers": 0}})
+    (tmp_path / "wise_ft.json").touch()
+    with pytest.raises(ValueError, match=r"or go on with .* by --resume auto$"):
+        finetune.finetune({"model": {"start": str(tmp_path)}}, alpha=0.3)
     with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):
         settings(None, episodes={"size": 64})

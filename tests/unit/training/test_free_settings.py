@@ -24,6 +24,7 @@ from protoclip.models.towers import build_tokenizer
 from protoclip.testing import tiny_config
 from protoclip.training.run_folder import (
     FREE,
+    PARTS,
     ROUNDING,
     check_settings,
     flat,
@@ -148,6 +149,23 @@ def test_all_other_settings_are_refused(tmp_path):
         if taken:
             assert ([setting in note for note in notes] == [True]) == (setting in ROUNDING)
     assert not {"data.augmentation", "run.seed"} & {*FREE, *ROUNDING}
+
+
+@pytest.mark.parametrize("model", [{"start": "hf:siglip"}, {"name": "RN50"}])
+def test_a_whole_model_has_no_settings_of_small_towers(model, tmp_path):
+    """Earlier versions wrote them, at their defaults. What is given is written still."""
+    config = replace(tiny_config(out="run"), model=ModelConfig(**model))
+    text = to_toml(config)
+    assert not PARTS.keys() & flat(tomllib.loads(text)).keys()
+    assert "image" not in tomllib.loads(text)["model"]
+    (tmp_path / "config.toml").write_text(text)
+    check_settings(tmp_path, text)
+    tree = tomllib.loads(text)
+    tree["model"] |= {"embed_dim": 256, "image": {"name": "resnet10t"}}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(tree))
+    check_settings(tmp_path, text)
+    with pytest.raises(ValueError, match=r"model.embed_dim \(256 before, 64 now\)"):
+        check_settings(tmp_path, to_toml(changed(config, "model.embed_dim", 64)))
 
 
 def test_data_may_move_until_the_run_is_finished(tmp_path):

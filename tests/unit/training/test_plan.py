@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 from numbered import Numbered
 
 import protoclip
@@ -533,6 +535,20 @@ def test_a_plan_says_what_needs_no_built_model(tmp_path):
         "teacher: no features of 8 of 48 training samples; its loss leaves such samples out",
         "align.*: no effect, since protoclip align alone aligns halves",
     ]
+
+
+def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeypatch):
+    """Without a network those that were downloaded before do."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(plan.sources, "pairs", Mock(side_effect=ValueError("data are read")))
+    image = ImageTowerConfig(name="test_vit", weights="published")
+    config = Config(model=ModelConfig(image=image))
+    with pytest.raises(ValueError, match="published weights of test_vit: the hub does not answer"):
+        make_plan(config)
+    (tmp_path / "models--timm--test_vit.r160_in1k").mkdir()
+    with pytest.raises(ValueError, match="data are read"):
+        make_plan(config)
 
 
 def test_few_pairs_are_not_judged(capsys):

@@ -1,15 +1,17 @@
 """What a run says of its machines. `tests/distributed` has the waiting for other ranks."""
 
 import time
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from interrupting import with_changes
 from protoclip.models import loading
 from protoclip.models.flops import Forward
 from protoclip.models.towers import PROJECTIONS
-from protoclip.testing import tiny_model
+from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import throughput
 from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
 from protoclip.training.throughput import FirstSteps, Throughput, passes, peak
@@ -94,4 +96,31 @@ def test_the_first_steps_say_how_long_the_rest_takes(capsys):
 
 def test_one_rank_says_where_it_is(monkeypatch):
     monkeypatch.setattr(throughput, "environment", lambda device: {"device": "a card"})
-    assert throughput.placed(CPU, 64) == "1 host, 1 rank on a card, with 64 pairs of every batch"
+    where = throughput.machines(CPU)
+    assert where.placed(64) == "1 host, 1 rank on a card, with 64 pairs of every batch"
+
+
+def test_other_ranks_are_noted_and_kept():
+    """With what changes: BatchNorm of towers that train, unless it is synchronised or frozen. The
+    facts list machines one after the other, those that follow on like ones once."""
+    config, model = tiny_config(out=""), loading.model(tiny_model(), seed=0)  # test_resnet
+    assert throughput.other_ranks(1, model, config) == []
+    (note,) = throughput.other_ranks(2, model, config)
+    assert note.startswith("going on with 1 rank (2 before): batches stay, but BatchNorm in")
+    for changes in (
+        {"parallel": {"sync_batch_norm": True}},
+        {"parallel": {"strategy": "fsdp"}},
+        {"model": {"frozen_batch_norm": True}},
+        {"model": {"locked": ["image"]}},
+    ):
+        (note,) = throughput.other_ranks(2, model, with_changes(config, changes))
+        assert "(2 before): batches stay, and weights are equal up to rounding;" in note
+    two, one = throughput.Machines(1, 2, "a CPU"), throughput.Machines(1, 1, "a card")
+    state: dict[str, Any] = {"machines": [vars(two)], "loader": [{}, {}]}
+    assert throughput.machines_since(state, two, over=False) == [two]
+    assert throughput.machines_since(state, one, over=True) == [two]
+    facts = throughput.facts_of(throughput.machines_since(state, one, over=False))
+    assert facts.pop("machines") == ["1 host, 2 ranks on a CPU", "1 host, 1 rank on a card"]
+    assert facts == {"hosts": 1, "ranks": 1}
+    (unknown,) = throughput.machines_since({"loader": [{}, {}]}, one, over=True)
+    assert str(unknown) == "2 ranks on machines not known"  # of an earlier version

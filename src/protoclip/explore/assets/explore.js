@@ -134,7 +134,9 @@ async function ask(what, url, options) {
 const file = document.getElementById("query-image");
 if (file) {
   file.addEventListener("change", () => {
-    if (file.files.length) ask("this image", "search-image", { method: "POST", body: file.files[0] });
+    if (!file.files.length) return;
+    query.value = ""; // the text is not what is answered now
+    ask("this image", "search-image", { method: "POST", body: file.files[0] });
   });
 }
 
@@ -273,17 +275,20 @@ async function drawMap(place) {
   chooser.onchange = colour; // in the place of that of an earlier map
   const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
   colour();
-  letFingersScroll(doc.get_model_by_name("map"));
+  followTools(doc.get_model_by_name("map"));
   place.dataset.ready = "yes";
 }
 
 // A finger on the map scrolls the page, unless a tool is chosen that drags. Where there is no mouse,
-// none is at first: the map fills the screen, so there would be no way past it.
-function letFingersScroll(plot) {
+// none is at first: the map fills the screen, so there would be no way past it. While the box or the
+// lasso is chosen, a drag may begin on a name.
+function followTools(plot) {
   const { tools } = plot.toolbar.gestures.pan;
   const { style } = Bokeh.index.get(plot).canvas_view.events_el;
+  const names = document.getElementById("names");
   const follow = () => {
     style.touchAction = tools.some((tool) => tool.active) ? "none" : "pan-x pan-y";
+    names.classList.toggle("selecting", tools.some((tool) => tool.active && tool.type.endsWith("SelectTool")));
   };
   for (const tool of tools) {
     if (matchMedia("(pointer: coarse)").matches) tool.active = false;
@@ -479,7 +484,7 @@ store();
 const map = document.getElementById("map");
 if (map) {
   const above = new ResizeObserver(() => map.isConnected && fitStage());
-  for (const each of document.querySelectorAll("header, .map-bar, #map-state")) above.observe(each);
+  for (const each of document.querySelectorAll("header, #selection, .map-bar, #map-state")) above.observe(each);
   const failed = (error) => {
     map.removeAttribute("role");
     map.textContent = `The map cannot be drawn (${error.message}). The other pages work without it.`;
