@@ -585,8 +585,7 @@ class Run:
             "metrics": {},
         }
         if config.run.evaluate:
-            to = self.folder / "results"
-            encoder = self.evaluate.keeping()
+            to, encoder = self.folder / "results", self.evaluate.keeping()
             results["metrics"] = self.evaluate("test", encoder=encoder, samples_to=to)
         results |= self.more_results
         if config.run.overfit is not None:  # of which align may have left some out
