@@ -3,7 +3,9 @@
 The limits of single settings are in `config.py`, and typos in paths are found by `paths.py`.
 """
 
+import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -19,6 +21,7 @@ from protoclip.config import (
     ModelConfig,
     TeacherConfig,
     build,
+    locked_rate,
 )
 
 
@@ -157,15 +160,24 @@ def require_named_pairs(given: Mapping[str, Any]) -> None:
 
     The bundled emoji, on which `train` trains a first model, are hardly what a model is for.
     """
-    if {"train", "sources"} & given.get("data", {}).keys():
+    data, start = given.get("data", {}), given["model"].get("start")
+    if data.get("train") or data.get("sources"):
         return
-    start = given["model"].get("start")
-    is_tuned = start is not None and (Path(start) / "wise_ft.json").is_file()
+    is_tuned = False
+    with suppress(OSError, ValueError):  # it may be no folder at all
+        settings = (Path(start or "") / "config.toml").read_text(encoding="utf-8")
+        is_tuned = was_fine_tuned(tomllib.loads(settings))
     again = f", or go on with {start} by --resume auto" if is_tuned else ""
     raise ValueError(
         "data.train: fine-tuning needs pairs of yours; name them, such as --data.train pairs.tsv"
         f" (emoji are the bundled ones){again}"
     )
+
+
+def was_fine_tuned(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings of a run are those of fine-tuning: it had a start itself."""
+    model = settings.get("model", {})
+    return model.get("start") is not None or model.get("pretrained") is not None
 
 
 def check_sources(data: DataConfig) -> None:
@@ -212,7 +224,7 @@ def without_effect(config: Config) -> list[str]:
     no_features = not config.grouping_teachers and loss.teacher > 0 and "no teacher has features"
     locked = [] if model.projections_are_new else model.locked
     # A tenth is what the plan fills in, and so what a run's own settings hold, unasked.
-    tenth = config.optim.locked_learning_rate == (config.optim.learning_rate or 0) / 10
+    tenth = config.optim.locked_learning_rate == locked_rate(config.optim.learning_rate or 0.0)
     named = model.name is not None and f"model.name is {model.name}"
     text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
     reasons = {

@@ -285,6 +285,11 @@ class OptimConfig:
     clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
 
 
+def locked_rate(learning_rate: float) -> float:
+    """The peak rate of the stage with the image tower locked, where none is set."""
+    return learning_rate / 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
     head: Literal["auto", "linear", "mlp"] = "auto"  # auto: linear; mlp has a hidden layer.

@@ -6,6 +6,7 @@ The work is done in `data/inspect.py`, `data/pack.py` and, for an index, `data/s
 import runpy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -116,7 +117,7 @@ class Index(Recipes):
         pairs = open_indexed(given, "index", also=also)
         number, took = f"{len(pairs):,} pairs", duration(time.monotonic() - started)
         if kept_indexes() == before:
-            print(f"{number}, whose index is there already; a look took {took}")
+            print(f"{number}, nothing new to index; a look took {took}")
         else:
             print(f"{number} indexed, in {took}")
 
@@ -125,7 +126,11 @@ def kept_indexes() -> set[tuple[Path, int]]:
     """The indexes in the cache, each with the time when it was written."""
     from protoclip.data.index import index_folder
 
-    return {(path, path.stat().st_mtime_ns) for path in index_folder().rglob("*.arrow")}
+    kept = set()
+    for path in index_folder().rglob("*.arrow"):
+        with suppress(FileNotFoundError):  # another process replaces them
+            kept.add((path, path.stat().st_mtime_ns))
+    return kept
 
 
 def require_paths(source: str, data: DataConfig) -> None:

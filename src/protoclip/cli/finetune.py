@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, ClassVar, Literal
 
-from protoclip.checks import require_named_pairs, require_start
+from protoclip.checks import require_named_pairs, require_start, was_fine_tuned
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.cli.train import exit_if_stopped, show_results
@@ -135,8 +135,7 @@ class Finetune(Config, Recipes):
         if not path.is_file():
             return None
         settings = read_recipe(path)
-        model = settings.get("model", {})
-        if model.get("start") is None and model.get("pretrained") is None:
+        if not was_fine_tuned(settings):
             return None
         say(f"note: going on with {self.start} by its own settings")
         return settings

@@ -38,6 +38,7 @@ RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC.value,
     "bilinear": Image.Resampling.BILINEAR.value,
 }
+SIGLIP2_LENGTH = 64  # tokens to which its processor pads captions, whatever its tokenizer has
 
 
 def write(source: Source, folder: Path) -> str:
@@ -79,6 +80,11 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
     model = source.towers.library_model()
     if hasattr(source.towers, "logit_bias") and not hasattr(model, "logit_bias"):
         raise Unavailable("no model of transformers with such towers has a logit bias")
+    length = source.text_tokenizer.context_length
+    if source.towers.kind == "siglip2" and length != SIGLIP2_LENGTH:
+        raise Unavailable(
+            f"its processor pads captions to {SIGLIP2_LENGTH} tokens, not to {length}"
+        )
     if source.checkpoint is not None:
         processor = image_processor(source)
     else:

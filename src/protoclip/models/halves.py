@@ -235,8 +235,8 @@ def require_image_weights(model: ModelConfig) -> None:
     Raises:
         ValueError: Nothing of them was downloaded before, and the hub does not answer.
     """
-    if model.image.weights != PUBLISHED:
-        return
+    if model.start is not None or model.image.weights != PUBLISHED:
+        return  # a start brings its weights, also where it was made of published ones
     reference, repository, way_out = published_by(model.image.name)
     if not repository:
         return

@@ -123,15 +123,15 @@ def open_tokenizer(name: str, config: Any, *, context_length: int | None = None)
     return RememberingTokenizer(reads)
 
 
-def ignored_mask(name: str, kind: str) -> str | None:
-    """What to tell a user whose tokenizer returns a mask that a text tower of this kind is denied.
+def ignored_mask(name: str) -> str | None:
+    """What to tell a user of a SigLIP whose tokenizer returns a mask, which is not read.
 
     None if it returns none. What its files do not say is as its class has it, with a mask.
     """
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     names = get_tokenizer_config(name).get("model_input_names", ["attention_mask"])
-    if kind not in UNMASKED_KINDS or "attention_mask" not in names:
+    if "attention_mask" not in names:
         return None
     return (
         "its tokenizer returns attention_mask, which SigLIP was trained without; it is not read "
@@ -140,7 +140,7 @@ def ignored_mask(name: str, kind: str) -> str | None:
 
 
 def return_what_is_read(tokenizer: Any, kind: str) -> None:
-    """Let a tokenizer return a mask if the text tower of this kind must get one, and else none.
+    """Let a tokenizer return no mask for a text tower of SigLIP, and one for others.
 
     Its saved files say so too.
     """

@@ -394,8 +394,10 @@ class HuggingFaceStart(Start):
 
     def _ignored_mask(self, kind: str) -> list[str]:
         """What `hugging_face.ignored_mask` has to say, or nothing."""
+        if kind not in hugging_face.UNMASKED_KINDS:
+            return []
         with readable_errors(self.reference, hub_name(self.name)):
-            note = hugging_face.ignored_mask(self.name, kind)
+            note = hugging_face.ignored_mask(self.name)
         return [] if note is None else [note]
 
 

@@ -12,7 +12,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from protoclip.config import Config
+from protoclip.config import Config, locked_rate
 from protoclip.models.hugging_face import HuggingFaceTowers
 
 LOCKED_WARM_UP = 2  # steps
@@ -46,7 +46,7 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
         return {
             "learning_rate": 2e-3,
             "warm_up_steps": 50,
-            "locked_learning_rate": (given.learning_rate or 2e-3) / 10,
+            "locked_learning_rate": locked_rate(given.learning_rate or 2e-3),
             "betas": (0.9, 0.98),
             "eps": 1e-6,
             "weight_decay": 0.2,
@@ -59,7 +59,7 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
     return {
         "learning_rate": rate,
         "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
-        "locked_learning_rate": (given.learning_rate or rate) / 10,
+        "locked_learning_rate": locked_rate(given.learning_rate or rate),
         "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
         "eps": 1e-6 if is_transformer else 1e-8,
         "weight_decay": 0.2 if is_transformer else 0.1,

@@ -374,7 +374,7 @@ def slug(name: str) -> str:
 def to_toml(config: Config) -> str:
     """The configuration as TOML, without what is unset, permissions, and secrets in URLs.
 
-    What starts from a whole model goes without `PARTS` too, which say nothing of that model.
+    What starts from a whole model goes without `PARTS` too, which are seldom true of that model.
     A run that goes on reads the URLs that it is given then.
     """
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})

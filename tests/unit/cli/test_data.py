@@ -45,7 +45,7 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:
     """Whose paths need not be there."""
     Index("emoji", data=DataConfig(sources=[SourceConfig(path="gone.tsv")]))()
-    assert " pairs, whose index is there already; " in capsys.readouterr().out
+    assert " pairs, nothing new to index; " in capsys.readouterr().out
 
 
 def test_a_second_call_says_that_the_index_is_there(
@@ -59,7 +59,7 @@ def test_a_second_call_says_that_the_index_is_there(
         Index(str(table))()
         said.append(capsys.readouterr().out)
     assert said[0].startswith("1 pairs indexed, in ")
-    assert said[1].startswith("1 pairs, whose index is there already; a look took ")
+    assert said[1].startswith("1 pairs, nothing new to index; a look took ")
 
 
 def test_inspect_loads_no_model() -> None:

@@ -162,7 +162,9 @@ def test_without_a_start_or_pairs_or_a_length(tmp_path: Path):
         finetune.finetune({"data": {"train": str(tmp_path)}})
     with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
         finetune.finetune({"model": {"start": str(tmp_path)}, "data": {"workers": 0}})
-    (tmp_path / "wise_ft.json").touch()
+    with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
+        finetune.finetune({"model": {"start": "hf:" + 300 * "x"}, "data": {"sources": []}})
+    (tmp_path / "config.toml").write_text('model.start = "hf:a"')
     with pytest.raises(ValueError, match=r"or go on with .* by --resume auto$"):
         finetune.finetune({"model": {"start": str(tmp_path)}}, alpha=0.3)
     with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):

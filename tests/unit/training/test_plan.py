@@ -40,6 +40,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
 from protoclip.models import loading
+from protoclip.models.halves import require_image_weights
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
@@ -546,6 +547,7 @@ def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeyp
     config = Config(model=ModelConfig(image=image))
     with pytest.raises(ValueError, match="published weights of test_vit: the hub does not answer"):
         make_plan(config)
+    require_image_weights(replace(config.model, start="runs/aligned"))  # which has its own
     (tmp_path / "models--timm--test_vit.r160_in1k").mkdir()
     with pytest.raises(ValueError, match="data are read"):
         make_plan(config)
