@@ -106,6 +106,14 @@ class CheckpointWriter:
             or (self.best is not None and self.best[0] == step)
         )
 
+    def go_on_from(self, checkpoint: Path, step: int) -> None:
+        """Take a checkpoint for the last one that was written, and remove what a process that was
+        killed had no time to."""
+        self.saved_step = step
+        if rank() == 0:
+            self._newest = checkpoint, self.best and self.folder(self.best[0])
+            self.prune()
+
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Start to write a copy of a nested state; `model` and `optimizer` in it are copies."""
         self.wait()

@@ -534,7 +534,7 @@ class Run:
         with understood(checkpoint):
             size = self.load_state_dict(state)
         # Not written again: a process that is killed meanwhile would leave neither.
-        self.writer.saved_step = self.trainer.step
+        self.writer.go_on_from(checkpoint, self.trainer.step)
         if rank() == 0:
             say(f"going on from {checkpoint}, step {self.trainer.step}")
             before = world_size() if self.is_finished else len(state["loader"])

@@ -190,6 +190,19 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, monke
             find(tmp_path)
 
 
+def test_who_goes_on_removes_what_a_killed_process_had_no_time_to(tmp_path):
+    """Up to the checkpoint that it goes on from; later ones may be damaged."""
+    writer = writer_of(tmp_path, keep=4)
+    for step in (1, 2, 3, 4):
+        writer.save(step, state())
+        writer.wait()
+    other = writer_of(tmp_path, keep=1)
+    other.best = (1, 0.5)
+    other.go_on_from(other.folder(3), 3)
+    assert checkpoints(tmp_path) == [other.folder(step) for step in (1, 3, 4)]
+    assert not other.due(3, episode_end=True)
+
+
 def test_what_killed_processes_left_is_removed(tmp_path):
     """Half a checkpoint may be large. What is whole stays, and so does the lock."""
     kept = [tmp_path / ".lock", tmp_path / "checkpoints" / "step-000000002" / "state.json"]
