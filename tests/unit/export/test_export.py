@@ -33,7 +33,7 @@ from protoclip.models.opening import PICKLED
 from protoclip.models.resolve import resolve_start
 from protoclip.models.towers import clip_tokenizer
 from protoclip.testing import tiny_model
-from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip
+from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip, save_siglip2
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
@@ -400,6 +400,13 @@ def test_a_hugging_face_model_comes_out_again(save, formats, capsys, tmp_path):
         assert_close(one.text, both.text[:1])
     with pytest.raises(ValueError, match="not as open_clip: its towers are Hugging Face's"):
         protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "other", ["open_clip"])
+
+
+def test_a_siglip_2_of_another_text_length_has_no_hugging_face_format(tmp_path):
+    """Its processor pads captions to 64 tokens, and the model of the test reads 24."""
+    model = save_siglip2(tmp_path / "in")
+    with pytest.raises(ValueError, match="not as hf: its processor pads captions to 64 tokens"):
+        protoclip.export(f"hf:{model}", tmp_path / "out", ["hf"])
 
 
 def spoil_features(source: Any, folder: Path) -> str:

@@ -115,6 +115,9 @@ def test_other_ranks_are_noted_and_kept():
     ):
         (note,) = throughput.other_ranks(2, model, with_changes(config, changes))
         assert "(2 before): batches stay, and weights are equal up to rounding;" in note
+    parts = {"parallel": {"sync_batch_norm": True}, "episodes": {"micro_batch_size": 8}}
+    (note,) = throughput.other_ranks(2, model, with_changes(config, parts))
+    assert "weights may differ by more than rounding" in note  # each micro-batch by itself
     two, one = throughput.Machines(1, 2, "a CPU"), throughput.Machines(1, 1, "a card")
     state: dict[str, Any] = {"machines": [vars(two)], "loader": [{}, {}]}
     assert throughput.machines_since(state, two, over=False) == [two]
