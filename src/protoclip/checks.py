@@ -149,9 +149,9 @@ def check_fine_tuning(config: Config) -> None:
         raise ValueError(f"{setting}: needs model.start, the model to keep to; set it")
 
 
-def require_start(given: Mapping[str, Any]) -> None:
-    """Refuse settings, as a recipe holds them, that name no model to fine-tune."""
-    if not Config.from_dict(given).model.has_start:
+def require_start(config: Config) -> None:
+    """Refuse settings that name no model to fine-tune."""
+    if not config.model.has_start:
         raise ValueError(NO_START)
 
 

@@ -266,7 +266,7 @@ class LossConfig:
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
-    distil_by: Literal["features", "relations"] = "features"  # What to learn of teacher.distil.
+    distil_by: Literal["features", "relations"] = "relations"  # What to learn of teacher.distil.
 
 
 @dataclass(frozen=True, kw_only=True)

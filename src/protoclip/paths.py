@@ -1,6 +1,7 @@
 """Typos in paths, found in milliseconds: commands look here before they import anything slow.
 
-Whether a file holds what it should is seen later, by what reads it. Standard library only.
+Of what a file holds only the columns that settings name are looked for, by `columns.py`; all else
+is seen by what reads it. Standard library only.
 """
 
 import difflib
@@ -10,14 +11,17 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from protoclip.config import HALVES, START, Config, DataConfig
-from protoclip.files import kind_of
+from protoclip.columns import require_columns
+from protoclip.config import HALVES, START, Config, DataConfig, SourceConfig
+from protoclip.files import kind_of, read_local
 
 # What names something else than a local file or folder, as the beginning of a reference.
 DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
 MODEL_KINDS = ("open_clip:", "hf:", "local-dir:", "reference:", "timm:")
 # What may stand behind a data set that judges a model, as in `pairs.tsv,root=images`.
 DATA_OPTIONS = ("class_column=", "root=")
+# What the model card of each export says; a folder without it is not replaced by another export.
+EXPORTED = "An image tower and a text tower with one joint space, exported from"
 DATA_HINT = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
 DATA_HINT += "wds:FOLDER_OR_URL, torchvision:NAME, karpathy:FILE.json"
 MODEL_HINT = "other models are written open_clip:NAME[/TAG], hf:NAME_OR_FOLDER, "
@@ -51,6 +55,18 @@ def require_data_paths(data: DataConfig) -> None:
     require_folder("data.root", data.root)
     require_file("data.only", data.only)
     require_file("data.without", data.without)
+    for source in data.sources or [SourceConfig(path=data.train)]:
+        require_columns(source.path, named_columns(source, data))
+
+
+def named_columns(source: SourceConfig, data: DataConfig) -> list[str]:
+    """The columns of a source that its settings, or else those of `data`, name."""
+    names: list[str] = []
+    for setting in ("image_column", "caption_column", "id_column", "class_column"):
+        named = getattr(source, setting)
+        named = getattr(data, setting) if named is None else named
+        names += named if isinstance(named, list) else [named or ""]
+    return [name for name in names if name]
 
 
 def require_source(setting: str, path: str) -> None:
@@ -229,10 +245,22 @@ def require_store(setting: str, path: str) -> None:
         require_place(setting, path, is_folder=True)
 
 
-def require_new(folder: str | Path) -> None:
-    """Refuse a folder that exists."""
-    if Path(folder).exists():
+def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that exists; with `overwrite` only one that is no export."""
+    if not Path(folder).exists():
+        return
+    if not is_export(Path(folder)):
         raise ValueError(f"{folder}: exists; choose another folder, or remove it")
+    if not overwrite:
+        raise ValueError(f"{folder}: exists; choose another folder, or give --overwrite")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the model card of an export."""
+    try:
+        return EXPORTED in read_local(folder / "README.md")
+    except (OSError, ValueError):
+        return False
 
 
 def suggestion(path: str) -> str:

@@ -57,6 +57,12 @@ def visible(text: str) -> str:
     return OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def line(text: str, limit: int = 200) -> str:
+    """A text on one line that any terminal can show, cut to a length."""
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def say(text: str) -> None:
     """Print one line to standard error, whatever paths and names are in it, if that is possible."""
     if sys.stderr is not None:  # `print` would take standard output

@@ -196,7 +196,7 @@ def test_the_map_reacts(map_page: Any) -> None:
     page.click("#clear")
     assert selected(page) == 0
     assert page.locator("#picked").is_hidden()
-    page.click("#clear")  # when the map has its width again
+    wait_until(page, f"document.getElementById('map').offsetWidth > {box['width'] - 1}")
     page.mouse.click(place["x"], place["y"])
     wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
     # A page that the browser kept as it was has what other pages have selected since.

@@ -53,7 +53,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "optim": {"eps": 1e-2, "warm_up_steps": 0},
     # Its heads, which are no part of the model that a checkpoint holds.
     "teacher": {"features": "emoji", "distil": 1.0},
-    "loss": {"teacher": 0.0},
+    "loss": {"teacher": 0.0, "distil_by": "features"},
     "data": {"validation": None},
 }
 DDP = {"parallel": {"strategy": "ddp"}}

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import protoclip
 from protoclip import cli
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources as sources_of
@@ -347,6 +349,47 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
     assert torch.equal(mine.rows, plain.rows)
     for name in ("image", "text"):  # the store holds half precision
         torch.testing.assert_close(getattr(mine, name), getattr(plain, name), atol=5e-3, rtol=5e-3)
+
+
+def test_vectors_in_a_file_are_of_what_align_has_encoded(
+    given, finished, tmp_path, monkeypatch, capsys
+):
+    """In its precision. Other images and captions between them are encoded."""
+    train = given["data"]["train"]
+    others = tiny_pairs(4, seed=3)
+    bad = pa.table({"image": [b"no image"], "caption": ["bad"], "sample_id": ["bad"]})
+    more = tmp_path / "more.parquet"
+    pq.write_table(pa.concat_tables([others, bad.cast(others.schema)]), more)
+    decoded: list[int] = []
+    decode = encoding.decode
+    monkeypatch.setattr(encoding, "decode", lambda *a, **b: decoded.append(1) or decode(*a, **b))
+
+    def embedded(name: str, *data: Any, precision: Any = "fp32") -> pa.Table:
+        decoded.clear()
+        sources = DataConfig(sources=[SourceConfig(path=str(each)) for each in data])
+        out = tmp_path / f"{name}.parquet"
+        return pq.read_table(protoclip.embed(finished, sources, out, precision=precision))
+
+    alone = embedded("alone", train)
+    assert (len(alone), decoded) == (96, [])
+    kept = "note: 96 images and 160 captions were encoded by align before, and not again"
+    assert kept in capsys.readouterr().err
+    both = embedded("both", more, train)
+    assert len(decoded) == 5
+    embedded("rounded", train, more, precision="bf16")
+    assert len(decoded) == 101
+    note = "align encoded these images in fp32, so they are encoded anew in bf16; --precision fp32"
+    assert note in capsys.readouterr().err
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "empty"))
+    plain = embedded("plain", more, train)
+    for column in plain.column_names:
+        mine, its = both[column].to_pylist(), plain[column].to_pylist()
+        if column == "text_vectors":
+            mine, its = [*chain(*mine)], [*chain(*its)]
+        if "vector" in column:
+            np.testing.assert_allclose(np.stack(mine), np.stack(its), atol=1e-3)
+        else:
+            assert mine == its
 
 
 def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, store, monkeypatch):

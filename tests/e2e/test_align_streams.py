@@ -159,7 +159,7 @@ def trained(settings: dict[str, Any], cache: str, resume: str) -> dict[str, Any]
 
 
 def test_a_mixture_of_streams_trains_by_ranks_and_goes_on(given, shards, tmp_path):
-    """Each with its weight; a finished run is found again."""
+    """Each with its weight; a finished run is found again. It stays a stream, also unsaid."""
     sources = [
         {"path": str(shards / "mixed/*.tar*"), "name": "one", "weight": 0.75},
         {"path": str(shards / "more"), "name": "two", "weight": 0.25},
@@ -172,7 +172,8 @@ def test_a_mixture_of_streams_trains_by_ranks_and_goes_on(given, shards, tmp_pat
         first = run_distributed(trained, ranks, settings, cache, "never")[0]
         assert first["steps"] == 4
         (tmp_path / f"{ranks}" / "results.json").unlink()
-        again = run_distributed(trained, 1, settings, cache, "auto")[0]
+        unsaid = changed(settings, data={"read": "auto"})
+        again = run_distributed(trained, 1, unsaid, cache, "auto")[0]
         assert again["metrics"] == first["metrics"]
     one, two = (weights_of(tmp_path / name) for name in ("1", "2"))
     for name, value in one.items():

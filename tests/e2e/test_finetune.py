@@ -29,6 +29,8 @@ from protoclip.evaluation import datasets
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoded, Encoder
+from protoclip.evaluation.metrics import difference
+from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config
@@ -171,6 +173,20 @@ def test_from_the_command_line(top, finished, copied, capsys):
     assert f"written to {finished}" in printed
     assert results["start_metrics"].keys() == results["metrics"].keys() >= {GUARD}
     assert (finished / "wise_ft.png").is_file()
+    assert results["differences"].keys() == results["metrics"].keys()
+    task = "retrieval/text_to_image@10"
+    name = f"eval/general/{task}"
+    start, chosen = (
+        influences(SampleResults.read(folder / "results" / "general-test.parquet"))[task]
+        for folder in (finished / "start", finished)
+    )
+    gain = results["metrics"][name] - results["start_metrics"][name]
+    expected = difference([gain], chosen - start)
+    assert results["differences"][name] == expected
+    low, high = expected["interval"]
+    row = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
+    assert row.endswith(f"  {gain:+.4f} [{low:+.4f}, {high:+.4f}]" + "*" * expected["beyond"])
+    assert "\nin brackets: the 95% interval over test samples" in printed
 
     out, before = copied, (copied / "wise_ft.json").stat().st_mtime_ns
     main([*words(top, out), "--resume", "auto"])  # nothing is left to do

@@ -21,20 +21,21 @@ class Export:
     """
 
     model: str  # A run, or whatever else protoclip.load opens.
-    folder: str  # A folder that does not exist.
+    folder: str  # A folder that does not exist, or with overwrite an export.
     _: KW_ONLY
     formats: str = "open_clip,hf"  # Of open_clip, hf, timm and onnx, with commas.
     opset: int = 18  # Of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
     allow_links: bool = False  # As data.allow_links, for captions.
+    overwrite: bool = False  # Replace a folder that export wrote.
     yes: bool = False  # Upload without showing the model card and asking.
     json: bool = False  # Print what was written as JSON.
 
     def __call__(self) -> None:
         require_model("", self.model)
         require_place("folder", self.folder, is_folder=True)
-        require_new(self.folder)
+        require_new(self.folder, overwrite=self.overwrite)
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if self.push_to_hub is not None and not (self.yes or terminal):
             raise ValueError(
@@ -52,6 +53,7 @@ class Export:
             license=self.license,
             push_to_hub=self.push_to_hub,
             allow_links=self.allow_links,
+            overwrite=self.overwrite,
             agrees=self.agrees,
         )
         if self.json:

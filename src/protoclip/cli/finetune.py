@@ -59,7 +59,7 @@ class Finetune(Config, Recipes):
     def __call__(self) -> None:
         settings = self.settings()
         config = Config.from_dict(settings)
-        require_start(settings)
+        require_start(config)
         if self.resume == "never":  # a finished run needs its data no more
             require_paths(config)
         require_named_pairs(settings)
@@ -168,12 +168,23 @@ def show_sweep(record: Mapping[str, Any]) -> None:
 
 
 def show_metrics(results: Mapping[str, Any]) -> None:
-    """Print the metrics of the start and of the chosen weights."""
+    """Print the metrics of the start and of the chosen weights, and what they differ by."""
     from protoclip.evaluation.compare import decimals
 
     before = results["start_metrics"]
+    gains = results.get("differences", {})  # versions up to 1.0.0 wrote none
     if results["metrics"]:
-        print(f"{'metric':<45} {'start':>10} {'alpha ' + format(results['alpha'], 'g'):>10}")
+        chosen = f"alpha {results['alpha']:g}"
+        print(f"{'metric':<45} {'start':>10} {chosen:>10}" + "  difference" * bool(gains))
     for name, value in results["metrics"].items():
         values = ["-" if v is None else decimals(v, 4) for v in (before[name], value)]
-        print(f"{visible(name):<45} {values[0]:>10} {values[1]:>10}")
+        line = f"{visible(name):<45} {values[0]:>10} {values[1]:>10}"
+        if name in gains:
+            mean, ends = gains[name]["mean"], gains[name]["interval"]
+            line += f"  {decimals(mean, 4, '+')}"
+            if ends is not None:
+                low, high = (decimals(end, 4, "+") for end in ends)
+                line += f" [{low}, {high}]" + "*" * gains[name]["beyond"]
+        print(line)
+    if any(gain["interval"] is not None for gain in gains.values()):
+        print("in brackets: the 95% interval over test samples; * if it leaves out 0")

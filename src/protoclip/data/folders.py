@@ -15,25 +15,25 @@ from typing import Any
 
 import pyarrow as pa
 
+from protoclip.columns import METADATA
 from protoclip.config import DataConfig
 from protoclip.data.access import Access, digest, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
-    METADATA,
     TEXT_SUFFIXES,
     LeftOut,
     access_of,
     caption_columns,
     captions_in,
     fault_of,
-    line,
     open_files,
     pairs_of,
     unused,
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
+from protoclip.terminal import line
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),

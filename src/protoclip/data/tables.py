@@ -4,10 +4,8 @@
 row, or drop it without a word, so these are parsed here: lines left out are counted and named.
 """
 
-import bz2
 import csv
 import glob
-import gzip
 import io
 import json
 import lzma
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from protoclip.columns import COMPRESSED, LONGEST_HEADER, METADATA, missing, read_header
 from protoclip.config import DataConfig
 from protoclip.data.access import (
     NO_WEB_IMAGES,
@@ -39,15 +38,14 @@ from protoclip.data.access import (
 from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.progress import Progress
-from protoclip.terminal import visible, without_secrets
+from protoclip.terminal import line, without_secrets
 
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "filepath", "file_path"),
     *("image_path", "img_path", "file_name", "filename", "file", "path", "image_url", "url"),
 )
-# Tables of an image folder, in which Hugging Face `datasets` reads `file_name`, and so do we first.
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# Of tables of an image folder Hugging Face `datasets` reads `file_name`, and so do we first.
 METADATA_IMAGE_COLUMNS = tuple(dict.fromkeys(("file_name", *IMAGE_COLUMNS)))
 CAPTION_COLUMNS = (
     *("caption", "captions", "title", "text", "texts", "txt"),
@@ -58,11 +56,9 @@ NO_COLUMN = ""  # named to say that no column is to be used
 ID_COLUMNS = ("sample_id", "key", "uid")
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
 csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
-LONGEST_HEADER = 100_000  # characters
 MAX_EMPTY_LINES = 1_000_000  # in a row
 SHOWN_LINES = 1 << 16  # after as many, progress is shown
 FORM = 5  # Changes when the same file would be read differently than before.
@@ -297,7 +293,7 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
             present = []
         used = [name for name in named if name]
         if clash := repeated & {*used, *present}:
-            raise _missing(label, schema.names, f"more than one column '{min(clash)}'")
+            raise missing(label, schema.names, f"more than one column '{min(clash)}'")
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1 and not used:
             notes.append(
@@ -308,13 +304,13 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
         if not chosen[-1] and what not in optional and present:
             kind = line(str(schema.field(present[0]).type), 60)
             lack = f"column '{present[0]}' holds {kind}, not {what}; set {setting} to another"
-            raise _missing(label, schema.names, lack)
+            raise missing(label, schema.names, lack)
         if not chosen[-1] and what not in optional:
             lack = f"no column with {what}; set {setting} to one, or add it"
-            raise _missing(label, schema.names, lack)
+            raise missing(label, schema.names, lack)
         for column in chosen[-1]:
             if column not in schema.names:
-                raise _missing(label, schema.names, f"no column '{column}'")
+                raise missing(label, schema.names, f"no column '{column}'")
             if not _holds(what, type_ := schema.field(column).type):
                 raise ValueError(
                     f"{label}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
@@ -344,17 +340,6 @@ def _holds(what: str, type_: pa.DataType) -> bool:
     if what not in ("ids", "classes") and kind in BINARY:
         return True
     return kind in ("string", "large_string", "string_view", "null")
-
-
-def _missing(label: str, names: Sequence[str], what: str) -> ValueError:
-    present = ", ".join(f"'{name}'" for name in names)
-    return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")
-
-
-def line(text: str, limit: int = 200) -> str:
-    """A text on one line that any terminal can show, cut to a length."""
-    text = visible(" ".join(text.split()))
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @contextmanager
@@ -435,7 +420,7 @@ def _text_batches(
             for name in filter(None, [*single, *captions]):
                 if name not in names:
                     first = without_secrets(paths[0])
-                    raise _missing(told, names, f"no column '{name}', which {first} has")
+                    raise missing(told, names, f"no column '{name}', which {first} has")
             fields = [pa.field(name, pa.string()) for name in ("image", "sample_id", "class")]
             schema = pa.schema([f for f, name in zip(fields, single, strict=True) if name])
             if captions:
@@ -515,15 +500,13 @@ def _read_csv(
     """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
     left_out.advice[NOT_UTF8] = "save it as UTF-8"  # spreadsheets often write another encoding
     number, header = next((line for line in enumerate(lines, 1) if line[1].strip()), (0, ""))
-    usual = "\t" if ".tsv" in _suffixes(path) else ","
-    separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
     if len(header) > LONGEST_HEADER:
         raise ValueError(
             f"{path}: its first line is too long for a header; is this a table, with a row a line?"
         )
     if fault_of(header):
         raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
-    names = next(csv.reader([header], delimiter=separator), [])
+    separator, names = read_header(header, _suffixes(path))
     return names, _csv_rows(lines, number + 1, separator, len(names), left_out)
 
 

@@ -65,6 +65,14 @@ class EvaluationTransform:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SquashTransform(EvaluationTransform):
+    """The whole image to a square of `size`, whatever its shape: what SigLIP evaluates with."""
+
+    def box(self, width: int, height: int, draws: npt.NDArray[np.float32]) -> Box:
+        return (0, 0, width, height)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PillowTransform:
     """What open_clip evaluates with, to the bit: Pillow resizes the whole image before the crop.
 
@@ -205,6 +213,14 @@ class LibraryTransform:
 
 
 Transform = EvaluationTransform | TrainingTransform
+
+
+def evaluation_transform(
+    *, size: int, mean: Channels, std: Channels, squash: bool
+) -> EvaluationTransform:
+    """What a model of ours is evaluated with: the centre crop, or the squashed image."""
+    kind = SquashTransform if squash else EvaluationTransform
+    return kind(size=size, mean=mean, std=std)
 
 
 def clip_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:

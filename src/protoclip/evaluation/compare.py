@@ -24,7 +24,7 @@ from protoclip.evaluation.samples import (
     decided_by_candidates,
     influences,
 )
-from protoclip.files import has_changed, read_local
+from protoclip.files import has_changed, read_json, read_local
 from protoclip.terminal import say
 
 SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if it leaves out 0."
@@ -84,6 +84,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / "results.json"
     if not path.is_file():
+        require_no_records(path.parent)
         reason = "no such run folder"
         if path.parent.exists():
             reason = "is a file, not a run folder"
@@ -110,6 +111,25 @@ def read_results(run: str | Path) -> dict[str, Any]:
         "machines": machines_of(results.get("environment")),
         "samples": validation | test,
     }
+
+
+def require_no_records(path: Path) -> None:
+    """Refuse what `protoclip evaluate --out` wrote, a file or the folder: it has no results by
+    sample, so that models could not be compared by it."""
+    files = path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json")
+    if any(map(is_record, files)):
+        raise ValueError(
+            f"{path}: is of protoclip evaluate, not a run folder; to compare models by such "
+            "records, protoclip evaluate MODEL --compare-to OTHER --data DATA"
+        )
+
+
+def is_record(file: Path) -> bool:
+    """Whether `protoclip evaluate` wrote a JSON file."""
+    try:
+        return {"dataset", "task", "intervals"} <= read_json(file).keys()
+    except ValueError:
+        return False
 
 
 def machines_of(environment: Any) -> str:

@@ -44,7 +44,7 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 7
+FORM = 8
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -52,7 +52,7 @@ OTHERS = 1024  # pairs that each pair's loss is computed against
 # Images are near-duplicates from this cosine on; of more images only some are compared without an
 # index.
 LEAST_SIMILAR, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 500, 20_000
-LOOKED_AT = 5 * COMPARED_ROWS  # pairs, for as many different images; each costs a look at its file
+LOOKED_AT = 5 * COMPARED_ROWS  # pairs, for as many different images; each costs a look or a read
 # Of UMAP. An image or text is placed by this many that are near, the nearest by far the most.
 EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
@@ -171,7 +171,7 @@ def make_atlas(
         halves: What the frozen halves make of the same pairs, if heads between them were trained on
             these. Then distance and loss are `unseen_disagreement`, where there are enough pairs.
         shown_images: Gives a number for the image of each of these pairs, the same for pairs that
-            show the same file; unset, each has its own. An image is no near-duplicate of itself.
+            show the same one; unset, each has its own. An image is no near-duplicate of itself.
         scale: Inverse temperature of the model's own loss.
         number: Prototypes of each modality; see `num_prototypes`.
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.

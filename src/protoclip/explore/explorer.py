@@ -45,7 +45,6 @@ from protoclip.explore.atlas import (
 from protoclip.explore.names import vocabulary
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.features.halves import image_key
 from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
@@ -79,7 +78,7 @@ class Answer:
     """The images and the captions nearest to a query.
 
     Attributes:
-        sharing: Of each image, by its position, the other pairs found that show the same file.
+        sharing: Of each image, by its position, the other pairs found that show the same one.
         words: The words of captions that are nearest to the query.
         shared: Of each image and each text by modality, the words near both to it and the query.
     """
@@ -155,8 +154,8 @@ class Explorer:
         return int(self.atlas.rows[position])
 
     def image_key(self, position: int) -> str:
-        """Names the image of a pair in the atlas; pairs that show the same file have one name."""
-        return image_key(self.pairs, self.row(position))
+        """Names the image of a pair in the atlas; pairs that show the same one have one name."""
+        return self.pairs.image_key(self.row(position))
 
     def position(self, row: int) -> int | None:
         """Where in the atlas a row of the data is; None if it is not there."""
@@ -348,7 +347,7 @@ def open_explorer(
             made[0],
             heads=heads,
             halves=halves,
-            shown_images=lambda of: hash_ids(image_key(pairs, int(made[0].rows[n])) for n in of),
+            shown_images=lambda of: hash_ids(pairs.image_key(int(made[0].rows[n])) for n in of),
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,

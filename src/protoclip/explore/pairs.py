@@ -3,6 +3,7 @@
 Sources are opened in `data/sources.py`; what a model makes of the pairs is in `atlas.py`.
 """
 
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -13,6 +14,7 @@ from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.view import AllBut, PairsView, Rows, by_source
 from protoclip.evaluation.validation import plain_sources
+from protoclip.files import checksum
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -46,6 +48,15 @@ class ExploredPairs(PairsView):
             return self.caption(row)
         except BadSample as error:
             return str(error)
+
+    def image_key(self, row: int) -> str:
+        """Names the image of a pair, alike for pairs that show the same one: by its file, or an
+        image in the data by its content, which takes a read of it."""
+        source, number = self.locate(row)
+        if source.image_file(number) is None:
+            with suppress(BadSample):
+                return checksum(source.encoded(number))
+        return str(source.image_key(number))
 
     def file_name(self, row: int) -> str:
         """The name of the file or URL that is a pair's image; empty for an image in the data."""

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -26,12 +25,10 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image, ImageOps
 
 import protoclip
 from protoclip.data.access import begun
-from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
+from protoclip.data.pairs import BadSample
 from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.atlas import (
     LEAST_SIMILAR,
@@ -45,47 +42,23 @@ from protoclip.explore.atlas import (
     path_of,
     prototypes,
 )
+from protoclip.explore.cards import Card, Listed, Section
 from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.names import names
-from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shown
+from protoclip.explore.pairs import ID_LENGTH, shown
+from protoclip.explore.thumbnails import thumbnail
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
 from protoclip.models.saved import run_of
 from protoclip.terminal import say, visible
 
-THUMBNAIL_SIDE, LARGE_SIDE = 160, 512
 PAGE_SIZE = 60  # pairs on a page
 FLOWS = 40  # movements between groups that are listed
 READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
-OTHERS = 9  # pairs that share an image, below the first of them
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
 MAP_FORM = 3  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
-DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """A pair, as pages show it."""
-
-    position: int
-    row: int
-    sample_id: str
-    caption: str
-    facts: Sequence[str] = ()
-    prototype: tuple[str, int, str] | None = None  # modality, number, name
-    others: Sequence["Card"] = ()  # pairs with the same image
-    file: str = ""  # name of the file that is the image; empty for an image in the data
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Cards under a heading. `more` says what is not shown."""
-
-    title: str
-    cards: Sequence[Card]
-    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,19 +154,6 @@ def last_part(reference: str) -> str:
     return path.name if run in (None, path) else f"{run.name}, {path.name}"
 
 
-def thumbnail(pairs: ExploredPairs, row: int, side: int) -> bytes:
-    """A small image as WebP, without whatever else the file held; grey if it cannot be read."""
-    try:
-        with DECODING:
-            pixels = decode(pairs.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=side)
-            image = ImageOps.contain(Image.fromarray(pixels), (side, side))
-    except (BadSample, ValueError, OSError):
-        image = Image.new("RGB", (side, side), "#868e96")
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
-
-
 class Site:
     """The pages of one model."""
 
@@ -270,17 +230,40 @@ class Site:
         """The words that set a prototype's captions apart; empty if there are none."""
         return shown(self._names[modality][number], 60)
 
-    def card(self, position: int, *facts: str) -> Card:
+    def listed(self, position: int) -> Listed:
         row = self.explorer.row(position)
+        caption = shown(self.pairs.caption_or_reason(row))
+        return Listed(sample_id=self.pairs.sample_id(row), caption=caption)
+
+    def card(self, position: int, *facts: str, others: Iterable[int] = ()) -> Card:
+        """A pair, and below it others that show the same image."""
+        row, pair = self.explorer.row(position), self.listed(position)
         self.on_card(row)
         return Card(
             position=position,
             row=row,
-            sample_id=self.pairs.sample_id(row),
-            caption=shown(self.pairs.caption_or_reason(row)),
+            sample_id=pair.sample_id,
+            caption=pair.caption,
             facts=facts,
             file=shown(self.pairs.file_name(row), ID_LENGTH),
+            others=[self.listed(other) for other in others],
         )
+
+    def by_image(self, positions: Iterable[int]) -> list[list[int]]:
+        """Pairs, those that show the same image together, at the place of the first of them."""
+        showing: dict[str, list[int]] = {}
+        for position in positions:
+            showing.setdefault(self.explorer.image_key(position), []).append(position)
+        return [*showing.values()]
+
+    def different_images(self, positions: Iterable[int], number: int) -> list[int]:
+        """The first of these pairs, of each image one; no more images are looked at than needed."""
+        found: dict[str, int] = {}
+        for position in positions:
+            if len(found) == number:
+                break
+            found.setdefault(self.explorer.image_key(position), position)
+        return [*found.values()]
 
     def id_shown(self, sample_id: str) -> str:
         return shown(sample_id, ID_LENGTH)
@@ -290,14 +273,10 @@ class Site:
         nearest, sharing = answer.texts, dict[int, Sequence[int]]()
         if modality == "image":
             nearest, sharing = answer.images, dict(answer.sharing)
-        cards = []
-        for position, value in nearest:
-            facts, others = [f"cosine {value:.3f}"], sharing.get(position, ())
-            if len(others) > OTHERS:
-                facts.append(f"with {OTHERS} of {len(others):,} other captions")
-            below = [self.card(other) for other in others[:OTHERS]]
-            cards.append(replace(self.card(position, *facts), others=below))
-        return cards
+        return [
+            self.card(position, f"cosine {value:.3f}", others=sharing.get(position, ()))
+            for position, value in nearest
+        ]
 
     def found(self, modality: str, answer: Answer) -> list[Card]:
         """The same, each with why it is among them."""
@@ -386,10 +365,10 @@ class Site:
     def prototype_list(self, modality: Modality) -> str:
         rows = []
         for each in self.prototypes[modality]:
-            nearest = self.members(modality, each.number)[: max(MEMBERS, CAPTIONS)]
-            cards = [self.card(int(position)) for position in nearest]
+            nearest = self.members(modality, each.number)[:NAMED_BY].tolist()
+            cards = [self.card(one) for one in self.different_images(nearest, MEMBERS)]
             captions = list(dict.fromkeys(card.caption for card in cards))[:CAPTIONS]
-            rows.append((each, cards[:MEMBERS], captions))
+            rows.append((each, cards, captions))
         rows.sort(key=lambda row: -row[0].size)
         title = f"{modality.capitalize()} prototypes"
         here = f"prototypes-{modality}.html"
@@ -403,8 +382,11 @@ class Site:
         partners = Counter(self.atlas.prototype(other)[members].tolist()).most_common(12)
         part, pages = paged(members, page)
         similarity = self.atlas.similarity(modality)
+        # Of texts, each is a member of its own, whatever image it has.
+        together = self.by_image(part.tolist()) if modality == "image" else part[:, None].tolist()
         cards = [
-            self.card(int(each), f"cosine to centroid {similarity[each]:.3f}") for each in part
+            self.card(first, f"cosine to centroid {similarity[first]:.3f}", others=others)
+            for first, *others in together
         ]
         return self.page(
             "prototype.html",

@@ -26,7 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from protoclip.explore.atlas import MODALITIES, Modality
 from protoclip.explore.explorer import UnreadableImage
-from protoclip.explore.render import LARGE_SIDE, THUMBNAIL_SIDE, Pages, Site, assets, ids_as
+from protoclip.explore.render import Pages, Site, assets, ids_as
+from protoclip.explore.thumbnails import LARGE_SIDE, THUMBNAIL_SIDE
 from protoclip.files import checksum
 from protoclip.terminal import visible
 

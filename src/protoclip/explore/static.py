@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
 from protoclip.explore.explorer import Explorer
-from protoclip.explore.render import THUMBNAIL_SIDE, Pages, Site, assets, ids_as, thumbnail
+from protoclip.explore.render import Pages, Site, assets, ids_as
+from protoclip.explore.thumbnails import THUMBNAIL_SIDE, thumbnail
 from protoclip.files import naming, replacing
 from protoclip.paths import require_empty
 from protoclip.progress import Progress

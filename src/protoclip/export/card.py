@@ -27,7 +27,6 @@ from protoclip.data import sources
 from protoclip.data.access import is_url
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.data.tables import line
 from protoclip.evaluation.compare import decimals, intervals_of, read_results
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.export.source import Source
@@ -44,8 +43,9 @@ from protoclip.models.saved import (
     read_tensors,
     run_of,
 )
+from protoclip.paths import EXPORTED
 from protoclip.prototypes.targets import back_translate
-from protoclip.terminal import say, visible, without_secrets
+from protoclip.terminal import line, say, visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat, named_by
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
@@ -380,8 +380,7 @@ def write_card(
         "",
         f"# {visible(str(name_of_run))}",
         "",
-        f"An image tower and a text tower with one joint space, exported from "
-        f"`{visible(source.reference)}` by protoclip {protoclip.__version__}.",
+        f"{EXPORTED} `{visible(source.reference)}` by protoclip {protoclip.__version__}.",
         "",
         f"Images become tensors of shape {source.image_shape}, and captions "
         f"{source.context_length} tokens.",

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from protoclip.data.access import hub_answer
 from protoclip.data.emoji import emoji_table
-from protoclip.data.tables import line
 from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import locked, naming
 from protoclip.models import loading
-from protoclip.paths import require_new
-from protoclip.terminal import say, visible
+from protoclip.paths import is_export, require_new
+from protoclip.terminal import line, say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "open_clip": open_clip.write,
@@ -52,6 +51,7 @@ def export(
     license: str = "unknown",
     push_to_hub: str | None = None,
     allow_links: bool = False,
+    overwrite: bool = False,
     agrees: Callable[[str], bool] = lambda card: True,
 ) -> dict[str, Any]:
     """Write a model as a folder that other libraries load.
@@ -62,13 +62,15 @@ def export(
 
     Args:
         reference: As for `protoclip.load`.
-        folder: A folder that does not exist.
+        folder: A folder that does not exist, or with `overwrite` an export.
         formats: Of "open_clip"; "hf", for transformers, transformers.js and
             sentence-transformers; "timm", the image tower alone; and "onnx".
         opset: Of the ONNX graphs, 18 or later.
         license: For the model card, as the hub writes it, such as "mit".
         push_to_hub: Name on the Hugging Face hub to upload the folder to, such as "me/model".
         allow_links: As in `data`, for the captions nearest to prototypes.
+        overwrite: Replace the folder of an earlier export, with all that is in it. It stays as it
+            is until the new one is complete.
         agrees: Is given the text of the model card before the upload, which it may refuse.
 
     Returns:
@@ -79,13 +81,14 @@ def export(
 
     Raises:
         ValueError: The reference, the folder or a format is wrong, the model can have none of the
-            formats, or a library computes something else. There is no folder then. Also if
+            formats, or a library computes something else. No folder is written then. Also if
             uploading fails; the folder stays then.
     """
     folder = Path(folder)
-    check(folder, formats, opset, push_to_hub)
+    require_new(folder, overwrite=overwrite)
+    check(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
-    with locked(folder), appearing(folder) as temporary:
+    with locked(folder), appearing(folder, overwrite=overwrite) as temporary:
         facts = write(source, temporary, formats, opset=opset)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
@@ -103,12 +106,15 @@ def export(
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder that becomes `folder` when the block ends without an error.
 
+    With `overwrite` it takes the place of an earlier export.
+
     Raises:
-        ValueError: The folder exists by the end.
+        ValueError: The folder exists by the end, and is not to be replaced.
     """
+    given, folder = folder, folder.resolve()  # a link to a folder stays a link
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.protoclip")
     try:
         # What processes that were killed have left.
@@ -117,11 +123,30 @@ def appearing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        if folder.exists():
-            raise ValueError(f"{folder}: exists by now; choose another folder")
-        temporary.rename(folder)
+        if not folder.exists():
+            temporary.rename(folder)
+        elif overwrite and is_export(folder):
+            replace(folder, temporary)
+        else:
+            raise ValueError(f"{given}: exists by now; choose another folder")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(folder: Path, new: Path) -> None:
+    """Give a folder's name to a new one beside it, and remove the old one.
+
+    If this ends half-way, the old one has its name, or stays beside until another one is replaced.
+    """
+    old = folder.with_name(f".{folder.name}.replaced.protoclip")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def share_alike(folder: Path) -> None:
@@ -131,9 +156,8 @@ def share_alike(folder: Path) -> None:
         path.chmod(mode)
 
 
-def check(folder: Path, formats: Sequence[str], opset: int, name: str | None) -> None:
+def check(formats: Sequence[str], opset: int, name: str | None) -> None:
     """Refuse wrong arguments, before anything is loaded."""
-    require_new(folder)
     if not formats:
         raise ValueError(f"formats: none; choose of {', '.join(FORMATS)}")
     for kind in formats:

@@ -19,7 +19,7 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import EvaluationTransform, SquashTransform
 from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.opening import ImageTransform
 from protoclip.models.protoclip import TowerPair
@@ -73,11 +73,12 @@ class Source:
     def preprocessing(self) -> dict[str, Any]:
         """How images are prepared by open_clip's towers, in open_clip's words."""
         if isinstance(self.transform, EvaluationTransform):
+            squashes = isinstance(self.transform, SquashTransform)
             return {
                 "mean": list(self.transform.mean),
                 "std": list(self.transform.std),
                 "interpolation": "bicubic",
-                "resize_mode": "shortest",
+                "resize_mode": "squash" if squashes else "shortest",
             }
         names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
         return {name: self.towers.visual.preprocess_cfg[name] for name in names}

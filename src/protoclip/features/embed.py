@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,13 +44,15 @@ from protoclip.features.parts import (
     identity,
     parts_of,
     read_images,
+    read_note,
     read_part,
     require_same,
     write_skipped,
 )
+from protoclip.features.projected import KeptHalves, kept_halves
 from protoclip.files import locked, replacing, require_ours, require_regular, to_json
 from protoclip.models import loading
-from protoclip.models.precision import Precision, encoding
+from protoclip.models.precision import Precision, encoding, of_encoding
 from protoclip.terminal import say, without_secrets
 
 PART_ROWS = 2048
@@ -74,7 +76,8 @@ def embed(
 
     A row is a sample whose image can be read. The others are listed in `NAME.skipped.jsonl` beside
     `NAME.parquet`. After an interruption the same call goes on; until the end, what it has done is
-    in the folder `.NAME.parquet.parts`.
+    in the folder `.NAME.parquet.parts`. Of the run of `align`, images and captions that it encoded
+    in this precision are read from its store: the heads alone compute.
 
     | column | |
     |---|---|
@@ -98,7 +101,8 @@ def embed(
 
     Returns:
         The path of the file. The metadata of its schema have the facts as JSON, under `protoclip`:
-        `reference`, `weights` (a checksum), `width`, `version`, `source`, `rows`, `bad` and more.
+        `reference`, `weights` (a checksum), `width`, `version`, `source`, `rows`, `bad`, `kept`
+        (`images` and `captions` from the store of `align`) and more.
 
     Raises:
         ValueError: The model or the data cannot be used, no sample can be read, vectors are not
@@ -136,12 +140,16 @@ def embed(
             "precision": precision,
             "part_rows": PART_ROWS,
         }
+        kept = kept_halves(
+            newest, model, transform, tokenizer, samples, device, of_encoding(precision, device)
+        )
         has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
         workers, working = config.data.workers, out.with_name(f".{out.name}.parts")
         encode = partial(
             encode_pairs,
             images,
             texts,
+            kept,
             samples,
             batch_size=batch_size or images_at_once(model),
             threads=None if workers == "auto" else workers,
@@ -163,6 +171,11 @@ def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:
         say(
             f"note: {facts['bad']:,} of {number:,} samples could not be read and have no row; "
             f"{skipped_of(out)} lists them"
+        )
+    if any((kept := facts.get("kept", {})).values()):
+        say(
+            f"note: {kept['images']:,} images and {kept['captions']:,} captions were encoded by "
+            "align before, and not again"
         )
     say(f"{what}; {facts['rows']:,} rows, vectors of width {facts['width']}")
 
@@ -226,6 +239,7 @@ def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:
 def encode_pairs(
     images: FrozenEncoder,
     texts: FrozenEncoder,
+    kept: KeptHalves,
     samples: Any,
     items: Sequence[Item],
     show: Show,
@@ -236,36 +250,41 @@ def encode_pairs(
     name: str,
 ) -> Part:
     """The vectors of samples and of all their captions, which stand one after another."""
-    assert images.transform is not None
-    ids, captions, bad = list[str](), list[tuple[str, ...]](), []
-    files, classes = list[str | None](), list[str | None]()
-    vectors, done = [torch.zeros(0, images.width)], 0
+    known, vectors = kept.images_of(samples, items, images.width)
+    named, bad, done = {**known}, [], len(known)
+    missing = [position for position in range(len(items)) if position not in known]
+    to_read, left = [items[position] for position in missing], iter(missing)
     show(done)
-    for batch in read_images(samples, items, images.read_image, batch_size, threads):
+    for batch in read_images(samples, to_read, images.read_image, batch_size, threads):
+        of_batch = dict(zip(islice(left, len(batch)), batch, strict=True))
         bad += [vars(one) for one in batch if isinstance(one, BadSample)]
-        good = [one for one in batch if not isinstance(one, BadSample)]
-        ids += [sample.sample_id for _, sample, _ in good]
-        captions += [sample.captions for _, sample, _ in good]
-        files += [image_name(samples, item) for item, *_ in good]
-        if has_classes:
-            classes += [samples.class_of(row) or None for row, *_ in good]
+        good = {at: one for at, one in of_batch.items() if not isinstance(one, BadSample)}
+        named |= {at: (sample.sample_id, sample.captions) for at, (_, sample, _) in good.items()}
         if good:
-            vectors.append(images.encode([pixels for *_, pixels in good]))
+            vectors[[*good]] = images.encode([pixels for *_, pixels in good.values()])
         done += len(batch)
         show(done)
-    text_vectors = torch.zeros(sum(map(len, captions)), images.width)
-    for numbers, features in encode_texts(texts, list(chain(*captions)), batch_size):
-        text_vectors[numbers] = features
+    positions = sorted(named)
+    ids, captions = [named[at][0] for at in positions], [named[at][1] for at in positions]
+    files = [image_name(samples, items[at]) for at in positions]
+    classes = [samples.class_of(items[at]) or None for at in positions] if has_classes else []
+    every = list(chain(*captions))
+    unknown, text_vectors = kept.texts_of(every, texts.width)
+    for numbers, features in encode_texts(texts, [every[at] for at in unknown], batch_size):
+        text_vectors[unknown[numbers]] = features
         show(done)  # images alone are counted, but it says that the work goes on
     owners = [sample_id for sample_id, several in zip(ids, captions, strict=True) for _ in several]
     return Part(
         ids=ids,
         bad=bad,
         arrays={
-            "image": store.to_half(torch.cat(vectors).numpy(), ids, name=name),
+            "image": store.to_half(vectors[positions].numpy(), ids, name=name),
             "text": store.to_half(text_vectors.numpy(), owners, name=name),
         },
-        values={"captions": captions, "images": files, "classes": classes},
+        values={
+            **{"captions": captions, "images": files, "classes": classes},
+            "kept": {"images": len(known), "captions": len(every) - len(unknown)},
+        },
     )
 
 
@@ -283,7 +302,10 @@ def join_parts(
     rows, bad = write_skipped(files, skipped, settings["source"])
     if not bad:
         skipped.unlink(missing_ok=True)  # of a file that is replaced
-    facts = {**settings, "rows": rows, "bad": bad, "version": __version__}
+    # Versions that read nothing from a store may have begun the file.
+    kept = [note["kept"] for note in map(read_note, files) if "kept" in note]
+    of_store = {what: sum(each[what] for each in kept) for what in ("images", "captions")}
+    facts = {**settings, "rows": rows, "bad": bad, "kept": of_store, "version": __version__}
     types = {
         "sample_id": pa.string(),
         "image_vector": HALF,

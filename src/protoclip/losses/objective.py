@@ -41,7 +41,7 @@ class LossWeights:
     keep: float = 0.0
     keep_by: Literal["relations", "features"] = "relations"
     distil: Mapping[str, float] = field(default_factory=dict)
-    distil_by: Literal["features", "relations"] = "features"
+    distil_by: Literal["features", "relations"] = "relations"
     geometry: float = 0.0
 
     def of(self, teacher: str) -> float:

@@ -386,11 +386,14 @@ def image_transform(processor: Any) -> ImageTransform:
 def preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:
     """How images become tensors, in open_clip's words; `size` is None if they are not square."""
     _, *sides = transform(Image.new("RGB", (64, 48))).shape
+    resizing = json.loads(processor.to_json_string())
+    squashes = resizing.get("do_resize") and not resizing.get("do_center_crop")
+    squashes = squashes and {"height", "width"} <= (resizing.get("size") or {}).keys()
     return {
         "size": sides[0] if len(set(sides)) == 1 else None,
         "mean": list(getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)),
         "std": list(getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)),
-        "resize_mode": "shortest" if isinstance(transform, EvaluationTransform) else "squash",
+        "resize_mode": "squash" if squashes else "shortest",
     }
 
 

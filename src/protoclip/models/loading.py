@@ -267,7 +267,8 @@ def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns:
 
 
 def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:
-    return EvaluationTransform(**towers.image_input(built.towers))
+    read = towers.image_input(built.towers)
+    return transforms.evaluation_transform(**read, squash=built.squashes)
 
 
 def training_transform(

@@ -18,12 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.access import hub_answer
-from protoclip.data.tables import line
 from protoclip.data.transforms import LibraryTransform, PillowTransform
 from protoclip.models import towers
 from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Tokenizer
+from protoclip.terminal import line
 
 ImageTransform = Callable[[Image.Image], Tensor]
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]

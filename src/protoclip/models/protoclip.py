@@ -158,11 +158,19 @@ class ProtoCLIP(TowerPair):
         towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
         head: The projection head; the image's and the text's both start from its weights.
         joins_halves: Whether the towers are pretrained halves between which `align` could train.
+        squashes: Whether images are evaluated squashed to squares, and not cropped, as by SigLIP.
     """
 
-    def __init__(self, towers: nn.Module, head: nn.Module, *, joins_halves: bool = False) -> None:
+    def __init__(
+        self,
+        towers: nn.Module,
+        head: nn.Module,
+        *,
+        joins_halves: bool = False,
+        squashes: bool = False,
+    ) -> None:
         super().__init__(towers)
-        self.joins_halves = joins_halves
+        self.joins_halves, self.squashes = joins_halves, squashes
         self.image_head = head
         self.text_head = copy.deepcopy(head)
         self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

@@ -11,8 +11,7 @@ from typing import Any
 from protoclip.config import ModelConfig
 from protoclip.models.architecture import Architecture, NamedTowers
 from protoclip.models.halves import SmallTowers, pooling_of, with_pooling
-from protoclip.models.start import HuggingFaceStart, OpenClipStart, RunStart, Start, find_start
-from protoclip.models.towers import published_weights
+from protoclip.models.start import HuggingFaceStart, OpenClipStart, Start, find_start
 from protoclip.models.two_halves import names_model, two_halves
 
 # Settings that a start does not decide: weights are brought to other sizes.
@@ -49,7 +48,7 @@ def resolve_start(given: ModelConfig) -> Start:
         unresized = NamedTowers(model=ModelConfig(name=name, pretrained=given.pretrained))
         label = f"open_clip:{name}/{given.pretrained}"
         start = OpenClipStart(reference=label, unresized=unresized, model=given)
-        return replace(start, notes=squashed(start, "model.name"))
+        return replace(start, notes=other_resizing(start, "model.name"))
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:
@@ -67,17 +66,12 @@ def _resolved(start: Start, given: ModelConfig) -> Start:
     if isinstance(start, OpenClipStart) and start.file is None:
         model = replace(model, start=None)  # its name and tag say it all
     refuse_coca(f"model.start: {start.reference}", start.unresized)
-    return replace(start, model=model, notes=start.notes + squashed(start))
+    return replace(start, model=model, notes=start.notes + other_resizing(start))
 
 
-def squashed(start: Start, setting: str = "model.start") -> tuple[str, ...]:
-    """A note, if a model that is no run of ours has read whole images, squashed to squares."""
-    model, towers_json = start.unresized.model, start.unresized.towers_json or {}
-    settings = towers_json.get("preprocess_cfg", {})
-    if isinstance(start, OpenClipStart) and model.name and model.pretrained:
-        settings = published_weights(model.name, model.pretrained)
-    mode = settings.get("resize_mode") or "shortest"
-    if mode == "shortest" or isinstance(start, RunStart):
+def other_resizing(start: Start, setting: str = "model.start") -> tuple[str, ...]:
+    """A note, if a model resizes images in a way that no run keeps, such as padding them."""
+    if (mode := start.resize_mode) in ("shortest", "squash"):
         return ()
     return (
         f"{setting}: {start.reference} resizes images by '{mode}'; this run crops them, and so "

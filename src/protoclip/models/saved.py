@@ -72,19 +72,25 @@ class SavedModel:
         model: The `[model]` section that it was saved with; `start` is the folder.
         towers: What describes the towers, where `model` does not say it all.
         text_files: The folder of a Hugging Face text tower and tokenizer, if it has one.
+        squashes: As of `ProtoCLIP`.
     """
 
     folder: Path
     model: ModelConfig
     towers: dict[str, Any] | None
     text_files: Path | None
+    squashes: bool
 
 
-def model_json(model: ModelConfig, towers: Mapping[str, Any] | None) -> dict[str, Any]:
+def model_json(
+    model: ModelConfig, towers: Mapping[str, Any] | None, *, squashes: bool = False
+) -> dict[str, Any]:
     """The content of `model.json`: all that builds a model again, but for its weights."""
     content = {"protoclip": protoclip.__version__, "model": asdict(model)}
     if towers is not None:
         content["hugging_face" if "transformers" in towers else "open_clip"] = towers
+    if squashes:  # without it, images are cropped, as by all models up to 1.0.0
+        content["resize_mode"] = "squash"
     return content
 
 
@@ -103,6 +109,7 @@ def read_model(reference: str | Path) -> SavedModel:
         model=model_config(content, folder),
         towers=content.get("open_clip", content.get("hugging_face")),
         text_files=text if text.is_dir() else None,
+        squashes=content.get("resize_mode") == "squash",
     )
 
 

@@ -21,8 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from protoclip.config import HeadConfig, ModelConfig
-from protoclip.data.tables import line
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import evaluation_transform
 from protoclip.files import read_local, require_regular
 from protoclip.models import conversion, hugging_face, towers
 from protoclip.models.architecture import Architecture, DescribedTowers, NamedTowers
@@ -43,6 +42,7 @@ from protoclip.models.resize import adopt
 from protoclip.models.saved import (
     MODEL,
     WEIGHTS,
+    model_json,
     read_model,
     read_tensors,
     read_weights,
@@ -51,7 +51,7 @@ from protoclip.models.saved import (
 )
 from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Weights, examples_of
 from protoclip.paths import MODEL_HINT
-from protoclip.terminal import say
+from protoclip.terminal import line, say
 
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 HF_TEXT_KINDS = tuple(hf_configs.arch_dict)  # the text models that open_clip can hold
@@ -94,6 +94,11 @@ class Start:
         return self.architecture.has_logit_bias
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What `model.json` says of a model that is built from it."""
+        return model_json(self.model, self.architecture.towers_json, squashes=self.squashes)
+
+    @property
     def checkpoint(self) -> Path | None:
         """The checkpoint folder of a model of ours."""
         return None
@@ -102,6 +107,17 @@ class Start:
     def heads_are_new(self) -> bool:
         """Whether it has no projection heads, or heads that never trained."""
         return not self.has_heads
+
+    @property
+    def resize_mode(self) -> str:
+        """How the model reads images of other shapes, in open_clip's words."""
+        settings = (self.unresized.towers_json or {}).get("preprocess_cfg", {})
+        return settings.get("resize_mode") or "shortest"
+
+    @property
+    def squashes(self) -> bool:
+        """As of `ProtoCLIP`: a model that is made of this one is evaluated alike."""
+        return self.resize_mode == "squash"
 
     @property
     def is_resized(self) -> bool:
@@ -128,7 +144,8 @@ class Start:
         with torch.device("meta") if weights == "none" else nullcontext():
             both = architecture.towers(weights)
             head = projection_head(architecture.embed_dim, self.model.heads)
-            built = ProtoCLIP(both, head, joins_halves=self.model.joins_halves)
+            joins = self.model.joins_halves
+            built = ProtoCLIP(both, head, joins_halves=joins, squashes=self.squashes)
             if self.has_logit_bias:
                 built.add_logit_bias()
         return built
@@ -183,6 +200,13 @@ class RunStart(Start):
     """A run or checkpoint folder."""
 
     weights: SavedWeights
+    saved_squashes: bool
+
+    @property
+    def resize_mode(self) -> str:
+        # What describes the towers says how their own start read images, also where a run of an
+        # earlier version cropped them.
+        return "squash" if self.saved_squashes else "shortest"
 
     @property
     def checkpoint(self) -> Path:
@@ -208,7 +232,8 @@ class RunStart(Start):
         built: ProtoCLIP = seeded(replace(self, model=self.unresized.model).build, "new")
         self._load(built)
         with buildable(self.checkpoint):
-            transform = EvaluationTransform(**towers.image_input(built.towers))
+            read = towers.image_input(built.towers)
+            transform = evaluation_transform(**read, squash=built.squashes)
             return built.eval(), transform, self.unresized.tokenizer()
 
     def fill(self, built: ProtoCLIP) -> list[str]:
@@ -259,6 +284,7 @@ def run_start(reference: str) -> RunStart:
         model=saved.model,
         has_heads=True,
         weights=SavedWeights(saved.folder),
+        saved_squashes=saved.squashes,
     )
 
 
@@ -267,6 +293,14 @@ class OpenClipStart(Start):
     """A model of open_clip, with published weights, those of a file, or new ones."""
 
     file: Path | None = None
+
+    @property
+    def resize_mode(self) -> str:
+        model = self.unresized.model
+        if model.name is None or model.pretrained is None:
+            return super().resize_mode
+        known = towers.published_weights(model.name, model.pretrained)
+        return known.get("resize_mode") or "shortest"
 
     @property
     def is_resized(self) -> bool:

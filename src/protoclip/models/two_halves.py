@@ -61,6 +61,10 @@ class TwoHalves(Start):
     text: Start
 
     @property
+    def resize_mode(self) -> str:
+        return self.image.resize_mode
+
+    @property
     def architecture(self) -> Architecture:
         """Their towers, with projections as `model` says, where a tower leaves a choice."""
         description = deepcopy(dict(self.unresized.towers_json or {}))

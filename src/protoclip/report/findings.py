@@ -89,6 +89,19 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
     return sentences
 
 
+def changes(differences: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each headline measure, and by how many points fine-tuning changed it."""
+    lines = []
+    for key, change in differences.items():
+        data, metric = parts(key)
+        if metric in HEADLINES and not data.startswith(f"{NAME}-"):
+            numbers = [100 * end for end in (change["mean"], *(change["interval"] or ()))]
+            mean, *ends = (decimals(number, 1, "+") for number in numbers)
+            interval = f" [{', '.join(ends)}]" if ends else ""
+            lines.append((f"{HEADLINES[metric]} ({data})", minus(f"{mean}{interval}")))
+    return lines
+
+
 def parts(key: str) -> tuple[str, str]:
     """The data set and the metric of `eval/emoji/knn/acc1`."""
     data, _, metric = key.removeprefix("eval/").partition("/")

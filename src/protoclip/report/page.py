@@ -319,7 +319,7 @@ def context(
         "charts": charts(runs, names, [known.index(model) for model in of_runs]),
         "analyzed": any(run.analysis and len(run.analysis["checkpoints"]) > 1 for run in runs),
         "sweeps": [
-            {"label": name, **run.sweep}
+            {"label": name, **run.sweep, "changes": findings.changes(run.differences)}
             for run, name in zip(runs, names, strict=True)
             if run.sweep is not None
         ],

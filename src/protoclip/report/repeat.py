@@ -73,9 +73,19 @@ def as_planned(run: RunFolder, towers: Mapping[str, str]) -> dict[str, Any]:
 def commands(runs: Sequence[RunFolder]) -> list[str]:
     """Commands that train the runs again, compare them, and measure their grouping."""
     again = [
-        f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
+        f"{program(run)} {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
         "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
         for run in runs
     ]
     folders = shlex.join(str(run.folder) for run in runs)
     return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]
+
+
+def program(run: RunFolder) -> str:
+    """What to type before a run's command: with several ranks torchrun, on each of its hosts."""
+    known = (run.environment.get(name, "") for name in ("hosts", "ranks"))
+    hosts, ranks = (int(number) if number.isdecimal() else 1 for number in known)
+    if ranks == 1:
+        return "protoclip"
+    nodes = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " * (hosts > 1)
+    return f"torchrun {nodes}--nproc-per-node {-(-ranks // max(1, hosts))} -m protoclip"

@@ -17,7 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.config import Config
-from protoclip.evaluation.compare import machines_of, models_of, read_results
+from protoclip.evaluation.compare import (
+    machines_of,
+    models_of,
+    read_results,
+    require_no_records,
+)
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
 from protoclip.terminal import say
@@ -51,6 +56,7 @@ class RunFolder:
     skipped: Sequence[Mapping[str, Any]]
     analysis: Mapping[str, Any] | None
     sweep: Mapping[str, Any] | None  # over alpha, at the end of fine-tuning
+    differences: Mapping[str, Mapping[str, Any]]  # of a fine-tuned model to its start, by metric
     checkpoints: Sequence[Path]
     command: str
     seconds: float | None  # of training: in all, or until the newest checkpoint; None if not known
@@ -87,6 +93,7 @@ def read_run(
         raise ValueError(f"{folder}: no such run folder")
     written = folder / "config.toml"
     if not written.is_file():
+        require_no_records(folder)
         configs = folder.glob("*/config.toml") if folder.is_dir() else ()
         inside = sorted(str(config.parent) for config in configs)
         named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
@@ -119,6 +126,7 @@ def read_run(
         skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
         sweep=read_sweep(folder / "wise_ft.json"),
+        differences=read_differences(folder / "results.json"),
         checkpoints=kept,
         command=command_of(folder, kept, settings, ended=results is not None),
         seconds=environment.get("train_seconds", seconds_until(kept)),
@@ -259,6 +267,17 @@ def read_environment(path: Path) -> dict[str, Any]:
         return known | ({"precision": str(results["precision"])} if "precision" in results else {})
     except (ValueError, TypeError):
         return {}
+
+
+def read_differences(path: Path) -> dict[str, dict[str, Any]]:
+    """The finite differences to the start of fine-tuning in `results.json`; without them none."""
+    differences: dict[str, dict[str, Any]] = {}
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        for name, change in read_json(path)["differences"].items():
+            ends = change["interval"]
+            if all(map(is_number, (change["mean"], *(ends or ())))) and len(ends or (0, 0)) == 2:
+                differences[str(name)] = {"mean": change["mean"], "interval": ends}
+    return differences
 
 
 def read_analysis(path: Path) -> dict[str, Any] | None:

@@ -95,8 +95,7 @@ class CheckpointWriter:
 
     def due(self, step: int, *, episode_end: bool) -> bool:
         """Whether it is time to save after this step."""
-        if self.best is not None and self.best[0] == self.failed_step:
-            self.best = self.best_written
+        self._drop_unwritten_best()
         age = time.monotonic() - self._saved_at
         return step != self.saved_step and (
             (self.every_steps > 0 and step % self.every_steps == 0)
@@ -105,6 +104,11 @@ class CheckpointWriter:
             or (self.failed_step is not None and age >= RETRY_AFTER)
             or (self.best is not None and self.best[0] == step)
         )
+
+    def _drop_unwritten_best(self) -> None:
+        """Let the best that was written count again, if a better one could not be written."""
+        if self.best is not None and self.best[0] == self.failed_step:
+            self.best = self.best_written
 
     def go_on_from(self, checkpoint: Path, step: int) -> None:
         """Take a checkpoint for the last one that was written, and remove what a process that was
@@ -117,6 +121,7 @@ class CheckpointWriter:
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Start to write a copy of a nested state; `model` and `optimizer` in it are copies."""
         self.wait()
+        self._drop_unwritten_best()  # it may have failed just now, and this step removes old ones
         self._saved_at, self.saved_step = time.monotonic(), step
         self._in_parts = are_parts(state["model"])
         if rank() != 0:

@@ -57,7 +57,7 @@ def finetune(
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
-    require_start(settings)
+    require_start(Config.from_dict(settings))
     require_named_pairs(settings)
     settings = given_for_few(settings)
     config = Config.from_dict(settings)

@@ -40,6 +40,10 @@ class NonFiniteGuard:
     scale in fp16. The device decides about each step, so that the host need not wait for it. The
     host counts the skipped steps in `look`: on a CPU at once, on a GPU when metrics are fetched.
 
+    A step without a gradient is skipped too, or weights would decay and follow their momentum: no
+    teacher and no prototype may know a sample of the batch. It is no fault: it is not counted, and
+    lowers no loss scale.
+
     Args:
         optimizer: A fused one, which changes nothing where its `found_inf` is 1.
         scaler: The loss scaler; for fp16 it skips steps by itself.
@@ -57,28 +61,33 @@ class NonFiniteGuard:
     def step(
         self, number: int, loss: Tensor, norm: Tensor, sample_ids: Sequence[str]
     ) -> Bool[Tensor, ""]:
-        """Take step `number`, unless the loss of any rank or the norm is not finite; see `look`.
-
-        A step without a gradient counts as taken, and changes nothing.
+        """Take step `number`, unless the loss of any rank or the norm is not finite, or there is
+        no gradient; see `look`.
 
         Returns:
             Whether the step was taken, the same on every rank.
         """
         loss = all_reduce(loss.detach())
-        taken = torch.isfinite(loss) & torch.isfinite(norm)
-        if self.scaler.is_enabled():
-            # The scaler has looked at this rank's gradients, which with FSDP are a part of all.
-            for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
-                found_inf.copy_(~taken)
-        else:
-            self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        taken = finite & (norm != 0)
+        self._skip(~taken)
         if has_gradients(self.optimizer):
             self.scaler.step(self.optimizer)
+            self._skip(~finite)  # which alone lowers the loss scale
             self.scaler.update()
         self._pending.append((number, torch.stack([loss, norm.detach()]), sample_ids))
         if loss.device.type == "cpu":
             self.look()
         return taken
+
+    def _skip(self, skipped: Bool[Tensor, ""]) -> None:
+        """Tell the optimizer, or in fp16 the scaler, whether to skip this step."""
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            return
+        # The scaler has looked at this rank's gradients, which with FSDP are a part of all.
+        for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
+            found_inf.copy_(skipped)
 
     def look(self) -> None:
         """Count the steps that were skipped since the last look.

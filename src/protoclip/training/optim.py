@@ -160,12 +160,8 @@ def layer_distances(model: Any) -> dict[str, int]:
         parts = [("text.", towers.text, LAYERS, 0)]
     if trunk is None:
         parts.append(("visual.", towers.visual, LAYERS, 0))
-    elif not hasattr(trunk, "group_matcher"):
-        raise ValueError(
-            f"optim.layer_decay: timm knows no layers of {type(trunk).__name__}; set it to 1"
-        )
     else:
-        matcher = trunk.group_matcher(coarse=True)
+        matcher = stages_of(trunk)
         # What no group has, as the norm behind the last stage of a ConvNeXt, is behind it already.
         beyond = (
             1 if behind and all(is_in(matcher, name) for name, _ in trunk.named_parameters()) else 0
@@ -185,6 +181,16 @@ def layer_distances(model: Any) -> dict[str, int]:
             if prefix or not name.startswith(("visual.", "logit_")):
                 distances[f"towers.{prefix}{name}"] = last - number
     return distances
+
+
+def stages_of(trunk: Any) -> Any:
+    """How timm groups the parameters of a trunk by stages; raises `ValueError` if it does not."""
+    try:
+        return trunk.group_matcher(coarse=True)
+    except (AttributeError, AssertionError) as error:  # it has no groups, or, as RDNet, no stages
+        raise ValueError(
+            f"optim.layer_decay: timm knows no layers of {type(trunk).__name__}; set it to 1"
+        ) from error
 
 
 def is_in(matcher: Any, name: str) -> bool:

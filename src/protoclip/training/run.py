@@ -49,7 +49,7 @@ from protoclip.models.precision import (
     resolve,
 )
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import MODEL, checkpoints, model_json, read_checkpoint, understood
+from protoclip.models.saved import MODEL, checkpoints, read_checkpoint, understood
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
@@ -245,7 +245,7 @@ class Run:
         self.recall = 0.0  # of the pairs that are to be learned by heart
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
         self.early_stop = early_stop_of(config.run)
-        self.more_results: dict[str, Any] = {}  # of an ending
+        self.more_results: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda results: {}
         device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
@@ -322,7 +322,7 @@ class Run:
         self.copies = sync.copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
-            description=model_json(plan.start.model, plan.start.architecture.towers_json),
+            description=plan.start.description,
             text_files=loading.text_files(plan.start, model, self.loader.tokenizer),
             every_steps=config.run.save_steps,
             every_minutes=config.run.save_minutes,
@@ -587,7 +587,7 @@ class Run:
         if config.run.evaluate:
             to, encoder = self.folder / "results", self.evaluate.keeping()
             results["metrics"] = self.evaluate("test", encoder=encoder, samples_to=to)
-        results |= self.more_results
+        results |= self.more_results(results)
         if config.run.overfit is not None:  # of which align may have left some out
             results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)
         if self.early_stop is not None and self.early_stop.is_due:

@@ -168,6 +168,9 @@ def as_begun(config: Config, folder: Path) -> Config:
         image = begun(model.image, "model.image", "size")
         text = begun(model.text, "model.text", "context_length")
         model = replace(model, image=image, text=text)
+    data = config.data
+    if data.read == "auto" and saved.get("data.read") == "streaming":
+        data = replace(data, read="streaming")  # or align encodes all before other data are refused
     for number, each in enumerate(saved.get("teachers", [])):
         saved |= flat(each, f"teachers.{number}.")
     of_teacher = ("number", "tower")
@@ -178,6 +181,7 @@ def as_begun(config: Config, folder: Path) -> Config:
     return replace(
         config,
         model=model,
+        data=data,
         episodes=begun(config.episodes, "episodes", "size"),
         prototypes=begun(config.prototypes, "prototypes", "number", "source"),
         teacher=begun(config.teacher, "teacher", *of_teacher),
@@ -226,7 +230,7 @@ def as_written_today(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that any earlier version began, as this version would keep them."""
     # What earlier versions did, without a setting for it.
     implied: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    implied |= UNSAID
+    implied |= UNSAID | {"loss.distil_by": "features"}
     if "teacher.features" in saved:
         implied["teacher.whiten"] = 0
     teachers = [dict(teacher) for teacher in saved.get("teachers", [])]

@@ -4,6 +4,7 @@ Fine-tuning gains on its own data and loses on others. The weights on the line b
 often keep most of the gain at little of the loss; `choose_weights` looks for the best.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
+from protoclip.evaluation import compare
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import (
@@ -32,6 +34,7 @@ from protoclip.terminal import say, without_secrets
 from protoclip.training.run import Run
 
 FILE, FIGURE = "wise_ft.json", "wise_ft.png"
+START = "start"  # folder in the run's with `results` by sample of the start
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 RULE = (
     "the best alpha has the largest mean over data sets of zero-shot accuracy, or of mean recall "
@@ -117,7 +120,7 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
 
     `wise_ft.json` holds the points of the sweep, and is written when it is complete. Then the
     chosen weights are written to the run folder itself, and `results.json`, last, has their
-    metrics beside those of the start. All ranks call it.
+    metrics beside those of the start, and the differences. All ranks call it.
 
     Args:
         start: The weights before the first step, on rank 0.
@@ -138,7 +141,8 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
     start_metrics = {}
     if run.config.run.evaluate:
         load(0.0)
-        start_metrics = run.evaluate("test", encoder=run.evaluate.keeping())
+        to, encoder = run.folder / START / "results", run.evaluate.keeping()
+        start_metrics = run.evaluate("test", encoder=encoder, samples_to=to)
     load(chosen)
     record = {
         "rule": RULE,
@@ -149,7 +153,39 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
     }
     weights, _ = lora.merged(run.model, parallel.weights(run.model))
     raise_on_all_ranks(lambda: write(run, weights, record))
-    run.more_results = {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
+    known = {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
+
+    def more_results(results: Mapping[str, Any]) -> dict[str, Any]:
+        given = run.folder, start_metrics, results["metrics"]
+        return {**known, "differences": rank0_first(lambda: differences(*given))}
+
+    run.more_results = more_results
+
+
+def differences(
+    folder: Path, start: Mapping[str, float], chosen: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """How much higher each metric of the chosen weights is than that of the start.
+
+    Both were measured on the same samples, whose results are in the run folder. So a difference has
+    an interval over them, as `protoclip compare` gives it.
+
+    Returns:
+        By metric the `mean`; its 95% `interval`, or None; and whether that leaves out 0, `beyond`.
+    """
+    read = compare.reader(refuse=False)
+    runs = list[dict[int, compare.Run]]()  # as of one seed
+    for metrics, of in ((start, folder / START), (chosen, folder)):
+        samples = compare.samples_of(of, "validation") | compare.samples_of(of, "test")
+        runs.append({0: {"metrics": metrics, "samples": samples}})
+    made = {
+        name: compare.difference_of_runs(name, runs[0], runs[1], read)
+        for name in chosen
+        if name in start and math.isfinite(start[name]) and math.isfinite(chosen[name])
+    }
+    return {
+        name: {key: of[key] for key in ("mean", "interval", "beyond")} for name, of in made.items()
+    }
 
 
 def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[Point] | None:

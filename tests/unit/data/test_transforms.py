@@ -13,6 +13,7 @@ from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
     EvaluationTransform,
     PillowTransform,
+    SquashTransform,
     blur,
     blur_weights,
     clip_transform,
@@ -46,11 +47,13 @@ def random_image() -> Image.Image:
 
 
 def test_evaluation_is_resize_and_centre_crop():
-    """PIL's crop of the central square and bicubic resize to a grey level, (x - mean) / std."""
+    """PIL's crop of the central square, or all of a squashed image, and bicubic resize to a grey
+    level, (x - mean) / std."""
     image = random_image()
-    square = image.crop((5, 0, 35, 30)).resize((16, 16), Image.Resampling.BICUBIC)
-    ours = EvaluationTransform(size=16, mean=MEAN, std=STD)(image).permute(1, 2, 0).numpy()
-    assert np.abs((ours * STD + MEAN) * 255 - np.asarray(square).astype(float)).max() < 1.01
+    for kind, box in ((EvaluationTransform, (5, 0, 35, 30)), (SquashTransform, (0, 0, 40, 30))):
+        square = image.crop(box).resize((16, 16), Image.Resampling.BICUBIC)
+        ours = kind(size=16, mean=MEAN, std=STD)(image).permute(1, 2, 0).numpy()
+        assert np.abs((ours * STD + MEAN) * 255 - np.asarray(square).astype(float)).max() < 1.01
 
 
 @pytest.mark.parametrize("side", [24, 32, 96])

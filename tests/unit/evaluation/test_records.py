@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from solid import Guessing, solid_data, tokenizer, transform
 
-from protoclip.evaluation import records
+from protoclip.evaluation import compare, records
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.suite import Result, results
@@ -87,6 +87,9 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
         "a_none_runs_x_en_zeroshot_retrieval.json",
     ]
     assert [json.loads(file.read_text()) for file in files[1:]] == written
+    for path in (files[0].parent, files[0]):  # they have no results by sample
+        with pytest.raises(ValueError, match=r": is of protoclip evaluate, .* --compare-to OTHER"):
+            compare.read_results(path)
     rows = as_clip_benchmark_builds(files)
     names = {name for row in rows for name in row}
     with (tmp_path / "table.csv").open("w") as file:

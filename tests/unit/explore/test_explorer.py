@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -11,6 +12,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -90,14 +92,26 @@ def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
     assert [value for _, value in near.images] == sorted((v for _, v in near.images), reverse=True)
 
 
-def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(tmp_path: Path) -> None:
-    """Not as what is near to itself either; texts are all found."""
-    rows = ["image,caption"]
+@pytest.mark.parametrize("held", ["by path", "in the table"])
+def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
+    held: str, tmp_path: Path
+) -> None:
+    """Not as what is near to itself either, and not as its own near-duplicate; texts are all
+    found. Nothing but their content tells that images in a table are equal."""
+    rows, path = [], tmp_path / ("pairs.csv" if held == "by path" else "pairs.parquet")
     for number, row in enumerate(distinct_pairs(20)):
         (tmp_path / f"{number}.png").write_bytes(row["image"])
-        rows += [f"{number}.png,{row['caption']}", f"{number}.png,one more {row['caption']}"]
-    (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.csv")))
+        image = f"{number}.png" if held == "by path" else row["image"]
+        rows += [
+            {"image": image, "caption": f"{more}{row['caption']}"} for more in ("", "one more ")
+        ]
+    table = pa.Table.from_pylist(rows)
+    if held == "by path":
+        pa_csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    (one,) = explorers(DataConfig(train=str(path)))
+    assert {a // 2 - b // 2 for a, b in one.atlas.duplicates.tolist()}.isdisjoint({0})
     found = one.search_text("a red square", 10)
     shown = [position for position, _ in found.images]
     assert len({position // 2 for position in shown}) == len(shown) == len(found.texts) == 10
@@ -107,8 +121,33 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(tmp_path:
     assert 7 in dict(one.nearest(6, "text", 40).texts)
     page = Pages([one]).site(1).answer("a red square", found)
     assert page.count("> select <bdi>one more ") == 10
-    odd = Pages([one]).site(1).odd("distance")
-    assert all(f"<bdi>{number}.png</bdi>" in odd for number in range(20))  # ids are rows' numbers
+    site = Pages([one]).site(1)
+    odd = site.odd("distance")
+    assert odd.count('class="card"') == 40  # the pair is what is odd, and not its image
+    if held == "by path":  # ids are rows' numbers
+        assert all(f"<bdi>{number}.png</bdi>" in odd for number in range(20))
+    for modality, pairs_of_an_image in (("image", 2), ("text", 1)):
+        for number, prototype in enumerate(site.prototypes[modality]):
+            page = site.prototype(modality, number)
+            assert page.count('class="card"') == prototype.size / pairs_of_an_image
+            assert page.count("data-id=") == prototype.size
+    rows_of_list = site.prototype_list("image").split("<tr>")[2:]
+    for row in rows_of_list:  # at most four thumbnails, all of them of different images
+        shown_rows = [int(each) // 2 for each in re.findall(r"images/(\d+)\.webp", row)]
+        assert len({*shown_rows}) == len(shown_rows)
+
+
+def test_all_pairs_of_an_image_can_be_ticked_however_many(tmp_path: Path) -> None:
+    """Those beyond the first ones are folded away, and ticked by the button all the same."""
+    one_image, other = (row["image"] for row in distinct_pairs(2))
+    rows = [{"image": one_image, "caption": f"a red square {number}"} for number in range(15)]
+    rows.append({"image": other, "caption": "a green square"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
+    page = Pages([one]).site(1).answer("a red square", one.search_text("a red square", 2))
+    images_of_answer = page.split("<section>")[1]
+    assert images_of_answer.count("data-id=") == 16
+    assert "<summary>5 more of this image</summary>" in images_of_answer
 
 
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:

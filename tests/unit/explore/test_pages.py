@@ -29,9 +29,10 @@ from protoclip.explore.address import listen, url_of
 from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import explored
-from protoclip.explore.render import Pages, ids_as, shown, thumbnail
+from protoclip.explore.render import Pages, ids_as, shown
 from protoclip.explore.server import MAX_BODY_BYTES, Guard, cookie_name, server
 from protoclip.explore.static import write_static, write_table
+from protoclip.explore.thumbnails import thumbnail
 
 TOKEN = "the-token"
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -474,6 +475,46 @@ def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatc
     assert message.format(**places) in said[-1]
     assert said[-1].startswith("protoclip: error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monkeypatch, tmp_path):
+    """One that fails, in writing or in taking the name, leaves the old one, and nothing beside.
+
+    The old folder may be the model that is exported. A folder without a card of ours stays.
+    """
+    out, gone, killed = (
+        tmp_path / "out",
+        "open_clip_config.json",
+        tmp_path / ".out.replaced.protoclip",
+    )
+    protoclip.export(reference("run"), out, ["open_clip"])
+    with pytest.raises(
+        ValueError, match=r"out: exists; choose another folder, or give --overwrite$"
+    ):
+        protoclip.export(out, out, ["timm"])
+    with pytest.raises(OSError, match="full"), run.appearing(out, overwrite=True):
+        raise OSError("full")
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if str(os.getpid()) in path.name:
+            raise OSError("busy")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="busy"), run.appearing(out, overwrite=True):
+            pass
+    assert [*tmp_path.iterdir()] == [out]
+    assert (out / gone).is_file()
+    killed.mkdir()
+    main(["export", str(out), str(out), "--formats", "timm", "--overwrite"])
+    assert [*tmp_path.iterdir()] == [out]
+    assert (out / "timm").is_dir()
+    assert not (out / gone).exists()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"out: exists; choose another folder, or remove it$"):
+        protoclip.export(reference("run"), out, ["timm"], overwrite=True)
 
 
 def test_one_process_at_a_time_exports_to_a_folder(reference, tmp_path):

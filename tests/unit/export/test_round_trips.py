@@ -28,13 +28,14 @@ from protoclip.config import (
     ParallelConfig,
     TextTowerConfig,
 )
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import EvaluationTransform, SquashTransform
 from protoclip.evaluation.features import Encoder
 from protoclip.export.card import project
 from protoclip.export.source import open_source
+from protoclip.files import file_checksum
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import find_checkpoint
+from protoclip.models.saved import CHECKSUMS, MODEL, find_checkpoint
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import outline
@@ -102,13 +103,16 @@ KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
         lambda folder, _: str(save_open_clip(folder, {**CLIP, "vision_cfg": RESNET})),
         ["open_clip"],
     ),
-    "SigLIP-shaped": (lambda folder, _: str(save_open_clip(folder, SIGLIP)), ["open_clip"]),
+    "SigLIP-shaped": (
+        lambda folder, _: str(save_open_clip(folder, SIGLIP, resize_mode="squash")),
+        ["open_clip"],
+    ),
     "HF text tower": (with_text_tower, ["open_clip"]),
     "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
     "dual encoder": (lambda folder, _: f"hf:{save_dual_encoder(folder)}", ["hf"]),
 }
 SPACES, PARTS = ("image", "text"), ("centroids", "assignments")
-SIGMOID = ("SigLIP-shaped", "SiglipModel")
+SIGMOID = SQUASHING = ("SigLIP-shaped", "SiglipModel")
 
 
 def features(loaded: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -121,10 +125,20 @@ def pixels_of(loaded: Any) -> torch.Tensor:
     return torch.stack([loaded[1](image) for image in IMAGES])
 
 
+def forget_resizing(checkpoint: Path) -> None:
+    """Make a checkpoint as versions did that cropped all images, and said nothing of it."""
+    facts = json.loads((checkpoint / MODEL).read_text())
+    assert facts.pop("resize_mode") == "squash"
+    (checkpoint / MODEL).write_text(json.dumps(facts))
+    checksums = json.loads((checkpoint / CHECKSUMS).read_text())
+    checksums[MODEL] = file_checksum(checkpoint / MODEL)
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_in_on_and_out(kind, pairs, tmp_path):
     """Exact where nothing was trained. The folder stands alone, and the trained model comes out in
-    the same formats and classes."""
+    the same formats and classes. What squashes images goes on to."""
     make, formats = KINDS[kind]
     source = make(tmp_path / "source", pairs)
     original = protoclip.load(source)
@@ -148,8 +162,7 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     planned = outline(training(pairs, tmp_path / "run", given))
     config, notes = planned.config, planned.notes
     assert config.loss.instance == ("sigmoid" if kind in SIGMOID else "info_nce")
-    if kind == "SiglipModel":
-        assert any("resizes images by 'squash'" in note for note in notes)
+    assert not [note for note in notes if "resizes images" in note]
     built = loading.model(config.model, seed=0).eval()
     reads = loading.tokenizer(config.model)
     assert all(map(torch.equal, features((built, None, reads), pixels), expected))
@@ -157,7 +170,8 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     shutil.rmtree(tmp_path / "moved")
     trained = protoclip.load(tmp_path / "run")
     assert isinstance(trained[0], ProtoCLIP)
-    assert isinstance(trained[1], EvaluationTransform)
+    squashes = kind in SQUASHING
+    assert type(trained[1]) is (SquashTransform if squashes else EvaluationTransform)
     after = features(trained, pixels)
     for now, before in zip(after, expected, strict=True):
         assert (now - before).abs().max() > 1e-4
@@ -167,6 +181,12 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     again = features(protoclip.load(tmp_path / "second"), pixels)
     for found, wanted in zip(again, after, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    if squashes:  # by the library's own preprocessing of an image that is not square
+        for loaded in (trained, protoclip.load(tmp_path / "second")):
+            found = features(loaded, pixels_of(loaded))[0]
+            torch.testing.assert_close(found, after[0], atol=5e-3, rtol=5e-3)
+        forget_resizing(find_checkpoint(tmp_path / "run"))
+        assert type(protoclip.load(tmp_path / "run")[1]) is EvaluationTransform
     if "hf" in formats:
         library = transformers.AutoModel.from_pretrained(tmp_path / "second")
         assert type(library).__name__ == first["formats"]["hf"]

@@ -484,10 +484,20 @@ def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
 
 
 @pytest.mark.parametrize("given", [{"start": "open_clip:ViT-B-16-SigLIP/webli"}, {}])
-def test_a_published_model_that_squashes_images_is_told(given):
+def test_what_is_made_of_a_model_that_squashes_images_squashes_them(given):
     named = {"name": "ViT-B-16-SigLIP", "pretrained": "webli"}
-    notes = resolve_start(ModelConfig(**(given or named))).notes
-    assert [note for note in notes if "SigLIP/webli resizes images by 'squash'; this run" in note]
+    start = resolve_start(ModelConfig(**(given or named)))
+    assert (start.squashes, start.notes) == (True, ())
+
+
+@pytest.mark.parametrize("mode", ["squash", "longest"])
+def test_the_way_to_resize_is_kept_of_an_image_half_or_told(mode, tmp_path):
+    """Of a model that pads images it is told that a run does not."""
+    folder = str(save_open_clip(tmp_path / "model", resize_mode=mode))
+    half = ModelConfig(image=ImageTowerConfig(name=folder))
+    assert resolve_start(half).build("none").squashes is (mode == "squash")
+    notes = " ".join(resolve_start(ModelConfig(start=folder)).notes)
+    assert (f"{folder} resizes images by 'longest'; this run crops" in notes) is (mode == "longest")
 
 
 def test_a_timm_model_may_be_named_as_align_names_it():

@@ -213,6 +213,8 @@ def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_p
     assert "After step 2, alpha 0.25" in page.sections["maps"]
     assert "step 2, alpha 0.25" in page.sections["prototypes"]
     assert "Those of alpha 0.25 are the run's model." in page.sections["results"]
+    changed = r"against its start, in points; .* \(validation\) ?: [+\u2212]\d"
+    assert re.search(changed, page.sections["results"])
     again = f"finetune --alpha 0.25 --config {tmp_path}/shop/config.toml --run.out FOLDER"
     assert f"protoclip {again} protoclip compare" in page.sections["environment"]
     command = parse(COMMANDS["finetune"], again.split()[1:])

@@ -125,6 +125,28 @@ def test_what_fine_tuning_has_not_ended_is_fine_tuned_again(tmp_path):
     assert parse(COMMANDS["train"], again.split()[2:]).run.sync is None
 
 
+@pytest.mark.parametrize(
+    ("environment", "start"),
+    [
+        ({}, "protoclip train"),
+        ({"hosts": None, "ranks": 1}, "protoclip train"),
+        ({"hosts": 1, "ranks": 8}, "torchrun --nproc-per-node 8 -m protoclip train"),
+        (
+            {"hosts": 4, "ranks": 32},
+            "torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+            "--nproc-per-node 8 -m protoclip train",
+        ),
+    ],
+)
+def test_a_run_of_several_ranks_is_started_with_as_many(environment, start, tmp_path):
+    folder = begun(tmp_path / "run")
+    results = {"name": "tiny", "seed": 0, "samples_seen": 1, "train_seconds": 1.0, "metrics": {}}
+    (folder / "results.json").write_text(json.dumps({**results, "environment": environment}))
+    again, *others = commands([read_run(folder)])
+    assert again.startswith(f"{start} --config ")
+    assert all(command.startswith("protoclip ") for command in others)
+
+
 def test_times_of_unfinished_runs_are_at_least_those_of_the_checkpoint(tmp_path):
     """Parts are logged at an episode's end, so what an episode lost is in none of them."""
     folder = begun(tmp_path / "run")
@@ -179,6 +201,8 @@ def test_labels_tell_runs_apart(tmp_path):
             "(docs/report.md)\n",
         ),
         (["damaged"], "damaged/config.toml: damaged (Expected"),
+        (["records"], "records: is of protoclip evaluate, not a run folder; to compare models by"),
+        (["records/a.json"], "records/a.json: is of protoclip evaluate, not a run folder"),
         (["results"], "results/results.json: not the results of a run"),
         (["run", "--out", "gone/report.html"], "--out: no folder gone; make it first"),
         (["run", "--out", "empty"], "--out: empty: is a folder; name a file in it"),
@@ -190,8 +214,10 @@ def test_mistakes_end_in_one_line_and_write_nothing(
     monkeypatch.chdir(tmp_path)
     begun(tmp_path / "run")
     (begun(tmp_path / "results") / "results.json").write_text("[]")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
+    for name in ("empty", "damaged", "records"):
+        (tmp_path / name).mkdir()
+    record = {"dataset": "tiny", "task": "retrieval", "metrics": {}, "intervals": {}}
+    (tmp_path / "records" / "a.json").write_text(json.dumps(record))
     (tmp_path / "damaged" / "config.toml").write_text("a b")
     with pytest.raises(SystemExit) as ended:
         main(["report", *arguments])

@@ -54,7 +54,7 @@ def losses(folder: Path) -> list[set[str]]:
     return [{key.removeprefix("train/loss/") for key in line if "/loss/" in key} for line in steps]
 
 
-ALONE = {"teacher": 0.0, "prototypical": 0.0}
+ALONE = {"teacher": 0.0, "prototypical": 0.0, "distil_by": "features"}
 
 
 @pytest.fixture(scope="module")

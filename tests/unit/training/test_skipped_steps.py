@@ -1,4 +1,4 @@
-"""A step that is not finite leaves nothing behind: a run ends as if it had left the step out."""
+"""A step that is not finite, or has no loss, leaves nothing behind: a run ends as if without it."""
 
 import math
 import random
@@ -28,6 +28,14 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {"prototypes": {"source": "extract"}, "episodes": {"micro_batch_size": 7}},
     ),
+    "queue, micro-batches, no loss": (
+        1,
+        {
+            "prototypes": {"source": "queue"},
+            "loss": {"info_nce": 0.0, "prototypical": 0.0},
+            "episodes": {"micro_batch_size": 7, "warm_up": 0, "locked_image": 0},
+        },
+    ),
     "queue, FSDP2": (2, {"prototypes": {"source": "queue"}, "parallel": {"strategy": "fsdp"}}),
 }
 
@@ -36,14 +44,16 @@ def ended(config: Config, left_out: bool) -> tuple[dict[str, Tensor], dict[str, 
     """The last checkpoint and the shares of dead prototypes of a run in which ten steps were not
     finite, or were left out.
 
-    On the last rank alone, every other one of them has a loss that is not finite, and the others a
-    gradient that is not. A step that is left out counts in the schedule.
+    Without InfoNCE they have no loss instead, since the only teacher knows none of their samples.
+    Otherwise, on the last rank alone, every other one of them has a loss that is not finite, and
+    the others a gradient that is not. A step that is left out counts in the schedule.
     """
     train_step, forward = Trainer.train_step, Trainer._forward
+    without_loss = config.loss.info_nce == 0
 
     def broken(trainer: Trainer, batch: Batch) -> Any:
         embeddings, finish = forward(trainer, batch)
-        if trainer.step in LEFT_OUT[1::2] and rank() == world_size() - 1:
+        if trainer.step in LEFT_OUT[1::2] and not without_loss and rank() == world_size() - 1:
             embeddings.logit_scale.register_hook(lambda gradient: gradient * math.inf)
         return embeddings, finish
 
@@ -51,7 +61,9 @@ def ended(config: Config, left_out: bool) -> tuple[dict[str, Tensor], dict[str, 
         if trainer.step in LEFT_OUT and left_out:
             trainer.batch += 1
             return {"train/loss/total": math.nan}
-        if trainer.step in LEFT_OUT[::2] and rank() == world_size() - 1:
+        if without_loss and trainer.step in LEFT_OUT:
+            batch.features["teacher"].fill_(math.nan)
+        elif trainer.step in LEFT_OUT[::2] and rank() == world_size() - 1:
             batch.image.fill_(math.nan)
         return train_step(trainer, batch, **more)
 
@@ -63,7 +75,7 @@ def ended(config: Config, left_out: bool) -> tuple[dict[str, Tensor], dict[str, 
     tensors, metrics = end_of(folder, STEPS)
     facts = read_json(find_checkpoint(folder) / "state.json")
     skipped = facts.pop("guard")["skipped"]
-    assert skipped == (0 if left_out else len(LEFT_OUT))
+    assert skipped == (0 if left_out or without_loss else len(LEFT_OUT))
     for measured in ("seconds", "metrics_bytes"):
         del facts[measured]
     dead = [{k: v for k, v in line.items() if "/dead/" in k} for line in metrics]
@@ -96,4 +108,5 @@ def test_a_run_ends_as_if_it_had_left_out_its_skipped_steps(way, tmp_path, capsy
         assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
         assert facts == expected_facts
         assert facts[1]
-    assert ranks > 1 or "note: 10 of 24 steps were skipped: their" in capsys.readouterr().err
+    told = "note: 10 of 24 steps were skipped: their" in capsys.readouterr().err
+    assert ranks > 1 or told == (config.loss.info_nce > 0)

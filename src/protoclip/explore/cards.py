@@ -1,0 +1,33 @@
+"""What pages show of a pair. `render.py` fills it in, and `templates/macros.html` draws it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A pair, as the card of its image lists it below another."""
+
+    sample_id: str
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(Listed):
+    """A pair, as pages show it."""
+
+    position: int
+    row: int
+    facts: Sequence[str] = ()
+    prototype: tuple[str, int, str] | None = None  # modality, number, name
+    others: Sequence[Listed] = ()  # pairs with the same image
+    file: str = ""  # name of the file that is the image; empty for an image in the data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Cards under a heading. `note` says what may be missing."""
+
+    title: str
+    cards: Sequence[Card]
+    note: str = ""

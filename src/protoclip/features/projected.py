@@ -1,0 +1,141 @@
+"""Vectors of an aligned model from what `align` kept of its halves: its projections alone compute.
+
+`embed.py` asks for them by sample. Those that judge a model are in `evaluation/encoders.py`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from protoclip.data.loader import Item
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.distributed.collectives import any_rank, rank, rank0_first
+from protoclip.features.halves import HalfEncoder, features_folder, image_key, opened
+from protoclip.features.store import Numbers, Segments, hash_ids
+from protoclip.files import checksum
+from protoclip.models.aligned import FrozenHalves, Projections
+from protoclip.models.precision import Autocast, Precision, autocast, resolve
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import read_config, run_of
+from protoclip.terminal import say
+
+LOOKED_UP = 1000  # pairs that tell whether a store has those of this data
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptHalf:
+    """What is kept of a half, and how the model projects it."""
+
+    stored: Segments
+    project: Callable[[Tensor], Tensor]
+    device: torch.device
+    autocast: Autocast
+
+    def find(self, ids: Iterable[str]) -> Numbers:
+        """The number of each image by its key, or of each caption by its text; or -1."""
+        return self.stored.find(hash_ids(ids))
+
+    @torch.inference_mode()
+    def vectors(self, numbers: Numbers) -> Float[Tensor, "b d"]:
+        """In the joint space, of unit norm, on the CPU; raises `ValueError` for a damaged row."""
+        rows = torch.from_numpy(self.stored.rows(numbers)).float().to(self.device)
+        with self.autocast():
+            return F.normalize(self.project(rows).float(), dim=-1).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptHalves:
+    """What is kept of both halves of a model; of most models nothing."""
+
+    image: KeptHalf | None = None
+    text: KeptHalf | None = None
+
+    def images_of(
+        self, samples: Any, items: Sequence[Item], width: int
+    ) -> tuple[dict[int, tuple[str, tuple[str, ...]]], Float[Tensor, "n d"]]:
+        """What need not be read of samples, since their image is kept.
+
+        Returns:
+            By the position of such a sample its id and captions; and the vectors of all images,
+            which are 0 for the others.
+        """
+        named, vectors = dict[int, tuple[str, tuple[str, ...]]](), torch.zeros(len(items), width)
+        if self.image is not None:
+            rows = [item for item in items if isinstance(item, int)]
+            assert len(rows) == len(items), "images of a stream have no key"
+            numbers = self.image.find(image_key(samples, row) for row in rows)
+            for position in np.flatnonzero(numbers >= 0).tolist():
+                row = rows[position]
+                with suppress(BadSample):  # it is read as others are, which tells what is wrong
+                    named[position] = samples.sample_id(row), samples.sample_captions(row)
+            vectors[[*named]] = self.image.vectors(numbers[[*named]])
+        return named, vectors
+
+    def texts_of(self, texts: Sequence[str], width: int) -> tuple[Numbers, Float[Tensor, "n d"]]:
+        """The positions of texts that are not kept; and the vectors of all, 0 for these."""
+        numbers, vectors = np.full(len(texts), -1), torch.zeros(len(texts), width)
+        if self.text is not None:
+            numbers = self.text.find(texts)
+            known = np.flatnonzero(numbers >= 0)
+            vectors[known] = self.text.vectors(numbers[known])
+        return np.flatnonzero(numbers < 0), vectors
+
+
+def kept_halves(
+    reference: str,
+    model: Any,
+    transform: Any,
+    tokenizer: Any,
+    samples: Any,
+    device: torch.device,
+    precision: Precision,
+) -> KeptHalves:
+    """What `align` kept of the halves of a run's model, in this precision. Collective.
+
+    Says so if it kept these pairs in another one.
+
+    Raises:
+        ValueError: The store is damaged.
+    """
+    run = run_of(reference)
+    joins = isinstance(model, ProtoCLIP) and model.joins_halves
+    reads_as_align = isinstance(transform, EvaluationTransform) and isinstance(samples, Pairs)
+    if run is None or not joins or not reads_as_align:
+        return KeptHalves()
+    try:
+        config = read_config(run)
+    except ValueError:  # another version wrote it, and the model can be read all the same
+        return KeptHalves()
+    halves, heads = FrozenHalves(model.towers).eval(), Projections(model.towers)
+
+    def kept(
+        precision: Precision, project: Callable[[Tensor], Tensor], **reads: Any
+    ) -> KeptHalf | None:
+        context = autocast(precision, device)
+        half = HalfEncoder(halves, max_pixels=MAX_IMAGE_PIXELS, autocast=context, **reads)
+        folder = features_folder(config) / checksum(rank0_first(half.key).encode())
+        if any_rank([not folder.is_dir()])[0]:  # hosts may have stores of their own
+            return None
+        stored = opened(folder, half.width)
+        return KeptHalf(stored=stored, project=project, device=device, autocast=context)
+
+    image = kept(precision, heads.encode_image, transform=transform)
+    trained_in = resolve(config.run.precision, device)
+    if image is None and trained_in != precision:
+        other = kept(trained_in, heads.encode_image, transform=transform)
+        keys = [image_key(samples, row) for row in range(min(len(samples), LOOKED_UP))]
+        if other is not None and (other.find(keys) >= 0).any() and rank() == 0:
+            say(
+                f"note: align encoded these images in {trained_in}, so they are encoded anew in "
+                f"{precision}; --precision {trained_in} takes what is there"
+            )
+    text = kept(precision, heads.encode_text, tokenizer=tokenizer)
+    return KeptHalves(image=image, text=text)
