@@ -56,7 +56,8 @@ def require_data_paths(data: DataConfig) -> None:
     require_file("data.only", data.only)
     require_file("data.without", data.without)
     for source in data.sources or [SourceConfig(path=data.train)]:
-        require_columns(source.path, named_columns(source, data))
+        if not is_no_path(source.path):
+            require_columns(source.path, named_columns(source, data))
 
 
 def named_columns(source: SourceConfig, data: DataConfig) -> list[str]:
@@ -69,10 +70,15 @@ def named_columns(source: SourceConfig, data: DataConfig) -> list[str]:
     return [name for name in names if name]
 
 
+def is_no_path(reference: str) -> bool:
+    """Whether data are named otherwise than by a path, whatever files there are."""
+    return reference == "emoji" or reference.startswith(DATA_KINDS)
+
+
 def require_source(setting: str, path: str) -> None:
     """Refuse a source of data that is a local path, without a pattern, and does not exist."""
     is_pattern = any(sign in path for sign in "*{?[")
-    if path != "emoji" and not path.startswith(DATA_KINDS) and not is_pattern:
+    if not is_no_path(path) and not is_pattern:
         require_path(setting, path, "no such file")
 
 
@@ -83,10 +89,9 @@ def require_data_set(setting: str, reference: str) -> None:
     """
     reference, options = with_options(reference, setting)
     require_folder(f"{setting}: root", options.get("root"))
-    known = reference == "emoji" or reference.startswith(DATA_KINDS)
     is_pattern = any(sign in reference for sign in "*{?[")
     is_word = re.fullmatch(r"[\w-]+", reference) and not suggestion(reference)
-    if not (known or is_pattern or is_word):
+    if not (is_no_path(reference) or is_pattern or is_word):
         what = f"no such file, and no reference to a data set ({DATA_HINT})"
         require_path(setting, reference, what)
 
@@ -249,6 +254,10 @@ def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
     """Refuse a folder that exists; with `overwrite` only one that is no export."""
     if not Path(folder).exists():
         return
+    if has_git(Path(folder)):
+        raise ValueError(
+            f"{folder}: exists, and holds .git, which is never removed; choose another folder"
+        )
     if not is_export(Path(folder)):
         raise ValueError(f"{folder}: exists; choose another folder, or remove it")
     if not overwrite:
@@ -256,11 +265,16 @@ def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder has the model card of an export."""
+    """Whether a folder has the model card of an export, and is no Git clone of one."""
     try:
-        return EXPORTED in read_local(folder / "README.md")
+        return EXPORTED in read_local(folder / "README.md") and not has_git(folder)
     except (OSError, ValueError):
         return False
+
+
+def has_git(folder: Path) -> bool:
+    """Whether a folder is a Git clone, whose history is nowhere else."""
+    return os.path.lexists(folder / ".git")
 
 
 def suggestion(path: str) -> str:

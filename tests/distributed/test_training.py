@@ -157,7 +157,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "FSDP2": {
         "parallel": {"strategy": "fsdp", "sync_batch_norm": False},
         "teacher": {"features": "emoji", "distil": 1.0},
-        "loss": {"teacher": 0.0, "distil_by": "features"},
+        "loss": {"teacher": 0.0},
     },
 }
 

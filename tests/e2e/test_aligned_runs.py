@@ -1,13 +1,18 @@
 """Finished runs of `protoclip align` in other commands: exports, fine-tuning, reports."""
 
+import os
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import protoclip
 from protoclip import cli
+from protoclip.features import projected
+from protoclip.features.embed import read_facts
 from protoclip.models.start import find_start
 from protoclip.training.align import align
 from tiny_align import of_source
@@ -72,3 +77,43 @@ def test_commands_take_an_aligned_run(line, given, ended, tmp_path):
     cli.main(words)
     if "{out}" in line:
         assert list(tmp_path.glob("out*"))
+
+
+def test_vectors_do_not_need_the_store_that_align_filled(
+    sources, ended, tmp_path, monkeypatch, capsys
+):
+    """Where hosts have stores of their own, or one is damaged, in a row or as a whole: a line names
+    what to delete."""
+    cache = shutil.copytree(os.environ["PROTOCLIP_CACHE"], tmp_path / "cache")
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(cache))
+
+    def embedded(name: str) -> tuple[dict[str, int], list[str]]:
+        """What was kept, and warnings."""
+        out = tmp_path / f"{name}.parquet"
+        protoclip.embed(ended["linear"], sources["shared"]["train"], out, precision="fp32")
+        lines = capsys.readouterr().err.splitlines()
+        return read_facts(out)["kept"], [line for line in lines if line.startswith("warning: ")]
+
+    kept, said = embedded("kept")
+    assert all(kept.values())
+    assert not said
+    with monkeypatch.context() as patch:
+        patch.setattr(projected, "all_gather_object", lambda facts: [facts, {}])
+        assert embedded("hosts") == ({"images": 0, "captions": 0}, [])
+    facts = next(
+        file for file in cache.glob("features/*/*/facts.json") if '"image"' in file.read_text()
+    )
+    for name in ("features.npy", "facts.json"):
+        file = facts.with_name(name)
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        of_damaged, (warning,) = embedded(name)
+        assert of_damaged == {**kept, "images": 0}
+        assert warning.startswith(f"warning: {facts.parent}")
+        assert "; delete " in warning
+        assert warning.endswith("; until then embed encodes anew what it holds")
+    for name in ("hosts", "features.npy", "facts.json"):
+        one, other = (
+            np.stack(pq.read_table(tmp_path / f"{each}.parquet")["image_vector"].to_pylist())
+            for each in ("kept", name)
+        )
+        np.testing.assert_allclose(one, other, atol=1e-3)

@@ -71,6 +71,13 @@ def test_what_is_no_local_path_is_not_looked_for(tree, place):
     require_paths(Config.from_dict(tree))
 
 
+def test_a_folder_beside_has_nothing_to_do_with_bundled_data_of_its_name(place):
+    """Whose reader does not look at it."""
+    (place / "emoji").mkdir()
+    pq.write_table(pa.table({"a": ["b"]}), place / "emoji" / "a.parquet")
+    require_paths(Config.from_dict({"data": {"train": "emoji", "caption_column": "no"}}))
+
+
 COLUMNS = {"image": ["a.png"], "caption": ["a"], "kind": ["b"]}
 
 

@@ -119,8 +119,8 @@ def require_no_records(path: Path) -> None:
     files = path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json")
     if any(map(is_record, files)):
         raise ValueError(
-            f"{path}: is of protoclip evaluate, not a run folder; to compare models by such "
-            "records, protoclip evaluate MODEL --compare-to OTHER --data DATA"
+            f"{path}: was written by protoclip evaluate, and is no run folder; to compare models "
+            "by such records, give protoclip evaluate MODEL --compare-to OTHER --data DATA"
         )
 
 

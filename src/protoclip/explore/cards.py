@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """A pair, as the card of its image lists it below another."""
+    """A pair that the card of another one lists, since both show the same image."""
 
     sample_id: str
     caption: str

@@ -397,6 +397,8 @@ def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
     texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
     kept = torch.ones(len(rows), dtype=torch.bool)
     kept[[row for row, _ in images.bad]] = False
+    if len(images.content) == len(images.features):  # what `align` has encoded comes without
+        pairs.keep_content(rows[kept.numpy()], images.content.numpy())
     return Features(
         captioned=torch.from_numpy(rows),
         rows=torch.from_numpy(rows)[kept],

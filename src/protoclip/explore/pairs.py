@@ -3,18 +3,20 @@
 Sources are opened in `data/sources.py`; what a model makes of the pairs is in `atlas.py`.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.data.view import AllBut, PairsView, Rows, by_source
+from protoclip.data.view import AllBut, PairsView, RowNumbers, Rows, by_source
+from protoclip.evaluation.features import hash_of
 from protoclip.evaluation.validation import plain_sources
-from protoclip.files import checksum
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -30,8 +32,15 @@ def shown(text: str, limit: int = CAPTION_LENGTH) -> str:
 class ExploredPairs(PairsView):
     """All rows of sources, as training sees them, with their sample ids.
 
-    A text is the first caption of its pair.
+    A text is the first caption of its pair. An image in the data is read once for what it holds:
+    hashes of contents are kept, by row.
     """
+
+    def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:
+        super().__init__(parts, name)
+        # Arrays, since a dict of a million rows takes a hundred megabytes.
+        self._content = np.zeros(len(self), np.int64)
+        self._content_is_known = np.zeros(len(self), bool)
 
     @cached_property
     def key(self) -> str:
@@ -51,12 +60,20 @@ class ExploredPairs(PairsView):
 
     def image_key(self, row: int) -> str:
         """Names the image of a pair, alike for pairs that show the same one: by its file, or an
-        image in the data by its content, which takes a read of it."""
+        image in the data by its content."""
         source, number = self.locate(row)
         if source.image_file(number) is None:
-            with suppress(BadSample):
-                return checksum(source.encoded(number))
+            if not self._content_is_known[row]:
+                with suppress(BadSample):
+                    self.keep_content(row, hash_of(source.encoded(number)))
+            if self._content_is_known[row]:
+                return str(self._content[row])
         return str(source.image_key(number))
+
+    def keep_content(self, rows: int | Rows, hashes: int | npt.NDArray[np.int64]) -> None:
+        """Keep hashes (`hash_of`) of encoded images that were read."""
+        self._content[rows] = hashes
+        self._content_is_known[rows] = True  # last, since other threads may ask meanwhile
 
     def file_name(self, row: int) -> str:
         """The name of the file or URL that is a pair's image; empty for an image in the data."""

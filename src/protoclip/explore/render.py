@@ -367,7 +367,7 @@ class Site:
         for each in self.prototypes[modality]:
             nearest = self.members(modality, each.number)[:NAMED_BY].tolist()
             cards = [self.card(one) for one in self.different_images(nearest, MEMBERS)]
-            captions = list(dict.fromkeys(card.caption for card in cards))[:CAPTIONS]
+            captions = [*dict.fromkeys(self.listed(one).caption for one in nearest)][:CAPTIONS]
             rows.append((each, cards, captions))
         rows.sort(key=lambda row: -row[0].size)
         title = f"{modality.capitalize()} prototypes"

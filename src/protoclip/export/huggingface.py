@@ -74,7 +74,10 @@ def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
 
 
 def opened(source: Source) -> tuple[Any, Any, Any]:
-    """The parts of a model that is Hugging Face's already; a run of one crops images as runs do."""
+    """The parts of a model that is Hugging Face's already.
+
+    A run of one prepares images as the run is evaluated.
+    """
     from transformers import AutoImageProcessor
 
     model = source.towers.library_model()

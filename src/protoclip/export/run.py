@@ -85,6 +85,7 @@ def export(
             uploading fails; the folder stays then.
     """
     folder = Path(folder)
+    put_back(folder)
     require_new(folder, overwrite=overwrite)
     check(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
@@ -136,9 +137,10 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def replace(folder: Path, new: Path) -> None:
     """Give a folder's name to a new one beside it, and remove the old one.
 
-    If this ends half-way, the old one has its name, or stays beside until another one is replaced.
+    If this ends half-way, the old one has its name, or stays beside: for `put_back`, or until
+    another one is replaced.
     """
-    old = folder.with_name(f".{folder.name}.replaced.protoclip")
+    old = aside(folder)
     shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
     folder.rename(old)
     try:
@@ -147,6 +149,20 @@ def replace(folder: Path, new: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Give an export its name again, if a process was killed when `replace` had set it aside."""
+    real = folder.resolve()
+    if not real.exists() and aside(real).is_dir():
+        with locked(folder):  # whoever holds it may be about to give the name to the new one
+            if not real.exists():
+                aside(real).rename(real)
+
+
+def aside(folder: Path) -> Path:
+    """Where an export is while another one takes its place."""
+    return folder.with_name(f".{folder.name}.replaced.protoclip")
 
 
 def share_alike(folder: Path) -> None:

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,15 @@ from torch import Tensor
 from protoclip.data.loader import Item
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.distributed.collectives import any_rank, rank, rank0_first
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    raise_on_all_ranks,
+    rank,
+    rank0_first,
+)
 from protoclip.features.halves import HalfEncoder, features_folder, image_key, opened
-from protoclip.features.store import Numbers, Segments, hash_ids
+from protoclip.features.store import FACTS, Numbers, Segments, hash_ids
+from protoclip.features.whiten import Features
 from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import Autocast, Precision, autocast, resolve
@@ -30,7 +37,7 @@ from protoclip.terminal import say
 LOOKED_UP = 1000  # pairs that tell whether a store has those of this data
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class KeptHalf:
     """What is kept of a half, and how the model projects it."""
 
@@ -43,12 +50,28 @@ class KeptHalf:
         """The number of each image by its key, or of each caption by its text; or -1."""
         return self.stored.find(hash_ids(ids))
 
+    def vectors(self, ids: Iterable[str], width: int) -> tuple[Numbers, Float[Tensor, "n d"]]:
+        """The positions of what is kept; and the vectors of all, 0 for the others.
+
+        Vectors are in the joint space, of unit norm, on the CPU. From the first damaged row on
+        nothing counts as kept, and a warning says so.
+        """
+        numbers = self.find(ids)
+        known, vectors = np.flatnonzero(numbers >= 0), torch.zeros(len(numbers), width)
+        try:
+            rows = self.stored.rows(numbers[known])
+        except ValueError as error:
+            warn_of_damage(error)
+            self.stored = Segments([], self.stored.width)
+            return known[:0], vectors
+        vectors[known] = self._projected(rows)
+        return known, vectors
+
     @torch.inference_mode()
-    def vectors(self, numbers: Numbers) -> Float[Tensor, "b d"]:
-        """In the joint space, of unit norm, on the CPU; raises `ValueError` for a damaged row."""
-        rows = torch.from_numpy(self.stored.rows(numbers)).float().to(self.device)
+    def _projected(self, rows: Features) -> Float[Tensor, "k d"]:
+        features = torch.from_numpy(rows).float().to(self.device)
         with self.autocast():
-            return F.normalize(self.project(rows).float(), dim=-1).cpu()
+            return F.normalize(self.project(features).float(), dim=-1).cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +94,19 @@ class KeptHalves:
         if self.image is not None:
             rows = [item for item in items if isinstance(item, int)]
             assert len(rows) == len(items), "images of a stream have no key"
-            numbers = self.image.find(image_key(samples, row) for row in rows)
-            for position in np.flatnonzero(numbers >= 0).tolist():
+            known, vectors = self.image.vectors((image_key(samples, row) for row in rows), width)
+            for position in known.tolist():
                 row = rows[position]
                 with suppress(BadSample):  # it is read as others are, which tells what is wrong
                     named[position] = samples.sample_id(row), samples.sample_captions(row)
-            vectors[[*named]] = self.image.vectors(numbers[[*named]])
         return named, vectors
 
     def texts_of(self, texts: Sequence[str], width: int) -> tuple[Numbers, Float[Tensor, "n d"]]:
         """The positions of texts that are not kept; and the vectors of all, 0 for these."""
-        numbers, vectors = np.full(len(texts), -1), torch.zeros(len(texts), width)
-        if self.text is not None:
-            numbers = self.text.find(texts)
-            known = np.flatnonzero(numbers >= 0)
-            vectors[known] = self.text.vectors(numbers[known])
-        return np.flatnonzero(numbers < 0), vectors
+        if self.text is None:
+            return np.arange(len(texts)), torch.zeros(len(texts), width)
+        known, vectors = self.text.vectors(texts, width)
+        return np.setdiff1d(np.arange(len(texts)), known), vectors
 
 
 def kept_halves(
@@ -100,10 +120,8 @@ def kept_halves(
 ) -> KeptHalves:
     """What `align` kept of the halves of a run's model, in this precision. Collective.
 
-    Says so if it kept these pairs in another one.
-
-    Raises:
-        ValueError: The store is damaged.
+    Says so if it kept these pairs in another one, or if the store is damaged, which is not read
+    then.
     """
     run = run_of(reference)
     joins = isinstance(model, ProtoCLIP) and model.joins_halves
@@ -122,9 +140,14 @@ def kept_halves(
         context = autocast(precision, device)
         half = HalfEncoder(halves, max_pixels=MAX_IMAGE_PIXELS, autocast=context, **reads)
         folder = features_folder(config) / checksum(rank0_first(half.key).encode())
-        if any_rank([not folder.is_dir()])[0]:  # hosts may have stores of their own
+        if not is_shared(folder):
             return None
-        stored = opened(folder, half.width)
+        try:
+            stored = opened(folder, half.width)
+        except ValueError as error:  # on all ranks
+            if rank() == 0:
+                warn_of_damage(error)
+            return None
         return KeptHalf(stored=stored, project=project, device=device, autocast=context)
 
     image = kept(precision, heads.encode_image, transform=transform)
@@ -139,3 +162,23 @@ def kept_halves(
             )
     text = kept(precision, heads.encode_text, tokenizer=tokenizer)
     return KeptHalves(image=image, text=text)
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether all ranks see a half's folder, with the same segments in it. Collective.
+
+    Hosts may have stores of their own, from runs of their own.
+    """
+
+    def facts() -> dict[str, bytes] | None:
+        files = [file for file in folder.glob(f"[!.]*/{FACTS}") if file.is_file()]
+        return {file.parent.name: file.read_bytes() for file in files} if folder.is_dir() else None
+
+    first, *others = all_gather_object(raise_on_all_ranks(facts))
+    return first is not None and all(each == first for each in others)
+
+
+def warn_of_damage(error: ValueError) -> None:
+    """Say what is damaged, and that it is done without until it is deleted."""
+    what = str(error).partition(", and give")[0]
+    say(f"warning: {what}; until then embed encodes anew what it holds")

@@ -386,9 +386,10 @@ def image_transform(processor: Any) -> ImageTransform:
 def preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:
     """How images become tensors, in open_clip's words; `size` is None if they are not square."""
     _, *sides = transform(Image.new("RGB", (64, 48))).shape
-    resizing = json.loads(processor.to_json_string())
-    squashes = resizing.get("do_resize") and not resizing.get("do_center_crop")
-    squashes = squashes and {"height", "width"} <= (resizing.get("size") or {}).keys()
+    settings = json.loads(processor.to_json_string())
+    resized_to = settings.get("size") or {}
+    crops = settings.get("do_center_crop") and settings.get("crop_size") != resized_to
+    squashes = settings.get("do_resize") and {"height", "width"} <= resized_to.keys() and not crops
     return {
         "size": sides[0] if len(set(sides)) == 1 else None,
         "mean": list(getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)),

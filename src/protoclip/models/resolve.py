@@ -36,7 +36,9 @@ def resolve_start(given: ModelConfig) -> Start:
         if not of_a_model:
             given = replace(given, image=with_pooling(given.image))
         if of_a_model or names_model("text", given.text.name):
-            return two_halves(given)
+            halves = two_halves(given)
+            told = other_resizing(halves.image, "model.image.name")
+            return replace(halves, notes=halves.notes + told)
         if given.text.name is not None and given.text.pooling is None:
             text = replace(given.text, pooling=pooling_of(given.text.name))
             given = replace(given, text=text)

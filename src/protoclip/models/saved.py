@@ -109,8 +109,13 @@ def read_model(reference: str | Path) -> SavedModel:
         model=model_config(content, folder),
         towers=content.get("open_clip", content.get("hugging_face")),
         text_files=text if text.is_dir() else None,
-        squashes=content.get("resize_mode") == "squash",
+        squashes=is_squashing(content),
     )
+
+
+def is_squashing(content: Mapping[str, Any]) -> bool:
+    """Whether the model of a `model.json` squashes images, as `ProtoCLIP` has it."""
+    return bool(content.get("resize_mode") == "squash")
 
 
 def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:

@@ -74,6 +74,7 @@ class Start:
         unresized: Its towers and tokenizer at its own sizes, and the settings that follow from it.
         model: The `[model]` section that builds a model from it, once it is resolved.
         has_heads: Whether it has projection heads, as runs have.
+        squashes_as_begun: `squashes` of a run that goes on; unset, it follows from the start.
         notes: For the user.
     """
 
@@ -81,6 +82,7 @@ class Start:
     unresized: Architecture
     model: ModelConfig
     has_heads: bool = False
+    squashes_as_begun: bool | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,7 +119,8 @@ class Start:
     @property
     def squashes(self) -> bool:
         """As of `ProtoCLIP`: a model that is made of this one is evaluated alike."""
-        return self.resize_mode == "squash"
+        begun = self.squashes_as_begun
+        return self.resize_mode == "squash" if begun is None else begun
 
     @property
     def is_resized(self) -> bool:

@@ -110,6 +110,12 @@ class CheckpointWriter:
         if self.best is not None and self.best[0] == self.failed_step:
             self.best = self.best_written
 
+    def settled_best(self) -> tuple[int, float] | None:
+        """The best evaluation, once it is known whether the last checkpoint could be written."""
+        self.wait()
+        self._drop_unwritten_best()
+        return self.best
+
     def go_on_from(self, checkpoint: Path, step: int) -> None:
         """Take a checkpoint for the last one that was written, and remove what a process that was
         killed had no time to."""
@@ -120,8 +126,7 @@ class CheckpointWriter:
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Start to write a copy of a nested state; `model` and `optimizer` in it are copies."""
-        self.wait()
-        self._drop_unwritten_best()  # it may have failed just now, and this step removes old ones
+        self.settled_best()  # or this step would remove the one that counts
         self._saved_at, self.saved_step = time.monotonic(), step
         self._in_parts = are_parts(state["model"])
         if rank() != 0:

@@ -41,8 +41,8 @@ class NonFiniteGuard:
     host counts the skipped steps in `look`: on a CPU at once, on a GPU when metrics are fetched.
 
     A step without a gradient is skipped too, or weights would decay and follow their momentum: no
-    teacher and no prototype may know a sample of the batch. It is no fault: it is not counted, and
-    lowers no loss scale.
+    teacher and no prototype may know a sample of the batch. It is no fault: it is counted apart,
+    lowers no loss scale, and neither ends nor adds to a row of steps that are not finite.
 
     Args:
         optimizer: A fused one, which changes nothing where its `found_inf` is 1.
@@ -54,7 +54,7 @@ class NonFiniteGuard:
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, report: Path
     ) -> None:
         self.optimizer, self.scaler, self.report = optimizer, scaler, report
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.in_a_row = self.without_gradient = 0
         self._pending: list[tuple[int, Tensor, Sequence[str]]] = []
         self._row: list[tuple[float, float]] = []
 
@@ -71,10 +71,9 @@ class NonFiniteGuard:
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         taken = finite & (norm != 0)
         self._skip(~taken)
-        if has_gradients(self.optimizer):
-            self.scaler.step(self.optimizer)
-            self._skip(~finite)  # which alone lowers the loss scale
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self._skip(~finite)  # which alone lowers the loss scale
+        self.scaler.update()
         self._pending.append((number, torch.stack([loss, norm.detach()]), sample_ids))
         if loss.device.type == "cpu":
             self.look()
@@ -93,11 +92,14 @@ class NonFiniteGuard:
         """Count the steps that were skipped since the last look.
 
         Raises:
-            ValueError: Ten steps in a row were skipped.
+            ValueError: Ten steps in a row were not finite, those without a gradient left out.
         """
         pending, self._pending = self._pending, []
         values = torch.stack([pair for _, pair, _ in pending]).tolist() if pending else []
         for (number, _, sample_ids), (loss, norm) in zip(pending, values, strict=True):
+            if math.isfinite(loss) and norm == 0:
+                self.without_gradient += 1
+                continue
             if math.isfinite(loss) and math.isfinite(norm):
                 self.in_a_row = 0
                 self._row.clear()
@@ -118,21 +120,24 @@ class NonFiniteGuard:
         )
 
     def summary(self, steps: int, last: Path | None) -> str:
-        """How many of so many steps were skipped; empty if none was.
+        """How many of so many steps were skipped, and why; empty if none was.
 
         Raises:
             ValueError: The run is finished, with this `last` checkpoint, and half of its steps or
                 more were skipped, in fp16 more than its loss scale may need to settle.
         """
         said = f"{self.skipped:,} of {steps:,} steps were skipped: their loss or gradient was not"
+        said += " finite"
         # In fp16 the loss scale starts at 2^16, and the steps that halve it are skipped.
         settling = 16 if self.scaler.is_enabled() else 0
         if last is not None and self.skipped > settling and 2 * self.skipped >= steps:
             raise ValueError(
-                f"{said} finite; change optim.learning_rate, optim.heads_lr_scale, the weights of "
-                f"[loss] or prototypes.target_temperature (the last checkpoint is {last})"
+                f"{said}; change optim.learning_rate, optim.heads_lr_scale, the weights of [loss] "
+                f"or prototypes.target_temperature (the last checkpoint is {last})"
             )
-        return f"{said} finite" if self.skipped else ""
+        without = f"{self.without_gradient:,} of {steps:,} steps had no gradient and changed "
+        without += "nothing, as where no teacher knows a sample of the batch"
+        return "; ".join([said] * bool(self.skipped) + [without] * bool(self.without_gradient))
 
     def _write_report(self, number: int, sample_ids: Sequence[str]) -> str:
         losses, norms = zip(*self._row, strict=True)
@@ -151,17 +156,13 @@ class NonFiniteGuard:
 
     def state_dict(self) -> dict[str, Any]:
         row = [[str(value) for value in step] for step in self._row]  # JSON has no NaN
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "row": row}
+        counts = {"skipped": self.skipped, "without_gradient": self.without_gradient}
+        return {**counts, "in_a_row": self.in_a_row, "row": row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+        self.without_gradient = int(state.get("without_gradient", 0))  # earlier versions had none
         self._row = [(float(loss), float(norm)) for loss, norm in state.get("row", [])]
-
-
-def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there is something to step by; without it the loss scaler ends the run."""
-    parameters = (each for group in optimizer.param_groups for each in group["params"])
-    return any(parameter.grad is not None for parameter in parameters)
 
 
 class Watch:

@@ -512,7 +512,7 @@ class Run:
             "chosen": self.chosen,
             "content": self.content,
             "machines": [vars(each) for each in self.machines],
-            "best": self.writer.best,
+            "best": self.writer.settled_best(),
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
             "recall": self.recall,

@@ -18,12 +18,30 @@ import torch
 from filelock import FileLock, Timeout
 
 import protoclip
-from protoclip.config import GONE, HALVES, PERMISSIONS, START, Config, ModelConfig, build, shown
+from protoclip.config import (
+    GONE,
+    HALVES,
+    PERMISSIONS,
+    START,
+    Config,
+    LossConfig,
+    ModelConfig,
+    build,
+    shown,
+)
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
 from protoclip.files import SEAL, UNFINISHED, has_changed, holder, read_json, read_toml
 from protoclip.models.resolve import by_name
-from protoclip.models.saved import facts_of, remove_unfinished
+from protoclip.models.saved import (
+    MODEL,
+    checkpoints,
+    damage,
+    facts_of,
+    is_squashing,
+    remove_unfinished,
+)
+from protoclip.models.start import Start
 from protoclip.models.two_halves import names_model
 from protoclip.paths import require_place
 from protoclip.terminal import say, without_secrets
@@ -100,7 +118,11 @@ def look(outline: Outline, *, resume: bool) -> Begun:
     path = folder / "results.json"
     config = as_begun(outline.config, folder)
     notes = check_settings(folder, to_toml(config), finished=path.is_file())
-    outline = replace(outline, config=config, notes=[*outline.notes, *notes])
+    start = resized_as_begun(outline.start, folder)
+    if start.squashes != outline.start.squashes:
+        kept = "squashed" if start.squashes else "cropped"
+        notes.append(f"{start.reference}: images stay {kept}, as they were when the run began")
+    outline = replace(outline, config=config, start=start, notes=[*outline.notes, *notes])
     if not path.is_file():
         return Begun(outline=outline, is_begun=True)
     read_results(folder)  # or they are damaged
@@ -144,6 +166,19 @@ def pooled_as_begun(config: Config, folder: Path) -> Config:
     return replace(config, model=replace(model, image=replace(model.image, pooling=pooling)))
 
 
+def resized_as_begun(start: Start, folder: Path) -> Start:
+    """The start, with images squashed or cropped as by the newest checkpoint of the run in a
+    folder, so that all that judges the run is measured alike.
+
+    Runs of versions up to 1.0.0 crop them, whatever they started from.
+    """
+    for checkpoint in reversed(checkpoints(folder)):
+        if damage(checkpoint, [MODEL]) is None:
+            squashes = is_squashing(read_json(checkpoint / MODEL))
+            return replace(start, squashes_as_begun=squashes)
+    return start
+
+
 def as_begun(config: Config, folder: Path) -> Config:
     """The settings with those that are open as the run in a folder began with.
 
@@ -171,6 +206,9 @@ def as_begun(config: Config, folder: Path) -> Config:
     data = config.data
     if data.read == "auto" and saved.get("data.read") == "streaming":
         data = replace(data, read="streaming")  # or align encodes all before other data are refused
+    loss = config.loss
+    if loss.distil_by == LossConfig().distil_by:  # it was `features` once
+        loss = replace(loss, distil_by=as_written_today(saved)["loss.distil_by"])
     for number, each in enumerate(saved.get("teachers", [])):
         saved |= flat(each, f"teachers.{number}.")
     of_teacher = ("number", "tower")
@@ -182,6 +220,7 @@ def as_begun(config: Config, folder: Path) -> Config:
         config,
         model=model,
         data=data,
+        loss=loss,
         episodes=begun(config.episodes, "episodes", "size"),
         prototypes=begun(config.prototypes, "prototypes", "number", "source"),
         teacher=begun(config.teacher, "teacher", *of_teacher),

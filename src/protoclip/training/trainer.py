@@ -33,7 +33,7 @@ from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces, in_order
-from protoclip.training.guard import NonFiniteGuard, has_gradients
+from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.overfit import names_of_images, recall
@@ -206,11 +206,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish_backward()
-        self._drop_gradients_without_loss(losses)
+        self._drop_gradients_without_loss()
         squares = self.model.take_pulls()
         pulls = measure(squares) if self.balance is not None or detailed else {}
-        if has_gradients(self.optimizer):
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
         # Projections without a loss must be finite too, since they are clustered.
         with torch.no_grad():
@@ -246,7 +245,7 @@ class Trainer:
         self.stepping += spent
         return metrics
 
-    def _drop_gradients_without_loss(self, losses: Mapping[str, Tensor]) -> None:
+    def _drop_gradients_without_loss(self) -> None:
         """Where a tower has no loss, let it have no gradient, either.
 
         Several ranks, and micro-batches, give it zeros, by which its weights would decay.
@@ -254,11 +253,11 @@ class Trainer:
         weights = self.weights
         if weights.info_nce or weights.sigmoid or weights.keep or weights.geometry or self.targets:
             return
-        taught = getattr(self.model, "taught", {}) if losses else {}
+        taught: Mapping[str, list[str]] = getattr(self.model, "taught", {})
         for name, parameter in self.model.named_parameters():
             of_image = name.startswith("towers.visual.")
             of_text = name.startswith("towers.") and not of_image and "logit_" not in name
-            if not losses or (of_image and not taught["image"]) or (of_text and not taught["text"]):
+            if (of_image and not taught.get("image")) or (of_text and not taught.get("text")):
                 parameter.grad = None
 
     @torch.no_grad()

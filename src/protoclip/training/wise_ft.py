@@ -239,11 +239,16 @@ def known_points(run: Run) -> list[Point]:
 
 
 def judges(run: Run) -> dict[str, str]:
-    """What judges the weights, by name: a digest of its images, captions, classes and prompts."""
+    """What judges the weights, by name: a digest of its images, captions, classes and prompts.
+
+    That of squashed images is another one than of crops, which have that of earlier versions.
+    """
     digests = {}
+    squashed = ["squashed"] * run.model.squashes
     for data in (*run.plan.held_out[:1], *run.plan.guards):
         split = data.splits["validation" if "validation" in data.splits else "test"]
-        facts = (split.images.key, split.captions, list(data.class_names), list(data.templates))
+        texts = (split.captions, list(data.class_names), list(data.templates))
+        facts = (split.images.key, *texts, *squashed)
         digests[data.name] = checksum(repr(facts).encode())
     return digests
 

@@ -88,7 +88,7 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
     ]
     assert [json.loads(file.read_text()) for file in files[1:]] == written
     for path in (files[0].parent, files[0]):  # they have no results by sample
-        with pytest.raises(ValueError, match=r": is of protoclip evaluate, .* --compare-to OTHER"):
+        with pytest.raises(ValueError, match=r": was written by protoclip evaluate.* --compare-to"):
             compare.read_results(path)
     rows = as_clip_benchmark_builds(files)
     names = {name for row in rows for name in row}

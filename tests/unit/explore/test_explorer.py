@@ -94,10 +94,18 @@ def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
 
 @pytest.mark.parametrize("held", ["by path", "in the table"])
 def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
-    held: str, tmp_path: Path
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not as what is near to itself either, and not as its own near-duplicate; texts are all
-    found. Nothing but their content tells that images in a table are equal."""
+    found. Nothing but their content tells that images in a table are equal, for which none is read
+    a second time."""
+    read, reads = ImageTextPairs.encoded, list[int]()
+
+    def counted(pairs: ImageTextPairs, row: int, part: slice | None = None) -> bytes:
+        reads.append(row)
+        return read(pairs, row, part)
+
+    monkeypatch.setattr(ImageTextPairs, "encoded", counted)
     rows, path = [], tmp_path / ("pairs.csv" if held == "by path" else "pairs.parquet")
     for number, row in enumerate(distinct_pairs(20)):
         (tmp_path / f"{number}.png").write_bytes(row["image"])
@@ -131,10 +139,18 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
             page = site.prototype(modality, number)
             assert page.count('class="card"') == prototype.size / pairs_of_an_image
             assert page.count("data-id=") == prototype.size
-    rows_of_list = site.prototype_list("image").split("<tr>")[2:]
-    for row in rows_of_list:  # at most four thumbnails, all of them of different images
-        shown_rows = [int(each) // 2 for each in re.findall(r"images/(\d+)\.webp", row)]
-        assert len({*shown_rows}) == len(shown_rows)
+        # At most four thumbnails, all of them of different images, and three different captions.
+        for row in re.split("<tr[^>]*>", site.prototype_list(modality))[2:]:
+            shown_rows = [int(each) // 2 for each in re.findall(r"images/(\d+)\.webp", row)]
+            assert len({*shown_rows}) == len(shown_rows)
+            (number,) = re.findall(rf"prototype-{modality}-(\d+)\.html", row)[:1]
+            nearest = site.members(modality, int(number))[:20].tolist()
+            captions = [*dict.fromkeys(one.pairs.caption(one.row(each)) for each in nearest)][:3]
+            assert re.findall(r'"caption"><bdi>(.*?)</bdi>', row) == captions
+    assert sorted(reads) == sorted(2 * [*range(40)])  # by `WordModel`, and to be encoded
+    pairs = explored(one.pairs.sources[0])  # of which nothing was encoded
+    assert len({pairs.image_key(row) for row in 2 * [*range(40)]}) == 20
+    assert len(reads) == 80 + (40 if held == "in the table" else 0)
 
 
 def test_all_pairs_of_an_image_can_be_ticked_however_many(tmp_path: Path) -> None:

@@ -25,10 +25,16 @@ import protoclip
 from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data import access
 from protoclip.data.captions import without_padding
-from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.data.transforms import (
+    EvaluationTransform,
+    LibraryTransform,
+    PillowTransform,
+    SquashTransform,
+)
 from protoclip.models import opening
 from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
+from protoclip.models.hugging_face import image_transform, preprocessing
 from protoclip.models.protoclip import ProtoCLIP
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import CLIP, save_open_clip
@@ -275,6 +281,26 @@ def test_a_hugging_face_model(kind, tmp_path):
             assert short.shape[1] < 24
             encode = loaded[0].encode_text
             torch.testing.assert_close(encode(short), encode(tokens))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"size": SQUARE, "crop_size": SQUARE}, SquashTransform),  # which cuts nothing off
+        ({"size": SQUARE, "do_center_crop": False}, SquashTransform),
+        ({"size": {"shortest_edge": 32}, "crop_size": SQUARE}, EvaluationTransform),
+        ({"size": {"height": 40, "width": 40}, "crop_size": SQUARE}, None),
+    ],
+)
+def test_what_squashes_images_is_known_by_its_settings(settings, kind):
+    """Of the last kind a run keeps neither; it crops."""
+    processor = transformers.CLIPImageProcessor(**settings)
+    theirs = image_transform(processor)
+    said = preprocessing(processor, theirs)
+    assert (said["resize_mode"] == "squash") is (kind is SquashTransform)
+    if kind is not None:
+        ours = kind(size=said["size"], mean=tuple(said["mean"]), std=tuple(said["std"]))
+        assert_same_inside(ours(IMAGES[1]), theirs(IMAGES[1]))
 
 
 @pytest.mark.parametrize(

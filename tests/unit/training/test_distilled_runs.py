@@ -54,7 +54,8 @@ def losses(folder: Path) -> list[set[str]]:
     return [{key.removeprefix("train/loss/") for key in line if "/loss/" in key} for line in steps]
 
 
-ALONE = {"teacher": 0.0, "prototypical": 0.0, "distil_by": "features"}
+ALONE = {"teacher": 0.0, "prototypical": 0.0}
+BY_FEATURES = {**ALONE, "distil_by": "features"}  # which needs heads
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "cluster_spaces", None)  # nothing may be clustered
-        train(distilled(data, out, **ALONE))
+        train(distilled(data, out, **BY_FEATURES))
     return out
 
 
@@ -74,7 +75,7 @@ def test_every_stage_learns_but_a_locked_tower(alone):
 
 def test_a_run_goes_on_exactly(alone, data, tmp_path, monkeypatch):
     """With the heads of its teachers."""
-    config = distilled(data, tmp_path / "stopped", **ALONE)
+    config = distilled(data, tmp_path / "stopped", **BY_FEATURES)
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         train(config)

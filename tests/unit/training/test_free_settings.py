@@ -20,6 +20,8 @@ from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
+from protoclip.models import saved
+from protoclip.models.resolve import resolve_start
 from protoclip.models.towers import build_tokenizer
 from protoclip.testing import tiny_config
 from protoclip.training.run_folder import (
@@ -29,6 +31,7 @@ from protoclip.training.run_folder import (
     check_settings,
     flat,
     pooled_as_begun,
+    resized_as_begun,
     to_toml,
 )
 
@@ -214,3 +217,19 @@ def test_the_pooling_of_an_image_half_stays_what_it_was(tmp_path):
         assert pooled_as_begun(given, tmp_path).model.image.pooling == kept
     for other in (ModelConfig(name="RN50"), ModelConfig(start="runs/a")):
         assert pooled_as_begun(Config(model=other), tmp_path) == Config(model=other)
+
+
+def test_images_stay_squashed_or_cropped_as_the_newest_readable_checkpoint_has_them(tmp_path):
+    """Versions up to 1.0.0 cropped them for a start that squashes too, and said nothing of it."""
+    starts = [ModelConfig(name="ViT-B-16-SigLIP", pretrained="webli"), ModelConfig(name="RN50")]
+    for start in map(resolve_start, starts):
+        assert resized_as_begun(start, tmp_path / "new") is start
+    for step, facts in enumerate(({}, {"resize_mode": "squash"}, {})):
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:09}"
+        saved.write_checkpoint(checkpoint, {}, {saved.MODEL: facts})
+        for start in map(resolve_start, starts):
+            begun = resized_as_begun(start, tmp_path)
+            assert begun.squashes is bool(facts)
+            assert ("resize_mode" in begun.description) is bool(facts)
+    (checkpoint / saved.MODEL).write_text("{")
+    assert resized_as_begun(start, tmp_path).squashes

@@ -39,7 +39,7 @@ def step(guard: NonFiniteGuard, number: int, loss: float, norm: float = 1.0) -> 
 def test_a_step_is_taken_if_loss_and_gradient_are_finite(loss, norm, taken, fp16, tmp_path):
     """Otherwise parameters stay as they are and the step is counted. In fp16 too, where the scaler
     of the losses looks at this rank's gradients alone, and finds these finite. A gradient of zero
-    is no fault: it is not counted, and the scale stays.
+    is no fault: it is counted apart, and the scale stays.
     """
     at_fault = not taken and norm != 0
     guard = guard_of(tmp_path, fp16=fp16)
@@ -49,23 +49,30 @@ def test_a_step_is_taken_if_loss_and_gradient_are_finite(loss, norm, taken, fp16
     (parameter,) = guard.optimizer.param_groups[0]["params"]
     assert bool((parameter != 0).all()) == taken
     assert guard.skipped == guard.in_a_row == int(at_fault)
+    assert guard.without_gradient == int(norm == 0)
     assert not guard.report.exists()
 
 
 def test_ten_steps_in_a_row_end_the_run(tmp_path):
-    """Not nine and a finite one."""
+    """Not nine and a finite one. Those without a gradient between them are as if left out."""
     guard = guard_of(tmp_path)
     assert MOST_SKIPPED == 10
     for number in range(1, 11):
         step(guard, number, NAN if number < 10 else 1.0)
-    assert guard.state_dict() == {"skipped": 9, "in_a_row": 0, "row": []}
+    expected = {"skipped": 9, "without_gradient": 0, "in_a_row": 0, "row": []}
+    assert guard.state_dict() == expected
     for number in range(11, 20):
         step(guard, number, 1.5, INF)
+        step(guard, number, 0.0, 0.0)
     state, guard = json.loads(json.dumps(guard.state_dict())), guard_of(tmp_path)
     guard.load_state_dict(state)  # as of a run that goes on
     with pytest.raises(ValueError, match=r"^training has diverged: [^\n]* in 10 steps") as error:
         step(guard, 20, NAN, NAN)
     assert (guard.skipped, guard.in_a_row) == (19, 10)
+    assert guard.summary(29, None) == (
+        "19 of 29 steps were skipped: their loss or gradient was not finite; 9 of 29 steps had no "
+        "gradient and changed nothing, as where no teacher knows a sample of the batch"
+    )
     assert "up to step 20; go on with --run.precision fp32" in str(error.value)
     assert str(error.value).endswith(f"(the samples of the last batch are in {guard.report})")
     assert json.loads(guard.report.read_text()) == {

@@ -94,15 +94,18 @@ def test_the_best_alpha(means, expected):
 
 
 def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
-    """Of a mixture all sources together; guards may change, also behind the same name."""
+    """Of a mixture all sources together; guards may change, also behind the same name.
+
+    Points of cropped images say nothing of squashed ones.
+    """
     before = {"alpha": 0.5, "scores": {"validation": 0.5, "old": 0.7}, "mean": 0.6}
 
     def data(name: str, seed: int = 0, **more: Any) -> EvaluationData:
         split = Split(images=ImageTextPairs(tiny_pairs(4, seed=seed), name="images"))
         return EvaluationData(name=name, splits={"validation": split}, **more)
 
-    def run(*guards: EvaluationData, step: int = 4) -> Any:
-        run = Mock(Run, folder=tmp_path, trainer=Mock(step=step))
+    def run(*guards: EvaluationData, step: int = 4, squashes: bool = False) -> Any:
+        run = Mock(Run, folder=tmp_path, trainer=Mock(step=step), model=Mock(squashes=squashes))
         run.plan = Mock(held_out=[*map(data, ("validation", "validation-a"))], guards=guards)
         return run
 
@@ -117,6 +120,10 @@ def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
     (tmp_path / FILE).write_text(json.dumps(sealed(record | of_old)))
     for other in ({"seed": 1}, {"class_names": ["x"]}, {"templates": ["a {c}"]}):
         assert known_points(run(data("old", **other))) == []
+    assert known_points(run(data("old"), squashes=True)) == []
+    of_squashed = {"data": judges(run(data("old"), squashes=True))}
+    (tmp_path / FILE).write_text(json.dumps(sealed(record | of_squashed)))
+    assert known_points(run(data("old"), squashes=True)) == [before]
 
 
 def model(value: float) -> dict[str, Tensor]:
