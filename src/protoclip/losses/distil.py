@@ -157,8 +157,9 @@ def distil(
     """The distance of a tower's outputs for a batch from a teacher's features of it.
 
     By `features` the mean of 1 - cosine, in [0, 2], as in `keep_features`: CLIP-KD finds that this
-    teaches more than relations, and small towers here learned more by these. The features are those that are stored, not whitened: whitening is
-    for clusters, and blows up directions in which features hardly differ.
+    teaches more than relations; small towers here learned more by relations. The features are those
+    that are stored, not whitened: whitening is for clusters, and blows up directions in which
+    features hardly differ.
 
     By `relations` the mean of KL(p || q) over rows, with q the softmax over a row's cosines to the
     other rows of the batch, at temperature 0.1, and p that of the teacher, which knows one
