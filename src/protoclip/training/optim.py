@@ -12,7 +12,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from protoclip.config import Config, locked_rate
+from protoclip.config import SMALL_IMAGE_SIZES, Config, locked_rate
 from protoclip.models.hugging_face import HuggingFaceTowers
 
 LOCKED_WARM_UP = 2  # steps
@@ -30,8 +30,9 @@ LAYERS = {
 def defaults(config: Config, kind: str | None) -> dict[str, Any]:
     """The settings of `[optim]` that depend on the model.
 
-    Small towers that start untrained, of no `kind`, get values that suit the bundled emoji. Other
-    models, transformers or convolutional, get values between the recipes known for such models.
+    Small towers that start untrained, of no `kind`, get values that suit the bundled emoji, and
+    half of their rate above 40 pixels, which suits photographs (docs/LOG.md). Other models,
+    transformers or convolutional, get values between the recipes known for such models.
     With extraction their heads learn as fast as the towers, as in the paper, and with a queue
     slowly. As batch, peak rate, warm-up of all steps, decay:
 
@@ -43,10 +44,11 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
     """
     episodes, given = config.episodes, config.optim
     if kind is None:
+        rate = 2e-3 if (config.model.image.size or 0) <= SMALL_IMAGE_SIZES[0] else 1e-3
         return {
-            "learning_rate": 2e-3,
+            "learning_rate": rate,
             "warm_up_steps": 50,
-            "locked_learning_rate": locked_rate(given.learning_rate or 2e-3),
+            "locked_learning_rate": locked_rate(given.learning_rate or rate),
             "betas": (0.9, 0.98),
             "eps": 1e-6,
             "weight_decay": 0.2,

@@ -246,6 +246,9 @@ def test_small_towers_get_what_suits_the_emoji():
         assert config.optim == OptimConfig(**expected)
         assert not [note for note in notes if note.startswith("optim.")]
     assert decided(named(None, weight_decay=0.1))[0].optim.heads_weight_decay == 0.1
+    larger = replace(named(None), model=ModelConfig(image=ImageTowerConfig(size=64)))
+    rates = decided(larger)[0].optim
+    assert (rates.learning_rate, rates.locked_learning_rate) == (1e-3, 1e-4)
 
 
 @pytest.mark.parametrize(
