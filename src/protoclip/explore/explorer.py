@@ -45,7 +45,6 @@ from protoclip.explore.atlas import (
 from protoclip.explore.names import vocabulary
 from protoclip.explore.neighbours import Neighbours
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.saved import is_aligned, read_config, run_of
@@ -347,7 +346,7 @@ def open_explorer(
             made[0],
             heads=heads,
             halves=halves,
-            shown_images=lambda of: hash_ids(pairs.image_key(int(made[0].rows[n])) for n in of),
+            shown_images=lambda of: pairs.shown_images(made[0].rows[of].numpy()),
             scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
             layout=layout,
             number=number,

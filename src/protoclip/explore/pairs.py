@@ -17,6 +17,7 @@ from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.view import AllBut, PairsView, RowNumbers, Rows, by_source
 from protoclip.evaluation.features import hash_of
 from protoclip.evaluation.validation import plain_sources
+from protoclip.features.store import Hashes, hash_ids
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -68,6 +69,23 @@ class ExploredPairs(PairsView):
                     self.keep_content(row, hash_of(source.encoded(number)))
             if self._content_is_known[row]:
                 return str(self._content[row])
+        return self.place(row)
+
+    def shown_images(self, rows: Rows) -> Hashes:
+        """Hashes that are equal where a copy of an image is no copy, but the same one.
+
+        Files have a hash each. So have images in a table or a shard, unless at least half of the
+        rows share theirs: then there is a row a caption, and equal content is one image.
+        """
+        keys = hash_ids(self.image_key(int(row)) for row in rows)
+        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        if (counts[inverse] > 1).mean() >= 0.5:
+            return keys
+        return hash_ids(self.place(int(row)) for row in rows)
+
+    def place(self, row: int) -> str:
+        """Names the file of a pair's image, or its row."""
+        source, number = self.locate(row)
         return str(source.image_key(number))
 
     def keep_content(self, rows: int | Rows, hashes: int | npt.NDArray[np.int64]) -> None:

@@ -90,7 +90,7 @@ def export(
     check(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
     with locked(folder), appearing(folder, overwrite=overwrite) as temporary:
-        facts = write(source, temporary, formats, opset=opset)
+        facts = write(source, temporary, formats, opset=opset, beside=folder.parent)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
         # The name that the folder will have, once every library has read it.
@@ -198,8 +198,13 @@ def check(formats: Sequence[str], opset: int, name: str | None) -> None:
         raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
 
 
-def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -> dict[str, Any]:
-    """Write each format; returns what they are, and why others are left out."""
+def write(
+    source: Source, folder: Path, formats: Sequence[str], *, opset: int, beside: Path
+) -> dict[str, Any]:
+    """Write each format; returns what they are, and why others are left out.
+
+    What goes wrong is told by where the folder is made: `beside`, as the user named it.
+    """
     graphs: Callable[[Source, Path], str] = partial(onnx.write, opset=opset)
     writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
@@ -213,7 +218,7 @@ def write(source: Source, folder: Path, formats: Sequence[str], *, opset: int) -
         except Exception as error:  # what these libraries raise has no common class
             raise ValueError(
                 f"{source.reference}: cannot be exported as {name} ({line(str(error))}) into "
-                f"{folder.parent}"
+                f"{beside}"
             ) from error
     if not written:
         reasons = "; ".join(f"not as {name}: {reason}" for name, reason in left_out.items())
