@@ -340,12 +340,11 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     assert find_checkpoint(out).name == "step-000000004"
     main(again)
     assert read(out / "wise_ft.json") == read(finished / "wise_ft.json")
-    # Up to the rounding of features: what was encoded before the signal is not encoded again, so
-    # the images that are left may pass the model in other batches.
-    assert read(out / "results.json")["metrics"] == pytest.approx(
-        read(finished / "results.json")["metrics"], abs=1e-7
-    )
-    assert lines(out) == lines(finished)
+    # Up to the rounding of features: those of equal weights are kept, and whoever encoded them
+    # first may have done so in batches of another size.
+    metrics = read(finished / "results.json")["metrics"]
+    assert read(out / "results.json")["metrics"] == pytest.approx(metrics, abs=1e-7)
+    assert lines(out) == [pytest.approx(line, abs=1e-7) for line in lines(finished)]
     assert all(torch.equal(weights(out)[name], w) for name, w in weights(finished).items())
 
 

@@ -69,7 +69,7 @@ class ExploredPairs(PairsView):
                     self.keep_content(row, hash_of(source.encoded(number)))
             if self._content_is_known[row]:
                 return str(self._content[row])
-        return self.place(row)
+        return self.file_or_row(row)
 
     def shown_images(self, rows: Rows) -> Hashes:
         """Hashes that are equal where a copy of an image is no copy, but the same one.
@@ -81,9 +81,9 @@ class ExploredPairs(PairsView):
         _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
         if (counts[inverse] > 1).mean() >= 0.5:
             return keys
-        return hash_ids(self.place(int(row)) for row in rows)
+        return hash_ids(self.file_or_row(int(row)) for row in rows)
 
-    def place(self, row: int) -> str:
+    def file_or_row(self, row: int) -> str:
         """Names the file of a pair's image, or its row."""
         source, number = self.locate(row)
         return str(source.image_key(number))
