@@ -13,12 +13,12 @@ from protoclip.data.pairs import Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
-from protoclip.training import optim, wise_ft
+from protoclip.training import optim, sizes, wise_ft
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.overfit import given_for_few
 from protoclip.training.run import train_together
 
-PASSES = 5  # over the data
+PASSES = 5  # over the images
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
 LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
 # What fine-tuning chooses where it is not given.
@@ -108,7 +108,7 @@ def before_data(given: Mapping[str, Any]) -> Choices:
 def with_data(
     choices: Choices, config: Config, start: Start, data: Judged, *, alpha: float | None
 ) -> tuple[Config, list[str]]:
-    """The defaults of fine-tuning for `plan.complete`: a pass over the data is an episode.
+    """The defaults of fine-tuning for `plan.complete`: a pass over the images is an episode.
 
     Raises:
         ValueError: A stream has no number of episodes, or nothing judges the weights.
@@ -119,8 +119,11 @@ def with_data(
             "(data.validation), name a guard, or give an alpha"
         )
     choices.config, choose = config, choices.choose
-    rows = len(data.training) if isinstance(data.training, Pairs) else None
-    batch, size, count = episodes(choices, rows)
+    rows, images = None, None
+    if isinstance(data.training, Pairs):
+        rows = len(data.training)
+        images = round(rows / sizes.pairs_an_image(data.training))
+    batch, size, count = episodes(choices, rows, images)
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     choose("optim.weight_decay", 0.1)
     features = None
@@ -138,14 +141,17 @@ def with_data(
     return choices.config, choices.notes
 
 
-def episodes(choices: Choices, rows: int | None) -> tuple[int, int, int]:
-    """Pairs in a batch and in an episode, and episodes: some passes over so many rows."""
+def episodes(choices: Choices, rows: int | None, images: int | None) -> tuple[int, int, int]:
+    """Pairs in a batch and in an episode, and episodes: some passes over so many images.
+
+    So a table with a row a caption takes as long as one with a row an image.
+    """
     choose, given = choices.choose, choices.config.episodes
     if rows is None and not (given.size and choices.is_given("episodes.count")):
         raise ValueError(
             "episodes.size: a stream has no length; give episodes.size and episodes.count"
         )
-    wanted = given.size or min(LARGEST_EPISODE, rows or 0)
+    wanted = given.size or min(LARGEST_EPISODE, images or 0)
     batch = SMALLEST_BATCH
     while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
         batch *= 2
@@ -159,5 +165,5 @@ def episodes(choices: Choices, rows: int | None) -> tuple[int, int, int]:
     size = choose("episodes.size", max(batch, wanted // batch * batch))
     if rows is not None and size <= rows:
         choose("episodes.replacement", False)
-    passes = 1 if rows is None else round(PASSES * rows / size)
-    return batch, size, choose("episodes.count", max(1, passes))
+    count = 1 if images is None else max(1, round(PASSES * images / size))
+    return batch, size, choose("episodes.count", count)

@@ -111,14 +111,7 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
     Rows of one image follow each other in tables with a row a caption. Equal files of different
     names count as different (`content.repeated_images`): protoclip data inspect compares contents.
     """
-    if not isinstance(samples, Pairs):
-        return []
-    looked_at, again = 0, 0
-    for source in sources_of(samples):
-        if isinstance(source, ImageTextPairs):
-            first = range(min(len(source), FIRST_ROWS))
-            looked_at += len(first)
-            again += repeated_images(source, first)
+    looked_at, again = repeated(samples)
     if again <= SHARED * looked_at:
         return []
     return [
@@ -126,3 +119,20 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
         "the two are negatives of each other; set loss.positives = masked, or give each image one "
         "row with all its captions"
     ]
+
+
+def pairs_an_image(samples: Pairs) -> float:
+    """How many pairs an image has, by the first rows of each source; about 1 in most data."""
+    looked_at, again = repeated(samples)
+    return looked_at / (looked_at - again) if looked_at else 1.0
+
+
+def repeated(samples: Pairs | SampleStream) -> tuple[int, int]:
+    """How many pairs were looked at, and how many of them have the image of another one."""
+    looked_at, again = 0, 0
+    for source in sources_of(samples) if isinstance(samples, Pairs) else ():
+        if isinstance(source, ImageTextPairs):
+            first = range(min(len(source), FIRST_ROWS))
+            looked_at += len(first)
+            again += repeated_images(source, first)
+    return looked_at, again

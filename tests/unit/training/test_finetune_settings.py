@@ -9,8 +9,9 @@ from numbered import Numbered
 
 from protoclip.checks import check
 from protoclip.cli.finetune import Finetune
-from protoclip.config import Config
+from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
+from protoclip.data.sources import open_source
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
@@ -49,10 +50,22 @@ def settings(rows: int | None = 40_000, **sections: dict[str, Any]) -> Config:
         (None, {"size": 64_000, "count": 3}, (512, 64_000, 3)),
     ],
 )
-def test_episodes_are_passes_over_the_data(number, given, expected):
+def test_episodes_are_passes_over_the_pairs(number, given, expected):
     found = settings(number, episodes=given).episodes
     assert (found.batch_size, found.size, found.count) == expected
     assert found.replacement is (number is None or found.size > number)
+
+
+def test_passes_count_images_where_each_has_several_rows(tmp_path):
+    """Five captions an image: one pass over the rows, as long as with a row an image."""
+    lines = [f"{row // 5}.png\tcaption {row}" for row in range(5_000)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
+    pairs = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
+    choices = finetune.before_data({"model": {"start": "open_clip:RN50/openai"}})
+    data = Judged(pairs, [Mock()], [])
+    found = finetune.with_data(choices, choices.config, Mock(Start), data, alpha=None)[0].episodes
+    assert (found.batch_size, found.size, found.count) == (16, 992, 5)
+    assert found.replacement is False
 
 
 @pytest.mark.parametrize(
