@@ -264,6 +264,15 @@ def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
         raise ValueError(f"{folder}: exists; choose another folder, or give --overwrite")
 
 
+def require_apart(reference: str, folder: str | Path) -> None:
+    """Refuse a folder that is a local model, or holds it: the model would go with the folder."""
+    if not Path(folder).exists():
+        return
+    model = Path(re.sub(r"^(hf|local-dir|reference):|,model=[^,]*$", "", reference))
+    if model.exists() and Path(folder).resolve() in (model.resolve(), *model.resolve().parents):
+        raise ValueError(f"{folder}: the model that is exported lies here; choose another folder")
+
+
 def is_export(folder: Path) -> bool:
     """Whether a folder has the model card of an export, and is no Git clone of one."""
     try:

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -380,6 +381,8 @@ def test_vectors_in_a_file_are_of_what_align_has_encoded(
     assert len(decoded) == 101
     note = "align encoded these images in fp32, so they are encoded anew in bf16; --precision fp32"
     assert note in capsys.readouterr().err
+    embedded("rounded", train, more, precision="bf16")
+    assert note not in capsys.readouterr().err  # the file is finished
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "empty"))
     plain = embedded("plain", more, train)
     for column in plain.column_names:
@@ -531,8 +534,12 @@ def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, stor
 
     monkeypatch.setattr(halves, "locked", refused)
     assert len(rows_of(bad)[1].first) == 96
-    with pytest.raises(PermissionError):
+    before = {*threading.enumerate()}
+    with pytest.raises(PermissionError) as error:
         rows_of(given)
+    # None that reads images is left, though the error still holds the frames that began them.
+    assert error.tb is not None
+    assert {*threading.enumerate()} <= before
 
 
 def test_equal_weights_of_another_architecture_are_another_half(given, tmp_path, store):

@@ -259,14 +259,25 @@ def test_a_store_that_fails_for_long_ends_a_pass(
 
 
 def test_lost_shards_among_good_ones_end_no_later_pass(given, shards, store, bucket, monkeypatch):
-    """Which reads them one after another, as all others are there."""
+    """Which reads them one after another, as all others are there. Nor do some that never come."""
     for number, path in zip((1, 3, 5), sorted((shards / "plain").glob("*.tar")), strict=True):
         fsspec.filesystem("s3").pipe(f"{bucket}/b/{number}.tar", path.read_bytes())
     settings = of(given, f"{bucket}/b/{{0..5}}.tar")
     monkeypatch.setattr(streamed, "MAX_FAILED", 2)
     with pytest.raises(ValueError, match="3 of 6 shards were not read to their end"):
         rows_of(settings)
-    assert len(rows_of(changed(settings, data={"max_bad_share": 0.5}))[0].samples) == 96
+    settings = changed(settings, data={"max_bad_share": 0.5})
+    assert len(rows_of(settings)[0].samples) == 96
+    for before, now in ((1, 0), (3, 4)):  # three in a row are missing, as many as may be
+        fsspec.filesystem("s3").mv(f"{bucket}/b/{before}.tar", f"{bucket}/c/{now}.tar")
+    fsspec.filesystem("s3").mv(f"{bucket}/b/5.tar", f"{bucket}/c/5.tar")
+    others = changed(settings, data={"train": f"{bucket}/c/{{0..5}}.tar"})
+    assert len(rows_of(others)[0].samples) == 96
+    for number in (1, 2, 3):
+        fsspec.filesystem("s3").pipe(f"{bucket}/c/{number}.tar", b"no tar")
+    others = changed(settings, data={"train": f"{bucket}/c/{{0..6}}.tar"})
+    with pytest.raises(ValueError, match="2 shards in a row without a sample"):
+        rows_of(others)
 
 
 def test_rows_that_were_deleted_are_encoded_anew(given, shards, store, monkeypatch):

@@ -45,6 +45,7 @@ KEYS = (
     "check the credentials that its client finds (of s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY; FSSPEC_S3_ANON=true reads what is public)"
 )
+MISSING = "no such file"  # the reason of what is not there
 # What botocore says, and raises, without importing it.
 NO_BUCKET = "The specified bucket does not exist"
 WITHOUT_KEYS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -254,13 +255,17 @@ def digest(facts: Mapping[str, Any]) -> str:
 def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     """Identifies the content of a file (by size, time, both ends) or URL (by its headers).
 
+    The query of a URL counts where no ETag tells the content: it may choose the file. Elsewhere it
+    may be a signature, as of a presigned URL, which is another one each time.
+
     Raises `ValueError`, which names it, if it cannot or may not be read.
     """
     try:
         require_allowed(path, access)
         if is_url(path):
             known = {name: v for name, v in url_facts(path).items() if name.lower() in URL_FACTS}
-            return digest({"url": path, **known})
+            has_etag = any(name.lower() == "etag" for name in known)
+            return digest({"url": path.partition("?")[0] if has_etag else path, **known})
         with open_local(path) as file:
             status = os.fstat(file.fileno())
             ends = file.read(1 << 16)
@@ -313,7 +318,7 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the exception's name."""
     text = str(error).strip().split("\n")[0].strip()
     if isinstance(error, FileNotFoundError):
-        return text if text == NO_BUCKET else "no such file"
+        return text if text == NO_BUCKET else MISSING
     return visible(text[:200]) or type(error).__name__
 
 

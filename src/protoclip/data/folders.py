@@ -40,7 +40,8 @@ IMAGE_SUFFIXES = (
     *(".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
 )
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2")
-UNREAD = "images of a kind that is not read (JPEG, PNG, WebP, GIF, BMP and TIFF are)"
+UNREAD = "images of a kind that is not read"
+CONVERT = "convert them to JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
 def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -86,12 +87,6 @@ def tables(folder: Path) -> tuple[Path, list[Path]]:
     return folder, files
 
 
-def text_tables(folder: Path) -> list[Path]:
-    """The CSV, TSV and JSON Lines files of a folder, which nothing reads with the folder."""
-    visible = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted(file for file in visible if file.suffix.lower() in TEXT_SUFFIXES)
-
-
 def _inside(folder: Path, name: Any) -> Path:
     """A file or folder of a saved dataset, which may name nothing outside its own folder."""
     if not isinstance(name, str) or Path(name).name != name or name == "..":
@@ -104,9 +99,11 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them."""
     left_out, keys, access = LeftOut(str(folder)), caption_columns(data), access_of(data)
     unread = LeftOut(str(folder))  # apart, since the index does not change with these
-    images = list(_walk(folder, left_out, unread))
+    text_tables: list[str] = []
+    images = list(_walk(folder, left_out, unread, text_tables))
     if unread.notes and not images:
-        raise ValueError(f"{unread.notes[0]}; no pair is left: convert them, as to JPEG")
+        raise ValueError(f"{unread.notes[0]}; no pair is left: {CONVERT}")
+    unread.advice[UNREAD] = CONVERT
     stems = Counter(_split(image)[0] for image, _ in images)
     names = {image for image, _ in images}
 
@@ -129,8 +126,9 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     key = digest({**vars(access), "folder": str(folder.resolve()), "known": known, "keys": keys})
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
-    if images and (beside := text_tables(folder)):
-        way_out = f"{beside[0]} looks like a table of captions: name it instead of the folder"
+    if images and text_tables:
+        table = folder / text_tables[0]
+        way_out = f"{table} looks like a table of captions: name it instead of the folder"
     index = build_index(key, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
@@ -138,11 +136,15 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     return pairs
 
 
-def _walk(top: Path, left_out: LeftOut, unread: LeftOut) -> Iterator[tuple[str, str | None]]:
+def _walk(
+    top: Path, left_out: LeftOut, unread: LeftOut, text_tables: list[str]
+) -> Iterator[tuple[str, str | None]]:
     """The images below a folder, each with the file of its captions; in order of the names.
 
-    Those of a kind that is not read are counted in `unread`, other things in `left_out`. Links are
-    followed, but no folder is read twice. Hidden files and folders are passed over.
+    Those of a kind that is not read are counted in `unread`, other things in `left_out`. The CSV,
+    TSV and JSON Lines files beside them, which nothing reads with the folder, come to
+    `text_tables`. Links are followed, but no folder is read twice. Hidden files and folders are
+    passed over.
     """
     seen: set[tuple[int, int]] = set()
 
@@ -164,6 +166,8 @@ def _walk(top: Path, left_out: LeftOut, unread: LeftOut) -> Iterator[tuple[str, 
         split = [((here / name).as_posix(), *_split((here / name).as_posix())) for name in names]
         beside = {stem: file for file, stem, suffix in split if suffix == ".json"}
         beside |= {stem: file for file, stem, suffix in split if suffix == ".txt"}
+        if Path(path) == top:
+            text_tables += [file for file, _, suffix in split if suffix in TEXT_SUFFIXES]
         for file in (f for f, _, suffix in split if suffix in UNREAD_SUFFIXES):
             unread.add(UNREAD, file)
         yield from ((f, beside.get(stem)) for f, stem, suffix in split if suffix in IMAGE_SUFFIXES)

@@ -27,7 +27,7 @@ from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import locked, naming
 from protoclip.models import loading
-from protoclip.paths import is_export, require_new
+from protoclip.paths import is_export, require_apart, require_new
 from protoclip.terminal import line, say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
@@ -62,7 +62,7 @@ def export(
 
     Args:
         reference: As for `protoclip.load`.
-        folder: A folder that does not exist, or with `overwrite` an export.
+        folder: A folder that does not exist, or with `overwrite` an export; not the model's own.
         formats: Of "open_clip"; "hf", for transformers, transformers.js and
             sentence-transformers; "timm", the image tower alone; and "onnx".
         opset: Of the ONNX graphs, 18 or later.
@@ -86,6 +86,7 @@ def export(
     """
     folder = Path(folder)
     put_back(folder)
+    require_apart(str(reference), folder)
     require_new(folder, overwrite=overwrite)
     check(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)

@@ -156,7 +156,13 @@ def embed(
             has_classes=has_classes,
             name=name,
         )
-        claimed = partial(claim_file, out, working, settings, overwrite)
+
+        def claimed() -> tuple[dict[str, Any], list[Path]]:
+            facts, parts = claim_file(out, working, settings, overwrite)
+            if kept.note and "rows" not in facts:  # nothing is encoded for a file that is finished
+                say(f"note: {kept.note}")
+            return facts, parts
+
         finished = encode_missing(encode, samples, claimed, working, settings, label=name)
         facts = finished or rank0_first(lambda: join_parts(out, working, settings, has_classes))
     if rank() == 0:

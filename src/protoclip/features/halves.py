@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -379,9 +379,10 @@ def require_unreadable(
     """Raise that a store cannot be written, unless what it lacks are images that cannot be read."""
     if encoder.reads == "text":
         raise refused
-    read = read_images(items, range(len(items)), encoder.read_image, batch_size, threads)
-    if not all(isinstance(one, BadSample) for batch in read for one in batch):
-        raise refused
+    rows = range(len(items))
+    with closing(read_images(items, rows, encoder.read_image, batch_size, threads)) as read:
+        if not all(isinstance(one, BadSample) for batch in read for one in batch):
+            raise refused
 
 
 def completed(

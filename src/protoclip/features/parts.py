@@ -9,7 +9,7 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -320,11 +320,12 @@ def read_images(
     prepare: Callable[[Sample], T],
     batch_size: int,
     threads: int | None,
-) -> Iterator[list[tuple[Item, Sample, T] | BadSample]]:
+) -> Generator[list[tuple[Item, Sample, T] | BadSample], None, None]:
     """Samples with what `prepare` makes of their images, a batch at a time.
 
-    Threads (one a core if unset) read and decode one batch ahead of the model. A `ValueError` of
-    `prepare` marks a bad sample.
+    Threads (one a core if unset) read and decode one batch ahead of the model. Who keeps the
+    iterator and leaves before the last batch closes it, or the garbage collector may do so in one
+    of these threads, which cannot wait for itself. A `ValueError` of `prepare` marks a bad sample.
 
     Raises:
         ValueError: For more than `access.PATIENCE_SECONDS`, remote images could not be read, and

@@ -76,10 +76,16 @@ class KeptHalf:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptHalves:
-    """What is kept of both halves of a model; of most models nothing."""
+    """What is kept of both halves of a model; of most models nothing.
+
+    Attributes:
+        note: What whoever is about to encode should know: these images are kept in another
+            precision.
+    """
 
     image: KeptHalf | None = None
     text: KeptHalf | None = None
+    note: str = ""
 
     def images_of(
         self, samples: Any, items: Sequence[Item], width: int
@@ -120,7 +126,7 @@ def kept_halves(
 ) -> KeptHalves:
     """What `align` kept of the halves of a run's model, in this precision. Collective.
 
-    Says so if it kept these pairs in another one, or if the store is damaged, which is not read
+    Notes if it kept these pairs in another one. Warns if the store is damaged, which is not read
     then.
     """
     run = run_of(reference)
@@ -150,18 +156,18 @@ def kept_halves(
             return None
         return KeptHalf(stored=stored, project=project, device=device, autocast=context)
 
-    image = kept(precision, heads.encode_image, transform=transform)
+    image, note = kept(precision, heads.encode_image, transform=transform), ""
     trained_in = resolve(config.run.precision, device)
     if image is None and trained_in != precision:
         other = kept(trained_in, heads.encode_image, transform=transform)
         keys = [image_key(samples, row) for row in range(min(len(samples), LOOKED_UP))]
-        if other is not None and (other.find(keys) >= 0).any() and rank() == 0:
-            say(
-                f"note: align encoded these images in {trained_in}, so they are encoded anew in "
+        if other is not None and (other.find(keys) >= 0).any():
+            note = (
+                f"align encoded these images in {trained_in}, so they are encoded anew in "
                 f"{precision}; --precision {trained_in} takes what is there"
             )
     text = kept(precision, heads.encode_text, tokenizer=tokenizer)
-    return KeptHalves(image=image, text=text)
+    return KeptHalves(image=image, text=text, note=note)
 
 
 def is_shared(folder: Path) -> bool:

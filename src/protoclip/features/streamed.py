@@ -166,7 +166,9 @@ def _passed(
         stored = [opened(half.folder, half.encoder.width) for half in halves]
         encode_missing(
             _until_out_of_patience(
-                stream, partial(_encode_shard, stream, halves, stored, batch_size, threads)
+                stream,
+                partial(_encode_shard, stream, halves, stored, batch_size, threads),
+                max_bad_share,
             ),
             stream.shards,
             lambda: claim(working, settings, name=working),
@@ -241,11 +243,12 @@ def _key_of(shard: str) -> str:
     return checksum(to_json(facts).encode())
 
 
-def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
+def _until_out_of_patience(stream: ShardStream, encode: Encode, max_bad_share: float) -> Encode:
     """`encode`, which ends the pass after as many lost shards in a row as end a stream.
 
     Only remote ones count: then it is the network, or the store. The same command reads them again.
     It reads no others then, so it counts only those that are neighbours in the rank's share of all.
+    Those that the store does not have end nothing that `max_bad_share` would not refuse in the end.
     """
     failed, lost = 0, 0.0  # shards in a row, and the seconds that they took
     last = 0  # the number of the last of them
@@ -262,7 +265,10 @@ def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
         if number != last + world_size():
             failed, lost = 0, 0.0
         failed, lost, last = failed + 1, lost + time.monotonic() - began, number
-        if failed >= MAX_FAILED or lost > access.PATIENCE_SECONDS:
+        is_allowed = reasons[-1].startswith(access.MISSING) and not _is_too_much(
+            failed, len(stream.shards), max_bad_share
+        )
+        if (failed >= MAX_FAILED and not is_allowed) or lost > access.PATIENCE_SECONDS:
             raise ValueError(
                 f"{stream.name}: {failed} shards in a row without a sample that can be used; the "
                 f"last is {without_secrets(shard)}: {reasons[-1]}; {access.GO_ON}"
@@ -270,6 +276,10 @@ def _until_out_of_patience(stream: ShardStream, encode: Encode) -> Encode:
         return part
 
     return encode_one
+
+
+def _is_too_much(bad: int, number: int, max_bad_share: float) -> bool:
+    return bad > max_bad_share * number
 
 
 def _encode_shard(
@@ -386,7 +396,7 @@ def _finish(
         if not some:
             continue
         told = f"{len(some):,} of {number:,} {what}, such as {some[0]}"
-        if not good or len(some) > max_bad_share * number:
+        if not good or _is_too_much(len(some), number, max_bad_share):
             raise ValueError(
                 f"{stream.name}: {told}; that is more than data.max_bad_share "
                 f"({max_bad_share:g}) allows; mend or leave out what is bad, or raise it"

@@ -289,12 +289,18 @@ def require_same_teachers(of_all: Sequence[tuple[str, Mapping[str, Facts]]]) -> 
 def idle(config: Config) -> list[str]:
     """Notes on settings that this device, or so many ranks, make slow or idle."""
     notes = []
-    if config.run.precision == "fp16" and collectives.device(config.run.device).type == "cpu":
+    if config.run.precision == "fp16" and is_cpu(config.run.device):
         notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
     part, share = config.episodes.micro_batch_size, config.episodes.batch_size // world_size()
     if part is not None and part >= share:
         notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
     return notes
+
+
+def is_cpu(device: str) -> bool:
+    """Whether a device is the CPU. One that is named need not be here: the plan may be for another
+    machine."""
+    return device == "cpu" or (device == "auto" and collectives.device(device).type == "cpu")
 
 
 def without_batch_norm(start: Start) -> list[str]:

@@ -261,6 +261,8 @@ class Odd(http.server.BaseHTTPRequestHandler):
     def start(self, size: int) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(size))
+        if self.path.startswith("/tagged"):
+            self.send_header("ETag", '"1"')
         self.end_headers()
 
     def log_message(self, *args) -> None:
@@ -357,6 +359,13 @@ def test_a_fingerprint_follows_the_content(tmp_path, bucket, serve):
     assert [len(prints) for prints in found.values()] == [3, 3, 3]
     assert len(set(found[str(path)])) == 3
     assert len(set(found[url])) == 2  # the server tells nothing but the size
+
+
+def test_a_signature_in_a_query_changes_no_fingerprint(server):
+    """Where an ETag tells the content; elsewhere the query may choose the file."""
+    for name, different in (("tagged", 1), ("plain", 2)):
+        prints = {fingerprint(f"{server}/{name}?signature={key}") for key in "ab"}
+        assert len(prints) == different
 
 
 def test_a_relative_root_is_where_the_process_is_now(tmp_path, monkeypatch):

@@ -480,8 +480,8 @@ def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatc
 def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monkeypatch, tmp_path):
     """One that fails, in writing or in taking the name, leaves the old one, and nothing beside.
 
-    The old folder may be the model that is exported. A folder without a card of ours stays, and so
-    does a Git clone.
+    It is not the model itself, which would go with it. A folder without a card of ours stays, and
+    so does a Git clone.
     """
     out, gone, killed = (
         tmp_path / "out",
@@ -492,7 +492,7 @@ def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monk
     with pytest.raises(
         ValueError, match=r"out: exists; choose another folder, or give --overwrite$"
     ):
-        protoclip.export(out, out, ["timm"])
+        protoclip.export(reference("run"), out, ["timm"])
     with pytest.raises(OSError, match="full"), run.appearing(out, overwrite=True):
         raise OSError("full")
     rename = Path.rename
@@ -509,17 +509,19 @@ def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monk
     assert [*tmp_path.iterdir()] == [out]
     assert (out / gone).is_file()
     out.rename(killed)  # as a process that is killed here leaves it
-    with pytest.raises(ValueError, match=r"out: exists; choose another folder, or give"):
-        protoclip.export(out, out, ["timm"])
-    assert [*tmp_path.iterdir()] == [out]
+    itself = r"out: the model that is exported lies here; choose another folder$"
+    for model in (out, f"hf:{out}", out / "open_clip_model.safetensors"):
+        with pytest.raises(ValueError, match=itself):
+            protoclip.export(model, out, ["timm"], overwrite=True)
+        assert [*tmp_path.iterdir()] == [out]
     (out / ".git").mkdir()
     with pytest.raises(ValueError, match=r"out: exists, and holds \.git, which is never removed"):
-        protoclip.export(out, out, ["timm"], overwrite=True)
+        protoclip.export(reference("run"), out, ["timm"], overwrite=True)
     with pytest.raises(ValueError, match="exists by now"), run.appearing(out, overwrite=True):
         pass
     (out / ".git").rmdir()
     killed.mkdir()
-    main(["export", str(out), str(out), "--formats", "timm", "--overwrite"])
+    main(["export", str(reference("run")), str(out), "--formats", "timm", "--overwrite"])
     assert [*tmp_path.iterdir()] == [out]
     assert (out / "timm").is_dir()
     assert not (out / gone).exists()

@@ -51,6 +51,7 @@ from protoclip.training.plan import (
     Plan,
     complete,
     filled,
+    idle,
     make_plan,
     outline,
     without_batch_norm,
@@ -522,15 +523,14 @@ def test_a_plan_says_what_needs_no_built_model(tmp_path):
         out=str(tmp_path / "run"),
         teacher=str(tmp_path / "teacher.parquet"),
     )
-    plan = make_plan(
-        replace(
-            config,
-            run=replace(config.run, precision="fp16"),
-            data=replace(config.data, captions=2, validation=0.0),
-            episodes=replace(config.episodes, micro_batch_size=16),
-            align=AlignConfig(views=2),
-        )
+    config = replace(
+        config,
+        run=replace(config.run, precision="fp16", device="cpu"),
+        data=replace(config.data, captions=2, validation=0.0),
+        episodes=replace(config.episodes, micro_batch_size=16),
+        align=AlignConfig(views=2),
     )
+    plan = make_plan(config)
     assert [*plan.teachers] == ["teacher"]
     assert [note for note in plan.notes if ": " in note] == [
         "run.precision: fp16 is slow on a CPU; auto is faster",
@@ -539,6 +539,9 @@ def test_a_plan_says_what_needs_no_built_model(tmp_path):
         "teacher: no features of 8 of 48 training samples; its loss leaves such samples out",
         "align.*: no effect, since protoclip align alone aligns halves",
     ]
+    # The plan of a run on another machine, whose card need not be here.
+    elsewhere = replace(config, run=replace(config.run, device="cuda"))
+    assert not any("fp16" in note for note in idle(elsewhere))
 
 
 def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeypatch):
