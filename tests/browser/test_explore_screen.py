@@ -1,7 +1,7 @@
 """The explorer's first screen: what has room, what stays in sight, and what takes the pointer."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,33 @@ def test_a_phone_keeps_the_selection_in_sight_once_there_is_one(phone: Any) -> N
     assert phone.evaluate(at) == 0
     phone.tap("#clear")
     assert phone.evaluate(at) < 0
+
+
+def test_near_duplicates_are_ticked_with_all_their_pairs(
+    browser: Any, serve_pages: Callable[[Pages], str], tmp_path: Path
+) -> None:
+    """Those of an image together; and the second of each, which leaves the first of all alike."""
+    rows = [
+        {"sample_id": f"{number}{which}", "image": row["image"], "caption": f"a thing, {which}"}
+        for number, row in enumerate(distinct_pairs(4))
+        for which in "ab"
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    explored = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), cache=False)
+    page = browser.new_page()
+    page.goto(serve_pages(Pages(explored)).replace("/?", "/1/duplicates.html?"))
+    ids = "() => JSON.parse(sessionStorage.getItem(KEY)).sort().join()"
+    page.get_by_label("select 1a and 1 more of this image").first.check()
+    assert page.evaluate(ids) == "1a,1b"
+    page.click("text=Select the second of each")
+    assert page.evaluate(ids) == "1a,1b,2a,2b,3a,3b"
+    page.get_by_label("select 1a and 1 more of this image").first.uncheck()
+    assert page.evaluate(ids) == "2a,2b,3a,3b"
+    page.goto(page.url.replace("duplicates", "odd-distance"))
+    page.get_by_label("select 1b").check()
+    page.goto(page.url.replace("odd-distance", "duplicates"))
+    assert page.get_by_label("select 1a and").first.evaluate("box => box.indeterminate")
+    page.close()
 
 
 def test_an_image_finds_itself(phone: Any, pages: Pages) -> None:

@@ -202,6 +202,8 @@ class Explore:
 
         data = self.settings()
         require_here(data)
+        if self.class_column is not None and data.sources:
+            data = with_classes(data, self.class_column)
         samples, notes = open_source(data)
         print_notes(notes)
         return explored(samples, class_column=self.class_column)
@@ -226,6 +228,21 @@ class Explore:
         column = self.class_column or config.data.class_column
         # A run may have streamed shards that lie here, where they can be read in any order too.
         return replace(config.data, read="auto", class_column=column, **given)
+
+
+def with_classes(data: DataConfig, column: str) -> DataConfig:
+    """A mixture whose classes are in a column that some of its sources may lack."""
+    from protoclip.data.sources import open_source
+
+    data, sources = replace(data, class_column=None), []
+    for entry in data.sources:
+        named = replace(entry, class_column=column)
+        try:
+            has_it = getattr(open_source(data, named), "class_column", None) is not None
+        except ValueError:  # what else may be wrong with it is said when all are opened
+            has_it = False
+        sources.append(named if has_it else replace(entry, class_column=None))
+    return replace(data, sources=sources)
 
 
 def require_here(data: DataConfig) -> None:

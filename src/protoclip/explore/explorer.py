@@ -63,6 +63,7 @@ MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
 # So many times as many pairs as images are asked for, until that many images are among them.
 PAIRS_PER_IMAGE = (2, 16, 128, 1024)
+SAME_IMAGE = 0.999  # cosine above which two pairs may show one image, whose features are rounded
 
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
@@ -188,6 +189,22 @@ class Explorer:
             images.append((first, entries[0][1]))
             sharing[first] = others
         return images, sharing
+
+    def sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
+        """Of each of these pairs, the others that show the same image."""
+        space = self.space("image")
+        queries = space.rows(torch.tensor(positions).long())
+        for number in PAIRS_PER_IMAGE[1:]:
+            similarity, rows = space.search(queries, number)
+            if bool((similarity[:, -1] < SAME_IMAGE).all()):
+                break
+        same = (similarity >= SAME_IMAGE) & (rows >= 0)
+        sharing = {}
+        for position, row, near in zip(positions, rows, same, strict=True):
+            key = self.image_key(position)
+            others = sorted({*row[near].tolist()} - {position})
+            sharing[position] = [other for other in others if self.image_key(other) == key]
+        return sharing
 
     def explained(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
         """An answer with the words that are near to the query, and near to each result too."""

@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlencode
@@ -256,6 +257,10 @@ class Site:
             showing.setdefault(self.explorer.image_key(position), []).append(position)
         return [*showing.values()]
 
+    def together(self, modality: str, positions: Sequence[int]) -> list[list[int]]:
+        """Pairs by image; of texts each by itself, whatever image it has."""
+        return self.by_image(positions) if modality == "image" else [[each] for each in positions]
+
     def different_images(self, positions: Iterable[int], number: int) -> list[int]:
         """The first of these pairs, of each image one; no more images are looked at than needed."""
         found: dict[str, int] = {}
@@ -382,11 +387,9 @@ class Site:
         partners = Counter(self.atlas.prototype(other)[members].tolist()).most_common(12)
         part, pages = paged(members, page)
         similarity = self.atlas.similarity(modality)
-        # Of texts, each is a member of its own, whatever image it has.
-        together = self.by_image(part.tolist()) if modality == "image" else part[:, None].tolist()
         cards = [
             self.card(first, f"cosine to centroid {similarity[first]:.3f}", others=others)
-            for first, *others in together
+            for first, *others in self.together(modality, part.tolist())
         ]
         return self.page(
             "prototype.html",
@@ -427,15 +430,26 @@ class Site:
             pages=pages,
         )
 
+    @cached_property
+    def _copies(self) -> set[str]:
+        """Images in the data of which each row that holds one counts as an image of its own."""
+        twins = [[*map(self.explorer.image_key, both)] for both in self.atlas.duplicates.tolist()]
+        return {one for one, other in twins if one == other}
+
     def duplicates(self, page: int = 1) -> str:
+        """The images that are most alike, each with all its pairs."""
         atlas = self.atlas
         part, pages = paged(np.arange(len(atlas.duplicates)), page, size=PAGE_SIZE // 2)
+        twins = atlas.duplicates[part].tolist()
+        sharing = self.explorer.sharing([*chain(*twins)]) if twins else {}
+
+        def whole(position: int) -> Card:
+            is_copy = self.explorer.image_key(position) in self._copies
+            return self.card(position, others=() if is_copy else sharing[position])
+
         rows = [
-            (
-                f"{atlas.duplicate_similarity[each]:.3f}",
-                [self.card(int(position)) for position in atlas.duplicates[each]],
-            )
-            for each in part
+            (f"{similarity:.3f}", [*map(whole, both)])
+            for similarity, both in zip(atlas.duplicate_similarity[part], twins, strict=True)
         ]
         return self.page(
             "duplicates.html",
@@ -456,12 +470,11 @@ class Site:
             for count, one, two in movements.flows[:FLOWS].tolist()
         ]
         part, pages = paged(np.arange(len(movements.pairs)), page)
+        positions = movements.pairs[part, self.number - 1].tolist()
+        groups = dict(zip(positions, movements.groups[part].tolist(), strict=True))
         cards = [
-            self.card(
-                int(movements.pairs[each, self.number - 1]),
-                "group {} became {}".format(*movements.groups[each]),
-            )
-            for each in part
+            self.card(first, "group {} became {}".format(*groups[first]), others=others)
+            for first, *others in self.together(modality, positions)
         ]
         return self.page(
             "moved.html",
@@ -499,7 +512,7 @@ class Site:
             "pair.html",
             "Pair",
             here="index.html" if other is None else f"pair-{other}.html",
-            card=self.card(position),
+            card=self.card(position, others=self.explorer.sharing([position])[position]),
             captions=captions,
             origin=shown(source.where(index), 200),
             source=shown(source.name, 60),

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from worded import WordModel, loaded
@@ -17,7 +18,7 @@ from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.explore.address import listen
 from protoclip.explore.explorer import Explorer
-from protoclip.testing import tiny_config
+from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run_folder import to_toml
 
 
@@ -132,6 +133,25 @@ def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
     streamed = replace(config, data=replace(config.data, read="streaming"))
     (tmp_path / "run" / "config.toml").write_text(to_toml(streamed))
     assert Explore(models=[str(tmp_path / "run")]).settings() == config.data  # read="auto"
+
+
+def test_classes_of_a_mixture_may_be_in_some_of_its_sources(tmp_path: Path) -> None:
+    for name, head in (("a", "image,caption"), ("b", "image,caption,kind")):
+        (tmp_path / f"{name}.csv").write_text(f"{head}\nx.png,a cat{',cat' * (name == 'b')}\n")
+    table = tiny_pairs(4)
+    for name in "cd":
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        table = table.append_column("kind", pa.array(["red"] * 4))
+    paths = [tmp_path / name for name in ("a.csv", "b.csv", "c.parquet", "d.parquet")]
+    entries = [SourceConfig(path=str(path), name=path.stem) for path in paths]
+    config = Config(data=DataConfig(sources=entries))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
+    pairs = Explore(models=[str(tmp_path / "run")], class_column="kind").pairs()
+    assert [pairs.class_of(row) for row in range(10)] == ["", "cat", *4 * [""], *4 * ["red"]]
+    assert [pairs.sample_id(row) for row in (0, 1, 2, 6)] == ["a/0", "b/0", "c/tiny/0", "d/tiny/0"]
+    with pytest.raises(ValueError, match="no column 'nothing'; it has "):
+        Explore(models=[str(tmp_path / "run")], class_column="nothing").pairs()
 
 
 def test_a_folder_that_no_other_can_take_the_place_of_is_refused(

@@ -130,6 +130,18 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
     page = Pages([one]).site(1).answer("a red square", found)
     assert page.count("> select <bdi>one more ") == 10
     site = Pages([one]).site(1)
+    twins = re.findall("<article.*?</article>", site.duplicates(), re.DOTALL)
+    assert len(twins) == 2 * len(one.atlas.duplicates) > 0
+    for card in twins:  # one tick is for both pairs
+        ((first, more),) = re.findall(r"""data-id="(.*?)" data-more='(.*?)'""", card)
+        numbers = [int(each.rpartition("/")[2]) for each in (first, *json.loads(more))]
+        assert numbers == [numbers[0], numbers[0] + 1]
+        assert numbers[0] % 2 == 0
+        assert " and 1 more of this image</label>" in card
+    pair = site.pair(6).partition("<section>")[0]
+    assert re.findall('data-id="(.*?)"', pair) == [one.pairs.sample_id(6), one.pairs.sample_id(7)]
+    prototype = int(one.atlas.image_prototype[6])
+    assert f"{prototype}</a>: <bdi>{site.name('image', prototype)}</bdi>" in pair
     odd = site.odd("distance")
     assert odd.count('class="card"') == 40  # the pair is what is odd, and not its image
     if held == "by path":  # ids are rows' numbers
@@ -164,6 +176,33 @@ def test_all_pairs_of_an_image_can_be_ticked_however_many(tmp_path: Path) -> Non
     images_of_answer = page.split("<section>")[1]
     assert images_of_answer.count("data-id=") == 16
     assert "<summary>5 more of this image</summary>" in images_of_answer
+
+
+def test_what_moved_shows_an_image_once_with_all_its_captions(tmp_path: Path) -> None:
+    """Of texts, each is one."""
+    rows = [
+        {"image": row["image"], "caption": f"{more}{row['caption']}"}
+        for row in distinct_pairs(20)
+        for more in ("", "one more ")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    swaps = {row: (row + 6) % 40 for row in range(12)}
+    both = Pages(explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), {}, swaps))
+    for modality, pairs_of_an_image in (("image", 2), ("text", 1)):
+        moved, page = both.moved(modality).pairs, both.site(1).moved(modality)
+        assert page.count('class="card"') == len(moved) / pairs_of_an_image
+        assert page.count("data-id=") == len(moved)
+    assert len(both.moved("image").pairs) > 0
+
+
+def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_path: Path) -> None:
+    rows = distinct_pairs(20)
+    rows.append({**rows[3], "sample_id": "copy"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
+    assert one.sharing([3, 4, 20]) == {3: [20], 4: [], 20: [3]}
+    assert [3, 20] in one.atlas.duplicates.tolist()
+    assert "data-more" not in Pages([one]).site(1).duplicates()
 
 
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:

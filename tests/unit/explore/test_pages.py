@@ -146,7 +146,8 @@ def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list
     )
     said = " ".join(re.sub("<[^>]*>", "", paragraph).split())
     share = 100 * len(moved.pairs) / moved.common
-    head = f"words-1 and words-2 group {len(moved.pairs)} of 60 images ({share:.1f}%) differently."
+    number = len(moved.pairs)
+    head = f"words-1 and words-2 group the images of {number} of 60 pairs ({share:.1f}%) diff"
     assert said.startswith(head)
     count, one, other = moved.flows[0].tolist()
     names = pages.site(1).name("image", one), pages.site(2).name("image", other)
@@ -154,14 +155,18 @@ def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list
     assert f"more often than others: {pages.moved_words('image')}." in said
     assert pages.moved_words("image")
     same = Pages([two[0], two[0]])
-    assert "group all 60 images alike." in " ".join(same.site(1).moved("image").split())
+    assert "group the images of all 60 pairs alike." in " ".join(
+        same.site(1).moved("image").split()
+    )
     assert same.moved_words("image") == ""
 
 
 def test_answers_say_why(port: int) -> None:
-    """The words near to the question, and of each result its words and its prototype."""
+    """The words near to the question, and of each result its words and its prototype. None of it
+    says that the model knows a word of the question."""
     body = ask(port, "/1/search.html?text=a+red+square")[2].decode()
-    assert re.search(r"puts it near the words <bdi>[^<]*(red|square)", body)
+    assert "finds nearest images for any text, also for words it never saw." in body
+    assert re.search(r"nearest to it: <bdi>[^<]*(red|square)", body)
     assert re.search(r'<p class="fact">both near [^<]*(red|square)', body)
     for modality in MODALITIES:
         assert f'<p class="fact"><a href="prototype-{modality}-' in body

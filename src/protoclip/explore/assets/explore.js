@@ -26,8 +26,19 @@ function store() {
   document.getElementById("selected").textContent = selection.size.toLocaleString("en");
   document.getElementById("selection").classList.toggle("none", !selection.size);
   for (const box of document.querySelectorAll("input[data-id]")) {
-    box.checked = selection.has(box.dataset.id);
+    const chosen = idsOf(box).filter((id) => selection.has(id)).length;
+    box.checked = chosen === idsOf(box).length;
+    box.indeterminate = chosen > 0 && !box.checked;
   }
+}
+
+// A box stands for a pair, or for all pairs of an image.
+function idsOf(box) {
+  return [box.dataset.id, ...JSON.parse(box.dataset.more || "[]")];
+}
+
+function tick(box, chosen) {
+  for (const id of idsOf(box)) pick(id, chosen);
 }
 
 function pick(id, chosen) {
@@ -68,7 +79,7 @@ addEventListener("pageshow", (event) => {
 document.addEventListener("change", (event) => {
   const box = event.target;
   if (box.matches("input[data-id]")) {
-    pick(box.dataset.id, box.checked);
+    tick(box, box.checked);
     store();
   }
 });
@@ -84,8 +95,13 @@ document.addEventListener("click", (event) => {
   }
   if (button.classList.contains("pick-all")) {
     for (const box of button.closest("section, main").querySelectorAll("input[data-id]")) {
-      pick(box.dataset.id, true);
+      tick(box, true);
     }
+    store();
+  }
+  // The second comes later in the data, so of images that are all alike the first is left.
+  if (button.classList.contains("pick-second")) {
+    for (const box of document.querySelectorAll(".twins .card:last-child input[data-id]")) tick(box, true);
     store();
   }
   const heading = button.closest(".sortable th");
