@@ -1,4 +1,4 @@
-"""What a run decides by a look at its data: image size, caption length and worker processes.
+"""What a run decides by a look at its data: sizes, augmentation and worker processes.
 
 Sizes that follow from rules, such as those of episodes, are in `training/sizes.py`, and plain
 defaults in `config.py`.
@@ -11,7 +11,12 @@ from itertools import islice
 
 import numpy as np
 
-from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfig
+from protoclip.config import (
+    SMALL_CONTEXT_LENGTHS,
+    SMALL_IMAGE_SIZES,
+    Augmentation,
+    DataConfig,
+)
 from protoclip.data import decode
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
@@ -68,6 +73,16 @@ def fitting_context_length(lengths: Iterable[int]) -> int:
         if not len(counts) or (counts <= length).mean() >= WHOLE:
             return length
     return SMALL_CONTEXT_LENGTHS[-1]
+
+
+def fitting_augmentation(image_size: int, *, is_small: bool) -> Augmentation:
+    """The training transform that suits small towers of this size, in pixels, or other towers.
+
+    Crops alone keep colours, which captions name: above 40 pixels they find the pairs of
+    photographs and of a shop better, and drawings of 40 pixels need more (docs/results.md). Others
+    get the paper's.
+    """
+    return "clip" if is_small and image_size > SMALL_IMAGE_SIZES[0] else "light"
 
 
 def number_of_workers(

@@ -5,13 +5,13 @@ The start is found in `start.py` or `resolve.py`, and checkpoints are read in `s
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.config import Config, ModelConfig
+from protoclip.config import Augmentation, Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
@@ -271,9 +271,7 @@ def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:
     return transforms.evaluation_transform(**read, squash=built.squashes)
 
 
-def training_transform(
-    built: ProtoCLIP, augmentation: Literal["light", "clip"]
-) -> TrainingTransform:
+def training_transform(built: ProtoCLIP, augmentation: Augmentation) -> TrainingTransform:
     given = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
     return given(**towers.image_input(built.towers))
 

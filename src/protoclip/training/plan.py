@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.checks import check, never_trained
-from protoclip.config import AlignConfig, Config
+from protoclip.config import SMALL_IMAGE_SIZES, AlignConfig, Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import ONE, CaptionDraw, caption_draw
 from protoclip.data.content import Facts, content, facts_that_may_move
+from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
@@ -391,6 +392,12 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
     config = replace(config, model=model, prototypes=prototypes)
     config, said = with_episodes(config, samples)
     kind = architecture.tower_kind
+    is_small = kind is None and config.run.overfit is None  # which transforms none
+    suits = fitting_augmentation(model.image.size or 0, is_small=is_small)
+    if data.augmentation is None and suits != "light":
+        above = f"above {SMALL_IMAGE_SIZES[0]} pixels"
+        notes.append(f"data.augmentation = {suits}, for small towers {above}")
+    config = replace(config, data=fill(data, {"augmentation": suits}))
     values = optim.defaults(config, kind)
     if kind is not None:
         name = model.name or model.start or model.image.name

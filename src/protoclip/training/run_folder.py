@@ -203,7 +203,7 @@ def as_begun(config: Config, folder: Path) -> Config:
         image = begun(model.image, "model.image", "size")
         text = begun(model.text, "model.text", "context_length")
         model = replace(model, image=image, text=text)
-    data = config.data
+    data = begun(config.data, "data", "augmentation")
     if data.read == "auto" and saved.get("data.read") == "streaming":
         data = replace(data, read="streaming")  # or align encodes all before other data are refused
     loss = config.loss

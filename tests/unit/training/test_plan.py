@@ -246,10 +246,17 @@ def test_small_towers_get_what_suits_the_emoji():
         config, notes = decided(named(None, batch=batch))
         assert config.optim == OptimConfig(**expected)
         assert not [note for note in notes if note.startswith("optim.")]
+        assert config.data.augmentation == "light"
     assert decided(named(None, weight_decay=0.1))[0].optim.heads_weight_decay == 0.1
     larger = replace(named(None), model=ModelConfig(image=ImageTowerConfig(size=64)))
-    rates = decided(larger)[0].optim
-    assert (rates.learning_rate, rates.locked_learning_rate) == (1e-3, 1e-4)
+    config, notes = decided(larger)
+    assert (config.optim.learning_rate, config.optim.locked_learning_rate) == (1e-3, 1e-4)
+    assert config.data.augmentation == "clip"
+    assert "data.augmentation = clip, for small towers above 40 pixels" in notes
+    given = replace(larger, data=replace(larger.data, augmentation="light"))
+    assert decided(given)[0].data.augmentation == "light"
+    assert decided(replace(larger, run=RunConfig(overfit=8)))[0].data.augmentation == "light"
+    assert decided(named("RN50"))[0].data.augmentation == "light"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +363,8 @@ def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, caps
     assert "note: prototypes.number = 8, a tenth of an episode" in capsys.readouterr().err
     gone = replace(config, data=replace(config.data, train="no such file"))
     again = as_begun(outline(gone).config, tmp_path / "run")
-    assert replace(again, data=config.data) == make_plan(small).config
+    data = replace(again.data, train=config.data.train)
+    assert replace(again, data=data) == make_plan(small).config
 
 
 @pytest.fixture(scope="module")
