@@ -235,7 +235,7 @@ def without_effect(config: Config) -> list[str]:
         and loss.positives != "class"
         and "data.validation is 0",
         "data.augmentation": config.run.overfit is not None
-        and data.augmentation != "light"  # which the plan fills in there
+        and data.augmentation == "clip"  # the plan fills in light
         and "run.overfit transforms images as an evaluation does",
         "model.heads.*": unused,
         "model.heads.hidden_dim": not unused

@@ -68,7 +68,6 @@ NotNegative = Annotated[float, 0, math.inf]
 Decay = Annotated[float, 0, BELOW_1]
 Share = Annotated[float, 0, BELOW_1]
 LayerDecay = Annotated[float, ABOVE_0, 1]
-Augmentation = Literal["light", "clip"]
 Captions = Annotated[int, 1, 1000] | Literal["one", "all", "sentences"]
 Positives = Literal["pair", "masked", "shared", "class"]
 # `Open` settings are unset (None) until a run's plan fills them (training/plan.py). What comes
@@ -134,7 +133,7 @@ class DataConfig:
     without: str | None = None  # CSV or JSON file: leave these ids out.
     read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
-    augmentation: Open[Augmentation] = UNSET  # clip only crops; else from the model.
+    augmentation: Literal["auto", "light", "clip"] = "auto"  # clip only crops; auto: by the model.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
     cache: Literal["ram", "none"] = "ram"  # Keeps decoded images.
     cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.

@@ -54,7 +54,7 @@ FEATURES = {
     "source": ("parquet", "folder", "shards", "stream", "emoji"),
     "mixture": ("no", "yes"),
     "cache": ("none", "ram"),
-    "augmentation": ("light", "clip"),
+    "augmentation": ("auto", "clip"),
     "workers": (0, 1),
     "teacher": ("no", "one", "two"),
     "loss": ("info_nce", "sigmoid"),

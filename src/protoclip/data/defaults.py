@@ -8,15 +8,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 
-from protoclip.config import (
-    SMALL_CONTEXT_LENGTHS,
-    SMALL_IMAGE_SIZES,
-    Augmentation,
-    DataConfig,
-)
+from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfig
 from protoclip.data import decode
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
@@ -75,14 +71,14 @@ def fitting_context_length(lengths: Iterable[int]) -> int:
     return SMALL_CONTEXT_LENGTHS[-1]
 
 
-def fitting_augmentation(image_size: int, *, is_small: bool) -> Augmentation:
-    """The training transform that suits small towers of this size, in pixels, or other towers.
+def fitting_augmentation(image_size: int, *, is_untrained: bool) -> Literal["light", "clip"]:
+    """The augmentation of towers that start untrained at this size, in pixels, or of others.
 
     Crops alone keep colours, which captions name: above 40 pixels they find the pairs of
-    photographs and of a shop better, and drawings of 40 pixels need more (docs/results.md). Others
-    get the paper's.
+    photographs and of a shop better, and drawings of 40 pixels need more (docs/results.md). Named
+    models, and towers with weights, get the paper's.
     """
-    return "clip" if is_small and image_size > SMALL_IMAGE_SIZES[0] else "light"
+    return "clip" if is_untrained and image_size > SMALL_IMAGE_SIZES[0] else "light"
 
 
 def number_of_workers(

@@ -5,13 +5,13 @@ The start is found in `start.py` or `resolve.py`, and checkpoints are read in `s
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.config import Augmentation, Config, ModelConfig
+from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
@@ -271,7 +271,10 @@ def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:
     return transforms.evaluation_transform(**read, squash=built.squashes)
 
 
-def training_transform(built: ProtoCLIP, augmentation: Augmentation) -> TrainingTransform:
+def training_transform(
+    built: ProtoCLIP, augmentation: Literal["auto", "light", "clip"]
+) -> TrainingTransform:
+    """The transform of an augmentation that the plan has decided."""
     given = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
     return given(**towers.image_input(built.towers))
 

@@ -19,6 +19,7 @@ from protoclip.checks import check_amounts
 from protoclip.config import HALVES, Config, EpisodeConfig, TeacherConfig
 from protoclip.data.captions import caption_draw
 from protoclip.data.decode import decode
+from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.transforms import Transform
@@ -48,7 +49,7 @@ from protoclip.paths import require_store
 from protoclip.terminal import say
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.overfit import given_for_few
-from protoclip.training.plan import Plan
+from protoclip.training.plan import Plan, fill
 from protoclip.training.run import train_together
 
 PASSES = {"cca": 30, "random": 100}  # over the data, by where the heads start
@@ -423,7 +424,9 @@ def frozen(model: ProtoCLIP) -> FrozenHalves:
 
 def views_of(config: Config, model: ProtoCLIP) -> list[Transform]:
     """The transform of the plain image, and of each augmented one."""
-    augmented = loading.training_transform(model, config.data.augmentation)
+    # A stream passes before the plan is complete.
+    suits = {"augmentation": fitting_augmentation(0, is_untrained=False)}
+    augmented = loading.training_transform(model, fill(config.data, suits).augmentation)
     return [loading.evaluation_transform(model), *[augmented] * (config.align.views - 1)]
 
 

@@ -3,6 +3,7 @@
 The defaults are set here; the loop over episodes is in `run.py`, and WiSE-FT in `wise_ft.py`.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from protoclip.training.run import train_together
 
 PASSES = 5  # over the images
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
+MANY = 0.99  # images a pair, below which it is said that there are fewer
 LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
 # What fine-tuning chooses where it is not given.
 CHOSEN = {
@@ -121,8 +123,7 @@ def with_data(
     choices.config, choose = config, choices.choose
     rows, images = None, None
     if isinstance(data.training, Pairs):
-        rows = len(data.training)
-        images = round(rows / sizes.pairs_an_image(data.training))
+        rows, images = len(data.training), images_in(data.training)
     batch, size, count = episodes(choices, rows, images)
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     choose("optim.weight_decay", 0.1)
@@ -138,7 +139,18 @@ def with_data(
             choose("teacher.whiten", 0)
             choose("episodes.warm_up", 0)  # its features are good from the beginning
         choose("optim.heads_lr_scale", 1.0 if start.heads_are_new else optim.SLOW_HEADS)
-    return choices.config, choices.notes
+    notes = choices.notes
+    if rows and images and images < MANY * rows:
+        notes.append(f"{rows:,} pairs show fewer images, so a pass over these is {images:,} pairs")
+    return choices.config, notes
+
+
+def images_in(pairs: Pairs) -> int:
+    """How many images a pass counts: so many that all passes together see each pair, and that there
+    are enough steps, where these pairs show fewer."""
+    rows = len(pairs)
+    enough = min(rows, SMALLEST_BATCH * LEAST_STEPS)
+    return max(sizes.number_of_images(pairs), math.ceil(rows / PASSES), enough)
 
 
 def episodes(choices: Choices, rows: int | None, images: int | None) -> tuple[int, int, int]:

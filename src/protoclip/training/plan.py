@@ -392,11 +392,11 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
     config = replace(config, model=model, prototypes=prototypes)
     config, said = with_episodes(config, samples)
     kind = architecture.tower_kind
-    is_small = kind is None and config.run.overfit is None  # which transforms none
-    suits = fitting_augmentation(model.image.size or 0, is_small=is_small)
-    if data.augmentation is None and suits != "light":
+    is_untrained = kind is None and config.run.overfit is None  # which transforms none
+    suits = fitting_augmentation(model.image.size or 0, is_untrained=is_untrained)
+    if data.augmentation == "auto" and suits != "light":
         above = f"above {SMALL_IMAGE_SIZES[0]} pixels"
-        notes.append(f"data.augmentation = {suits}, for small towers {above}")
+        notes.append(f"data.augmentation = {suits}, for untrained towers {above}")
     config = replace(config, data=fill(data, {"augmentation": suits}))
     values = optim.defaults(config, kind)
     if kind is not None:

@@ -26,7 +26,7 @@ from protoclip.models.towers import TokenCounter, build_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
-FIRST_ROWS = 2000  # of a source, whose images are compared
+BLOCKS, BLOCK_ROWS = 10, 200  # of a source, whose images are compared
 SHARED = 0.01  # share of the pairs that have the image of another, from which on it is said
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
@@ -105,34 +105,41 @@ def captions_cut(
 
 
 def shared_images(samples: Pairs | SampleStream) -> list[str]:
-    """A note on pairs that have the image of another pair, if they are more than a few of the first
-    rows of each source.
+    """A note on pairs that have the image of another pair, if they are more than a few.
 
-    Rows of one image follow each other in tables with a row a caption. Equal files of different
-    names count as different (`content.repeated_images`): protoclip data inspect compares contents.
+    Some are looked at (`repeated`). protoclip data inspect compares the bytes of files, too.
     """
-    looked_at, again = repeated(samples)
+    counts = repeated(samples) if isinstance(samples, Pairs) else []
+    looked_at, again = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     if again <= SHARED * looked_at:
         return []
     return [
-        f"{again:,} of the first {looked_at:,} pairs have the image of another one, and in a batch "
-        "the two are negatives of each other; set loss.positives = masked, or give each image one "
-        "row with all its captions"
+        f"{again:,} of {looked_at:,} pairs that were looked at have the image of another one, and "
+        "in a batch the two are negatives of each other; set loss.positives = masked, or give each "
+        "image one row with all its captions"
     ]
 
 
-def pairs_an_image(samples: Pairs) -> float:
-    """How many pairs an image has, by the first rows of each source; about 1 in most data."""
-    looked_at, again = repeated(samples)
-    return looked_at / (looked_at - again) if looked_at else 1.0
+def number_of_images(samples: Pairs) -> int:
+    """About how many images these pairs show: fewer than pairs in a table with a row a caption."""
+    rows, images = 0, 0.0
+    for source, (looked_at, again) in zip(sources_of(samples), repeated(samples), strict=True):
+        rows += len(source)
+        images += len(source) * (1 - again / looked_at if looked_at else 1)
+    return round(len(samples) * images / max(1, rows))
 
 
-def repeated(samples: Pairs | SampleStream) -> tuple[int, int]:
-    """How many pairs were looked at, and how many of them have the image of another one."""
-    looked_at, again = 0, 0
-    for source in sources_of(samples) if isinstance(samples, Pairs) else ():
+def repeated(samples: Pairs) -> list[tuple[int, int]]:
+    """Of each source, how many pairs are looked at, and how many have the image of another one.
+
+    They are in blocks of neighbours, since rows of one image follow each other in tables with a row
+    a caption. Equal files of different names count as different (`content.repeated_images`).
+    """
+    counts = []
+    for source in sources_of(samples):
+        rows = set[int]()
         if isinstance(source, ImageTextPairs):
-            first = range(min(len(source), FIRST_ROWS))
-            looked_at += len(first)
-            again += repeated_images(source, first)
-    return looked_at, again
+            for first in evenly_spaced(len(source), min(len(source), BLOCKS), seed=0):
+                rows.update(range(first, min(len(source), first + BLOCK_ROWS)))
+        counts.append((len(rows), repeated_images(source, sorted(rows)) if rows else 0))
+    return counts

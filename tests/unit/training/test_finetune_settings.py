@@ -12,10 +12,11 @@ from protoclip.cli.finetune import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import open_source
+from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
-from protoclip.training import finetune
+from protoclip.training import finetune, sizes
 from protoclip.training.plan import with_episodes
 
 
@@ -56,16 +57,35 @@ def test_episodes_are_passes_over_the_pairs(number, given, expected):
     assert found.replacement is (number is None or found.size > number)
 
 
-def test_passes_count_images_where_each_has_several_rows(tmp_path):
-    """Five captions an image: one pass over the rows, as long as with a row an image."""
-    lines = [f"{row // 5}.png\tcaption {row}" for row in range(5_000)]
+@pytest.mark.parametrize(
+    ("captions", "images", "expected"),
+    [
+        (5, 1_000, (16, 1_008, 5)),  # about one pass over 5,000 rows
+        (20, 1_000, (64, 3_968, 5)),  # all rows are seen
+        (20, 15, (16, 288, 5)),  # few rows: enough steps
+    ],
+)
+def test_passes_count_images_where_each_has_several_rows(captions, images, expected, tmp_path):
+    """A table with a row a caption takes as long as one with a row an image."""
+    lines = [f"{row // captions}.png\tcaption {row}" for row in range(captions * images)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
     pairs = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
     choices = finetune.before_data({"model": {"start": "open_clip:RN50/openai"}})
     data = Judged(pairs, [Mock()], [])
-    found = finetune.with_data(choices, choices.config, Mock(Start), data, alpha=None)[0].episodes
-    assert (found.batch_size, found.size, found.count) == (16, 992, 5)
+    config, notes = finetune.with_data(choices, choices.config, Mock(Start), data, alpha=None)
+    found = config.episodes
+    assert (found.batch_size, found.size, found.count) == expected
     assert found.replacement is False
+    assert any("pairs show fewer images" in note for note in notes) is (images > 15)
+
+
+def test_images_are_counted_by_source(tmp_path):
+    """Each weighs as much as it has rows, and one that cannot be looked at has as many images."""
+    lines = [f"{row // 5}.png\tcaption {row}" for row in range(10_000)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
+    five = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
+    mixture = PairsView([(five, range(10_000)), (Numbered(5_000, 10**9), range(5_000))])
+    assert sizes.number_of_images(mixture) == pytest.approx(7_000, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
     config = replace(config, data=replace(config.data, validation=0.0))
     said = [note for note in make_plan(config).notes if "have the image of" in note]
     assert [note.split(",")[0] for note in said] == [
-        "8 of the first 12 pairs have the image of another one"
+        "8 of 12 pairs that were looked at have the image of another one"
     ]
     shared = replace(config, loss=replace(config.loss, positives="shared"))
     assert not [note for note in make_plan(shared).notes if "have the image of" in note]
@@ -252,7 +252,7 @@ def test_small_towers_get_what_suits_the_emoji():
     config, notes = decided(larger)
     assert (config.optim.learning_rate, config.optim.locked_learning_rate) == (1e-3, 1e-4)
     assert config.data.augmentation == "clip"
-    assert "data.augmentation = clip, for small towers above 40 pixels" in notes
+    assert "data.augmentation = clip, for untrained towers above 40 pixels" in notes
     given = replace(larger, data=replace(larger.data, augmentation="light"))
     assert decided(given)[0].data.augmentation == "light"
     assert decided(replace(larger, run=RunConfig(overfit=8)))[0].data.augmentation == "light"
