@@ -60,8 +60,8 @@ ARMS |= {
     for arm, words in ARMS.items()
 }
 # Batches without equal captions, instead of equal captions that are no negatives.
-APART = "InfoNCE, captions apart"
-ARMS[APART] = f"{ARMS['InfoNCE']} --episodes.batch_size 64"  # the default for these sets
+APART, APART_BATCH = "InfoNCE, captions apart", 64  # the default batch for these sets
+ARMS[APART] = f"{ARMS['InfoNCE']} --episodes.batch_size {APART_BATCH}"
 TASKS = ["zero_shot", "knn"]
 METRICS = {"zeroshot_classification": "zero-shot", "knn": "kNN"}
 
@@ -258,7 +258,7 @@ def main() -> None:
                     words += f" --guard wds:{given.photos / guard}"
                 else:
                     words += " --alpha 1 --run.evaluate_every 0"
-                apart = captions_apart(given.out / f"{table}.csv", 64)
+                apart = captions_apart(given.out / f"{table}.csv", APART_BATCH)
                 with apart if arm == APART else nullcontext():
                     runs.append(run(words, folder))
             ends[arm] = [judge(checkpoints(folder)[-1], data, cache, split) for folder in runs]

@@ -21,7 +21,7 @@ from protoclip.training.run import train_together
 
 PASSES = 5  # over the images
 LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
-MANY = 0.99  # images a pair, below which it is said that there are fewer
+NEARLY_ALL = 0.99  # share of pairs with an image of their own, below which a note says so
 LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
 # What fine-tuning chooses where it is not given.
 CHOSEN = {
@@ -123,7 +123,9 @@ def with_data(
     choices.config, choose = config, choices.choose
     rows, images = None, None
     if isinstance(data.training, Pairs):
-        rows, images = len(data.training), images_in(data.training)
+        rows = len(data.training)
+        if not (choices.is_given("episodes.size") and choices.is_given("episodes.count")):
+            images = images_in(data.training)
     batch, size, count = episodes(choices, rows, images)
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     choose("optim.weight_decay", 0.1)
@@ -140,7 +142,7 @@ def with_data(
             choose("episodes.warm_up", 0)  # its features are good from the beginning
         choose("optim.heads_lr_scale", 1.0 if start.heads_are_new else optim.SLOW_HEADS)
     notes = choices.notes
-    if rows and images and images < MANY * rows:
+    if rows and images and images < NEARLY_ALL * rows:
         notes.append(f"{rows:,} pairs show fewer images, so a pass over these is {images:,} pairs")
     return choices.config, notes
 

@@ -110,7 +110,7 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
     Some are looked at (`repeated`). protoclip data inspect compares the bytes of files, too.
     """
     counts = repeated(samples) if isinstance(samples, Pairs) else []
-    looked_at, again = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    looked_at, again = sum(number for number, _ in counts), sum(number for _, number in counts)
     if again <= SHARED * looked_at:
         return []
     return [
