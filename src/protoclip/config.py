@@ -133,7 +133,7 @@ class DataConfig:
     without: str | None = None  # CSV or JSON file: leave these ids out.
     read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
-    augmentation: Literal["auto", "light", "clip"] = "auto"  # clip only crops.
+    augmentation: Literal["auto", "light", "clip"] = "auto"  # clip only crops; auto by size.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
     cache: Literal["ram", "none"] = "ram"  # Keeps decoded images.
     cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.
