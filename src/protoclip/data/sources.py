@@ -56,6 +56,11 @@ def pairs(config: Config) -> Pairs | SampleStream:
             "it, or choose shared"
         )
     streams = [source for source in opened if isinstance(source, ShardStream)]
+    if streams and config.episodes.apart:
+        raise ValueError(
+            "episodes.apart: a stream is read in its order, so its equal captions cannot be kept "
+            "apart; set loss.positives = masked instead, or read local shards without data.read"
+        )
     if chosen is not None and not streams:
         indexed = chosen.apply(indexed)
         for source, entry in zip(indexed, entries(data), strict=True):

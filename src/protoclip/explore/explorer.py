@@ -6,7 +6,7 @@ The search itself is in `neighbours.py`, and pages of the answers are made in `r
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -50,7 +50,7 @@ from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.saved import is_aligned, read_config, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
-from protoclip.training.run_folder import UNSAID
+from protoclip.training.run_folder import flat, positives_of
 
 SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 20 bytes a pixel
 
@@ -386,7 +386,7 @@ def open_explorer(
     return Explorer(
         name=reference,
         teachers="" if config is None else config.uses_of_teachers,
-        positives="" if config is None else config.loss.positives or UNSAID["loss.positives"],
+        positives="" if config is None else positives_of(flat(asdict(config))),
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,

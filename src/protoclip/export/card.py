@@ -46,7 +46,7 @@ from protoclip.models.saved import (
 from protoclip.paths import EXPORTED
 from protoclip.prototypes.targets import back_translate
 from protoclip.terminal import line, say, visible, without_secrets
-from protoclip.training.run_folder import as_kept, flat, named_by
+from protoclip.training.run_folder import as_kept, flat, named_by, positives_of
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
 # Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
@@ -298,7 +298,7 @@ def origin(settings: Mapping[str, Any], alpha: float | None) -> Iterator[str]:
     ):
         shown = [f"`{visible(name)}`" for name in named_by(known, many, key, one)]
         yield f"| {what} | {', '.join(shown) or 'none'} |"
-    yield f"| positives | `{visible(str(known.get('loss.positives') or 'pair'))}` |"
+    yield f"| positives | {visible(positives_of(known))} |"
 
 
 def image_text(text: str) -> str:

@@ -41,7 +41,7 @@ from protoclip.report.runs import (
     without_total,
 )
 from protoclip.terminal import OBEYED
-from protoclip.training.run_folder import UNSAID, named_by
+from protoclip.training.run_folder import named_by, positives_of
 
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a caption, a name or a setting
@@ -376,7 +376,7 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
         "time": time if spent else "not known",
         "data": ", ".join(named_by(run.settings, "data.sources", "path", "data.train")),
         "teachers": run.config.uses_of_teachers if run.config is not None else "",
-        "positives": str(run.settings.get("loss.positives") or UNSAID["loss.positives"]),
+        "positives": positives_of(run.settings),
         "folder": str(run.folder),
     }
 

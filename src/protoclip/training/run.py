@@ -460,16 +460,7 @@ class Run:
                 step=self.trainer.step,
                 names=loggers.names_of(config.run),
                 config=tomllib.loads(to_toml(config)),
-                symptoms=Symptoms(
-                    pairs=pairs,
-                    warm_up=config.optim.warm_up_steps,
-                    rate=config.optim.learning_rate,
-                    masked=config.loss.positives == "masked",
-                    replaced=config.episodes.replacement
-                    and isinstance(self.plan.samples, Pairs)
-                    and len(self.plan.samples) >= config.episodes.size,
-                    overfits=config.run.overfit is not None,
-                ),
+                symptoms=Symptoms.of(config, self.plan.samples, pairs),
             )
 
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:

@@ -392,6 +392,12 @@ def told(settings: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
+def positives_of(settings: Mapping[str, Any]) -> str:
+    """What equal pairs were to a run with these `flat` settings, in words."""
+    positives = settings.get("loss.positives") or UNSAID["loss.positives"]
+    return f"{positives}{', equal captions apart' * bool(settings.get('episodes.apart'))}"
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values of nested settings by dotted name."""
     values: dict[str, Any] = {}

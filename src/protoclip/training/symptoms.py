@@ -11,6 +11,8 @@ from statistics import fmean, pstdev
 
 import torch
 
+from protoclip.config import Config
+from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed.collectives import all_gather, world_size
 
 # Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
@@ -24,7 +26,7 @@ UNMOVED = 1e-5
 # Share of a batch that repeats the rest of it, in the mean over so many logged steps.
 REPEATED, OBSERVED = 0.1, 5
 ADVICE = {
-    "captions": "set loss.positives = masked",
+    "captions": "set {apart}loss.positives = masked",
     "images": "lower episodes.batch_size, or set loss.positives = masked",
 }
 
@@ -107,18 +109,22 @@ def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
     )
 
 
-def repeats(what: str, shares: Sequence[float], *, replaced: bool = True) -> str | None:
+def repeats(
+    what: str, shares: Sequence[float], *, replaced: bool = True, mixed: bool = True
+) -> str | None:
     """Whether too much of each batch repeats: `captions` or `images`, negatives of their equals.
 
     Args:
         replaced: Whether pairs are drawn with replacement, and need not be.
+        mixed: Whether equal captions may be kept apart, and are not.
     """
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
     once = "set episodes.replacement = false, " if what == "images" and replaced else ""
+    advice = ADVICE[what].format(apart="episodes.apart = true, or " * mixed)
     return (
         f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
-        f"of each other; {once}{ADVICE[what]}"
+        f"of each other; {once}{advice}"
     )
 
 
@@ -132,6 +138,7 @@ class Symptoms:
         rate: That full rate.
         masked: Whether InfoNCE leaves out the pairs that match.
         replaced: Whether pairs are drawn with replacement, and need not be.
+        mixed: Whether equal captions may be kept apart, and are not.
         overfits: Whether this is a run of `--overfit`.
     """
 
@@ -140,11 +147,26 @@ class Symptoms:
     rate: float
     masked: bool = False
     replaced: bool = True
+    mixed: bool = True
     overfits: bool = False
     lowest: float = math.inf
     losses: list[float] = field(default_factory=list)
     shares: dict[str, list[float]] = field(default_factory=lambda: {"captions": [], "images": []})
     said: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, config: Config, samples: Pairs | SampleStream, pairs: int) -> "Symptoms":
+        """Those of a run on these samples."""
+        episodes, rows = config.episodes, len(samples) if isinstance(samples, Pairs) else None
+        return cls(
+            pairs=pairs,
+            warm_up=config.optim.warm_up_steps,
+            rate=config.optim.learning_rate,
+            masked=config.loss.positives == "masked",
+            replaced=episodes.replacement and rows is not None and rows >= episodes.size,
+            mixed=rows is not None and not episodes.apart,
+            overfits=config.run.overfit is not None,
+        )
 
     def lines(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """What the metrics of a step say that was not said before."""
@@ -152,7 +174,7 @@ class Symptoms:
         for what, shares in self.shares.items():
             if (share := metrics.get(f"train/repeated/{what}")) is not None:
                 shares[:] = [*shares[1 - OBSERVED :], share]
-                lines[what] = repeats(what, shares, replaced=self.replaced)
+                lines[what] = repeats(what, shares, replaced=self.replaced, mixed=self.mixed)
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
             steps = step - self.warm_up

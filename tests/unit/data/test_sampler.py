@@ -4,13 +4,24 @@ import collections
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.sampler import EpisodeSampler, episodes, evenly_spaced, permute, transform_draws
+from protoclip.data.sampler import (
+    EpisodeSampler,
+    dealt,
+    episodes,
+    equal_pairs,
+    evenly_spaced,
+    permute,
+    transform_draws,
+)
 from protoclip.data.view import without
 from protoclip.testing import tiny_pairs
 
@@ -134,3 +145,51 @@ def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
 def test_no_rows_are_evenly_spaced_without_a_warning():
     with np.errstate(divide="raise"):
         assert evenly_spaced(0, 0, seed=0) == evenly_spaced(5, 0, seed=0) == []
+
+
+@given(st.lists(st.integers(0, 5), min_size=4, max_size=40), st.integers(1, 4), st.integers(0, 9))
+def test_equal_cards_are_dealt_evenly(keys, batches, seed):
+    """Every pair once, and of each key all batches have as many, but for one."""
+    keys = keys[: len(keys) // batches * batches]
+    order = dealt(keys, batches, np.random.default_rng(seed))
+    assert sorted(order.tolist()) == list(range(len(keys)))
+    hands = np.array(keys)[order].reshape(batches, -1)
+    for key in set(keys):
+        of_each = (hands == key).sum(axis=1)
+        assert of_each.max() - of_each.min() <= 1
+
+
+def table_of(captions, images):
+    """Pairs whose images are named alone."""
+    return ImageTextPairs(pa.table({"image": images, "caption": captions}), name="few")
+
+
+def test_equal_pairs_have_one_caption_or_one_image():
+    """But for case and spacing; a pair without a caption is like none."""
+    pairs = table_of(
+        ["a cat", "A  cat", "a dog", "a fox", "", "an owl"],
+        ["1.png", "2.png", "3.png", "3.png", "4.png", "5.png"],
+    )
+    cat, also_cat, dog, fox, silent, owl = equal_pairs(pairs, range(6))
+    assert cat == also_cat
+    assert dog == fox
+    assert len({cat, dog, silent, owl}) == 4
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_equal_captions_are_kept_apart(replacement):
+    """The rows of an episode stay, in an order of its own in which no batch repeats a caption, nor
+    a row that was drawn twice."""
+    pairs = table_of([f"kind {n % 12}" for n in range(48)], [f"{n}.png" for n in range(48)])
+    settings = EpisodeConfig(size=32, batch_size=4, replacement=replacement)
+    drawn = episodes(Config(episodes=settings), pairs)
+    apart = episodes(Config(episodes=replace(settings, apart=True)), pairs)
+    again = episodes(Config(episodes=replace(settings, apart=True)), pairs)
+    repeated = 0
+    for index in range(6):
+        rows = apart(index).rows
+        assert sorted(rows.tolist()) == sorted(drawn(index).rows.tolist())
+        assert torch.equal(rows, again(index).rows)
+        repeated += sum(len({*batch}) < 4 for batch in (rows % 12).reshape(-1, 4).tolist())
+    assert repeated == 0
+    assert not torch.equal(apart(0).rows % 12, apart(1).rows % 12)

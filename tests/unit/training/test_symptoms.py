@@ -94,7 +94,10 @@ def test_a_rate_that_does_nothing_is_named():
 
 @pytest.mark.parametrize(
     ("what", "way_out"),
-    [("captions", "loss.positives = masked"), ("images", "episodes.replacement = false")],
+    [
+        ("captions", "set episodes.apart = true, or loss.positives = masked"),
+        ("images", "episodes.replacement = false"),
+    ],
 )
 def test_what_repeats_in_a_batch_is_named(what, way_out):
     """In the mean of five logged steps: two equal ones in a small batch are chance."""
@@ -104,6 +107,7 @@ def test_what_repeats_in_a_batch_is_named(what, way_out):
     assert line.startswith(f"14% of the {what} of a batch")
     assert way_out in line
     assert "episodes.replacement" not in repeats(what, [0.5] * 5, replaced=False)
+    assert "episodes.apart" not in repeats(what, [0.5] * 5, mixed=False)
 
 
 def test_each_symptom_is_said_once():
