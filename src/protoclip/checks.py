@@ -258,7 +258,7 @@ def without_effect(config: Config) -> list[str]:
         "loss.distil_by": not config.distilled_teachers and "teacher.distil is 0",
         "loss.instance": no_instance,
         "loss.positives": no_instance,
-        "episodes.apart": no_instance,
+        "episodes.apart": episodes.size == episodes.batch_size and "an episode is one batch",
         "optim.locked_learning_rate": not config.locked_episodes
         and not tenth
         and "there is no locked-image stage",

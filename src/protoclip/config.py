@@ -226,7 +226,7 @@ class EpisodeConfig:
     batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
     replacement: bool = True  # Draw pairs with replacement.
-    apart: bool = False  # Equal captions go to different batches.
+    apart: bool = False  # Keep equal captions in different batches.
     warm_up: CountOrZero = 1  # First episodes, with InfoNCE alone.
     locked_image: CountOrZero = 1  # Last episodes, with the image tower locked.
 

@@ -3,7 +3,6 @@
 Everything here is a pure function of the seed and the number of the episode.
 """
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -156,8 +155,8 @@ class EpisodeSampler:
 def dealt(keys: Sequence[Hashable], batches: int, draws: np.random.Generator) -> Rows:
     """An order of an episode's pairs in which those with equal keys lie in different batches.
 
-    The pairs lie in a deck, equal keys together, and are dealt to the batches like cards. So equal
-    ones meet only where they are more than batches, and no batch has two more of them than another.
+    The pairs lie in a deck, equal keys together, and each batch gets a card a round. So equal ones
+    meet only where they are more than batches, and no batch has two more of them than another.
 
     Args:
         keys: One of each pair; their number is a multiple of `batches`.
@@ -170,23 +169,28 @@ def dealt(keys: Sequence[Hashable], batches: int, draws: np.random.Generator) ->
     numbers = np.array([number_of[key] for key in keys])
     # Keys, and pairs of one key, lie in an order of their own in each episode.
     deck = np.lexsort((draws.random(len(keys)), draws.permutation(len(number_of))[numbers]))
-    hands: Rows = deck.reshape(-1, batches).T
-    return draws.permuted(hands, axis=1).ravel()
+    rounds = deck.reshape(-1, batches)
+    hands = np.empty_like(rounds)
+    last, has_last = -1, np.zeros(batches, bool)  # the last key of a round, and who got it
+    for number, cards in enumerate(rounds):
+        key = numbers[cards]
+        order = draws.permutation(batches)
+        order = order[np.argsort(has_last[order], kind="stable")]
+        same = np.count_nonzero(key == last)  # the first cards, for those who got none of it
+        order[same:] = draws.permutation(order[same:])
+        hands[number, order] = cards
+        if key[-1] != last:
+            last, has_last = key[-1], np.zeros(batches, bool)
+            has_last[order[key == last]] = True
+    return draws.permuted(hands.T, axis=1).ravel()
 
 
-def equal_pairs(samples: Pairs, rows: Sequence[int]) -> list[Hashable]:
-    """A key of each row: its captions if another of these rows has them, else its image's name."""
-    texts: list[Hashable] = []
-    for row in rows:
-        try:
-            texts.append(tuple(map(normalised, samples.sample_captions(row))))
-        except BadSample:
-            texts.append(row)
-    count = Counter(texts)
-    return [
-        text if count[text] > 1 else samples.image_name(row) or row  # type: ignore[attr-defined]
-        for row, text in zip(rows, texts, strict=True)
-    ]
+def captions_or_row(samples: Pairs, row: int) -> Hashable:
+    """All captions of a pair, but for case and spacing; its row if it has none that are good."""
+    try:
+        return tuple(map(normalised, samples.sample_captions(row)))
+    except BadSample:
+        return row
 
 
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
@@ -237,7 +241,7 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
     @lru_cache(maxsize=2)  # an episode is asked for several times, and its captions are read
     def apart(index: int) -> Episode:
         drawn = sampler.episode(index)
-        keys = equal_pairs(samples, drawn.rows.tolist())
+        keys = [captions_or_row(samples, row) for row in drawn.rows.tolist()]
         draws = generator(config.run.seed, DEAL_STREAM, index)
         return replace(drawn, rows=drawn.rows[dealt(keys, size // batch_size, draws)])
 

@@ -3,8 +3,6 @@
 Queries are encoded in `explorer.py`, and nearest centroids are found in `prototypes/nearest.py`.
 """
 
-from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -112,18 +110,3 @@ def near_duplicates(
     kept = torch.from_numpy(first)
     order = kept[all_values[kept].argsort(descending=True, stable=True)][:most]
     return all_pairs[order], all_values[order]
-
-
-def superfluous(twins: Sequence[Sequence[int]]) -> set[int]:
-    """Of twins, each an earlier and a later image, the images without which no two are left.
-
-    >>> superfluous([[0, 1], [1, 2]])  # 2 stays, since what it is like goes
-    {1}
-    >>> sorted(superfluous([[0, 1], [1, 2], [0, 2]]))
-    [1, 2]
-    """
-    gone = set[int]()
-    for first, second in sorted(twins, key=itemgetter(1)):
-        if first not in gone:
-            gone.add(second)
-    return gone

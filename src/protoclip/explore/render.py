@@ -46,7 +46,6 @@ from protoclip.explore.atlas import (
 from protoclip.explore.cards import Card, Listed, Section
 from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.names import names
-from protoclip.explore.neighbours import superfluous
 from protoclip.explore.pairs import ID_LENGTH, shown
 from protoclip.explore.thumbnails import thumbnail
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
@@ -448,9 +447,8 @@ class Site:
             is_copy = self.explorer.image_key(position) in self._copies
             return self.card(position, others=() if is_copy else sharing[position])
 
-        goes = superfluous(twins)
         rows = [
-            (f"{similarity:.3f}", [*map(whole, both)], both[1] in goes)
+            (f"{similarity:.3f}", [*map(whole, both)])
             for similarity, both in zip(atlas.duplicate_similarity[part], twins, strict=True)
         ]
         return self.page(

@@ -298,7 +298,7 @@ def origin(settings: Mapping[str, Any], alpha: float | None) -> Iterator[str]:
     ):
         shown = [f"`{visible(name)}`" for name in named_by(known, many, key, one)]
         yield f"| {what} | {', '.join(shown) or 'none'} |"
-    yield f"| positives | {visible(positives_of(known))} |"
+    yield f"| positives | `{visible(positives_of(known))}` |"
 
 
 def image_text(text: str) -> str:

@@ -197,6 +197,11 @@ def refuse(config: Config) -> None:
             "data.captions: align encodes whole captions; give a table whose captions are the "
             "sentences, or leave it out"
         )
+    if config.episodes.apart:
+        raise ValueError(
+            "episodes.apart: align makes one sample of an image with all its captions, which may "
+            "be equal to another's in part; set loss.positives = masked instead"
+        )
 
 
 def with_data(

@@ -427,7 +427,8 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
         few = usual < size // sizes.PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
         notes.append(f"{' and '.join(unset)} = {usual}, {reason}")
-        if few and config.loss.positives == "pair" and config.loss.info_nce:
+        are_negatives = config.loss.positives == "pair" and config.loss.info_nce
+        if few and are_negatives and not config.episodes.apart:
             notes.append("loss.positives = pair, so equal captions are negatives of each other")
     return with_sizes(config, size, usual), notes
 

@@ -26,7 +26,7 @@ UNMOVED = 1e-5
 # Share of a batch that repeats the rest of it, in the mean over so many logged steps.
 REPEATED, OBSERVED = 0.1, 5
 ADVICE = {
-    "captions": "set {apart}loss.positives = masked",
+    "captions": "set loss.positives = masked",
     "images": "lower episodes.batch_size, or set loss.positives = masked",
 }
 
@@ -121,10 +121,10 @@ def repeats(
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
     once = "set episodes.replacement = false, " if what == "images" and replaced else ""
-    advice = ADVICE[what].format(apart="episodes.apart = true, or " * mixed)
+    apart = "set episodes.apart = true, or " if what == "captions" and mixed else ""
     return (
         f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
-        f"of each other; {once}{advice}"
+        f"of each other; {once}{apart}{ADVICE[what]}"
     )
 
 
@@ -164,7 +164,7 @@ class Symptoms:
             rate=config.optim.learning_rate,
             masked=config.loss.positives == "masked",
             replaced=episodes.replacement and rows is not None and rows >= episodes.size,
-            mixed=rows is not None and not episodes.apart,
+            mixed=rows is not None and not episodes.apart and episodes.size > episodes.batch_size,
             overfits=config.run.overfit is not None,
         )
 

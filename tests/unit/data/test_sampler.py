@@ -2,6 +2,7 @@
 
 import collections
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,9 @@ from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import (
     EpisodeSampler,
+    captions_or_row,
     dealt,
     episodes,
-    equal_pairs,
     evenly_spaced,
     permute,
     transform_draws,
@@ -159,37 +160,56 @@ def test_equal_cards_are_dealt_evenly(keys, batches, seed):
         assert of_each.max() - of_each.min() <= 1
 
 
-def table_of(captions, images):
+def test_batches_that_follow_each_other_are_not_alike():
+    """Four pairs of a key go to four of sixteen batches, which are no neighbours in training."""
+    keys = [number // 4 for number in range(256)]
+    hands = np.array(keys)[dealt(keys, 16, np.random.default_rng(0))].reshape(16, -1)
+    shared = [len({*one} & {*other}) for one, other in pairwise(hands.tolist())]
+    assert max(len({*hand}) for hand in hands.tolist()) == 16
+    assert sum(shared) < 0.4 * 16 * 15  # dealt in order they would share 0.75
+
+
+def table_of(captions):
     """Pairs whose images are named alone."""
+    images = [f"{number}.png" for number in range(len(captions))]
     return ImageTextPairs(pa.table({"image": images, "caption": captions}), name="few")
 
 
-def test_equal_pairs_have_one_caption_or_one_image():
-    """But for case and spacing; a pair without a caption is like none."""
-    pairs = table_of(
-        ["a cat", "A  cat", "a dog", "a fox", "", "an owl"],
-        ["1.png", "2.png", "3.png", "3.png", "4.png", "5.png"],
-    )
-    cat, also_cat, dog, fox, silent, owl = equal_pairs(pairs, range(6))
-    assert cat == also_cat
-    assert dog == fox
-    assert len({cat, dog, silent, owl}) == 4
+def test_equal_captions_differ_in_case_and_spacing_alone():
+    """Of several captions all; pairs without one are like none."""
+    pairs = table_of([["a cat", "a pet"], ["A  cat", "a Pet"], ["a cat"], [""], [""]])
+    one, same, fewer, silent, also = (captions_or_row(pairs, row) for row in range(5))
+    assert one == same
+    assert len({one, fewer, silent, also}) == 4
 
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_equal_captions_are_kept_apart(replacement):
-    """The rows of an episode stay, in an order of its own in which no batch repeats a caption, nor
-    a row that was drawn twice."""
-    pairs = table_of([f"kind {n % 12}" for n in range(48)], [f"{n}.png" for n in range(48)])
+    """The rows of an episode stay, in another order, in which no batch repeats a caption, nor a row
+    that was drawn twice."""
+    pairs = table_of([f"kind {n % 12}" for n in range(48)])
     settings = EpisodeConfig(size=32, batch_size=4, replacement=replacement)
     drawn = episodes(Config(episodes=settings), pairs)
-    apart = episodes(Config(episodes=replace(settings, apart=True)), pairs)
-    again = episodes(Config(episodes=replace(settings, apart=True)), pairs)
-    repeated = 0
+    apart, again = (
+        episodes(Config(episodes=replace(settings, apart=True)), pairs) for _ in range(2)
+    )
     for index in range(6):
         rows = apart(index).rows
         assert sorted(rows.tolist()) == sorted(drawn(index).rows.tolist())
         assert torch.equal(rows, again(index).rows)
-        repeated += sum(len({*batch}) < 4 for batch in (rows % 12).reshape(-1, 4).tolist())
-    assert repeated == 0
-    assert not torch.equal(apart(0).rows % 12, apart(1).rows % 12)
+        assert all(len({*batch}) == 4 for batch in (rows % 12).reshape(-1, 4).tolist())
+    assert any(
+        len({*batch}) < 4 for batch in (drawn(0).rows % 12).reshape(-1, 4).tolist()
+    )  # or there is nothing to keep apart
+
+
+def test_each_episode_is_dealt_anew():
+    """All rows of one caption: what is left is the order of the deal."""
+    pairs, settings = table_of(["one"] * 8), EpisodeConfig(size=8, batch_size=4, replacement=False)
+    drawn = episodes(Config(episodes=settings), pairs)
+    apart = episodes(Config(episodes=replace(settings, apart=True)), pairs)
+    orders = {
+        tuple(drawn(index).rows.tolist().index(row) for row in apart(index).rows.tolist())
+        for index in range(4)
+    }
+    assert len(orders) == 4

@@ -48,7 +48,7 @@ def test_the_card_of_a_run(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "\n# My model\n" in card
     assert 'train = "pairs.tsv"' in card
-    assert "| teachers | `me/teacher` |\n| data | `pairs.tsv` |\n| positives | pair |\n" in card
+    assert "| teachers | `me/teacher` |\n| data | `pairs.tsv` |\n| positives | `pair` |\n" in card
     row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
     value, low, high = map(float, row.groups())
     assert value == pytest.approx(accuracy, abs=1e-4)
@@ -117,7 +117,7 @@ def test_the_card_shows_how_a_run_learned(tmp_path, monkeypatch):
     (made / "metrics.jsonl").write_text("".join(to_json(line) + "\n" for line in logged))
     protoclip.export(made, tmp_path / "out", ("open_clip",), license="my-own")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| positives | shared, equal captions apart |" in text
+    assert "| positives | `shared, equal captions apart` |" in text
     assert "Total loss from 3 to 2; \\]$data: " in text
     assert " from 0.25 to 0.5](training.png)" in text
     with Image.open(tmp_path / "out" / "training.png") as image:

@@ -171,8 +171,10 @@ def test_a_mixture_is_named_by_its_sources(tmp_path):
     sources = '[[data.sources]]\npath = "a.tsv"\n[[data.sources]]\npath = "hf:b"\n'
     assert run_facts(read_run(folder), "run")["data"] == "emoji"
     assert run_facts(read_run(folder), "run")["positives"] == "pair"
-    (folder / "config.toml").write_text(re.sub("^sources = .*$", "", text, flags=re.M) + sources)
+    text = re.sub("^sources = .*$", "", text, flags=re.M).replace("apart = false", "apart = true")
+    (folder / "config.toml").write_text(text + sources)
     assert run_facts(read_run(folder), "run")["data"] == "a.tsv, hf:b"
+    assert run_facts(read_run(folder), "run")["positives"] == "pair, equal captions apart"
 
 
 def test_labels_tell_runs_apart(tmp_path):

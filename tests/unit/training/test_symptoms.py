@@ -1,12 +1,15 @@
 """Why a loss does not fall: each symptom is said beyond its limit alone, once, in a line."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from protoclip.config import Config, EpisodeConfig, OptimConfig
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.testing import run_distributed
+from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.symptoms import (
     PATIENCE,
     Symptoms,
@@ -95,7 +98,7 @@ def test_a_rate_that_does_nothing_is_named():
 @pytest.mark.parametrize(
     ("what", "way_out"),
     [
-        ("captions", "set episodes.apart = true, or loss.positives = masked"),
+        ("captions", "set episodes.apart = true, or set loss.positives = masked"),
         ("images", "episodes.replacement = false"),
     ],
 )
@@ -119,3 +122,16 @@ def test_each_symptom_is_said_once():
         lines += symptoms.lines(step, metrics | loss)
     steps = [int(line.removeprefix("step ").partition(":")[0]) for line in lines]
     assert steps == [40, 100 + PATIENCE, 610]
+
+
+def test_it_is_advised_to_keep_captions_apart_where_a_run_can():
+    """Not to one that does, nor to a single batch."""
+    pairs = ImageTextPairs(tiny_pairs(8), name="few")
+    settings = EpisodeConfig(size=8, batch_size=4)
+    for episodes, advised in (
+        (settings, True),
+        (replace(settings, apart=True), False),
+        (replace(settings, batch_size=8), False),
+    ):
+        config = Config(episodes=episodes, optim=OptimConfig(learning_rate=1e-3, warm_up_steps=1))
+        assert Symptoms.of(config, pairs, 4).mixed == advised

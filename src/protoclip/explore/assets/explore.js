@@ -101,7 +101,7 @@ document.addEventListener("click", (event) => {
   }
   // The second comes later in the data, so of images that are all alike the first is left.
   if (button.classList.contains("pick-second")) {
-    for (const box of document.querySelectorAll(".second-goes .card:last-child input[data-id]")) tick(box, true);
+    for (const box of document.querySelectorAll(".twins .card:last-child input[data-id]")) tick(box, true);
     store();
   }
   const heading = button.closest(".sortable th");
