@@ -118,7 +118,13 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint(
 
     monkeypatch.setattr(Trainer, "start_episode", to_all)
     monkeypatch.setattr(saved, "write_checkpoint", interrupted)
-    processes = started(lambda: cli.main(words), ranks)
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:  # of tests under nohup, which a run would heed
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        processes = started(lambda: cli.main(words), ranks)
+    finally:
+        signal.signal(number, before)
     assert codes(processes) == [128 + number] * ranks, capfd.readouterr().err
     assert alive(processes[0].pid or 0) == []
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000000003"]
