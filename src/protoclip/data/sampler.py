@@ -172,13 +172,13 @@ def dealt(keys: Sequence[Hashable], batches: int, draws: np.random.Generator) ->
     rounds = deck.reshape(-1, batches)
     hands = np.empty_like(rounds)
     last, has_last = -1, np.zeros(batches, bool)  # the last key of a round, and who got it
-    for number, cards in enumerate(rounds):
+    for dealt_now, cards in zip(hands, rounds, strict=True):
         key = numbers[cards]
         order = draws.permutation(batches)
         order = order[np.argsort(has_last[order], kind="stable")]
         same = np.count_nonzero(key == last)  # the first cards, for those who got none of it
         order[same:] = draws.permutation(order[same:])
-        hands[number, order] = cards
+        dealt_now[order] = cards
         if key[-1] != last:
             last, has_last = key[-1], np.zeros(batches, bool)
             has_last[order[key == last]] = True

@@ -110,18 +110,18 @@ def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
 
 
 def repeats(
-    what: str, shares: Sequence[float], *, replaced: bool = True, mixed: bool = True
+    what: str, shares: Sequence[float], *, replaced: bool = True, separable: bool = True
 ) -> str | None:
     """Whether too much of each batch repeats: `captions` or `images`, negatives of their equals.
 
     Args:
         replaced: Whether pairs are drawn with replacement, and need not be.
-        mixed: Whether equal captions may be kept apart, and are not.
+        separable: Whether equal captions could be kept apart, and are not.
     """
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
     once = "set episodes.replacement = false, " if what == "images" and replaced else ""
-    apart = "set episodes.apart = true, or " if what == "captions" and mixed else ""
+    apart = "set episodes.apart = true, or " if what == "captions" and separable else ""
     return (
         f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
         f"of each other; {once}{apart}{ADVICE[what]}"
@@ -138,7 +138,7 @@ class Symptoms:
         rate: That full rate.
         masked: Whether InfoNCE leaves out the pairs that match.
         replaced: Whether pairs are drawn with replacement, and need not be.
-        mixed: Whether equal captions may be kept apart, and are not.
+        separable: Whether equal captions could be kept apart, and are not.
         overfits: Whether this is a run of `--overfit`.
     """
 
@@ -147,7 +147,7 @@ class Symptoms:
     rate: float
     masked: bool = False
     replaced: bool = True
-    mixed: bool = True
+    separable: bool = True
     overfits: bool = False
     lowest: float = math.inf
     losses: list[float] = field(default_factory=list)
@@ -164,7 +164,9 @@ class Symptoms:
             rate=config.optim.learning_rate,
             masked=config.loss.positives == "masked",
             replaced=episodes.replacement and rows is not None and rows >= episodes.size,
-            mixed=rows is not None and not episodes.apart and episodes.size > episodes.batch_size,
+            separable=rows is not None
+            and not episodes.apart
+            and episodes.size > episodes.batch_size,
             overfits=config.run.overfit is not None,
         )
 
@@ -174,7 +176,9 @@ class Symptoms:
         for what, shares in self.shares.items():
             if (share := metrics.get(f"train/repeated/{what}")) is not None:
                 shares[:] = [*shares[1 - OBSERVED :], share]
-                lines[what] = repeats(what, shares, replaced=self.replaced, mixed=self.mixed)
+                lines[what] = repeats(
+                    what, shares, replaced=self.replaced, separable=self.separable
+                )
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
             steps = step - self.warm_up

@@ -110,7 +110,7 @@ def test_what_repeats_in_a_batch_is_named(what, way_out):
     assert line.startswith(f"14% of the {what} of a batch")
     assert way_out in line
     assert "episodes.replacement" not in repeats(what, [0.5] * 5, replaced=False)
-    assert "episodes.apart" not in repeats(what, [0.5] * 5, mixed=False)
+    assert "episodes.apart" not in repeats(what, [0.5] * 5, separable=False)
 
 
 def test_each_symptom_is_said_once():
@@ -134,4 +134,4 @@ def test_it_is_advised_to_keep_captions_apart_where_a_run_can():
         (replace(settings, batch_size=8), False),
     ):
         config = Config(episodes=episodes, optim=OptimConfig(learning_rate=1e-3, warm_up_steps=1))
-        assert Symptoms.of(config, pairs, 4).mixed == advised
+        assert Symptoms.of(config, pairs, 4).separable == advised
