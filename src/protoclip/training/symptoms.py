@@ -121,10 +121,12 @@ def repeats(
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
     once = "set episodes.replacement = false, " if what == "images" and replaced else ""
-    apart = "set episodes.apart = true, or " if what == "captions" and separable else ""
+    apart = ""
+    if what == "captions" and separable:
+        apart = ", or, if more captions differ than a batch holds, episodes.apart = true"
     return (
         f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
-        f"of each other; {once}{apart}{ADVICE[what]}"
+        f"of each other; {once}{ADVICE[what]}{apart}"
     )
 
 

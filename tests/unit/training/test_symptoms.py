@@ -98,7 +98,10 @@ def test_a_rate_that_does_nothing_is_named():
 @pytest.mark.parametrize(
     ("what", "way_out"),
     [
-        ("captions", "set episodes.apart = true, or set loss.positives = masked"),
+        (
+            "captions",
+            "set loss.positives = masked, or, if more captions differ than a batch holds, episodes",
+        ),
         ("images", "episodes.replacement = false"),
     ],
 )
