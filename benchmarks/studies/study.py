@@ -3,7 +3,7 @@
     python benchmarks/studies/study.py benchmarks/studies/FILE.toml [--seeds 0 1 2] [--jobs 2]
         [--arms NAME ...] [--image-size N] [--emoji-image-teacher FILE]
         [--captions FILE --root FOLDER --teacher FOLDER --image-teacher FILE]
-        [--transfer emoji wds:FOLDER ...] [--test]
+        [--start RUN] [--transfer emoji wds:FOLDER ...] [--test]
 
 A study is a TOML file: a question, and arms, which are changes to the defaults as a recipe makes
 them. Arms of one group are settings tried for the same thing; unset, an arm is its own group.
@@ -21,8 +21,9 @@ it starts from; `rotate` and `shift`, which take the start's text features away 
 (see `displaced`). A teacher's `features = "own"` are those of the data set at hand, `"own images"`
 those of its images. `unset` names settings of photographs.toml that an arm leaves open, such as
 `["episodes.size"]`. With `align = true`, or the settings of `[align]`, an arm is what `protoclip
-align` makes of two halves, with `finetune = true` what `protoclip finetune` makes of its `start`,
-without WiSE-FT; both have none of a data set's settings but those of the data.
+align` makes of two halves, with `finetune = true` what `protoclip finetune` makes of its `start`, or
+of the run that `--start` names, without WiSE-FT; both have none of a data set's settings but those
+of the data.
 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
@@ -225,6 +226,18 @@ def at_size(study: Study, size: int) -> Study:
     return replace(study, arms={**study.arms, **changed})
 
 
+def starting_at(study: Study, start: str | None) -> Study:
+    """The study, whose arms that fine-tune begin from this run, but those that name another arm."""
+    without = [arm for arm in study.arms.values() if arm.finetune and arm.start is None]
+    if without and start is None:
+        raise ValueError(f"--start: name the run that '{without[0].name}' fine-tunes")
+    if start is not None and not without:
+        raise ValueError(f"--start: no arm of {study.name} fine-tunes a run that is given")
+    given = {"model": {"start": start}}
+    changed = {arm.name: replace(arm, settings=merged(arm.settings, given)) for arm in without}
+    return replace(study, arms={**study.arms, **changed})
+
+
 def photographs(
     captions: str, *, root: str | None, teacher: str | None, image_teacher: str | None = None
 ) -> Pretraining:
@@ -328,7 +341,9 @@ def train(task: Task) -> dict[str, Any]:
         train(first)
         before = folder_of(first)
     if arm.finetune:  # whose defaults count what is set, which a configuration does not tell
-        given = {"model": {"start": str(before)}, "run": {"out": str(folder)}}
+        given = {"run": {"out": str(folder)}}
+        if before is not None:
+            given["model"] = {"start": str(before)}
         return finished(finetune(merged(settings_of(task), given), alpha=1.0, resume="auto"))
     if arm.start is not None or arm.displaces:
         start = folder.with_suffix(".start")
@@ -653,6 +668,7 @@ def options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--image-size", type=int, help="of all arms, if not the study's")
+    parser.add_argument("--start", metavar="RUN", help="what arms without a start fine-tune")
     parser.add_argument("--captions", help="photographs to pretrain on, as data.train takes them")
     parser.add_argument("--root", help="folder of the photographs, as data.root")
     parser.add_argument("--teacher", help="features of their captions, as teacher.features")
@@ -681,6 +697,7 @@ def study_of(given: argparse.Namespace, words: str) -> None:
     study = read_study(given.study)
     if given.arms is not None:
         study = some_arms(study, given.arms)
+    study = starting_at(study, given.start)
     if given.image_size is not None:
         study = at_size(study, given.image_size)
     data = pretrainings(given)

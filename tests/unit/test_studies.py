@@ -128,6 +128,20 @@ def test_some_arms_at_another_size(tiny, tmp_path):
             studies.some_arms(study, names)
 
 
+def test_arms_fine_tune_the_run_that_is_given(tiny, tmp_path):
+    """But for those that name another arm; a run that is missing, or that no arm takes, is told."""
+    tuned = '[[arms]]\nname = "tuned"\nfinetune = true\n'
+    tiny.write_text(f'{tiny.read_text()}{tuned}{tuned.replace("tuned", "after")}start = "CLIP"\n')
+    study = studies.read_study(tiny)
+    begun = studies.starting_at(study, "runs/other")
+    starts = [studies.config_of(task_of(begun, arm, tmp_path)).model.start for arm in begun.arms]
+    assert starts == [None, None, None, "runs/other", None]
+    with pytest.raises(ValueError, match="--start: name the run that 'tuned' fine-tunes"):
+        studies.starting_at(study, None)
+    with pytest.raises(ValueError, match="no arm of tiny fine-tunes a run"):
+        studies.starting_at(studies.some_arms(study, ["CLIP", "few"]), "runs/other")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
