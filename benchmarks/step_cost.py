@@ -1,8 +1,8 @@
 """What does grouping cost? Wall clock of ProtoCLIP over CLIP at equal samples, and where it goes.
 
 CLIP, also with positives shared and masked, and ProtoCLIP with the bundled teacher and prototypes
-from extraction or from the queue, in alternation, each for one episode of warm-up (not counted)
-and two counted ones.
+from extraction or from the queue, there also without the teacher's relations, in alternation, each
+for one episode of warm-up (not counted) and two counted ones.
 
     python benchmarks/step_cost.py [--repeats 3] [--case demo vit] [--workers N] [--out FILE]
 
@@ -75,7 +75,7 @@ def base(case: str) -> Config:
 
 def arms(case: str) -> dict[str, Config]:
     """CLIP, also with pairs that match, and ProtoCLIP with its teacher and either source of
-    prototypes."""
+    prototypes; from the queue also with the teacher's groups alone."""
     clip = base(case)
     # The bundled teacher knows 7,077 samples; the synthetic ones have none.
     arm = demo.arms()["CLIP" if case == "rn50" else "ProtoCLIP + teacher"]
@@ -87,6 +87,7 @@ def arms(case: str) -> dict[str, Config]:
     )
     sharing = replace(clip, loss=replace(clip.loss, positives="shared"))
     masking = replace(clip, loss=replace(clip.loss, positives="masked"))
+    queue = replace(grouped, prototypes=replace(grouped.prototypes, source="queue"))
     return {
         "CLIP": clip,
         "CLIP, positives shared": sharing,
@@ -94,8 +95,9 @@ def arms(case: str) -> dict[str, Config]:
         "ProtoCLIP, extract": replace(
             grouped, prototypes=replace(grouped.prototypes, source="extract")
         ),
-        "ProtoCLIP, queue": replace(
-            grouped, prototypes=replace(grouped.prototypes, source="queue")
+        "ProtoCLIP, queue": queue,
+        "ProtoCLIP, queue, groups alone": replace(
+            queue, teacher=replace(queue.teacher, distil=0.0)
         ),
     }
 

@@ -21,9 +21,10 @@ it starts from; `rotate` and `shift`, which take the start's text features away 
 (see `displaced`). A teacher's `features = "own"` are those of the data set at hand, `"own images"`
 those of its images. `unset` names settings of photographs.toml that an arm leaves open, such as
 `["episodes.size"]`. With `align = true`, or the settings of `[align]`, an arm is what `protoclip
-align` makes of two halves, with `finetune = true` what `protoclip finetune` makes of its `start`, or
-of the run that `--start` names, without WiSE-FT; both have none of a data set's settings but those
-of the data.
+align` makes of two halves, with `finetune = true` what `protoclip finetune` makes of its `start`,
+or of the run that `--start` names, without WiSE-FT; both have none of a data set's settings but
+those of the data. An arm that sets no `loss.prototypical`, `loss.teacher` or `teacher.distil` has
+1, 2 and 0, the defaults when most studies were made.
 
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
@@ -85,6 +86,7 @@ from protoclip.training.finetune import finetune
 from protoclip.training.plan import make_plan
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
+LOSS = {"prototypical": 1.0, "teacher": 2.0}  # of arms that set none; see the module's words
 OWN = (
     "name",
     "group",
@@ -269,7 +271,8 @@ def pretrainings(given: argparse.Namespace) -> list[Pretraining]:
 def settings_of(task: Task) -> dict[str, Any]:
     """What a run's data set and arm set, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
-    shared = data.settings if arm.command == "train" else {"data": data.settings.get("data", {})}
+    of_data = {"data": data.settings.get("data", {})}
+    shared = merged({"loss": LOSS}, data.settings) if arm.command == "train" else of_data
     tree = merged(shared, arm.settings)
     for name in arm.unset:
         section, _, key = name.partition(".")
@@ -279,13 +282,13 @@ def settings_of(task: Task) -> dict[str, Any]:
         own = {"own": data.teacher, "own images": data.image_teacher}
         features = teacher.get("features")
         if features not in own:
-            return dict(teacher)
+            return {"distil": 0.0, **teacher}
         if own[features] is None:
             option = "--teacher" if features == "own" else data.image_option
             raise ValueError(
                 f"{arm.name}: the {data.name} have no such teacher; name its features with {option}"
             )
-        return {**teacher, "features": own[features]}
+        return {"distil": 0.0, **teacher, "features": own[features]}
 
     tree["teacher"] = resolved(tree.get("teacher", {}))
     tree["teachers"] = [resolved(teacher) for teacher in tree.get("teachers", [])]

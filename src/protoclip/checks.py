@@ -15,6 +15,7 @@ from protoclip.config import (
     LOGGERS,
     NO_START,
     START,
+    UNSET,
     Config,
     DataConfig,
     EpisodeConfig,
@@ -222,6 +223,7 @@ def without_effect(config: Config) -> list[str]:
     no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
     no_teacher = not config.external_teachers and has_teacher and "loss.teacher is 0"
     no_features = not config.grouping_teachers and loss.teacher > 0 and "no teacher has features"
+    may_distil = any(each.distil != 0 for each in config.external_teachers.values())
     locked = [] if model.projections_are_new else model.locked
     # A tenth is what the plan fills in, and so what a run's own settings hold, unasked.
     tenth = config.optim.locked_learning_rate == locked_rate(config.optim.learning_rate or 0.0)
@@ -255,7 +257,7 @@ def without_effect(config: Config) -> list[str]:
         "loss.teacher": no_features,
         "loss.strengths": unused or no_instance,
         "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
-        "loss.distil_by": not config.distilled_teachers and "teacher.distil is 0",
+        "loss.distil_by": not may_distil and "teacher.distil is 0",
         "loss.instance": no_instance,
         "loss.positives": no_instance,
         "episodes.apart": episodes.size == episodes.batch_size and "an episode is one batch",
@@ -281,13 +283,18 @@ def without_effect(config: Config) -> list[str]:
     notes = [
         f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
     ]
+
+    def asked(teacher: TeacherConfig) -> TeacherConfig:
+        """A teacher without the weight of 0, which the plan fills in unasked."""
+        return replace(teacher, distil=teacher.distil or UNSET)
+
     usual = TeacherConfig()
-    alone = replace(config.teacher, number=usual.number, name=usual.name)
+    alone = replace(asked(config.teacher), number=usual.number, name=usual.name)
     if config.teachers and alone != usual:
         notes.append("teacher.*: no effect, since teachers take its place")
     for teacher in config.teachers or [config.teacher]:
         known = TeacherConfig(name=teacher.name)
-        if teacher == known or (loss.teacher == 0 and not teacher.distil):
+        if asked(teacher) == known or (loss.teacher == 0 and not teacher.distil):
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")
@@ -297,7 +304,7 @@ def without_effect(config: Config) -> list[str]:
         causes = {
             **dict.fromkeys(("whiten", "hard_targets", "number"), no_loss),
             "target_temperature": no_loss or hard_targets,
-            "tower": not teacher.distil and f"{teacher.name}.distil is 0",
+            "tower": teacher.distil == 0 and f"{teacher.name}.distil is 0",
         }
         notes += [
             f"{teacher.name}.{name}: no effect, since {why}"

@@ -253,7 +253,7 @@ class TeacherConfig:
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = True  # One-hot targets, as in the paper.
     whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
-    distil: NotNegative = 0.0  # Weight of learning its features.
+    distil: Open[NotNegative] = UNSET  # Weight of its features; train: 1.
     tower: Literal["image", "text"] | None = None  # That learns them; else of its modality.
 
 
@@ -262,8 +262,8 @@ class LossConfig:
     instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     positives: Open[Positives] = UNSET  # What equal pairs count as; else pair.
-    prototypical: NotNegative = 1.0  # Weight of the prototypical loss; 0 is CLIP.
-    teacher: NotNegative = 2.0  # Weight of each external teacher's loss.
+    prototypical: NotNegative = 0.5  # Weight of the prototypical loss; 0 is CLIP.
+    teacher: NotNegative = 1.0  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
@@ -383,7 +383,7 @@ class Config:
         return {
             teacher.name: teacher
             for teacher in self.teachers or [self.teacher]
-            if teacher.features is not None and (self.loss.teacher > 0 or teacher.distil > 0)
+            if teacher.features is not None and (self.loss.teacher > 0 or teacher.distil)
         }
 
     @property
@@ -394,7 +394,7 @@ class Config:
     @property
     def distilled_teachers(self) -> dict[str, TeacherConfig]:
         """Those of them whose features a tower learns."""
-        return {name: each for name, each in self.external_teachers.items() if each.distil > 0}
+        return {name: each for name, each in self.external_teachers.items() if each.distil}
 
     @property
     def uses_of_teachers(self) -> str:

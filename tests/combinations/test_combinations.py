@@ -304,9 +304,12 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             replace(base.teacher, name=name, features=str(path), number=6, whiten=4)
             for name, path in teacher_files(config, row, data).items()
         ]
-        if row["distil"] != "no":
-            towers = zip(teachers, ("image", "text"), strict=False)
-            teachers = [replace(teacher, distil=1.0, tower=tower) for teacher, tower in towers]
+        if row["distil"] != "no":  # relations of teachers whose tower is known are a default
+            weight, towers = {"features": 1.0}.get(row["distil"]), ("image", "text")
+            teachers = [
+                replace(teacher, distil=weight, tower=tower)
+                for teacher, tower in zip(teachers, towers, strict=False)
+            ]
         one = len(teachers) == 1
         config = replace(config, teacher=teachers[0]) if one else replace(config, teachers=teachers)
     return config

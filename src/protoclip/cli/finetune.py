@@ -42,7 +42,7 @@ class Finetune(Config, Recipes):
         "optim.learning_rate": 1e-5,
         "optim.layer_decay": 0.7,
         "teacher.whiten": 0,
-        "loss.teacher": 1.0,
+        "loss.prototypical": 1.0,
         "loss.strengths": "constant",
     }
 

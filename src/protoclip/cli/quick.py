@@ -53,7 +53,7 @@ def configuration(out: Path, *, seed: int) -> Config:
                 "text": {"layers": 1, "context_length": 16},
                 "heads": {"hidden_dim": 256},
             },
-            "teacher": {"features": str(emoji_teacher_path())},
+            "teacher": {"features": str(emoji_teacher_path()), "tower": "text"},
             "loss": {"prototypical": 0.0, "positives": "shared"},
             "episodes": {"size": 2048, "count": EPISODES, "batch_size": 128, "locked_image": 0},
         }

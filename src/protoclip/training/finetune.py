@@ -29,7 +29,7 @@ CHOSEN = {
     *("episodes.batch_size", "episodes.size", "episodes.count", "episodes.replacement"),
     *("episodes.locked_image", "episodes.warm_up", "optim.learning_rate", "optim.layer_decay"),
     *("optim.warm_up_steps", "optim.weight_decay", "optim.heads_lr_scale", "loss.strengths"),
-    *("loss.teacher", "teacher.whiten"),
+    *("loss.prototypical", "teacher.whiten"),
 }
 
 
@@ -136,7 +136,7 @@ def with_data(
     if config.loss.prototypical > 0 or features is not None or config.grouping_teachers:
         # With these the gains of docs/LOG.md were measured.
         choose("loss.strengths", "constant")
-        choose("loss.teacher", 1.0)
+        choose("loss.prototypical", 1.0)
         if features == START:
             choose("teacher.whiten", 0)
             choose("episodes.warm_up", 0)  # its features are good from the beginning

@@ -141,6 +141,7 @@ def outline(config: Config, *, is_whole: bool = True) -> Outline:
     Raises:
         ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
     """
+    config = config if is_whole else external.undistilled(config)
     without_effect = check(config, is_whole=is_whole)
     notes = without_effect if is_whole else []
     start = resolve_start(config.model)

@@ -48,7 +48,10 @@ from protoclip.terminal import say, without_secrets
 from protoclip.training.plan import Outline, fill
 
 LOCK = ".lock"
-UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg"}  # what is meant where it is unset
+# What is meant where it is unset.
+UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
+# Defaults of earlier versions, with which their runs go on.
+ONCE: dict[str, Any] = {"distil_by": "features", "prototypical": 1.0, "teacher": 2.0}
 # Settings of towers that are put together, at their defaults; a whole model has others than these.
 OF_PARTS = ("embed_dim", "projection", "image.name", "text.width", "text.heads", "text.layers")
 PARTS = {f"model.{name}": by_name(ModelConfig())[name] for name in OF_PARTS}
@@ -206,12 +209,15 @@ def as_begun(config: Config, folder: Path) -> Config:
     data = begun(config.data, "data", "augmentation")
     if data.read == "auto" and saved.get("data.read") == "streaming":
         data = replace(data, read="streaming")  # or align encodes all before other data are refused
-    loss = config.loss
-    if loss.distil_by == LossConfig().distil_by:  # it was `features` once
-        loss = replace(loss, distil_by=as_written_today(saved)["loss.distil_by"])
+    loss, before = config.loss, as_written_today(saved)
+    for name, once in ONCE.items():
+        if getattr(loss, name) == getattr(LossConfig(), name) and before[f"loss.{name}"] == once:
+            loss = replace(loss, **{name: once})
     for number, each in enumerate(saved.get("teachers", [])):
-        saved |= flat(each, f"teachers.{number}.")
-    of_teacher = ("number", "tower")
+        saved |= flat({"distil": 0.0, **each}, f"teachers.{number}.")
+    if not config.teachers:
+        saved.setdefault("teacher.distil", 0.0)  # as before it was open
+    of_teacher = ("number", "tower", "distil")
     teachers = [
         begun(each, f"teachers.{number}", *of_teacher)
         for number, each in enumerate(config.teachers)

@@ -134,7 +134,8 @@ def test_defaults_and_their_notes():
     assert (optim.warm_up_steps, optim.heads_lr_scale) == (19, 1.0)
     assert (config.episodes.warm_up, config.episodes.locked_image) == (0, 0)
     assert (config.teacher.features, config.teacher.whiten) == ("start", 0)
-    assert (config.loss.strengths, config.loss.teacher) == ("constant", 1.0)
+    loss = config.loss
+    assert (loss.strengths, loss.prototypical, loss.teacher) == ("constant", 1.0, 1.0)
     assert config.prototypes.number == config.teacher.number == 3_993
     assert notes[0] == "for fine-tuning: run.name = 'finetuned', run.evaluate_every = 1"
     assert [note.split(": ")[1].split(".")[0] for note in notes] == [

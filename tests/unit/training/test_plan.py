@@ -370,7 +370,7 @@ def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, caps
 @pytest.fixture(scope="module")
 def distilling() -> Plan:
     """Of a run whose settings leave all open that they can, with a teacher to be distilled."""
-    teacher = TeacherConfig(features="emoji", distil=1.0)
+    teacher = TeacherConfig(features="emoji")
     return make_plan(Config(teacher=teacher))
 
 
@@ -379,8 +379,73 @@ def test_a_plan_leaves_open_what_it_names_and_nothing_else(distilling: Plan):
     assert {name for name, value in settings.items() if value is None} == WITHOUT
     assert {n for n, value in settings.items() if value == "auto"} == BY_MACHINE_OR_SOURCE
     config = distilling.config
-    assert (config.prototypes.source, config.teacher.tower) == ("queue", "text")
+    assert config.prototypes.source == "queue"
+    assert (config.teacher.distil, config.teacher.tower) == (1.0, "text")
     assert make_plan(config).config == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "distil", "note"),
+    [
+        ({}, 1.0, "teacher.distil = 1, so the text tower learns from its features too"),
+        ({"teacher": {"distil": 0.5}}, 0.5, None),
+        ({"teacher": {"distil": 0.0}}, 0.0, None),
+        ({"loss": {"teacher": 0.0}}, 0.0, "teacher.*: no effect, since loss.teacher is 0"),
+        ({"loss": {"distil_by": "features"}}, 1.0, "teacher.distil = 1"),
+        ({"teacher": {"features": None}}, 0.0, None),
+    ],
+)
+def test_a_teacher_that_groups_is_learned_from_too(changes, distil, note):
+    """Unless that is set, or there is no such teacher; and a recipe of what came out is silent."""
+    tree = {"teacher": {"features": "emoji"}, "run": {"evaluate": False}}
+    made = make_plan(
+        Config.from_dict({k: {**tree.get(k, {}), **changes.get(k, {})} for k in {*tree, *changes}})
+    )
+    assert made.config.teacher.distil == distil
+    notes = [each for each in made.notes if "teacher" in each and "number" not in each]
+    assert [each for each in notes if note is None or note not in each] == []
+    assert len(notes) == (note is not None)
+    again = make_plan(made.config)
+    assert again.config == made.config
+    assert not [each for each in again.notes if "distil" in each]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_other_commands_learn_from_groups_alone(several):
+    teacher = TeacherConfig(features="emoji")
+    given = Config(teachers=[teacher]) if several else Config(teacher=teacher)
+    assert not outline(given, is_whole=False).config.distilled_teachers
+    (taught,) = outline(given, is_whole=False).config.external_teachers.values()
+    assert taught.distil == 0
+
+
+def test_who_cannot_learn_from_a_teacher_has_its_groups(tmp_path: Path):
+    """A file that does not say what it was made of, the start, and a tower that is locked."""
+    table = tiny_pairs(48)
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    features = pa.array(list(np.eye(48, 8, dtype=np.float32)))
+    own = {"sample_id": table["sample_id"], "features": features}
+    pq.write_table(pa.table(own), tmp_path / "own.parquet")
+    weights = loading.model(tiny_model(), seed=1).state_dict()
+    description = model_json(tiny_model(), None)
+    write_checkpoint(tmp_path / "start", {WEIGHTS: weights}, {MODEL: description})
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
+    file = str(tmp_path / "own.parquet")
+    start = ModelConfig(start=str(tmp_path / "start"))
+    for teacher, model, told in (
+        (TeacherConfig(name="own", features=file, number=4), config.model, "own.distil = 0, since"),
+        (TeacherConfig(features=START, number=4), start, None),
+        (
+            TeacherConfig(features=file, number=4, tower="text"),
+            replace(start, locked=["text"]),
+            "teacher.distil = 0, since model.locked leaves the text tower as it is",
+        ),
+    ):
+        made = make_plan(replace(config, model=model, teachers=[teacher]))
+        assert made.config.teachers[0].distil == 0
+        said = [note for note in made.notes if "distil" in note]
+        assert len(said) == (told is not None)
+        assert all(told in note for note in said)
 
 
 def test_a_teacher_for_the_other_tower_is_told(distilling: Plan):
@@ -429,6 +494,36 @@ def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_l
     other = replace(given, prototypes=replace(given.prototypes, source="extract"))
     with pytest.raises(ValueError, match=r"prototypes\.source \(queue before, extract now\)"):
         look(outline(other), resume=True)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Plan, tmp_path: Path):
+    """Groups alone, at twice the weight; but not with other weights that somebody gave."""
+    weights = {"prototypical": 1.0, "teacher": 2.0, "distil_by": "features"}
+    teacher = replace(distilling.config.teacher, distil=0.0, tower=None)
+    whole = replace(
+        distilling.config,
+        run=RunConfig(out=str(tmp_path)),
+        loss=replace(distilling.config.loss, **weights),
+        teacher=TeacherConfig() if several else teacher,
+        teachers=[teacher] if several else [],
+    )
+    given = replace(
+        whole, loss=LossConfig(), teachers=[replace(t, distil=None) for t in whole.teachers]
+    )
+    given = replace(given, teacher=replace(whole.teacher, distil=None))
+    begun = to_toml(whole)
+    without = "\n".join(line for line in begun.splitlines() if not line.startswith("distil "))
+    for text in (begun, without):
+        (tmp_path / "config.toml").write_text(text)
+        goes_on = look(outline(given), resume=True).outline.config
+        loss = goes_on.loss
+        assert {name: getattr(loss, name) for name in weights} == weights
+        assert not goes_on.distilled_teachers
+        assert not complete(outline(goes_on)).config.distilled_teachers
+    (tmp_path / "config.toml").write_text(begun.replace("teacher = 2.0", "teacher = 3.0"))
+    with pytest.raises(ValueError, match=r"loss\.teacher \(3\.0 before, 1\.0 now\)"):
+        look(outline(given), resume=True)
 
 
 @pytest.fixture
