@@ -120,7 +120,8 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-sig", SIGLIP)
     size = {"image": ImageTowerConfig(size=64), "text": TextTowerConfig(context_length=6)}
     named: dict[str, Any] = {"name": "tiny-sig", **size}
-    given = {"loss": {"strengths": "constant"}, "optim": {"learning_rate": 2e-3}}
+    loss = {"strengths": "constant", "prototypical": 1.0}
+    given = {"loss": loss, "optim": {"learning_rate": 2e-3}}
     given["optim"] |= {"warm_up_steps": 2}
     config = tiny_config(tiny_parquet, out="")
     run.train(short(config, tmp_path / "run", count=4, model=named, **given))
@@ -192,7 +193,8 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
         given = {"name": name, "features": path, "number": 4}
         teachers.append(TeacherConfig(**given, hard_targets=name == "all"))
     config = replace(tiny_config(tiny_parquet, out=""), teachers=teachers)
-    run.train(short(config, tmp_path / "run", loss={"strengths": "constant", "teacher": 0.5}))
+    loss = {"strengths": "constant", "prototypical": 1.0, "teacher": 0.5}
+    run.train(short(config, tmp_path / "run", loss=loss))
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
     grouped = metrics_of(tmp_path / "run", "train/loss/prototypical/image_from_some")
     assert len(grouped) == 4
@@ -257,7 +259,7 @@ def test_the_reference_is_one_recipe_away(seen):
     _, _, departures = page.partition("### Where it departs")
     departures, _, _ = departures.partition("\n## ")
     restoring = re.findall(r"`(\w+\.[\w.]+ = [^`]+)`", departures)
-    assert len(restoring) == 13
+    assert len(restoring) == 15
     for setting in restoring:
         ((name, value),) = flat(tomllib.loads(setting)).items()
         assert written[name] == value, setting
