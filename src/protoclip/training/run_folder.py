@@ -51,7 +51,7 @@ LOCK = ".lock"
 # What is meant where it is unset.
 UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
 # Defaults of earlier versions, with which their runs go on.
-ONCE: dict[str, Any] = {"distil_by": "features", "prototypical": 1.0, "teacher": 2.0}
+FORMER: dict[str, Any] = {"distil_by": "features", "prototypical": 1.0, "teacher": 2.0}
 # Settings of towers that are put together, at their defaults; a whole model has others than these.
 OF_PARTS = ("embed_dim", "projection", "image.name", "text.width", "text.heads", "text.layers")
 PARTS = {f"model.{name}": by_name(ModelConfig())[name] for name in OF_PARTS}
@@ -210,9 +210,9 @@ def as_begun(config: Config, folder: Path) -> Config:
     if data.read == "auto" and saved.get("data.read") == "streaming":
         data = replace(data, read="streaming")  # or align encodes all before other data are refused
     loss, before = config.loss, as_written_today(saved)
-    for name, once in ONCE.items():
-        if getattr(loss, name) == getattr(LossConfig(), name) and before[f"loss.{name}"] == once:
-            loss = replace(loss, **{name: once})
+    for name, former in FORMER.items():
+        if getattr(loss, name) == getattr(LossConfig(), name) and before[f"loss.{name}"] == former:
+            loss = replace(loss, **{name: former})
     for number, each in enumerate(saved.get("teachers", [])):
         saved |= flat({"distil": 0.0, **each}, f"teachers.{number}.")
     if not config.teachers:
