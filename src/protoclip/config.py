@@ -262,8 +262,8 @@ class LossConfig:
     instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     positives: Open[Positives] = UNSET  # What equal pairs count as; else pair.
-    prototypical: NotNegative = 0.5  # Weight of the prototypical loss; 0 is CLIP.
-    teacher: NotNegative = 1.0  # Weight of each external teacher's loss.
+    prototypical: NotNegative = 0.25  # Weight of the prototypical loss; 0 is CLIP.
+    teacher: NotNegative = 0.5  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
     keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.

@@ -318,7 +318,7 @@ def test_settings_that_align_cannot_follow(more, message, given):
 
 def test_settings_may_come_as_a_config(given):
     """Of which those at their default count as not given."""
-    given = changed(given, loss={"prototypical": 0.25, "teacher": 0.75})
+    given = changed(given, loss={"prototypical": 0.375, "teacher": 0.75})
     config = Config.from_dict(given)
     mine, theirs = (aligning.before_data(aligning.given_settings(g)) for g in (config, given))
     assert mine.config == theirs.config

@@ -45,7 +45,7 @@ def test_every_setting_has_a_row(reference: ModuleType) -> None:
         ("episodes.size", ["whole number", "unset", "from 1 to 2^31 - 1"]),
         ("optim.betas", ["2 numbers", "unset", "from 0 below 1"]),
         ("optim.layer_decay", ["number", "`1.0`", "above 0 to 1"]),
-        ("loss.teacher", ["number", "`1.0`", "from 0"]),
+        ("loss.teacher", ["number", "`0.5`", "from 0"]),
         ("parallel.strategy", ["`ddp`, `fsdp`", "`'ddp'`", ""]),
     ],
 )

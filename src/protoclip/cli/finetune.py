@@ -43,6 +43,7 @@ class Finetune(Config, Recipes):
         "optim.layer_decay": 0.7,
         "teacher.whiten": 0,
         "loss.prototypical": 1.0,
+        "loss.teacher": 1.0,
         "loss.strengths": "constant",
     }
 

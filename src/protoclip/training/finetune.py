@@ -29,7 +29,7 @@ CHOSEN = {
     *("episodes.batch_size", "episodes.size", "episodes.count", "episodes.replacement"),
     *("episodes.locked_image", "episodes.warm_up", "optim.learning_rate", "optim.layer_decay"),
     *("optim.warm_up_steps", "optim.weight_decay", "optim.heads_lr_scale", "loss.strengths"),
-    *("loss.prototypical", "teacher.whiten"),
+    *("loss.prototypical", "loss.teacher", "teacher.whiten"),
 }
 
 
@@ -137,6 +137,7 @@ def with_data(
         # With these the gains of docs/LOG.md were measured.
         choose("loss.strengths", "constant")
         choose("loss.prototypical", 1.0)
+        choose("loss.teacher", 1.0)
         if features == START:
             choose("teacher.whiten", 0)
             choose("episodes.warm_up", 0)  # its features are good from the beginning

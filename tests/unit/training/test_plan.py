@@ -522,7 +522,7 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
         assert not goes_on.distilled_teachers
         assert not complete(outline(goes_on)).config.distilled_teachers
     (tmp_path / "config.toml").write_text(begun.replace("teacher = 2.0", "teacher = 3.0"))
-    with pytest.raises(ValueError, match=r"loss\.teacher \(3\.0 before, 1\.0 now\)"):
+    with pytest.raises(ValueError, match=r"loss\.teacher \(3\.0 before, 0\.5 now\)"):
         look(outline(given), resume=True)
 
 
