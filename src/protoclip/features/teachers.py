@@ -221,8 +221,8 @@ def with_distillation(config: Config, teachers: Mapping[str, Whitens]) -> tuple[
     """The settings with `teacher.distil`, where it is unset: 1 for a teacher that groups, if a
     tower can learn from it. Notes that, and each teacher that does not say which tower.
 
-    On four kinds of pairs that was worth 1.0 points more than groups alone in the mean, and on none
-    was it shown to be worth less (docs/teachers.md).
+    Beside groups at the default weights that is the best use of a teacher on four kinds of pairs,
+    or within 0.3 points of it (docs/teachers.md).
     """
     notes = list[str]()
 
