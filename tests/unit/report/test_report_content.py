@@ -87,7 +87,7 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "of the projections; step 6" in sections["prototypes"]
     assert "Image to text" in sections["retrieval"]
     assert "among 3 classes" in sections["confusions"]
-    assert "loss.prototypical 0.0 1.0" in sections["settings"]
+    assert "loss.prototypical 0.0 0.25" in sections["settings"]
     assert "No run left out a sample." in sections["data"]
     assert "protoclip compare" in sections["environment"]
     assert f"--out {two.path} --samples 1000 --seed 0 --minutes 10.0" in sections["environment"]
