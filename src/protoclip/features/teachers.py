@@ -217,6 +217,11 @@ def undistilled(config: Config) -> Config:
     return with_each(config, lambda t: replace(t, distil=0.0) if t.distil is None else t)
 
 
+def stays(config: Config, tower: str) -> bool:
+    """Whether the run leaves this tower as it is, its projection too."""
+    return tower in config.model.locked and not config.model.projections_are_new
+
+
 def with_distillation(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config, list[str]]:
     """The settings with `teacher.distil`, where it is unset: 1 for a teacher that groups, if a
     tower can learn from it. Notes that, and each teacher that does not say which tower.
@@ -237,7 +242,7 @@ def with_distillation(config: Config, teachers: Mapping[str, Whitens]) -> tuple[
                 f"with {name}.tower, image or text, that tower learns from its features too"
             )
             return 0.0
-        if tower in config.model.locked and not config.model.projections_are_new:
+        if stays(config, tower):
             notes.append(f"{name}.distil = 0, since model.locked leaves the {tower} tower as it is")
             return 0.0
         notes.append(f"{name}.distil = 1, so the {tower} tower learns from its features too")
@@ -270,7 +275,7 @@ def with_towers(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config
                 f"teacher.tower: {teacher.features} does not say what it was made of; name the "
                 "tower that learns it, image or text"
             )
-        if tower in config.model.locked and not config.model.projections_are_new:
+        if stays(config, tower):
             raise ValueError(
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"

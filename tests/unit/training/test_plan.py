@@ -498,7 +498,7 @@ def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_l
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Plan, tmp_path: Path):
-    """Groups alone, at twice the weight; but not with other weights that somebody gave."""
+    """Groups alone, at four times the weight; other weights that somebody gave are refused."""
     weights = {"prototypical": 1.0, "teacher": 2.0, "distil_by": "features"}
     teacher = replace(distilling.config.teacher, distil=0.0, tower=None)
     whole = replace(
