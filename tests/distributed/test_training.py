@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -13,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from interrupting import quick_config, relative_difference, stop_after, with_changes, with_out
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, ParallelConfig
@@ -36,11 +39,15 @@ PAIRS, PROTOTYPES, WIDTH = 16, 6, 8
 
 
 def gradients(
-    terms: tuple[str, ...], micro_batch: int | None = None, *, frozen: bool = False
+    terms: tuple[str, ...],
+    micro_batch: int | None = None,
+    *,
+    frozen: bool = False,
+    sharded: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss, gradients and BatchNorm statistics of a batch whose rows the ranks share.
 
-    `frozen` is the BatchNorm of the towers.
+    `frozen` is the BatchNorm of the towers, `sharded` the model, by FSDP2.
     """
     model = loading.model(tiny_model(), seed=0).double()
     if "sigmoid" in terms:
@@ -53,6 +60,10 @@ def gradients(
         model.double()
     if collectives.world_size() > 1:
         batch_norm.synchronise(model, torch.device("cpu"))
+    if sharded:
+        whole, model = model, deepcopy(model).to("meta")
+        parallel.shard(model, torch.device("cpu"))
+        parallel.load_whole(model, whole)
     stage = replace(PROTOTYPICAL, frozen_batch_norm=frozen)
     enter_stage(model, stage)
     generator = torch.Generator().manual_seed(3)
@@ -107,8 +118,11 @@ def gradients(
     total = torch.stack(list(losses.values())).sum()
     (total + reach_everything(embeddings)).backward()
     finish()
+    if sharded:
+        parallel.clip_gradients(model, math.inf)  # which averages those of scalars
     mean = collectives.all_reduce(total.detach()) / collectives.world_size()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in held.items()}
     return float(mean), found | {n: b for n, b in model.named_buffers() if "running_" in n}
 
 
@@ -124,21 +138,27 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in TERMS), ("all", 4)])
-def test_gradients_equal_those_of_one_process(name, world_size):
+WAYS_TO_SHARE = [*((name, 2, False) for name in TERMS), ("all", 4, False)]
+WAYS_TO_SHARE += [("masked", 2, True), ("all", 2, True)]
+
+
+@pytest.mark.parametrize(("name", "world_size", "sharded"), WAYS_TO_SHARE)
+def test_gradients_equal_those_of_one_process(name, world_size, sharded):
     """In float64 on every rank: the loss to 1e-10, every gradient to 1e-9 of the largest."""
     loss, expected = run_distributed(gradients, 1, TERMS[name])[0]
-    for rank_loss, found in run_distributed(gradients, world_size, TERMS[name]):
+    shared = run_distributed(partial(gradients, sharded=sharded), world_size, TERMS[name])
+    for rank_loss, found in shared:
         assert rank_loss == pytest.approx(loss, rel=1e-10)
         assert_near(found, expected)
 
 
-def test_accumulated_gradients_equal_those_of_one_process():
+@pytest.mark.parametrize("name", ["masked", "all"])
+def test_accumulated_gradients_equal_those_of_one_process(name):
     """Micro-batches of at most three pairs give the whole batch's gradients of every loss, and
     statistics of the heads' BatchNorm.
     """
-    _, expected = gradients(TERMS["all"], frozen=True)
-    for _, found in run_distributed(partial(gradients, frozen=True), 2, TERMS["all"], 3):
+    _, expected = gradients(TERMS[name], frozen=True)
+    for _, found in run_distributed(partial(gradients, frozen=True), 2, TERMS[name], 3):
         assert_near(found, expected)
 
 

@@ -94,20 +94,29 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("pairs", "command"),
-    [
-        (500, "align, with --data.validation 0.2"),
-        (501, "align,"),
-        (10**6, "finetune of the run, with --guard"),
-        (10**7 + 1, "train,"),
-    ],
-)
-def test_the_last_line_says_what_to_do_with_so_many_pairs(pairs, command):
-    """And names a page that has the same commands."""
-    advice, _, page = way(pairs).partition(" (")
-    assert command in advice
-    assert (Path(__file__).parents[3] / page.rstrip(")")).is_file()
+# Of a row of docs/which_way.md: how it begins, the pairs it is for, and commands that it names.
+ROWS = [
+    ("some hundred", (1, 500), ["published model", "align"]),
+    ("1,000 to 100,000", (1_000, 100_000), ["align"]),
+    ("100,000 to 1 million", (100_001, 10**6), ["align", "finetune"]),
+    ("1 to 10 million", (10**6 + 1, 10**7), ["finetune", "published model"]),
+    ("more", (10**7 + 1, 10**9), ["train"]),
+]
+
+
+@pytest.mark.parametrize(("row", "pairs", "commands"), ROWS)
+def test_what_to_do_with_so_many_pairs_is_a_row_of_the_page(row, pairs, commands):
+    """Which the advice names; both name these commands."""
+    advice, _, page = way(pairs[0]).partition(" (")
+    assert way(pairs[1]) == way(pairs[0])
+    lines = (Path(__file__).parents[3] / page.rstrip(")")).read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(f"| {row} |"))
+    assert all(command in advice and command in line.split("|")[2] for command in commands)
+
+
+def test_the_last_line_says_what_to_do(mixed, capsys):
+    show(look(mixed))
+    assert " ".join(capsys.readouterr().out.splitlines()[-1].split()) == f"next {way(10)}"
 
 
 def test_findings_are_shown_as_lines(mixed, capsys):

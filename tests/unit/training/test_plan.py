@@ -163,6 +163,19 @@ def test_a_note_says_how_many_captions_are_cut(monkeypatch):
     assert captions_cut(samples, start, sentences=False) == []
 
 
+def test_the_start_of_a_run_says_how_many_captions_are_cut(tmp_path):
+    """Of its training pairs: eight tokens hold five words beside the start and the end."""
+    texts = ["a short one", "this has many more words than eight tokens hold"] * 6
+    column = pa.array(texts)
+    pq.write_table(tiny_pairs(12).set_column(1, "caption", column), tmp_path / "pairs.parquet")
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
+    config = replace(config, data=replace(config.data, validation=0.0))
+    said = [note for note in make_plan(config).notes if " cuts " in note]
+    assert [note.partition(";")[0] for note in said] == [
+        "model.text.context_length = 8 cuts 6 of 12 captions that were looked at"
+    ]
+
+
 def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
     """Where they are negatives of each other; test_align has what align makes of them.
 

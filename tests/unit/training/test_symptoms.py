@@ -1,16 +1,22 @@
 """Why a loss does not fall: each symptom is said beyond its limit alone, once, in a line."""
 
+import json
 import math
+import re
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from interrupting import with_changes
 from protoclip.config import Config, EpisodeConfig, OptimConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.testing import run_distributed, tiny_pairs
+from protoclip.testing import run_distributed, tiny_config, tiny_pairs
+from protoclip.training.run import train
 from protoclip.training.symptoms import (
+    OBSERVED,
     PATIENCE,
     Symptoms,
     at_chance,
@@ -125,6 +131,24 @@ def test_each_symptom_is_said_once():
         lines += symptoms.lines(step, metrics | loss)
     steps = [int(line.removeprefix("step ").partition(":")[0]) for line in lines]
     assert steps == [40, 100 + PATIENCE, 610]
+
+
+def test_a_run_says_what_it_sees(tmp_path, capsys):
+    """Once, on the terminal, from what it logs of every step."""
+    pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")  # many captions are equal
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
+    changes = {"run": {"log_every": 1, "evaluate": False}, "episodes": {"batch_size": 16}}
+    train(with_changes(config, changes))
+    said = [line for line in capsys.readouterr().err.splitlines() if "of a batch" in line]
+    assert [re.sub(r"\d+%", "N%", line).partition(";")[0] for line in said] == [
+        f"warning: step {OBSERVED}: N% of the captions of a batch repeat others, and equal ones "
+        "are negatives of each other"
+    ]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    steps = [record for record in records if "train/loss/info_nce" in record]
+    assert len(steps) >= OBSERVED
+    assert all(record["train/repeated/captions"] > 0 for record in steps)
+    assert all("train/repeated/images" in record for record in steps)
 
 
 def test_it_is_advised_to_keep_captions_apart_where_a_run_can():
