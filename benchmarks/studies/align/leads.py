@@ -1,12 +1,14 @@
-"""Two leads between frozen halves, in closed form: pruning by groups, and images without captions.
+"""Leads between frozen halves, in closed form: other starts, pruning, images without captions.
 
     python benchmarks/studies/align/leads.py --captions PAIRS --root IMAGES
         --image-features FILE.parquet --text-features FOLDER
 
-Is half of the images worth more if groups choose it? What do images without captions add to 1,000
-that have them? Each row fits the heads that `protoclip align` starts from, and has the mean of six
-recalls (both ways, at 1, 5 and 10) on the validation half of the held-out pairs; intervals (95%)
-are over images. PAIRS has a row a caption; image_features.py and `embed-teacher` make the features.
+Would a ridge regression between the halves be a better start than canonical correlation? Is half of
+the images worth more if groups choose it? What do images without captions add to 1,000 that have
+them? Each row but those of regressions fits the heads that `protoclip align` starts from. It has
+the mean of six recalls (both ways, at 1, 5 and 10) on the validation half of the held-out pairs;
+intervals (95%) are over images. PAIRS has a row a caption; image_features.py and
+`embed-teacher` make the features.
 """
 
 import argparse
@@ -61,9 +63,8 @@ def read_features(given: argparse.Namespace) -> list[Features]:
     return found
 
 
-def recalls(moments: SecondMoments, held: Features) -> Floats:
-    """The mean of the six recalls, in points, of each image with its captions."""
-    image, text = canonical_projections(moments)
+def recalls(image: Tensor, text: Tensor, held: Features) -> Floats:
+    """The mean of the six recalls, in points, of each image with its captions, by two maps."""
     x = F.normalize(held[0].double() @ image, dim=1)
     y = F.normalize(held[1].double() @ text, dim=2)
     likeness = x @ y.flatten(0, 1).T
@@ -74,13 +75,34 @@ def recalls(moments: SecondMoments, held: Features) -> Floats:
 
 
 def show(arms: dict[str, SecondMoments], held: Features) -> None:
-    found = {name: recalls(moments, held) for name, moments in arms.items()}
+    print_table(
+        {f"{n} | {m.samples:,}": recalls(*canonical_projections(m), held) for n, m in arms.items()}
+    )
+
+
+def print_table(found: dict[str, Floats]) -> None:
     print("\n| fitted to | images | mean recall | difference from the first |\n|---|---|---|---|")
     for name, values in found.items():
         gains = values - next(iter(found.values()))
         mean, half = gains.mean(), half_of_seeds(gains)  # images are independent, as seeds are
         gap = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]" if gains.any() else "-"
-        print(f"| {name} | {arms[name].samples:,} | {values.mean():.1f} | {gap} |")
+        print(f"| {name} | {values.mean():.1f} | {gap} |")
+
+
+def regressed(moments: SecondMoments, held: Features) -> dict[str, Floats]:
+    """Heads by a ridge regression of one half's features on the other's, which stay as they are.
+
+    Penalties are in mean variances of a dimension."""
+    arms = {"canonical correlation": canonical_projections(moments)}
+    image, text, cross = moments.image, moments.text, moments.cross
+    for share in (0.01, 0.1, 1.0):
+        penalty = [share * m.trace() / len(m) * torch.eye(len(m)).double() for m in (image, text)]
+        to_texts = torch.linalg.solve(image + penalty[0], cross)
+        to_images = torch.linalg.solve(text + penalty[1], cross.T)
+        arms[f"images to texts, penalty {share}"] = to_texts, torch.eye(len(text)).double()
+        arms[f"texts to images, penalty {share}"] = torch.eye(len(image)).double(), to_images
+    samples = f"{moments.samples:,}"
+    return {f"{name} | {samples}": recalls(*maps, held) for name, maps in arms.items()}
 
 
 def pruned(x: Tensor, y: Tensor, unit: Tensor, draws: list[Tensor]) -> dict[str, SecondMoments]:
@@ -110,6 +132,16 @@ def lent(x: Tensor, y: Tensor, unit: Tensor, draw: Tensor) -> dict[str, SecondMo
     for heat in (0.02, 0.05, 0.1):
         mixed = ((likeness / heat).softmax(1) @ y[known].mean(1))[:, None]
         arms[f"and {number} with a mixture, temperature {heat}"] = own + moments_of(x[rest], mixed)
+    found = kmeans(unit, GROUPS, iterations=20, seed=0)
+    means = torch.zeros(GROUPS, y.shape[2]).index_add_(
+        0, found.assignments[known], y[known].mean(1)
+    )
+    filled = F.normalize(means, dim=1).nan_to_num()  # a group's text prototype, if it has captions
+    in_group = found.assignments[rest]
+    taught = filled[in_group].norm(dim=1) > 0
+    carried = filled[in_group][taught][:, None]
+    name = f"and {int(taught.sum()):,} with the text prototype of their group of images"
+    arms[name] = own + moments_of(x[rest][taught], carried)
     share = own.samples / every.samples
     of_images = {"image": every.image * share, "sum_of_images": every.sum_of_images * share}
     return arms | {f"and {number} in the image moments alone": replace(own, **of_images)}
@@ -122,6 +154,7 @@ def main() -> None:
     (x, y), held = read_features(parser.parse_args())
     unit = F.normalize(x - x.mean(0), dim=1)
     draws = [torch.tensor(np.random.default_rng(n).permutation(len(x))) for n in range(3)]
+    print_table(regressed(moments_of(x, y), held))
     show(pruned(x, y, unit, draws), held)
     show(lent(x, y, unit, draws[0]), held)
 

@@ -1,0 +1,113 @@
+"""How long does `align` take until it finds what CLIP from scratch finds?
+
+    python benchmarks/studies/align/race.py --train TABLE --validation TABLE --image-weights FILE
+        [--root FOLDER] [--image-size 224] [--pairs 100 300 1000] [--seeds 0 1 2]
+        [--folder runs/race] [--out JSON] [-- SETTINGS of `protoclip train`]
+
+From scratch a model learns from all pairs of TRAIN, and `align` from the first so many of an order
+drawn by the seed, between EfficientNet-Lite0 and MiniLM. Each is a command in a process of its own,
+from an empty cache, without pairs held out and without evaluation: its seconds are those of the
+whole command, start and encoding included. Then both are judged on the same validation pairs by
+the mean of the six recalls. What has both its model and its seconds is not trained again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from study import RECALLS, write_ids
+
+from protoclip.config import DataConfig, SourceConfig
+from protoclip.data.sources import open_source
+
+COMMAND = [sys.executable, "-m", "protoclip"]
+
+
+def seconds_of(command: str, run: Path, options: list[str]) -> float:
+    """The wall clock of a command that trains a run, once for all."""
+    clock = run.with_suffix(".seconds")
+    if not clock.exists():
+        shutil.rmtree(run, ignore_errors=True)
+        cache = run.with_suffix(".cache")
+        shutil.rmtree(cache, ignore_errors=True)
+        began = time.monotonic()
+        subprocess.run(
+            [*COMMAND, command, *options, "--run.out", str(run)],
+            env={**os.environ, "PROTOCLIP_CACHE": str(cache)},
+            check=True,
+        )
+        clock.write_text(f"{time.monotonic() - began:.1f}")
+        shutil.rmtree(cache)
+    return float(clock.read_text())
+
+
+def recall(run: Path, options: list[str]) -> float:
+    """The mean of the six recalls on validation pairs, in percent."""
+    given = [*COMMAND, "evaluate", str(run), "--tasks", "retrieval", "--device", "cpu", "--json"]
+    shown = subprocess.run([*given, *options], check=True, capture_output=True, text=True).stdout
+    (record,) = json.loads(shown)
+    return 100 * float(np.mean([record["metrics"][name] for name in RECALLS]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--root")
+    parser.add_argument("--image-weights", required=True)
+    parser.add_argument("--image-size", type=int, default=224, help="of the image half")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/race"))
+    parser.add_argument("--out", type=Path, help="JSON of the table")
+    parser.add_argument("settings", nargs="*", help="of the run from scratch, behind --")
+    given = parser.parse_args()
+    source = SourceConfig(path=given.train)
+    ids = [*open_source(DataConfig(root=given.root), source).sample_ids()]
+    given.folder.mkdir(parents=True, exist_ok=True)
+    root = [] if given.root is None else [given.root]
+    judged = ["--data", given.validation, *(word for path in root for word in ("--root", path))]
+    shared = ["--data.train", given.train, "--data.validation", "0", "--run.evaluate", "false"]
+    shared += ["--run.device", "cpu", "--run.precision", "fp32"]
+    shared += [word for path in root for word in ("--data.root", path)]
+    halves = ["--model.image.name", "tf_efficientnet_lite0", "--model.text.name", "minilm"]
+    halves += ["--model.image.weights", given.image_weights]
+    halves += ["--model.image.size", str(given.image_size)]
+    rows: list[dict[str, Any]] = []
+    print("| seed | way | pairs | seconds | of those from scratch | mean recall |")
+    print("|---|---|---|---|---|---|")
+    for seed in given.seeds:
+        ways = [("scratch", len(ids)), *(("aligned", size) for size in given.pairs)]
+        of_scratch = 0.0
+        for way, size in ways:
+            run = given.folder / f"{way}-{size}-{seed}"
+            options = [*shared, "--run.seed", str(seed)]
+            if way == "aligned":
+                write_ids(only := given.folder / f"{size}-{seed}.csv", ids, size, seed)
+                options += [*halves, "--data.only", str(only)]
+                seconds = seconds_of("align", run, options)
+            else:
+                of_scratch = seconds = seconds_of("train", run, [*options, *given.settings])
+            row = {"seed": seed, "way": way, "pairs": size, "seconds": seconds}
+            row |= {"share": seconds / of_scratch, "mean recall": recall(run, judged)}
+            rows.append(row)
+            print(
+                f"| {seed} | {way} | {size:,} | {seconds:.0f} | {row['share']:.1%} | "
+                f"{row['mean recall']:.1f} |",
+                flush=True,
+            )
+    if given.out is not None:
+        facts = {name: value for name, value in vars(given).items() if not isinstance(value, Path)}
+        content = {"question": str(__doc__).partition("\n")[0], "command": facts, "rows": rows}
+        given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
