@@ -1,0 +1,102 @@
+"""Join results of one study that was measured in parts: other seeds at another time.
+
+    python benchmarks/studies/joined.py A.json B.json ... [--arms NAME ...] [--out JSON]
+
+Each file is what study.py writes, of one split and one set of pairs. A seed that several files have
+must have the same values in all. Intervals (95%) are those of study.py, but for the share of the
+samples, which needs what each sample adds, and that is in no file: it is the largest that a part
+has. A part with fewer seeds has a larger one, so they are rather too wide.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protoclip.evaluation.metrics import beyond, half_of_seeds
+
+
+def arms_of(file: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each arm that was measured, by the name of its pairs and its own."""
+    for pairs, arms in file["pretraining"].items():
+        for arm in arms:
+            yield f"{pairs}: {arm['name']}", arm["metrics"]
+
+
+def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The values of every arm and metric by seed, and their difference to the reference's."""
+    values, halves = dict[str, dict[str, dict[str, float]]](), dict[str, dict[str, float]]()
+    first = next(arms_of(files[0]))[0]
+    for file in files:
+        for arm, metrics in arms_of(file):
+            for metric, facts in metrics.items():
+                known = values.setdefault(arm, {}).setdefault(metric, {})
+                for seed, value in facts["by_seed"].items():
+                    if not math.isclose(known.setdefault(seed, value), value, abs_tol=1e-9):
+                        raise ValueError(f"{arm}, {metric}, seed {seed}: {known[seed]} and {value}")
+                if (difference := facts.get("difference")) is not None:
+                    half = difference["half_width"]["samples"]
+                    half = math.nan if half is None else half  # of AMI, which has none
+                    largest = halves.setdefault(arm, {})
+                    largest[metric] = float(np.maximum(largest.get(metric, 0.0), half))
+    return {
+        arm: {
+            name: summary(by_seed, values[first][name], halves.get(arm, {}).get(name))
+            for name, by_seed in metrics.items()
+        }
+        for arm, metrics in values.items()
+    }
+
+
+def summary(
+    by_seed: dict[str, float], reference: dict[str, float], of_samples: float | None
+) -> dict[str, Any]:
+    """The mean of a metric; with a half-width over samples the difference, paired by seed."""
+    found: dict[str, Any] = {"mean": float(np.mean([*by_seed.values()])), "by_seed": by_seed}
+    if of_samples is None:
+        return found
+    gaps = {seed: value - reference[seed] for seed, value in by_seed.items() if seed in reference}
+    of_seeds = half_of_seeds([*gaps.values()]) if len(gaps) > 1 else 0.0
+    mean, half = float(np.mean([*gaps.values()])), math.hypot(of_seeds, of_samples)
+    ends = [mean - half, mean + half] if math.isfinite(half) else None
+    found["difference"] = {"mean": mean, "interval": ends, "by_seed": gaps, "beyond": beyond(ends)}
+    return found
+
+
+def shown(facts: dict[str, Any]) -> str:
+    text = f"{100 * facts['mean']:.1f}"
+    if (difference := facts.get("difference")) is not None:
+        text += f"<br>{100 * difference['mean']:+.1f}"
+        if (ends := difference["interval"]) is not None:
+            text += f" [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]" + "*" * difference["beyond"]
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--arms", nargs="+", help="these alone, beside the reference")
+    parser.add_argument("--metrics", type=int, default=7, help="columns; the first are summaries")
+    parser.add_argument("--out", type=Path, help="JSON of all values")
+    given = parser.parse_args()
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in given.files]
+    if len({(file["split"], *file["pretraining"]) for file in files}) > 1:
+        raise SystemExit("the files are not of one split and one set of pairs")
+    table = joined(files)
+    names = [*next(iter(table.values()))][: given.metrics]
+    print(f"| arm | seeds | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
+    for number, (arm, metrics) in enumerate(table.items()):
+        if number == 0 or given.arms is None or arm.partition(": ")[2] in given.arms:
+            seeds = ", ".join(sorted(metrics[names[0]]["by_seed"]))
+            print(f"| {arm} | {seeds} | {' | '.join(shown(metrics[name]) for name in names)} |")
+    if given.out is not None:
+        facts = {"parts": [path.name for path in given.files], "split": files[0]["split"]}
+        given.out.write_text(json.dumps(facts | {"arms": table}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
