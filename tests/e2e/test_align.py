@@ -1,7 +1,13 @@
 """Aligning two frozen halves: heads train on features that were encoded once."""
 
+import json
+import multiprocessing
+import os
 import re
 import signal
+from collections import Counter
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +24,7 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.sampler import EpisodeSampler
+from protoclip.distributed.collectives import rank
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
@@ -29,18 +36,30 @@ from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel
 from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
+from protoclip.prototypes.kmeans import kmeans
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
+from protoclip.training.clustering import Clusterings
 from protoclip.training.run import Run
+from protoclip.training.throughput import machines
 from tiny_align import changed, rows_of, weights_of
 
 
-def test_only_what_lies_between_the_halves_trains(given, tmp_path):
-    """With both kinds of prototypes, of the halves and of the projections."""
-    results = align(changed(given, tmp_path / "run"))
-    assert results["steps"] == 12
-    after = weights_of(tmp_path / "run")
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def ended(given, tmp_path_factory) -> Path:
+    """A run with both kinds of prototypes, of the halves and of the projections."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    assert align(changed(given, folder))["steps"] == 12
+    return folder
+
+
+def test_only_what_lies_between_the_halves_trains(given, ended):
+    after = weights_of(ended)
     before = loading.model(aligning.before_data(given).config.model, seed=0).state_dict()
     between = (
         "towers.visual.head.",
@@ -55,27 +74,59 @@ def test_only_what_lies_between_the_halves_trains(given, tmp_path):
         elif name.endswith("weight") and not name.endswith("1.weight"):
             assert name.startswith(between)
             assert not torch.equal(value, before[name])
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = (ended / "metrics.jsonl").read_text()
     towers, pairs = ("image", "text"), ("image_from_text", "text_from_image")
     halves = [f"{student}_from_{half}_half" for student in towers for half in towers]
     for pair in (*pairs, *halves):
         assert f'"train/loss/prototypical/{pair}":' in lines
+    results = json.loads((ended / "results.json").read_text())
     assert "eval/validation/retrieval/image_to_text@1" in results["metrics"]
 
 
-def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys):
+def test_strengths_set_themselves_as_in_train(ended):
+    """Groups count as far as they agree with the student's, and the first factor makes prototypes
+    pull as hard as InfoNCE for each unit of this weight."""
+    loss, towers = read_config(ended).loss, ("image", "text")
+    assert loss.strengths == "automatic"
+    begun, *lines = (line for line in metrics_of(ended) if line["episode"] == 1)
+    weights = {
+        name.rpartition("/")[2]: (loss.teacher if name.endswith("half") else loss.prototypical) * of
+        for name, of in begun.items()
+        if "/agreement/" in name
+    }
+    assert len(weights) == 6
+    first, second, *_ = steps = [line for line in lines if "train/loss/total" in line]
+    for tower in towers:
+        weight = sum(of for pair, of in weights.items() if pair.startswith(tower))
+        factor = second[f"train/balance/{tower}"]
+        assert factor == pytest.approx(weight / first[f"train/pull/{tower}"], rel=1e-4)
+        assert len({line.get(f"train/balance/{tower}") for line in steps}) == 4
+    for line in steps:
+        factors = {tower: line.get(f"train/balance/{tower}", 1.0) for tower in towers}
+        terms = [
+            of * factors[pair.partition("_")[0]] * line[f"train/loss/prototypical/{pair}"] / 2
+            for pair, of in weights.items()
+        ]
+        total = line["train/loss/info_nce"] + sum(terms)
+        assert line["train/loss/total"] == pytest.approx(total, rel=1e-4)
+
+
+def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monkeypatch):
     """Without prototypes or the geometry term, which bring nothing (docs/LOG.md). Notes
-    name what was given without effect, and nothing that was chosen."""
+    name what was given without effect, and nothing that was chosen. Without `run.out` a run is in
+    the folder of its name and seed."""
+    monkeypatch.chdir(tmp_path)
     given = {**given, "loss": {}, "align": {}}
-    align(changed(given, tmp_path / "run", data={"augmentation": "clip"}))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    align(changed(given, data={"augmentation": "clip"}, run={"name": "My pairs", "seed": 3}))
+    run = tmp_path / "runs" / "my-pairs-3"
+    lines = (run / "metrics.jsonl").read_text()
     assert "train/loss/info_nce" in lines
     assert "train/loss/geometry" not in lines
     assert "prototypical" not in lines
-    config = (tmp_path / "run" / "config.toml").read_text()
+    config = (run / "config.toml").read_text()
     for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0", 'projection = "linear"'):
         assert setting in config
-    chosen = read_config(tmp_path / "run")
+    chosen = read_config(run)
     assert set(Align.defaults) - {"model.image.name"} <= aligning.CHOSEN
     for name in ("optim.learning_rate", "loss.prototypical", "loss.teacher"):
         section, _, setting = name.partition(".")
@@ -85,7 +136,7 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "Episodes in the run. [30 passes]" in shown.out
     assert "Weight of the prototypical loss; 0 is CLIP. [0.0]" in shown.out
-    assert find_start(str(tmp_path / "run")).heads_are_new  # nothing has trained them
+    assert find_start(str(run)).heads_are_new  # nothing has trained them
     said = shown.err
     for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
         assert f"{chosen}: no effect" not in said
@@ -196,6 +247,72 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
     assert len(encoded) == len(plan.samples) + len(captions)
 
 
+KINDS = ("encode_images", "encode_captions")
+
+
+def noting(encode: Any, file: Path, *, dies: bool) -> Any:
+    """`encode` that adds the ids of each part to a file, and may die in the second."""
+    turns = count(1)
+
+    def die(done: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def noted(encoder: Any, samples: Any, items: Any, size: int, show: Any, *more: Any) -> Any:
+        with file.open("a") as lines:
+            lines.write(json.dumps([samples.sample_id(row) for row in items]) + "\n")
+        shows = die if dies and next(turns) == 2 else show
+        return encode(encoder, samples, items, size, shows, *more)
+
+    return noted
+
+
+def encode_into(folder: Path, settings: dict[str, Any], kill: str = "") -> None:
+    """Fill a store in small parts. Each rank notes its own; SIGKILL may come in one of a kind."""
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", str(folder))
+        for modality, rows in (("image", 40), ("text", 8)):
+            patch.setitem(encoding.PART_ROWS, modality, rows)
+        for kind in KINDS:
+            noted = noting(getattr(encoding, kind), folder / f"{rank()}.txt", dies=kind == kill)
+            patch.setattr(encoding, kind, noted)
+        rows_of(settings)
+
+
+def parts_in(folder: Path) -> list[list[str]]:
+    """What `encode_into` encoded, by rank."""
+    return [file.read_text().splitlines() for file in sorted(folder.glob("*.txt"))]
+
+
+def store_in(folder: Path) -> dict[str, bytes]:
+    files = [path for path in (folder / "features").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(given, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    encode_into(folder, given)
+    return folder
+
+
+def test_a_killed_pass_loses_and_doubles_no_row(given, undisturbed, tmp_path):
+    """Killed among images, then among captions, it ends with the same bytes in the store. The part
+    that a kill met is encoded again, and no other."""
+    folder = tmp_path / "killed"
+    for kind in KINDS:
+        arguments = (folder, given, kind)
+        child = multiprocessing.get_context("fork").Process(target=encode_into, args=arguments)
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    encode_into(folder, given)
+    ((*images, c0, c1, c2),) = parts_in(undisturbed)
+    assert len(images) == 3
+    assert parts_in(folder) == [[images[0], images[1], *images[1:], c0, c1, c1, c2]]
+    assert store_in(folder) == store_in(undisturbed)
+
+
 def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", cache)
@@ -220,6 +337,14 @@ def test_ranks_train_what_one_process_trains(more, given, tmp_path):
             torch.testing.assert_close(two[name], value, atol=2e-4, rtol=2e-3)
 
 
+def test_ranks_that_share_the_encoding_write_what_one_process_writes(given, undisturbed, tmp_path):
+    """Byte for byte; each encodes some parts of both halves."""
+    run_distributed(encode_into, 2, tmp_path, given)
+    parts, (whole,) = parts_in(tmp_path), parts_in(undisturbed)
+    assert parts == [[whole[n] for n in share] for share in ((0, 2, 3, 5), (1, 4))]
+    assert store_in(tmp_path) == store_in(undisturbed)
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
     more = {"prototypes": {"source": "queue"}, "align": {"dropout": 0.1, "head": "mlp"}}
     align(changed(given, tmp_path / "whole", **more))
@@ -239,6 +364,59 @@ def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
     align(settings, resume="auto")
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
+    """Projections are in each episode. A run that goes on keeps the clusters of the halves."""
+    call, clustered = Clusterings.__call__, list[str]()
+
+    def noted(self: Clusterings, space: str, *rows: Any) -> Any:
+        def made(*given: Any, **settings: Any) -> Any:
+            clustered.append(space)
+            return kmeans(*given, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("protoclip.training.clustering.kmeans", made)
+            return call(self, space, *rows)
+
+    monkeypatch.setattr(Clusterings, "__call__", noted)
+    plan, halves, model = rows_of(changed(given, episodes={"warm_up": 0}))
+    first, second = (Run(plan, model, folder=tmp_path, halves=halves) for _ in range(2))
+    for run in (first, second):
+        run.prepare_teachers()
+        run.machines = [machines(torch.device("cpu"))]
+    for index in range(3):
+        first.trainer.start_episode(first.episode(index))
+        first.trainer.end_episode()
+    assert Counter(clustered) == {"image": 3, "text": 3, "image_half": 1, "text_half": 1}
+    states: list[dict[str, Any]] = []
+    first.writer.save = lambda step, state: states.append(state)
+    first.save()
+    second.load_state_dict(*states)
+    second.trainer.start_episode(second.episode(2))
+    assert clustered[8:] == ["image", "text"]
+    for half in ("image_half", "text_half"):
+        one, other = (vars(run.trainer.clusters[half]) for run in (first, second))
+        assert all(torch.equal(one[name], other[name]) for name in ("centroids", "assignments"))
+
+
+def test_the_weight_of_the_geometry_reaches_a_step(given, tmp_path):
+    """Its loss is logged and counts; without a weight there is none."""
+    weights, logs = {}, {}
+    for weight in (0.0, 3.0):
+        changes = {"align": {"geometry": weight}, "episodes": {"count": 1}}
+        run = tmp_path / str(weight)
+        align(changed({**given, "loss": {}}, run, **changes, run={"evaluate": False}))
+        weights[weight] = weights_of(run)
+        logs[weight] = metrics_of(run)
+    with_it = [line for line in logs[3.0] if "train/loss/total" in line]
+    assert len(with_it) == 4
+    for line in with_it:
+        assert line["train/loss/geometry"] > 0
+        total = line["train/loss/info_nce"] + 3.0 * line["train/loss/geometry"]
+        assert line["train/loss/total"] == pytest.approx(total, rel=1e-5)
+    assert not any("train/loss/geometry" in line for line in logs[0.0])
+    assert any(not torch.equal(value, weights[3.0][name]) for name, value in weights[0.0].items())
 
 
 def test_a_visit_draws_one_of_the_stored_views(given):

@@ -476,9 +476,9 @@ def raise_error() -> None:
     raise OSError(28, "No space left on device", "000001.npz")
 
 
-def test_encoding_goes_on_in_another_table(given, tmp_path, store, monkeypatch):
-    """Of another name, with its rows in another order: the images are the same files. Bit for bit
-    the features are those that were not interrupted; test_encode has a kill."""
+def test_an_interruption_leaves_another_table_alone(given, tmp_path, store, monkeypatch):
+    """One of another name, with its rows in another order, has the features of a pass that was not
+    interrupted, bit for bit. The same table goes on where it was; test_align has a kill."""
     with monkeypatch.context() as patch:
         interrupted(patch, 2, raise_error)  # among the images
         with pytest.raises(OSError, match="No space left"):

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -175,7 +176,7 @@ def fail(error: Exception, command: str) -> NoReturn:
         from protoclip.data.loader import killed_worker
         from protoclip.training.guard import out_of_memory
 
-        message, code = out_of_memory(error), 1
+        message, code = out_of_memory(error, less_memory(command)), 1
         if message is None and isinstance(error, RuntimeError):
             message = killed_worker(error)
         if message is None and not together:
@@ -190,6 +191,15 @@ def fail(error: Exception, command: str) -> NoReturn:
     if not silent:
         say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
     leave(code)
+
+
+def less_memory(command: str) -> str | None:
+    """How a command that does not train takes less memory."""
+    if command not in COMMANDS or command in ("train", "align", "finetune", "demo"):
+        return None
+    has_batches = any(option.name == "batch_size" for option in fields(COMMANDS[command]))
+    lower = "lower --batch_size" if has_batches else "end other programs"
+    return f"{lower}, and give the command again"
 
 
 def leave(code: int) -> NoReturn:

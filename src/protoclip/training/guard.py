@@ -229,8 +229,11 @@ BAD: Mapping[str, tuple[Callable[[int, float], bool], str]] = {
 }
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """One line that names the settings to lower, if the error says that memory ran out."""
+def out_of_memory(error: BaseException, way_out: str | None = None) -> str | None:
+    """One line that names the settings to lower, if the error says that memory ran out.
+
+    `way_out` is said instead, of what does not train.
+    """
     text = str(error)
     # What PyTorch's allocator says, the system when a file is mapped into memory, and oneDNN.
     on_host = (
@@ -248,6 +251,8 @@ def out_of_memory(error: BaseException) -> str | None:
         device, others, sizes = " on the device", "set run.precision = bf16", "prototypes.number"
     else:
         return None
+    if way_out is not None:
+        return f"out of memory{device}: {way_out}"
     return (
         f"out of memory{device}: set episodes.micro_batch_size (or lower it; gradients stay those "
         f"of the whole batch) or {others}, and go on with --resume auto; or start anew with a "

@@ -52,3 +52,20 @@ def test_an_error_names_the_page_that_explains_it(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("protoclip: error: ")
     assert f"({page}" in line if page else "docs/" not in line
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train", "set episodes.micro_batch_size"),
+        ("align", "set episodes.micro_batch_size"),
+        ("embed", "out of memory: lower --batch_size, and give the command again"),
+        ("evaluate", "out of memory: lower --batch_size, and give the command again"),
+        ("report", "out of memory: end other programs, and give the command again"),
+    ],
+)
+def test_a_command_without_memory_names_what_it_can_lower(command, says, capsys):
+    """Its own options: one that does not train has no settings of a run."""
+    with pytest.raises(SystemExit):
+        cli.fail(MemoryError(), command)
+    assert says in capsys.readouterr().err

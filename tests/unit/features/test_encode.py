@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -384,6 +385,29 @@ def test_each_sample_of_a_stream_is_encoded_once(tmp_path):
     assert (facts["rows"], facts["bad"]) == (6, 1)
     found = read_teacher(tmp_path / "t").lookup([f"s/{number}" for number in range(7)])
     assert found.isnan().all(1).tolist() == [number == 2 for number in range(7)]
+
+
+def test_images_are_read_while_the_model_is_at_those_before():
+    """One batch ahead, and no more of them."""
+    number, size = 12, 4
+    read = [threading.Event() for _ in range(number)]
+    seen: list[int] = []
+
+    def prepare(sample: Sample) -> int:
+        row = int(sample.sample_id.partition("/")[2])
+        read[row].set()
+        return row
+
+    def forward(rows: list[int]) -> Tensor:
+        assert all(each.wait(10) for each in read[: rows[-1] + 1 + size]), "it waits for the model"
+        seen.append(sum(each.is_set() for each in read))
+        return torch.zeros(len(rows), WIDTH)
+
+    encoder = Letters().encoder
+    encoder.read_image, encoder.encode = prepare, forward
+    samples = ImageTextPairs(tiny_pairs(number), name="tiny")
+    encode.encode_images(encoder, samples, range(number), size, lambda done: None, 2)
+    assert seen == [8, 12, 12]
 
 
 def make(out: Path, width: int | None) -> dict[str, Any]:
