@@ -11,6 +11,7 @@ SIZES = {
     "num_attention_heads": 2,
 }
 VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # the first tokens of RoBERTa and its kin
 # Ranks draw other random numbers than one process.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -43,7 +44,7 @@ def save_dual_encoder(folder: Path, **more: Any) -> Path:
 
 def save_mpnet(folder: Path) -> Path:
     """A tiny MPNet with its tokenizer, one token a letter."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *string.ascii_lowercase]
+    names = [*SPECIAL, *string.ascii_lowercase]
     names += [f"##{letter}" for letter in string.ascii_lowercase]
     transformers.MPNetTokenizer(
         vocab={name: n for n, name in enumerate(names)}, unk_token="<unk>"
@@ -53,15 +54,28 @@ def save_mpnet(folder: Path) -> Path:
     return folder
 
 
-def save_xlm_roberta(folder: Path) -> Path:
-    """A tiny XLM-RoBERTa with its tokenizer, one token a letter."""
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    pieces = [*special, "▁", *string.ascii_lowercase]
-    vocabulary = [(piece, -2.0 * (piece not in special)) for piece in pieces]
-    transformers.XLMRobertaTokenizer(vocab=vocabulary).save_pretrained(folder)
-    config = transformers.XLMRobertaConfig(**SIZES, vocab_size=60, max_position_embeddings=26)
-    transformers.XLMRobertaModel(config).save_pretrained(folder)
+def save_roberta(folder: Path) -> Path:
+    """A tiny RoBERTa with its tokenizer, one token a letter."""
+    numbers = {piece: n for n, piece in enumerate([*SPECIAL, "Ġ", *string.ascii_lowercase])}
+    transformers.RobertaTokenizer(vocab=numbers, merges=[]).save_pretrained(folder)
+    config = transformers.RobertaConfig(**SIZES, vocab_size=60, max_position_embeddings=26)
+    transformers.RobertaModel(config).save_pretrained(folder)
     return folder
+
+
+def save_xlm_roberta(folder: Path, kind: str = "XLMRoberta") -> Path:
+    """A tiny XLM-RoBERTa with its tokenizer, one token a letter; or a kind that is built alike."""
+    pieces = [*SPECIAL, "▁", *string.ascii_lowercase]
+    vocabulary = [(piece, -2.0 * (piece not in SPECIAL)) for piece in pieces]
+    getattr(transformers, f"{kind}Tokenizer")(vocab=vocabulary).save_pretrained(folder)
+    sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 26}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    return folder
+
+
+def save_camembert(folder: Path) -> Path:
+    return save_xlm_roberta(folder, "Camembert")
 
 
 def save_m2m_100(folder: Path) -> Path:

@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import protoclip
 from interrupting import with_changes
@@ -16,13 +19,32 @@ from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.resolve import resolve_start
-from protoclip.testing import tiny_config
+from protoclip.models.start import find_start
+from protoclip.models.two_halves import tower_config
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training import wise_ft
 from protoclip.training.align import align
 from tiny_align import changed, tiny_alignment, weights_of
-from tiny_hugging_face import save_bert, save_mpnet, save_xlm_roberta
-from tiny_starts import CLIP, RESNET, save_open_clip
+from tiny_hugging_face import (
+    VISION,
+    save_bert,
+    save_camembert,
+    save_dual_encoder,
+    save_mpnet,
+    save_roberta,
+    save_siglip,
+    save_xlm_roberta,
+)
+from tiny_starts import CLIP, RESNET, TEXT, VIT, save_open_clip
 
 SHORT: dict[str, Any] = {"run": {"evaluate": False}, "episodes": {"size": 16, "count": 2}}
+COCA = {
+    **CLIP,
+    "vision_cfg": {**VIT, "attentional_pool": True, "output_tokens": True},
+    "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
+    "custom_text": True,
+}
 PIXELS, TEXTS = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32), ["a cat", "two dogs run"]
 
 
@@ -122,6 +144,8 @@ def save_pooling(folder: Path, settings: dict[str, Any]) -> None:
         (save_bert, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         (save_bert, {"pooling_mode": "cls", "include_prompt": True}, "cls"),
         (save_xlm_roberta, {"pooling_mode": "mean", "include_prompt": True}, "mean"),
+        (save_roberta, None, "mean"),
+        (save_camembert, None, "mean"),
     ],
 )
 def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_path):
@@ -159,20 +183,29 @@ def test_another_pooling_is_refused_in_one_line(pooling, ways, tmp_path):
     assert resolve_start(chosen).model.text.pooling == "cls"
 
 
-def test_a_run_between_towers_of_other_models_is_fine_tuned(given, models, tmp_path, capsys):
-    """Which moves the halves."""
+def test_a_run_between_towers_of_other_models_is_fine_tuned(
+    given, models, tmp_path, monkeypatch, capsys
+):
+    """Which moves the halves, and is judged on other data before and after."""
     settings = settings_of(given, models["run"], models["mpnet"])
     align(changed(settings, tmp_path / "run"))
-    assert "open_clip itself knows no text models of kind mpnet" in capsys.readouterr().err
+    assert "as open_clip: it knows no text models of kind mpnet" in capsys.readouterr().err
+    pq.write_table(tiny_pairs(16, seed=2), tmp_path / "general.parquet")
+    monkeypatch.setattr(wise_ft, "ALPHAS", (0.0, 1.0))
     tuned = protoclip.finetune(
         {
             "model": {"start": str(tmp_path / "run")},
             "data": settings["data"],
             "episodes": {"size": 32, "count": 1, "batch_size": 16},
-            "run": {"out": str(tmp_path / "tuned"), "device": "cpu", "precision": "fp32"},
+            "run": {
+                **{"out": str(tmp_path / "tuned"), "device": "cpu", "precision": "fp32"},
+                "guard": [str(tmp_path / "general.parquet")],
+            },
         },
         alpha=1.0,
     )
+    for judged in ("start_metrics", "metrics"):
+        assert "eval/general/retrieval/image_to_text@1" in tuned[judged]
     before, after = weights_of(tmp_path / "run"), weights_of(Path(tuned["folder"]))
     assert before.keys() == after.keys()
     moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
@@ -223,11 +256,32 @@ def test_an_aligned_run_is_exported_with_its_text_files(given, models, tmp_path)
         torch.testing.assert_close(theirs.encode_text(tokenizer(TEXTS)), ours)
 
 
-def test_a_run_between_two_towers_of_open_clip_is_a_model_of_transformers(given, models, tmp_path):
-    align(changed(settings_of(given, models["open_clip"], models["open_clip"]), tmp_path / "run"))
-    facts = protoclip.export(tmp_path / "run", tmp_path / "out", ("hf",))
+@pytest.fixture(scope="module")
+def between_towers(given, models, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run between two towers of open_clip, and what its export to the folder beside says."""
+    run = tmp_path_factory.mktemp("between") / "run"
+    align(changed(settings_of(given, models["open_clip"], models["open_clip"]), run))
+    return run, protoclip.export(run, run.with_name("out"), ("hf",))
+
+
+def test_a_run_between_two_towers_of_open_clip_is_a_model_of_transformers(between_towers):
+    _, facts = between_towers
     assert facts["formats"] == {"hf": "CLIPModel"}
     assert max(facts["differences"]["hf"].values()) < 1e-5
+
+
+def test_sentence_transformers_opens_a_run_between_two_towers_of_open_clip(between_towers):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    run, facts = between_towers
+    model, _, tokenizer = protoclip.load(run)
+    theirs = sentence_transformers.SentenceTransformer(facts["folder"], device="cpu")
+    image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    with torch.inference_mode():
+        ours = model.encode_text(tokenizer(TEXTS))
+        torch.testing.assert_close(torch.from_numpy(theirs.encode(TEXTS)), ours)
+        pixels = protoclip.load(run)[1](image)[None]
+        ours = model.encode_image(pixels)
+        torch.testing.assert_close(torch.from_numpy(theirs.encode([image])), ours)
 
 
 def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_path):
@@ -248,3 +302,64 @@ def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_pa
     with pytest.raises(ValueError, match=r"align.head: mlp, but both halves are open_clip's own"):
         align(changed(both, tmp_path / "run", align={"head": "mlp"}))
     assert not (tmp_path / "run").exists()
+
+
+def save_vit(folder: Path) -> Path:
+    transformers.ViTModel(transformers.ViTConfig(**VISION)).save_pretrained(folder)
+    return folder
+
+
+def save_distilbert(folder: Path) -> Path:
+    sizes = {"dim": 32, "hidden_dim": 40, "n_layers": 1, "n_heads": 2, "vocab_size": 60}
+    config = transformers.DistilBertConfig(**sizes)
+    transformers.DistilBertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_coca(folder: Path) -> Path:
+    return save_open_clip(folder, COCA)
+
+
+@pytest.mark.parametrize(
+    ("save", "tower", "message"),
+    [
+        (save_siglip, "image", "models of kind siglip are no halves; name a model of timm, "),
+        (save_siglip, "text", "models of kind siglip are no halves; name a text tower of open"),
+        (
+            save_dual_encoder,
+            "image",
+            "of kind vision-text-dual-encoder are no halves; name a model",
+        ),
+        (
+            save_dual_encoder,
+            "text",
+            "of kind vision-text-dual-encoder are no halves; name a text t",
+        ),
+        (
+            save_vit,
+            "image",
+            "models of kind vit are no halves; name a model of timm, which has DINO",
+        ),
+        (
+            save_distilbert,
+            "text",
+            "is of kind distilbert; text towers are of bert, roberta, xlm-ro",
+        ),
+        (save_coca, "image", "is a CoCa, whose towers are no halves; name a model of timm, "),
+        (save_coca, "text", "is a CoCa, whose towers are no halves; name a text tower of open_c"),
+    ],
+)
+def test_a_model_without_a_half_is_refused_in_one_line(save, tower, message, given, tmp_path):
+    """Which says what can be that half."""
+    model = str(save(tmp_path / "model"))
+    settings = settings_of(given, **{"image": None, "text": None, tower: model})
+    with pytest.raises(ValueError, match=f"^model.{tower}.name: {model}:? .*{message}"):
+        align(changed(settings, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_a_siglip_has_no_half(tmp_path):
+    start = find_start(f"hf:{save_siglip(tmp_path)}").trainable()  # with the towers of its runs
+    for tower, message in (("image", "name a model of timm"), ("text", "name a text tower of ope")):
+        with pytest.raises(ValueError, match=f"a model that open_clip cannot hold; {message}"):
+            tower_config(tower, start)

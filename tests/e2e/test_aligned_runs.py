@@ -1,8 +1,11 @@
 """Finished runs of `protoclip align` in other commands: exports, fine-tuning, reports."""
 
 import os
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +19,36 @@ from protoclip.features.embed import read_facts
 from protoclip.models.start import find_start
 from protoclip.training.align import align
 from tiny_align import of_source
+from tiny_hugging_face import save_mpnet
+from tiny_starts import save_open_clip
 
 
 @pytest.fixture(scope="module")
-def ended(given, sources, tmp_path_factory) -> dict[str, Path]:
-    """Finished runs, by their head. What each said is in a file beside it."""
-    folder = tmp_path_factory.mktemp("ended")
-    for head in ("linear", "mlp"):
-        more = {"align": {"head": head}, "run": {"out": str(folder / head)}}
-        with (folder / f"{head}.txt").open("w") as said, redirect_stderr(said):
-            align(of_source(given, sources["shared"], episodes={"size": 16, "count": 2}, **more))
-    return {head: folder / head for head in ("linear", "mlp")}
+def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
+    """Makes a run between two halves. What it said is in a file beside it."""
+    folder = tmp_path_factory.mktemp("aligned")
+    clip = {"name": str(save_open_clip(folder / "clip"))}
+    mpnet = {"name": str(save_mpnet(folder / "mpnet")), "context_length": 20}
+    images = {"timm": given["model"]["image"], "clip": clip}
+    texts = {"bert": given["model"]["text"], "mpnet": mpnet, "clip": clip}
+
+    @cache
+    def run(image: str, text: str, head: str, loss: str = "info_nce") -> Path:
+        out = folder / f"{image}-{text}-{head}-{loss}"
+        model = {"model": {"image": images[image], "text": texts[text]}}
+        more = {**model, "align": {"head": head}, "loss": {"instance": loss}}
+        more["episodes"] = {"size": 16, "count": 2}
+        with out.with_suffix(".txt").open("w") as said, redirect_stderr(said):
+            align(of_source(given, sources["shared"], **more, run={"out": str(out)}))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ended(aligned) -> dict[str, Path]:
+    """Finished runs, by their head."""
+    return {head: aligned("timm", "bert", head) for head in ("linear", "mlp")}
 
 
 def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys):
@@ -47,17 +69,37 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
     assert "15 of 96 pairs are held out" in said
 
 
-def test_what_an_mlp_closes_is_said_before_training(ended, tmp_path):
-    """And it is true; test_export has the other formats of a tower that ends in an MLP."""
-    said = ended["mlp"].with_suffix(".txt").read_text()
-    note = "note: model.projection = mlp: its image tower cannot be exported as timm"
-    assert said.index(note) < said.index("training on")
-    formats = {"linear": ("open_clip", "timm"), "mlp": ("open_clip", "timm", "onnx")}
-    made = {
-        head: {*protoclip.export(ended[head], tmp_path / head, formats=of)["formats"]}
-        for head, of in formats.items()
-    }
-    assert made == {"linear": {"open_clip", "timm"}, "mlp": {"open_clip", "onnx"}}
+@pytest.mark.parametrize(
+    ("choices", "closed", "by_mlp"),
+    [
+        ("timm bert linear", {"hf"}, set()),
+        ("timm bert mlp", {"hf", "timm"}, {"timm"}),
+        ("timm mpnet linear", {"open_clip", "hf"}, set()),
+        ("timm clip linear", set(), set()),
+        ("timm clip linear sigmoid", {"hf"}, set()),
+        ("timm clip mlp", {"hf", "timm"}, {"hf", "timm"}),
+        ("clip bert mlp", {"hf"}, set()),
+    ],
+)
+def test_what_a_run_cannot_be_exported_as_is_said_before_training(
+    choices, closed, by_mlp, aligned, tmp_path
+):
+    """With the reason that export has then, and whether it is the head."""
+    run = aligned(*choices.split())
+    said, _, _ = run.with_suffix(".txt").read_text().partition("training on")
+    notes = dict(re.findall("^note: the run cannot be exported as (.*?): (.*)$", said, re.M))
+    way_out = "; with align.head = linear it can"
+    assert {name for name, reason in notes.items() if reason.endswith(way_out)} == by_mlp
+    facts = protoclip.export(run, tmp_path / "out", ("open_clip", "hf", "timm"))
+    assert facts["left_out"].keys() == closed
+    assert facts["left_out"] == {name: why.removesuffix(way_out) for name, why in notes.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choices", ["timm bert linear", "timm mpnet mlp"])
+def test_a_run_between_timm_and_a_text_model_is_exported_as_onnx(choices, aligned, tmp_path):
+    facts = protoclip.export(aligned(*choices.split()), tmp_path / "out", ("onnx",))
+    assert max(facts["differences"]["onnx"].values()) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pyarrow import csv
 
 import protoclip
@@ -32,6 +35,8 @@ from protoclip.features import parts
 from protoclip.features.halves import ImagesOnce
 from protoclip.features.parts import Patience, claim, difference_in, read_images, require_same
 from protoclip.testing import run_distributed, tiny_pairs
+from tiny_hugging_face import save_dual_encoder
+from tiny_starts import save_open_clip
 
 ROWS = 60
 HALF = pa.list_(pa.float16())
@@ -109,6 +114,51 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     expected = {"reference": str(tiny_run), "width": 16, "rows": 58, "bad": 2}
     expected |= {"source": "pairs.parquet", "version": protoclip.__version__}
     assert expected.items() <= facts.items()
+
+
+@pytest.mark.parametrize("save", [save_open_clip, save_dual_encoder])
+def test_a_model_of_another_library_embeds_a_folder_of_images(save, tmp_path):
+    """With the captions that lie beside them."""
+    table, images = tiny_pairs(6), tmp_path / "images"
+    images.mkdir()
+    captions = table["caption"].to_pylist()
+    for row, image in enumerate(table["image"].to_pylist()):
+        (images / f"{row}.png").write_bytes(image)
+        (images / f"{row}.txt").write_text(captions[row])
+    reference = str(save(tmp_path / "model"))
+    rows = pq.read_table(protoclip.embed(reference, images, tmp_path / "vectors.parquet"))
+    assert rows["captions"].to_pylist() == [[caption] for caption in captions]
+    paths = rows["image"].to_pylist()
+    assert [Path(path).name for path in paths] == [f"{row}.png" for row in range(6)]
+    model, transform, tokenizer = protoclip.load(reference)
+    with torch.inference_mode():
+        pixels = torch.stack([transform(Image.open(images / Path(path).name)) for path in paths])
+        image = model.encode_image(pixels, normalize=True)
+        text = model.encode_text(tokenizer(captions), normalize=True)
+    np.testing.assert_allclose(np.stack(rows["image_vector"].to_pylist()), image, atol=5e-4)
+    vectors = [row for (row,) in rows["text_vectors"].to_pylist()]
+    np.testing.assert_allclose(np.stack(vectors), text, atol=5e-4)
+
+
+def test_memory_holds_the_vectors_of_two_parts_at_most(tiny_run, pairs, tmp_path, monkeypatch):
+    """Of the one that is made or read, and of the one before."""
+    alive, counts = list[weakref.ref](), list[int]()
+
+    def counted(arrays_of: Callable[[Any], Any], make: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **settings: Any) -> Any:
+            made = make(*given, **settings)
+            alive.extend(map(weakref.ref, arrays_of(made).values()))
+            counts.append(sum(reference() is not None for reference in alive))
+            return made
+
+        return call
+
+    encode, read = module.encode_pairs, module.read_part
+    monkeypatch.setattr(module, "encode_pairs", counted(lambda part: part.arrays, encode))
+    monkeypatch.setattr(module, "read_part", counted(lambda part: part[1], read))
+    parts = embedded(tiny_run, pairs, tmp_path / "vectors.parquet")
+    assert len(counts) == 2 * len(parts) == 12
+    assert max(counts) == 2 * 2  # images and captions have an array each
 
 
 def test_progress_counts_the_samples(tiny_run, pairs, tmp_path, monkeypatch):

@@ -15,16 +15,10 @@ from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from protoclip.export.source import (
-    Features,
-    Source,
-    Unavailable,
-    has_quick_gelu,
-    is_plain_vit,
-    plain_blocks,
-)
-from protoclip.export.timm import has_linear_projection, trunk_arguments
+from protoclip.export.source import Features, Source, Unavailable
+from protoclip.export.timm import trunk_arguments
 from protoclip.models import conversion
+from protoclip.models.formats import has_quick_gelu, is_plain_vit, matrix
 from protoclip.models.hugging_face import (
     HuggingFaceTowers,
     auto_model,
@@ -119,7 +113,7 @@ def build(source: Source) -> Any:
         shared |= {"vision_config": settings, "text_config": text_settings(source)}
         model: Any = CLIPModel(CLIPConfig(**shared))
         weights, projection = renamed(visual), visual.proj.T
-    elif has_linear_projection(visual, config["vision_cfg"]):
+    else:
         name, arguments = trunk_arguments(source)
         settings = {"model_type": "timm_wrapper", "architecture": name, "model_args": arguments}
         shared["vision_config"] = {**settings, "hidden_size": visual.trunk.num_features}
@@ -127,9 +121,6 @@ def build(source: Source) -> Any:
         model = VisionTextDualEncoderModel(DualConfig(**shared))
         weights = {f"timm_model.{name}": value for name, value in visual.trunk.state_dict().items()}
         projection = visual.head.proj.weight
-    else:
-        kind = type(visual).__name__
-        raise Unavailable(f"no model of transformers has its image tower ({kind}) and projection")
     text = getattr(source.towers, "text", source.towers)
     model.vision_model.load_state_dict(weights)
     model.text_model.load_state_dict(renamed(text))
@@ -141,18 +132,12 @@ def build(source: Source) -> Any:
 
 
 def text_settings(source: Source) -> dict[str, Any]:
-    """Settings of the `CLIPTextModel` that a text tower is; raises `Unavailable` if it is none."""
+    """Settings of the `CLIPTextModel` that a text tower is.
+
+    Raises:
+        Unavailable: The tokenizer is not CLIP's.
+    """
     text, tokenizer = getattr(source.towers, "text", source.towers), source.text_tokenizer
-    if (
-        getattr(text, "pool_type", getattr(text, "text_pool_type", None)) != "argmax"
-        or text.attn_mask is None
-        or matrix(text.text_projection) is None
-        or getattr(text, "cls_emb", None) is not None
-        or not plain_blocks(text.transformer)
-    ):
-        raise Unavailable("no model of transformers has its text tower")
-    if getattr(source.towers, "logit_bias", None) is not None:
-        raise Unavailable("no model of transformers with such towers has a logit bias")
     number = len(text.token_embedding.weight)
     if len(getattr(tokenizer, "encoder", ())) != number:
         raise Unavailable("its tokenizer is not CLIP's")
@@ -164,13 +149,6 @@ def text_settings(source: Source) -> dict[str, Any]:
         "eos_token_id": tokenizer.eot_token_id,
         "pad_token_id": tokenizer.eot_token_id,
     }
-
-
-def matrix(projection: Any) -> Any:
-    """The matrix of a projection, `(width, d)`; None if it is more than that."""
-    if isinstance(projection, nn.Linear):
-        return projection.weight.T if projection.bias is None else None
-    return projection
 
 
 def transformer_settings(transformer: Any, norm: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ How ProtoCLIP opens such a folder as a start is in `models/start.py`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -14,9 +13,8 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from protoclip.export.source import Features, Source, Unavailable
+from protoclip.export.source import Features, Source
 from protoclip.files import read_json, to_json
-from protoclip.models.halves import OPEN_CLIP_KINDS
 from protoclip.models.start import OPEN_CLIP_WEIGHTS
 from protoclip.models.towers import OPEN_CLIP_CONFIG
 
@@ -25,21 +23,9 @@ def write(source: Source, folder: Path) -> str:
     """Write `open_clip_config.json` and `open_clip_model.safetensors`; returns the model's class.
 
     Raises:
-        Unavailable: open_clip cannot build the model from a configuration.
+        Unavailable: The towers are not open_clip's.
     """
     config, built = source.open_clip_config, source.towers
-    trunk: Any = getattr(built.visual, "trunk", None)
-    if hasattr(trunk, "set_input_size"):
-        # open_clip hands no image size to timm.
-        usual, size = trunk.default_cfg["input_size"][-1], source.image_size
-        if size != usual:
-            raise Unavailable(
-                f"it builds {config['vision_cfg']['timm_model_name']} for images of {usual} "
-                f"pixels alone, and this model reads {size}"
-            )
-    kind = getattr(getattr(getattr(built, "text", None), "config", None), "model_type", None)
-    if kind is not None and kind not in OPEN_CLIP_KINDS:
-        raise Unavailable(f"it knows no text models of kind {kind}")
     settings = {"model_cfg": dict(config), "preprocess_cfg": source.preprocessing}
     text = to_json(settings, indent=2)
     (folder / OPEN_CLIP_CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import locked, naming
 from protoclip.models import loading
+from protoclip.models.formats import closed_formats
 from protoclip.paths import is_export, require_apart, require_new
 from protoclip.terminal import line, say, visible
 
@@ -209,8 +210,9 @@ def write(
     graphs: Callable[[Source, Path], str] = partial(onnx.write, opset=opset)
     writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    for name in dict.fromkeys(formats):
+    closed = {} if source.config is None else closed_formats(source.towers, source.config)
+    left_out = {name: closed[name] for name in formats if name in closed}
+    for name in dict.fromkeys(each for each in formats if each not in closed):
         try:
             with quiet():
                 written[name] = writers[name](source, folder)

@@ -15,11 +15,11 @@ from typing import Any
 
 import open_clip
 from jaxtyping import Float
-from open_clip.transformer import QuickGELU
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
+from protoclip.models.formats import has_quick_gelu
 from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.opening import ImageTransform
 from protoclip.models.protoclip import TowerPair
@@ -131,33 +131,6 @@ def open_source(reference: str, *, license: str = "unknown") -> Source:
         tokenizer=tokenizer,
         config=config,
         license=license,
-    )
-
-
-def has_quick_gelu(module: nn.Module) -> bool:
-    return any(isinstance(part, QuickGELU) for part in module.modules())
-
-
-def plain_blocks(transformer: Any) -> bool:
-    """Whether a transformer of open_clip has CLIP's own blocks, which other libraries have too."""
-    return all(
-        type(block) is open_clip.transformer.ResidualAttentionBlock
-        and isinstance(block.ls_1, nn.Identity)
-        and type(block.mlp.gelu) in (nn.GELU, QuickGELU)
-        for block in transformer.resblocks
-    )
-
-
-def is_plain_vit(visual: nn.Module) -> bool:
-    """Whether an image tower is CLIP's vision transformer."""
-    return (
-        isinstance(visual, open_clip.transformer.VisionTransformer)
-        and plain_blocks(visual.transformer)
-        and visual.attn_pool is None
-        and visual.pool_type == "tok"
-        and not visual.final_ln_after_pool
-        and not isinstance(visual.ln_pre, nn.Identity)
-        and visual.patch_size[0] == visual.patch_size[1]
     )
 
 

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from timm.models import byobnet, save_for_hf, vision_transformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from protoclip.export.source import Features, Source, Unavailable, has_quick_gelu, is_plain_vit
+from protoclip.export.source import Features, Source, Unavailable
+from protoclip.models.formats import has_quick_gelu
 from protoclip.models.opening import misfits
 
 FOLDER = "timm"
@@ -42,7 +43,7 @@ def write(source: Source, folder: Path) -> str:
     if isinstance(visual, TimmModel):
         name, arguments = trunk_arguments(source)
         model = with_projection(source, name, arguments)
-    elif isinstance(visual, ModifiedResNet) or is_plain_vit(visual):
+    else:
         name, arguments = native_arguments(source)
         model = built(name, {**arguments, "num_classes": int(config["embed_dim"])})
         convert: Any = byobnet if isinstance(visual, ModifiedResNet) else vision_transformer
@@ -51,8 +52,6 @@ def write(source: Source, folder: Path) -> str:
         if wrong := misfits(model, weights):
             raise Unavailable(f"it is not timm's {name}, by {len(wrong)} tensors as {wrong[0]}")
         model.load_state_dict(weights)
-    else:
-        raise Unavailable(f"timm has no {type(visual).__name__}")
     given, side = source.preprocessing, source.image_size
     if given["resize_mode"] not in CROP_MODES:
         raise Unavailable(f"timm does not resize images as it does ({given['resize_mode']})")
@@ -82,17 +81,6 @@ def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
     model: Any = timm.create_model(f"local-dir:{folder / FOLDER}", pretrained=True).eval()
     with torch.inference_mode():
         return Features(image=model(images))
-
-
-def has_linear_projection(visual: nn.Module, vision: Mapping[str, Any]) -> bool:
-    """Whether an image tower is timm's, with a projection without bias behind it."""
-    projection = getattr(getattr(visual, "head", None), "proj", None)
-    return (
-        isinstance(visual, TimmModel)
-        and vision.get("timm_pool", "avg") not in ("abs_attn", "rot_attn")
-        and isinstance(projection, nn.Linear)
-        and projection.bias is None
-    )
 
 
 def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
@@ -127,13 +115,9 @@ def with_projection(source: Source, name: str, arguments: Mapping[str, Any]) -> 
     visual = source.towers.visual
     if not len(visual.head):
         return visual.trunk
-    projection = getattr(visual.head, "proj", None)
-    if not isinstance(projection, nn.Linear):
-        raise Unavailable("its projection is no linear layer")
+    projection = visual.head.proj
     model = built(name, {**arguments, "num_classes": projection.out_features})
     classifier = model.get_classifier()
-    if not isinstance(classifier, nn.Linear):
-        raise Unavailable(f"timm's {name} has no linear classifier to take the projection")
     model.load_state_dict(visual.trunk.state_dict(), strict=False)
     with torch.no_grad():
         classifier.weight.copy_(projection.weight)

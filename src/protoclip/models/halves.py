@@ -185,6 +185,11 @@ def means_of(name: str) -> tuple[bool, bool]:
     towers.require_image_name(name)
     with torch.device("meta"):
         model: Any = timm.create_model(name)
+    if not hasattr(model, "reset_classifier"):
+        raise ValueError(
+            f"model.image.name: {name} gives no feature of a whole image; choose another, such as "
+            "resnet10t or mobilenetv2_050"
+        )
     model.reset_classifier(0)
     default = repr(model), str(getattr(model, "global_pool", ""))
     try:

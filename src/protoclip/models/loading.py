@@ -114,7 +114,6 @@ def training_model(
     shard. The sigmoid loss gets the logit bias that it needs.
     """
     start = start or resolve_start(config.model)
-    sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
     def build() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
@@ -137,7 +136,7 @@ def training_model(
                 new_projections=config.model.projections_are_new,
                 seed=config.run.seed,
             )
-        if sigmoid and not start.has_logit_bias:
+        if gets_logit_bias(config, start):
             for made in filter(None, (whole, built)):
                 made.add_logit_bias()
             said.append("loss.instance = sigmoid: the logits start with scale 10 and bias -10")
@@ -149,6 +148,12 @@ def training_model(
         shard(built, device, gathered=torch.bfloat16 if bf16 else None)
         load_whole(built, whole)
     return built, notes
+
+
+def gets_logit_bias(config: Config, start: Start) -> bool:
+    """Whether training adds the bias of the sigmoid loss to a model that has none."""
+    sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
+    return sigmoid and not start.has_logit_bias
 
 
 def add_teacher_heads(

@@ -401,6 +401,12 @@ class HuggingFaceStart(Start):
 
     name: str
 
+    @property
+    def kind(self) -> str:
+        """As its configuration names it."""
+        with readable_errors(self.reference, hub_name(self.name)):
+            return str(towers.transformers_config(self.name).model_type)
+
     def check(self) -> None:
         with readable_errors(self.reference, hub_name(self.name)):
             hugging_face.open_config(self.name)

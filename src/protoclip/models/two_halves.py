@@ -31,6 +31,11 @@ from protoclip.models.towers import OPEN_CLIP_CONFIG, PROJECTIONS, Weights, exam
 
 Tower = Literal["image", "text"]
 PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weights begin
+# What to name where a tower can be no half.
+INSTEAD = {
+    "image": "name a model of timm, which has DINOv2, ViT and SigLIP, or the image tower of a CLIP",
+    "text": "name a text tower of open_clip, as open_clip:NAME/TAG, or a text model such as minilm",
+}
 
 
 def names_model(tower: Tower, name: str | None) -> bool:
@@ -202,6 +207,8 @@ def half(tower: Tower, given: ModelConfig) -> Start:
     try:
         start = find_start(name)
         if isinstance(start, HuggingFaceStart):
+            if (kind := start.kind) != "clip":
+                raise ValueError(f"{name}: models of kind {kind} are no halves; {INSTEAD[tower]}")
             start = start.trainable()
     except ValueError as error:
         said = str(error).removeprefix("model.start: ")
@@ -222,12 +229,9 @@ def tower_config(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str,
     setting = f"model.{tower}.name: {start.reference}"
     config = start.architecture.open_clip_config
     if config is None:
-        raise ValueError(
-            f"{setting}: is a model that open_clip cannot hold; name timm's image tower of it, or "
-            "another half"
-        )
+        raise ValueError(f"{setting}: is a model that open_clip cannot hold; {INSTEAD[tower]}")
     if "multimodal_cfg" in config:
-        raise ValueError(f"{setting}: is a CoCa, whose towers are no halves; name another one")
+        raise ValueError(f"{setting}: is a CoCa, whose towers are no halves; {INSTEAD[tower]}")
     part: dict[str, Any] = dict(config["vision_cfg" if tower == "image" else "text_cfg"])
     is_open_clips = not any(name.endswith("_model_name") for name in part)
     if tower == "image" and isinstance(part.get("layers"), list) and is_open_clips:
@@ -239,7 +243,7 @@ def tower_config(tower: Tower, start: Start) -> tuple[dict[str, bool], dict[str,
     if is_open_clips:
         facts["quick_gelu"] = quick_gelu(start, config)
         if part.get("proj_type") == "none" or part.get("output_tokens"):
-            raise ValueError(f"{setting}: its tower ends in no linear projection; name another one")
+            raise ValueError(f"{setting}: its tower ends in no linear projection; {INSTEAD[tower]}")
     elif tower == "image":
         part |= {"timm_proj": "linear", "timm_model_pretrained": False}
     else:

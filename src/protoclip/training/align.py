@@ -16,7 +16,7 @@ import timm
 import torch
 
 from protoclip.checks import check_amounts
-from protoclip.config import HALVES, Config, EpisodeConfig, TeacherConfig
+from protoclip.config import HALVES, Config, EpisodeConfig, ModelConfig, TeacherConfig
 from protoclip.data.captions import caption_draw
 from protoclip.data.decode import decode
 from protoclip.data.defaults import fitting_augmentation
@@ -40,7 +40,8 @@ from protoclip.features.halves import (
 from protoclip.features.streamed import passed
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
-from protoclip.models.halves import OPEN_CLIP_KINDS, PUBLISHED, text_config, text_source
+from protoclip.models.formats import closed_formats
+from protoclip.models.halves import PUBLISHED
 from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
@@ -224,19 +225,7 @@ def with_data(
             f"model.projection = mlp: the {linear} half is open_clip's own tower, whose projection "
             "stays linear"
         )
-    if projection == "mlp" and "vision_cfg" in hidden:
-        closed.append(
-            "model.projection = mlp: its image tower cannot be exported as timm, which holds "
-            "linear projections only; align.head = linear can"
-        )
-    text = str(config.model.text.name)
-    is_tower = names_model("text", text)  # of a model, and not a text model by itself
-    kind = None if is_tower else text_config(text, text_source(text)).model_type
-    if kind is not None and kind not in OPEN_CLIP_KINDS:
-        closed.append(
-            f"model.text.name: open_clip itself knows no text models of kind {kind}, so the model "
-            "can be exported as ONNX, and not as open_clip"
-        )
+    closed += on_exports(choices.config, start)
     read_once = ("data.cache", "data.cache_gb", "data.shuffle_buffer")
     idle = dict.fromkeys(read_once, "each image is read once")
     idle["model.frozen_batch_norm"] = "the halves are frozen"
@@ -245,7 +234,7 @@ def with_data(
     closed += [
         f"{name}: no effect, since {why}" for name, why in idle.items() if choices.is_given(name)
     ]
-    if is_tower and config.model.text.pooling is not None:
+    if config.model.text.pooling is not None and names_model("text", config.model.text.name):
         closed.append("model.text.pooling: no effect, since the text half has one of its own")
     given = config.episodes
     usual = batch_for(given.size or rows, divides=given.size is not None)
@@ -256,6 +245,27 @@ def with_data(
     count = choose("episodes.count", max(1, round(PASSES[config.align.init] * rows / size)))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     return choices.config, choices.notes + closed
+
+
+def on_exports(config: Config, start: Start) -> list[str]:
+    """What to tell of formats of `protoclip export` that cannot hold the run."""
+    reasons = of_linear = closed_to(config.model, config, start)
+    if config.model.projection != "linear":
+        of_linear = closed_to(replace(config.model, projection="linear"), config, start)
+    return [
+        f"the run cannot be exported as {name}: {reason}"
+        + ("" if name in of_linear else "; with align.head = linear it can")
+        for name, reason in reasons.items()
+    ]
+
+
+def closed_to(model: ModelConfig, config: Config, start: Start) -> dict[str, str]:
+    """Why formats cannot hold a run with this `[model]` section, by format."""
+    start = replace(start, model=model)
+    built = start.build("none")
+    if loading.gets_logit_bias(config, start):
+        built.add_logit_bias()
+    return closed_formats(built.towers, start.architecture.open_clip_config or {})
 
 
 def hidden_choices(start: Start) -> set[str]:
