@@ -2,53 +2,77 @@
 
     python benchmarks/studies/joined.py A.json B.json ... [--arms NAME ...] [--out JSON]
 
-Each file is what study.py writes, of one split and one set of pairs. A seed that several files have
-must have the same values in all. Intervals (95%) are those of study.py, but for the share of the
-samples, which needs what each sample adds, and that is in no file: it is the largest that a part
-has. A part with fewer seeds has a larger one, so they are rather too wide.
+Each file is what study.py writes, of one split, one set of pairs and the same transfer sets. What
+arms of one name set, and values of a seed that several files have, must be equal in all. Intervals
+(95%) are those of study.py, but for the share of the samples, which needs what each sample adds,
+and that is in no file: it is the largest that a part has. A part with fewer seeds has a larger one,
+so they are rather too wide. Where a part has no interval, neither has the whole.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from protoclip.config import Config
 from protoclip.evaluation.metrics import beyond, half_of_seeds
 
 
-def arms_of(file: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each arm that was measured, by the name of its pairs and its own."""
-    for pairs, arms in file["pretraining"].items():
+def arms_of(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of each arm."""
+    (arms,) = file["pretraining"].values()
+    return {arm["name"]: arm["metrics"] for arm in arms}
+
+
+def require_one_study(files: list[dict[str, Any]]) -> None:
+    settings = dict[str, Config]()
+    for file in files:
+        for what in ("split", "transfer"):
+            if file[what] != files[0][what]:
+                raise ValueError(f"{what}: {file[what]} and {files[0][what]}")
+        (arms,) = file["pretraining"].values()
         for arm in arms:
-            yield f"{pairs}: {arm['name']}", arm["metrics"]
+            given = Config.from_dict(arm["settings"])
+            if settings.setdefault(arm["name"], given) != given:
+                raise ValueError(f"{arm['name']}: has other settings in another file")
+
+
+def reference_of(file: dict[str, Any]) -> str:
+    """The arm that the others are compared with."""
+    (name,) = [
+        name
+        for name, metrics in arms_of(file).items()
+        if all("difference" not in facts for facts in metrics.values())
+    ]
+    return name
 
 
 def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The values of every arm and metric by seed, and their difference to the reference's."""
+    require_one_study(files)
+    (reference,) = {reference_of(file) for file in files}
     values, halves = dict[str, dict[str, dict[str, float]]](), dict[str, dict[str, float]]()
-    first = next(arms_of(files[0]))[0]
     for file in files:
-        for arm, metrics in arms_of(file):
+        for arm, metrics in arms_of(file).items():
             for metric, facts in metrics.items():
                 known = values.setdefault(arm, {}).setdefault(metric, {})
                 for seed, value in facts["by_seed"].items():
                     if not math.isclose(known.setdefault(seed, value), value, abs_tol=1e-9):
                         raise ValueError(f"{arm}, {metric}, seed {seed}: {known[seed]} and {value}")
                 if (difference := facts.get("difference")) is not None:
-                    half = difference["half_width"]["samples"]
-                    half = math.nan if half is None else half  # of AMI, which has none
+                    has_one = difference["interval"] is not None
+                    half = difference["half_width"]["samples"] if has_one else math.nan
                     largest = halves.setdefault(arm, {})
                     largest[metric] = float(np.maximum(largest.get(metric, 0.0), half))
     return {
         arm: {
-            name: summary(by_seed, values[first][name], halves.get(arm, {}).get(name))
-            for name, by_seed in metrics.items()
+            metric: summary(by_seed, values[reference][metric], halves.get(arm, {}).get(metric))
+            for metric, by_seed in metrics.items()
         }
-        for arm, metrics in values.items()
+        for arm, metrics in sorted(values.items(), key=lambda each: each[0] != reference)
     }
 
 
@@ -56,15 +80,15 @@ def summary(
     by_seed: dict[str, float], reference: dict[str, float], of_samples: float | None
 ) -> dict[str, Any]:
     """The mean of a metric; with a half-width over samples the difference, paired by seed."""
-    found: dict[str, Any] = {"mean": float(np.mean([*by_seed.values()])), "by_seed": by_seed}
+    facts: dict[str, Any] = {"mean": float(np.mean([*by_seed.values()])), "by_seed": by_seed}
     if of_samples is None:
-        return found
-    gaps = {seed: value - reference[seed] for seed, value in by_seed.items() if seed in reference}
+        return facts
+    gaps = {seed: value - reference[seed] for seed, value in by_seed.items()}
     of_seeds = half_of_seeds([*gaps.values()]) if len(gaps) > 1 else 0.0
     mean, half = float(np.mean([*gaps.values()])), math.hypot(of_seeds, of_samples)
     ends = [mean - half, mean + half] if math.isfinite(half) else None
-    found["difference"] = {"mean": mean, "interval": ends, "by_seed": gaps, "beyond": beyond(ends)}
-    return found
+    facts["difference"] = {"mean": mean, "interval": ends, "by_seed": gaps, "beyond": beyond(ends)}
+    return facts
 
 
 def shown(facts: dict[str, Any]) -> str:
@@ -84,13 +108,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of all values")
     given = parser.parse_args()
     files = [json.loads(path.read_text(encoding="utf-8")) for path in given.files]
-    if len({(file["split"], *file["pretraining"]) for file in files}) > 1:
-        raise SystemExit("the files are not of one split and one set of pairs")
     table = joined(files)
     names = [*next(iter(table.values()))][: given.metrics]
     print(f"| arm | seeds | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
     for number, (arm, metrics) in enumerate(table.items()):
-        if number == 0 or given.arms is None or arm.partition(": ")[2] in given.arms:
+        if number == 0 or given.arms is None or arm in given.arms:
             seeds = ", ".join(sorted(metrics[names[0]]["by_seed"]))
             print(f"| {arm} | {seeds} | {' | '.join(shown(metrics[name]) for name in names)} |")
     if given.out is not None:

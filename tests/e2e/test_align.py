@@ -304,6 +304,8 @@ def test_a_killed_pass_loses_and_doubles_no_row(given, undisturbed, tmp_path):
         arguments = (folder, given, kind)
         child = multiprocessing.get_context("fork").Process(target=encode_into, args=arguments)
         child.start()
+        child.join(60)
+        child.kill()  # if it hangs
         child.join()
         assert child.exitcode == -signal.SIGKILL
     encode_into(folder, given)

@@ -86,9 +86,10 @@ def test_what_a_run_cannot_be_exported_as_is_said_before_training(
 ):
     """With the reason that export has then, and whether it is the head."""
     run = aligned(*choices.split())
-    said, _, _ = run.with_suffix(".txt").read_text().partition("training on")
+    said, training, _ = run.with_suffix(".txt").read_text().partition("training on")
+    assert training
     notes = dict(re.findall("^note: the run cannot be exported as (.*?): (.*)$", said, re.M))
-    way_out = "; with align.head = linear it can"
+    way_out = "; with a linear projection it can"
     assert {name for name, reason in notes.items() if reason.endswith(way_out)} == by_mlp
     facts = protoclip.export(run, tmp_path / "out", ("open_clip", "hf", "timm"))
     assert facts["left_out"].keys() == closed

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -382,30 +383,38 @@ def test_a_study_from_its_file_to_its_tables(tiny, tmp_path, capsys, monkeypatch
     }
 
 
-@pytest.mark.slow
-def part(gains: dict[str, float], half: float | None) -> dict:
+def part(gains: dict[str, float], half: float | None) -> dict[str, Any]:
     """A file of one metric: CLIP at 0.5 with each seed, and an arm that gains so much."""
     clip = {"by_seed": dict.fromkeys(gains, 0.5)}
     arm = {"by_seed": {seed: 0.5 + gain for seed, gain in gains.items()}}
-    arm["difference"] = {"half_width": {"seeds": 0.0, "samples": half}}
-    arms = [{"name": "CLIP", "metrics": {"kNN": clip}}, {"name": "arm", "metrics": {"kNN": arm}}]
-    return {"split": "validation", "pretraining": {"pairs": arms}}
+    ends = None if half is None else [0.0, 1.0]
+    arm["difference"] = {"interval": ends, "half_width": {"seeds": 0.0, "samples": half}}
+    arms = [
+        {"name": name, "settings": {}, "metrics": {"kNN": metric}}
+        for name, metric in (("arm", arm), ("CLIP", clip))
+    ]
+    return {"split": "validation", "transfer": ["emoji"], "pretraining": {"pairs": arms}}
 
 
 def test_parts_of_a_study_are_joined_by_seed():
     """Over all seeds, and over samples by the widest part; what parts share must be equal."""
     first, second = part({"0": 0.01}, 0.003), part({"1": 0.03, "2": 0.02}, 0.001)
-    gain = joined.joined([first, second, part({"0": 0.01}, 0.002)])["pairs: arm"]["kNN"]
+    gain = joined.joined([first, second, part({"0": 0.01}, 0.002)])["arm"]["kNN"]
     assert gain["mean"] == pytest.approx(0.52)
     assert gain["difference"]["mean"] == pytest.approx(0.02)
     half = np.hypot(scipy.stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3), 0.003)
     assert gain["difference"]["interval"] == pytest.approx([0.02 - half, 0.02 + half])
-    without = joined.joined([first, part({"1": 0.03}, None)])["pairs: arm"]["kNN"]["difference"]
+    without = joined.joined([first, part({"1": 0.03}, None)])["arm"]["kNN"]["difference"]
     assert without["interval"] is None
     with pytest.raises(ValueError, match=r"seed 0: 0\.51 and 0\.52"):
         joined.joined([first, part({"0": 0.02}, 0.001)])
+    other = part({"1": 0.02}, 0.001)
+    other["pretraining"]["pairs"][0]["settings"] = {"loss": {"prototypical": 0.0}}
+    with pytest.raises(ValueError, match="arm: has other settings"):
+        joined.joined([first, other])
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_study():
     ours, theirs = os.pipe()
     parent = multiprocessing.get_context("fork").Process(target=busy_study, args=(theirs,))

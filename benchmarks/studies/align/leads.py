@@ -29,7 +29,7 @@ from protoclip.evaluation.metrics import Floats, half_of_seeds
 from protoclip.evaluation.validation import judged
 from protoclip.features.canonical import SecondMoments, canonical_projections, moments_of_images
 from protoclip.features.teachers import read_teacher
-from protoclip.prototypes.kmeans import kmeans
+from protoclip.prototypes.kmeans import KMeans, kmeans
 
 STUDIES = Path(__file__).parents[1]
 sys.path.append(str(STUDIES))
@@ -92,7 +92,8 @@ def print_table(found: dict[str, Floats]) -> None:
 def regressed(moments: SecondMoments, held: Features) -> dict[str, Floats]:
     """Heads by a ridge regression of one half's features on the other's, which stay as they are.
 
-    Penalties are in mean variances of a dimension."""
+    Features are not centred: heads have no bias. Penalties are in mean squares of a dimension.
+    """
     arms = {"canonical correlation": canonical_projections(moments)}
     image, text, cross = moments.image, moments.text, moments.cross
     for share in (0.01, 0.1, 1.0):
@@ -105,8 +106,10 @@ def regressed(moments: SecondMoments, held: Features) -> dict[str, Floats]:
     return {f"{name} | {samples}": recalls(*maps, held) for name, maps in arms.items()}
 
 
-def pruned(x: Tensor, y: Tensor, unit: Tensor, draws: list[Tensor]) -> dict[str, SecondMoments]:
-    found, half = kmeans(unit, GROUPS, iterations=20, seed=0), len(x) // 2
+def pruned(
+    x: Tensor, y: Tensor, unit: Tensor, found: KMeans, draws: list[Tensor]
+) -> dict[str, SecondMoments]:
+    half = len(x) // 2
     near = (unit * F.normalize(found.centroids[found.assignments], dim=1)).sum(1)
     chosen = {f"half at random, draw {n}": draw[:half] for n, draw in enumerate(draws)}
     for name, order in {"nearest": (-near).argsort(), "farthest from": near.argsort()}.items():
@@ -120,7 +123,9 @@ def pruned(x: Tensor, y: Tensor, unit: Tensor, draws: list[Tensor]) -> dict[str,
     return {n: moments_of(x[r], y[r]) for n, r in chosen.items()} | {"all": moments_of(x, y)}
 
 
-def lent(x: Tensor, y: Tensor, unit: Tensor, draw: Tensor) -> dict[str, SecondMoments]:
+def lent(
+    x: Tensor, y: Tensor, unit: Tensor, found: KMeans, draw: Tensor
+) -> dict[str, SecondMoments]:
     """Images with their captions, and others that are lent captions by those, or have none."""
     known, rest = draw[:CAPTIONED], draw[CAPTIONED:]
     own, every, number = moments_of(x[known], y[known]), moments_of(x, y), f"{len(rest):,}"
@@ -132,11 +137,10 @@ def lent(x: Tensor, y: Tensor, unit: Tensor, draw: Tensor) -> dict[str, SecondMo
     for heat in (0.02, 0.05, 0.1):
         mixed = ((likeness / heat).softmax(1) @ y[known].mean(1))[:, None]
         arms[f"and {number} with a mixture, temperature {heat}"] = own + moments_of(x[rest], mixed)
-    found = kmeans(unit, GROUPS, iterations=20, seed=0)
     means = torch.zeros(GROUPS, y.shape[2]).index_add_(
         0, found.assignments[known], y[known].mean(1)
     )
-    filled = F.normalize(means, dim=1).nan_to_num()  # a group's text prototype, if it has captions
+    filled = F.normalize(means, dim=1)  # a group's text prototype, or 0 without captions
     in_group = found.assignments[rest]
     taught = filled[in_group].norm(dim=1) > 0
     carried = filled[in_group][taught][:, None]
@@ -155,8 +159,9 @@ def main() -> None:
     unit = F.normalize(x - x.mean(0), dim=1)
     draws = [torch.tensor(np.random.default_rng(n).permutation(len(x))) for n in range(3)]
     print_table(regressed(moments_of(x, y), held))
-    show(pruned(x, y, unit, draws), held)
-    show(lent(x, y, unit, draws[0]), held)
+    found = kmeans(unit, GROUPS, iterations=20, seed=0)
+    show(pruned(x, y, unit, found, draws), held)
+    show(lent(x, y, unit, found, draws[0]), held)
 
 
 if __name__ == "__main__":

@@ -195,11 +195,11 @@ def fail(error: Exception, command: str) -> NoReturn:
 
 def less_memory(command: str) -> str | None:
     """How a command that does not train takes less memory."""
-    if command not in COMMANDS or command in ("train", "align", "finetune", "demo"):
+    if command not in COMMANDS or command in ("train", "align", "finetune"):
         return None
-    has_batches = any(option.name == "batch_size" for option in fields(COMMANDS[command]))
-    lower = "lower --batch_size" if has_batches else "end other programs"
-    return f"{lower}, and give the command again"
+    options = {option.name for option in fields(COMMANDS[command])}
+    lower = [f"lower --{name}" for name in ("batch_size", "samples") if name in options]
+    return f"{' or '.join(lower) or 'end other programs'}, and give the command again"
 
 
 def leave(code: int) -> NoReturn:

@@ -95,7 +95,10 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
 
 
 def build(source: Source) -> Any:
-    """A model of `transformers` with the weights of open_clip's towers."""
+    """A model of `transformers` with the weights of open_clip's towers.
+
+    It is for towers that `models/formats.py` does not rule out.
+    """
     from transformers import CLIPConfig, CLIPModel, VisionTextDualEncoderModel
     from transformers import VisionTextDualEncoderConfig as DualConfig
 

@@ -27,7 +27,7 @@ from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import locked, naming
 from protoclip.models import loading
-from protoclip.models.formats import closed_formats
+from protoclip.models.formats import against
 from protoclip.paths import is_export, require_apart, require_new
 from protoclip.terminal import line, say, visible
 
@@ -210,14 +210,15 @@ def write(
     graphs: Callable[[Source, Path], str] = partial(onnx.write, opset=opset)
     writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
-    closed = {} if source.config is None else closed_formats(source.towers, source.config)
-    left_out = {name: closed[name] for name in formats if name in closed}
-    for name in dict.fromkeys(each for each in formats if each not in closed):
+    left_out: dict[str, str] = {}
+    for name in dict.fromkeys(formats):
         try:
             with quiet():
+                if source.config and (reason := against(name, source.towers, source.config)):
+                    raise Unavailable(reason)
                 written[name] = writers[name](source, folder)
-        except Unavailable as reason:
-            left_out[name] = str(reason)
+        except Unavailable as error:
+            left_out[name] = str(error)
         except Exception as error:  # what these libraries raise has no common class
             raise ValueError(
                 f"{source.reference}: cannot be exported as {name} ({line(str(error))}) into "

@@ -36,6 +36,8 @@ RESNETS = {
 def write(source: Source, folder: Path) -> str:
     """Write `config.json` and `model.safetensors`; returns timm's name of the model.
 
+    It is for towers that `models/formats.py` does not rule out.
+
     Raises:
         Unavailable: timm has no such model.
     """

@@ -16,30 +16,31 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from torch import nn
 
-from protoclip.models import towers
 from protoclip.models.halves import OPEN_CLIP_KINDS
 
 
 def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     """Why formats cannot hold towers, by format; `config` is open_clip's of them."""
-    vision = config["vision_cfg"]
-    reasons = {
-        "open_clip": against_open_clip(built, vision),
-        "hf": against_hf(built, vision),
-        "timm": against_timm(built.visual, vision),
-    }
+    reasons = {name: against(name, built, config) for name in AGAINST}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def against(name: str, built: Any, config: Mapping[str, Any]) -> str | None:
+    """Why a format cannot hold towers, if it cannot."""
+    return AGAINST[name](built, config["vision_cfg"]) if name in AGAINST else None
 
 
 def against_open_clip(built: Any, vision: Mapping[str, Any]) -> str | None:
     trunk: Any = getattr(built.visual, "trunk", None)
     if hasattr(trunk, "set_input_size"):
         # open_clip hands no image size to timm.
-        usual, size = trunk.default_cfg["input_size"][-1], towers.image_size(built)
-        if size != usual:
+        usual, size = trunk.default_cfg["input_size"][-1], built.visual.image_size
+        sides = {size} if isinstance(size, int) else {*size}
+        if sides != {usual}:
+            read = " x ".join(map(str, sides))
             return (
                 f"it builds {vision['timm_model_name']} for images of {usual} pixels alone, and "
-                f"this model reads {size}"
+                f"this model reads {read}"
             )
     kind = getattr(getattr(getattr(built, "text", None), "config", None), "model_type", None)
     if kind is not None and kind not in OPEN_CLIP_KINDS:
@@ -48,18 +49,21 @@ def against_open_clip(built: Any, vision: Mapping[str, Any]) -> str | None:
 
 
 def against_hf(built: Any, vision: Mapping[str, Any]) -> str | None:
-    visual = built.visual
+    visual, text = built.visual, getattr(built, "text", built)
+    if hasattr(text, "config"):
+        return "no dual encoder of Hugging Face's transformers takes such a text model"
     if not is_plain_vit(visual) and not has_linear_projection(visual, vision):
         kind = type(visual).__name__
         return f"no model of transformers has its image tower ({kind}) and projection"
-    if not is_clip_text(getattr(built, "text", built)):
+    if not is_clip_text(text):
         return "no model of transformers has its text tower"
     if getattr(built, "logit_bias", None) is not None:
         return "no model of transformers with such towers has a logit bias"
     return None
 
 
-def against_timm(visual: Any, vision: Mapping[str, Any]) -> str | None:
+def against_timm(built: Any, vision: Mapping[str, Any]) -> str | None:
+    visual = built.visual
     if not isinstance(visual, TimmModel):
         is_known = isinstance(visual, ModifiedResNet) or is_plain_vit(visual)
         return None if is_known else f"timm has no {type(visual).__name__}"
@@ -70,6 +74,9 @@ def against_timm(visual: Any, vision: Mapping[str, Any]) -> str | None:
     if not has_linear_classifier(name := vision["timm_model_name"]):
         return f"timm's {name} has no linear classifier to take the projection"
     return None
+
+
+AGAINST = {"open_clip": against_open_clip, "hf": against_hf, "timm": against_timm}
 
 
 @cache

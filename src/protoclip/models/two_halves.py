@@ -33,8 +33,10 @@ Tower = Literal["image", "text"]
 PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weights begin
 # What to name where a tower can be no half.
 INSTEAD = {
-    "image": "name a model of timm, which has DINOv2, ViT and SigLIP, or the image tower of a CLIP",
-    "text": "name a text tower of open_clip, as open_clip:NAME/TAG, or a text model such as minilm",
+    "image": (
+        "name a model of timm (it has DINOv2, ViT and SigLIP), or a CLIP, as open_clip:NAME/TAG"
+    ),
+    "text": "name a text model such as minilm, or a CLIP, as open_clip:NAME/TAG",
 }
 
 
@@ -208,7 +210,9 @@ def half(tower: Tower, given: ModelConfig) -> Start:
         start = find_start(name)
         if isinstance(start, HuggingFaceStart):
             if (kind := start.kind) != "clip":
-                raise ValueError(f"{name}: models of kind {kind} are no halves; {INSTEAD[tower]}")
+                raise ValueError(
+                    f"{name}: a model of kind {kind} cannot be a half; {INSTEAD[tower]}"
+                )
             start = start.trainable()
     except ValueError as error:
         said = str(error).removeprefix("model.start: ")

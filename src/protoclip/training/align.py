@@ -254,7 +254,7 @@ def on_exports(config: Config, start: Start) -> list[str]:
         of_linear = closed_to(replace(config.model, projection="linear"), config, start)
     return [
         f"the run cannot be exported as {name}: {reason}"
-        + ("" if name in of_linear else "; with align.head = linear it can")
+        + ("" if name in of_linear else "; with a linear projection it can")
         for name, reason in reasons.items()
     ]
 
@@ -265,7 +265,9 @@ def closed_to(model: ModelConfig, config: Config, start: Start) -> dict[str, str
     built = start.build("none")
     if loading.gets_logit_bias(config, start):
         built.add_logit_bias()
-    return closed_formats(built.towers, start.architecture.open_clip_config or {})
+    config_of_towers = start.architecture.open_clip_config
+    assert config_of_towers is not None  # two halves are towers of open_clip
+    return closed_formats(built.towers, config_of_towers)
 
 
 def hidden_choices(start: Start) -> set[str]:

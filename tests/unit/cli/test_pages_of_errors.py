@@ -61,7 +61,8 @@ def test_an_error_names_the_page_that_explains_it(
         ("align", "set episodes.micro_batch_size"),
         ("embed", "out of memory: lower --batch_size, and give the command again"),
         ("evaluate", "out of memory: lower --batch_size, and give the command again"),
-        ("report", "out of memory: end other programs, and give the command again"),
+        ("report", "out of memory: lower --samples, and give the command again"),
+        ("demo", "out of memory: end other programs, and give the command again"),
     ],
 )
 def test_a_command_without_memory_names_what_it_can_lower(command, says, capsys):

@@ -91,6 +91,7 @@ ONE_LAYER: dict[str, dict[str, Any]] = {
     },
 }
 NAMED |= ONE_LAYER
+NO_TEXT_MODEL = "no dual encoder of Hugging Face's transformers takes such a text model"
 NO_IMAGE_TOWER = "no model of transformers has its image tower ({}) and projection"
 # Formats that a model has, and why it has no others.
 MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
@@ -137,11 +138,11 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "hf-text": (
         {"open_clip": "CustomTextCLIP", "timm": "test_vit"},
-        {"hf": "no model of transformers has its text tower"},
+        {"hf": NO_TEXT_MODEL},
     ),
     "hf-text-m2m": (  # as NLLB-CLIP
         {"open_clip": "CustomTextCLIP", "timm": "vit_base_patch32_clip_224"},
-        {"hf": "no model of transformers has its text tower"},
+        {"hf": NO_TEXT_MODEL},
     ),
 }
 
