@@ -84,10 +84,9 @@ def finetune(
 def before_data(given: Mapping[str, Any]) -> Choices:
     """What is chosen before the data are opened.
 
-    Learning rate, decay, warm-up and the largest batch are those of FLYP (arXiv 2212.00638), which
-    fine-tunes CLIP by its own loss too. LoRA moves few weights, and learns at ten times the rate.
-    The rate falls by 0.7 from layer to layer, as is usual for pretrained transformers and ConvNeXt
-    (arXiv 2201.03545, 2212.06138).
+    Decay, warm-up and the largest batch are those of FLYP (arXiv 2212.00638), which fine-tunes CLIP
+    by its own loss too. The rate falls by 0.7 from layer to layer, as is usual for pretrained
+    transformers and ConvNeXt (arXiv 2201.03545, 2212.06138).
 
     Raises:
         ValueError: A setting is wrong.
@@ -100,11 +99,19 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     choices.choose("model.frozen_batch_norm", True)
     choices.choose("episodes.locked_image", 0)
     if choices.config.model.lora is None:
-        choices.choose("optim.learning_rate", 1e-5)
         choices.choose("optim.layer_decay", 0.7)
-    else:
-        choices.choose("optim.learning_rate", 1e-4)
     return choices
+
+
+def rate(start: Start, *, is_lora: bool) -> float:
+    """The peak learning rate: FLYP's, and ten times as much for LoRA, which moves few weights.
+
+    Small towers that were trained from scratch learned at a hundred times FLYP's rate, and at that
+    one they learn nothing in a few passes (docs/LOG.md).
+    """
+    if start.architecture.tower_kind is None:
+        return 5e-4
+    return 1e-4 if is_lora else 1e-5
 
 
 def with_data(
@@ -127,6 +134,7 @@ def with_data(
         if not (choices.is_given("episodes.size") and choices.is_given("episodes.count")):
             images = images_in(data.training)
     batch, size, count = episodes(choices, rows, images)
+    choose("optim.learning_rate", rate(start, is_lora=config.model.lora is not None))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     choose("optim.weight_decay", 0.1)
     features = None

@@ -397,7 +397,7 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
     suits = fitting_augmentation(model.image.size or 0, is_untrained=is_untrained)
     if data.augmentation == "auto" and suits != "light":
         above = f"above {SMALL_IMAGE_SIZES[0]} pixels"
-        notes.append(f"data.augmentation = {suits}, for untrained towers {above}")
+        notes.append(f"data.augmentation = {suits}, for small towers {above}")
     config = replace(config, data=fill(data, {"augmentation": suits}))
     values = optim.defaults(config, kind)
     if kind is not None:

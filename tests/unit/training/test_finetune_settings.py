@@ -9,12 +9,13 @@ from numbered import Numbered
 
 from protoclip.checks import check
 from protoclip.cli.finetune import Finetune
-from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.config import Config, DataConfig, ModelConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import open_source
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
+from protoclip.models.halves import SmallTowers
 from protoclip.models.start import Start
 from protoclip.training import finetune, sizes
 from protoclip.training.plan import with_episodes
@@ -153,7 +154,7 @@ def test_help_shows_the_defaults_of_fine_tuning():
     assert Finetune.defaults["data.train"] is None
     for name, value in Finetune.defaults.items():
         section, _, setting = name.partition(".")
-        if name not in ("data.train", "episodes.count", "episodes.batch_size"):
+        if name not in ("data.train", "episodes.count") and not isinstance(value, str):
             assert getattr(getattr(config, section), setting) == value
 
 
@@ -178,6 +179,13 @@ def test_defaults_follow_what_is_given(given, expected):
         "decay": config.optim.layer_decay,
     }
     assert found == {"rate": 1e-5, "decay": 0.7} | expected
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_small_towers_learn_at_a_rate_of_their_own(lora):
+    """They were trained from scratch, at a hundred times the rate that suits published models."""
+    start = Mock(Start, architecture=SmallTowers(model=ModelConfig()))
+    assert finetune.rate(start, is_lora=lora is not None) == 5e-4
 
 
 @pytest.mark.parametrize(

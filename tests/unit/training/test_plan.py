@@ -265,7 +265,7 @@ def test_small_towers_get_what_suits_the_emoji():
     config, notes = decided(larger)
     assert (config.optim.learning_rate, config.optim.locked_learning_rate) == (1e-3, 1e-4)
     assert config.data.augmentation == "clip"
-    assert "data.augmentation = clip, for untrained towers above 40 pixels" in notes
+    assert "data.augmentation = clip, for small towers above 40 pixels" in notes
     given = replace(larger, data=replace(larger.data, augmentation="light"))
     assert decided(given)[0].data.augmentation == "light"
     assert decided(replace(larger, run=RunConfig(overfit=8)))[0].data.augmentation == "light"
