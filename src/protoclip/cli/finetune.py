@@ -39,7 +39,7 @@ class Finetune(Config, Recipes):
         "episodes.replacement": False,
         "episodes.warm_up": 0,
         "episodes.locked_image": 0,
-        "optim.learning_rate": "1e-5 or 5e-4",
+        "optim.learning_rate": "1e-5 or 1e-3",
         "optim.layer_decay": 0.7,
         "teacher.whiten": 0,
         "loss.prototypical": 1.0,

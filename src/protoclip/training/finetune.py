@@ -106,11 +106,11 @@ def before_data(given: Mapping[str, Any]) -> Choices:
 def rate(start: Start, *, is_lora: bool) -> float:
     """The peak learning rate: FLYP's, and ten times as much for LoRA, which moves few weights.
 
-    Small towers that were trained from scratch learned at a hundred times FLYP's rate, and at that
-    one they learn nothing in a few passes (docs/LOG.md).
+    Small towers that were trained from scratch learn on at the rate at which they learned: at FLYP's
+    they learn nothing in a few passes (docs/LOG.md).
     """
     if start.architecture.tower_kind is None:
-        return 5e-4
+        return 1e-3
     return 1e-4 if is_lora else 1e-5
 
 

@@ -185,7 +185,7 @@ def test_defaults_follow_what_is_given(given, expected):
 def test_small_towers_learn_at_a_rate_of_their_own(lora):
     """They were trained from scratch, at a hundred times the rate that suits published models."""
     start = Mock(Start, architecture=SmallTowers(model=ModelConfig()))
-    assert finetune.rate(start, is_lora=lora is not None) == 5e-4
+    assert finetune.rate(start, is_lora=lora is not None) == 1e-3
 
 
 @pytest.mark.parametrize(
