@@ -16,7 +16,6 @@ run is judged on the same validation pairs by the mean of the six recalls, image
 image at 1, 5 and 10. What is trained stays in --folder, and a study that was interrupted goes on.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import RECALLS, mean_recall, write_ids
+from study import RECALLS, mean_recall, of_halves, write_ids
 
 from protoclip.cli.parsing import merged
 from protoclip.config import Config, DataConfig, SourceConfig, build
@@ -58,11 +57,7 @@ def trained(way: str, settings: dict[str, Any], start: Path | None, folder: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--root")
-    parser.add_argument("--image-weights", required=True)
+    parser = of_halves(str(__doc__))
     parser.add_argument("--image-size", type=int, default=224, help="of the image half")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 3000, 10_000, 0])
     parser.add_argument("--ways", nargs="+", default=["scratch", "aligned"], choices=WAYS)

@@ -11,7 +11,6 @@ are those of the whole command, start and encoding included. Then both are judge
 validation pairs by the mean of the six recalls. A command that has ended is not given again.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study import write_ids
+from study import of_halves, write_ids
 
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.sources import open_source
@@ -55,11 +54,7 @@ def recall(run: Path, options: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--root")
-    parser.add_argument("--image-weights", required=True)
+    parser = of_halves(str(__doc__))
     parser.add_argument("--image-size", type=int, default=224, help="of the image half")
     parser.add_argument("--pairs", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

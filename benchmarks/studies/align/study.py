@@ -33,6 +33,16 @@ from protoclip.training.align import align
 RECALLS = [f"retrieval/{way}@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
 
+def of_halves(words: str) -> argparse.ArgumentParser:
+    """A parser with the options that every study of two halves has, described by the first line."""
+    parser = argparse.ArgumentParser(description=words.partition("\n")[0])
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--root")
+    parser.add_argument("--image-weights", required=True)
+    return parser
+
+
 def write_ids(path: Path, ids: list[str], size: int, seed: int) -> None:
     """The ids of the first pairs of an order; larger sizes hold the smaller ones."""
     order = np.random.default_rng(seed).permutation(len(ids))
@@ -81,12 +91,8 @@ def without_none(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser = of_halves(str(__doc__))
     parser.add_argument("study", type=Path)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
-    parser.add_argument("--root")
-    parser.add_argument("--image-weights", required=True)
     parser.add_argument("--image-size", type=int, help="of the image half, if not the study's")
     parser.add_argument("--caption-column")
     parser.add_argument("--pairs", type=int, help="train on so many, drawn once for all seeds")

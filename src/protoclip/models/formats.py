@@ -51,7 +51,7 @@ def against_open_clip(built: Any, vision: Mapping[str, Any]) -> str | None:
 def against_hf(built: Any, vision: Mapping[str, Any]) -> str | None:
     visual, text = built.visual, getattr(built, "text", built)
     if hasattr(text, "config"):
-        return "no dual encoder of Hugging Face's transformers takes such a text model"
+        return "no dual encoder of Hugging Face's transformers pools tokens as its text half"
     if not is_plain_vit(visual) and not has_linear_projection(visual, vision):
         kind = type(visual).__name__
         return f"no model of transformers has its image tower ({kind}) and projection"

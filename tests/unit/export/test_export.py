@@ -91,7 +91,7 @@ ONE_LAYER: dict[str, dict[str, Any]] = {
     },
 }
 NAMED |= ONE_LAYER
-NO_TEXT_MODEL = "no dual encoder of Hugging Face's transformers takes such a text model"
+NO_TEXT_MODEL = "no dual encoder of Hugging Face's transformers pools tokens as its text half"
 NO_IMAGE_TOWER = "no model of transformers has its image tower ({}) and projection"
 # Formats that a model has, and why it has no others.
 MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
