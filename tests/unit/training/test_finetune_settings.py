@@ -18,6 +18,7 @@ from protoclip.evaluation.validation import Judged
 from protoclip.models.halves import SmallTowers
 from protoclip.models.start import Start
 from protoclip.training import finetune, sizes
+from protoclip.training.choices import with_begun
 from protoclip.training.plan import with_episodes
 
 
@@ -182,10 +183,19 @@ def test_defaults_follow_what_is_given(given, expected):
 
 
 @pytest.mark.parametrize("lora", [None, 4])
-def test_small_towers_learn_at_a_rate_of_their_own(lora):
-    """They were trained from scratch, at a hundred times the rate that suits published models."""
-    start = Mock(Start, architecture=SmallTowers(model=ModelConfig()))
-    assert finetune.rate(start, is_lora=lora is not None) == 1e-3
+@pytest.mark.parametrize(("begun", "rate"), [(None, 1e-3), (1e-5, 1e-5)])
+def test_small_towers_learn_at_a_rate_of_their_own(lora, begun, rate, tmp_path):
+    """They were trained from scratch, at a hundred times the rate that suits published models. A
+    run that was begun at that one goes on with it."""
+    if begun is not None:
+        (tmp_path / "config.toml").write_text(f"[optim]\nlearning_rate = {begun}\n")
+    given = {"model": {"start": "runs/small", "lora": lora}}
+    choices = finetune.before_data(with_begun(given, tmp_path, finetune.CHOSEN))
+    small = SmallTowers(model=ModelConfig())
+    start = Mock(Start, heads_are_new=False, architecture=small)
+    data = Judged(Numbered(400, 10**9), [Mock()], [])
+    config, _ = finetune.with_data(choices, choices.config, start, data, alpha=None)
+    assert config.optim.learning_rate == rate
 
 
 @pytest.mark.parametrize(
