@@ -104,8 +104,8 @@ def before_data(given: Mapping[str, Any]) -> Choices:
 
 
 def rate(start: Start, *, is_lora: bool) -> float:
-    """The peak learning rate: that of FLYP (arXiv 2212.00638), and ten times as much for LoRA, which
-    moves few weights.
+    """The peak learning rate: FLYP's (arXiv 2212.00638), or ten times as much for LoRA, which moves
+    few weights.
 
     Small towers that were trained from scratch learn on at the rate at which they learned. At
     FLYP's they learn nothing in a few passes (docs/LOG.md).
