@@ -40,20 +40,21 @@ def require_one_study(files: list[dict[str, Any]]) -> None:
                 raise ValueError(f"{arm['name']}: has other settings in another file")
 
 
-def reference_of(file: dict[str, Any]) -> str:
-    """The arm that the others are compared with."""
-    (name,) = [
+def reference_of(files: list[dict[str, Any]]) -> str:
+    """The arm that the others are compared with; a file of one arm compares nothing."""
+    (name,) = {
         name
-        for name, metrics in arms_of(file).items()
-        if all("difference" not in facts for facts in metrics.values())
-    ]
+        for arms in map(arms_of, files)
+        for name, metrics in arms.items()
+        if len(arms) > 1 and all("difference" not in facts for facts in metrics.values())
+    }
     return name
 
 
 def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The values of every arm and metric by seed, and their difference to the reference's."""
     require_one_study(files)
-    (reference,) = {reference_of(file) for file in files}
+    reference = reference_of(files)
     values, halves = dict[str, dict[str, dict[str, float]]](), dict[str, dict[str, float]]()
     for file in files:
         for arm, metrics in arms_of(file).items():

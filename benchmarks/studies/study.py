@@ -209,11 +209,17 @@ def whole(study: Study, where: str) -> Study:
 
 
 def some_arms(study: Study, names: Sequence[str]) -> Study:
-    """The study with these arms alone, in its own order."""
+    """The study with these arms alone, in its own order.
+
+    Without the reference the first of them stands for it, to measure more seeds of one arm and join
+    them to those of others (joined.py).
+    """
     if unknown := [name for name in names if name not in study.arms]:
         raise ValueError(f"--arms: {study.name} has no '{unknown[0]}', but {', '.join(study.arms)}")
     arms = {name: arm for name, arm in study.arms.items() if name in names}
-    return whole(replace(study, arms=arms), "--arms")
+    groups = [arm.group for arm in arms.values()]
+    reference = study.reference if study.reference in groups else groups[0]
+    return whole(replace(study, arms=arms, reference=reference), "--arms")
 
 
 def at_size(study: Study, size: int) -> Study:
@@ -275,8 +281,7 @@ def settings_of(task: Task) -> dict[str, Any]:
     shared = merged({"loss": LOSS}, data.settings) if arm.command == "train" else of_data
     tree = merged(shared, arm.settings)
     for name in arm.unset:
-        section, _, key = name.partition(".")
-        tree[section] = {k: value for k, value in tree.get(section, {}).items() if k != key}
+        tree = leaving_out(tree, name.split("."))
 
     def resolved(teacher: Mapping[str, Any]) -> dict[str, Any]:
         own = {"own": data.teacher, "own images": data.image_teacher}
@@ -293,6 +298,15 @@ def settings_of(task: Task) -> dict[str, Any]:
     tree["teacher"] = resolved(tree.get("teacher", {}))
     tree["teachers"] = [resolved(teacher) for teacher in tree.get("teachers", [])]
     return merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
+
+
+def leaving_out(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The tree without the setting that the keys lead to."""
+    first, *rest = keys
+    others = {key: value for key, value in tree.items() if key != first}
+    if not rest or first not in tree:
+        return others
+    return {**others, first: leaving_out(tree[first], rest)}
 
 
 def config_of(task: Task) -> Config:

@@ -38,6 +38,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import read_config
 from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.align import align
+from protoclip.training.run import train
 from protoclip.training.trainer import Trainer
 from tiny_align import changed, of_source, rows_of, weights_of
 
@@ -203,6 +204,18 @@ def test_a_finished_run_is_not_trained_again(given, finished, monkeypatch):
     first = json.loads((finished / "results.json").read_text())
     monkeypatch.setattr("protoclip.training.trainer.Trainer.train_step", None)
     assert align(changed(given, finished), resume="auto")["metrics"] == first["metrics"]
+
+
+def test_train_does_not_go_on_with_what_align_began(given, tmp_path, monkeypatch):
+    """It would move the halves, with the settings that `config.toml` has of both commands."""
+    alone = {"prototypical": 0.0, "teacher": 0.0}  # as by default
+    with monkeypatch.context() as patch:
+        stop_in_episode(patch, 6)
+        align(changed(given, tmp_path / "run", loss=alone))
+    config = read_config(tmp_path / "run")
+    config = replace(config, run=replace(config.run, out=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="was begun by protoclip align; go on with that command"):
+        train(config, resume="auto")
 
 
 def stop_in_episode(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

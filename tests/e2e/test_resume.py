@@ -261,6 +261,25 @@ def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
     assert {**results, "checksum": json.loads(before)["checksum"]} == json.loads(before)
 
 
+def test_a_finished_run_is_evaluated_when_that_is_asked_for_later(tiny_parquet, tmp_path):
+    """By all that judges it, and without a step."""
+    for seed, name in enumerate(("judging", "other")):
+        pq.write_table(tiny_pairs(16, seed=7 + seed), tmp_path / f"{name}.parquet")
+    config = with_changes(
+        tiny_config(tiny_parquet, out=str(tmp_path / "run")),
+        {"run": {"evaluate": False}, "data": {"validation": str(tmp_path / "judging.parquet")}},
+    )
+    first = run.train(config)
+    assert first["metrics"] == {}
+    asked = with_changes(config, {"run": {"evaluate": True}})
+    metrics = run.train(asked, resume="auto")["metrics"]
+    assert metrics
+    guarded = with_changes(asked, {"run": {"guard": [str(tmp_path / "other.parquet")]}})
+    again = run.train(guarded, resume="auto")
+    assert metrics.items() < again["metrics"].items()
+    assert (again["steps"], again["train_seconds"]) == (first["steps"], first["train_seconds"])
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tiny_parquet, shards, tmp_path):
     """Two SIGKILLs at random moments; `benchmarks/kills.py` kills every kind of run, more often."""

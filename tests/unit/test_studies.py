@@ -122,9 +122,10 @@ def test_some_arms_at_another_size(tiny, tmp_path):
         studies.config_of(task_of(small, arm, tmp_path)).model.image.size for arm in small.arms
     ]
     assert sizes == [48, 48]
+    assert studies.some_arms(study, ["few"]).reference == "prototypes"
     for names, message in (
         (["few", "many"], "--arms: tiny has no 'many', but CLIP, few, gap"),
-        (["few"], "--arms: reference: no group 'CLIP'"),
+        (["gap"], "--arms: gap: start: name an arm"),
     ):
         with pytest.raises(ValueError, match=message):
             studies.some_arms(study, names)
@@ -408,6 +409,14 @@ def test_parts_of_a_study_are_joined_by_seed():
     assert without["interval"] is None
     with pytest.raises(ValueError, match=r"seed 0: 0\.51 and 0\.52"):
         joined.joined([first, part({"0": 0.02}, 0.001)])
+    alone = part({"3": 0.06}, None)
+    alone["pretraining"]["pairs"] = [
+        {"name": "arm", "settings": {}, "metrics": {"kNN": {"by_seed": {"3": 0.56}}}}
+    ]
+    others = part({"0": 0.01}, 0.003)
+    others["pretraining"]["pairs"][1]["metrics"]["kNN"]["by_seed"]["3"] = 0.5
+    gain = joined.joined([others, alone])["arm"]["kNN"]["difference"]
+    assert gain["by_seed"] == pytest.approx({"0": 0.01, "3": 0.06})
     other = part({"1": 0.02}, 0.001)
     other["pretraining"]["pairs"][0]["settings"] = {"loss": {"prototypical": 0.0}}
     with pytest.raises(ValueError, match="arm: has other settings"):

@@ -48,6 +48,7 @@ from protoclip.models.start import Start
 from protoclip.models.two_halves import TwoHalves, names_model
 from protoclip.paths import require_store
 from protoclip.terminal import say
+from protoclip.training import sizes
 from protoclip.training.choices import Choices, choices_of
 from protoclip.training.overfit import given_for_few
 from protoclip.training.plan import Plan, fill
@@ -298,19 +299,11 @@ def projection_of(choices: Choices, config: Config, start: Start) -> str:
 
 
 def batch_for(pairs: int, *, divides: bool) -> int:
-    """How many of so many pairs make a batch; if possible one that divides their number.
-
-    It is at least half as large as it would be otherwise: in small batches there is little to tell
-    apart.
-    """
+    """How many of so many pairs make a batch; if possible one that divides their number."""
     batch = 2
     while batch < LARGEST_BATCH and 4 * batch <= pairs:
         batch *= 2
-    ranks = collectives.world_size()  # which share a batch evenly
-    usual = max(2 * ranks, batch // ranks * ranks)
-    even = range(usual, max(ranks, usual // 2 - 1), -ranks)
-    fits = (number for number in even if not divides or pairs % number == 0)
-    return next(fits, usual)
+    return sizes.batch_near(batch, dividing=pairs if divides else None)
 
 
 def require_possible(choices: Choices, config: Config, start: Start) -> None:

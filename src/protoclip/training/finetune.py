@@ -179,13 +179,8 @@ def episodes(choices: Choices, rows: int | None, images: int | None) -> tuple[in
     batch = SMALLEST_BATCH
     while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
         batch *= 2
-    batch = min(batch, wanted)
-    while given.size and wanted % batch and batch > 2:
-        batch //= 2
-    ranks = collectives.world_size()  # which share a batch evenly
-    even = range(max(2 * ranks, batch // ranks * ranks), ranks, -ranks)
-    fits = (number for number in even if not given.size or wanted % number == 0)
-    batch = choose("episodes.batch_size", next(fits, even[0]))
+    usual = sizes.batch_near(min(batch, wanted), dividing=given.size)
+    batch = choose("episodes.batch_size", usual)
     size = choose("episodes.size", max(batch, wanted // batch * batch))
     if rows is not None and size <= rows:
         choose("episodes.replacement", False)

@@ -29,6 +29,8 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
     """What `run.overfit` decides: one batch of all pairs a step, by the instance loss alone, and
     nothing that keeps a model from learning by heart. The rate and the model stay."""
     number, given = config.run.overfit, config.data.validation
+    # Pairs of a class would be positives, and never told apart.
+    apart = {"positives": None} if config.loss.positives == "class" else {}
     if given is not None and given != 0 and rank() == 0:
         say("note: data.validation: no effect, since run.overfit holds no pairs out")
     return {
@@ -41,7 +43,7 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
             **{"size": number, "batch_size": number, "count": STEPS, "replacement": False},
             **{"warm_up": 0, "locked_image": 0},
         },
-        "loss": {"info_nce": 1.0, "prototypical": 0.0, "teacher": 0.0, "keep": 0.0},
+        "loss": {"info_nce": 1.0, "prototypical": 0.0, "teacher": 0.0, "keep": 0.0, **apart},
         "optim": {"warm_up_steps": 10},
     }
 

@@ -67,6 +67,7 @@ from protoclip.training.run_folder import (
     claimed,
     environment,
     folder_of,
+    is_evaluated,
     look,
     pooled_as_begun,
     to_toml,
@@ -130,7 +131,11 @@ def train_together(
         outlined = outline(known, is_whole=defaults is None)
         sync.fetch(outlined, resume=resume)
         begun = look(outlined, resume=resume)
-        done = begun.results is not None and is_done(folder, begun.results)
+        done = (
+            begun.results is not None
+            and is_evaluated(folder, config.run)
+            and is_done(folder, begun.results)
+        )
         if begun.results is not None and not done and not checkpoints(folder):
             raise ValueError(
                 f"{folder}: holds no checkpoint of its end any more; choose another folder with "

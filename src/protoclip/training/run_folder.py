@@ -7,6 +7,7 @@ here knows how a run trains.
 import platform
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from protoclip.config import (
     Config,
     LossConfig,
     ModelConfig,
+    RunConfig,
     build,
     shown,
 )
@@ -39,6 +41,7 @@ from protoclip.models.saved import (
     damage,
     facts_of,
     is_squashing,
+    read_config,
     remove_unfinished,
 )
 from protoclip.models.start import Start
@@ -121,6 +124,12 @@ def look(outline: Outline, *, resume: bool) -> Begun:
     path = folder / "results.json"
     config = as_begun(outline.config, folder)
     notes = check_settings(folder, to_toml(config), finished=path.is_file())
+    if kept := [
+        f"loss.{name} stays {getattr(config.loss, name)}"
+        for name in FORMER
+        if getattr(config.loss, name) != getattr(outline.config.loss, name)
+    ]:
+        notes.append(f"{', '.join(kept)}, the default when the run began")
     start = resized_as_begun(outline.start, folder)
     if start.squashes != outline.start.squashes:
         kept = "squashed" if start.squashes else "cropped"
@@ -134,6 +143,13 @@ def look(outline: Outline, *, resume: bool) -> Begun:
         say(f"warning: {path}: not what the run wrote: its checksum differs")
     results = {key: value for key, value in results.items() if key != SEAL}
     return Begun(outline=outline, is_begun=True, results={**results, "folder": str(folder)})
+
+
+def is_evaluated(folder: Path, asked: RunConfig) -> bool:
+    """Whether a finished run was evaluated as it is asked for now, by these guards too."""
+    was = read_config(folder).run
+    guards = {*map(without_secrets, asked.guard)}
+    return not asked.evaluate or (was.evaluate and guards <= {*was.guard})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -347,6 +363,12 @@ def check_checkpoint(
                 "or choose another folder with --run.out"
             )
     facts = facts_of(checkpoint, "content")  # of which earlier versions kept less
+    encoded = [any("encoded" in each for each in of["sources"]) for of in (facts, content) if of]
+    if encoded == [True, False]:  # train would move the halves
+        raise ValueError(
+            f"{checkpoint.parent.parent}: was begun by protoclip align; go on with that command, "
+            "or choose another folder with --run.out"
+        )
     judging = content.get("validation", [])
     if differs := difference(facts.get("sources") or content["sources"], content["sources"]):
         raise ValueError(
@@ -422,8 +444,11 @@ def named_by(settings: Mapping[str, Any], many: str, key: str, one: str) -> list
 
 
 def slug(name: str) -> str:
-    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`."""
-    return "-".join(re.findall(r"[a-z0-9._]+", name.lower())) or "run"
+    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`.
+
+    Letters of all scripts stay.
+    """
+    return "-".join(re.findall(r"[\w.]+", unicodedata.normalize("NFC", name.lower()))) or "run"
 
 
 def to_toml(config: Config) -> str:

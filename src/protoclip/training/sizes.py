@@ -20,6 +20,7 @@ from protoclip.data.defaults import (
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
+from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.start import Start
 from protoclip.models.towers import TokenCounter, build_tokenizer
@@ -36,6 +37,19 @@ def episode_size(rows: int | None, batch: int) -> int:
     most = LARGEST_EPISODE if rows is None else max(1, rows)
     size: int = min(LARGEST_EPISODE, 2 ** int(math.log2(most)))
     return max(batch, size // batch * batch)
+
+
+def batch_near(usual: int, *, dividing: int | None) -> int:
+    """About the usual number of pairs for a batch, which ranks share evenly.
+
+    If possible one that divides so many pairs, and is at least half as large: in small batches
+    there is little to tell apart.
+    """
+    ranks = collectives.world_size()
+    usual = max(2 * ranks, usual // ranks * ranks)
+    even = range(usual, max(ranks, usual // 2 - 1), -ranks)
+    fits = (number for number in even if dividing is None or dividing % number == 0)
+    return next(fits, usual)
 
 
 def number_of_prototypes(size: int, samples: Pairs | SampleStream | None = None) -> int:

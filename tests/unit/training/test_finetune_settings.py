@@ -47,7 +47,8 @@ def settings(rows: int | None = 40_000, **sections: dict[str, Any]) -> Config:
         (5_000, {}, (128, 4_992, 5)),
         (300, {}, (16, 288, 5)),
         (7, {}, (7, 7, 5)),
-        (40_000, {"size": 1_000}, (8, 1_000, 200)),
+        (40_000, {"size": 1_000}, (10, 1_000, 200)),
+        (1_000_000, {"size": 10_000}, (250, 10_000, 500)),
         (40_000, {"batch_size": 100}, (100, 40_000, 5)),
         (300, {"size": 640, "count": 2}, (16, 640, 2)),
         (None, {"size": 64_000, "count": 3}, (512, 64_000, 3)),
@@ -92,7 +93,7 @@ def test_images_are_counted_by_source(tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "number", "size", "batch"),
-    [(3, 300, None, 15), (16, 300, None, 32), (3, 40_000, 1_200, 15), (6, 40_000, None, 510)],
+    [(3, 300, None, 15), (16, 300, None, 32), (3, 40_000, 1_200, 30), (6, 40_000, None, 510)],
 )
 def test_ranks_share_the_batch_that_is_chosen(ranks, number, size, batch, monkeypatch):
     monkeypatch.setattr(collectives, "world_size", lambda: ranks)

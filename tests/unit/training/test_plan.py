@@ -56,7 +56,7 @@ from protoclip.training.plan import (
     outline,
     without_batch_norm,
 )
-from protoclip.training.run_folder import as_begun, flat, folder_of, look, to_toml
+from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
 from protoclip.training.sizes import captions_cut
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -529,14 +529,31 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
     without = "\n".join(line for line in begun.splitlines() if not line.startswith("distil "))
     for text in (begun, without):
         (tmp_path / "config.toml").write_text(text)
-        goes_on = look(outline(given), resume=True).outline.config
-        loss = goes_on.loss
+        outlined = look(outline(given), resume=True).outline
+        goes_on, loss = outlined.config, outlined.config.loss
+        kept = "loss.distil_by stays features, loss.prototypical stays 1.0, loss.teacher stays 2.0"
+        assert f"{kept}, the default when the run began" in outlined.notes
         assert {name: getattr(loss, name) for name in weights} == weights
         assert not goes_on.distilled_teachers
         assert not complete(outline(goes_on)).config.distilled_teachers
     (tmp_path / "config.toml").write_text(begun.replace("teacher = 2.0", "teacher = 3.0"))
     with pytest.raises(ValueError, match=r"loss\.teacher \(3\.0 before, 0\.5 now\)"):
         look(outline(given), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("ProtoCLIP + teacher", "protoclip-teacher"),
+        ("my_run.2", "my_run.2"),
+        ("図像 2", "図像-2"),
+        ("U\u0308ber", "über"),
+        ("/../", ".."),
+        ("", "run"),
+    ],
+)
+def test_a_name_is_a_folder_in_any_script(name, folder):
+    assert slug(name) == folder
 
 
 @pytest.fixture
