@@ -118,8 +118,9 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options among the words as a tree of settings, and the other words.
 
-    `--no-NAME` switches a flag off. A list grows with each option. A command that reads data beside
-    recipes takes `--data.root` as `--root`, since messages say so.
+    `--no-NAME` switches a flag off. A list grows with each option, and so does a tuple of any
+    length. A command that reads data beside recipes takes `--data.root` as `--root`, since messages
+    say so.
 
     Raises:
         ValueError: There is no such option, or its value is missing.
@@ -148,10 +149,9 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
             name, values = flag, ["false"]
         else:
             raise ValueError(unknown(name, [*known]))
-        is_list = list in origins(known[name])
-        if not values or (is_list and values == [""]):
+        if not values or (list in origins(known[name]) and values == [""]):
             raise ValueError(f"{option}: needs a value")
-        given[name] = [*given.get(name, ()), *values] if is_list else values
+        given[name] = [*given.get(name, ()), *values] if grows(known[name]) else values
     tree: dict[str, Any] = {}
     for name, values in given.items():
         several = {list, tuple} & origins(known[name])
@@ -171,6 +171,11 @@ def take_values(left: list[str], hint: Any) -> list[str]:
     values = [*takewhile(lambda word: not word.startswith("--"), left[:most])]
     del left[: len(values)]
     return values
+
+
+def grows(hint: Any) -> bool:
+    """Whether a value has any number of parts: a list, or a tuple of no fixed length."""
+    return list in origins(hint) or any(... in get_args(part) for part in (hint, *get_args(hint)))
 
 
 def origins(hint: Any) -> set[Any]:

@@ -83,6 +83,15 @@ class Architecture:
     def read_tokenizer(self) -> Tokenizer:
         raise NotImplementedError
 
+    def reading_text_files(self, config: dict[str, Any]) -> dict[str, Any]:
+        """open_clip's configuration of a model, whose text tower and tokenizer are in `text_files`
+        if there are any, whatever they are called where the model was made."""
+        config = deepcopy(config)
+        if self.text_files is not None:
+            names = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
+            config["text_cfg"] |= dict.fromkeys(names, str(self.text_files))
+        return config
+
     def _reading(self, repository: str | None) -> AbstractContextManager[None]:
         model = self.model
         setting = f"model.pretrained: {model.name}/{model.pretrained}"
@@ -99,11 +108,7 @@ class DescribedTowers(Architecture):
     @property
     def open_clip_config(self) -> dict[str, Any]:
         assert self.towers_json is not None
-        config = deepcopy(dict(self.towers_json["model_cfg"]))
-        if self.text_files is not None:  # whatever they are called where the model was made
-            names = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
-            config["text_cfg"] |= dict.fromkeys(names, str(self.text_files))
-        return config
+        return self.reading_text_files(dict(self.towers_json["model_cfg"]))
 
     def repository(self, weights: Weights) -> str | None:
         return None if self.text_files else text_repository(self.open_clip_config)
@@ -150,12 +155,13 @@ class NamedTowers(Architecture):
 
     @property
     def open_clip_config(self) -> dict[str, Any]:
-        return towers.named_config(str(self.model.name))
+        return self.reading_text_files(towers.named_config(str(self.model.name)))
 
     def repository(self, weights: Weights) -> str | None:
         name, tag = str(self.model.name), self.model.pretrained
         published = towers.repository_of(name, tag) if weights == "published" else ""
-        return published or text_repository(self.open_clip_config)
+        text = None if self.text_files else text_repository(self.open_clip_config)
+        return published or text
 
     def read_towers(self, weights: Weights) -> nn.Module:
         name, tag, size = str(self.model.name), self.model.pretrained, self.sizes["image_size"]
@@ -175,10 +181,21 @@ class NamedTowers(Architecture):
             force_preprocess_cfg=None if is_published else known or None,
             force_image_size=size,
             force_context_length=length,
+            **self.text_of_files(),
         )
         towers.set_trunk_size(built, size, name)
         return built
 
-    def read_tokenizer(self) -> Tokenizer:
+    def text_of_files(self) -> dict[str, Any]:
+        """What open_clip is told of a text tower in `text_files`, instead of what the name says."""
+        if self.text_files is None:
+            return {}
         length = self.sizes["context_length"]
-        return towers.build_tokenizer(self.model.name, context_length=length)
+        text = {**self.open_clip_config["text_cfg"], "hf_model_pretrained": False}
+        return {"text_cfg": text | ({} if length is None else {"context_length": length})}
+
+    def read_tokenizer(self) -> Tokenizer:
+        text, length = self.open_clip_config["text_cfg"], self.sizes["context_length"]
+        if self.text_files is None:
+            return towers.build_tokenizer(self.model.name, context_length=length)
+        return towers.described_tokenizer(text, context_length=length, source=self.tokenizer_source)

@@ -41,7 +41,6 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 日本 🙂")
 
 
-@cache  # a run asks several times, and each asks the hub
 def towers_json(reference: str, name: str) -> dict[str, Any]:
     """What describes the towers of a model in `model.json`, by its folder or hub name.
 
@@ -51,6 +50,11 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: There is no such model, or open_clip has none that computes the same.
     """
+    # A run asks several times, and each asks the hub; a folder may be written anew.
+    return (asked_once if hub_name(name) else read_towers_json)(reference, name)
+
+
+def read_towers_json(reference: str, name: str) -> dict[str, Any]:
     kinds, setting = ("clip", *hugging_face.TRAINABLE), f"model.start: {reference}"
     with readable_errors(setting, hub_name(name)):
         config = transformers_config(name)
@@ -98,6 +102,9 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
         },
         "preprocess_cfg": {key: images[key] for key in ("mean", "std", "resize_mode")},
     }
+
+
+asked_once = cache(read_towers_json)
 
 
 def converted(reference: str, name: str, loaded: Loaded) -> TowerPair:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.models import towers
+from protoclip.models.loading import context_length
 from protoclip.models.start import Start
 
 
@@ -31,7 +32,8 @@ def forward_flops(start: Start) -> Forward:
     """Count the FLOPs of a start's towers at its sizes. Matrix products and convolutions count."""
     model = start.build("none")
     pair: Any = model.towers
-    size, length = towers.image_size(pair), int(pair.context_length)
+    size = towers.image_size(pair)
+    length = pair.context_length if hasattr(pair, "context_length") else context_length(start)
     if start.model.name is None and start.model.start is None:
         size, length = start.architecture.sizes.values()
     samples = 2  # BatchNorm needs more than one

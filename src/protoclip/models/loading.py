@@ -17,7 +17,7 @@ from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import is_sharded, load_whole, shard, shard_linear
 from protoclip.models import batch_norm, halves, lora, towers
-from protoclip.models.opening import Loaded
+from protoclip.models.opening import Loaded, text_repository
 from protoclip.models.precision import resolve
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resolve import resolve_start
@@ -286,6 +286,7 @@ def training_transform(
 
 def text_files(start: Start, built: ProtoCLIP, reads: Tokenizer) -> dict[str, bytes]:
     """The files of a Hugging Face text tower and tokenizer that a checkpoint holds, by name."""
-    if start.model.text.name is None and start.architecture.towers_json is None:
+    config = start.architecture.open_clip_config
+    if config is not None and text_repository(config) is None:
         return {}
     return halves.text_files(built.towers, reads)

@@ -102,7 +102,9 @@ def read_model(reference: str | Path) -> SavedModel:
     """
     folder = find_checkpoint(reference)
     text = folder / TEXT_FILES
-    require_intact(folder, MODEL, *sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("*")))
+    # Hidden files, which systems add to what is copied, are nobody's.
+    names = sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("[!.]*"))
+    require_intact(folder, MODEL, *names)
     content = read_json(folder / MODEL)
     return SavedModel(
         folder=folder,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from protoclip.config import ModelConfig
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture, DescribedTowers
 from protoclip.models.halves import (
+    MINILM,
     SmallTowers,
     classifier_names,
     pooling_of,
@@ -51,8 +53,11 @@ def names_model(tower: Tower, name: str | None) -> bool:
     kind, _, rest = name.partition(":")
     if rest and kind in KINDS and (tower, kind) != ("text", "hf"):
         return True
+    # What a name stands for does not change with the folders that lie here; ./NAME is a folder.
     if tower == "image":
-        return Path(name).is_dir()
+        return Path(name).is_dir() and not timm.is_model(name.partition(".")[0])
+    if name == MINILM:
+        return False
     folder = Path(name.removeprefix("hf:"))
     has_config = (folder / HUGGING_FACE_CONFIG).is_file()
     if folder.is_dir() and ((folder / OPEN_CLIP_CONFIG).is_file() or not has_config):

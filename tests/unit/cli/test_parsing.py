@@ -36,6 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     [
         ("compare a b --json", {"runs": ["a", "b"], "json": True}),
         ("compare a --json=false", {"runs": ["a"], "json": False}),
+        ("evaluate a --tasks knn --tasks zero_shot", {"tasks": ("knn", "zero_shot")}),
         ("evaluate --split=validation a", {"models": ["a"], "split": "validation"}),
         ("data inspect --every true --seed 3 a", {"source": "a", "seed": 3}),
         ("train --run.no-evaluate", {"run.evaluate": False}),
