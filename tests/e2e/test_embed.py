@@ -186,8 +186,15 @@ def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parqu
         assert 1e-3 < np.abs(exact.astype(np.float32) - rounded).max() < 0.05
     with pytest.raises(ValueError, match=r"was made with precision bf16, not fp32; choose another"):
         protoclip.embed(tiny_run, tiny_parquet, tmp_path / "bf16.parquet", precision="fp32")
+    assert module.read_facts(tmp_path / "auto.parquet")["precision"] == "fp32"
     before = {"width": 16}
     assert difference_in(before, {**before, "precision": "auto"}) is None
+    cpu = torch.device("cpu")
+    assert parts.precision_of({}, before, "auto", cpu) == "fp32"
+    for older in (before, {**before, "precision": "auto"}):  # these do not say what it was
+        assert parts.precision_of(older, before, "auto", cpu) == "auto"
+        assert parts.precision_of(older, before, "fp32", cpu) == "fp32"
+        assert parts.precision_of(older, {"width": 8}, "auto", cpu) == "fp32"
     other = {**before, "precision": "fp32"}
     assert difference_in(before, other) == "precision"
     with pytest.raises(ValueError, match=r"^out: was made with precision auto, not fp32; choose"):
@@ -370,3 +377,10 @@ def test_shards_give_each_sample_once(read, tiny_run, shards, tmp_path):
         with torch.inference_mode():
             text = model.encode_text(tokenizer(row["captions"]), normalize=True)
         np.testing.assert_allclose(row["text_vectors"], text, atol=5e-4)
+
+
+def test_larger_images_than_the_data_may_have_are_bad(tiny_run, tiny_parquet, tmp_path):
+    data = DataConfig(train=str(tiny_parquet), max_image_pixels=100)
+    with pytest.raises(ValueError, match="no sample could be read"):
+        protoclip.embed(tiny_run, data, tmp_path / "out.parquet")
+    assert "data.max_image_pixels (100)" in (tmp_path / "out.skipped.jsonl").read_text()

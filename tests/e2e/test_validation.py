@@ -134,6 +134,36 @@ def test_classes_that_some_pairs_lack_do_not_judge(folder, tmp_path):
         judged(base, sources.pairs(base))
 
 
+def test_probes_learn_from_all_pairs_that_have_a_class(monkeypatch):
+    """Up to a limit, that those without a class do not use up, alone and in other sources."""
+    monkeypatch.setattr(validation, "MOST_LEARNED", 50)
+
+    def source(name: str, kinds: list[str | None]) -> ImageTextPairs:
+        columns = {
+            "path": [f"{row}.jpg" for row in range(len(kinds))],
+            "caption": ["x"] * len(kinds),
+        }
+        table = pa.table({**columns, "kind": pa.array(kinds, pa.string())})
+        return ImageTextPairs(table, name=name, class_column="kind" if any(kinds) else None)
+
+    few = source("few", [None if row % 10 else "ab"[row % 20 > 0] for row in range(400)])
+    many, none = source("many", ["a"] * 400), source("none", [None] * 4000)
+    ((_, rows),) = validation.probe_rows([few, none], np.array([5, 10]))
+    assert rows.tolist() == [row for row in range(0, 400, 10) if row != 10]
+    by_source = validation.probe_rows([few, many], np.array([], np.int64))
+    assert [len(rows) for _, rows in by_source] == [5, 46]
+
+
+def test_pairs_without_a_caption_cannot_judge_a_run(folder, tmp_path):
+    table, empty = pq.read_table(folder / "b.parquet"), tmp_path / "empty.parquet"
+    column = table.column_names.index("caption")
+    pq.write_table(table.set_column(column, "caption", pa.array([""] * len(table))), empty)
+    for more in ({}, {"class_column": "kind"}):
+        config = config_for(folder, tmp_path / "run", validation=str(empty), **more)
+        with pytest.raises(ValueError, match=r"^data\.validation: .*empty.* has a caption; "):
+            judged(config, sources.pairs(config))
+
+
 def stop_at_2(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2, patch)

@@ -288,6 +288,15 @@ def url_facts(url: str) -> Mapping[str, Any]:
     return facts
 
 
+def files_like(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern, sorted.
+
+    Hidden ones are passed over, as in a shell, such as the `._NAME` that macOS leaves beside files.
+    """
+    files = sorted(folder.glob(pattern))
+    return [file for file in files if pattern.startswith(".") or not file.name.startswith(".")]
+
+
 def list_urls(pattern: str, access: Access) -> list[str]:
     """The URLs of a store that match a pattern with `*`; raises as `open_file` does."""
     require_allowed(pattern, access)

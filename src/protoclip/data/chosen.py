@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Chosen:
     def settings(self) -> str:
         return " and ".join(f"data.{each.setting}" for each in self.lists)
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, str]:
         """Identifies the ids of each setting, in whatever order and form a file holds them."""
         return {

@@ -7,7 +7,7 @@ themselves a few are read, each time.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,14 @@ import pyarrow.compute as pc
 from protoclip.data.access import digest, is_local, is_url
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    SampleStream,
+    image_fields,
+    lengths_of,
+)
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
@@ -33,6 +40,7 @@ from protoclip.files import (
 )
 
 Facts = dict[str, Any]
+Parts = tuple[bytes, bytes, memoryview | bytes]  # see `text_parts`
 FORM = 1  # changes when rows are hashed in another way
 IMAGES = 64  # of each source that are read
 SHARDS, BLOCK = 1000, 1 << 14  # of each stream that are read, and how many bytes of a part
@@ -142,17 +150,28 @@ def facts_of_rows(pairs: ImageTextPairs) -> Facts:
 def hash_rows(pairs: ImageTextPairs) -> Facts:
     table = pairs.checked
 
-    def hash_columns(*names: str, lengths: bool = False) -> str:
-        return hash_of([pairs.kept(table.column(name)) for name in names], lengths=lengths)
+    def hash_columns(*names: str) -> str:
+        return hash_of([pairs.kept(table.column(name)) for name in names])
 
-    in_shards = pairs.in_ranges  # which may lie anywhere
     return {
         "rows": len(pairs),
         "ids": hash_columns(pairs.id_column) if pairs.id_column else f"{pairs.name}/row",
         "captions": hash_columns(*pairs.caption_columns),
-        "images": hash_columns("size" if in_shards else pairs.image_column, lengths=True),
+        # Shards may lie anywhere.
+        "images": hash_columns("size") if pairs.in_ranges else hash_images(pairs, table),
         **({} if pairs.class_column is None else {"classes": hash_columns(pairs.class_column)}),
     }
+
+
+def hash_images(pairs: ImageTextPairs, table: pa.Table) -> str:
+    """Of images in files their names count, of others their number of bytes: none is read."""
+    encoded, names = image_fields(table.column(pairs.image_column))
+    if encoded is None:
+        return hash_of([pairs.kept(names)])
+    lengths = lengths_of(encoded)
+    if names is not None:
+        lengths = pc.coalesce(lengths, lengths_of(names))
+    return hash_of([pairs.kept(lengths)], length_parts)
 
 
 def image_hash(pairs: ImageTextPairs, row: int) -> str:
@@ -221,47 +240,38 @@ def shard_facts(path: str, is_read: bool) -> list[Any]:
     return [size, checksum(parts)]
 
 
-def hash_of(columns: Sequence[pa.ChunkedArray], *, lengths: bool = False) -> str:
-    """A hash of columns' values in order, however they are stored and divided into chunks.
-
-    With `lengths` encoded images count by their number of bytes alone.
-    """
-    whole = hashlib.blake2b(digest_size=16)
-    for column in columns:
-        kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]
-        for chunk in column.iterchunks():
-            for kind, part in zip(kinds, parts_of(chunk, lengths=lengths), strict=True):
-                kind.update(part)
-        for kind in kinds:
-            whole.update(kind.digest())
-    return whole.hexdigest()
-
-
-def parts_of(values: pa.Array, *, lengths: bool) -> Iterator[Any]:
+def text_parts(values: pa.Array) -> Parts:
     """The lengths of lists, the lengths of texts, and the texts: each goes on in the next chunk."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if pa.types.is_struct(values.type):
-        parts = {field.name for field in values.type}
-        encoded = pc.struct_field(values, "bytes") if "bytes" in parts else None
-        paths = pc.struct_field(values, "path") if "path" in parts else None
-        if encoded is not None and paths is not None:
-            values = pc.if_else(
-                pc.is_null(encoded), paths.cast(pa.large_binary()), encoded.cast(pa.large_binary())
-            )
-        else:
-            values = encoded if paths is None else paths
     many = b""
     if "list" in str(values.type).partition("<")[0]:
         many = numbers(pc.list_value_length(values))
         values = values.flatten()
-    encoded = "binary" in str(values.type)
-    if not (encoded or pa.types.is_null(values.type)):
-        values = values.cast(pa.large_string())
+    if not ("binary" in str(values.type) or pa.types.is_null(values.type)):
+        values = values.cast(pa.large_string())  # whole numbers, too
     values = values.cast(pa.large_binary())
-    yield many
-    yield numbers(pc.binary_length(values))
-    yield b"" if lengths and encoded else bytes_of(values)
+    return many, numbers(pc.binary_length(values)), bytes_of(values)
+
+
+def length_parts(lengths: pa.Array) -> Parts:
+    """The same of encoded images of these lengths; their bytes do not count."""
+    return b"", numbers(lengths), b""
+
+
+def hash_of(
+    columns: Sequence[pa.ChunkedArray], parts_of: Callable[[pa.Array], Parts] = text_parts
+) -> str:
+    """A hash of columns' values in order, however they are stored and divided into chunks."""
+    whole = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+        for chunk in column.iterchunks():
+            for kind, part in zip(kinds, parts_of(chunk), strict=True):
+                kind.update(part)
+        for kind in kinds:
+            whole.update(kind.digest())
+    return whole.hexdigest()
 
 
 def numbers(values: pa.Array) -> bytes:

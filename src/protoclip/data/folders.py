@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from protoclip.columns import METADATA
 from protoclip.config import DataConfig
-from protoclip.data.access import Access, digest, in_table, read_file
+from protoclip.data.access import Access, digest, files_like, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
@@ -78,7 +78,7 @@ def tables(folder: Path) -> tuple[Path, list[Path]]:
     for metadata in METADATA:
         if (folder / metadata).exists():  # what is no file there is refused
             return folder, [folder / metadata]
-    files = sorted(folder.glob("*.parquet"))
+    files = files_like(folder, "*.parquet")
     # `train-00000-of-00005.parquet`, and the like with a digest at the end.
     parts = (re.match(r"(.+)-\d+-of-\d+", file.name) for file in files)
     if len(splits := sorted({part[1] for part in parts if part})) > 1:

@@ -17,8 +17,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip.data.access import digest, is_url, join
-from protoclip.data.pairs import BadSample, ImageTextPairs, file_status
+from protoclip.data.access import digest
+from protoclip.data.index import unwritable
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    file_status,
+    image_fields,
+    legible,
+    lengths_of,
+    local_files,
+    names_of_files,
+)
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import AllBut, PairsView, Rows, whole
 from protoclip.files import in_turn, replacing
@@ -37,8 +47,10 @@ PAGE = 4096  # bytes of an image that are compared before all of it is
 LOOKED_AT = 64  # image files of a source that tell whether it is the same as before
 STEP = 100_000  # sizes between lines of progress
 SPARE = 1.25  # pairs that are looked at for each that is wanted, since some share an image
+ENOUGH = 0.9  # of what is wanted; below it copies of images are looked for
+ROUNDS = 3  # of looks at copies, whose captions bring rows with images of their own
 # Part of the name of every file of rows. Change it when the choice changes.
-FORM = 1
+FORM = 2
 
 
 def held_out_rows(
@@ -60,6 +72,9 @@ def held_out_rows(
         most: Hold out no more pairs than this.
         before: What the model was trained on before, of which nothing is held out. All that was
             held out then, still is.
+
+    Raises:
+        ValueError: The folder cannot be written, and the choice is not in it.
     """
     total = sum(map(len, sources))
     # Ids decide, which begin with these names.
@@ -115,15 +130,20 @@ def key_of(source: ImageTextPairs) -> str:
 def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> Rows:
     """What was computed for the same facts before, or is now; one process does."""
     path = folder / f"{digest(known)}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with in_turn(path):  # one process chooses, the others wait for it
-        if (rows := _read_rows(path)) is None:
-            for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                left.unlink(missing_ok=True)
-            rows = compute()
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, rows=rows)
+    if (rows := _read_rows(path)) is not None:  # also from a cache that is read-only
         return rows
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(path):  # one process chooses, the others wait for it
+            if (rows := _read_rows(path)) is None:
+                for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
+                rows = compute()
+                with replacing(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, rows=rows)
+            return rows
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def _read_rows(path: Path) -> Rows | None:
@@ -151,13 +171,44 @@ def _choose(
     largest = max(1, round(wanted * LARGEST))
     lowest = _lowest(hashes[candidates], group[candidates], still_wanted, largest=largest)
     chosen = np.concatenate([np.flatnonzero(held_before), candidates[lowest]])
-    images, seen_in_training = _images(everything, chosen, ignored=held)
-    together = _components([group[chosen], images])
-    unshared_images = ~np.isin(together, together[seen_in_training])
-    chosen, together = chosen[unshared_images], together[unshared_images]
-    wanted = max(wanted, int(np.isin(together, together[held_before[chosen]]).sum()))
-    rows: Rows = np.sort(chosen[_lowest(hashes[chosen], together, wanted, largest=wanted)])
+
+    def apart(chosen: Rows) -> Rows:
+        """Those of the chosen rows whose images no row has that is left to train on."""
+        images, seen_in_training = _images(everything, chosen, ignored=held)
+        together = _components([group[chosen], images])
+        unshared_images = ~np.isin(together, together[seen_in_training])
+        chosen, together = chosen[unshared_images], together[unshared_images]
+        most = max(wanted, int(np.isin(together, together[held_before[chosen]]).sum()))
+        rows: Rows = np.sort(chosen[_lowest(hashes[chosen], together, most, largest=most)])
+        return rows
+
+    rows = apart(chosen)
+    if len(rows) < ENOUGH * wanted:  # nearly each image has copies in rows that were not drawn
+        rows = apart(_with_copies(everything, chosen, candidates, group, ignored=held))
     return rows
+
+
+def _with_copies(
+    sources: Sequence[ImageTextPairs],
+    chosen: Rows,
+    candidates: Rows,
+    group: Rows,
+    *,
+    ignored: Rows,
+) -> Rows:
+    """The chosen rows, and those of the candidates that have the image of one, each with its whole
+    group, whose images may have copies in turn."""
+    for _ in range(ROUNDS):
+        rows, contents = _contents_like(sources, chosen, ignored=ignored)
+        images, others = np.split(contents, [len(chosen)])
+        copies = rows[len(chosen) :][np.isin(others, images)]
+        copies = copies[np.isin(copies, candidates)]
+        groups = candidates[np.isin(group[candidates], group[copies])]
+        grown = np.union1d(chosen, groups)
+        if len(grown) == len(chosen):
+            break
+        chosen = grown
+    return chosen
 
 
 def _with_before(
@@ -195,7 +246,7 @@ def _keys(sources: Sequence[ImageTextPairs], columns_of: Columns) -> tuple[Rows,
         for column in columns_of(source):
             start = first
             for chunk in column.iterchunks():
-                texts = [(start + cell, hash(text)) for cell, text in _present(chunk.to_pylist())]
+                texts = [(start + cell, hash(text)) for cell, text in _present(chunk)]
                 rows.append(np.array([row for row, _ in texts], np.int64))
                 keys.append(np.array([key for _, key in texts], np.int64))
                 start += len(chunk)
@@ -232,11 +283,11 @@ def captions_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
 
 def names_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
     """Paths and URLs of images: other folders may have files of the same names."""
-    return [
-        pc.if_else(pc.match_substring(names, "://"), names, pc.binary_join_element_wise(*parts))
-        for names in _image_names(source)
-        for parts in [(pa.scalar(source.root, names.type), names, pa.scalar("/", names.type))]
-    ]
+    if (names := image_names(source)) is None:
+        return []
+    parts = (pa.scalar(source.root, names.type), names, pa.scalar("/", names.type))
+    below = pc.binary_join_element_wise(*parts)
+    return [pc.if_else(pc.match_substring(names, "://"), names, below)]
 
 
 def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
@@ -244,15 +295,12 @@ def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
     return [pc.if_else(pc.match_substring(n, "://"), n, None) for n in names_of(source)]
 
 
-def _image_names(source: ImageTextPairs) -> list[pa.ChunkedArray]:
-    names = image_names(source)
-    if names is not None and pa.types.is_dictionary(names.type):
-        names = names.cast(names.type.value_type)
-    return [] if names is None else [names.cast(pa.large_string())]
-
-
-def _present(cells: list[Any]) -> Iterator[tuple[int, str]]:
+def _present(column: pa.Array) -> Iterator[tuple[int, str]]:
     """The texts that a column's cells hold, each with the number of its cell."""
+    try:
+        cells = column.to_pylist()
+    except UnicodeDecodeError:
+        cells = [legible(cell) for cell in column]
     for number, cell in enumerate(cells):
         for text in cell if isinstance(cell, list) else [cell]:
             decoded = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
@@ -276,7 +324,16 @@ def _lowest(hashes: Hashes, groups: Rows, wanted: int, *, largest: int) -> Rows:
 def _images(
     sources: Sequence[ImageTextPairs], chosen: Rows, *, ignored: Rows
 ) -> tuple[Rows, npt.NDArray[np.bool_]]:
-    """Of each chosen row, a hash of its image, and whether a row that is not chosen has it too.
+    """Of each chosen row, a hash of its image, and whether a row that is not chosen has it too."""
+    _, contents = _contents_like(sources, chosen, ignored=ignored)
+    images, others = np.split(contents, [len(chosen)])
+    return images, np.isin(images, others)
+
+
+def _contents_like(
+    sources: Sequence[ImageTextPairs], chosen: Rows, *, ignored: Rows
+) -> tuple[Rows, Rows]:
+    """The chosen rows, then the others that may hold an equal image; and a hash of each one's.
 
     Only files of equal size can hold equal images: among usual photographs a sixth have the size of
     one of a few thousand. Of these a page from the middle is read, and whole files only if pages
@@ -291,8 +348,7 @@ def _images(
     alike = (count[number] > 1) & np.isin(number, number[: len(chosen)])
     contents = -1 - rows
     contents[alike] = _contents(sources, sizes, rows[alike], page=False)
-    images, others = np.split(contents, [len(chosen)])
-    return images, np.isin(images, others)
+    return rows, contents
 
 
 def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, page: bool) -> Rows:
@@ -327,30 +383,23 @@ def _contents(sources: Sequence[ImageTextPairs], sizes: Rows, rows: Rows, *, pag
 def image_names(source: ImageTextPairs, table: pa.Table | None = None) -> pa.ChunkedArray | None:
     """The file or URL of each image, null where the table holds the image itself; None if it holds
     all, or they are in shards. Of the whole `table` that is checked, or of this one of its rows."""
-    values = (source.checked if table is None else table).column(source.image_column)
     if source.in_ranges:
         return None
-    if pa.types.is_struct(values.type):
-        parts = [values.type.field(i).name for i in range(values.type.num_fields)]
-        names = pc.struct_field(values, "path") if "path" in parts else None
-        if names is None or "bytes" not in parts:
-            return names if names is None else source.kept(names)
-        in_files = pc.is_null(pc.struct_field(values, "bytes"))
-        return source.kept(pc.if_else(in_files, names, pa.scalar(None, names.type)))
-    return source.kept(values) if "string" in str(values.type) else None
+    images = (source.checked if table is None else table).column(source.image_column)
+    names = names_of_files(images)
+    return None if names is None else source.kept(names)
 
 
 def images_of_several_classes(source: ImageTextPairs) -> int:
     """How many images have other classes in other rows."""
-    several, classes = 0, source.kept(source.checked.column(str(source.class_column)))
-    if "list" in str(classes.type):
+    classes = source.kept(source.checked.column(str(source.class_column)))
+    names = image_names(source)
+    if names is None or "list" in str(classes.type):
         return 0
-    for names in _image_names(source):
-        columns = {"image": names, "class": classes.cast(pa.large_string())}
-        table = pa.table(columns).filter(pc.is_valid(names))
-        counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
-        several += int(np.count_nonzero(counts.to_numpy() > 1))
-    return several
+    columns = {"image": names, "class": classes.cast(pa.large_string())}
+    table = pa.table(columns).filter(pc.is_valid(names))
+    counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
+    return int(np.count_nonzero(counts.to_numpy() > 1))
 
 
 def image_sizes(source: ImageTextPairs) -> Rows:
@@ -359,29 +408,21 @@ def image_sizes(source: ImageTextPairs) -> Rows:
     if source.in_ranges:
         return _numbers(source.kept(table.column("size")))
     sizes = np.full(len(source), -1, np.int64)
-    values = table.column(source.image_column)
-    if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
-        values = pc.struct_field(values, "bytes")
-    if "binary" in str(values.type):
-        lengths = [pc.binary_length(measurable(chunk)) for chunk in values.iterchunks()]
-        sizes = _numbers(source.kept(pa.chunked_array(lengths)))
+    encoded, _ = image_fields(table.column(source.image_column))
+    if encoded is not None:
+        sizes = _numbers(source.kept(lengths_of(encoded)))
     if (names := image_names(source)) is not None:
-        texts = (name for chunk in names.iterchunks() for name in chunk.to_pylist())
+        sizes[names.is_valid().to_numpy()] = -1
         progress = Progress(f"looking at the images of {source.name}", len(source))
-        for row, name in enumerate(texts):
-            if name and not is_url(path := join(source.root, name)):
-                with suppress(OSError):
+        for row, path in enumerate(local_files(names, source.root)):
+            if path is not None:
+                with suppress(OSError, ValueError):  # a path may hold a zero byte
                     sizes[row] = os.stat(path).st_size  # noqa: PTH116 (of millions)
             if len(source) > STEP and (row % STEP == 0 or row == len(source) - 1):
                 progress.update(row + 1)
     return sizes
 
 
-def measurable(images: pa.Array) -> pa.Array:
-    """The same images, in a form of which Arrow measures lengths."""
-    return images.cast(pa.large_binary()) if pa.types.is_binary_view(images.type) else images
-
-
 def _numbers(column: pa.ChunkedArray) -> Rows:
-    numbers: Rows = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+    numbers: Rows = pc.fill_null(column.cast(pa.int64()), -1).to_numpy().copy()  # to be written to
     return numbers

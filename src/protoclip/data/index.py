@@ -159,6 +159,11 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
                 del table
                 write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
     except OSError as error:
-        reason = f"cannot be written ({error.strerror or error})"
-        raise ValueError(f"{folder}: {reason}; set PROTOCLIP_CACHE to another") from error
+        raise unwritable(folder, error) from error
     return ArrowIndex(path)
+
+
+def unwritable(folder: Path, error: OSError) -> ValueError:
+    """What to say of a folder of the cache that nothing can be written to."""
+    reason = f"cannot be written ({error.strerror or error})"
+    return ValueError(f"{folder}: {reason}; set PROTOCLIP_CACHE to another")

@@ -36,6 +36,7 @@ from protoclip.terminal import say, visible
 LIMIT = "data.max_image_pixels"
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
+JPEG_PIXELS = 65_500  # on a side, that libjpeg writes at most
 SHARD_BYTES = 1 << 30  # a shard ends once it has as much content
 CHUNK = 256  # samples that threads prepare at a time
 # Images that start like this are stored as they are; others become JPEG.
@@ -254,8 +255,11 @@ def stored_image(
     if kind and (side is None or min(shape) <= side):
         return kind, encoded
     target = min(side or min(shape), *shape)
-    pixels = decode(encoded, max_pixels=max_pixels, at_least=2 * target)
     width, height = (max(1, round(length * target / min(shape))) for length in shape)
+    if max(width, height) > JPEG_PIXELS:
+        way_out = "" if side else "; --resize shrinks it"
+        raise ValueError(f"{width} x {height} pixels are more than a JPEG holds{way_out}")
+    pixels = decode(encoded, max_pixels=max_pixels, at_least=2 * target)
     buffer = io.BytesIO()
     small = Image.fromarray(resize_pixels(pixels, height, width))
     small.save(buffer, "JPEG", quality=JPEG_QUALITY)

@@ -35,6 +35,7 @@ from protoclip.terminal import visible, without_secrets
 # How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
 # many.
 LOST = "of the shard is lost"
+NOT_UTF8 = "the {} is not UTF-8"
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 
 
@@ -211,16 +212,12 @@ class ImageTextPairs:
         Besides the rows it depends on size and time of every local image file, which takes a few
         seconds for a million files. What is behind URLs is taken to stay.
         """
-        images = self.checked.column(self.image_column)
-        if pa.types.is_struct(images.type) and images.type.get_field_index("path") >= 0:
-            images = pc.struct_field(images, "path")
-        if self.in_ranges or "string" not in str(images.type):
+        names = None if self.in_ranges else names_of_files(self.checked.column(self.image_column))
+        if names is None:
             return self.rows_key
         key = hashlib.blake2b(self.rows_key.encode(), digest_size=16)
-        for chunk in self.kept(images).iterchunks():
-            for name in chunk.to_pylist():
-                if name and not is_url(path := join(self.root, name)):
-                    key.update(file_status(path).encode())
+        for path in local_files(self.kept(names), self.root):
+            key.update(file_status(path).encode() if path else b"")
         return key.hexdigest()
 
     def __len__(self) -> int:
@@ -252,9 +249,12 @@ class ImageTextPairs:
     def sample_captions(self, row: int) -> tuple[str, ...]:
         """The captions without empty ones; raises `BadSample` if none is left."""
         texts: list[Any] = []
-        for column in self.caption_columns:
-            cell = self.value(column, row)
-            texts += cell if isinstance(cell, list) else [cell]
+        try:
+            for column in self.caption_columns:
+                cell = self.value(column, row)
+                texts += cell if isinstance(cell, list) else [cell]
+        except UnicodeDecodeError:
+            raise self._bad(row, NOT_UTF8.format("caption")) from None
         try:
             return clean_captions(texts)
         except ValueError as error:
@@ -282,14 +282,17 @@ class ImageTextPairs:
         """The class by its name; empty where there is none."""
         if self.class_column is None:
             return ""
-        value, names = self.value(self.class_column, row), self.class_labels
+        value, names = legible(self._cell(self.class_column, row)), self.class_labels
         if names and isinstance(value, int) and value < len(names):
             return names[value] if value >= 0 else ""  # -1 is a `ClassLabel` that is not known
         return "" if value is None else str(value).strip() and str(value)
 
     def encoded(self, row: int, part: slice | None = None) -> bytes:
         """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""
-        image = self._image(row, part)
+        try:
+            image = self._image(row, part, errors="strict")
+        except UnicodeDecodeError:
+            raise self._bad(row, NOT_UTF8.format("image's name")) from None
         if isinstance(image, bytes):
             return image
         if image is None or (self.in_ranges and self.value("offset", row) is None):
@@ -365,7 +368,8 @@ class ImageTextPairs:
         return row if self.rows is None else int(self.rows[row])
 
     def value(self, column: str, row: int) -> Any:
-        """What a column of the table holds in a row."""
+        """What a column of the table holds in a row; raises `UnicodeDecodeError` for a text that is
+        not UTF-8, which Parquet files may hold."""
         return self._cell(column, row).as_py()
 
     def _cell(self, column: str, row: int) -> pa.Scalar:
@@ -374,8 +378,13 @@ class ImageTextPairs:
             self._check(row)
         return self._arrays[column][row]
 
-    def _image(self, row: int, part: slice | None = None) -> bytes | str | None:
-        """The encoded image itself, or a part of it, or the name of its file."""
+    def _image(
+        self, row: int, part: slice | None = None, *, errors: str = "replace"
+    ) -> bytes | str | None:
+        """The encoded image itself, or a part of it, or the name of its file.
+
+        Which of them counts is what `names_of_files` says; `errors` is of names not in UTF-8.
+        """
         cell = self._cell(self.image_column, row)
         if isinstance(cell, pa.StructScalar):
             cells = [cell[name] for name in ("bytes", "path") if name in cell]
@@ -383,11 +392,66 @@ class ImageTextPairs:
             cell = next((each for each in cells if each.as_buffer()), pa.scalar(None))
         if part is not None and "binary" in str(cell.type) and cell.is_valid:
             return bytes(memoryview(cell.as_buffer())[part])  # the rest stays on the disk
-        image: bytes | str | None = cell.as_py()
+        image: bytes | str | None = legible(cell, errors)
         return None if image == "" else image
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)
+
+
+def image_fields(
+    images: pa.ChunkedArray,
+) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
+    """The encoded images in a column, and the names of files and URLs; None for what it lacks."""
+    if pa.types.is_struct(images.type):
+        fields = {field.name for field in images.type}
+        encoded, names = (
+            pc.struct_field(images, name) if name in fields else None for name in ("bytes", "path")
+        )
+        return encoded, names
+    return (None, images) if "string" in str(images.type) else (images, None)
+
+
+def names_of_files(images: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """The files and URLs in a column of images, as bytes, since a string may be no UTF-8.
+
+    A name counts where the image itself is not there, or empty; elsewhere it is null. None if the
+    column has no names.
+    """
+    encoded, names = image_fields(images)
+    if names is None or pa.types.is_null(names.type):
+        return None
+    names = names.cast(pa.large_binary())
+    if encoded is None:
+        return names
+    is_there = pc.greater(pc.fill_null(lengths_of(encoded), 0), 0)
+    return pc.if_else(is_there, pa.scalar(None, names.type), names)
+
+
+def lengths_of(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The number of bytes of each value, null for null. The bytes stay on the disk, unless the
+    column holds views."""
+    lengths = [pc.binary_length(chunk.cast(pa.large_binary())) for chunk in values.iterchunks()]
+    return pa.chunked_array(lengths, pa.int64())
+
+
+def local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:
+    """The path of each name in bytes; None where there is none, and for a URL."""
+    for chunk in names.iterchunks():
+        for name in chunk.to_pylist():
+            path = join(root, name.decode("utf-8", "replace")) if name else ""
+            yield path if path and not is_url(path) else None
+
+
+def legible(cell: pa.Scalar, errors: str = "replace") -> Any:
+    """What a cell holds; `errors` is what becomes of a text that is not UTF-8."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        if isinstance(cell, pa.ListScalar):
+            return [legible(each, errors) for each in cell]
+        text = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
+        return str(text.as_buffer(), "utf-8", errors)
 
 
 def file_status(path: str) -> str:
@@ -407,7 +471,7 @@ def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
     try:
         decoded = [t.decode("utf-8-sig") if isinstance(t, bytes) else t for t in texts]
     except UnicodeDecodeError:
-        raise ValueError("the caption is not UTF-8") from None
+        raise ValueError(NOT_UTF8.format("caption")) from None
     if any(text and "\0" in text for text in decoded):
         raise ValueError("the caption holds a zero byte")
     captions = tuple(text.strip() for text in decoded if text and text.strip())

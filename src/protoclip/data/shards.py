@@ -30,6 +30,7 @@ from protoclip.data.access import (
     NOTHING_MORE,
     Access,
     digest,
+    files_like,
     fingerprint,
     is_local,
     is_url,
@@ -328,7 +329,7 @@ def _expand(name: str, access: Access) -> list[str]:
         return [name]
     path = Path(name).expanduser()
     if path.exists():
-        return list(map(str, path.glob("*.tar"))) if path.is_dir() else [str(path)]
+        return [*map(str, files_like(path, "*.tar"))] if path.is_dir() else [str(path)]
     if re.search(r"[*?[]", name):
         return glob.glob(str(path))  # noqa: PTH207 (an absolute pattern)
     raise ValueError(f"{name}: no such file")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from protoclip.config import Config, DataConfig, SourceConfig
-from protoclip.data.access import is_local, is_url, require_allowed
+from protoclip.data.access import files_like, is_local, is_url, require_allowed
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
@@ -131,7 +131,7 @@ def _is_shards(path: str) -> bool:
         return True
     if is_url(path):
         return path.endswith("/") and not parts[0]
-    return Path(path).is_dir() and any(Path(path).glob("*.tar"))
+    return Path(path).is_dir() and bool(files_like(Path(path), "*.tar"))
 
 
 def open_source(

@@ -29,13 +29,21 @@ from protoclip.data.access import (
     Access,
     digest,
     download,
+    files_like,
     fingerprint,
     hub_answer,
     is_url,
     is_web,
     open_file,
 )
-from protoclip.data.index import ROWS, ArrowIndex, batches, build_index, index_folder
+from protoclip.data.index import (
+    ROWS,
+    ArrowIndex,
+    batches,
+    build_index,
+    index_folder,
+    unwritable,
+)
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.progress import Progress
 from protoclip.terminal import line, without_secrets
@@ -78,7 +86,7 @@ def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     if is_url(path):
         return open_files([path], data, name=name or file, root=folder)
     parent, file = Path(path).parent, Path(path).name
-    paths = sorted(map(str, parent.glob(file))) if "*" in path else [path]
+    paths = [*map(str, files_like(parent, file))] if "*" in path else [path]
     if not paths:
         raise ValueError(f"{path}: no such file")
     return open_files(paths, data, name=name or file, root=str(parent))
@@ -187,8 +195,9 @@ def pairs_of(
     if pairs.id_column and not checked.exists():
         with faults(label, UnicodeDecodeError):
             _require_unique(pairs.checked.column(pairs.id_column), label, way_out)
-        checked.parent.mkdir(parents=True, exist_ok=True)
-        checked.touch()
+        with suppress(OSError):  # where nothing can be written, they are compared each time
+            checked.parent.mkdir(parents=True, exist_ok=True)
+            checked.touch()
     return pairs
 
 
@@ -344,13 +353,16 @@ def _holds(what: str, type_: pa.DataType) -> bool:
 
 @contextmanager
 def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions into one line that names the file."""
+    """Turn exceptions into one line that names the file, or the cache if that cannot be written."""
     try:
         yield
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except kinds as error:
-        reason = line(str(error.__cause__ or error))
+        cause, cache = error.__cause__ or error, index_folder()
+        if isinstance(cause, OSError) and Path(str(cause.filename)).is_relative_to(cache):
+            raise unwritable(cache, cause) from error
+        reason = line(str(cause))
         if "corresponds to no data" in reason:
             reason = "it holds no row"
         if "BatchSize must be greater than 0" in reason:

@@ -45,6 +45,11 @@ class AllBut:
 RowNumbers = Sequence[int] | Rows | AllBut
 
 
+def as_array(rows: RowNumbers) -> Rows:
+    """The numbers at once, which is far faster than one after the other."""
+    return rows.at(np.arange(len(rows))) if isinstance(rows, AllBut) else np.asarray(rows, np.int64)
+
+
 class PairsView:
     """Rows of sources, with the ids that they have there; see `pairs.Pairs`.
 
@@ -65,11 +70,10 @@ class PairsView:
     def key(self) -> str:
         """Changes with the pairs; empty if a source does not tell. All of a source have its key."""
         source, rows = self.parts[0]
-        all_rows = len(rows) == len(source) and all(n == row for n, row in enumerate(rows))
-        if all_rows and len(self.parts) == 1:
+        if len(self.parts) == 1 and np.array_equal(as_array(rows), np.arange(len(source))):
             return str(source.key)
         keys = [
-            digest({"of": source.key, "rows": [int(row) for row in rows]}) if source.key else ""
+            digest({"of": source.key, "rows": as_array(rows).tolist()}) if source.key else ""
             for source, rows in self.parts
         ]
         return keys[0] if len(keys) == 1 else digest({"parts": keys})

@@ -17,7 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from protoclip.evaluation.metrics import METRICS, Floats, difference, intervals, is_share, label
+from protoclip.evaluation.metrics import (
+    METRICS,
+    SHOWN,
+    Floats,
+    difference,
+    intervals,
+    is_share,
+    label,
+)
 from protoclip.evaluation.samples import (
     Columns,
     SampleResults,
@@ -323,17 +331,24 @@ def in_common(key: str, one: Run, two: Run, read: Reader) -> Common | None:
 def same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:
     """Whether the same samples, in the same groups, judge both by a metric.
 
-    What a query is searched among decides as much as the queries.
+    What a query is searched among decides as much as the queries. Images of one id are the same if
+    they show the same and, where classes judge, have the same class; as far as both say so.
     """
-    sides = [(one.rows(metric), two.rows(metric))]
+    sides, shown = [(one.rows(metric), two.rows(metric))], [*SHOWN]
     if METRICS[metric].task in SEARCHES:
         sides = [(one.images, two.images), (one.texts, two.texts)]
-    return all(in_groups(left) == in_groups(right) for left, right in sides)
+        shown.remove("class_name")
+    for left, right in sides:
+        both = [name for name in shown if name in left and name in right]
+        if identified(left, both) != identified(right, both):
+            return False
+    return True
 
 
-def in_groups(rows: Columns) -> list[tuple[str, str]]:
-    """Samples, each with its group, in a fixed order."""
-    return sorted(zip(rows["sample_id"], rows.get("group", rows["sample_id"]), strict=True))
+def identified(rows: Columns, shown: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Samples, each with its group and these columns, in a fixed order."""
+    groups = rows.get("group", rows["sample_id"])
+    return sorted(zip(rows["sample_id"], groups, *(rows[name] for name in shown), strict=True))
 
 
 def covered(gains: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -327,18 +327,18 @@ def captions_of_rows(
     """The first row of each image that has captions, and the captions of all its rows."""
     names = image_names(pairs, pairs.table)
     first: dict[Any, int] = {}
-    captions: dict[Any, list[str]] = {}
+    captions: dict[Any, Counter[str]] = {}
     for row in rows:
         try:
             texts = pairs.sample_captions(row)  # compares the row with its checksum
         except BadSample:
             continue
         image = (names[row].as_py() if names is not None else None) or row
-        of_image = captions.setdefault(image, [])
+        of_image = captions.setdefault(image, Counter())
         for text, number in Counter(texts).items():  # a copy of a pair adds nothing
-            of_image += [text] * (number - of_image.count(text))
+            of_image[text] = max(of_image[text], number)
         first.setdefault(image, row)
-    return list(first.values()), [tuple(captions[image]) for image in first]
+    return list(first.values()), [tuple(captions[image].elements()) for image in first]
 
 
 def class_values(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
@@ -377,9 +377,9 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The distinct names, sorted; numbers by their value."""
-    distinct = set(names)
-    return sorted(distinct, key=int if all(map(str.isdecimal, distinct)) else None)
+    """The distinct names, sorted; numbers by their value, and equal ones by their digits."""
+    distinct = sorted(set(names))
+    return sorted(distinct, key=int) if all(map(str.isdecimal, distinct)) else distinct
 
 
 def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:

@@ -92,6 +92,11 @@ def measure(
     part = features.parts[split]
     images: dict[str, npt.NDArray[Any]] = {"sample_id": objects(part.ids)}
     images["group"] = objects(part.sample_groups.images)
+    images["content"] = np.array(part.content, dtype=np.int64)
+    if part.labels is not None and part.labels.ndim == 1:
+        # Numbers follow from which other classes there are. Without names there is nothing else.
+        class_names = dict(enumerate(data.class_names))
+        images["class_name"] = objects([class_names.get(n, str(n)) for n in part.labels.tolist()])
     texts: dict[str, npt.NDArray[Any]] = {}
     for result in results:
         images |= {name: column.numpy() for name, column in result.images.items()}

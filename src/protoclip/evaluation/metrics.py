@@ -139,13 +139,15 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
+#: Columns with what an image is, beside its id, which another image may share in another table.
+SHOWN = ("content", "class_name")
 RECALLS = [name for name, metric in METRICS.items() if metric.task == "retrieval"]
 TASKS = tuple(dict.fromkeys(metric.task for metric in METRICS.values()))
 
 
 def columns_of(*, texts: bool) -> list[str]:
-    """The columns of results of images, or of texts, that metrics follow from."""
-    columns = dict.fromkeys(["group"])
+    """The columns of results of images, or of texts: what they are, and what metrics need."""
+    columns = dict.fromkeys(["group"] if texts else ["group", *SHOWN])
     for metric in METRICS.values():
         names = [metric.column, metric.by] if metric.of_texts == texts else [metric.crowding]
         columns |= dict.fromkeys(filter(None, names))

@@ -4,7 +4,8 @@ The results come from `suite.py`; runs are compared by the files that they wrote
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.table import Table
 from protoclip.evaluation.compare import cell, print_table, printable
 from protoclip.evaluation.metrics import difference, intervals
 from protoclip.evaluation.suite import Result
-from protoclip.files import checksum, require_ours, to_json, write_atomically
+from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
 
 LONGEST_NAME = 180  # bytes of a file's name, without its ending
 CAPTION = {
@@ -110,22 +111,40 @@ def write_records(
         ValueError: One of the files is somebody else's; none is written then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written: dict[str, str] = {}
+    written: dict[str, dict[str, Any]] = {}
     for record in records:
-        words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
-        words += [record["split"]] if record["split"] != "test" else []
+        words = words_of(record)
         stem = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
         if len(encoded := stem.encode()) > LONGEST_NAME:
             start = encoded[:LONGEST_NAME].decode(errors="ignore")
             stem = f"{start}-{checksum(encoded)[:8]}"
+        # `runs/x` and `runs_x` are one stem.
+        earlier = written.get(stem) or record_in(folder / f"{stem}.json")
+        if earlier is not None and words_of(earlier) != words:
+            stem += f"-{checksum(to_json(words).encode())[:8]}"
         name = stem
         while name in written:  # two models of one name
             name = f"{stem}-{len(written)}"
-        written[name] = to_json(record) + "\n"
+        written[name] = record
     for name in written if not overwrite else ():
         require_ours(folder / f"{name}.json", '"intervals"')  # which CLIP_benchmark's lack
-    for name, content in written.items():
-        write_atomically(folder / f"{name}.json", content)
+    for name, record in written.items():
+        write_atomically(folder / f"{name}.json", to_json(record) + "\n")
+
+
+def words_of(record: Mapping[str, Any]) -> list[str]:
+    """What tells a record from others, as the name of its file has it."""
+    words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
+    return words + ([record["split"]] if record["split"] != "test" else [])
+
+
+def record_in(file: Path) -> dict[str, Any] | None:
+    """The record in a file of ours; None if there is none."""
+    with suppress(ValueError, LookupError):
+        record = read_json(file)
+        words_of(record)
+        return record
+    return None
 
 
 def show(models: Sequence[Sequence[Result]]) -> None:

@@ -5,6 +5,7 @@ stands in the data, by its content, and has the captions of all its copies, each
 copy has it. A text is right for an image that has a caption equal to it.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ class Captions:
     """Images and the texts to retrieve.
 
     `rows` are those of the images, one each. A text has the `groups` of its images. An image and a
-    text of `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, and
-    `matches` are an image and a number that is right for it.
+    text of `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, from 0
+    in the order of the texts, and `matches` are an image and a number that is right for it.
     """
 
     rows: list[int]
@@ -51,45 +52,55 @@ def captions_of(
         content: Identifies what a row shows. Unset, all rows differ.
     """
     keys = range(len(ids)) if content is None else content
-    images: dict[Hashable, int] = {}
-    image_of = [
-        images.setdefault(key if groups is None else row, len(images))
-        for row, key in enumerate(keys)
-    ]
-    rows = {image: row for row, image in reversed([*enumerate(image_of)])}
-    shared, groups = groups is not None, image_of if groups is None else groups
-    position: dict[tuple[int, str, int], int] = {}
-    number: dict[str, int] = {}
-    pairs: dict[tuple[int, int], None] = {}
-    of_group: dict[int, set[int]] = {}
-    groups_of: dict[Hashable, set[int]] = {}
+    # 1. Rows to images, each of which has the row where it comes first.
+    image_by: dict[Hashable, int] = {}
+    rows: list[int] = []
+    image_of: list[int] = []
+    for row, key in enumerate(keys):
+        identity = key if groups is None else row
+        if identity not in image_by:
+            image_by[identity] = len(rows)
+            rows.append(row)
+        image_of.append(image_by[identity])
+    # 2. Each group's texts. CLIP_benchmark counts a caption as often as an image has it; a copy of
+    # the image adds none.
+    group_of = image_of if groups is None else groups
+    number_of: dict[str, int] = {}
+    position: dict[tuple[int, str, int], int] = {}  # by group, text, and how often it came before
     text_ids: list[str] = []
-    for row, (image, group, key) in enumerate(zip(image_of, groups, keys, strict=True)):
-        groups_of.setdefault(key, set()).add(group)
-        for nth, text in enumerate(captions[row]):
-            of_group.setdefault(group, set()).add(number.setdefault(text, len(number)))
-            # CLIP_benchmark counts a caption as often as an image has it; a copy adds none.
-            again = 0 if shared else captions[row][:nth].count(text)
-            if (key_of_text := (group, text, again)) not in position:
-                position[key_of_text] = len(position)
+    pairs: dict[tuple[int, int], None] = {}
+    for image, group, texts in zip(image_of, group_of, captions, strict=True):
+        before = Counter[str]()
+        for text in texts:
+            number_of.setdefault(text, len(number_of))
+            candidate = (group, text, before[text] if groups is None else 0)
+            if candidate not in position:
+                position[candidate] = len(position)
                 text_ids.append(f"{ids[rows[image]]}: {text}")
-            pairs[image, position[key_of_text]] = None
-    # Images of equal content in several groups have the captions of all of them.
+            pairs[image, position[candidate]] = None
+            before[text] += 1
+    # 3. Matches. Images of equal content in several groups have the captions of all of them.
+    numbers_of: dict[int, dict[int, None]] = {}
+    for group, text, _ in position:
+        numbers_of.setdefault(group, {})[number_of[text]] = None
+    groups_of: dict[Hashable, dict[int, None]] = {}
+    for key, group in zip(keys, group_of, strict=True):
+        groups_of.setdefault(key, {})[group] = None
     matches = [
-        (image, text)
-        for image in range(len(images))
-        for group in groups_of[keys[rows[image]]]
-        for text in of_group[group]
+        (image, number)
+        for image, row in enumerate(rows)
+        for group in groups_of[keys[row]]
+        for number in numbers_of[group]
     ]
     image_of_pair, text_of_pair = torch.tensor([*pairs]).T
     return Captions(
-        rows=[rows[image] for image in range(len(images))],
+        rows=rows,
         texts=[text for _, text, _ in position],
         ids=text_ids,
         groups=torch.tensor([group for group, *_ in position]),
         image_of_pair=image_of_pair,
         text_of_pair=text_of_pair,
-        numbers=torch.tensor([number[text] for _, text, _ in position]),
+        numbers=torch.tensor([number_of[text] for _, text, _ in position]),
         matches=torch.tensor(matches).T,
     )
 

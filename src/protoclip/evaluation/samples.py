@@ -37,6 +37,7 @@ class SampleResults:
     """Results of each image and each caption of a split, by column; both have `sample_id`.
 
     Images and captions that hang together, such as an image and its captions, have one `group`.
+    Images also have the columns `metrics.SHOWN`; files of versions up to 1.0.0 lack them.
     """
 
     images: Columns

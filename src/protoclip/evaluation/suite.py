@@ -18,7 +18,7 @@ from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals
 from protoclip.evaluation.samples import decided_by_candidates
-from protoclip.evaluation.task_features import splits_of, task_features
+from protoclip.evaluation.task_features import TaskFeatures, splits_of, task_features
 from protoclip.evaluation.zero_shot import check_templates, read_templates
 from protoclip.terminal import say
 
@@ -152,6 +152,7 @@ def results(
         if not tasks:
             continue
         features = task_features(encoder, data_set, tasks, split=split, templates=templates)
+        tasks = still_served(tasks, features, data_set, split)
         measured = measure(features, data_set, tasks, split=split, show=encoder.show)
         influences, part = measured.influences(), features.parts[split]
         decided = decided_by_candidates(measured.samples, influences)
@@ -179,6 +180,11 @@ def results(
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
             judged.append(Result(record=record, influences=of_task, ids=part.ids, without=without))
+    if not judged:
+        raise ValueError(
+            f"{', '.join(data_set.name for data_set in data)}: no task can be served by the images "
+            "that can be used; mend the others"
+        )
     return judged
 
 
@@ -264,6 +270,7 @@ def evaluate_run(
     data = data or datasets.emoji()
     tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
     features = task_features(replace(encoder, show=show), data, tasks, split=split)
+    tasks = still_served(tasks, features, data, split)
     measured = measure(features, data, tasks, split=split, show=show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
@@ -316,6 +323,22 @@ def chosen_tasks(
         others = "" if tasks or {*usual} >= {*TASKS} else "; --tasks names others"
         raise ValueError(f"{shown}: can serve no task ({why}{others})")
     return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
+
+
+def still_served(
+    tasks: Sequence[str], features: TaskFeatures, data: EvaluationData, split: str
+) -> list[str]:
+    """The tasks without a linear probe whose usable images are of one class; rank 0 warns of it."""
+    learned = [part.labels for name, part in features.parts.items() if name != split]
+    classes = {number for labels in learned if labels is not None for number in labels.tolist()}
+    if "linear_probe" not in tasks or len(classes) > 1:
+        return [*tasks]
+    if rank() == 0:
+        say(
+            f"warning: {data.name}: linear_probe is left out: the images of 'train' that can be "
+            "used are of one class"
+        )
+    return [task for task in tasks if task != "linear_probe"]
 
 
 def announce(data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | None) -> None:

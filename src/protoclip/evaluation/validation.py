@@ -17,7 +17,7 @@ import torch
 from protoclip.config import PERMISSIONS, Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.content import content, difference
-from protoclip.data.held_out import MOST, SHARE, Before, held_out_rows, shared
+from protoclip.data.held_out import ENOUGH, MOST, SHARE, Before, held_out_rows, shared
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
@@ -111,13 +111,15 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: no pairs are held out, since only {len(rows)} of "
         reason += f"{len(samples):,} could be: {f'{learned} the others, ' if before else ''}"
-        reason += "they are few, or many share a caption; give a larger share, a source, or "
+        reason += "they are few, or many share a caption or an image; give a larger share, a "
+        reason += "source, or "
         reason += nothing
         return refuse_or_note(samples, reason, asked=asked)
-    if before and len(rows) < (wanted := min(MOST, round(share * len(samples)))):
+    wanted = min(MOST, round(share * len(samples)))
+    if len(rows) < (wanted if before else ENOUGH * wanted):
+        why = f"{learned} the others" if before else "many share a caption or an image"
         notes.append(
-            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {learned} "
-            "the others"
+            f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {why}"
         )
     if len(rows) == len(samples):
         raise ValueError(
@@ -291,15 +293,16 @@ def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
 
 def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
-    parts, total = [], sum(map(len, of)) - len(held_out)
+    with_class = []  # a row without one may train, and teaches no probe
     for source, left_out in by_source(of, held_out):
-        rows = np.delete(np.arange(len(source)), left_out)
-        number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
-        rows = rows[evenly_spaced(len(rows), number, seed=0)] if number else rows
-        if source.class_column is not None:  # a row without a class may train, and teaches no probe
+        if source.class_column is not None:
+            rows = np.delete(np.arange(len(source)), left_out)
             named = [not has_no_class(value) for value in class_values(source, rows.tolist())]
-            rows = rows[named]
-        parts.append((source, rows))
+            with_class.append((source, rows[np.array(named, dtype=bool)]))
+    total, parts = sum(len(rows) for _, rows in with_class), []
+    for source, rows in with_class:
+        number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))
+        parts.append((source, rows[evenly_spaced(len(rows), number, seed=0)] if number else rows))
     return parts
 
 
@@ -307,7 +310,11 @@ def data_sets(
     held_out: Sequence[tuple[ImageTextPairs, Rows]],
     training: Sequence[tuple[ImageTextPairs, Rows]],
 ) -> list[EvaluationData]:
-    """All held-out pairs as one data set, and those of each source, if there are several."""
+    """All held-out pairs as one data set, and those of each source, if there are several.
+
+    Raises:
+        ValueError: None of them has a caption.
+    """
     parts = [(source, rows) for source, rows in held_out if len(rows)]
     with_classes = [part for part in (*parts, *training) if part[0].class_column is not None]
     present = [classes_of_rows(source, rows.tolist()) for source, rows in with_classes]
@@ -335,7 +342,13 @@ def data_sets(
         # Numbers of few pairs say nothing.
         large = [part for part in parts if len(part[1]) >= LEAST]
         sets += [data_set(f"{NAME}-{part[0].name}", [part]) for part in large]
-    return sets
+    if not (with_captions := [each for each in sets if len(each.splits[NAME].images)]):
+        sources_named = ", ".join(source.name for source, _ in parts)
+        raise ValueError(
+            f"data.validation: {sources_named}: none of the pairs that are to judge the run has a "
+            "caption; give them some, name other pairs, or 0 for none"
+        )
+    return with_captions
 
 
 def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -43,7 +43,7 @@ from protoclip.explore.atlas import (
     with_umap,
 )
 from protoclip.explore.names import vocabulary
-from protoclip.explore.neighbours import Neighbours
+from protoclip.explore.neighbours import CHUNK_ELEMENTS, Neighbours
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
@@ -63,6 +63,7 @@ MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
 # So many times as many pairs as images are asked for, until that many images are among them.
 PAIRS_PER_IMAGE = (2, 16, 128, 1024)
+SHARING, TIMES_MORE = 16, 8  # pairs of an image that are looked for at first; how many more then
 SAME_IMAGE = 0.999  # cosine above which two pairs may show one image, whose features are rounded
 
 # A pair's position in the atlas, and its cosine to what was asked.
@@ -191,19 +192,21 @@ class Explorer:
         return images, sharing
 
     def sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
-        """Of each of these pairs, the others that show the same image."""
-        space = self.space("image")
-        queries = space.rows(torch.tensor(positions).long())
-        for number in PAIRS_PER_IMAGE[1:]:
-            similarity, rows = space.search(queries, number)
-            if bool((similarity[:, -1] < SAME_IMAGE).all()):
-                break
-        same = (similarity >= SAME_IMAGE) & (rows >= 0)
-        sharing = {}
-        for position, row, near in zip(positions, rows, same, strict=True):
-            key = self.image_key(position)
-            others = sorted({*row[near].tolist()} - {position})
-            sharing[position] = [other for other in others if self.image_key(other) == key]
+        """Of each of these pairs, all others that show the same image."""
+        space, key_of, sharing = self.space("image"), cache(self.image_key), dict[int, list[int]]()
+        waiting, number = torch.tensor(positions).long(), SHARING
+        while len(waiting):
+            # Few at a time where each has very many.
+            for some in torch.split(waiting, max(1, CHUNK_ELEMENTS // number)):
+                similarity, rows = space.search(space.rows(some), number)
+                same = (similarity >= SAME_IMAGE) & (rows >= 0)
+                for position, near, is_same in zip(some.tolist(), rows, same, strict=True):
+                    if not is_same[-1] or number >= len(space):  # then there are no more
+                        others = sorted({*near[is_same].tolist()} - {position})
+                        key = key_of(position)
+                        sharing[position] = [other for other in others if key_of(other) == key]
+            waiting = torch.tensor([each for each in waiting.tolist() if each not in sharing])
+            number *= TIMES_MORE
         return sharing
 
     def explained(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:

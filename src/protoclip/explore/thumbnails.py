@@ -3,7 +3,7 @@
 import io
 from threading import BoundedSemaphore
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
@@ -18,7 +18,11 @@ def thumbnail(pairs: ExploredPairs, row: int, side: int) -> bytes:
     try:
         with DECODING:
             pixels = decode(pairs.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=side)
-            image = ImageOps.contain(Image.fromarray(pixels), (side, side))
+            image = Image.fromarray(pixels)
+            shrink = side / max(image.size)
+            # A very long, thin image keeps a pixel, where `ImageOps.contain` leaves none.
+            width, height = (max(1, round(shrink * length)) for length in image.size)
+            image = image.resize((width, height))
     except (BadSample, ValueError, OSError):
         image = Image.new("RGB", (side, side), "#868e96")
     buffer = io.BytesIO()

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -43,6 +43,7 @@ from protoclip.features.parts import (
     encode_missing,
     identity,
     parts_of,
+    precision_of,
     read_images,
     read_note,
     read_part,
@@ -127,8 +128,12 @@ def embed(
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
         context = encoding(precision, device)
-        images = FrozenEncoder(model, device, torch.stack, model.encode_image, transform, context)
+        images = FrozenEncoder(
+            *(model, device, torch.stack, model.encode_image, transform, context),
+            max_pixels=config.data.max_image_pixels,
+        )
         texts = FrozenEncoder(model, device, tokenizer, model.encode_text, autocast=context)
+        working = out.with_name(f".{out.name}.parts")
         settings = {
             "reference": name,
             **ids,
@@ -137,14 +142,16 @@ def embed(
             **({"content": rank0_first(lambda: content(samples))} if is_stream else {}),
             "weights": images.checksum(),
             "width": images.width,
-            "precision": precision,
             "part_rows": PART_ROWS,
         }
+        settings["precision"] = rank0_first(
+            lambda: precision_of(begun_facts(out, working), settings, precision, device)
+        )
         kept = kept_halves(
             newest, model, transform, tokenizer, samples, device, of_encoding(precision, device)
         )
         has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
-        workers, working = config.data.workers, out.with_name(f".{out.name}.parts")
+        workers = config.data.workers
         encode = partial(
             encode_pairs,
             images,
@@ -198,6 +205,14 @@ def read_facts(path: Path) -> dict[str, Any]:
         return dict(json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"{}")))
     except (*store.DAMAGED, TypeError, RecursionError):
         return {}
+
+
+def begun_facts(out: Path, working: Path) -> dict[str, Any]:
+    """What the parts are of, or the file where there are none; empty if they do not say it."""
+    with suppress(ValueError):  # damaged parts are told by `claim`, or replaced
+        if facts := store.read_facts(working):
+            return facts
+    return read_facts(out)
 
 
 def require_free(out: Path) -> None:

@@ -39,6 +39,7 @@ from protoclip.features.parts import (
     encode_missing,
     identity,
     parts_of,
+    precision_of,
     read_images,
     read_note,
     read_part,
@@ -49,7 +50,7 @@ from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
-from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
+from protoclip.models.precision import Autocast, Precision, encoding, on_card
 from protoclip.models.towers import TELLING, transformers_config
 from protoclip.terminal import without_secrets
 
@@ -68,7 +69,7 @@ class FrozenEncoder:
 
     `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
     into features of any norm; `unit_norm` brings them to norm 1. `autocast` makes the context of
-    forward passes; unset, that of `on_card`.
+    forward passes; unset, that of `on_card`. Larger images than `max_pixels` are bad.
     """
 
     unit_norm = True
@@ -81,11 +82,14 @@ class FrozenEncoder:
         forward: Callable[[Any], Tensor],
         transform: Callable[[Image.Image], Tensor] | None = None,
         autocast: Autocast | None = None,
+        *,
+        max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         module = module.float().eval().requires_grad_(False)
         self.module = to_device(module, device) if device.type == "cuda" else module.to(device)
         self.autocast = autocast or on_card("auto", device)
         self.device, self.collate, self.forward = device, collate, forward
+        self.max_pixels = max_pixels
         self.transform, self.reads = transform, "image" if transform else "text"
         self.cut_padding = transform is None and getattr(module, "ignores_padding", False)
         example = transform(Image.new("RGB", (64, 64))) if transform else "a"
@@ -103,7 +107,7 @@ class FrozenEncoder:
     def read_image(self, sample: Sample) -> Tensor:
         """The input that a sample's image is; raises `ValueError` for a bad one."""
         assert self.transform is not None
-        image = decode(sample.image, max_pixels=MAX_IMAGE_PIXELS)
+        image = decode(sample.image, max_pixels=self.max_pixels)
         return self.transform(Image.fromarray(image))
 
     def key(self) -> str:
@@ -324,23 +328,12 @@ def embed_teacher(
             "weights": encoder.checksum(),
             "modality": encoder.reads,
             "pooling": pooling,
-            "precision": rank0_first(lambda: precision_of(out, precision, device)),
             "part_rows": PART_ROWS[encoder.reads],
         }
+        settings["precision"] = rank0_first(
+            lambda: precision_of(store.read_facts(out), settings, precision, device)
+        )
         return finish(encoder, samples, out, settings, batch_size, threads)
-
-
-def precision_of(
-    out: Path, asked: Literal["auto"] | Precision, device: torch.device
-) -> Literal["auto"] | Precision:
-    """What `auto` means here. Folders that versions up to 1.0.0 began do not say it: `auto` stays.
-
-    Raises:
-        ValueError: The facts in the folder are damaged.
-    """
-    begun = store.read_facts(out)
-    is_older = bool(begun) and begun.get("precision", "auto") == "auto"
-    return "auto" if asked == "auto" and is_older else of_encoding(asked, device)
 
 
 def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from protoclip.data import access
 from protoclip.data.content import difference
@@ -37,6 +38,7 @@ from protoclip.distributed.collectives import (
 from protoclip.distributed.cores import cores
 from protoclip.features import store
 from protoclip.files import checksum, left_by_killed, sealed, to_json, write_atomically
+from protoclip.models.precision import Precision, of_encoding
 from protoclip.progress import Progress
 
 T = TypeVar("T")
@@ -116,6 +118,20 @@ def difference_in(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str 
 def kept(facts: Mapping[str, Any], key: str) -> Any:
     """A setting as facts have it, also those of versions that did not know it."""
     return facts.get(key, CHOSEN_BEFORE.get(key))
+
+
+def precision_of(
+    begun: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    asked: Literal["auto"] | Precision,
+    device: torch.device,
+) -> Literal["auto"] | Precision:
+    """What `auto` means here, to be noted with the other settings.
+
+    What an earlier version began may not say it, and is gone on with as it is: there `auto` stays.
+    """
+    is_older = bool(begun) and difference_in(begun, {**settings, "precision": "auto"}) is None
+    return "auto" if asked == "auto" and is_older else of_encoding(asked, device)
 
 
 def claim(
@@ -210,10 +226,11 @@ def encode_parts(
     total = sum(min(size, settings["samples"] - number * size) for number in share)
     progress = Progress(f"embed {label}", total)
     show: Show = progress.update if rank() == 0 else lambda done: None
-    known: set[str] = set()
+    good, bad = set[str](), set[str]()  # ids of a stream's samples so far
     if is_stream:
         for note in map(read_note, written):
-            known.update(note["ids"], (entry["sample_id"] for entry in note["bad"]))
+            good.update(note["ids"])
+            bad.update(entry["sample_id"] for entry in note["bad"])
             samples.load_state_dict(note["position"])
         stream = samples.samples(len(written) * size)
     for done, number in enumerate(share):
@@ -222,8 +239,10 @@ def encode_parts(
         if is_stream:  # it gives samples again, which are left out
             items = []
             for item in islice(stream, end - first):
-                if item.sample_id not in known:
-                    known.add(item.sample_id)
+                is_good = isinstance(item, Sample)
+                # The second sample of an id is a bad one, and may come first.
+                if item.sample_id not in good and (is_good or item.sample_id not in bad):
+                    (good if is_good else bad).add(item.sample_id)
                     items.append(item)
 
         def show_within(within: int, before: int = done * size) -> None:
@@ -267,15 +286,19 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
 def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, int]:
     """List the bad samples of all parts in a file; the numbers of good and of bad samples.
 
+    An id is listed once, and not if a later sample of that id is good, as a stream may have it.
+
     Raises:
         ValueError: There is no good one.
     """
-    good, bad = 0, list[str]()
+    good, bad = 0, dict[str, dict[str, str]]()
     for note in map(read_note, files):
         good += len(note["ids"])
-        bad += [to_json(entry) + "\n" for entry in note["bad"]]
+        bad |= {entry["sample_id"]: entry for entry in note["bad"]}
+        for sample_id in note["ids"] if bad else ():
+            bad.pop(sample_id, None)
     if bad:
-        write_atomically(path, "".join(bad))
+        write_atomically(path, "".join(to_json(entry) + "\n" for entry in bad.values()))
     if not good:
         raise ValueError(f"{source}: no sample could be read; see {path}")
     return good, len(bad)

@@ -63,7 +63,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
         if path.suffix == ".npy":
             features, text = load_array(path), path.with_suffix(".ids.txt")
             if text.is_file():
-                sample_ids = text.read_text("utf-8").removesuffix("\n").split("\n")
+                sample_ids = text.read_text("utf-8-sig").removesuffix("\n").split("\n")
             elif sample_ids is None:
                 raise ValueError(f"needs its sample ids, one a line, in {text}")
         else:

@@ -5,7 +5,7 @@ Charts of it are drawn in `figures.py`, and all pairs of a source are shown by `
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from protoclip.evaluation.analysis import (
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.grouping import MODALITIES, measure
+from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.validation import is_asked, judged
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.files import read_json
@@ -259,7 +260,11 @@ def look(
         number=number,
         prototypes=gallery(**spaces[space], number=number, captions=pairs.captions, seed=seed),
         retrieval=retrieval_examples(
-            **features, captions=pairs.captions, groups=groups_of(pairs), seed=seed
+            **features,
+            captions=pairs.captions,
+            groups=pairs.groups,
+            content=pairs.images,
+            seed=seed,
         ),
         confusions=confusions(
             keeping_encoder(model, transform, tokenizer), examples, features["images"]
@@ -267,14 +272,6 @@ def look(
         maps=[*before, *maps],
         grouping=grouping,
     )
-
-
-def groups_of(pairs: HeldOut) -> list[int]:
-    """Which pairs fit each other: those of one group of the data, or of equal captions."""
-    if pairs.groups is not None:
-        return list(pairs.groups)
-    number = {caption: group for group, caption in enumerate(dict.fromkeys(pairs.captions))}
-    return [number[caption] for caption in pairs.captions]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -430,53 +427,56 @@ def retrieval_examples(
     texts: Float[Tensor, "n d"],
     *,
     captions: Sequence[str],
-    groups: Sequence[int],
+    groups: Sequence[int] | None = None,
+    content: Sequence[Hashable] | None = None,
     seed: int,
 ) -> dict[str, Retrieval]:
     """The first right and the first wrong answers of each direction, in an order by `seed` alone.
 
-    Every image is a query, and every different caption. An answer is right if it is of the query's
-    group. So two models are asked the same questions in the same order.
+    Every image is a query, and every different caption. So two models are asked the same questions
+    in the same order.
+
+    Args:
+        images, texts: Unit-norm rows of pairs.
+        captions, groups, content: Of each pair, as those of `captions_of`, by which an answer is
+            right or not.
     """
-    first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
-    texts_rows = sorted(first.values())
-    similarity = images @ texts[texts_rows].T
-    group = torch.tensor(groups)
-    fits = group[:, None] == group[texts_rows]
+    known = captions_of([(caption,) for caption in captions], [""] * len(captions), groups, content)
+    asked = list(dict.fromkeys(known.texts))  # in the order of their numbers
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    similarity = images[known.rows] @ texts[[row_of[text] for text in asked]].T
+    fits = torch.zeros(similarity.shape, dtype=torch.bool)
+    fits[known.matches[0], known.matches[1]] = True
+    pictures = [Picture(row=row, caption=captions[row]) for row in known.rows]
+
+    def to_text(image: int, rank: int, top: Sequence[int]) -> Answer:
+        answers = [(asked[text], bool(fits[image, text])) for text in top]
+        query = pictures[image]
+        return Answer(image=query, caption=query.caption, rank=rank, captions=answers)
+
+    def to_image(text: int, rank: int, top: Sequence[int]) -> Answer:
+        answers = [(pictures[image], bool(fits[image, text])) for image in top]
+        return Answer(image=None, caption=asked[text], rank=rank, images=answers)
+
     by_direction = {}
-    for way, scores, right in (
-        ("image to text", similarity, fits),
-        ("text to image", similarity.T, fits.T),
+    for way, answer, scores, right in (
+        ("image to text", to_text, similarity, fits),
+        ("text to image", to_image, similarity.T, fits.T),
     ):
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
         # Equal similarities count against the model, as in the recalls.
         ranks = ((scores >= best) & ~right).sum(dim=1) + 1
         order = np.random.default_rng(seed).permutation(len(scores)).tolist()
-        answers = [(row, int(ranks[row])) for row in order]
-
-        def answer(
-            row: int, rank: int, way: str = way, scores: Tensor = scores, right: Tensor = right
-        ) -> Answer:
-            top = best_first(scores[row])[:ANSWERS]
-            marks = [bool(right[row, column]) for column in top]
-            if way == "image to text":
-                given = [captions[texts_rows[column]] for column in top]
-                query = Picture(row=row, caption=captions[row])
-                answers = list(zip(given, marks, strict=True))
-                return Answer(image=query, caption=captions[row], rank=rank, captions=answers)
-            shown = [Picture(row=column, caption=captions[column]) for column in top]
-            return Answer(
-                image=None,
-                caption=captions[texts_rows[row]],
-                rank=rank,
-                images=list(zip(shown, marks, strict=True)),
-            )
-
-        by_direction[way] = Retrieval(
-            right=[answer(*of) for of in answers if of[1] == 1][:QUERIES],
-            wrong=[answer(*of) for of in answers if of[1] > 1][:QUERIES],
-            share=float((ranks == 1).double().mean()),
+        queries = (
+            [query for query in order if ranks[query] == 1][:QUERIES],
+            [query for query in order if ranks[query] > 1][:QUERIES],
         )
+        right_ones, wrong_ones = (
+            [answer(query, int(ranks[query]), best_first(scores[query])[:ANSWERS]) for query in of]
+            for of in queries
+        )
+        share = float((ranks == 1).double().mean())
+        by_direction[way] = Retrieval(right=right_ones, wrong=wrong_ones, share=share)
     return by_direction
 
 

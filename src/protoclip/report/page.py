@@ -145,6 +145,7 @@ class Charts:
 class Shown:
     """A run's look at examples, or the reason why there is none."""
 
+    run: int  # its number among the runs of the page
     label: str
     examples: Examples | None = None
     look: Look | None = None
@@ -240,7 +241,7 @@ def render(values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["clip"] = clipped
+    environment.filters |= {"clip": clipped, "shorten": shortened}
     environment.globals |= {"named_rows": named_rows, "number": number}
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     page: str = environment.get_template("report.html.j2").render(style=style, **values)
@@ -262,6 +263,13 @@ def clipped(text: Any, length: int = LONGEST) -> str:
     """At most so many characters of a text."""
     whole = str(text)
     return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
+
+
+def shortened(name: str) -> str:
+    """At most `LONGEST` characters of a name: of a longer one both ends, since it may end in a
+    folder, and folders differ at their ends."""
+    half = (LONGEST - 1) // 2
+    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
 
 
 def number(value: float) -> str:
@@ -288,7 +296,7 @@ def context(
     device: torch.device | None,
 ) -> dict[str, Any]:
     """All values of the page."""
-    names = [clipped(label) for label in labels(runs)]
+    names = [shortened(label) for label in labels(runs)]
     of_runs = models(runs)
     known = list(dict.fromkeys(of_runs))
     of_models: dict[str, list[Mapping[str, Any]]] = {}  # the first one is compared with
@@ -301,7 +309,7 @@ def context(
     )
     said = findings.findings(entries)
     return {
-        "title": " · ".join(map(clipped, known[:4])) + (" · …" if len(known) > 4 else ""),
+        "title": " · ".join(map(shortened, known[:4])) + (" · …" if len(known) > 4 else ""),
         "version": protoclip.__version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "runs": [run_facts(run, name) for run, name in zip(runs, names, strict=True)],
@@ -393,7 +401,7 @@ def compared_by(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 def legend(number: int, name: str) -> Legend:
     of = dash(number)
     marks = "" if isinstance(of, str) else " ".join(f"{2 * part:g}" for part in of[1])
-    return Legend(name=clipped(name), colour=number % COLOURS, dash=marks)
+    return Legend(name=shortened(name), colour=number % COLOURS, dash=marks)
 
 
 def charts(
@@ -503,11 +511,11 @@ def show_models(
         run, label = runs[index], names[index]
         progress.update(done, printable(label))
         if run.config is None:
-            shown.append(Shown(label=label, problem=run.problem))
+            shown.append(Shown(run=index, label=label, problem=run.problem))
             continue
         if done and time.monotonic() - started > 60 * minutes:
             reason = f"left out after {minutes:g} minutes; --minutes allows more"
-            shown.append(Shown(label=label, problem=reason))
+            shown.append(Shown(run=index, label=label, problem=reason))
             continue
         try:
             data = looks.examples_key(run.config, run.checkpoints)
@@ -525,10 +533,12 @@ def show_models(
             )
         except (ValueError, OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            shown.append(Shown(label=label, problem=clipped(reason, 400)))
+            shown.append(Shown(run=index, label=label, problem=clipped(reason, 400)))
             continue
         drawn = maps(look, label)
-        shown.append(Shown(label=label, examples=examples, look=look, images=images, maps=drawn))
+        shown.append(
+            Shown(run=index, label=label, examples=examples, look=look, images=images, maps=drawn)
+        )
     progress.update(len(chosen))
     return shown
 
@@ -556,10 +566,10 @@ def grouping(
     runs: Sequence[RunFolder], names: Sequence[str], shown: Sequence[Shown]
 ) -> list[Grouping]:
     """From `protoclip analyze` where it has seen the newest checkpoint, else from the examples."""
-    looked = {of.label: of for of in shown}
+    looked = {of.run: of for of in shown}
     columns = []
-    for run, name in zip(runs, names, strict=True):
-        of = looked.get(name)
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        of = looked.get(index)
         newest = run.checkpoints[-1].name if run.checkpoints else ""
         last = run.analysis["checkpoints"][-1] if run.analysis else {}
         spaces: Mapping[str, Mapping[str, float]] = {}

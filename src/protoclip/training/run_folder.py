@@ -124,12 +124,12 @@ def look(outline: Outline, *, resume: bool) -> Begun:
     path = folder / "results.json"
     config = as_begun(outline.config, folder)
     notes = check_settings(folder, to_toml(config), finished=path.is_file())
-    if kept := [
+    if former := [
         f"loss.{name} stays {getattr(config.loss, name)}"
         for name in FORMER
         if getattr(config.loss, name) != getattr(outline.config.loss, name)
     ]:
-        notes.append(f"{', '.join(kept)}, the default when the run began")
+        notes.append(f"{', '.join(former)}, the default when the run began")
     start = resized_as_begun(outline.start, folder)
     if start.squashes != outline.start.squashes:
         kept = "squashed" if start.squashes else "cropped"

@@ -336,3 +336,11 @@ def test_teacher_features_of_the_chosen(tmp_path):
     assert facts["rows"] == 5
     found = read_teacher(tmp_path / "out").lookup(list(pairs.sample_ids()))
     assert np.array_equal(found.numpy(), np.eye(20, dtype=np.float32)[15:])
+
+
+def test_ids_are_sorted_once(tmp_path):
+    """Not at each checkpoint."""
+    (tmp_path / "ids.json").write_text('["b", "a"]')
+    chosen = read_chosen(DataConfig(only=str(tmp_path / "ids.json")))
+    assert chosen is not None
+    assert chosen.keys is chosen.keys

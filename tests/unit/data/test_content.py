@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data.content import content, difference, facts_that_may_move
+from protoclip.data.content import content, difference, facts_that_may_move, hash_rows
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
@@ -165,3 +165,21 @@ def test_changed_classes_and_names_of_rows_are_other_content():
     without_ids = TINY.drop_columns(["sample_id"])
     one, other = (of(without_ids, name, id_column=None, table_key="x") for name in ("a", "b"))
     assert (one[0]["ids"], other[0]["ids"]) == ("a/row", "b/row")
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, None)])
+@pytest.mark.parametrize("kind", ["bytes", "structs"])
+def test_facts_of_rows_copy_no_image(kind, rows):
+    """Of all rows, and of those that are chosen."""
+    images = [bytes(100_000)] * 30
+    structs = pa.array([{"bytes": image, "path": "x.png"} for image in images])
+    columns = {"image": structs if kind == "structs" else pa.array(images)}
+    table = pa.table({**columns, "caption": ["x"] * 30})
+    pairs = ImageTextPairs(table, name="large").subset(np.arange(30)[rows])
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        hash_rows(pairs)
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 100_000

@@ -294,3 +294,9 @@ def test_a_structural_fault_is_named_in_one_line(tmp_path, fault):
         opened(tmp_path / "data")
     assert str(error.value).startswith(str(tmp_path / "data"))
     assert "\n" not in str(error.value)
+
+
+def test_hidden_tables_are_passed_over(tmp_path):
+    pq.write_table(pa.table({"image": ["a.png"], "caption": ["a"]}), tmp_path / "a.parquet")
+    (tmp_path / "._a.parquet").write_bytes(b"\0\5\26\7")
+    assert len(opened(tmp_path)) == 1

@@ -1,11 +1,14 @@
 """Held-out pairs: nothing of them is left in training."""
 
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from protoclip.data import held_out
 from protoclip.data.held_out import held_out_rows, image_sizes, shared
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
@@ -46,6 +49,23 @@ def test_no_caption_and_no_image_is_on_both_sides(captions, images, tmp_path):
     seen = contents(rest, range(len(rest)))
     for one, other in zip(contents(pairs, rows.tolist()), seen, strict=True):
         assert not one & other
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_copies_of_an_image_are_held_out_together(copies, tmp_path):
+    """As in a Parquet file of images with a row a caption, where each is in several rows."""
+    table = pa.table(
+        {
+            "sample_id": [str(row) for row in range(1000)],
+            "image": [b"image %d" % (row // copies) for row in range(1000)],
+            "caption": [f"caption {row}" for row in range(1000)],
+        }
+    )
+    pairs = ImageTextPairs(table, name="web")
+    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
+    assert len(rows) == 100
+    rest = without(pairs, rows)
+    assert not contents(pairs, rows.tolist())[1] & contents(rest, range(len(rest)))[1]
 
 
 def test_no_more_than_5000_pairs_are_held_out_by_default(tmp_path):
@@ -227,3 +247,30 @@ def test_images_of_every_binary_type_are_measured():
         images = pa.array([b"a", b"abc"]).cast(kind)
         pairs = ImageTextPairs(pa.table({"image": images, "caption": ["a", "b"]}), name="t")
         assert image_sizes(pairs).tolist() == [1, 3]
+
+
+def test_sizes_without_a_sign_and_names_with_a_zero_byte(tmp_path):
+    """Legal in a Parquet file."""
+    (tmp_path / "many").write_bytes(b"firstsecond")
+    ranges = {"offset": pa.array([0, 5], pa.uint64()), "size": pa.array([5, 6], pa.uint64())}
+    for columns, sizes in (
+        ({"image": ["many"] * 2, **ranges}, [5, 6]),
+        ({"image": ["a\0b", "many"]}, [-1, 11]),
+    ):
+        table = pa.table({**columns, "caption": ["a", "b"]})
+        pairs = ImageTextPairs(table, name="a", root=str(tmp_path), id_column=None)
+        assert image_sizes(pairs).tolist() == sizes
+
+
+def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
+    """One that is not there yet needs a folder that can be written."""
+
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    pairs = source(200, "web", captions=10**9, images=10**9)
+    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
+    monkeypatch.setattr(held_out, "in_turn", refused)
+    assert np.array_equal(held_out_rows([pairs], share=0.1, folder=tmp_path), rows)
+    with pytest.raises(ValueError, match=r"cannot be written \(Perm.*; set PROTOCLIP_CACHE to an"):
+        held_out_rows([pairs], share=0.2, folder=tmp_path)

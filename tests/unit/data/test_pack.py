@@ -285,3 +285,11 @@ def test_shards_are_counted_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(webdataset.TarWriter, "write", lossy)
     with pytest.raises(ValueError, match=r"00000\.tar: 9 of 10 samples are whole"):
         pack(source(), tmp_path, samples_per_shard=10)
+
+
+def test_an_image_that_no_jpeg_holds_is_skipped(tmp_path):
+    pairs = source(2, image=[encoded(65_501, 1, "BMP"), encoded(8, 8, "BMP")])
+    assert pack(pairs, tmp_path) == Packed(shards=["00000.tar"], samples=1, skipped=1)
+    assert json.loads((tmp_path / "skipped.jsonl").read_text())["reason"] == (
+        "65501 x 1 pixels are more than a JPEG holds; --resize shrinks it"
+    )

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from protoclip.data.held_out import held_out_rows, image_names, image_sizes
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.testing import tiny_pairs
 
@@ -91,3 +92,44 @@ def test_an_unknown_class_is_none():
         table = pa.table({**columns, "kind": values}).replace_schema_metadata(metadata)
         pairs = ImageTextPairs(table, name="t", class_column="kind")
         assert [pairs.class_of(row) for row in range(3)] == ["dog", "", "cat"]
+
+
+def not_utf8(texts: list[bytes]) -> pa.Array:
+    """A column of strings, as some programs write it to Parquet files."""
+    encoded = pa.array(texts, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(encoded), encoded.buffers())
+
+
+def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path):
+    """As a caption and as an image's name; a class is shown with a sign for what is wrong."""
+    wrong = not_utf8([b"caf\xe9", b"x"])
+    several = pa.ListArray.from_arrays([0, 1, 2], wrong)
+    (tmp_path / "x").write_bytes(b"image")
+    images = tiny_pairs(2)["image"]
+    for columns, reason in (
+        ({"image": images, "caption": wrong, "kind": wrong}, "caption is not UTF-8"),
+        ({"image": images, "caption": several, "kind": wrong}, "caption is not UTF-8"),
+        ({"image": wrong, "caption": ["a", "b"], "kind": wrong}, "image's name is not UTF-8"),
+    ):
+        pairs = ImageTextPairs(
+            pa.table(columns), name="a", root=str(tmp_path), id_column=None, class_column="kind"
+        )
+        with pytest.raises(BadSample, match=f"a/0.*{reason}"):
+            pairs.sample(0)
+        pairs.sample(1)
+        assert [pairs.class_of(row) for row in (0, 1)] == ["caf\ufffd", "x"]
+        assert pairs.key
+        assert held_out_rows([pairs], share=0.5, folder=tmp_path / reason).size <= 1
+
+
+def test_a_name_counts_where_the_image_is_empty(tmp_path):
+    """Wherever it is asked: a struct may hold no bytes, or nothing at all."""
+    (tmp_path / "x.png").write_bytes(b"image")
+    structs = [{"bytes": content, "path": "x.png"} for content in (b"other", b"", None)]
+    table = pa.table({"image": pa.array(structs), "caption": ["a", "b", "c"]})
+    pairs = ImageTextPairs(table, name="a", root=str(tmp_path), id_column=None)
+    names = image_names(pairs)
+    assert names is not None
+    assert [pairs.image_name(row) for row in range(3)] == [None, "x.png", "x.png"]
+    assert names.to_pylist() == [None, b"x.png", b"x.png"]
+    assert image_sizes(pairs).tolist() == [len(pairs.encoded(row)) for row in range(3)]

@@ -12,7 +12,7 @@ import pytest
 from braceexpand import braceexpand
 from tars import facts, index, numbered, write_tar
 
-from protoclip.data import shards
+from protoclip.data import shards, sources
 from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample
 from protoclip.data.shards import expand_shards, number_of_names, shard_stem
@@ -399,3 +399,11 @@ def test_braces_may_be_long(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     files = {"0.jpg": IMAGE, "0.txt": "\ufeffa dog".encode()}
     assert both(write_tar(tmp_path / "a.tar", files)) == [("a/0", IMAGE, ("a dog",))]
+
+
+def test_hidden_shards_are_passed_over(tmp_path):
+    """A folder with no others is none of shards."""
+    (tmp_path / "._00.tar").write_bytes(b"\0\5\26\7")
+    assert not sources._is_shards(str(tmp_path))
+    (tmp_path / "00.tar").write_bytes(b"")
+    assert expand_shards(str(tmp_path)) == [str(tmp_path / "00.tar")]

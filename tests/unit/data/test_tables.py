@@ -1,6 +1,7 @@
 """Tables as pairs: every format gives the same rows, and every fault is one line that names it."""
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -417,3 +419,20 @@ def test_a_quoted_field_may_be_as_long_as_a_line(tmp_path):
     (tmp_path / "t.csv").write_text(f'image,caption,key\n0.jpg,"{text}",b\n')
     data = DataConfig(train=str(tmp_path / "t.csv"), id_column="key")
     assert sources.pairs(Config(data=data)).sample_captions(0) == (text.strip(),)
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_users_file(tmp_path, cache, monkeypatch):
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache / "index" / "x.lock"))
+
+    pq.write_table(pa.table({"path": ["a"], "caption": ["b"]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(ValueError, match=r"index: cannot be written.*set PROTOCLIP_CACHE to anot"):
+        table_at(tmp_path / "a.parquet")
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    """Such as macOS leaves beside files on a disk that cannot hold what it notes."""
+    (tmp_path / "._a.csv").write_bytes(b"\0\5\26\7")
+    (tmp_path / "a.csv").write_text("path,caption\na,b\n")
+    assert captions(table_at(tmp_path / "*.csv")) == [("b",)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from torchvision.transforms import functional
 
 from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
@@ -173,3 +174,17 @@ def test_blur_is_a_sum_over_neighbours():
             slide = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis)
             image = slide @ (weights / weights.sum())
         np.testing.assert_allclose(result, image, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("shape", [(1, 190), (3, 400), (701, 5), (9, 950), (24, 2500), (3100, 30)])
+def test_of_a_long_image_the_middle_alone_is_resized(shape, fast, monkeypatch):
+    """To the pixels of the whole but for rounding; the whole could take gigabytes."""
+    noise = np.random.default_rng(0).integers(50, 200, size=(*shape, 3)).astype(np.uint8)
+    image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1))
+    whole = functional.resize(image, [24], functional.InterpolationMode.BICUBIC)
+    expected = torch.from_numpy(np.array(functional.center_crop(whole, [24])))
+    for resize in ("functional.resize", "resize"):
+        monkeypatch.setattr(f"protoclip.data.transforms.{resize}", None)
+    transform = PillowTransform(size=24, mean=(0.5,) * 3, std=(0.5,) * 3, fast=fast)
+    assert (transform.pixels(image).int() - expected.int()).abs().max() <= 2

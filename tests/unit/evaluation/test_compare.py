@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import scipy.stats
 from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import (
     METRICS,
+    SHOWN,
     beyond,
     columns_of,
     interval,
@@ -28,6 +30,8 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
     def column(name: str, number: int):
         if name == "group":
             return np.array([f"group {row % 17}" for row in range(number)], object)
+        if name in SHOWN:
+            return np.arange(number) // 2
         if "crowding" in name:
             return generator.normal(size=number) / 1000
         if name.endswith("class"):
@@ -297,6 +301,28 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
         said = " ".join(capsys.readouterr().out.split())
         assert "over 60 test samples by groups" in said
         assert ("Where other samples judged the models" in said) == told
+
+
+def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):
+    """As the rows of two tables of one name. Classes judge no search; earlier versions wrote
+    neither, and are believed."""
+    one, two, metric = results(0), results(1, skill=0.5), "knn/acc1"
+    search = "retrieval/image_to_text@1"
+
+    def changed(**columns) -> SampleResults:
+        images = {name: column for name, column in two.images.items() if name not in columns}
+        return replace(two, images=images | {k: of for k, of in columns.items() if of is not None})
+
+    other_class = changed(class_name=two.images["class_name"][::-1])
+    assert compare.same_samples(one, two, metric)
+    assert not compare.same_samples(one, changed(content=two.images["content"] + 1), metric)
+    assert not compare.same_samples(one, changed(content=two.images["content"] + 1), search)
+    assert not compare.same_samples(one, other_class, metric)
+    assert compare.same_samples(one, other_class, search)
+    assert compare.same_samples(one, changed(content=None, class_name=None), metric)
+    path = tmp_path / "a.parquet"
+    other_class.write(path)
+    assert not compare.same_samples(one, SampleResults.read(path), metric)
 
 
 def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):

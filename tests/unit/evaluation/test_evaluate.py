@@ -372,3 +372,18 @@ def test_what_cannot_be_judged_is_one_line(data, options, message):
     assert not any(model.calls.values())  # told before anything is encoded
     assert str(error.value).startswith(message) or message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_probe_whose_usable_images_are_of_one_class_is_left_out(capsys):
+    """The other tasks are served; alone it is a mistake in one line."""
+    train = part("train", [0, 1, 2, 13, 14], bad=[3, 4])
+    data = replace(solid_data(), splits={"train": train, "test": solid_data().splits["test"]})
+    records = judge(Guessing(), data, ["zero_shot", "linear_probe", "knn"])
+    assert [*records] == ["zeroshot_classification", "knn"]
+    assert "warning: solid: linear_probe is left out" in capsys.readouterr().err
+    encoder = encoder_of(Guessing(), transform, tokenizer)
+    of_run = suite.evaluate_run(encoder, split="test", data=data, show=False)
+    assert "eval/solid/knn/acc1" in of_run
+    assert "eval/solid/linear_probe/acc1" not in of_run
+    with pytest.raises(ValueError, match=r"^solid: no task can be served by the images[^\n]*$"):
+        judge(Guessing(), data, ["linear_probe"])

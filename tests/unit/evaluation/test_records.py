@@ -111,6 +111,18 @@ def test_a_long_name_of_a_model_makes_a_name_that_any_disk_takes(tmp_path):
     assert sorted(found) == [each["model"] for each in long]
 
 
+def test_models_of_alike_names_keep_their_records(tmp_path):
+    """Written together or one after the other, as often as one likes."""
+    record = judged("runs/demo/clip", Guessing(), tasks=["retrieval"])[0].record
+    other = record | {"model": "runs/demo_clip"}
+    for given in ([record], [other], [record, other], [other], [record]):
+        records.write_records(given, tmp_path)
+    kept = [json.loads(file.read_text())["model"] for file in tmp_path.iterdir()]
+    assert sorted(kept) == ["runs/demo/clip", "runs/demo_clip"]
+    stem = "a_none_runs_demo_clip_en_zeroshot_retrieval"
+    assert json.loads((tmp_path / f"{stem}.json").read_text()) == record
+
+
 def test_the_table_has_a_column_for_each_model(capsys):
     """A row for each metric; what a model lacks is a dash; differences on a second line."""
     first = judged("one[b]", Guessing(6), tasks=["knn"])

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from unittest.mock import Mock
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -116,6 +117,15 @@ def test_metrics_follow_from_the_results_of_samples():
         assert samples.values(name).mean() == metrics[f"eval/tiny/{name}"], name
 
 
+def test_results_of_samples_say_what_an_image_shows():
+    """By its content and the name of its class, which another image of its id would not share."""
+    _, samples = measure(Guessing(), TINY)
+    names = TINY.splits["test"].labels.tolist()
+    assert [*samples.images["class_name"]] == [TINY.class_names[number] for number in names]
+    assert samples.images["content"].dtype == np.int64
+    assert len(set(samples.images["content"].tolist())) > 1
+
+
 def test_every_module_gets_its_mode_back():
     """A locked tower in a training model stays in evaluation mode, also after an error."""
     model = Watched().train()
@@ -144,6 +154,24 @@ def test_retrieval_is_among_distinct_captions():
     assert {*zip(*found.matches.tolist(), strict=True)} == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)}
     alone = captions_of([["a", "a"], ["a"], ["b", "a"]], ["x", "y", "z"], None, "pqp")
     assert (alone.rows, alone.texts, alone.groups.tolist()) == ([0, 1], [*"aaab"], [0, 0, 1, 0])
+
+
+def test_captions_of_an_image_are_compared_as_often_as_there_are_some():
+    """Not each with each: a placeholder may have very many."""
+    compared = 0
+
+    class Text(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    known = captions_of([[Text(f"caption {number}") for number in range(300)]], ["x"])
+    assert len(known.texts) == 300
+    assert compared < 10 * 300
 
 
 def test_concepts_of_equal_name_are_one_class():

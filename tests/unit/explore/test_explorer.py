@@ -16,15 +16,17 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from worded import WordModel, distinct_pairs, explorers, loaded
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation.features import Encoder
 from protoclip.explore import atlas as atlas_module
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore import map as map_module
-from protoclip.explore.atlas import Features
+from protoclip.explore.atlas import Atlas, Features
 from protoclip.explore.explorer import Explorer, heads_of, of_rows, open_explorer
 from protoclip.explore.pairs import ExploredPairs, explored
 from protoclip.explore.render import Pages
@@ -176,6 +178,28 @@ def test_all_pairs_of_an_image_can_be_ticked_however_many(tmp_path: Path) -> Non
     images_of_answer = page.split("<section>")[1]
     assert images_of_answer.count("data-id=") == 16
     assert "<summary>5 more of this image</summary>" in images_of_answer
+
+
+def test_a_tick_is_for_every_pair_of_an_image_however_many(tmp_path: Path) -> None:
+    """More than are looked for at first, among images whose features differ and do not."""
+    for name, colour in (("none", "red"), ("alike", "blue"), ("other", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    names = ["none.png"] * 1500 + ["alike.png", "other.png", "alike.png"]
+    columns = {"path": names, "caption": [f"word {number}" for number in range(len(names))]}
+    source = ImageTextPairs(pa.table(columns), name="t", root=str(tmp_path))
+    images = torch.ones(len(names), 4)
+    images[-2] = torch.tensor([1.0, 0, 0, 0])
+    rows = torch.arange(len(names))
+    features = Features(captioned=rows, rows=rows, image=images, text=images)
+    many = Explorer(
+        name="m",
+        pairs=explored(source),
+        encoder=Mock(spec=Encoder),
+        atlas=Mock(spec=Atlas, rows=np.arange(len(names))),
+        features=lambda: features,
+    )
+    shown = many.sharing([0, 1500, 1501])
+    assert shown == {0: [*range(1, 1500)], 1500: [1502], 1501: []}
 
 
 def test_what_moved_shows_an_image_once_with_all_its_captions(tmp_path: Path) -> None:

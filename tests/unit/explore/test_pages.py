@@ -25,6 +25,7 @@ from worded import HOSTILE, distinct_pairs, explorers
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.explore.address import listen, url_of
 from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
@@ -583,3 +584,32 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
     assert table["text"][2].as_py() == HOSTILE[2]
     assert table["image"][0].as_py()["bytes"][8:12] == b"WEBP"
     assert len(set(table["id"].to_pylist())) == 120
+
+
+def test_a_very_long_thin_image_has_a_thumbnail() -> None:
+    """However thin; the others keep their shape, and small ones are enlarged."""
+    sides = {(2000, 4): (160, 1), (1, 400): (1, 160), (80, 40): (160, 80), (1, 1): (160, 160)}
+    buffers = [io.BytesIO() for _ in sides]
+    for buffer, size in zip(buffers, sides, strict=True):
+        Image.new("RGB", size, "red").save(buffer, "PNG")
+    rows = [{"image": buffer.getvalue(), "caption": "a line"} for buffer in buffers]
+    pairs = explored(ImageTextPairs(pa.Table.from_pylist(rows), name="thin"))
+    for row, size in enumerate(sides.values()):
+        small = Image.open(io.BytesIO(thumbnail(pairs, row, 160)))
+        assert small.size == size
+        assert np.asarray(small).mean((0, 1))[0] > 200  # not the grey of what cannot be read
+
+
+def test_a_selection_is_of_the_pairs_that_are_shown(tmp_path: Path) -> None:
+    """Other pairs of the same data, as many, do not share it in a browser's tab."""
+    rows = distinct_pairs(40)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    keys = []
+    for name, part in (("a", rows[:20]), ("b", rows[20:]), ("a", rows[:20])):
+        (tmp_path / f"{name}.json").write_text(json.dumps([row["sample_id"] for row in part]))
+        data = DataConfig(
+            train=str(tmp_path / "pairs.parquet"), only=str(tmp_path / f"{name}.json")
+        )
+        page = Pages(explorers(data)).site(1).duplicates()
+        keys += re.findall('data-pairs="(.*?)"', page)
+    assert keys[0] == keys[2] != keys[1]

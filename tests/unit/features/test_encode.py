@@ -567,3 +567,17 @@ def test_a_half_with_batch_norm_over_ranks_is_the_same_half():
     plain = encoder.key()
     assert synchronise(halves, CPU) > 0
     assert encoder.key() == plain
+
+
+class Twice(Stream):
+    """A good sample whose id comes again, in another order: first the second one, which is bad."""
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
+        good = Sample(sample_id="s/0", image=b"", captions=("a",), where="")
+        return itertools.islice(itertools.cycle([BadSample("s/0", "", "twice"), good]), first, None)
+
+
+@pytest.mark.parametrize("part", [1, 10])
+def test_a_bad_sample_takes_no_row_from_a_good_one_of_its_id(part, tmp_path):
+    facts = run(Letters(), Twice(), tmp_path / "t", num_samples=6, part=part)
+    assert (facts["rows"], facts["bad"]) == (1, 0)

@@ -227,3 +227,9 @@ def test_a_damaged_folder_is_refused(file, damage, tmp_path):
     damage(tmp_path / "t" / file)
     with pytest.raises(ValueError, match=r"^[^\n]*damaged[^\n]*$"):
         read_teacher(tmp_path / "t")
+
+
+def test_ids_may_begin_with_a_byte_order_mark(tmp_path):
+    np.save(tmp_path / "mine.npy", np.ones((2, 3), np.float32))
+    (tmp_path / "mine.ids.txt").write_text("a\nb\n", encoding="utf-8-sig")
+    assert not read_teacher(tmp_path / "mine.npy").missing(["a", "b"])

@@ -96,6 +96,18 @@ def test_retrieval_examples_are_right_or_wrong_by_group():
     assert (picture.row, picture.caption, right) == (1, "b", True)
 
 
+def test_an_image_of_several_rows_is_one_query_and_one_answer():
+    """As `evaluate` counts: each of its captions is right."""
+    images, texts = torch.eye(8)[[0, 0, 1, 1, 3]], torch.eye(8)[[0, 0, 1, 2, 3]]
+    shown = retrieval_examples(images, texts, captions=[*"abcde"], content=[*"ppqqr"], seed=0)
+    shares = {way: of.share for way, of in shown.items()}
+    assert shares == {"image to text": 1.0, "text to image": pytest.approx(0.8)}
+    queries = [of.image.row for of in shown["image to text"].right]
+    assert sorted(queries) == [0, 2, 4]
+    (wrong,) = shown["text to image"].wrong
+    assert (wrong.caption, len(wrong.images)) == ("d", 3)
+
+
 def test_all_models_are_asked_in_the_same_order():
     generator = torch.Generator().manual_seed(0)
     captions = [f"{row}" for row in range(40)]

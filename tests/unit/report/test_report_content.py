@@ -280,6 +280,22 @@ def test_runs_of_equal_name_and_seed_are_models_of_their_own(runs, tmp_path, cap
     assert capsys.readouterr().err.count(f"warning: {damaged}: not the results") == 1
 
 
+def test_runs_in_deep_folders_keep_what_is_theirs(runs, tmp_path):
+    """Of equal name and seed, with paths that are too long for the page and differ at the end."""
+    deep = tmp_path / ("project-" + "x" * 80) / ("experiment-" + "y" * 80)
+    for end, name in (("first", "clip"), ("second", "proto")):
+        shutil.copytree(runs / name, deep / end)
+        for file in ("config.toml", "results.json"):
+            text = (deep / end / file).read_text()
+            (deep / end / file).write_text(text.replace('"proto"', '"clip"', 1))
+    page = page_of(tmp_path, deep / "first", deep / "second", samples=40)
+    for section in ("results", "runs", "curves", "grouping", "maps"):
+        assert re.search(r"…\S*/first\)", page.sections[section])
+        assert re.search(r"…\S*/second\)", page.sections[section])
+    assert re.search(r"/second\), projections", page.sections["grouping"])
+    assert not re.search(r"/first\), projections", page.sections["grouping"])
+
+
 def with_settings(runs, folder, name: str, *changes: tuple[str, str]) -> Path:
     """A copy of a run, with other lines in its settings."""
     shutil.copytree(runs / name, folder)
