@@ -93,7 +93,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes = [f"{text.split()[1]} {ODD}" for text in table["caption"].to_pylist()]
     ids = [f"{row} {ODD}" for row in range(60)]
     images = [
-        b"no image" if row % 6 == 0 else i for row, i in enumerate(table["image"].to_pylist())
+        b"no image %d" % row if row % 6 == 0 else i
+        for row, i in enumerate(table["image"].to_pylist())
     ]
     columns = {"image": images, "caption": captions, "sample_id": ids, "class": classes}
     pq.write_table(pa.table(columns), home / f"{FOLDER}.parquet")
