@@ -66,7 +66,7 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
     assert results["steps"] == 2
     said = capsys.readouterr().err
     assert "the data of" not in said
-    assert "of 96 pairs are held out" in said
+    assert "27 of 96 pairs are held out" in said
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_byte_in_each_file_of_a_run_is_noticed(
         place = generator.randrange(len(content))
         if path.name in places:
             place = content.index(places[path.name]) + len(places[path.name]) - 1
-        if path.suffix == ".parquet":  # behind the ids are bytes that mean nothing
+        if path.suffix == ".parquet":  # in its footer are bytes that mean nothing; these are ids
             place = pq.read_metadata(path).row_group(0).column(1).data_page_offset - 1
         changed = bytearray(content)
         changed[place] ^= 1

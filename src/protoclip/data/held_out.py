@@ -183,7 +183,9 @@ def _choose(
         return rows
 
     rows = apart(chosen)
-    if len(rows) < ENOUGH * wanted:  # nearly each image has copies in rows that were not drawn
+    # Most images have copies in rows that were not drawn. Where few have, the choice stays what it
+    # was before copies were looked for.
+    if len(rows) < ENOUGH * wanted:
         rows = apart(_with_copies(everything, chosen, candidates, group, ignored=held))
     return rows
 

@@ -129,8 +129,8 @@ def centre_of_long(image: Image.Image, size: int) -> Image.Image:
     """The centre, as if all of a long image were resized to `size` on its shorter side.
 
     All of it would take memory in proportion to its length: of 1 x 4000 pixels, at 224, 600 MB.
-    Some values differ by 1 or 2 of 255 levels, since Pillow chooses by the sizes which side it
-    resizes first.
+    Some values differ by 1 or 2 of 255 levels, and in noise by more, since Pillow chooses by the
+    sizes which side it resizes first.
     """
     short = min(image.size)
     cut, box = [], []  # first and last pixel of what is used, along either side, and within that

@@ -55,6 +55,7 @@ def towers_json(reference: str, name: str) -> dict[str, Any]:
 
 
 def read_towers_json(reference: str, name: str) -> dict[str, Any]:
+    """As `towers_json`, read now."""
     kinds, setting = ("clip", *hugging_face.TRAINABLE), f"model.start: {reference}"
     with readable_errors(setting, hub_name(name)):
         config = transformers_config(name)
