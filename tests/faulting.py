@@ -19,18 +19,20 @@ import time
 import traceback
 from collections.abc import Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from interrupting import quick_config
 from protoclip import cli
+from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
 from protoclip.features import encode
 from protoclip.models.saved import checkpoints, damage
 from protoclip.testing import tiny_pairs
 from protoclip.training import checkpoint, run_folder
 from remains import invalid, is_hidden, leftovers, packed_in, snapshot, without_times
+from tiny_starts import halves
 
 PATIENCE = 600.0  # seconds for one call, on a busy machine
 PROCESSOR_SECONDS = 60  # that a call may compute: one that hangs in a loop is ended
@@ -50,7 +52,7 @@ KINDS = {
     "slow reads": "each read waits",
     "killed": "SIGKILL",
 }
-COMMANDS = ("train", "embed-teacher", "data pack", "evaluate", "export", "report")
+COMMANDS = ("train", "embed-teacher", "data pack", "evaluate", "export", "report")  # `drawn`'s
 HARMLESS = ("clock jumps", "paused", "slow reads")  # nothing may come of these
 NAMED = ("full disk", "quota", "read-only", "permission", "disk error")  # the line has the path
 # Images may not be there for these, so that a call may leave pairs out, and say how many.
@@ -361,6 +363,7 @@ class Scene:
             config = quick_config(f"{self.folder}/pairs.tsv", self.folder / out, **changes)
             text = run_folder.to_toml(config)
             (self.folder / f"{out}.toml").write_text(text, encoding="utf-8")
+        (self.folder / "align.toml").write_text(self.alignment(), encoding="utf-8")
         self.must("train", "--config", f"{self.folder}/run.toml")
         shutil.copytree(self.folder / "run", self.folder / "stopped")
         self.start, *newer = checkpoints(self.folder / "stopped")  # of the unfinished run
@@ -369,6 +372,18 @@ class Scene:
         (self.folder / "stopped" / "results.json").unlink()
         shutil.rmtree(self.folder / "cache")
         shutil.copytree(self.folder, self.kept)
+
+    def alignment(self) -> str:
+        """A recipe of a short run between tiny halves, which are made."""
+        model = halves(self.folder / "halves", "test_resnet", size=32)
+        quick = quick_config(f"{self.folder}/pairs.tsv", self.folder / "aligned")
+        config = replace(
+            Config(model=model, run=replace(quick.run, evaluate=False), data=quick.data),
+            episodes=EpisodeConfig(size=24, count=2, batch_size=12, warm_up=0, locked_image=0),
+            loss=LossConfig(prototypical=0.0, teacher=0.0),
+            optim=OptimConfig(learning_rate=1e-3),
+        )
+        return run_folder.to_toml(config)
 
     def must(self, *words: str) -> Outcome:
         """Call a command that nothing disturbs, and import here what it imported."""
@@ -388,11 +403,14 @@ class Scene:
             "evaluate": [f"{here}/run", "--data", f"{here}/pairs.tsv"],
             "export": [f"{here}/run", f"{here}/exported", "--formats", "open_clip"],
             "report": [f"{here}/run", "--out", f"{here}/report.html"],
+            "align": ["--config", f"{here}/align.toml", "--resume", "auto"],
+            "embed": [f"{here}/run", "--data", f"{here}/pairs.tsv"],
         }[command]
         more = {
             "train": ["--resume", "auto", "--data.workers", str(workers)],
             "embed-teacher": ["--out", f"{here}/teacher", "--modality", "text"],
             "evaluate": ["--out", f"{here}/records", "--workers", str(workers)],
+            "embed": ["--out", f"{here}/vectors.parquet"],
         }
         return [*command.split(), *given, *more.get(command, [])]
 
@@ -409,6 +427,8 @@ class Scene:
             "evaluate": ["records", "run/results"],
             "export": ["exported"],
             "report": ["report.html"],
+            "align": ["aligned"],
+            "embed": ["vectors.parquet"],
         }
         found: dict[str, object] = {
             path.name: None for path in self.folder.iterdir() if not path.name.startswith(".")

@@ -25,6 +25,8 @@ from protoclip.config import (
     locked_rate,
 )
 
+TRAIN_OR_SOURCES = "data.sources: takes the place of data.train; leave one of them out"
+
 
 def check(config: Config, *, is_whole: bool = True) -> list[str]:
     """Refuse wrong values and combinations; return notes on settings without effect.
@@ -183,7 +185,7 @@ def was_fine_tuned(settings: Mapping[str, Any]) -> bool:
 
 def check_sources(data: DataConfig) -> None:
     if data.sources and data.train != DataConfig().train:
-        raise ValueError("data.sources: takes the place of data.train; leave one of them out")
+        raise ValueError(TRAIN_OR_SOURCES)
     if len({source.weight is None for source in data.sources}) > 1:
         raise ValueError("data.sources: give every source a weight, or none")
 
@@ -218,10 +220,12 @@ def without_effect(config: Config) -> list[str]:
     hard = config.prototypes.hard_targets and not no_prototypical
     no_instance = loss.info_nce == 0 and "loss.info_nce is 0"
     has_teacher = bool(config.teachers or config.teacher.features)
+    # What sets these weights to 0, where the user did not.
+    by_heart = config.run.overfit is not None and "run.overfit learns by the instance loss alone"
     unused = clip and "no loss uses prototypes"
     no_target = no_prototypical and not clip and "loss.prototypical is 0"
     no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
-    no_teacher = not config.external_teachers and has_teacher and "loss.teacher is 0"
+    no_teacher = not config.external_teachers and has_teacher and (by_heart or "loss.teacher is 0")
     no_features = not config.grouping_teachers and loss.teacher > 0 and "no teacher has features"
     may_distil = any(each.distil != 0 for each in config.external_teachers.values())
     locked = [] if model.projections_are_new else model.locked
@@ -243,7 +247,7 @@ def without_effect(config: Config) -> list[str]:
         "model.heads.hidden_dim": not unused
         and model.heads.hidden_layers == 0
         and "model.heads.hidden_layers is 0",
-        "prototypes.*": clip and "loss.prototypical is 0",
+        "prototypes.*": clip and (by_heart or "loss.prototypical is 0"),
         "prototypes.number": no_groups,
         "prototypes.hard_targets": no_target,
         "prototypes.back_translation": no_target,
@@ -256,8 +260,8 @@ def without_effect(config: Config) -> list[str]:
         "teachers.*": no_teacher,
         "loss.teacher": no_features,
         "loss.strengths": unused or no_instance,
-        "loss.keep_by": loss.keep == 0 and "loss.keep is 0",
-        "loss.distil_by": not may_distil and "teacher.distil is 0",
+        "loss.keep_by": loss.keep == 0 and (by_heart or "loss.keep is 0"),
+        "loss.distil_by": not may_distil and (by_heart or "teacher.distil is 0"),
         "loss.instance": no_instance,
         "loss.positives": no_instance,
         "episodes.apart": episodes.size == episodes.batch_size and "an episode is one batch",
@@ -293,8 +297,8 @@ def without_effect(config: Config) -> list[str]:
     if config.teachers and alone != usual:
         notes.append("teacher.*: no effect, since teachers take its place")
     for teacher in config.teachers or [config.teacher]:
-        known = TeacherConfig(name=teacher.name)
-        if asked(teacher) == known or (loss.teacher == 0 and not teacher.distil):
+        known, untaught = TeacherConfig(name=teacher.name), loss.teacher == 0 and not teacher.distil
+        if asked(teacher) == known or untaught or by_heart:
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")

@@ -20,10 +20,12 @@ def handled(
 ) -> Iterator[None]:
     """Call a function for each of these signals; in the main thread, the only one that can.
 
-    SIGHUP stays ignored under `nohup`.
+    SIGHUP stays ignored under `nohup`. A signal whose handler is not Python's, as in a program that
+    embeds Python, is left to that program: its handler could not be put back.
     """
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in numbers if main}
+    before = {n: h for n, h in before.items() if h is not None}
     before = {n: h for n, h in before.items() if (n.name, h) != ("SIGHUP", signal.SIG_IGN)}
     for number in before:
         signal.signal(number, lambda number, _: handler(signal.Signals(number)))

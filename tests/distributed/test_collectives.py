@@ -203,6 +203,8 @@ def test_a_teacher_that_one_rank_cannot_read_is_named_on_all(tmp_path):
         ("node7,node9", "node7"),
         ("gpu[003-006,9],login1", "gpu003"),
         ("a-[12,14]-ib", "a-12-ib"),
+        ("rack[1-2]n[01-03]", "rack1n01"),
+        ("rack[2,4]-[07]x,login[1-2]", "rack2-07x"),
     ],
 )
 def test_the_first_host_of_a_slurm_list(nodes, host):

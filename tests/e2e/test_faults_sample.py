@@ -23,3 +23,10 @@ def test_a_fault_loses_nothing_and_the_next_call_goes_on(fault: Fault, scene: Sc
     as one that nothing disturbed. The sample has each kind once and each command twice."""
     first, second, wrong = scene.suffer(fault)
     assert not wrong, f"{first.said}\n{second.said}"
+
+
+@pytest.mark.parametrize("command", ["align", "embed"])
+@pytest.mark.parametrize(("kind", "share"), [("full disk", 0.4), ("killed", 0.7)])
+def test_align_and_embed_go_on_too(command: str, kind: str, share: float, scene: Scene) -> None:
+    first, second, wrong = scene.suffer(Fault(seed=0, command=command, kind=kind, share=share))
+    assert not wrong, f"{first.said}\n{second.said}"

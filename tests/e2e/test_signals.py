@@ -11,6 +11,7 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import socket
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -261,3 +262,11 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     assert sorted({*images} | begun) == [f"{number:06d}.npz" for number in range(6)]
     assert begun.isdisjoint(images), (begun, written)
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    """As where a program that embeds Python has set one: it could not be put back."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", Mock(side_effect=AssertionError("set, or put back")))
+    with signals.handled(lambda _: None):
+        pass

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from protoclip.checks import check
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes
-from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed
+from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, build
 from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
@@ -59,7 +59,7 @@ class Inspect(Recipes):
             seed=self.seed,
             workers=None if self.data.workers == "auto" else self.data.workers,
             max_pixels=self.data.max_image_pixels,
-            notes=[*idle(self.data), *notes],
+            notes=[*idle(typed(self)), *notes],
         )
         if self.json:
             print(to_json(report, indent=2))
@@ -86,6 +86,7 @@ class Pack(Recipes):
         require_place("out", self.out, is_folder=True)
         from protoclip.data.pack import pack
 
+        print_notes(idle(typed(self), also=["workers"]))
         pairs = open_indexed(of_source(self.source, self.data), "end to pack")
         if self.data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
@@ -113,8 +114,8 @@ class Index(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         started, before = time.monotonic(), kept_indexes()
-        given, also = of_source(self.source, self.data), ("workers", "max_image_pixels")
-        pairs = open_indexed(given, "index", also=also)
+        print_notes(idle(typed(self), also=["workers", "max_image_pixels"]))
+        pairs = open_indexed(of_source(self.source, self.data), "index")
         number, took = f"{len(pairs):,} pairs", duration(time.monotonic() - started)
         if kept_indexes() == before:
             print(f"{number}, nothing new to index; a look took {took}")
@@ -183,7 +184,7 @@ def open_source(data: DataConfig, *, seed: int = 0) -> "tuple[Pairs | SampleStre
     return samples, sources.notes(samples)
 
 
-def open_indexed(data: DataConfig, purpose: str, *, also: Sequence[str] = ("workers",)) -> "Pairs":
+def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
     """The samples of a source that is no stream. Prints what was noticed about them."""
     from protoclip.data.pairs import SampleStream
 
@@ -191,8 +192,13 @@ def open_indexed(data: DataConfig, purpose: str, *, also: Sequence[str] = ("work
     if isinstance(samples, SampleStream):
         way_out = "copy the shards here" if data.read == "auto" else "leave data.read at auto"
         raise ValueError(f"{data.train}: a stream has no {purpose}; {way_out}")
-    print_notes([*idle(data, also=also), *notes])
+    print_notes(notes)
     return samples
+
+
+def typed(command: Recipes) -> DataConfig:
+    """The settings of `data` on the command line. A recipe's are for training, whoever reads it."""
+    return build(DataConfig, command.typed.get("data", {}))
 
 
 def idle(data: DataConfig, *, also: Sequence[str] = ()) -> list[str]:

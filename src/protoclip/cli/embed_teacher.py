@@ -41,7 +41,7 @@ class EmbedTeacher(Recipes):
         require_teacher("--teacher", self.teacher)
         require_place("--out", self.out, is_folder=True)
         with quick_imports():
-            from protoclip.cli.data import idle, open_source, print_notes
+            from protoclip.cli.data import idle, open_source, print_notes, typed
             from protoclip.distributed import collectives
             from protoclip.features.encode import embed_teacher
 
@@ -50,7 +50,7 @@ class EmbedTeacher(Recipes):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:
                 also = ["max_image_pixels"] + ["workers"] * (self.modality == "text")
-                print_notes([*idle(self.data, also=also), *notes])
+                print_notes([*idle(typed(self), also=also), *notes])
             facts = embed_teacher(
                 self.teacher,
                 samples,

@@ -21,25 +21,37 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from protoclip.checks import TRAIN_OR_SOURCES
 from protoclip.config import HALVES, PERMISSIONS, START, Config, DataConfig, build, unknown
 from protoclip.files import read_local
 from protoclip.paths import require_file
 
 Command = TypeVar("Command")
-# Settings that may name a file or folder beside the recipe.
-PATH_SETTINGS = {
-    "train",
-    "path",
-    "root",
-    "start",
-    "features",
-    "guard",
-    "only",
-    "without",
-    "validation",
+# What stands for no file in `teacher.features`.
+TEACHERS_OF_A_RUN = ("emoji", START, *HALVES.values())
+# Settings that may name a file or folder beside the recipe, and the words there that name none.
+PATH_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "data.train": ("emoji",),
+    "data.sources.path": ("emoji",),
+    "data.sources.root": (),
+    "data.validation": ("emoji",),
+    "data.root": (),
+    "data.only": (),
+    "data.without": (),
+    "run.guard": ("emoji",),
+    "model.start": (),
+    "model.image.name": (),
+    "model.image.weights": ("published",),
+    "model.text.name": ("minilm",),
+    "teacher.features": TEACHERS_OF_A_RUN,
+    "teachers.features": TEACHERS_OF_A_RUN,
+    "align.features": (),
 }
 # In a guard, what may stand before a file or folder.
 PATH_PREFIXES = ("wds:", "karpathy:", "root=")
+# The settings that name models, and what may stand before and behind a file or folder there.
+MODEL_SETTINGS = ("model.start", "model.image.name", "model.text.name")
+MODEL_PATH = re.compile(r"((?:local-dir|hf|reference):)?(.*?)(,model=[^,]*)?", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +60,10 @@ class Recipes:
 
     config: list[str] = field(default_factory=list)  # Recipe: settings as TOML. May be repeated.
 
-    # What recipes and the command line set, as they say it; the rest has defaults.
+    # What recipes and the command line set, as they say it, and what the command line alone does;
+    # the rest has defaults.
     given: ClassVar[Mapping[str, Any]] = {}
+    typed: ClassVar[Mapping[str, Any]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +107,22 @@ def parse(kind: type[Command], words: list[str]) -> Command:
         require_file("--config", path)
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
         tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
+    if named_twice(tree, given):
+        raise ValueError(TRAIN_OR_SOURCES)
     tree = merged(tree, given)
     command = build(kind, tree)
     if isinstance(command, Recipes):
         object.__setattr__(command, "given", tree)  # commands are frozen
+        object.__setattr__(command, "typed", given)
     return command
+
+
+def named_twice(recipes: Mapping[str, Any], typed: Mapping[str, Any]) -> bool:
+    """Whether the command line names pairs beside a recipe's mixture. Once both are one, the emoji,
+    which are the default of `data.train`, would count as not named."""
+    data = typed.get("data")
+    names = isinstance(data, Mapping) and "train" in data
+    return names and bool(recipes.get("data", {}).get("sources"))
 
 
 def arguments(kind: type[Any]) -> list[str]:
@@ -233,31 +258,39 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 f"{path}: run.loggers: a recipe cannot name a class ({name}); remove it, and give "
                 "--run.loggers on the command line if you trust its code"
             )
-    return {name: located(value, path.parent) for name, value in tree.items()}
+    return {name: located(value, path.parent, name) for name, value in tree.items()}
 
 
-# What stands for no file in `teacher.features`.
-TEACHERS_OF_A_RUN = (START, *HALVES.values())
-
-
-def located(value: Any, folder: Path, name: str = "") -> Any:
-    """A value of a recipe in this folder, with its paths located.
+def located(value: Any, folder: Path, name: str) -> Any:
+    """The value of a setting of a recipe in this folder, with its paths located.
 
     A relative path starts at the current folder, or at the recipe's if only that has such a file.
     """
     if isinstance(value, dict):
-        return {key: located(inner, folder, key) for key, inner in value.items()}
+        return {key: located(inner, folder, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list):
         return [located(inner, folder, name) for inner in value]
     if isinstance(value, str) and value.startswith("~/"):
         value = os.path.expanduser(value)  # noqa: PTH111
-    if name not in PATH_SETTINGS or not isinstance(value, str) or value == "emoji":
+    if not isinstance(value, str) or value in PATH_SETTINGS.get(name, (value,)):
         return value
-    if name == "features" and value in TEACHERS_OF_A_RUN:
-        return value
-    if name == "guard":  # may have settings of its own, one of which is a folder
+    if name == "run.guard":  # may have settings of its own, one of which is a folder
         return ",".join(located_part(part, folder) for part in value.split(","))
+    if name in MODEL_SETTINGS:
+        return located_model(value, folder, name)
     return located_path(value, folder)
+
+
+def located_model(reference: str, folder: Path, name: str) -> str:
+    parts = MODEL_PATH.fullmatch(reference)
+    assert parts is not None, "any text fits"
+    before, path, behind = (part or "" for part in parts.groups())
+    moved = f"{before}{located_path(path, folder)}{behind}"
+    if moved != reference and name == "model.image.name":
+        from protoclip.models.towers import is_image_name
+
+        return reference if is_image_name(reference) else moved
+    return moved
 
 
 def located_part(part: str, folder: Path) -> str:

@@ -22,9 +22,9 @@ from protoclip.data.index import unwritable
 from protoclip.data.pairs import (
     BadSample,
     ImageTextPairs,
+    cells_of,
     file_status,
     image_fields,
-    legible,
     lengths_of,
     local_files,
     names_of_files,
@@ -132,17 +132,24 @@ def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> R
     path = folder / f"{digest(known)}.npz"
     if (rows := _read_rows(path)) is not None:  # also from a cache that is read-only
         return rows
+    of_data: OSError | None = None  # which is not the cache's
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with in_turn(path):  # one process chooses, the others wait for it
             if (rows := _read_rows(path)) is None:
                 for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                     left.unlink(missing_ok=True)
-                rows = compute()
+                try:
+                    rows = compute()
+                except OSError as error:
+                    of_data = error
+                    raise
                 with replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, rows=rows)
             return rows
     except OSError as error:
+        if error is of_data:
+            raise
         raise unwritable(folder, error) from error
 
 
@@ -299,11 +306,7 @@ def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
 
 def _present(column: pa.Array) -> Iterator[tuple[int, str]]:
     """The texts that a column's cells hold, each with the number of its cell."""
-    try:
-        cells = column.to_pylist()
-    except UnicodeDecodeError:
-        cells = [legible(cell) for cell in column]
-    for number, cell in enumerate(cells):
+    for number, cell in enumerate(cells_of(column)):
         for text in cell if isinstance(cell, list) else [cell]:
             decoded = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
             if decoded and decoded.strip():

@@ -356,7 +356,7 @@ class ImageTextPairs:
     def column(self, name: str) -> npt.NDArray[np.object_]:
         """Any column, such as `label`, as an array of length `len(self)`."""
         self._require(name)
-        return np.asarray(self.kept(self.checked.column(name)).to_pylist(), dtype=object)
+        return np.asarray(cells_of(self.kept(self.checked.column(name))), dtype=object)
 
     def _require(self, column: str) -> None:
         if column not in self._arrays:
@@ -452,6 +452,14 @@ def legible(cell: pa.Scalar, errors: str = "replace") -> Any:
             return [legible(each, errors) for each in cell]
         text = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
         return str(text.as_buffer(), "utf-8", errors)
+
+
+def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """What the cells of a column hold, as `legible` has it."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [legible(cell) for cell in column]
 
 
 def file_status(path: str) -> str:

@@ -228,6 +228,28 @@ class TrainingTransform:
         return _finish(self, images, draws)
 
 
+@dataclass(frozen=True)
+class OfMiddle:
+    """A library's transform that keeps an image's shape, given the middle alone of a long one.
+
+    All of it would take memory in proportion to its length where the shorter side is resized, and
+    leave no pixel of that side where the longer one is.
+    """
+
+    apply: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        most = LONG * min(image.size)
+        if max(image.size) > most:
+            # As much from either end, so that the centre stays.
+            left, top = (max(0, length - most) // 2 for length in image.size)
+            image = image.crop((left, top, image.width - left, image.height - top))
+        return self.apply(image)
+
+    def __repr__(self) -> str:
+        return repr(self.apply)  # what is known of other images, by this, stays known
+
+
 @dataclass(frozen=True, kw_only=True)
 class LibraryTransform:
     """What the model's own library does to an image; `settings` say what that is."""

@@ -192,10 +192,10 @@ def reason(error: Exception) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """First host of a SLURM list such as `gpu[003-006,9],login1`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    assert match is not None, nodes
-    return "".join(part or "" for part in match.groups())
+    """First host of a SLURM list such as `gpu[003-006,9],login1` or `rack[1-2]n[01-03]`."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)  # up to a comma that is in no bracket
+    assert first is not None, nodes
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def port_of_step() -> int:

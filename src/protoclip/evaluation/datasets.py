@@ -26,7 +26,7 @@ from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.held_out import image_names, images_of_several_classes
 from protoclip.data.index import cache_folder
-from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
 from protoclip.data.sources import open_source
 from protoclip.data.tables import access_of
 from protoclip.data.view import PairsView
@@ -344,7 +344,7 @@ def captions_of_rows(
 def class_values(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
     """What the class column holds in these rows."""
     column = pairs.kept(pairs.checked.column(str(pairs.class_column)))
-    values = list(column.take(pa.array(rows, pa.int64())).to_pylist())
+    values = cells_of(column.take(pa.array(rows, pa.int64())))
     if not pairs.class_labels:
         return values
     return [None if isinstance(each, int) and each < 0 else each for each in values]  # not known

@@ -22,6 +22,7 @@ class Card(Listed):
     prototype: tuple[str, int, str] | None = None  # modality, number, name
     others: Sequence[Listed] = ()  # pairs with the same image
     file: str = ""  # name of the file that is the image; empty for an image in the data
+    is_again: bool = False  # whether an image that is alike comes earlier in the data
 
 
 @dataclass(frozen=True, kw_only=True)

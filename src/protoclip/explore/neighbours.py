@@ -3,6 +3,7 @@
 Queries are encoded in `explorer.py`, and nearest centroids are found in `prototypes/nearest.py`.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,26 @@ class Neighbours:
         for start in range(0, number, 1 << 16):
             index.add(self.rows(torch.arange(start, min(start + (1 << 16), number))).numpy())
         return index
+
+
+def all_but_first(pairs: Iterable[Sequence[int]]) -> set[int]:
+    """Of numbers that pairs join, directly or through others, all but the lowest of each group.
+
+    >>> sorted(all_but_first([(0, 2), (1, 2), (5, 7)]))
+    [1, 2, 7]
+    """
+    lower: dict[int, int] = {}  # one that each is joined to, up to the lowest
+
+    def lowest(number: int) -> int:
+        while number in lower:
+            number = lower[number]
+        return number
+
+    for one, other in pairs:
+        ends = {lowest(one), lowest(other)}
+        if len(ends) == 2:
+            lower[max(ends)] = min(ends)
+    return {*lower}
 
 
 def near_duplicates(

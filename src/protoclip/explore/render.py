@@ -46,6 +46,7 @@ from protoclip.explore.atlas import (
 from protoclip.explore.cards import Card, Listed, Section
 from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.names import names
+from protoclip.explore.neighbours import all_but_first
 from protoclip.explore.pairs import ID_LENGTH, shown
 from protoclip.explore.thumbnails import thumbnail
 from protoclip.files import read_sealed, sealed, to_json, write_atomically
@@ -442,10 +443,12 @@ class Site:
         part, pages = paged(np.arange(len(atlas.duplicates)), page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
         sharing = self.explorer.sharing([*chain(*twins)]) if twins else {}
+        again = all_but_first(atlas.duplicates.tolist())  # also by those of other pages
 
         def whole(position: int) -> Card:
             is_copy = self.explorer.image_key(position) in self._copies
-            return self.card(position, others=() if is_copy else sharing[position])
+            card = self.card(position, others=() if is_copy else sharing[position])
+            return replace(card, is_again=position in again)
 
         rows = [
             (f"{similarity:.3f}", [*map(whole, both)])

@@ -28,6 +28,7 @@ from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.data.transforms import OfMiddle
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.features import store, teachers
 from protoclip.features.fetched import local_copy
@@ -215,6 +216,8 @@ def timm_model(name: str, device: torch.device, autocast: Autocast | None) -> Fr
             raise ValueError(f"{file} lacks {missing[0]}")
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
+    if settings["crop_mode"] != "squash":
+        transform = OfMiddle(transform)
     return FrozenEncoder(model, device, torch.stack, model, transform, autocast)
 
 

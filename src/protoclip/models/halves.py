@@ -31,7 +31,7 @@ from protoclip.config import (
     ModelConfig,
 )
 from protoclip.data.access import hub_answer
-from protoclip.files import read_local
+from protoclip.files import naming, read_local
 from protoclip.models import towers
 from protoclip.models.architecture import Architecture
 from protoclip.models.hugging_face import read_model
@@ -123,7 +123,7 @@ class SmallTowers(Architecture):
                 hf_proj_type=self.model.projection,
                 hf_pooler_type=self._pooler,
             )
-            with hub(text.name, source):
+            with readable_errors(text_setting(text.name)):  # what was just read is here
                 built = open_clip.CustomTextCLIP(self.embed_dim, vision, settings).float()
         if image.weights is not None:
             known = towers.timm_settings(image.name)
@@ -328,13 +328,27 @@ def check_text(name: str, source: str, *, context_length: int) -> None:
 
 def text_config(name: str, source: str) -> Any:
     """The configuration of a Hugging Face text model; raises `ValueError` if there is none."""
+    # A run asks several times, and each asks the hub; a folder may be written anew.
+    return (asked_once if hub_name(source) else read_text_config)(name, source)
+
+
+def read_text_config(name: str, source: str) -> Any:
+    """As `text_config`, read now."""
     with hub(name, source):
         return towers.transformers_config(source)
 
 
+asked_once = cache(read_text_config)
+
+
 def hub(name: str, source: str) -> AbstractContextManager[None]:
     """Reads a text model from its folder or the hub; what fails is a line."""
-    return readable_errors(f"model.text.name: {name}", hub_name(source))
+    return readable_errors(text_setting(name), hub_name(source))
+
+
+def text_setting(name: str) -> str:
+    """What messages call a text model."""
+    return f"model.text.name: {name}"
 
 
 def text_weights(name: str, source: str) -> dict[str, Tensor]:
@@ -349,7 +363,7 @@ def text_files(built: Any, tokenizer: Any) -> dict[str, bytes]:
     saves = getattr(getattr(tokenizer, "tokenizer", None), "save_pretrained", None)
     if saves is None:
         return {}
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, naming(Path(folder)):
         saves(folder)
         # That of the whole model, if both towers are Hugging Face's.
         config = getattr(built, "config", getattr(getattr(built, "text", None), "config", None))

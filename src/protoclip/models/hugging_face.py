@@ -19,7 +19,7 @@ from PIL import Image
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from protoclip.data.transforms import EvaluationTransform, LibraryTransform
+from protoclip.data.transforms import EvaluationTransform, LibraryTransform, OfMiddle
 from protoclip.models.architecture import Architecture
 from protoclip.models.opening import ImageTransform, hub_name
 from protoclip.models.protoclip import TowerPair
@@ -206,8 +206,8 @@ class HuggingFaceTowers(nn.Module):
         if self.kind != MASKED_KIND:
             return self.text(input_ids=tokens)  # type: ignore[no-any-return]
         mask = tokens != PADDING
-        # Columns of padding alone cost time and change nothing.
-        used = mask.any(0)
+        # Columns of padding alone cost time and change nothing; without values none is known.
+        used: Any = slice(None) if tokens.is_meta else mask.any(0)
         padding = getattr(self.config.text_config, "pad_token_id", None) or 0
         ids = tokens.masked_fill(~mask, padding)[:, used]
         return self.text(  # type: ignore[no-any-return]
@@ -362,7 +362,8 @@ def image_transform(processor: Any) -> ImageTransform:
     """Ours if it gives the same; else what the model's own image processor does."""
     text = processor.to_json_string()
     settings = json.loads(text)
-    side = (settings.get("size") or {}).get("shortest_edge")
+    resized_to = settings.get("size") or {}
+    side = resized_to.get("shortest_edge")
     clip = {
         "do_resize": True,
         "size": {"shortest_edge": side},
@@ -377,10 +378,12 @@ def image_transform(processor: Any) -> ImageTransform:
         mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
         return EvaluationTransform(size=side, mean=mean, std=std)
     name = type(processor).__name__
-    return LibraryTransform(
-        settings=f"{name}({' '.join(text.split())})",
-        apply=partial(pack_patches if name.startswith("Siglip2") else process, processor),
+    apply: ImageTransform = partial(
+        pack_patches if name.startswith("Siglip2") else process, processor
     )
+    if {"shortest_edge", "longest_edge"} & resized_to.keys():
+        apply = OfMiddle(apply)
+    return LibraryTransform(settings=f"{name}({' '.join(text.split())})", apply=apply)
 
 
 def preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:

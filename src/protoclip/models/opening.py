@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.access import hub_answer
-from protoclip.data.transforms import LibraryTransform, PillowTransform
+from protoclip.data.transforms import LibraryTransform, OfMiddle, PillowTransform
 from protoclip.models import towers
 from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import TowerPair
@@ -41,6 +41,8 @@ def open_clip_transform(built: Any) -> ImageTransform:
         mean, std = towers.image_normalisation(built)
         return PillowTransform(size=sides[0], mean=mean, std=std)
     apply = image_transform_v2(settings, is_train=False)
+    if settings.resize_mode != "squash":
+        apply = OfMiddle(apply)
     return LibraryTransform(settings=str(settings), apply=apply)
 
 

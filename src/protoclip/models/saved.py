@@ -554,11 +554,16 @@ def write_model(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, of which nothing is seen any more if this ends half-way."""
+    """Remove a checkpoint, of which nothing is seen any more if this ends half-way.
+
+    Raises:
+        OSError: It cannot be removed, or not all of it.
+    """
     gone = unfinished(folder)
-    with suppress(OSError):
+    with suppress(FileNotFoundError):  # somebody else has removed it
         folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
+        gone.rmdir()  # of which something is left, if this can be done
 
 
 def remove_unfinished(run: Path) -> None:

@@ -103,6 +103,14 @@ def transformers_config(name: str) -> Any:
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a name, with or without the tag of its weights, is that of a timm model.
+
+    What it stands for does not change with the folders that lie here; ./NAME is a folder.
+    """
+    return bool(timm.is_model(name.partition(".")[0]))
+
+
 def require_image_name(name: str) -> None:
     """Refuse what is no timm model, with or without the tag of its weights."""
     if not timm.is_model_pretrained(name) and name not in timm.list_models():

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor
 
@@ -53,9 +52,8 @@ def names_model(tower: Tower, name: str | None) -> bool:
     kind, _, rest = name.partition(":")
     if rest and kind in KINDS and (tower, kind) != ("text", "hf"):
         return True
-    # What a name stands for does not change with the folders that lie here; ./NAME is a folder.
     if tower == "image":
-        return Path(name).is_dir() and not timm.is_model(name.partition(".")[0])
+        return Path(name).is_dir() and not towers.is_image_name(name)
     if name == MINILM:
         return False
     folder = Path(name.removeprefix("hf:"))

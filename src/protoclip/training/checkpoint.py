@@ -6,8 +6,8 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
@@ -80,7 +80,7 @@ class CheckpointWriter:
         self._problem = ""
         self._in_parts = False
         self._newest: tuple[Path, Path | None] | None = None  # that is whole, and the best then
-        self._pruning = Lock()
+        self._pruning, self._told = Lock(), False  # that one could not be removed
         self._pending: tuple[Callable[[], None], Path | None] | None = None
         self._thread: Thread | None = None
 
@@ -218,8 +218,8 @@ class CheckpointWriter:
 
     def prune(self) -> None:
         """Remove what is not to be kept, up to the newest checkpoint of this process. Any thread
-        may call it."""
-        with self._pruning:
+        may call it. What cannot be removed is told once, and stays."""
+        with self._pruning, self._told_once():
             if self._newest is None:
                 return
             newest, best = self._newest
@@ -228,7 +228,17 @@ class CheckpointWriter:
             in_use = self.in_use() | {best}
             for old in so_far[: -self.keep]:
                 if old not in in_use:
-                    saved.remove_checkpoint(old)
+                    with self._told_once():
+                        saved.remove_checkpoint(old)
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                warn(f"an old checkpoint stays, since it cannot be removed ({error})")
+            self._told = True
 
 
 def warn(text: str) -> None:

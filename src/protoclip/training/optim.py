@@ -71,12 +71,14 @@ def defaults(config: Config, kind: str | None) -> dict[str, Any]:
     }
 
 
-def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
-    """Rise linearly from peak / warm_up to peak, then follow half a cosine that is 0 at `total`.
+def rise(warm_up: int, total: int) -> int:
+    """Steps until the peak: at most half of all, so that short runs reach it too."""
+    return min(warm_up, total // 2)
 
-    The rise takes at most half of `total`, so that short runs reach the peak too.
-    """
-    warm_up = min(warm_up, total // 2)
+
+def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
+    """Rise linearly from peak / warm_up to peak, then follow half a cosine that is 0 at `total`."""
+    warm_up = rise(warm_up, total)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up))) / 2
@@ -90,9 +92,7 @@ def schedule(config: Config) -> Callable[[int], float]:
     """
     peak, warm_up = config.optim.learning_rate, config.optim.warm_up_steps
     locked_peak = config.optim.locked_learning_rate
-    steps = config.episodes.size // config.episodes.batch_size
-    locked = config.locked_episodes * steps if locked_peak else 0
-    main = config.episodes.count * steps - locked
+    main, locked = steps_of_cosines(config)
 
     def learning_rate(step: int) -> float:
         if step < main:
@@ -100,6 +100,18 @@ def schedule(config: Config) -> Callable[[int], float]:
         return warm_up_cosine(step - main, peak=locked_peak, warm_up=LOCKED_WARM_UP, total=locked)
 
     return learning_rate
+
+
+def steps_of_cosines(config: Config) -> tuple[int, int]:
+    """Steps of the first cosine and of that of the locked-image stage, which may have none."""
+    steps = config.episodes.size // config.episodes.batch_size
+    locked = config.locked_episodes * steps if config.optim.locked_learning_rate else 0
+    return config.episodes.count * steps - locked, locked
+
+
+def steps_to_peak(config: Config) -> int:
+    """Steps until the full rate, of which a short run has fewer than `warm_up_steps`."""
+    return rise(config.optim.warm_up_steps, steps_of_cosines(config)[0])
 
 
 def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:

@@ -14,6 +14,7 @@ import torch
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed.collectives import all_gather, world_size
+from protoclip.training.optim import steps_to_peak
 
 # Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
 # for some dozens; a hundred more cost little, and a word too early costs trust.
@@ -162,7 +163,7 @@ class Symptoms:
         episodes, rows = config.episodes, len(samples) if isinstance(samples, Pairs) else None
         return cls(
             pairs=pairs,
-            warm_up=config.optim.warm_up_steps,
+            warm_up=steps_to_peak(config),
             rate=config.optim.learning_rate,
             masked=config.loss.positives == "masked",
             replaced=episodes.replacement and rows is not None and rows >= episodes.size,

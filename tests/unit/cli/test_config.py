@@ -27,6 +27,7 @@ from protoclip.config import (
     build,
     shown,
 )
+from protoclip.training.overfit import few_pairs_alone
 
 # Every list has entries and every number is set, so that none of them is left out.
 FULL = Config(
@@ -235,6 +236,16 @@ def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
     (note,) = check(with_value(config, name, value))
     assert ": no effect" in note
     assert why in note
+
+
+def test_overfit_is_the_reason_for_what_it_sets():
+    """Not a weight that the user did not set."""
+    given = {"teacher": {"features": "emoji", "whiten": 0, "distil": 1.0}, "run": {"overfit": 8}}
+    given |= {"loss": {"keep_by": "features"}, "prototypes": {"iterations": 3}}
+    notes = check(few_pairs_alone(Config.from_dict(given)))
+    for name in ("prototypes.*", "teacher.*", "loss.keep_by"):
+        assert f"{name}: no effect, since run.overfit learns by the instance loss alone" in notes
+    assert not [note for note in notes if "is 0" in note or "teacher.whiten" in note]
 
 
 def test_what_a_plan_filled_in_draws_no_note():

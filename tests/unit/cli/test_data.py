@@ -7,7 +7,8 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from protoclip.cli.data import Index, idle, tokens_of
+from protoclip.cli.data import Index, Inspect, Pack, idle, tokens_of, typed
+from protoclip.cli.parsing import parse
 from protoclip.config import DataConfig, ModelConfig, SourceConfig, TextTowerConfig
 from protoclip.models.loading import context_length
 
@@ -40,6 +41,26 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
         "data.captions: used by training alone, so no effect here",
         "data.workers: no effect here",
     ]
+
+
+def test_a_recipes_settings_of_training_draw_no_note(tmp_path: Path) -> None:
+    """They are there to train; what is typed is told."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[data]\naugmentation = "clip"\ncache = "none"\n')
+    for kind, words in ((Inspect, ["emoji"]), (Pack, ["emoji", "out"]), (Index, ["emoji"])):
+        for more, names in (([], []), (["--data.captions", "2"], ["data.captions"])):
+            command = parse(kind, [*words, "--config", str(recipe), *more])
+            assert [note.partition(":")[0] for note in idle(typed(command))] == names
+            assert command.data.augmentation == "clip"
+
+
+def test_inspect_says_nothing_of_a_recipes_augmentation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.toml").write_text('[data]\naugmentation = "clip"\nworkers = 0\n')
+    parse(Inspect, ["emoji", "--samples", "5", "--config", str(tmp_path / "r.toml")])()
+    said = capsys.readouterr()
+    assert "augmentation" not in said.out + said.err
 
 
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:

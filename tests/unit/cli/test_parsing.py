@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from functools import reduce
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,40 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
     assert located("~/a.tsv") == f"{tmp_path}/a.tsv"
     typed: Config = parse(COMMANDS["train"], ["--data.root=~/images"])  # as shells leave it
     assert typed.data.root == f"{tmp_path}/images"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("model.start", "local-dir:model", "local-dir:recipes/model"),
+        ("model.start", "hf:model", "hf:recipes/model"),
+        ("model.start", "reference:a.pt,model=RN50", "reference:recipes/a.pt,model=RN50"),
+        ("model.image.name", "model", "recipes/model"),
+        ("model.image.name", "local-dir:model", "local-dir:recipes/model"),
+        ("model.image.name", "resnet10t", "resnet10t"),
+        ("model.image.name", "./resnet10t", "recipes/resnet10t"),
+        ("model.image.name", "timm:test_vit.r160_in1k", "timm:test_vit.r160_in1k"),
+        ("model.image.weights", "a.pt", "recipes/a.pt"),
+        ("model.image.weights", "published", "published"),
+        ("model.text.name", "bert/tiny", "recipes/bert/tiny"),
+        ("model.text.name", "hf:bert/tiny", "hf:recipes/bert/tiny"),
+        ("model.text.name", "bert/none", "bert/none"),
+        ("model.text.name", "minilm", "minilm"),
+        ("model.name", "model", "model"),
+        ("run.name", "model", "model"),
+    ],
+)
+def test_a_model_in_a_recipe_starts_there_as_data_do(
+    setting, value, expected, tmp_path, monkeypatch
+):
+    """But for the words that stand for no file, whatever lies there."""
+    for name in ("model", "resnet10t", "bert/tiny", "published", "minilm"):
+        (tmp_path / "recipes" / name).mkdir(parents=True)
+    (tmp_path / "recipes" / "a.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "r.toml").write_text(f'{setting} = "{value}"\n')
+    config: Config = parse(COMMANDS["train"], ["--config", "recipes/r.toml"])
+    assert reduce(getattr, setting.split("."), config) == expected
 
 
 @pytest.mark.parametrize(

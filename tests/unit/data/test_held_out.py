@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -274,3 +275,11 @@ def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
     assert np.array_equal(held_out_rows([pairs], share=0.1, folder=tmp_path), rows)
     with pytest.raises(ValueError, match=r"cannot be written \(Perm.*; set PROTOCLIP_CACHE to an"):
         held_out_rows([pairs], share=0.2, folder=tmp_path)
+
+
+def test_data_that_cannot_be_read_are_no_fault_of_the_cache(tmp_path, monkeypatch):
+    pairs = source(200, "web", captions=10**9, images=10**9)
+    broken = OSError(errno.EIO, "Input/output error", "pairs.parquet")
+    monkeypatch.setattr(held_out, "_choose", Mock(side_effect=broken))
+    with pytest.raises(OSError, match=r"Input/output error: 'pairs\.parquet'"):
+        held_out_rows([pairs], share=0.1, folder=tmp_path)

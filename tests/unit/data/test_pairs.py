@@ -7,6 +7,7 @@ import pytest
 
 from protoclip.data.held_out import held_out_rows, image_names, image_sizes
 from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.evaluation.datasets import class_values
 from protoclip.testing import tiny_pairs
 
 
@@ -118,6 +119,8 @@ def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path):
             pairs.sample(0)
         pairs.sample(1)
         assert [pairs.class_of(row) for row in (0, 1)] == ["caf\ufffd", "x"]
+        assert class_values(pairs, [1, 0]) == ["x", "caf\ufffd"]
+        assert pairs.column("kind").tolist() == ["caf\ufffd", "x"]
         assert pairs.key
         assert held_out_rows([pairs], share=0.5, folder=tmp_path / reason).size <= 1
 

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, permutations
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from protoclip.explore import atlas as atlases
 from protoclip.explore.atlas import Features, by_umap, equal_rows, make_atlas, moved, num_prototypes
-from protoclip.explore.neighbours import Neighbours, near_duplicates
+from protoclip.explore.neighbours import Neighbours, all_but_first, near_duplicates
 
 CLUSTERS, EACH, WIDTH = 4, 15, 16
 
@@ -294,6 +294,14 @@ def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
     pairs, _ = near_duplicates(Neighbours(same), least=0.97, most=10)
     assert len(pairs) >= 3
     assert (pairs[:, 0] < pairs[:, 1]).all()
+
+
+def test_of_a_chain_of_near_duplicates_the_first_is_left() -> None:
+    """However the pairs are ordered, and whichever of the chain the others are nearest to."""
+    chains = [(0, 4), (2, 4), (4, 9), (3, 5), (5, 7), (6, 7), (8, 11)]
+    for order in permutations(chains, 7):
+        again = all_but_first(order)
+        assert again == {2, 4, 9, 5, 7, 6, 11}
 
 
 def test_an_image_of_several_pairs_is_no_near_duplicate_of_itself() -> None:

@@ -229,6 +229,15 @@ def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_pat
     assert "data-more" not in Pages([one]).site(1).duplicates()
 
 
+def test_all_but_the_first_of_a_chain_of_near_duplicates_are_marked(one: Explorer) -> None:
+    """Also where two are near to a later one alone."""
+    chain = {"duplicates": np.array([[0, 4], [2, 4]]), "duplicate_similarity": np.array([1.0, 1.0])}
+    pages = Pages([replace(one, atlas=replace(one.atlas, **chain))])
+    cards = re.findall('<article class="(.*?)".*?data-id="(.*?)"', pages.site(1).duplicates(), re.S)
+    ids = [one.pairs.sample_id(row) for row in (0, 4, 2, 4)]
+    assert cards == list(zip(["card", *["card again"] * 3], ids, strict=True))
+
+
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
     for text in ("a red square", " The  red square", "an red square"):
         assert one.search_text(text, 3) == one.search_text("red square", 3)

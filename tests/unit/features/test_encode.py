@@ -29,7 +29,7 @@ from protoclip.config import Config, DataConfig, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import EvaluationTransform, OfMiddle
 from protoclip.distributed import collectives
 from protoclip.features import encode, parts, teachers
 from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
@@ -122,6 +122,8 @@ def test_timm_models_give_pooled_features(tmp_path):
     assert (encoder.width, encoder.reads) == (512, "image")
     found = encoder.encode([encoder.transform(Image.fromarray(pixels))])[0]
     torch.testing.assert_close(found, expected / expected.norm())
+    assert isinstance(encoder.transform, OfMiddle)  # of a long image the middle
+    assert repr(encoder.transform) == repr(transform)  # or all would be encoded anew
     save_file({"fc.weight": torch.ones(3)}, tmp_path / "others.safetensors")
     with pytest.raises(ValueError, match=r"cannot be opened: .*others.safetensors lacks conv1"):
         opened(f"timm:resnet10t/{tmp_path}/others.safetensors")

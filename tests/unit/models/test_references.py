@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import huggingface_hub
 import numpy as np
@@ -28,6 +28,7 @@ from protoclip.data.captions import without_padding
 from protoclip.data.transforms import (
     EvaluationTransform,
     LibraryTransform,
+    OfMiddle,
     PillowTransform,
     SquashTransform,
 )
@@ -35,6 +36,7 @@ from protoclip.models import opening
 from protoclip.models.architecture import NamedTowers
 from protoclip.models.heads import projection_head
 from protoclip.models.hugging_face import image_transform, preprocessing
+from protoclip.models.opening import open_clip_transform
 from protoclip.models.protoclip import ProtoCLIP
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import CLIP, save_open_clip
@@ -301,6 +303,22 @@ def test_what_squashes_images_is_known_by_its_settings(settings, kind):
     if kind is not None:
         ours = kind(size=said["size"], mean=tuple(said["mean"]), std=tuple(said["std"]))
         assert_same_inside(ours(IMAGES[1]), theirs(IMAGES[1]))
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_libraries_get_the_middle_of_a_long_image(mode):
+    """Unless they squash it, whose ends count."""
+    settings = {"size": 64, "resize_mode": mode, "interpolation": "bilinear"}
+    size = {"shortest": {"shortest_edge": 64}, "squash": {"height": 64, "width": 64}}
+    transforms = [open_clip_transform(SimpleNamespace(visual=Mock(preprocess_cfg=settings)))]
+    if mode in size:
+        square = {"height": 64, "width": 64}
+        processor = transformers.CLIPImageProcessor(size=size[mode], crop_size=square, resample=2)
+        transforms.append(image_transform(processor))
+    for transform in transforms:
+        assert isinstance(transform, LibraryTransform)
+        assert isinstance(transform.apply, OfMiddle) is (mode != "squash")
+        assert transform(Image.new("RGB", (10, 6000))).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize(

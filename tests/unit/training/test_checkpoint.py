@@ -2,8 +2,9 @@
 
 import errno
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -241,3 +242,47 @@ def test_the_run_of_a_folder_is_found(tmp_path):
     assert saved.run_of(within) == within
     with pytest.raises(ValueError, match=r"config\.toml: nothing: "):
         saved.read_config(run)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_once(tmp_path, monkeypatch, capsys):
+    """And stays: neither training nor what is done with new ones ends."""
+    written: list[str] = []
+    writer = writer_of(tmp_path, keep=1)
+    writer.then = lambda folder: written.append(folder.name)
+    monkeypatch.setattr(Path, "rename", refusing("step-000000001"))
+    for step in (1, 2, 3):
+        writer.save(step, state())
+        writer.wait()
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["1", "3"]
+    monkeypatch.setattr(Path, "iterdir", Mock(side_effect=OSError(errno.ESTALE, "Stale handle")))
+    writer.prune()
+    assert len(written) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" (")[0] for line in said] == [
+        "warning: an old checkpoint stays, since it cannot be removed"
+    ]
+    assert "busy" in said[0]
+
+
+def refusing(name: str) -> Callable[..., Path]:
+    """`Path.rename` that refuses to move this folder."""
+    rename = Path.rename
+
+    def moved(path: Path, target: Path) -> Path:
+        if path.name == name:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        return rename(path, target)
+
+    return moved
+
+
+def test_a_checkpoint_of_which_something_is_left_is_an_error(tmp_path, monkeypatch):
+    """As a network's file system leaves files that are open; what is gone already is none."""
+    (tmp_path / "step-000000001").mkdir()
+    saved.remove_checkpoint(tmp_path / "step-000000001")
+    saved.remove_checkpoint(tmp_path / "step-000000001")
+    (tmp_path / "step-000000002").mkdir()
+    (tmp_path / "step-000000002" / ".nfs1").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(OSError, match="not empty"):
+        saved.remove_checkpoint(tmp_path / "step-000000002")

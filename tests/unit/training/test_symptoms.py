@@ -14,6 +14,7 @@ from protoclip.config import Config, EpisodeConfig, OptimConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.testing import run_distributed, tiny_config, tiny_pairs
+from protoclip.training.optim import schedule
 from protoclip.training.run import train
 from protoclip.training.symptoms import (
     OBSERVED,
@@ -162,3 +163,16 @@ def test_it_is_advised_to_keep_captions_apart_where_a_run_can():
     ):
         config = Config(episodes=episodes, optim=OptimConfig(learning_rate=1e-3, warm_up_steps=1))
         assert Symptoms.of(config, pairs, 4).separable == advised
+
+
+def test_a_short_run_reaches_its_full_rate_half_way():
+    """However many steps of warm-up are set; the schedule has it so too."""
+    pairs, shape = ImageTextPairs(tiny_pairs(8), name="few"), {"size": 8, "batch_size": 4}
+    for warm_up, count, expected in ((10, 400, 10), (2000, 400, 400), (2000, 4000, 2000)):
+        episodes = EpisodeConfig(**shape, count=count, locked_image=0)
+        optim = OptimConfig(learning_rate=1e-3, warm_up_steps=warm_up)
+        config = Config(episodes=episodes, optim=optim)
+        assert Symptoms.of(config, pairs, 4).warm_up == expected
+        rate = schedule(config)
+        assert rate(expected - 1) == pytest.approx(1e-3)
+        assert rate(expected - 2) < 0.9999e-3

@@ -99,9 +99,8 @@ document.addEventListener("click", (event) => {
     }
     store();
   }
-  // The second comes later in the data, so of images that are all alike the first is left.
-  if (button.classList.contains("pick-second")) {
-    for (const box of document.querySelectorAll(".twins .card:last-child input[data-id]")) tick(box, true);
+  if (button.classList.contains("pick-again")) {
+    for (const box of document.querySelectorAll(".twins .again input[data-id]")) tick(box, true);
     store();
   }
   const heading = button.closest(".sortable th");
