@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from protoclip.config import (
 )
 
 TRAIN_OR_SOURCES = "data.sources: takes the place of data.train; leave one of them out"
+SIZES = ("width", "heads", "layers")  # of small text towers
+OF_GROUPS = ("whiten", "hard_targets", "number", "target_temperature")  # of teachers
 
 
 def check(config: Config, *, is_whole: bool = True) -> list[str]:
@@ -213,108 +215,125 @@ def check_teachers(config: Config) -> None:
 
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and changes nothing in this run."""
+    reasons: dict[str, str] = {}
+    for setting, is_idle, why in causes(config):
+        value_in = attrgetter(setting.removesuffix(".*"))
+        if is_idle and value_in(config) != value_in(Config()):
+            reasons.setdefault(setting, why)
+    notes = [f"{setting}: no effect, since {why}" for setting, why in reasons.items()]
+    notes += teachers_without_effect(config)
+    if config.locked_episodes < config.episodes.locked_image:
+        notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
+    return notes
+
+
+def causes(config: Config) -> list[tuple[str, bool, str]]:
+    """Each setting that may have no effect, whether it has none here, and why.
+
+    A setting may have several rows; the first one that holds counts.
+    """
     data, episodes, loss, model = config.data, config.episodes, config.loss, config.model
     clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
     queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
-    in_workers = data.cache == "ram" and data.workers not in (0, "auto")
     hard = config.prototypes.hard_targets and not no_prototypical
-    no_instance = loss.info_nce == 0 and "loss.info_nce is 0"
+    in_workers = data.cache == "ram" and data.workers not in (0, "auto")
     has_teacher = bool(config.teachers or config.teacher.features)
-    # What sets these weights to 0, where the user did not.
-    by_heart = config.run.overfit is not None and "run.overfit learns by the instance loss alone"
-    unused = clip and "no loss uses prototypes"
-    no_target = no_prototypical and not clip and "loss.prototypical is 0"
-    no_groups = not config.groups_modalities and not clip and "loss.prototypical is 0"
-    no_teacher = not config.external_teachers and has_teacher and (by_heart or "loss.teacher is 0")
-    no_features = not config.grouping_teachers and loss.teacher > 0 and "no teacher has features"
     may_distil = any(each.distil != 0 for each in config.external_teachers.values())
     locked = [] if model.projections_are_new else model.locked
     # A tenth is what the plan fills in, and so what a run's own settings hold, unasked.
     tenth = config.optim.locked_learning_rate == locked_rate(config.optim.learning_rate or 0.0)
-    named = model.name is not None and f"model.name is {model.name}"
-    text_named = named or (model.text.name is not None and f"model.text.name is {model.text.name}")
-    reasons = {
-        "run.patience": config.run.stop_by is None and "run.stop_by is not set",
-        "data.cache_gb": (in_workers and "worker processes keep no images in memory")
-        or (data.cache == "none" and "data.cache is none"),
-        "data.class_column": data.validation == 0
-        and loss.positives != "class"
-        and "data.validation is 0",
-        "data.augmentation": config.run.overfit is not None
-        and data.augmentation == "clip"  # the plan fills in light
-        and "run.overfit transforms images as an evaluation does",
-        "model.heads.*": unused,
-        "model.heads.hidden_dim": not unused
-        and model.heads.hidden_layers == 0
-        and "model.heads.hidden_layers is 0",
-        "prototypes.*": clip and (by_heart or "loss.prototypical is 0"),
-        "prototypes.number": no_groups,
-        "prototypes.hard_targets": no_target,
-        "prototypes.back_translation": no_target,
-        "prototypes.target_temperature": no_target or (hard and "prototypes.hard_targets is set"),
-        "prototypes.extract_transform": queue and "prototypes come from the queue",
-        "episodes.warm_up": unused,
-        "optim.heads_lr_scale": unused,
-        "optim.heads_weight_decay": unused,
-        "teacher.*": no_teacher,
-        "teachers.*": no_teacher,
-        "loss.teacher": no_features,
-        "loss.strengths": unused or no_instance,
-        "loss.keep_by": loss.keep == 0 and (by_heart or "loss.keep is 0"),
-        "loss.distil_by": not may_distil and (by_heart or "teacher.distil is 0"),
-        "loss.instance": no_instance,
-        "loss.positives": no_instance,
-        "episodes.apart": episodes.size == episodes.batch_size and "an episode is one batch",
-        "optim.locked_learning_rate": not config.locked_episodes
-        and not tenth
-        and "there is no locked-image stage",
-        "optim.image_lr_scale": "image" in locked and "the image tower is locked",
-        "optim.text_lr_scale": "text" in locked and "the text tower is locked",
-        "model.embed_dim": named,
-        "model.projection": named,
-        "model.image.name": named,
-        "model.image.pooling": named,
-        "model.text.pooling": model.text.name is None and "model.text.name is not set",
-        "model.text.width": text_named,
-        "model.text.heads": text_named,
-        "model.text.layers": text_named,
-    }
+    no_classes = data.validation == 0 and loss.positives != "class"
+    overfits = config.run.overfit is not None
+    crops = overfits and data.augmentation == "clip"  # the plan fills in light
+    linear_heads = not clip and model.heads.hidden_layers == 0
+    no_features = not config.grouping_teachers and loss.teacher > 0
+    no_locked_stage = not config.locked_episodes and not tenth
 
-    def is_set(name: str) -> bool:
-        path = name.removesuffix(".*").split(".")
-        return bool(reduce(getattr, path, config) != reduce(getattr, path, Config()))
+    def weight_is_0(setting: str) -> str:
+        """Why, where it is this weight; run.overfit sets them all to 0 but InfoNCE's."""
+        if overfits:
+            return "run.overfit learns by the instance loss alone"
+        return f"{setting} is 0"
 
-    notes = [
-        f"{name}: no effect, since {why}" for name, why in reasons.items() if why and is_set(name)
+    unused = (clip, "no loss uses prototypes")
+    # Without any prototypes the row of `prototypes.*` says it.
+    no_target = (no_prototypical and not clip, "loss.prototypical is 0")
+    no_groups = (not config.groups_modalities and not clip, "loss.prototypical is 0")
+    no_teacher = (not config.external_teachers and has_teacher, weight_is_0("loss.teacher"))
+    no_instance = (loss.info_nce == 0, "loss.info_nce is 0")
+    named = (model.name is not None, f"model.name is {model.name}")
+    text_named = (model.text.name is not None, f"model.text.name is {model.text.name}")
+    return [
+        ("run.patience", config.run.stop_by is None, "run.stop_by is not set"),
+        ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
+        ("data.cache_gb", data.cache == "none", "data.cache is none"),
+        ("data.class_column", no_classes, "data.validation is 0"),
+        ("data.augmentation", crops, "run.overfit transforms images as an evaluation does"),
+        ("model.heads.*", *unused),
+        ("model.heads.hidden_dim", linear_heads, "model.heads.hidden_layers is 0"),
+        ("prototypes.*", clip, weight_is_0("loss.prototypical")),
+        ("prototypes.number", *no_groups),
+        ("prototypes.hard_targets", *no_target),
+        ("prototypes.back_translation", *no_target),
+        ("prototypes.target_temperature", *no_target),
+        ("prototypes.target_temperature", hard, "prototypes.hard_targets is set"),
+        ("prototypes.extract_transform", queue, "prototypes come from the queue"),
+        ("episodes.warm_up", *unused),
+        ("optim.heads_lr_scale", *unused),
+        ("optim.heads_weight_decay", *unused),
+        ("teacher.*", *no_teacher),
+        ("teachers.*", *no_teacher),
+        ("loss.teacher", no_features, "no teacher has features"),
+        ("loss.strengths", *unused),
+        ("loss.strengths", *no_instance),
+        ("loss.keep_by", loss.keep == 0, weight_is_0("loss.keep")),
+        ("loss.distil_by", not may_distil, weight_is_0("teacher.distil")),
+        ("loss.instance", *no_instance),
+        ("loss.positives", *no_instance),
+        ("episodes.apart", episodes.size == episodes.batch_size, "an episode is one batch"),
+        ("optim.locked_learning_rate", no_locked_stage, "there is no locked-image stage"),
+        ("optim.image_lr_scale", "image" in locked, "the image tower is locked"),
+        ("optim.text_lr_scale", "text" in locked, "the text tower is locked"),
+        ("model.embed_dim", *named),
+        ("model.projection", *named),
+        ("model.image.name", *named),
+        ("model.image.pooling", *named),
+        ("model.text.pooling", model.text.name is None, "model.text.name is not set"),
+        *((f"model.text.{size}", *named) for size in SIZES),
+        *((f"model.text.{size}", *text_named) for size in SIZES),
     ]
 
-    def asked(teacher: TeacherConfig) -> TeacherConfig:
-        """A teacher without the weight of 0, which the plan fills in unasked."""
-        return replace(teacher, distil=teacher.distil or UNSET)
 
-    usual = TeacherConfig()
+def teachers_without_effect(config: Config) -> list[str]:
+    """Notes on teachers, or settings of theirs, that change nothing."""
+    notes = []
+    usual, no_loss = TeacherConfig(), config.loss.teacher == 0
     alone = replace(asked(config.teacher), number=usual.number, name=usual.name)
     if config.teachers and alone != usual:
         notes.append("teacher.*: no effect, since teachers take its place")
     for teacher in config.teachers or [config.teacher]:
-        known, untaught = TeacherConfig(name=teacher.name), loss.teacher == 0 and not teacher.distil
-        if asked(teacher) == known or untaught or by_heart:
+        untouched = TeacherConfig(name=teacher.name)
+        if asked(teacher) == untouched or (no_loss and not teacher.distil):
+            continue
+        if config.run.overfit is not None:  # no teacher has a weight then
             continue
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")
             continue
-        hard_targets = teacher.hard_targets and f"{teacher.name}.hard_targets is set"
-        no_loss = loss.teacher == 0 and "loss.teacher is 0"
-        causes = {
-            **dict.fromkeys(("whiten", "hard_targets", "number"), no_loss),
-            "target_temperature": no_loss or hard_targets,
-            "tower": teacher.distil == 0 and f"{teacher.name}.distil is 0",
-        }
-        notes += [
-            f"{teacher.name}.{name}: no effect, since {why}"
-            for name, why in causes.items()
-            if why and getattr(teacher, name) != getattr(known, name)
+        hard, no_distillation = teacher.hard_targets, teacher.distil == 0
+        rows = [
+            *((setting, no_loss, "loss.teacher is 0") for setting in OF_GROUPS),
+            ("target_temperature", hard and not no_loss, f"{teacher.name}.hard_targets is set"),
+            ("tower", no_distillation, f"{teacher.name}.distil is 0"),
         ]
-    if config.locked_episodes < episodes.locked_image:
-        notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
+        notes += [
+            f"{teacher.name}.{setting}: no effect, since {why}"
+            for setting, is_idle, why in rows
+            if is_idle and getattr(teacher, setting) != getattr(untouched, setting)
+        ]
     return notes
+
+
+def asked(teacher: TeacherConfig) -> TeacherConfig:
+    """A teacher without the `distil` of 0 that the plan fills in, unasked."""
+    return replace(teacher, distil=teacher.distil or UNSET)

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -42,10 +42,13 @@ RENAMED = {
     "montage": "is gone; protoclip explore shows pairs with their captions",
     "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
 }
-# Of these the value that changed nothing, as old run folders have it: it is passed over.
+# Of some of these the value that changed nothing, as old run folders have it: it is passed over.
 GONE = {
-    **{"data.small_copies": False, "data.shuffle_captions": False, "prototypes.unit_norm": False},
-    **{"optim.locked_warm_up_steps": 2, "teacher.weight": 1.0},
+    "data.small_copies": False,
+    "data.shuffle_captions": False,
+    "prototypes.unit_norm": False,
+    "optim.locked_warm_up_steps": 2,
+    "teacher.weight": 1.0,
 }
 
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
@@ -200,6 +203,7 @@ class ModelConfig:
 
     @property
     def leaves_context_length_open(self) -> bool:
+        """Whether the length of captions follows from the data, as the size of images does."""
         untrained = self.start is None and self.name is None and self.text.name is None
         return untrained and self.text.context_length is None
 
@@ -423,16 +427,18 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
         ValueError: A setting is unknown, missing, of the wrong type or out of range.
     """
     hints = hints_of(kind)  # type: ignore[arg-type] # classes can be hashed
-    former = without_number(prefix)
-    tree = {n: v for n, v in tree.items() if n in hints or (former + n, v) not in GONE.items()}
-    for name in tree:
-        if name not in hints:
+    section, given = without_number(prefix), {}
+    for name, value in tree.items():
+        if name in hints:
+            given[name] = value
+        elif (section + name, value) not in GONE.items():
             raise ValueError(unknown(prefix + name, [prefix + known for known in hints]))
     settings = dataclasses.fields(kind)  # type: ignore[arg-type]
     for entry in sorted(settings, key=lambda entry: bool(entry.kw_only)):  # arguments first
-        if entry.name not in tree and entry.default is entry.default_factory:  # neither is set
+        has_default = not (entry.default is MISSING and entry.default_factory is MISSING)
+        if not has_default and entry.name not in given:
             raise ValueError(f"{prefix}{entry.name}: is missing; give one")
-    return kind(**{name: read(prefix + name, tree[name], hints[name]) for name in tree})
+    return kind(**{name: read(prefix + name, value, hints[name]) for name, value in given.items()})
 
 
 def without_number(name: str) -> str:
@@ -449,22 +455,12 @@ def unknown(name: str, known: list[str]) -> str:
 
 
 def read(name: str, value: Any, hint: Any) -> Any:
-    """A setting's value, checked against its annotation."""
+    """A setting's value; raises `ValueError` if it does not fit the annotation."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return within(name, read(name, value, inner[0]), *inner[1:])
     if origin in (Union, UnionType):
-        if value is None:
-            return None
-        kinds = [kind for kind in inner if kind is not NoneType]
-        if any(value in get_args(kind) for kind in kinds if get_origin(kind) is Literal):
-            return value
-        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-        kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
-        if words and isinstance(value, str) and type_of(kinds[0])[1] is int:
-            raise ValueError(f"{name}: {shown(value)} is no number, and none of {', '.join(words)}")
-        fits = float if type(value) is int else type(value)
-        return read(name, value, next((k for k in kinds if fits in type_of(k)), kinds[-1]))
+        return read_one_of(name, value, [kind for kind in inner if kind is not NoneType])
     if origin is Literal:
         if value not in inner:
             if (former := f"{name} = {value}") in RENAMED:
@@ -495,6 +491,19 @@ def read(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def read_one_of(name: str, value: Any, kinds: list[Any]) -> Any:
+    """The value of a setting that may be of several types, or None."""
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if value is None or value in words:
+        return value
+    kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
+    if words and isinstance(value, str) and type_of(kinds[0])[1] is int:
+        raise ValueError(f"{name}: {shown(value)} is no number, and none of {', '.join(words)}")
+    wanted = float if type(value) is int else type(value)
+    kind = next((each for each in kinds if wanted in type_of(each)), kinds[-1])
+    return read(name, value, kind)
+
+
 def shown(value: Any) -> str:
     """A value as a recipe would hold it, on one line, for messages."""
     if isinstance(value, bool):
@@ -516,6 +525,7 @@ def type_of(hint: Any) -> tuple[Any, ...]:
 
 
 def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
+    """A number, if it is from `least` to `most`; raises `ValueError` if not."""
     if value < least == ABOVE_0:
         hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
         raise ValueError(f"{name}: {value} needs to be above 0{hint}")

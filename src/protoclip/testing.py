@@ -134,14 +134,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
         raise
 
 
-def return_memory(after: int = 500_000_000) -> None:
-    """Free the memory of finished runs if this process has grown by more than `after` bytes.
+def return_memory() -> None:
+    """Free the memory of finished runs if this process has grown by more than half a gigabyte.
 
     The parts of a run refer to each other, so only Python's cyclic collector frees them, and the C
     library keeps the freed pages. Without this, runs in one process pile up gigabytes.
     """
     global _resident
-    if resident() > _resident + after:
+    if resident() > _resident + 500_000_000:
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         if trim is not None:

@@ -13,7 +13,7 @@ from protoclip.prototypes.kmeans import kmeans
 
 
 def clustering(
-    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, restarts: int = 10, seed: int = 0
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, restarts: int = 10
 ) -> dict[str, Any]:
     """Cluster the rows by K-means, with as many clusters as classes, and compare with the classes.
 
@@ -28,7 +28,7 @@ def clustering(
     from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
     k = len(torch.unique(labels))
-    clusters = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=seed)
+    clusters = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=0)
     assignments = clusters.assignments.cpu()
     partitions = labels.numpy(), assignments.numpy()
     return {

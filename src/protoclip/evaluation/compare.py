@@ -269,42 +269,55 @@ def difference_of_runs(
         `n`, the one of both that stands first in `kind`; `beyond`, whether the interval leaves out
         0; and `other_samples`, whether other samples are known to have judged the runs.
     """
-    one, two = (
-        {seed: np.float64(run["metrics"][key]) for seed, run in of.items() if key in run["metrics"]}
-        for of in (first, second)
-    )
+    one, two = values_by_seed(key, first), values_by_seed(key, second)
     seeds = [seed for seed in two if seed in one]
     pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
     judged = [in_common(key, first[left], second[right], read) for left, right in pairs]
     common = [each for each in judged if each is not None]
-    others = {"other_samples": not all(each.same for each in common)}
+    others = not all(each.same for each in common)
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
-        return {**difference([gain]), "n": 0, "seeds": 0, "samples": None, "kind": None, **others}
+        no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "other_samples": others}
+        return {**difference([gain]), **no_seeds}
     name = key.split("/", 2)[-1]
-    moved = [each.moved for each in common if each.moved is not None]
-    influence, samples = None, None
-    if len(moved) == len(seeds) and all(
-        same_samples(each.samples, common[0].samples, name) for each in common
-    ):
-        influence = np.stack(moved)
-        samples = len(common[0].samples.rows(name)["sample_id"])
     gains = [float(two[seed] - one[seed]) for seed in seeds]
+    influence = influence_on_difference(common, name, number=len(seeds))
     metric = METRICS.get(name)
-    has_none = metric is not None and not metric.has_interval
     # On other samples, as of other data, it is not the models alone that differ.
-    if has_none or others["other_samples"]:
-        gains = [float(np.mean(gains))]  # as of one seed, which has no interval
-        influence, samples = None, None
-    numbers = {"seeds": len(gains)} if len(gains) > 1 else {}
+    if others or (metric is not None and not metric.has_interval):
+        gains, influence = [float(np.mean(gains))], None  # one gain alone has no interval
+    samples = None if influence is None else len(common[0].samples.rows(name)["sample_id"])
+    covered_by = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
-        numbers["samples"] = samples
+        covered_by["samples"] = samples
     return {
         **difference(gains, influence),
-        "n": next(iter(numbers.values()), len(seeds)),
-        **{"seeds": len(seeds), "samples": samples, "kind": " and ".join(numbers) or None},
-        **others,
+        "n": next(iter(covered_by.values()), len(seeds)),
+        "seeds": len(seeds),
+        "samples": samples,
+        "kind": " and ".join(covered_by) or None,
+        "other_samples": others,
     }
+
+
+def values_by_seed(key: str, runs: Mapping[int, Run]) -> dict[int, np.float64]:
+    """The values of a metric, of the runs that have it."""
+    metrics = {seed: run["metrics"] for seed, run in runs.items()}
+    return {seed: np.float64(known[key]) for seed, known in metrics.items() if key in known}
+
+
+def influence_on_difference(common: Sequence[Common], metric: str, *, number: int) -> Floats | None:
+    """How much each group of samples moves the difference of each pair of runs `(pairs, groups)`.
+
+    None unless the same samples, with known results, judged all of so many pairs.
+    """
+    moved = [each.moved for each in common if each.moved is not None]
+    if len(moved) < number:
+        return None
+    first = common[0].samples
+    if not all(same_samples(each.samples, first, metric) for each in common):
+        return None
+    return np.stack(moved)
 
 
 def in_common(key: str, one: Run, two: Run, read: Reader) -> Common | None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 FEWEST = 5  # groups that an interval may rest on
+KS = (1, 5, 10)  # of recall@k of retrieval
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ METRICS: dict[str, Metric] = {
                 crowding=f"{way}_crowding_{k}",
             )
             for way, of in (("image_to_text", "text"), ("text_to_image", "image"))
-            for k in (1, 5, 10)
+            for k in KS
         ),
         Metric(
             *("linear_probe", "linear_probe/acc1", "lp_acc1", "linear probe"),

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from protoclip.evaluation.metrics import KS
+
 CHUNK = 4_000_000  # similarities held in memory at once
 CROWD = 20  # candidates of a cluster that may stand before a match together; more are rare
 
@@ -176,7 +178,6 @@ def crowding(
     ranks: Int[Tensor, " n"],
     query_clusters: Int[Tensor, " n"],
     candidate_clusters: Int[Tensor, " m"],
-    ks: Sequence[int] = (1, 5, 10),
 ) -> dict[int, Float[Tensor, " m"]]:
     """By `k`, what each candidate takes from recall at k by standing before others' matches.
 
@@ -192,9 +193,9 @@ def crowding(
     """
     sizes = torch.bincount(candidate_clusters).double()
     number = len(sizes)
-    most = min(max(ks) + min(int(sizes.max()), CROWD), len(candidates))
-    near = ((ranks >= min(ks)) & (ranks < most)).nonzero().squeeze(1)
-    right_without: dict[int, list[Tensor]] = {k: [torch.zeros(0, dtype=torch.long)] for k in ks}
+    most = min(max(KS) + min(int(sizes.max()), CROWD), len(candidates))
+    near = ((ranks >= min(KS)) & (ranks < most)).nonzero().squeeze(1)
+    right_without: dict[int, list[Tensor]] = {k: [torch.zeros(0, dtype=torch.long)] for k in KS}
     for rows in torch.split(near, max(1, CHUNK // max(len(candidates), most**2))):
         similarity = queries[rows].float() @ candidates.float().T
         # The best relevant candidate stands behind as many as the rank says.
@@ -203,7 +204,7 @@ def crowding(
         before = (torch.arange(most) <= rank) & (cluster != cluster_of_query)
         same = (cluster.unsqueeze(2) == cluster.unsqueeze(1)) & before.unsqueeze(1)
         is_first = before & ~same.tril(-1).any(dim=2)
-        for k in ks:
+        for k in KS:
             alone = is_first & (rank >= k) & (rank - same.sum(dim=2) < k)
             right_without[k].append((cluster_of_query * number + cluster)[alone])
     by_k = {}

@@ -256,12 +256,10 @@ def group(
 
 
 @torch.inference_mode()
-def with_umap(
-    atlas: Atlas, features: Features, *, seed: int = 0, done: Callable[[float], None]
-) -> Atlas:
+def with_umap(atlas: Atlas, features: Features, *, done: Callable[[float], None]) -> Atlas:
     """The same atlas with a map by UMAP; `done` is told the share of UMAP's epochs that are."""
     shown = torch.from_numpy(atlas.drawn)
-    positions = map_positions(features, shown, layout="umap", seed=seed, done=done)
+    positions = map_positions(features, shown, layout="umap", seed=0, done=done)
     return replace(
         atlas,
         image_map_position=positions["image"],

@@ -324,50 +324,28 @@ def open_explorer(
     heads = heads_of(model, config)
     aligned = trained_on and checkpoint is not None and is_aligned(checkpoint)
 
-    def path_for(layout: Layout) -> Path:
+    def path_for(layout: Layout) -> Path | None:
+        """Where the atlas with this map is kept; None if it is not."""
         parts = encoder.key, pairs.key, layout, number, bool(heads), aligned
-        return path_of(cache_folder() / "atlas", *parts)
+        return path_of(cache_folder() / "atlas", *parts) if cache else None
 
-    def usable(path: Path) -> Atlas | None:
-        """The kept atlas, unless an image that could not be read then can be now."""
-        atlas = read_kept(path) if cache else None
-        if atlas is None:
-            return None
-        bad = np.setdiff1d(atlas.captioned, atlas.rows)
-        some = bad[:: len(bad) // RETRIED + 1].tolist()
-        return None if any(can_be_read(pairs, row) for row in some) else atlas
-
-    def keep_if_possible(path: Path, atlas: Atlas) -> None:
-        if cache:
-            try:
-                keep(path, atlas)
-            except OSError as error:
-                say(f"warning: the map is not kept ({error})")
-
-    made: list[Features] = []
     path = path_for(layout)
-    atlas = usable(path)
-    later = atlas is None and umap_later and layout == "umap"
-    if later:
+    atlas = kept_atlas(path, pairs)
+    umap_follows = atlas is None and umap_later and layout == "umap"
+    if umap_follows:
         path, layout = path_for("pca"), "pca"
-        atlas = usable(path)
+        atlas = kept_atlas(path, pairs)
+    made: Features | None = None
     if atlas is None:
         show("features")
-        rows = pairs.with_captions()
-        halves: Features | None = None
-        if aligned and isinstance(encoder, JoinedEncoder):
-            halves = with_all_captions(encoder.frozen, pairs, encoded(encoder.frozen, pairs, rows))
-            image, text = encoder.joint(halves.image, halves.text)
-            made = [replace(halves, image=image, text=text, captions=None, counts=None)]
-        else:
-            made = [encoded(encoder, pairs, rows)]
-        scale = getattr(getattr(model, "towers", None), "logit_scale", None)
+        made, halves = features_to_map(encoder, pairs, aligned=aligned)
+        rows = made.rows
         atlas = make_atlas(
-            made[0],
+            made,
             heads=heads,
             halves=halves,
-            shown_images=lambda of: pairs.shown_images(made[0].rows[of].numpy()),
-            scale=USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp())),
+            shown_images=lambda of: pairs.shown_images(rows[of].numpy()),
+            scale=scale_of(model),
             layout=layout,
             number=number,
             run_prototypes=analysis.run_prototypes(checkpoint) if heads and checkpoint else {},
@@ -375,14 +353,16 @@ def open_explorer(
         )
         keep_if_possible(path, atlas)
 
-    shown = atlas
+    first = atlas
 
     def features() -> Features:
-        # Known rows spare the next start reading all captions.
-        return made[0] if made else of_rows(encoded(encoder, pairs, shown.captioned), shown.rows)
+        if made is not None:
+            return made
+        # The rows are known from the atlas, which spares reading all captions to find them.
+        return of_rows(encoded(encoder, pairs, first.captioned), first.rows)
 
     def make_umap(done: Callable[[float], None]) -> Atlas:
-        with_map = with_umap(shown, features(), done=done)
+        with_map = with_umap(first, features(), done=done)
         keep_if_possible(path_for("umap"), with_map)
         return with_map
 
@@ -394,9 +374,46 @@ def open_explorer(
         encoder=encoder,
         atlas=atlas,
         features=features,
-        kept=path if cache else None,
-        make_umap=make_umap if later else None,
+        kept=path,
+        make_umap=make_umap if umap_follows else None,
     )
+
+
+def kept_atlas(path: Path | None, pairs: ExploredPairs) -> Atlas | None:
+    """The atlas that is kept, unless an image that could not be read then can be now."""
+    atlas = None if path is None else read_kept(path)
+    if atlas is None:
+        return None
+    bad = np.setdiff1d(atlas.captioned, atlas.rows)
+    some = bad[:: len(bad) // RETRIED + 1].tolist()
+    return None if any(can_be_read(pairs, row) for row in some) else atlas
+
+
+def keep_if_possible(path: Path | None, atlas: Atlas) -> None:
+    if path is None:
+        return
+    try:
+        keep(path, atlas)
+    except OSError as error:
+        say(f"warning: the map is not kept ({error})")
+
+
+def features_to_map(
+    encoder: Encoder, pairs: ExploredPairs, *, aligned: bool
+) -> tuple[Features, Features | None]:
+    """The features of all pairs that can be read; of a model by `align` those of its halves too."""
+    rows = pairs.with_captions()
+    if not (aligned and isinstance(encoder, JoinedEncoder)):
+        return encoded(encoder, pairs, rows), None
+    halves = with_all_captions(encoder.frozen, pairs, encoded(encoder.frozen, pairs, rows))
+    image, text = encoder.joint(halves.image, halves.text)
+    return replace(halves, image=image, text=text, captions=None, counts=None), halves
+
+
+def scale_of(model: Any) -> float:
+    """Inverse temperature of the model's own loss, at most 100 as in CLIP."""
+    scale = getattr(getattr(model, "towers", None), "logit_scale", None)
+    return USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp()))
 
 
 def can_be_read(pairs: ExploredPairs, row: int) -> bool:

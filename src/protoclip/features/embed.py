@@ -225,18 +225,22 @@ def require_free(out: Path) -> None:
 def claim_file(
     out: Path, working: Path, settings: Mapping[str, Any], overwrite: bool
 ) -> tuple[dict[str, Any], list[Path]]:
-    """The facts of the file if it is of these settings; else those of its parts, and the parts."""
+    """The facts of a file that is finished; else those of its parts, and the parts that are there.
+
+    Raises:
+        ValueError: The file, or what is there of it, is of other settings, unless `overwrite`.
+    """
     for path in (out, skipped_of(out)):
         drop_unfinished(path)
     facts = read_facts(out)
-    is_finished = difference_in(facts, settings) is None
-    if is_finished:
+    if difference_in(facts, settings) is None:
         shutil.rmtree(working, ignore_errors=True)  # it stays if the process was killed at the end
         return facts, []
-    if not overwrite and out.exists():
+    if overwrite:
+        if is_of_others(working, settings):
+            shutil.rmtree(working)
+    elif out.exists():
         require_same(facts, settings, name=out, way_out=WAY_OUT)
-    if overwrite and is_of_others(working, settings):
-        shutil.rmtree(working)
     return claim(working, settings, name=out, way_out=WAY_OUT)
 
 

@@ -182,7 +182,7 @@ def encode_missing(
     alike = ["samples", "ids"] + ["weights"] * ("half" not in str(settings.get("teacher")))
     of_all = all_gather_object([settings.get(name) for name in alike])
     raise_on_all_ranks(lambda: require_same_for_all(of_all, folder))
-    raise_on_all_ranks(lambda: encode_parts(encode, samples, written, folder, settings, label))
+    raise_on_all_ranks(lambda: write_parts(encode, samples, written, folder, settings, label))
     rank0_first(lambda: require_all_parts(folder, settings))
     return {}
 
@@ -210,7 +210,7 @@ def require_all_parts(folder: Path, settings: Mapping[str, Any]) -> None:
         time.sleep(0.1)
 
 
-def encode_parts(
+def write_parts(
     encode: Encode,
     samples: Any,
     written: Sequence[Path],
@@ -219,43 +219,60 @@ def encode_parts(
     label: str,
 ) -> None:
     """Write this rank's share of the parts that are missing."""
-    is_stream, size = isinstance(samples, SampleStream), settings["part_rows"]
-    numbers = range(-(-settings["samples"] // size))
-    missing = sorted(set(numbers) - {int(path.stem) for path in written})
-    share = missing[rank() :: world_size()]
-    total = sum(min(size, settings["samples"] - number * size) for number in share)
+    size, of_all = settings["part_rows"], settings["samples"]
+    missing = set(range(-(-of_all // size))) - {int(path.stem) for path in written}
+    share = sorted(missing)[rank() :: world_size()]
+    total = sum(min(size, of_all - number * size) for number in share)
     progress = Progress(f"embed {label}", total)
     show: Show = progress.update if rank() == 0 else lambda done: None
-    good, bad = set[str](), set[str]()  # ids of a stream's samples so far
-    if is_stream:
-        for note in map(read_note, written):
-            good.update(note["ids"])
-            bad.update(entry["sample_id"] for entry in note["bad"])
-            samples.load_state_dict(note["position"])
-        stream = samples.samples(len(written) * size)
-    for done, number in enumerate(share):
-        first, end = number * size, min((number + 1) * size, settings["samples"])
-        items: Sequence[Item] = range(first, end)
-        if is_stream:  # it gives samples again, which are left out
-            items = []
-            for item in islice(stream, end - first):
-                is_good = isinstance(item, Sample)
-                # The second sample of an id is a bad one, and may come first.
-                if item.sample_id not in good and (is_good or item.sample_id not in bad):
-                    (good if is_good else bad).add(item.sample_id)
-                    items.append(item)
+    is_stream = isinstance(samples, SampleStream)
+    stream = StreamReader(samples, written, at=len(written) * size) if is_stream else None
+    done = 0
+    for number in share:
+        rows = range(number * size, min((number + 1) * size, of_all))
 
-        def show_within(within: int, before: int = done * size) -> None:
+        def show_within(within: int, before: int = done) -> None:
             show(min(before + within, total - 1))  # the last one is done when its part is written
 
-        part = encode(items, show_within)
-        position = samples.state_dict(end) if is_stream else None
-        note = {"ids": part.ids, "bad": part.bad, "position": position, **part.values}
-        content = io.BytesIO()
-        np.savez(content, note=np.array(json.dumps(note).encode()), **part.arrays)  # type: ignore[arg-type]
-        path = folder / PARTS / f"{number:06d}.npz"
-        write_atomically(path, content.getvalue(), durable=True)
-        show(min((done + 1) * size, total))
+        part = encode(rows if stream is None else stream.read(len(rows)), show_within)
+        position = None if stream is None else samples.state_dict(rows.stop)
+        write_part(folder / PARTS / f"{number:06d}.npz", part, position)
+        done += len(rows)
+        show(done)
+
+
+class StreamReader:
+    """Goes on in a stream behind the parts that are written.
+
+    A stream may give a sample again. The second sample of an id is a bad one, and may come first:
+    so a good one counts once, and a bad one if nothing of its id came before.
+    """
+
+    def __init__(self, samples: Any, written: Sequence[Path], *, at: int) -> None:
+        self.good, self.bad = set[str](), set[str]()  # ids so far
+        for note in map(read_note, written):
+            self.good.update(note["ids"])
+            self.bad.update(entry["sample_id"] for entry in note["bad"])
+            samples.load_state_dict(note["position"])
+        self.stream = samples.samples(at)
+
+    def read(self, number: int) -> list[Item]:
+        """The next samples, less those that it gave before."""
+        items = []
+        for item in islice(self.stream, number):
+            is_good, name = isinstance(item, Sample), item.sample_id
+            if name not in self.good and (is_good or name not in self.bad):
+                (self.good if is_good else self.bad).add(name)
+                items.append(item)
+        return items
+
+
+def write_part(path: Path, part: Part, position: Any) -> None:
+    """Write a part; of a stream with the position after it."""
+    note = {"ids": part.ids, "bad": part.bad, "position": position, **part.values}
+    content = io.BytesIO()
+    np.savez(content, note=np.array(json.dumps(note).encode()), **part.arrays)  # type: ignore[arg-type]
+    write_atomically(path, content.getvalue(), durable=True)
 
 
 @contextmanager

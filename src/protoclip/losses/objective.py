@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.config import Config
@@ -142,32 +142,30 @@ def objective(
         report["train/logit_bias"] = embeddings.logit_bias.detach()
     if weights.keep:
         assert start is not None, "a weight needs the start's features"
-        image, text = embeddings.image_outputs, embeddings.text_outputs
-        assert image is not None
-        assert text is not None
         # Features of its own: what pulls on the others counts as the pull of InfoNCE.
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        image, text = (F.normalize(each, dim=-1) for each in outputs_of(embeddings))
         loss = keep(image, text, start, by=weights.keep_by)
         losses["keep"] = weights.keep * loss
         report["train/loss/keep"] = loss.detach()
     for name, outputs in embeddings.distilled.items():
         assert teachers is not None, "a weight needs the teacher's features"
-        # An image tower has a row for each image, a text tower one for each of its texts.
-        texts = captions if len(outputs) == len(teachers[name]) else 1
-        rows = teachers[name][:: captions // texts]
-        loss = distil(outputs, rows, by=weights.distil_by, copies=texts)
+        # The teacher has a row for each text; an image tower has one for each image.
+        rows, copies = teachers[name], captions
+        if len(outputs) < len(rows):
+            rows, copies = rows[::captions], 1
+        loss = distil(outputs, rows, by=weights.distil_by, copies=copies)
         losses[f"distil_{name}"] = weights.distil[name] * loss
         report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:
         assert frozen is not None, "a weight needs the features of the halves"
-        image, text = embeddings.image_outputs, embeddings.text_outputs
-        assert image is not None
-        assert text is not None
-        image = image[::captions]
-        halves = zip((image, text), frozen, strict=True)
-        parts = [geometry_loss(F.normalize(out, dim=-1), rows) for out, rows in halves]
-        losses["geometry"] = weights.geometry * torch.stack(parts).mean()
-        report["train/loss/geometry"] = torch.stack(parts).mean().detach()
+        image, text = outputs_of(embeddings)
+        image = F.normalize(image[::captions], dim=-1)
+        text = F.normalize(text, dim=-1)
+        of_image, of_text = frozen
+        parts = [geometry_loss(image, of_image), geometry_loss(text, of_text)]
+        loss = torch.stack(parts).mean()
+        losses["geometry"] = weights.geometry * loss
+        report["train/loss/geometry"] = loss.detach()
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
     for (student, teacher), target in (targets or {}).items():
         if not weights.of(teacher):
@@ -187,3 +185,10 @@ def objective(
             for name in balance.means:
                 report[f"train/balance/{name}"] = torch.as_tensor(balance.factor(name))
     return losses, report
+
+
+def outputs_of(embeddings: Embeddings) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+    """The towers' outputs for images and texts, where a loss needs both."""
+    assert embeddings.image_outputs is not None
+    assert embeddings.text_outputs is not None
+    return embeddings.image_outputs, embeddings.text_outputs

@@ -9,13 +9,15 @@ so no matrix of all rows times all prototypes is needed. M has one row per proto
 once per episode.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from protoclip.config import Config, PrototypeConfig, TeacherConfig
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
 from protoclip.prototypes.kmeans import KMeans
@@ -114,6 +116,21 @@ class Target:
         return torch.where(assignments >= 0, self.class_index[assignments], -1)
 
 
+def target_maker(config: Config) -> Callable[..., dict[tuple[str, str], Target]]:
+    """`make_targets` with the settings of a run."""
+    spaces: dict[str, PrototypeConfig | TeacherConfig] = {**config.grouping_teachers}
+    spaces |= {"image": config.prototypes, "text": config.prototypes}
+    return partial(
+        make_targets,
+        target_temperatures={
+            name: 0.0 if space.hard_targets else space.target_temperature
+            for name, space in spaces.items()
+        },
+        back_translation=config.prototypes.back_translation,
+        mask_empty=config.prototypes.mask_empty,
+    )
+
+
 def make_targets(
     clusters: Mapping[str, KMeans],
     *,
@@ -161,32 +178,38 @@ def make_targets(
                 mask_empty=mask_empty,
             )
             if student in clusters:
-                groups = kmeans.assignments, clusters[student].assignments
-                target = replace(target, confidence=agreement(*groups, keys))
+                of_student = clusters[student].assignments
+                confidence = agreement(kmeans.assignments, of_student, keys)
+                target = replace(target, confidence=confidence)
             targets[student, teacher] = target
     return targets
 
 
 def prepare(
     student_centroids: Float[Tensor, "k p"],
-    teachers: Float[Tensor, "k q"],
+    teacher_centroids: Float[Tensor, "k q"],
     temperature: float | None,
     prototypes: Int[Tensor, " r"],
     *,
     mask_empty: bool,
 ) -> Target:
-    """The classes of the student's softmax, and the rows of M of these prototypes."""
-    students = classes = student_centroids.detach()
-    choices, chosen = teachers, torch.ones_like(students[:, 0], dtype=torch.bool)
+    """The classes of the student's softmax, and a row of M for each of `prototypes`.
+
+    Of a prototype of -1 the row means nothing, and has no part in a loss. Other arguments are those
+    of `prototypical_loss`.
+    """
+    students, teachers = student_centroids.detach(), teacher_centroids
+    is_class = torch.ones_like(students[:, 0], dtype=torch.bool)
     if mask_empty:
-        chosen = (students != 0).any(1)
-    if not bool(chosen.all()):
-        classes, choices = students[chosen], teachers[chosen]
+        is_class = (students != 0).any(1)
+    classes, choices = students, teachers
+    if not bool(is_class.all()):
+        classes, choices = students[is_class], teachers[is_class]
     if temperature is None or temperature <= 0:
         lookup = students[prototypes]
     else:
-        lookup = tiles.attend(teachers[prototypes] / temperature, choices, classes)[1]
-    class_index = torch.where(chosen, chosen.cumsum(0) - 1, -1)
+        _, lookup = tiles.attend(teachers[prototypes] / temperature, choices, classes)
+    class_index = torch.where(is_class, is_class.cumsum(0) - 1, -1)
     return Target(classes=classes, class_index=class_index, lookup=lookup)
 
 

@@ -50,16 +50,24 @@ def names_model(tower: Tower, name: str | None) -> bool:
     if not name:
         return False
     kind, _, rest = name.partition(":")
-    if rest and kind in KINDS and (tower, kind) != ("text", "hf"):
+    may_be_text_model = tower == "text" and kind == "hf"
+    if rest and kind in KINDS and not may_be_text_model:
         return True
-    if tower == "image":
-        return Path(name).is_dir() and not towers.is_image_name(name)
+    if tower == "text":
+        return names_dual_encoder(name)
+    return Path(name).is_dir() and not towers.is_image_name(name)
+
+
+def names_dual_encoder(name: str) -> bool:
+    """Whether a text half is taken from a model that has an image tower too."""
     if name == MINILM:
         return False
     folder = Path(name.removeprefix("hf:"))
-    has_config = (folder / HUGGING_FACE_CONFIG).is_file()
-    if folder.is_dir() and ((folder / OPEN_CLIP_CONFIG).is_file() or not has_config):
-        return True
+    if folder.is_dir():
+        if (folder / OPEN_CLIP_CONFIG).is_file():
+            return True
+        if not (folder / HUGGING_FACE_CONFIG).is_file():  # such as a run
+            return True
     return hasattr(text_config(name, text_source(name)), "vision_config")
 
 

@@ -111,7 +111,8 @@ def kmeans(
 
     if shared:
         collectives.raise_on_all_ranks(check)
-    check()
+    else:
+        check()
     values = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if values.device.type == "mps":  # lacks some of the operations
         values = values.cpu()
@@ -124,16 +125,7 @@ def kmeans(
         positions = positions.to(values.device).long()
         by_position = positions.argsort()
         rows = share_of_rows(values[by_position], positions[by_position])
-    exact: Search = partial(nearest, rows.values)
-    rough = exact
-    pays = bfloat16_pays(values, num_clusters, len(rows.numbers_of_all))
-    if shared:  # on every rank or on none
-        pays = not collectives.any_rank([not pays])[0]
-    if pays:
-        mean = rows.sum(rows.values.sum(0)) / len(rows.numbers_of_all)
-        if len(values):
-            search = Bfloat16Search(rows.values, mean)
-            exact, rough = search.nearest, search.rough
+    exact, rough = searches(rows, num_clusters)
     generator = torch.Generator().manual_seed(seed)
     results = []
     for _ in range(restarts):
@@ -150,6 +142,22 @@ def kmeans(
     assignments = torch.empty_like(by_position).index_copy_(0, by_position, best.assignments)
     device = features.device
     return replace(best, centroids=best.centroids.to(device), assignments=assignments.to(device))
+
+
+def searches(rows: "Rows", num_clusters: int) -> tuple[Search, Search]:
+    """The search for the nearest centroids, and one whose distances may be rough, to draw by."""
+    exact: Search = partial(nearest, rows.values)
+    number = len(rows.numbers_of_all)
+    pays = bfloat16_pays(rows.values, num_clusters, number)
+    if rows.shared:  # on every rank or on none
+        pays = not collectives.any_rank([not pays])[0]
+    if not pays:
+        return exact, exact
+    mean = rows.sum(rows.values.sum(0)) / number
+    if not len(rows.values):
+        return exact, exact
+    search = Bfloat16Search(rows.values, mean)
+    return search.nearest, search.rough
 
 
 def lloyd(
@@ -189,6 +197,10 @@ def refill_empty(
 
     Each gives one member, the largest first, unless its members coincide. Clusters stay empty if
     no other has any to give.
+
+    Args:
+        counts: Members of each cluster, of all ranks.
+        assignments, distances: Cluster of each local row, and squared distance to its centroid.
     """
     empty = torch.nonzero(counts == 0).flatten()
     if len(empty) == 0:
@@ -197,6 +209,7 @@ def refill_empty(
     radius = torch.zeros_like(distances[:1]).repeat(len(centroids))
     radius = radius.scatter_reduce(0, assignments, distances, "amax")
     farthest = torch.nonzero(distances == radius[assignments]).flatten()
+    # Of several members at the radius, the first row.
     member = torch.full_like(counts, len(assignments))
     member = member.scatter_reduce(0, assignments[farthest], farthest, "amin")
     gives = (counts > 1) & (radius > 0)

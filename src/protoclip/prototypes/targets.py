@@ -24,6 +24,8 @@ def cluster_spaces(
 ) -> dict[str, KMeans]:
     """Cluster each space of an episode: image and text projections, and the external teachers.
 
+    arXiv 2206.10996, "online episodic training".
+
     A row of NaN is a sample that a teacher has no features for. It is left out and gets the
     assignment -1. A space with no other rows is left out.
 
@@ -40,7 +42,8 @@ def cluster_spaces(
     """
     if positions is not None:
         everyones = collectives.all_gather(positions)
-        if not torch.equal(everyones.sort().values, torch.arange(len(everyones)).to(everyones)):
+        wanted = torch.arange(len(everyones)).to(everyones)
+        if not torch.equal(everyones.sort().values, wanted):
             raise ValueError(f"positions: need to be 0 to {len(everyones) - 1}, each once")
     clusters = {}
     for space, rows in features.items():
@@ -86,23 +89,25 @@ def agreement(
         keys: A number for each sample. Of equal ones only the first counts, since a sample that is
             drawn twice agrees with itself.
     """
-    rows = np.stack([by.cpu().numpy(), of.cpu().numpy()])
+    groups = np.stack([by.cpu().numpy(), of.cpu().numpy()])
     if keys is not None:
-        rows = rows[:, np.unique(keys.cpu().numpy(), return_index=True)[1]]
-    rows = rows[:, (rows >= 0).all(axis=0)]
-
-    def pairs(groups: npt.NDArray[np.int64]) -> int:
-        """Ordered pairs of samples in one group."""
-        counts = np.unique(groups, return_counts=True)[1]
-        return int((counts * (counts - 1)).sum())
-
-    total, same_by, same_of = rows.shape[1] * (rows.shape[1] - 1), pairs(rows[0]), pairs(rows[1])
-    if same_by == 0 or same_of == total:
+        _, first_ones = np.unique(keys.cpu().numpy(), return_index=True)
+        groups = groups[:, first_ones]
+    by_group, of_group = groups[:, (groups >= 0).all(axis=0)]
+    samples = len(by_group)
+    same_by, same_of = pairs_in_groups(by_group), pairs_in_groups(of_group)
+    if same_by == 0 or same_of == samples * (samples - 1):
         return 0.0
-    both = pairs(rows[0] * (int(rows[1].max()) + 1) + rows[1])
-    chance = same_of / total
-    above_chance = (both / same_by - chance) / (1 - chance)
+    number_of_both = by_group * (int(of_group.max()) + 1) + of_group
+    chance = same_of / (samples * (samples - 1))
+    above_chance = (pairs_in_groups(number_of_both) / same_by - chance) / (1 - chance)
     return math.sqrt(max(0.0, above_chance))
+
+
+def pairs_in_groups(group_of: npt.NDArray[np.int64]) -> int:
+    """Ordered pairs of samples of one group, given the number of each sample's group."""
+    _, counts = np.unique(group_of, return_counts=True)
+    return int((counts * (counts - 1)).sum())
 
 
 def back_translate(
@@ -142,5 +147,6 @@ def back_translate(
 
     if shared:
         collectives.raise_on_all_ranks(check)
-    check()
+    else:
+        check()
     return segment_mean(student_features, assignments, num_prototypes, shared=shared)[0]

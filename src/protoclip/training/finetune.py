@@ -75,7 +75,7 @@ def finetune(
             resume=resume == "auto",
             defaults=partial(with_data, choices, alpha=alpha),
             ending=None if overfits else partial(wise_ft.choose_weights, alpha=alpha),
-            is_done=(lambda *_: True)
+            is_done=None
             if overfits
             else partial(wise_ft.is_done, alpha=alpha, guards=choices.config.run.guard),
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import START, Config, PrototypeConfig, TeacherConfig
+from protoclip.config import START, Config
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.chosen import read_chosen
@@ -38,7 +38,7 @@ from protoclip.features.whiten import Whitens
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
-from protoclip.losses.prototypical import make_targets
+from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, require_same_halves
 from protoclip.models.precision import (
@@ -49,12 +49,12 @@ from protoclip.models.precision import (
     resolve,
 )
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import MODEL, checkpoints, read_checkpoint, understood
+from protoclip.models.saved import checkpoints, read_checkpoint, understood
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
 from protoclip.training import loggers, optim, overfit, sync, throughput
-from protoclip.training.checkpoint import CheckpointWriter, newest_intact
+from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.clustering import Clusterings
 from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
@@ -63,8 +63,8 @@ from protoclip.training.logging import MetricsLog
 from protoclip.training.plan import Defaults, PassStream, Plan, complete, contents, outline
 from protoclip.training.run_folder import (
     Begun,
-    check_checkpoint,
     claimed,
+    enter,
     environment,
     folder_of,
     is_evaluated,
@@ -79,6 +79,7 @@ from protoclip.training.trainer import Trainer
 # What is done with a trained model before the results are written, given its weights before the
 # first step (on rank 0): sets `run.more_results`, unless a signal stops it.
 Ending = Callable[["Run", Mapping[str, Tensor]], None]
+IsDone = Callable[[Path, Mapping[str, Any]], bool]  # of a run folder and its results
 
 
 def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
@@ -111,115 +112,63 @@ def train_together(
     ending: Ending | None = None,
     pass_stream: PassStream | None = None,
     encode: Callable[[Plan, ProtoCLIP], tuple[Plan, HalfRows]] | None = None,
-    is_done: Callable[[Path, Mapping[str, Any]], bool] = lambda folder, results: True,
+    is_done: IsDone | None = None,
 ) -> dict[str, Any]:
     """`train` on each rank of a process group, or in the only process.
 
     Args:
         defaults, pass_stream: Of `plan.complete`; unset, as `train` does.
-        encode: Encodes the pairs, less bad ones, by two frozen halves, whose heads alone train.
-        is_done: Whether the results in a run folder are already those of this `ending`.
+        encode: Encodes the pairs by two frozen halves, whose heads alone train then; it returns the
+            plan with the pairs that could be encoded, and their rows.
+        is_done: Whether the results in a run folder are already those of this `ending`; unset, any
+            results are.
     """
-    folder = folder_of(config)
-
-    def plan_without_data() -> tuple[Begun, bool]:
-        if encode is None:
-            external.refuse_halves(config)
-        with ExitStack() as stack:
-            begun_in = stack.enter_context(sync.begun(config)) if resume else None
-            known = config if begun_in is None else pooled_as_begun(config, begun_in)
-        outlined = outline(known, is_whole=defaults is None)
-        sync.fetch(outlined, resume=resume)
-        begun = look(outlined, resume=resume)
-        done = (
-            begun.results is not None
-            and is_evaluated(folder, config.run)
-            and is_done(folder, begun.results)
+    is_whole, aligns = defaults is None, encode is not None
+    begun, results = rank0_first(
+        lambda: look_at_folder(
+            config, resume=resume, is_whole=is_whole, aligns=aligns, is_done=is_done
         )
-        if begun.results is not None and not done and not checkpoints(folder):
-            raise ValueError(
-                f"{folder}: holds no checkpoint of its end any more; choose another folder with "
-                "--run.out"
-            )
-        if done:
-            sync.copies(config, folder).finish(sync.END_SECONDS)
-        return begun, done
-
-    begun, done = rank0_first(plan_without_data)
-    if begun.results is not None and done:
-        return begun.results
+    )
+    if results is not None:
+        return results
     plan = complete(begun.outline, defaults=defaults, pass_stream=pass_stream)
-    model, said = loading.training_model(plan.config, device, plan.start)
-    halves, samples = None, plan.samples
+    model, notes_on_model = loading.training_model(plan.config, device, plan.start)
+    samples, halves = plan.samples, None
     if encode is not None:
         plan, halves = encode(plan, model)
+    folder = folder_of(config)
     run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
-    start = {} if ending is None else parallel.weights(model)
-    reads, aligns = run.loader.tokenizer, encode is not None
-    run.machines = [machines := throughput.machines(device)]
-    notes = [loading.in_words(plan.config.model, model, reads, aligns=aligns)]
-    notes += [machines.placed(run.loader.batch_size), *plan.notes, *said]
-    notes += () if aligns else run.loader.notes  # rows need no workers
-    with ExitStack() as held, ExitStack() as stack:
+    weights = {} if ending is None else parallel.weights(model)
+    machines = throughput.machines(device)
+    run.machines = [machines]
+    notes = [
+        loading.in_words(plan.config.model, model, run.loader.tokenizer, aligns=aligns),
+        machines.placed(run.loader.batch_size),
+        *plan.notes,
+        *notes_on_model,
+    ]
+    if not aligns:  # rows of halves need no workers, which these are about
+        notes += run.loader.notes
+    with ExitStack() as until_results:
 
         def claim() -> Path | None:
-            held.enter_context(claimed(folder, resume=resume))  # until the results are written
-            if begun.results is None:
-                (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
-            else:
-                notes.clear()  # the run is known
-            checkpoint = newest_intact(folder, notes) if begun.is_begun else None
-            run.content = contents(plan, samples, run.teachers, run.start or start, halves=halves)
-            if checkpoint is not None:
-                check_checkpoint(
-                    checkpoint,
-                    plan.config,
-                    arithmetic=run.arithmetic,
-                    chosen=run.chosen,
-                    content=run.content,
-                    name=plan.samples.name,
-                )
-            write_atomically(folder / "config.toml", to_toml(plan.config))
-            for note in notes:
-                say(f"note: {note}")
-            if begun.results is None:
-                say(f"training on {plan.amount}")
-            else:
-                say(f"note: {folder}: is trained; only what follows training is done again")
-            return checkpoint
+            until_results.enter_context(claimed(folder, resume=resume))
+            run.content = contents(plan, samples, run.teachers, run.start or weights, halves=halves)
+            return enter(
+                begun, plan, run.content, arithmetic=run.arithmetic, chosen=run.chosen, notes=notes
+            )
 
         checkpoint = rank0_first(claim)
         collectives.require_shared(folder / "config.toml", by="--run.out", written=True)
         run.prepare_teachers()
-        stack.enter_context(signals.handled(run.stop))
         # Dropout and the like draw from the global generator, so the seed sets it too.
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(plan.config.run.seed + rank())
-        stack.enter_context(measured_convolutions(device))
-        logged = 0 if checkpoint is None else run.restore(checkpoint)
-        raise_on_all_ranks(lambda: run.open_log(logged))
-        try:
-            run.train_episodes()
-            run.writer.finish()
-            last = run.writer.folder(run.trainer.step) if run.is_finished else None
-            summary = partial(run.trainer.guard.summary, run.trainer.step, last)
-            if (skipped := raise_on_all_ranks(summary)) and rank() == 0:
-                say(f"note: {skipped}")
-            if ending is not None and run.is_finished and not run.asked_to_stop():
-                ending(run, start)
-            stopped = run.asked_to_stop()  # also since then: the evaluation may take long
-        except BaseException:
-            run.writer.wait()
-            run.copies.finish(sync.STOPPED_SECONDS)
-            raise
-        finally:
-            run.loader.close()
-            run.writer.wait()
-            if run.log is not None:
-                run.log.close()
-        if stopped:  # all ranks wait, since a launcher ends all when one has ended
-            raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
-        stack.close()  # from here on a signal ends the process
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with signals.handled(run.stop), forked, measured_convolutions(device):
+            torch.manual_seed(plan.config.run.seed + rank())
+            logged = 0 if checkpoint is None else run.restore(checkpoint)
+            raise_on_all_ranks(lambda: run.open_log(logged))
+            stopped = run.train_to_the_end(ending, weights)
+        # From here on a signal ends the process.
         try:
             results = run.results(stopped=stopped)
         except BaseException:
@@ -228,6 +177,36 @@ def train_together(
         if not stopped:
             raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
     return results
+
+
+def look_at_folder(
+    config: Config, *, resume: bool, is_whole: bool, aligns: bool, is_done: IsDone | None
+) -> tuple[Begun, dict[str, Any] | None]:
+    """What the run folder holds, and its results if nothing is left to do. On rank 0.
+
+    It opens no data. What the store of `run.sync` has and the folder lacks is fetched first.
+    """
+    if not aligns:
+        external.refuse_halves(config)
+    folder = folder_of(config)
+    if resume:
+        with sync.begun(config) as begun_in:
+            config = pooled_as_begun(config, begun_in)
+    outlined = outline(config, is_whole=is_whole)
+    sync.fetch(outlined, resume=resume)
+    begun = look(outlined, resume=resume)
+    results = begun.results
+    if results is None:
+        return begun, None
+    if is_evaluated(folder, config.run) and (is_done is None or is_done(folder, results)):
+        sync.copies(config, folder).finish(sync.END_SECONDS)
+        return begun, results
+    if not checkpoints(folder):
+        raise ValueError(
+            f"{folder}: holds no checkpoint of its end any more; choose another folder with "
+            "--run.out"
+        )
+    return begun, None
 
 
 class Run:
@@ -286,8 +265,6 @@ class Run:
         if halves is not None:
             assert isinstance(samples, Pairs)
             self.teachers.update(half_teachers(config, samples, halves))
-        spaces: dict[str, PrototypeConfig | TeacherConfig] = {**config.grouping_teachers}
-        spaces |= {"image": config.prototypes, "text": config.prototypes}
         optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
         self.trainer = Trainer(
@@ -298,15 +275,7 @@ class Run:
             weights=loss_weights(config, geometry=config.align.geometry * (halves is not None)),
             balance=Balance() if config.sets_strengths else None,
             start=self.start if config.loss.keep else None,
-            make_targets=partial(
-                make_targets,
-                target_temperatures={
-                    name: 0.0 if space.hard_targets else space.target_temperature
-                    for name, space in spaces.items()
-                },
-                mask_empty=config.prototypes.mask_empty,
-                back_translation=config.prototypes.back_translation,
-            ),
+            make_targets=target_maker(config),
             optimizer=optimizer,
             schedule=optim.schedule(config),
             scaler=scaler,
@@ -397,6 +366,33 @@ class Run:
             return self.extraction_pass(self.episode(index + 1))
         return self.training_pass(index + 1)
 
+    def train_to_the_end(self, ending: Ending | None, start: Mapping[str, Tensor]) -> bool:
+        """Train what remains, then the ending; returns whether a signal stopped either."""
+        try:
+            self.train_episodes()
+            self.writer.finish()
+            last = self.writer.folder(self.trainer.step) if self.is_finished else None
+            skipped = raise_on_all_ranks(
+                lambda: self.trainer.guard.summary(self.trainer.step, last)
+            )
+            if skipped and rank() == 0:
+                say(f"note: {skipped}")
+            if ending is not None and self.is_finished and not self.asked_to_stop():
+                ending(self, start)
+            stopped = self.asked_to_stop()  # also since then: the evaluation may take long
+        except BaseException:
+            self.writer.wait()
+            self.copies.finish(sync.STOPPED_SECONDS)
+            raise
+        finally:
+            self.loader.close()
+            self.writer.wait()
+            if self.log is not None:
+                self.log.close()
+        if stopped:  # all ranks wait, since a launcher ends all when one has ended
+            raise_on_all_ranks(lambda: self.copies.finish(sync.STOPPED_SECONDS))
+        return stopped
+
     def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
         trainer, config, count = self.trainer, self.config, self.config.episodes.count
@@ -480,8 +476,13 @@ class Run:
         """Whether a signal asks any rank to stop. Collective."""
         (stop,) = collectives.any_rank([self.stopped_by is not None])
         if stop:
-            self.stopped_by = next(filter(None, collectives.all_gather_object(self.stopped_by)))
+            self.share_signal()
         return stop
+
+    def share_signal(self) -> None:
+        """Let all ranks know the signal that one of them got. Collective."""
+        of_ranks = collectives.all_gather_object(self.stopped_by)
+        self.stopped_by = next(name for name in of_ranks if name is not None)
 
     def save_if_due(self) -> bool:
         """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""
@@ -491,7 +492,7 @@ class Run:
         unsaved = rank() == 0 and writer.saved_step != trainer.step
         stop, due, unsaved = collectives.any_rank([self.stopped_by is not None, due, unsaved])
         if stop:
-            self.stopped_by = next(filter(None, collectives.all_gather_object(self.stopped_by)))
+            self.share_signal()
         if due or (unsaved and (stop or finished)):
             self.save()
         return stop

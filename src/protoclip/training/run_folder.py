@@ -33,7 +33,15 @@ from protoclip.config import (
 )
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
-from protoclip.files import SEAL, UNFINISHED, has_changed, holder, read_json, read_toml
+from protoclip.files import (
+    SEAL,
+    UNFINISHED,
+    has_changed,
+    holder,
+    read_json,
+    read_toml,
+    write_atomically,
+)
 from protoclip.models.resolve import by_name
 from protoclip.models.saved import (
     MODEL,
@@ -48,7 +56,8 @@ from protoclip.models.start import Start
 from protoclip.models.two_halves import names_model
 from protoclip.paths import require_place
 from protoclip.terminal import say, without_secrets
-from protoclip.training.plan import Outline, fill
+from protoclip.training.checkpoint import newest_intact
+from protoclip.training.plan import Outline, Plan, fill
 
 LOCK = ".lock"
 # What is meant where it is unset.
@@ -325,6 +334,49 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
     with lock:
         remove_unfinished(folder)
         yield
+
+
+def enter(
+    begun: Begun,
+    plan: Plan,
+    content: Mapping[str, Sequence[Facts]],
+    *,
+    arithmetic: Mapping[str, str],
+    chosen: Mapping[str, str],
+    notes: Sequence[str],
+) -> Path | None:
+    """Begin or go on in a run's folder, which is `claimed`; the checkpoint to go on from, if any.
+
+    Arguments that are not told of here are those of `check_checkpoint`, which may refuse them.
+
+    Args:
+        notes: What to say of a run that is not trained yet.
+
+    Raises:
+        ValueError: No checkpoint is intact; or as `check_checkpoint`.
+    """
+    folder, is_trained = folder_of(plan.config), begun.results is not None
+    said = [] if is_trained else [*notes]
+    if not is_trained:
+        (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
+    checkpoint = newest_intact(folder, said) if begun.is_begun else None
+    if checkpoint is not None:
+        check_checkpoint(
+            checkpoint,
+            plan.config,
+            arithmetic=arithmetic,
+            chosen=chosen,
+            content=content,
+            name=plan.samples.name,
+        )
+    write_atomically(folder / "config.toml", to_toml(plan.config))
+    for note in said:
+        say(f"note: {note}")
+    if is_trained:
+        say(f"note: {folder}: is trained; only what follows training is done again")
+    else:
+        say(f"training on {plan.amount}")
+    return checkpoint
 
 
 def check_checkpoint(

@@ -33,30 +33,33 @@ PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
 
 def episode_size(rows: int | None, batch: int) -> int:
-    """The largest power of two up to so many pairs, as whole batches; unset, for a stream."""
-    most = LARGEST_EPISODE if rows is None else max(1, rows)
-    size: int = min(LARGEST_EPISODE, 2 ** int(math.log2(most)))
-    return max(batch, size // batch * batch)
+    """Pairs in an episode, by default: as whole batches, the largest power of two up to `rows`, or
+    for a stream, which has no end (None), the largest episode."""
+    pairs = LARGEST_EPISODE if rows is None else max(1, rows)
+    power_of_two: int = 2 ** int(math.log2(pairs))
+    batches = min(LARGEST_EPISODE, power_of_two) // batch
+    return max(1, batches) * batch
 
 
 def batch_near(usual: int, *, dividing: int | None) -> int:
-    """About the usual number of pairs for a batch, which ranks share evenly.
+    """A batch of about the usual size, which ranks share evenly, with at least two pairs each.
 
-    If possible one that divides so many pairs, and is at least half as large: in small batches
+    It divides the number `dividing`, if one can that is at least half as large: in small batches
     there is little to tell apart.
     """
     ranks = collectives.world_size()
     usual = max(2 * ranks, usual // ranks * ranks)
+    if dividing is None:
+        return usual
     even = range(usual, max(ranks, usual // 2 - 1), -ranks)
-    fits = (number for number in even if dividing is None or dividing % number == 0)
-    return next(fits, usual)
+    return next((size for size in even if dividing % size == 0), usual)
 
 
 def number_of_prototypes(size: int, samples: Pairs | SampleStream | None = None) -> int:
     """How many prototypes an episode of this size has: one for ten pairs, as in the paper.
 
-    No more than there are captions, if there are `samples` to look at: captions may name few
-    classes.
+    No more than there are different captions, if there are `samples` to look at: captions may name
+    few classes.
     """
     number = min(size, max(FEWEST_PROTOTYPES, size // PAIRS_A_PROTOTYPE))
     if isinstance(samples, Pairs):
@@ -95,9 +98,13 @@ def size_and_length(
 def captions_cut(
     samples: Pairs | SampleStream, start: Start, *, sentences: bool | None
 ) -> list[str]:
-    """A note on how many captions the model's context length cuts, by some of them, if it cuts any.
+    """A note on how many of some captions the model's context length cuts, if it cuts any.
 
-    It reads no image, and nothing of a stream. Without `sentences` captions are whole.
+    It reads no image, and nothing of a stream.
+
+    Args:
+        sentences: Whether training draws sentences of captions, which are counted then; None if it
+            never could.
     """
     if not isinstance(samples, Pairs):
         return []
@@ -109,13 +116,14 @@ def captions_cut(
         texts = [part for text in texts for part in BETWEEN_SENTENCES.split(text)]
     length, count_tokens = loading.context_length(start), TokenCounter(loading.tokenizer(start))
     cut = sum(tokens > length for tokens in count_tokens(texts))
+    if not cut:
+        return []
     what = "sentences" if sentences else "captions"
-    way_out = "raise it" + ", or draw sentences by data.captions" * (sentences is False)
-    note = (
+    way_out = "raise it, or draw sentences by data.captions" if sentences is False else "raise it"
+    return [
         f"model.text.context_length = {length} cuts {cut:,} of {len(texts):,} {what} that were "
         f"looked at; {way_out}"
-    )
-    return [note] if cut else []
+    ]
 
 
 def shared_images(samples: Pairs | SampleStream) -> list[str]:

@@ -17,14 +17,14 @@ HEADS = ("image_head.", "text_head.", "prototype_logit_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of training; `trains` says for each parameter whether it trains in it.
+    """One stage of training. The function `trains` says which parameters train in it.
 
     Attributes:
         needs_prototypes: The heads train, by the prototypical losses.
         projects: The heads run. In the warm-up they do so without a loss, so that their BatchNorm
             statistics fit the features of the first clustering.
         locks_image: The image tower and the heads stay as they are.
-        locked: Towers that stay as they are, their BatchNorm statistics included.
+        locked: Towers (`image`, `text`) that stay as they are, BatchNorm statistics included.
         lora: Of the other towers only adapters train.
         new_projections: Projections into the joint space are new, and train in spite of that.
         frozen_batch_norm: BatchNorms of the towers keep their statistics; gains and biases train.
@@ -47,7 +47,8 @@ LOCKED_IMAGE = Stage(name="locked image", locks_image=True)
 
 
 def stage_of(config: Config, episode: int) -> Stage:
-    """Warm-up, prototypical, then with a locked image tower (LiT, Zhai et al. 2022); or CLIP."""
+    """The stage of an episode, counted from 0: warm-up, prototypical, and last with a locked image
+    tower (LiT, Zhai et al. 2022). Without prototypes the first two are one, as in CLIP."""
     if episode >= config.episodes.count - config.locked_episodes:
         stage = LOCKED_IMAGE
     elif not config.uses_prototypes:
@@ -58,7 +59,7 @@ def stage_of(config: Config, episode: int) -> Stage:
 
 
 def limited(stage: Stage, model: ModelConfig) -> Stage:
-    """The stage without what `[model]` keeps from training, which it does in every stage."""
+    """The stage with the limits that `[model]` sets in every stage: what is locked or frozen."""
     return replace(
         stage,
         locked=tuple(model.locked),
@@ -69,7 +70,10 @@ def limited(stage: Stage, model: ModelConfig) -> Stage:
 
 
 def trains(name: str, stage: Stage) -> bool:
-    """Whether the parameter of this name trains in a stage. The towers' logit scales always do."""
+    """Whether a parameter of `ProtoCLIP`, by its name, trains in a stage.
+
+    The towers' logit scale and bias always do.
+    """
     if name.startswith(HEADS):
         return stage.needs_prototypes
     if name.startswith(TEACHER_HEADS):
@@ -86,7 +90,7 @@ def trains(name: str, stage: Stage) -> bool:
 
 
 def enter_stage(model: ProtoCLIP, stage: Stage) -> None:
-    """Freeze parameters by name, and set the mode of every module."""
+    """Freeze what does not train in a stage, and set the mode of every module."""
     parallel.reshard(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, stage))

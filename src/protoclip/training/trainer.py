@@ -41,8 +41,6 @@ from protoclip.training.stages import Stage, enter_stage
 from protoclip.training.symptoms import repeated
 from protoclip.training.throughput import Throughput
 
-PROGRESS = ("episode", "batch", "seconds")
-
 
 @dataclass(kw_only=True)
 class Trainer:
@@ -52,17 +50,21 @@ class Trainer:
     `end_episode`; they return metrics by name. With several ranks every method is collective.
 
     Attributes:
+        stage: The stage of each episode, by its number.
         source: Gives the features to cluster, and the prototypes that samples belong to.
         cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
         make_targets: `losses.prototypical.make_targets` with its settings.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
+        schedule: The learning rate of each step, by the number of steps before it.
+        clip_norm: Largest norm of the whole gradient.
         recalls: Report how many pairs of a batch are nearest to each other.
         micro_batch_size: Images that pass through the towers at once, with their captions; unset
             for the whole batch.
         batches, batch_size: Batches of an episode, and images in one, of all ranks.
         episode, batch: Episodes finished, and batches of the next one.
         seconds: Wall clock without evaluation.
+        targets: By `(student, teacher)`, of the episode under way; empty without prototypes.
         clusters: Of the episode under way, or else of the last one that had prototypes.
         reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
             first entry is for samples without an assignment (-1).
@@ -220,23 +222,13 @@ class Trainer:
         self.throughput.step()
         metrics: dict[str, float] = {}
         if detailed:
-            report |= feature_statistics(
-                all_gather(embeddings.image_features.detach()),
-                all_gather(embeddings.text_features.detach()),
-            )
-            if batch.groups is not None:
-                report["train/positives"] = mean_positives(all_gather(batch.groups))
-            elif self.weights.info_nce or self.weights.sigmoid:
-                metrics["train/repeated/captions"] = repeated(batch.captions, total.device)
-                metrics["train/repeated/images"] = repeated(batch.sample_id, total.device)
-            if self.recalls:
-                images = names_of_images(batch, self._image_names)
-                report["train/recall"] = recall(embeddings, images, batch.captions)
-            if self.weights.info_nce or self.weights.sigmoid:  # to which they are compared
-                report |= {f"train/pull/{name}": pull[1] / pull[0] for name, pull in pulls.items()}
+            report |= self._details(batch, embeddings, pulls)
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
             self.guard.look()  # waits for the device
             report |= self.throughput.shares(self._module, total.device)
+            if batch.groups is None and self._tells_pairs_apart:
+                metrics["train/repeated/captions"] = repeated(batch.captions, total.device)
+                metrics["train/repeated/images"] = repeated(batch.sample_id, total.device)
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)
@@ -245,13 +237,40 @@ class Trainer:
         self.stepping += spent
         return metrics
 
+    @property
+    def _tells_pairs_apart(self) -> bool:
+        """Whether an instance loss trains, of which the other pairs of a batch are negatives."""
+        return bool(self.weights.info_nce or self.weights.sigmoid)
+
+    def _details(
+        self, batch: Batch, embeddings: Embeddings, pulls: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is reported of a step beside its losses. Collective.
+
+        Args:
+            pulls: As `measure` returns them.
+        """
+        report = feature_statistics(
+            all_gather(embeddings.image_features.detach()),
+            all_gather(embeddings.text_features.detach()),
+        )
+        if batch.groups is not None:
+            report["train/positives"] = mean_positives(all_gather(batch.groups))
+        if self.recalls:
+            images = names_of_images(batch, self._image_names)
+            report["train/recall"] = recall(embeddings, images, batch.captions)
+        if self._tells_pairs_apart:
+            for student, (instance, prototypes) in pulls.items():
+                report[f"train/pull/{student}"] = prototypes / instance
+        return report
+
     def _drop_gradients_without_loss(self) -> None:
         """Where a tower has no loss, let it have no gradient, either.
 
         Several ranks, and micro-batches, give it zeros, by which its weights would decay.
         """
         weights = self.weights
-        if weights.info_nce or weights.sigmoid or weights.keep or weights.geometry or self.targets:
+        if self._tells_pairs_apart or weights.keep or weights.geometry or self.targets:
             return
         taught: Mapping[str, list[str]] = getattr(self.model, "taught", {})
         for name, parameter in self.model.named_parameters():
@@ -287,9 +306,9 @@ class Trainer:
             embeddings = self._embed(batch.image, batch.text, project=self._projects, teach=True)
             return embeddings.paired(), lambda: None
         number = number_of_chunks(len(batch.image), size)
-        parts = (torch.tensor_split(rows, number) for rows in (batch.image, batch.text))
+        images, texts = batch.image.tensor_split(number), batch.text.tensor_split(number)
         outputs, backward = forward_in_chunks(
-            [partial(self._encode, *part) for part in zip(*parts, strict=True)],
+            [partial(self._encode, *part) for part in zip(images, texts, strict=True)],
             trains=self.model.towers_train(),
             buffers=self.model.towers.buffers(),
             no_sync=parallel.no_sync(self._module),
@@ -357,7 +376,7 @@ class Trainer:
         return metrics
 
     def _tick(self) -> float:
-        """Count the seconds since the last call."""
+        """Count the seconds since the last call in `seconds`, and return them."""
         spent = time.monotonic() - self._now
         self._now += spent
         self.seconds += spent
@@ -374,7 +393,9 @@ class Trainer:
         self.guard.look()
         plain, adapters = lora.merged(self.model, parallel.own_weights(self.model))
         return {
-            **{name: getattr(self, name) for name in PROGRESS},
+            "episode": self.episode,
+            "batch": self.batch,
+            "seconds": self.seconds,
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "random": collectives.all_gather_object(random_state()),
@@ -397,8 +418,8 @@ class Trainer:
         whole = lora.unmerged(self.model, state["model"], state.get("adapters", {}))
         parallel.load_weights(self.model, whole)
         parallel.load_moments(self.model, self.optimizer, state["optimizer"])
-        for name in PROGRESS:
-            setattr(self, name, type(getattr(self, name))(state[name]))
+        self.episode, self.batch = int(state["episode"]), int(state["batch"])
+        self.seconds = float(state["seconds"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])

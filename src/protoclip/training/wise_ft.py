@@ -87,6 +87,7 @@ def scores(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def score(metrics: Mapping[str, float]) -> float:
+    """That of one data set, by the names of its metrics such as `zero_shot/acc1`."""
     for name in ("zero_shot/acc1", "zero_shot/mean_average_precision"):
         if name in metrics:
             return metrics[name]
@@ -106,7 +107,8 @@ def is_done(
 ) -> bool:
     """Whether the model of a finished run is that of this alpha; unset, of the best one by all
     these guards."""
-    if not {*map(without_secrets, guards)} <= {*saved.read_config(folder).run.guard}:
+    asked = {without_secrets(guard) for guard in guards}
+    if not asked <= {*saved.read_config(folder).run.guard}:
         return False
     wanted = results.get("best_alpha") if alpha is None else alpha
     if wanted is None or results.get("alpha") != wanted:
@@ -192,16 +194,18 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
     """Judge the model at each alpha; what an earlier sweep of this run judged is known.
 
     The features of the start are kept, since other runs may judge it by the same data, and those of
-    the weights that are chosen, which are judged again when the run ends.
+    the weights that are chosen, which are judged again when the run ends. `load` gives the model
+    the weights at an alpha. Returns the points by rising alpha; None if a signal stopped it.
     """
-    plan = run.plan
-    known = {point["alpha"]: point for point in known_points(run)}
-    if not plan.held_out and not plan.guards:
+    points = {point["alpha"]: point for point in known_points(run)}
+    if not run.plan.held_out and not run.plan.guards:
         return []
-    wanted = sorted({*ALPHAS, *known, *([] if alpha is None else [alpha])})
-    missing = [alpha for alpha in wanted if alpha not in known]
+    wanted = {*ALPHAS, *points}
+    if alpha is not None:
+        wanted.add(alpha)
+    missing = sorted(wanted - points.keys())
     progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
-    kept: Encoder | None = None  # that of the weights to choose, as far as the sweep has come
+    leader: Encoder | None = None  # has the features of the weights to choose, so far
     for done, each in enumerate(missing):
         if run.asked_to_stop():
             return None
@@ -209,19 +213,27 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
             progress.update(done, f"alpha {each:g}")
         load(each)
         encoder = run.evaluate.keeping()
-        metrics = run.evaluate("validation", quick=True, encoder=encoder, show=False)
-        by_data = scores(metrics)
-        mean = float(np.mean([*by_data.values()]))
-        known[each] = {"alpha": each, "scores": by_data, "mean": mean, "metrics": metrics}
-        if each == 0.0:
+        points[each] = point_at(each, run, encoder)
+        if each == 0.0:  # the start, whose features stay
             continue
-        leads = each == (best([*known.values()]) if alpha is None else alpha)
-        outdone, kept = (kept, encoder) if leads else (encoder, kept)
-        if outdone is not None:
-            outdone.forget()
+        to_choose = best([*points.values()]) if alpha is None else alpha
+        if each != to_choose:
+            encoder.forget()
+            continue
+        if leader is not None:
+            leader.forget()
+        leader = encoder
     if rank() == 0 and missing:
         progress.update(len(missing))
-    return [known[each] for each in wanted]
+    return [points[each] for each in sorted(points)]
+
+
+def point_at(alpha: float, run: Run, encoder: Encoder) -> Point:
+    """The point of the sweep for the weights that the model has now. Collective."""
+    metrics = run.evaluate("validation", quick=True, encoder=encoder, show=False)
+    by_data = scores(metrics)
+    mean = float(np.mean([*by_data.values()]))
+    return {"alpha": alpha, "scores": by_data, "mean": mean, "metrics": metrics}
 
 
 def known_points(run: Run) -> list[Point]:
