@@ -475,11 +475,9 @@ class EpisodeLoader:
             number = len(position)
             candidates: list[Item]
             if shares is None:
-                # The spare rows of a position are those of the same place in the batches that
-                # follow, so no rank has another's, and each has enough.
-                spare = np.arange(max(-(-MIN_SPARE // number), SPARE_BATCHES)) * stride
-                after = (end - begin + position + spare[:, None]).ravel() % size
-                candidates = rows[np.concatenate([position, after])].tolist()
+                number = max(-(-MIN_SPARE // number), SPARE_BATCHES)
+                after = spare_positions(position, number, batch=stride, size=size)
+                candidates = rows[np.concatenate([position, after.ravel()])].tolist()
             else:
                 candidates = [*next(shares)]
             yield _Request(
@@ -491,6 +489,22 @@ class EpisodeLoader:
                 with_features=current.with_features,
                 group_by=current.group_by,
             )
+
+
+def spare_positions(
+    position: npt.NDArray[np.int64], number: int, *, batch: int, size: int
+) -> npt.NDArray[np.int64]:
+    """So many spare positions `(number, b)` for each of these positions of an episode.
+
+    They are those of the same place in the batches that follow; once around, those of the next
+    place. So a position has the same ones whatever else its rank has, and as many different ones as
+    the episode has.
+    """
+    batches, spare = -(-size // batch), np.arange(number)[:, None]
+    around, turn = (spare, 0) if batches == 1 else np.divmod(spare, batches - 1)
+    of_batch = (position // batch + 1 + turn) % batches
+    place = (position % batch + around + (batches == 1)) % min(batch, size)
+    return np.asarray((of_batch * batch + place) % size, dtype=np.int64)
 
 
 def share_of(batch_size: int) -> int:

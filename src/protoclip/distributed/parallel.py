@@ -305,12 +305,21 @@ def load_moments(
                 optimizer.state[parameter] = state[name]
         return
     known: set[str] = set(all_gather_object([*whole])[0])
-    given: dict[str, Any] = {}
-    if rank() == 0:
-        given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
     named = [*model.named_parameters()]
     trained = [parameter for name, parameter in named if f"{name}/step" in known]
     new = [parameter for name, parameter in named if f"{name}/step" not in known]
+    if all(parameter.ndim == 0 for parameter in trained):
+        # Torch takes its device from a moment that is no scalar. Scalars are whole on all ranks.
+        state = all_gather_object(state)[0]
+        optimizer.state.clear()
+        for name, parameter in named:
+            if name in state:
+                moments_of = {each: value.to(parameter) for each, value in state[name].items()}
+                optimizer.state[parameter] = moments_of
+        return
+    given: dict[str, Any] = {}
+    if rank() == 0:
+        given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
     # PyTorch 2.9 asks for moments of every parameter that trains, so those without are frozen.
     waiting = [parameter for parameter in new if parameter.requires_grad]
     for parameter in waiting:

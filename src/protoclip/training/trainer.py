@@ -259,7 +259,7 @@ class Trainer:
         if self.recalls:
             images = names_of_images(batch, self._image_names)
             report["train/recall"] = recall(embeddings, images, batch.captions)
-        if self._tells_pairs_apart:
+        if self._tells_pairs_apart and self.targets:
             for student, (instance, prototypes) in pulls.items():
                 report[f"train/pull/{student}"] = prototypes / instance
         return report

@@ -23,7 +23,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from interrupting import with_changes
 from protoclip.config import Config, DataConfig
 from protoclip.data.captions import CaptionDraw, caption_draw
-from protoclip.data.loader import Batch, EpisodeLoader, Pass
+from protoclip.data.loader import Batch, EpisodeLoader, Pass, spare_positions
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.skipped import SkipLog
@@ -305,11 +305,15 @@ def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):
     assert all(each.reason for _, found in read for each in found)
 
 
-def test_what_replaces_a_bad_sample_follows_from_its_place():
-    """With any number of ranks, and whatever else is bad: prototypes are those of places."""
-    episode = EpisodeSampler(96, 64, seed=0).episode(0)
+@pytest.mark.parametrize("batches", [1, 2, 3, 4])
+def test_what_replaces_a_bad_sample_follows_from_its_place(batches):
+    """With any number of ranks, and whatever else is bad: prototypes are those of places.
+
+    Also in few batches, of which one has no good row at the same place of any other.
+    """
+    episode = EpisodeSampler(96, 16 * batches, seed=0, replacement=False).episode(0)
     rows = episode.rows.tolist()
-    bad = {rows[3], rows[5], rows[40]}
+    bad = {rows[3], rows[5], *rows[12::16]}
     found = []
     for ranks in (1, 2, 4):
         parts = [
@@ -326,6 +330,20 @@ def test_what_replaces_a_bad_sample_follows_from_its_place():
     assert found[0] == found[1] == found[2]
     (alone,) = [next(iter(loader(0, with_bad({rows[5]})).batches(episode)))]
     assert alone.sample_id[5] == found[0][0][5]
+
+
+@pytest.mark.parametrize("size", [16, 31, 32, 48, 63, 64, 160])
+def test_spare_positions_are_other_ones_as_long_as_there_are(size):
+    """Of other batches at first, so that a batch does not show a pair twice."""
+    positions = np.arange(size)
+    spare = spare_positions(positions, 8, batch=16, size=size)
+    assert spare.shape == (8, size)
+    for position in positions:
+        # The last batch may not be full; what would stand behind it is at the beginning.
+        assert len({position, *spare[:, position]}) >= (9 if size % 16 == 0 else 8)
+    if size % 16 == 0 and size > 16:
+        assert (spare // 16 != positions // 16).all()
+    assert np.array_equal(spare[:, 5:9], spare_positions(positions[5:9], 8, batch=16, size=size))
 
 
 def test_a_batch_of_bad_samples_ends_the_run():
