@@ -411,6 +411,7 @@ class Config:
         return ", ".join(told)
 
 
+Settings = Config | Mapping[str, Any]  # of a run: built, or as a recipe holds them
 Section = TypeVar("Section")
 
 

@@ -99,16 +99,23 @@ def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overfit, "STEPS", 3)
     given = tiny_alignment(tmp_path)
     align(changed(given, tmp_path / "aligned", run={"overfit": 8}))
-    facts = protoclip.finetune(
-        {
-            "model": {"start": str(tmp_path / "aligned")},
-            "data": {"train": given["data"]["train"], "workers": 0},
-            "run": {"device": "cpu", "out": str(tmp_path / "tuned"), "overfit": 8},
-        }
-    )
+    tuned = {
+        "model": {"start": str(tmp_path / "aligned")},
+        "data": {"train": given["data"]["train"], "workers": 0},
+        "run": {"device": "cpu", "out": str(tmp_path / "tuned"), "overfit": 8},
+    }
+    facts = protoclip.finetune(tuned)
     assert facts["overfit"]["pairs"] == 8
-    lines = [line for line in capsys.readouterr().err.splitlines() if "run.overfit: " in line]
-    assert len(lines) == 2
+    said = capsys.readouterr().err
+    assert len([line for line in said.splitlines() if "run.overfit: " in line]) == 2
+    assert "align.*: no effect" not in said
+    # An earlier version kept what `align` decides in the settings of such a run.
+    kept = tmp_path / "tuned" / "config.toml"
+    kept.write_text(kept.read_text().replace("dropout = 0.2", "dropout = 0.0"))
+    assert "dropout = 0.2" not in kept.read_text()
+    (tmp_path / "tuned" / "results.json").unlink()
+    again = protoclip.finetune(tuned, resume="auto")
+    assert again["overfit"] == facts["overfit"]
 
 
 def test_align_that_cannot_learn_says_so(tmp_path, monkeypatch):

@@ -364,3 +364,15 @@ def test_what_is_wrong_with_the_pairs_that_judge_is_told(tmp_path):
     config = Config(data=data)
     notes = judged(config, sources.pairs(config)).notes
     assert [note for note in notes if "other.csv: left out 2 lines with another number" in note]
+
+
+def test_pairs_that_a_stream_may_hold_are_told(folder, tmp_path):
+    """What passes is not compared with them."""
+    pairs = ImageTextPairs(pq.read_table(folder / "a.parquet"), name="a", id_column=None)
+    pack(pairs, tmp_path / "shards")
+    judging = str(folder / "a.parquet")
+    data = DataConfig(train=str(tmp_path / "shards"), read="streaming", validation=judging)
+    (note,) = judged(Config(data=data), sources.pairs(Config(data=data))).notes
+    assert note.startswith(
+        f"data.validation: {judging}: is not compared with the pairs of a stream"
+    )

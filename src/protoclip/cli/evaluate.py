@@ -3,23 +3,24 @@
 Tasks are run in `evaluation/suite.py`; records are printed and written in `evaluation/records.py`.
 """
 
-import os
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
 from protoclip.config import PERMISSIONS, Count, DataConfig
-from protoclip.files import locked, read_toml, to_json
+from protoclip.files import locked, to_json
 from protoclip.paths import (
     require_data_set,
     require_folder,
     require_model,
     require_place,
-    with_options,
 )
-from protoclip.terminal import say, without_secrets
+from protoclip.terminal import say
+
+if TYPE_CHECKING:
+    from protoclip.evaluation.datasets import EvaluationData
 
 # Settings of `data` beside those that `open_data` takes by name.
 OF_DATA = ("image_column", "caption_column", "id_column", *PERMISSIONS)
@@ -121,13 +122,8 @@ class Evaluate:
                 ]
             )
             notes = [f"note: {note}" for of in data for note in of.notes]
-            notes += [
-                f"warning: {name}: {run} was trained on these pairs and does better on them than "
-                "on new ones; its results.json has its numbers on held-out pairs"
-                for run in references
-                for name in self.data
-                if trained_on(run, name, self.split)
-            ]
+            for reference in references if collectives.rank() == 0 else ():
+                notes += warnings_of(reference, self.data or ["emoji"], data, self.split)
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
@@ -160,40 +156,22 @@ class Evaluate:
             require_place("--out", self.out, is_folder=True)
 
 
-def trained_on(reference: str, data: str, split: str) -> bool:
-    """Whether a run, or the run of a checkpoint, has this data among what it was trained on.
+def warnings_of(
+    reference: str, names: list[str], data: "list[EvaluationData]", split: str
+) -> list[str]:
+    """Warnings of data, by their names, that a run, or the run of a checkpoint, was trained on."""
+    from protoclip.evaluation.trained_on import has_held_out_metrics, is_trained_on
+    from protoclip.models.saved import run_of
 
-    The split is the measured one, of data of the hub that names none.
-    """
-    from protoclip.models.saved import SETTINGS, run_of
-
-    data = with_options(data)[0]
-    if data == "emoji":  # they have splits of their own
-        return False
-    run = run_of(reference)
-    if run is None:
-        return False
-    try:
-        settings = read_toml(run / SETTINGS).get("data", {})
-        trained = [
-            settings.get("train"),
-            *(source["path"] for source in settings.get("sources", [])),
-        ]
-    except (ValueError, KeyError, AttributeError, TypeError):  # damaged
-        return False
-    measured = one_spelling(data.removeprefix("wds:"), split)
-    return any(one_spelling(path, "train") == measured for path in trained if isinstance(path, str))
-
-
-def one_spelling(data: str, split: str) -> str:
-    """Data as a whole path; of the hub with its split, and with options in one order."""
-    from protoclip.data.access import is_url
-    from protoclip.evaluation.datasets import with_split
-
-    if data.startswith("hf:") and not is_url(data):
-        name, *options = with_split(data, split).split(",")
-        return ",".join([name, *sorted(options)])
-    return os.path.realpath(without_secrets(data))
+    if (run := run_of(reference)) is None:
+        return []
+    known = "; its results.json has its numbers on held-out pairs" * has_held_out_metrics(run)
+    return [
+        f"warning: {name}: {reference} was trained on these pairs and does better on them than on "
+        f"new ones{known}"
+        for name, opened in zip(names, data, strict=True)
+        if is_trained_on(run, name, opened, split)
+    ]
 
 
 def names_of(reference: str) -> tuple[str, str]:

@@ -121,6 +121,8 @@ class EvaluationData:
     image_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     #: What the user should know, such as samples that were left out.
     notes: Sequence[str] = ()
+    #: Splits whose bad images were named, which is done once, however often a split is measured.
+    told: set[str] = field(default_factory=set, compare=False, repr=False)
 
 
 def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:

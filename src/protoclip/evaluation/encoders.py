@@ -71,6 +71,10 @@ class JoinedEncoder(Encoder):
 
     frozen: Encoder
 
+    @property
+    def folders(self) -> set[Path]:
+        return self.frozen.folders
+
     def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
         encoded = self.frozen.readable_images(images, stage=stage)
         project = self._projections.encode_image

@@ -245,11 +245,18 @@ class Encoder:
                 kept.write_list(content, Listed(hashes=hashes, content=np.zeros(0, np.int64)))
         return kept.features(hashes)
 
-    def forget(self) -> None:
-        """Remove what is kept of this model, which no one will judge again."""
-        if self.cache is not None:
-            for folder in map(self._folder, ("images", "texts")):
-                rank0_first(partial(shutil.rmtree, folder, ignore_errors=True))
+    @property
+    def folders(self) -> set[Path]:
+        """Where features of this model are kept; none without a cache."""
+        return set() if self.cache is None else {*map(self._folder, ("images", "texts"))}
+
+    def forget(self, *staying: "Encoder") -> None:
+        """Remove what is kept of this model, which no one will judge again.
+
+        What encoders that are `staying` keep in the same folders remains: models may share a half.
+        """
+        for folder in sorted(self.folders.difference(*(each.folders for each in staying))):
+            rank0_first(partial(shutil.rmtree, folder, ignore_errors=True))
 
     def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
         """What the text tower reads of texts, on the CPU."""

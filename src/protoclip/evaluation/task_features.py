@@ -70,7 +70,8 @@ def task_features(
         stage = f"{data.name} images: {name}"
         encoded = encoder.images(data.splits[name].images, stage=stage)
         parts[name] = part_of(data, name, encoded)
-        if rank() == 0:
+        if rank() == 0 and encoded.bad and name not in data.told:
+            data.told.add(name)
             say_bad(stage, encoded.bad, len(data.splits[name].images))
     texts = {}
     part, stage = parts[split], f"{data.name} texts"
@@ -130,8 +131,7 @@ def part_of(data: EvaluationData, split: str, encoded: Encoded) -> Part:
 
 def say_bad(stage: str, bad: Sequence[Bad], number: int) -> None:
     """Name the first ten images that cannot be used."""
-    if bad:
-        share = f"{len(bad)} of {number} images cannot be used and are left out"
-        say(f"warning: {stage}: {share}:")
+    share = f"{len(bad)} of {number} images cannot be used and are left out"
+    say(f"warning: {stage}: {share}:")
     for _, why in bad[:10]:
         say(f"  {why}")

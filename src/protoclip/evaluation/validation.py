@@ -39,6 +39,7 @@ from protoclip.evaluation.datasets import (
 from protoclip.evaluation.suite import quick_tasks
 from protoclip.files import read_json
 from protoclip.models.saved import STATE, checkpoints, read_config, run_of
+from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
@@ -89,7 +90,12 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
         judging = plain_sources(given)
         before = trained_before(config, notes)
         trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]
-        if trained:  # what a stream holds is not known
+        if not isinstance(samples, Pairs):
+            notes.append(
+                f"data.validation: {without_secrets(data.validation)}: is not compared with the "
+                "pairs of a stream; on pairs that both have, numbers are too good"
+            )
+        if trained:
             notes += overlap(data.validation, shared(judging, trained, folder=folder))
         parts = [(source, np.arange(len(source))) for source in judging]
         notes += without_some_classes(config, parts)

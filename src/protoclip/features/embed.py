@@ -148,7 +148,8 @@ def embed(
             lambda: precision_of(begun_facts(out, working), settings, precision, device)
         )
         kept = kept_halves(
-            newest, model, transform, tokenizer, samples, device, of_encoding(precision, device)
+            *(newest, model, transform, tokenizer, samples, device, of_encoding(precision, device)),
+            max_pixels=config.data.max_image_pixels,
         )
         has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
         workers = config.data.workers

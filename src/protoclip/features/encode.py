@@ -52,12 +52,12 @@ from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, Precision, encoding, on_card
-from protoclip.models.towers import TELLING, transformers_config
+from protoclip.models.towers import TELLING, max_tokens, transformers_config
 from protoclip.terminal import without_secrets
 
 Pooling = Literal["mean", "cls", "pooler"]
 
-MAX_TOKENS = 512  # longer captions are cut, if the model's own limit is not lower
+MAX_TOKENS = 512  # longer captions are cut, if the limit of model or tokenizer is not lower
 PART_ROWS = {"text": 8192, "image": 2048}
 PAIRS = ("open_clip", "local-dir", "reference", "hf")  # references to models with two towers
 SKIPPED = "skipped.jsonl"
@@ -242,7 +242,7 @@ def hugging_face(
         model = model.get_encoder()
     tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    limit = min(tokenizer.model_max_length, MAX_TOKENS)
+    limit = min(tokenizer.model_max_length, max_tokens(model.config), MAX_TOKENS)
     settings = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
 
     def forward(batch: Any) -> Tensor:

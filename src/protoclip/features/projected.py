@@ -123,11 +123,13 @@ def kept_halves(
     samples: Any,
     device: torch.device,
     precision: Precision,
+    *,
+    max_pixels: int,
 ) -> KeptHalves:
     """What `align` kept of the halves of a run's model, in this precision. Collective.
 
-    Notes if it kept these pairs in another one. Warns if the store is damaged, which is not read
-    then.
+    Of images nothing counts as kept if the run took larger ones than `max_pixels`. Notes if it kept
+    these pairs in another precision. Warns if the store is damaged, which is not read then.
     """
     run = run_of(reference)
     joins = isinstance(model, ProtoCLIP) and model.joins_halves
@@ -156,9 +158,11 @@ def kept_halves(
             return None
         return KeptHalf(stored=stored, project=project, device=device, autocast=context)
 
-    image, note = kept(precision, heads.encode_image, transform=transform), ""
+    # Of an image whose features are kept nobody knows the size.
+    fit = max_pixels >= config.data.max_image_pixels
+    image, note = kept(precision, heads.encode_image, transform=transform) if fit else None, ""
     trained_in = resolve(config.run.precision, device)
-    if image is None and trained_in != precision:
+    if fit and image is None and trained_in != precision:
         other = kept(trained_in, heads.encode_image, transform=transform)
         keys = [image_key(samples, row) for row in range(min(len(samples), LOOKED_UP))]
         if other is not None and (other.find(keys) >= 0).any():

@@ -4,6 +4,7 @@ Towers of `transformers` are in `hugging_face.py`, and small ones in `halves.py`
 """
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -140,7 +141,9 @@ def interpolate(weights: dict[str, Tensor], model: Any) -> None:
 
 
 def max_tokens(config: Any) -> int:
-    """The most tokens that a text model of `transformers` reads."""
+    """The most tokens that a text model of `transformers` reads, by its configuration."""
+    if not hasattr(config, "max_position_embeddings"):
+        return sys.maxsize  # T5 and its kin take any length
     kind = config.model_type
     # RoBERTa and its kin count positions from the padding token's number on.
     is_kin = "roberta" in kind or kind in ("mpnet", "camembert")
@@ -150,8 +153,6 @@ def max_tokens(config: Any) -> int:
 
 def require_length(context_length: int, config: Any, name: str) -> None:
     """Refuse a caption length that a text model of `transformers` has no positions for."""
-    if not hasattr(config, "max_position_embeddings"):
-        return  # T5 and its kin take any length
     if context_length > (most := max_tokens(config)):
         raise ValueError(
             f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"

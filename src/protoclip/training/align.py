@@ -6,7 +6,7 @@ with other defaults. The halves group the pairs too, each as an external teacher
 """
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,14 @@ import timm
 import torch
 
 from protoclip.checks import check_amounts
-from protoclip.config import HALVES, Config, EpisodeConfig, ModelConfig, TeacherConfig
+from protoclip.config import (
+    HALVES,
+    Config,
+    EpisodeConfig,
+    ModelConfig,
+    Settings,
+    TeacherConfig,
+)
 from protoclip.data.captions import caption_draw
 from protoclip.data.decode import decode
 from protoclip.data.defaults import fitting_augmentation
@@ -49,13 +56,14 @@ from protoclip.models.two_halves import TwoHalves, names_model
 from protoclip.paths import require_store
 from protoclip.terminal import say
 from protoclip.training import sizes
-from protoclip.training.choices import Choices, choices_of
+from protoclip.training.choices import Choices, choices_of, given_settings
 from protoclip.training.overfit import given_for_few
 from protoclip.training.plan import Plan, fill
 from protoclip.training.run import train_together
 
 PASSES = {"cca": 30, "random": 100}  # over the data, by where the heads start
 LARGEST_BATCH = 1024
+GROUPS_OF_TEACHER = 2.0  # their weight; the 0.5 of `train` was chosen for towers that train
 # What aligning chooses where it is not given.
 CHOSEN = {
     *("run.name", "model.embed_dim", "model.projection"),
@@ -70,9 +78,7 @@ NEEDS = (
 )
 
 
-def align(
-    settings: Mapping[str, Any] | Config, *, resume: Literal["never", "auto"] = "never"
-) -> dict[str, Any]:
+def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
     """Train the heads between a frozen image half and a frozen text half.
 
     Args:
@@ -92,7 +98,7 @@ def align(
     device = collectives.device(Config.from_dict(given).run.device)
 
     with collectives.process_group(device):
-        few = given_for_few(given)
+        few = given_for_few(given, aligns=True)
         choices = choices_of(before_data, few, resume=resume == "auto", chosen=CHOSEN)
         return train_together(
             choices.config,
@@ -102,18 +108,6 @@ def align(
             pass_stream=partial(pass_stream, choices, device),
             encode=partial(encode, choices),
         )
-
-
-def given_settings(settings: Any, usual: Any = None) -> dict[str, Any]:
-    """The settings as a recipe holds them: of a `Config`, those that differ from the defaults."""
-    if isinstance(settings, Mapping):
-        return dict(settings)
-    tree: dict[str, Any] = {}
-    for name, value in vars(settings).items():
-        default = getattr(usual or Config(), name)
-        if value != default:
-            tree[name] = given_settings(value, default) if is_dataclass(value) else value
-    return tree
 
 
 def before_data(given: Mapping[str, Any]) -> Choices:
@@ -144,15 +138,15 @@ def before_data(given: Mapping[str, Any]) -> Choices:
     choices.choose("model.embed_dim", 512)
     choices.choose("episodes.locked_image", 0)
     choices.choose("loss.prototypical", 0.0)  # docs/LOG.md: no prototypes helped here
-    if config.teacher.features is None and not config.teachers:
-        choices.choose("loss.teacher", 0.0)
+    has_teacher = config.teacher.features is not None or bool(config.teachers)
+    choices.choose("loss.teacher", GROUPS_OF_TEACHER if has_teacher else 0.0)
     if choices.config.loss.prototypical == 0 < choices.config.loss.teacher:
         choices.choose("episodes.warm_up", 0)
     choices.choose("optim.learning_rate", 1e-3)
     choices.choose("optim.weight_decay", 0.1)
     choices.choose("optim.betas", (0.9, 0.98))
     teacher = config.teacher
-    if choices.config.loss.teacher > 0 and teacher.features is None and not config.teachers:
+    if choices.config.loss.teacher > 0 and not has_teacher:
         halves = [replace(teacher, name=name, features=kind) for name, kind in HALVES.items()]
         teachers: list[TeacherConfig] = halves
         usual = TeacherConfig()

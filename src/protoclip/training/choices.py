@@ -6,7 +6,7 @@ command, which is answered before the plan. In the plan unset is a setting witho
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,18 @@ from protoclip.data.loader import share_of
 from protoclip.distributed.collectives import rank0_first
 from protoclip.training import sync
 from protoclip.training.run_folder import read_settings
+
+
+def given_settings(settings: Any, usual: Any = None) -> dict[str, Any]:
+    """The settings as a recipe holds them: of a `Config`, those that differ from the defaults."""
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    tree: dict[str, Any] = {}
+    for name, value in vars(settings).items():
+        default = getattr(usual or Config(), name)
+        if value != default:
+            tree[name] = given_settings(value, default) if is_dataclass(value) else value
+    return tree
 
 
 class Choices:

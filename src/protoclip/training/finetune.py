@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any, Literal
 
 from protoclip.checks import require_named_pairs, require_start
-from protoclip.config import START, Config
+from protoclip.config import START, Config, Settings
 from protoclip.data.pairs import Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
 from protoclip.training import optim, sizes, wise_ft
-from protoclip.training.choices import Choices, choices_of
+from protoclip.training.choices import Choices, choices_of, given_settings
 from protoclip.training.overfit import given_for_few
 from protoclip.training.run import train_together
 
@@ -34,7 +34,7 @@ CHOSEN = {
 
 
 def finetune(
-    settings: Mapping[str, Any],
+    settings: Settings,
     *,
     alpha: float | None = None,
     resume: Literal["never", "auto"] = "never",
@@ -44,7 +44,8 @@ def finetune(
     Args:
         settings: Those of `Config` as a recipe holds them, such as `{"model": {"start":
             "runs/small"}, "data": {"train": "pairs.tsv"}}`. Others get the values that suit
-            fine-tuning: see `before_data` and `with_data`.
+            fine-tuning: see `before_data` and `with_data`. Those of a `Config` that are at their
+            default count as not given.
         alpha: The weights to choose, from 0 (the start) to 1 (the end); unset, the best ones by the
             rule of `wise_ft.RULE`.
         resume: As for `train`. On a finished run another `alpha` costs no training.
@@ -59,16 +60,17 @@ def finetune(
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
-    require_start(Config.from_dict(settings))
-    require_named_pairs(settings)
-    settings = given_for_few(settings)
-    config = Config.from_dict(settings)
+    given = given_settings(settings)
+    require_start(Config.from_dict(given))
+    require_named_pairs(given)
+    few = given_for_few(given)
+    config = Config.from_dict(few)
     device, overfits = collectives.device(config.run.device), config.run.overfit is not None
     if overfits:
         alpha = 1.0  # there is nothing to judge others by
 
     with collectives.process_group(device):
-        choices = choices_of(before_data, settings, resume=resume == "auto", chosen=CHOSEN)
+        choices = choices_of(before_data, few, resume=resume == "auto", chosen=CHOSEN)
         return train_together(
             choices.config,
             device,

@@ -56,15 +56,14 @@ def few_pairs_alone(config: Config) -> Config:
     return config
 
 
-def given_for_few(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As `few_pairs_alone`, for the settings that are given."""
+def given_for_few(given: Mapping[str, Any], *, aligns: bool = False) -> Mapping[str, Any]:
+    """As `few_pairs_alone`, for the settings that are given, of a run that may be to align."""
     config = Config.from_dict(given)
     if config.run.overfit is None:
         return given
-    # From the closed form all pairs may be known before the first step.
-    decided = settings(config) | {
-        "align": {"init": "random", "dropout": 0.0, "geometry": 0.0, "views": 1}
-    }
+    decided = settings(config)
+    if aligns:  # from the closed form all pairs may be known before the first step
+        decided["align"] = {"init": "random", "dropout": 0.0, "geometry": 0.0, "views": 1}
     return {**given, **{name: {**given.get(name, {}), **of} for name, of in decided.items()}}
 
 

@@ -51,6 +51,7 @@ from protoclip.distributed.collectives import (
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import metric_names
+from protoclip.evaluation.trained_on import trained_guards
 from protoclip.evaluation.validation import Judged, guards, judged
 from protoclip.features import teachers as external
 from protoclip.features.half_rows import HalfRows
@@ -233,6 +234,7 @@ def complete(
         notes += rank0_first(lambda: sizes.shared_images(divided.training))
     for guard in watched:
         notes += guard.notes
+    notes += rank0_first(lambda: trained_guards(config, watched, divided.training))
     notes += sources.notes(divided.training)
     if config.run.evaluate and not divided.data and not watched:
         notes.append("no evaluation at the end, since no pairs are held out")

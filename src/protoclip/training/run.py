@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import START, Config
+from protoclip.config import START, Config, Settings
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.chosen import read_chosen
@@ -82,13 +82,15 @@ Ending = Callable[["Run", Mapping[str, Tensor]], None]
 IsDone = Callable[[Path, Mapping[str, Any]], bool]  # of a run folder and its results
 
 
-def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
+def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
     """Train and evaluate a model, or go on with a run that was interrupted.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP stop the run after the step under way, with a checkpoint.
 
-    With `resume="auto"` it goes on from the newest checkpoint if the run folder holds this run;
-    otherwise it refuses a folder that exists.
+    Args:
+        config: The settings, as a `Config` or as a recipe holds them.
+        resume: With `auto` it goes on from the newest checkpoint if the run folder holds this run;
+            otherwise it refuses a folder that exists.
 
     Returns:
         The content of `results.json` in the run folder: samples seen, wall clock, metrics. If a
@@ -98,7 +100,8 @@ def train(config: Config, *, resume: Literal["never", "auto"] = "never") -> dict
         ValueError: A setting, a file or the run folder is wrong, or training cannot go on.
         OSError: The last checkpoint could not be written, for a minute.
     """
-    device, config = collectives.device(config.run.device), overfit.few_pairs_alone(config)
+    given = config if isinstance(config, Config) else Config.from_dict(config)
+    device, config = collectives.device(given.run.device), overfit.few_pairs_alone(given)
     with collectives.process_group(device):
         return train_together(config, device, resume=resume == "auto")
 

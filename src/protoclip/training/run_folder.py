@@ -281,8 +281,10 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
             key for key in MOVABLE if without_paths(before.get(key)) == without_paths(now.get(key))
         }
     few = before.get("run.overfit")
-    if few is not None and few == now.get("run.overfit"):  # of which align may leave some out
-        free |= {"episodes.size", "episodes.batch_size"}
+    if few is not None and few == now.get("run.overfit"):
+        free |= {"episodes.size", "episodes.batch_size"}  # align may leave some of the pairs out
+        # It decides these itself, and an earlier version did so for fine-tuning too.
+        free |= {key for key in before | now if key.startswith("align.")}
     if refused := [text for key, text in differ.items() if key not in free]:
         raise ValueError(
             f"{folder}: the run was started with other settings: {', '.join(refused)}; "

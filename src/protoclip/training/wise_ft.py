@@ -205,6 +205,7 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
         wanted.add(alpha)
     missing = sorted(wanted - points.keys())
     progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
+    start: Encoder | None = None
     leader: Encoder | None = None  # has the features of the weights to choose, so far
     for done, each in enumerate(missing):
         if run.asked_to_stop():
@@ -214,15 +215,15 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
         load(each)
         encoder = run.evaluate.keeping()
         points[each] = point_at(each, run, encoder)
-        if each == 0.0:  # the start, whose features stay
+        if each == 0.0:
+            start = encoder
             continue
         to_choose = best([*points.values()]) if alpha is None else alpha
-        if each != to_choose:
-            encoder.forget()
-            continue
-        if leader is not None:
-            leader.forget()
-        leader = encoder
+        outdone: Encoder | None = encoder
+        if each == to_choose:
+            leader, outdone = encoder, leader
+        if outdone is not None:
+            outdone.forget(*filter(None, (start, leader)))
     if rank() == 0 and missing:
         progress.update(len(missing))
     return [points[each] for each in sorted(points)]

@@ -139,10 +139,14 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
         (checkpoint / name).touch()
     Path("run/config.toml").write_text(f'[data]\ntrain = "{train}"\nsources = []\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
-    for model in ("run", str(checkpoint)):
+    held_out = '{"metrics": {"eval/validation/retrieval/image_to_text@1": 0.5}}'
+    for model, results in (("run", "{}"), (str(checkpoint), held_out)):
+        Path("run/results.json").write_text(results)
         main(["evaluate", model, "--data", data, "--tasks", "knn", "--no-cache"])
         said = f"warning: {data}: {model} was trained on these pairs"
-        assert (said in capsys.readouterr().err) == same
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
+        assert len(lines) == same
+        assert all(("held-out" in line) == (results == held_out) for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,17 @@ def test_the_share_of_bad_images_is_of_all_rows():
     assert record["zeroshot_retrieval"]["bad_share"] == 1 / 6
 
 
+def test_bad_images_of_a_data_set_are_named_once(capsys):
+    """However often a run measures it: each split by itself, and also without progress."""
+    splits = {name: part(name, range(10), bad=(0,)) for name in ("validation", "test")}
+    data = EvaluationData(name="x", splits=splits)
+    encoder = encoder_of(Guessing(), transform, tokenizer, workers=0)
+    for split in ("test", "test", "validation", "test"):
+        suite.evaluate_run(encoder, data=data, split=split, quick=True, show=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be used" in line]
+    assert [line.split(":")[2].strip() for line in lines] == ["test", "validation"]
+
+
 def test_bad_images_are_left_out_named_and_counted(capsys):
     """The metrics are those of the others, with their labels and captions."""
     bad, data = (0, 5, 17), solid_data()

@@ -1,0 +1,97 @@
+"""Whether data that judge a model are those that it was trained on.
+
+They are if they are named alike, as seen from the current folder, or if they hold the same rows: a
+run may have been started in another folder, or its data have moved.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from protoclip.config import Config
+from protoclip.data.access import is_url
+from protoclip.data.content import facts_of_rows
+from protoclip.data.mixture import sources_of
+from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.data.sources import entries
+from protoclip.evaluation.datasets import EvaluationData, Split, with_split
+from protoclip.evaluation.validation import NAME
+from protoclip.files import read_json, read_toml
+from protoclip.models.saved import SETTINGS, checkpoints, facts_of
+from protoclip.paths import with_options
+from protoclip.terminal import without_secrets
+
+ROWS = ("rows", "captions", "images")  # facts by which rows are the same, wherever they lie
+
+
+def is_trained_on(run: Path, reference: str, data: EvaluationData, split: str) -> bool:
+    """Whether a run has the split of the data, opened by this reference, among what it was trained
+    on. Of a damaged run nobody knows."""
+    try:
+        settings = read_toml(run / SETTINGS)["data"]
+        sources = settings.get("sources") or [{"path": settings["train"]}]
+        if is_named(reference, split, [str(source["path"]) for source in sources]):
+            return True
+        facts = facts_of(checkpoints(run)[-1], "content")["sources"]
+        return holds_rows(data.splits[split], facts)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return False
+
+
+def trained_guards(
+    config: Config, guards: Sequence[EvaluationData], training: Pairs | SampleStream
+) -> list[str]:
+    """A note on each guard of a run whose pairs the run trains on."""
+    if not guards:
+        return []
+    names = [source.path for source in entries(config.data)]
+    tables = [source for source in sources_of(training) if isinstance(source, ImageTextPairs)]
+    facts = [*map(facts_of_rows, tables)]
+    return [
+        f"run.guard: {without_secrets(reference)}: is what the run trains on, so its numbers are "
+        "too good, also to choose by; name other data"
+        for reference, guard in zip(config.run.guard, guards, strict=True)
+        if is_named(reference, "test", names)
+        or any(holds_rows(guard.splits[each], facts) for each in {"test", NAME} & {*guard.splits})
+    ]
+
+
+def has_held_out_metrics(run: Path) -> bool:
+    """Whether the results of a run have metrics of pairs that were held out of it."""
+    try:
+        metrics = read_json(run / "results.json")["metrics"]
+        return any(name.startswith(f"eval/{NAME}/") for name in metrics)
+    except (ValueError, LookupError, AttributeError, TypeError):  # damaged, or not there yet
+        return False
+
+
+def is_named(reference: str, split: str, names: Iterable[str]) -> bool:
+    """Whether a reference to data of a split is one of these names of training data.
+
+    The split counts for data of the hub that names none.
+    """
+    data = with_options(reference)[0]
+    if data == "emoji":  # they have splits of their own
+        return False
+    measured = one_spelling(data.removeprefix("wds:"), split)
+    return any(one_spelling(name, "train") == measured for name in names)
+
+
+def holds_rows(split: Split, trained: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a source of the split has the rows that one of these facts of sources tells of."""
+    for source in sources_of(split.images):
+        if isinstance(source, ImageTextPairs):
+            as_many = [facts for facts in trained if facts.get("rows") == len(source)]
+            known = facts_of_rows(source) if as_many else {}  # hashing takes a while
+            if any(all(facts.get(n) == known[n] for n in ROWS) for facts in as_many):
+                return True
+    return False
+
+
+def one_spelling(data: str, split: str) -> str:
+    """Data as a whole path; of the hub with its split, and with options in one order."""
+    if data.startswith("hf:") and not is_url(data):
+        name, *options = with_split(data, split).split(",")
+        return ",".join([name, *sorted(options)])
+    return os.path.realpath(without_secrets(data))

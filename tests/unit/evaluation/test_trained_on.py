@@ -1,0 +1,81 @@
+"""Data that judge a model, and that it was trained on, are told, wherever they lie."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from protoclip.config import Config
+from protoclip.data import sources
+from protoclip.data.content import content
+from protoclip.data.view import without
+from protoclip.evaluation.datasets import open_data
+from protoclip.evaluation.trained_on import has_held_out_metrics, is_trained_on, trained_guards
+from protoclip.evaluation.validation import guards
+from protoclip.files import to_json
+from protoclip.testing import tiny_config, tiny_pairs
+from protoclip.training.plan import make_plan
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch) -> Path:
+    """In a folder that is the current one: pairs, a copy of them, and as many others."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("own", 0), ("copy", 0), ("other", 1)):
+        pq.write_table(tiny_pairs(24, seed=seed), f"{name}.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", [".", "elsewhere"])
+def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
+    """By what its checkpoint keeps of them, also where some of them were held out of it."""
+    config = Config.from_dict({"data": {"train": "own.parquet"}})
+    pairs = without(sources.pairs(config), np.array([3, 5]))
+    step = Path("run/checkpoints/step-1")
+    step.mkdir(parents=True)
+    Path("run/config.toml").write_text('[data]\ntrain = "own.parquet"\n')
+    (step / "state.json").write_text(to_json({"content": {"sources": content(pairs)}}))
+    Path(folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    up = os.path.relpath(tables)
+    for name, known in (("own", True), ("copy", True), ("other", False)):
+        path = f"{up}/{name}.parquet"
+        assert is_trained_on(Path(up, "run"), path, open_data(path), "test") == known
+    (Path(up) / step / "state.json").unlink()  # without it only the name is known
+    own = f"{up}/own.parquet"
+    assert is_trained_on(Path(up, "run"), own, open_data(own), "test") == (folder == ".")
+
+
+@pytest.mark.parametrize("data", [{"train": "own.parquet"}, {"sources": [{"path": "own.parquet"}]}])
+def test_a_guard_that_is_trained_on_is_told(data, tables):
+    """It chooses alpha, and ends runs."""
+    named = ["own.parquet", "copy.parquet", "other.parquet", "emoji"]
+    config = Config.from_dict({"data": data, "run": {"guard": named}})
+    notes = trained_guards(config, guards(config, []), sources.pairs(config))
+    assert [note.split(": ")[:2] for note in notes] == [["run.guard", name] for name in named[:2]]
+
+
+def test_a_run_tells_of_such_a_guard_before_it_trains(tables):
+    config = tiny_config("own.parquet", out="run")
+    config = replace(config, run=replace(config.run, guard=["copy.parquet"]))
+    notes = make_plan(config).notes
+    assert [note for note in notes if note.startswith("run.guard: copy.parquet: is what the run")]
+
+
+@pytest.mark.parametrize(
+    ("results", "known"),
+    [
+        ('{"metrics": {"eval/validation/retrieval/image_to_text@1": 0.5}}', True),
+        ('{"metrics": {"eval/emoji/zero_shot/acc1": 0.5}}', False),
+        ('{"metrics": {}}', False),
+        ("{", False),
+        (None, False),
+    ],
+)
+def test_results_on_held_out_pairs_are_named_where_there_are_some(results, known, tmp_path):
+    if results is not None:
+        (tmp_path / "results.json").write_text(results)
+    assert has_held_out_metrics(tmp_path) == known

@@ -1,0 +1,25 @@
+"""What `align` chooses before its data are opened."""
+
+from typing import Any
+
+import pytest
+
+from protoclip.training.align import CHOSEN, before_data
+from protoclip.training.choices import with_begun
+
+HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
+FILE = {"teacher": {"features": "teacher"}}
+SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [({}, 0.0), (FILE, 2.0), (SEVERAL, 2.0), ({**FILE, "loss": {"teacher": 0.25}}, 0.25)],
+)
+def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given, weight, tmp_path):
+    """Unless another one is given, or a run that began with one goes on."""
+    settings: dict[str, Any] = {"model": HALVES, **given}
+    assert before_data(settings).config.loss.teacher == weight
+    (tmp_path / "config.toml").write_text("[loss]\nteacher = 0.5\n")
+    begun = before_data(with_begun(settings, tmp_path, CHOSEN)).config.loss.teacher
+    assert begun == (weight if "loss" in given else 0.5)
