@@ -145,6 +145,14 @@ class DataConfig:
     allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave data.root.
 
+    # No field, since it is no setting: whoever reads the data says it, by `ImagesConfig`.
+    needs_captions = True
+
+    @property
+    def needs_caption_column(self) -> bool:
+        """Whether a table without captions is refused; classes may stand for them."""
+        return self.needs_captions and not self.class_column
+
     @property
     def several_captions(self) -> bool:
         """Whether one visit to an image may bring several captions."""
@@ -154,6 +162,13 @@ class DataConfig:
     def is_emoji(self) -> bool:
         """Whether this is the bundled data, which has held-out splits of its own."""
         return self.train == "emoji" and not self.sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig(DataConfig):
+    """Data whose images count without captions too, as `embed` reads them."""
+
+    needs_captions = False
 
 
 @dataclass(frozen=True, kw_only=True)

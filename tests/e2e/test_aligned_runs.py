@@ -18,6 +18,7 @@ from protoclip.config import DataConfig
 from protoclip.features import projected
 from protoclip.features.embed import read_facts
 from protoclip.models.start import find_start
+from protoclip.testing import tiny_pairs
 from protoclip.training import wise_ft
 from protoclip.training.align import align
 from tiny_align import of_source
@@ -196,3 +197,14 @@ def test_images_above_the_limit_have_no_vector_though_align_kept_them(
         protoclip.embed(ended["linear"], data, tmp_path / "out.parquet", precision=precision)
     assert "data.max_image_pixels (100)" in (tmp_path / "out.skipped.jsonl").read_text()
     assert "align encoded these images" not in capsys.readouterr().err
+
+
+def test_images_without_captions_are_embedded_beside_a_store(ended, tmp_path):
+    """There is no text to look up in what `align` kept."""
+    for row, image in enumerate(tiny_pairs(4, seed=3)["image"].to_pylist()):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{row}.png").write_bytes(image)
+    out = protoclip.embed(
+        ended["linear"], tmp_path / "images", tmp_path / "out.parquet", precision="fp32"
+    )
+    assert pq.read_table(out)["text_vectors"].null_count == 4

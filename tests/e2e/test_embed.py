@@ -1,11 +1,13 @@
 """`protoclip.embed`: the vectors of a model in a Parquet file."""
 
+import io
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import tarfile
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,12 +26,13 @@ from pyarrow import csv
 
 import protoclip
 from protoclip.cli import main
-from protoclip.config import DataConfig
-from protoclip.data import access
+from protoclip.config import Config, DataConfig
+from protoclip.data import access, sources
 from protoclip.data import pairs as data_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_table
+from protoclip.evaluation.datasets import open_data
 from protoclip.features import embed as module
 from protoclip.features import parts
 from protoclip.features.halves import ImagesOnce
@@ -77,17 +80,18 @@ def embedded(run: Path, pairs: Path, out: Path, *, kill_at: int | None = None) -
 
 
 def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
-    """Of its image and of each caption, in half precision; bad samples are listed."""
+    """Of its image and of each caption, in half precision; bad samples are listed. The image that
+    has no caption has its vector alone."""
     out = tmp_path / "vectors.parquet"
     main(f"embed {tiny_run} --data {pairs} --out {out} --class-column kind --batch-size 7".split())
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        f"note: 2 of 60 samples could not be read and have no row; {out.with_suffix('')}.skipped"
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        f"note: 1 of 60 samples could not be read and have no row; {out.with_suffix('')}.skipped"
         ".jsonl lists them",
-        f"written to {out}; 58 rows, vectors of width 16",
+        "note: 1 of 59 images have no caption; their captions and text_vectors are null",
+        f"written to {out}; 59 rows, vectors of width 16",
     ]
     bad = (tmp_path / "vectors.skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    reasons = {entry["sample_id"]: entry["reason"] for entry in map(json.loads, bad)}
-    assert (list(reasons), reasons["tiny/41"]) == (["tiny/7", "tiny/41"], "empty caption")
+    assert [json.loads(entry)["sample_id"] for entry in bad] == ["tiny/7"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("vectors.parquet", "vectors.skipped.jsonl"),
     ]
@@ -95,7 +99,8 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     types = [pa.string(), HALF, pa.list_(HALF), pa.list_(pa.string()), pa.string(), pa.string()]
     names = ["sample_id", "image_vector", "text_vectors", "captions", "image", "class"]
     assert (found.column_names, found.schema.types) == (names, types)
-    given = [row for number, row in enumerate(given) if number not in (7, 41)]
+    given = [row for number, row in enumerate(given) if number != 7]
+    given[40]["caption"] = None  # it was a space
     for ours, its in (("sample_id", "sample_id"), ("captions", "caption"), ("class", "kind")):
         assert found[ours].to_pylist() == [row[its] for row in given]
     assert found["image"].null_count == len(found)  # they are in the table
@@ -105,13 +110,19 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     with torch.inference_mode():
         pixels = torch.stack([transform(source.image(row)) for row in range(len(source))])
         image = model.encode_image(pixels, normalize=True)
-        text = [model.encode_text(tokenizer(row["caption"]), normalize=True) for row in given]
+        text = [
+            model.encode_text(tokenizer(row["caption"] or ["none"]), normalize=True)
+            for row in given
+        ]
     vectors = np.stack(found["image_vector"].to_pylist())
     np.testing.assert_allclose(vectors, image, atol=5e-4)  # half of the last place below 1
+    assert found["text_vectors"].is_null().to_pylist() == [not row["caption"] for row in given]
     for row, several in zip(found["text_vectors"].to_pylist(), text, strict=True):
-        np.testing.assert_allclose(np.stack(row), several, atol=5e-4)
+        if row is not None:
+            np.testing.assert_allclose(np.stack(row), several, atol=5e-4)
     facts = json.loads(found.schema.metadata[b"protoclip"])
-    expected = {"reference": str(tiny_run), "width": 16, "rows": 58, "bad": 2}
+    expected = {"reference": str(tiny_run), "width": 16, "rows": 59, "bad": 1}
+    expected |= {"without_captions": 1}
     expected |= {"source": "pairs.parquet", "version": protoclip.__version__}
     assert expected.items() <= facts.items()
 
@@ -138,6 +149,97 @@ def test_a_model_of_another_library_embeds_a_folder_of_images(save, tmp_path):
     np.testing.assert_allclose(np.stack(rows["image_vector"].to_pylist()), image, atol=5e-4)
     vectors = [row for (row,) in rows["text_vectors"].to_pylist()]
     np.testing.assert_allclose(np.stack(vectors), text, atol=5e-4)
+
+
+def images_alone(folder: Path) -> list[str]:
+    """Six images in the folders of two classes, one of them with a caption; their names."""
+    table, names = tiny_pairs(6), []
+    for row, image in enumerate(table["image"].to_pylist()):
+        names.append(f"{'ab'[row % 2]}/{row}.png")
+        (folder / names[-1]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / names[-1]).write_bytes(image)
+    (folder / "b" / "3.txt").write_text("a caption")
+    (folder / "b" / "5.json").write_text('{"width": 32}')
+    return sorted(names)
+
+
+def by_image(out: Path) -> dict[str, tuple[bool, Any]]:
+    """By the end of the id, whether an image has no text vector, and its captions."""
+    rows = pq.read_table(out).to_pylist()
+    assert all(len(row["image_vector"]) == 16 for row in rows)
+    return {
+        row["sample_id"].rpartition("/")[2]: (row["text_vectors"] is None, row["captions"])
+        for row in rows
+    }
+
+
+def test_images_without_captions_are_embedded(tiny_run, tmp_path, capsys):
+    """Class folders; their ids are those that they have with captions, also once the folder has
+    been opened for training. Other captions in the folder are noticed."""
+    images, out = tmp_path / "images", tmp_path / "vectors.parquet"
+    names = images_alone(images)
+    trained = sources.pairs(Config(data=DataConfig(train=str(images))))
+    assert [*trained.sample_ids()] == ["b/3"]
+    protoclip.embed(tiny_run, images, out)
+    rows = pq.read_table(out)
+    assert rows["image"].to_pylist() == names
+    assert rows["sample_id"].to_pylist() == [name.removesuffix(".png") for name in names]
+    none, one = (True, None), (False, ["a caption"])
+    assert by_image(out) == {**dict.fromkeys("01245", none), "3": one}
+    said = capsys.readouterr().err
+    assert "note: 5 of 6 images have no caption; their captions and text_vectors are null\n" in said
+    assert "left out" not in said
+    trained = sources.pairs(Config(data=DataConfig(train=str(images))))
+    assert [*trained.sample_ids()] == ["b/3"]
+
+
+def test_a_table_of_captions_beside_the_images_is_noticed(tiny_run, tmp_path, capsys):
+    images = tmp_path / "images"
+    images_alone(images)
+    for file in ("b/3.txt", "b/5.json"):
+        (images / file).unlink()
+    (images / "captions.csv").write_text("file,caption\n")
+    protoclip.embed(tiny_run, images, tmp_path / "vectors.parquet")
+    assert (
+        f"note: {images}: its images have no captions beside them; {images}/captions.csv looks "
+        "like a table of captions: name it instead of the folder\n"
+    ) in capsys.readouterr().err
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=r"holds no sample; no pair is left: name a folder with im"
+    ):
+        protoclip.embed(tiny_run, empty, tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
+    """And remains none to train on, or to judge retrieval on."""
+    names, table = images_alone(tmp_path), tmp_path / f"table.{form}"
+    columns = pa.table({"image": names, "sample_id": names})
+    (pq.write_table if form == "parquet" else csv.write_csv)(columns, table)
+    out = protoclip.embed(tiny_run, table, tmp_path / "vectors.parquet")
+    assert by_image(out) == dict.fromkeys((Path(name).name for name in names), (True, None))
+    with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
+        sources.pairs(Config(data=DataConfig(train=str(table))))
+    with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
+        open_data(str(table))
+
+
+@pytest.mark.parametrize("read", ["auto", "streaming"])
+def test_shards_of_images_alone_are_embedded(read, tiny_run, tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for row, image in enumerate(tiny_pairs(6)["image"].to_pylist()):
+            for name, content in ((f"{row}.png", image), ("3.txt", b"a caption")):
+                if name.startswith(f"{row}."):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    data = DataConfig(train=str(tmp_path / "images.tar"), read=read)
+    number = 6 if read == "streaming" else None
+    out = protoclip.embed(tiny_run, data, tmp_path / "vectors.parquet", num_samples=number)
+    none, one = (True, None), (False, ["a caption"])
+    assert by_image(out) == {**dict.fromkeys("01245", none), "3": one}
+    assert module.read_facts(out)["bad"] == 0
 
 
 def test_memory_holds_the_vectors_of_two_parts_at_most(tiny_run, pairs, tmp_path, monkeypatch):
@@ -229,7 +331,7 @@ def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, ca
     assert pq.ParquetFile(out).num_row_groups == 6
     parts.mkdir()  # as a kill leaves it that comes at the very end
     assert embedded(tiny_run, pairs, out) == []
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}: is finished; 58 rows")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}: is finished; 59 rows")
     assert out.read_bytes() == whole.read_bytes()
     assert not parts.exists()
 
@@ -288,7 +390,9 @@ def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):
     assert tables[0].keys() == tables[1].keys()
     for name, column in tables[0].items():
         if "vector" in name:
-            flat = [np.concatenate([np.ravel(each) for each in t[name]]) for t in tables]
+            nulls = [[row for row, each in enumerate(t[name]) if each is None] for t in tables]
+            assert nulls[0] == nulls[1] == ([40] if name == "text_vectors" else [])
+            flat = [np.concatenate([np.ravel(v) for v in t[name] if v is not None]) for t in tables]
             np.testing.assert_allclose(*flat, atol=1e-3)
         else:
             assert column == tables[1][name]
@@ -348,7 +452,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_run, pairs, tmp_path)
     assert raised.value.filename == str(out)
     assert not list(tmp_path.glob("*.parquet"))
     assert embedded(tiny_run, pairs, out) == []
-    assert len(pq.read_table(out)) == 58
+    assert len(pq.read_table(out)) == 59
 
 
 def test_changed_shards_of_a_stream_are_other_data(tiny_run, tmp_path):

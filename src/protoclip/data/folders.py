@@ -1,14 +1,16 @@
 """Folders of pairs: images with captions beside them, and folders that hold a table.
 
-The table itself is read in `tables.py`, and folders of classes, for evaluation, in
-`evaluation/readers.py`.
+The table itself is read in `tables.py`. Folders of classes are told from these here, and read for
+evaluation in `evaluation/readers.py`.
 """
 
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,19 @@ from protoclip.data.tables import (
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
-from protoclip.terminal import line
+from protoclip.terminal import line, visible
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
     *(".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
 )
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2")
+#: What the folder of a split may be called.
+SPLIT_FOLDERS = {
+    "test": ("test",),
+    "validation": ("validation", "val", "valid"),
+    "train": ("train",),
+}
 UNREAD = "images of a kind that is not read"
 CONVERT = "convert them to JPEG, PNG, WebP, GIF, BMP or TIFF"
 
@@ -51,7 +59,8 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     * images with a `metadata.jsonl`, `.csv` or `.parquet`, whose columns are found as in a table,
       `file_name` first;
     * `*.parquet` files of one split;
-    * images at any depth, each with captions in a `.txt` or `.json` of the same name.
+    * images at any depth, each with captions in a `.txt` or `.json` of the same name; without
+      any too, where the data need no captions.
 
     Raises `ValueError` if it is none of these, holds several splits, or a damaged table.
     """
@@ -96,9 +105,10 @@ def _inside(folder: Path, name: Any) -> Path:
 
 
 def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
-    """Open a folder of images with captions beside them."""
+    """Open a folder of images with captions beside them, or without where none is needed."""
     left_out, keys, access = LeftOut(str(folder)), caption_columns(data), access_of(data)
     unread = LeftOut(str(folder))  # apart, since the index does not change with these
+    lacking = left_out if data.needs_captions else LeftOut("")  # which nobody is told then
     text_tables: list[str] = []
     images = list(_walk(folder, left_out, unread, text_tables))
     if unread.notes and not images:
@@ -111,7 +121,8 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
         progress = Progress(f"read captions of {folder}", len(images))
         for done, (image, caption) in enumerate(images):
             progress.update(done)
-            if texts := _captions(folder, image, caption, keys, access, left_out):
+            texts = _captions(folder, image, caption, keys, access, left_out, lacking)
+            if texts or (texts is not None and not data.needs_captions):
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
                 yield image, texts, image if stems[stem] > 1 or stem in names else stem
@@ -125,14 +136,25 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     # The index changes with a caption, but not with the content of an image.
     known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     key = digest({**vars(access), "folder": str(folder.resolve()), "known": known, "keys": keys})
+    has_captions, has_table = any(file for _, file in images), bool(images and text_tables)
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
-    if images and text_tables:
+    if has_table:
         table = folder / text_tables[0]
         way_out = f"{table} looks like a table of captions: name it instead of the folder"
-    index = build_index(key, build, folder=index_folder(), label=str(folder), way_out=way_out)
+    elif not data.needs_captions:
+        way_out = f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
+    elif images and not has_captions and looks_like_classes(folder):
+        way_out += (
+            "; its folders look like classes, and images are classified without captions by "
+            f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
+        )
+    built = key if data.needs_captions else f"{key}-images"  # the pairs are known by `key` in both
+    index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
     pairs.notes += [*unread.notes, *unused(data)]
+    if has_table and not has_captions:
+        pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")
     return pairs
 
 
@@ -185,16 +207,20 @@ def _captions(
     keys: Sequence[str],
     access: Access,
     left_out: LeftOut,
-) -> list[bytes]:
-    """The captions of an image; none, and counted, if there is nothing to read."""
+    lacking: LeftOut,
+) -> list[bytes] | None:
+    """The captions of an image; if there are none it is `lacking`.
+
+    None, and left out, if there is something that cannot be read.
+    """
     if file is None:
-        left_out.add("images without a caption", image)
+        lacking.add("images without a caption", image)
         return []
     try:
         path = in_table(str(folder), file, access)
     except ValueError:
         left_out.add("captions that are links out of it; see --data.allow_links", image)
-        return []
+        return None
     try:
         raw = read_file(path, access).removeprefix(b"\xef\xbb\xbf")
         if file.lower().endswith(".txt"):
@@ -202,8 +228,68 @@ def _captions(
         record = json.loads(raw.decode("utf-8", "surrogateescape"))
     except (OSError, ValueError, RecursionError):
         left_out.add("images whose caption file cannot be read", image)
-        return []
+        return None
     texts = [text for text in captions_in(record, keys) if text.strip()]
     if not texts:
-        left_out.add("images whose .json has no caption", image)
+        lacking.add("images whose .json has no caption", image)
     return texts
+
+
+def looks_like_classes(folder: Path) -> bool:
+    """Whether images lie in the folders of two classes or more, without captions."""
+    with suppress(OSError, ValueError):  # what cannot be read or written down is no class
+        splits = class_folders(folder).values()
+        return len({name for split in splits for name in classes_in(split)}) > 1
+    return False
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each split, if classes are folders of images in it; else nothing.
+
+    A folder of classes without splits is a `test` split.
+    """
+    if not folder.is_dir() or _holds_table(folder):
+        return {}
+    folders: dict[str, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        for name in names:
+            if split not in folders and _has_classes(folder / name):
+                folders[split] = folder / name
+    return folders or ({"test": folder} if _has_classes(folder) else {})
+
+
+def _holds_table(folder: Path) -> bool:
+    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
+    return any(path for table in tables for path in folder.glob(table))
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether subfolders hold images, and none there or here has captions or is in a table."""
+    if not folder.is_dir() or _holds_table(folder):
+        return False
+    classes = classes_in(folder)
+    return bool(classes) and not any(_holds_captions(folder / name) for name in ("", *classes))
+
+
+def _holds_captions(folder: Path) -> bool:
+    """Whether a text lies beside an image, by its name."""
+    files = list(folder.iterdir())
+    texts = {path.stem for path in files if path.suffix.lower() in (".txt", ".json")}
+    return any(path.stem in texts for path in files if is_image(path))
+
+
+def classes_in(folder: Path) -> list[str]:
+    """The names of the subfolders that hold an image, sorted; hidden ones are passed over."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(name_of(path) for path in folders if any(map(is_image, path.iterdir())))
+
+
+def name_of(path: Path) -> str:
+    """The name of a file or folder, which tables and keys hold as UTF-8."""
+    if fault_of(path.name):
+        raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
+    return path.name
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")

@@ -56,7 +56,7 @@ class Sample:
 
     sample_id: str  # Unique in a run; the key of teacher features and skip lists.
     image: bytes  # The encoded image (JPEG, PNG, WebP, ...).
-    captions: tuple[str, ...]  # One or more, none of them empty; see `captions.CaptionDraw`.
+    captions: tuple[str, ...]  # None of them empty; none at all if the source needs none.
     where: str  # The file or archive member it comes from, for messages.
 
 
@@ -112,6 +112,7 @@ class ImageTextPairs:
         class_column: Classes, if the pairs have them.
         table_key: Identifies the content of the table, which otherwise is read for `key`.
         notes: What the user should know, such as which lines were left out.
+        needs_captions: Whether a row without a caption is a bad sample.
 
     Raises `ValueError` if a column is missing, or there is no row.
     """
@@ -132,6 +133,7 @@ class ImageTextPairs:
         class_column: str | None = None,
         table_key: str = "",
         notes: Sequence[str] = (),
+        needs_captions: bool = True,
     ) -> None:
         self.name, self.root, self.access = name, root, access
         self.table_key, self.notes, self._source = table_key, list(notes), table
@@ -140,7 +142,7 @@ class ImageTextPairs:
         self.image_column = image_column or usual
         self.caption_columns = tuple(caption_columns)
         self.id_column = id_column if id_column in self._arrays else None
-        self.class_column = class_column
+        self.class_column, self.needs_captions = class_column, needs_captions
         self.in_ranges = self._has_ranges()
         for column in (self.image_column, *self.caption_columns):
             self._require(column)
@@ -247,7 +249,7 @@ class ImageTextPairs:
             yield from (f"{self.prefix}{each}" for each in chunk.to_pylist())
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
-        """The captions without empty ones; raises `BadSample` if none is left."""
+        """The captions without empty ones; raises `BadSample` if one is needed and none left."""
         texts: list[Any] = []
         try:
             for column in self.caption_columns:
@@ -256,7 +258,7 @@ class ImageTextPairs:
         except UnicodeDecodeError:
             raise self._bad(row, NOT_UTF8.format("caption")) from None
         try:
-            return clean_captions(texts)
+            return clean_captions(texts, needed=self.needs_captions)
         except ValueError as error:
             raise self._bad(row, str(error)) from None
 
@@ -471,10 +473,11 @@ def file_status(path: str) -> str:
     return f"{status.st_size} {status.st_mtime_ns} "
 
 
-def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
+def clean_captions(texts: Iterable[str | bytes | None], *, needed: bool = True) -> tuple[str, ...]:
     """The captions stripped, without empty ones.
 
-    Raises `ValueError` if none is left, or one is not UTF-8 or holds a zero byte.
+    Raises `ValueError` if none is left, but one is `needed`; or one is not UTF-8 or holds a zero
+    byte.
     """
     try:
         decoded = [t.decode("utf-8-sig") if isinstance(t, bytes) else t for t in texts]
@@ -483,6 +486,6 @@ def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
     if any(text and "\0" in text for text in decoded):
         raise ValueError("the caption holds a zero byte")
     captions = tuple(text.strip() for text in decoded if text and text.strip())
-    if not captions:
+    if needed and not captions:
         raise ValueError("empty caption")
     return captions

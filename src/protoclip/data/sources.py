@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path, PurePath
 
-from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
 from protoclip.data.access import files_like, is_local, is_url, require_allowed
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
@@ -38,16 +38,19 @@ EMOJI_LACK = (
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
 
 
-def pairs(config: Config) -> Pairs | SampleStream:
+def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStream:
     """The training pairs. In a mixture, sample ids begin with the name of their source.
+
+    Unless `needs_captions`, an image without a caption is a sample too, with no captions.
 
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data, seed = config.data, config.run.seed
+    data = data if needs_captions else ImagesConfig(**vars(data))
     chosen = read_chosen(data)
     opened = [open_source(data, entry, seed=seed) for entry in entries(data)]
     for source in opened:
-        if isinstance(source, ImageTextPairs) and not source.caption_columns:
+        if needs_captions and isinstance(source, ImageTextPairs) and not source.caption_columns:
             raise ValueError(f"{source.name}: no column with captions; set caption_column to one")
     indexed = [source for source in opened if isinstance(source, ImageTextPairs)]
     if config.loss.positives == "class" and not any(each.class_column for each in indexed):
@@ -182,6 +185,7 @@ def open_source(
             shuffle=data.shuffle_buffer,
             name=name,
             access=access_of(data),
+            needs_captions=data.needs_captions,
         )
     shards.notes += unused(data)
     return shards

@@ -69,12 +69,13 @@ class ShardStream:
         name: str | None = None,
         access: Access = NOTHING_MORE,
         chosen: Chosen | None = None,
+        needs_captions: bool = True,
     ) -> None:
         self.shards = expand_shards(pattern, access)
         self.name, self.notes = name or without_secrets(pattern), list[str]()
         self.seed, self.shuffle = seed, shuffle
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
-        self.chosen = chosen
+        self.chosen, self.needs_captions = chosen, needs_captions
         self.prefix = ""  # with which `chosen` knows ids, in a mixture
         # Of each lane: first sample of a block -> which of the lane's shards holds it, and its
         # number there.
@@ -138,7 +139,8 @@ class ShardStream:
 
     def read(self, shard: str) -> Iterator[Item]:
         """The chosen samples of one shard, in order."""
-        return read_shard(shard, self.caption_keys, self.access, self.keeps)
+        settings = self.caption_keys, self.access, self.keeps, self.needs_captions
+        return read_shard(shard, *settings)
 
     def keeps(self, sample_id: str) -> bool:
         return self.chosen is None or self.chosen.keeps(self.prefix + sample_id)
@@ -207,6 +209,7 @@ def read_shard(
     caption_keys: Sequence[str] | None,
     access: Access = NOTHING_MORE,
     keeps: Keeps = lambda sample_id: True,
+    needs_captions: bool = True,
 ) -> Iterator[Item]:
     """The samples of one shard, in order. A shard that cannot be read ends with a bad sample.
 
@@ -217,19 +220,20 @@ def read_shard(
         with _open(shard, access) as file:
             for sample in read_samples(file, stem, caption_keys, stream=True):
                 if sample.fault or keeps(sample.sample_id):
-                    yield _checked(sample, shard, repeated=sample.sample_id in seen)
+                    repeated = sample.sample_id in seen
+                    yield _checked(sample, shard, repeated, needs_captions)
                 seen.add(sample.sample_id)
     except Exception as error:  # file systems, commands and decompressors have their own errors
         yield BadSample(stem, shard, f"{reason_of(error)}; all {LOST}")
 
 
-def _checked(sample: ShardSample, shard: str, *, repeated: bool) -> Item:
+def _checked(sample: ShardSample, shard: str, repeated: bool, needs_captions: bool) -> Item:
     again = "the same sample id as one before it in the shard" if repeated else ""
     reason = sample.fault or again
     image = sample.image.data if sample.image else None
     if not reason and image is not None:
         try:
-            texts = clean_captions(sample.captions)
+            texts = clean_captions(sample.captions, needed=needs_captions)
             return Sample(sample_id=sample.sample_id, image=image, captions=texts, where=shard)
         except ValueError as error:
             reason = str(error)

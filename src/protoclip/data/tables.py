@@ -178,6 +178,8 @@ def pairs_of(
         notes, present = source.notes, source.table.column_names
         columns["caption_columns"] = ["caption"] if "caption" in present else []
         columns["class_column"] = "class" if "class" in present else None
+        if data.needs_caption_column and not columns["caption_columns"]:  # `embed` built it
+            raise ValueError(f"{label}: no column with captions; set caption_column to one")
     else:
         columns, notes = choose(label, source.table.schema, data)
     pairs = ImageTextPairs(
@@ -187,6 +189,7 @@ def pairs_of(
         access=access_of(data),
         table_key=key,
         notes=notes,
+        needs_captions=data.needs_captions,
         **columns,
     )
     if is_web(image := pairs.where(0)):
@@ -289,7 +292,7 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
     repeated = {name for name in schema.names if schema.names.count(name) > 1}
     chosen: list[list[str]] = []
     notes: list[str] = []
-    optional = {"ids", "classes"} | ({"captions"} if data.class_column else set())
+    optional = {"ids", "classes"} | (set() if data.needs_caption_column else {"captions"})
     image_names = METADATA_IMAGE_COLUMNS if is_metadata(label) else IMAGE_COLUMNS
     for setting, what, usual, named in (
         ("image_column", "images", image_names, [data.image_column]),

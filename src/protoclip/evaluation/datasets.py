@@ -24,6 +24,7 @@ from torch import Tensor
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
+from protoclip.data.folders import class_folders, classes_in
 from protoclip.data.held_out import image_names, images_of_several_classes
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
@@ -216,7 +217,7 @@ def open_data(
         data = _open_torchvision(location, settings.root, split)
     elif kind == "karpathy":
         data = _open_captions(location, settings.root, split)
-    elif folders := readers.class_folders(Path(reference)):
+    elif folders := class_folders(Path(reference)):
         if class_column is not None:
             raise no_columns(reference)
         data = _open_class_folders(Path(reference), folders, split)
@@ -385,7 +386,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
-    classes = in_order(name for path in splits.values() for name in readers.classes_in(path))
+    classes = in_order(name for path in splits.values() for name in classes_in(path))
     listed = _names(_beside(folder, readers.CLASS_NAMES))
     if listed and len(listed) != len(classes):
         raise ValueError(

@@ -32,22 +32,15 @@ from protoclip.data.access import (
     reason_of,
 )
 from protoclip.data.decode import rgb
-from protoclip.data.folders import IMAGE_SUFFIXES
+from protoclip.data.folders import SPLIT_FOLDERS, is_image, name_of
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
-from protoclip.data.tables import fault_of
 from protoclip.files import in_turn, open_local, read_json, require_regular, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
 T = TypeVar("T")
-#: What the folder of a split may be called.
-SPLIT_FOLDERS = {
-    "test": ("test",),
-    "validation": ("validation", "val", "valid"),
-    "train": ("train",),
-}
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 DATASET_TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
 #: By the type of the data, the file beside an image that says what is in it.
@@ -266,58 +259,6 @@ def captions(content: bytes, _: int) -> tuple[str, ...]:
     return clean_captions(content.decode().splitlines())
 
 
-def class_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each split, if classes are folders of images in it; else nothing.
-
-    A folder of classes without splits is a `test` split.
-    """
-    if not folder.is_dir() or _holds_table(folder):
-        return {}
-    folders: dict[str, Path] = {}
-    for split, names in SPLIT_FOLDERS.items():
-        for name in names:
-            if split not in folders and _has_classes(folder / name):
-                folders[split] = folder / name
-    return folders or ({"test": folder} if _has_classes(folder) else {})
-
-
-def _holds_table(folder: Path) -> bool:
-    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
-    return any(path for table in tables for path in folder.glob(table))
-
-
-def _has_classes(folder: Path) -> bool:
-    """Whether subfolders hold images, and none there or here has captions or is in a table."""
-    if not folder.is_dir() or _holds_table(folder):
-        return False
-    classes = classes_in(folder)
-    return bool(classes) and not any(_holds_captions(folder / name) for name in ("", *classes))
-
-
-def _holds_captions(folder: Path) -> bool:
-    """Whether a text lies beside an image, by its name."""
-    files = list(folder.iterdir())
-    texts = {path.stem for path in files if path.suffix.lower() in (".txt", ".json")}
-    return any(path.stem in texts for path in files if _is_image(path))
-
-
-def classes_in(folder: Path) -> list[str]:
-    """The names of the subfolders that hold an image, sorted; hidden ones are passed over."""
-    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sorted(name_of(path) for path in folders if any(map(_is_image, path.iterdir())))
-
-
-def name_of(path: Path) -> str:
-    """The name of a file or folder, which tables and keys hold as UTF-8."""
-    if fault_of(path.name):
-        raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
-    return path.name
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
 def read_class_folder(
     folder: Path, classes: Sequence[str], *, name: str
 ) -> tuple[ImageTextPairs, Int[Tensor, " n"]]:
@@ -326,7 +267,7 @@ def read_class_folder(
     labels: list[int] = []
     for number, class_ in enumerate(classes):
         of_class = folder / class_
-        files = sorted(filter(_is_image, of_class.iterdir())) if of_class.is_dir() else []
+        files = sorted(filter(is_image, of_class.iterdir())) if of_class.is_dir() else []
         names += [f"{class_}/{name_of(path)}" for path in files]
         labels += [number] * len(files)
     return image_files(names, root=str(folder), name=name), torch.tensor(labels)

@@ -75,17 +75,17 @@ def embed(
 ) -> Path:
     """Write a model's vectors of a data set to a Parquet file, or finish one. All ranks call it.
 
-    A row is a sample whose image can be read. The others are listed in `NAME.skipped.jsonl` beside
-    `NAME.parquet`. After an interruption the same call goes on; until the end, what it has done is
-    in the folder `.NAME.parquet.parts`. Of the run of `align`, images and captions that it encoded
-    in this precision are read from its store: the heads alone compute.
+    A row is a sample whose image can be read, with captions or without. The others are listed in
+    `NAME.skipped.jsonl` beside `NAME.parquet`. After an interruption the same call goes on; until
+    the end, what it has done is in the folder `.NAME.parquet.parts`. Of the run of `align`, images
+    and captions that it encoded in this precision are read from its store: the heads alone compute.
 
     | column | |
     |---|---|
     | `sample_id` | string, unique |
     | `image_vector` | list of float16, unit norm, in the joint space |
-    | `text_vectors` | list of such lists, one a caption |
-    | `captions` | list of strings |
+    | `text_vectors` | list of such lists, one a caption; null where there is none |
+    | `captions` | list of strings; null where there is none |
     | `image` | string: the image's path or URL as the data name it; null for one in the data |
     | `class` | string, if the data have classes; null where there is none |
 
@@ -102,8 +102,8 @@ def embed(
 
     Returns:
         The path of the file. The metadata of its schema have the facts as JSON, under `protoclip`:
-        `reference`, `weights` (a checksum), `width`, `version`, `source`, `rows`, `bad`, `kept`
-        (`images` and `captions` from the store of `align`) and more.
+        `reference`, `weights` (a checksum), `width`, `version`, `source`, `rows`, `bad`,
+        `without_captions`, `kept` (`images` and `captions` from the store of `align`) and more.
 
     Raises:
         ValueError: The model or the data cannot be used, no sample can be read, vectors are not
@@ -113,7 +113,7 @@ def embed(
     name = without_secrets(reference)
     config = Config(data=data if isinstance(data, DataConfig) else DataConfig(train=str(data)))
     check(config)
-    samples: Any = raise_on_all_ranks(lambda: sources.pairs(config))
+    samples: Any = raise_on_all_ranks(lambda: sources.pairs(config, needs_captions=False))
     for note in sources.notes(samples) if rank() == 0 else ():
         say(f"note: {note}")
     is_stream = isinstance(samples, SampleStream)
@@ -185,6 +185,11 @@ def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:
         say(
             f"note: {facts['bad']:,} of {number:,} samples could not be read and have no row; "
             f"{skipped_of(out)} lists them"
+        )
+    if number := facts.get("without_captions"):  # 1.0.0 made bad samples of these
+        say(
+            f"note: {number:,} of {facts['rows']:,} images have no caption; their captions and "
+            "text_vectors are null"
         )
     if any((kept := facts.get("kept", {})).values()):
         say(
@@ -275,7 +280,10 @@ def encode_pairs(
     has_classes: bool,
     name: str,
 ) -> Part:
-    """The vectors of samples and of all their captions, which stand one after another."""
+    """The vectors of samples and of all their captions, which stand one after another.
+
+    A sample may have none.
+    """
     known, vectors = kept.images_of(samples, items, images.width)
     named, bad, done = {**known}, [], len(known)
     missing = [position for position in range(len(items)) if position not in known]
@@ -328,10 +336,13 @@ def join_parts(
     rows, bad = write_skipped(files, skipped, settings["source"])
     if not bad:
         skipped.unlink(missing_ok=True)  # of a file that is replaced
-    # Versions that read nothing from a store may have begun the file.
-    kept = [note["kept"] for note in map(read_note, files) if "kept" in note]
-    of_store = {what: sum(each[what] for each in kept) for what in ("images", "captions")}
-    facts = {**settings, "rows": rows, "bad": bad, "kept": of_store, "version": __version__}
+    kept, without = {"images": 0, "captions": 0}, 0
+    for note in map(read_note, files):
+        without += sum(not captions for captions in note["captions"])
+        for what in kept:  # versions that read nothing from a store may have begun the file
+            kept[what] += note.get("kept", {}).get(what, 0)
+    facts = {**settings, "rows": rows, "bad": bad, "without_captions": without, "kept": kept}
+    facts["version"] = __version__
     types = {
         "sample_id": pa.string(),
         "image_vector": HALF,
@@ -360,11 +371,12 @@ def columns(
     """The rows of a part."""
     captions = note["captions"]
     ends = list(accumulate(map(len, captions), initial=0))
+    has_none = pa.array([not several for several in captions])
     return {
         "sample_id": pa.array(note["ids"], pa.string()),
         "image_vector": lists(arrays["image"]),
-        "text_vectors": pa.ListArray.from_arrays(ends, lists(arrays["text"])),
-        "captions": pa.array(captions, pa.list_(pa.string())),
+        "text_vectors": pa.ListArray.from_arrays(ends, lists(arrays["text"]), mask=has_none),
+        "captions": pa.array([several or None for several in captions], pa.list_(pa.string())),
         # Versions that named no images may have begun the file.
         "image": pa.array(note.get("images", [None] * len(captions)), pa.string()),
         **({"class": pa.array(note["classes"], pa.string())} if note["classes"] else {}),

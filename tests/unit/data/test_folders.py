@@ -255,6 +255,16 @@ FAULTS = {
         {"a.jpg": b"A", "b.jpg": b"B"},
         r"2 images without a caption \('a.jpg'\).*: put a caption beside each image",
     ),
+    "classes without captions": (
+        {"a/a.jpg": b"A", "b/b.jpg": b"B"},
+        r"all in metadata.jsonl; its folders look like classes, and images are classified without "
+        r"captions by protoclip evaluate MODEL --data \S*/data$",
+    ),
+    "splits of classes": (
+        {"train/a/a.jpg": b"A", "val/b/b.jpg": b"B"},
+        r"without a caption \('train/a/a.jpg'\).*; its folders look like classes",
+    ),
+    "one class": ({"a/a.jpg": b"A", "b/c/c.jpg": b"B"}, r"or all in metadata.jsonl$"),
     "a table beside the images": (
         {"a.jpg": b"A", "captions.csv": "filename,caption\na.jpg,a\n"},
         r"is left: \S*/captions.csv looks like a table of captions: name it instead of the folder",
@@ -293,6 +303,7 @@ def test_a_structural_fault_is_named_in_one_line(tmp_path, fault):
     with pytest.raises(ValueError, match=message) as error:
         opened(tmp_path / "data")
     assert str(error.value).startswith(str(tmp_path / "data"))
+    assert ("look like classes" in str(error.value)) == ("classes" in fault)
     assert "\n" not in str(error.value)
 
 
