@@ -8,8 +8,9 @@ import csv
 import gzip
 import io
 import lzma
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.op
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LONGEST_HEADER = 100_000  # characters
 FIRST_LINES = 100  # among which a header is looked for
+# A first line that names the separator for Excel, and belongs to no table.
+SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 
 
 def require_columns(path: str, names: Sequence[str]) -> None:
@@ -69,14 +72,31 @@ def columns_of(table: Path) -> list[str]:
             with open_local(table) as raw, unpack(raw) as file:
                 text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
                 lines = iter(lambda: text.readline(LONGEST_HEADER), "")
-                header = next((each for each in islice(lines, FIRST_LINES) if each.strip()), "")
+                _, header, named = find_header(islice(lines, FIRST_LINES))
             is_whole = len(header) < LONGEST_HEADER and "\0" not in header
-            return read_header(header, suffixes)[1] if is_whole else []
+            return read_header(header, suffixes, named)[1] if is_whole else []
     return []
 
 
-def read_header(header: str, suffixes: Sequence[str]) -> tuple[str, list[str]]:
-    """The separator in the header of a CSV or TSV file, and the names of its columns."""
+def find_header(lines: Iterable[str]) -> tuple[int, str, str]:
+    """The number of a header's line, the header, and the separator that a line before it names.
+
+    Such a line is `sep=;`. Without a header, they are 0 and two empty texts.
+    """
+    separator = ""
+    for number, text in enumerate(lines, 1):
+        if not separator and (named := SEPARATOR_LINE.fullmatch(text.strip(" \r\n"))):
+            separator = named[1]
+        elif text.strip():
+            return number, text, separator
+    return 0, "", ""
+
+
+def read_header(header: str, suffixes: Sequence[str], named: str = "") -> tuple[str, list[str]]:
+    """The separator of a CSV or TSV file, and the names of its columns.
+
+    The separator is the one that a line before the header named, or else one in the header.
+    """
     usual = "\t" if ".tsv" in suffixes else ","
-    separator = next((s for s in (usual, "\t", ",", ";") if s in header), usual)
+    separator = named or next((s for s in (usual, "\t", ",", ";") if s in header), usual)
     return separator, next(csv.reader([header], delimiter=separator), [])

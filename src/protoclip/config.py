@@ -42,6 +42,15 @@ RENAMED = {
     "montage": "is gone; protoclip explore shows pairs with their captions",
     "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
 }
+# What other programs call settings, as they are called here.
+ELSEWHERE = {
+    "lr": "optim.learning_rate",
+    "wd": "optim.weight_decay",
+    "bs": "episodes.batch_size",
+    "batch_size": "episodes.batch_size",
+    "epochs": "episodes.count",
+}
+PERCENT = re.compile(r" *(\d+(?:\.\d+)?) *%")
 # Of some of these the value that changed nothing, as old run folders have it: it is passed over.
 GONE = {
     "data.small_copies": False,
@@ -466,7 +475,8 @@ def unknown(name: str, known: list[str]) -> str:
     """What to say about a setting that does not exist."""
     if (former := RENAMED.get(without_number(name))) is not None:
         return f"{name}: {former}"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    meant = ELSEWHERE.get(name.rpartition(".")[2], name)
+    close = difflib.get_close_matches(meant, known, n=1, cutoff=0.0)
     return f"{name}: no such setting; did you mean {close[0]}?"
 
 
@@ -494,6 +504,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
         if not isinstance(tree, Mapping):
             raise ValueError(f"{name}: {shown(value)} is no table; give its settings by name")
         return build(hint, tree, f"{name}.")  # type: ignore[arg-type]
+    if hint is float:
+        refuse_percent(name, value)
     if hint is float and type(value) is int:
         try:
             return float(value)
@@ -513,11 +525,19 @@ def read_one_of(name: str, value: Any, kinds: list[Any]) -> Any:
     if value is None or value in words:
         return value
     kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
+    if any(float in type_of(kind) for kind in kinds):  # even if a text would do, such as a path
+        refuse_percent(name, value)
     if words and isinstance(value, str) and type_of(kinds[0])[1] is int:
         raise ValueError(f"{name}: {shown(value)} is no number, and none of {', '.join(words)}")
     wanted = float if type(value) is int else type(value)
     kind = next((each for each in kinds if wanted in type_of(each)), kinds[-1])
     return read(name, value, kind)
+
+
+def refuse_percent(name: str, value: Any) -> None:
+    """Refuse a share that is written as a percentage."""
+    if isinstance(value, str) and (percent := PERCENT.fullmatch(value)):
+        raise ValueError(f"{name}: {shown(value)}: write a share as {float(percent[1]) / 100:g}")
 
 
 def shown(value: Any) -> str:

@@ -19,7 +19,8 @@ from protoclip.files import kind_of, read_local
 DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
 MODEL_KINDS = ("open_clip:", "hf:", "local-dir:", "reference:", "timm:")
 # What may stand behind a data set that judges a model, as in `pairs.tsv,root=images`.
-DATA_OPTIONS = ("class_column=", "root=")
+COLUMN_OPTIONS = ("image_column", "caption_column", "id_column", "class_column")
+DATA_OPTIONS = (*COLUMN_OPTIONS, "root")
 # What the model card of each export says; a folder without it is not replaced by another export.
 EXPORTED = "An image tower and a text tower with one joint space, exported from"
 DATA_HINT = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
@@ -111,7 +112,7 @@ def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]
             f"{f'{setting}: ' * bool(setting)}'{reference}' is not complete; give "
             f"{name}{what.get(name, 'NAME')}"
         )
-    known = [option for option in options if option.startswith(DATA_OPTIONS)]
+    known = [option for option in options if option.partition("=")[0] in DATA_OPTIONS]
     others = [option for option in options if option not in known]
     # Names on the hub have options of their own, and a file may be called as if it had some.
     start = f"{setting}: " if setting else ""
@@ -123,7 +124,8 @@ def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]
     if others and not is_free and not os.path.exists(path):  # noqa: PTH110 (Path raises)
         raise ValueError(
             f"{start}'{reference}': no option '{others[0].partition('=')[0]}' and no such file; "
-            "behind a data set may stand ,class_column=NAME and ,root=FOLDER"
+            f"behind a data set may stand {', '.join(COLUMN_OPTIONS)} (,class_column=NAME) and "
+            ",root=FOLDER"
         )
     return name, dict(option.split("=", 1) for option in known)
 
@@ -288,9 +290,13 @@ def has_git(folder: Path) -> bool:
 
 def suggestion(path: str) -> str:
     """What to say about a name close to that of a path which does not exist; or nothing."""
-    beside: list[str] = []
-    with suppress(OSError):
-        beside = [each.name for each in islice(Path(path).parent.iterdir(), 10_000)]
-    beside = [each for each in beside if each.isascii() and each.isprintable()]
-    close = difflib.get_close_matches(Path(path).name, beside, n=1)
-    return f"; did you mean {Path(path).with_name(close[0])}?" if close else ""
+    with suppress(OSError, ValueError):
+        missing = Path(path)
+        while not missing.parent.exists():  # a folder above may be the one that is misspelt
+            missing = missing.parent
+        names = [each.name for each in islice(missing.parent.iterdir(), 10_000)]
+        names = [each for each in names if each.isascii() and each.isprintable()]
+        for close in difflib.get_close_matches(missing.name, names, n=1):
+            near = missing.with_name(close) / Path(path).relative_to(missing)
+            return f"; did you mean {near}?" if near.exists() else ""
+    return ""

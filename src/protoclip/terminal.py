@@ -18,7 +18,7 @@ OBEYED = re.compile(r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 REMOVED = "***"
 URL = re.compile(r"(?<=://)[^\s\"<>`]+")
 # Behind the query of a URL may stand options of the data set, or punctuation of the sentence.
-OPTIONS, PUNCTUATION = re.compile(r",(?:class_column|root)=.*"), "]'):;,.}"
+OPTIONS, PUNCTUATION = re.compile(r",(?:[a-z]+_column|root)=.*"), "]'):;,.}"
 
 
 def without_secrets(text: str) -> str:

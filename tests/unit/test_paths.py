@@ -18,6 +18,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.tsv").write_text("")
     (tmp_path / "run").mkdir()
+    (tmp_path / "folder/in").mkdir(parents=True)
+    (tmp_path / "folder/in/a.tsv").touch()
     return tmp_path
 
 
@@ -25,6 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("tree", "message"),
     [
         ({"data": {"train": "pairs.tvs"}}, "data.train: pairs.tvs: no such file; did you mean"),
+        ({"data": {"train": "rum/pairs.tsv"}}, "data.train: rum/pairs.tsv: no such file$"),
+        ({"data": {"train": "fodler/in/a.tsv"}}, "no such file; did you mean folder/in/a.tsv"),
         ({"data": {"train": ""}}, "data.train: is empty; name a file or folder"),
         ({"data": {"train": "pairs.tsv/a"}}, "no such file; pairs.tsv is a file, not a folder"),
         ({"data": {"train": "a\0b"}}, "a path holds no zero byte"),
@@ -140,6 +144,7 @@ def test_columns_of_what_has_no_header_are_left_to_its_reader(file, content, pla
     ("reference", "name", "options"),
     [
         ("a.tsv,class_column=kind,root=x", "a.tsv", {"class_column": "kind", "root": "x"}),
+        ("a.tsv,image_column=a,id_column=b", "a.tsv", {"image_column": "a", "id_column": "b"}),
         ("a.tsv,root=x,y", "a.tsv", {"root": "x,y"}),
         ("hf:a/b,split=train,root=x", "hf:a/b,split=train", {"root": "x"}),
         ("hf:a/b,root=x,split=train", "hf:a/b,split=train", {"root": "x"}),

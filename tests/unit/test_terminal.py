@@ -11,6 +11,7 @@ from protoclip.terminal import visible, without_secrets
         ("https://me:word@host/{0..9}.tar?token=abc", "https://***@host/{0..9}.tar?***"),
         ("https://host/a.png?sig=a%2Fb+c==: no such file", "https://host/a.png?***: no such file"),
         ("sample 'a' (https://host/a.png?x=1): cut", "sample 'a' (https://host/a.png?***): cut"),
+        ("https://host/a?b=1,id_column=c", "https://host/a?***,id_column=c"),
         ("wds:https://me@host/a?b=1,class_column=c", "wds:https://***@host/a?***,class_column=c"),
         (
             "pipe:curl -s 'https://me:a@b@host/a.tar?c=1' x",

@@ -113,9 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
             family = [known for known in COMMANDS if known.split()[0] == said and known != said]
             if family:
                 raise ValueError(f"{said}: choose one of {', '.join(family)}")
-            close = get_close_matches(said, COMMANDS, n=1)
-            what = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
-            raise ValueError(f"{said or 'no command'}: {what}")
+            raise ValueError(f"{said or 'no command'}: {meant(words)}")
         command = parse(COMMANDS[name], words)
         command()
         sys.stdout.flush()
@@ -126,6 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
         leave(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fail(error, name)
+
+
+def meant(words: list[str]) -> str:
+    """What to say to words that begin with no command, but perhaps with nearly one."""
+    for length in (2, 1):
+        known = [name for name in COMMANDS if len(name.split()) == length]
+        if close := get_close_matches(" ".join(words[:length]), known, n=1):
+            return f"did you mean {close[0]}?"
+    return f"choose one of {', '.join(COMMANDS)}"
 
 
 def overview() -> str:

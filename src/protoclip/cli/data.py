@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 # Settings of `data` that training alone has a use for.
-OF_TRAINING = ("validation", "augmentation", "cache", "cache_gb", "max_bad_share", "captions")
+OF_TRAINING = ("validation", "augmentation", "cache", "cache_gb", "captions")
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ class Inspect(Recipes):
         require_model("model.start", self.model.start)
         with quick_imports():
             from protoclip.data.inspect import inspect, show
+            from protoclip.data.tables import not_utf8
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(of_source(self.source, self.data), seed=self.seed)
+        if fault := not_utf8(pairs, self.data.max_bad_share):
+            say(f"warning: {fault}")
         report = inspect(
             pairs,
             count_tokens=count_tokens,
@@ -86,7 +89,7 @@ class Pack(Recipes):
         require_place("out", self.out, is_folder=True)
         from protoclip.data.pack import pack
 
-        print_notes(idle(typed(self), also=["workers"]))
+        print_notes(idle(typed(self), also=["workers", "max_bad_share"]))
         pairs = open_indexed(of_source(self.source, self.data), "end to pack")
         if self.data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
@@ -114,7 +117,7 @@ class Index(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         started, before = time.monotonic(), kept_indexes()
-        print_notes(idle(typed(self), also=["workers", "max_image_pixels"]))
+        print_notes(idle(typed(self), also=["workers", "max_bad_share", "max_image_pixels"]))
         pairs = open_indexed(of_source(self.source, self.data), "index")
         number, took = f"{len(pairs):,} pairs", duration(time.monotonic() - started)
         if kept_indexes() == before:
@@ -178,7 +181,8 @@ def open_source(data: DataConfig, *, seed: int = 0) -> "tuple[Pairs | SampleStre
     """The samples that `data` describes, and what was noticed about them."""
     from protoclip.data import sources
 
-    config = Config(data=data, run=RunConfig(seed=seed))
+    # That so many lines are not UTF-8 is something to look at here, and ends no look.
+    config = Config(data=replace(data, max_bad_share=1.0), run=RunConfig(seed=seed))
     check(config)
     samples = sources.pairs(config)
     return samples, sources.notes(samples)

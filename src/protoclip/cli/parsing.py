@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 from protoclip.checks import TRAIN_OR_SOURCES
 from protoclip.config import HALVES, PERMISSIONS, START, Config, DataConfig, build, unknown
 from protoclip.files import read_local
-from protoclip.paths import require_file
+from protoclip.paths import DATA_OPTIONS, require_file
 
 Command = TypeVar("Command")
 # What stands for no file in `teacher.features`.
@@ -144,8 +144,8 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
     """The options among the words as a tree of settings, and the other words.
 
     `--no-NAME` switches a flag off. A list grows with each option, and so does a tuple of any
-    length. A command that reads data beside recipes takes `--data.root` as `--root`, since messages
-    say so.
+    length. A command that reads data takes `--data.root` and `--root` alike, and so the columns,
+    since messages say now one and now the other.
 
     Raises:
         ValueError: There is no such option, or its value is missing.
@@ -165,6 +165,8 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         name = option.lstrip("-").replace("-", "_")
         if {"data", *PERMISSIONS} & known.keys():
             name = name.removeprefix("data.")
+        elif name in DATA_OPTIONS and name not in known and f"data.{name}" in known:
+            name = f"data.{name}"
         if name in arguments(kind):
             raise ValueError(f"{option}: is an argument, not an option; give it without {option}")
         flag = re.sub(r"(^|\.)no_", r"\1", name)

@@ -21,14 +21,12 @@ from protoclip.columns import METADATA
 from protoclip.config import DataConfig
 from protoclip.data.access import Access, digest, files_like, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
+from protoclip.data.lines import TEXT_SUFFIXES, LeftOut, fault_of
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
-    TEXT_SUFFIXES,
-    LeftOut,
     access_of,
     caption_columns,
     captions_in,
-    fault_of,
     open_files,
     pairs_of,
     unused,

@@ -40,6 +40,7 @@ WAYS = {
     10_000_000: "protoclip finetune of a published model, with --guard",
 }
 MORE = "protoclip train, by a recipe"  # than any of these
+NONE_READ = "mend what the reasons name, and look again: no pair could be read"
 UNCOUNTED = "count the pairs of this stream with --every (docs/which_way.md)"
 CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
@@ -102,7 +103,7 @@ def inspect(
         "pairs": len(source) if isinstance(source, Pairs) else None,
         **known,
         "notes": list(notes),
-        "next": way(pairs) if counted else UNCOUNTED,
+        "next": NONE_READ if not known["read"] else way(pairs) if counted else UNCOUNTED,
     }
 
 
@@ -202,8 +203,9 @@ def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) ->
     for facts in samples:
         if isinstance(facts, BadSample):
             unreadable = [*unreadable, str(facts)][:EXAMPLES]
-            # Without the numbers and details of this sample.
-            reason = re.sub(r"\d+", "N", re.sub(r" ?\(.*\)", "", facts.reason))[:NAME_LENGTH]
+            # Without the details and numbers of this sample; that of UTF-8 is part of a word.
+            reason = re.sub(r" ?\(.*\)", "", facts.reason)
+            reason = re.sub(r"(?<![\w-])\d+\b", "N", reason)[:NAME_LENGTH]
             reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
             continue
         read += 1

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -155,6 +155,12 @@ class ImageTextPairs:
         self._check: Callable[..., None] | None = getattr(source, "check", None)
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
+
+    @property
+    def not_utf8(self) -> Sequence[Mapping[str, Any]]:
+        """Of each text file with lines that are not UTF-8: how many of how many, and a way out."""
+        facts = getattr(self._source, "facts", {})
+        return [*facts.get("not_utf8", ())]
 
     def _has_ranges(self) -> bool:
         """Whether images are ranges of the files that their column names, as in tar shards."""
@@ -314,6 +320,8 @@ class ImageTextPairs:
         except Exception as error:  # the clients of stores have exceptions of their own
             reason = reason_of(error)
             missing = isinstance(error, FileNotFoundError)
+            if missing and "\\" in image:  # as Windows writes paths
+                reason += "; its path has backslashes, write /"
             raise self._bad(row, reason if missing else f"cannot be read ({reason})") from None
 
     def image_name(self, row: int) -> str | None:

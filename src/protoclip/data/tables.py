@@ -6,23 +6,21 @@ row, or drop it without a word, so these are parsed here: lines left out are cou
 
 import csv
 import glob
-import io
-import json
 import lzma
 import re
 import zlib
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from protoclip.columns import COMPRESSED, LONGEST_HEADER, METADATA, missing, read_header
+from protoclip.columns import COMPRESSED, METADATA, missing
 from protoclip.config import DataConfig
 from protoclip.data.access import (
     NO_WEB_IMAGES,
@@ -34,7 +32,6 @@ from protoclip.data.access import (
     hub_answer,
     is_url,
     is_web,
-    open_file,
 )
 from protoclip.data.index import (
     ROWS,
@@ -44,8 +41,17 @@ from protoclip.data.index import (
     index_folder,
     unwritable,
 )
+from protoclip.data.lines import (
+    NOT_UTF8,
+    TEXT_SUFFIXES,
+    Cell,
+    LeftOut,
+    lines_of,
+    read_csv,
+    read_json,
+    suffixes_of,
+)
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.progress import Progress
 from protoclip.terminal import line, without_secrets
 
 # Usual names of columns, the likeliest first; capitals do not matter.
@@ -63,15 +69,7 @@ BINARY = ("binary", "large_binary", "binary_view", "fixed_size_binary")  # types
 NO_COLUMN = ""  # named to say that no column is to be used
 ID_COLUMNS = ("sample_id", "key", "uid")
 
-TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-# A longer line, or a quoted field of more lines, comes from a quote that was left open.
-MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
-csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
-MAX_EMPTY_LINES = 1_000_000  # in a row
-SHOWN_LINES = 1 << 16  # after as many, progress is shown
 FORM = 5  # Changes when the same file would be read differently than before.
-NOT_UTF8 = "lines that are not UTF-8"
-Cell = str | list[str] | None
 
 
 def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -105,7 +103,7 @@ def open_files(
     columns = [data.image_column or first, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": columns})
-    *_, before, last = ("", "", *_suffixes(paths[0]))
+    *_, before, last = ("", "", *suffixes_of(paths[0]))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
         build, way_out = partial(_text_batches, paths, data), "check the separator and the quotes"
         index = build_index(key, build, folder=folder, label=label, way_out=way_out)
@@ -225,6 +223,17 @@ def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
         )
 
 
+def not_utf8(samples: object, most: float) -> str:
+    """What to say of a text file of which a larger share is not UTF-8; empty if there is none."""
+    for file in samples.not_utf8 if isinstance(samples, ImageTextPairs) else ():
+        if (share := file["lines"] / file["of"]) > most:
+            return (
+                f"{file['file']}: {file['lines']:,} of {file['of']:,} lines ({share:.0%}) are not "
+                f"UTF-8, more than data.max_bad_share ({most:g}) allows; {file['way_out']}"
+            )
+    return ""
+
+
 def access_of(data: DataConfig) -> Access:
     """What the user allows."""
     return Access(commands=data.allow_commands, links=data.allow_links)
@@ -251,11 +260,6 @@ def changed(data: DataConfig, settings: Iterable[str]) -> str:
     return ", ".join(s for s in settings if getattr(data, s) != getattr(DataConfig(), s))
 
 
-def _suffixes(path: str) -> list[str]:
-    file = PurePath(path.partition("?")[0] if is_url(path) else path)
-    return [suffix.lower() for suffix in file.suffixes]
-
-
 @contextmanager
 def _library(*, offline: bool = True) -> Iterator[Any]:
     """`datasets`; without progress bars and network, unless it is for the hub."""
@@ -277,7 +281,7 @@ def _local_copy(path: str, print_: str, data: DataConfig) -> str:
     """A local path as it is; of a URL, a copy in the cache."""
     if not is_url(path):
         return path
-    copy = index_folder() / f"{print_}{_suffixes(path)[-1]}"
+    copy = index_folder() / f"{print_}{suffixes_of(path)[-1]}"
     if not copy.exists():
         download(path, copy, access_of(data))
     return str(copy)
@@ -373,31 +377,6 @@ def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 
-class LeftOut:
-    """Counts what is left out of a source, by reason, with an example and the first lines."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.counts = path, Counter[str]()
-        self.examples: dict[str, str] = {}
-        self.lines: dict[str, list[str]] = defaultdict(list)
-        self.advice: dict[str, str] = {}  # what to do, by reason
-
-    def add(self, what: str, example: str, number: int = 0) -> None:
-        self.counts[what] += 1
-        self.examples.setdefault(what, f"'{line(example, 60)}'")
-        if number and self.counts[what] <= 6:
-            self.lines[what].append(str(number) if self.counts[what] < 6 else "...")
-
-    @property
-    def notes(self) -> list[str]:
-        numbers = {what: f"line {', '.join(lines)}: " for what, lines in self.lines.items()}
-        return [
-            f"{self.path}: left out {self.counts[what]} {what} ({numbers.get(what, '')}{example})"
-            + (f"; {self.advice[what]}" if what in self.advice else "")
-            for what, example in self.examples.items()
-        ]
-
-
 def captions_in(record: Any, keys: Sequence[str] = ()) -> list[bytes]:
     """The texts of a JSON object under these keys, or else under the likeliest usual one."""
     record = record if isinstance(record, dict) else {}
@@ -422,10 +401,11 @@ def _text_batches(
         told = without_secrets(path)
         left_out = LeftOut(told)
         unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with faults(told, *unreadable), _lines(path, access_of(data)) as lines:
-            read = _read_json if {".jsonl", ".ndjson"} & {*_suffixes(path)} else _read_csv
+        with faults(told, *unreadable), lines_of(path, access_of(data)) as lines:
+            read = read_json if {".jsonl", ".ndjson"} & {*suffixes_of(path)} else read_csv
             names, rows = read(path, lines, left_out)
             if not names and left_out.counts:
+                left_out.advice[NOT_UTF8] = left_out.to_utf8
                 raise ValueError(f"{left_out.notes[0]}; nothing else is in it")
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
@@ -445,9 +425,14 @@ def _text_batches(
             for batch in batches((_row(cells, *numbers) for cells in rows), schema):
                 used += batch.num_rows
                 yield batch
+        if not used:
+            left_out.advice[NOT_UTF8] = left_out.to_utf8
         facts["left_out"] += left_out.notes
         if left := left_out.counts.total():
             facts["left_out"].append(f"{told}: {used:,} of {used + left:,} rows are used")
+        if number := left_out.counts[NOT_UTF8]:
+            what = {"file": told, "lines": number, "of": used + left, "way_out": left_out.to_utf8}
+            facts["not_utf8"] = [*facts.get("not_utf8", ()), what]
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
@@ -457,142 +442,3 @@ def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]
     for cell in (cells[n] for n in captions):
         texts += cell if isinstance(cell, list) else [cell]
     return [*row, texts] if captions else row
-
-
-@contextmanager
-def _lines(path: str, access: Access) -> Iterator[Iterator[str]]:
-    """The lines of a text file; bytes that are not UTF-8 come as lone surrogates."""
-    unpack = COMPRESSED.get(_suffixes(path)[-1], lambda file: file)
-    with open_file(path, access) as raw, unpack(raw) as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-        size = 0 if is_url(path) else Path(path).stat().st_size
-        progress = Progress(f"read {path}", size)
-
-        def show() -> None:
-            if size:
-                progress.update(min(raw.tell(), size - 1))
-
-        yield _limited(text, path, show)
-        if progress.last_shown > progress.started:  # it took long enough to be shown
-            progress.update(size)
-
-
-def _limited(text: io.TextIOWrapper, path: str, show: Callable[[], None]) -> Iterator[str]:
-    """Lines; of one that is too long, its start."""
-    empty = 0
-    for number in count():
-        if not (line := text.readline(MAX_LINE)):
-            return
-        empty = 0 if line.strip() else empty + 1
-        if empty > MAX_EMPTY_LINES:
-            raise ValueError(
-                f"{path}: more than {MAX_EMPTY_LINES:,} empty lines in a row; is this a table, "
-                "with a row a line?"
-            )
-        if number % SHOWN_LINES == SHOWN_LINES - 1:
-            show()
-        yield line
-        while len(line) >= MAX_LINE and not line.endswith("\n"):
-            line = text.readline(MAX_LINE)
-
-
-def fault_of(text: str) -> str:
-    """Why a line cannot be used; empty if it can."""
-    if len(text) >= MAX_LINE:
-        return "lines of more than a megabyte"
-    if "\0" in text:
-        return "lines with a zero byte"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return NOT_UTF8
-    return ""
-
-
-def _read_csv(
-    path: str, lines: Iterator[str], left_out: LeftOut
-) -> tuple[list[str], Iterator[list[Cell]]]:
-    """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
-    left_out.advice[NOT_UTF8] = "save it as UTF-8"  # spreadsheets often write another encoding
-    number, header = next((line for line in enumerate(lines, 1) if line[1].strip()), (0, ""))
-    if len(header) > LONGEST_HEADER:
-        raise ValueError(
-            f"{path}: its first line is too long for a header; is this a table, with a row a line?"
-        )
-    if fault_of(header):
-        raise ValueError(f"{path}: its header is not UTF-8 text; save it as UTF-8")
-    separator, names = read_header(header, _suffixes(path))
-    return names, _csv_rows(lines, number + 1, separator, len(names), left_out)
-
-
-def _csv_rows(
-    lines: Iterator[str], number: int, separator: str, width: int, left_out: LeftOut
-) -> Iterator[list[Any]]:
-    """The good rows. `number` is that of the first line."""
-    ahead: deque[str] = deque()
-    while text := ahead.popleft() if ahead else next(lines, ""):
-        row, more = text.rstrip("\r\n").split(separator), 0
-        what = "lines with another number of fields than the header"
-        if '"' in text:
-            ahead.extend(islice(lines, MAX_QUOTED_LINES - 1 - len(ahead)))
-            row, more = _quoted_row([text, *ahead], separator, width)
-            what = what if row else "lines with an open quote"
-        text += "".join(ahead.popleft() for _ in range(more))
-        fault = fault_of(text)
-        if len(row) == width and not fault:
-            yield row
-        elif text.strip():
-            left_out.add(fault or what, text, number)
-        number += 1 + more
-
-
-def _quoted_row(lines: list[str], separator: str, width: int) -> tuple[list[str], int]:
-    """The fields of the first row (none: a quote is left open), and how many more lines it has."""
-    readers = [csv.reader(lines, delimiter=separator, strict=True)]
-    if lines[0].count('"') % 2 == 0:
-        # Text after a closing quote, as in `"Seven" (1995)`, is kept.
-        readers.append(csv.reader(lines[:1], delimiter=separator))
-    for reader in readers:
-        with suppress(csv.Error):
-            row = next(reader)
-            if len(row) == width or reader.line_num == 1:
-                return row, reader.line_num - 1
-    return [], 0
-
-
-def _read_json(
-    path: str, lines: Iterator[str], left_out: LeftOut
-) -> tuple[list[str], Iterator[list[Cell]]]:
-    """The names in the first records of a JSON Lines file, and the values that all have there."""
-    records = _json_records(lines, left_out)
-    head = list(islice(records, 1000))
-    names = list(dict.fromkeys(chain.from_iterable(head)))
-    return names, ([record.get(name) for name in names] for record in chain(head, records))
-
-
-def _json_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str, str | list[str]]]:
-    """The values of each record that are texts, whole numbers or lists of these, as texts."""
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-            texts = {name: _json_texts(value) for name, value in record.items()}
-        except (ValueError, AttributeError, RecursionError):
-            left_out.add(fault_of(text) or "lines that are no JSON object", text, number)
-            continue
-        used = {name: value for name, value in texts.items() if value is not None}
-        escaped = chain.from_iterable(used.values() if "\\u" in text else ())
-        if fault := fault_of(text) or fault_of("".join(escaped)):
-            left_out.add(fault, text, number)
-        elif record:
-            yield used
-        else:
-            left_out.add("lines with an empty object", text, number)
-
-
-def _json_texts(value: Any) -> Cell:
-    if isinstance(value, list):
-        return [text for text in map(_json_texts, value) if isinstance(text, str)]
-    is_text = isinstance(value, (str, int)) and not isinstance(value, bool)
-    return str(value) if is_text else None

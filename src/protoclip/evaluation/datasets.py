@@ -40,7 +40,7 @@ from protoclip.evaluation.readers import (
 )
 from protoclip.evaluation.zero_shot import read_templates, templates_in
 from protoclip.files import read_local
-from protoclip.paths import DATA_HINT, with_options
+from protoclip.paths import COLUMN_OPTIONS, DATA_HINT, with_options
 from protoclip.terminal import visible
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
@@ -185,10 +185,10 @@ def open_data(
     * `torchvision:NAME`: classes.
     * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
-    Behind a reference may stand `,class_column=NAME` and `,root=FOLDER`, which win over the
-    arguments of these names. One source of pairs is the split that is asked for. Where ImageNet is
-    read from folders or by torchvision, its validation images, which everyone measures, are the
-    `test` split.
+    Behind a reference may stand `,class_column=NAME`, other columns of a table and `,root=FOLDER`,
+    which win over the arguments and settings of these names. One source of pairs is the split that
+    is asked for. Where ImageNet is read from folders or by torchvision, its validation images,
+    which everyone measures, are the `test` split.
 
     Args:
         root: Where the images of tables, of `karpathy:` and of `torchvision:` lie.
@@ -205,10 +205,13 @@ def open_data(
     reference, options = with_options(reference)
     class_column = options.get("class_column", class_column)
     settings = replace(config or DataConfig(), sources=[], read="auto")
-    settings = replace(settings, root=options.get("root", root) or settings.root)
+    given: dict[str, Any] = {"root": root or settings.root, **options}
+    settings = replace(settings, **given)
+    named = next((name for name in COLUMN_OPTIONS if name in options), None)
+    named = named or ("class_column" if class_column is not None else None)
     kind, _, location = reference.partition(":")
-    if class_column is not None and kind in WITHOUT_COLUMNS:
-        raise no_columns(reference)
+    if named and kind in WITHOUT_COLUMNS:
+        raise no_columns(reference, named)
     if reference == "emoji":
         data = emoji()
     elif kind == "wds":
@@ -218,8 +221,8 @@ def open_data(
     elif kind == "karpathy":
         data = _open_captions(location, settings.root, split)
     elif folders := class_folders(Path(reference)):
-        if class_column is not None:
-            raise no_columns(reference)
+        if named:
+            raise no_columns(reference, named)
         data = _open_class_folders(Path(reference), folders, split)
     elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
         data = _open_pairs(reference, settings, split, class_column)
@@ -239,10 +242,10 @@ def open_data(
     return data
 
 
-def no_columns(reference: str) -> ValueError:
+def no_columns(reference: str, option: str = "class_column") -> ValueError:
     return ValueError(
-        f"{reference}: is no table and has no columns; leave out class_column, or write it behind "
-        "its table alone (TABLE,class_column=NAME)"
+        f"{reference}: is no table and has no columns; leave out {option}, or write it behind "
+        f"its table alone (TABLE,{option}=NAME)"
     )
 
 
@@ -280,7 +283,11 @@ def _open_pairs(
     """Captions, classes or both, of one source of pairs."""
     path = with_split(reference, split)
     config = replace(config, class_column=class_column or config.class_column)
-    pairs = open_source(config, SourceConfig(path=path))
+    try:
+        pairs = open_source(config, SourceConfig(path=path))
+    except ValueError as error:  # settings of `data` are those of other pairs, if there are any
+        way_out = r"write ,\1=NAME behind it"
+        raise ValueError(re.sub(r"set (\w+_column) to one\b", way_out, str(error))) from error
     if not isinstance(pairs, ImageTextPairs):
         raise ValueError(
             f"{reference}: evaluation reads in any order; copy the shards, or name the folder of "

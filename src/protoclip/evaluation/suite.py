@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from protoclip.config import PERMISSIONS, DataConfig, build
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
@@ -20,9 +21,12 @@ from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, int
 from protoclip.evaluation.samples import decided_by_candidates
 from protoclip.evaluation.task_features import TaskFeatures, splits_of, task_features
 from protoclip.evaluation.zero_shot import check_templates, read_templates
+from protoclip.paths import DATA_OPTIONS
 from protoclip.terminal import say
 
-Data = str | Path | EvaluationData
+Data = str | Path | Mapping[str, Any] | EvaluationData
+# Settings of `[data]` that say how a data set is read; the others are for training.
+OF_DATA = ("train", *DATA_OPTIONS, *PERMISSIONS)
 # Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
 QUICK = ("zero_shot", "retrieval")
 # Those that are run unless others are asked for; the rest learn, mostly from `train`.
@@ -82,7 +86,8 @@ def evaluate(
         model: A module with `encode_image` and `encode_text`, on the device where it shall run.
         image_transform: A PIL image to `(3, h, w)`.
         tokenizer: Texts to tokens `(b, c)`.
-        data: Data sets, or references to them as `datasets.open_data` takes, or paths.
+        data: Data sets, or references to them as `datasets.open_data` takes, or paths, or `[data]`
+            sections as mappings, whose `train` is a reference.
         tasks: Unset, those of `zero_shot`, `retrieval` and `geometry` that the data can serve. The
             others encode `train` or fit something, and a note says how many images they encode.
         split: The split that is measured.
@@ -111,13 +116,9 @@ def evaluate(
         cache=cache,
         show=show,
     )
-    references = [data] if isinstance(data, Data) else data
-    opened = raise_on_all_ranks(
-        lambda: [
-            each if isinstance(each, EvaluationData) else datasets.open_data(str(each), split=split)
-            for each in references
-        ]
-    )
+    is_one = isinstance(data, str | Path | Mapping | EvaluationData)
+    references: Any = [data] if is_one else data
+    opened = raise_on_all_ranks(lambda: [opened_data(each, split) for each in references])
     announce(opened, split, tasks)
     judged = results(
         encoder,
@@ -129,6 +130,23 @@ def evaluate(
         pretrained=pretrained,
     )
     return [result.record for result in judged]
+
+
+def opened_data(data: Data, split: str) -> EvaluationData:
+    """A data set as `evaluate` takes it, opened."""
+    if isinstance(data, EvaluationData):
+        return data
+    if not isinstance(data, Mapping):
+        return datasets.open_data(str(data), split=split)
+    settings = build(DataConfig, data, "data.")
+    if others := [name for name in data if name not in OF_DATA]:
+        raise ValueError(
+            f"data.{others[0]}: has no effect on evaluation, which takes {', '.join(OF_DATA)}; "
+            "leave it out"
+        )
+    return datasets.open_data(
+        settings.train, class_column=settings.class_column, split=split, config=settings
+    )
 
 
 def results(

@@ -23,7 +23,7 @@ import torch
 
 from protoclip import __version__
 from protoclip.checks import check
-from protoclip.config import Config, DataConfig
+from protoclip.config import Config, DataConfig, build
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.content import content
@@ -64,7 +64,7 @@ HALF = pa.list_(pa.float16())
 
 def embed(
     reference: str | Path,
-    data: str | Path | DataConfig,
+    data: str | Path | DataConfig | Mapping[str, Any],
     out: str | Path,
     *,
     batch_size: int | None = None,
@@ -92,7 +92,7 @@ def embed(
     Args:
         reference: A model, as `protoclip.load` takes it.
         data: What `data.train` names: a table, a folder, shards, `hf:OWNER/NAME` or `emoji`; or a
-            `[data]` section, which may also name columns.
+            `[data]` section as a mapping or `DataConfig`, which may also name columns.
         out: The file. One of the same model, data and settings is left as it is.
         batch_size: Images or captions encoded at once; unset, 16 on a CPU and 256 on a card.
         device: As `run.device`.
@@ -111,7 +111,8 @@ def embed(
     """
     reference, out = str(reference), Path(out)
     name = without_secrets(reference)
-    config = Config(data=data if isinstance(data, DataConfig) else DataConfig(train=str(data)))
+    section = {"train": str(data)} if isinstance(data, str | Path) else data
+    config = build(Config, {"data": section})
     check(config)
     samples: Any = raise_on_all_ranks(lambda: sources.pairs(config, needs_captions=False))
     for note in sources.notes(samples) if rank() == 0 else ():

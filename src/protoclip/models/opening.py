@@ -76,6 +76,18 @@ def require_safetensors(
     raise ValueError(f"{reference}: no weights here, such as {[*names, 'model.safetensors'][0]}")
 
 
+def require_weights(reference: str, file: Path) -> None:
+    """Refuse a file that is neither of safetensors nor of PyTorch, by its first bytes."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(9)
+    except OSError:  # its reader says more
+        return
+    # Those of a zip archive, of a pickle, and of a header in JSON behind its length.
+    if not (head.startswith((b"PK", b"\x80")) or head[8:] == b"{"):
+        raise ValueError(f"{reference}: is no file of weights, neither safetensors nor PyTorch's")
+
+
 def hub_name(name: str | Path) -> str:
     """A name that is looked up on the hub; "" for a folder."""
     return "" if Path(name).is_dir() or Path(name).is_absolute() else str(name)
@@ -95,6 +107,8 @@ def unreachable(reference: str, way_out: str = "") -> ValueError:
     """Says that what is not here cannot be fetched; `way_out` is one that others do not have."""
     advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
     advice += f", or {way_out}" if way_out else ""
+    if reference.startswith("model."):  # of a tower; other messages name the page of their command
+        advice += " (docs/align.md#without-a-network)"
     return ValueError(
         f"{reference}: the hub does not answer, and there is no earlier download; {advice}"
     )

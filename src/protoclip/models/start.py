@@ -35,6 +35,7 @@ from protoclip.models.opening import (
     open_clip_transform,
     readable_errors,
     require_safetensors,
+    require_weights,
     seeded,
 )
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
@@ -500,6 +501,7 @@ def reference_start(reference: str, given: str) -> ReferenceStart:
 
 def reference_weights(reference: str, file: Path) -> dict[str, Tensor]:
     """The weights by our names; they stay in the file until they are used, where it allows it."""
+    require_weights(reference, file)
     with readable_errors(reference):
         lazily = is_zipfile(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)

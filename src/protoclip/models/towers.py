@@ -4,6 +4,7 @@ Towers of `transformers` are in `hugging_face.py`, and small ones in `halves.py`
 """
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -112,12 +113,22 @@ def is_image_name(name: str) -> bool:
     return bool(timm.is_model(name.partition(".")[0]))
 
 
+def near_image_names(name: str) -> list[str]:
+    """Names of timm models near one that there is not: those that begin with it or hold it, or else
+    those that begin alike."""
+    words, known = re.sub(r"[ -]", "_", name.partition(".")[0].lower()), timm.list_models()
+    first = [each for each in known if each.startswith(words)]
+    held = [each for each in known if words in each and each not in first]
+    alike = [each for each in known if each.startswith(name[:6])]
+    return first[:3] + held[:2] or (alike or known)[:3]
+
+
 def require_image_name(name: str) -> None:
     """Refuse what is no timm model, with or without the tag of its weights."""
     if not timm.is_model_pretrained(name) and name not in timm.list_models():
-        near = timm.list_models(f"{name[:6]}*")[:3] or timm.list_models()[:3]
         raise ValueError(
-            f"model.image.name: timm has no model '{name}'; it has {', '.join(near)}, ..."
+            f"model.image.name: timm has no model '{name}'; it has "
+            f"{', '.join(near_image_names(name))}, ..."
         )
 
 

@@ -116,6 +116,8 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("optim.betas", (0.9,), "optim.betas: [0.9] is not 2 values"),
         ("data.read", "fast", "data.read: 'fast' is not one of auto, streaming"),
         ("data.workers", "many", "data.workers: 'many' is no number, and none of auto"),
+        ("data.validation", "20%", "data.validation: '20%': write a share as 0.2"),
+        ("data.max_bad_share", "2.5 %", "data.max_bad_share: '2.5 %': write a share as 0.025"),
         ("data.read", "indexed", "data.read: 'indexed' is gone; leave it out"),
     ],
 )

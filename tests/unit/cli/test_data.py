@@ -63,6 +63,21 @@ def test_inspect_says_nothing_of_a_recipes_augmentation(
     assert "augmentation" not in said.out + said.err
 
 
+def test_inspect_warns_of_another_encoding_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything else; and takes the column by the name that messages have."""
+    rows = [f"{row}.jpg,{'größer' if row % 3 else 'kleiner'}" for row in range(30)]
+    (tmp_path / "a.csv").write_bytes("\n".join(["bild,caption", *rows]).encode("cp1252"))
+    words = [str(tmp_path / "a.csv"), "--image_column", "bild", "--data.workers", "0"]
+    parse(Inspect, [*words, "--samples", "5"])()
+    said = capsys.readouterr()
+    assert f"warning: {tmp_path}/a.csv: 20 of 30 lines (67%) are not" in said.err.splitlines()[0]
+    assert "pairs                    10" in said.out
+    parse(Inspect, [*words, "--data.max_bad_share", "0.7"])()
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:
     """Whose paths need not be there."""
     Index("emoji", data=DataConfig(sources=[SourceConfig(path="gone.tsv")]))()

@@ -42,6 +42,7 @@ def test_every_page_is_there() -> None:
         (["embed-teacher", "--teacher", "x", "--out", "y"], "docs/teachers.md"),
         (["train", "--teacher.whiten", "-1"], "docs/teachers.md"),
         (["trian"], ""),
+        (["train", "--model.text.name", "no/model"], "docs/align.md#without-a-network"),
     ],
 )
 def test_an_error_names_the_page_that_explains_it(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data.inspect import UNCOUNTED, evenly_spaced, inspect, show, way
+from protoclip.data.inspect import NONE_READ, UNCOUNTED, evenly_spaced, inspect, show, way
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
@@ -112,6 +112,20 @@ def test_what_to_do_with_so_many_pairs_is_a_row_of_the_page(row, pairs, commands
     lines = (Path(__file__).parents[3] / page.rstrip(")")).read_text(encoding="utf-8").splitlines()
     line = next(line for line in lines if line.startswith(f"| {row} |"))
     assert all(command in advice and command in line.split("|")[2] for command in commands)
+
+
+def test_numbers_alone_are_left_out_of_reasons():
+    table = pa.table({"image": [encoded(9, 9)] * 3, "caption": [b"\xff", b"\xfe", b"a"]})
+    report = look(ImageTextPairs(table, name="p"))
+    assert report["reasons"] == {"the caption is not UTF-8": 2}
+
+
+def test_paths_of_windows_are_told_and_advise_nothing_else(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(encoded(9, 9))
+    table = pa.table({"image": ["a\\1.jpg", "b\\2.jpg"], "caption": ["a", "b"]})
+    report = look(ImageTextPairs(table, name="p", root=str(tmp_path)))
+    assert report["reasons"] == {"no such file; its path has backslashes, write /": 2}
+    assert report["next"] == NONE_READ
 
 
 def test_the_last_line_says_what_to_do(mixed, capsys):

@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import pickle
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,8 @@ FORMATS = {
     "pairs.csv": lambda: delimited(","),
     "bom.csv": lambda: BOM + delimited(","),
     "semicolons.csv": lambda: delimited(";"),
+    "excel.csv": lambda: b"sep=;\r\n" + delimited(";"),
+    "bars.csv": lambda: BOM + b'"SEP=|"\r\n' + delimited("|"),
     "blank.csv": lambda: b"\n\n" + delimited(",").replace(b"\r\n", b"\n") + b"\n\n",
     "PAIRS.TSV": lambda: delimited("\t"),
     "pairs.csv.gz": lambda: gzip.compress(delimited(",")),
@@ -228,6 +232,31 @@ def test_an_open_quote_costs_its_line_alone(tmp_path, separator, later):
     assert f"{len(wrong)} lines with an open quote (line {', '.join(map(str, lines))}: '40" in note
 
 
+def of_windows(bad: int, file: Path) -> DataConfig:
+    """Twenty rows as Excel writes them, of which so many are not UTF-8 too."""
+    captions = ["grüne Tasse" if row < bad else "rote Tasse" for row in range(20)]
+    rows = (f"{row}.jpg;{caption}\r\n" for row, caption in enumerate(captions))
+    file.write_bytes("".join(["image;caption\r\n", *rows]).encode("cp1252"))
+    return DataConfig(train=str(file))
+
+
+def test_a_table_in_another_encoding_is_refused_and_a_few_such_lines_are_told(tmp_path):
+    """Also when it is opened a second time, in files of a pattern, and as far as settings allow."""
+    few = of_windows(1, tmp_path / "few.csv")
+    note, _ = sources.pairs(Config(data=few)).notes
+    assert "left out 1 lines that are not UTF-8 (line 2: '0.jpg;grüne Tasse'); save it as" in note
+    many = of_windows(15, tmp_path / "fewer.csv")
+    way_out = f"1252: iconv -f cp1252 -t utf-8 {tmp_path}/fewer.csv > NEW"
+    for data in (many, many, replace(many, train=str(tmp_path / "few*.csv"))):
+        with pytest.raises(ValueError, match=r"fewer.csv: 15 of 20 lines \(75%\)") as raised:
+            sources.pairs(Config(data=data))
+        assert "more than data.max_bad_share (0.05) allows; convert it (" in str(raised.value)
+        assert way_out in str(raised.value)
+    assert len(sources.pairs(Config(data=replace(many, max_bad_share=0.8)))) == 5
+    with pytest.raises(ValueError, match=rf"{re.escape(way_out)}\); no pair is left"):
+        sources.pairs(Config(data=of_windows(20, tmp_path / "fewer.csv")))
+
+
 def test_quotes_that_are_no_quotes_are_kept(tmp_path):
     """Text after a closing quote, and inches."""
     text = b'path\tcaption\na\t"Seven" (1995)\nb\t5" pipe\ne\tclosing"\n'
@@ -261,7 +290,7 @@ def test_a_table_is_read_again_when_it_changes(tmp_path, monkeypatch, kind):
 
     write("one")
     with monkeypatch.context() as patch:
-        patch.delattr(tables, "_read_csv")
+        patch.delattr(tables, "read_csv")
         patch.setattr(Path, "touch", None)
         assert table_at(tmp_path / f"pairs.{kind}").sample_captions(0)[0] == "one"
     assert write("two").sample_captions(0)[0] == "two"
@@ -307,7 +336,8 @@ FAULTS = {
     "gzip cut short": ("a.csv.gz", gzip.compress(many(9999))[:-9], {}, "cannot be read"),
     "CSV named Parquet": ("a.parquet", GOOD, {}, "cannot be read .*Parquet"),
     "UTF-16": ("a.csv", GOOD.decode().encode("utf-16"), {}, "header is not UTF-8 text"),
-    "Latin-1 header": ("a.csv", b"path,l\xe9gende\nx,a\n", {}, "header is not UTF-8"),
+    "Latin-1 header": ("a.csv", b"path,l\xe9gende\nx,a\n", {}, "-8 text; convert it .*: iconv"),
+    "GBK header": ("a.csv", "path,商品标题\nx,a\n".encode("gbk"), {}, "text; save it as UTF-8"),
     "no captions": ("a.csv", b"path,label\nx,1\n", {}, "no column with captions.*'path', 'label'"),
     "wrong image": ("a.csv", GOOD, {"image_column": "no"}, "'no'; it has 'path', 'caption', 'key'"),
     "wrong caption": ("a.csv", GOOD, {"caption_column": ["caption", "no"]}, "no column 'no'"),

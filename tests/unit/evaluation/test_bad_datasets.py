@@ -120,7 +120,7 @@ BAD = [
         lambda t: folder_of(t, A, B, "classnames.txt"),
         r"classnames\.txt: cannot be read as UTF-8 \(",
     ),
-    (lambda t: table_with(t), r"no column with captions; set caption_column to one"),
+    (lambda t: table_with(t), r"no column with captions; write ,caption_column=NAME behind it"),
     (lambda t: table_with(t, caption=[None, "", " "]), r"no image has a caption$"),
     (lambda t: table_with(t, "kind", caption=list("abc")), r"no column 'kind'; it has 'image', 'c"),
     (
@@ -144,6 +144,7 @@ BAD = [
         lambda t: folder_of(t, "test/a/1.png", "test/b/2.png") | {"class_column": "k"},
         r"^.*: is no table and has no columns",
     ),
+    (lambda _: {"reference": "emoji,image_column=k"}, r"^emoji: is no .*; leave out image_column"),
     (lambda _: {"reference": "wds:x,class_column=k"}, r"^wds:x: is no table and has no columns"),
     (
         lambda _: {"reference": "https://example.com/{0..3}.tar"},

@@ -23,6 +23,7 @@ from written import (
     write_wds,
 )
 
+from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
 from protoclip.evaluation.datasets import Images, emoji, in_order, open_data
 from protoclip.evaluation.zero_shot import read_templates
@@ -194,6 +195,14 @@ def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
     path = write_table(tmp_path / "t.parquet", caption=["a", "b", "c"], kind=[7, 8, 9])
     data = open_data(f"{path},class_column=kind", class_column="none", root="none")
     assert data.class_names == ["7", "8", "9"]
+    path = write_table(
+        tmp_path / "u.parquet", caption=["a"] * 3, name=["d", "e", "f"], number=[1, 2, 3]
+    )
+    usual = DataConfig(image_column="none", caption_column="caption")
+    reference = f"{path},image_column=image,caption_column=name,id_column=number"
+    split = open_data(reference, config=usual).splits["test"]
+    assert list(split.captions or ()) == [("d",), ("e",), ("f",)]
+    assert split.images.sample_id(2) == "3"
     given = as_karpathy(tmp_path / "k")
     data = open_data(f"{given['reference']},root={given['root']}", root="none")
     assert reds(data.splits["test"].images) == [10, 20, 30]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoded
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.readers import LazySplits
+from protoclip.evaluation.suite import opened_data
 from protoclip.evaluation.task_features import part_of
 from protoclip.models import loading
 from protoclip.testing import tiny_model
@@ -355,6 +357,16 @@ def faulty(**changes):
     return EvaluationData(
         name="x", splits={"test": Split(**{**of_split, **changes})}, class_names=names
     )
+
+
+def test_a_section_of_settings_is_refused_by_what_has_no_effect():
+    for section, message in (
+        ({"train": "x.csv", "only": "ids.csv"}, "data.only: has no effect on evaluation, which ta"),
+        ({"trian": "x.csv"}, "data.trian: no such setting; did you mean data.train?"),
+        ({"train": "none.csv"}, "none.csv: no such file, and no reference to a data set"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            opened_data(section, "test")
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,15 @@ def test_weights_of_a_half_that_are_a_pickle(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.pt"]
 
 
+def test_weights_of_a_half_that_are_a_table(tmp_path, capsys):
+    (tmp_path / "image.csv").write_text("image,caption\n1.jpg,a\n")
+    options = f"--model.image.name test_vit --model.image.weights {tmp_path}/image.csv"
+    with pytest.raises(SystemExit):
+        main(f"train {options} --run.out {tmp_path}/out".split())
+    said = "image.csv: is no file of weights, neither safetensors nor PyTorch's (docs/models.md)"
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_pickle_is_hostile(tmp_path):
     """Read as a pickle, it runs; so the tests above can fail."""
     save_pickle(tmp_path / "a.bin")

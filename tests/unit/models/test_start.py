@@ -433,15 +433,18 @@ def make_useless(tiny: Path, name: str) -> None:
             {},
             "model.image.weights: published weights of test_vit: the hub does not answer, and "
             "there is no earlier download; check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or "
-            "give a file: --model.image.weights FILE",
+            "give a file: --model.image.weights FILE (docs/align.md#without-a-network)",
         ),
         (
             {"weights": "published", "name": "resnet10t.none"},
             {},
             "model.image.name: timm has no model 'resnet10t.none'",
         ),
+        ({"name": "efficientnet-lite"}, {}, "it has efficientnet_lite0, efficientnet_lite1, "),
+        ({"name": "efficientnet_lite"}, {}, ", tf_efficientnet_lite0, tf_efficientnet_lite1, ..."),
+        ({}, {"name": "mini-lm"}, "model.text.name: mini-lm: no such model; did you mean minilm?"),
         ({"weights": "{}/other.safetensors"}, {}, "does not fit test_vit: "),
-        ({}, {"name": "no-such"}, "model.text.name: no-such: the hub does not answer"),
+        ({}, {"name": "no-such"}, "HF_HUB_OFFLINE (docs/align.md#without-a-network)"),
         ({}, {"name": "{}/pickled"}, "pytorch_model.bin is pickled and could run code"),
         ({}, {"name": "{}/gpt"}, "is of kind gpt2; text towers are of bert, roberta, xlm-roberta"),
         (
