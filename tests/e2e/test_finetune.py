@@ -162,6 +162,8 @@ def test_from_the_command_line(top, finished, copied, capsys):
     printed, said = ((top / name).read_text() for name in ("said.out", "said.err"))
     assert "note: for fine-tuning: optim.layer_decay = 0.7, optim.warm_up_steps = 1" in said
     assert "teacher.features = 'start'" in said
+    data = "validation (16 images), general (24 images)"
+    assert f"note: judging 3 weights between start and end, each on {data}\n" in said
     record, results = read(finished / "wise_ft.json"), read(finished / "results.json")
     assert [point["alpha"] for point in record["points"]] == [*FEW]
     assert list(record["points"][0]["scores"]) == ["validation", "general"]
@@ -473,8 +475,8 @@ def test_ranks_sweep_one_model(top, tmp_path):
             "run.guard: '{top}/own.parquet,class_column=' is not complete; give REF,class_col",
         ),
         (
-            "finetune {start} --data.train {own} --data.validation {general} --guard {clash}",
-            "run.guard: {clash}: two data sets of this run are called 'validation'",
+            "finetune {start} --data.train {own} --guard {general} --guard {clash}",
+            "run.guard: {clash}: two data sets of this run are called 'general'",
         ),
         (
             "finetune open_clip:RN50 --data.train {own}",
@@ -489,7 +491,8 @@ def test_ranks_sweep_one_model(top, tmp_path):
 )
 def test_wrong_settings_are_named_in_one_line(options, message, top, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    clash = shutil.copy(top / "own.parquet", top / "validation.parquet")
+    (top / "other").mkdir(exist_ok=True)
+    clash = shutil.copy(top / "own.parquet", top / "other" / "general.parquet")
     own, general, start = (top / name for name in ("own.parquet", "general.parquet", "start"))
     places = {"top": top, "own": own, "general": general, "start": start, "clash": clash}
     line = options.format(**places)

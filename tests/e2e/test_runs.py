@@ -354,6 +354,7 @@ def test_the_quick_demonstration(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["demo", "--quick"])
     said = capsys.readouterr().out
+    assert "an artist new to the model, of emoji that it knows from other artists, percent:" in said
     assert re.search(r"Of 57 drawings .*\n.*: [\d.]+\n.*: [\d.]+\n  by chance it is: 17.5\n", said)
     made = [Path("runs/quick/report.html"), Path("runs/quick/explorer/index.html")]
     assert all(f"  {path}   " in said for path in made)

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from interrupting import stop_after, with_changes
 from protoclip.checks import check
+from protoclip.cli import main
 from protoclip.config import (
     Config,
     DataConfig,
@@ -32,6 +35,8 @@ from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import validation
 from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.metrics import METRICS, TASKS
+from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.validation import judged
 from protoclip.features.teachers import teachers
 from protoclip.testing import run_distributed, tiny_config
@@ -229,6 +234,82 @@ def test_another_source_judges_a_run(folder, tmp_path, capsys):
     assert pq.read_table(samples).num_rows == 400
 
 
+def test_captions_alone_that_are_trained_on_are_told():
+    (line,) = validation.overlap("b", (870, 0, 870))
+    told = "of 870 pairs, the image of none is trained on, and a caption of 870"
+    assert line == f"data.validation: b: {told}"
+    assert validation.overlap("b", (870, 0, 0)) == []
+
+
+def records_on(data: Path, *words: str) -> dict[str, float]:
+    """The metrics of a model on data, as `evaluate --json` gives them, by their names in runs."""
+    told = io.StringIO()
+    with redirect_stdout(told):
+        main(["evaluate", *words, "--data", str(data), "--json", "--workers", "0", "--no-cache"])
+    records = json.loads(told.getvalue())
+    return {
+        name: record["metrics"][metric.key]
+        for record in records
+        for name, metric in METRICS.items()
+        if RECORD_TASKS.get(metric.task, metric.task) == record["task"]
+        and metric.in_runs
+        and metric.key in record["metrics"]
+    }
+
+
+def test_models_are_judged_by_the_pairs_that_a_run_held_out(folder, tmp_path, monkeypatch):
+    """Its own numbers are those of its results. So it is with a table that judged it."""
+    monkeypatch.chdir(tmp_path)
+    for name, share in (("held", 0.1), ("table", str(folder / "b.parquet"))):
+        config = config_for(folder, tmp_path / name, class_column="kind", validation=share)
+        metrics = train(with_changes(config, AT_THE_END))["metrics"]
+        records = records_on(Path(name), name, "--tasks", *TASKS)
+        assert {f"eval/validation/{key}": value for key, value in records.items()} == metrics
+    data = validation.open_data("held")
+    assert (data.name, len(data.splits["test"].images)) == ("held-validation", 20)
+    assert data.notes == ["held: the 20 images that it held out judge the models"]
+    (guard,) = validation.guards(with_changes(config, {"run": {"guard": ["held"]}}), [])
+    assert guard.name == "held-validation"
+    with pytest.raises(ValueError, match=r"^held: stands for the pairs that it held out; ask"):
+        validation.open_data("held", split="train")
+    with pytest.raises(ValueError, match=r"^held: is no table and has no columns"):
+        validation.open_data("held,class_column=kind")
+
+
+def test_a_run_whose_held_out_pairs_are_not_known_judges_no_model(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table, judging = Path("pairs.parquet"), Path("judging.parquet")
+    for name, share in (("all", 0.0), ("held", 0.1), ("other", str(judging))):
+        for path, letter in ((table, "a"), (judging, "b")):
+            shutil.copy(folder / f"{letter}.parquet", path)
+        config = config_for(folder, tmp_path / name, train=str(table), validation=share)
+        train(with_changes(config, SHORT))
+    with pytest.raises(ValueError, match=r"^all: this run held out no pairs; name other data"):
+        validation.open_data("all")
+    for path, name in ((judging, "other"), (table, "held")):
+        validation.open_data(name)
+        pq.write_table(pq.read_table(path).slice(1), path)
+        with pytest.raises(ValueError, match=rf"^{name}: its data have changed .*; bring them"):
+            validation.open_data(name)
+        path.unlink()
+        with pytest.raises(ValueError, match=rf"^{name}: the pairs .*{path}: no such file.*; bri"):
+            validation.open_data(name)
+
+
+def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):
+    """Versions up to 1.0.0 called `photos/test` just `test`."""
+    guard = tmp_path / "photos" / "test.parquet"
+    guard.parent.mkdir()
+    shutil.copy(folder / "b.parquet", guard)
+    config = with_changes(config_for(folder, tmp_path), {"run": {"guard": [str(guard)]}})
+    for setting in ("keep_best", "stop_by"):
+        for name in ("photos-test", "test"):
+            metric = f"eval/{name}/retrieval/image_to_text@1"
+            settings = replace(config, run=replace(config.run, **{setting: metric}))
+            assert [data.name for data in validation.guards(settings, [])] == [name]
+    assert [data.name for data in validation.guards(config, [])] == ["photos-test"]
+
+
 def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
     """The captions that judge a run, those that it trains on, and what it is told."""
     training, data, notes = judged(config, sources.pairs(config))
@@ -280,7 +361,7 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
     assert (again, training & judging) == (judging, set())
     other = {"train": str(folder / "b.parquet"), "validation": str(one)}
     (note,) = held_out_of(after("first", **other))[2]
-    assert "of 200 pairs, of 180 the image is trained on and of 180 a caption" in note
+    assert "of 200 pairs, the image of 180 is trained on, and a caption of 180" in note
     with pytest.raises(ValueError, match=r"one\.parquet: every image of it is trained on"):
         held_out_of(with_changes(first, {"data": {"validation": str(one)}}))
     pq.write_table(tables[1], one)

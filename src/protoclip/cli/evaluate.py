@@ -3,6 +3,7 @@
 Tasks are run in `evaluation/suite.py`; records are printed and written in `evaluation/records.py`.
 """
 
+from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,12 +33,14 @@ class Evaluate:
 
     Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
     knn and clustering, which learn, the first two from all of train.
+    A run as --data stands for the pairs that it held out; without --data
+    those of a single run judge it.
     docs/evaluation.md has the data, the tasks and what is printed.
     """
 
     models: list[str]  # Runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
-    data: list[str] = field(default_factory=list)  # What to judge on, else emoji. May be repeated.
+    data: list[str] = field(default_factory=list)  # What to judge on. May be repeated.
     tasks: tuple[str, ...] | None = None  # Of those above; unset, the first three.
     split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.
@@ -65,7 +68,7 @@ class Evaluate:
             from protoclip.data.index import cache_folder
             from protoclip.data.transforms import PillowTransform
             from protoclip.distributed import collectives
-            from protoclip.evaluation import datasets, records, suite
+            from protoclip.evaluation import records, suite, validation
             from protoclip.evaluation.encoders import encoder_of
             from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
@@ -109,21 +112,22 @@ class Evaluate:
                 lambda: read_templates(str(self.templates))
             )
             config = DataConfig(**{name: getattr(self, name) for name in OF_DATA})
+            names = self.data or [collectives.raise_on_all_ranks(lambda: usual_data(references))]
             data = collectives.raise_on_all_ranks(
                 lambda: [
-                    datasets.open_data(
+                    validation.open_data(
                         reference,
                         root=self.root,
                         class_column=self.class_column,
                         split=self.split,
                         config=config,
                     )
-                    for reference in self.data or ["emoji"]
+                    for reference in names
                 ]
             )
             notes = [f"note: {note}" for of in data for note in of.notes]
             for reference in references if collectives.rank() == 0 else ():
-                notes += warnings_of(reference, self.data or ["emoji"], data, self.split)
+                notes += warnings_of(reference, names, data, self.split)
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
@@ -172,6 +176,27 @@ def warnings_of(
         for name, opened in zip(names, data, strict=True)
         if is_trained_on(run, name, opened, split)
     ]
+
+
+def usual_data(models: Collection[str]) -> str:
+    """What judges models if no data are named: the pairs that a single run held out, or the emoji
+    that all of them were trained on.
+
+    Raises:
+        ValueError: They are other models, of which nobody can say what they are for.
+    """
+    from protoclip.models.saved import read_config, run_of
+
+    runs = [run for run in map(run_of, models) if run is not None]
+    if len(runs) == len(models):
+        if all(read_config(run).data.is_emoji for run in runs):
+            return "emoji"
+        if len(runs) == 1:
+            return str(runs[0])
+    raise ValueError(
+        "--data: is missing; name what to judge on, such as a table of pairs, or a run for the "
+        "pairs that it held out"
+    )
 
 
 def names_of(reference: str) -> tuple[str, str]:

@@ -166,6 +166,8 @@ def show_sweep(record: Mapping[str, Any]) -> None:
     if best != record["alpha"]:
         by = f" by --alpha; the rule's best is {best:g}"
     print(f"* chosen{by}; {record['rule']}")
+    if best == record["alpha"] == 0:
+        print("no weights but the start's were best: the model is the start")
 
 
 def show_metrics(results: Mapping[str, Any]) -> None:

@@ -142,7 +142,8 @@ def quick(out: str | Path = "runs/quick", *, seed: int = 0) -> dict[str, Any]:
             static=str(explorer),
         )()
     number = pq.read_metadata(unseen).num_rows
-    print(f"Of {number} drawings by an artist whom the model has never seen, percent:")
+    known = "of emoji that it knows from other artists"
+    print(f"Of {number} drawings by an artist new to the model, {known}, percent:")
     for way, what in (("image_to_text", "caption"), ("text_to_image", "image")):
         recall = 100 * results["metrics"][f"eval/validation/retrieval/{way}@{FIRST}"]
         print(f"  the right {what:<7} is among the first {FIRST}: {recall:.1f}")

@@ -50,6 +50,8 @@ OTHERS = (
 ON_FEW = (
     "A difference has no interval where too few groups of test samples differ, or too few do not."
 )
+COMMON = "†"  # of a difference that is not that of the means above it
+OF_COMMON = f"{COMMON}: of the seeds that both have, and not the difference of the means shown."
 SPREAD = "±: sample standard deviation over seeds."
 SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
 Run = Mapping[str, Any]
@@ -267,7 +269,8 @@ def difference_of_runs(
         if the metric can have one; `kind`, what that covers, a key of `INTERVALS`, or None;
         `seeds`, the number of common seeds; `samples`, that of test samples, if it covers them;
         `n`, the one of both that stands first in `kind`; `beyond`, whether the interval leaves out
-        0; and `other_samples`, whether other samples are known to have judged the runs.
+        0; `of_some`, whether either model has other seeds too, which count in its mean alone; and
+        `other_samples`, whether other samples are known to have judged the runs.
     """
     one, two = values_by_seed(key, first), values_by_seed(key, second)
     seeds = [seed for seed in two if seed in one]
@@ -277,8 +280,8 @@ def difference_of_runs(
     others = not all(each.same for each in common)
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
-        no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "other_samples": others}
-        return {**difference([gain]), **no_seeds}
+        no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "of_some": False}
+        return {**difference([gain]), **no_seeds, "other_samples": others}
     name = key.split("/", 2)[-1]
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     influence = influence_on_difference(common, name, number=len(seeds))
@@ -296,6 +299,7 @@ def difference_of_runs(
         "seeds": len(seeds),
         "samples": samples,
         "kind": " and ".join(covered_by) or None,
+        "of_some": len(seeds) < max(len(one), len(two)),
         "other_samples": others,
     }
 
@@ -387,10 +391,9 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     gains = [value["difference"] for value in values if "difference" in value]
     lines = [SPREAD] * any("spread" in value for value in values)
     lines += [SECOND_LINE] * bool(gains) + covered(gains)
-    if gains and len({tuple(sorted(entry["seeds"])) for entry in entries}) > 1:
-        lines.append(
-            "The models' seeds differ: differences are of the seeds that both have, if any."
-        )
+    lines += [OF_COMMON] * any(gain["of_some"] for gain in gains)
+    if any(gain["seeds"] == 0 for gain in gains):
+        lines.append("Models without a common seed: the difference of the means shown.")
     table = Table("metric", title="Accuracies, recalls, AMI and ARI in percent")
     table.caption, table.caption_justify = " ".join(lines) or None, "left"
     for entry in entries:
@@ -443,7 +446,8 @@ def cell(value: Mapping[str, Any] | None, *, scale: float, digits: int) -> str:
         text += f" ± {decimals(value['spread'] * scale, digits)}"
     if "difference" in value:
         mean, ends, beyond = (value["difference"][k] for k in ("mean", "interval", "beyond"))
-        text += f"\n{decimals(mean * scale, digits, '+')}"
+        mark = COMMON * value["difference"].get("of_some", False)
+        text += f"\n{decimals(mean * scale, digits, '+')}{mark}"
         if ends is not None:
             low, high = (decimals(end * scale, digits, "+") for end in ends)
             text += f" [{low}, {high}]" + "*" * beyond

@@ -31,7 +31,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
 from protoclip.data.sources import open_source
 from protoclip.data.tables import access_of
 from protoclip.data.view import PairsView
-from protoclip.evaluation import readers
+from protoclip.evaluation import data_names, readers
 from protoclip.evaluation.readers import (
     LazySplits,
     ShardFolder,
@@ -295,9 +295,6 @@ def _open_pairs(
         )
     if class_column is not None and pairs.class_column is None:
         raise no_columns(reference)
-    parts = (Path(pairs.name.rstrip("/")).stem, Path(reference.rstrip("/")).parent.name)
-    plain = (re.sub(r"[^\w-]+", "-", part).strip("-") for part in parts)  # of a pattern, nothing
-    name = next(filter(None, plain), "data")
     notes = list(pairs.notes)
     images: Any = pairs
     rows, captions = list(range(len(pairs))), None
@@ -327,7 +324,11 @@ def _open_pairs(
     only = Split(images=images, labels=labels, captions=captions)
     names, templates = named(classes)
     return EvaluationData(
-        name=name, splits={split: only}, class_names=names, templates=templates, notes=notes
+        name=data_names.of_pairs(pairs.name, reference),
+        splits={split: only},
+        class_names=names,
+        templates=templates,
+        notes=notes,
     )
 
 
@@ -412,14 +413,15 @@ def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Ev
         templates = templates_in(text, str(folder / readers.TEMPLATES))
     elif imagenet:
         templates = read_templates("openai")
-    name = folder.resolve().name
+    in_ids = folder.resolve().name
 
     def read(split: str) -> Split:
-        images, labels = readers.read_class_folder(splits[split], classes, name=f"{name}/{split}")
+        name = f"{in_ids}/{split}"
+        images, labels = readers.read_class_folder(splits[split], classes, name=name)
         return Split(images=images, labels=labels)
 
     return EvaluationData(
-        name=name,
+        name=data_names.of_folder(folder),
         splits=LazySplits(read, splits, first=first, of=str(folder)),
         class_names=listed or names,
         templates=templates,

@@ -75,6 +75,10 @@ class JoinedEncoder(Encoder):
     def folders(self) -> set[Path]:
         return self.frozen.folders
 
+    def showing(self, show: bool) -> "Encoder":
+        frozen = self.frozen if self.frozen.show == show else self.frozen.showing(show)
+        return replace(self, show=show, frozen=frozen)
+
     def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
         encoded = self.frozen.readable_images(images, stage=stage)
         project = self._projections.encode_image

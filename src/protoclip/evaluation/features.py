@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -329,6 +329,10 @@ class Encoder:
             bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
             content=torch.tensor([key for _, key in keys], dtype=torch.long),
         )
+
+    def showing(self, show: bool) -> "Encoder":
+        """The same encoder, with or without progress."""
+        return replace(self, show=show)
 
     def _progress(self, stage: str, number: int) -> Progress | None:
         return Progress(f"evaluate: {stage}", number) if self.show and rank() == 0 else None

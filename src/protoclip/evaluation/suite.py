@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals
 from protoclip.evaluation.samples import decided_by_candidates
+from protoclip.evaluation.served import QUICK, lacks, quick_tasks
 from protoclip.evaluation.task_features import TaskFeatures, splits_of, task_features
+from protoclip.evaluation.validation import open_data
 from protoclip.evaluation.zero_shot import check_templates, read_templates
 from protoclip.paths import DATA_OPTIONS
 from protoclip.terminal import say
@@ -27,8 +29,6 @@ from protoclip.terminal import say
 Data = str | Path | Mapping[str, Any] | EvaluationData
 # Settings of `[data]` that say how a data set is read; the others are for training.
 OF_DATA = ("train", *DATA_OPTIONS, *PERMISSIONS)
-# Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
-QUICK = ("zero_shot", "retrieval")
 # Those that are run unless others are asked for; the rest learn, mostly from `train`.
 DEFAULT = (*QUICK, "geometry")
 # CLIP_benchmark's names of tasks, where they differ from ours.
@@ -137,14 +137,14 @@ def opened_data(data: Data, split: str) -> EvaluationData:
     if isinstance(data, EvaluationData):
         return data
     if not isinstance(data, Mapping):
-        return datasets.open_data(str(data), split=split)
+        return open_data(str(data), split=split)
     settings = build(DataConfig, data, "data.")
     if others := [name for name in data if name not in OF_DATA]:
         raise ValueError(
             f"data.{others[0]}: has no effect on evaluation, which takes {', '.join(OF_DATA)}; "
             "leave it out"
         )
-    return datasets.open_data(
+    return open_data(
         settings.train, class_column=settings.class_column, split=split, config=settings
     )
 
@@ -204,15 +204,6 @@ def results(
             "that can be used; mend the others"
         )
     return judged
-
-
-def quick_tasks(data: EvaluationData, split: str) -> list[str]:
-    """The tasks of `QUICK` that the data can serve; raises `ValueError` if they can serve none."""
-    reasons = {task: lacks(data, split, task) for task in QUICK}
-    if all(reasons.values()):
-        why = "; ".join(f"{task} needs {reason}" for task, reason in reasons.items())
-        raise ValueError(f"{data.name}: can serve no quick task ({why})")
-    return [task for task in QUICK if not reasons[task]]
 
 
 def run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
@@ -287,7 +278,7 @@ def evaluate_run(
     """
     data = data or datasets.emoji()
     tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
-    features = task_features(replace(encoder, show=show), data, tasks, split=split)
+    features = task_features(encoder.showing(show), data, tasks, split=split)
     tasks = still_served(tasks, features, data, split)
     measured = measure(features, data, tasks, split=split, show=show)
     if samples_to is not None and rank() == 0:
@@ -376,57 +367,9 @@ def announce(data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | 
             say(f"note: {data_set.name}: {', '.join(learning)}: images to encode: {numbers}")
 
 
-def lacks(data: EvaluationData, split: str, task: str) -> str:
-    """What a task needs and the data do not have; empty if they have everything.
-
-    Raises:
-        ValueError: A label is not the number of a class.
-    """
-    part = data.splits[split]
-    labels = part.labels
-    if task in ("retrieval", "geometry"):
-        for row, captions in enumerate(part.captions or ()):
-            if not captions:
-                raise ValueError(
-                    f"{data.name}: sample '{part.images.sample_id(row)}' has no caption"
-                )
-        return "" if part.captions is not None else "captions"
-    if task == "zero_shot" and split in data.image_names:
-        return ""
-    if labels is None:
-        return "labels"
-    if task == "zero_shot":
-        check_labels(data, split)
-        return "" if data.class_names else "class names"
-    if labels.ndim == 2:
-        return "one class an image, and these are multilabel data"
-    if task == "clustering":
-        return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
-    train = data.splits.get("train")  # opens it, which may take long
-    if train is None or train.labels is None or split == "train":
-        return "a labelled train split beside the one that is measured"
-    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
-
-
 def number_of_classes(data: EvaluationData, split: str) -> int:
     """Of the classes, or of the emoji's concepts, that an image is told from; 0 without labels."""
     labels = data.splits[split].labels
     if split in data.image_names:
         return len(set(data.image_names[split]))
     return 0 if labels is None else len(data.class_names) or len(set(labels.tolist()))
-
-
-def check_labels(data: EvaluationData, split: str) -> None:
-    labels, count = data.splits[split].labels, len(data.class_names)
-    if labels is None or not count:
-        return
-    if labels.ndim == 2 and labels.shape[1] != count:
-        raise ValueError(
-            f"{data.name}: {count} class names for {labels.shape[1]} columns of labels"
-        )
-    if labels.ndim == 1 and bool((wrong := (labels < 0) | (labels >= count)).any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{data.name}: sample '{data.splits[split].images.sample_id(row)}' has class "
-            f"{int(labels[row])}, but there are names for classes 0 to {count - 1}"
-        )

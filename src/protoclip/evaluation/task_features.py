@@ -67,19 +67,20 @@ def task_features(
     """Encode what the tasks need, and no other images and texts."""
     parts = {}
     for name in splits_of(data, tasks, split):
-        stage = f"{data.name} images: {name}"
+        stage = stage_of(data, tasks, name, split)
         encoded = encoder.images(data.splits[name].images, stage=stage)
         parts[name] = part_of(data, name, encoded)
         if rank() == 0 and encoded.bad and name not in data.told:
             data.told.add(name)
             say_bad(stage, encoded.bad, len(data.splits[name].images))
     texts = {}
-    part, stage = parts[split], f"{data.name} texts"
+    part = parts[split]
     if part.captions is not None and {"retrieval", "geometry"} & {*tasks}:
-        texts["captions"] = F.normalize(encoder.texts(part.captions.texts, stage=stage), dim=1)
+        captions = encoder.texts(part.captions.texts, stage=f"{data.name} captions")
+        texts["captions"] = F.normalize(captions, dim=1)
 
     def classifier(names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
-        encoded = encoder.texts(prompts(names, templates), stage=stage)
+        encoded = encoder.texts(prompts(names, templates), stage=f"{data.name} class names")
         return zero_shot_classifier(encoded.view(len(names), len(templates), -1))
 
     if "zero_shot" in tasks:
@@ -90,6 +91,16 @@ def task_features(
             of_distinct = classifier(distinct, templates or data.templates)
             texts["classes"] = of_distinct[positions(data.class_names, distinct)]
     return TaskFeatures(parts=parts, texts=texts, device=encoder.device)
+
+
+def stage_of(data: EvaluationData, tasks: Sequence[str], name: str, split: str) -> str:
+    """What progress calls the images of a split: those that judge, or why others are encoded."""
+    if name == split:
+        return f"{data.name} images: {name}"
+    if name == "validation":
+        return f"{data.name}: images that set the probe's strength ({name})"
+    learn = " and ".join(task for task in ("knn", "linear_probe") if task in tasks)
+    return f"{data.name}: images that {learn} learn from ({name})"
 
 
 def splits_of(data: EvaluationData, tasks: Sequence[str], split: str) -> list[str]:

@@ -24,9 +24,10 @@ from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import NONE, PairsView, Rows, by_source, without
 from protoclip.distributed.collectives import rank
-from protoclip.evaluation import datasets
+from protoclip.evaluation import data_names, datasets
 from protoclip.evaluation.datasets import (
     EvaluationData,
+    Images,
     Split,
     captions_of_rows,
     class_values,
@@ -34,11 +35,13 @@ from protoclip.evaluation.datasets import (
     has_no_class,
     in_order,
     named,
+    no_columns,
     positions,
 )
-from protoclip.evaluation.suite import quick_tasks
+from protoclip.evaluation.served import quick_tasks
 from protoclip.files import read_json
 from protoclip.models.saved import STATE, checkpoints, read_config, run_of
+from protoclip.paths import with_options
 from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
@@ -190,14 +193,79 @@ def trained_before(
     return {setting: pairs for setting, pairs in by_setting.items() if pairs}
 
 
+def open_data(
+    reference: str,
+    *,
+    root: str | None = None,
+    class_column: str | None = None,
+    split: str = "test",
+    config: DataConfig | None = None,
+) -> EvaluationData:
+    """What a reference names, as `datasets.open_data` does; of a run, the pairs that it held out.
+
+    Those have the name of any split that is asked for but `train`.
+    """
+    folder, options = with_options(reference)
+    # A folder of data may hold a `config.toml` too, and no checkpoints.
+    run = run_of(folder) if (Path(folder) / "checkpoints").is_dir() else None
+    if run is None:
+        return datasets.open_data(
+            reference, root=root, class_column=class_column, split=split, config=config
+        )
+    if option := next(iter(options), "class_column" if class_column else None):
+        raise no_columns(folder, option)
+    return held_out_by(run, split=split, allowed=config or DataConfig())
+
+
+def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData:
+    """The pairs that judge a run, those of all its sources together, to judge other models too.
+
+    Args:
+        split: What the pairs are called, whichever is asked for.
+        allowed: Has the permissions, since the run's folder has none.
+
+    Raises:
+        ValueError: There are none, or the run's data are gone or are others now.
+    """
+    config = settings_of(run, allowed)
+    try:
+        divided = judged(config, sources.pairs(config))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{run}: the pairs that it held out are not to be had ({error}); bring its data back, "
+            "or name other data"
+        ) from error
+    if not divided.data:
+        raise ValueError(f"{run}: this run held out no pairs; name other data, as a table of pairs")
+    first = divided.data[0]
+    if first.name != NAME:  # the emoji, which have splits of their own
+        return first
+    if split == "train":
+        raise ValueError(f"{run}: stands for the pairs that it held out; ask for no split of it")
+    judging = first.splits[NAME].images
+    if differs := changed_since(run, divided.training, judging):
+        raise ValueError(
+            f"{run}: its data have changed since it was trained ({differs}), so the pairs that it "
+            "held out are not known; bring them back, or name other data"
+        )
+    note = f"{run}: the {len(judging):,} images that it held out judge the models"
+    splits = {split if name == NAME else name: part for name, part in first.splits.items()}
+    return replace(first, name=data_names.of_run(run, NAME), splits=splits, notes=[note])
+
+
+def settings_of(run: Path, allowed: DataConfig) -> Config:
+    """The settings of a run, with these permissions."""
+    settings = read_config(run)
+    permissions = {name: getattr(allowed, name) for name in PERMISSIONS}
+    return replace(settings, data=replace(settings.data, **permissions))
+
+
 def pairs_of_run(
     run: Path, config: Config, setting: str, notes: list[str], visited: frozenset[Path]
 ) -> list[Before]:
     """The pairs of `trained_before`, of the run that a setting names."""
     try:
-        settings = read_config(run)
-        allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
-        settings = replace(settings, data=replace(settings.data, **allowed))
+        settings = settings_of(run, config.data)
         samples = sources.pairs(settings)
         if not isinstance(samples, Pairs):
             raise ValueError("it was a stream")
@@ -220,11 +288,19 @@ def pairs_of_run(
     return by_source(trained, held) + before
 
 
-def changed_since(run: Path, training: PairsView) -> str | None:
-    """What differs between the data of a run and those that it was trained on, as it wrote down."""
+def changed_since(
+    run: Path, training: Pairs | SampleStream, judging: Images | None = None
+) -> str | None:
+    """What differs between the data of a run and those that it began with, as it wrote down.
+
+    `judging` are the pairs of a source that judged it, which it wrote down too.
+    """
     saved = checkpoints(run)
     state = read_json(saved[-1] / STATE).get("content", {}) if saved else {}
-    return difference(state["sources"], content(training)) if "sources" in state else None
+    differs = difference(state["sources"], content(training)) if "sources" in state else None
+    if differs is None and "validation" in state and isinstance(judging, PairsView):
+        differs = difference(state["validation"], content(judging))
+    return differs
 
 
 def is_asked(config: Config) -> bool:
@@ -249,12 +325,11 @@ def overlap(name: str, counts: tuple[int, int, int]) -> list[str]:
             f"data.validation: {name}: every image of it is trained on; name other pairs, a share "
             "of those of data.train, or 0 for none"
         )
-    told = [
-        f"of {number:,} {what} is trained on"
-        for number, what in ((images, "the image"), (captions, "a caption"))
-        if number
-    ]
-    return [f"data.validation: {name}: of {looked:,} pairs, {' and '.join(told)}"] if told else []
+    if not images and not captions:
+        return []
+    of_images, of_captions = (f"{number:,}" if number else "none" for number in (images, captions))
+    told = f"the image of {of_images} is trained on, and a caption of {of_captions}"
+    return [f"data.validation: {name}: of {looked:,} pairs, {told}"]
 
 
 def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[EvaluationData]:
@@ -271,11 +346,12 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
     settings, guards = replace(config.data, **columns), list[EvaluationData]()
     for reference in config.run.guard:
         try:
-            data = datasets.open_data(reference, config=settings)
+            data = open_data(reference, config=settings)
             for split in {"test", NAME} & data.splits.keys():
                 quick_tasks(data, split)
         except ValueError as error:
             raise ValueError(f"run.guard: {error}") from error
+        data = replace(data, name=name_in_metrics(data.name, config))
         if data.name in [other.name for other in (*held_out, *guards)]:
             raise ValueError(
                 f"run.guard: {reference}: two data sets of this run are called '{data.name}'; "
@@ -283,6 +359,15 @@ def guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Evaluatio
             )
         guards.append(data)
     return guards
+
+
+def name_in_metrics(name: str, config: Config) -> str:
+    """The name of a guard; of one that is called by its folder too, as `photos-test`, the name
+    without it where a setting has that, as settings of versions up to 1.0.0 do."""
+    short = name.rpartition("-")[2]
+    metrics = [metric for metric in (config.run.keep_best, config.run.stop_by) if metric]
+    named = {metric.split("/")[1] for metric in metrics if metric.count("/") > 1}
+    return short if short in data_names.SPLITS and short in named and name not in named else name
 
 
 def refuse_or_note(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:

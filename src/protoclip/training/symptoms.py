@@ -176,7 +176,8 @@ class Symptoms:
     def lines(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """What the metrics of a step say that was not said before."""
         lines: dict[str, str | None] = {}
-        for what, shares in self.shares.items():
+        # Few pairs may repeat and be learned by heart: the verdict of `overfit` says.
+        for what, shares in self.shares.items() if not self.overfits else ():
             if (share := metrics.get(f"train/repeated/{what}")) is not None:
                 shares[:] = [*shares[1 - OBSERVED :], share]
                 lines[what] = repeats(

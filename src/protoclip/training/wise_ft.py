@@ -16,6 +16,7 @@ from torch import Tensor
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.evaluation import compare
+from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import (
@@ -204,6 +205,8 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
     if alpha is not None:
         wanted.add(alpha)
     missing = sorted(wanted - points.keys())
+    if rank() == 0 and missing:
+        say(announced(run, len(missing)))
     progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
     start: Encoder | None = None
     leader: Encoder | None = None  # has the features of the weights to choose, so far
@@ -227,6 +230,21 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
     if rank() == 0 and missing:
         progress.update(len(missing))
     return [points[each] for each in sorted(points)]
+
+
+def announced(run: Run, number: int) -> str:
+    """What a sweep over so many weights is going to judge, in a line."""
+    judging = [f"{data.name} ({len(split.images):,} images)" for data, split in judging_splits(run)]
+    return f"note: judging {number} weights between start and end, each on {', '.join(judging)}"
+
+
+def judging_splits(run: Run) -> list[tuple[EvaluationData, Split]]:
+    """The data sets that judge the weights, each with the split that does."""
+    all_data = (*run.plan.held_out[:1], *run.plan.guards)
+    return [
+        (data, data.splits["validation" if "validation" in data.splits else "test"])
+        for data in all_data
+    ]
 
 
 def point_at(alpha: float, run: Run, encoder: Encoder) -> Point:
@@ -258,8 +276,7 @@ def judges(run: Run) -> dict[str, str]:
     """
     digests = {}
     squashed = ["squashed"] * run.model.squashes
-    for data in (*run.plan.held_out[:1], *run.plan.guards):
-        split = data.splits["validation" if "validation" in data.splits else "test"]
+    for data, split in judging_splits(run):
         texts = (split.captions, list(data.class_names), list(data.templates))
         facts = (split.images.key, *texts, *squashed)
         digests[data.name] = checksum(repr(facts).encode())

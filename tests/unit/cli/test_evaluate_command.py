@@ -13,7 +13,7 @@ from protoclip.cli import main
 from protoclip.cli.evaluate import Evaluate, names_of
 from protoclip.config import DataConfig
 from protoclip.data.transforms import PillowTransform
-from protoclip.evaluation import datasets, suite
+from protoclip.evaluation import suite, validation
 from protoclip.models import loading
 
 sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
@@ -34,7 +34,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(loading, "check", lambda name: None)
     monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
-    monkeypatch.setattr(datasets, "open_data", open_data)
+    monkeypatch.setattr(validation, "open_data", open_data)
     return opened
 
 
@@ -60,19 +60,50 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 8
 
 
-def test_the_table_is_the_default_and_emoji_are_the_default_data(
-    made_up, tmp_path, monkeypatch, capsys
-):
+def test_the_table_is_the_default(made_up, tmp_path, monkeypatch, capsys):
     """And features are kept in the cache folder."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    main(["evaluate", "--templates", "simple", "knowing", "--workers", "0"])
+    words = "evaluate --templates simple knowing --data a --workers 0"
+    main(words.split())
     shown = capsys.readouterr().out
-    assert made_up[0][0] == "emoji"
     assert "mean_per_class_recall" in shown
     assert "which runs call image_to_text" in " ".join(shown.split())
     assert re.search(r"100\.0 \[\d\d\.\d, 100\.0\]", shown)
     assert not {"linear_probe", "knn", "clustering"} & {*shown.split()}
     assert len(list((tmp_path / "features").rglob("facts.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("models", "data"),
+    [
+        ("own", "own"),
+        ("own/checkpoints/step-1", "own"),
+        ("emoji-0", "emoji"),
+        ("emoji-0 emoji-1", "emoji"),
+        ("own emoji-0", None),
+        ("own --compare-to knowing", None),
+        ("knowing", None),
+    ],
+)
+def test_without_data_a_run_is_judged_by_its_own(
+    models, data, made_up, tmp_path, monkeypatch, capsys
+):
+    """Others are refused: of what use they are, nobody said."""
+    monkeypatch.chdir(tmp_path)
+    for name, train in (("own", "pairs.tsv"), ("emoji-0", "emoji"), ("emoji-1", "emoji")):
+        Path(f"{name}/checkpoints/step-1").mkdir(parents=True)
+        Path(f"{name}/config.toml").write_text(f'[data]\ntrain = "{train}"\n')
+    monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
+    monkeypatch.setattr(loading, "pinned", lambda name: name)
+    words = ["evaluate", *models.split(), "--tasks", "knn", "--no-cache"]
+    if data is None:
+        with pytest.raises(SystemExit):
+            main(words)
+        line = "protoclip: error: --data: is missing; name what to judge on, such as a table of"
+        assert capsys.readouterr().err.startswith(line)
+    else:
+        main(words)
+    assert [reference for reference, _ in made_up] == [data] * (data is not None)
 
 
 def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
@@ -153,7 +184,7 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
     ("words", "message"),
     [
         ("none --data a --data a", "data: two data sets are called 'a'; evaluate them one after"),
-        ("knowing --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
+        ("knowing --data a --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
         ("knowing --tasks", "--tasks: needs a value"),
         ("knowing --tasks --json", "--tasks: needs a value"),
         ("knowing --device gpu", "--device: 'gpu' cannot be used here"),

@@ -29,7 +29,7 @@ GREY = (0.5, 0.5, 0.5)
 
 
 def items_of(
-    shard: str, _keys: object, _access: object, keeps: Keeps, *, sizes: Sequence[int]
+    shard: str, _keys: object, _access: object, keeps: Keeps, _: bool, *, sizes: Sequence[int]
 ) -> Iterator[Sample | BadSample]:
     """Stands in for a tar, named by one letter and its number. Every fifth sample is bad."""
     stem = shard.rpartition("/")[2].removesuffix(".tar")

@@ -247,11 +247,27 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     same = second["metrics"]["eval/emoji/modality_gap/gap"]["difference"]
     assert (same["mean"], same["interval"], same["kind"]) == (0.0, None, None)
     text = compare.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
-    assert text == "42.7 ± 10.5\n+2.7 [+1.2, +4.1]*"
+    assert text == "42.7 ± 10.5\n+2.7† [+1.2, +4.1]*"
     compare.show(compared(*folders))
     said = " ".join(capsys.readouterr().out.split())
-    assert "differences are of the seeds that both have" in said
+    assert "†: of the seeds that both have, and not the difference of the means shown." in said
     assert compare.SPREAD in said
+
+
+def test_only_a_difference_of_some_seeds_is_marked(tmp_path, capsys):
+    """Of equal seeds, or of none in common, it is that of the means."""
+    a, b, c = (
+        [made(tmp_path / f"{name}{seed}", name, seed, 0.3 + seed / 10) for seed in seeds]
+        for name, seeds in (("a", (0, 1)), ("b", (0, 1)), ("c", (2, 3)))
+    )
+    for folders, number in (((*a, *b), 2), ((*a, b[0]), 1), ((*a, *c), 0)):
+        entries = compared(*folders)
+        difference = entries[1]["metrics"]["eval/emoji/knn/acc1"]["difference"]
+        assert (difference["seeds"], difference["of_some"]) == (number, number == 1)
+        compare.show(entries)
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("†" in said) == (number == 1)
+        assert ("without a common seed" in said) == (number == 0)
 
 
 def test_equal_models_have_no_interval_and_no_minus_0(tmp_path, capsys):

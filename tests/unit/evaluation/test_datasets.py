@@ -180,6 +180,17 @@ def test_a_pattern_is_named_after_its_folder(tmp_path):
     assert open_data(f"{tmp_path}/my shop/*.parquet").name == "my-shop"
 
 
+def test_a_split_alone_is_named_with_its_folder(tmp_path):
+    """`test` would look like a split of any data set."""
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    write_table(photos / "test.parquet", caption=["a", "b", "c"])
+    assert open_data(str(photos / "test.parquet")).name == "my-photos-test"
+    as_folder(tmp_path)
+    (tmp_path / "pets").rename(photos / "Val")
+    assert open_data(str(photos / "Val")).name == "my photos-Val"
+
+
 def test_an_image_with_several_classes_in_its_rows_is_told(tmp_path):
     columns = {"caption": ["a", "b", "c"], "kind": ["cat", "dog", "dog"]}
     for images, number in ((["0.png", "0.png", "1.png"], 1), (["0.png", "1.png", "1.png"], 0)):

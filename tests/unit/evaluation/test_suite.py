@@ -21,12 +21,12 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, measured, suite
 from protoclip.evaluation.datasets import of_pairs
-from protoclip.evaluation.encoders import encoder_of
+from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import METRICS, TASKS, columns_of
 from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.samples import SampleResults
-from protoclip.evaluation.task_features import task_features
+from protoclip.evaluation.task_features import stage_of, task_features
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 
@@ -136,9 +136,36 @@ def test_every_module_gets_its_mode_back():
     assert [module.training for module in model.modules()] == modes
     assert max(model.batch_sizes) == 50
     model.table.data.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"^tiny images: train: .* not finite; it has diverged$"):
+    with pytest.raises(
+        ValueError, match=r"^tiny: images that .* \(train\): .* not finite; it has diverged$"
+    ):
         measure(model, TINY)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_an_encoder_of_halves_shows_no_progress_either():
+    """Of a sweep over weights, whose own progress says how far it is."""
+    given = {"model": Knowing(), "transform": transform, "tokenizer": tokenizer, "show": True}
+    encoder = JoinedEncoder(**given, frozen=Encoder(**given))
+    for show in (False, True):
+        shown = encoder.showing(show)
+        assert isinstance(shown, JoinedEncoder)
+        assert (shown.show, shown.frozen.show) == (show, show)
+
+
+def test_progress_says_what_is_encoded_and_what_for():
+    """Training images that probes learn from are no part of what is measured."""
+    stages = [
+        stage_of(TINY, ("knn", "linear_probe"), name, "test")
+        for name in ("train", "validation", "test")
+    ]
+    assert stages == [
+        "tiny: images that knn and linear_probe learn from (train)",
+        "tiny: images that set the probe's strength (validation)",
+        "tiny images: test",
+    ]
+    stage = stage_of(TINY, ("retrieval", "knn"), "train", "test")
+    assert stage == "tiny: images that knn learn from (train)"
 
 
 def test_retrieval_is_among_distinct_captions():
@@ -246,7 +273,8 @@ def test_every_rank_has_what_one_process_has():
     """To the last bit and in the same order; and its error, so that none is left waiting."""
     features, *expected = on_a_rank()
     assert expected[-1] == (
-        "tiny images: train: the model's features are not finite; it has diverged"
+        "tiny: images that knn and linear_probe learn from (train): the model's features are not "
+        "finite; it has diverged"
     )
     for of_rank, *others in run_distributed(on_a_rank, 2):
         assert of_rank.keys() == features.keys()

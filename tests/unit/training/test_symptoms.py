@@ -134,6 +134,12 @@ def test_each_symptom_is_said_once():
     assert steps == [40, 100 + PATIENCE, 610]
 
 
+def test_few_pairs_to_learn_by_heart_may_repeat():
+    symptoms = Symptoms(pairs=64, warm_up=100, rate=1e-3, overfits=True)
+    repeated = {"train/repeated/captions": 0.2, "train/repeated/images": 0.2}
+    assert not any(symptoms.lines(step, repeated) for step in range(2 * OBSERVED))
+
+
 def test_a_run_says_what_it_sees(tmp_path, capsys):
     """Once, on the terminal, from what it logs of every step."""
     pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")  # many captions are equal

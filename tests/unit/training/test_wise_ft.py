@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from protoclip.cli.finetune import show_sweep
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
@@ -91,6 +92,16 @@ def test_each_data_set_has_one_score():
 )
 def test_the_best_alpha(means, expected):
     assert best([{"alpha": alpha, "mean": mean} for alpha, mean in means.items()]) == expected
+
+
+def test_a_sweep_that_ends_at_the_start_says_so(capsys):
+    """Not where the user asked for it."""
+    points = [{"alpha": alpha, "scores": {"a": 0.5}, "mean": 0.5} for alpha in ALPHAS]
+    record = {"rule": "a rule", "points": points}
+    for chosen, rule, told in ((0.0, 0.0, True), (0.0, 0.5, False), (0.5, 0.5, False)):
+        show_sweep({**record, "alpha": chosen, "best_alpha": rule})
+        said = capsys.readouterr().out
+        assert ("no weights but the start's were best: the model is the start" in said) == told
 
 
 def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
