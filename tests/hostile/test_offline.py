@@ -58,9 +58,9 @@ SLOW = ("names are looked up for ever", "nobody answers")
 NO_HUB = "the hub does not answer"
 # A command, and what its line says.
 NEEDS: dict[str, str] = {
-    "evaluate hf:nobody/model": f"hf:nobody/model: {NO_HUB}",
-    "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k": f"laion2b_s34b_b79k: {NO_HUB}",
-    "evaluate open_clip:RN50/openai": f"open_clip:RN50/openai: {NO_HUB}",
+    "evaluate hf:nobody/model --data emoji": f"hf:nobody/model: {NO_HUB}",
+    "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data emoji": f"laion2b_s34b_b79k: {NO_HUB}",
+    "evaluate open_clip:RN50/openai --data emoji": f"open_clip:RN50/openai: {NO_HUB}",
     "train --model.start hf:nobody/model": f"model.start: hf:nobody/model: {NO_HUB}",
     "train --model.name RN50 --model.pretrained openai": f"pretrained: RN50/openai: {NO_HUB}",
     "train --model.text.name nobody/model": f"model.text.name: nobody/model: {NO_HUB}",

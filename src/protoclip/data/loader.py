@@ -503,8 +503,8 @@ def spare_positions(
     batches, spare = -(-size // batch), np.arange(number)[:, None]
     around, turn = (spare, 0) if batches == 1 else np.divmod(spare, batches - 1)
     of_batch = (position // batch + 1 + turn) % batches
-    place = (position % batch + around + (batches == 1)) % min(batch, size)
-    return np.asarray((of_batch * batch + place) % size, dtype=np.int64)
+    in_batch = (position % batch + around + (batches == 1)) % min(batch, size)
+    return np.asarray((of_batch * batch + in_batch) % size, dtype=np.int64)
 
 
 def share_of(batch_size: int) -> int:

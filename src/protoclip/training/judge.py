@@ -90,7 +90,7 @@ def judge_of(
         if not keeps:
             return encoder
         made = make(without_teacher_heads(model), cache=cache_folder() / "features")
-        _ = made.key  # of the weights that the model has now
+        _ = made.folders  # by the weights that the model has now
         return made
 
     return Judge(plan=plan, encoder=encoder, keeping=keeping)
