@@ -30,7 +30,7 @@ from protoclip.losses.distil import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading
-from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.models.saved import RESUME, find_checkpoint, read_tensors
 from protoclip.testing import run_distributed, tiny_config, tiny_model, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.stages import PROTOTYPICAL, enter_stage
@@ -369,6 +369,23 @@ def test_ranks_evaluate_one_model_without_sync_batch_norm(tmp_path):
     one, other = run_distributed(statistics_kept, 2, config, str(tmp_path / "run"))
     assert one.keys() == other.keys()
     assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def pulls_of(config: Config, out: str) -> dict[str, Tensor]:
+    """The running means of the pulls at the end of a run by all ranks."""
+    train(with_out(config, out))
+    state = read_tensors(find_checkpoint(out) / RESUME)
+    return {name: value for name, value in state.items() if name.startswith("balance/")}
+
+
+def test_pulls_are_those_of_one_process(tmp_path):
+    """So that the strengths go on where a run goes on with other ranks."""
+    config = short(loss={"strengths": "automatic"})
+    expected = pulls_of(config, str(tmp_path / "one"))
+    assert set(expected) == {"balance/image", "balance/text"}
+    for pulls in run_distributed(pulls_of, 2, config, str(tmp_path / "two")):
+        for name, value in expected.items():
+            torch.testing.assert_close(pulls[name], value, rtol=1e-2, atol=0.0)
 
 
 def moments_loaded(sharded: bool) -> list[list[float]]:

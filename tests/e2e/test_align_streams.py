@@ -198,6 +198,8 @@ def test_what_is_bad_of_a_stream_is_said_and_left_out(given, shards, tmp_path, s
     plan, rows, _ = rows_of(changed(settings, data={"max_bad_share": 1.0}))
     assert 0 < len(plan.samples) == len(rows.images) < 30
     assert sum("they are left out" in note for note in plan.notes) == 2
+    with pytest.raises(ValueError, match="1 of 1 shards"):  # though it has passed
+        rows_of(settings)
     broken.write_bytes(content)
     assert len(rows_of(settings)[0].samples) == 30
 

@@ -221,7 +221,7 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
     assert by_image(out) == dict.fromkeys((Path(name).name for name in names), (True, None))
     with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
         sources.pairs(Config(data=DataConfig(train=str(table))))
-    with pytest.raises(ValueError, match="no column with captions; write ,caption_column=NAME behind it"):
+    with pytest.raises(ValueError, match="no column with captions; write ,caption_column=NAME "):
         open_data(str(table))
 
 

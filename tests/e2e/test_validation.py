@@ -37,6 +37,7 @@ from protoclip.evaluation import validation
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.suite import RECORD_TASKS
+from protoclip.evaluation.trained_on import trained_guards
 from protoclip.evaluation.validation import judged
 from protoclip.features.teachers import teachers
 from protoclip.testing import run_distributed, tiny_config
@@ -272,8 +273,27 @@ def test_models_are_judged_by_the_pairs_that_a_run_held_out(folder, tmp_path, mo
     assert guard.name == "held-validation"
     with pytest.raises(ValueError, match=r"^held: stands for the pairs that it held out; ask"):
         validation.open_data("held", split="train")
-    with pytest.raises(ValueError, match=r"^held: is no table and has no columns"):
-        validation.open_data("held,class_column=kind")
+    for option in ("class_column=kind", "root=images", "caption_column=text"):
+        with pytest.raises(ValueError, match=r"^held: a run's pairs are read as it read them; lea"):
+            validation.open_data(f"held,{option}")
+    (checkpoint, *_) = Path("held", "checkpoints").iterdir()
+    assert validation.open_data(str(checkpoint)).name == data.name
+
+
+def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_path, capsys):
+    """Nor are they of a run that held out the same; one that held out others was."""
+    runs = {"held": 0.1, "alike": 0.1, "others": 0.2}
+    for name, share in runs.items():
+        train(with_changes(config_for(folder, tmp_path / name, validation=share), AT_THE_END))
+    for name in runs:
+        capsys.readouterr()
+        main(["evaluate", str(tmp_path / name), "--data", str(tmp_path / "held")])
+        assert ("was trained on these pairs" in capsys.readouterr().err) == (name == "others")
+        config = config_for(folder, tmp_path / "new", validation=runs[name])
+        config = with_changes(config, {"run": {"guard": [str(tmp_path / "held")]}})
+        divided = judged(config, sources.pairs(config))
+        notes = trained_guards(config, validation.guards(config, divided.data), divided.training)
+        assert bool(notes) == (name == "others")
 
 
 def test_a_run_whose_held_out_pairs_are_not_known_judges_no_model(folder, tmp_path, monkeypatch):
@@ -308,6 +328,17 @@ def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):
             settings = replace(config, run=replace(config.run, **{setting: metric}))
             assert [data.name for data in validation.guards(settings, [])] == [name]
     assert [data.name for data in validation.guards(config, [])] == ["photos-test"]
+
+
+def test_a_guard_is_not_called_as_the_held_out_pairs_are(folder, tmp_path):
+    """By which the best checkpoint may be chosen."""
+    guard = tmp_path / "photos" / "validation.parquet"
+    guard.parent.mkdir()
+    shutil.copy(folder / "b.parquet", guard)
+    best = {"guard": [str(guard)], "keep_best": "eval/validation/retrieval/image_to_text@1"}
+    config = with_changes(config_for(folder, tmp_path), {"run": best})
+    held_out = judged(config, sources.pairs(config)).data
+    assert [data.name for data in validation.guards(config, held_out)] == ["photos-validation"]
 
 
 def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:

@@ -189,7 +189,8 @@ def usual_data(models: Collection[str]) -> str:
 
     runs = [run for run in map(run_of, models) if run is not None]
     if len(runs) == len(models):
-        if all(read_config(run).data.is_emoji for run in runs):
+        data = [read_config(run).data for run in runs]
+        if all(each.is_emoji and each.validation in (None, "emoji") for each in data):
             return "emoji"
         if len(runs) == 1:
             return str(runs[0])

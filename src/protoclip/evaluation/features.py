@@ -8,7 +8,7 @@ is chosen in `task_features.py`. Frozen models that teach, or that `align` joins
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -250,13 +250,17 @@ class Encoder:
         """Where features of this model are kept; none without a cache."""
         return set() if self.cache is None else {*map(self._folder, ("images", "texts"))}
 
-    def forget(self, *staying: "Encoder") -> None:
+    def forget(self, staying: Collection[Path] = ()) -> None:
         """Remove what is kept of this model, which no one will judge again.
 
-        What encoders that are `staying` keep in the same folders remains: models may share a half.
+        Folders that are `staying` remain: models may share a half.
         """
-        for folder in sorted(self.folders.difference(*(each.folders for each in staying))):
-            rank0_first(partial(shutil.rmtree, folder, ignore_errors=True))
+
+        def remove() -> None:
+            for folder in self.folders.difference(staying):
+                shutil.rmtree(folder, ignore_errors=True)
+
+        rank0_first(remove)
 
     def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
         """What the text tower reads of texts, on the CPU."""

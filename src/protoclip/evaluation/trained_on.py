@@ -5,18 +5,17 @@ run may have been started in another folder, or its data have moved.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from protoclip.config import Config
 from protoclip.data.access import is_url
-from protoclip.data.content import facts_of_rows
+from protoclip.data.content import Facts, content, difference, facts_of_rows
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sources import entries
 from protoclip.evaluation.datasets import EvaluationData, Split, with_split
-from protoclip.evaluation.validation import NAME
+from protoclip.evaluation.validation import NAME, run_as_data
 from protoclip.files import read_json, read_toml
 from protoclip.models.saved import SETTINGS, checkpoints, facts_of
 from protoclip.paths import with_options
@@ -33,8 +32,7 @@ def is_trained_on(run: Path, reference: str, data: EvaluationData, split: str) -
         sources = settings.get("sources") or [{"path": settings["train"]}]
         if is_named(reference, split, [str(source["path"]) for source in sources]):
             return True
-        facts = facts_of(checkpoints(run)[-1], "content")["sources"]
-        return holds_rows(data.splits[split], facts)
+        return holds_rows(reference, data.splits[split], sources_in(run))
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return False
 
@@ -46,14 +44,16 @@ def trained_guards(
     if not guards:
         return []
     names = [source.path for source in entries(config.data)]
-    tables = [source for source in sources_of(training) if isinstance(source, ImageTextPairs)]
-    facts = [*map(facts_of_rows, tables)]
+    facts = content(training)
     return [
         f"run.guard: {without_secrets(reference)}: is what the run trains on, so its numbers are "
         "too good, also to choose by; name other data"
         for reference, guard in zip(config.run.guard, guards, strict=True)
         if is_named(reference, "test", names)
-        or any(holds_rows(guard.splits[each], facts) for each in {"test", NAME} & {*guard.splits})
+        or any(
+            holds_rows(reference, guard.splits[each], facts)
+            for each in {"test", NAME} & {*guard.splits}
+        )
     ]
 
 
@@ -78,8 +78,21 @@ def is_named(reference: str, split: str, names: Iterable[str]) -> bool:
     return any(one_spelling(name, "train") == measured for name in names)
 
 
-def holds_rows(split: Split, trained: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a source of the split has the rows that one of these facts of sources tells of."""
+def sources_in(run: Path) -> list[Facts]:
+    """What the newest checkpoint of a run tells of its sources, and of what was held out; nothing,
+    if there is none."""
+    saved = checkpoints(run)
+    return list(facts_of(saved[-1], "content").get("sources", [])) if saved else []
+
+
+def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
+    """Whether a source of the split has the rows that one of these facts of sources tells of.
+
+    Pairs that a run held out are none of them if it had the same sources and held out the same.
+    """
+    run = run_as_data(reference)
+    if run is not None and difference(sources_in(run), trained) is None:
+        return False
     for source in sources_of(split.images):
         if isinstance(source, ImageTextPairs):
             as_many = [facts for facts in trained if facts.get("rows") == len(source)]

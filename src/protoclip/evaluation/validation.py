@@ -35,13 +35,12 @@ from protoclip.evaluation.datasets import (
     has_no_class,
     in_order,
     named,
-    no_columns,
     positions,
 )
 from protoclip.evaluation.served import quick_tasks
 from protoclip.files import read_json
 from protoclip.models.saved import STATE, checkpoints, read_config, run_of
-from protoclip.paths import with_options
+from protoclip.paths import COLUMN_OPTIONS, with_options
 from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
@@ -205,16 +204,25 @@ def open_data(
 
     Those have the name of any split that is asked for but `train`.
     """
-    folder, options = with_options(reference)
-    # A folder of data may hold a `config.toml` too, and no checkpoints.
-    run = run_of(folder) if (Path(folder) / "checkpoints").is_dir() else None
+    config = config or DataConfig()
+    run = run_as_data(reference)
     if run is None:
         return datasets.open_data(
             reference, root=root, class_column=class_column, split=split, config=config
         )
-    if option := next(iter(options), "class_column" if class_column else None):
-        raise no_columns(folder, option)
-    return held_out_by(run, split=split, allowed=config or DataConfig())
+    columns = {name: getattr(config, name) for name in COLUMN_OPTIONS}
+    given = {**columns, "class_column": class_column, "root": root, **with_options(reference)[1]}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{run}: a run's pairs are read as it read them; leave out {name}")
+    return held_out_by(run, split=split, allowed=config)
+
+
+def run_as_data(reference: str) -> Path | None:
+    """The run that a reference to data names, or one of its checkpoints; None for other data."""
+    run = run_of(with_options(reference)[0])
+    # A folder of data may hold a `config.toml` too, and no checkpoints.
+    return run if run is not None and (run / "checkpoints").is_dir() else None
 
 
 def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData:
@@ -232,8 +240,8 @@ def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData
         divided = judged(config, sources.pairs(config))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{run}: the pairs that it held out are not to be had ({error}); bring its data back, "
-            "or name other data"
+            f"{run}: the pairs that it held out are not to be had ({error}); bring its data back "
+            "(relative paths of its config.toml start at the current folder), or name other data"
         ) from error
     if not divided.data:
         raise ValueError(f"{run}: this run held out no pairs; name other data, as a table of pairs")
@@ -365,6 +373,8 @@ def name_in_metrics(name: str, config: Config) -> str:
     """The name of a guard; of one that is called by its folder too, as `photos-test`, the name
     without it where a setting has that, as settings of versions up to 1.0.0 do."""
     short = name.rpartition("-")[2]
+    if short == NAME:  # which the held-out pairs have
+        return name
     metrics = [metric for metric in (config.run.keep_best, config.run.stop_by) if metric]
     named = {metric.split("/")[1] for metric in metrics if metric.count("/") > 1}
     return short if short in data_names.SPLITS and short in named and name not in named else name

@@ -155,13 +155,13 @@ def _passed(
         # `of_stream` knows no more of them than their file names.
         settings["remote"] = checksum(to_json(remote).encode())
     working = root / FOLDER / checksum(to_json(settings).encode())
-    if (pairs := _kept(working, stream, halves)) is not None:  # reading disturbs nobody
+    if (pairs := _kept(working, stream, halves, max_bad_share)) is not None:  # disturbs nobody
         return pairs
     with ExitStack() as stack:
         lock = locked(working, way_out=WAY_OUT, wait=WAIT)
         rank0_first(lambda: stack.enter_context(lock))
         rank0_first(lambda: _drop_broken(working))
-        if (pairs := _kept(working, stream, halves, removes=True)) is not None:
+        if (pairs := _kept(working, stream, halves, max_bad_share, removes=True)) is not None:
             return pairs
         stored = [opened(half.folder, half.encoder.width) for half in halves]
         encode_missing(
@@ -179,7 +179,7 @@ def _passed(
         for view, half in enumerate(halves):
             _add(half, view, working)
         rank0_first(lambda: _finish(stream, working, settings, max_bad_share))
-        pairs = _kept(working, stream, halves)
+        pairs = _kept(working, stream, halves, max_bad_share)
         assert pairs is not None
         return pairs
 
@@ -193,15 +193,23 @@ def _drop_broken(working: Path) -> None:
 
 
 def _kept(
-    working: Path, stream: ShardStream, halves: Sequence[ImageHalf], *, removes: bool = False
+    working: Path,
+    stream: ShardStream,
+    halves: Sequence[ImageHalf],
+    max_bad_share: float,
+    *,
+    removes: bool = False,
 ) -> PassedPairs | None:
     """The pairs, if all shards have passed and the store has their images. Collective.
 
-    Where the store lacks images, what was written of the pass is removed if asked.
+    Where the store lacks images, what was written of the pass is removed if asked. Raises
+    `ValueError` if more is bad than is allowed now.
     """
 
     def read() -> PassedPairs:
         facts = store.read_facts(working)
+        for some, number, told in facts.get("left_out", []):
+            _require_few(stream, some, number, told, max_bad_share)
         path = working / TABLE
         if not path.is_file() or file_checksum(path) != facts["table"]:
             raise ValueError(
@@ -372,6 +380,16 @@ def _add(half: ImageHalf, view: int, working: Path) -> None:
         rank0_first(lambda: write(stored))
 
 
+def _require_few(
+    stream: ShardStream, some: int, number: int, told: str, max_bad_share: float
+) -> None:
+    if _is_too_much(some, number, max_bad_share):
+        raise ValueError(
+            f"{stream.name}: {told}; that is more than data.max_bad_share ({max_bad_share:g}) "
+            "allows; mend or leave out what is bad, or raise it"
+        )
+
+
 def _finish(
     stream: ShardStream, working: Path, settings: dict[str, Any], max_bad_share: float
 ) -> None:
@@ -388,7 +406,7 @@ def _finish(
         for values in (note["ids"], note["captions"]):
             values[:] = compress(values, new)
     broken = [each for each in bad if each.reason.endswith(LOST)]
-    good, said = sum(len(note["ids"]) for note in notes), list[str]()
+    good, left_out = sum(len(note["ids"]) for note in notes), list[tuple[int, int, str]]()
     for some, number, what in (
         (bad, good + len(bad), "pairs cannot be used"),
         (broken, len(notes), "shards were not read to their end"),
@@ -396,12 +414,8 @@ def _finish(
         if not some:
             continue
         told = f"{len(some):,} of {number:,} {what}, such as {some[0]}"
-        if not good or _is_too_much(len(some), number, max_bad_share):
-            raise ValueError(
-                f"{stream.name}: {told}; that is more than data.max_bad_share "
-                f"({max_bad_share:g}) allows; mend or leave out what is bad, or raise it"
-            )
-        said.append(f"{stream.name}: {told}; they are left out")
+        _require_few(stream, len(some), number, told, max_bad_share)
+        left_out.append((len(some), number, told))
     if not good:
         raise ValueError(f"{stream.name}: holds no pair")
     path = working / TABLE
@@ -410,6 +424,8 @@ def _finish(
             images = [f"{note['shard']} {sample_id}" for sample_id in note["ids"]]
             columns = {"sample_id": note["ids"], "image": images, "captions": note["captions"]}
             table.write_table(pa.table(columns, schema=SCHEMA))
-    facts = {**settings, "rows": good, "notes": said, "table": file_checksum(path)}
+    said = [f"{stream.name}: {told}; they are left out" for *_, told in left_out]
+    facts = {**settings, "rows": good, "notes": said, "left_out": left_out}
+    facts["table"] = file_checksum(path)
     write_atomically(working / store.FACTS, to_json(sealed(facts)), durable=True)
     shutil.rmtree(working / PARTS, ignore_errors=True)

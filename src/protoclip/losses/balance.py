@@ -19,24 +19,31 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from protoclip.distributed.collectives import all_reduce
+from protoclip.distributed.collectives import all_reduce, world_size
 
 DECAY = 0.9  # of the running means; a batch alone is noisy
 TINY = 1e-12  # A weight of 0 has no pull either, so what it is divided by does not matter.
 MOST = 10.0  # Prototypes that are all but learned pull little, and need not pull harder.
 
 
-def measure(squares: Mapping[str, Float[Tensor, ""]]) -> dict[str, Float[Tensor, " 2"]]:
+def measure(
+    squares: Mapping[str, Float[Tensor, ""]], *, loss_scale: float
+) -> dict[str, Float[Tensor, " 2"]]:
     """The pulls of InfoNCE and of the prototypes by student modality, where both pull. Collective.
+
+    They are those of the loss itself, so that a run may go on with other ranks or precision.
 
     Args:
         squares: What `ProtoCLIP.take_pulls` returns after the backward pass, on each rank.
+        loss_scale: What the loss was multiplied by, in fp16.
     """
     branches = {
         student: [f"{student}_features", f"{student}_projections"] for student in ("image", "text")
     }
+    # Gradients are averaged over ranks later, and so are larger by their number here.
+    factor = loss_scale * world_size()
     return {
-        student: all_reduce(torch.stack([squares[name] for name in names])).sqrt()
+        student: all_reduce(torch.stack([squares[name] for name in names])).sqrt() / factor
         for student, names in branches.items()
         if squares.keys() >= set(names)
     }

@@ -210,7 +210,9 @@ class Trainer:
         finish_backward()
         self._drop_gradients_without_loss()
         squares = self.model.take_pulls()
-        pulls = measure(squares) if self.balance is not None or detailed else {}
+        pulls: Mapping[str, Tensor] = {}
+        if self.balance is not None or detailed:
+            pulls = measure(squares, loss_scale=self.scaler.get_scale())
         self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
         # Projections without a loss must be finite too, since they are clustered.

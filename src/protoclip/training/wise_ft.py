@@ -208,8 +208,8 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
     if rank() == 0 and missing:
         say(announced(run, len(missing)))
     progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
-    start: Encoder | None = None
     leader: Encoder | None = None  # has the features of the weights to choose, so far
+    of_start = set[Path]()  # folders of features
     for done, each in enumerate(missing):
         if run.asked_to_stop():
             return None
@@ -219,14 +219,14 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
         encoder = run.evaluate.keeping()
         points[each] = point_at(each, run, encoder)
         if each == 0.0:
-            start = encoder
+            of_start = encoder.folders
             continue
         to_choose = best([*points.values()]) if alpha is None else alpha
         outdone: Encoder | None = encoder
         if each == to_choose:
             leader, outdone = encoder, leader
         if outdone is not None:
-            outdone.forget(*filter(None, (start, leader)))
+            outdone.forget(of_start | (set() if leader is None else leader.folders))
     if rank() == 0 and missing:
         progress.update(len(missing))
     return [points[each] for each in sorted(points)]
@@ -235,7 +235,9 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
 def announced(run: Run, number: int) -> str:
     """What a sweep over so many weights is going to judge, in a line."""
     judging = [f"{data.name} ({len(split.images):,} images)" for data, split in judging_splits(run)]
-    return f"note: judging {number} weights between start and end, each on {', '.join(judging)}"
+    weights = f"{number} weights" if number > 1 else "one model"
+    each = ", each" * (number > 1)
+    return f"note: judging {weights} between start and end{each} on {', '.join(judging)}"
 
 
 def judging_splits(run: Run) -> list[tuple[EvaluationData, Split]]:

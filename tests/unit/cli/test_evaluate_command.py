@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,7 @@ def test_the_table_is_the_default(made_up, tmp_path, monkeypatch, capsys):
         ("own/checkpoints/step-1", "own"),
         ("emoji-0", "emoji"),
         ("emoji-0 emoji-1", "emoji"),
+        ("emoji-judged", "emoji-judged"),
         ("own emoji-0", None),
         ("own --compare-to knowing", None),
         ("knowing", None),
@@ -93,6 +95,8 @@ def test_without_data_a_run_is_judged_by_its_own(
     for name, train in (("own", "pairs.tsv"), ("emoji-0", "emoji"), ("emoji-1", "emoji")):
         Path(f"{name}/checkpoints/step-1").mkdir(parents=True)
         Path(f"{name}/config.toml").write_text(f'[data]\ntrain = "{train}"\n')
+    shutil.copytree("emoji-0", "emoji-judged")
+    Path("emoji-judged/config.toml").write_text('[data]\nvalidation = "pairs.tsv"\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     monkeypatch.setattr(loading, "pinned", lambda name: name)
     words = ["evaluate", *models.split(), "--tasks", "knn", "--no-cache"]
