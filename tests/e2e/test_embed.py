@@ -221,8 +221,26 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
     assert by_image(out) == dict.fromkeys((Path(name).name for name in names), (True, None))
     with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
         sources.pairs(Config(data=DataConfig(train=str(table))))
-    with pytest.raises(ValueError, match="no column with captions; write ,caption_column=NAME "):
+    with pytest.raises(
+        ValueError, match="no column with captions; write ,caption_column=NAME behind it"
+    ):
         open_data(str(table))
+
+
+def test_a_table_in_another_encoding_is_embedded_if_asked_for(tiny_run, tmp_path, capsys):
+    """By the name of the setting that the refusal has, and without the section."""
+    names, table = images_alone(tmp_path), tmp_path / "table.csv"
+    rows = [f"{name};{'grün' if row else 'rot'}" for row, name in enumerate(names)]
+    table.write_text("\n".join(["image;caption", *rows]), encoding="cp1252")
+    words = ["embed", str(tiny_run), "--data", str(table), "--out", str(tmp_path / "a.parquet")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert (
+        "5 of 6 lines (83%) are not UTF-8, more than data.max_bad_share" in capsys.readouterr().err
+    )
+    for option in ("--data.max_bad_share", "--max-bad-share"):
+        main([*words, option, "0.9", "--overwrite"])
+        assert pq.read_table(tmp_path / "a.parquet")["captions"].to_pylist() == [["rot"]]
 
 
 @pytest.mark.parametrize("read", ["auto", "streaming"])

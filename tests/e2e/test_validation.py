@@ -33,13 +33,15 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed.collectives import rank
-from protoclip.evaluation import validation
+from protoclip.evaluation import analysis, validation
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.trained_on import trained_guards
 from protoclip.evaluation.validation import judged
+from protoclip.export.card import captions_of
 from protoclip.features.teachers import teachers
+from protoclip.report.looks import find_examples
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
@@ -314,6 +316,27 @@ def test_a_run_whose_held_out_pairs_are_not_known_judges_no_model(folder, tmp_pa
         path.unlink()
         with pytest.raises(ValueError, match=rf"^{name}: the pairs .*{path}: no such file.*; bri"):
             validation.open_data(name)
+
+
+def test_a_run_on_a_table_in_another_encoding_can_be_looked_at(folder, tmp_path):
+    """Which is not trained on any more."""
+    of_table, table, run = pq.read_table(folder / "a.parquet"), tmp_path / "a.csv", tmp_path / "run"
+    rows = ["image;caption"]
+    for row, image in enumerate(of_table["image"].to_pylist()[:60]):
+        (tmp_path / f"{row}.png").write_bytes(image)
+        rows.append(f"{row}.png;{'grün' if row % 2 else 'rot'} {row}")
+    table.write_text("\n".join(rows), encoding="cp1252")
+    config = config_for(folder, run, train=str(table), validation=0.5)
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"30 of 60 lines \(50%\) are not UTF-8"):
+        sources.pairs(config)
+    held = validation.held_out_by(run, split="test", allowed=DataConfig())
+    assert len(held.splits["test"].images) == 15
+    assert len(analysis.held_out(run, config, None, 60).images) == 15
+    assert len(analysis.held_out(run, config, str(table), 60).images) == 30
+    assert len(find_examples(config, 60, run=run).pairs.images) == 15
+    assert len(captions_of(run, allow_links=False)) == 30
 
 
 def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):

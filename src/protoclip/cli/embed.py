@@ -26,6 +26,7 @@ class Embed(OfPairs):
     _: KW_ONLY
     out: str  # Parquet file to write.
     class_column: str | None = None  # Column of a table that holds the class.
+    max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of a CSV's lines that may be no UTF-8.
     num_samples: Count | None = None  # Samples of a stream to read.
     batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
@@ -34,7 +35,9 @@ class Embed(OfPairs):
     overwrite: bool = False  # Replace a file of other settings.
 
     def __call__(self) -> None:
-        data = self.data_config(class_column=self.class_column, workers=self.workers)
+        data = self.data_config(
+            class_column=self.class_column, workers=self.workers, max_bad_share=self.max_bad_share
+        )
         require_model("", self.model)
         require_data_paths(data)
         require_place("--out", self.out, is_folder=False, suffix=".parquet")

@@ -100,6 +100,11 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
     return MixedStreams(streams, weights=weights, seed=seed)
 
 
+def to_look_at(config: Config) -> Config:
+    """Settings that open the pairs of a run which is over: no encoding is refused any more."""
+    return replace(config, data=replace(config.data, max_bad_share=1.0))
+
+
 def entries(data: DataConfig) -> list[SourceConfig]:
     """The sources of a mixture, or the single one."""
     return data.sources or [SourceConfig(path=data.train)]

@@ -210,7 +210,9 @@ def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldO
         return of_split(datasets.emoji(), samples)
     if data is not None:
         allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
-        return of_source(sources.pairs(Config(data=DataConfig(train=data, **allowed))), samples)
+        named = sources.to_look_at(Config(data=DataConfig(train=data, **allowed)))
+        return of_source(sources.pairs(named), samples)
+    config = sources.to_look_at(config)
     training, judged_by, _ = judged(config, sources.pairs(config))
     if not judged_by:
         raise ValueError(f"{run}: no pairs are held out; name some with --data")

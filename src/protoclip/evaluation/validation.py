@@ -262,10 +262,10 @@ def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData
 
 
 def settings_of(run: Path, allowed: DataConfig) -> Config:
-    """The settings of a run, with these permissions."""
+    """The settings of a run, with these permissions, to look at its pairs."""
     settings = read_config(run)
     permissions = {name: getattr(allowed, name) for name in PERMISSIONS}
-    return replace(settings, data=replace(settings.data, **permissions))
+    return sources.to_look_at(replace(settings, data=replace(settings.data, **permissions)))
 
 
 def pairs_of_run(

@@ -176,7 +176,8 @@ def find_examples(config: Config, samples: int, *, run: Path) -> Examples:
         ValueError: The data are gone or cannot be read, or there are too few of them.
     """
     try:
-        training, data, _ = judged(config, sources.pairs(config))
+        settings = sources.to_look_at(config)
+        training, data, _ = judged(settings, sources.pairs(settings))
         if config.run.overfit is not None:
             training, data = few_of(training, config), []
         if data:

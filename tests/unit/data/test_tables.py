@@ -20,6 +20,7 @@ import pytest
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import access, sources, tables
+from protoclip.data.index import build_index, index_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_hub, open_table
 
@@ -255,6 +256,18 @@ def test_a_table_in_another_encoding_is_refused_and_a_few_such_lines_are_told(tm
     assert len(sources.pairs(Config(data=replace(many, max_bad_share=0.8)))) == 5
     with pytest.raises(ValueError, match=rf"{re.escape(way_out)}\); no pair is left"):
         sources.pairs(Config(data=of_windows(20, tmp_path / "fewer.csv")))
+
+
+def test_an_index_that_counts_no_lines_in_another_encoding_is_built_anew(tmp_path):
+    """One of 1.0.0, which is called by the key of the pairs alone; that key is as it was."""
+    data = of_windows(15, tmp_path / "a.csv")
+    opened = sources.pairs(Config(data=replace(data, max_bad_share=1.0)))
+    table, key, folder = opened.table, opened.table_key, index_folder()
+    for made in folder.glob(f"{key}*"):
+        made.unlink()
+    build_index(key, lambda facts: table.to_batches(), folder=folder, label="", way_out="")
+    with pytest.raises(ValueError, match=r"a.csv: 15 of 20 lines \(75%\)"):
+        sources.pairs(Config(data=data))
 
 
 def test_quotes_that_are_no_quotes_are_kept(tmp_path):
