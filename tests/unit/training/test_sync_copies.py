@@ -306,9 +306,10 @@ def test_a_checkpoint_that_is_written_meanwhile_harms_no_copy(saving, monkeypatc
         return scandir(path)
 
     unfinished.mkdir(parents=True)
-    monkeypatch.setattr(os, "scandir", too_late)
-    saving.save(1)
-    saving.finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", too_late)
+        saving.save(1)
+        saving.finish()
     assert complete() == [1]
     assert capsys.readouterr().err == ""
 
