@@ -12,7 +12,7 @@ from typing import Any
 from protoclip.config import Config
 from protoclip.report.runs import RunFolder
 from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import PARTS, flat, to_toml
+from protoclip.training.run_folder import flat, to_toml
 
 # Settings that say where and not how a run was made.
 NAMES_OF_RUN = ("run.out", "run.name", "run.sync")
@@ -27,8 +27,7 @@ def settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """
     usual, given = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
     towers = towers_of(runs)
-    # Earlier versions wrote settings of small towers for whole models too.
-    planned = [{**PARTS, **as_planned(run, towers)} for run in runs]
+    planned = [as_planned(run, towers) for run in runs]
     keys = sorted({key for each in planned for key in each} - set(NAMES_OF_RUN))
     values = {key: [each.get(key) for each in planned] for key in keys}
     differ = {key: of for key, of in values.items() if any(value != of[0] for value in of)}

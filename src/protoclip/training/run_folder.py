@@ -26,7 +26,6 @@ from protoclip.config import (
     START,
     Config,
     LossConfig,
-    ModelConfig,
     RunConfig,
     build,
     shown,
@@ -64,9 +63,11 @@ LOCK = ".lock"
 UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
 # Defaults of earlier versions, with which their runs go on.
 FORMER: dict[str, Any] = {"distil_by": "features", "prototypical": 1.0, "teacher": 2.0}
-# Settings of towers that are put together, at their defaults; a whole model has others than these.
-OF_PARTS = ("embed_dim", "projection", "image.name", "text.width", "text.heads", "text.layers")
-PARTS = {f"model.{name}": by_name(ModelConfig())[name] for name in OF_PARTS}
+# Settings that some runs have no use for, at their defaults: those of a small text tower, which a
+# text model has others than; of towers that are put together; and the one source beside several.
+SMALL_TEXT = ("model.text.width", "model.text.heads", "model.text.layers")
+PARTS = ("model.embed_dim", "model.projection", "model.image.name", *SMALL_TEXT)
+IDLE = {name: by_name(Config())[name] for name in (*PARTS, "data.train")}
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
@@ -267,7 +268,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
     """
     before = as_written_today(read_settings(folder))
-    now = {**UNSAID, **PARTS, **flat(tomllib.loads(config))}
+    now = {**UNSAID, **IDLE, **flat(tomllib.loads(config))}
     differ = {
         key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
         for key in sorted(before.keys() | now.keys())
@@ -506,32 +507,44 @@ def slug(name: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML, without what is unset, permissions, and secrets in URLs.
+    """The configuration as TOML, without what is unset or idle, permissions, and secrets in URLs.
 
-    What starts from a whole model goes without `PARTS` too, which are seldom true of that model.
     A run that goes on reads the URLs that it is given then.
     """
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     for permission in PERMISSIONS:
         del tree["data"][permission]
-    if config.model.start is not None or config.model.name is not None:
-        tree["model"] = without_parts(tree["model"], "model.")
     # A class is code, which a recipe cannot name.
     tree["run"]["loggers"] = [name for name in config.run.loggers if ":" not in name]
-    return without_secrets(tomli_w.dumps(tree))
+    return without_secrets(tomli_w.dumps(without_idle(tree)))
 
 
-def without_parts(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Settings below a name without `PARTS`, and without tables that are empty then."""
-    kept: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = prefix + key
-        inner = without_parts(value, f"{name}.") if isinstance(value, dict) else value
-        if inner != {} and inner != PARTS.get(name):
-            kept[key] = inner
-    return kept
+def without_idle(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings without those of `IDLE` that this run has no use for.
+
+    A value that is no default stays: somebody gave it.
+    """
+    settings, idle = flat(tree), list[str]()
+    if settings.get("model.start") is not None or settings.get("model.name") is not None:
+        idle += PARTS
+    elif settings.get("model.text.name") is not None:
+        idle += SMALL_TEXT
+    if settings.get("data.sources"):
+        idle.append("data.train")
+
+    def kept(branch: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        values = {}
+        for key, value in branch.items():
+            name = prefix + key
+            inner = kept(value, f"{name}.") if isinstance(value, dict) else value
+            if inner != {} and not (name in idle and inner == IDLE[name]):
+                values[key] = inner
+        return values
+
+    return kept(tree, "")
 
 
 def as_kept(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run folder, of which earlier versions kept secrets in URLs, without these."""
-    return tomllib.loads(without_secrets(tomli_w.dumps(tree)))
+    """Settings of a run folder, without secrets in URLs and what is idle, which earlier versions
+    wrote."""
+    return tomllib.loads(without_secrets(tomli_w.dumps(without_idle(tree))))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from interrupting import with_changes
+from protoclip.cli.parsing import merged
 from protoclip.config import PERMISSIONS, Config, ImageTowerConfig, ModelConfig, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
@@ -28,6 +29,7 @@ from protoclip.training.run_folder import (
     FREE,
     PARTS,
     ROUNDING,
+    as_kept,
     check_settings,
     flat,
     pooled_as_begun,
@@ -154,12 +156,33 @@ def test_all_other_settings_are_refused(tmp_path):
     assert not {"data.augmentation", "run.seed"} & {*FREE, *ROUNDING}
 
 
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"model": {"text": {"name": "minilm"}}}, {"model": {"text": {"width": 128, "layers": 2}}}),
+        ({"data": {"sources": [{"path": "a.tsv"}]}}, {"data": {"train": "emoji"}}),
+    ],
+    ids=["a text model", "a mixture"],
+)
+def test_what_a_run_has_no_use_for_is_no_setting_of_it(given, idle, tmp_path):
+    """Pages and cards show what is kept. Earlier versions kept these too, at their defaults."""
+    text = to_toml(Config.from_dict(given))
+    unused = flat(idle)
+    assert not unused.keys() & flat(tomllib.loads(text)).keys()
+    (tmp_path / "config.toml").write_text(text)
+    check_settings(tmp_path, text)
+    earlier = merged(tomllib.loads(text), idle)
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(earlier))
+    check_settings(tmp_path, text)
+    assert as_kept(earlier) == tomllib.loads(text)
+
+
 @pytest.mark.parametrize("model", [{"start": "hf:siglip"}, {"name": "RN50"}])
 def test_a_whole_model_has_no_settings_of_small_towers(model, tmp_path):
     """Earlier versions wrote them, at their defaults. What is given is written still."""
     config = replace(tiny_config(out="run"), model=ModelConfig(**model))
     text = to_toml(config)
-    assert not PARTS.keys() & flat(tomllib.loads(text)).keys()
+    assert not {*PARTS} & flat(tomllib.loads(text)).keys()
     assert "image" not in tomllib.loads(text)["model"]
     (tmp_path / "config.toml").write_text(text)
     check_settings(tmp_path, text)
