@@ -268,6 +268,9 @@ def test_models_are_judged_by_the_pairs_that_a_run_held_out(folder, tmp_path, mo
         metrics = train(with_changes(config, AT_THE_END))["metrics"]
         records = records_on(Path(name), name, "--tasks", *TASKS)
         assert {f"eval/validation/{key}": value for key, value in records.items()} == metrics
+    (note, *_) = validation.open_data("table").notes
+    assert note.startswith("table: the ")
+    assert note.endswith(f" images of {folder / 'b.parquet'}, which judged it, judge the models")
     data = validation.open_data("held")
     assert (data.name, len(data.splits["test"].images)) == ("held-validation", 20)
     assert data.notes == ["held: the 20 images that it held out judge the models"]
@@ -495,6 +498,7 @@ def test_what_is_wrong_with_the_pairs_that_judge_is_told(tmp_path):
     rows = [f"{number}.jpg,a {number}" for number in range(12)]
     for name, lines in (("own", rows[:6]), ("other", [*rows[6:], "x.jpg", "y.jpg,a,b"])):
         (tmp_path / f"{name}.csv").write_text("\n".join(["image,caption", *lines]))
+    Image.new("RGB", (8, 8)).save(tmp_path / "11.jpg")  # one that can be read is enough
     data = DataConfig(train=str(tmp_path / "own.csv"), validation=str(tmp_path / "other.csv"))
     config = Config(data=data)
     notes = judged(config, sources.pairs(config)).notes

@@ -46,6 +46,7 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "val", "valid"),
     "train": ("train",),
 }
+NUM_SHARDS = "nshards.txt"  # in the folder of a split, in CLIP_benchmark's layout
 UNREAD = "images of a kind that is not read"
 CONVERT = "convert them to JPEG, PNG, WebP, GIF, BMP or TIFF"
 
@@ -62,8 +63,15 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
 
     Raises `ValueError` if it is none of these, holds several splits, or a damaged table.
     """
-    name = name or Path(data.train).resolve().name
-    folder, files = tables(Path(data.train))
+    given = Path(data.train)
+    if (given / "config.toml").is_file() and (given / "checkpoints").is_dir():
+        raise ValueError(
+            f"{given}: is a run and no data; name what it was trained on (`data` in its "
+            "config.toml). The pairs that it held out judge other models, with protoclip evaluate "
+            "MODEL --data, and with run.guard"
+        )
+    name = name or given.resolve().name
+    folder, files = tables(given)
     if not files:
         return open_images(folder, data, name=name)
     saved = (folder / "state.json").is_file()
@@ -139,6 +147,8 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     if has_table:
         table = folder / text_tables[0]
         way_out = f"{table} looks like a table of captions: name it instead of the folder"
+    elif split := shard_split(folder):
+        way_out = f"its folder {split} holds shards: name {folder / split}/*.tar"
     elif not data.needs_captions:
         way_out = f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
     elif images and not has_captions and looks_like_classes(folder):
@@ -154,6 +164,12 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     if has_table and not has_captions:
         pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")
     return pairs
+
+
+def shard_split(folder: Path) -> str | None:
+    """The first split of a folder in CLIP_benchmark's layout, which keeps shards; else None."""
+    names = [name for names in SPLIT_FOLDERS.values() for name in names]
+    return next((name for name in names if os.path.isfile(folder / name / NUM_SHARDS)), None)  # noqa: PTH113 (a name may be of any length)
 
 
 def _walk(

@@ -24,7 +24,7 @@ from torch import Tensor
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
-from protoclip.data.folders import class_folders, classes_in
+from protoclip.data.folders import class_folders, classes_in, shard_split
 from protoclip.data.held_out import image_names, images_of_several_classes
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
@@ -181,7 +181,8 @@ def open_data(
     * A table, a folder of pairs, local tar shards or `hf:OWNER/NAME`, read as `data.train` is:
       captions. With a `class_column` of a table, classes, and captions if there are any.
     * A folder with `train|val|test/CLASS/*.jpg`, or with `CLASS/*.jpg`: classes.
-    * `wds:FOLDER_OR_URL`, in CLIP_benchmark's layout: classes, one or more an image; or captions.
+    * A folder in CLIP_benchmark's layout, or `wds:FOLDER_OR_URL`: classes, one or more an image; or
+      captions.
     * `torchvision:NAME`: classes.
     * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
@@ -210,6 +211,8 @@ def open_data(
     named = next((name for name in COLUMN_OPTIONS if name in options), None)
     named = named or ("class_column" if class_column is not None else None)
     kind, _, location = reference.partition(":")
+    if shard_split(Path(reference)):
+        kind, location = "wds", reference
     if named and kind in WITHOUT_COLUMNS:
         raise no_columns(reference, named)
     if reference == "emoji":

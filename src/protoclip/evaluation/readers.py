@@ -32,7 +32,7 @@ from protoclip.data.access import (
     reason_of,
 )
 from protoclip.data.decode import rgb
-from protoclip.data.folders import SPLIT_FOLDERS, is_image, name_of
+from protoclip.data.folders import NUM_SHARDS, SPLIT_FOLDERS, is_image, name_of
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
@@ -42,7 +42,7 @@ from protoclip.terminal import visible
 
 T = TypeVar("T")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
-DATASET_TYPE, NUM_SHARDS = "dataset_type.txt", "nshards.txt"
+DATASET_TYPE = "dataset_type.txt"
 #: By the type of the data, the file beside an image that says what is in it.
 BESIDE_IMAGE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 MAX_BESIDE_BYTES = 1 << 20

@@ -165,6 +165,11 @@ def results(
     if isinstance(templates, str):
         templates = raise_on_all_ranks(partial(read_templates, templates))
     check_templates(templates or (), "templates")  # before anything is encoded
+    if templates and not any("zero_shot" in tasks for tasks in chosen):
+        raise ValueError(
+            "templates: no effect, since zero_shot alone reads them, which runs on no data here; "
+            "leave them out"
+        )
     judged = []
     for data_set, tasks in zip(data, chosen, strict=True):
         if not tasks:

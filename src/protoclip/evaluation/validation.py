@@ -20,7 +20,7 @@ from protoclip.data.content import content, difference
 from protoclip.data.held_out import ENOUGH, MOST, SHARE, Before, held_out_rows, shared
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
-from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import NONE, PairsView, Rows, by_source, without
 from protoclip.distributed.collectives import rank
@@ -45,6 +45,7 @@ from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
+TRIED = 20  # images of a source to judge by that are read before the run begins
 FEW = 100  # pairs; of so many or fewer, one moves a value by a point or more, which a note says
 # Settings of `data` that name columns of a table, or the folder of its images.
 COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root")
@@ -90,6 +91,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         notes += getattr(given, "notes", ())
         judging = plain_sources(given)
+        require_readable(judging)
         before = trained_before(config, notes)
         trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]
         if not isinstance(samples, Pairs):
@@ -144,6 +146,27 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     notes += without_some_classes(config, parts)
     data_of_parts = data_sets(parts, probe_rows(given_sources, rows))
     return Judged(without(samples, rows), data_of_parts, notes)
+
+
+def require_readable(judging: Sequence[ImageTextPairs]) -> None:
+    """Refuse sources to judge by whose images cannot be read, which a run would learn at its end.
+
+    Raises:
+        ValueError: None of some images can be read.
+    """
+    for source in judging:
+        rows, reason = evenly_spaced(len(source), min(len(source), TRIED), seed=0), ""
+        for row in rows:
+            try:
+                source.image(row)
+                break
+            except BadSample as error:
+                reason = reason or str(error)
+        else:
+            raise ValueError(
+                f"data.validation: {source.name}: of {len(rows)} images that were looked at none "
+                f"can be read, such as {reason}; mend its paths, or set data.root"
+            )
 
 
 def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:
@@ -256,9 +279,15 @@ def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData
             f"{run}: its data have changed since it was trained ({differs}), so the pairs that it "
             "held out are not known; bring them back, or name other data"
         )
-    note = f"{run}: the {len(judging):,} images that it held out judge the models"
+    number, source = f"{len(judging):,} images", config.data.validation
+    notes = [f"{run}: the {number} that it held out judge the models"]
+    if isinstance(source, str):
+        told = (
+            f"{run}: the {number} of {without_secrets(source)}, which judged it, judge the models"
+        )
+        notes = [told, *divided.notes]
     splits = {split if name == NAME else name: part for name, part in first.splits.items()}
-    return replace(first, name=data_names.of_run(run, NAME), splits=splits, notes=[note])
+    return replace(first, name=data_names.of_run(run, NAME), splits=splits, notes=notes)
 
 
 def settings_of(run: Path, allowed: DataConfig) -> Config:

@@ -285,7 +285,8 @@ def origin(settings: Mapping[str, Any], alpha: float | None) -> Iterator[str]:
     """
     known = flat(settings)
     if start := known.get("model.start") or known.get("model.name"):
-        yield f"| start | `{visible(str(start))}` |"
+        tag = f", weights `{visible(str(tag))}`" if (tag := known.get("model.pretrained")) else ""
+        yield f"| start | `{visible(str(start))}`{tag} |"
     else:
         for half in ("image", "text"):
             name = known.get(f"model.{half}.name") or f"new, `model.{half}` below"

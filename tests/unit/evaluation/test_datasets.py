@@ -37,6 +37,10 @@ def as_wds(folder):
     return {"reference": f"wds:{write_wds(folder / 'wds_pets')}"}, "pets"
 
 
+def as_plain_wds(folder):
+    return {"reference": str(write_wds(folder / "wds_pets"))}, "pets"
+
+
 def as_folder(folder):
     for split in ("val", "test"):
         for name, red in (("big_dog", 10), ("cat", 20), ("big_dog", 30)):
@@ -55,7 +59,7 @@ def as_csv(folder):
     return {"reference": str(path), "class_column": "kind"}, "pets"
 
 
-@pytest.mark.parametrize("write_form", [as_wds, as_folder, as_csv, as_class_label])
+@pytest.mark.parametrize("write_form", [as_wds, as_plain_wds, as_folder, as_csv, as_class_label])
 def test_images_and_classes_are_read_from(write_form, tmp_path):
     arguments, name = write_form(tmp_path)
     data = open_data(**arguments)
@@ -70,7 +74,7 @@ def test_images_and_classes_are_read_from(write_form, tmp_path):
     ]
     ids = [split.images.sample_id(row) for row in range(3)]
     assert len(set(ids)) == 3
-    if write_form is as_wds:
+    if write_form in (as_wds, as_plain_wds):
         assert list(data.templates) == ["a {c}", "the {c}."]
         assert ids == ["0/s00", "0/s01", "1/s10"]
     else:

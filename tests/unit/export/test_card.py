@@ -87,7 +87,8 @@ def test_the_card_of_a_run(tmp_path):
 def test_the_card_of_a_fine_tuned_model(tmp_path):
     """How far from the start its weights are, and the metrics of the start beside its own."""
     made = save_run(tmp_path / "run", tiny_model(), alpha=0.3)
-    (made / "config.toml").write_text('[data]\ntrain = "pairs.tsv"\n')
+    model = '[model]\nname = "RN50"\npretrained = "openai"\n'
+    (made / "config.toml").write_text(f'{model}[data]\ntrain = "pairs.tsv"\n')
     counts = {"name": "shop", "seed": 0, "samples_seen": 1, "train_seconds": 1.0}
     metrics = {"eval/emoji/zero_shot/acc5": 0.75, "eval/emoji/modality_gap/gap": 0.5}
     before = {"eval/emoji/zero_shot/acc5": 0.5}
@@ -95,6 +96,7 @@ def test_the_card_of_a_fine_tuned_model(tmp_path):
     (made / "results.json").write_text(to_json(results))
     protoclip.export(made, tmp_path / "out", ("open_clip",))
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "| start | `RN50`, weights `openai` |" in card
     assert "| weights | 0.3 of the way from the start to the end of fine-tuning |" in card
     assert "| metric | start | value | 95% interval |\n|---|---|---|---|\n" in card
     assert "| `eval/emoji/zero_shot/acc5` | 0.5000 | 0.7500 | - |" in card
