@@ -12,6 +12,8 @@ from functools import cache, partial
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -22,15 +24,18 @@ from interrupting import quick_config, relative_difference, stop_after, with_cha
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, ParallelConfig
 from protoclip.data.loader import Batch
 from protoclip.data.pack import pack
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs, Sample
+from protoclip.data.sampler import Episode
 from protoclip.data.stream import ShardStream
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, reach_everything
+from protoclip.features.store import hash_ids
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading
 from protoclip.models.saved import RESUME, find_checkpoint, read_tensors
+from protoclip.prototypes.features import EpisodeFeatures, ExtractedFeatures
 from protoclip.testing import run_distributed, tiny_config, tiny_model, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.stages import PROTOTYPICAL, enter_stage
@@ -274,45 +279,82 @@ def test_a_stopped_run_of_two_ranks_goes_on(finished, tmp_path):
         assert began == ["1 host, 2 ranks", "1 host, 1 rank"][: 3 - ranks]
 
 
-def seen(config: Config, stop: int | None = None) -> list[list[str]]:
-    """The samples of this rank at each step of a run, new or gone on with, that a signal stops."""
-    train_step, found = Trainer.train_step, []
+def seen(
+    config: Config, stop: int | None = None
+) -> tuple[list[list[str]], dict[tuple[int, int], int]]:
+    """The samples of this rank at each step of a run, new or gone on with, that a signal stops.
+
+    And the hash of the sample that was clustered for each episode and position.
+    """
+    train_step, trained = Trainer.train_step, []
+    features, clustered = ExtractedFeatures.features, {}
 
     def and_note(trainer: Trainer, batch: Batch, **more: Any) -> dict[str, float]:
-        found.append(batch.sample_id)
+        trained.append(batch.sample_id)
         return train_step(trainer, batch, **more)
+
+    def and_note_keys(source: ExtractedFeatures, episode: Episode) -> EpisodeFeatures:
+        made = features(source, episode)
+        positions = range(len(made.keys)) if made.positions is None else made.positions.tolist()
+        for position, key in zip(positions, made.keys.tolist(), strict=True):
+            clustered[episode.index, position] = key
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", and_note)
+        patch.setattr(ExtractedFeatures, "features", and_note_keys)
         if stop is not None:
             stop_after(stop, patch)
         train(config, resume="auto")
-    return found
+    return trained, clustered
 
 
 def test_a_stream_goes_on_with_other_ranks(tmp_path):
     """Begun on two, stopped within an episode that has prototypes, by one and by two again: the
-    batches are those of the two lanes, of which each pass has every sample once. Meanwhile the
-    shards come from elsewhere, as from a store."""
-    pack(ImageTextPairs(tiny_pairs(40), name="tiny"), tmp_path / "shards", samples_per_shard=7)
+    batches are those of the two lanes, of which each pass has every sample once. So are the samples
+    that replace damaged ones, and prototypes are those of the samples that are trained on.
+    Meanwhile the shards come from elsewhere, as from a store."""
+    pairs, damaged = tiny_pairs(40), {1, 6, 13, 17, 24, 35}
+    images = pairs["image"].to_pylist()
+    images = [image[: len(image) // 2] if n in damaged else image for n, image in enumerate(images)]
+    pairs = pairs.set_column(0, "image", pa.array(images, pa.binary()))
+    pack(ImageTextPairs(pairs, name="tiny"), tmp_path / "shards", samples_per_shard=7)
     config = quick_config(str(tmp_path / "shards"), tmp_path / "run")
-    data = {"read": "streaming", "shuffle_buffer": 5, "workers": 0}
-    config = with_changes(config, {"data": data, "episodes": {"count": 5}})
+    data = {"read": "streaming", "shuffle_buffer": 5, "workers": 0, "max_bad_share": 0.5}
+    changes = {"data": data, "episodes": {"count": 5}, "prototypes": {"source": "extract"}}
+    config = with_changes(config, changes)
     command = f"pipe:cat {tmp_path}/shards/{{00000..00005}}.tar"
     moved = {"train": command, "read": "auto", "allow_commands": True}
     elsewhere = with_changes(config, {"data": moved})
     steps: list[list[str]] = []
+    clustered: dict[tuple[int, int], int] = {}
     for ranks, stop, given in ((2, 3, config), (1, 4, elsewhere), (2, None, config)):
         parts = run_distributed(seen, ranks, given, stop)
-        steps += [[*itertools.chain(*step)] for step in zip(*parts, strict=True)]
+        steps += [
+            [*itertools.chain(*step)] for step in zip(*(ids for ids, _ in parts), strict=True)
+        ]
+        for _, of_rank in parts:
+            clustered |= of_rank
     stream = ShardStream(config.data.train, seed=config.run.seed, shuffle=5, lanes=2)
-    lanes = [
-        [item.sample_id for item in itertools.islice(stream.samples(0, lane), 40)]
-        for lane in range(2)
+    lanes = [[*itertools.islice(stream.samples(0, lane), 48)] for lane in range(2)]
+    first = [item.sample_id for item in [*lanes[0][:21], *lanes[1][:19]]]
+    assert len({*first}) == 40  # three shards of each, and the one of five
+    bad = {images[number] for number in damaged}
+
+    def standing(items: list[Sample]) -> list[str]:
+        """What stands for the first four."""
+        spare = (item for item in items[4:] if item.image not in bad)
+        return [(next(spare) if item.image in bad else item).sample_id for item in items[:4]]
+
+    assert steps == [
+        standing(lanes[0][begin:]) + standing(lanes[1][begin:]) for begin in range(0, 40, 4)
     ]
-    assert steps == [lanes[0][n : n + 4] + lanes[1][n : n + 4] for n in range(0, 40, 4)]
-    first = [*lanes[0][:21], *lanes[1][:19]]  # three shards of each, and the one of five
-    assert len({*first}) == 40
+    amid = lanes[0][12:16] + lanes[1][12:16]  # the step after that at which it first stopped
+    assert any(item.image in bad for item in amid)
+    assert {index for index, _ in clustered} == {1, 2, 3}
+    trained = hash_ids(itertools.chain(*steps)).view(np.int64).reshape(-1, 16)
+    for (index, position), key in clustered.items():
+        assert key == trained[index, position]
 
 
 def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:

@@ -3,15 +3,26 @@
 A stream is dealt to lanes, as many as the run had ranks when it began. A batch takes equally many
 samples of each lane, one lane after the other. Any number of ranks shares the batch evenly, so a
 rank's part may be a lane, several lanes, or a part of one; the batch is the same.
+
+So is what replaces bad samples. A lane's part of a batch is cut into stretches with spare samples
+of their own, which their bad ones take in turn. Only decoding shows which are bad. So a rank that
+begins amid a stretch has the samples before its part too, and decodes them if one of its own is
+bad.
 """
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
 
 from protoclip.data.pairs import BadSample, Sample, SampleStream
 
-# Spare samples that replace the bad ones of a batch, as a share of it, and the least number.
+Item = Sample | BadSample
+
+# Spare samples that replace the bad ones of a stretch, as a share of it, and the least number.
 SPARE_SAMPLES, MIN_SPARE = 0.25, 8
+# The most samples of a stretch. Of more, a few bad ones in a row are less likely to use up the
+# spare ones; of fewer, ranks that share a lane have fewer samples of each other.
+MAX_STRETCH = 256
 
 
 def overlapping(part: int, parts: int, others: int) -> range:
@@ -23,29 +34,70 @@ def overlapping(part: int, parts: int, others: int) -> range:
     return range(part * others // parts, -(-(part + 1) * others // parts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Samples that follow each other in a batch, and the spare ones that replace the bad of them.
+
+    Attributes:
+        before: Those with which the stretch begins and which other ranks have.
+        samples: Those of this rank, which follow.
+        spare: They come after the batch in the lane. No other stretch of the batch has them.
+    """
+
+    before: list[Item]
+    samples: list[Item]
+    spare: list[Item]
+
+    def candidates(self, is_good: Callable[[Item], bool]) -> Iterator[Iterator[Item]]:
+        """Of each of this rank's samples: itself, and then what may replace it.
+
+        To be used one after the other. Who asks for a further candidate says that the last was bad.
+        `is_good` is asked about samples of other ranks, once one of this rank's is bad. No more
+        candidates are left where too many samples of the stretch are bad.
+        """
+        before, spare = iter(self.before), iter(self.spare)
+
+        def replacements() -> Iterator[Item]:
+            for sample in before:
+                any(map(is_good, chain([sample], spare)))  # to the first good one, and no further
+            yield from spare
+
+        return (chain([sample], replacements()) for sample in self.samples)
+
+
 def shares_of_batches(
     stream: SampleStream, batch: int, *, batch_size: int, rank: int, world_size: int
-) -> Iterator[list[Sample | BadSample]]:
-    """This rank's samples of each batch of a run, from batch number `batch` on, then spare ones.
+) -> Iterator[list[Stretch]]:
+    """This rank's part of each batch of a run, from batch number `batch` on.
 
-    Spare samples are those that follow the batch in the rank's lanes. Ranks that share a lane have
-    different ones. `batch_size` is that of all ranks, a multiple of their number and of the lanes'.
+    What stands for a sample, and replaces it, is the same with any number of ranks. `batch_size` is
+    that of all ranks, a multiple of their number and of the lanes'. Iteration raises what that of
+    the stream does.
     """
     share, per_lane = batch_size // world_size, batch_size // stream.lanes
+    number = -(-per_lane // MAX_STRETCH)
+    bounds = [per_lane * index // number for index in range(number + 1)]
+    read = per_lane + number * max(MIN_SPARE, int(SPARE_SAMPLES * per_lane / number))
     lanes = overlapping(rank, world_size, stream.lanes)
     readers = {lane: stream.samples(batch * per_lane, lane) for lane in lanes}
-    ahead: dict[int, list[Sample | BadSample]] = {lane: [] for lane in lanes}
+    ahead: dict[int, list[Item]] = {lane: [] for lane in lanes}
     while True:
-        samples, spare = [], []
+        stretches = []
         for lane in lanes:
             first = max(rank * share - lane * per_lane, 0)
             last = min((rank + 1) * share - lane * per_lane, per_lane)
-            number = max(MIN_SPARE, int(SPARE_SAMPLES * (last - first)))
-            ranks_of_lane, waiting = overlapping(lane, stream.lanes, world_size), ahead[lane]
-            wanted = per_lane + number * len(ranks_of_lane)
-            waiting.extend(islice(readers[lane], wanted - len(waiting)))
-            samples += waiting[first:last]
-            # The ranks of a lane take the samples after the batch in turn, so none has another's.
-            spare += waiting[per_lane + ranks_of_lane.index(rank) :: len(ranks_of_lane)]
+            waiting = ahead[lane]
+            waiting.extend(islice(readers[lane], read - len(waiting)))
+            for index, (begin, end) in enumerate(pairwise(bounds)):
+                if first < end and begin < last:
+                    since = max(begin, first)
+                    stretches.append(
+                        Stretch(
+                            before=waiting[begin:since],
+                            samples=waiting[since : min(end, last)],
+                            # Dealt in turn, as what is bad often comes in a row.
+                            spare=waiting[per_lane + index :: number],
+                        )
+                    )
             del waiting[:per_lane]  # the spare ones stay, since the next batch begins with them
-        yield samples + spare
+        yield stretches

@@ -7,6 +7,7 @@ it to the device. Worker processes go on with the pass that comes next while thi
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -26,10 +27,11 @@ from protoclip.data.cache import crop, image_cache
 from protoclip.data.captions import ONE, CaptionDraw, without_padding
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.groups import Key, keys_of
-from protoclip.data.lanes import MIN_SPARE, overlapping, shares_of_batches
+from protoclip.data.lanes import MIN_SPARE, Stretch, overlapping, shares_of_batches
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
+from protoclip.data.spare_rows import SPARE_BATCHES, row_candidates, spare_positions
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
 
@@ -39,10 +41,6 @@ Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
 FeaturesOf = dict[str, Callable[[Sequence[str]], Tensor]]  # features of sample ids, by name
-
-# Spare rows for each one of a batch that is bad. They are more than the spare samples of a stream,
-# which travel to the workers with the batch: rows cost nothing until read.
-SPARE_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +93,11 @@ class Pass:
 
 
 class _Request(NamedTuple):
-    """A batch to make; `candidates` has a row or sample for each position, then spare ones, of
-    which those of a position are as far apart as there are positions.
-    """
+    """A batch to make, of rows as `row_candidates` takes them, or of what a stream gave."""
 
     position: npt.NDArray[np.int64]
-    candidates: list[Item]
+    rows: list[int]
+    stretches: list[Stretch]
     transform: Transform
     transform_draws: _Draws
     caption_draws: _Draws
@@ -133,26 +130,18 @@ class _Reader(Dataset[_Made]):
     on_cpu: bool  # where the transform is applied
 
     def __getitem__(self, request: _Request) -> _Made:
-        position, candidates, transform = request.position, request.candidates, request.transform
-        size, taken, failed = len(position), set[int](), set[int]()
+        position, transform = request.position, request.transform
         captions, images, ids = list[str](), [], list[str]()
         groups, bad, lost = list[list[int]](), list[BadSample](), 0.0
-        for number in range(size):
+        for number, candidates in enumerate(self.candidates(request)):
             box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
-            # Its own spare ones, which no number of ranks changes where they are rows, before
-            # those of others.
-            for index in chain(range(number, len(candidates), size), range(size, len(candidates))):
-                candidate, began = candidates[index], time.monotonic()
-                row = candidate if isinstance(candidate, int) else None
-                if index in taken or row in failed:
-                    continue
-                taken.add(index)
+            for candidate in candidates:
+                row, began = candidate if isinstance(candidate, int) else None, time.monotonic()
                 try:
                     sample, image = read_image(self.pairs, candidate, cut)
                 except BadSample as error:
                     bad.append(error)
-                    failed |= set() if row is None else {row}
                     lost += time.monotonic() - began
                     if lost > access.PATIENCE_SECONDS:  # or a large batch would wait for days
                         return _Made([], torch.zeros(0), Packed.of({}), [], bad, error=_slow(bad))
@@ -183,6 +172,22 @@ class _Reader(Dataset[_Made]):
                 return _Made(ids, torch.zeros(0), Packed.of({}), [], bad, error=str(error))
         tokens = [row.tobytes() for row in text.numpy()]
         return _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
+
+    def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
+        """Of each position, what is tried there until it is good."""
+        if not request.stretches:
+            return row_candidates(request.rows, len(request.position))
+        transform, draws = request.transform, request.transform_draws[0]
+        # No crop makes an image good or bad, so any one tells what another rank's is.
+        cut = partial(self.crop, box=partial(transform.box, draws=draws), size=transform.size)
+
+        def is_good(item: Item) -> bool:
+            with suppress(BadSample):
+                read_image(self.pairs, item, cut)
+                return True
+            return False
+
+        return chain.from_iterable(each.candidates(is_good) for each in request.stretches)
 
 
 def _slow(bad: Sequence[BadSample]) -> str:
@@ -282,8 +287,8 @@ class EpisodeLoader:
     """Turns episodes into batches.
 
     A bad sample (unreadable image, no caption) is replaced by a good one of the batches that follow
-    in the episode, so that it repeats no pair that the draw did not. Worker processes start
-    with the first episode and stay until `close`.
+    in the episode, so that it repeats no pair that the draw did not; in a stream by one that
+    follows the batch. Worker processes start with the first episode and stay until `close`.
 
     Attributes:
         batch_size: Images a batch on this rank; the last batch of an episode may be smaller.
@@ -343,7 +348,8 @@ class EpisodeLoader:
     def batches_of(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass, one pass at a time.
 
-        A pure function of the pass, with any number of workers and any cache.
+        A pure function of the pass, with any number of workers and any cache. All ranks together
+        have the same ones, however many they are.
 
         Raises:
             ValueError: A worker process was killed, or a batch found no good samples to fill it.
@@ -459,7 +465,7 @@ class EpisodeLoader:
         draws = transform_draws(self.seed, episode.index, *shape, current.stream).numpy()
         captions = caption_draws(self.seed, episode.index, size)
         stride = self.batch_size * self.world_size
-        shares: Iterator[list[Sample | BadSample]] | None = None
+        shares: Iterator[list[Stretch]] | None = None
         if isinstance(self.pairs, SampleStream):
             assert size % stride == 0, "an episode of a stream has whole batches"
             shares = shares_of_batches(
@@ -473,38 +479,23 @@ class EpisodeLoader:
             end = min(begin + stride, size)
             position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
             number = len(position)
-            candidates: list[Item]
+            candidates, stretches = list[int](), list[Stretch]()
             if shares is None:
                 number = max(-(-MIN_SPARE // number), SPARE_BATCHES)
                 after = spare_positions(position, number, batch=stride, size=size)
                 candidates = rows[np.concatenate([position, after.ravel()])].tolist()
             else:
-                candidates = [*next(shares)]
+                stretches = next(shares)
             yield _Request(
                 position=position,
-                candidates=candidates,
+                rows=candidates,
+                stretches=stretches,
                 transform=transform,
                 transform_draws=draws[position],
                 caption_draws=captions[position],
                 with_features=current.with_features,
                 group_by=current.group_by,
             )
-
-
-def spare_positions(
-    position: npt.NDArray[np.int64], number: int, *, batch: int, size: int
-) -> npt.NDArray[np.int64]:
-    """So many spare positions `(number, b)` for each of these positions of an episode.
-
-    They are those of the same place in the batches that follow; once around, those of the next
-    place. So a position has the same ones whatever else its rank has, and as many different ones as
-    the episode has.
-    """
-    batches, spare = -(-size // batch), np.arange(number)[:, None]
-    around, turn = (spare, 0) if batches == 1 else np.divmod(spare, batches - 1)
-    of_batch = (position // batch + 1 + turn) % batches
-    in_batch = (position % batch + around + (batches == 1)) % min(batch, size)
-    return np.asarray((of_batch * batch + in_batch) % size, dtype=np.int64)
 
 
 def share_of(batch_size: int) -> int:

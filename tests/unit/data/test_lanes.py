@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -15,17 +16,19 @@ from hypothesis import strategies as st
 
 from protoclip.data import stream as streams
 from protoclip.data.chosen import Chosen, IdList, Keeps
-from protoclip.data.lanes import MIN_SPARE, shares_of_batches
+from protoclip.data.lanes import Stretch, shares_of_batches
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.mixture import MixedStreams
-from protoclip.data.pairs import BadSample, Sample
-from protoclip.data.sampler import Episode
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
+from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.data.stream import ShardStream
-from protoclip.data.transforms import light_transform
+from protoclip.data.transforms import EvaluationTransform, light_transform
+from protoclip.testing import tiny_pairs
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
 GREY = (0.5, 0.5, 0.5)
+WHOLE = Episode(index=0, rows=torch.arange(EPISODE))
 
 
 def items_of(
@@ -45,7 +48,7 @@ def opened(letter: str, sizes: Sequence[int], **more: Any) -> ShardStream:
     return ShardStream(f"https://h/{letter}{{0..{len(sizes) - 1}}}.tar", seed=3, **more)
 
 
-def loader(stream: ShardStream | MixedStreams, rank: int, world_size: int) -> EpisodeLoader:
+def loader(stream: SampleStream, rank: int, world_size: int) -> EpisodeLoader:
     return EpisodeLoader(
         pairs=stream,
         tokenizer=lambda texts: torch.zeros(len(texts), 4),
@@ -66,7 +69,7 @@ def read(ranks: list[EpisodeLoader], first: int, batches: int, ahead: int) -> li
     found: dict[int, str] = {}
     for source in ranks:
         requests = (
-            (index * EPISODE + request.position, request.candidates)
+            (index * EPISODE + request.position, request.stretches)
             for index in count(first // 2)
             for request in source.requests(
                 source.pass_over(
@@ -74,8 +77,9 @@ def read(ranks: list[EpisodeLoader], first: int, batches: int, ahead: int) -> li
                 )
             )
         )
-        for positions, candidates in [*islice(requests, batches + ahead)][:batches]:
-            for position, item in zip(positions.tolist(), candidates, strict=False):
+        for positions, stretches in [*islice(requests, batches + ahead)][:batches]:
+            items = [item for stretch in stretches for item in stretch.samples]
+            for position, item in zip(positions.tolist(), items, strict=True):
                 assert position not in found
                 found[position] = item.sample_id
     assert sorted(found) == [*range(first * BATCH, (first + batches) * BATCH)]
@@ -152,19 +156,74 @@ def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, i
                 assert sorted(seen) == sorted(held)
 
 
-@pytest.mark.parametrize(("lanes", "ranks"), [(1, 8), (2, 3), (2, 2), (3, 2), (4, 1), (3, 8)])
-def test_no_two_ranks_have_the_same_samples(lanes, ranks):
-    """Not the same spare ones either, of which each has enough."""
-    stream = opened("a", [100] * 4, lanes=lanes)
+def is_good(item: Sample | BadSample) -> bool:
+    """Stands in for a decoder, which refuses some samples that were good until then."""
+    return isinstance(item, Sample) and not item.sample_id.endswith("13")
+
+
+def standing(stream: ShardStream, ranks: int, first: int = 0) -> list[list[str]]:
+    """The ids of three batches, with what replaces bad samples."""
+    batches: list[list[str]] = [[], [], []]
+    for rank in range(ranks):
+        shares = shares_of_batches(stream, first, batch_size=BATCH, rank=rank, world_size=ranks)
+        for batch, stretches in zip(batches, shares, strict=False):
+            tried = [each for one in stretches for each in one.candidates(is_good)]
+            batch += [next(filter(is_good, each)).sample_id for each in tried]
+    return batches
+
+
+@pytest.mark.parametrize("longest", [256, 5])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4])
+def test_any_number_of_ranks_replaces_bad_samples_alike(lanes, longest):
+    """Also of those that share a lane or a stretch; and from a later batch on."""
+    with (
+        patch.object(streams, "read_shard", partial(items_of, sizes=[100] * 4)),
+        patch("protoclip.data.lanes.MAX_STRETCH", longest),
+    ):
+        made = {
+            ranks: standing(opened("a", [100] * 4, lanes=lanes), ranks)
+            for ranks in range(1, 9)
+            if BATCH % ranks == 0
+        }
+        later = standing(opened("a", [100] * 4, lanes=lanes), 3, first=2)
+    assert all(batches == made[lanes] for batches in made.values())
+    assert later[0] == made[lanes][2]
+    assert all(len({*batch}) == len(batch) == BATCH for batch in made[lanes])
+
+
+def test_a_bad_sample_is_replaced_by_the_first_spare_one_that_is_left():
+    """Those of other ranks before it are looked at once, and only if one of this rank's is bad."""
+    names, looked_at = iter("abcdefghij"), list[str]()
+    items = {name: Sample(sample_id=name, image=b"", captions=("a",), where="") for name in names}
+
+    def good(item: Sample | BadSample) -> bool:
+        looked_at.append(item.sample_id)
+        return item.sample_id not in "bdfg"
+
+    def stretch(samples: str) -> Iterator[Iterator[str]]:
+        parts = {"before": "abc", "samples": samples, "spare": "fghij"}
+        made = Stretch(**{part: [items[name] for name in ids] for part, ids in parts.items()})
+        return ((item.sample_id for item in each) for each in made.candidates(good))
+
+    assert [next(each) for each in stretch("de")] == ["d", "e"]
+    assert looked_at == []
+    # "b" takes "h", since "f" and "g" are bad.
+    assert [list(islice(each, 2)) for each in stretch("dee")] == [["d", "i"], ["e", "j"], ["e"]]
+    assert looked_at == [*"abfghc"]
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(1, 1280), (2, 640), (8, 320), (512, 320)])
+def test_what_a_rank_is_sent_is_bounded(ranks, most):
+    """One that shares a lane has part of the samples of others, and no more than of a stretch."""
+    stream = opened("a", [100] * 4)
     with patch.object(streams, "read_shard", partial(items_of, sizes=[100] * 4)):
-        shares = [
-            shares_of_batches(stream, 2, batch_size=BATCH, rank=rank, world_size=ranks)
-            for rank in range(ranks)
-        ]
-        for candidates in zip(*islice(zip(*shares, strict=True), 3), strict=True):
-            assert min(map(len, candidates)) >= BATCH // ranks + MIN_SPARE
-        together = [item.sample_id for share in shares for item in next(share)]
-    assert len({*together}) == len(together)
+        sent = []
+        for rank in {0, ranks // 2, ranks - 1}:
+            shares = shares_of_batches(stream, 0, batch_size=1024, rank=rank, world_size=ranks)
+            stretches = next(shares)
+            sent.append(sum(len([*one.before, *one.samples, *one.spare]) for one in stretches))
+            assert all(len(one.spare) == 64 for one in stretches)
+    assert max(sent) <= most
 
 
 def test_a_stream_goes_on_amid_an_episode_without_reading_its_beginning():
@@ -198,3 +257,81 @@ def test_a_state_of_a_version_that_had_a_lane_a_rank():
             lane, _ = state["stream"]  # of the episode's start, and of the next batch
             one.load_state_dict({**state, "stream": lane})
         assert read([one], 5, 3, 0) == expected[5 * BATCH :]
+
+
+class DamagedStream:
+    """The tiny pairs over and over. Some numbers are bad: the stream says so of odd ones, and a
+    decoder of even ones."""
+
+    name = "damaged"
+    bad = frozenset({3, 5, 12, 16, 19, 24, 26, 30, 33, 41, 44, 50})
+
+    def __init__(self, lanes: int) -> None:
+        self.pairs, self.lanes = ImageTextPairs(tiny_pairs(), name="tiny"), lanes
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
+        for number in count(first * self.lanes + lane, self.lanes):
+            sample = self.pairs.sample(number % 96)
+            if number not in self.bad:
+                yield sample
+            elif number % 2:
+                yield BadSample(sample.sample_id, "here", "truncated")
+            else:
+                yield replace(sample, image=b"nonsense")
+
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def all_ranks(
+    lanes: int, ranks: int, start: int = 0, **settings: Any
+) -> tuple[list[Any], int, int]:
+    """The batches of an episode as all ranks have them; how many were read, and how many bad."""
+    parts, read = [], list[tuple[int, list[BadSample]]]()
+    for rank in range(ranks):
+        made = loader(DamagedStream(lanes), rank, ranks)
+        made = replace(made, on_read=lambda *counts: read.append(counts))
+        parts.append([*made.batches(WHOLE, start, **settings)])
+    batches = [
+        ([name for part in each for name in part.sample_id], torch.cat([b.image for b in each]))
+        for each in zip(*parts, strict=True)
+    ]
+    return batches, sum(number for number, _ in read), sum(len(bad) for _, bad in read)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_ranks_of_a_stream_replace_bad_samples_alike(lanes):
+    """As many ranks as lanes, fewer or more: each position has the same sample and the same crop of
+    it, no batch has one twice, and each bad one is counted once."""
+    alone, read, bad = all_ranks(lanes, 1)
+    assert all(len({*ids}) == BATCH for ids, _ in alone)
+    assert read == EPISODE + bad
+    for ranks in (2, 3, 8):
+        batches, *counts = all_ranks(lanes, ranks)
+        assert counts == [read, bad]
+        for (ids, images), (expected, same) in zip(batches, alone, strict=True):
+            assert ids == expected
+            assert torch.equal(images, same)
+
+
+def test_all_passes_over_a_stream_replace_bad_samples_alike():
+    """Prototypes are those of positions: extraction, and training from its middle on, also by other
+    ranks, see the same samples there."""
+    evaluation = EvaluationTransform(size=12, mean=GREY, std=GREY)
+    trained = [ids for ids, _ in all_ranks(2, 2)[0]]
+    extracted = all_ranks(2, 2, transform=evaluation, stream=EXTRACTION_STREAM)[0]
+    assert [ids for ids, _ in extracted] == trained
+    for ranks in (1, 2, 8):
+        assert [ids for ids, _ in all_ranks(2, ranks, 1)[0]] == trained[1:]
+
+
+def test_workers_replace_bad_samples_of_a_stream_alike():
+    """Where a rank asks what the samples of another one are, too."""
+    ours, alone = (replace(loader(DamagedStream(1), 1, 2), workers=number) for number in (2, 0))
+    pairs = zip(ours.batches(WHOLE), alone.batches(WHOLE), strict=True)
+    for one, other in pairs:
+        assert one.sample_id == other.sample_id
+        assert torch.equal(one.image, other.image)
+    ours.close()
