@@ -209,7 +209,7 @@ def test_other_data_at_the_same_path_are_noticed(folder, tmp_path):
     pq.write_table(table, tmp_path / "moved" / "a.parquet", row_group_size=30)
     moved = with_changes(config, {"data": {"train": str(tmp_path / "moved" / "a.parquet")}})
     assert run_distributed(goes_on, 2, moved) == ["", ""]
-    assert "run was started with other settings: data.train" in goes_on(config)  # it is finished
+    assert "is finished, and began with other settings: data.train" in goes_on(config)  # it is finished
 
 
 def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):

@@ -75,15 +75,24 @@ def test_parts_that_fail_hang_or_raise_leave_the_others_alone(gpu, monkeypatch, 
         },
     )
     out = tmp_path / "gpu.md"
-    assert gpu.main(["--out", str(out)]) == 1
+    assert gpu.main(["--cpu", "--out", str(out)]) == 1
     text = out.read_text()
     assert "3 checks: 2 pass, 1 fail." in text
     assert "| wrong | nan | 1 | **FAIL** |" in text
     assert "before it hangs" in text
     assert "hangs (cut after 3 s); raises (failed: RuntimeError: one line)." in text
     assert "| the last one | 2 |" in text
-    assert gpu.main(["--only", "good", "--out", str(out)]) == 0
-    assert gpu.main(["--only", "good", "--minutes", "0", "--out", str(out)]) == 0
+    assert gpu.main(["--cpu", "--only", "good", "--out", str(out)]) == 0
+    assert gpu.main(["--cpu", "--only", "good", "--minutes", "0", "--out", str(out)]) == 0
+
+
+def test_a_cpu_is_no_card(gpu, capsys, monkeypatch, tmp_path):
+    """It agrees with itself, whatever is wrong on a card."""
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "gpu.md")])
+    assert "PyTorch sees no CUDA card here" in capsys.readouterr().err
+    assert not (tmp_path / "gpu.md").exists()
 
 
 def test_an_unknown_part_is_refused(gpu, capsys):

@@ -67,6 +67,11 @@ class Export:
             print(f"{name:<12}{''.join(values)}  {facts['formats'].get(name, 'protoclip.load')}")
         for name, reason in facts["left_out"].items():
             say(f"note: not as {name}: {reason}")
+        if facts["names_its_path"] and "url" not in facts:
+            say(
+                "note: open_clip finds the text tower by the folder's path in "
+                "open_clip_config.json; change it there if you move the folder"
+            )
         if facts["prototypes"]:
             say(f"note: no prototypes: {facts['prototypes']}")
         if facts["captions"]:

@@ -124,11 +124,10 @@ def in_table(root: str, name: str, access: Access) -> str:
     folder = os.path.abspath(root)  # noqa: PTH100 (links stay as they are)
     if _is_below(real, _real(folder)):
         return real
-    here = root or "the current folder"
     path = os.path.abspath(join(root, name))  # noqa: PTH100
     if not _is_below(path, folder):
         raise ValueError(
-            f"lies outside of {here}, where the table's paths start; set data.root to the folder "
+            f"lies outside of {folder}, where the table's paths start; set data.root to the folder "
             "that holds the images (--data.root /)"
         )
     if not access.links:

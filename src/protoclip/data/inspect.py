@@ -8,7 +8,7 @@ import re
 import textwrap
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from protoclip.data.access import MISSING
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import Item, items_of, read_image
@@ -41,6 +42,10 @@ WAYS = {
 }
 MORE = "protoclip train, by a recipe"  # than any of these
 NONE_READ = "mend what the reasons name, and look again: no pair could be read"
+NONE_THERE = (
+    "no image is where the pairs name it: name the folder in which their paths start with "
+    "--data.root, and look again"
+)
 UNCOUNTED = "count the pairs of this stream with --every (docs/which_way.md)"
 CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
@@ -103,8 +108,13 @@ def inspect(
         "pairs": len(source) if isinstance(source, Pairs) else None,
         **known,
         "notes": list(notes),
-        "next": NONE_READ if not known["read"] else way(pairs) if counted else UNCOUNTED,
+        "next": (way(pairs) if counted else UNCOUNTED) if known["read"] else mending(known),
     }
+
+
+def mending(known: Mapping[str, Any]) -> str:
+    """What to do where no pair could be read, in a line."""
+    return NONE_THERE if {*known["reasons"]} == {MISSING} else NONE_READ
 
 
 def way(pairs: int) -> str:

@@ -20,7 +20,8 @@ from protoclip.data.content import content, difference
 from protoclip.data.held_out import ENOUGH, MOST, SHARE, Before, held_out_rows, shared
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.data.readable import require_readable
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import NONE, PairsView, Rows, by_source, without
 from protoclip.distributed.collectives import rank
@@ -45,7 +46,6 @@ from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
-TRIED = 20  # images of a source to judge by that are read before the run begins
 FEW = 100  # pairs; of so many or fewer, one moves a value by a point or more, which a note says
 # Settings of `data` that name columns of a table, or the folder of its images.
 COLUMNS = ("image_column", "caption_column", "id_column", "class_column", "root")
@@ -91,7 +91,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         notes += getattr(given, "notes", ())
         judging = plain_sources(given)
-        require_readable(judging)
+        for source in judging:
+            require_readable(f"data.validation: {source.name}", len(source), source.image)
         before = trained_before(config, notes)
         trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]
         if not isinstance(samples, Pairs):
@@ -146,27 +147,6 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     notes += without_some_classes(config, parts)
     data_of_parts = data_sets(parts, probe_rows(given_sources, rows))
     return Judged(without(samples, rows), data_of_parts, notes)
-
-
-def require_readable(judging: Sequence[ImageTextPairs]) -> None:
-    """Refuse sources to judge by whose images cannot be read, which a run would learn at its end.
-
-    Raises:
-        ValueError: None of some images can be read.
-    """
-    for source in judging:
-        rows, reason = evenly_spaced(len(source), min(len(source), TRIED), seed=0), ""
-        for row in rows:
-            try:
-                source.image(row)
-                break
-            except BadSample as error:
-                reason = reason or str(error)
-        else:
-            raise ValueError(
-                f"data.validation: {source.name}: of {len(rows)} images that were looked at none "
-                f"can be read, such as {reason}; mend its paths, or set data.root"
-            )
 
 
 def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:

@@ -65,6 +65,11 @@ gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c mit
 ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense
 wtfpl zlib
 """
+MOVED = (
+    "open_clip finds the text tower by this folder's path, `hf_model_name` and `hf_tokenizer_name` "
+    "in `open_clip_config.json`: change both there if the folder moves. `protoclip.load` needs no "
+    "change."
+)
 # What each reader's example begins with, and the example: `similarity` of image and captions.
 COMMON = """
 from PIL import Image
@@ -405,6 +410,8 @@ def write_card(
         located = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
         located = f"import huggingface_hub\n{located}"
     lines += ["", *examples(list(differences), located)]
+    if facts["names_its_path"] and hub_name is None:
+        lines += [MOVED, ""]
     lines += ["## Data and settings", ""]
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}

@@ -40,20 +40,23 @@ def write(source: Source, folder: Path) -> str:
     return type(built).__name__
 
 
-def point_to(folder: Path, address: str) -> None:
+def point_to(folder: Path, address: str) -> bool:
     """Let a Hugging Face text tower that has no name on the hub be looked up at `address`.
 
     open_clip reads its configuration from there: the path of the folder itself, or its hub name.
+    Returns whether there is such a tower.
     """
     path = folder / OPEN_CLIP_CONFIG
     if not path.is_file():
-        return
+        return False
     settings = read_json(path)
     text = settings["model_cfg"]["text_cfg"]
     names = [name for name in ("hf_model_name", "hf_tokenizer_name") if text.get(name)]
-    if any(Path(text[name]).is_absolute() or Path(text[name]).exists() for name in names):
-        text |= dict.fromkeys(names, address)
-        path.write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
+    if not any(Path(text[name]).is_absolute() or Path(text[name]).exists() for name in names):
+        return False
+    text |= dict.fromkeys(names, address)
+    path.write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
+    return True
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def export(
         `folder`; `formats`, what was written by format; `differences`, the largest difference of
         `image` and `text` features by format, relative to their mean norm; `left_out`, the reason
         by format; `prototypes` and `captions`, why there are no prototypes or no captions
-        nearest to them, or None; `license`; `url`, if it was uploaded.
+        nearest to them, or None; `license`; `names_its_path`, whether open_clip finds the text
+        tower by the folder's path, which moves with nothing; `url`, if it was uploaded.
 
     Raises:
         ValueError: The reference, the folder or a format is wrong, the model can have none of the
@@ -96,7 +97,7 @@ def export(
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
         # The name that the folder will have, once every library has read it.
-        open_clip.point_to(temporary, str(folder.absolute()))
+        facts["names_its_path"] = open_clip.point_to(temporary, str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
         facts["captions"] = card.add_captions(source, temporary, allow_links=allow_links)
         with naming(folder):

@@ -22,6 +22,7 @@ import difflib
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,9 +35,11 @@ from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import ONE, CaptionDraw, caption_draw
 from protoclip.data.content import Facts, content, facts_that_may_move
+from protoclip.data.decode import dimensions
 from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.readable import require_readable
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.view import PairsView
@@ -193,6 +196,8 @@ def complete(
     seen = raise_on_all_ranks(lambda: seen_of(divided.training))
     of_all = all_gather_object([socket.gethostname(), *seen])
     raise_on_all_ranks(lambda: require_same_pairs(of_all))
+    if pass_stream is None and isinstance(divided.training, Pairs):  # align encodes all before
+        raise_on_all_ranks(partial(require_usable, config, divided.training))
     if config.run.overfit is not None:
         few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
         divided = divided._replace(training=few)
@@ -248,6 +253,15 @@ def complete(
         guards=watched,
         notes=notes,
     )
+
+
+def require_usable(config: Config, samples: Pairs) -> None:
+    """Refuse pairs to train on of which none of some can be used."""
+
+    def read(row: int) -> object:
+        return dimensions(samples.sample(row).image, max_pixels=config.data.max_image_pixels)
+
+    require_readable(f"data.train: {samples.name}", len(samples), read)
 
 
 def seen_of(samples: Pairs | SampleStream) -> tuple[str, str]:
@@ -432,7 +446,12 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
         notes.append(f"{' and '.join(unset)} = {usual}, {reason}")
         are_negatives = config.loss.positives == "pair" and config.loss.info_nce
         if few and are_negatives and not config.episodes.apart:
-            notes.append("loss.positives = pair, so equal captions are negatives of each other")
+            notes.append(
+                "loss.positives = pair, so equal captions are negatives of each other; set "
+                "loss.positives = masked, or episodes.apart = true"
+            )
+    if rows is not None:
+        notes += sizes.drawn_again(config, rows)
     return with_sizes(config, size, usual), notes
 
 

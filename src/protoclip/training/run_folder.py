@@ -287,9 +287,10 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         # It decides these itself, and an earlier version did so for fine-tuning too.
         free |= {key for key in before | now if key.startswith("align.")}
     if refused := [text for key, text in differ.items() if key not in free]:
+        began = "is finished, and began with" if finished else "was started with"
         raise ValueError(
-            f"{folder}: the run was started with other settings: {', '.join(refused)}; "
-            "restore them, or choose another folder with --run.out"
+            f"{folder}: the run {began} other settings: {', '.join(refused)}; restore them, or "
+            "choose another folder with --run.out"
         )
     rounding = {key: text for key, text in differ.items() if key in ROUNDING}
     if not rounding:

@@ -8,6 +8,7 @@ import math
 from contextlib import suppress
 from itertools import islice
 
+from protoclip.config import Config
 from protoclip.data.captions import BETWEEN_SENTENCES
 from protoclip.data.content import repeated_images
 from protoclip.data.decode import dimensions
@@ -28,6 +29,7 @@ from protoclip.models.towers import TokenCounter, build_tokenizer
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
 BLOCKS, BLOCK_ROWS = 10, 200  # of a source, whose images are compared
+DRAWN_AGAIN = 0.1  # share of a batch that it has already, from which on it is said
 SHARED = 0.01  # share of the pairs that have the image of another, from which on it is said
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
@@ -139,6 +141,25 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
         f"{again:,} of {looked_at:,} pairs that were looked at have the image of another one, and "
         "in a batch the two are negatives of each other; set loss.positives = masked, or give each "
         "image one row with all its captions"
+    ]
+
+
+def drawn_again(config: Config, rows: int) -> list[str]:
+    """A note if draws with replacement bring many pairs to a batch twice, as negatives of
+    themselves."""
+    episodes, loss, batch = config.episodes, config.loss, config.episodes.batch_size
+    are_negatives = loss.positives == "pair" and loss.info_nce > 0
+    if not are_negatives or not episodes.replacement or episodes.apart:
+        return []
+    different = rows * -math.expm1(batch * math.log1p(-1 / rows)) if rows > 1 else 1.0
+    again = 1 - different / batch
+    if again < DRAWN_AGAIN:
+        return []
+    fitting = f" and episodes.batch_size = {2 ** int(math.log2(rows))}" if batch > rows else ""
+    return [
+        f"{again:.0%} of a batch of {batch:,} are pairs that it has already, since {rows:,} are "
+        "drawn with replacement, and each is a negative of its copy; set episodes.replacement = "
+        f"false{fitting}"
     ]
 
 

@@ -10,7 +10,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data.inspect import NONE_READ, UNCOUNTED, evenly_spaced, inspect, show, way
+from protoclip.data.inspect import (
+    NONE_READ,
+    NONE_THERE,
+    UNCOUNTED,
+    evenly_spaced,
+    inspect,
+    show,
+    way,
+)
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
@@ -118,6 +126,13 @@ def test_numbers_alone_are_left_out_of_reasons():
     table = pa.table({"image": [encoded(9, 9)] * 3, "caption": [b"\xff", b"\xfe", b"a"]})
     report = look(ImageTextPairs(table, name="p"))
     assert report["reasons"] == {"the caption is not UTF-8": 2}
+
+
+def test_pairs_whose_images_lie_elsewhere_are_told_so(tmp_path):
+    table = pa.table({"image": ["1.jpg", "2.jpg"], "caption": ["a", "b"]})
+    report = look(ImageTextPairs(table, name="p", root=str(tmp_path)))
+    assert report["reasons"] == {"no such file": 2}
+    assert report["next"] == NONE_THERE
 
 
 def test_paths_of_windows_are_told_and_advise_nothing_else(tmp_path):

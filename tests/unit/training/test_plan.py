@@ -1,5 +1,6 @@
 """What a plan decides: by one rule each, said at the start, and of no setting that is given."""
 
+import math
 import os
 import re
 import tomllib
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from numbered import Numbered
 
 import protoclip
+from interrupting import with_changes
 from protoclip.checks import never_trained
 from protoclip.config import (
     START,
@@ -57,7 +59,7 @@ from protoclip.training.plan import (
     without_batch_norm,
 )
 from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
-from protoclip.training.sizes import captions_cut
+from protoclip.training.sizes import captions_cut, drawn_again
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 # What a plan leaves open, as its module says.
@@ -103,9 +105,41 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
         f"model.text.context_length = 16, by {min(rows, 256)} of the samples",
         f"episodes.size = {size}, for {rows:,} pairs",
         f"prototypes.number = {number}, {reason}",
-        *["loss.positives = pair, so equal captions are negatives of each other"]
+        *[
+            "loss.positives = pair, so equal captions are negatives of each other; set "
+            "loss.positives = masked, or episodes.apart = true"
+        ]
         * ("repeat" in reason),
+        *drawn_again(config, rows),
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "share", "way_out"),
+    [
+        (211, 256, "42%", "false and episodes.batch_size = 128"),
+        (1_000, 256, "12%", "false"),
+        (1_300, 256, None, None),
+    ],
+)
+def test_a_note_says_that_batches_are_large_for_the_pairs(rows, batch, share, way_out):
+    """A draw with replacement brings a pair twice then, as a negative of itself."""
+    config = Config(episodes=EpisodeConfig(batch_size=batch, size=batch))
+    config = with_changes(config, {"loss": {"positives": "pair"}})
+    notes = drawn_again(config, rows)
+    assert len(notes) == (share is not None)
+    for note in notes:
+        assert note.startswith(f"{share} of a batch of {batch}")
+        assert note.endswith(f"; set episodes.replacement = {way_out}")
+    size = 2 ** int(math.log2(rows))
+    drawn = np.random.default_rng(0).integers(rows, size=(400, batch))
+    again = 1 - np.mean([len(set(row)) for row in drawn.tolist()]) / batch
+    assert again == pytest.approx(float((share or "9%").rstrip("%")) / 100, abs=0.01)
+    smaller = {"batch_size": min(batch, size), "replacement": False, "size": min(batch, size)}
+    for change in ({"episodes": {"apart": True}}, {"episodes": smaller}):
+        assert drawn_again(with_changes(config, change), rows) == []
+    for loss in ({"positives": "masked"}, {"info_nce": 0.0}):
+        assert drawn_again(with_changes(config, {"loss": loss}), rows) == []
 
 
 @pytest.mark.parametrize(
