@@ -337,7 +337,7 @@ def test_a_run_on_a_table_in_another_encoding_can_be_looked_at(folder, tmp_path)
     held = validation.held_out_by(run, split="test", allowed=DataConfig())
     assert len(held.splits["test"].images) == 15
     assert len(analysis.held_out(run, config, None, 60).images) == 15
-    assert len(analysis.held_out(run, config, str(table), 60).images) == 30
+    assert len(analysis.held_out(run, config, DataConfig(train=str(table)), 60).images) == 30
     assert len(find_examples(config, 60, run=run).pairs.images) == 15
     assert len(captions_of(run, allow_links=False)) == 30
 

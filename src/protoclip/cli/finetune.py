@@ -161,7 +161,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
         mark = "*" if point["alpha"] == record["alpha"] else ""
         values = [*(point["scores"][name] for name in names), point["mean"]]
         table.add_row(f"{point['alpha']:g}{mark}", *(f"{100 * value:.1f}" for value in values))
-    print_table(table, columns=len(names))
+    print_table(table)
     best, by = record["best_alpha"], ""
     if best != record["alpha"]:
         by = f" by --alpha; the rule's best is {best:g}"

@@ -87,9 +87,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
     from protoclip.evaluation.compare import print_table
 
     first = records[0]
-    table = Table(title="Pretrained halves, the best pair first")
-    for name in ("image half", "text half"):
-        table.add_column(name, overflow="fold")
+    table = Table("image half", "text half", title="Pretrained halves, the best pair first")
     for name in (
         "recall@10",
         "mutual\n10-NN",
@@ -118,4 +116,4 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
         "caption."
     )
-    print_table(table, columns=2)
+    print_table(table)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import PERMISSIONS, Config, DataConfig
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
@@ -32,6 +32,7 @@ from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
 from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
 from protoclip.evaluation.validation import changed_since, judged
+from protoclip.files import checksum, to_json
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -68,6 +69,15 @@ class HeldOut:
         trained = f"its data have changed since it was trained ({self.changed}), so it may have "
         trained += f"been trained on pairs of {self.name}"
         return [lost] * bool(self.skipped) + [trained] * bool(self.changed)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the pairs by their content, in any order, whatever they are called."""
+        facts = [
+            (checksum(image), caption)
+            for image, caption in zip(self.images, self.captions, strict=True)
+        ]
+        return checksum(to_json(sorted(facts)).encode())
 
     def reader(self, transform: Callable[[Image.Image], Tensor]) -> "KeptReader":
         """Reads the images; for several models of one transform it is the same reader."""
@@ -111,7 +121,7 @@ class KeptReader(Reader):
 def analyze(
     run: Path,
     *,
-    data: str | None = None,
+    data: DataConfig | None = None,
     samples: int = 5000,
     num_groups: int | None = None,
     allow_commands: bool = False,
@@ -126,12 +136,17 @@ def analyze(
 
     Args:
         run: A run folder.
-        data: As `data.train`; unset, what the run is judged by: its held-out pairs, or the
-            validation split of the emoji.
+        data: The pairs as `data.train`, and how they are read, with permissions of their own; of
+            the emoji their validation split. Unset, what the run is judged by: its held-out pairs,
+            or that split.
         samples: Pairs to use at most, drawn evenly; of a stream the first ones.
         num_groups: Groups of each modality; else the run's number of prototypes, but at least five
             pairs to a group.
-        allow_commands, allow_links: As in `data`; a run folder grants neither.
+        allow_commands, allow_links: As in `data`, for the run's own pairs; its folder grants
+            neither.
+
+    Returns:
+        A JSON value. Its `digest` is equal for equal pairs; versions up to 1.0.0 wrote none.
 
     Raises:
         ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
@@ -182,6 +197,7 @@ def analyze(
         "folder": str(run),
         "data": pairs.name,
         "pairs": len(pairs.images),
+        "digest": pairs.digest,
         "skipped": pairs.skipped,
         "notes": pairs.notes,
         "groups": number,
@@ -204,13 +220,12 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
     return config, checkpoints
 
 
-def held_out(run: Path, config: Config, data: str | None, samples: int) -> HeldOut:
+def held_out(run: Path, config: Config, data: DataConfig | None, samples: int) -> HeldOut:
     """Pairs that the run has not trained on, as `analyze` describes them."""
-    if data == "emoji":
+    if data is not None and data.is_emoji:
         return of_split(datasets.emoji(), samples)
     if data is not None:
-        allowed = {name: getattr(config.data, name) for name in PERMISSIONS}
-        named = sources.to_look_at(Config(data=DataConfig(train=data, **allowed)))
+        named = sources.to_look_at(Config(data=data))
         return of_source(sources.pairs(named), samples)
     config = sources.to_look_at(config)
     training, judged_by, _ = judged(config, sources.pairs(config))

@@ -52,6 +52,7 @@ ON_FEW = (
 )
 COMMON = "†"  # of a difference that is not that of the means above it
 OF_COMMON = f"{COMMON}: of the seeds that both have, and not the difference of the means shown."
+WIDEST = 1 << 20  # letters; no table is as wide
 SPREAD = "±: sample standard deviation over seeds."
 SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
 Run = Mapping[str, Any]
@@ -418,7 +419,7 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     machines = [printable("; ".join(entry["machines"])) for entry in entries]
     if len({*machines}) > 1:
         table.add_row("machines", *(escape(each or "not known") for each in machines))
-    print_table(table, columns=len(entries))
+    print_table(table)
 
 
 def printable(name: str) -> str:
@@ -426,11 +427,18 @@ def printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
-def print_table(table: Table, *, columns: int) -> None:
-    """Print a table, outside a terminal as wide as its columns need."""
+def print_table(table: Table) -> None:
+    """Print a table, outside a terminal as wide as it needs.
+
+    On a narrow terminal long words go on in the next line: names that are cut may look alike, as
+    those of metrics do.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
     console = Console()
     if not console.is_terminal:
-        console = Console(width=60 + 30 * columns)
+        unlimited = console.options.update_width(WIDEST)
+        console = Console(width=console.measure(table, options=unlimited).maximum)
     console.print(table)
 
 

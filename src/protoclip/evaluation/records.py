@@ -183,7 +183,7 @@ def show(models: Sequence[Sequence[Result]]) -> None:
     if compared:
         differences = CAPTION["differences"].format(escape(printable(compared[0])))
         table.caption += f" {differences}"
-    print_table(table, columns=len(models))
+    print_table(table)
 
 
 def named(record: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +16,8 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from interrupting import with_changes
 from protoclip.cli import main
+from protoclip.cli.analyze import Analyze
+from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import analysis, analysis_figure, datasets, grouping, retrieval
 from protoclip.evaluation.datasets import EvaluationData, Split
@@ -147,7 +150,9 @@ def test_analysis_of_a_run(runs, monkeypatch):
     split = Split(images=pairs, captions=captions, labels=labels)
     emoji = EvaluationData(name="emoji", splits={"validation": split}, class_names=names)
     monkeypatch.setattr(datasets, "emoji", lambda: emoji)
-    found = analysis.analyze(runs / "proto", data="emoji", device=torch.device("cpu"))
+    found = analysis.analyze(
+        runs / "proto", data=DataConfig(train="emoji"), device=torch.device("cpu")
+    )
     assert {name: found[name] for name in ("name", "pairs", "groups", "skipped")} == {
         "name": "tiny",
         "pairs": 80,
@@ -206,7 +211,7 @@ def test_images_are_decoded_once_for_all_checkpoints(runs, tmp_path, monkeypatch
         rows.clear()
         monkeypatch.setattr(analysis, "KEPT_BYTES", size)
         monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / str(size)))  # or none are read again
-        data = str(runs / "held_out.parquet")
+        data = DataConfig(train=str(runs / "held_out.parquet"))
         found.append(analysis.analyze(runs / "proto", data=data, device=cpu))
         assert len(rows) == found[-1]["pairs"] * (1 if size else 3)
     assert found[0] == found[1]
@@ -224,6 +229,81 @@ def test_the_command_writes_files_and_figures(runs, tmp_path, capsys):
     assert f"{runs / 'clip'}: only {found[1]['pairs']} pairs" in shown.err
     for name in ("proto", "clip", "analysis_of_runs"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("folders", "stems"),
+    [
+        ("x/a/clip x/b/clip x/clip-2", "clip clip-3 clip-2"),
+        ("clip-2 a/clip b/clip c/clip", "clip-2 clip clip-3 clip-4"),
+        ("a/analysis_of_runs b", "analysis_of_runs-2 b"),
+        ("analysis_of_runs analysis_of_runs-2", "analysis_of_runs-3 analysis_of_runs-2"),
+    ],
+)
+def test_no_two_runs_share_a_file_and_none_has_that_of_the_common_figure(folders, stems, tmp_path):
+    command = Analyze(folders.split(), out="out")
+    written = command.stems([tmp_path / name for name in folders.split()])
+    assert [path.as_posix() for path in written] == [f"out/{stem}" for stem in stems.split()]
+
+
+def test_a_digest_is_equal_for_equal_pairs_alone():
+    """Their order and the name of their data do not count."""
+    common = {"classes": None, "skipped": 0}
+    pairs = analysis.HeldOut(name="a", images=[b"1", b"2"], captions=["x", "y"], **common)
+    turned = analysis.HeldOut(name="b", images=[b"2", b"1"], captions=["y", "x"], **common)
+    others = [
+        replace(pairs, captions=["y", "x"]),
+        replace(pairs, images=[b"1", b"3"]),
+        replace(pairs, images=[b"1"], captions=["x"]),
+    ]
+    assert pairs.digest == turned.digest
+    assert len({pairs.digest, *(other.digest for other in others)}) == 4
+
+
+def test_runs_on_other_pairs_of_one_name_are_told(runs, tmp_path, capsys, monkeypatch):
+    """All runs that hold out pairs of their own call these `validation`."""
+    monkeypatch.setitem(sys.modules, "protoclip.evaluation.analysis_figure", None)  # takes seconds
+    folders = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        shutil.copytree(runs / "clip", folder)
+        pq.write_table(tiny_pairs(80, seed=number), tmp_path / f"{number}.parquet")
+        data = {"train": str(tmp_path / f"{number}.parquet"), "validation": 0.4}
+        config = with_changes(tiny_config("", out=str(folder)), {"data": data})
+        (folder / "config.toml").write_text(to_toml(config))
+        folders.append(str(folder))
+    said = "the runs differ in data or in the number of groups"
+    for words, differ in ((folders, True), (folders[:1] * 2, False)):
+        main(["analyze", *words, "--json", "--out", str(tmp_path / "out")])
+        shown = capsys.readouterr()
+        assert [each["data"] for each in json.loads(shown.out)] == ["validation"] * 2
+        assert (said in shown.err) == differ
+
+
+@pytest.mark.parametrize("words", ["{table},root={images}", "{table} --root {images}"])
+def test_images_of_a_table_may_lie_elsewhere(words, runs, tmp_path, capsys):
+    images, table = tmp_path / "images", tmp_path / "pairs.tsv"
+    images.mkdir()
+    rows = ["bild\ttitel"]
+    for number, image in enumerate(tiny_pairs(12)["image"].to_pylist()):
+        (images / f"{number}.png").write_bytes(image)
+        rows.append(f"{number}.png\tcaption {number}")
+    table.write_text("\n".join(rows))
+    given = words.format(table=table, images=images).split()
+    columns = ["--image_column", "bild", "--caption_column", "titel"]
+    out = ["--out", str(tmp_path / "out"), "--json"]
+    main(["analyze", str(runs / "clip"), "--data", *given, *columns, *out])
+    assert json.loads(capsys.readouterr().out)[0]["pairs"] == 12
+
+
+def test_an_error_of_several_runs_names_the_run(runs, tmp_path, capsys):
+    """Once, also where it is a message of the run's folder."""
+    folders = [str(runs / name) for name in ("proto", "clip")]
+    few = ["--data", str(runs / "held_out.parquet"), "--samples", "9"]
+    for words, said in ((few, ": held_out.parquet: 9 pairs"), ([], ": no pairs are held out")):
+        with pytest.raises(SystemExit):
+            main(["analyze", *folders, *words, "--out", str(tmp_path)])
+        assert f"error: {folders[0]}{said}" in capsys.readouterr().err
 
 
 def test_each_run_looks_different():
@@ -273,6 +353,10 @@ def test_without_matplotlib_the_numbers_are_there(runs, tmp_path, capsys, monkey
         ("", "--data {runs}/held_out.parquet --groups 1", "1 groups: choose from 2 to 16"),
         ("", "--data {runs}/held_out.parquet --groups 17", "17 groups: choose from 2 to 16"),
         ("", "--data {runs}/nowhere.parquet", "nowhere.parquet"),
+        ("", "--root {runs}", "--root: is for a table that --data names; leave it out"),
+        ("", "--data emoji,root={runs}", "--root: is for a table that --data names"),
+        ("", "--data {runs}/held_out.parquet,root=gone", "data.root: gone: no such folder"),
+        ("", "--data {runs}/held_out.parquet,class_column=x", "leave out class_column"),
     ],
 )
 def test_errors_are_one_line(change, arguments, message, runs, tmp_path, capsys):

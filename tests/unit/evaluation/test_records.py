@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -121,6 +122,25 @@ def test_models_of_alike_names_keep_their_records(tmp_path):
     assert sorted(kept) == ["runs/demo/clip", "runs/demo_clip"]
     stem = "a_none_runs_demo_clip_en_zeroshot_retrieval"
     assert json.loads((tmp_path / f"{stem}.json").read_text()) == record
+
+
+@pytest.mark.parametrize("terminal", ["0", "1"])
+def test_no_metric_is_cut(terminal, monkeypatch, capsys):
+    """Outside a terminal a row is a line, however wide; on a narrow one a long name folds."""
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    model = "models/a/b/" + "long" * 30
+    first = judged(model, Guessing(), tasks=["retrieval"])
+    records.show([first])
+    shown = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in shown
+    lines = [line for line in shown.splitlines() if line.startswith(("│", "┃"))]
+    if terminal == "1":
+        assert max(map(len, shown.splitlines())) <= 60
+        columns = zip(*(re.split("[│┃]", line)[1:-1] for line in lines), strict=True)
+        shown = "\n".join("".join(map(str.strip, column)) for column in columns)
+    for word in (model, "zeroshot_retrieval", *first[0].record["metrics"]):
+        assert word in shown
 
 
 def test_the_table_has_a_column_for_each_model(capsys):
