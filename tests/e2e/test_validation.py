@@ -209,7 +209,9 @@ def test_other_data_at_the_same_path_are_noticed(folder, tmp_path):
     pq.write_table(table, tmp_path / "moved" / "a.parquet", row_group_size=30)
     moved = with_changes(config, {"data": {"train": str(tmp_path / "moved" / "a.parquet")}})
     assert run_distributed(goes_on, 2, moved) == ["", ""]
-    assert "is finished, and began with other settings: data.train" in goes_on(config)  # it is finished
+    message = goes_on(config)
+    assert "run was started with other settings: data.train" in message
+    assert "; data move until a run is finished, as this one is: restore them" in message
 
 
 def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):

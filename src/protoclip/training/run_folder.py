@@ -286,11 +286,12 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         free |= {"episodes.size", "episodes.batch_size"}  # align may leave some of the pairs out
         # It decides these itself, and an earlier version did so for fine-tuning too.
         free |= {key for key in before | now if key.startswith("align.")}
-    if refused := [text for key, text in differ.items() if key not in free]:
-        began = "is finished, and began with" if finished else "was started with"
+    if refused := {key: text for key, text in differ.items() if key not in free}:
+        moved = finished and refused.keys() & {*MOVABLE, "data.root"}
+        may_move = "data move until a run is finished, as this one is: " if moved else ""
         raise ValueError(
-            f"{folder}: the run {began} other settings: {', '.join(refused)}; restore them, or "
-            "choose another folder with --run.out"
+            f"{folder}: the run was started with other settings: {', '.join(refused.values())}; "
+            f"{may_move}restore them, or choose another folder with --run.out"
         )
     rounding = {key: text for key, text in differ.items() if key in ROUNDING}
     if not rounding:

@@ -29,6 +29,7 @@ from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.export import huggingface, onnx, run
 from protoclip.export.card import examples
 from protoclip.export.source import open_source
+from protoclip.files import read_json
 from protoclip.models import loading
 from protoclip.models.opening import PICKLED
 from protoclip.models.resolve import resolve_start
@@ -214,6 +215,11 @@ def test_a_model_has_the_formats_that_compute_the_same(kind, reference, tmp_path
     facts = protoclip.export(model, folder, ALL)
     assert facts["formats"] == formats
     assert facts["left_out"] == reasons
+    if "open_clip" in formats:  # which looks for a text half without a name on the hub by this path
+        text = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
+        assert facts["names_its_path"] == (text.get("hf_model_name") == str(folder))
+        card = (folder / "README.md").read_text()
+        assert facts["names_its_path"] == ("change both there if the folder moves" in card)
     assert facts["differences"].keys() == {*formats, "protoclip"}
     for name, found in facts["differences"].items():
         assert found["image"] < 1e-5
