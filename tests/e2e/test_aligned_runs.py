@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -185,6 +186,34 @@ def test_vectors_do_not_need_the_store_that_align_filled(
             for each in ("kept", name)
         )
         np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_vectors_have_the_precision_of_what_is_there_unless_one_is_asked_for(
+    given, sources, tmp_path, capsys, monkeypatch
+):
+    """Of the store that `align` filled, since encoding is most of the work; of what was begun."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    run = {"out": str(tmp_path / "run"), "precision": "bf16"}
+    few = {"episodes": {"size": 16, "count": 1}}
+    align(of_source(given, sources["shared"], run=run, **few))
+    made, file = tmp_path / "run", tmp_path / "auto.parquet"
+
+    def embedded(name: str, **asked: str) -> tuple[dict[str, Any], str]:
+        capsys.readouterr()
+        protoclip.embed(made, sources["shared"]["train"], tmp_path / f"{name}.parquet", **asked)
+        return read_facts(tmp_path / f"{name}.parquet"), capsys.readouterr().err
+
+    facts, said = embedded("auto")
+    assert (facts["precision"], facts["kept"]["images"] > 0) == ("bf16", True)
+    assert "so what it lacks is too; --precision fp32 encodes all anew" in said
+    exact, said = embedded("exact", precision="fp32")
+    assert (exact["precision"], exact["kept"]["images"]) == ("fp32", 0)
+    assert "so they are encoded anew in fp32; --precision bf16 takes what is there" in said
+    for name, precision in (("auto", "bf16"), ("exact", "fp32")):
+        facts, said = embedded(name)
+        assert (facts["precision"], "is finished" in said) == (precision, True)
+    again = pq.read_table(file)
+    assert len(again) > facts["kept"]["images"]  # those held out are none of the store
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

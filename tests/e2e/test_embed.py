@@ -309,12 +309,13 @@ def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parqu
     assert module.read_facts(tmp_path / "auto.parquet")["precision"] == "fp32"
     before = {"width": 16}
     assert difference_in(before, {**before, "precision": "auto"}) is None
-    cpu = torch.device("cpu")
-    assert parts.precision_of({}, before, "auto", cpu) == "fp32"
+    assert parts.begun_precision({}, before, "auto") is None
     for older in (before, {**before, "precision": "auto"}):  # these do not say what it was
-        assert parts.precision_of(older, before, "auto", cpu) == "auto"
-        assert parts.precision_of(older, before, "fp32", cpu) == "fp32"
-        assert parts.precision_of(older, {"width": 8}, "auto", cpu) == "fp32"
+        assert parts.begun_precision(older, before, "auto") == "auto"
+        assert parts.begun_precision(older, before, "fp32") is None
+        assert parts.begun_precision(older, {"width": 8}, "auto") is None
+    assert parts.begun_precision({**before, "precision": "fp16"}, before, "auto") == "fp16"
+    assert parts.begun_precision({**before, "precision": "odd"}, before, "auto") is None
     other = {**before, "precision": "fp32"}
     assert difference_in(before, other) == "precision"
     with pytest.raises(ValueError, match=r"^out: was made with precision auto, not fp32; choose"):

@@ -38,12 +38,12 @@ from protoclip.features.halves import images_at_once
 from protoclip.features.parts import (
     Part,
     Show,
+    begun_precision,
     claim,
     difference_in,
     encode_missing,
     identity,
     parts_of,
-    precision_of,
     read_images,
     read_note,
     read_part,
@@ -78,7 +78,7 @@ def embed(
     A row is a sample whose image can be read, with captions or without. The others are listed in
     `NAME.skipped.jsonl` beside `NAME.parquet`. After an interruption the same call goes on; until
     the end, what it has done is in the folder `.NAME.parquet.parts`. Of the run of `align`, images
-    and captions that it encoded in this precision are read from its store: the heads alone compute.
+    and captions that it encoded are read from its store: the heads alone compute.
 
     | column | |
     |---|---|
@@ -96,7 +96,9 @@ def embed(
         out: The file. One of the same model, data and settings is left as it is.
         batch_size: Images or captions encoded at once; unset, 16 on a CPU and 256 on a card.
         device: As `run.device`.
-        precision: Of forward passes; `auto` is bf16 or fp16 on a card, as in training, else fp32.
+        precision: Of forward passes. `auto` is that of what is there: of a file that was begun, or
+            of images in the store of `align`; else bf16 or fp16 on a card, as in training, and fp32
+            elsewhere. Images that are kept in another precision are encoded anew.
         num_samples: Samples to read of a stream.
         overwrite: Replace a file that is of something else.
 
@@ -128,12 +130,11 @@ def embed(
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
-        context = encoding(precision, device)
         images = FrozenEncoder(
-            *(model, device, torch.stack, model.encode_image, transform, context),
+            *(model, device, torch.stack, model.encode_image, transform),
             max_pixels=config.data.max_image_pixels,
         )
-        texts = FrozenEncoder(model, device, tokenizer, model.encode_text, autocast=context)
+        texts = FrozenEncoder(model, device, tokenizer, model.encode_text)
         working = out.with_name(f".{out.name}.parts")
         settings = {
             "reference": name,
@@ -145,13 +146,14 @@ def embed(
             "width": images.width,
             "part_rows": PART_ROWS,
         }
-        settings["precision"] = rank0_first(
-            lambda: precision_of(begun_facts(out, working), settings, precision, device)
-        )
+        begun = rank0_first(lambda: begun_precision(begun_facts(out, working), settings, precision))
+        asked = precision if begun is None else of_encoding(begun, device)
         kept = kept_halves(
-            *(newest, model, transform, tokenizer, samples, device, of_encoding(precision, device)),
+            *(newest, model, transform, tokenizer, samples, device, asked),
             max_pixels=config.data.max_image_pixels,
         )
+        settings["precision"] = begun or kept.precision
+        images.autocast = texts.autocast = encoding(kept.precision, device)
         has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
         workers = config.data.workers
         encode = partial(

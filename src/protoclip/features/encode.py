@@ -36,11 +36,11 @@ from protoclip.features.parts import (
     PARTS,
     Part,
     Show,
+    begun_precision,
     claim,
     encode_missing,
     identity,
     parts_of,
-    precision_of,
     read_images,
     read_note,
     read_part,
@@ -51,7 +51,7 @@ from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
-from protoclip.models.precision import Autocast, Precision, encoding, on_card
+from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
 from protoclip.models.towers import TELLING, max_tokens, transformers_config
 from protoclip.terminal import without_secrets
 
@@ -287,7 +287,8 @@ def embed_teacher(
         modality: What the model reads; `auto` takes the image tower of a model with two.
         pooling: How a Hugging Face model's tokens become one feature.
         width: Dimensions kept by PCA; all if unset.
-        precision: Of forward passes; `auto` is bf16 or fp16 on a card, as in training, else fp32.
+        precision: Of forward passes; `auto` is that of what was begun there, else bf16 or fp16 on a
+            card, as in training, and fp32 elsewhere.
         num_samples: Samples to read of a stream.
         threads: How many read images; one a core if unset.
 
@@ -323,7 +324,6 @@ def embed_teacher(
                 modality=modality,
                 pooling=pooling,
                 device=device,
-                autocast=encoding(precision, device),
             )
         )
         settings |= {
@@ -333,9 +333,9 @@ def embed_teacher(
             "pooling": pooling,
             "part_rows": PART_ROWS[encoder.reads],
         }
-        settings["precision"] = rank0_first(
-            lambda: precision_of(store.read_facts(out), settings, precision, device)
-        )
+        begun = rank0_first(lambda: begun_precision(store.read_facts(out), settings, precision))
+        settings["precision"] = begun or of_encoding(precision, device)
+        encoder.autocast = encoding(settings["precision"], device)
         return finish(encoder, samples, out, settings, batch_size, threads)
 
 

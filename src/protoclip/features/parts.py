@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from protoclip.data import access
 from protoclip.data.content import difference
@@ -38,7 +37,7 @@ from protoclip.distributed.collectives import (
 from protoclip.distributed.cores import cores
 from protoclip.features import store
 from protoclip.files import checksum, left_by_killed, sealed, to_json, write_atomically
-from protoclip.models.precision import Precision, of_encoding
+from protoclip.models.precision import Precision
 from protoclip.progress import Progress
 
 T = TypeVar("T")
@@ -49,6 +48,7 @@ CHECKSUMS |= {"weights": "other weights", "content": CHECKSUMS["data"]}
 CHECKSUMS |= {"captions": "other captions, or before these were changed"}
 # 1.0.0 did not note these, so they are unknown where they are missing.
 NEW = ("content", "captions")
+PRECISIONS = ("auto", *get_args(Precision))
 CHOSEN_BEFORE = {"precision": "auto"}  # by versions that had no such setting
 FOLDERS = "--out or align.features"  # what says where the parts are
 Show = Callable[[int], None]  # is told how many samples of a part are done
@@ -120,18 +120,20 @@ def kept(facts: Mapping[str, Any], key: str) -> Any:
     return facts.get(key, CHOSEN_BEFORE.get(key))
 
 
-def precision_of(
-    begun: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    asked: Literal["auto"] | Precision,
-    device: torch.device,
-) -> Literal["auto"] | Precision:
-    """What `auto` means here, to be noted with the other settings.
+def begun_precision(
+    begun: Mapping[str, Any], settings: Mapping[str, Any], asked: Literal["auto"] | Precision
+) -> Literal["auto"] | Precision | None:
+    """In which precision that goes on which was begun, if none is asked for; None if it is new.
 
-    What an earlier version began may not say it, and is gone on with as it is: there `auto` stays.
+    Versions that had no such setting noted none, which is `auto`.
+
+    Args:
+        settings: All but the precision.
     """
-    is_older = bool(begun) and difference_in(begun, {**settings, "precision": "auto"}) is None
-    return "auto" if asked == "auto" and is_older else of_encoding(asked, device)
+    if asked != "auto" or not begun or difference_in(begun, settings) is not None:
+        return None
+    noted = kept(begun, "precision")
+    return noted if noted in PRECISIONS else None
 
 
 def claim(

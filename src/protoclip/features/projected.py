@@ -6,8 +6,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from protoclip.features.store import FACTS, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features
 from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
-from protoclip.models.precision import Autocast, Precision, autocast, resolve
+from protoclip.models.precision import Autocast, Precision, autocast, of_encoding, resolve
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import read_config, run_of
 from protoclip.terminal import say
@@ -79,10 +80,11 @@ class KeptHalves:
     """What is kept of both halves of a model; of most models nothing.
 
     Attributes:
-        note: What whoever is about to encode should know: these images are kept in another
-            precision.
+        precision: In which the others are to be encoded.
+        note: What whoever is about to encode should know of it.
     """
 
+    precision: Precision
     image: KeptHalf | None = None
     text: KeptHalf | None = None
     note: str = ""
@@ -122,24 +124,27 @@ def kept_halves(
     tokenizer: Any,
     samples: Any,
     device: torch.device,
-    precision: Precision,
+    asked: Literal["auto"] | Precision,
     *,
     max_pixels: int,
 ) -> KeptHalves:
-    """What `align` kept of the halves of a run's model, in this precision. Collective.
+    """What `align` kept of the halves of a run's model, in the precision that is asked for.
 
-    Of images nothing counts as kept if the run took larger ones than `max_pixels`. Notes if it kept
-    these pairs in another precision. Warns if the store is damaged, which is not read then.
+    With `auto` it is that in which the images are kept, since encoding them is nearly all the work.
+    With another one a note says in which they are. Of images nothing counts as kept if the run took
+    larger ones than `max_pixels`. Warns if the store is damaged, which is not read then.
+    Collective.
     """
+    usual = of_encoding(asked, device)
     run = run_of(reference)
     joins = isinstance(model, ProtoCLIP) and model.joins_halves
     reads_as_align = isinstance(transform, EvaluationTransform) and isinstance(samples, Pairs)
     if run is None or not joins or not reads_as_align:
-        return KeptHalves()
+        return KeptHalves(precision=usual)
     try:
         config = read_config(run)
     except ValueError:  # another version wrote it, and the model can be read all the same
-        return KeptHalves()
+        return KeptHalves(precision=usual)
     halves, heads = FrozenHalves(model.towers).eval(), Projections(model.towers)
 
     def kept(
@@ -160,18 +165,26 @@ def kept_halves(
 
     # Of an image whose features are kept nobody knows the size.
     fit = max_pixels >= config.data.max_image_pixels
-    image, note = kept(precision, heads.encode_image, transform=transform) if fit else None, ""
+    images_in = partial(kept, project=heads.encode_image, transform=transform)
+    keys = [image_key(samples, row) for row in range(min(len(samples), LOOKED_UP))]
+
+    def has_these(half: KeptHalf | None) -> bool:
+        return half is not None and rank0_first(lambda: bool((half.find(keys) >= 0).any()))
+
+    precision, image, note = usual, images_in(usual) if fit else None, ""
     trained_in = resolve(config.run.precision, device)
-    if fit and image is None and trained_in != precision:
-        other = kept(trained_in, heads.encode_image, transform=transform)
-        keys = [image_key(samples, row) for row in range(min(len(samples), LOOKED_UP))]
-        if other is not None and (other.find(keys) >= 0).any():
-            note = (
-                f"align encoded these images in {trained_in}, so they are encoded anew in "
-                f"{precision}; --precision {trained_in} takes what is there"
-            )
+    if fit and trained_in != usual and not has_these(image):
+        other = images_in(trained_in)
+        if has_these(other):
+            note = f"align encoded these images in {trained_in}, "
+            if asked == "auto":
+                precision, image = trained_in, other
+                note += f"so what it lacks is too; --precision {usual} encodes all anew"
+            else:
+                note += f"so they are encoded anew in {usual}; --precision {trained_in} takes "
+                note += "what is there"
     text = kept(precision, heads.encode_text, tokenizer=tokenizer)
-    return KeptHalves(image=image, text=text, note=note)
+    return KeptHalves(image=image, text=text, precision=precision, note=note)
 
 
 def is_shared(folder: Path) -> bool:
