@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, PAGE = ROOT / "src" / "protoclip", ROOT / "docs" / "architecture.md"
-NOT_DRAWN = {"__init__", "__main__", "testing", "progress", "terminal", "signals", "files"}
+NOT_DRAWN = {"__init__", "__main__", "testing", "progress"}
+NOT_DRAWN |= {"terminal", "signals", "values", "files"}
 BEGIN, END = "```mermaid\n", "```\n"
 
 

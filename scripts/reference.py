@@ -19,6 +19,7 @@ from protoclip import config
 from protoclip.cli import COMMANDS
 from protoclip.cli.pages import SECTIONS
 from protoclip.cli.parsing import descriptions, help_text
+from protoclip.values import shown
 
 SOURCE = Path(protoclip.__file__).parent
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -82,9 +83,9 @@ def section(kind: type[Any], prefix: str) -> Iterator[str]:
         if default is dataclasses.MISSING:
             has_none = entry.default_factory is dataclasses.MISSING
             default = None if has_none else entry.default_factory()  # type: ignore[misc]
-        shown = "unset" if default is None else f"`{config.shown(default)}`"
+        text = "unset" if default is None else f"`{shown(default)}`"
         title_cell = f'<span id="{name}"></span>`{name}`'
-        cells = (title_cell, texts[entry.name], type_of(hint), shown, limits(hint))
+        cells = (title_cell, texts[entry.name], type_of(hint), text, limits(hint))
         rows.append(f"| {' | '.join(cells)} |")
     head = ("| setting | what | type | default | limits |", "|---|---|---|---|---|")
     if prefix:

@@ -16,6 +16,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from protoclip.values import plain, refuse_percent, shown, way_to_file
+
 START = "start"  # `teacher.features` of the frozen start
 HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of halves to align
 NO_START = "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
@@ -42,6 +44,11 @@ RENAMED = {
     "montage": "is gone; protoclip explore shows pairs with their captions",
     "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
 }
+# Arguments in Python, flags on the command line, and no settings.
+ARGUMENTS = {
+    "run.resume": 'is no setting; give resume="auto" to train, align or finetune, or --resume auto '
+    "on the command line"
+}
 # What other programs call settings, as they are called here.
 ELSEWHERE = {
     "lr": "optim.learning_rate",
@@ -50,7 +57,6 @@ ELSEWHERE = {
     "batch_size": "episodes.batch_size",
     "epochs": "episodes.count",
 }
-PERCENT = re.compile(r" *(\d+(?:\.\d+)?) *%")
 # Of some of these the value that changed nothing, as old run folders have it: it is passed over.
 GONE = {
     "data.small_copies": False,
@@ -59,8 +65,6 @@ GONE = {
     "optim.locked_warm_up_steps": 2,
     "teacher.weight": 1.0,
 }
-
-LONGEST_SHOWN = 80  # characters of a wrong value in a message
 
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
 ABOVE_0 = sys.float_info.min
@@ -354,9 +358,9 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> "Config":
-        """A configuration from nested dicts of settings; raises as `build`."""
-        return build(cls, tree)
+    def from_dict(cls, tree: "Settings") -> "Config":
+        """A configuration from nested dicts of settings; raises as `tree_of` and `build`."""
+        return build(cls, tree_of(tree))
 
     @property
     def uses_prototypes(self) -> bool:
@@ -439,6 +443,24 @@ Settings = Config | Mapping[str, Any]  # of a run: built, or as a recipe holds t
 Section = TypeVar("Section")
 
 
+def tree_of(settings: Any) -> Mapping[str, Any]:
+    """The sections by name of the settings that `train`, `align` and `finetune` take.
+
+    Raises:
+        ValueError: They are neither a `Config` nor a mapping, such as the name of a file.
+    """
+    if isinstance(settings, Config):
+        return vars(settings)
+    if not isinstance(settings, Mapping):
+        value = plain(settings)
+        pairs = shown(value)[1:-1] if isinstance(value, str) else "pairs.csv"
+        raise ValueError(
+            f"settings: {shown(value)} is no Config and no dictionary; give "
+            f'{{"data": {{"train": "{pairs}"}}}}, or of a recipe what tomllib reads'
+        )
+    return settings
+
+
 @cache
 def hints_of(kind: type) -> dict[str, Any]:
     """The types of a section's settings, which take Python some time to read."""
@@ -456,14 +478,29 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
     for name, value in tree.items():
         if name in hints:
             given[name] = value
-        elif (section + name, value) not in GONE.items():
-            raise ValueError(unknown(prefix + name, [prefix + known for known in hints]))
+        elif names_setting(kind, str(name)):
+            raise ValueError(f"{prefix}{name}: write it nested: {nested(prefix + name)}")
+        elif (f"{section}{name}", value) not in GONE.items():
+            raise ValueError(unknown(f"{prefix}{name}", [prefix + known for known in hints]))
     settings = dataclasses.fields(kind)  # type: ignore[arg-type]
     for entry in sorted(settings, key=lambda entry: bool(entry.kw_only)):  # arguments first
         has_default = not (entry.default is MISSING and entry.default_factory is MISSING)
         if not has_default and entry.name not in given:
             raise ValueError(f"{prefix}{entry.name}: is missing; give one")
     return kind(**{name: read(prefix + name, value, hints[name]) for name, value in given.items()})
+
+
+def names_setting(kind: Any, name: str) -> bool:
+    """Whether a section, or one in it, has a setting of this name, such as `data.train`."""
+    first, dot, rest = name.partition(".")
+    inner = hints_of(kind).get(first) if hasattr(kind, "__dataclass_fields__") else None
+    return names_setting(inner, rest) if dot else inner is not None
+
+
+def nested(name: str) -> str:
+    """`data.train` as a dictionary holds it."""
+    first, dot, rest = name.partition(".")
+    return f'{{"{first}": {nested(rest) if dot else "..."}}}'
 
 
 def without_number(name: str) -> str:
@@ -473,7 +510,7 @@ def without_number(name: str) -> str:
 
 def unknown(name: str, known: list[str]) -> str:
     """What to say about a setting that does not exist."""
-    if (former := RENAMED.get(without_number(name))) is not None:
+    if (former := (RENAMED | ARGUMENTS).get(without_number(name))) is not None:
         return f"{name}: {former}"
     meant = ELSEWHERE.get(name.rpartition(".")[2], name)
     close = difflib.get_close_matches(meant, known, n=1, cutoff=0.0)
@@ -482,13 +519,13 @@ def unknown(name: str, known: list[str]) -> str:
 
 def read(name: str, value: Any, hint: Any) -> Any:
     """A setting's value; raises `ValueError` if it does not fit the annotation."""
-    origin, inner = get_origin(hint), get_args(hint)
+    value, origin, inner = plain(value), get_origin(hint), get_args(hint)
     if origin is Annotated:
         return within(name, read(name, value, inner[0]), *inner[1:])
     if origin in (Union, UnionType):
         return read_one_of(name, value, [kind for kind in inner if kind is not NoneType])
     if origin is Literal:
-        if value not in inner:
+        if not (isinstance(value, str) and value in inner):  # an array has no one answer
             if (former := f"{name} = {value}") in RENAMED:
                 raise ValueError(f"{name}: {shown(value)} {RENAMED[former]}")
             raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(inner)}")
@@ -502,7 +539,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         tree = vars(value) if isinstance(value, hint) else value  # type: ignore[arg-type]
         if not isinstance(tree, Mapping):
-            raise ValueError(f"{name}: {shown(value)} is no table; give its settings by name")
+            way = way_to_file(value) or "; give its settings by name"
+            raise ValueError(f"{name}: {shown(value)} is no section{way}")
         return build(hint, tree, f"{name}.")  # type: ignore[arg-type]
     if hint is float:
         refuse_percent(name, value)
@@ -512,7 +550,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
         except OverflowError:
             raise ValueError(f"{name}: a number of {len(str(value))} digits is too large") from None
     if type(value) is not hint:
-        wants = {int: "no whole number", float: "no number", str: "no text"}
+        wants = {int: "no whole number", float: "no number"}
+        wants[str] = f"no text{way_to_file(value)}"
         raise ValueError(f"{name}: {shown(value)} is {wants.get(hint, 'neither true nor false')}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is not finite")
@@ -522,7 +561,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
 def read_one_of(name: str, value: Any, kinds: list[Any]) -> Any:
     """The value of a setting that may be of several types, or None."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    if value is None or value in words:
+    if value is None or (isinstance(value, str) and value in words):
         return value
     kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
     if any(float in type_of(kind) for kind in kinds):  # even if a text would do, such as a path
@@ -532,27 +571,6 @@ def read_one_of(name: str, value: Any, kinds: list[Any]) -> Any:
     wanted = float if type(value) is int else type(value)
     kind = next((each for each in kinds if wanted in type_of(each)), kinds[-1])
     return read(name, value, kind)
-
-
-def refuse_percent(name: str, value: Any) -> None:
-    """Refuse a share that is written as a percentage."""
-    if isinstance(value, str) and (percent := PERCENT.fullmatch(value)):
-        raise ValueError(f"{name}: {shown(value)}: write a share as {float(percent[1]) / 100:g}")
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe would hold it, on one line, for messages."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return repr(value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}...")
-    if isinstance(value, list | tuple):
-        text = f"[{', '.join(map(shown, value))}]"
-    elif isinstance(value, Mapping):
-        text = f"{{{', '.join(f'{key} = {shown(item)}' for key, item in value.items())}}}"
-    else:
-        text = str(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def type_of(hint: Any) -> tuple[Any, ...]:

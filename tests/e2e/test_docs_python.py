@@ -41,7 +41,7 @@ def test_the_walk_runs(tmp_path, monkeypatch, capsys):
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code, replaced = HALVES.subn(lambda _: f"halves = {named}", "".join(blocks))
-    assert (len(blocks), replaced) == (5, 1)
+    assert (len(blocks), replaced) == (6, 1)
     exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
     said = capsys.readouterr().out
     assert len(re.findall(r"^-?[01]\.\d\d A-\d+ \['", said, re.MULTILINE)) == 5

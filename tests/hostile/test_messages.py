@@ -24,7 +24,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "data.max_bad_share": (1.5, "1.5 is too large; at most 1"),
     "data.read": ("often", "'often' is not one of auto, "),
     "model.embed_dim": ("many", "'many' is no whole number"),
-    "model.image": (3, "3 is no table; give its settings by name"),
+    "model.image": (3, "3 is no section; give its settings by name"),
     "loss.info_nce": (float("nan"), "nan is not finite"),
     "loss.prototypical": (True, "true is no number"),
     "optim.learning_rate": (0.0, "0.0 needs to be above 0"),

@@ -17,7 +17,6 @@ from typing import Any
 
 from PIL import Image
 
-from protoclip.config import shown
 from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
@@ -32,6 +31,7 @@ from protoclip.files import (
 )
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
+from protoclip.values import shown
 
 LIMIT = "data.max_image_pixels"
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"

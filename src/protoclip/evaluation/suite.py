@@ -3,12 +3,12 @@
 `task_features` encodes what they need, and `measured` has what is computed from it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from protoclip.config import PERMISSIONS, DataConfig, build
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
@@ -25,6 +25,7 @@ from protoclip.evaluation.validation import open_data
 from protoclip.evaluation.zero_shot import check_templates, read_templates
 from protoclip.paths import DATA_OPTIONS
 from protoclip.terminal import say
+from protoclip.values import shown, way_to_file
 
 Data = str | Path | Mapping[str, Any] | EvaluationData
 # Settings of `[data]` that say how a data set is read; the others are for training.
@@ -52,12 +53,36 @@ class Result:
     without: Collection[str] = ()
 
 
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def needs_model(judge: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Refuse the name of a model, which `embed` and `export` take, with the way out.
+
+    Python's error of missing arguments, which would come first, names none.
+    """
+
+    @wraps(judge)
+    def judged(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, str | Path):
+            raise ValueError(
+                "model: evaluate takes a model, its transform and tokenizer: "
+                f"protoclip.evaluate(*protoclip.load({shown(str(model))}), data)"
+            )
+        return judge(*args, **kwargs)
+
+    return judged
+
+
+@needs_model
 def evaluate(
     model: Model,
     image_transform: Transform,
     tokenizer: Tokenizer,
     data: Data | Sequence[Data],
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     *,
     split: str = "test",
     templates: str | Sequence[str] | None = None,
@@ -88,8 +113,9 @@ def evaluate(
         tokenizer: Texts to tokens `(b, c)`.
         data: Data sets, or references to them as `datasets.open_data` takes, or paths, or `[data]`
             sections as mappings, whose `train` is a reference.
-        tasks: Unset, those of `zero_shot`, `retrieval` and `geometry` that the data can serve. The
-            others encode `train` or fit something, and a note says how many images they encode.
+        tasks: One or several; unset, those of `zero_shot`, `retrieval` and `geometry` that the data
+            can serve. The others encode `train` or fit something, and a note says how many images
+            they encode.
         split: The split that is measured.
         templates: Prompts in place of the data's own: `openai`, `simple`, a text file, or a list.
         batch_size: Images or texts encoded at once.
@@ -105,8 +131,10 @@ def evaluate(
         `intervals` (95%, by metric) and, of a zero-shot classification, `templates`.
 
     Raises:
-        ValueError: No data set can serve a task, data are faulty, or features are not finite.
+        ValueError: No data set can serve a task, data are faulty, features are not finite, or a
+            reference stands for the model; `protoclip.load` opens it.
     """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     encoder = encoder_of(
         model,
         image_transform,
@@ -116,8 +144,8 @@ def evaluate(
         cache=cache,
         show=show,
     )
-    is_one = isinstance(data, str | Path | Mapping | EvaluationData)
-    references: Any = [data] if is_one else data
+    is_several = isinstance(data, Iterable) and not isinstance(data, str | Mapping)
+    references: Any = data if is_several and not way_to_file(data) else [data]
     opened = raise_on_all_ranks(lambda: [opened_data(each, split) for each in references])
     announce(opened, split, tasks)
     judged = results(
@@ -132,12 +160,15 @@ def evaluate(
     return [result.record for result in judged]
 
 
-def opened_data(data: Data, split: str) -> EvaluationData:
+def opened_data(data: Any, split: str) -> EvaluationData:
     """A data set as `evaluate` takes it, opened."""
     if isinstance(data, EvaluationData):
         return data
-    if not isinstance(data, Mapping):
+    if isinstance(data, str | Path):
         return open_data(str(data), split=split)
+    if not isinstance(data, Mapping):
+        way = way_to_file(data) or "; give a reference, or a [data] section as a dictionary"
+        raise ValueError(f"data: {shown(data)} is no data set{way}")
     settings = build(DataConfig, data, "data.")
     if others := [name for name in data if name not in OF_DATA]:
         raise ValueError(

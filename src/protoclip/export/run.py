@@ -46,7 +46,7 @@ SAMPLES = 16  # images and captions that every format is checked on
 def export(
     reference: str | Path,
     folder: str | Path,
-    formats: Sequence[str] = ("open_clip", "hf"),
+    formats: str | Sequence[str] = ("open_clip", "hf"),
     *,
     opset: int = onnx.LEAST_OPSET,
     license: str = "unknown",
@@ -64,7 +64,7 @@ def export(
     Args:
         reference: As for `protoclip.load`.
         folder: A folder that does not exist, or with `overwrite` an export; not the model's own.
-        formats: Of "open_clip"; "hf", for transformers, transformers.js and
+        formats: One or several of "open_clip"; "hf", for transformers, transformers.js and
             sentence-transformers; "timm", the image tower alone; and "onnx".
         opset: Of the ONNX graphs, 18 or later.
         license: For the model card, as the hub writes it, such as "mit".
@@ -86,7 +86,7 @@ def export(
             formats, or a library computes something else. No folder is written then. Also if
             uploading fails; the folder stays then.
     """
-    folder = Path(folder)
+    folder, formats = Path(folder), [formats] if isinstance(formats, str) else formats
     put_back(folder)
     require_apart(str(reference), folder)
     require_new(folder, overwrite=overwrite)

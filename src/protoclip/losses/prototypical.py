@@ -20,8 +20,8 @@ from torch import Tensor
 from protoclip.config import Config, PrototypeConfig, TeacherConfig
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
-from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import agreement, back_translate
+from protoclip.prototypes.kmeans import KMeans, segment_mean
+from protoclip.prototypes.targets import agreement, check_assignments
 
 CHUNK_ELEMENTS = 2**22  # similarities held at once while accuracy is measured
 
@@ -41,7 +41,7 @@ def prototypical_loss(
     arXiv 2206.10996, "prototype-level discrimination". The teacher's choice is the assigned
     prototype (hard target), or the softmax over its similarities to all (soft target). If many
     batches share prototypes, `make_targets` is faster. Rows without a prototype, or with one that
-    is left out, have no part in the mean.
+    is left out, have no part in the mean. Computed in float32, or wider if an argument is.
 
         >>> h, prototypes = torch.eye(2), torch.eye(2)
         >>> loss = prototypical_loss(h, prototypes, prototypes, torch.tensor([0, 0]), 1.0, None)
@@ -58,12 +58,44 @@ def prototypical_loss(
         target_temperature: Temperature of the soft targets. `None` or <= 0 gives hard targets.
         mask_empty: Leave empty clusters out of both softmaxes. With `False`, as in the reference
             implementation, an empty cluster is a class with logit 0.
+
+    Raises:
+        ValueError: Shapes do not fit each other, or a dtype is wrong. Values are not looked at.
     """
-    target = prepare(
-        student_centroids, teacher_centroids, target_temperature, assignments, mask_empty=mask_empty
-    )
+    check_shapes(student_projections, student_centroids, teacher_centroids)
+    check_assignments(assignments, student_projections, "student_projections")
+    assignments = assignments.long()  # bytes would choose rows as a mask does
+    students, teachers = tiles.widened(student_centroids, teacher_centroids)
+    target = prepare(students, teachers, target_temperature, assignments, mask_empty=mask_empty)
     losses = target.losses(student_projections, target.lookup, logit_scale)
     return mean_of_known(losses, target.class_of(assignments) >= 0)
+
+
+def check_shapes(projections: Tensor, students: Tensor, teachers: Tensor) -> None:
+    """Refuse arguments of `prototypical_loss` whose shapes do not fit; does not wait for a GPU."""
+    given = {
+        "student_projections": projections,
+        "student_centroids": students,
+        "teacher_centroids": teachers,
+    }
+    for name, rows in given.items():
+        if rows.ndim != 2 or not rows.is_floating_point():
+            raise ValueError(
+                f"{name}: {rows.dtype} of shape {tuple(rows.shape)}; give rows of floating-point "
+                "numbers"
+            )
+    if students.shape[1] != projections.shape[1]:
+        swapped = teachers.shape[1] == projections.shape[1]
+        raise ValueError(
+            f"student_centroids: {students.shape[1]} wide, but student_projections are "
+            f"{projections.shape[1]} wide; "
+            + ("swap them with teacher_centroids" if swapped else "give those of one space")
+        )
+    if len(teachers) != len(students):
+        raise ValueError(
+            f"teacher_centroids: {len(teachers)} for {len(students)} student_centroids; give the "
+            "same prototypes in both spaces"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +199,9 @@ def make_targets(
                 continue
             centroids, number = kmeans.centroids, len(kmeans.centroids)
             if back_translation or teacher not in students:
-                centroids = back_translate(
-                    assignments[known], projections[known], number, shared=positions is not None
+                # `back_translate` without its checks, for which the CPU would wait for the GPU.
+                centroids, _ = segment_mean(
+                    projections[known], assignments[known], number, shared=positions is not None
                 )
             target = prepare(
                 centroids,

@@ -16,6 +16,8 @@ from torch import Tensor
 from protoclip.distributed import collectives
 from protoclip.prototypes.kmeans import KMeans, segment_mean
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def cluster_spaces(
     features: Mapping[str, Float[Tensor, "n _"]],
@@ -127,7 +129,8 @@ def back_translate(
         [[2.0, 0.0], [0.0, 5.0], [0.0, 0.0]]
 
     Args:
-        assignments: Teacher prototype of each sample, in [0, num_prototypes).
+        assignments: Teacher prototype of each sample, in [0, num_prototypes). Samples without one
+            are left out.
         student_features: The student's projections of the same samples.
         shared: Take means over the samples of all ranks; a rank may have none. The result is
             the same bits on every rank and has no gradient.
@@ -136,13 +139,20 @@ def back_translate(
         Back-translated prototypes `(k, p)`. An empty cluster is a zero row.
 
     Raises:
-        ValueError: The numbers of samples differ. With `shared` every rank raises.
+        ValueError: The numbers of samples differ, or an assignment is no integer or out of range.
+            With `shared` every rank raises.
     """
 
     def check() -> None:
-        if len(assignments) != len(student_features):
+        check_assignments(assignments, student_features, "student_features")
+        if not len(assignments):
+            return
+        least, most = int(assignments.min()), int(assignments.max())  # waits for a GPU
+        if least < 0:
+            raise ValueError(f"assignments: {least} is no prototype; leave such samples out")
+        if most >= num_prototypes:
             raise ValueError(
-                f"{len(assignments)} assignments for {len(student_features)} student features"
+                f"assignments: {most} is no prototype; with {num_prototypes=} they are below it"
             )
 
     if shared:
@@ -150,3 +160,13 @@ def back_translate(
     else:
         check()
     return segment_mean(student_features, assignments, num_prototypes, shared=shared)[0]
+
+
+def check_assignments(assignments: Tensor, rows: Tensor, of: str) -> None:
+    """Refuse what is no integer for each row of the argument `of`; does not wait for a GPU."""
+    fit = rows.ndim == 2 and assignments.shape == rows.shape[:1]
+    if not fit or assignments.dtype not in INTEGERS:
+        raise ValueError(
+            f"assignments: {assignments.dtype} of shape {tuple(assignments.shape)} for {of} of "
+            f"shape {tuple(rows.shape)}; give an integer for each row"
+        )

@@ -6,28 +6,38 @@ command, which is answered before the plan. In the plan unset is a setting witho
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from protoclip.checks import check_sizes
-from protoclip.config import Config, shown
+from protoclip.config import Config, tree_of
 from protoclip.data.loader import share_of
 from protoclip.distributed.collectives import rank0_first
 from protoclip.training import sync
 from protoclip.training.run_folder import read_settings
+from protoclip.values import shown
 
 
-def given_settings(settings: Any, usual: Any = None) -> dict[str, Any]:
-    """The settings as a recipe holds them: of a `Config`, those that differ from the defaults."""
-    if isinstance(settings, Mapping):
-        return dict(settings)
-    tree: dict[str, Any] = {}
-    for name, value in vars(settings).items():
-        default = getattr(usual or Config(), name)
-        if value != default:
-            tree[name] = given_settings(value, default) if is_dataclass(value) else value
-    return tree
+def given_settings(settings: Any) -> dict[str, Any]:
+    """The settings as a recipe holds them: of a `Config`, those that differ from the defaults.
+
+    Raises:
+        ValueError: They are neither a `Config` nor a mapping, or those of a `Config` are wrong.
+    """
+    tree = Config.from_dict(settings) if isinstance(settings, Config) else tree_of(settings)
+    return given_in(tree, Config())
+
+
+def given_in(section: Any, usual: Any) -> dict[str, Any]:
+    """All settings of a mapping; of a dataclass those that are not as in `usual`."""
+    is_mapping, given = isinstance(section, Mapping), dict[str, Any]()
+    for name, value in (section if is_mapping else vars(section)).items():
+        default = getattr(usual, str(name), None)
+        if is_mapping or value != default:
+            is_section = isinstance(value, Mapping) or hasattr(value, "__dataclass_fields__")
+            given[name] = given_in(value, default) if is_section else value
+    return given
 
 
 class Choices:

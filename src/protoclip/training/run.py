@@ -100,7 +100,7 @@ def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> di
         ValueError: A setting, a file or the run folder is wrong, or training cannot go on.
         OSError: The last checkpoint could not be written, for a minute.
     """
-    given = config if isinstance(config, Config) else Config.from_dict(config)
+    given = Config.from_dict(config)  # of a Config too, whose values may be NumPy's
     device, config = collectives.device(given.run.device), overfit.few_pairs_alone(given)
     with collectives.process_group(device):
         return train_together(config, device, resume=resume == "auto")

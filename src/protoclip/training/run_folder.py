@@ -28,7 +28,6 @@ from protoclip.config import (
     LossConfig,
     RunConfig,
     build,
-    shown,
 )
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.compare import read_results
@@ -57,6 +56,7 @@ from protoclip.paths import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.plan import Outline, Plan, fill
+from protoclip.values import shown
 
 LOCK = ".lock"
 # What is meant where it is unset.

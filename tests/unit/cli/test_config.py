@@ -1,10 +1,13 @@
 """Settings: every one is explained, every number has limits, every mistake is named."""
 
 import copy
+import inspect
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 
 from protoclip.checks import check
@@ -25,9 +28,9 @@ from protoclip.config import (
     TeacherConfig,
     TextTowerConfig,
     build,
-    shown,
 )
 from protoclip.training.overfit import few_pairs_alone
+from protoclip.values import shown
 
 # Every list has entries and every number is set, so that none of them is left out.
 FULL = Config(
@@ -138,6 +141,71 @@ def test_a_tree_of_values_becomes_a_configuration():
         build(Config, {"prototypes": {"start": "spread"}})
     with pytest.raises(ValueError, match=r"^data\.sources\[0\]\.path: is missing"):
         build(Config, {"data": {"sources": [{"weight": 1}]}})
+
+
+class Frame:
+    """A table in memory, which prints several lines."""
+
+    to_parquet = None
+
+    def __repr__(self) -> str:
+        return "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"data": {"train": Frame()}},
+            "data.train: a Frame is no text; save it (df.to_parquet) and give the file's name",
+        ),
+        ({"data": Frame()}, "data: a Frame is no section; save it (df.to_parquet) and give the"),
+        ({"data": "a.csv"}, "data: 'a.csv' is no section; give its settings by name"),
+        ({"data": {"read": np.arange(3)}}, "data.read: an ndarray is not one of auto, streaming"),
+        ({"data": {"captions": np.arange(3)}}, "data.captions: an ndarray is no whole number"),
+        ({"run": {"guard": {"a"}}}, "run.guard: a set is not a list"),
+        ({"run": {"guard": [b"a"]}}, "run.guard[0]: a bytes is no text"),
+        ({"data.train": "a.csv"}, 'data.train: write it nested: {"data": {"train": ...}}'),
+        (
+            {"model": {"image.name": "x"}},
+            'model.image.name: write it nested: {"model": {"image": {"name": ...}}}',
+        ),
+        ({"data.trian": "a.csv"}, "data.trian: no such setting; did you mean"),
+        ({"run": {"resume": "auto"}}, 'run.resume: is no setting; give resume="auto" to train, al'),
+    ],
+)
+def test_what_is_written_in_python_is_refused_in_a_line(tree, message):
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        build(Config, tree)
+    assert str(error.value).startswith(message)
+
+
+def test_a_key_that_is_no_text_is_no_setting():
+    with pytest.raises(ValueError, match=r"^1: no such setting; did you mean"):
+        inspect.unwrap(build)(Config, {1: 2})
+
+
+def test_paths_and_numbers_of_numpy_are_taken_as_those_of_python():
+    """In sections that are dataclasses, too."""
+    episodes = with_value(EpisodeConfig(replacement=False), "count", np.int64(2))
+    given = {
+        "episodes": with_value(episodes, "replacement", np.bool_(False)),
+        "optim": {"betas": (np.float32(0.5), np.float64(0.25)), "weight_decay": np.int32(1)},
+        "data": {"train": Path("a/shop.csv"), "workers": np.int8(2), "captions": np.uint8(3)},
+        "run": {"guard": [Path("b.csv")], "name": np.str_("x")},
+    }
+    plain = {
+        "episodes": {"count": 2, "replacement": False},
+        "optim": {"betas": [0.5, 0.25], "weight_decay": 1.0},
+        "data": {"train": str(Path("a/shop.csv")), "workers": 2, "captions": 3},
+        "run": {"guard": ["b.csv"], "name": "x"},
+    }
+    built = build(Config, given)
+    assert repr(built) == repr(build(Config, plain))  # types as well
+    config = with_value(Config(), "episodes", given["episodes"])
+    assert repr(Config.from_dict(config).episodes) == repr(built.episodes)
+    with pytest.raises(ValueError, match=r"^episodes\.count: 0 is too small"):
+        build(Config, {"episodes": {"count": np.int64(0)}})
 
 
 def tree_of(name: str, value: object) -> dict[str, Any]:

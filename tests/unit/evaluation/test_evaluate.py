@@ -1,11 +1,14 @@
 """The records of `protoclip.evaluate`, on images that are one colour."""
 
+import inspect
 import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +20,7 @@ from solid import CLASSES as NUMBER
 from solid import Guessing, Knowing, Solid, judge, part, solid_data, tokenizer, transform
 
 import protoclip
+from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData, Split
@@ -369,11 +373,39 @@ def test_a_section_of_settings_is_refused_by_what_has_no_effect():
             opened_data(section, "test")
 
 
+@pytest.mark.parametrize("given", [("runs/b", "shop.parquet"), (Path("runs/b"),)])
+def test_the_name_of_a_model_is_refused_with_the_way_out(given):
+    """Which `embed` and `export` take; so data may follow it, by position or by name."""
+    for more in ({}, {"data": "shop.parquet"}):
+        with pytest.raises(ValueError, match=r"^.+$") as error:
+            protoclip.evaluate(*given, **more)
+        assert str(error.value) == (
+            "model: evaluate takes a model, its transform and tokenizer: "
+            "protoclip.evaluate(*protoclip.load('runs/b'), data)"
+        )
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (pd.DataFrame({"image": ["a.jpg"]}), "a DataFrame is no data set; save it (df.to_parquet)"),
+        (DataConfig(), "a DataConfig is no data set; give a reference, or a [data] section as a d"),
+        (None, "None is no data set; give a reference"),
+    ],
+)
+def test_what_is_no_data_set_is_refused_by_its_type(data, message, several):
+    given = Guessing(), transform, tokenizer, [data] if several else data
+    with pytest.raises(ValueError, match=rf"^data: {re.escape(message)}"):
+        inspect.unwrap(protoclip.evaluate)(*given)  # past the type checks of tests
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
         ({}, {"tasks": ["zero_shots"]}, "tasks: no task 'zero_shots'; did you mean zero_shot?"),
         ({}, {"tasks": ["x"]}, "tasks: no task 'x'; choose of zero_shot, retrieval"),
+        ({}, {"tasks": "xy"}, "tasks: no task 'xy'; choose of zero_shot, retrieval"),
         ({}, {"split": "validation"}, "x: no split 'validation'; it has test"),
         ({}, {"templates": ["a photo"]}, "templates: 'a photo' has no place for the class"),
         ({}, {"tasks": ["knn"]}, "x: knn needs a labelled train split"),

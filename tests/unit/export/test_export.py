@@ -298,7 +298,7 @@ def test_other_ways_to_prepare_images(preprocessing, why_not, reference, tmp_pat
 
 
 def test_a_text_model_has_no_more_positions_than_it_has(reference, tmp_path):
-    protoclip.export(reference("hf-text-one-block"), tmp_path / "out", ["open_clip"])
+    protoclip.export(reference("hf-text-one-block"), tmp_path / "out", "open_clip")
     text = TextTowerConfig(context_length=25)
     given = ModelConfig(start=str(tmp_path / "out"), text=text)
     with pytest.raises(ValueError, match="25 is too large; this model reads at most 24"):
@@ -482,6 +482,11 @@ def test_bad_input_is_one_line(arguments, message, reference, capsys, monkeypatc
     assert message.format(**places) in said[-1]
     assert said[-1].startswith("protoclip: error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_is_one_format(tmp_path):
+    with pytest.raises(ValueError, match=r"^formats: no format 'coreml'; choose of open_clip, hf"):
+        protoclip.export("runs/b", tmp_path / "out", "coreml")
 
 
 def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monkeypatch, tmp_path):

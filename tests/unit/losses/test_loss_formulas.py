@@ -1,5 +1,6 @@
 """Losses against independent restatements of the paper's formulas, in float64."""
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -250,6 +251,75 @@ def test_the_prototypical_loss_is_the_papers_formula(empty, temperature, mask_em
         assert_equal_with_gradients(ours, slow, [h, s])
         slow = slow_prototypical(h[rows], student, teacher, own, s, temperature, alive)
         assert_equal_with_gradients(target.loss(h, index, s), slow, [h, s])
+
+
+# Past the type checks of tests, as a user calls it.
+unchecked_loss = inspect.unwrap(prototypical_loss)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"student_centroids": (K, Q), "teacher_centroids": (K, P)},
+            f"student_centroids: {Q} wide, but student_projections are {P} wide; swap them with",
+        ),
+        (
+            {"student_centroids": (K, P + 1)},
+            f"student_centroids: {P + 1} wide, but student_projections are {P} wide; give",
+        ),
+        ({"teacher_centroids": (K - 1, Q)}, f"teacher_centroids: {K - 1} for {K} student_centroid"),
+        (
+            {"student_projections": (P,)},
+            f"student_projections: torch.float64 of shape ({P},)",
+        ),
+        (
+            {"assignments": (B - 1,)},
+            f"assignments: torch.int64 of shape ({B - 1},) for",
+        ),
+        (
+            {"assignments": (B, 1)},
+            f"assignments: torch.int64 of shape ({B}, 1) for",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_prototypical_loss_is_named(changes, message):
+    shapes = {"student_projections": (B, P), "student_centroids": (K, P)}
+    shapes |= {"teacher_centroids": (K, Q), "assignments": (B,), **changes}
+    given = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    given["assignments"] = given["assignments"].long()
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        unchecked_loss(**given, logit_scale=9.0, target_temperature=0.1)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("assignments", torch.bool),
+        ("assignments", torch.float32),
+        ("student_centroids", torch.int64),
+    ],
+)
+def test_what_is_no_number_of_the_prototypical_loss_is_named(name, dtype):
+    given = {"student_projections": unit(B, P, seed=1), "student_centroids": unit(K, P, seed=2)}
+    given |= {"teacher_centroids": unit(K, Q, seed=3), "assignments": torch.zeros(B).long()}
+    given[name] = given[name].to(dtype)
+    with pytest.raises(ValueError, match=rf"^{name}: {dtype} of shape .+$"):
+        unchecked_loss(**given, logit_scale=9.0, target_temperature=0.1)
+
+
+@pytest.mark.parametrize("halved", range(3))
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_the_prototypical_loss_takes_different_precisions(halved, temperature):
+    """And computes in the widest of them."""
+    rows = [unit(B, P, seed=1), unit(K, P, seed=2), unit(K, Q, seed=3)]
+    rows[halved] = rows[halved].half()
+    index = torch.arange(B).to(torch.uint8)
+    loss = unchecked_loss(*rows, index, 9.0, temperature)
+    same = prototypical_loss(*(each.double() for each in rows), index.long(), 9.0, temperature)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, same)
 
 
 def test_a_batch_without_known_samples_has_no_loss():

@@ -1,5 +1,6 @@
 """Clusters of an episode, and back-translation as the paper defines it."""
 
+import inspect
 import math
 
 import pytest
@@ -25,6 +26,28 @@ def test_back_translation_is_the_mean_over_each_assignment(generator):
         share = (weights[k] / len(members)).expand(len(members), 6)
         torch.testing.assert_close(gradient[assignments == k], share, atol=1e-9, rtol=0)
     assert not translated[[5, 8]].any()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "features", "message"),
+    [
+        ([0, 1, 7, 3], (4, 5), "assignments: 7 is no prototype; with num_prototypes=4 they are be"),
+        ([0, 1, -1, 3], (4, 5), "assignments: -1 is no prototype; leave such samples out"),
+        ([0, 1, 2], (4, 5), "assignments: torch.int64 of shape (3,) for student_features of shape"),
+        ([0.0, 1.0], (2, 5), "assignments: torch.float32 of shape (2,) for student_features of"),
+        ([True, False], (2, 5), "assignments: torch.bool of shape (2,) for student_features of s"),
+        ([[0], [1]], (2, 5), "assignments: torch.int64 of shape (2, 1) for student_features of s"),
+        ([0, 1], (2,), "assignments: torch.int64 of shape (2,) for student_features of shape (2,)"),
+    ],
+)
+def test_assignments_that_name_no_prototype_are_refused(assignments, features, message):
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        inspect.unwrap(back_translate)(torch.tensor(assignments), torch.ones(features), 4)
+    assert str(error.value).startswith(message)
+
+
+def test_nothing_is_translated_into_empty_prototypes():
+    assert not back_translate(torch.zeros(0).long(), torch.ones(0, 5), 4).any()
 
 
 @pytest.mark.parametrize("back_translation", [True, False])

@@ -1,8 +1,19 @@
 """What trains takes settings as a recipe holds them, and as a `Config`."""
 
+import inspect
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from protoclip.config import Config
+from protoclip.config import (
+    Config,
+    DataConfig,
+    EpisodeConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    TextTowerConfig,
+)
 from protoclip.training import align, finetune, run
 
 DATA = {"sources": [{"path": "a.csv", "name": "one"}, {"path": "b.csv"}], "validation": 0.1}
@@ -30,3 +41,39 @@ def test_both_kinds_of_settings_are_the_same_run(module, name, given, monkeypatc
 def test_a_config_without_pairs_is_no_run_to_fine_tune():
     with pytest.raises(ValueError, match=r"data\.train"):
         finetune.finetune(Config.from_dict({"model": {"start": "runs/x"}}))
+
+
+@pytest.mark.parametrize("function", [run.train, finetune.finetune, align.align])
+@pytest.mark.parametrize(
+    ("settings", "told", "pairs"),
+    [
+        ("shop.csv", "'shop.csv'", "shop.csv"),
+        (Path("shop.csv"), "'shop.csv'", "shop.csv"),
+        (None, "None", "pairs.csv"),
+        (DataConfig(train="shop.csv"), "a DataConfig", "pairs.csv"),
+    ],
+)
+def test_what_holds_no_settings_is_refused_with_those_that_are_meant(
+    function, settings, told, pairs
+):
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        inspect.unwrap(function)(settings)  # past the type checks of tests
+    start = f"settings: {told} is no Config and no dictionary; "
+    assert str(error.value).startswith(f'{start}give {{"data": {{"train": "{pairs}"}}}}')
+
+
+@pytest.mark.parametrize("as_config", [True, False])
+@pytest.mark.parametrize(("module", "name"), [(run, "train"), (align, "align")])
+def test_a_run_gets_plain_values(module, name, as_config, monkeypatch):
+    """Of NumPy, of paths and of dataclasses as sections, or its files could not hold them."""
+    data, episodes = DataConfig(), EpisodeConfig()
+    object.__setattr__(data, "train", Path("a.csv"))  # past the type checks of tests
+    object.__setattr__(episodes, "count", np.int64(3))
+    image, text = ImageTowerConfig(name="test_vit"), TextTowerConfig(name="minilm")
+    given = {"data": data, "episodes": episodes, "model": {"image": image, "text": text}}
+    model = ModelConfig(image=image, text=text)
+    settings = Config(data=data, episodes=episodes, model=model) if as_config else given
+    monkeypatch.setattr(module, "train_together", lambda config, *_, **__: {"config": config})
+    config = getattr(module, name)(settings)["config"]
+    assert type(config.data.train) is str
+    assert type(config.episodes.count) is int
