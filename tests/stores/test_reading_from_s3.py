@@ -32,7 +32,7 @@ from protoclip.data.shards import expand_shards
 from protoclip.data.stream import ShardStream
 from protoclip.evaluation.datasets import open_data
 from protoclip.testing import tiny_pairs
-from protoclip.training import run
+from protoclip.training import plan, run
 
 SHORT: dict[str, Any] = {"evaluate": False}
 
@@ -296,9 +296,14 @@ def test_what_cannot_be_read_ends_a_run_before_long(store, hasty, monkeypatch, t
     with pytest.raises(ValueError, match=f": 1 shards in a row .*{go_on}$"):
         next(stream)
     store.fail()
-    monkeypatch.setattr(loader.access, "PATIENCE_SECONDS", 0.0)
     data = {"workers": 0, "validation": 0.0}
     config = config_for(f"{store.url}/table/pairs.csv", tmp_path / "run", run=SHORT, data=data)
     store.fail("reset", on="/images/")
+    with pytest.raises(ValueError, match=rf"none can be used, such as sample .*; {go_on}$"):
+        run.train(config)
+    monkeypatch.setattr(loader.access, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(ValueError, match=rf"^data.train: pairs.csv: 1 pairs took .*{go_on}$"):
+        run.train(config)
+    monkeypatch.setattr(plan, "require_usable", lambda *_: None)  # as if it failed later
     with pytest.raises(ValueError, match=f"^1 samples of a batch took .*{go_on}$"):
         run.train(config)

@@ -3,8 +3,11 @@
 A run would learn it late, and leave a folder in the way of the next one.
 """
 
+import time
 from collections.abc import Callable
 
+from protoclip.data import access
+from protoclip.data.pairs import BadSample
 from protoclip.data.sampler import evenly_spaced
 
 TRIED = 20  # rows of which one has to be good
@@ -15,20 +18,24 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
 
     Args:
         named: The setting and the source, for the message.
-        read: Reads a row; of a bad one it raises `ValueError`.
+        read: Reads a row; of a bad one it raises `ValueError`, such as `BadSample`.
 
     Raises:
-        ValueError: None of some evenly spaced rows can be used.
+        ValueError: None of some evenly spaced rows can be used, or they take too long.
     """
-    reasons = list[str]()
+    bad, began = list[ValueError](), time.monotonic()
     for row in evenly_spaced(rows, min(rows, TRIED), seed=0):
         try:
             read(row)
             return
         except ValueError as error:
-            reasons.append(str(error))
-    if reasons:
+            bad.append(error)
+        if time.monotonic() - began > access.PATIENCE_SECONDS:
+            raise ValueError(f"{named}: {access.too_slow(f'{len(bad)} pairs', bad[-1])}")
+    if bad:
+        is_remote = isinstance(bad[0], BadSample) and access.is_url(bad[0].where)
+        way_out = "mend them, or set data.root to the folder where the paths start"
         raise ValueError(
-            f"{named}: of {len(reasons)} pairs that were looked at none can be used, such as "
-            f"{reasons[0]}; mend them, or set data.root to the folder where the paths start"
+            f"{named}: of {len(bad)} pairs that were looked at none can be used, such as {bad[0]}; "
+            f"{access.GO_ON if is_remote else way_out}"
         )

@@ -287,7 +287,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
         # It decides these itself, and an earlier version did so for fine-tuning too.
         free |= {key for key in before | now if key.startswith("align.")}
     if refused := {key: text for key, text in differ.items() if key not in free}:
-        moved = finished and refused.keys() & {*MOVABLE, "data.root"}
+        moved = finished and refused.keys() <= {*MOVABLE, "data.root"}
         may_move = "data move until a run is finished, as this one is: " if moved else ""
         raise ValueError(
             f"{folder}: the run was started with other settings: {', '.join(refused.values())}; "
