@@ -453,6 +453,11 @@ def tree_of(settings: Any) -> Mapping[str, Any]:
         return vars(settings)
     if not isinstance(settings, Mapping):
         value = plain(settings)
+        if isinstance(value, str) and value.endswith(".toml"):
+            raise ValueError(
+                f"settings: {shown(value)} is the name of a recipe; give what it holds, "
+                f'tomllib.load(open({shown(value)}, "rb"))'
+            )
         pairs = shown(value)[1:-1] if isinstance(value, str) else "pairs.csv"
         raise ValueError(
             f"settings: {shown(value)} is no Config and no dictionary; give "

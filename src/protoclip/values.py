@@ -17,8 +17,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     # So has a tensor of one number. NumPy is not imported for this.
-    is_scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
-    return value.item() if is_scalar else value
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    number = value.item()
+    # The shortest decimal of a narrow float: 0.001 and not 0.0010000000474974513.
+    is_narrow = isinstance(number, float) and type(value).__module__ == "numpy"
+    return float(str(value)) if is_narrow else number
 
 
 def shown(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import protoclip
 from protoclip import cli
@@ -193,9 +194,12 @@ def test_vectors_have_the_precision_of_what_is_there_unless_one_is_asked_for(
 ):
     """Of the store that `align` filled, since encoding is most of the work; of what was begun."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    run = {"out": str(tmp_path / "run"), "precision": "bf16"}
+    run = {"out": str(tmp_path / "run"), "precision": "auto"}
     few = {"episodes": {"size": 16, "count": 1}}
-    align(of_source(given, sources["shared"], run=run, **few))
+    with monkeypatch.context() as patch:  # `auto` is another one on another machine
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+        align(of_source(given, sources["shared"], run=run, **few))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     made, file = tmp_path / "run", tmp_path / "auto.parquet"
 
     def embedded(name: str, **asked: str) -> tuple[dict[str, Any], str]:

@@ -7,6 +7,7 @@ wrong with the bytes raises `ValueError` with a short reason.
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,9 +202,11 @@ def _read(encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int) -> 
                 raise ValueError("truncated")
             if factor == 1 and image.mode in ("RGB", "L"):
                 buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-                planes = decode_jpeg(buffer, mode=ImageReadMode.RGB)
-                pixels: Pixels = planes.permute(1, 2, 0).numpy()
-                return pixels[top:bottom, left:right]
+                # PIL has the last word, as with other factors: or a crop would make an image bad.
+                with suppress(RuntimeError):
+                    planes = decode_jpeg(buffer, mode=ImageReadMode.RGB)
+                    pixels: Pixels = planes.permute(1, 2, 0).numpy()
+                    return pixels[top:bottom, left:right]
             image.draft(None, (image.width // factor, image.height // factor))
             left, top = left // factor, top // factor
             right, bottom = -(-right // factor), -(-bottom // factor)

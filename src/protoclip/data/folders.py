@@ -147,7 +147,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     if has_table:
         table = folder / text_tables[0]
         way_out = f"{table} looks like a table of captions: name it instead of the folder"
-    elif split := shard_split(folder):
+    elif split := shard_split(folder, first="train"):
         way_out = f"its folder {split} holds shards: name {folder / split}/*.tar"
     elif not data.needs_captions:
         way_out = f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
@@ -166,9 +166,11 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     return pairs
 
 
-def shard_split(folder: Path) -> str | None:
-    """The first split of a folder in CLIP_benchmark's layout, which keeps shards; else None."""
+def shard_split(folder: Path, first: str = "test") -> str | None:
+    """A split of a folder in CLIP_benchmark's layout, which keeps shards, by the name of its
+    folder: the `first` one, if there is one. Of another folder None."""
     names = [name for names in SPLIT_FOLDERS.values() for name in names]
+    names.sort(key=lambda name: name != first)
     return next((name for name in names if os.path.isfile(folder / name / NUM_SHARDS)), None)  # noqa: PTH113 (a name may be of any length)
 
 

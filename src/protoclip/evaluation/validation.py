@@ -91,7 +91,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
             raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
         notes += getattr(given, "notes", ())
         judging = plain_sources(given)
-        for source in judging:
+        is_judged = config.run.evaluate or config.run.evaluate_every > 0
+        for source in judging if is_judged else ():
             require_readable(f"data.validation: {source.name}", len(source), source.image)
         before = trained_before(config, notes)
         trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from protoclip.config import Config
 from protoclip.data.loader import Item
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.transforms import EvaluationTransform
@@ -32,7 +33,7 @@ from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import Autocast, Precision, autocast, of_encoding, resolve
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import read_config, run_of
+from protoclip.models.saved import checkpoints, facts_of, read_config, run_of
 from protoclip.terminal import say
 
 LOOKED_UP = 1000  # pairs that tell whether a store has those of this data
@@ -172,7 +173,7 @@ def kept_halves(
         return half is not None and rank0_first(lambda: bool((half.find(keys) >= 0).any()))
 
     precision, image, note = usual, images_in(usual) if fit else None, ""
-    trained_in = resolve(config.run.precision, device)
+    trained_in = precision_of(run, config, device)
     if fit and trained_in != usual and not has_these(image):
         other = images_in(trained_in)
         if has_these(other):
@@ -185,6 +186,16 @@ def kept_halves(
                 note += "what is there"
     text = kept(precision, heads.encode_text, tokenizer=tokenizer)
     return KeptHalves(image=image, text=text, precision=precision, note=note)
+
+
+def precision_of(run: Path, config: Config, device: torch.device) -> Precision:
+    """The precision in which a run was trained; `auto` may have been another one on its machine."""
+    for checkpoint in reversed(checkpoints(run)):
+        with suppress(ValueError, OSError):  # a damaged one
+            noted = facts_of(checkpoint, "arithmetic").get("run.precision")
+            if noted in get_args(Precision):
+                return cast(Precision, noted)
+    return resolve(config.run.precision, device)
 
 
 def is_shared(folder: Path) -> bool:

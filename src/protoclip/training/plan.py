@@ -70,6 +70,7 @@ from protoclip.paths import require_paths
 from protoclip.progress import three_digits
 from protoclip.training import optim, overfit, sizes
 
+MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
 Section = TypeVar("Section")
 # Other defaults than those of `train`, for settings that nobody gave; and a note on them.
@@ -256,12 +257,26 @@ def complete(
 
 
 def require_usable(config: Config, samples: Pairs) -> None:
-    """Refuse pairs to train on of which none of some can be used."""
+    """Refuse pairs to train on of which none of some can be used, in no source of them.
 
-    def read(row: int) -> object:
-        return dimensions(samples.sample(row).image, max_pixels=config.data.max_image_pixels)
+    Raises:
+        ValueError: So it is, and `data.max_bad_share` does not allow as many bad ones.
+    """
+    reasons = list[ValueError]()
+    parts = samples.parts if isinstance(samples, PairsView) else [(samples, range(len(samples)))]
+    for source, rows in parts if config.data.max_bad_share < MOST_BAD else ():
 
-    require_readable(f"data.train: {samples.name}", len(samples), read)
+        def read(number: int, source: Any = source, rows: Any = rows) -> object:
+            sample = source.sample(int(rows[number]))
+            return dimensions(sample.image, max_pixels=config.data.max_image_pixels)
+
+        try:
+            require_readable(f"data.train: {source.name}", len(rows), read)
+            return
+        except ValueError as error:
+            reasons.append(error)
+    if reasons:
+        raise reasons[0]
 
 
 def seen_of(samples: Pairs | SampleStream) -> tuple[str, str]:
@@ -450,8 +465,8 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
                 "loss.positives = pair, so equal captions are negatives of each other; set "
                 "loss.positives = masked, or episodes.apart = true"
             )
-    if rows is not None:
-        notes += sizes.drawn_again(config, rows)
+    if isinstance(samples, Pairs):
+        notes += sizes.drawn_again(config, samples)
     return with_sizes(config, size, usual), notes
 
 

@@ -21,6 +21,7 @@ from protoclip.data.defaults import (
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
+from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.start import Start
@@ -144,22 +145,31 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
     ]
 
 
-def drawn_again(config: Config, rows: int) -> list[str]:
+def drawn_again(config: Config, samples: Pairs) -> list[str]:
     """A note if draws with replacement bring many pairs to a batch twice, as negatives of
     themselves."""
     episodes, loss, batch = config.episodes, config.loss, config.episodes.batch_size
     are_negatives = loss.positives == "pair" and loss.info_nce > 0
     if not are_negatives or not episodes.replacement or episodes.apart:
         return []
-    different = rows * -math.expm1(batch * math.log1p(-1 / rows)) if rows > 1 else 1.0
+    rows, weights = len(samples), [each.weight or 0.0 for each in config.data.sources]
+    sizes, shares = [rows], [1.0]
+    if sum(weights) and isinstance(samples, PairsView):
+        sizes = [max(1, len(of_source)) for _, of_source in samples.parts]
+        shares = [weight / sum(weights) for weight in weights]
+    different = sum(
+        size * (1 - (1 - share / size) ** batch) for size, share in zip(sizes, shares, strict=True)
+    )
     again = 1 - different / batch
     if again < DRAWN_AGAIN:
         return []
-    fitting = f" and episodes.batch_size = {2 ** int(math.log2(rows))}" if batch > rows else ""
+    fitting, ways = 2 ** int(math.log2(max(1, rows))), ["episodes.replacement = false"]
+    if len(sizes) == 1:  # those of weighted sources may be larger
+        ways += [f"episodes.size = {fitting}"] * ((episodes.size or 0) > rows)
+        ways += [f"episodes.batch_size = {fitting}"] * (batch > rows)
     return [
         f"{again:.0%} of a batch of {batch:,} are pairs that it has already, since {rows:,} are "
-        "drawn with replacement, and each is a negative of its copy; set episodes.replacement = "
-        f"false{fitting}"
+        f"drawn with replacement, and each is a negative of its copy; set {' and '.join(ways)}"
     ]
 
 

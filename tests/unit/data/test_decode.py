@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,23 @@ def test_a_truncated_file_is_refused(name, size):
             np.testing.assert_array_equal(pixels, expected)
     assert refused > 0.9 * len(cuts) - 20
     assert "JPEG" not in name or refused == len(cuts)
+
+
+@pytest.mark.usefixtures("capfd")  # libjpeg prints what it finds
+def test_no_crop_makes_a_damaged_image_good_or_bad():
+    """Or one sample would stand for another in one pass over an episode, and not in the next."""
+    data, outcomes = encoded(photo(290, 290), "JPEG", quality=90), set[bool]()
+    for at in range(2000, len(data) - 2000, max(1, len(data) // 40)):
+        damaged, of_crops = data[:at] + b"\xff\xfe" + data[at + 2 :], set[bool]()
+        for side, size in ((290, 64), (60, 64), (200, 64), (290, 20)):  # all pixels, or a fraction
+            with suppress(ValueError):
+                decode_crop(damaged, fixed((0, 0, side, side)), size, max_pixels=PIXELS)
+                of_crops.add(True)
+                continue
+            of_crops.add(False)
+        assert len(of_crops) == 1
+        outcomes |= of_crops
+    assert True in outcomes
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])

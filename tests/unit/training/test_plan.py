@@ -39,7 +39,7 @@ from protoclip.config import (
 from protoclip.data.content import BLOCK, content, repeated_images
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.sampler import episodes
+from protoclip.data.sampler import EpisodeSampler, episodes
 from protoclip.data.view import PairsView
 from protoclip.models import loading
 from protoclip.models.halves import require_image_weights
@@ -56,6 +56,7 @@ from protoclip.training.plan import (
     idle,
     make_plan,
     outline,
+    require_usable,
     without_batch_norm,
 )
 from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
@@ -110,7 +111,7 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
             "loss.positives = masked, or episodes.apart = true"
         ]
         * ("repeat" in reason),
-        *drawn_again(config, rows),
+        *drawn_again(with_changes(config, {"episodes": {"size": None}}), Numbered(rows, captions)),
     ]
 
 
@@ -124,9 +125,9 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
 )
 def test_a_note_says_that_batches_are_large_for_the_pairs(rows, batch, share, way_out):
     """A draw with replacement brings a pair twice then, as a negative of itself."""
-    config = Config(episodes=EpisodeConfig(batch_size=batch, size=batch))
-    config = with_changes(config, {"loss": {"positives": "pair"}})
-    notes = drawn_again(config, rows)
+    config = Config(episodes=EpisodeConfig(batch_size=batch))
+    config, samples = with_changes(config, {"loss": {"positives": "pair"}}), Numbered(rows, 1)
+    notes = drawn_again(config, samples)
     assert len(notes) == (share is not None)
     for note in notes:
         assert note.startswith(f"{share} of a batch of {batch}")
@@ -137,9 +138,42 @@ def test_a_note_says_that_batches_are_large_for_the_pairs(rows, batch, share, wa
     assert again == pytest.approx(float((share or "9%").rstrip("%")) / 100, abs=0.01)
     smaller = {"batch_size": min(batch, size), "replacement": False, "size": min(batch, size)}
     for change in ({"episodes": {"apart": True}}, {"episodes": smaller}):
-        assert drawn_again(with_changes(config, change), rows) == []
+        assert drawn_again(with_changes(config, change), samples) == []
     for loss in ({"positives": "masked"}, {"info_nce": 0.0}):
-        assert drawn_again(with_changes(config, {"loss": loss}), rows) == []
+        assert drawn_again(with_changes(config, {"loss": loss}), samples) == []
+
+
+def test_the_way_out_of_repeated_draws_can_be_followed():
+    """An episode without replacement is no larger than the data."""
+    config, samples = Config(episodes=EpisodeConfig(batch_size=64, size=512)), Numbered(130, 1)
+    config = with_changes(config, {"loss": {"positives": "pair"}})
+    (note,) = drawn_again(config, samples)
+    assert note.endswith("; set episodes.replacement = false and episodes.size = 128")
+    episodes(with_changes(config, {"episodes": {"replacement": False, "size": 128}}), samples)
+
+
+def test_draws_from_a_small_source_with_a_large_weight_repeat():
+    given = {"sources": [{"path": path, "weight": 0.5} for path in "ab"]}
+    given = {"data": given, "loss": {"positives": "pair"}, "episodes": {"batch_size": 128}}
+    config, sizes = Config.from_dict(given), (40, 4000)
+    samples = PairsView([(Numbered(size, 1), range(size)) for size in sizes])
+    (note,) = drawn_again(config, samples)
+    draws = EpisodeSampler(sizes, 128, seed=0, weights=[0.5, 0.5])
+    drawn = [len({*draws.episode(index).rows.tolist()}) for index in range(200)]
+    again = 100 * (1 - np.mean(drawn) / 128)
+    assert float(note.partition("%")[0]) == pytest.approx(again, abs=1)
+
+
+def test_a_source_that_can_be_used_is_enough(tmp_path):
+    """And whoever allows most samples to be bad may have none that is good among some."""
+    table = pa.table({"image": ["gone.jpg"] * 40, "caption": ["a"] * 40})
+    bad = ImageTextPairs(table, name="bad", root=str(tmp_path))
+    good = Numbered(4, 4)
+    with pytest.raises(ValueError, match=r"^data.train: bad: of 20 pairs that were looked at none"):
+        require_usable(Config(), bad)
+    for parts in ([(bad, range(40)), (good, range(4))], [(good, range(4)), (bad, range(40))]):
+        require_usable(Config(), PairsView(parts))
+    require_usable(with_changes(Config(), {"data": {"max_bad_share": 0.9}}), bad)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,12 @@ def test_what_holds_no_settings_is_refused_with_those_that_are_meant(
     assert str(error.value).startswith(f'{start}give {{"data": {{"train": "{pairs}"}}}}')
 
 
+@pytest.mark.parametrize("name", ["base.toml", Path("base.toml")])
+def test_a_recipe_s_name_is_no_data(name):
+    with pytest.raises(ValueError, match=r"^settings: 'base.toml' is the name of a recipe; give w"):
+        inspect.unwrap(run.train)(name)
+
+
 @pytest.mark.parametrize("as_config", [True, False])
 @pytest.mark.parametrize(("module", "name"), [(run, "train"), (align, "align")])
 def test_a_run_gets_plain_values(module, name, as_config, monkeypatch):
