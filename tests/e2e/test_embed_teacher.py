@@ -10,7 +10,7 @@ import protoclip
 from protoclip.data.emoji import emoji_table, emoji_teacher_path
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features.encode import embed_teacher
-from protoclip.features.parts import precision_of
+from protoclip.features.parts import begun_precision
 from protoclip.features.teachers import read_teacher
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_both_towers_of_a_run_are_teachers(tiny_run, tiny_parquet, tmp_path):
         found.append(read_teacher(out).lookup(table["sample_id"].to_pylist()))
     assert facts == [(95, 16, 1, "image"), (96, 16, 0, "text")]
     begun = {"precision": "auto"}  # as versions up to 1.0.0
-    assert precision_of(begun, {}, "auto", CPU) == "auto"
+    assert begun_precision(begun, {}, "auto") == "auto"
     assert found[0].isnan().all(1).nonzero().tolist() == [[7]]
     model, transform, tokenizer = protoclip.load(tiny_run)
     for row in (0, 41, 95):
