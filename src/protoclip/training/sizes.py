@@ -154,7 +154,7 @@ def drawn_again(config: Config, samples: Pairs) -> list[str]:
         return []
     rows, weights = len(samples), [each.weight or 0.0 for each in config.data.sources]
     sizes, shares = [rows], [1.0]
-    if sum(weights) and isinstance(samples, PairsView):
+    if sum(weights) and isinstance(samples, PairsView) and len(samples.parts) == len(weights):
         sizes = [max(1, len(of_source)) for _, of_source in samples.parts]
         shares = [weight / sum(weights) for weight in weights]
     different = sum(
