@@ -180,7 +180,7 @@ def kept_halves(
             note = f"align encoded these images in {trained_in}, "
             if asked == "auto":
                 precision, image = trained_in, other
-                note += f"so what it lacks is too; --precision {usual} encodes all anew"
+                note += f"so others are encoded so too; --precision {usual} encodes all anew"
             else:
                 note += f"so they are encoded anew in {usual}; --precision {trained_in} takes "
                 note += "what is there"
