@@ -209,7 +209,7 @@ def test_vectors_have_the_precision_of_what_is_there_unless_one_is_asked_for(
 
     facts, said = embedded("auto")
     assert (facts["precision"], facts["kept"]["images"] > 0) == ("bf16", True)
-    assert "so others are encoded so too; --precision fp32 encodes all anew" in said
+    assert "and others are, too; --precision fp32 encodes all anew" in said
     exact, said = embedded("exact", precision="fp32")
     assert (exact["precision"], exact["kept"]["images"]) == ("fp32", 0)
     assert "so they are encoded anew in fp32; --precision bf16 takes what is there" in said

@@ -167,10 +167,12 @@ def kept_halves(
     # Of an image whose features are kept nobody knows the size.
     fit = max_pixels >= config.data.max_image_pixels
     images_in = partial(kept, project=heads.encode_image, transform=transform)
-    keys = [image_key(samples, row) for row in range(min(len(samples), LOOKED_UP))]
 
     def has_these(half: KeptHalf | None) -> bool:
-        return half is not None and rank0_first(lambda: bool((half.find(keys) >= 0).any()))
+        rows = range(min(len(samples), LOOKED_UP))
+        return half is not None and rank0_first(
+            lambda: bool((half.find(image_key(samples, row) for row in rows) >= 0).any())
+        )
 
     precision, image, note = usual, images_in(usual) if fit else None, ""
     trained_in = precision_of(run, config, device)
@@ -180,7 +182,7 @@ def kept_halves(
             note = f"align encoded these images in {trained_in}, "
             if asked == "auto":
                 precision, image = trained_in, other
-                note += f"so others are encoded so too; --precision {usual} encodes all anew"
+                note += f"and others are, too; --precision {usual} encodes all anew"
             else:
                 note += f"so they are encoded anew in {usual}; --precision {trained_in} takes "
                 note += "what is there"

@@ -262,16 +262,19 @@ def require_usable(config: Config, samples: Pairs) -> None:
     Raises:
         ValueError: So it is, and `data.max_bad_share` does not allow as many bad ones.
     """
+
+    def read(source: Pairs, rows: Sequence[int], number: int) -> object:
+        image = source.sample(int(rows[number])).image
+        return dimensions(image, max_pixels=config.data.max_image_pixels)
+
     reasons = list[ValueError]()
-    parts = samples.parts if isinstance(samples, PairsView) else [(samples, range(len(samples)))]
+    parts: Any = [(samples, range(len(samples)))]
+    if isinstance(samples, PairsView):
+        parts = samples.parts
     for source, rows in parts if config.data.max_bad_share < MOST_BAD else ():
-
-        def read(number: int, source: Any = source, rows: Any = rows) -> object:
-            sample = source.sample(int(rows[number]))
-            return dimensions(sample.image, max_pixels=config.data.max_image_pixels)
-
+        named = f"data.train: {source.name}"
         try:
-            require_readable(f"data.train: {source.name}", len(rows), read)
+            require_readable(named, len(rows), partial(read, source, rows))
             return
         except ValueError as error:
             reasons.append(error)
