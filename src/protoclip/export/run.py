@@ -79,7 +79,7 @@ def export(
         `image` and `text` features by format, relative to their mean norm; `left_out`, the reason
         by format; `prototypes` and `captions`, why there are no prototypes or no captions
         nearest to them, or None; `license`; `names_its_path`, whether open_clip finds the text
-        tower by the folder's path, which moves with nothing; `url`, if it was uploaded.
+        tower by the folder's path, so not any more once it has moved; `url`, if it was uploaded.
 
     Raises:
         ValueError: The reference, the folder or a format is wrong, the model can have none of the
