@@ -51,15 +51,6 @@ def defined_in(node: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
     return names
 
 
-def test_no_file_is_longer_than_600_lines():
-    lengths = {
-        path.relative_to(SOURCE): len(path.read_text(encoding="utf-8").splitlines())
-        for path in SOURCE.rglob("*.py")
-    }
-    assert len(lengths) > 150
-    assert {path: length for path, length in lengths.items() if length > 600} == {}
-
-
 def test_names_say_what_they_are():
     """No variable or function is called by a word that would fit any other as well."""
     named = {
