@@ -152,7 +152,11 @@ def keep(
 
 
 def distil(
-    outputs: Float[Tensor, "b _"], features: Float[Tensor, "b q"], *, by: By, copies: int = 1
+    outputs: Float[Tensor, "b _"],
+    features: Float[Tensor, "b q"],
+    *,
+    by: By,
+    samples: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, ""]:
     """The distance of a tower's outputs for a batch from a teacher's features of it.
 
@@ -180,8 +184,9 @@ def distil(
         outputs: What a tower's head makes of them, or by relations the tower; of any norm.
         features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
             know.
-        copies: Rows of each sample, which follow each other. Relations leave out rows of the same
-            sample, since their features are equal.
+        samples: The number of each row's sample, at least 0; unset, all differ. Relations leave
+            out rows of the same sample: their features are equal, so they would take most of the
+            softmax and teach nothing.
     """
     known = torch.isfinite(features).all(1)
     (outputs,) = tiles.widened(outputs)
@@ -190,8 +195,10 @@ def distil(
         rows, frozen = F.normalize(outputs, dim=-1), F.normalize(features, dim=-1)
         if by == "features":
             return mean_of_known(cosine_distances(rows, frozen), known, shared=True)
-        row = torch.arange(len(rows), device=rows.device) + collectives.rank() * len(rows)
-        numbers = torch.where(known, row // copies, -1)
+        if samples is None:
+            first = collectives.rank() * len(rows)
+            samples = torch.arange(first, first + len(rows), device=rows.device)
+        numbers = torch.where(known, samples, -1)
         gathered = map(collectives.all_gather_with_gradient, (rows, frozen, numbers))
         all_rows, all_frozen, all_numbers = gathered
         values = divergences(

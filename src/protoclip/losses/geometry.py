@@ -6,7 +6,7 @@ measures.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.losses import tiles
@@ -16,7 +16,11 @@ AMONG = 512  # rows
 
 
 def geometry_loss(
-    features: Float[Tensor, "b d"], frozen: Float[Tensor, "b q"], *, among: int = AMONG
+    features: Float[Tensor, "b d"],
+    frozen: Float[Tensor, "b q"],
+    *,
+    samples: Int[Tensor, " b"] | None = None,
+    among: int = AMONG,
 ) -> Float[Tensor, ""]:
     """How far the neighbours of each row are from what they were in a frozen space.
 
@@ -31,16 +35,19 @@ def geometry_loss(
     Args:
         features: Of unit norm, with gradient.
         frozen: Of the same samples, of any norm, in any precision.
+        samples: The number of each row's sample, at least 0; unset, all differ. A row is not
+            compared with rows of its own sample.
         among: Each rank cuts its batch into parts of about so many rows, and compares a row with
             those of its part. So the cost grows as the batch does, not as its square.
     """
     (rows,) = tiles.widened(features)
     targets = F.normalize(frozen.float(), dim=-1).to(rows)
-    parts = -(-len(rows) // among)
-    losses = []
-    for part, target in zip(rows.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        numbers = torch.arange(len(part), device=part.device)
-        losses.append(
-            divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(numbers, numbers))
-        )
+    if samples is None:
+        samples = torch.arange(len(rows), device=rows.device)
+    number = -(-len(rows) // among)
+    parts = (each.tensor_split(number) for each in (rows, targets, samples))
+    losses = [
+        divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(numbers, numbers))
+        for part, target, numbers in zip(*parts, strict=True)
+    ]
     return torch.cat(losses).mean()

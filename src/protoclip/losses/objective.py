@@ -85,6 +85,7 @@ def objective(
     frozen: tuple[Tensor, Tensor] | None = None,
     teachers: Mapping[str, Tensor] | None = None,
     groups: Int[Tensor, "b k"] | None = None,
+    samples: Int[Tensor, " b"] | None = None,
     captions: int = 1,
     detailed: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -120,6 +121,8 @@ def objective(
             `weights.geometry` is above 0.
         teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
+        samples: The number of each pair's sample, at least 0; unset, all differ. Pairs of one
+            sample are neither negatives nor targets of each other: a sample may be drawn twice.
         captions: Texts of each image, which follow each other; its rows are repeated for them.
         detailed: Also report how often a projection's nearest prototype is the assigned one, which
             costs about as much as the loss.
@@ -128,15 +131,18 @@ def objective(
     report: dict[str, Tensor] = {"train/logit_scale": embeddings.logit_scale.detach()}
     pairs = (embeddings.image_features, embeddings.text_features, embeddings.logit_scale)
     assert weights.positives == "pair" or groups is not None, "positives need the pairs' keys"
+    positives, keys = weights.positives, groups
+    if positives == "pair":
+        positives, keys = "masked", samples
     several = world_size() > 1
     if weights.info_nce:
-        loss = info_nce(*pairs, groups, positives=weights.positives, across_ranks=several)
+        loss = info_nce(*pairs, keys, positives=positives, across_ranks=several)
         losses["info_nce"] = weights.info_nce * loss
         report["train/loss/info_nce"] = loss.detach()
     if weights.sigmoid:
         assert embeddings.logit_bias is not None, "add_logit_bias comes first"
         with_bias = (*pairs, embeddings.logit_bias)
-        loss = sigmoid_loss(*with_bias, groups, positives=weights.positives, across_ranks=several)
+        loss = sigmoid_loss(*with_bias, keys, positives=positives, across_ranks=several)
         losses["sigmoid"] = weights.sigmoid * loss
         report["train/loss/sigmoid"] = loss.detach()
         report["train/logit_bias"] = embeddings.logit_bias.detach()
@@ -150,10 +156,11 @@ def objective(
     for name, outputs in embeddings.distilled.items():
         assert teachers is not None, "a weight needs the teacher's features"
         # The teacher has a row for each text; an image tower has one for each image.
-        rows, copies = teachers[name], captions
-        if len(outputs) < len(rows):
-            rows, copies = rows[::captions], 1
-        loss = distil(outputs, rows, by=weights.distil_by, copies=copies)
+        step = captions if len(outputs) < len(teachers[name]) else 1
+        samples_of_rows = None if samples is None else samples[::step]
+        loss = distil(
+            outputs, teachers[name][::step], by=weights.distil_by, samples=samples_of_rows
+        )
         losses[f"distil_{name}"] = weights.distil[name] * loss
         report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:
@@ -162,7 +169,11 @@ def objective(
         image = F.normalize(image[::captions], dim=-1)
         text = F.normalize(text, dim=-1)
         of_image, of_text = frozen
-        parts = [geometry_loss(image, of_image), geometry_loss(text, of_text)]
+        samples_of_images = None if samples is None else samples[::captions]
+        parts = [
+            geometry_loss(image, of_image, samples=samples_of_images),
+            geometry_loss(text, of_text, samples=samples),
+        ]
         loss = torch.stack(parts).mean()
         losses["geometry"] = weights.geometry * loss
         report["train/loss/geometry"] = loss.detach()

@@ -468,8 +468,6 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
                 "loss.positives = pair, so equal captions are negatives of each other; set "
                 "loss.positives = masked, or episodes.apart = true"
             )
-    if isinstance(samples, Pairs):
-        notes += sizes.drawn_again(config, samples)
     return with_sizes(config, size, usual), notes
 
 

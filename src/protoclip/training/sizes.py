@@ -8,7 +8,6 @@ import math
 from contextlib import suppress
 from itertools import islice
 
-from protoclip.config import Config
 from protoclip.data.captions import BETWEEN_SENTENCES
 from protoclip.data.content import repeated_images
 from protoclip.data.decode import dimensions
@@ -21,7 +20,6 @@ from protoclip.data.defaults import (
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.start import Start
@@ -30,7 +28,6 @@ from protoclip.models.towers import TokenCounter, build_tokenizer
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
 BLOCKS, BLOCK_ROWS = 10, 200  # of a source, whose images are compared
-DRAWN_AGAIN = 0.1  # share of a batch that it has already, from which on it is said
 SHARED = 0.01  # share of the pairs that have the image of another, from which on it is said
 PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
 
@@ -142,34 +139,6 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
         f"{again:,} of {looked_at:,} pairs that were looked at have the image of another one, and "
         "in a batch the two are negatives of each other; set loss.positives = masked, or give each "
         "image one row with all its captions"
-    ]
-
-
-def drawn_again(config: Config, samples: Pairs) -> list[str]:
-    """A note if draws with replacement bring many pairs to a batch twice, as negatives of
-    themselves."""
-    episodes, loss, batch = config.episodes, config.loss, config.episodes.batch_size
-    are_negatives = loss.positives == "pair" and loss.info_nce > 0
-    if not are_negatives or not episodes.replacement or episodes.apart:
-        return []
-    rows, weights = len(samples), [each.weight or 0.0 for each in config.data.sources]
-    sizes, shares = [rows], [1.0]
-    if sum(weights) and isinstance(samples, PairsView) and len(samples.parts) == len(weights):
-        sizes = [max(1, len(of_source)) for _, of_source in samples.parts]
-        shares = [weight / sum(weights) for weight in weights]
-    different = sum(
-        size * (1 - (1 - share / size) ** batch) for size, share in zip(sizes, shares, strict=True)
-    )
-    again = 1 - different / batch
-    if again < DRAWN_AGAIN:
-        return []
-    fitting, ways = 2 ** int(math.log2(max(1, rows))), ["episodes.replacement = false"]
-    if len(sizes) == 1:  # those of weighted sources may be larger
-        ways += [f"episodes.size = {fitting}"] * ((episodes.size or 0) > rows)
-        ways += [f"episodes.batch_size = {fitting}"] * (batch > rows)
-    return [
-        f"{again:.0%} of a batch of {batch:,} are pairs that it has already, since {rows:,} are "
-        f"drawn with replacement, and each is a negative of its copy; set {' and '.join(ways)}"
     ]
 
 

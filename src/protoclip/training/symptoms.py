@@ -13,7 +13,8 @@ import torch
 
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.distributed.collectives import all_gather, world_size
+from protoclip.distributed.collectives import all_gather
+from protoclip.features.store import number_samples
 from protoclip.training.optim import steps_to_peak
 
 # Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
@@ -26,25 +27,21 @@ RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is w
 UNMOVED = 1e-5
 # Share of a batch that repeats the rest of it, in the mean over so many logged steps.
 REPEATED, OBSERVED = 0.1, 5
-ADVICE = {
-    "captions": "set loss.positives = masked",
-    "images": "lower episodes.batch_size, or set loss.positives = masked",
-}
 
 
-def repeated(names: Sequence[str | bytes], device: torch.device) -> float:
-    """The share of names that come again, in the batch of all ranks. Collective.
+def repeated(captions: Sequence[bytes], sample_ids: Sequence[str], device: torch.device) -> float:
+    """The share of samples whose caption comes again with another sample, in the batch of all
+    ranks. Collective.
 
-    >>> repeated(["a cat", "a dog", "a cat", "a cat"], torch.device("cpu"))
-    0.5
+    >>> captions = [b"a cat", b"a dog", b"a cat", b"a cat"]
+    >>> repeated(captions, ["0", "1", "2", "2"], torch.device("cpu"))
+    0.33333...
     """
-    if world_size() == 1:
-        return 1 - len({*names}) / len(names)
-    texts = [name.encode() if isinstance(name, str) else name for name in names]
-    keys = [blake2b(text, digest_size=8).digest() for text in texts]
-    hashes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.int64)
-    everyone = all_gather(hashes.to(device))
-    return 1 - len(torch.unique(everyone)) / len(everyone)
+    keys = b"".join(blake2b(caption, digest_size=8).digest() for caption in captions)
+    hashes = torch.frombuffer(bytearray(keys), dtype=torch.int64)
+    pairs = torch.stack([hashes, number_samples(sample_ids)], dim=1)
+    different = torch.unique(all_gather(pairs.to(device)), dim=0)
+    return 1 - len(torch.unique(different[:, 0])) / len(different)
 
 
 def at_chance(
@@ -110,24 +107,18 @@ def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
     )
 
 
-def repeats(
-    what: str, shares: Sequence[float], *, replaced: bool = True, separable: bool = True
-) -> str | None:
-    """Whether too much of each batch repeats: `captions` or `images`, negatives of their equals.
+def repeats(shares: Sequence[float], *, separable: bool = True) -> str | None:
+    """Whether too many captions of each batch repeat, and are negatives of their equals.
 
     Args:
-        replaced: Whether pairs are drawn with replacement, and need not be.
         separable: Whether equal captions could be kept apart, and are not.
     """
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
-    once = "set episodes.replacement = false, " if what == "images" and replaced else ""
-    apart = ""
-    if what == "captions" and separable:
-        apart = ", or, if more captions differ than a batch holds, episodes.apart = true"
+    apart = ", or, if more captions differ than a batch holds, episodes.apart = true"
     return (
-        f"{fmean(shares):.0%} of the {what} of a batch repeat others, and equal ones are negatives "
-        f"of each other; {once}{ADVICE[what]}{apart}"
+        f"{fmean(shares):.0%} of the captions of a batch repeat others, and equal ones are "
+        f"negatives of each other; set loss.positives = masked{apart * separable}"
     )
 
 
@@ -140,7 +131,6 @@ class Symptoms:
         warm_up: Steps until the full rate.
         rate: That full rate.
         masked: Whether InfoNCE leaves out the pairs that match.
-        replaced: Whether pairs are drawn with replacement, and need not be.
         separable: Whether equal captions could be kept apart, and are not.
         overfits: Whether this is a run of `--overfit`.
     """
@@ -149,25 +139,23 @@ class Symptoms:
     warm_up: int
     rate: float
     masked: bool = False
-    replaced: bool = True
     separable: bool = True
     overfits: bool = False
     lowest: float = math.inf
     losses: list[float] = field(default_factory=list)
-    shares: dict[str, list[float]] = field(default_factory=lambda: {"captions": [], "images": []})
+    shares: list[float] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, config: Config, samples: Pairs | SampleStream, pairs: int) -> "Symptoms":
         """Those of a run on these samples."""
-        episodes, rows = config.episodes, len(samples) if isinstance(samples, Pairs) else None
+        episodes = config.episodes
         return cls(
             pairs=pairs,
             warm_up=steps_to_peak(config),
             rate=config.optim.learning_rate,
             masked=config.loss.positives == "masked",
-            replaced=episodes.replacement and rows is not None and rows >= episodes.size,
-            separable=rows is not None
+            separable=isinstance(samples, Pairs)
             and not episodes.apart
             and episodes.size > episodes.batch_size,
             overfits=config.run.overfit is not None,
@@ -177,12 +165,10 @@ class Symptoms:
         """What the metrics of a step say that was not said before."""
         lines: dict[str, str | None] = {}
         # Few pairs may repeat and be learned by heart: the verdict of `overfit` says.
-        for what, shares in self.shares.items() if not self.overfits else ():
-            if (share := metrics.get(f"train/repeated/{what}")) is not None:
-                shares[:] = [*shares[1 - OBSERVED :], share]
-                lines[what] = repeats(
-                    what, shares, replaced=self.replaced, separable=self.separable
-                )
+        share = metrics.get("train/repeated/captions")
+        if share is not None and not self.overfits:
+            self.shares = [*self.shares[1 - OBSERVED :], share]
+            lines["captions"] = repeats(self.shares, separable=self.separable)
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
             steps = step - self.warm_up

@@ -16,6 +16,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
+from protoclip.features.store import number_samples
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import (
@@ -187,6 +188,10 @@ class Trainer:
         assignments = {}
         if self.targets:
             assignments = self.source.assign(batch, embeddings, self.clusters)
+        samples = None
+        # Ranks cannot tell without a collective whether another one has the sample, too.
+        if world_size() > 1 or len({*batch.sample_id}) < len(batch.sample_id):
+            samples = number_samples(batch.sample_id).to(embeddings.logit_scale.device)
         losses, report = objective(
             embeddings,
             self.targets or None,
@@ -197,6 +202,7 @@ class Trainer:
             frozen=(batch.image, batch.text) if self.weights.geometry else None,
             teachers=batch.features,
             groups=batch.groups,
+            samples=samples,
             captions=len(batch.text) // len(batch.image),
             detailed=detailed,
         )
@@ -229,8 +235,9 @@ class Trainer:
             self.guard.look()  # waits for the device
             report |= self.throughput.shares(self._module, total.device)
             if batch.groups is None and self._tells_pairs_apart:
-                metrics["train/repeated/captions"] = repeated(batch.captions, total.device)
-                metrics["train/repeated/images"] = repeated(batch.sample_id, total.device)
+                metrics["train/repeated/captions"] = repeated(
+                    batch.captions, batch.sample_id, total.device
+                )
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)

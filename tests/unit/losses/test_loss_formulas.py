@@ -384,3 +384,42 @@ def test_the_objective_is_the_weighted_sum():
     assert total.item() == pytest.approx(expected.item(), rel=1e-9)
     _, brief = objective(e, targets, index, weights=weights, detailed=False)
     assert {name for name in report if "accuracy" not in name} == brief.keys()
+
+
+def test_a_sample_that_is_drawn_twice_is_no_negative_of_itself():
+    """Nor a target of its own relations: equal to the losses among other samples alone."""
+    samples = torch.tensor([row % 3 for row in range(B)])
+    own = [{j for j in range(B) if j % 3 == i % 3} for i in range(B)]
+    e = Embeddings(
+        image_features=unit(B, D, seed=1),
+        text_features=unit(B, D, seed=2),
+        image_projections=None,
+        text_projections=None,
+        logit_scale=scale(14.0),
+        prototype_logit_scale=scale(9.0),
+        logit_bias=scale(-6.0),
+        distilled={"bert": unit(B, D, seed=3)},
+    )
+    teacher = unit(B, Q, seed=4).detach()
+    weights = LossWeights(sigmoid=1.0, distil={"bert": 1.0})
+    losses, _ = objective(e, None, {}, weights=weights, teachers={"bert": teacher}, samples=samples)
+    pairs = e.image_features, e.text_features, e.logit_scale
+    expected = {
+        "info_nce": slow_info_nce(*pairs, own, "masked"),
+        "sigmoid": slow_sigmoid(*pairs, e.logit_bias, own, "masked"),
+        "distil_bert": slow_relations(e.distilled["bert"], teacher, own),
+    }
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-9, atol=1e-9)
+
+
+def slow_relations(rows: Tensor, frozen: Tensor, own: list[set[int]]) -> Tensor:
+    """KL of each row's softmax over the rows of other samples, at temperature 0.1."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(rows)):
+        others = [j for j in range(len(rows)) if j not in own[i]]
+        p = torch.softmax(frozen[others] @ frozen[i] / 0.1, 0)
+        q = torch.softmax(rows[others] @ rows[i] / 0.1, 0)
+        total = total + (p * (p / q).log()).sum() / len(rows)
+    return total

@@ -1,6 +1,5 @@
 """What a plan decides: by one rule each, said at the start, and of no setting that is given."""
 
-import math
 import os
 import re
 import tomllib
@@ -39,7 +38,7 @@ from protoclip.config import (
 from protoclip.data.content import BLOCK, content, repeated_images
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.sampler import EpisodeSampler, episodes
+from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
 from protoclip.models import loading
 from protoclip.models.halves import require_image_weights
@@ -60,7 +59,7 @@ from protoclip.training.plan import (
     without_batch_norm,
 )
 from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
-from protoclip.training.sizes import captions_cut, drawn_again
+from protoclip.training.sizes import captions_cut
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 # What a plan leaves open, as its module says.
@@ -111,57 +110,7 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
             "loss.positives = masked, or episodes.apart = true"
         ]
         * ("repeat" in reason),
-        *drawn_again(with_changes(config, {"episodes": {"size": None}}), Numbered(rows, captions)),
     ]
-
-
-@pytest.mark.parametrize(
-    ("rows", "batch", "share", "way_out"),
-    [
-        (211, 256, "42%", "false and episodes.batch_size = 128"),
-        (1_000, 256, "12%", "false"),
-        (1_300, 256, None, None),
-    ],
-)
-def test_a_note_says_that_batches_are_large_for_the_pairs(rows, batch, share, way_out):
-    """A draw with replacement brings a pair twice then, as a negative of itself."""
-    config = Config(episodes=EpisodeConfig(batch_size=batch))
-    config, samples = with_changes(config, {"loss": {"positives": "pair"}}), Numbered(rows, 1)
-    notes = drawn_again(config, samples)
-    assert len(notes) == (share is not None)
-    for note in notes:
-        assert note.startswith(f"{share} of a batch of {batch}")
-        assert note.endswith(f"; set episodes.replacement = {way_out}")
-    size = 2 ** int(math.log2(rows))
-    drawn = np.random.default_rng(0).integers(rows, size=(400, batch))
-    again = 1 - np.mean([len(set(row)) for row in drawn.tolist()]) / batch
-    assert again == pytest.approx(float((share or "9%").rstrip("%")) / 100, abs=0.01)
-    smaller = {"batch_size": min(batch, size), "replacement": False, "size": min(batch, size)}
-    for change in ({"episodes": {"apart": True}}, {"episodes": smaller}):
-        assert drawn_again(with_changes(config, change), samples) == []
-    for loss in ({"positives": "masked"}, {"info_nce": 0.0}):
-        assert drawn_again(with_changes(config, {"loss": loss}), samples) == []
-
-
-def test_the_way_out_of_repeated_draws_can_be_followed():
-    """An episode without replacement is no larger than the data."""
-    config, samples = Config(episodes=EpisodeConfig(batch_size=64, size=512)), Numbered(130, 1)
-    config = with_changes(config, {"loss": {"positives": "pair"}})
-    (note,) = drawn_again(config, samples)
-    assert note.endswith("; set episodes.replacement = false and episodes.size = 128")
-    episodes(with_changes(config, {"episodes": {"replacement": False, "size": 128}}), samples)
-
-
-def test_draws_from_a_small_source_with_a_large_weight_repeat():
-    given = {"sources": [{"path": path, "weight": 0.5} for path in "ab"]}
-    given = {"data": given, "loss": {"positives": "pair"}, "episodes": {"batch_size": 128}}
-    config, sizes = Config.from_dict(given), (40, 4000)
-    samples = PairsView([(Numbered(size, 1), range(size)) for size in sizes])
-    (note,) = drawn_again(config, samples)
-    draws = EpisodeSampler(sizes, 128, seed=0, weights=[0.5, 0.5])
-    drawn = [len({*draws.episode(index).rows.tolist()}) for index in range(200)]
-    again = 100 * (1 - np.mean(drawn) / 128)
-    assert float(note.partition("%")[0]) == pytest.approx(again, abs=1)
 
 
 def test_a_source_that_can_be_used_is_enough(tmp_path):
