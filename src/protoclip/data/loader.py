@@ -6,7 +6,7 @@ it to the device. Worker processes go on with the pass that comes next while thi
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip import signals
 from protoclip.config import Config
-from protoclip.data import access
+from protoclip.data import access, lanes
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.captions import ONE, CaptionDraw, without_padding
 from protoclip.data.defaults import number_of_workers
@@ -115,6 +115,7 @@ class _Made(NamedTuple):
     captions: list[bytes]
     bad: list[BadSample]
     error: str | None = None
+    lanes: frozenset[tuple[int, str]] = frozenset()  # see `Stretch.lane`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,8 @@ class _Reader(Dataset[_Made]):
             except ValueError as error:  # a worker's traceback would come with it
                 return _Made(ids, torch.zeros(0), Packed.of({}), [], bad, error=str(error))
         tokens = [row.tobytes() for row in text.numpy()]
-        return _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
+        made = _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
+        return made._replace(lanes=frozenset(each.lane for each in request.stretches))
 
     def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
         """Of each position, what is tried there until it is good."""
@@ -238,21 +240,22 @@ class _Requests(Sampler[_Request]):
         passes: Those that were begun and are not used to their end, the oldest first.
         made: What workers make of the requests.
         error: Why there are no more of them.
+        shares: By `Pass.stream`, the number of a stream's next batch, and its batches from there
+            on. They stay open between passes, so extraction and training read a sample once each.
     """
 
     def __init__(self) -> None:
         self.passes = deque[Pass]()
         self.made: Iterator[_Made] | None = None
         self.error: Exception | None = None
+        self.shares = dict[int, tuple[int, Iterator[list[Stretch]]]]()
         self._loader: EpisodeLoader | None = None
-        self._newest: Generator[_Request, None, None] | None = None
 
     def __iter__(self) -> Iterator[_Request]:
         try:
             while self._loader is not None:
                 newest = self.passes[-1]
-                self._newest = self._loader.requests(newest)
-                yield from self._newest
+                yield from self._loader.requests(newest)
                 if (following := self._loader.after(newest)) is None:
                     return
                 self.passes.append(following)
@@ -274,12 +277,10 @@ class _Requests(Sampler[_Request]):
         return self.made is not None and bool(self.passes) and self.passes[0].is_same_as(wanted)
 
     def abandon(self) -> None:
-        """Forget what is to come, and close a stream's thread that reads ahead."""
+        """Forget what is to come."""
         self.passes.clear()
-        if self._newest is not None:
-            self._newest.close()
         # The loader too: it holds these requests, and a cycle would keep its workers alive.
-        self.made = self.error = self._newest = self._loader = None
+        self.made = self.error = self._loader = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +381,8 @@ class EpisodeLoader:
         if not made.sample_ids:
             what = "a batch found only bad samples to fill it, such as"
             raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
+        if made.lanes and cast("SampleStream", self.pairs).lanes % self.world_size:
+            lanes.require_equal_lanes(made.lanes)
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())
         tensors = made.packed.unpack(self.device)
         if "draws" in tensors:
@@ -435,6 +438,7 @@ class EpisodeLoader:
         Left to Python's cyclic collector they live on for a while, and it waits 5 s for each.
         """
         self._requests.abandon()
+        self._requests.shares.clear()  # which ends threads that read ahead
         self.__dict__.pop("_loader", None)
 
     @cached_property
@@ -457,7 +461,7 @@ class EpisodeLoader:
             generator=torch.Generator(),  # or it would draw from the global one
         )
 
-    def requests(self, current: Pass) -> Generator[_Request, None, None]:
+    def requests(self, current: Pass) -> Iterator[_Request]:
         """The batches to make; all ranks together take the next positions for each."""
         episode, transform = current.episode, current.transform
         rows, size = episode.rows.numpy(), len(episode.rows)
@@ -468,13 +472,16 @@ class EpisodeLoader:
         shares: Iterator[list[Stretch]] | None = None
         if isinstance(self.pairs, SampleStream):
             assert size % stride == 0, "an episode of a stream has whole batches"
-            shares = shares_of_batches(
-                self.pairs,
-                episode.index * (size // stride) + current.start,
-                batch_size=stride,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
+            first = episode.index * (size // stride)
+            following, shares = self._requests.shares.pop(current.stream, (-1, None))
+            if shares is None or following != first + current.start:
+                shares = shares_of_batches(
+                    self.pairs,
+                    first + current.start,
+                    batch_size=stride,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                )
         for begin in range(current.start * stride, size, stride):
             end = min(begin + stride, size)
             position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
@@ -486,6 +493,7 @@ class EpisodeLoader:
                 candidates = rows[np.concatenate([position, after.ravel()])].tolist()
             else:
                 stretches = next(shares)
+                self._requests.shares[current.stream] = first + end // stride, shares
             yield _Request(
                 position=position,
                 rows=candidates,

@@ -54,6 +54,8 @@ class ExtractedFeatures:
             sample ids and a transform without random draws.
         micro_batch_size: Images that pass through the model at once, with their captions; unset for
             the whole batch.
+        keys: Hashes of the sample ids that were clustered, in the order of the episode.
+        unknown: Pairs of this rank that were trained on since and were not among these.
     """
 
     model: ProtoCLIP
@@ -62,6 +64,8 @@ class ExtractedFeatures:
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
     micro_batch_size: int | None = None
+    keys: Int[Tensor, " m"] | None = field(default=None, init=False)
+    unknown: int | Tensor = field(default=0, init=False)
 
     @torch.no_grad()  # not in inference mode: see `parallel.without_gradients`
     def features(self, episode: Episode) -> EpisodeFeatures:
@@ -152,19 +156,42 @@ class ExtractedFeatures:
         self, batch: Batch, embeddings: Embeddings, clusters: Mapping[str, KMeans]
     ) -> Assignments:
         """Prototypes of the projections: those that clustering gave them."""
-        spaces = clusters.keys() - self.teachers.keys()
-        return {space: clusters[space].assignments[batch.position] for space in sorted(spaces)}
+        spaces, rows = clusters.keys() - self.teachers.keys(), self._rows(batch)
+        if not spaces:
+            return {}
+        self.unknown = self.unknown + (rows < 0).sum()
+        return {
+            space: torch.where(rows < 0, -1, clusters[space].assignments[rows])
+            for space in sorted(spaces)
+        }
+
+    def _rows(self, batch: Batch) -> Int[Tensor, " n"]:
+        """The row of each pair among those that were clustered, or -1.
+
+        It is the position, unless a stream lost a shard in one of the two passes.
+        """
+        if self.keys is None:  # checkpoints up to version 1.0.0 have none
+            return batch.position
+        hashes = torch.from_numpy(hash_ids(batch.sample_id).view(np.int64))
+        keys = Packed.of({"keys": hashes}).send(batch.position.device)["keys"]
+        order = self.keys.argsort(stable=True)
+        first = torch.searchsorted(self.keys, keys, sorter=order)
+        caption = batch.position % (len(batch.text) // len(batch.image))
+        by_id = order[(first + caption).clamp(max=len(order) - 1)]
+        rows = torch.where(self.keys[batch.position] == keys, batch.position, by_id)
+        return torch.where(self.keys[rows] == keys, rows, -1)
 
     def observe(self, batch: Batch, embeddings: Embeddings, taken: Bool[Tensor, ""]) -> None:
-        """Called after each training step. Extraction keeps nothing of it, and has no state.
+        """Called after each training step. Extraction keeps nothing of it.
 
         A step that was not `taken` leaves nothing behind.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"keys": self.keys}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.keys = state.get("keys")
 
 
 def require_finite(finite: bool) -> None:

@@ -34,6 +34,7 @@ from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces, in_order
+from protoclip.terminal import say
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.logging import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
@@ -142,12 +143,14 @@ class Trainer:
             spaces = {"image": features.image, "text": features.text, **spaces}
         self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
         seconds["cluster"] = self._tick()
+        self.source.keys = in_order(features.keys, features.positions)
+        self.source.unknown = 0
         self.targets = self.make_targets(
             self.clusters,
             image_projections=features.image,
             text_projections=features.text,
             positions=features.positions,
-            keys=in_order(features.keys, features.positions),
+            keys=self.source.keys,
         )
         metrics = {
             f"train/prototypes/agreement/{student}_from_{teacher}": target.confidence
@@ -380,6 +383,10 @@ class Trainer:
             marks = all_reduce(marks, "max")
             if bool(marks.any()):  # or no step of the episode was taken
                 metrics[f"train/prototypes/dead/{space}"] = 1 - float(marks[1:].mean())
+        unknown = torch.as_tensor(self.source.unknown, device=next(self.model.parameters()).device)
+        if self.reached and (number := int(all_reduce(unknown))) and collectives.rank() == 0:
+            lost = "a shard was lost in one of the two passes over it"
+            say(f"note: {number:,} pairs of episode {self.episode + 1} had no prototype: {lost}")
         self.episode, self.batch = self.episode + 1, 0
         self.targets, self.reached = {}, {}
         return metrics

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -20,10 +21,14 @@ from protoclip.data.lanes import Stretch, shares_of_batches
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.sampler import EXTRACTION_STREAM, Episode
+from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
-from protoclip.testing import tiny_pairs
+from protoclip.distributed import collectives
+from protoclip.features.store import hash_ids
+from protoclip.models import loading
+from protoclip.prototypes.features import ExtractedFeatures
+from protoclip.testing import run_distributed, tiny_model, tiny_pairs
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
@@ -335,3 +340,115 @@ def test_workers_replace_bad_samples_of_a_stream_alike():
         assert one.sample_id == other.sample_id
         assert torch.equal(one.image, other.image)
     ours.close()
+
+
+@contextmanager
+def good_shards(number: int, read: list[str]) -> Iterator[None]:
+    """Shards of this many samples, whose images are grey; `read` gets the id of each sample."""
+
+    def items(shard: str, *_: object) -> Iterator[Sample]:
+        for index in range(number):
+            name = f"{shard}/{index}"
+            read.append(name)
+            yield Sample(sample_id=name, image=b"", captions=("a",), where=shard)
+
+    def decoded(_: object, item: Sample | BadSample, decode: object) -> tuple[Sample, np.ndarray]:
+        if isinstance(item, BadSample):
+            raise item
+        return item, np.zeros((8, 8, 3), np.uint8)
+
+    with (
+        patch.object(streams, "read_shard", items),
+        patch("protoclip.data.loader.read_image", decoded),
+    ):
+        yield
+
+
+LOSSES = {
+    "extraction": {(0, 0): 2},
+    "training": {(0, 1): 2, (1, 1): 2},
+    "both": {(0, 0): 1, (0, 1): 3, (1, 0): 2},
+    "one rank alone": {(1, 1): 1},
+}
+
+
+class Losing(ShardStream):
+    """Cannot read the shard that it opens as this number."""
+
+    loses = -1
+
+    def read(self, shard: str) -> Iterator[Sample | BadSample]:
+        self.loses -= 1
+        if self.loses == 0:
+            yield BadSample(shard, shard, "refused; all of the shard is lost")
+        else:
+            yield from super().read(shard)
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+def test_no_sample_has_the_prototype_of_another(lost):
+    """Two ranks extract and then train; shards are lost, by rank and pass."""
+    episode, passes = Episode(index=0, rows=torch.arange(240)), list[list[Any]]()
+    source = partial(Losing, "https://h/a{0..39}.tar", seed=3, lanes=2, shuffle=8)
+    ranks = [loader(source(), rank, 2) for rank in range(2)]
+    with good_shards(24, []):
+        for number, kind in enumerate((EXTRACTION_STREAM, TRANSFORM_STREAM)):
+            passes.append([])
+            for rank, each in enumerate(ranks):
+                each.close()
+                each.pairs.loses = LOSSES[lost].get((rank, number), 0)
+                passes[-1] += [*each.batches(episode, stream=kind)]
+    extracted = {
+        position: name
+        for batch in passes[0]
+        for position, name in zip(batch.position.tolist(), batch.sample_id, strict=True)
+    }
+    names = [extracted[position] for position in range(240)]
+    features = ExtractedFeatures(
+        model=loading.model(tiny_model(), seed=0),
+        batches=lambda _: [],
+        teachers={},
+        autocast=nullcontext,
+    )
+    features.keys = torch.from_numpy(hash_ids(names).view(np.int64))
+    wrong = unknown = 0
+    for batch in passes[1]:
+        for row, name in zip(features._rows(batch).tolist(), batch.sample_id, strict=True):
+            wrong += row >= 0 and names[row] != name
+            unknown += row < 0
+            assert (row < 0) == (name not in names)
+    assert wrong == 0
+    assert 0 < unknown < 80
+
+
+def batches_of_lane(loses: int) -> int:
+    """The batches of this rank, which shares a lane with another, until the run ends."""
+    stream = Losing("https://h/a{0..39}.tar", seed=3)
+    rank = collectives.rank()
+    stream.loses = loses if rank == 1 else 0
+    made = 0
+    with good_shards(24, []), suppress(ValueError):
+        for _ in loader(stream, rank, 2).batches(Episode(index=0, rows=torch.arange(240))):
+            made += 1
+    return made
+
+
+def test_ranks_that_share_a_lane_do_not_go_on_with_other_samples():
+    """The batches before the shard that one of them loses are alike."""
+    assert run_distributed(batches_of_lane, 2, 0) == [10, 10]
+    ended = run_distributed(batches_of_lane, 2, 7)
+    assert ended[0] == ended[1] < 8
+
+
+@pytest.mark.parametrize("extracts", [False, True])
+def test_passes_go_on_where_they_stood(extracts):
+    """A lane's reader is opened once for each kind of pass, amid a block and a shard."""
+    read_of_shards, used = list[str](), 0
+    with good_shards(100, read_of_shards):
+        one = loader(ShardStream("https://h/a{0..39}.tar", seed=3, shuffle=96), 0, 1)
+        for index in range(40):
+            episode = Episode(index=index, rows=torch.arange(EPISODE))
+            for kind in [EXTRACTION_STREAM] * extracts + [TRANSFORM_STREAM]:
+                used += sum(len(batch.image) for batch in one.batches(episode, stream=kind))
+        one.close()
+    assert len(read_of_shards) < 1.5 * used

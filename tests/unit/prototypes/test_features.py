@@ -14,7 +14,7 @@ from interrupting import with_changes
 from protoclip import KMeans
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
-from protoclip.features.store import StoredFeatures
+from protoclip.features.store import StoredFeatures, hash_ids
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
@@ -120,12 +120,16 @@ def test_a_queued_sample_belongs_to_the_nearest_prototype_of_the_moment():
 
 
 def test_an_extracted_sample_belongs_where_clustering_put_it():
-    """By its position, whatever its projection is now."""
+    """By its id and caption, whatever its projection is now and where a stream has it now. One
+    that was not extracted has no prototype. Checkpoints of 1.0.0 have positions alone."""
     source = ExtractedFeatures(**settings(no_pass))
     spaces = {"image": clusters(3, 4, 0, [2, 0, 1, 1, 0, 2])}
     found = source.assign(batch(list("abc"), first=2), embeddings(3, 0), spaces)
     assert found["image"].tolist() == [1, 1, 0]
-    assert source.state_dict() == {}
+    source.load_state_dict({"keys": torch.from_numpy(hash_ids("xyabbc").view(np.int64))})
+    found = source.assign(batch(list("abczbb"), first=0), embeddings(6, 0), spaces)
+    assert found["image"].tolist() == [1, 1, 2, -1, 0, 1]
+    assert source.unknown == 1
 
 
 def test_a_repeated_pair_is_extracted_once():
