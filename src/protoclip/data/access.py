@@ -396,11 +396,10 @@ class WebFile(io.RawIOBase):
                     raise FileNotFoundError(f"HTTP {code}") from None
                 reason = f"HTTP {code} {error.response.reason_phrase}"
                 may_pass = code >= 500 or code in (408, 425, 429)
-            except httpx.TimeoutException as error:
-                never = isinstance(error, httpx.ConnectTimeout) and self.position == 0
-                reason, may_pass = "no answer in time", not never
+            except (httpx.TimeoutException, TimeoutError):
+                reason, may_pass = "no answer in time", True
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                broken = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+                broken = (httpx.NetworkError, httpx.RemoteProtocolError)
                 reason, may_pass = str(error), isinstance(error, broken)
             if self.response is not None:
                 self.response.close()

@@ -76,6 +76,7 @@ class ShardStream:
         self.seed, self.shuffle = seed, shuffle
         self.caption_keys, self.access = caption_keys and list(caption_keys), access
         self.chosen, self.needs_captions = chosen, needs_captions
+        self._usual = 0  # samples of the last shard that was read to its end
         self.prefix = ""  # with which `chosen` knows ids, in a mixture
         # Of each lane: first sample of a block -> which of the lane's shards holds it, and its
         # number there.
@@ -138,9 +139,19 @@ class ShardStream:
         return digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
 
     def read(self, shard: str) -> Iterator[Item]:
-        """The chosen samples of one shard, in order."""
+        """The chosen samples of one shard, in order. Where it breaks off, the number of samples of
+        the shard before tells about how many are lost."""
         settings = self.caption_keys, self.access, self.keeps, self.needs_captions
-        return read_shard(shard, *settings)
+        number = 0
+        for item in read_shard(shard, *settings):
+            if isinstance(item, BadSample) and item.reason.endswith(LOST):
+                if self._usual > number:
+                    item.reason = f"about {self._usual - number:,} samples: {item.reason}"
+                yield item
+                return
+            yield item
+            number += 1
+        self._usual = number
 
     def keeps(self, sample_id: str) -> bool:
         return self.chosen is None or self.chosen.keeps(self.prefix + sample_id)
@@ -224,7 +235,8 @@ def read_shard(
                     yield _checked(sample, shard, repeated, needs_captions)
                 seen.add(sample.sample_id)
     except Exception as error:  # file systems, commands and decompressors have their own errors
-        yield BadSample(stem, shard, f"{reason_of(error)}; all {LOST}")
+        part = f" after {len(seen)} samples; the rest" if seen else "; all"
+        yield BadSample(stem, shard, f"{reason_of(error)}{part} {LOST}")
 
 
 def _checked(sample: ShardSample, shard: str, repeated: bool, needs_captions: bool) -> Item:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import fsspec
@@ -299,6 +299,23 @@ def test_what_may_pass_is_tried_again(server, name, requests):
     """And what was read before the connection broke is not asked for again."""
     assert read(f"{server}/{name}") == CONTENT
     assert Odd.counts[name] == requests
+
+
+@pytest.mark.parametrize("error", ["ConnectError", "ConnectTimeout"])
+def test_a_connection_is_tried_three_times(server, error, monkeypatch):
+    """From the first byte on: a server may be away for a second."""
+    send, failures = module.httpx.Client.send, [getattr(module.httpx, error)("refused")] * 2
+
+    def fail_twice(*given: Any, **more: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return send(*given, **more)
+
+    monkeypatch.setattr(module.httpx.Client, "send", fail_twice)
+    assert read(f"{server}/good") == CONTENT
+    failures += [getattr(module.httpx, error)("refused")] * 3
+    with pytest.raises(OSError, match=r"3 times$"):
+        read(f"{server}/good")
 
 
 @pytest.mark.parametrize(
