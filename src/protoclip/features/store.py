@@ -88,6 +88,7 @@ class StoredFeatures(Whitens):
     """
 
     way_out = "delete the folder, and run protoclip embed-teacher again"  # of damaged features
+    made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
 
     def __init__(
         self,
@@ -328,7 +329,7 @@ def open_folder(
         raise ValueError(f"{folder}: damaged ({reason}); {way_out}") from None
     opened = StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
     opened.way_out = way_out
-    opened.modality = facts.get("modality")
+    opened.modality, opened.made_of = facts.get("modality"), facts.get("content", ())
     return opened
 
 

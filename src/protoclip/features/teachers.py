@@ -5,6 +5,7 @@ whose features are made when the run begins.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 
 from protoclip.config import HALVES, START, Config, TeacherConfig
 from protoclip.data.access import is_local
+from protoclip.data.content import difference, facts_of_rows, of_pairs
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
-from protoclip.data.pairs import Pairs, Sample, SampleStream
+from protoclip.data.pairs import ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.sources import entries
 from protoclip.data.stream import ShardStream
@@ -115,7 +117,8 @@ def teachers(
     `whiten` is the next step. Notes how many samples a teacher has no features of.
 
     Raises:
-        ValueError: There is no such teacher, or it has features of none of the samples.
+        ValueError: There is no such teacher, it has features of none of the samples, or of others
+            under the same numbers of rows.
     """
     sources = zip(sources_of(samples), entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
@@ -140,10 +143,30 @@ def teachers(
             stored.modality = "text"
         else:
             stored = read_teacher(teacher.features)
+        for source in sources_of(samples):
+            require_same_rows(stored, source)
         loaded[name] = stored
         for said in unknown_to(name, stored, samples):
             note(said)
     return loaded
+
+
+def require_same_rows(stored: StoredFeatures, source: Any) -> None:
+    """Refuse features of another table, where ids are the numbers of rows."""
+    if not isinstance(source, ImageTextPairs) or source.id_column is not None:
+        return
+    whole = copy(source)
+    whole.rows = None  # features may also be of rows that `data.without` leaves out
+    for facts in stored.made_of:
+        read = of_pairs if "sample" in facts else facts_of_rows
+        is_of_source = facts.get("ids") == f"{source.name}/row"
+        changes = [is_of_source and difference([facts], [read(s)]) for s in (whole, source)]
+        if all(changes):
+            raise ValueError(
+                f"teacher.features: {stored.name} was made of another table ({changes[0]}), and "
+                f"the ids of '{source.name}' are the numbers of its rows; make it again with "
+                "protoclip embed-teacher, or give both tables a column of ids"
+            )
 
 
 def unknown_to(name: str, stored: StoredFeatures, samples: Pairs | SampleStream) -> list[str]:

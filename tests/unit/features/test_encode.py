@@ -34,6 +34,7 @@ from protoclip.distributed import collectives
 from protoclip.features import encode, parts, teachers
 from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
 from protoclip.features.halves import HalfEncoder
+from protoclip.features.store import StoredFeatures
 from protoclip.features.teachers import read_teacher
 from protoclip.features.whiten import fit_pca
 from protoclip.models.aligned import FrozenHalves
@@ -499,6 +500,47 @@ def test_features_of_ones_own_become_a_folder(form, tmp_path):
     np.testing.assert_allclose(reduced, (features[: len(known)] - mean) @ axes.T, atol=5e-3)
     with pytest.raises(ValueError, match=r"--width: 7 is not between 1 and 6"):
         embed_teacher(str(file), samples, tmp_path / "x", width=7, device=CPU)
+
+
+NUMBERED = tiny_pairs(96).drop(["sample_id"])
+NUMBERED = NUMBERED.set_column(1, "caption", [[f"number {row}" for row in range(96)]])
+ROWS = {"all": np.arange(96), "turned": np.arange(96)[::-1], "some": np.arange(0, 96, 2)}
+
+
+@pytest.mark.parametrize(
+    ("modality", "rows", "change", "is_refused"),
+    [
+        ("text", "all", {}, False),
+        ("text", "turned", {}, True),
+        ("text", "some", {}, True),
+        ("image", "turned", {}, True),
+        ("text", "all", {"caption": ["other"] * 96}, True),
+        ("image", "all", {"caption": ["other"] * 96}, False),
+        # Ids that somebody gave stay with their rows.
+        ("text", "turned", {"sample_id": [str(row) for row in range(96)]}, False),
+    ],
+)
+def test_a_teacher_of_other_rows_under_the_same_numbers(modality, rows, change, is_refused):
+    stored = read_teacher_of(ImageTextPairs(NUMBERED, name="made"), modality)
+    table = NUMBERED.take(pa.array(ROWS[rows].copy()))
+    for name, values in change.items():
+        table = table.drop([name] if name in table.column_names else []).append_column(
+            name, [values]
+        )
+    source = ImageTextPairs(table, name="made")
+    refused = pytest.raises(ValueError, match=r"was made of another table .* column of ids")
+    with refused if is_refused else nullcontext():
+        teachers.require_same_rows(stored, source)
+    teachers.require_same_rows(read_teacher_of(source, modality), source.subset(np.arange(9)))
+
+
+def read_teacher_of(source: ImageTextPairs, modality: str) -> StoredFeatures:
+    features = np.zeros((len(source), 2), np.float32)
+    made = {"sample_ids": [*source.sample_ids()], "features": features}
+    stored = StoredFeatures.in_memory(name="teacher", **made)
+    teachers.require_same_rows(stored, source)  # of an earlier version, it says nothing
+    stored.made_of = encode.read_content(source, modality)
+    return stored
 
 
 def test_a_tokenizer_that_reads_otherwise_is_another_half():
