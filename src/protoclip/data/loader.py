@@ -26,7 +26,7 @@ from protoclip.data import access, lanes
 from protoclip.data.cache import crop, image_cache
 from protoclip.data.captions import ONE, CaptionDraw, without_padding
 from protoclip.data.defaults import number_of_workers
-from protoclip.data.groups import Key, keys_of
+from protoclip.data.groups import Key, keys_of, number_of
 from protoclip.data.lanes import MIN_SPARE, Stretch, overlapping, shares_of_batches
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
@@ -64,6 +64,12 @@ class Batch:
     captions: list[bytes] = field(default_factory=list)
     features: Mapping[str, Float[Tensor, "n _"]] = field(default_factory=dict)
     groups: Int[Tensor, "n k"] | None = None
+
+    @cached_property
+    def keys(self) -> Int[Tensor, " n"]:
+        """A hash of each row's sample id, as `features.store.hash_ids` makes them."""
+        keys = torch.tensor([number_of(name) for name in self.sample_id])
+        return Packed.of({"keys": keys}).send(self.position.device)["keys"]
 
 
 _Draws = npt.NDArray[np.float32]

@@ -56,11 +56,6 @@ def hash_ids(sample_ids: Iterable[str]) -> Hashes:
     return np.fromiter((int.from_bytes(d, "little") for d in digests), dtype=np.uint64)
 
 
-def number_samples(sample_ids: Iterable[str]) -> Tensor:
-    """63 bits of each id's hash, as integers of at least 0."""
-    return torch.from_numpy((hash_ids(sample_ids) >> np.uint64(1)).view(np.int64))
-
-
 def build_index(sample_ids: Sequence[str], *, name: str) -> Hashes:
     """The ids' hashes in ascending order, and the row of each `(2, n)`; refuses equal hashes."""
     hashes = hash_ids(sample_ids)

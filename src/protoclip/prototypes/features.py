@@ -54,7 +54,8 @@ class ExtractedFeatures:
             sample ids and a transform without random draws.
         micro_batch_size: Images that pass through the model at once, with their captions; unset for
             the whole batch.
-        keys: Hashes of the sample ids that were clustered, in the order of the episode.
+        keys, order: Hashes of the sample ids that were clustered, in the order of the episode, and
+            the rows in ascending order of these.
         unknown: Pairs of this rank that were trained on since and were not among these.
     """
 
@@ -65,6 +66,7 @@ class ExtractedFeatures:
     each_pair_once: bool = True
     micro_batch_size: int | None = None
     keys: Int[Tensor, " m"] | None = field(default=None, init=False)
+    order: Int[Tensor, " m"] | None = field(default=None, init=False)
     unknown: int | Tensor = field(default=0, init=False)
 
     @torch.no_grad()  # not in inference mode: see `parallel.without_gradients`
@@ -170,16 +172,19 @@ class ExtractedFeatures:
 
         It is the position, unless a stream lost a shard in one of the two passes.
         """
-        if self.keys is None:  # checkpoints up to version 1.0.0 have none
+        if self.keys is None or self.order is None:  # checkpoints up to version 1.0.0 have none
             return batch.position
-        hashes = torch.from_numpy(hash_ids(batch.sample_id).view(np.int64))
-        keys = Packed.of({"keys": hashes}).send(batch.position.device)["keys"]
-        order = self.keys.argsort(stable=True)
-        first = torch.searchsorted(self.keys, keys, sorter=order)
+        first = torch.searchsorted(self.keys, batch.keys, sorter=self.order)
         caption = batch.position % (len(batch.text) // len(batch.image))
-        by_id = order[(first + caption).clamp(max=len(order) - 1)]
-        rows = torch.where(self.keys[batch.position] == keys, batch.position, by_id)
-        return torch.where(self.keys[rows] == keys, rows, -1)
+        by_id = self.order[(first + caption).clamp(max=len(self.order) - 1)]
+        at_position = self.keys[batch.position] == batch.keys
+        rows = torch.where(at_position, batch.position, by_id)
+        return torch.where(self.keys[rows] == batch.keys, rows, -1)
+
+    def remember(self, keys: Int[Tensor, " m"] | None) -> None:
+        """Keep the hashes of the sample ids that were clustered, in the order of the episode."""
+        self.keys, self.unknown = keys, 0
+        self.order = None if keys is None else keys.argsort(stable=True)
 
     def observe(self, batch: Batch, embeddings: Embeddings, taken: Bool[Tensor, ""]) -> None:
         """Called after each training step. Extraction keeps nothing of it.
@@ -191,7 +196,7 @@ class ExtractedFeatures:
         return {"keys": self.keys}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.keys = state.get("keys")
+        self.remember(state.get("keys"))
 
 
 def require_finite(finite: bool) -> None:

@@ -10,11 +10,12 @@ from hashlib import blake2b
 from statistics import fmean, pstdev
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.distributed.collectives import all_gather
-from protoclip.features.store import number_samples
 from protoclip.training.optim import steps_to_peak
 
 # Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
@@ -29,18 +30,18 @@ UNMOVED = 1e-5
 REPEATED, OBSERVED = 0.1, 5
 
 
-def repeated(captions: Sequence[bytes], sample_ids: Sequence[str], device: torch.device) -> float:
+def repeated(captions: Sequence[bytes], samples: Int[Tensor, " n"]) -> float:
     """The share of samples whose caption comes again with another sample, in the batch of all
     ranks. Collective.
 
     >>> captions = [b"a cat", b"a dog", b"a cat", b"a cat"]
-    >>> repeated(captions, ["0", "1", "2", "2"], torch.device("cpu"))
+    >>> repeated(captions, torch.tensor([0, 1, 2, 2]))
     0.33333...
     """
     keys = b"".join(blake2b(caption, digest_size=8).digest() for caption in captions)
     hashes = torch.frombuffer(bytearray(keys), dtype=torch.int64)
-    pairs = torch.stack([hashes, number_samples(sample_ids)], dim=1)
-    different = torch.unique(all_gather(pairs.to(device)), dim=0)
+    pairs = torch.stack([hashes.to(samples.device), samples], dim=1)
+    different = torch.unique(all_gather(pairs), dim=0)
     return 1 - len(torch.unique(different[:, 0])) / len(different)
 
 

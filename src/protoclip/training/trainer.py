@@ -16,7 +16,6 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, world_size
-from protoclip.features.store import number_samples
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import (
@@ -143,8 +142,7 @@ class Trainer:
             spaces = {"image": features.image, "text": features.text, **spaces}
         self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
         seconds["cluster"] = self._tick()
-        self.source.keys = in_order(features.keys, features.positions)
-        self.source.unknown = 0
+        self.source.remember(in_order(features.keys, features.positions))
         self.targets = self.make_targets(
             self.clusters,
             image_projections=features.image,
@@ -194,7 +192,7 @@ class Trainer:
         samples = None
         # Ranks cannot tell without a collective whether another one has the sample, too.
         if world_size() > 1 or len({*batch.sample_id}) < len(batch.sample_id):
-            samples = number_samples(batch.sample_id).to(embeddings.logit_scale.device)
+            samples = batch.keys & torch.iinfo(torch.int64).max  # numbers are at least 0
         losses, report = objective(
             embeddings,
             self.targets or None,
@@ -238,9 +236,7 @@ class Trainer:
             self.guard.look()  # waits for the device
             report |= self.throughput.shares(self._module, total.device)
             if batch.groups is None and self._tells_pairs_apart:
-                metrics["train/repeated/captions"] = repeated(
-                    batch.captions, batch.sample_id, total.device
-                )
+                metrics["train/repeated/captions"] = repeated(batch.captions, batch.keys)
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)

@@ -67,13 +67,14 @@ def test_what_is_masked_makes_a_guess_easier():
     assert at_chance(guess, guess, masked=False, **given) is None
 
 
-def repeated_captions(parts: list[list[tuple[bytes, str]]]) -> float:
-    return repeated(*zip(*parts[collectives.rank()], strict=True), torch.device("cpu"))
+def repeated_captions(parts: list[list[tuple[bytes, int]]]) -> float:
+    captions, samples = zip(*parts[collectives.rank()], strict=True)
+    return repeated(captions, torch.tensor(samples))
 
 
 def test_what_repeats_counts_over_all_ranks():
     """Another sample has the caption of one in four; a sample that is drawn twice counts once."""
-    parts = [[(b"a", "0"), (b"b", "1"), (b"c", "2")], [(b"a", "0"), (b"b", "1"), (b"b", "3")]]
+    parts = [[(b"a", 0), (b"b", 1), (b"c", 2)], [(b"a", 0), (b"b", 1), (b"b", 3)]]
     assert run_distributed(repeated_captions, 2, parts) == [pytest.approx(1 / 4)] * 2
 
 
