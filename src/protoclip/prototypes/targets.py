@@ -16,6 +16,7 @@ from torch import Tensor
 from protoclip.distributed import collectives
 from protoclip.prototypes.kmeans import KMeans, segment_mean
 
+FEWEST_IN_GROUPS = 30  # samples whose groups tell anything: of fewer much agrees by chance
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -79,11 +80,12 @@ def agreement(
     10.1128/JCM.00624-11): of the probability, above chance, that two samples of one group in `by`
     are also in one group in `of`. Like the square of a correlation, that is of second order: where
     a fifth of the samples are grouped as the other space has it, and the rest by chance, it is a
-    twenty-fifth.
+    twenty-fifth. It is 0 if fewer than 30 samples share a group in `by` with another one.
 
-        >>> agreement(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 5, 5]))
+        >>> by = torch.arange(40) // 10
+        >>> agreement(by, torch.full_like(by, 5))
         0.0
-        >>> agreement(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2, 0, 0]))
+        >>> agreement(by, 3 - by)
         1.0
 
     Args:
@@ -98,7 +100,8 @@ def agreement(
     by_group, of_group = groups[:, (groups >= 0).all(axis=0)]
     samples = len(by_group)
     same_by, same_of = pairs_in_groups(by_group), pairs_in_groups(of_group)
-    if same_by == 0 or same_of == samples * (samples - 1):
+    _, sizes = np.unique(by_group, return_counts=True)
+    if sizes[sizes > 1].sum() < FEWEST_IN_GROUPS or same_of == samples * (samples - 1):
         return 0.0
     number_of_both = by_group * (int(of_group.max()) + 1) + of_group
     chance = same_of / (samples * (samples - 1))

@@ -13,13 +13,14 @@ from protoclip.config import HALVES, Config
 from protoclip.distributed import collectives
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import nearest
+from protoclip.training.sizes import PAIRS_A_PROTOTYPE
 
 
 class Clusterings:
     """Clusters one space after the other. Frozen halves never change, so once for a run."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, captions: int = 1) -> None:
+        self.config, self.captions = config, captions  # of an image, each a row
         self.fixed: dict[str, KMeans] = {}  # of the halves
 
     def __call__(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
@@ -28,11 +29,14 @@ class Clusterings:
         number = settings.number if teacher is None else teacher.number
         if (fixed := self.fixed.get(space)) is not None:
             return replace(fixed, assignments=nearest(rows, fixed.centroids)[0])
-        # A teacher may know fewer samples of an episode than it has prototypes.
-        known = collectives.all_reduce(torch.tensor(len(rows), device=rows.device))
+        known = int(collectives.all_reduce(torch.tensor(len(rows), device=rows.device)))
+        # A teacher that knows a part of the pairs has a tenth of these, or its number's share.
+        pairs = known // self.captions
+        share = number * pairs // self.config.episodes.size
+        number = max(share, min(number, pairs // PAIRS_A_PROTOTYPE), 2)
         made = kmeans(
             rows,
-            min(number, int(known)),
+            min(number, known),
             iterations=settings.iterations,
             restarts=settings.restarts,
             init=settings.init,

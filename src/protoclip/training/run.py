@@ -227,7 +227,7 @@ class Run:
         self.trained = model  # what a step trains
         if halves is not None:
             self.trained = AlignedModel(model, dropout=config.align.dropout)
-        self.clusterings = Clusterings(config)
+        self.clusterings = Clusterings(config, captions=plan.captions.number)
         self.log: MetricsLog | None = None
         self.recall = 0.0  # of the pairs that are to be learned by heart
         self.stopped_by: str | None = None  # the signal that asks to stop after this step

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from protoclip import KMeans, back_translate, kmeans
+from protoclip.config import Config
 from protoclip.losses.prototypical import make_targets
 from protoclip.prototypes.targets import agreement, cluster_spaces
+from protoclip.training.clustering import Clusterings
 
 
 def test_back_translation_is_the_mean_over_each_assignment(generator):
@@ -135,9 +137,10 @@ def test_agreement_is_the_root_of_the_share_of_pairs_above_chance(generator):
 @pytest.mark.parametrize(
     ("by", "of", "expected"),
     [
-        ([0, 0, 1, 1], [1, 1, 0, 0], 1.0),
-        ([0, 0, 1, 1], [0, 1, 0, 1], 0.0),  # less than chance
-        ([0, 0, 1, 1], [0, 0, 0, 0], 0.0),  # one group tells nothing
+        ([0, 1] * 15, [1, 0] * 15, 1.0),
+        ([0, 1] * 14 + [0, 2], [1, 0] * 14 + [1, 2], 0.0),  # of 29 samples that share a group
+        ([0, 0, 1, 1] * 8, [0, 1, 0, 1] * 8, 0.0),  # less than chance
+        ([0, 0, 1, 1] * 8, [0] * 32, 0.0),  # one group tells nothing
         ([0, 1, 2, 3], [0, 0, 1, 1], 0.0),  # groups of one sample tell nothing
         ([0, -1], [0, 0], 0.0),
         ([], [], 0.0),
@@ -146,6 +149,28 @@ def test_agreement_is_the_root_of_the_share_of_pairs_above_chance(generator):
 def test_agreement_of_few_samples(by, of, expected):
     by, of = (torch.tensor(groups, dtype=torch.long) for groups in (by, of))
     assert agreement(by, of) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "known", "captions", "expected"),
+    [
+        (40, 400, 1, 40),  # all of them
+        (40, 100, 1, 10),  # a tenth of what it knows
+        (5, 100, 1, 5),  # as for captions that repeat
+        (200, 100, 1, 50),  # more than a tenth, as asked
+        (40, 500, 5, 10),  # a row a caption, of 100 images
+        (40, 15, 1, 2),
+        (40, 1, 1, 1),
+    ],
+)
+def test_prototypes_of_a_teacher_follow_from_the_pairs_that_it_knows(
+    number, known, captions, expected
+):
+    """Or each sample would be a group of its own."""
+    teacher = {"features": "teacher.npy", "number": number}
+    config = Config.from_dict({"episodes": {"size": 400}, "teacher": teacher})
+    clustered = Clusterings(config, captions=captions)("teacher", torch.randn(known, 8), None)
+    assert len(clustered.centroids) == expected
 
 
 def test_agreement_is_the_share_of_samples_that_the_groups_have_in_common(generator):
