@@ -14,6 +14,7 @@ from jaxtyping import Int
 from protoclip.config import Config
 
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+USUAL = 0.99  # share of the images whose number of captions `all` is, if others have far more
 # Beyond what any tower reads. CLIP's tokenizer takes hours for a word of some megabytes.
 LONGEST_TEXT = 20_000
 LONG_WORD = re.compile(r"(\w{500})\w+|([^\w\s]{500})[^\w\s]+")
@@ -54,16 +55,19 @@ ONE = CaptionDraw()
 
 
 def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
-    """What `data.captions` names, and a note; `all` is the largest number that an image of the
-    source has.
+    """What `data.captions` names, and a note.
+
+    `all` is the largest number that an image of the source has. If that is more than twice what 99
+    of 100 images have at most, it is the latter: few images would make all others repeat theirs.
 
     Raises:
         ValueError: The source does not know that number, as a stream does not.
     """
     asked, batch = config.data.captions, config.episodes.batch_size
-    number = asked if isinstance(asked, int) else 1
+    number, beyond = asked if isinstance(asked, int) else 1, ""
     if asked == "all" or number > 1:
-        most = getattr(source, "most_captions", None)  # a stream does not know
+        captions_at = getattr(source, "most_captions", None)  # a stream does not know
+        most = captions_at() if captions_at else None
         if asked == "all" and most is None:
             raise ValueError(
                 f"data.captions: all is not known of {source.name}, a stream; give how many "
@@ -72,12 +76,14 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
         if most == 1:
             return ONE, [f"data.captions = {asked}: one of each image, since none has several"]
         number = min(number, most) if most and asked != "all" else most or number
+        if asked == "all" and number > 2 * (usual := captions_at(USUAL)):
+            number, beyond = usual, f"; images with more, up to {most:,}, bring as many of theirs"
     note = (
         f"data.captions = {asked}: {number} of each image, which makes {batch * number:,} captions "
-        f"in a batch of {batch:,} images"
+        f"in a batch of {batch:,} images{beyond}"
     )
     draw = CaptionDraw(number=number, sentences=asked == "sentences")
-    return draw, [note] if number > 1 else []
+    return draw, [note] if number > 1 or beyond else []
 
 
 def without_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"]:

@@ -268,16 +268,15 @@ class ImageTextPairs:
         except ValueError as error:
             raise self._bad(row, str(error)) from None
 
-    @property
-    def most_captions(self) -> int:
-        """The largest number of captions of a pair, empty texts included."""
+    def most_captions(self, share: float = 1.0) -> int:
+        """How many captions this share of the pairs has at most, empty texts included."""
         counts = np.zeros(len(self), np.int64)
         for name in self.caption_columns:
             cells = self.kept(self.checked.column(name))
             is_list = "list" in str(cells.type).partition("<")[0]
             numbers = pc.list_value_length(cells) if is_list else pc.is_valid(cells)
             counts += pc.fill_null(numbers.cast(pa.int64()), 0).to_numpy()
-        return max(1, int(counts.max(initial=1)))
+        return max(1, int(np.quantile(counts, share, method="lower")))
 
     @cached_property
     def class_labels(self) -> list[str]:

@@ -112,9 +112,8 @@ class PairsView:
         source, number = self.locate(row)
         return tuple(source.sample_captions(number))
 
-    @property
-    def most_captions(self) -> int:
-        return max(int(source.most_captions) for source in self.sources)
+    def most_captions(self, share: float = 1.0) -> int:
+        return max(int(source.most_captions(share)) for source in self.sources)
 
     def image_name(self, row: int) -> str | None:
         source, number = self.locate(row)

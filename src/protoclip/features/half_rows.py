@@ -86,10 +86,9 @@ class HalfRows:
     def text_rows(self, numbers: Numbers) -> Tensor:
         return torch.from_numpy(self.text.rows(numbers))
 
-    @property
-    def most_captions(self) -> int:
-        """The largest number of captions of a row."""
-        return int(np.diff(self.first).max(initial=1))
+    def most_captions(self, share: float = 1.0) -> int:
+        """How many captions this share of the rows has at most."""
+        return int(np.quantile(np.diff(self.first), share, method="lower"))
 
     def drawn_captions(
         self, rows: Numbers, draws: npt.NDArray[np.float32], each: int = 1

@@ -398,7 +398,7 @@ def row_numbers(sample_ids: Sequence[str]) -> torch.Tensor:
     return torch.tensor([[float(name.partition("/")[2])] for name in sample_ids])
 
 
-def test_the_most_captions_are_those_of_the_fullest_pair():
+def test_the_most_captions_are_those_of_the_fullest_pair_or_of_a_share():
     """Over list columns and single ones, of the rows in use, of all sources of a view."""
     columns = {
         "caption": [["a", "b"], ["a"], None, ["a", "b", "c"]],
@@ -407,11 +407,11 @@ def test_the_most_captions_are_those_of_the_fullest_pair():
     table = tiny_pairs(4).drop_columns("caption")
     table = pa.table({"image": table["image"], **columns})
     pairs = ImageTextPairs(table, name="p", caption_columns=("caption", "title"))
-    assert pairs.most_captions == 4
+    assert (pairs.most_captions(), pairs.most_captions(0.99)) == (4, 3)
     few = pairs.subset(np.array([0, 1, 2]))
-    assert (
-        few.most_captions == whole([few, ImageTextPairs(tiny_pairs(), name="q")]).most_captions == 3
-    )
+    view = whole([few, ImageTextPairs(tiny_pairs(), name="q")])
+    assert few.most_captions() == view.most_captions() == 3
+    assert few.most_captions(0.99) == view.most_captions(0.99) == 1
 
 
 @pytest.mark.parametrize(
@@ -420,13 +420,19 @@ def test_the_most_captions_are_those_of_the_fullest_pair():
         (5, 3, 3, "3 of each image"),
         (2, 3, 2, "2 of each image"),
         ("all", 3, 3, "3 of each image"),
+        ("all", 10, 10, "10 of each image"),
+        ("all", 11, 5, "5 of each image, which makes 1,280 captions in a batch of 256 images; "),
+        (1_000, 1_000, 1_000, "1000 of each image"),
         (5, None, 5, "5 of each image"),
         (5, 1, 1, "one of each image, since none has several"),
         ("all", 1, 1, "one of each image, since none has several"),
     ],
 )
 def test_a_visit_brings_no_more_captions_than_an_image_has(asked, most, number, said):
-    source = SimpleNamespace(name="p", **({} if most is None else {"most_captions": most}))
+    """And to `all` an image that has far more than 99 of 100 do, 5, counts for nothing."""
+    source = SimpleNamespace(name="p")
+    if most is not None:
+        source.most_captions = lambda share=1.0: most if share == 1 else min(5, most)
     draw, (note,) = caption_draw(Config(data=DataConfig(captions=asked)), source)
     assert draw.number == number
     assert said in note
