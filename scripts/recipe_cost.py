@@ -107,7 +107,8 @@ def read(words: Sequence[str]) -> Cost:
     if not config.episodes.size and not cost.pairs:
         raise ValueError("--pairs: the recipe leaves episodes.size to the data; give their number")
     size = config.episodes.size or sizes.episode_size(cost.pairs, config.episodes.batch_size)
-    config = plan.with_sizes(config, size, size // sizes.PAIRS_A_PROTOTYPE)
+    count = sizes.number_of_episodes(cost.pairs, size, config.episodes.batch_size)
+    config = plan.with_sizes(config, size, count, size // sizes.PAIRS_A_PROTOTYPE)
     if isinstance(architecture, SmallTowers):
         pixels, length = architecture.sizes["image_size"], architecture.sizes["context_length"]
         image, text = config.model.image, config.model.text

@@ -80,7 +80,7 @@ from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
-from protoclip.training import run, run_folder
+from protoclip.training import run, run_folder, sizes
 from protoclip.training.align import align
 from protoclip.training.finetune import finetune
 from protoclip.training.plan import make_plan
@@ -315,7 +315,8 @@ def config_of(task: Task) -> Config:
     try:
         config = Config.from_dict(settings_of(task))
         if arm.command == "train":
-            count = max(1, round(arm.schedule * config.episodes.count))
+            usual = config.episodes.count or sizes.EPISODES
+            count = max(1, round(arm.schedule * usual))
             config = replace(config, episodes=replace(config.episodes, count=count))
         check(config)
     except ValueError as error:

@@ -76,7 +76,7 @@ def check_amounts(config: Config) -> None:
     episodes = config.episodes
     size, stages = episodes.size, episodes.warm_up + config.locked_episodes
     check_sizes(episodes)
-    if stages > episodes.count:
+    if episodes.count and stages > episodes.count:
         raise ValueError(
             f"episodes.count: {episodes.count} is less than episodes.warm_up + "
             f"episodes.locked_image ({stages}); raise it above that, or lower these"

@@ -203,7 +203,7 @@ def refuse(config: Config) -> None:
 def with_data(
     choices: Choices, config: Config, start: Start, data: Judged
 ) -> tuple[Config, list[str]]:
-    """The defaults of aligning for `plan.complete`: a pass over the data is an episode.
+    """The defaults of aligning for `plan.complete`: an episode is a pass, up to the largest one.
 
     Raises:
         ValueError: The head is none that the halves can have.
@@ -234,10 +234,13 @@ def with_data(
     given = config.episodes
     usual = batch_for(given.size or rows, divides=given.size is not None)
     batch = choose("episodes.batch_size", usual)
-    size = choose("episodes.size", max(batch, rows // batch * batch))
+    # In larger ones the prototypes of a teacher would grow with the pairs.
+    most = min(rows, sizes.LARGEST_EPISODE)
+    size = choose("episodes.size", max(batch, most // batch * batch))
     if size <= rows:
         choose("episodes.replacement", False)
-    count = choose("episodes.count", max(1, round(PASSES[config.align.init] * rows / size)))
+    pairs = PASSES[config.align.init] * rows
+    count = choose("episodes.count", sizes.episodes_with(pairs, size, batch))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     return choices.config, choices.notes + closed
 

@@ -186,5 +186,5 @@ def episodes(choices: Choices, rows: int | None, images: int | None) -> tuple[in
     size = choose("episodes.size", max(batch, wanted // batch * batch))
     if rows is not None and size <= rows:
         choose("episodes.replacement", False)
-    count = 1 if images is None else max(1, round(PASSES * images / size))
+    count = 1 if images is None else sizes.episodes_with(PASSES * images, size, batch)
     return batch, size, choose("episodes.count", count)

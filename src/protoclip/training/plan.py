@@ -19,6 +19,7 @@ what it was given in vain.
 """
 
 import difflib
+import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,6 +71,7 @@ from protoclip.paths import require_paths
 from protoclip.progress import three_digits
 from protoclip.training import optim, overfit, sizes
 
+NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
 Section = TypeVar("Section")
@@ -127,8 +129,12 @@ class Plan:
         name = f"{len(data.sources)} sources" if data.sources else data.train
         if not isinstance(samples, Pairs):
             return f"pairs from {name}: {amount}"
-        passes = f"{three_digits(size * episodes.count / len(samples))} passes over the data"
-        return f"{len(samples):,} pairs from {name}: {amount}, {passes}"
+        passes = size * episodes.count / len(samples)
+        seen = 1 - math.exp(-passes) if episodes.replacement else passes
+        amount += f", {three_digits(passes)} passes over the data"
+        if seen < NEARLY_ALL:
+            amount += f", which show at most {100 * seen:.2g}% of the pairs"
+        return f"{len(samples):,} pairs from {name}: {amount}"
 
 
 def make_plan(config: Config) -> Plan:
@@ -446,13 +452,15 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
 
 
 def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config, list[str]]:
-    """The size of episodes and the numbers of prototypes, and notes on these."""
+    """The size and number of episodes, the numbers of prototypes, and notes on these."""
     notes, rows = list[str](), len(samples) if isinstance(samples, Pairs) else None
     size = config.episodes.size
     if size is None:
         size = sizes.episode_size(rows, config.episodes.batch_size)
         of = "a stream" if rows is None else f"{rows:,} pairs"
         notes.append(f"episodes.size = {size}, for {of}")
+    count = sizes.number_of_episodes(rows, size, config.episodes.batch_size)
+    count = max(count, config.episodes.warm_up + config.locked_episodes + 1)
     chosen = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
     chosen |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
     # Captions are read for a number that is used.
@@ -468,14 +476,14 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
                 "loss.positives = pair, so equal captions are negatives of each other; set "
                 "loss.positives = masked, or episodes.apart = true"
             )
-    return with_sizes(config, size, usual), notes
+    return with_sizes(config, size, count, usual), notes
 
 
-def with_sizes(config: Config, size: int, number: int) -> Config:
-    """The settings with this size of episodes and number of prototypes, where these are unset."""
+def with_sizes(config: Config, size: int, count: int, number: int) -> Config:
+    """The settings with these of episodes, and this number of prototypes, where they are unset."""
     return replace(
         config,
-        episodes=fill(config.episodes, {"size": size}),
+        episodes=fill(config.episodes, {"size": size, "count": count}),
         prototypes=fill(config.prototypes, {"number": number}),
         teacher=fill(config.teacher, {"number": number}),
         teachers=[fill(teacher, {"number": number}) for teacher in config.teachers],

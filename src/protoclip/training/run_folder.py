@@ -253,7 +253,7 @@ def as_begun(config: Config, folder: Path) -> Config:
         model=model,
         data=data,
         loss=loss,
-        episodes=begun(config.episodes, "episodes", "size"),
+        episodes=begun(config.episodes, "episodes", "size", "count"),
         prototypes=begun(config.prototypes, "prototypes", "number", "source"),
         teacher=begun(config.teacher, "teacher", *of_teacher),
         teachers=teachers,

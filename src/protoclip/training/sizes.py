@@ -26,6 +26,8 @@ from protoclip.models.start import Start
 from protoclip.models.towers import TokenCounter, build_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
+EPISODES, PASSES, FEWEST_STEPS = 35, 20, 280  # the fewest of `train`; docs/results.md has these
+MOST_STEPS = 100_000  # of any command that trains
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
 BLOCKS, BLOCK_ROWS = 10, 200  # of a source, whose images are compared
 SHARED = 0.01  # share of the pairs that have the image of another, from which on it is said
@@ -39,6 +41,20 @@ def episode_size(rows: int | None, batch: int) -> int:
     power_of_two: int = 2 ** int(math.log2(pairs))
     batches = min(LARGEST_EPISODE, power_of_two) // batch
     return max(1, batches) * batch
+
+
+def number_of_episodes(rows: int | None, size: int, batch: int) -> int:
+    """Episodes of `train`, by default: 35, or more for 20 passes over the pairs or for 280 steps.
+
+    A stream has no known number of `rows`.
+    """
+    pairs = max(EPISODES * size, PASSES * (rows or 0), FEWEST_STEPS * batch)
+    return episodes_with(pairs, size, batch)
+
+
+def episodes_with(pairs: int, size: int, batch: int) -> int:
+    """How many episodes have this number of pairs together, or as many as `MOST_STEPS` allow."""
+    return max(1, min(round(pairs / size), MOST_STEPS * batch // size))
 
 
 def batch_near(usual: int, *, dividing: int | None) -> int:

@@ -1,9 +1,15 @@
 """What `align` chooses before its data are opened."""
 
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from numbered import Numbered
 
+from protoclip.evaluation.validation import Judged
+from protoclip.models.start import Start
+from protoclip.training import align as aligning
 from protoclip.training.align import CHOSEN, before_data
 from protoclip.training.choices import with_begun
 
@@ -23,3 +29,17 @@ def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given
     (tmp_path / "config.toml").write_text("[loss]\nteacher = 0.5\n")
     begun = before_data(with_begun(settings, tmp_path, CHOSEN)).config.loss.teacher
     assert begun == (weight if "loss" in given else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "count"),
+    [(10_000, 9_216, 33), (10**6, 131_072, 229), (10**7, 131_072, 781)],
+)
+def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
+    """30 passes, or 100,000 steps. The prototypes of a teacher are a tenth of an episode."""
+    monkeypatch.setattr(aligning, "hashes_of_images", lambda pairs: np.arange(len(pairs)))
+    monkeypatch.setattr(aligning, "on_exports", lambda *_: [])
+    choices = before_data({"model": HALVES})
+    data = Judged(Numbered(rows, 1), [], [])
+    config, _ = aligning.with_data(choices, choices.config, Mock(Start), data)
+    assert (config.episodes.size, config.episodes.count) == (size, count)

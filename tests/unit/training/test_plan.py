@@ -44,6 +44,7 @@ from protoclip.models import loading
 from protoclip.models.halves import require_image_weights
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
+from protoclip.models.start import Start
 from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import finetune as finetuning
 from protoclip.training import plan
@@ -56,6 +57,7 @@ from protoclip.training.plan import (
     make_plan,
     outline,
     require_usable,
+    with_episodes,
     without_batch_norm,
 )
 from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
@@ -111,6 +113,32 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
         ]
         * ("repeat" in reason),
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "count", "passes"),
+    [
+        (50, {}, 280, "1,430 passes over the data"),  # 280 steps
+        (2_000, {}, 70, "35.8 passes over the data"),
+        (2_048, {}, 35, "35 passes over the data"),
+        (7_077, {}, 35, "20.3 passes over the data"),
+        (200_000, {}, 35, "22.9 passes over the data"),
+        (10**6, {}, 153, "20.1 passes over the data"),
+        (10**8, {"batch_size": 2**15}, 15_259, "20 passes over the data"),
+        (10**8, {}, 195, "0.256 passes over the data, which show at most 23% of the pairs"),
+        (10**7, {"size": 2**17, "count": 35, "replacement": False}, 35, "at most 46% of the pairs"),
+        (7_077, {"warm_up": 40}, 42, "24.3 passes over the data"),
+        (10**8, {"size": 2**27, "batch_size": 2}, 3, "4.03 passes over the data"),
+    ],
+)
+def test_the_length_of_a_run_follows_from_passes_and_steps(rows, given, count, passes):
+    """Both within limits; each stage has an episode, and what is given stays."""
+    samples, prototypes = Numbered(rows, 10**9), {"number": 9}
+    settings = {"episodes": given, "prototypes": prototypes}
+    config, _ = with_episodes(Config.from_dict(settings), samples)
+    assert config.episodes.count == count
+    whole = Plan(config=config, start=Mock(Start), samples=samples)
+    assert whole.amount.endswith(passes)
 
 
 def test_a_source_that_can_be_used_is_enough(tmp_path):
@@ -385,10 +413,10 @@ def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, caps
     config = replace(
         config,
         run=replace(config.run, evaluate=False),
-        episodes=EpisodeConfig(batch_size=16, count=2, warm_up=1, locked_image=1),
+        episodes=EpisodeConfig(batch_size=16, warm_up=1, locked_image=1),
         prototypes=PrototypeConfig(),
     )
-    small = replace(config, episodes=replace(config.episodes, size=32))
+    small = replace(config, episodes=replace(config.episodes, size=32, count=2))
     protoclip.train(small)
     assert "note: prototypes.number = 8, a tenth of an episode" in capsys.readouterr().err
     gone = replace(config, data=replace(config.data, train="no such file"))

@@ -151,7 +151,7 @@ def test_a_run_says_what_it_sees(tmp_path, capsys):
 def test_it_is_advised_to_keep_captions_apart_where_a_run_can():
     """Not to one that does, nor to a single batch."""
     pairs = ImageTextPairs(tiny_pairs(8), name="few")
-    settings = EpisodeConfig(size=8, batch_size=4)
+    settings = EpisodeConfig(size=8, batch_size=4, count=35)
     for episodes, advised in (
         (settings, True),
         (replace(settings, apart=True), False),
