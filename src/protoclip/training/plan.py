@@ -448,6 +448,8 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
             if getattr(config.optim, setting) is None
             and (setting != "locked_learning_rate" or config.locked_episodes)
         ]
+        if model.has_start and config.optim.learning_rate is None:
+            said.append("optim.learning_rate suits new weights; protoclip finetune has lower ones")
     return replace(config, optim=fill(config.optim, values)), notes + said
 
 

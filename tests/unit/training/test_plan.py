@@ -75,6 +75,7 @@ WITHOUT = {
 BY_MACHINE_OR_SOURCE = {
     *("run.device", "run.precision", "data.workers", "data.read", "align.head"),
 }
+RATE = {"optim": {"learning_rate": 1e-4}}
 USUAL = Config(model=tiny_model(), episodes=EpisodeConfig(size=4096))
 
 
@@ -372,6 +373,10 @@ def test_a_rate_that_is_set_counts_and_what_is_not_gets_a_note():
     """Zeros count as set."""
     notes = decided(named("ViT-B-32"))[1]
     assert "optim.learning_rate = 0.0005, from ViT-B-32 at batch 512" in notes
+    trained = named("ViT-B-32")
+    trained = replace(trained, model=replace(trained.model, pretrained="openai"))
+    for config, said in ((trained, True), (with_changes(trained, RATE), False)):
+        assert any("protoclip finetune has" in note for note in decided(config)[1]) is said
     assert len([note for note in notes if note.startswith("optim.")]) == 8
     given = {"learning_rate": 2e-3, "warm_up_steps": 0, "locked_learning_rate": 0.0}
     given |= {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0, "heads_weight_decay": 0.3}
