@@ -66,7 +66,7 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
     asked, batch = config.data.captions, config.episodes.batch_size
     number, beyond = asked if isinstance(asked, int) else 1, ""
     if asked == "all" or number > 1:
-        captions_at = getattr(source, "most_captions", None)  # a stream does not know
+        captions_at: Any = getattr(source, "most_captions", None)  # a stream does not know
         most = captions_at() if captions_at else None
         if asked == "all" and most is None:
             raise ValueError(
