@@ -518,8 +518,8 @@ def unknown(name: str, known: list[str]) -> str:
     if (former := (RENAMED | ARGUMENTS).get(without_number(name))) is not None:
         return f"{name}: {former}"
     meant = ELSEWHERE.get(name.rpartition(".")[2], name)
-    close = difflib.get_close_matches(meant, known, n=1, cutoff=0.0)
-    return f"{name}: no such setting; did you mean {close[0]}?"
+    close = difflib.get_close_matches(meant, known, n=1)
+    return f"{name}: no such setting; {f'did you mean {close[0]}?' if close else '--help lists all'}"
 
 
 def read(name: str, value: Any, hint: Any) -> Any:

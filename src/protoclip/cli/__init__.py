@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from protoclip import __version__, signals
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
             os.getcwd()  # noqa: PTH109
         except FileNotFoundError:  # or libraries would end the process
             raise OSError("the current folder was deleted; cd to another one") from None
-        if not {"-h", "--help"}.isdisjoint(words):
+        if not {"-h", "--help"}.isdisjoint(words) and (name or words[0].startswith("-")):
             print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
             require_printed(output)
             sys.exit(0)
@@ -109,11 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
             require_printed(output)
             sys.exit(0)
         if not name:
-            said = " ".join(words)
+            said = " ".join(takewhile(lambda word: not word.startswith("-"), words))
             family = [known for known in COMMANDS if known.split()[0] == said and known != said]
             if family:
                 raise ValueError(f"{said}: choose one of {', '.join(family)}")
-            raise ValueError(f"{said or 'no command'}: {meant(words)}")
+            raise ValueError(f"no command{f' {said!r};' if said else ':'} {meant(words)}")
         command = parse(COMMANDS[name], words)
         command()
         sys.stdout.flush()
