@@ -6,6 +6,7 @@ ever opened as a file. `docs/explore.md` has the rules.
 
 import asyncio
 import ipaddress
+import re
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,7 @@ from protoclip.terminal import visible
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
 MAX_PAGE, MAX_PATH = 1_000_000, 200
+NAME_AND_PORT = re.compile(r"(\[.*\]|[^:]*)(?::\d*)?")  # of a Host header
 MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
 # Seconds in which a request has to arrive, and after which nobody reads an answer any more.
 REQUEST_SECONDS, READING_SECONDS = 60.0, 30.0
@@ -140,7 +142,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         except ClientDisconnect:
             raise HTTPException(400) from None
         if size > MAX_BODY_BYTES:
-            raise HTTPException(413, f"an image may have {MAX_BODY_BYTES:,} bytes")
+            raise HTTPException(413, f"an image may have at most {MAX_BODY_BYTES:,} bytes")
 
         def answered() -> str:
             try:
@@ -261,9 +263,6 @@ class Guard:
         origin = headers.get("origin")  # another port is another site
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             return PlainTextResponse("Another site may not ask this.", 403)
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
-            return PlainTextResponse("Too large.", 413)
         given = request.query_params.get("token")
         if given is not None and self.is_token(given):
             answer = RedirectResponse(without_token(scope), 303)
@@ -275,8 +274,8 @@ class Guard:
 
     def names_this_server(self, host: str) -> bool:
         """Whether a Host header names this server."""
-        name = host.lower().strip()
-        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        parts = NAME_AND_PORT.fullmatch(host.lower().strip())
+        name = parts[1].strip("[]") if parts else ""
         if name in self.hosts:
             return True
         if not self.any_address:
