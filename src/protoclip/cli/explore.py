@@ -7,6 +7,7 @@ import os
 import signal
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from socket import socket
@@ -173,6 +174,7 @@ class Explore:
     def serve(self, explorers: "list[Explorer]", listening: socket) -> None:
         import secrets
 
+        from protoclip.data.access import begun
         from protoclip.explore.address import url_of
         from protoclip.explore.render import Pages
         from protoclip.explore.server import server
@@ -181,6 +183,7 @@ class Explore:
         for number in range(1, len(explorers) + 1):
             _ = pages.site(number).map  # so that the first screen is there at once
             explorers[number - 1].prepare()
+            begun(partial(pages.site(number).name, "image", 0), name="protoclip-names")  # all names
         print(f"open {url_of(listening, self.host, token)}", flush=True)
         say("Ctrl-C ends it")
         umaps = pages.make_umaps()

@@ -53,7 +53,7 @@ from protoclip.files import read_sealed, sealed, to_json, write_atomically
 from protoclip.models.saved import run_of
 from protoclip.terminal import say, visible
 
-PAGE_SIZE = 60  # pairs on a page
+PAGE_SIZE = 60  # pairs, or prototypes, on a page
 FLOWS = 40  # movements between groups that are listed
 READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
@@ -61,6 +61,10 @@ NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototyp
 MAP_FORM = 3  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
+
+
+class NoSuchPage(LookupError):
+    """A page beyond the last one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,17 +372,28 @@ class Site:
         """The map for a page that is a file, which may fetch nothing; no text in it ends a tag."""
         return Markup(self.map.replace("<", "\\u003c"))
 
-    def prototype_list(self, modality: Modality) -> str:
+    def prototype_list(self, modality: Modality, by: str = "size", page: int = 1) -> str:
+        """Prototypes by a measure, the largest first; behind a `-` the smallest first."""
+        measure, sign = by.removeprefix("-"), 1 if by.startswith("-") else -1
+        every = self.prototypes[modality]
+        order = np.argsort([sign * getattr(one, measure) for one in every], kind="stable")
+        part, pages = paged(order, page, size=PAGE_SIZE if self.live else len(every))
         rows = []
-        for each in self.prototypes[modality]:
+        for each in (every[number] for number in part):
             nearest = self.members(modality, each.number)[:NAMED_BY].tolist()
             cards = [self.card(one) for one in self.different_images(nearest, MEMBERS)]
             captions = [*dict.fromkeys(self.listed(one).caption for one in nearest)][:CAPTIONS]
             rows.append((each, cards, captions))
-        rows.sort(key=lambda row: -row[0].size)
-        title = f"{modality.capitalize()} prototypes"
-        here = f"prototypes-{modality}.html"
-        return self.page("prototypes.html", title, here=here, modality=modality, rows=rows)
+        return self.page(
+            "prototypes.html",
+            f"{modality.capitalize()} prototypes",
+            here=f"prototypes-{modality}.html",
+            modality=modality,
+            rows=rows,
+            by=by,
+            page=page,
+            pages=pages,
+        )
 
     def prototype(self, modality: Modality, number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
@@ -554,8 +569,15 @@ class Site:
 def paged(
     rows: npt.NDArray[np.int64], page: int, size: int = PAGE_SIZE
 ) -> tuple[npt.NDArray[np.int64], int]:
-    """The rows of a page, counted from 1, and how many pages there are; none beyond the last."""
-    return rows[(page - 1) * size : page * size], max(1, -(-len(rows) // size))
+    """The rows of a page, counted from 1, and how many pages there are.
+
+    Raises:
+        NoSuchPage: It is beyond the last one.
+    """
+    pages = max(1, -(-len(rows) // size))
+    if page > pages:
+        raise NoSuchPage(f"page {page} of {pages}")
+    return rows[(page - 1) * size : page * size], pages
 
 
 def ids_as(ids: Iterable[str], kind: Literal["csv", "json"]) -> str:

@@ -27,13 +27,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from protoclip.explore.atlas import MODALITIES, Modality
 from protoclip.explore.explorer import UnreadableImage
-from protoclip.explore.render import Pages, Site, assets, ids_as
+from protoclip.explore.render import NoSuchPage, Pages, Site, assets, ids_as
 from protoclip.explore.thumbnails import LARGE_SIDE, THUMBNAIL_SIDE
 from protoclip.files import checksum
 from protoclip.terminal import visible
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
-MAX_PAGE, MAX_PATH = 1_000_000, 200
+MAX_PATH = 200
 NAME_AND_PORT = re.compile(r"(\[.*\]|[^:]*)(?::\d*)?")  # of a Host header
 MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
 # Seconds in which a request has to arrive, and after which nobody reads an answer any more.
@@ -70,7 +70,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
     def page(request: Request) -> int:
         text = request.query_params.get("page", "1")
         number = int(text) if text.isascii() and text.isdecimal() and len(text) < 8 else 0
-        if not 1 <= number <= MAX_PAGE:
+        if number < 1:
             raise HTTPException(400, "page: needs to be a whole number from 1")
         return number
 
@@ -93,7 +93,10 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         return site(request).map_state(), "json"
 
     def prototype_list(request: Request) -> Made:
-        return site(request).prototype_list(modality(request)), "html"
+        by = request.query_params.get("by", "size")
+        if by.removeprefix("-") not in ("number", "size", "tightness", "agreement"):
+            raise HTTPException(404)
+        return site(request).prototype_list(modality(request), by, page(request)), "html"
 
     def prototype(request: Request) -> Made:
         of, kind, number = prototype_of(request)
@@ -192,6 +195,7 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         Route("/{site:int}/search-image", search_image, methods=["POST"]),
     ]
     handlers: Any = dict.fromkeys((OSError, ValueError, MemoryError), unanswered)
+    handlers[NoSuchPage] = lambda request, error: PlainTextResponse("Not Found", 404)
     inner = Starlette(routes=routes, exception_handlers=handlers)
     return Guard(inner, host=host, token=token)
 

@@ -138,6 +138,20 @@ def test_members_of_a_prototype_are_shown_nearest_first(two: list[Explorer]) -> 
             assert (np.diff(similarity[found]) <= 0).all()
 
 
+def test_prototypes_are_sorted_over_all_pages(
+    two: list[Explorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protoclip.explore.render.PAGE_SIZE", 4)
+    site = Pages(two).site(1)
+    for by, measure, sign in (("-tightness", "tightness", 1), ("size", "size", -1)):
+        pages = [site.prototype_list("image", by, page) for page in (1, 2)]
+        shown = [re.findall('="rowheader" data-value="(.*?)"', page) for page in pages]
+        assert [len(numbers) for numbers in shown] == [4, 2]
+        values = [getattr(site.prototypes["image"][int(each)], measure) for each in sum(shown, [])]
+        assert values == sorted(values, key=lambda value: sign * value)
+        assert f'href="?by={by}&amp;page=2"' in pages[0]
+
+
 def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list[Explorer]) -> None:
     """How many moved, from where to where by name, and the words of what moved."""
     pages = Pages(two)
@@ -216,7 +230,8 @@ def test_links_of_every_page_lead_somewhere(port: int) -> None:
         *(("/images/%ef%bc%8e%ef%bc%8e%2fetc%2fpasswd", 404), ("/images/1e1.webp", 404)),
         *(("/1/search.html", 200), ("/1/search.html?text=%00", 200)),
         *(("/1/search.html?text=%ff", 200), ("/1/search.html?text=" + "a" * 50_000, 200)),
-        *(("/1/odd-loss.html?page=999999", 200),),
+        *(("/1/odd-loss.html?page=999999", 404), ("/1/duplicates.html?page=3000000", 404)),
+        *(("/1/prototypes-image.html?by=x", 404), ("/1/prototypes-image.html?by=-number", 200)),
     ],
 )
 def test_odd_requests_end_well(path: str, status: int, port: int) -> None:
