@@ -131,7 +131,7 @@ def drawn_atlas(pairs: int) -> Atlas:
         distance=values(pairs),
         loss=values(pairs),
         duplicates=draw.integers(0, pairs, (MOST_DUPLICATES, 2)),
-        duplicate_similarity=values(MOST_DUPLICATES),
+        duplicate_likeness=values(MOST_DUPLICATES),
         number=number,
         space="features",
         layout="pca",

@@ -1,5 +1,6 @@
 """The explorer's first screen: what has room, what stays in sight, and what takes the pointer."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "explore"))
 
@@ -115,12 +117,18 @@ def test_a_phone_keeps_the_selection_in_sight_once_there_is_one(phone: Any) -> N
 def test_near_duplicates_are_ticked_with_all_their_pairs(
     browser: Any, serve_pages: Callable[[Pages], str], tmp_path: Path
 ) -> None:
-    """Those of an image together; and the second of each, which leaves the first of all alike."""
-    rows = [
-        {"sample_id": f"{number}{which}", "image": row["image"], "caption": f"a thing, {which}"}
-        for number, row in enumerate(distinct_pairs(4))
-        for which in "ab"
-    ]
+    """Those of an image together; and the second of each, which leaves the first of all alike. The
+    slider lists those that are alike enough."""
+    rows = []
+    for number in range(4):
+        image = Image.new("RGB", (24, 24), "white")
+        image.paste("red", (5, 5, 15, 15))
+        image.putpixel((23, 23), (number, 0, 0))
+        image.save(buffer := io.BytesIO(), "PNG")
+        rows += [
+            {"sample_id": f"{number}{n}", "image": buffer.getvalue(), "caption": f"a thing, {n}"}
+            for n in "ab"
+        ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     explored = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), cache=False)
     page = browser.new_page()
@@ -136,6 +144,9 @@ def test_near_duplicates_are_ticked_with_all_their_pairs(
     page.get_by_label("select 1b").check()
     page.goto(page.url.replace("odd-distance", "duplicates"))
     assert page.get_by_label("select 1a and").first.evaluate("box => box.indeterminate")
+    page.get_by_label("Alike from").fill("1")
+    page.wait_for_url("**/duplicates.html?least=1")
+    assert "There are none." in page.inner_text("main")
     page.close()
 
 

@@ -1,6 +1,7 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
 import errno
+import io
 import json
 import shutil
 import signal
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import protoclip
@@ -328,6 +330,27 @@ def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(
         assert ("The model itself scores them" in page) == seen
         by = "distance" if seen else "loss"  # by which more wrong captions are found
         assert f'<a href="odd-{by}.html" aria-current="page">Odd ones out</a>' in page
+
+
+def test_only_copies_are_near_duplicates_where_shapes_lie_elsewhere(given, tmp_path):
+    """The encoder pools over places, so that left and right are nearly equal to it."""
+    run = {"run": {"out": str(tmp_path / "run")}}
+    align(changed(given, **run, episodes={"size": 16, "count": 1, "batch_size": 8}))
+    rows = []
+    for colour, left, top in product(((220, 30, 30), (30, 60, 220)), (3, 10, 17), (3, 10, 17)):
+        image = Image.new("RGB", (24, 24), "white")
+        image.paste(colour, (left, top, left + 5, top + 5))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        rows.append({"image": buffer.getvalue(), "caption": f"a square at {left}, {top}"})
+    image.save(buffer := io.BytesIO(), "BMP")
+    rows += [rows[3], {"image": buffer.getvalue(), "caption": "equal pixels in another file"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shapes.parquet")
+    pairs = explored(sources_of.pairs(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet"))))
+    settings = {"device": torch.device("cpu"), "workers": 0}
+    found = open_explorer(str(tmp_path / "run"), pairs, **settings).atlas
+    assert sorted(found.duplicates.tolist()) == [[3, 18], [17, 19]]
+    assert found.duplicate_likeness.tolist() == [1, 1]
 
 
 def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatch):

@@ -44,14 +44,14 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 8
+FORM = 9
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
 OTHERS = 1024  # pairs that each pair's loss is computed against
-# Images are near-duplicates from this cosine on; of more images only some are compared without an
-# index.
-LEAST_SIMILAR, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 500, 20_000
+# Images may be near-duplicates from this cosine on, and are from this likeness of their pixels on;
+# of more images only some are compared without an index.
+LEAST_SIMILAR, LEAST_ALIKE, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 0.8, 500, 20_000
 LOOKED_AT = 5 * COMPARED_ROWS  # pairs, for as many different images; each costs a look or a read
 # Of UMAP. An image or text is placed by this many that are near, the nearest by far the most.
 EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
@@ -96,7 +96,8 @@ class Atlas:
         loss: InfoNCE of the pair among others, in nats.
         unseen: Whether distance and loss are by heads that have not seen the pair, and not by the
             model itself.
-        duplicates: Pairs of near-duplicate images `(p, 2)`; `duplicate_similarity` is their cosine.
+        duplicates: Pairs of near-duplicate images `(p, 2)`, the most alike first;
+            `duplicate_likeness` is the correlation of their pixels, and 1 for copies alone.
         space: What was clustered, `projections` or `features`.
         compared: Images among which near-duplicates were looked for.
         run_prototypes: For each modality, how many prototypes the run itself has, and how many of
@@ -115,7 +116,7 @@ class Atlas:
     distance: Array
     loss: Array
     duplicates: Array
-    duplicate_similarity: Array
+    duplicate_likeness: Array
     number: int
     space: str
     layout: str
@@ -156,7 +157,9 @@ def make_atlas(
     *,
     heads: dict[str, Callable[[Tensor], Tensor]] | None,
     halves: Features | None = None,
+    images: Float[Tensor, "n e"] | None = None,
     shown_images: Callable[[Numbers], Hashes] | None = None,
+    likeness: Callable[[int, int], float] | None = None,
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
     number: int | None = None,
@@ -170,8 +173,10 @@ def make_atlas(
         heads: Projection heads by modality, whose outputs are clustered; without, features are.
         halves: What the frozen halves make of the same pairs, if heads between them were trained on
             these. Then distance and loss are `unseen_disagreement`, where there are enough pairs.
+        images: Features of the images by which near-duplicates are looked for; unset, the model's.
         shown_images: Gives a number for the image of each of these pairs, the same for pairs that
             show the same one; unset, each has its own. An image is no near-duplicate of itself.
+        likeness: Of the images of two of these pairs; unset, near-duplicates are by cosine alone.
         scale: Inverse temperature of the model's own loss.
         number: Prototypes of each modality; see `num_prototypes`.
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.
@@ -207,7 +212,8 @@ def make_atlas(
     unseen = None if halves is None else unseen_disagreement(halves, seed=seed)
     distance, loss = unseen or disagreement(features, scale=scale, seed=seed)
     show("near-duplicates")
-    pairs_of, values, compared = duplicates(features.image, shown_images, seed=seed)
+    images = features.image if images is None else images
+    pairs_of, values, compared = duplicates(images, shown_images, likeness, seed=seed)
     return Atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
@@ -217,7 +223,7 @@ def make_atlas(
         distance=distance.numpy(),
         loss=loss.numpy(),
         duplicates=pairs_of.numpy(),
-        duplicate_similarity=values.numpy(),
+        duplicate_likeness=values.numpy(),
         number=number,
         space="features" if heads is None else "projections",
         layout=layout,
@@ -447,12 +453,14 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
 def duplicates(
     features: Float[Tensor, "n d"],
     shown_images: Callable[[Numbers], Hashes] | None,
+    likeness: Callable[[int, int], float] | None,
     *,
     seed: int,
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
-    """Near-duplicate images, their cosines, and among how many images they were looked for.
+    """Near-duplicate images, how alike they are, and among how many images they were looked for.
 
-    Where several pairs show an image, it is compared once, as that of the first of them.
+    Where several pairs show an image, it is compared once, as that of the first of them. An encoder
+    may not tell left from right, so pixels decide about what it proposes.
     """
     total = len(features)
     once = np.array(evenly_spaced(total, min(total, LOOKED_AT), seed))
@@ -461,7 +469,13 @@ def duplicates(
     chosen = torch.from_numpy(once[evenly_spaced(len(once), min(len(once), COMPARED_ROWS), seed)])
     neighbours = Neighbours(features[chosen])
     pairs, values = near_duplicates(neighbours, least=LEAST_SIMILAR, most=MOST_DUPLICATES)
-    return chosen[pairs], values, len(chosen)
+    pairs = chosen[pairs]
+    if likeness is not None:
+        values = torch.tensor([likeness(*both) for both in pairs.tolist()])
+        order = values.argsort(descending=True, stable=True)
+        order = order[values[order] >= LEAST_ALIKE]
+        pairs, values = pairs[order], values[order]
+    return pairs, values, len(chosen)
 
 
 @dataclass(frozen=True, kw_only=True)

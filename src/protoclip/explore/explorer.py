@@ -45,6 +45,7 @@ from protoclip.explore.atlas import (
 from protoclip.explore.names import vocabulary
 from protoclip.explore.neighbours import CHUNK_ELEMENTS, Neighbours
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.explore.thumbnails import likeness
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.saved import is_aligned, read_config, run_of
@@ -343,8 +344,10 @@ def open_explorer(
         atlas = make_atlas(
             made,
             heads=heads,
-            halves=halves,
+            halves=halves if aligned else None,
+            images=(halves or made).image,
             shown_images=lambda of: pairs.shown_images(rows[of].numpy()),
+            likeness=lambda one, other: likeness(pairs, int(rows[one]), int(rows[other])),
             scale=scale_of(model),
             layout=layout,
             number=number,
@@ -401,11 +404,14 @@ def keep_if_possible(path: Path | None, atlas: Atlas) -> None:
 def features_to_map(
     encoder: Encoder, pairs: ExploredPairs, *, aligned: bool
 ) -> tuple[Features, Features | None]:
-    """The features of all pairs that can be read; of a model by `align` those of its halves too."""
+    """The features of all pairs that can be read; and where a model joins two halves, those of the
+    halves: if it was aligned on these pairs, of all their captions."""
     rows = pairs.with_captions()
-    if not (aligned and isinstance(encoder, JoinedEncoder)):
+    if not isinstance(encoder, JoinedEncoder):
         return encoded(encoder, pairs, rows), None
-    halves = with_all_captions(encoder.frozen, pairs, encoded(encoder.frozen, pairs, rows))
+    halves = encoded(encoder.frozen, pairs, rows)
+    if aligned:
+        halves = with_all_captions(encoder.frozen, pairs, halves)
     image, text = encoder.joint(halves.image, halves.text)
     return replace(halves, image=image, text=text, captions=None, counts=None), halves
 

@@ -47,6 +47,7 @@ TOOLTIP = """
   <div class="caption">@caption</div>
   <div>distance @distance{0.000}, loss @loss{0.00}</div>
   <div>@id</div>
+  <div class="more"></div>
 </div>
 """
 
@@ -141,7 +142,7 @@ def map_json(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         BoxSelectTool(continuous=False, renderers=glyphs),
         lasso,
         TapTool(renderers=glyphs),
-        HoverTool(tooltips=TOOLTIP, renderers=glyphs),
+        HoverTool(tooltips=TOOLTIP, renderers=glyphs, limit=1),
         ResetTool(),
     )
     plot.toolbar.active_scroll = zoom

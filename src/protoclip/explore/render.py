@@ -32,9 +32,8 @@ from protoclip.data.access import begun
 from protoclip.data.pairs import BadSample
 from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.atlas import (
-    LEAST_SIMILAR,
+    LEAST_ALIKE,
     MODALITIES,
-    MOST_DUPLICATES,
     Atlas,
     Modality,
     Moved,
@@ -54,11 +53,12 @@ from protoclip.models.saved import run_of
 from protoclip.terminal import say, visible
 
 PAGE_SIZE = 60  # pairs, or prototypes, on a page
+ALIKE = 0.95  # likeness from which near-duplicates are listed, unless one asks for others
 FLOWS = 40  # movements between groups that are listed
 READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
-MAP_FORM = 3  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
+MAP_FORM = 4  # raised when `map.py` draws maps otherwise, so that kept ones are drawn again
 Codes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
 
@@ -327,7 +327,7 @@ class Site:
             atlas=atlas,
             empty=empty,
             left_out=out,
-            most_duplicates=MOST_DUPLICATES,
+            duplicates=int((atlas.duplicate_likeness >= ALIKE).sum()),
         )
 
     @property
@@ -452,13 +452,14 @@ class Site:
         twins = [[*map(self.explorer.image_key, both)] for both in self.atlas.duplicates.tolist()]
         return {one for one, other in twins if one == other}
 
-    def duplicates(self, page: int = 1) -> str:
-        """The images that are most alike, each with all its pairs."""
+    def duplicates(self, least: float = ALIKE, page: int = 1) -> str:
+        """The images that are at least so much alike, each with all its pairs."""
         atlas = self.atlas
-        part, pages = paged(np.arange(len(atlas.duplicates)), page, size=PAGE_SIZE // 2)
+        listed = np.flatnonzero(atlas.duplicate_likeness >= least)
+        part, pages = paged(listed, page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
         sharing = self.explorer.sharing([*chain(*twins)]) if twins else {}
-        again = all_but_first(atlas.duplicates.tolist())  # also by those of other pages
+        again = all_but_first(atlas.duplicates[listed].tolist())  # also by those of other pages
 
         def whole(position: int) -> Card:
             is_copy = self.explorer.image_key(position) in self._copies
@@ -466,15 +467,16 @@ class Site:
             return replace(card, is_again=position in again)
 
         rows = [
-            (f"{similarity:.3f}", [*map(whole, both)])
-            for similarity, both in zip(atlas.duplicate_similarity[part], twins, strict=True)
+            (float(value), [*map(whole, both)])
+            for value, both in zip(atlas.duplicate_likeness[part], twins, strict=True)
         ]
         return self.page(
             "duplicates.html",
             "Near-duplicates",
             here="duplicates.html",
             rows=rows,
-            least=LEAST_SIMILAR,
+            least=least,
+            least_of_all=LEAST_ALIKE,
             page=page,
             pages=pages,
         )

@@ -27,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from protoclip.explore.atlas import MODALITIES, Modality
 from protoclip.explore.explorer import UnreadableImage
-from protoclip.explore.render import NoSuchPage, Pages, Site, assets, ids_as
+from protoclip.explore.render import ALIKE, NoSuchPage, Pages, Site, assets, ids_as
 from protoclip.explore.thumbnails import LARGE_SIDE, THUMBNAIL_SIDE
 from protoclip.files import checksum
 from protoclip.terminal import visible
@@ -115,7 +115,11 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         return site(request).odd(by, page(request)), "html"
 
     def duplicates(request: Request) -> Made:
-        return site(request).duplicates(page(request)), "html"
+        try:
+            least = float(request.query_params.get("least", ALIKE))
+        except ValueError:
+            raise HTTPException(400, "least: needs to be a number") from None
+        return site(request).duplicates(least, page(request)), "html"
 
     def moved(request: Request) -> Made:
         if len(pages.explorers) < 2:

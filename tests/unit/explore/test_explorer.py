@@ -132,7 +132,7 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
     page = Pages([one]).site(1).answer("a red square", found)
     assert page.count("> select <bdi>one more ") == 10
     site = Pages([one]).site(1)
-    twins = re.findall("<article.*?</article>", site.duplicates(), re.DOTALL)
+    twins = re.findall("<article.*?</article>", site.duplicates(least=0), re.DOTALL)
     assert len(twins) == 2 * len(one.atlas.duplicates) > 0
     for card in twins:  # one tick is for both pairs
         ((first, more),) = re.findall(r"""data-id="(.*?)" data-more='(.*?)'""", card)
@@ -230,12 +230,15 @@ def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_pat
 
 
 def test_all_but_the_first_of_a_chain_of_near_duplicates_are_marked(one: Explorer) -> None:
-    """Also where two are near to a later one alone."""
-    chain = {"duplicates": np.array([[0, 4], [2, 4]]), "duplicate_similarity": np.array([1.0, 1.0])}
+    """Also where two are near to a later one alone; but only by those that are listed."""
+    chain = {"duplicates": np.array([[2, 4], [0, 4]]), "duplicate_likeness": np.array([1.0, 0.9])}
     pages = Pages([replace(one, atlas=replace(one.atlas, **chain))])
-    cards = re.findall('<article class="(.*?)".*?data-id="(.*?)"', pages.site(1).duplicates(), re.S)
-    ids = [one.pairs.sample_id(row) for row in (0, 4, 2, 4)]
-    assert cards == list(zip(["card", *["card again"] * 3], ids, strict=True))
+    again = {0.9: [True, True, False, True], 0.95: [False, True]}
+    for least, marked in again.items():
+        page = pages.site(1).duplicates(least)
+        cards = re.findall('<article class="card(.*?)".*?data-id="(.*?)"', page, re.DOTALL)
+        ids = [one.pairs.sample_id(row) for row in (2, 4, 0, 4)[: len(marked)]]
+        assert cards == [(" again" * is_again, id) for is_again, id in zip(marked, ids, strict=True)]
 
 
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:

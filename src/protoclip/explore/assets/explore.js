@@ -76,8 +76,13 @@ addEventListener("pageshow", (event) => {
   store();
 });
 
+document.addEventListener("input", (event) => {
+  if (event.target.name === "least") event.target.nextElementSibling.textContent = Number(event.target.value).toFixed(2);
+});
+
 document.addEventListener("change", (event) => {
   const box = event.target;
+  if (box.name === "least") box.form.requestSubmit();
   if (box.matches("input[data-id]")) {
     tick(box, box.checked);
     store();
@@ -291,7 +296,22 @@ async function drawMap(place) {
   const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
   colour();
   followTools(doc.get_model_by_name("map"));
+  countHovered(doc.get_model_by_name("map"), source, [glyphs.image, glyphs.text]);
   place.dataset.ready = "yes";
+}
+
+// Under the pointer one card stands, an image's before a text's, and says how many pairs more there are.
+function countHovered(plot, source, glyphs) {
+  const tool = plot.toolbar.tools.find((each) => each.type === "HoverTool");
+  const { ttmodels } = Bokeh.index.get(plot).tool_views.get(tool);
+  const [ofImage, ofText] = glyphs.map((glyph) => ttmodels.get(glyph));
+  source.inspect.connect(() => {
+    const [images, texts] = glyphs.map((glyph) => glyph.get_selection_manager().inspectors.get(glyph)?.indices ?? []);
+    if (images.length) ofText.clear();
+    const more = new Set([...images, ...texts]).size - 1;
+    const said = (images.length ? ofImage : ofText).content.querySelector(".more");
+    if (said && more > 0) said.textContent = `and ${more.toLocaleString("en")} more here`;
+  });
 }
 
 // A finger on the map scrolls the page, unless a tool is chosen that drags. Where there is no mouse,
