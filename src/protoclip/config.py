@@ -519,7 +519,8 @@ def unknown(name: str, known: list[str]) -> str:
         return f"{name}: {former}"
     meant = ELSEWHERE.get(name.rpartition(".")[2], name)
     close = difflib.get_close_matches(meant, known, n=1)
-    return f"{name}: no such setting; {f'did you mean {close[0]}?' if close else '--help lists all'}"
+    hint = f"did you mean {close[0]}?" if close else "--help lists all"
+    return f"{name}: no such setting; {hint}"
 
 
 def read(name: str, value: Any, hint: Any) -> Any:

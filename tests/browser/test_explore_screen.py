@@ -81,6 +81,28 @@ def test_images_stand_first_where_points_are_many(phone: Any) -> None:
     assert phone.evaluate(ROWS) == [0]
 
 
+def test_one_card_stands_under_the_pointer_and_counts_the_others(phone: Any) -> None:
+    phone.set_viewport_size({"width": 1400, "height": 900})
+    phone.wait_for_timeout(500)
+    point = phone.evaluate(
+        """() => {
+          const plot = Bokeh.documents[0].roots()[0];
+          const source = Bokeh.documents[0].get_model_by_name("pairs");
+          for (const name of ["image_x", "image_y"]) source.data[name].fill(0, 0, 8);
+          source.change.emit();
+          document.getElementById("names").style.display = "none";
+          const view = Bokeh.index.get(plot);
+          const box = view.el.getBoundingClientRect();
+          const { x_scale, y_scale } = view.frame;
+          return [box.x + x_scale.compute(0), box.y + y_scale.compute(0)];
+        }"""
+    )
+    phone.mouse.move(point[0] - 3, point[1])
+    phone.mouse.move(*point)
+    phone.wait_for_selector(".tooltip .more:has-text('more here')")
+    assert phone.locator(".tooltip").count() == 1
+
+
 def test_a_drag_that_selects_may_begin_on_a_name(phone: Any) -> None:
     """With other tools a name takes the pointer."""
     phone.set_viewport_size({"width": 1400, "height": 900})

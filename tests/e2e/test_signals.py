@@ -164,7 +164,10 @@ def test_before_training_a_signal_ends_the_command(name, words, tmp_path, monkey
 
     monkeypatch.setattr(run, "look", interrupted)
     assert codes(started(lambda: cli.main(words))) == [128 + number]
-    assert "Traceback" not in capfd.readouterr().err
+    said = {"SIGTERM": "protoclip: ended by SIGTERM", "SIGINT": "protoclip: interrupted"}
+    written = capfd.readouterr().err
+    assert "Traceback" not in written
+    assert said[name] in written
     assert not (tmp_path / "run").exists()
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import takewhile
@@ -74,10 +75,12 @@ PATIENCE = 5.0
 
 
 def end(by: signal.Signals) -> None:
-    """End at once as shells report it, also as the first process of a container.
+    """Say so and end at once as shells report it, also as the first process of a container.
 
     The kernel keeps from that one each signal without a handler. SIGINT has Python's.
     """
+    with suppress(OSError):  # `print` may be interrupted, and cannot be used again
+        os.write(2, f"protoclip: ended by {by.name}\n".encode())
     os._exit(128 + by)
 
 

@@ -207,7 +207,12 @@ class Explore:
         require_here(data)
         if self.class_column is not None and data.sources:
             data = with_classes(data, self.class_column)
-        samples, notes = open_source(data)
+        try:
+            samples, notes = open_source(data)
+        except (ValueError, OSError) as error:
+            if self.data is not None:
+                raise
+            raise ValueError(f"{error}; name the pairs with --data if they have moved") from None
         print_notes(notes)
         return explored(samples, class_column=self.class_column)
 

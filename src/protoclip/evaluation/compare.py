@@ -94,7 +94,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
         ValueError: There is no such run, or it has not finished.
     """
     path = Path(run) / "results.json"
-    if not path.is_file():
+    if not path.exists():
         require_no_records(path.parent)
         reason = "no such run folder"
         if path.parent.exists():

@@ -571,11 +571,7 @@ class Site:
 def paged(
     rows: npt.NDArray[np.int64], page: int, size: int = PAGE_SIZE
 ) -> tuple[npt.NDArray[np.int64], int]:
-    """The rows of a page, counted from 1, and how many pages there are.
-
-    Raises:
-        NoSuchPage: It is beyond the last one.
-    """
+    """The rows of a page, counted from 1, and how many there are; `NoSuchPage` beyond the last."""
     pages = max(1, -(-len(rows) // size))
     if page > pages:
         raise NoSuchPage(f"page {page} of {pages}")

@@ -115,10 +115,8 @@ def application(pages: Pages, *, host: str, token: str) -> ASGIApp:
         return site(request).odd(by, page(request)), "html"
 
     def duplicates(request: Request) -> Made:
-        try:
-            least = float(request.query_params.get("least", ALIKE))
-        except ValueError:
-            raise HTTPException(400, "least: needs to be a number") from None
+        text = request.query_params.get("least", "")
+        least = float(text) if re.fullmatch(r"[01](\.\d+)?", text) else ALIKE
         return site(request).duplicates(least, page(request)), "html"
 
     def moved(request: Request) -> Made:

@@ -108,7 +108,7 @@ def read_run(
     except ValueError as error:
         problem = f"another version of protoclip wrote this run ({error})"
     settings = flat(as_kept(tree))
-    results = read_results(folder) if (folder / "results.json").is_file() else None
+    results = read_results(folder) if (folder / "results.json").exists() else None
     curves = read_curves(folder / "metrics.jsonl")
     if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")

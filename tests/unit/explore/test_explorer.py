@@ -238,7 +238,9 @@ def test_all_but_the_first_of_a_chain_of_near_duplicates_are_marked(one: Explore
         page = pages.site(1).duplicates(least)
         cards = re.findall('<article class="card(.*?)".*?data-id="(.*?)"', page, re.DOTALL)
         ids = [one.pairs.sample_id(row) for row in (2, 4, 0, 4)[: len(marked)]]
-        assert cards == [(" again" * is_again, id) for is_again, id in zip(marked, ids, strict=True)]
+        assert cards == [
+            (" again" * is_again, id) for is_again, id in zip(marked, ids, strict=True)
+        ]
 
 
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
