@@ -42,10 +42,11 @@ def likeness(pairs: ExploredPairs, one: int, other: int) -> float:
         ]
     except (BadSample, ValueError, OSError):
         return 0.0
-    if np.array_equal(*pixels):
+    if np.array_equal(pixels[0], pixels[1]):
         return 1.0
     side = (COMPARED_SIDE, COMPARED_SIDE)
-    rows = np.stack([np.ravel(Image.fromarray(each).resize(side)) for each in pixels]) / 255
+    small = [np.asarray(Image.fromarray(each).resize(side)) for each in pixels]
+    rows = np.stack(small).reshape(2, -1) / 255
     rows -= rows.mean(1, keepdims=True)
     norms = np.linalg.norm(rows, axis=1).prod()
     return min(MOST_ALIKE, float(rows[0] @ rows[1] / max(norms, 1e-6)))
