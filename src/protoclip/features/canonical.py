@@ -68,16 +68,16 @@ def moments_of_images(
     images: Float[Tensor, "n q"], captions: Float[Tensor, "c r"], counts: Int[Tensor, " n"]
 ) -> SecondMoments:
     """Second moments of images and of their captions, image after image, `counts` of each."""
-    x, y = images.float(), captions.float()
+    x, y = images.double(), captions.double()  # a large common offset leaves float32 no digits
     share = (1 / counts.double()).repeat_interleave(counts).to(y)[:, None]
     owner = torch.arange(len(x)).repeat_interleave(counts).to(y.device)
-    means = torch.zeros(len(x), y.shape[1], device=y.device).index_add_(0, owner, share * y)
+    means = y.new_zeros(len(x), y.shape[1]).index_add_(0, owner, share * y)
     return SecondMoments(
-        image=(x.T @ x).cpu().double(),
-        text=(y.T @ (share * y)).cpu().double(),
-        cross=(x.T @ means).cpu().double(),
-        sum_of_images=x.sum(0).cpu().double(),
-        sum_of_texts=means.sum(0).cpu().double(),
+        image=(x.T @ x).cpu(),
+        text=(y.T @ (share * y)).cpu(),
+        cross=(x.T @ means).cpu(),
+        sum_of_images=x.sum(0).cpu(),
+        sum_of_texts=means.sum(0).cpu(),
         samples=len(x),
     )
 
@@ -187,7 +187,9 @@ def inverse_root(
     """
     mean = moments / samples
     variance = mean.trace() - (total / samples).square().sum()
-    ridge = torch.minimum(mean.trace(), 2 * variance) / samples
+    # Equal features have no variance, and rounding may make it negative.
+    least = torch.finfo(mean.dtype).eps * len(mean) * mean.trace()
+    ridge = (torch.minimum(mean.trace(), 2 * variance) / samples).clamp(min=least)
     values, vectors = torch.linalg.eigh(mean + ridge * torch.eye(len(mean), dtype=mean.dtype))
     sizes: Tensor = values.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
     root: Tensor = vectors * sizes @ vectors.T

@@ -14,6 +14,7 @@ from torch import nn
 from protoclip.features.canonical import (
     SecondMoments,
     canonical_projections,
+    moments_of_images,
     moments_of_pairs,
     out_of_fold,
     second_moments,
@@ -73,6 +74,19 @@ def test_directions_are_those_of_a_generalised_eigenproblem():
             expected = expected / np.sqrt(expected @ moment @ expected) * value
             assert abs(found @ moment @ expected) == pytest.approx(value**2, rel=1e-7)
             assert found @ moment @ found == pytest.approx(value**2, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("samples", "scale", "offset"), [(1, 1.0, 0.0), (90, 0.0, 1.0), (90, 0.1, 3e3)]
+)
+def test_maps_are_finite_where_features_hardly_differ(samples, scale, offset):
+    """One pair, equal images, and a common offset that float32 could not square."""
+    draws = torch.randn(samples, 40, generator=torch.Generator().manual_seed(0))
+    x, y = (scale * draws + offset * torch.eye(40)[0]).half(), draws[:, :30].half()
+    found = moments_of_images(x, y, torch.ones(samples, dtype=torch.long))
+    for linear in canonical_projections(found):
+        assert linear.float().isfinite().all()
+    torch.testing.assert_close(found.image, moments_of_pairs(x, y).image, rtol=1e-12, atol=1e-6)
 
 
 @pytest.mark.parametrize(
