@@ -10,7 +10,7 @@ from protoclip.data import access
 from protoclip.data.pairs import BadSample
 from protoclip.data.sampler import evenly_spaced
 
-TRIED = 20  # rows of which one has to be good
+TRIED = 64  # rows of which one has to be good
 
 
 def require_readable(named: str, rows: int, read: Callable[[int], object]) -> None:

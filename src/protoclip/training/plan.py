@@ -203,7 +203,7 @@ def complete(
     seen = raise_on_all_ranks(lambda: seen_of(divided.training))
     of_all = all_gather_object([socket.gethostname(), *seen])
     raise_on_all_ranks(lambda: require_same_pairs(of_all))
-    if pass_stream is None and isinstance(divided.training, Pairs):  # align encodes all before
+    if isinstance(divided.training, Pairs):
         raise_on_all_ranks(partial(require_usable, config, divided.training))
     if config.run.overfit is not None:
         few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
@@ -263,17 +263,17 @@ def complete(
 
 
 def require_usable(config: Config, samples: Pairs) -> None:
-    """Refuse pairs to train on of which none of some can be used, in no source of them.
+    """Refuse pairs to train on if too many are in sources of which no sample can be used.
 
     Raises:
-        ValueError: So it is, and `data.max_bad_share` does not allow as many bad ones.
+        ValueError: They are more than `data.max_bad_share` allows.
     """
 
     def read(source: Pairs, rows: Sequence[int], number: int) -> object:
         image = source.sample(int(rows[number])).image
         return dimensions(image, max_pixels=config.data.max_image_pixels)
 
-    reasons = list[ValueError]()
+    reasons, bad = list[ValueError](), 0
     parts: Any = [(samples, range(len(samples)))]
     if isinstance(samples, PairsView):
         parts = samples.parts
@@ -281,10 +281,10 @@ def require_usable(config: Config, samples: Pairs) -> None:
         named = f"data.train: {source.name}"
         try:
             require_readable(named, len(rows), partial(read, source, rows))
-            return
         except ValueError as error:
             reasons.append(error)
-    if reasons:
+            bad += len(rows)
+    if bad > config.data.max_bad_share * len(samples):
         raise reasons[0]
 
 

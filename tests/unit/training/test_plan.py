@@ -142,14 +142,16 @@ def test_the_length_of_a_run_follows_from_passes_and_steps(rows, given, count, p
     assert whole.amount.endswith(passes)
 
 
-def test_a_source_that_can_be_used_is_enough(tmp_path):
+def test_sources_that_cannot_be_used_are_refused_unless_they_are_few(tmp_path):
     """And whoever allows most samples to be bad may have none that is good among some."""
     table = pa.table({"image": ["gone.jpg"] * 40, "caption": ["a"] * 40})
     bad = ImageTextPairs(table, name="bad", root=str(tmp_path))
-    good = Numbered(4, 4)
-    with pytest.raises(ValueError, match=r"^data.train: bad: of 20 pairs that were looked at none"):
-        require_usable(Config(), bad)
-    for parts in ([(bad, range(40)), (good, range(4))], [(good, range(4)), (bad, range(40))]):
+    good = Numbered(4000, 4)
+    refused = pytest.raises(ValueError, match=r"^data.train: bad: of 40 pairs that were looked at ")
+    for number in (0, 4):
+        with refused:
+            require_usable(Config(), PairsView([(good, range(number)), (bad, range(40))]))
+    for parts in ([(bad, range(40)), (good, range(4000))], [(good, range(4000)), (bad, range(40))]):
         require_usable(Config(), PairsView(parts))
     require_usable(with_changes(Config(), {"data": {"max_bad_share": 0.9}}), bad)
 
