@@ -442,7 +442,7 @@ def test_bad_images_are_left_out(given, tmp_path):
     pq.write_table(table.set_column(0, "image", pa.array(images)), tmp_path / "bad.parquet")
     settings = changed(given, data={"train": str(tmp_path / "bad.parquet"), "validation": 0.0})
     plan, rows, _ = rows_of(settings)
-    assert len(plan.samples) == len(rows.images) == 94
+    assert len(plan.samples) == len(rows) == 94
     assert {"tiny/3", "tiny/40"}.isdisjoint(plan.samples.sample_ids())
     said = r"2 of 96 pairs cannot be used, such as sample 'tiny/3' \(.*\): not an image"
     assert re.search(said, "".join(plan.notes))
@@ -461,12 +461,12 @@ def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
     data = {"train": str(tmp_path / "pairs.tsv"), "validation": 0.0}
     plan, rows, _ = rows_of(changed(given, data=data, episodes={"size": 6, "batch_size": 2}))
     assert len(plan.samples) == 6
-    assert np.diff(rows.first).tolist() == [3, 2, 1, 1, 1, 1]
+    assert np.diff(rows.listing.first).tolist() == [3, 2, 1, 1, 1, 1]
     assert "3 of 9 pairs have the image of another one" in "".join(plan.notes)
     sample = plan.samples.sample_id(0)
     assert sample.endswith("/0")
-    numbers = rows.text.find(hash_ids(f"caption {row}" for row in (0, 2, 8)))
-    assert rows.captions[:3].tolist() == numbers.tolist()
+    expected = hash_ids(f"caption {row}" for row in (0, 2, 8))
+    assert rows.listing.captions[:3].tolist() == expected.tolist()
 
 
 def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):

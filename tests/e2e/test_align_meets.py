@@ -52,17 +52,17 @@ def test_each_row_has_the_features_of_its_own_image_and_captions(kind, given, so
         of_source(given, sources[kind], episodes={"size": 16, "batch_size": 8})
     )
     samples = plan.samples
-    assert len(samples) == len(rows.images)
+    assert len(samples) == len(rows)
     transform = loading.evaluation_transform(model)
     for row in (0, len(samples) // 2, len(samples) - 1):
         image = rows.image_rows(np.array([row])).float()
         whole = model.eval().towers.visual.trunk(transform(samples.image(row))[None])
         np.testing.assert_allclose(image.numpy(), whole.detach().numpy(), atol=2e-3, rtol=2e-3)
         own = {*samples.sample_captions(row)}
-        numbers = rows.captions[rows.first[row] : rows.first[row + 1]]
-        assert {*rows.text.find(hash_ids(sorted(own)))} <= {*numbers}
+        hashes = rows.listing.captions[rows.all_captions(np.array([row]))]
+        assert {*hash_ids(sorted(own))} <= {*hashes}
         if kind != "shared":
-            assert len(numbers) == len(own)
+            assert len(hashes) == len(own)
 
 
 def test_a_mixture_is_aligned_from_end_to_end(given, sources, tmp_path):
@@ -523,7 +523,7 @@ def test_an_interruption_leaves_another_table_alone(given, tmp_path, store, monk
     pq.write_table(table.take(list(range(96))[::-1]), tmp_path / "other.parquet")
     monkeypatch.setitem(encoding.PART_ROWS, "image", 16)
     plan, rows, _ = rows_of(changed(given, data={"train": str(tmp_path / "other.parquet")}))
-    assert len(plan.samples) == len({*rows.images[:, 0].tolist()}) == 96
+    assert len(plan.samples) == len(rows) == 96
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "undisturbed"))
     _, whole, _ = rows_of(given)
     every = np.arange(96)
@@ -561,7 +561,7 @@ def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, stor
     number = table.column_names.index("image")
     pq.write_table(table.set_column(number, "image", broken), tmp_path / "bad.parquet")
     bad = changed(given, data={"train": str(tmp_path / "bad.parquet"), "max_bad_share": 0.1})
-    assert len(rows_of(bad)[1].first) == 96
+    assert len(rows_of(bad)[1]) == 95
 
     @contextmanager
     def refused(*_: Any, **__: Any) -> Any:
@@ -569,7 +569,7 @@ def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, stor
         yield
 
     monkeypatch.setattr(halves, "locked", refused)
-    assert len(rows_of(bad)[1].first) == 96
+    assert len(rows_of(bad)[1]) == 95
     before = {*threading.enumerate()}
     with pytest.raises(PermissionError) as error:
         rows_of(given)

@@ -23,7 +23,8 @@ from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.features import Encoded, Encoder, Model, Reader, Tokenizer, Transform
 from protoclip.features import halves
 from protoclip.features.halves import HalfEncoder
-from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
+from protoclip.features.listing import hashes_of_images
+from protoclip.features.store import Hashes, Numbers, hash_ids
 from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import autocast, resolve
@@ -149,26 +150,25 @@ class AlignedHalves(HalvesEncoder):
     def readable_images(self, images: "Any | Reader", *, stage: str) -> Encoded:
         if not isinstance(images, PairsView) or not isinstance(self.transform, EvaluationTransform):
             return super().readable_images(images, stage=stage)
-        stored, numbers = self._stored(halves.hashes_of_images(images), transform=self.transform)
-        missing = np.flatnonzero(numbers < 0)
+        stored, missing = self._stored(hashes_of_images(images), transform=self.transform)
         rest = Encoded(features=torch.zeros(0, 0))
         if len(missing):
             rest = super().readable_images(PairsView([(images, missing)]), stage=stage)
         bad = [(int(missing[row]), why) for row, why in rest.bad]
         others = np.setdiff1d(missing, [row for row, _ in bad])
-        return Encoded(features=joined(stored, numbers, others, rest.features), bad=bad)
+        return Encoded(features=joined(stored, missing, others, rest.features), bad=bad)
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n q"]:
         texts = [*texts]
-        stored, numbers = self._stored(hash_ids(texts), tokenizer=self.tokenizer)
-        missing, rest = np.flatnonzero(numbers < 0), torch.zeros(0, 0)
+        stored, missing = self._stored(hash_ids(texts), tokenizer=self.tokenizer)
+        rest = torch.zeros(0, 0)
         if len(missing):
             rest = super().texts([texts[row] for row in missing], stage=stage)
-        return joined(stored, numbers, missing, rest)
+        return joined(stored, missing, missing, rest)
 
-    def _stored(self, hashes: Hashes, **reads: Any) -> tuple[Segments, Numbers]:
-        """What a half encoded of images by a transform, or of texts by a tokenizer; and the number
-        of each there, or -1."""
+    def _stored(self, hashes: Hashes, **reads: Any) -> tuple[Float[Tensor, "k q"], Numbers]:
+        """What a half encoded of images by a transform, or of texts by a tokenizer, in order; and
+        the positions of those that it did not."""
         assert isinstance(self.model, FrozenHalves)
         with evaluation_mode(self.model):
             half = HalfEncoder(
@@ -179,15 +179,18 @@ class AlignedHalves(HalvesEncoder):
             )
             folder = halves.features_folder(self.config) / checksum(half.key().encode())
         stored = halves.opened(folder, half.width)
-        return stored, stored.find(hashes)
+        is_known = stored.find(hashes) >= 0
+        return torch.from_numpy(stored.rows(hashes[is_known])), np.flatnonzero(~is_known)
 
 
 def joined(
-    stored: Segments, numbers: Numbers, others: Numbers, of_others: Float[Tensor, "o _"]
+    features: Float[Tensor, "k _"],
+    missing: Numbers,
+    others: Numbers,
+    of_others: Float[Tensor, "o _"],
 ) -> Float[Tensor, "n _"]:
-    """Features in order: of rows that have a number in the store, and of the others."""
-    known = np.flatnonzero(numbers >= 0)
-    features = torch.from_numpy(stored.rows(numbers[known]))
+    """Features in order: those of the store, which miss some, and of others among these."""
+    known = np.setdiff1d(np.arange(len(features) + len(missing)), missing)
     if not len(others):
         return features
     order = np.argsort(np.concatenate([known, others]))

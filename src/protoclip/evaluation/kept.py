@@ -80,7 +80,7 @@ class Kept:
         for segment, start in zip(segments.segments, segments.starts, strict=False):
             if np.array_equal(numbers, np.arange(start, start + len(segment.features))):
                 return torch.from_numpy(segment.features)
-        return torch.from_numpy(segments.rows(numbers))
+        return torch.from_numpy(segments.rows(hashes))
 
     def add(self, ids: Sequence[str], features: Float[Tensor, "n d"]) -> None:
         """Keep the features of different ids that are not kept yet."""

@@ -54,10 +54,10 @@ class SecondMoments:
 
 def second_moments(halves: HalfRows, device: torch.device) -> SecondMoments:
     """Second moments of the plain images and of all their captions, of `SAMPLE` images at most."""
-    chosen = np.arange(0, len(halves.images), -(-len(halves.images) // SAMPLE))
+    chosen = np.arange(0, len(halves), -(-len(halves) // SAMPLE))
     parts = []
     for rows in np.array_split(chosen, -(-len(chosen) // BLOCK)):
-        counts = torch.from_numpy(halves.first[rows + 1] - halves.first[rows])
+        counts = torch.from_numpy(halves.counts(rows)[1])
         x = halves.image_rows(rows).to(device)
         y = halves.text_rows(halves.all_captions(rows)).to(device)
         parts.append(moments_of_images(x, y, counts))

@@ -303,7 +303,9 @@ def embed_teacher(
 
     def identified() -> tuple[list[str], dict[str, Any]]:
         ids = [] if isinstance(samples, SampleStream) else list(samples.sample_ids())
-        store.build_index(ids, name=samples.name)  # refuses duplicates
+        store.build_index(
+            store.hash_ids(ids), ids.__getitem__, name=samples.name
+        )  # refuses duplicates
         return ids, identity(samples, ids, num_samples)
 
     ids, known = raise_on_all_ranks(identified)
@@ -467,9 +469,9 @@ def join_parts(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make the parts a teacher folder."""
     files = parts_of(out)
     _, bad = write_skipped(files, out / SKIPPED, settings["source"])
-    ids = [sample_id for file in files for sample_id in read_note(file)["ids"]]
+    hashes = np.concatenate([store.hash_ids(read_note(file)["ids"]) for file in files])
     return write(
-        out, ids, lambda: (read_part(file)[1]["features"] for file in files), settings, bad
+        out, hashes, lambda: (read_part(file)[1]["features"] for file in files), settings, bad
     )
 
 
@@ -491,7 +493,7 @@ def convert(
 
 def write(
     out: Path,
-    ids: Sequence[str],
+    ids: Sequence[str] | store.Hashes,
     blocks: Callable[[], Iterable[Features]],
     settings: Mapping[str, Any],
     bad: int,

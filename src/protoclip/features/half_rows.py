@@ -4,7 +4,7 @@ How they are encoded and kept is in `halves.py`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,112 +13,100 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, Config
-from protoclip.data.groups import Key, class_number
+from protoclip.data.groups import Key, class_number, normalised, number_of
 from protoclip.data.pairs import Pairs
-from protoclip.data.view import NONE
+from protoclip.data.view import AllBut
 from protoclip.features import store
+from protoclip.features.listing import BLOCK, Listing
 from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features, Whitens
 
-BLOCK = 2**14  # pairs whose captions are in memory at once
 SAMPLE = 2**14  # pairs that a whitening is fitted to
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalfRows:
-    """What both halves know of some pairs, by row.
+    """What both halves know of some pairs, which are images with all their captions.
 
     Attributes:
+        listing: The images and captions of the pairs that were given.
         image: A store for each view; the first is of plain images.
         text: The captions.
-        images: The number of each row's image in each view `(n, v)`; -1 if it is bad.
-        captions: The numbers of all rows' captions, row after row.
-        same_text: A key of each of these captions, equal for texts that differ in nothing but case
-            and space; nobody asked for keys if there are none.
-        same_image: A key of each row's image in the first view, equal for images of equal features.
-        first: Where each row's captions begin `(n + 1)`.
-        repeated: Rows whose image an earlier row has too, which then has their captions.
+        texts: Reads each text of the listing, by its number.
+        good: Which of the listed images these pairs are: those that can be read, with a caption.
     """
 
+    listing: Listing
     image: Sequence[Segments]
     text: Segments
-    images: Numbers
-    captions: Numbers
-    first: Numbers
-    repeated: Numbers
-    same_text: Numbers = field(default_factory=NONE.copy)
-    same_image: Numbers = field(default_factory=NONE.copy)
+    texts: Callable[[int], str]
+    good: AllBut
 
-    @property
-    def bad(self) -> Numbers:
-        """Rows that cannot be trained on: an image is bad, or there is no caption."""
-        silent = np.diff(self.first) == 0
-        silent[self.repeated] = False  # another row has their captions
-        return np.flatnonzero((self.images < 0).any(1) | silent)
-
-    def without(self, rows: Numbers) -> "HalfRows":
-        """The same of all other rows."""
-        kept = np.ones(len(self.images), bool)
-        kept[rows] = False
-        counts = np.diff(self.first)
-        return HalfRows(
-            image=self.image,
-            text=self.text,
-            images=self.images[kept],
-            captions=self.captions[of_kept := np.repeat(kept, counts)],
-            same_text=self.same_text[of_kept] if len(self.same_text) else NONE,
-            same_image=self.same_image[kept] if len(self.same_image) else NONE,
-            first=np.concatenate([[0], np.cumsum(counts[kept])]),
-            repeated=NONE,
-        )
+    def __len__(self) -> int:
+        return len(self.good)
 
     def image_rows(self, rows: Numbers, draws: npt.NDArray[np.float32] | None = None) -> Tensor:
         """The image features of rows `(b, q)`: of a drawn view, or of the plain image."""
-        if draws is None or len(self.image) == 1:
-            return torch.from_numpy(self.image[0].rows(self.images[rows, 0]))
-        views = (draws * len(self.image)).astype(np.int64)
+        hashes, views = self.listing.images[self.good.at(rows)], np.zeros(len(rows), np.int64)
+        if draws is not None:
+            views = (draws * len(self.image)).astype(np.int64)
         features = np.empty((len(rows), self.image[0].width), np.float16)
         for view in np.unique(views):
-            chosen = np.flatnonzero(views == view)
-            features[chosen] = self.image[view].rows(self.images[rows[chosen], view])
+            features[views == view] = self.image[view].rows(hashes[views == view, view])
         return torch.from_numpy(features)
 
-    def text_rows(self, numbers: Numbers) -> Tensor:
-        return torch.from_numpy(self.text.rows(numbers))
+    def text_rows(self, captions: Numbers) -> Tensor:
+        """The features of listed captions `(c, q)`."""
+        return torch.from_numpy(self.text.rows(self.listing.captions[captions]))
 
     def most_captions(self, share: float = 1.0) -> int:
         """How many captions this share of the rows has at most."""
-        return int(np.quantile(np.diff(self.first), share, method="lower"))
+        return int(np.quantile(np.diff(self.listing.first), share, method="lower"))
+
+    def counts(self, rows: Numbers) -> tuple[Numbers, Numbers]:
+        """Where the captions of each row begin, and how many they are."""
+        images = self.good.at(rows)
+        first = self.listing.first[images]
+        return first, self.listing.first[images + 1] - first
 
     def drawn_captions(
         self, rows: Numbers, draws: npt.NDArray[np.float32], each: int = 1
     ) -> Numbers:
-        """Indices in `captions`: `each` of every row, by draws in [0, 1), as `CaptionDraw` does."""
-        counts = self.first[rows + 1] - self.first[rows]
+        """Listed captions: `each` of every row, by draws in [0, 1), as `CaptionDraw` does."""
+        first, counts = self.counts(rows)
         drawn = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
-        return (self.first[rows, None] + drawn % counts[:, None]).ravel()
+        return (first[:, None] + drawn % counts[:, None]).ravel()
 
     def groups(
         self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]
     ) -> Numbers:
         """The keys of rows with the drawn captions `(b, k)`, as batches of images have them."""
+
+        def same_text() -> Numbers:
+            numbers = np.searchsorted(self.listing.texts, self.listing.captions[captions])
+            return np.array([number_of(normalised(self.texts(int(each)))) for each in numbers])
+
+        def same_image() -> Numbers:
+            features = self.image_rows(rows).numpy()
+            return np.array([number_of(row.tobytes()) for row in features])
+
         keys: dict[Key, Callable[[], Numbers]] = {
-            "caption": lambda: self.same_text[captions],
-            "image": lambda: self.same_image[rows],
+            "caption": same_text,
+            "image": same_image,
             "class": lambda: np.array([class_number(pairs, int(row)) for row in rows]),
         }
         return np.stack([keys[key]() for key in by], axis=1)
 
     def all_captions(self, rows: Numbers) -> Numbers:
-        """The numbers of all captions of these rows, row after row."""
-        counts = self.first[rows + 1] - self.first[rows]
+        """All listed captions of these rows, row after row."""
+        first, counts = self.counts(rows)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        numbers: Numbers = self.captions[np.repeat(self.first[rows], counts) + within]
-        return numbers
+        captions: Numbers = np.repeat(first, counts) + within
+        return captions
 
     def mean_text_rows(self, rows: Numbers) -> Tensor:
         """The mean over the captions of each row `(b, q)`."""
-        counts = self.first[rows + 1] - self.first[rows]
+        _, counts = self.counts(rows)
         owner = np.repeat(np.arange(len(rows)), counts)
         features = self.text_rows(self.all_captions(rows))
         sums = torch.zeros(len(rows), self.text.width)
@@ -161,13 +149,16 @@ class HalfTeacher(Whitens):
 
 def half_teachers(config: Config, pairs: Pairs, halves: HalfRows) -> dict[str, HalfTeacher]:
     """The frozen halves that group the pairs of a run, by the names of its teachers."""
-    index = store.build_index(list(pairs.sample_ids()), name=pairs.name)
+    teachers = config.external_teachers
+    if {teacher.features for teacher in teachers.values()}.isdisjoint(HALVES.values()):
+        return {}
+    index = store.build_index(hash_ids(pairs.sample_ids()), pairs.sample_id, name=pairs.name)
     of = {
         HALVES["image_half"]: (halves.image_rows, halves.image[0].width),
         HALVES["text_half"]: (halves.mean_text_rows, halves.text.width),
     }
     return {
         name: HalfTeacher(of[teacher.features][0], index, of[teacher.features][1])
-        for name, teacher in config.external_teachers.items()
+        for name, teacher in teachers.items()
         if teacher.features in of
     }

@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from protoclip.config import Config
 from protoclip.data.captions import without_padding
 from protoclip.data.decode import decode_crop
-from protoclip.data.groups import normalised, number_of
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.data.transforms import Transform
-from protoclip.data.view import NONE, PairsView
+from protoclip.data.view import AllBut
 from protoclip.distributed.collectives import (
     all_gather_object,
     raise_on_all_ranks,
@@ -41,7 +40,14 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, FrozenEncoder, encode_parts, join_parts
-from protoclip.features.half_rows import BLOCK, HalfRows
+from protoclip.features.half_rows import HalfRows
+from protoclip.features.listing import (
+    image_key,
+    located,
+    open_listing,
+    view_id,
+    write_listing,
+)
 from protoclip.features.parts import FOLDERS, parts_of, read_images, read_note
 from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.files import checksum, locked
@@ -179,11 +185,6 @@ def images_at_once(model: nn.Module) -> int:
     return 16 if next(model.parameters()).device.type == "cpu" else 256
 
 
-def view_id(key: str, view: int) -> str:
-    """The id of a view of an image with this key."""
-    return f"{key} view {view}" if view else key
-
-
 class ImagesOnce:
     """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`.
 
@@ -243,17 +244,6 @@ class CaptionsOnce(ImagesOnce):
         return (self.sample_id(row),)
 
 
-def located(pairs: Pairs, row: int) -> tuple[Any, int]:
-    """The source that holds a row, and its number there."""
-    return pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
-
-
-def image_key(pairs: Pairs, row: int) -> str:
-    """Names the image of a row, whatever else the run reads of its source."""
-    source, number = located(pairs, row)
-    return str(source.image_key(number))
-
-
 def encode_halves(
     halves: FrozenHalves,
     pairs: Pairs,
@@ -264,7 +254,6 @@ def encode_halves(
     max_pixels: int,
     autocast: Any,
     threads: int | None = None,
-    with_groups: bool = False,
 ) -> HalfRows:
     """Encode what is not in the store yet, and open it. All ranks call it.
 
@@ -272,80 +261,28 @@ def encode_halves(
         halves: On their device, in evaluation mode.
         views: The transform of the plain image, then of each augmented one.
         root: Folder of the store.
-        with_groups: Whether batches will bring `groups`.
 
     Raises:
         ValueError: The folder cannot be used, or is damaged; or no image can be read.
     """
     at_once = images_at_once(halves)
     # The first rank decides for all: files may have other times on other hosts.
-    image_hashes = rank0_first(lambda: hashes_of_images(pairs))
-    caption_hashes, counts = hashes_of_captions(pairs)
-    first, of_row = np.cumsum([0, *counts]), np.repeat(np.arange(len(pairs)), counts)
-    unique, rows, inverse = np.unique(image_hashes, return_index=True, return_inverse=True)
-    stores, numbers = [], []
+    path = rank0_first(lambda: write_listing(pairs, root, len(views)))
+    require_shared(path.with_suffix(".json"), by=FOLDERS)
+    listing = raise_on_all_ranks(lambda: open_listing(path))
+    bad, stores = np.diff(listing.first) == 0, []
     settings: dict[str, Any] = {"max_pixels": max_pixels, "autocast": autocast}
     for view, half in enumerate(image_halves(halves, views, root, **settings)):
-        images = ImagesOnce(pairs, rows, view)
-        hashes = unique
-        if view:
-            hashes = rank0_first(lambda images=images: hash_ids(images.sample_ids()))  # type: ignore[misc]
-        stored = completed(half.encoder, images, hashes, half.folder, at_once, threads)
-        stores.append(stored)
-        numbers.append(stored.find(hashes)[np.searchsorted(unique, image_hashes)])
+        images, hashes = ImagesOnce(pairs, listing.rows, view), listing.images[:, view]
+        stores.append(completed(half.encoder, images, hashes, half.folder, at_once, threads))
+        bad |= stores[-1].find(hashes) < 0
     encoder = HalfEncoder(halves, tokenizer=tokenizer, **settings)
-    unique, at = np.unique(caption_hashes, return_index=True)
-    captions = CaptionsOnce(pairs, of_row[at], at - first[of_row[at]])
+    captions = CaptionsOnce(pairs, listing.text_rows, listing.text_places)
     folder = root / checksum(rank0_first(encoder.key).encode())
-    text = completed(encoder, captions, unique, folder, 4 * at_once, threads)
-    caption_numbers = text.find(unique)[np.searchsorted(unique, caption_hashes)]
-    shown_by = rows[inverse]  # the first row with the image of each row
-    owner = shown_by[of_row]
-    order = np.argsort(owner, kind="stable")
-    of_rows = np.stack(numbers, axis=1)
-    same_text = same_image = NONE
-    if with_groups:
-        same_text = hashes_of_captions(pairs, normalised)[0].view(np.int64)[order]
-        same_image = keys_of_images(stores[0], of_rows[:, 0])
-    return HalfRows(
-        image=stores,
-        text=text,
-        images=of_rows,
-        captions=caption_numbers[order],
-        same_text=same_text,
-        same_image=same_image,
-        first=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(pairs)))]),
-        repeated=np.flatnonzero(shown_by != np.arange(len(pairs))),
-    )
-
-
-def hashes_of_images(pairs: Pairs) -> Hashes:
-    """Equal for rows that name the same image file."""
-    return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
-
-
-def hashes_of_captions(pairs: Pairs, form: Callable[[str], str] = str) -> tuple[Hashes, Numbers]:
-    """Of all captions in this form, row after row; and how many each row has, which may be none."""
-    parts, counts = [], np.zeros(len(pairs), np.int64)
-    for start in range(0, len(pairs), BLOCK):
-        texts: list[str] = []
-        for row in range(start, min(start + BLOCK, len(pairs))):
-            with suppress(BadSample):
-                captions = pairs.sample_captions(row)
-                counts[row] = len(captions)
-                texts += map(form, captions)
-        parts.append(hash_ids(texts))
-    return np.concatenate(parts), counts
-
-
-def keys_of_images(stored: Segments, numbers: Numbers) -> Numbers:
-    """A key of the features of each of these numbers; 0 for bad images, which have none."""
-    keys = np.zeros(len(numbers), np.int64)
-    good = np.flatnonzero(numbers >= 0)
-    for rows in np.array_split(good, max(1, -(-len(good) // BLOCK))):
-        features = stored.rows(numbers[rows])
-        keys[rows] = [number_of(row.tobytes()) for row in features]
-    return keys
+    text = completed(encoder, captions, listing.texts, folder, 4 * at_once, threads)
+    good = AllBut(len(bad), np.flatnonzero(bad))
+    texts = captions.sample_id
+    return HalfRows(listing=listing, image=stores, text=text, texts=texts, good=good)
 
 
 def require_same_weights(of_all: Sequence[str], reads: str) -> None:

@@ -26,7 +26,8 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
 )
-from protoclip.features.halves import HalfEncoder, features_folder, image_key, opened
+from protoclip.features.halves import HalfEncoder, features_folder, opened
+from protoclip.features.listing import image_key
 from protoclip.features.store import FACTS, Numbers, Segments, hash_ids
 from protoclip.features.whiten import Features
 from protoclip.files import checksum
@@ -58,10 +59,11 @@ class KeptHalf:
         Vectors are in the joint space, of unit norm, on the CPU. From the first damaged row on
         nothing counts as kept, and a warning says so.
         """
-        numbers = self.find(ids)
-        known, vectors = np.flatnonzero(numbers >= 0), torch.zeros(len(numbers), width)
+        hashes = hash_ids(ids)
+        known = np.flatnonzero(self.stored.find(hashes) >= 0)
+        vectors = torch.zeros(len(hashes), width)
         try:
-            rows = self.stored.rows(numbers[known])
+            rows = self.stored.rows(hashes[known])
         except ValueError as error:
             warn_of_damage(error)
             self.stored = Segments([], self.stored.width)

@@ -48,14 +48,14 @@ class RowLoader(EpisodeLoader):
             rows = all_rows[position]
             each = self.captions.number
             drawn = self.halves.drawn_captions(rows, captions[position], each)
-            chosen = self.halves.captions[drawn]
+            hashes = self.halves.listing.captions[drawn]
             image = self.halves.image_rows(rows, None if views is None else views[position])
             of_pairs = np.repeat(rows, each)
             sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]
             tensors = {
                 "position": torch.from_numpy(pair_numbers(position, each)),
                 "image": image,
-                "text": self.halves.text_rows(chosen),
+                "text": self.halves.text_rows(drawn),
             }
             if wanted.with_features:
                 of_ids = {name: of(sample_ids) for name, of in self.features_of.items()}
@@ -70,7 +70,7 @@ class RowLoader(EpisodeLoader):
                 sample_id=sample_ids,
                 image=sent["image"],
                 text=sent["text"],
-                captions=[number.tobytes() for number in chosen],
+                captions=[each.tobytes() for each in hashes],
                 features=without_prefix("features", sent),
                 groups=sent.get("groups"),
             )

@@ -18,7 +18,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.features import store
 from protoclip.features.encode import PART_ROWS, FrozenEncoder, finish
-from protoclip.features.halves import hashes_of_captions
+from protoclip.features.listing import hashes_of_captions
 from protoclip.features.parts import identity
 from protoclip.features.store import StoredFeatures
 from protoclip.files import checksum, locked

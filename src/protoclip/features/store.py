@@ -43,6 +43,7 @@ Numbers = npt.NDArray[np.int64]
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
+FOUND_AT_ONCE = 2**22  # hashes that are sorted at once
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (
     *(OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError),
@@ -56,13 +57,12 @@ def hash_ids(sample_ids: Iterable[str]) -> Hashes:
     return np.fromiter((int.from_bytes(d, "little") for d in digests), dtype=np.uint64)
 
 
-def build_index(sample_ids: Sequence[str], *, name: str) -> Hashes:
+def build_index(hashes: Hashes, sample_id: Callable[[int], str], *, name: str) -> Hashes:
     """The ids' hashes in ascending order, and the row of each `(2, n)`; refuses equal hashes."""
-    hashes = hash_ids(sample_ids)
     rows = np.argsort(hashes, kind="stable")
     index = np.stack([hashes[rows], rows.astype(np.uint64)])
     if len(equal := np.flatnonzero(index[0, 1:] == index[0, :-1])):
-        first, second = (sample_ids[rows[equal[0] + i]] for i in (0, 1))
+        first, second = (sample_id(int(rows[equal[0] + i])) for i in (0, 1))
         what = "duplicate sample ids" if first == second else "sample ids with the hash of another"
         raise ValueError(f"{name}: {len(equal)} {what}, such as '{first}' and '{second}'")
     return index
@@ -130,7 +130,8 @@ class StoredFeatures(Whitens):
                 f"{name}: {len(bad)} of {len(features)} features are not finite, such as those of "
                 f"'{sample_ids[bad[0]]}'"
             )
-        return cls(name=name, index=build_index(sample_ids, name=name), features=features)
+        index = build_index(hash_ids(sample_ids), sample_ids.__getitem__, name=name)
+        return cls(name=name, index=index, features=features)
 
     def find(self, sample_ids: Iterable[str]) -> Numbers:
         """The row of each id, or -1."""
@@ -259,28 +260,28 @@ class Segments:
     def __init__(self, segments: Sequence[StoredFeatures], width: int) -> None:
         self.segments, self.width = list(segments), width
         self.starts = np.cumsum([0, *(len(each.features) for each in segments)])
-        self._hashes = [np.empty(len(each.hashes), np.uint64) for each in segments]
-        for hashes, segment in zip(self._hashes, segments, strict=True):
-            hashes[segment.row_of_hash] = segment.hashes
 
     def find(self, hashes: Hashes) -> Numbers:
         """The number of each, or -1."""
-        order = np.argsort(hashes)  # once for all segments, which search in this order
-        ascending, numbers = hashes[order], np.full(len(hashes), -1, np.int64)
-        for segment, start in zip(self.segments, self.starts, strict=False):
-            rows = segment.find_hashes(ascending)
-            numbers[order[rows >= 0]] = rows[rows >= 0] + start
+        numbers = np.full(len(hashes), -1, np.int64)
+        for first in range(0, len(hashes), FOUND_AT_ONCE):
+            some = hashes[first : first + FOUND_AT_ONCE]
+            order = np.argsort(some)  # once for all segments, which search in this order
+            for segment, start in zip(self.segments, self.starts, strict=False):
+                rows = segment.find_hashes(some[order])
+                numbers[first + order[rows >= 0]] = rows[rows >= 0] + start
         return numbers
 
-    def rows(self, numbers: Numbers) -> Features:
-        """Features by number, as they are stored; raises `ValueError` for a damaged one."""
+    def rows(self, hashes: Hashes) -> Features:
+        """Features of ids that are here, as they are stored; `ValueError` for a damaged one."""
+        numbers = self.find(hashes)
         dtype = self.segments[0].features.dtype if self.segments else np.float16
         features: Features = np.empty((len(numbers), self.width), dtype)
         of = np.searchsorted(self.starts, numbers, side="right") - 1
         for number in np.unique(of):
             chosen, segment = np.flatnonzero(of == number), self.segments[number]
             rows = numbers[chosen] - self.starts[number]
-            features[chosen] = segment.read(rows, self._hashes[number][rows], name=str)
+            features[chosen] = segment.read(rows, hashes[chosen], name=str)
         return features
 
 
@@ -318,7 +319,7 @@ def open_folder(
         for name, written in facts.get("checksums", {}).items():  # earlier versions wrote none
             if file_checksum(folder / name) != written:
                 raise ValueError(f"{name} is not what was written: its checksum differs")
-        checksums = load_array(folder / CHECKSUMS, None) if "checksums" in facts else None
+        checksums = load_array(folder / CHECKSUMS) if "checksums" in facts else None
     except DAMAGED as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{folder}: damaged ({reason}); {way_out}") from None
@@ -342,7 +343,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return read_sealed(path) if SEAL in facts or (folder / CHECKSUMS).exists() else facts
 
 
-def to_half(features: Features, sample_ids: Sequence[str], *, name: str) -> npt.NDArray[np.float16]:
+def to_half(
+    features: Features, sample_ids: Sequence[str] | Hashes, *, name: str
+) -> npt.NDArray[np.float16]:
     """Half precision; refuses features that are not finite then."""
     with np.errstate(over="ignore"):
         half = features.astype("<f2")
@@ -356,20 +359,21 @@ def to_half(features: Features, sample_ids: Sequence[str], *, name: str) -> npt.
 
 def write_folder(
     folder: Path,
-    sample_ids: Sequence[str],
+    sample_ids: Sequence[str] | Hashes,
     blocks: Iterable[Features],
     facts: Mapping[str, Any],
     *,
     dtype: str = HALF,
 ) -> dict[str, Any]:
-    """Write features, which come some rows at a time, into a folder; returns its facts."""
-    index = build_index(sample_ids, name=str(folder))
+    """Write features, which come some rows at a time, into a folder; returns its facts.
+
+    Where ids are many, their hashes stand for them.
+    """
+    hashes = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
+    index = build_index(hashes, lambda row: str(sample_ids[row]), name=str(folder))
     # Not through a memory map: a full disk would then crash the process.
     with replacing(folder / FEATURES) as temporary, temporary.open("wb") as file:
         done = width = 0
-        # In the order of the rows.
-        hashes = np.empty_like(index[0])
-        hashes[index[1].astype(np.int64)] = index[0]
         checksums = np.empty(len(hashes), np.uint32)
         for features in blocks:
             width = features.shape[1]

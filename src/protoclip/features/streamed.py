@@ -41,7 +41,8 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.features import store
 from protoclip.features.encode import encode_images
-from protoclip.features.halves import WAIT, ImageHalf, opened, segment_facts, view_id
+from protoclip.features.halves import WAIT, ImageHalf, opened, segment_facts
+from protoclip.features.listing import view_id
 from protoclip.features.parts import (
     FOLDERS,
     PARTS,
@@ -54,7 +55,7 @@ from protoclip.features.parts import (
     read_note,
     read_part,
 )
-from protoclip.features.store import Segments, hash_ids
+from protoclip.features.store import Hashes, Segments, hash_ids
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -354,20 +355,19 @@ def _add(half: ImageHalf, view: int, working: Path) -> None:
     """Add the features in the parts to the store of a half, but for those it has. Collective."""
 
     def write(stored: Segments) -> None:
-        parts = [read_note(file)["new"] for file in parts_of(working)]
-        names = [view_id(name, view) for part in parts for name in part]
-        lacking = stored.find(hash_ids(names)) < 0
-        if not lacking.any():
+        files = parts_of(working)
+        parts = [hash_ids(view_id(name, view) for name in read_note(file)["new"]) for file in files]
+        lacking = [stored.find(part) < 0 for part in parts]
+        new = np.concatenate([part[lacks] for part, lacks in zip(parts, lacking, strict=True)])
+        if not len(new):
             return
-        new = [name for name, lacks in zip(names, lacking, strict=True) if lacks]
-        facts = segment_facts(half.encoder, hash_ids(new))
+        facts = segment_facts(half.encoder, new)
         out = half.folder / facts["ids"]
         claim(out, facts, name=out)
-        ends = np.cumsum([len(part) for part in parts])[:-1]
         blocks = (
-            read_part(file)[1][f"view{view}"][chosen]
-            for file, chosen in zip(parts_of(working), np.split(lacking, ends), strict=True)
-            if chosen.any()
+            read_part(file)[1][f"view{view}"][lacks]
+            for file, lacks in zip(files, lacking, strict=True)
+            if lacks.any()
         )
         store.write_folder(out, new, blocks, facts)
         shutil.rmtree(out / PARTS, ignore_errors=True)
@@ -394,22 +394,23 @@ def _finish(
     stream: ShardStream, working: Path, settings: dict[str, Any], max_bad_share: float
 ) -> None:
     """Write the table of all parts, unless too much of the stream is bad."""
-    notes = [read_note(file) for file in parts_of(working)]
-    bad = [BadSample(**entry) for note in notes for entry in note["bad"]]
-    hashes = hash_ids(sample_id for note in notes for sample_id in note["ids"])
+    files = parts_of(working)  # one is in memory at a time
+    bad, parts = list[BadSample](), list[Hashes]()
+    for note in map(read_note, files):
+        bad += [BadSample(**entry) for entry in note["bad"]]
+        parts.append(hash_ids(note["ids"]))
+    hashes = np.concatenate(parts)
     is_new = np.zeros(len(hashes), bool)
     is_new[np.unique(hashes, return_index=True)[1]] = True
-    ends = np.cumsum([len(note["ids"]) for note in notes])[:-1]
-    for shard, note, new in zip(stream.shards, notes, np.split(is_new, ends), strict=True):
-        again = [note["ids"][row] for row in np.flatnonzero(~new)]
+    of_parts = np.split(is_new, np.cumsum([len(part) for part in parts])[:-1])
+    for shard, file, new in zip(stream.shards, files, of_parts, strict=True):
+        again = [] if new.all() else [*compress(read_note(file)["ids"], ~new)]
         bad += [BadSample(each, shard, "the same sample id as in a shard before") for each in again]
-        for values in (note["ids"], note["captions"]):
-            values[:] = compress(values, new)
     broken = [each for each in bad if each.reason.endswith(LOST)]
-    good, left_out = sum(len(note["ids"]) for note in notes), list[tuple[int, int, str]]()
+    good, left_out = int(is_new.sum()), list[tuple[int, int, str]]()
     for some, number, what in (
         (bad, good + len(bad), "pairs cannot be used"),
-        (broken, len(notes), "shards were not read to their end"),
+        (broken, len(files), "shards were not read to their end"),
     ):
         if not some:
             continue
@@ -420,9 +421,10 @@ def _finish(
         raise ValueError(f"{stream.name}: holds no pair")
     path = working / TABLE
     with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
-        for note in notes:
-            images = [f"{note['shard']} {sample_id}" for sample_id in note["ids"]]
-            columns = {"sample_id": note["ids"], "image": images, "captions": note["captions"]}
+        for note, new in zip(map(read_note, files), of_parts, strict=True):
+            ids, captions = ([*compress(note[name], new)] for name in ("ids", "captions"))
+            images = [f"{note['shard']} {sample_id}" for sample_id in ids]
+            columns = {"sample_id": ids, "image": images, "captions": captions}
             table.write_table(pa.table(columns, schema=SCHEMA))
     said = [f"{stream.name}: {told}; they are left out" for *_, told in left_out]
     facts = {**settings, "rows": good, "notes": said, "left_out": left_out}

@@ -40,10 +40,10 @@ from protoclip.features.half_rows import HalfRows
 from protoclip.features.halves import (
     encode_halves,
     features_folder,
-    hashes_of_images,
     image_halves,
     images_at_once,
 )
+from protoclip.features.listing import open_listing, write_listing
 from protoclip.features.streamed import passed
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
@@ -211,7 +211,8 @@ def with_data(
     assert isinstance(data.training, Pairs)  # a stream has passed by now
     choices.config, choose = config, choices.choose
     # An image that several rows show is one sample with all their captions.
-    rows = len(np.unique(hashes_of_images(data.training)))
+    path = write_listing(data.training, features_folder(config), config.align.views)
+    rows = len(open_listing(path).rows)
     closed, hidden = list[str](), hidden_choices(start)
     projection = choose("model.projection", projection_of(choices, config, start))
     if projection == "mlp" and len(hidden) == 1:
@@ -338,10 +339,11 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         root=features_folder(config),
         threads=threads_of(config),
         **arithmetic(config, next(halves.parameters()).device),
-        with_groups=config.loss.positives != "pair",
     )
-    bad, notes = rows.bad, [*plan.notes]
-    if len(also := np.setdiff1d(rows.repeated, bad)):
+    shown, notes = rows.listing.shown, [*plan.notes]
+    bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
+    repeated = np.flatnonzero(rows.listing.rows[shown] != np.arange(len(samples)))
+    if len(also := np.setdiff1d(repeated, bad)):
         notes.append(
             f"{len(also):,} of {len(samples):,} pairs have the image of another one, "
             "which has their captions too"
@@ -355,12 +357,11 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
                 "allows; mend the data or raise it"
             )
         notes.append(f"{said}; they are left out")
-    left_out = np.union1d(bad, rows.repeated)
+    left_out = np.union1d(bad, repeated)
     if len(left_out) == len(samples):
         raise ValueError(f"{samples.name}: no pair can be used; {notes[-1]}")
-    kept_rows = rows.without(left_out) if len(left_out) else rows
     if config.align.init == "cca":
-        moments = second_moments(kept_rows, next(halves.parameters()).device)
+        moments = second_moments(rows, next(halves.parameters()).device)
         start_projections(model, *canonical_projections(moments))
         towers: Any = model.towers
         for tower in (towers.visual, towers.text):
@@ -374,12 +375,12 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         episodes, said_too = fitting(choices, episodes, left)
         notes += said_too
     config = replace(config, episodes=episodes)
-    captions, said_too = raise_on_all_ranks(lambda: caption_draw(config, kept_rows))
+    captions, said_too = raise_on_all_ranks(lambda: caption_draw(config, rows))
     notes += said_too
     for name, teacher in plan.teachers.items():
         notes += raise_on_all_ranks(partial(external.unknown_to, name, teacher, kept))
     plan = replace(plan, config=config, samples=kept, captions=captions, notes=notes)
-    return plan, kept_rows
+    return plan, rows
 
 
 def fitting(

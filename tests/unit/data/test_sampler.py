@@ -1,6 +1,7 @@
 """Episodes are pure functions of seed and number."""
 
 import collections
+import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,6 +26,17 @@ from protoclip.data.sampler import (
 )
 from protoclip.data.view import without
 from protoclip.testing import tiny_pairs
+
+
+def test_a_pass_over_many_pairs_takes_little_more_memory_than_its_rows():
+    """And holds each pair once, though rows are permuted some at a time."""
+    sampler = EpisodeSampler(2**20, 2**20, seed=0, replacement=False)
+    tracemalloc.start()
+    rows = sampler.episode(1).rows
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 24 * 2**20
+    assert rows.sort().values.equal(torch.arange(2**20))
 
 
 @pytest.mark.parametrize("replacement", [True, False])
