@@ -7,13 +7,15 @@
 - `step`: one step that trains the whole towers on images, over one that trains what lies between
   the halves on rows, at equal batch; and steps on rows in large batches, of which the last needs
   tiles: all its logits would take 4.3 GB.
-- `store`: memory of a process that draws batches from a store of `--rows` rows, of 64 values each.
+- `store`: what the first rank does once for `--rows` pairs with two captions each; and what each
+  rank holds and does at each start, and while it draws batches from a store of 64 values a row.
 
 The halves are EfficientNet-Lite0 and a BERT of the size of MiniLM, with random weights, which are
 as fast as pretrained ones.
 """
 
 import argparse
+import ctypes
 import datetime
 import json
 import resource
@@ -21,7 +23,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,13 @@ from torch import Tensor
 
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.sampler import EpisodeSampler
+from protoclip.data.view import AllBut
 from protoclip.features import store
 from protoclip.features.half_rows import HalfRows
 from protoclip.features.halves import HalfEncoder, ImagesOnce, completed
-from protoclip.features.store import hash_ids
+from protoclip.features.listing import open_listing, write_listing
+from protoclip.features.store import Hashes, hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, FrozenHalves
@@ -46,7 +53,7 @@ from protoclip.training.run_folder import environment
 REPEATS = 3
 IMAGES, ENCODED_AT_ONCE = 512, 16
 BATCH, LARGE_BATCHES = 64, (1024, 32_768)  # of a step of the whole towers; of others on rows
-STORED_WIDTH, CAPTIONS_A_PAIR, DRAWN, DRAWS = 64, 2, 4096, 50
+STORED_WIDTH, DRAWN, DRAWS = 64, 4096, 50
 
 
 def model_of(folder: Path) -> ProtoCLIP:
@@ -152,40 +159,73 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def simulated(folder: Path, ids: Iterator[str], rows: int) -> None:
+class MadeUp:
+    """Pairs with two captions each, whose images are bytes in a table."""
+
+    name = key = "made up"
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def image_key(self, row: int) -> str:
+        return f"image {row}"
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        return (f"caption {2 * row}", f"caption {2 * row + 1}")
+
+
+def simulated(folder: Path, hashes: Hashes) -> None:
     """A segment with random features."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
 
     def blocks() -> Iterator[np.ndarray[Any, np.dtype[np.floating]]]:
-        for first in range(0, rows, 2**18):
-            shape = (min(2**18, rows - first), STORED_WIDTH)
+        for first in range(0, len(hashes), 2**18):
+            shape = (min(2**18, len(hashes) - first), STORED_WIDTH)
             yield generator.random(shape, dtype=np.float32)
 
-    store.write_folder(folder, list(ids), blocks(), {"teacher": "simulated"})
+    store.write_folder(folder, hashes, blocks(), {"teacher": "simulated"})
+
+
+def anonymous() -> int:
+    """Bytes of memory that this process holds, without mapped files and what it freed."""
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def prepare(folder: Path, rows: int) -> dict[str, float]:
+    """What the first rank does once: list the pairs, and write the store of both halves."""
+    pairs: Any = MadeUp(rows)
+    start = time.process_time()
+    path = write_listing(pairs, folder, 1)
+    seconds = time.process_time() - start
+    listing = open_listing(path)
+    simulated(folder / "image", listing.images[:, 0])
+    simulated(folder / "text", listing.texts)
+    return {"microseconds_a_row_to_list_pairs": seconds / rows * 1e6}
 
 
 def memory(folder: Path, rows: int) -> dict[str, float]:
-    for half in ("image", "text"):
-        if not (folder / half).is_dir():
-            simulated(folder / half, (f"{half} {row}" for row in range(rows)), rows)
-    before = resident()
-    of = {
-        half: store.Segments([store.open_folder(folder / half)], STORED_WIDTH)
+    """What each rank does at each start, and while it draws batches."""
+    pairs: Any = MadeUp(rows)
+    before, start = anonymous(), time.process_time()
+    listing = open_listing(write_listing(pairs, folder, 1))
+    image, text = (
+        store.Segments([store.open_folder(folder / half)], STORED_WIDTH)
         for half in ("image", "text")
-    }
-    generator = np.random.default_rng(0)
-    captions = np.repeat(np.arange(rows), CAPTIONS_A_PAIR)
-    halves = HalfRows(
-        image=[of["image"]],
-        text=of["text"],
-        images=np.arange(rows)[:, None],
-        captions=captions,
-        first=np.arange(0, len(captions) + 1, CAPTIONS_A_PAIR),
-        repeated=np.zeros(0, np.int64),
     )
-    opened = resident()
+    bad = np.flatnonzero(image.find(listing.images[:, 0]) < 0)
+    assert not len(bad)
+    assert (text.find(listing.texts) >= 0).all()
+    halves = HalfRows(listing=listing, image=[image], text=text, texts=str, good=AllBut(rows, bad))
+    opened = anonymous()
+    seconds_to_open = time.process_time() - start
     seconds, most = 0.0, opened
+    generator = np.random.default_rng(0)
     for _ in range(DRAWS):
         chosen = generator.integers(0, rows, DRAWN)
         start = time.perf_counter()
@@ -193,12 +233,18 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
         draws = generator.random(DRAWN, dtype=np.float32)
         halves.text_rows(halves.drawn_captions(chosen, draws))
         seconds += time.perf_counter() - start
-        most = max(most, resident())
+        most = max(most, anonymous())
+    start, before_episode = time.process_time(), anonymous()
+    episode = EpisodeSampler(rows, rows, seed=0, replacement=False).episode(1)
+    assert len(episode.rows) == rows
     return {
         "rows": rows,
         "bytes_a_row_once_opened": (opened - before) / rows,
+        "microseconds_a_row_to_open": seconds_to_open / rows * 1e6,
         "megabytes_more_while_drawing": (most - opened) / 1e6,
         f"milliseconds_a_batch_of_{DRAWN}": 1000 * seconds / DRAWS,
+        "bytes_a_row_of_an_episode": (anonymous() - before_episode) / rows,
+        "microseconds_a_row_of_an_episode": (time.process_time() - start) / rows * 1e6,
     }
 
 
@@ -217,6 +263,8 @@ def main() -> None:
         if "step" in given.parts:
             found["step"] = step(model)
         if "store" in given.parts:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+                found["first start"] = other.submit(prepare, folder / "rows", given.rows).result()
             found["store"] = memory(folder / "rows", given.rows)
     facts = environment(torch.device("cpu"))
     lines = ["# Aligning two frozen halves", ""]

@@ -29,6 +29,7 @@ from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.features import encode as encoding
+from protoclip.features import listing
 from protoclip.features.half_rows import half_teachers
 from protoclip.features.row_loader import RowLoader
 from protoclip.features.store import hash_ids
@@ -245,6 +246,16 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
         rows_of(changed(given, data=other))
     assert len(encoded) == len({*encoded})
     assert len(encoded) == len(plan.samples) + len(captions)
+
+
+def test_a_later_start_hashes_no_pair(given, store, monkeypatch):
+    """Nor does it list ids for halves that are no teachers."""
+    rows_of(given)
+    for name in ("hashes_of_images", "hashes_of_captions"):
+        monkeypatch.setattr(listing, name, None)
+    plan, rows, _ = rows_of(given)
+    monkeypatch.setattr(type(plan.samples), "sample_ids", lambda _: 1 / 0)
+    assert half_teachers(Config(), plan.samples, rows) == {}
 
 
 KINDS = ("encode_images", "encode_captions")

@@ -43,7 +43,7 @@ Numbers = npt.NDArray[np.int64]
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
-FOUND_AT_ONCE = 2**22  # hashes that are sorted at once
+FOUND_AT_ONCE = 2**18  # hashes that are sorted at once
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (
     *(OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError),
