@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows lacks two
 STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+POLL_SECONDS = 2.0  # in which a worker notices that its parent has ended
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def blocked() -> Iterator[None]:
 
     These shall call `obey_parent`. Linux only.
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -53,18 +54,20 @@ def blocked() -> Iterator[None]:
 
 
 def obey_parent(_worker: int = 0) -> None:
-    """In a process that started while the signals were `blocked`: a SIGTERM of its parent ends it.
+    """End this process, which started while the signals were `blocked`, with its parent.
 
-    With that its parent ends a process that does not end by itself, and then waits for its end.
+    A parent sends SIGTERM to a process that does not end by itself, and then waits for its end. One
+    that was killed reads no more, and a process with something to write to it would wait for ever.
     """
-    parent = multiprocessing.parent_process()
-    if parent is None or not hasattr(signal, "sigwaitinfo"):
+    parent, starter = multiprocessing.parent_process(), os.getppid()
+    if parent is None or not hasattr(signal, "sigtimedwait"):
         return
 
     def listen() -> None:
-        while True:
-            got = signal.sigwaitinfo(STOPPING)
-            if (got.si_signo, got.si_pid) == (signal.SIGTERM, parent.pid):
-                os._exit(0)
+        while os.getppid() == starter:
+            got = signal.sigtimedwait(STOPPING, POLL_SECONDS)
+            if got and (got.si_signo, got.si_pid) == (signal.SIGTERM, parent.pid):
+                break
+        os._exit(0)
 
     threading.Thread(target=listen, name="protoclip-signals", daemon=True).start()

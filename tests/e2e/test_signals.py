@@ -15,10 +15,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
 from protoclip.config import Config
+from protoclip.data.loader import items_of
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.features import encode, parts
@@ -151,6 +153,55 @@ def test_a_killed_process_leaves_none_behind(ranks, words, monkeypatch):
     while alive(processes[0].pid or 0):
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_process_end_though_they_have_something_to_write():
+    """An item fills the pipe, and nobody reads the second one."""
+
+    def be_killed() -> None:
+        items = items_of(DataLoader([bytes(1 << 20)] * 8, batch_size=None, num_workers=2))
+        next(items)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (process,) = started(be_killed)
+    process.join()
+    deadline = time.monotonic() + 60
+    while left := alive(process.pid or 0):
+        if time.monotonic() > deadline:
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            raise AssertionError(left)
+        time.sleep(0.1)
+
+
+INTERRUPTING = """
+import atexit, signal, sys
+class Interrupting:
+    def find_spec(self, name, *more):
+        if name == {at!r}:
+            try:
+                [signal.raise_signal(signal.SIGINT) for _ in range(10)]
+            except KeyboardInterrupt:
+                raise ImportError("cannot load module more than once per process")
+sys.meta_path.insert(0, Interrupting())
+if {at!r} == "exit":
+    atexit.register(signal.raise_signal, signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("at", ["protoclip.cli.train", "torch", "exit"])
+def test_ctrl_c_is_a_line_during_imports_and_at_the_end(at, tmp_path):
+    """NumPy hides it behind an error of its own, as here."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING.format(at=at), encoding="utf-8")
+    words = ["--version"] if at == "exit" else ["train", "--run.out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "protoclip", *words],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stderr) == (130, "protoclip: interrupted\n")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
