@@ -61,6 +61,23 @@ def test_a_run_goes_on_from_s3_with_an_empty_disk(
     assert there - {".protoclip"} == here - {".lock"}
 
 
+def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):
+    """As of an empty variable; s3fs writes to a folder without a name, and lists nothing there."""
+    url = f"{store.url}//runs//a"
+    twice = with_changes(config, {"run": {"sync": url}})
+    run.train(twice)
+    assert complete(store) == [1, 2]
+    elsewhere = with_out(twice, str(tmp_path / "elsewhere"))
+    run.train(elsewhere, resume="auto")
+    assert f"step-000000002 fetched from {url}" in capsys.readouterr().err
+
+
+def test_a_store_that_does_not_list_what_it_took_ends_a_run(store, config, monkeypatch):
+    monkeypatch.setattr("s3fs.S3FileSystem.find", lambda *_, **__: [])
+    with pytest.raises(ValueError, match="which was written there, is not listed; check name"):
+        run.train(config)
+
+
 def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
     for given, reason in (({"found": False}, "Unable to locate"), ({"right": False}, "signature")):
         keys(**given)

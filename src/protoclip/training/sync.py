@@ -76,7 +76,8 @@ class MountedFolder(DirFileSystem):  # type: ignore[misc]
 def store_of(url: str) -> Store:
     """The folder that `run.sync` names; raises `ValueError` if it may not be one."""
     protocol, _, path = url.partition("://")
-    protocol = protocol.lower()
+    # As of an empty variable. A store takes it for a folder without a name, and s3fs lists none.
+    protocol, path = protocol.lower(), re.sub("//+", "/", path)
     try:
         if protocol not in PLACES or not path.strip("/"):
             known = ", ".join(PLACES)
@@ -88,7 +89,7 @@ def store_of(url: str) -> Store:
             raise ValueError("leave out user and query: a store's client finds credentials itself")
         files, root = fsspec.core.url_to_fs(f"{protocol}://{path}")
     except (ValueError, OSError, ImportError) as error:  # or its client is not installed
-        raise ValueError(f"run.sync: {url}: {access.reason_of(error)}") from None
+        raise ValueError(f"run.sync: {url or repr(url)}: {access.reason_of(error)}") from None
     return DirFileSystem(root, files)
 
 
@@ -101,6 +102,8 @@ def mounted(path: str) -> MountedFolder:
     files, root = fsspec.core.url_to_fs(f"file://{path}", auto_mkdir=True)
     if not (parent := Path(root).parent).is_dir():
         raise ValueError(f"there is no folder {parent}; mount it, make it, or name another")
+    if Path(root).exists() and not Path(root).is_dir():
+        raise ValueError("is no folder; name another")
     return MountedFolder(root, files)
 
 
@@ -112,10 +115,13 @@ def require_apart(url: str, folder: Path) -> None:
             raise ValueError(f"run.sync: {url}: is not apart from {folder}; choose another folder")
 
 
-def names_in(store: Store) -> set[str]:
-    """All files but `ODD` ones."""
+def names_in(store: Store, *, at_least: str | None = None) -> set[str]:
+    """All files but `ODD` ones; raises `OSError` if a file is not listed that was written."""
     store.fs.invalidate_cache()
-    return {name for name in store.find("") if not ODD.search(name)}
+    names = store.find("")
+    if at_least is not None and at_least not in names:
+        raise OSError(f"{at_least}, which was written there, is not listed")
+    return {name for name in names if not ODD.search(name)}
 
 
 @contextmanager
@@ -141,7 +147,7 @@ def answer(url: str, folder: Path) -> tuple[Store, set[str]]:
 
     def ask() -> set[str]:
         store.pipe_file(PROBE, b"")
-        return names_in(store)
+        return names_in(store, at_least=PROBE)
 
     with needed(url):
         return store, access.within(ANSWER_SECONDS, ask)
@@ -154,12 +160,22 @@ def begun(config: Config) -> Iterator[Path]:
     if url is None or (folder / SETTINGS).is_file():
         yield folder
         return
-    store, names = answer(url, folder)
+    with copied_settings(url, *answer(url, folder)) as there:
+        yield there
+
+
+@contextmanager
+def copied_settings(url: str, store: Store, names: set[str]) -> Iterator[Path]:
+    """A folder with the settings of the run in the store, if any; errors name the store."""
     with TemporaryDirectory() as temporary:
         if SETTINGS in names:
             with needed(url):
                 get(store, SETTINGS, Path(temporary) / SETTINGS)
-        yield Path(temporary)
+        try:
+            yield Path(temporary)
+        except ValueError as error:
+            told = str(error).replace(temporary, f"run.sync: {url}")
+            raise ValueError(told.replace("--run.out", "--run.sync")) from None
 
 
 def fetch(outline: Outline, *, resume: bool) -> None:
@@ -177,19 +193,13 @@ def fetch(outline: Outline, *, resume: bool) -> None:
         look(outline, resume=True)
     store, names = answer(url, folder)
     if names and not (resume and SETTINGS in names):
-        what = "holds a run; go on with --resume auto" if SETTINGS in names else "holds other files"
-        raise ValueError(f"run.sync: {url}: {what}, or choose another folder")
+        way = "a run; go on with --resume auto, or" if SETTINGS in names else "other files;"
+        raise ValueError(f"run.sync: {url}: holds {way} choose another folder")
     if not names:
         return
-    with TemporaryDirectory() as temporary:
-        with needed(url):
-            get(store, SETTINGS, Path(temporary) / SETTINGS)
-        there = replace(config, run=replace(config.run, out=temporary))
-        try:
-            look(replace(outline, config=there), resume=True)
-        except ValueError as error:
-            told = str(error).replace(temporary, f"run.sync: {url}")
-            raise ValueError(told.replace("--run.out", "--run.sync")) from None
+    with copied_settings(url, store, names) as folder_there:
+        there = replace(config, run=replace(config.run, out=str(folder_there)))
+        look(replace(outline, config=there), resume=True)
     intact = [path.name for path in checkpoints(folder) if damage(path) is None]
     complete = {match[1] for name in names if (match := MARKER.fullmatch(name))}
     newer = sorted(step for step in complete if step > max(intact, default=""))

@@ -18,8 +18,8 @@ from protoclip.models.saved import CHECKSUMS, checkpoints, damage, write_model
 from protoclip.testing import tiny_config
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.plan import outline
-from protoclip.training.run_folder import to_toml
-from protoclip.training.sync import Copies, fetch, require_apart, store_of
+from protoclip.training.run_folder import read_settings, to_toml
+from protoclip.training.sync import Copies, begun, fetch, require_apart, store_of
 
 
 def objects() -> dict[str, Any]:
@@ -267,7 +267,7 @@ def test_checkpoints_of_other_machines_stay_for_as_many_as_are_kept(saving, tmp_
     [
         ({"seed": 5}, r"run\.sync: s3://bucket/run: .*other settings: run\.seed .*--run\.sync$"),
         ({"resume": False}, "holds a run; go on with --resume auto, or choose another folder$"),
-        ({"sync": "s3://bucket"}, "s3://bucket: holds other files, or choose another folder$"),
+        ({"sync": "s3://bucket"}, "s3://bucket: holds other files; choose another folder$"),
     ],
 )
 def test_another_run_in_the_bucket_is_refused(more, message, saving, tmp_path):
@@ -278,6 +278,17 @@ def test_another_run_in_the_bucket_is_refused(more, message, saving, tmp_path):
         fetched(tmp_path / "other", **more)
     assert not (tmp_path / "other").exists()
     assert all(name.endswith("/.protoclip") for name in objects().keys() - before.keys())
+
+
+def test_damaged_settings_are_told_as_those_of_the_copy(bucket, tmp_path):
+    config = with_out(CONFIG, str(tmp_path / "new"))
+    store_of("s3://bucket/run").pipe_file("config.toml", b"[run")
+    way_out = "restore it from a copy, or choose another folder with --run.sync$"
+    with (
+        pytest.raises(ValueError, match=f"^run.sync: s3://bucket/run/config.toml: .*{way_out}"),
+        begun(config) as folder,
+    ):
+        read_settings(folder)
 
 
 def test_another_run_in_the_folder_is_refused(saving, tmp_path):
