@@ -1,25 +1,17 @@
-"""The command `protoclip`, which is `python -m protoclip` too.
+"""`python -m protoclip` is `protoclip`.
 
 The commands themselves are in `cli/`.
 """
 
-import os
 import signal
-from contextlib import suppress
+
+from protoclip import signals
 
 
 def main() -> None:
     """Run the command. Ctrl-C ends it in one line, during imports and at its very end too."""
-    command = os.getpid()
-
-    def interrupt(*_: object) -> None:
-        if os.getpid() == command:  # and none of its workers
-            with suppress(OSError):
-                os.write(2, b"protoclip: interrupted\n")
-        os._exit(128 + signal.SIGINT)
-
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after "&"
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, lambda *_: signals.end(signal.SIGINT))
     from protoclip import cli
 
     cli.main()

@@ -160,21 +160,21 @@ def require_start(config: Config) -> None:
         raise ValueError(NO_START)
 
 
-def require_named_pairs(given: Mapping[str, Any]) -> None:
-    """Refuse settings, as a recipe holds them, that name no pairs to fine-tune on.
+def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
+    """Refuse settings, as a recipe holds them, that name no pairs for this work.
 
     The bundled emoji, on which `train` trains a first model, are hardly what a model is for.
     """
-    data, start = given.get("data", {}), given["model"].get("start")
+    data, start = given.get("data", {}), given.get("model", {}).get("start")
     if data.get("train") or data.get("sources"):
         return
     is_tuned = False
     with suppress(OSError, ValueError):  # it may be no folder at all
         settings = (Path(start or "") / "config.toml").read_text(encoding="utf-8")
-        is_tuned = was_fine_tuned(tomllib.loads(settings))
+        is_tuned = start is not None and was_fine_tuned(tomllib.loads(settings))
     again = f", or go on with {start} by --resume auto" if is_tuned else ""
     raise ValueError(
-        "data.train: fine-tuning needs pairs of yours; name them, such as --data.train pairs.tsv"
+        f"data.train: {work} needs pairs of yours; name them, such as --data.train pairs.tsv"
         f" (emoji are the bundled ones){again}"
     )
 

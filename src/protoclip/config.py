@@ -56,6 +56,7 @@ ELSEWHERE = {
     "bs": "episodes.batch_size",
     "batch_size": "episodes.batch_size",
     "epochs": "episodes.count",
+    "train": "data",  # of commands that take one source
 }
 # Of some of these the value that changed nothing, as old run folders have it: it is passed over.
 GONE = {
@@ -217,7 +218,7 @@ class ModelConfig:
     locked: list[Literal["image", "text"]] = field(default_factory=list)  # Towers left as they are.
     lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
     frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
-    embed_dim: Width = 256  # Joint feature width of the small towers.
+    embed_dim: Annotated[int, 2, 2**16] = 256  # Joint feature width of the small towers.
     projection: Literal["linear", "mlp"] = "linear"  # Of two halves, into the joint space.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
@@ -518,7 +519,8 @@ def unknown(name: str, known: list[str]) -> str:
     if (former := (RENAMED | ARGUMENTS).get(without_number(name))) is not None:
         return f"{name}: {former}"
     meant = ELSEWHERE.get(name.rpartition(".")[2], name)
-    close = difflib.get_close_matches(meant, known, n=1)
+    of_section = [setting for setting in known if setting.startswith(f"{name}.")]  # its main first
+    close = of_section or difflib.get_close_matches(meant, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "--help lists all"
     return f"{name}: no such setting; {hint}"
 

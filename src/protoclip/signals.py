@@ -8,11 +8,23 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows lacks two
 STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-POLL_SECONDS = 2.0  # in which a worker notices that its parent has ended
+
+
+def end(by: signal.Signals) -> None:
+    """Say so and end at once as shells report it, also as the first process of a container.
+
+    The kernel keeps from that one each signal without a handler. SIGINT has Python's, an exception,
+    which libraries hide behind another where it meets their import or the interpreter's end.
+    """
+    said = "interrupted" if by == signal.SIGINT else f"ended by {by.name}"
+    with suppress(OSError):  # `print` may be interrupted, and cannot be used again
+        if multiprocessing.parent_process() is None:
+            os.write(2, f"protoclip: {said}\n".encode())
+    os._exit(128 + by)
 
 
 @contextmanager
@@ -54,10 +66,9 @@ def blocked() -> Iterator[None]:
 
 
 def obey_parent(_worker: int = 0) -> None:
-    """End this process, which started while the signals were `blocked`, with its parent.
+    """End this process, which started while the signals were `blocked`, with its parent or by it.
 
-    A parent sends SIGTERM to a process that does not end by itself, and then waits for its end. One
-    that was killed reads no more, and a process with something to write to it would wait for ever.
+    One that has something left to write to a parent that was killed would wait for ever.
     """
     parent, starter = multiprocessing.parent_process(), os.getppid()
     if parent is None or not hasattr(signal, "sigtimedwait"):
@@ -65,7 +76,7 @@ def obey_parent(_worker: int = 0) -> None:
 
     def listen() -> None:
         while os.getppid() == starter:
-            got = signal.sigtimedwait(STOPPING, POLL_SECONDS)
+            got = signal.sigtimedwait(STOPPING, 2.0)
             if got and (got.si_signo, got.si_pid) == (signal.SIGTERM, parent.pid):
                 break
         os._exit(0)

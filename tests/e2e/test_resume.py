@@ -232,6 +232,16 @@ def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
     assert_equal_ends(Path(str(stopped.run.out)), whole)
 
 
+def test_of_two_runs_that_begin_in_one_folder_one_is_told(tmp_path):
+    """Neither saw the folder."""
+    with (
+        claimed(tmp_path / "run", resume=False),
+        pytest.raises(ValueError, match="run: another process writes here; wait"),
+        claimed(tmp_path / "run", resume=False),
+    ):
+        pass
+
+
 def test_nobody_else_has_the_folder_until_the_results_are_written(
     tiny_parquet, tmp_path, monkeypatch
 ):
@@ -240,7 +250,7 @@ def test_nobody_else_has_the_folder_until_the_results_are_written(
 
     def watched(this, *, stopped):
         with (
-            pytest.raises(ValueError, match="another process is running") as error,
+            pytest.raises(ValueError, match="another process writes here") as error,
             claimed(tmp_path / "run", resume=True),
         ):
             pass

@@ -458,6 +458,9 @@ def test_a_stream_that_nothing_judges_is_told_a_way_that_works(folder, tmp_path)
     stream = sources.pairs(config)
     with pytest.raises(ValueError, match=r"not held out; .*, or 0, with run\.evaluate_every = 0$"):
         judged(config, stream)
+    tuning = replace(config, model=ModelConfig(start="run"))  # or finetune would ask for it next
+    with pytest.raises(ValueError, match=r"evaluate_every = 0, and for finetune --alpha 1$"):
+        judged(tuning, stream)
     config = Config(data=replace(data, validation=0.0), run=RunConfig(evaluate_every=0))
     assert check(config) == []
     assert judged(config, stream).data == []

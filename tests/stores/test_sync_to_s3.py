@@ -74,7 +74,7 @@ def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, c
 
 def test_a_store_that_does_not_list_what_it_took_ends_a_run(store, config, monkeypatch):
     monkeypatch.setattr("s3fs.S3FileSystem.find", lambda *_, **__: [])
-    with pytest.raises(ValueError, match="which was written there, is not listed; check name"):
+    with pytest.raises(ValueError, match="what was written there is not listed; check name"):
         run.train(config)
 
 

@@ -74,17 +74,7 @@ PRINT_RESULTS = ("evaluate", "compare", "match", "data inspect")
 PATIENCE = 5.0
 
 
-def end(by: signal.Signals) -> None:
-    """Say so and end at once as shells report it, also as the first process of a container.
-
-    The kernel keeps from that one each signal without a handler. SIGINT has Python's.
-    """
-    with suppress(OSError):  # `print` may be interrupted, and cannot be used again
-        os.write(2, f"protoclip: ended by {by.name}\n".encode())
-    os._exit(128 + by)
-
-
-@signals.handled(end, [number for number in signals.STOPPING if number != signal.SIGINT])
+@signals.handled(signals.end, [number for number in signals.STOPPING if number != signal.SIGINT])
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
     output = protect_streams()

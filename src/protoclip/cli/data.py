@@ -48,11 +48,11 @@ class Inspect(Recipes):
         require_model("model.start", self.model.start)
         with quick_imports():
             from protoclip.data.inspect import inspect, show
-            from protoclip.data.tables import not_utf8
+            from protoclip.data.tables import describe_bad_lines
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(of_source(self.source, self.data), seed=self.seed)
-        if fault := not_utf8(pairs, self.data.max_bad_share):
+        if fault := describe_bad_lines(pairs, self.data.max_bad_share):
             say(f"warning: {fault}")
         report = inspect(
             pairs,
@@ -64,6 +64,7 @@ class Inspect(Recipes):
             max_pixels=self.data.max_image_pixels,
             notes=[*idle(typed(self)), *notes],
         )
+        report["next"] = fault or report["next"]
         if self.json:
             print(to_json(report, indent=2))
         else:
@@ -177,12 +178,13 @@ def clip_tokenizer() -> Any:
     return runpy.run_path(str(file))["SimpleTokenizer"]()
 
 
-def open_source(data: DataConfig, *, seed: int = 0) -> "tuple[Pairs | SampleStream, list[str]]":
-    """The samples that `data` describes, and what was noticed about them."""
+def open_source(
+    data: DataConfig, *, seed: int = 0, max_bad_share: float = 1.0
+) -> "tuple[Pairs | SampleStream, list[str]]":
+    """The samples that `data` describes, and what was noticed about them. Bad lines end no look."""
     from protoclip.data import sources
 
-    # That so many lines are not UTF-8 is something to look at here, and ends no look.
-    config = Config(data=replace(data, max_bad_share=1.0), run=RunConfig(seed=seed))
+    config = Config(data=replace(data, max_bad_share=max_bad_share), run=RunConfig(seed=seed))
     check(config)
     samples = sources.pairs(config)
     return samples, sources.notes(samples)

@@ -26,7 +26,7 @@ class Embed(OfPairs):
     _: KW_ONLY
     out: str  # Parquet file to write.
     class_column: str | None = None  # Column of a table that holds the class.
-    max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of a CSV's lines that may be no UTF-8.
+    max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of a CSV's lines that may be bad.
     num_samples: Count | None = None  # Samples of a stream to read.
     batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.

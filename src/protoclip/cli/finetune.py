@@ -63,7 +63,7 @@ class Finetune(Config, Recipes):
         require_start(config)
         if self.resume == "never":  # a finished run needs its data no more
             require_paths(config)
-        require_named_pairs(settings)
+        require_named_pairs(settings, "fine-tuning")
         if config.run.out is not None:
             require_place("run.out", config.run.out, is_folder=True)
         with quick_imports():

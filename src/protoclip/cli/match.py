@@ -51,7 +51,7 @@ class Match(OfPairs):
             from protoclip.evaluation.match import match
 
         device = open_device(self.device)
-        source, _ = open_source(data, seed=self.seed)
+        source, _ = open_source(data, seed=self.seed, max_bad_share=data.max_bad_share)
         print_notes([*getattr(source, "notes", ())])  # but not those on ids, which nothing keeps
         records = match(
             self.images,

@@ -43,6 +43,7 @@ class LeftOut:
         self.lines: dict[str, list[str]] = defaultdict(list)
         self.advice: dict[str, str] = {}  # what to do, by reason
         self.to_utf8 = ""  # how the file becomes UTF-8, if a line is not
+        self.surplus = 0  # lines with more fields than the header
 
     def add(self, what: str, example: str, number: int = 0) -> None:
         self.counts[what] += 1
@@ -164,6 +165,7 @@ def _csv_rows(
             yield row
         elif text.strip():
             left_out.add(fault or what, text, number)
+            left_out.surplus += not fault and len(row) > width
         number += 1 + more
 
 

@@ -157,10 +157,10 @@ class ImageTextPairs:
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
     @property
-    def not_utf8(self) -> Sequence[Mapping[str, Any]]:
-        """Of each text file with lines that are not UTF-8: how many of how many, and a way out."""
+    def bad_lines(self) -> Sequence[Mapping[str, Any]]:
+        """Of each text file with bad lines, by fault: how many of how many, and a way out."""
         facts = getattr(self._source, "facts", {})
-        return [*facts.get("not_utf8", ())]
+        return [*facts.get("bad_lines", ())]
 
     def _has_ranges(self) -> bool:
         """Whether images are ranges of the files that their column names, as in tar shards."""

@@ -22,7 +22,7 @@ from protoclip.data.tables import (
     access_of,
     caption_columns,
     changed,
-    not_utf8,
+    describe_bad_lines,
     open_hub,
     open_table,
     unused,
@@ -51,7 +51,7 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
     chosen = read_chosen(data)
     opened = [open_source(data, entry, seed=seed) for entry in entries(data)]
     for source in opened:
-        if fault := not_utf8(source, data.max_bad_share):
+        if fault := describe_bad_lines(source, data.max_bad_share):
             raise ValueError(fault)
         if needs_captions and isinstance(source, ImageTextPairs) and not source.caption_columns:
             raise ValueError(f"{source.name}: no column with captions; set caption_column to one")

@@ -106,9 +106,9 @@ def open_files(
     *_, before, last = ("", "", *suffixes_of(paths[0]))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
         build, way_out = partial(_text_batches, paths, data), "check the separator and the quotes"
-        # Indexes by `key` alone, of 1.0.0, do not say how many lines are not UTF-8. Pairs are still
-        # known by `key`, so that runs and features go with them.
-        index = build_index(f"{key}-lines", build, folder=folder, label=label, way_out=way_out)
+        # Indexes by `key` alone, of 1.0.0, do not say how many lines are bad. Pairs are still known
+        # by `key`, so that runs and features go with them.
+        index = build_index(f"{key}-bad", build, folder=folder, label=label, way_out=way_out)
         return pairs_of(index, data, key=key, label=label, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
@@ -225,13 +225,13 @@ def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
         )
 
 
-def not_utf8(samples: object, most: float) -> str:
-    """What to say of a text file of which a larger share is not UTF-8; empty if there is none."""
-    for file in samples.not_utf8 if isinstance(samples, ImageTextPairs) else ():
-        if (share := file["lines"] / file["of"]) > most:
+def describe_bad_lines(samples: object, most: float) -> str:
+    """What to say of a text file of which a larger share is bad; empty if there is none."""
+    for file in samples.bad_lines if isinstance(samples, ImageTextPairs) else ():
+        if (number := file["lines"]) > most * file["of"]:
             return (
-                f"{file['file']}: {file['lines']:,} of {file['of']:,} lines ({share:.0%}) are not "
-                f"UTF-8, more than data.max_bad_share ({most:g}) allows; {file['way_out']}"
+                f"{file['file']}: {number:,} of {file['of']:,} lines ({number / file['of']:.0%}) "
+                f"{file['are']}, more than data.max_bad_share ({most:g}) allows; {file['way_out']}"
             )
     return ""
 
@@ -397,7 +397,7 @@ def _text_batches(
     paths: Sequence[str], data: DataConfig, facts: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """The used columns of CSV, TSV and JSON Lines files, in batches."""
-    facts["left_out"] = []
+    facts["left_out"], facts["bad_lines"] = [], []
     columns: dict[str, Any] = {}
     for path in paths:
         told = without_secrets(path)
@@ -432,9 +432,12 @@ def _text_batches(
         facts["left_out"] += left_out.notes
         if left := left_out.counts.total():
             facts["left_out"].append(f"{told}: {used:,} of {used + left:,} rows are used")
-        if number := left_out.counts[NOT_UTF8]:
-            what = {"file": told, "lines": number, "of": used + left, "way_out": left_out.to_utf8}
-            facts["not_utf8"] = [*facts.get("not_utf8", ()), what]
+        for number, are, way_out in (
+            (left_out.counts[NOT_UTF8], "are not UTF-8", left_out.to_utf8),
+            (left_out.surplus, "have too many fields", "quote the captions, or use tabs"),
+        ):
+            bad = {"file": told, "lines": number, "of": used + left}
+            facts["bad_lines"].append({**bad, "are": are, "way_out": way_out})
 
 
 def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:

@@ -152,7 +152,7 @@ def match(
         for modality, way, names in (("image", "--images", images), ("text", "--texts", texts))
     }
     drawn = draw(source, pairs, seed)
-    require_enough(drawn, source.name)
+    require_enough(drawn, source, pairs)
     captions = [
         Sample(sample_id=str(number), image=b"", captions=(caption,), where=source.name)
         for number, caption in enumerate(drawn.captions)
@@ -165,7 +165,7 @@ def match(
     can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
     reasons = (half.reason for half in image_halves)
     drawn = keep(drawn, can_be_read, reason=next(filter(None, reasons), ""))
-    require_enough(drawn, source.name)
+    require_enough(drawn, source, pairs)
     texts_of = captions, [one.sample_id for one in captions], drawn.captions
     text_halves = [
         encode(name, encoder, source, *texts_of, batch_size, cache)
@@ -235,7 +235,7 @@ def keep(drawn: Drawn, images: Bool[Tensor, " i"], *, reason: str) -> Drawn:
     )
 
 
-def require_enough(drawn: Drawn, name: str) -> None:
+def require_enough(drawn: Drawn, source: Pairs | SampleStream, pairs: int) -> None:
     """Refuse pairs that say nothing."""
     number = len(torch.unique(sharing(drawn.image_of_pair, drawn.text_of_pair)))
     if number < LEAST:
@@ -243,9 +243,11 @@ def require_enough(drawn: Drawn, name: str) -> None:
         read = f"{total} pair{'s' * (total != 1)}"
         read += f", and {skipped} that cannot be read" * bool(skipped)
         read += f" ({drawn.reason})" * bool(drawn.reason)
+        are_all = isinstance(source, Pairs) and len(source) <= pairs
+        way = "there are no more, so" if are_all else "raise --pairs, or"
         raise ValueError(
-            f"{name}: {read}, of which {number} share{'s' * (number == 1)} no image and no "
-            f"caption: too few, at least {LEAST} are needed; raise --pairs, or name other data"
+            f"{source.name}: {read}, of which {number} share{'s' * (number == 1)} no image and no "
+            f"caption: too few, at least {LEAST} are needed; {way} name other data"
         )
 
 

@@ -80,6 +80,8 @@ class ShardFolder:
         if page := HUB_PAGE.fullmatch(location.rstrip("/")):
             location = f"{page[1]}/resolve/{page[2] or 'main'}"
         location = location.rstrip("/")
+        if is_url(location) and "?" in location:  # a name behind it would be part of a secret
+            raise ValueError(f"{location}: a folder takes no query; leave it out, or copy the data")
         if not is_url(location) and not Path(location).is_dir():
             raise ValueError(f"{location}: no such folder")
         cache = cache / digest({"url": location})

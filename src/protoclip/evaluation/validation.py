@@ -112,6 +112,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     asked = is_asked(config)
     # Without pairs to judge by, a validation on the way would be refused next.
     nothing = "0, with run.evaluate_every = 0" if judges_on_the_way(config) else "0"
+    nothing += ", and for finetune --alpha 1" * (config.model.start is not None)
     if not isinstance(samples, Pairs):
         reason = "data.validation: a stream is not held out; name a source to judge the run by, or "
         reason += nothing
@@ -123,9 +124,9 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     if len(rows) < (2 if asked else LEAST):
         reason = f"data.validation: no pairs are held out, since only {len(rows)} of "
         reason += f"{len(samples):,} could be: {f'{learned} the others, ' if before else ''}"
-        reason += "they are few, or many share a caption or an image; give a larger share, a "
-        reason += "source, or "
-        reason += nothing
+        reason += "they are few, or many share a caption or an image; give "
+        reason += "a larger share, " if len(rows) or share * len(samples) < 1 else ""
+        reason += f"a source, or {nothing}"
         return refuse_or_note(samples, reason, asked=asked)
     wanted = min(MOST, round(share * len(samples)))
     if len(rows) < (wanted if before else ENOUGH * wanted):

@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 
-from protoclip.checks import check_amounts
+from protoclip.checks import check_amounts, require_named_pairs
 from protoclip.config import (
     HALVES,
     Config,
@@ -29,6 +29,7 @@ from protoclip.data.decode import decode
 from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
@@ -100,6 +101,7 @@ def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> 
     with collectives.process_group(device):
         few = given_for_few(given, aligns=True)
         choices = choices_of(before_data, few, resume=resume == "auto", chosen=CHOSEN)
+        require_named_pairs(given, "aligning")
         return train_together(
             choices.config,
             device,
@@ -360,6 +362,13 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     left_out = np.union1d(bad, repeated)
     if len(left_out) == len(samples):
         raise ValueError(f"{samples.name}: no pair can be used; {notes[-1]}")
+    left = len(samples) - len(left_out)
+    some = np.array(evenly_spaced(left, min(left, 1000), seed=0))
+    compared = {"images": rows.image_rows(some), "captions": rows.mean_text_rows(some)}
+    equal = [what for what, features in compared.items() if bool((features == features[0]).all())]
+    if len(equal) == 2:
+        raise ValueError(f"{samples.name}: fewer than two pairs differ; name other pairs, or more")
+    notes += [f"all {what} are equal, so no pair can be told from another" for what in equal]
     if config.align.init == "cca":
         moments = second_moments(rows, next(halves.parameters()).device)
         start_projections(model, *canonical_projections(moments))
@@ -368,7 +377,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
                 collectives.broadcast(parameter.data)
     kept: Pairs = without(samples, left_out) if len(left_out) else samples
-    episodes, left = config.episodes, len(kept)
+    episodes = config.episodes
     if config.run.overfit is not None:  # each pair that is left, in one batch
         episodes = replace(episodes, size=left, batch_size=left)
     elif len(left_out):

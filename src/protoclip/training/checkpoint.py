@@ -3,6 +3,7 @@
 `models/saved.py` has the files of a checkpoint.
 """
 
+import errno
 import math
 import shutil
 import time
@@ -174,7 +175,7 @@ class CheckpointWriter:
 
     def _try_again(self) -> None:
         for pause in LAST_RETRIES:
-            if self.failed_step is None:
+            if self.failed_step is None or self._is_limited:
                 return
             if rank() == 0:
                 warn(f"trying to save step {self.failed_step} again in {pause:g} s")
@@ -185,9 +186,10 @@ class CheckpointWriter:
         if self.failed_step is not None and rank() == 0:
             left = saved.checkpoints(self.run)
             start = left[-1] if left else "the beginning"
+            way = "raise ulimit -f" if self._is_limited else "trying again did not help; make room"
             raise OSError(
-                f"{self._problem}, and trying again did not help: this checkpoint is lost; make "
-                f"room, then the same command with --resume auto goes on from {start}"
+                f"{self._problem}: this checkpoint is lost; {way}, then the same command with "
+                f"--resume auto goes on from {start}"
             )
 
     def _write(self) -> None:
@@ -197,7 +199,7 @@ class CheckpointWriter:
         try:
             write()
         except Exception as error:  # nobody else would hear of it in a thread
-            self.failed_step = step
+            self.failed_step, self._is_limited = step, getattr(error, "errno", 0) == errno.EFBIG
             if rank() != 0:
                 return
             room = f"{self._needed / 1e6:,.0f} MB are needed"

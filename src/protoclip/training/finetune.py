@@ -62,7 +62,7 @@ def finetune(
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
     given = given_settings(settings)
     require_start(Config.from_dict(given))
-    require_named_pairs(given)
+    require_named_pairs(given, "fine-tuning")
     few = given_for_few(given)
     config = Config.from_dict(few)
     device, overfits = collectives.device(config.run.device), config.run.overfit is not None

@@ -328,13 +328,13 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
     Raises:
         ValueError: Another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=resume)
     try:
+        folder.mkdir(parents=True, exist_ok=resume)  # which `look` did not find
         lock = FileLock(folder / LOCK, timeout=0).acquire()
-    except Timeout:
+    except (FileExistsError, Timeout):
         raise ValueError(
-            f"{folder}: another process is running in this folder{holder(folder / LOCK)}; wait "
-            "for it, or choose another with --run.out"
+            f"{folder}: another process writes here{holder(folder / LOCK)}; wait for it, or choose "
+            "another with --run.out"
         ) from None
     with lock:
         remove_unfinished(folder)

@@ -76,8 +76,7 @@ class MountedFolder(DirFileSystem):  # type: ignore[misc]
 def store_of(url: str) -> Store:
     """The folder that `run.sync` names; raises `ValueError` if it may not be one."""
     protocol, _, path = url.partition("://")
-    # As of an empty variable. A store takes it for a folder without a name, and s3fs lists none.
-    protocol, path = protocol.lower(), re.sub("//+", "/", path)
+    protocol, path = protocol.lower(), re.sub("//+", "/", path)  # s3fs lists no nameless folder
     try:
         if protocol not in PLACES or not path.strip("/"):
             known = ", ".join(PLACES)
@@ -115,13 +114,10 @@ def require_apart(url: str, folder: Path) -> None:
             raise ValueError(f"run.sync: {url}: is not apart from {folder}; choose another folder")
 
 
-def names_in(store: Store, *, at_least: str | None = None) -> set[str]:
-    """All files but `ODD` ones; raises `OSError` if a file is not listed that was written."""
+def names_in(store: Store) -> set[str]:
+    """All files but `ODD` ones."""
     store.fs.invalidate_cache()
-    names = store.find("")
-    if at_least is not None and at_least not in names:
-        raise OSError(f"{at_least}, which was written there, is not listed")
-    return {name for name in names if not ODD.search(name)}
+    return {name for name in store.find("") if not ODD.search(name)}
 
 
 @contextmanager
@@ -147,7 +143,10 @@ def answer(url: str, folder: Path) -> tuple[Store, set[str]]:
 
     def ask() -> set[str]:
         store.pipe_file(PROBE, b"")
-        return names_in(store, at_least=PROBE)
+        names = names_in(store)
+        if PROBE not in store.find(""):
+            raise OSError("what was written there is not listed")
+        return names
 
     with needed(url):
         return store, access.within(ANSWER_SECONDS, ask)

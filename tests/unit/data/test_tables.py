@@ -233,6 +233,17 @@ def test_an_open_quote_costs_its_line_alone(tmp_path, separator, later):
     assert f"{len(wrong)} lines with an open quote (line {', '.join(map(str, lines))}: '40" in note
 
 
+def test_captions_with_commas_and_no_quotes_are_refused(tmp_path):
+    """Of a table in which a quarter of the rows has none, a quarter is lost."""
+    rows = [f"{row}.jpg,grinning face{', happy' * (row % 4 == 0)}\n" for row in range(20)]
+    (tmp_path / "a.csv").write_text("".join(["filepath,title\n", *rows]))
+    config = Config(data=DataConfig(train=str(tmp_path / "a.csv")))
+    message = r"5 of 20 lines \(25%\) have too many fields, .*; quote the captions, or use tabs$"
+    for _ in range(2):  # the second time from its index
+        with pytest.raises(ValueError, match=message):
+            sources.pairs(config)
+
+
 def of_windows(bad: int, file: Path) -> DataConfig:
     """Twenty rows as Excel writes them, of which so many are not UTF-8 too."""
     captions = ["grüne Tasse" if row < bad else "rote Tasse" for row in range(20)]

@@ -4,14 +4,18 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numbered import Numbered
 
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
+from protoclip.testing import tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import CHOSEN, before_data
 from protoclip.training.choices import with_begun
+from tiny_align import changed, rows_of, tiny_alignment
 
 HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
 FILE = {"teacher": {"features": "teacher"}}
@@ -47,3 +51,23 @@ def test_episodes_and_steps_have_limits(rows, init, size, count, monkeypatch):
     data = Judged(Numbered(rows, 1), [], [])
     config, _ = aligning.with_data(choices, choices.config, Mock(Start), data)
     assert (config.episodes.size, config.episodes.count) == (size, count)
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "said"),
+    [(1, 1, "fewer than two pairs differ"), (1, 9, "all images are"), (9, 1, "all captions are")],
+)
+def test_pairs_without_a_difference_are_told(images, captions, said, tmp_path):
+    """Their files have names of their own."""
+    settings, table = tiny_alignment(tmp_path), tiny_pairs(9)
+    columns = {"image": table["image"].to_pylist(), "caption": table["caption"].to_pylist()}
+    for name, number in (("image", images), ("caption", captions)):
+        columns[name] = [columns[name][row % number] for row in range(9)]
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    few = {"size": 8, "count": 1, "batch_size": 2}
+    settings = changed(settings, episodes=few, loss={"prototypical": 0.0, "teacher": 0.0})
+    if images == captions:
+        with pytest.raises(ValueError, match=said):
+            rows_of(settings)
+    else:
+        assert any(said in note for note in rows_of(settings)[0].notes)

@@ -56,6 +56,15 @@ def test_a_nested_state_comes_back_as_it_was(tmp_path, monkeypatch):
     assert (other["model"], other["optimizer"]) == ({}, {})
 
 
+def test_a_limit_on_the_size_of_files_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=AssertionError))
+    writer = writer_of(tmp_path)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EFBIG, "File too large")))
+    writer.save(7, state())
+    with pytest.raises(OSError, match=r"this checkpoint is lost; raise ulimit -f, then the same"):
+        writer.finish()
+
+
 def test_training_tries_again_a_minute_after_it_could_not_save(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
