@@ -104,6 +104,12 @@ def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:
     return crop_decoded(Decoded(pixels=pixels, orientation=_orientation(image)), box, size)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An image that PIL has opened, as `decode` would give it."""
+    pixels = rgb(image)  # loads the image, after which PIL has turned a TIFF
+    return Image.fromarray(_upright(pixels, _orientation(image)))
+
+
 def decode(encoded: bytes, *, max_pixels: int, at_least: int | None = None) -> Pixels:
     """A whole upright image; raises as `decode_crop`.
 

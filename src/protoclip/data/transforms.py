@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from protoclip.data.decode import Box, crop_image, reduction, resize
+from protoclip.data.decode import Box, crop_image, reduction, resize, upright
 
 Channels = tuple[float, float, float]
 Bytes = UInt8[Tensor, "b h w 3"]
@@ -58,7 +58,7 @@ class EvaluationTransform:
         return _finish(self, images, draws)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        """One image as the image tower's input, upright by its EXIF orientation."""
+        """One image as the image tower's input, upright by EXIF and on white where transparent."""
         draws = torch.zeros(1, 0)
         pixels = crop_image(image, lambda w, h: self.box(w, h, draws[0].numpy()), self.size)
         pixels = np.require(pixels, requirements="W")  # of this very size, it is the image's own
@@ -120,9 +120,8 @@ class PillowTransform:
         return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        """One image as the image tower's input, upright by its EXIF orientation."""
-        pixels = self.pixels(ImageOps.exif_transpose(image).convert("RGB"))
-        return self.finish(pixels[None], torch.zeros(1, 0))[0]
+        """One image as the image tower's input, upright by EXIF and on white where transparent."""
+        return self.finish(self.pixels(upright(image))[None], torch.zeros(1, 0))[0]
 
 
 def centre_of_long(image: Image.Image, size: int) -> Image.Image:
@@ -258,8 +257,8 @@ class LibraryTransform:
     apply: Callable[[Image.Image], Tensor] = field(repr=False, compare=False)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        """One image as the image tower's input, upright by its EXIF orientation."""
-        return self.apply(ImageOps.exif_transpose(image).convert("RGB"))
+        """One image as the image tower's input, upright by EXIF and on white where transparent."""
+        return self.apply(upright(image))
 
 
 Transform = EvaluationTransform | TrainingTransform

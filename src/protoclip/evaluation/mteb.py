@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data.decode import rgb
+from protoclip.data.decode import upright
 from protoclip.evaluation.features import Encoder
 from protoclip.models import loading
 
@@ -131,9 +131,8 @@ class GivenImages:
         return str(row)
 
     def image(self, row: int) -> Image.Image:
-        """The image as RGB, on white where it is transparent."""
-        image = self.given[row]
-        return image if image.mode == "RGB" else Image.fromarray(rgb(image))
+        """The image as RGB, upright and on white where it is transparent."""
+        return upright(self.given[row])
 
 
 def unit(vectors: Vectors) -> Float[Tensor, "*n d"]:

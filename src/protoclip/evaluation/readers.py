@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Bool, Int
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from protoclip.data.access import (
@@ -31,7 +31,7 @@ from protoclip.data.access import (
     read_file,
     reason_of,
 )
-from protoclip.data.decode import rgb
+from protoclip.data.decode import upright
 from protoclip.data.folders import NUM_SHARDS, SPLIT_FOLDERS, is_image, name_of
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
@@ -360,7 +360,7 @@ class TorchvisionImages:
         try:
             if len(self._files) == len(self):
                 require_regular(self._files[row])  # opening a pipe would wait for ever
-            return Image.fromarray(rgb(ImageOps.exif_transpose(self.samples[row][0])))
+            return upright(self.samples[row][0])
         except Exception as error:  # damaged files make readers raise anything
             raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
 
