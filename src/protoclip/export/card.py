@@ -31,6 +31,7 @@ from protoclip.evaluation.compare import decimals, intervals_of, read_results
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
+from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import (
     MODEL,
@@ -70,6 +71,20 @@ MOVED = (
     "in `open_clip_config.json`: change both there if the folder moves. `protoclip.load` needs no "
     "change."
 )
+# What other libraries read otherwise, each with the line that mends it before they read it.
+ELSEWHERE = """
+| what other libraries read otherwise | the line that mends it, before they read it |
+|---|---|
+| images turned by EXIF | `image = ImageOps.exif_transpose(image)` |
+| images with 16 bits of grey | `image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))` |
+| transparent images, white here | `image = Image.alpha_composite(Image.new("RGBA", image.size, \
+"white"), image.convert("RGBA"))` |
+| images that are not RGB (timm) | `image = image.convert("RGB")` |
+"""
+CAPTIONS_ELSEWHERE = """\
+| captions in a wrong encoding, entities of HTML that are rare or lack their semicolon | \
+`captions = [open_clip.tokenizer.basic_clean(caption) for caption in captions]` |
+"""
 # What each reader's example begins with, and the example: `similarity` of image and captions.
 COMMON = """
 from PIL import Image
@@ -412,6 +427,9 @@ def write_card(
     lines += ["", *examples(list(differences), located)]
     if facts["names_its_path"] and hub_name is None:
         lines += [MOVED, ""]
+    if known:
+        cleans = "hf" in facts["formats"] and not isinstance(source.towers, HuggingFaceTowers)
+        lines += [ELSEWHERE + CAPTIONS_ELSEWHERE * cleans]
     lines += ["## Data and settings", ""]
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}

@@ -5,7 +5,9 @@ A model that has the architecture of OpenAI's CLIP becomes a `CLIPModel`. A timm
 trained as one stays of its class.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from html.entities import codepoint2name, html5
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,10 @@ def write(source: Source, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_processor(model, tokenizer, processor, folder)
+    # By the name that versions before 5 and transformers.js know too.
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
     return type(model).__name__
 
 
@@ -183,8 +189,12 @@ def renamed(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def clip_tokenizer(source: Source) -> Any:
-    """open_clip's tokenizer under Hugging Face's names of the special tokens."""
-    from transformers import CLIPTokenizer
+    """open_clip's tokenizer under Hugging Face's names of the special tokens.
+
+    `CLIPTokenizer` would not read the rules that clean captions from its file.
+    """
+    from tokenizers import decoders, normalizers
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
     tokenizer = source.text_tokenizer
     if getattr(tokenizer, "clean_fn", None) is not get_clean_fn("lower"):
@@ -192,7 +202,43 @@ def clip_tokenizer(source: Source) -> Any:
     vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     build: Any = CLIPTokenizer
-    return build(vocab=vocabulary, merges=merges, model_max_length=source.context_length)
+    usual = build(vocab=vocabulary, merges=merges)
+    backend = usual.backend_tokenizer
+    rules = cleaning_rules(tokenizer.clean_fn, backend.normalizer.normalize_str)
+    backend.normalizer = normalizers.Sequence([*rules, backend.normalizer])
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+    wrap: Any = PreTrainedTokenizerFast
+    return wrap(
+        tokenizer_object=backend,
+        model_max_length=source.context_length,
+        model_input_names=usual.model_input_names,
+        **usual.special_tokens_map,
+    )
+
+
+def cleaning_rules(clean: Callable[[str], str], usual: Callable[[str], str]) -> list[Any]:
+    """Replacements that clean captions as `clean` does, where `usual` does not.
+
+    They replace the usual entities of HTML, and characters such as curly quotes, ligatures and
+    full-width letters. `clean` itself is asked what each becomes.
+    """
+    from tokenizers import Regex, normalizers
+
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, character in html5.items():
+        names[character] += [name] if name.endswith(";") else []
+    patterns: dict[str, list[str]] = defaultdict(list)
+    # The ampersand is the first, since `&amp;#39;` holds another entity.
+    for code in dict.fromkeys((ord("&"), *range(0x21, 0x7F), *range(0x80, 0xA0), *codepoint2name)):
+        forms = [f"#0*{code};", f"#[xX]0*(?:{code:x}|{code:X});", *names[chr(code)]]
+        pattern = f"&(?:{'|'.join(forms)})" + ("+" if code == ord("&") else "")
+        patterns[clean(f".&#{code};.")[1:-1]].append(pattern)
+    # Latin letters, punctuation, and forms of letters; other scripts are read alike.
+    for character in map(chr, (*range(0x300), *range(0x2000, 0x2070), *range(0xFB00, 0x10000))):
+        text = f".{character}."
+        if (cleaned := clean(text)) != usual(text):
+            patterns[cleaned[1:-1]].append(character)
+    return [normalizers.Replace(Regex("|".join(each)), text) for text, each in patterns.items()]
 
 
 def image_processor(source: Source) -> Any:

@@ -38,6 +38,7 @@ from protoclip.testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip, save_siglip2
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
+TEXTS += ["it’s “x”", "a &amp; b", "m&#39;s &amp;lt;b", "ﬁ Ｔ &#150; ﾊﾟ"]
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
 IMAGES = [Image.fromarray(PIXELS).resize((64, 64)), Image.new("RGB", (48, 48), "gold")]
 ALL = ("open_clip", "hf", "timm")

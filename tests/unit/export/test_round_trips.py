@@ -1,6 +1,8 @@
 """Out and in again: an exported folder starts a run, which trains on and is exported again."""
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +14,11 @@ import numpy as np
 import open_clip
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import transformers
-from PIL import Image
+from exported import assert_close, save_run
+from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
 
 import protoclip
@@ -29,7 +33,8 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.features import Encoder, Reader
+from protoclip.evaluation.mteb import GivenImages
 from protoclip.export.card import project
 from protoclip.export.source import open_source
 from protoclip.files import file_checksum
@@ -111,6 +116,7 @@ KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
     "SiglipModel": (lambda folder, _: f"hf:{save_siglip(folder)}", ["hf"]),
     "dual encoder": (lambda folder, _: f"hf:{save_dual_encoder(folder)}", ["hf"]),
 }
+EVERY_LIBRARY = ("open_clip", "hf", "timm")
 SPACES, PARTS = ("image", "text"), ("centroids", "assignments")
 SIGMOID = SQUASHING = ("SigLIP-shaped", "SiglipModel")
 
@@ -324,3 +330,104 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
         assert facts["captions"] == (
             f"the run's data cannot be opened ({path} is not on this machine)"
         )
+
+
+class EncodedImage(GivenImages):
+    """One image by the bytes of its file."""
+
+    def __init__(self, file: bytes) -> None:
+        self.file = file
+
+    def encoded(self, row: int) -> bytes:
+        return self.file
+
+
+@pytest.fixture(scope="module")
+def run_and_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run, and with what it is exported as."""
+    folder = tmp_path_factory.mktemp("doors")
+    protoclip.export(save_run(folder / "run", tiny_model()), folder / "out", EVERY_LIBRARY)
+    return folder
+
+
+def files_and_images() -> dict[str, tuple[bytes, Image.Image]]:
+    """Encoded images, and each as RGB, upright and on white."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(4))
+    grey, palette, exif = photo.convert("L"), photo.quantize(8), Image.Exif()
+    mask, exif[0x112] = Image.new("L", photo.size), 6
+    mask.paste(255, (20, 10, 60, 40))
+    white = Image.new("RGB", photo.size, "white")
+    clear = palette.point(lambda index: 255 * (index != 3), "L")
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    narrow, cmyk = photo.crop((0, 0, 64, 7)), photo.convert("CMYK")
+    made = {
+        "RGBA": (Image.merge("RGBA", [*photo.split(), mask]), Image.composite(photo, white, mask)),
+        "LA": (Image.merge("LA", [grey, mask]), Image.composite(grey.convert("RGB"), white, mask)),
+        "16 bit": (sixteen, grey.convert("RGB")),
+        "palette": (palette, Image.composite(palette.convert("RGB"), white, clear)),
+        "CMYK": (cmyk, cmyk.convert("RGB")),
+        "EXIF": (photo, photo.transpose(Image.Transpose.ROTATE_270)),
+        "narrow": (narrow, narrow),
+    }
+    files = {name: io.BytesIO() for name in made}
+    for name, (image, _) in made.items():
+        settings = {"EXIF": {"exif": exif}, "palette": {"transparency": 3}}.get(name, {})
+        image.save(files[name], "TIFF" if name == "CMYK" else "PNG", **settings)
+    return {name: (files[name].getvalue(), plain) for name, (_, plain) in made.items()}
+
+
+@pytest.mark.parametrize("door", ["run", "export", "hf export", "open_clip", "SigLIP", "hf SigLIP"])
+def test_every_door_makes_one_tensor_of_an_image(door, run_and_export, tmp_path):
+    """The same that `embed` makes of its file: upright, and on white where it is transparent."""
+    folder = run_and_export
+    references: dict[str, Callable[[], str]] = {
+        "run": lambda: str(folder / "run"),
+        "export": lambda: str(folder / "out"),
+        "hf export": lambda: f"hf:{folder / 'out'}",
+        "open_clip": lambda: str(save_open_clip(tmp_path / "model")),
+        "SigLIP": lambda: str(save_open_clip(tmp_path / "model", SIGLIP, resize_mode="squash")),
+        "hf SigLIP": lambda: f"hf:{save_siglip(tmp_path / 'model')}",
+    }
+    _, transform, _ = protoclip.load(references[door]())
+    for name, (file, plain) in files_and_images().items():
+        image, embedded = Image.open(io.BytesIO(file)), Reader(EncodedImage(file), transform)
+        tensor = transform(image)
+        assert torch.equal(tensor, embedded.finish(embedded[range(1)][0])[0]), name
+        # What is turned after it was resized may differ by a step of 255.
+        torch.testing.assert_close(tensor, transform(plain), atol=0.016, rtol=0, msg=name)
+
+
+def test_the_lines_of_the_card_bring_other_libraries_to_the_same_tensor(run_and_export):
+    """To their own rounding."""
+    folder = run_and_export / "out"
+    card = (folder / "README.md").read_text()
+    lines = dict(re.findall(r"^\| (.*) \| `(image = .*)` \|$", card, re.MULTILINE))
+    assert len(lines) == 4
+    model, transform, _ = protoclip.load(folder)
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True)
+    settings = timm.data.resolve_model_data_config(tower)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    libraries: dict[str, Callable[[Image.Image], torch.Tensor]] = {
+        "open_clip": preprocess,
+        "timm": timm.data.create_transform(**settings, is_training=False),
+        "transformers": lambda image: processor(images=image, return_tensors="pt")["pixel_values"][
+            0
+        ],
+    }
+    mended, wanted = [], []
+    for name, (file, plain) in files_and_images().items():
+        names = {"image": Image.open(io.BytesIO(file)), "np": np}
+        for what, line in lines.items():
+            if "16 bits" not in what or name == "16 bit":
+                exec(line, {"Image": Image, "ImageOps": ImageOps}, names)
+        mended.append(names["image"])
+        wanted.append(transform(plain))
+        for library, prepare in libraries.items():
+            steps = (prepare(names["image"]) - wanted[-1]).abs().max() * 255 * 0.26
+            assert steps < 4, (name, library, steps)
+    sentences = pytest.importorskip("sentence_transformers")
+    found = sentences.SentenceTransformer(str(folder), device="cpu").encode(mended)
+    with torch.no_grad():
+        assert_close(torch.from_numpy(found), model.encode_image(torch.stack(wanted)), 0.02)
