@@ -77,8 +77,6 @@ class SquashTransform(EvaluationTransform):
 class PillowTransform:
     """What open_clip evaluates with, to the bit: Pillow resizes the whole image before the crop.
 
-    Of images that are more than 100 times as long as wide it resizes little more than the crop.
-
     With `fast`, PyTorch resizes it in a third of the time. Of photographs, some values then differ
     by 1 or 2 of 255 levels, so that very close decisions can change.
     """
@@ -90,8 +88,7 @@ class PillowTransform:
 
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "s s 3"]:
         """The centre of an upright RGB image."""
-        if max(image.size) > LONG * min(image.size):
-            return torch.from_numpy(np.array(centre_of_long(image, self.size)))
+        image = middle_of_long(image)
         if not self.fast:
             resized = functional.resize(image, [self.size], InterpolationMode.BICUBIC)
             return torch.from_numpy(np.array(functional.center_crop(resized, [self.size])))
@@ -124,27 +121,18 @@ class PillowTransform:
         return self.finish(self.pixels(upright(image))[None], torch.zeros(1, 0))[0]
 
 
-def centre_of_long(image: Image.Image, size: int) -> Image.Image:
-    """The centre, as if all of a long image were resized to `size` on its shorter side.
+def middle_of_long(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than `LONG` times as long as wide; others as they are.
 
-    All of it would take memory in proportion to its length: of 1 x 4000 pixels, at 224, 600 MB.
-    Some values differ by 1 or 2 of 255 levels, and in noise by more, since Pillow chooses by the
-    sizes which side it resizes first.
+    All of it would take memory in proportion to its length where the shorter side is resized, and
+    leave no pixel of that side where the longer one is.
     """
-    short = min(image.size)
-    cut, box = [], []  # first and last pixel of what is used, along either side, and within that
-    for length in image.size:
-        resized = size * length // short
-        step = length / resized
-        start = round((resized - size) / 2) * step
-        # The filter looks at no more than two of the larger pixels, before or after, to each side.
-        first = max(0, int(start) - short - 4)
-        cut.append((first, min(length, int(start) + 2 * short + 4)))
-        box.append((start - first, start - first + size * step))
-    (left, right), (top, bottom) = cut
-    (x, x_end), (y, y_end) = box
-    middle = image.crop((left, top, right, bottom))
-    return middle.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x_end, y_end))
+    most = LONG * min(image.size)
+    if max(image.size) <= most:
+        return image
+    # As much from either end, so that the centre stays.
+    left, top = (max(0, length - most) // 2 for length in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,21 +217,12 @@ class TrainingTransform:
 
 @dataclass(frozen=True)
 class OfMiddle:
-    """A library's transform that keeps an image's shape, given the middle alone of a long one.
-
-    All of it would take memory in proportion to its length where the shorter side is resized, and
-    leave no pixel of that side where the longer one is.
-    """
+    """A library's transform that keeps an image's shape, given the middle alone of a long one."""
 
     apply: Callable[[Image.Image], Tensor]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        most = LONG * min(image.size)
-        if max(image.size) > most:
-            # As much from either end, so that the centre stays.
-            left, top = (max(0, length - most) // 2 for length in image.size)
-            image = image.crop((left, top, image.width - left, image.height - top))
-        return self.apply(image)
+        return self.apply(middle_of_long(image))
 
     def __repr__(self) -> str:
         return repr(self.apply)  # what is known of other images, by this, stays known
