@@ -68,6 +68,13 @@ CAPTION_COLUMNS = (
 BINARY = ("binary", "large_binary", "binary_view", "fixed_size_binary")  # types of pyarrow
 NO_COLUMN = ""  # named to say that no column is to be used
 ID_COLUMNS = ("sample_id", "key", "uid")
+# What a reason of `datasets` means, by a part of it.
+PLAIN = {
+    "corresponds to no data": "it holds no row",
+    "BatchSize must be greater than 0": "it holds no row or no column",
+    "Multiple matches for FieldRef": "two of its columns have one name; rename one",
+    "datasets dtype equivalent": "a column is of a type such as map; convert or drop it",
+}
 
 FORM = 5  # Changes when the same file would be read differently than before.
 
@@ -318,11 +325,9 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
                 f"{label}: {what} are taken from column '{fit[0]}', not from '{fit[1]}'; "
                 f"{setting} names another"
             )
-        chosen.append(used or fit[:1])
-        if not chosen[-1] and what not in optional and present:
-            kind = line(str(schema.field(present[0]).type), 60)
-            lack = f"column '{present[0]}' holds {kind}, not {what}; set {setting} to another"
-            raise missing(label, schema.names, lack)
+        # A column of a usual name that holds something else is refused below, not passed over.
+        refused = present[:1] if what in ("images", "captions") else []
+        chosen.append(used or fit[:1] or refused)
         if not chosen[-1] and what not in optional:
             lack = f"no column with {what}; set {setting} to one, or add it"
             raise missing(label, schema.names, lack)
@@ -330,10 +335,9 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
             if column not in schema.names:
                 raise missing(label, schema.names, f"no column '{column}'")
             if not _holds(what, type_ := schema.field(column).type):
-                raise ValueError(
-                    f"{label}: column '{column}' holds {line(str(type_), 60)}, not {what}; set "
-                    f"{setting} to another"
-                )
+                kind = line(str(type_), 60)
+                lack = f"column '{column}' holds {kind}, not {what}; set {setting} to another"
+                raise missing(label, schema.names, lack)
     images, captions, ids, classes = chosen
     columns: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
     columns["id_column"] = ids[0] if ids else None
@@ -372,10 +376,7 @@ def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
         if isinstance(cause, OSError) and Path(str(cause.filename)).is_relative_to(cache):
             raise unwritable(cache, cause) from error
         reason = line(str(cause))
-        if "corresponds to no data" in reason:
-            reason = "it holds no row"
-        if "BatchSize must be greater than 0" in reason:
-            reason = "it holds no row or no column"
+        reason = next((plain for part, plain in PLAIN.items() if part in reason), reason)
         raise ValueError(f"{path}: cannot be read ({reason})") from error
 
 

@@ -31,7 +31,6 @@ from protoclip.evaluation.compare import decimals, intervals_of, read_results
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
-from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import (
     MODEL,
@@ -76,14 +75,11 @@ ELSEWHERE = """
 | what other libraries read otherwise | the line that mends it, before they read it |
 |---|---|
 | images turned by EXIF | `image = ImageOps.exif_transpose(image)` |
-| images with 16 bits of grey | `image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))` |
-| transparent images, white here | `image = Image.alpha_composite(Image.new("RGBA", image.size, \
-"white"), image.convert("RGBA"))` |
-| images that are not RGB (timm) | `image = image.convert("RGB")` |
-"""
-CAPTIONS_ELSEWHERE = """\
-| captions in a wrong encoding, entities of HTML that are rare or lack their semicolon | \
-`captions = [open_clip.tokenizer.basic_clean(caption) for caption in captions]` |
+| 16 bits of grey | `image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))` |
+| images that are not RGB, on white where transparent | `image = Image.alpha_composite(\
+Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")` |
+| captions with CLIP's tokenizer in transformers: a wrong encoding, and entities of HTML that are \
+rare or lack their semicolon | `captions = [*map(open_clip.tokenizer.basic_clean, captions)]` |
 """
 # What each reader's example begins with, and the example: `similarity` of image and captions.
 COMMON = """
@@ -428,8 +424,7 @@ def write_card(
     if facts["names_its_path"] and hub_name is None:
         lines += [MOVED, ""]
     if known:
-        cleans = "hf" in facts["formats"] and not isinstance(source.towers, HuggingFaceTowers)
-        lines += [ELSEWHERE + CAPTIONS_ELSEWHERE * cleans]
+        lines += [ELSEWHERE]
     lines += ["## Data and settings", ""]
     if settings:
         shown = {name: settings[name] for name in SECTIONS if settings.get(name)}

@@ -7,7 +7,7 @@ trained as one stays of its class.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from html.entities import codepoint2name, html5
+from html.entities import codepoint2name
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from protoclip.export.source import Features, Source, Unavailable
 from protoclip.export.timm import trunk_arguments
-from protoclip.models import conversion
+from protoclip.models import conversion, hugging_face
 from protoclip.models.formats import has_quick_gelu, is_plain_vit, matrix
 from protoclip.models.hugging_face import (
     HuggingFaceTowers,
@@ -52,10 +52,10 @@ def write(source: Source, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_processor(model, tokenizer, processor, folder)
-    # By the name that versions before 5 and transformers.js know too.
-    path = folder / "tokenizer_config.json"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+    # `CLIPTokenizer` has a normalizer of its own, and would not read the file's rules.
+    file = folder / "tokenizer_config.json"
+    settings = file.read_text().replace('"CLIPTokenizer"', '"PreTrainedTokenizerFast"')
+    file.write_text(settings)
     return type(model).__name__
 
 
@@ -78,8 +78,6 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
 
     A run of one prepares images as the run is evaluated.
     """
-    from transformers import AutoImageProcessor
-
     model = source.towers.library_model()
     if hasattr(source.towers, "logit_bias") and not hasattr(model, "logit_bias"):
         raise Unavailable("no model of transformers with such towers has a logit bias")
@@ -91,9 +89,7 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
     if source.checkpoint is not None:
         processor = image_processor(source)
     else:
-        open_processor: Any = AutoImageProcessor.from_pretrained
-        name = source.reference.removeprefix("hf:")
-        processor = open_processor(name, trust_remote_code=False)
+        processor = hugging_face.image_processor(source.reference.removeprefix("hf:"))
     tokenizer = source.text_tokenizer
     tokenizer.tokenizer.model_max_length = tokenizer.context_length
     return_what_is_read(tokenizer.tokenizer, source.towers.kind)
@@ -189,12 +185,9 @@ def renamed(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def clip_tokenizer(source: Source) -> Any:
-    """open_clip's tokenizer under Hugging Face's names of the special tokens.
-
-    `CLIPTokenizer` would not read the rules that clean captions from its file.
-    """
-    from tokenizers import decoders, normalizers
-    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+    """open_clip's tokenizer under Hugging Face's names of the special tokens."""
+    from tokenizers import decoders
+    from transformers import CLIPTokenizer
 
     tokenizer = source.text_tokenizer
     if getattr(tokenizer, "clean_fn", None) is not get_clean_fn("lower"):
@@ -202,43 +195,35 @@ def clip_tokenizer(source: Source) -> Any:
     vocabulary = {SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     build: Any = CLIPTokenizer
-    usual = build(vocab=vocabulary, merges=merges)
+    usual = build(vocab=vocabulary, merges=merges, model_max_length=source.context_length)
+    return_what_is_read(usual, "clip")
     backend = usual.backend_tokenizer
-    rules = cleaning_rules(tokenizer.clean_fn, backend.normalizer.normalize_str)
-    backend.normalizer = normalizers.Sequence([*rules, backend.normalizer])
+    backend.normalizer = normalizer_of(tokenizer.clean_fn, backend.normalizer)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
-    wrap: Any = PreTrainedTokenizerFast
-    return wrap(
-        tokenizer_object=backend,
-        model_max_length=source.context_length,
-        model_input_names=usual.model_input_names,
-        **usual.special_tokens_map,
-    )
+    return usual
 
 
-def cleaning_rules(clean: Callable[[str], str], usual: Callable[[str], str]) -> list[Any]:
-    """Replacements that clean captions as `clean` does, where `usual` does not.
+def normalizer_of(clean: Callable[[str], str], usual: Any) -> Any:
+    """The usual normalizer of captions, behind rules for what `clean` does and it does not.
 
-    They replace the usual entities of HTML, and characters such as curly quotes, ligatures and
-    full-width letters. `clean` itself is asked what each becomes.
+    They replace characters, and the usual entities of HTML, by what `clean` makes of each.
     """
     from tokenizers import Regex, normalizers
 
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, character in html5.items():
-        names[character] += [name] if name.endswith(";") else []
+    names = {ord("'"): "apos", **codepoint2name}
     patterns: dict[str, list[str]] = defaultdict(list)
     # The ampersand is the first, since `&amp;#39;` holds another entity.
-    for code in dict.fromkeys((ord("&"), *range(0x21, 0x7F), *range(0x80, 0xA0), *codepoint2name)):
-        forms = [f"#0*{code};", f"#[xX]0*(?:{code:x}|{code:X});", *names[chr(code)]]
-        pattern = f"&(?:{'|'.join(forms)})" + ("+" if code == ord("&") else "")
+    for code in dict.fromkeys((ord("&"), *range(0x21, 0x7F), *range(0x80, 0xA0), *names)):
+        forms = f"#0*{code}|#[xX]0*(?:{code:x}|{code:X})|{names.get(code, f'#{code}')}"
+        pattern = f"&(?:(?:{forms});)" + "+" * (code == ord("&"))
         patterns[clean(f".&#{code};.")[1:-1]].append(pattern)
     # Latin letters, punctuation, and forms of letters; other scripts are read alike.
     for character in map(chr, (*range(0x300), *range(0x2000, 0x2070), *range(0xFB00, 0x10000))):
         text = f".{character}."
-        if (cleaned := clean(text)) != usual(text):
+        if (cleaned := clean(text)) != usual.normalize_str(text):
             patterns[cleaned[1:-1]].append(character)
-    return [normalizers.Replace(Regex("|".join(each)), text) for text, each in patterns.items()]
+    rules = [normalizers.Replace(Regex("|".join(each)), text) for text, each in patterns.items()]
+    return normalizers.Sequence([*rules, usual])
 
 
 def image_processor(source: Source) -> Any:

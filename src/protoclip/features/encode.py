@@ -8,7 +8,7 @@ The pass writes parts (see `parts.py`). At the end the first rank joins them int
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -53,6 +53,7 @@ from protoclip.models.hugging_face import auto_model
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
 from protoclip.models.towers import TELLING, max_tokens, transformers_config
+from protoclip.paths import require_path
 from protoclip.terminal import without_secrets
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -165,7 +166,7 @@ def open_encoder(
         raise ValueError(f"{setting or f'--modality {modality}'}: {teacher} reads {reads} only")
     try:
         if teacher == "minilm" or (kind == "hf" and name):
-            with hub(teacher, "" if Path(name).is_dir() else name):
+            with opening.readable_errors(teacher, "" if Path(name).is_dir() else name):
                 reads_images = name and hasattr(transformers_config(name), "vision_config")
                 if not reads_images:
                     if modality == "image":
@@ -192,21 +193,19 @@ def open_encoder(
     return FrozenEncoder(model, device, torch.stack, model.encode_image, transform, autocast)
 
 
-def hub(teacher: str, repository: str) -> AbstractContextManager[None]:
-    """Reads a model from this machine, or from the hub if that answers within seconds."""
-    return opening.readable_errors(teacher, repository)
-
-
 def timm_model(name: str, device: torch.device, autocast: Autocast | None) -> FrozenEncoder:
     """An image model without its classifier."""
     before, _, file = name.partition("/")
-    in_file = Path(file).is_file()
+    in_file = bool(file) and (not before or timm.is_model(before))
     name = before if in_file else name
-    if "," in name:
+    if not name or "," in name:
         raise ValueError("the file with its weights is named as in timm:resnet50/FILE")
+    if in_file:
+        require_path("", file, "no such file")
+        opening.require_weights(file, Path(file))
     published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
     reference = f"timm:{name}/{file}" if in_file else f"timm:{name}"
-    with hub(reference, str(getattr(published, "hf_hub_id", None) or "")):
+    with opening.readable_errors(reference, str(getattr(published, "hf_hub_id", None) or "")):
         model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
         weights = timm.models.load_state_dict(file, weights_only=True) if in_file else None
     if weights is not None:

@@ -45,6 +45,7 @@ from protoclip.models.opening import (
     unreachable,
 )
 from protoclip.models.towers import Tokenizer, TowerKind, Weights, examples_of
+from protoclip.paths import require_path
 
 NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
 # The kinds of Hugging Face text model that open_clip itself can hold, and those that become halves,
@@ -90,7 +91,8 @@ class SmallTowers(Architecture):
         if image.weights is not None:
             size = towers.timm_settings(image.name).input_size[-1]
         if text.name is not None:
-            length = NAMED_CONTEXT_LENGTH
+            config = text_config(text.name, self._text_source)
+            length = min(NAMED_CONTEXT_LENGTH, towers.max_tokens(config))
         return {"image_size": image.size or size, "context_length": text.context_length or length}
 
     def towers(self, weights: Weights) -> nn.Module:
@@ -211,9 +213,9 @@ def image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Te
             raise ValueError(f"{reference}: timm has no weights for {name}; name a file")
         with readable_errors(*published_by(name)):
             model = timm.create_model(name, pretrained=True)
-    elif not Path(weights).is_file():
-        raise ValueError(f"{reference}: no such file; weights are '{PUBLISHED}' or a file")
     else:
+        missing = f"no such file; weights are '{PUBLISHED}' or a file"
+        require_path("model.image.weights", weights, missing)
         model = timm.create_model(name)
         require_weights(reference, Path(weights))
         with readable_errors(reference):

@@ -5,6 +5,7 @@ Which library opens a reference is decided in `start.py`; our own checkpoints ar
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from protoclip.terminal import line
 ImageTransform = Callable[[Image.Image], Tensor]
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 HUGGING_FACE_CONFIG = "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -80,11 +82,12 @@ def require_weights(reference: str, file: Path) -> None:
     """Refuse a file that is neither of safetensors nor of PyTorch, by its first bytes."""
     try:
         with file.open("rb") as opened:
-            head = opened.read(9)
+            head = opened.read(99)
     except OSError:  # its reader says more
         return
-    # Those of a zip archive, of a pickle, and of a header in JSON behind its length.
-    if not (head.startswith((b"PK", b"\x80")) or head[8:] == b"{"):
+    # Those of a zip archive but NumPy's, of a pickle, and of a header in JSON behind its length.
+    is_torch = head.startswith((b"PK", b"\x80")) and b".npy" not in head
+    if not (is_torch or head[8:9] == b"{"):
         raise ValueError(f"{reference}: is no file of weights, neither safetensors nor PyTorch's")
 
 
@@ -123,6 +126,8 @@ def readable_errors(reference: str, repository: str = "", way_out: str = "") -> 
     """
     from huggingface_hub import HfApi, constants, errors
 
+    if repository and not HUB_NAME.fullmatch(repository):
+        raise ValueError(f"{reference}: no such folder")
     answer = hub_answer(partial(HfApi().model_info, repository)) if repository else None
     if isinstance(answer, errors.RepositoryNotFoundError):
         raise ValueError(

@@ -5,7 +5,6 @@ them. `loading.py` makes models of starts.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from protoclip.models.architecture import Architecture, DescribedTowers, NamedTo
 from protoclip.models.halves import SmallTowers
 from protoclip.models.heads import projection_head
 from protoclip.models.opening import (
+    HUB_NAME,
     HUGGING_FACE_CONFIG,
     Loaded,
     hub_name,
@@ -448,7 +448,7 @@ class HuggingFaceStart(Start):
 def hugging_face_start(reference: str, name: str) -> HuggingFaceStart:
     if Path(name).is_dir():
         require_safetensors(reference, [path.name for path in Path(name).iterdir()])
-    elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+    elif not HUB_NAME.fullmatch(name):
         raise ValueError(f"{reference}: no such folder")
     model = ModelConfig(start=reference)
     unknown = Architecture(model=model)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
@@ -125,6 +126,8 @@ def near_image_names(name: str) -> list[str]:
 
 def require_image_name(name: str) -> None:
     """Refuse what is no timm model, with or without the tag of its weights."""
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ValueError(f"model.image.name: {name}: no such folder")
     if not timm.is_model_pretrained(name) and name not in timm.list_models():
         raise ValueError(
             f"model.image.name: timm has no model '{name}'; it has "

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from protoclip.config import ModelConfig, TextTowerConfig
 from protoclip.features.encode import MAX_TOKENS, open_encoder
+from protoclip.models import loading
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_bert, save_mpnet, save_roberta
@@ -21,3 +23,5 @@ def test_a_long_caption_is_cut_to_the_positions_of_the_model(save, tmp_path):
     )
     assert teacher.collate(["a dog " * MAX_TOKENS])["input_ids"].shape == (1, 24)
     assert teacher.encode(["a dog " * MAX_TOKENS]).isfinite().all()
+    half = ModelConfig(text=TextTowerConfig(name=str(folder)))
+    assert loading.context_length(half) == 24
