@@ -70,7 +70,6 @@ MOVED = (
     "in `open_clip_config.json`: change both there if the folder moves. `protoclip.load` needs no "
     "change."
 )
-# What other libraries read otherwise, each with the line that mends it before they read it.
 ELSEWHERE = """
 | what other libraries read otherwise | the line that mends it, before they read it |
 |---|---|

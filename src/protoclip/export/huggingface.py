@@ -54,8 +54,7 @@ def write(source: Source, folder: Path) -> str:
     write_processor(model, tokenizer, processor, folder)
     # `CLIPTokenizer` has a normalizer of its own, and would not read the file's rules.
     file = folder / "tokenizer_config.json"
-    settings = file.read_text().replace('"CLIPTokenizer"', '"PreTrainedTokenizerFast"')
-    file.write_text(settings)
+    file.write_text(file.read_text().replace('"CLIPTokenizer"', '"PreTrainedTokenizerFast"'))
     return type(model).__name__
 
 
