@@ -13,8 +13,11 @@ import datetime
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +29,7 @@ from protoclip.data import held_out
 from protoclip.data.content import content
 from protoclip.data.held_out import PAGE, SHARE, held_out_rows
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.evaluation.validation import probe_rows
 
 MEDIAN, SPREAD = 21_000, 0.5  # bytes of an image, and the deviation of their logarithm
 COPIES = 0.001  # share of images that are copies of others, under another caption
@@ -59,10 +63,56 @@ def simulated(rows: int) -> tuple[Simulated, np.ndarray[Any, np.dtype[np.int64]]
             "sample_id": [f"web/{number:09d}" for number in numbers],
             "image": [f"images/{number // 1000:05d}/{number:09d}.jpg" for number in numbers],
             "caption": [f"a photo of the {number}th thing on a table" for number in numbers],
+            "stored": sizes[first : first + len(numbers)].astype(np.int32),
         }
         batches.append(pa.RecordBatch.from_pydict(columns))
     known = dict(zip(copies.tolist(), of.tolist(), strict=True))
     return Simulated(pa.Table.from_batches(batches), known), sizes
+
+
+def sizes_of(source: ImageTextPairs) -> np.ndarray[Any, np.dtype[np.int32]]:
+    sizes: np.ndarray[Any, np.dtype[np.int32]] = source.table.column("stored").to_numpy()
+    return sizes
+
+
+def resident() -> int:
+    """Bytes of this process's own memory."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """Appends the memory that the process has, ten times a second."""
+    seen, ended = [resident()], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            seen.append(resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield seen
+    ended.set()
+    thread.join()
+
+
+def of_classes(rows: int) -> tuple[float, float]:
+    """Microseconds and bytes a row that a further rank takes to look at a column of classes."""
+    numbers = [f"https://example.org/{number}" for number in range(1000)]
+    columns = {
+        "image": pa.array(numbers).take(pa.array(np.arange(rows) % 1000)),
+        "caption": pa.array(numbers).take(pa.array(np.arange(rows) % 1000)),
+        "label": pa.array([f"class {n}" for n in range(1000)]).take(
+            pa.array(np.arange(rows) % 1000)
+        ),
+    }
+    pairs = ImageTextPairs(pa.table(columns), name="classes", class_column="label")
+    with watched() as seen:
+        start = time.process_time()
+        probe_rows([pairs], np.arange(0, 5000))
+        seconds = time.process_time() - start
+    return 1e6 * seconds / rows, (max(seen) - seen[0]) / rows
 
 
 def of_files(folder: Path) -> dict[str, float]:
@@ -96,10 +146,18 @@ def main() -> None:
         content(pairs)
         fingerprint = time.process_time() - start
         pairs.read.clear()
-        start = time.process_time()
-        with patch.object(held_out, "image_sizes", lambda source: sizes):
+        with patch.object(held_out, "image_sizes", sizes_of), watched() as seen:
+            start = time.process_time()
             rows = held_out_rows([pairs], share=SHARE, folder=Path(temporary) / "kept")
-        seconds = time.process_time() - start
+            seconds = time.process_time() - start
+        with (
+            patch.object(held_out, "image_sizes", sizes_of),
+            patch.object(held_out, "_contents", lambda sources, sizes, rows, page: -1 - rows),
+        ):
+            start = time.process_time()
+            held_out_rows([pairs], share=SHARE, folder=Path(temporary) / "unread")
+            choosing = time.process_time() - start
+    taken, held = of_classes(arguments.rows)
     pages, images, mean = pairs.read["pages"], pairs.read["images"], sizes.mean()
     disk = (arguments.rows * cost["size"] + pages * cost["page"] + images * cost["whole"]) / 1e6
     before = (arguments.rows * cost["size"] + pages * cost["whole"]) / 1e6
@@ -110,6 +168,9 @@ def main() -> None:
         "images that are read whole": f"{images:,}, {images * mean / 1e9:.2f} GB",
         "earlier: images of equal size, all read whole": f"{pages:,}, {pages * mean / 1e9:.1f} GB",
         "processor time, without the disk": f"{seconds / 60:.1f} min",
+        "of it without reading pages": f"{1e6 * choosing / arguments.rows:.2f} µs a row",
+        "memory above the table": f"{(max(seen) - seen[0]) / arguments.rows:.1f} bytes a row",
+        "classes, each rank": f"{taken:.2f} µs and {held:.1f} bytes a row",
         "processor time a file: size, page, whole": ", ".join(
             f"{cost[name]:.0f} µs" for name in ("size", "page", "whole")
         ),

@@ -240,18 +240,24 @@ def shard_facts(path: str, is_read: bool) -> list[Any]:
     return [size, checksum(parts)]
 
 
-def text_parts(values: pa.Array) -> Parts:
-    """The lengths of lists, the lengths of texts, and the texts: each goes on in the next chunk."""
+def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
+    """How many texts each cell holds, if cells are lists; and the texts, as bytes."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    many = b""
+    counts = None
     if "list" in str(values.type).partition("<")[0]:
-        many = numbers(pc.list_value_length(values))
+        counts = pc.list_value_length(values)
         values = values.flatten()
     if not ("binary" in str(values.type) or pa.types.is_null(values.type)):
         values = values.cast(pa.large_string())  # whole numbers, too
-    values = values.cast(pa.large_binary())
-    return many, numbers(pc.binary_length(values)), bytes_of(values)
+    return counts, values.cast(pa.large_binary())
+
+
+def text_parts(values: pa.Array) -> Parts:
+    """The lengths of lists, the lengths of texts, and the texts: each goes on in the next chunk."""
+    counts, texts = flat_texts(values)
+    many = b"" if counts is None else numbers(counts)
+    return many, numbers(pc.binary_length(texts)), bytes_of(texts)
 
 
 def length_parts(lengths: pa.Array) -> Parts:

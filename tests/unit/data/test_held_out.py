@@ -1,6 +1,7 @@
 """Held-out pairs: nothing of them is left in training."""
 
 import errno
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import Mock
@@ -8,12 +9,17 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from protoclip.data import held_out
+from protoclip.data.groups import normalised, normalised_texts
 from protoclip.data.held_out import held_out_rows, image_sizes, shared
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView, without
+from protoclip.evaluation.datasets import have_class
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
@@ -67,6 +73,74 @@ def test_copies_of_an_image_are_held_out_together(copies, tmp_path):
     assert len(rows) == 100
     rest = without(pairs, rows)
     assert not contents(pairs, rows.tolist())[1] & contents(rest, range(len(rest)))[1]
+
+
+def jpeg(number: int, quality: int = 90, side: int = 64) -> bytes:
+    """A smooth image of random colours."""
+    colours = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    image = Image.fromarray(colours).resize((side, side), Image.Resampling.BICUBIC)
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"caption": lambda row: f"A  SHOE \u00e9 {row}"},
+        {"caption": lambda row: f"a shoe e\u0301 {row}"},
+        {"image": lambda row: jpeg(row, quality=80)},
+        {"image": lambda row: jpeg(row, side=48)},
+    ],
+    ids=["case and spaces", "Unicode form", "saved again", "smaller"],
+)
+def test_a_pair_is_held_out_with_its_copy_in_another_form(again, tmp_path):
+    first = {"caption": "a shoe \u00e9 {}".format, "image": jpeg}
+    other = {"caption": "other {}".format, "image": lambda row: jpeg(1000 + row)}
+    columns = {name: [*map(first[name], range(60))] for name in first}
+    for name, column in columns.items():
+        column += map(again.get(name, other[name]), range(60))
+    pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
+    rows = {*held_out_rows([pairs], share=0.3, folder=tmp_path).tolist()}
+    assert len(rows) == 36
+    assert rows == {(row + 60) % 120 for row in rows}
+
+
+def test_images_of_one_colour_are_no_copies(tmp_path):
+    columns = {"image": [flat(shade) for shade in range(100)], "caption": [*map(str, range(100))]}
+    pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
+    assert len(held_out_rows([pairs], share=0.3, folder=tmp_path)) == 30
+
+
+def flat(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, shade, shade)).save(file, "PNG")
+    return file.getvalue()
+
+
+@given(st.lists(st.one_of(st.none(), st.text(), st.text(" \t\x1cAbÉé\u0301ﬁ™", max_size=5))))
+def test_many_captions_are_normalised_as_one_is(captions):
+    texts = normalised_texts(pa.array(captions, pa.large_string()).cast(pa.large_binary()))
+    assert texts == [c if c is None else normalised(c).encode() for c in captions]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["a", None, " ", "a", "\x1c"],
+        [1, None, 2, 1, 0],
+        pa.array(["a", None, ""]).dictionary_encode(),
+    ],
+)
+def test_rows_with_a_class_are_found_a_block_at_a_time(labels, monkeypatch):
+    """So that no rank makes a Python object for each row."""
+    monkeypatch.setattr("protoclip.data.pairs.BLOCK", 2)
+    columns = {"image": ["a"] * len(labels), "caption": ["a"] * len(labels), "label": labels}
+    pairs = ImageTextPairs(pa.table(columns), name="web", class_column="label")
+    assert have_class(pairs).tolist() == [bool(pairs.class_of(row)) for row in range(len(pairs))]
+    some = pairs.subset(np.array([1, 2]))
+    assert have_class(some).tolist() == [bool(some.class_of(row)) for row in range(2)]
+    assert [*some.sample_ids()] == [some.sample_id(row) for row in range(2)]
 
 
 def test_no_more_than_5000_pairs_are_held_out_by_default(tmp_path):
@@ -219,8 +293,9 @@ def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     assert shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
 
 
-def test_only_images_that_look_equal_are_read_whole(tmp_path):
+def test_of_many_images_only_those_that_look_equal_are_read_whole(tmp_path, monkeypatch):
     """All have the same size; of the others a page is read at most."""
+    monkeypatch.setattr(held_out, "COMPARED", 299)
     draw, read = np.random.default_rng(0), list[tuple[int, bool]]()
     images = [draw.bytes(20_000) for _ in range(300)]
     images[280:] = images[:20]
