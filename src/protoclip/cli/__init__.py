@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import takewhile
