@@ -15,7 +15,13 @@ of everything, and makes them better or worse. The intervals are those of the me
 and samples together, and the truth is the mean over seeds and test sets. The largest test sets are
 left out.
 
-    python benchmarks/intervals.py [--repeats 1000] [--over-seeds 0] [--seed 0] [--ami 0] > FILE
+With --equal, twelve models that are equally good are compared with the first one by six recalls. A
+model makes errors of its own on each sample; one with three seeds makes others with each. Counted is
+how many comparisons give a star to any difference, by each interval alone and by Holm's test. The
+small test sets alone are drawn.
+
+    python benchmarks/intervals.py [--repeats 1000] [--over-seeds 0] [--equal 0] [--seed 0] [--ami 0]
+        > FILE
 """
 
 import argparse
@@ -35,7 +41,15 @@ from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
 from protoclip.evaluation.measured import Measured
-from protoclip.evaluation.metrics import MULTILABEL, Floats, interval, interval_of_difference
+from protoclip.evaluation.metrics import (
+    MULTILABEL,
+    RECALLS,
+    Floats,
+    difference,
+    interval,
+    interval_of_difference,
+    mark_clear,
+)
 from protoclip.evaluation.retrieval import best_relevant_rank, crowding
 from protoclip.evaluation.samples import (
     SampleResults,
@@ -52,6 +66,7 @@ SEEDS, OF_SEEDS = 5, 100  # of a comparison, and of all that there are
 # How far seeds turn features, and how much their errors differ.
 STRENGTHS = {"seeds that differ little": (0.03, 0.02), "seeds that differ much": (0.1, 0.05)}
 ERRORS = (0.9, 1.0)  # of the two models
+EQUAL = {1: (2, 5, 8, 12), 3: (2, 5)}  # numbers of equal models, by how many seeds each has
 # Values, their influences, and whether candidates decide them.
 Metrics = dict[str, tuple[float, Floats, bool]]
 
@@ -324,10 +339,53 @@ def over_seeds(world: World, repeats: int, seed: int) -> None:
         print(flush=True)
 
 
+def stars(models: list[list[Metrics]]) -> tuple[bool, bool]:
+    """Whether any difference to the first model has an interval without 0, and any is clear.
+
+    Args:
+        models: The metrics of each model by seed.
+    """
+    found = []
+    for name, other in product(RECALLS, models[1:]):
+        pairs = [(one[name], two[name]) for one, two in zip(models[0], other, strict=True)]
+        gains = [two[0] - one[0] for one, two in pairs]
+        found.append(difference(gains, np.stack([two[1] - one[1] for one, two in pairs])))
+    mark_clear(found)
+    alone = any(of["p"] is not None and of["p"] < 0.05 for of in found)
+    return alone, any(of["beyond"] for of in found)
+
+
+def equal_models(world: World, repeats: int, seed: int) -> None:
+    """Print a table of how many comparisons of equal models give a star."""
+    print("# Stars among equal models\n")
+    print(f"In how many of 100 comparisons, of {repeats} test sets, any difference to the first of")
+    print("equally good models has a star, by six recalls: as each interval says alone, and by")
+    print(f"Holm's test. Standard error of a 5: {100 * math.sqrt(0.05 * 0.95 / repeats):.1f}.\n")
+    print("| test sets | seeds | models | each alone | Holm |")
+    print("|---" * 5 + "|")
+    small = [name for name, population in POPULATIONS.items() if population.concepts < 300]
+    for name, seeds in product(small, EQUAL):
+        progress = Progress(f"equal models: {name}, {seeds} seeds", repeats)
+        found: dict[int, list[tuple[bool, bool]]] = {number: [] for number in EQUAL[seeds]}
+        for repeat in range(repeats):
+            models = [world.models[0]] * max(found) * seeds
+            drawn = draw_test_set(world, POPULATIONS[name], models, seed, seeds, repeat)
+            metrics = with_influences(drawn)
+            by_model = [metrics[at : at + seeds] for at in range(0, len(metrics), seeds)]
+            for number, of_number in found.items():
+                of_number.append(stars(by_model[:number]))
+            progress.update(repeat + 1)
+        for number, of_number in found.items():
+            alone, clear = 100 * np.mean(of_number, axis=0)
+            print(f"| {name} | {seeds} | {number} | {alone:.1f} | **{clear:.1f}** |")
+    print(flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--over-seeds", type=int, default=0, help="repeats with five seeds")
+    parser.add_argument("--equal", type=int, default=0, help="repeats with equal models")
     parser.add_argument("--ami", type=int, default=0, help="repeats with K-means")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     given = parser.parse_args()
@@ -336,14 +394,14 @@ def main() -> None:
     facts = environment(torch.device("cpu"))
     print("# Do intervals hold the truth?\n")
     print(f"`python benchmarks/intervals.py --repeats {given.repeats} --seed {given.seed}", end="")
-    print(f" --over-seeds {given.over_seeds} --ami {given.ami}`, ", end="")
+    print(f" --over-seeds {given.over_seeds} --equal {given.equal} --ami {given.ami}`, ", end="")
     print(f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}.\n")
     print("Percent. Of one model and of the difference of two: the truth, 1.96 standard deviations")
     print("over test sets, the mean half-width of the intervals, in how many of 100 test sets the")
     print("interval holds the truth, and in how many if each image and caption counted alone.")
     print("A dash stands where most test sets give no interval: too few groups differ, or few")
     print("candidates decide a recall of one model.\n")
-    error = 100 * math.sqrt(0.95 * 0.05 / (given.repeats or given.over_seeds))
+    error = 100 * math.sqrt(0.95 * 0.05 / (given.repeats or given.over_seeds or given.equal))
     print(f"Standard error of a 95: {error:.1f}.\n")
     for name, population in POPULATIONS.items() if given.repeats else ():
         progress = Progress(f"intervals: {population.concepts} concepts", given.repeats)
@@ -367,6 +425,8 @@ def main() -> None:
         print(flush=True)
     if given.over_seeds:
         over_seeds(world, given.over_seeds, given.seed)
+    if given.equal:
+        equal_models(world, given.equal, given.seed)
 
 
 if __name__ == "__main__":

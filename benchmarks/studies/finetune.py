@@ -38,7 +38,7 @@ from protoclip.data.view import PairsView
 from protoclip.evaluation import suite
 from protoclip.evaluation.datasets import EvaluationData, Split, open_data
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import beyond, interval_of_difference
+from protoclip.evaluation.metrics import interval_of_difference
 from protoclip.models import loading
 from protoclip.models.saved import checkpoints
 
@@ -184,7 +184,8 @@ def rows_of(found: dict[str, list[dict[str, Any]]], first: str) -> Iterator[str]
                 moved = 100 * np.stack([own[1] - other[1] for own, other in pairs])
                 text += f"<br>{np.mean(gains):+.1f}"
                 if (ends := interval_of_difference(gains, moved)) is not None:
-                    text += f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" + " *" * beyond(ends)
+                    leaves_out_0 = not ends[0] <= 0 <= ends[1]
+                    text += f" [{ends[0]:+.1f}, {ends[1]:+.1f}]" + " *" * leaves_out_0
             cells.append(text)
         yield f"| {metric} | {' | '.join(cells)} |"
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from protoclip.config import Config
-from protoclip.evaluation.metrics import beyond, half_of_seeds
+from protoclip.evaluation.metrics import half_of_seeds
 
 
 def arms_of(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -88,7 +88,8 @@ def summary(
     of_seeds = half_of_seeds([*gaps.values()]) if len(gaps) > 1 else 0.0
     mean, half = float(np.mean([*gaps.values()])), math.hypot(of_seeds, of_samples)
     ends = [mean - half, mean + half] if math.isfinite(half) else None
-    facts["difference"] = {"mean": mean, "interval": ends, "by_seed": gaps, "beyond": beyond(ends)}
+    facts["difference"] = {"mean": mean, "interval": ends, "by_seed": gaps}
+    facts["difference"]["beyond"] = ends is not None and not ends[0] <= 0 <= ends[1]
     return facts
 
 

@@ -70,7 +70,6 @@ from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
 from protoclip.evaluation.metrics import (
-    beyond,
     half_of_samples,
     half_of_seeds,
     interval_of_difference,
@@ -489,7 +488,7 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
         "interval": ends,
         "half_width": {"seeds": of_seeds, "samples": of_samples},
         "by_seed": dict(zip(seeds, gaps[:, 0].tolist(), strict=True)),
-        "beyond": beyond(ends),
+        "beyond": ends is not None and not ends[0] <= 0 <= ends[1],
     }
 
 

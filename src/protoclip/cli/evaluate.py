@@ -135,10 +135,9 @@ class Evaluate:
         if collectives.launched()[0] > 0:
             return
         if self.compare_to is not None:
-            first = judged[self.compare_to]
-            for reference in judged:
-                if reference != self.compare_to:
-                    judged[reference] = records.with_differences(judged[reference], first)
+            first = judged.pop(self.compare_to)
+            compared = records.with_differences([*judged.values()], first)
+            judged = {self.compare_to: first} | dict(zip(judged, compared, strict=True))
         all_records = [result.record for of_model in judged.values() for result in of_model]
         if self.json:
             print(to_json(all_records, indent=2))

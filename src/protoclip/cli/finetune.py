@@ -172,7 +172,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
 
 def show_metrics(results: Mapping[str, Any]) -> None:
     """Print the metrics of the start and of the chosen weights, and what they differ by."""
-    from protoclip.evaluation.compare import decimals
+    from protoclip.evaluation.compare import clear, decimals
 
     before = results["start_metrics"]
     gains = results.get("differences", {})  # versions up to 1.0.0 wrote none
@@ -190,4 +190,4 @@ def show_metrics(results: Mapping[str, Any]) -> None:
                 line += f" [{low}, {high}]" + "*" * gains[name]["beyond"]
         print(line)
     if any(gain["interval"] is not None for gain in gains.values()):
-        print("in brackets: the 95% interval over test samples; * if it leaves out 0")
+        print(f"in brackets: the 95% interval over test samples; * if {clear(gains.values())}")

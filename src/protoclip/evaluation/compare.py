@@ -25,6 +25,7 @@ from protoclip.evaluation.metrics import (
     intervals,
     is_share,
     label,
+    mark_clear,
 )
 from protoclip.evaluation.samples import (
     Columns,
@@ -35,7 +36,7 @@ from protoclip.evaluation.samples import (
 from protoclip.files import has_changed, read_json, read_local
 from protoclip.terminal import say
 
-SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if it leaves out 0."
+SECOND_LINE = "Second line: difference to the first, with its 95% interval; * if that is {}."
 # By what an interval covers, with room for the number of samples.
 INTERVALS = {
     "seeds and samples": "Several seeds: over seeds (paired, Student's t) and over {} test samples "
@@ -247,7 +248,20 @@ def compare(
                 value["difference"] = difference_of_runs(key, reference, members, read)
             entry["metrics"][key] = value
         entries.append(entry)
+    mark_clear(differences_in(entries))
     return entries
+
+
+def differences_in(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The differences of all metrics of the entries of `compare`."""
+    values = [value for entry in entries for value in entry["metrics"].values()]
+    return [value["difference"] for value in values if "difference" in value]
+
+
+def clear(differences: Iterable[Mapping[str, Any]]) -> str:
+    """What `mark_clear` finds, in words."""
+    number = sum(each["interval"] is not None for each in differences)
+    return f"clear by Holm's test of all {number} differences with an interval, at 5%"
 
 
 def summary(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -269,9 +283,9 @@ def difference_of_runs(
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
         if the metric can have one; `kind`, what that covers, a key of `INTERVALS`, or None;
         `seeds`, the number of common seeds; `samples`, that of test samples, if it covers them;
-        `n`, the one of both that stands first in `kind`; `beyond`, whether the interval leaves out
-        0; `of_some`, whether either model has other seeds too, which count in its mean alone; and
-        `other_samples`, whether other samples are known to have judged the runs.
+        `n`, the one of both that stands first in `kind`; `p` and `beyond`, as `difference` has
+        them; `of_some`, whether either model has other seeds too, which count in its mean alone;
+        and `other_samples`, whether other samples are known to have judged the runs.
     """
     one, two = values_by_seed(key, first), values_by_seed(key, second)
     seeds = [seed for seed in two if seed in one]
@@ -389,9 +403,9 @@ def rests_on_few_groups(gain: Mapping[str, Any]) -> bool:
 def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a metric and one column an entry."""
     values = [value for entry in entries for value in entry["metrics"].values()]
-    gains = [value["difference"] for value in values if "difference" in value]
+    gains = differences_in(entries)
     lines = [SPREAD] * any("spread" in value for value in values)
-    lines += [SECOND_LINE] * bool(gains) + covered(gains)
+    lines += [SECOND_LINE.format(clear(gains))] * bool(gains) + covered(gains)
     lines += [OF_COMMON] * any(gain["of_some"] for gain in gains)
     if any(gain["seeds"] == 0 for gain in gains):
         lines.append("Models without a common seed: the difference of the means shown.")

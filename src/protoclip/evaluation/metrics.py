@@ -4,7 +4,8 @@ The functions that compute them are in the files of their tasks; `samples` has t
 intervals follow from.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+LEVEL = 0.05  # of intervals, and of the test that decides what is clear
 FEWEST = 5  # groups that an interval may rest on
 KS = (1, 5, 10)  # of recall@k of retrieval
 
@@ -230,10 +232,35 @@ def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[
         gains, influence: As `interval_of_difference` takes them.
 
     Returns:
-        `mean`; `interval`, its 95% interval, or None; and `beyond`, whether that leaves out 0.
+        `mean`; `interval`, its 95% interval, or None; `p`, the level at which that would end at 0,
+        None without an interval; and `beyond`, which `mark_clear` decides.
     """
     ends = interval_of_difference(gains, influence)
-    return {"mean": float(np.mean(gains)), "interval": ends, "beyond": beyond(ends)}
+    p = None if ends is None else p_value(gains, influence)
+    return {"mean": float(np.mean(gains)), "interval": ends, "p": p, "beyond": False}
+
+
+def mark_clear(differences: Iterable[dict[str, Any]]) -> None:
+    """Decide which differences are `beyond` chance, given all that are compared: Holm's test.
+
+    Of models that are equally good it finds a difference in at most 5 of 100 comparisons, however
+    many models and metrics are compared.
+    """
+    tested = sorted((of for of in differences if of["p"] is not None), key=lambda of: of["p"])
+    for number, each in enumerate(tested):
+        if each["p"] * (len(tested) - number) > LEVEL:
+            break
+        each["beyond"] = True
+
+
+def p_value(gains: Sequence[float], influence: Floats | None) -> float:
+    """The level at which the interval of a difference ends at 0; at least 1e-15, and 1 for NaN."""
+    gain = abs(float(np.mean(gains)))
+
+    def holds_0(number: int) -> bool:
+        return not half_width(gains, influence, 10 ** (-number / 1000)) < gain
+
+    return float(10 ** (-max(0, bisect_left(range(15_000), True, key=holds_0) - 1) / 1000))
 
 
 def interval_of_difference(
@@ -254,25 +281,32 @@ def interval_of_difference(
         `None` where neither seeds nor samples are known, or fewer than `FEWEST` groups make up most
         of it, as when two models are right on nearly everything, or are the same.
     """
-    halves = [half_of_seeds(gains)] if len(gains) > 1 else []
-    if influence is not None:
-        halves.append(half_of_samples(influence))
-        if differs_in_few(float(np.mean(gains)), np.atleast_2d(influence).mean(axis=0)):
-            return None
-    if not halves:
+    if len(gains) == 1 and influence is None:
         return None
-    mean, half = float(np.mean(gains)), float(np.hypot.reduce(halves))
+    mean = float(np.mean(gains))
+    if influence is not None and differs_in_few(mean, np.atleast_2d(influence).mean(axis=0)):
+        return None
+    half = half_width(gains, influence)
     return [mean - half, mean + half]
 
 
-def half_of_seeds(gains: Sequence[float]) -> float:
-    """Half of Student's t interval (95%) of the mean of two or more independent gains."""
+def half_width(
+    gains: Sequence[float], influence: Floats | None = None, level: float = LEVEL
+) -> float:
+    """Half of an interval over seeds, where there are several, and over samples."""
+    halves = [half_of_seeds(gains, level)] if len(gains) > 1 else []
+    halves += [half_of_samples(influence, level)] if influence is not None else []
+    return float(np.hypot.reduce(halves))
+
+
+def half_of_seeds(gains: Sequence[float], level: float = LEVEL) -> float:
+    """Half of Student's t interval of the mean of two or more independent gains."""
     values = np.asarray(gains, dtype=np.float64)
-    return float(quantile_of_t(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return float(quantile_of_t(len(values) - 1, level) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def half_of_samples(influence: Floats) -> float:
-    """Half a 95% interval over samples: Student's t with one degree of freedom less than groups.
+def half_of_samples(influence: Floats, level: float = LEVEL) -> float:
+    """Half an interval over samples: Student's t with one degree of freedom less than groups.
 
     What each seed makes of a sample by chance moves the gains of seeds already. It is left to
     `half_of_seeds`, so that it does not count twice.
@@ -286,16 +320,11 @@ def half_of_samples(influence: Floats) -> float:
     variance = np.square(mean).sum()
     if number > 1:
         variance -= np.square(of_pairs - mean).sum() / (number - 1) / number
-    return float(quantile_of_t(groups - 1) * np.sqrt(np.maximum(variance, 0)))
+    return float(quantile_of_t(groups - 1, level) * np.sqrt(np.maximum(variance, 0)))
 
 
-def quantile_of_t(degrees: int) -> float:
-    """What Student's t of so many degrees of freedom stays below in 97.5 of 100 cases."""
+def quantile_of_t(degrees: int, level: float = LEVEL) -> float:
+    """What the size of Student's t of so many degrees of freedom is above in this share of cases."""
     from scipy.special import stdtrit  # here, since training imports this file
 
-    return float(stdtrit(degrees, 0.975))
-
-
-def beyond(ends: Sequence[float] | None) -> bool:
-    """Whether an interval leaves out 0; one of NaN does not."""
-    return ends is not None and (ends[0] > 0 or ends[1] < 0)
+    return float(stdtrit(degrees, 1 - level / 2))

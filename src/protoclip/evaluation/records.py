@@ -14,8 +14,8 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from protoclip.evaluation.compare import cell, print_table, printable
-from protoclip.evaluation.metrics import difference, intervals
+from protoclip.evaluation.compare import cell, clear, print_table, printable
+from protoclip.evaluation.metrics import difference, intervals, mark_clear
 from protoclip.evaluation.suite import Result
 from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
 
@@ -23,8 +23,8 @@ LONGEST_NAME = 180  # bytes of a file's name, without its ending
 CAPTION = {
     "retrieval": "text_retrieval is from an image to its texts, which runs call image_to_text.",
     "intervals": "In brackets: 95% intervals over groups of samples.",
-    "differences": "Second line: paired difference to {}, * if its interval leaves out 0; without "
-    "an interval where too few groups differ, or too few do not.",
+    "differences": "Second line: paired difference to {}, * if it is {}; without an interval where "
+    "too few groups differ, or too few do not.",
 }
 
 
@@ -67,13 +67,15 @@ def with_means(results: Sequence[Result]) -> list[Result]:
     return [*results, *means]
 
 
-def with_differences(results: Sequence[Result], reference: Sequence[Result]) -> list[Result]:
-    """The results of a model with its paired differences to a reference, by metric: `mean`, its 95%
-    `interval` if both have the same samples, and whether that leaves out 0 (`beyond`).
+def with_differences(
+    models: Sequence[Sequence[Result]], reference: Sequence[Result]
+) -> list[list[Result]]:
+    """The results of models with their paired differences to a reference, by metric, as `difference`
+    has them; an interval needs the same samples.
     """
     by_key = {key_of(result): result for result in reference}
-    compared = []
-    for result in results:
+
+    def compared(result: Result) -> Result:
         other, record = by_key.get(key_of(result)), dict(result.record)
         if other is not None:
             record["compared_to"] = other.record["model"]
@@ -82,8 +84,16 @@ def with_differences(results: Sequence[Result], reference: Sequence[Result]) -> 
                 for metric in record["metrics"]
                 if metric in other.record["metrics"]
             }
-        compared.append(replace(result, record=record))
-    return compared
+        return replace(result, record=record)
+
+    with_all = [[*map(compared, results)] for results in models]
+    mark_clear(differences_in(with_all))
+    return with_all
+
+
+def differences_in(models: Sequence[Sequence[Result]]) -> list[dict[str, Any]]:
+    records = [result.record for results in models for result in results]
+    return [of for record in records for of in record.get("differences", {}).values()]
 
 
 def key_of(result: Result) -> tuple[Any, ...]:
@@ -181,7 +191,8 @@ def show(models: Sequence[Sequence[Result]]) -> None:
         table.caption += f" {CAPTION['retrieval']}"
     compared = [r.record["compared_to"] for of in models for r in of if "compared_to" in r.record]
     if compared:
-        differences = CAPTION["differences"].format(escape(printable(compared[0])))
+        named_and_tested = escape(printable(compared[0])), clear(differences_in(models))
+        differences = CAPTION["differences"].format(*named_and_tested)
         table.caption += f" {differences}"
     print_table(table)
 

@@ -322,7 +322,8 @@ def context(
         "spread": compare.SPREAD,
         "spreads": any("spread" in v for e in entries for v in e["metrics"].values()),
         "several_data": len({findings.parts(k)[0] for e in entries for k in e["metrics"]}) > 1,
-        "differences": compared_by(entries),
+        "differences": compare.covered(differences := compare.differences_in(entries)),
+        "clear": compare.clear(differences),
         "legend": [legend(number, name) for number, name in enumerate(known)],
         "charts": charts(runs, names, [known.index(model) for model in of_runs]),
         "analyzed": any(run.analysis and len(run.analysis["checkpoints"]) > 1 for run in runs),
@@ -387,12 +388,6 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
         "positives": positives_of(run.settings),
         "folder": str(run.folder),
     }
-
-
-def compared_by(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How the differences of the table were made."""
-    values = [value for entry in entries for value in entry["metrics"].values()]
-    return compare.covered([value["difference"] for value in values if "difference" in value])
 
 
 # Charts

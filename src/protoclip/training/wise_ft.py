@@ -18,7 +18,7 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_fi
 from protoclip.evaluation import compare
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import RECALLS
+from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.files import (
     checksum,
     read_json,
@@ -174,7 +174,7 @@ def differences(
     an interval over them, as `protoclip compare` gives it.
 
     Returns:
-        By metric the `mean`; its 95% `interval`, or None; and whether that leaves out 0, `beyond`.
+        By metric the `mean`; its 95% `interval`, or None; and whether it is clear, `beyond`.
     """
     read = compare.reader(refuse=False)
     runs = list[dict[int, compare.Run]]()  # as of one seed
@@ -186,6 +186,7 @@ def differences(
         for name in chosen
         if name in start and math.isfinite(start[name]) and math.isfinite(chosen[name])
     }
+    mark_clear(made.values())
     return {
         name: {key: of[key] for key in ("mean", "interval", "beyond")} for name, of in made.items()
     }

@@ -13,11 +13,12 @@ from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import (
     METRICS,
     SHOWN,
-    beyond,
     columns_of,
+    difference,
     interval,
     interval_of_difference,
     intervals,
+    mark_clear,
 )
 from protoclip.evaluation.samples import SampleResults, decided_by_candidates, influences
 from protoclip.files import to_json
@@ -110,7 +111,7 @@ def test_a_class_of_one_group_is_held_against_the_others():
 
 def test_a_difference_rests_on_five_groups_or_more():
     """Else it has no interval, nor has a model against itself: a width of 0 would claim certainty.
-    Of few groups it counts which differ, and not which are off the mean. NaN gets no star."""
+    Of few groups it counts which differ, and not which are off the mean. NaN is not clear."""
     moved = np.array([0.1, -0.1] * 10)
     low, high = interval_of_difference([0.2], moved)
     half = scipy.stats.t.ppf(0.975, 19) * math.sqrt(0.2)
@@ -128,13 +129,27 @@ def test_a_difference_rests_on_five_groups_or_more():
         for right, of in enumerate(others, 1)
     ]
     assert [right for right, of in enumerate(ends, 1) if of is not None] == [*range(5, 17)]
-    ends = interval_of_difference([math.nan], moved)
-    assert [beyond(of) for of in (None, ends, [0.1, 0.2], [-0.1, 0.2])] == [
-        False,
-        False,
-        True,
-        False,
-    ]
+    assert difference([math.nan], moved)["p"] == 1.0
+
+
+@pytest.mark.parametrize(("gain", "others", "clear"), [(1.1, 0, True), (1.1, 5, False), (2, 5, True)])
+def test_what_is_clear_depends_on_how_much_is_compared(gain, others, clear):
+    """A star is Holm's test of all differences; their intervals stay those of one each."""
+    moved = np.array([0.1, -0.1] * 10)
+    half = scipy.stats.t.ppf(0.975, 19) * math.sqrt(0.2)
+    first, *rest = found = [difference([at], moved) for at in (gain * half, *[0.01] * others)]
+    expected = 2 * scipy.stats.t.sf(gain * half / math.sqrt(0.2), 19)
+    assert first["p"] == pytest.approx(expected, rel=3e-3)
+    assert first["interval"][0] > 0
+    mark_clear(found)
+    assert [of["beyond"] for of in found] == [clear] + [False] * others
+
+
+def test_clear_differences_leave_the_level_to_those_that_follow():
+    """Holm's: the second of two is tested at 5%, and not at 2.5% as by Bonferroni's."""
+    found = [{"p": p, "beyond": False} for p in (0.04, 0.02, None)]
+    mark_clear(found)
+    assert [of["beyond"] for of in found] == [True, True, False]
 
 
 def test_the_interval_of_a_metric_is_wilsons():

@@ -49,7 +49,7 @@ def test_differences_are_paired_by_sample():
         records.with_means(judged(str(seed), Guessing(seed), data, tasks=["knn", "zero_shot"]))
         for seed in (0, 1)
     )
-    found = records.with_differences(second, first)
+    (found,) = records.with_differences([second], first)
     assert len(found) == 6
     for result, other in zip(found, first, strict=True):
         record = result.record
@@ -61,10 +61,12 @@ def test_differences_are_paired_by_sample():
             ends = interval_of_difference([gain], moved)
             assert of_metric["mean"] == pytest.approx(gain)
             assert of_metric["interval"] == (None if ends is None else pytest.approx(ends))
-    same = records.with_differences(first, first)[0].record["differences"]["acc1"]
-    assert same == {"mean": 0.0, "interval": None, "beyond": False}
+    ((same, *_),) = records.with_differences([first], first)
+    same = same.record["differences"]["acc1"]
+    assert same == {"mean": 0.0, "interval": None, "p": None, "beyond": False}
     (alone,) = judged("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])
-    apart = records.with_differences([alone], first)[0].record["differences"]["acc1"]
+    ((apart,),) = records.with_differences([[alone]], first)
+    apart = apart.record["differences"]["acc1"]
     assert (apart["interval"], apart["beyond"]) == (None, False)
 
 
@@ -147,7 +149,7 @@ def test_the_table_has_a_column_for_each_model(capsys):
     """A row for each metric; what a model lacks is a dash; differences on a second line."""
     first = judged("one[b]", Guessing(6), tasks=["knn"])
     second = judged("two", Guessing(1), tasks=["geometry", "knn"], pretrained="tag")
-    records.show([first, records.with_differences(second, first)])
+    records.show([first, *records.with_differences([second], first)])
     shown = capsys.readouterr().out
     knn = next(line for line in shown.splitlines() if "knn" in line)
     value = first[0].record["metrics"]["acc1"] * 100
