@@ -15,13 +15,13 @@ of everything, and makes them better or worse. The intervals are those of the me
 and samples together, and the truth is the mean over seeds and test sets. The largest test sets are
 left out.
 
-With --equal, twelve models that are equally good are compared with the first one by six recalls. A
-model makes errors of its own on each sample; one with three seeds makes others with each. Counted is
-how many comparisons give a star to any difference, by each interval alone and by Holm's test. The
-small test sets alone are drawn.
+With --equal, up to twelve models that are equally good are compared with the first by six recalls.
+A model makes errors of its own on each sample; with three seeds it makes others with each. Counted
+is how many comparisons give a star to any difference, by each interval alone and by Holm's test.
+Only the small test sets are drawn.
 
-    python benchmarks/intervals.py [--repeats 1000] [--over-seeds 0] [--equal 0] [--seed 0] [--ami 0]
-        > FILE
+    python benchmarks/intervals.py [--repeats 1000] [--over-seeds 0] [--equal 0] [--seed 0]
+        [--ami 0] > FILE
 """
 
 import argparse

@@ -33,7 +33,7 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed.collectives import rank
-from protoclip.evaluation import analysis, validation
+from protoclip.evaluation import analysis, compare, validation
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.suite import RECORD_TASKS
@@ -41,6 +41,7 @@ from protoclip.evaluation.trained_on import trained_guards
 from protoclip.evaluation.validation import judged
 from protoclip.export.card import captions_of
 from protoclip.features.teachers import teachers
+from protoclip.report.findings import findings
 from protoclip.report.looks import find_examples
 from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
@@ -237,6 +238,39 @@ def test_another_source_judges_a_run(folder, tmp_path, capsys):
     assert "training on 200 pairs" in capsys.readouterr().err
     samples = read_results(tmp_path / "run")["samples"]["validation"]
     assert pq.read_table(samples).num_rows == 400
+
+
+def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, tmp_path, capsys):
+    """Its results keep how many pairs these are; `compare`, the report and `evaluate` say so, and
+    test no difference of it. Of a run on other pairs they know that there are none."""
+    one, two = (pq.read_table(folder / f"{name}.parquet") for name in "ab")
+    judging, leaky = tmp_path / "judging.parquet", tmp_path / "leaky.parquet"
+    pq.write_table(two.slice(0, 60), judging)
+    pq.write_table(pa.concat_tables([one.slice(0, 100), two.slice(5, 100)]), leaky)
+    runs = {"clean": folder / "a.parquet", "leaky": leaky}
+    for name, path in runs.items():
+        config = config_for(folder, tmp_path / name, train=str(path), validation=str(judging))
+        train(with_changes(config, {**AT_THE_END, "run": {"evaluate_every": 0, "name": name}}))
+    clean, other = (read_results(tmp_path / name) for name in runs)
+    assert clean["trained_on"] == {"validation": {"pairs": 60, "images": 0}}
+    assert other["trained_on"] == {"validation": {"pairs": 60, "images": 55}}
+    entries = compare.compare([clean, other])
+    differences = [value.get("difference") for value in entries[1]["metrics"].values()]
+    assert any(of["interval"] is not None for of in differences)
+    assert not any(of["p"] is not None or of["beyond"] for of in differences)
+    told = "trained on 55 of 60 pairs of"
+    assert all(f"leaky was {told} validation." in of.rest for of in findings(entries))
+    capsys.readouterr()
+    compare.show(entries)
+    shown = capsys.readouterr().out
+    assert shown.count(f"{told} validation") == 1
+    assert compare.TRAINED_ON in " ".join(shown.split())
+    words = [str(tmp_path / "leaky"), "--compare-to", str(tmp_path / "clean")]
+    main(["evaluate", *words, "--data", str(judging), "--workers", "0"])
+    said = capsys.readouterr()
+    assert said.out.count(f"{told} judging") == 1
+    assert f"{tmp_path / 'leaky'} was trained on 55 of these 60 pairs" in said.err
+    assert "*" not in said.out.split("Second line")[0]
 
 
 def test_captions_alone_that_are_trained_on_are_told():

@@ -126,12 +126,17 @@ class Evaluate:
                 ]
             )
             notes = [f"note: {note}" for of in data for note in of.notes]
+            counts = dict[str, dict[str, dict[str, int]]]()  # by model and by data set
             for reference in references if collectives.rank() == 0 else ():
-                notes += warnings_of(reference, names, data, self.split)
+                counts[reference], said = trained_on(reference, names, data, self.split, config)
+                notes += said
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
-            judged = {reference: records.with_means(judge(reference)) for reference in references}
+            judged = {
+                reference: records.with_means(judge(reference), counts.get(reference, {}))
+                for reference in references
+            }
         if collectives.launched()[0] > 0:
             return
         if self.compare_to is not None:
@@ -159,22 +164,27 @@ class Evaluate:
             require_place("--out", self.out, is_folder=True)
 
 
-def warnings_of(
-    reference: str, names: list[str], data: "list[EvaluationData]", split: str
-) -> list[str]:
-    """Warnings of data, by their names, that a run, or the run of a checkpoint, was trained on."""
-    from protoclip.evaluation.trained_on import has_held_out_metrics, is_trained_on
+def trained_on(
+    reference: str, names: list[str], data: "list[EvaluationData]", split: str, allowed: DataConfig
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """By data set what `count_trained` finds of a run, or the run of a checkpoint; and warnings."""
+    from protoclip.evaluation.trained_on import count_trained, has_held_out_metrics
     from protoclip.models.saved import run_of
 
     if (run := run_of(reference)) is None:
-        return []
-    known = "; its results.json has its numbers on held-out pairs" * has_held_out_metrics(run)
-    return [
-        f"warning: {name}: {reference} was trained on these pairs and does better on them than on "
-        f"new ones{known}"
-        for name, opened in zip(names, data, strict=True)
-        if is_trained_on(run, name, opened, split)
-    ]
+        return {}, []
+    better = "and does better on them than on new ones"
+    better += "; its results.json has its numbers on held-out pairs" * has_held_out_metrics(run)
+    counts, warnings = dict[str, dict[str, int]](), list[str]()
+    for name, opened in zip(names, data, strict=True):
+        counts[opened.name] = count = count_trained(run, name, opened, split, allowed)
+        if count.get("images"):
+            part = count["images"] < count["pairs"]
+            them = (
+                f"{count['images']:,} of these {count['pairs']:,} pairs" if part else "these pairs"
+            )
+            warnings.append(f"warning: {name}: {reference} was trained on {them} {better}")
+    return counts, warnings
 
 
 def usual_data(models: Collection[str]) -> str:

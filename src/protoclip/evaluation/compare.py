@@ -6,6 +6,7 @@ It reads what finished runs wrote; what `protoclip evaluate` judged is compared 
 import json
 import math
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -22,10 +23,11 @@ from protoclip.evaluation.metrics import (
     SHOWN,
     Floats,
     difference,
-    intervals,
+    interval,
     is_share,
     label,
     mark_clear,
+    rests_on_few,
 )
 from protoclip.evaluation.samples import (
     Columns,
@@ -51,9 +53,18 @@ OTHERS = (
 ON_FEW = (
     "A difference has no interval where too few groups of test samples differ, or too few do not."
 )
+TRAINED_ON = (
+    "A model that was trained on some of the images that evaluate it does too well on them, so no "
+    "difference of it is marked."
+)
 COMMON = "†"  # of a difference that is not that of the means above it
 OF_COMMON = f"{COMMON}: of the seeds that both have, and not the difference of the means shown."
+FEW = 3  # runs that are named
 WIDEST = 1 << 20  # letters; no table is as wide
+BRACKETS = (
+    "In brackets: 95% intervals over groups of test samples, and over seeds if there are several; "
+    "wide where few groups are wrong, or few right."
+)
 SPREAD = "±: sample standard deviation over seeds."
 SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
 Run = Mapping[str, Any]
@@ -101,7 +112,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
         if path.parent.exists():
             reason = "is a file, not a run folder"
         if path.parent.is_dir():
-            reason = "no results.json; the run has not finished"
+            reason = runs_inside(path.parent) or "no results.json; the run has not finished"
         raise ValueError(f"{path.parent}: {reason}")
     try:
         results = json.loads(read_local(path))
@@ -109,6 +120,10 @@ def read_results(run: str | Path) -> dict[str, Any]:
             raise TypeError("name or seed")
         metrics = {key: number(value) for key, value in dict(results["metrics"]).items()}
         counts = {key: number(results[key]) for key in ("samples_seen", "train_seconds")}
+        trained_on = {  # versions up to 1.0.0 wrote none
+            data: {key: int(number(of[key]) or 0) for key in ("pairs", "images")}
+            for data, of in dict(results.get("trained_on", {})).items()
+        }
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -122,6 +137,7 @@ def read_results(run: str | Path) -> dict[str, Any]:
         "metrics": {key: value for key, value in metrics.items() if value is not None},
         "machines": machines_of(results.get("environment")),
         "samples": validation | test,
+        "trained_on": trained_on,
     }
 
 
@@ -134,6 +150,15 @@ def require_no_records(path: Path) -> None:
             f"{path}: was written by protoclip evaluate, and is no run folder; to compare models "
             "by such records, give protoclip evaluate MODEL --compare-to OTHER --data DATA"
         )
+
+
+def runs_inside(folder: Path) -> str:
+    """Says which runs a folder holds, if it is none itself; empty if it holds none."""
+    inside = sorted(str(config.parent) for config in folder.glob("*/config.toml"))
+    if not inside or (folder / "config.toml").is_file():
+        return ""
+    named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
+    return f"not a run folder; it holds runs: name them, as {named}"
 
 
 def is_record(file: Path) -> bool:
@@ -178,24 +203,29 @@ def reader(*, refuse: bool) -> Reader:
     return read
 
 
-def intervals_of(results: Run, read: Reader | None = None) -> dict[str, list[float]]:
-    """The 95% interval, over test samples, of each metric of `read_results` that has one.
+def intervals_of(runs: Sequence[Run], read: Reader | None = None) -> dict[str, dict[str, Any]]:
+    """The 95% `interval` of metrics of a model over samples and seeds, and whether it is `wide`.
 
-    A file that is damaged raises `ValueError`, unless `read` says otherwise.
+    Only of metrics that the same samples judged in all of its runs. A file that is damaged raises
+    `ValueError`, unless `read` says otherwise.
     """
-    read = read or reader(refuse=True)
-    of_data = {data: read(path) for data, path in results["samples"].items()}
-    by_metric = {
-        f"eval/{data}/{metric}": of_groups
-        for data, known in of_data.items()
-        for metric, of_groups in (known[1] if known else {}).items()
-    }
-    without = {
-        f"eval/{data}/{metric}"
-        for data, known in of_data.items()
-        for metric in (decided_by_candidates(*known) if known else ())
-    }
-    return intervals(results["metrics"], by_metric, without)
+    read, found = read or reader(refuse=True), dict[str, dict[str, Any]]()
+    for data in {*runs[0].get("samples", {})}.intersection(*(of.get("samples", {}) for of in runs)):
+        judged = [read(run["samples"][data]) for run in runs]
+        known = [each for each in judged if each is not None]
+        decided = {metric for each in known for metric in decided_by_candidates(*each)}
+        for metric in METRICS.keys() - decided:
+            key = f"eval/{data}/{metric}"
+            values = [run["metrics"][key] for run in runs if key in run["metrics"]]
+            moved = [
+                influence[metric]
+                for samples, influence in known
+                if metric in influence and same_samples(samples, known[0][0], metric)
+            ]
+            if len(values) == len(moved) == len(runs) and len({*map(len, moved)}) == 1:
+                wide = rests_on_few(np.mean(moved, axis=0))
+                found[key] = {"interval": interval(values, np.stack(moved)), "wide": wide}
+    return found
 
 
 def number(value: Any) -> float | None:
@@ -221,8 +251,8 @@ def compare(
 
     Returns:
         One entry a model: `name`, `seeds`, the different `machines` of its runs, and for
-        `samples_seen`, `train_seconds` and each of `metrics` a `summary`. Metrics of later entries
-        have a `difference`.
+        `samples_seen`, `train_seconds` and each of `metrics` a `summary`; and `trained_pairs`.
+        Metrics have what `intervals_of` finds, and those of later entries a `difference`.
     """
     if models is None:
         runs = list({os.path.realpath(run["folder"]): run for run in runs}.values())
@@ -238,12 +268,15 @@ def compare(
         entry: dict[str, Any] = {"name": name, "seeds": list(members), "metrics": {}}
         for key in ("samples_seen", "train_seconds"):
             entry[key] = summary([run[key] for run in members.values()])
+        entry["trained_on"] = trained_pairs(run.get("trained_on", {}) for run in members.values())
         entry["machines"] = sorted({run.get("machines", "") for run in members.values()} - {""})
         listed = [run["metrics"] for run in members.values()]
+        ends = intervals_of([*members.values()], read)
         for key in listed[0]:
             if not all(key in metrics for metrics in listed):
                 continue
-            value: dict[str, Any] = {**summary([metrics[key] for metrics in listed])}
+            of_seeds = summary([metrics[key] for metrics in listed])
+            value: dict[str, Any] = {**of_seeds, **ends.get(key, {})}
             if members is not reference and any(key in r["metrics"] for r in reference.values()):
                 value["difference"] = difference_of_runs(key, reference, members, read)
             entry["metrics"][key] = value
@@ -262,6 +295,20 @@ def clear(differences: Iterable[Mapping[str, Any]]) -> str:
     """What `mark_clear` finds, in words."""
     number = sum(each["interval"] is not None for each in differences)
     return f"clear by Holm's test of all {number} differences with an interval, at 5%"
+
+
+def trained_pairs(counts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, str]:
+    """In words, how many pairs of a data set models were trained on; only where that is some.
+
+    Args:
+        counts: By data set the number of `pairs`, and of `images` that were trained on.
+    """
+    return {
+        data: f"trained on {of['images']:,} of {of['pairs']:,} pairs of {data}"
+        for each in counts
+        for data, of in each.items()
+        if of.get("images")
+    }
 
 
 def summary(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -308,8 +355,12 @@ def difference_of_runs(
     covered_by = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
         covered_by["samples"] = samples
+    found = difference(gains, influence)
+    runs = (*first.values(), *second.values())
+    if key.split("/")[1] in trained_pairs(run.get("trained_on", {}) for run in runs):
+        found["p"] = None  # it is not of the models alone either
     return {
-        **difference(gains, influence),
+        **found,
         "n": next(iter(covered_by.values()), len(seeds)),
         "seeds": len(seeds),
         "samples": samples,
@@ -404,8 +455,10 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a metric and one column an entry."""
     values = [value for entry in entries for value in entry["metrics"].values()]
     gains = differences_in(entries)
-    lines = [SPREAD] * any("spread" in value for value in values)
+    lines = [BRACKETS] * any("interval" in value for value in values)
+    lines += [SPREAD] * any("spread" in value for value in values)
     lines += [SECOND_LINE.format(clear(gains))] * bool(gains) + covered(gains)
+    lines += [TRAINED_ON] * any(entry["trained_on"] for entry in entries)
     lines += [OF_COMMON] * any(gain["of_some"] for gain in gains)
     if any(gain["seeds"] == 0 for gain in gains):
         lines.append("Models without a common seed: the difference of the means shown.")
@@ -414,7 +467,9 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     for entry in entries:
         count = len(entry["seeds"])
         name = printable(entry["name"])
-        table.add_column(f"{escape(name)}\n{count} seed{'s' if count > 1 else ''}", justify="right")
+        lines = [name, f"{count} seed{'s' if count > 1 else ''}"]
+        lines += map(printable, entry["trained_on"].values())
+        table.add_column(escape("\n".join(lines)), justify="right")
     keys = list(dict.fromkeys(key for entry in entries for key in entry["metrics"]))
     several = len({key.removeprefix("eval/").partition("/")[0] for key in keys}) > 1
     for key in keys:
@@ -463,7 +518,7 @@ def cell(value: Mapping[str, Any] | None, *, scale: float, digits: int) -> str:
     text = decimals(value["mean"] * scale, digits)
     if value.get("interval") is not None:
         low, high = (decimals(end * scale, digits) for end in value["interval"])
-        text += f" [{low}, {high}]"
+        text += f" [{low}, {high}]" + " wide" * value["wide"]
     if "spread" in value:
         text += f" ± {decimals(value['spread'] * scale, digits)}"
     if "difference" in value:

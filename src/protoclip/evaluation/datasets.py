@@ -120,6 +120,8 @@ class EvaluationData:
     language: str = "en"
     #: Split -> a name for every image. Only the emoji have them, beside the classes.
     image_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    #: How many `pairs` evaluate a run, and of how many of these it was trained on the `images`.
+    trained_on: Mapping[str, int] = field(default_factory=dict)
     #: What the user should know, such as samples that were left out.
     notes: Sequence[str] = ()
     #: Splits whose bad images were named, which is done once, however often a split is measured.

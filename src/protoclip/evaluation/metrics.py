@@ -170,47 +170,49 @@ def is_share(name: str) -> bool:
     return name in METRICS and METRICS[name].is_share
 
 
-def interval(metric: float, influence: Floats) -> list[float] | None:
-    """The 95% interval of a metric between 0 and 1, by its influences.
+def interval(metric: float | Sequence[float], influence: Floats) -> list[float]:
+    """The 95% interval of a metric between 0 and 1, by its influences, or of its mean over seeds.
 
-    `None` where fewer than `FEWEST` groups make up most of it, as with a few that are wrong.
+    Wilson's interval for a share of as many samples as would leave the same variance. If that
+    `rests_on_few`, it is of as many as there are groups at most, and so rather too wide. It is not
+    symmetric, and holds the truth near 0 and 1 too.
 
-    Wilson's interval for a share of as many samples as would leave the same variance; if the metric
-    is 0 or 1, of as many as there are groups. It is not symmetric, and holds the truth near 0 and 1
-    too.
+    Args:
+        metric, influence: Of one model, or of each of its seeds.
     """
-    if rests_on_few(influence):
-        return None
-    number, spread, variance = len(influence), metric * (1 - metric), np.square(influence).sum()
-    size = spread / variance if spread > 0 and variance > 0 else number
+    values, of_seeds = np.atleast_1d(metric), np.atleast_2d(influence)
+    mean, number = float(values.mean()), of_seeds.shape[1]
     z = quantile_of_t(number - 1)
-    centre = metric + z**2 / (2 * size)
+    spread, variance = mean * (1 - mean), (half_width(values, of_seeds) / z) ** 2
+    size = spread / variance if spread > 0 and variance > 0 else number
+    if rests_on_few(of_seeds.mean(axis=0)):
+        size = min(size, number)
+    centre = mean + z**2 / (2 * size)
     half = z * np.sqrt(spread / size + z**2 / (4 * size**2))
     low, high = (float(end / (1 + z**2 / size)) for end in (centre - half, centre + half))
-    return [min(low, metric), max(high, metric)]  # rounding
+    return [min(low, mean), max(high, mean)]  # rounding
 
 
 def intervals(
     metrics: Mapping[str, float], influence: Mapping[str, Floats], without: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """The 95% interval of each metric that has influences, unless they rest on few groups.
+    """The 95% interval of each metric that has influences.
 
     Args:
         without: Metrics that get none, as `samples.decided_by_candidates` has them.
     """
     given = [name for name in metrics if name in influence and name not in without]
-    ends = {name: interval(metrics[name], influence[name]) for name in given}
-    return {name: each for name, each in ends.items() if each is not None}
+    return {name: interval(metrics[name], influence[name]) for name in given}
 
 
 def rests_on_few(parts: Floats) -> bool:
-    """Whether fewer than `FEWEST` groups make up most of a sum of squares.
+    """Whether fewer than `FEWEST` groups make up most of a sum of squares, or it is 0.
 
     Of influences that sum is the variance, which is not known then.
     """
     squares = float(np.square(parts).sum())
     # Of k equal parts the ratio of both sides is k; rounding must not make 5 less.
-    return squares**2 < (FEWEST - 1e-6) * float(np.power(parts, 4).sum())
+    return squares**2 <= (FEWEST - 1e-6) * float(np.power(parts, 4).sum())
 
 
 def differs_in_few(gain: float, influence: Floats) -> bool:
@@ -222,7 +224,7 @@ def differs_in_few(gain: float, influence: Floats) -> bool:
     """
     number = len(influence)
     added = influence * np.sqrt((number - 1) / number) + gain / number
-    return not influence.any() or rests_on_few(influence) or rests_on_few(added)
+    return rests_on_few(influence) or rests_on_few(added)
 
 
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
@@ -324,7 +326,7 @@ def half_of_samples(influence: Floats, level: float = LEVEL) -> float:
 
 
 def quantile_of_t(degrees: int, level: float = LEVEL) -> float:
-    """What the size of Student's t of so many degrees of freedom is above in this share of cases."""
+    """What Student's t, of either sign, exceeds in this share of cases."""
     from scipy.special import stdtrit  # here, since training imports this file
 
     return float(stdtrit(degrees, 1 - level / 2))

@@ -4,7 +4,7 @@ The results come from `suite.py`; runs are compared by the files that they wrote
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +14,39 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from protoclip.evaluation.compare import cell, clear, print_table, printable
-from protoclip.evaluation.metrics import difference, intervals, mark_clear
+from protoclip.evaluation.compare import (
+    TRAINED_ON,
+    cell,
+    clear,
+    print_table,
+    printable,
+    trained_pairs,
+)
+from protoclip.evaluation.metrics import difference, intervals, mark_clear, rests_on_few
 from protoclip.evaluation.suite import Result
 from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
 
 LONGEST_NAME = 180  # bytes of a file's name, without its ending
 CAPTION = {
     "retrieval": "text_retrieval is from an image to its texts, which runs call image_to_text.",
-    "intervals": "In brackets: 95% intervals over groups of samples.",
+    "intervals": "In brackets: 95% intervals over groups of samples; wide where few groups are "
+    "wrong, or few right.",
     "differences": "Second line: paired difference to {}, * if it is {}; without an interval where "
     "too few groups differ, or too few do not.",
 }
 
 
-def with_means(results: Sequence[Result]) -> list[Result]:
-    """The results of one model; and for metrics of several data sets, their mean over those."""
+def with_means(
+    results: Sequence[Result], counts: Mapping[str, Mapping[str, int]] | None = None
+) -> list[Result]:
+    """The results of one model; and for metrics of several data sets, their mean over those.
+
+    Args:
+        counts: By data set, as `count_trained` returns them.
+    """
+    for record in (result.record for result in results):
+        if known := (counts or {}).get(record["dataset"]):
+            record["trained_on"] = known
     by_metric: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         for metric in result.record["metrics"]:
@@ -62,6 +79,7 @@ def with_means(results: Sequence[Result]) -> list[Result]:
             "datasets": list(names),
             "intervals": intervals(values, influences, without),
         }
+        record["wide"] = [name for name in record["intervals"] if rests_on_few(influences[name])]
         ids = [sample for member in members for sample in member.ids]
         means.append(Result(record=record, influences=influences, ids=ids, without=without))
     return [*results, *means]
@@ -70,12 +88,13 @@ def with_means(results: Sequence[Result]) -> list[Result]:
 def with_differences(
     models: Sequence[Sequence[Result]], reference: Sequence[Result]
 ) -> list[list[Result]]:
-    """The results of models with their paired differences to a reference, by metric, as `difference`
-    has them; an interval needs the same samples.
+    """The results of models with their paired differences to a reference, by metric.
+
+    They are as `difference` has them; an interval needs the same samples.
     """
     by_key = {key_of(result): result for result in reference}
 
-    def compared(result: Result) -> Result:
+    def compared(result: Result, untested: Collection[str]) -> Result:
         other, record = by_key.get(key_of(result)), dict(result.record)
         if other is not None:
             record["compared_to"] = other.record["model"]
@@ -84,11 +103,21 @@ def with_differences(
                 for metric in record["metrics"]
                 if metric in other.record["metrics"]
             }
+            for each in record["differences"].values() if untested & {*key_of(result)} else ():
+                each["p"] = None
         return replace(result, record=record)
 
-    with_all = [[*map(compared, results)] for results in models]
+    with_all = []
+    for results in models:
+        untested = {*trained_on(results), *trained_on(reference)}
+        with_all.append([compared(result, untested) for result in results])
     mark_clear(differences_in(with_all))
     return with_all
+
+
+def trained_on(results: Sequence[Result]) -> dict[str, str]:
+    """What `trained_pairs` has of one model."""
+    return trained_pairs({of.record["dataset"]: of.record.get("trained_on", {})} for of in results)
 
 
 def differences_in(models: Sequence[Sequence[Result]]) -> list[dict[str, Any]]:
@@ -169,6 +198,7 @@ def show(models: Sequence[Sequence[Result]]) -> None:
             for metric, value in record["metrics"].items():
                 given: dict[str, Any] = {"mean": value}
                 given["interval"] = record["intervals"].get(metric)
+                given["wide"] = metric in record.get("wide", ())
                 if metric in record.get("differences", {}):
                     given["difference"] = record["differences"][metric]
                 cells = rows.setdefault((record["dataset"], record["task"], metric), [])
@@ -177,7 +207,8 @@ def show(models: Sequence[Sequence[Result]]) -> None:
     for results in models:
         record = results[0].record
         name = " ".join([record["model"], *([record["pretrained"]] if named(record) else [])])
-        table.add_column(escape(printable(name)), justify="right")
+        lines = map(printable, (name, *trained_on(results).values()))
+        table.add_column(escape("\n".join(lines)), justify="right")
     previous: tuple[str, ...] = ()
     for (data, task, metric), cells in rows.items():
         if previous and previous != (data, task):
@@ -194,6 +225,7 @@ def show(models: Sequence[Sequence[Result]]) -> None:
         named_and_tested = escape(printable(compared[0])), clear(differences_in(models))
         differences = CAPTION["differences"].format(*named_and_tested)
         table.caption += f" {differences}"
+        table.caption += f" {TRAINED_ON}" * any(map(trained_on, models))
     print_table(table)
 
 

@@ -17,7 +17,7 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
-from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals
+from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals, rests_on_few
 from protoclip.evaluation.samples import decided_by_candidates
 from protoclip.evaluation.served import QUICK, lacks, quick_tasks
 from protoclip.evaluation.task_features import TaskFeatures, splits_of, task_features
@@ -231,6 +231,7 @@ def results(
                 "bad_share": len(part.bad) / len(data_set.splits[split].images),
                 "intervals": intervals(values, of_task, without),
             }
+            record["wide"] = [key for key in record["intervals"] if rests_on_few(of_task[key])]
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
             judged.append(Result(record=record, influences=of_task, ids=part.ids, without=without))

@@ -8,33 +8,56 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from protoclip.config import Config
+import numpy as np
+
+from protoclip.config import Config, DataConfig
 from protoclip.data.access import is_url
 from protoclip.data.content import Facts, content, difference, facts_of_rows
+from protoclip.data.held_out import shared
+from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sources import entries
+from protoclip.data.view import PairsView, as_array, whole
 from protoclip.evaluation.datasets import EvaluationData, Split, with_split
-from protoclip.evaluation.validation import NAME, run_as_data
+from protoclip.evaluation.validation import NAME, pairs_of_run, run_as_data
 from protoclip.files import read_json, read_toml
 from protoclip.models.saved import SETTINGS, checkpoints, facts_of
 from protoclip.paths import with_options
 from protoclip.terminal import without_secrets
 
 ROWS = ("rows", "captions", "images")  # facts by which rows are the same, wherever they lie
+ELSEWHERE = ("hf:", "pipe:", "emoji")  # names of pairs that are not in files of the user
 
 
-def is_trained_on(run: Path, reference: str, data: EvaluationData, split: str) -> bool:
-    """Whether a run has the split of the data, opened by this reference, among what it was trained
-    on. Of a damaged run nobody knows."""
+def count_trained(
+    run: Path, reference: str, data: EvaluationData, split: str, allowed: DataConfig
+) -> dict[str, int]:
+    """How many `pairs` a split of data that this reference opened has, and `images` that a run was
+    trained on; nothing where that is not known, as of a damaged run.
+
+    Images are compared where both are in files. Else names, and what the run wrote down of its
+    sources, tell whether they are the same. `allowed` has the permissions to read the run's pairs.
+    """
+    images = data.splits[split].images
     try:
         settings = read_toml(run / SETTINGS)["data"]
         sources = settings.get("sources") or [{"path": settings["train"]}]
-        if is_named(reference, split, [str(source["path"]) for source in sources]):
-            return True
-        return holds_rows(reference, data.splits[split], sources_in(run))
+        names = [str(source["path"]) for source in sources]
+        view = images if isinstance(images, PairsView) else whole([images])
+        are_pairs = all(isinstance(source, ImageTextPairs) for source in view.sources)
+        if are_pairs and not any(is_url(name) or name.startswith(ELSEWHERE) for name in names):
+            judging = [source.subset(np.unique(as_array(rows))) for source, rows in view.parts]
+            if trained := pairs_of_run(run, Config(data=allowed), "", [], frozenset()):
+                looked, same, _ = shared(judging, trained, folder=index_folder())
+                return {"pairs": looked, "images": same}
+        if is_named(reference, split, names) or holds_rows(
+            reference, data.splits[split], sources_in(run)
+        ):
+            return {"pairs": len(images), "images": len(images)}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return False
+        pass
+    return {}
 
 
 def trained_guards(

@@ -5,7 +5,7 @@ Which pairs are held out is decided in `data/held_out.py`, and the judging is do
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -100,11 +100,14 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
                 f"data.validation: {without_secrets(data.validation)}: is not compared with the "
                 "pairs of a stream; on pairs that both have, numbers are too good"
             )
+        counts = dict[str, int]()
         if trained:
-            notes += overlap(data.validation, shared(judging, trained, folder=folder))
+            looked, images, captions = shared(judging, trained, folder=folder)
+            notes += overlap(data.validation, (looked, images, captions))
+            counts = {"pairs": looked, "images": images}
         parts = [(source, np.arange(len(source))) for source in judging]
         notes += without_some_classes(config, parts)
-        return Judged(samples, data_sets(parts, probe_rows(given_sources, NONE)), notes)
+        return Judged(samples, data_sets(parts, probe_rows(given_sources, NONE), counts), notes)
     share = SHARE if data.validation is None else data.validation
     if share == 0:
         return Judged(samples, [], notes)
@@ -146,7 +149,8 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
     )
     parts = by_source(given_sources, rows)
     notes += without_some_classes(config, parts)
-    data_of_parts = data_sets(parts, probe_rows(given_sources, rows))
+    counts = {"pairs": len(rows), "images": 0}
+    data_of_parts = data_sets(parts, probe_rows(given_sources, rows), counts)
     return Judged(without(samples, rows), data_of_parts, notes)
 
 
@@ -420,6 +424,7 @@ def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[Image
 def data_sets(
     held_out: Sequence[tuple[ImageTextPairs, Rows]],
     training: Sequence[tuple[ImageTextPairs, Rows]],
+    trained_on: Mapping[str, int],
 ) -> list[EvaluationData]:
     """All held-out pairs as one data set, and those of each source, if there are several.
 
@@ -446,6 +451,7 @@ def data_sets(
             splits=splits,
             class_names=shown if has_classes else (),
             templates=templates if has_classes else ("{c}",),
+            trained_on=trained_on,
         )
 
     sets = [data_set(NAME, parts)]

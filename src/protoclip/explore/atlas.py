@@ -574,6 +574,19 @@ def moved(first: Atlas, second: Atlas, modality: str) -> Moved:
     )
 
 
+@torch.inference_mode()
+def regrouped(
+    atlas: Atlas, features: Features, heads: dict[str, Callable[[Tensor], Tensor]] | None
+) -> Atlas:
+    """An atlas with the prototypes that another seed of K-means finds."""
+    groups = {}
+    for modality in MODALITIES:
+        head = None if heads is None else heads[modality]
+        assigned, _ = group(getattr(features, modality), head, number=atlas.number, seed=1)
+        groups[f"{modality}_prototype"] = assigned.int().numpy()
+    return replace(atlas, **groups)
+
+
 def keep(path: Path, atlas: Atlas) -> None:
     """Write an atlas, and beside it its numbers and the checksum of the file."""
     values = {entry.name: getattr(atlas, entry.name) for entry in fields(atlas)}

@@ -98,6 +98,7 @@ class Explorer:
 
     Attributes:
         name: The model's reference.
+        heads: As `make_atlas` takes them.
         teachers: Of the run that trained it, and what was learned of each.
         positives: What equal pairs were to that run: its `loss.positives`.
         kept: Where the atlas is kept; None if it is not.
@@ -110,6 +111,7 @@ class Explorer:
     encoder: Encoder
     atlas: Atlas
     features: Callable[[], Features]
+    heads: dict[str, Callable[[Tensor], Tensor]] | None = None
     teachers: str = ""
     positives: str = ""
     kept: Path | None = None
@@ -377,6 +379,7 @@ def open_explorer(
         encoder=encoder,
         atlas=atlas,
         features=features,
+        heads=heads,
         kept=path,
         make_umap=make_umap if umap_follows else None,
     )

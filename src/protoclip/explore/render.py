@@ -41,6 +41,7 @@ from protoclip.explore.atlas import (
     moved,
     path_of,
     prototypes,
+    regrouped,
 )
 from protoclip.explore.cards import Card, Listed, Section
 from protoclip.explore.explorer import Answer, Explorer
@@ -123,6 +124,16 @@ class Pages:
     def _moved(self) -> dict[str, Moved]:
         first, second = (explorer.atlas for explorer in self.explorers)
         return {modality: moved(first, second, modality) for modality in MODALITIES}
+
+    @cached_property
+    def moved_by_seed(self) -> dict[str, float]:
+        """The share of pairs whose group in the first model another seed of K-means changes."""
+        first = self.explorers[0]
+        again = regrouped(first.atlas, first.features(), first.heads)
+        return {
+            modality: len(moved(first.atlas, again, modality).pairs) / len(again)
+            for modality in MODALITIES
+        }
 
     def moved_words(self, modality: str) -> str:
         """The words that set captions of what moved apart from those of what stayed."""
@@ -502,6 +513,7 @@ class Site:
             here=f"moved-{modality}.html",
             modality=modality,
             moved=movements,
+            by_seed=self.pages.moved_by_seed[modality],
             flows=flows,
             words=shown(self.pages.moved_words(modality), 120),
             cards=cards,

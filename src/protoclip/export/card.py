@@ -340,8 +340,8 @@ def is_end(run: Path | None, checkpoint: Path | None) -> bool:
 
 def metrics_of(
     run: Path | None, checkpoint: Path | None
-) -> dict[str, tuple[float, list[float] | None]]:
-    """Metrics of a finished run, each with its 95% interval, if they are of this checkpoint.
+) -> dict[str, tuple[float, dict[str, Any]]]:
+    """Metrics of a finished run, each with its `intervals_of`, if they are of this checkpoint.
 
     Damaged results cost a warning: the weights are whole all the same.
     """
@@ -350,10 +350,10 @@ def metrics_of(
     results, ends = dict[str, Any](), {}
     try:
         results = read_results(run)
-        ends = intervals_of(results)
+        ends = intervals_of([results])
     except ValueError as error:
         say(f"warning: the card lacks numbers: {error}")
-    return {name: (value, ends.get(name)) for name, value in results.get("metrics", {}).items()}
+    return {name: (value, ends.get(name, {})) for name, value in results.get("metrics", {}).items()}
 
 
 def start_metrics_of(run: Path | None) -> dict[str, float]:
@@ -442,10 +442,12 @@ def write_card(
         column, line_below = ("| start ", "|---") if before else ("", "")
         lines += [f"| metric {column}| value | 95% interval |", f"|---{line_below}|---|---|"]
         for name, (value, ends) in metrics.items():
-            interval = "-" if ends is None else " to ".join(decimals(end, 4) for end in ends)
+            interval = " to ".join(decimals(end, 4) for end in ends.get("interval", ())) or "-"
+            interval += " (wide)" * ends.get("wide", False)
             start = f"| {decimals(before[name], 4)} " if name in before else "| - " * bool(before)
             lines.append(f"| `{name}` {start}| {decimals(value, 4)} | {interval} |")
-        lines += ["", "Intervals are over groups of test samples; they leave out other seeds."]
+        lines += ["", "Intervals are over groups of test samples, and wide where few are "]
+        lines[-1] += "wrong, or few right; they leave out other seeds."
     else:
         lines.append("None: there are no results of this checkpoint.")
     # The curves are of a whole run, so not of an earlier checkpoint.

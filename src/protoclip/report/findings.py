@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from protoclip.evaluation.compare import Reader, decimals, intervals_of, rests_on_few_groups
+from protoclip.evaluation.compare import decimals, rests_on_few_groups
 from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.validation import NAME
 
@@ -21,7 +21,6 @@ HEADLINES = {
     "knn/acc1": "nearest-neighbour classification",
     "clustering/ami": "grouping images by class (AMI)",
 }
-Results = Mapping[str, Any]  # as `compare.read_results` returns them
 Entry = Mapping[str, Any]  # as `compare.compare` returns them
 Interval = Sequence[float]
 
@@ -82,7 +81,11 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
         points = f"{decimals(100 * mean, 1, '+')} points" + " over the seeds of both" * (not of_all)
         numbers = f"{one:.1f} against {two:.1f} percent, {points} {basis(difference, ends)}"
         says = f"is better than {other['name']} on {on}: {numbers}."
-        if not better:
+        leaks = [of for of in (best, other) if data in of["trained_on"]]
+        if leaks:
+            why = " and ".join(f"{of['name']} was {of['trained_on'][data]}" for of in leaks)
+            says = f"and {other['name']} cannot be compared on {on}: {numbers}; {why}."
+        elif not better:
             says = f"and {other['name']} cannot be told apart on {on}: {numbers}."
         verdict: Literal["better", "open"] = "better" if better else "open"
         sentences.append(Finding(verdict=verdict, model=best["name"], rest=minus(says)))
@@ -138,19 +141,8 @@ def basis(difference: Mapping[str, Any], ends: Interval | None) -> str:
     return f"[{low}, {high}], paired over {' and '.join(over)}"
 
 
-def table(
-    entries: Sequence[Entry], of_models: Mapping[str, Sequence[Results]], read: Reader
-) -> list[Row]:
-    """All metrics of all models. A model of one seed has intervals over the test samples.
-
-    Args:
-        of_models: The results of each model's runs, by the names of the entries.
-        read: Reads results by sample, as `compare` does.
-    """
-    of_samples = {
-        name: intervals_of(runs[0], read) if len(runs) == 1 else {}
-        for name, runs in of_models.items()
-    }
+def table(entries: Sequence[Entry]) -> list[Row]:
+    """All metrics of all models."""
     keys = dict.fromkeys(key for entry in entries for key in entry["metrics"])
     rows = []
     for key in keys:
@@ -162,10 +154,9 @@ def table(
         means = [value["mean"] for value in given if value is not None]
         ranked = percent and known and not any(map(judged_by_others, given))
         cells = []
-        for entry, value in zip(entries, given, strict=True):
-            ends = of_samples[entry["name"]].get(key)
+        for value in given:
             best = ranked and value is not None and value["mean"] == max(means) > min(means)
-            cells.append(cell(value, ends, percent=percent, best=best))
+            cells.append(cell(value, percent=percent, best=best))
         rows.append(Row(metric=sentence_case(label(metric, data)), data=data, cells=cells))
     return rows
 
@@ -175,9 +166,7 @@ def judged_by_others(value: Mapping[str, Any] | None) -> bool:
     return value is not None and value.get("difference", {}).get("other_samples", False)
 
 
-def cell(
-    value: Mapping[str, Any] | None, ends: Interval | None, *, percent: bool, best: bool
-) -> Cell:
+def cell(value: Mapping[str, Any] | None, *, percent: bool, best: bool) -> Cell:
     """A metric as text: in percent with one digit, or as it is with three."""
     if value is None:
         return Cell(value="–")
@@ -186,9 +175,11 @@ def cell(
     def text(number: float, sign: str = "") -> str:
         return minus(decimals(number * scale, digits, sign))
 
-    around = f"[{text(ends[0])}, {text(ends[1])}]" if ends is not None else ""
-    if "spread" in value:
-        around = f"± {text(value['spread'])}"
+    around = []
+    if "interval" in value:
+        low, high = map(text, value["interval"])
+        around.append(f"[{low}, {high}]" + " wide" * value["wide"])
+    around += [f"± {text(value['spread'])}"] * ("spread" in value)
     difference, beyond = "", False
     if "difference" in value:
         given = value["difference"]
@@ -197,5 +188,9 @@ def cell(
             low, high = (text(end, "+") for end in given["interval"])
             difference += f" [{low}, {high}]"
     return Cell(
-        value=text(value["mean"]), interval=around, difference=difference, best=best, beyond=beyond
+        value=text(value["mean"]),
+        interval=" ".join(around),
+        difference=difference,
+        best=best,
+        beyond=beyond,
     )

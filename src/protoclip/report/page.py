@@ -303,7 +303,7 @@ def context(
     for model, run in zip(of_runs, runs, strict=True):
         if run.results is not None and run.results["metrics"]:
             of_models.setdefault(model, []).append(run.results)
-    entries, table = compared(of_models)
+    entries = compared(of_models)
     shown = show_models(
         runs, names, of_runs, samples=samples, minutes=minutes, seed=seed, device=device
     )
@@ -317,10 +317,13 @@ def context(
         "findings": said,
         "better": [finding for finding in said if finding.verdict == "better"],
         "entries": entries,
-        "table": table,
+        "table": findings.table(entries),
         "others": any(findings.judged_by_others(v) for e in entries for v in e["metrics"].values()),
         "spread": compare.SPREAD,
+        "trained_on": compare.TRAINED_ON,
         "spreads": any("spread" in v for e in entries for v in e["metrics"].values()),
+        "brackets": compare.BRACKETS
+        * any("interval" in v for e in entries for v in e["metrics"].values()),
         "several_data": len({findings.parts(k)[0] for e in entries for k in e["metrics"]}) > 1,
         "differences": compare.covered(differences := compare.differences_in(entries)),
         "clear": compare.clear(differences),
@@ -355,10 +358,8 @@ def context(
     }
 
 
-def compared(
-    of_models: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> tuple[list[dict[str, Any]], list[findings.Row]]:
-    """The entries of `compare`, and the table of all metrics, of the results of models' runs.
+def compared(of_models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The entries of `compare` of the results of models' runs.
 
     A damaged file of samples costs a warning and the intervals that need it.
     """
@@ -366,8 +367,7 @@ def compared(
     results = [(model, of_run) for model, runs in of_models.items() for of_run in runs]
     named = [model for model, _ in results]
     all_entries = compare.compare([of_run for _, of_run in results], named, read)
-    entries = [entry for entry in all_entries if entry["metrics"]]
-    return entries, findings.table(entries, of_models, read)
+    return [entry for entry in all_entries if entry["metrics"]]
 
 
 def run_facts(run: RunFolder, label: str) -> dict[str, str]:

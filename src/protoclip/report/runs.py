@@ -5,7 +5,6 @@ What a run itself checks before it goes on in its folder is in `training/run_fol
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from protoclip.evaluation.compare import (
     models_of,
     read_results,
     require_no_records,
+    runs_inside,
 )
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
@@ -29,7 +29,6 @@ from protoclip.terminal import say
 from protoclip.training.run_folder import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
-FEW = 3  # runs that are named
 TOTAL, INSTANCE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 # A metric over the run: steps, and its value at each.
 Curve = tuple[Numbers, Numbers]
@@ -94,11 +93,8 @@ def read_run(
     written = folder / "config.toml"
     if not written.is_file():
         require_no_records(folder)
-        configs = folder.glob("*/config.toml") if folder.is_dir() else ()
-        inside = sorted(str(config.parent) for config in configs)
-        named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
-        hint = f"it holds runs: name them, as {named}" if inside else "a run has a config.toml"
-        raise ValueError(f"{folder}: not a run folder; {hint}")
+        reason = runs_inside(folder) or "not a run folder; a run has a config.toml"
+        raise ValueError(f"{folder}: {reason}")
     tree = read_toml(written)
     config, problem = None, ""
     try:

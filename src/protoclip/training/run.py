@@ -587,6 +587,8 @@ class Run:
         if config.run.evaluate:
             to, encoder = self.folder / "results", self.evaluate.keeping()
             results["metrics"] = self.evaluate("test", encoder=encoder, samples_to=to)
+        judging = (*self.plan.held_out, *self.plan.guards)
+        results["trained_on"] = {of.name: of.trained_on for of in judging if of.trained_on}
         results |= self.more_results(results)
         if config.run.overfit is not None:  # of which align may have left some out
             results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)

@@ -159,14 +159,14 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
     known = {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
 
     def more_results(results: Mapping[str, Any]) -> dict[str, Any]:
-        given = run.folder, start_metrics, results["metrics"]
+        given = run.folder, start_metrics, results
         return {**known, "differences": rank0_first(lambda: differences(*given))}
 
     run.more_results = more_results
 
 
 def differences(
-    folder: Path, start: Mapping[str, float], chosen: Mapping[str, float]
+    folder: Path, start: Mapping[str, float], results: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """How much higher each metric of the chosen weights is than that of the start.
 
@@ -177,10 +177,11 @@ def differences(
         By metric the `mean`; its 95% `interval`, or None; and whether it is clear, `beyond`.
     """
     read = compare.reader(refuse=False)
-    runs = list[dict[int, compare.Run]]()  # as of one seed
+    runs, chosen = list[dict[int, compare.Run]](), results["metrics"]  # as of one seed
     for metrics, of in ((start, folder / START), (chosen, folder)):
         samples = compare.samples_of(of, "validation") | compare.samples_of(of, "test")
-        runs.append({0: {"metrics": metrics, "samples": samples}})
+        trained_on = results.get("trained_on", {})
+        runs.append({0: {"metrics": metrics, "samples": samples, "trained_on": trained_on}})
     made = {
         name: compare.difference_of_runs(name, runs[0], runs[1], read)
         for name in chosen

@@ -19,6 +19,7 @@ from protoclip.evaluation.metrics import (
     interval_of_difference,
     intervals,
     mark_clear,
+    rests_on_few,
 )
 from protoclip.evaluation.samples import SampleResults, decided_by_candidates, influences
 from protoclip.files import to_json
@@ -132,15 +133,17 @@ def test_a_difference_rests_on_five_groups_or_more():
     assert difference([math.nan], moved)["p"] == 1.0
 
 
-@pytest.mark.parametrize(("gain", "others", "clear"), [(1.1, 0, True), (1.1, 5, False), (2, 5, True)])
+@pytest.mark.parametrize(
+    ("gain", "others", "clear"), [(1.1, 0, True), (1.1, 5, False), (2, 5, True)]
+)
 def test_what_is_clear_depends_on_how_much_is_compared(gain, others, clear):
     """A star is Holm's test of all differences; their intervals stay those of one each."""
     moved = np.array([0.1, -0.1] * 10)
     half = scipy.stats.t.ppf(0.975, 19) * math.sqrt(0.2)
-    first, *rest = found = [difference([at], moved) for at in (gain * half, *[0.01] * others)]
+    found = [difference([at], moved) for at in (gain * half, *[0.01] * others)]
     expected = 2 * scipy.stats.t.sf(gain * half / math.sqrt(0.2), 19)
-    assert first["p"] == pytest.approx(expected, rel=3e-3)
-    assert first["interval"][0] > 0
+    assert found[0]["p"] == pytest.approx(expected, rel=3e-3)
+    assert found[0]["interval"][0] > 0
     mark_clear(found)
     assert [of["beyond"] for of in found] == [clear] + [False] * others
 
@@ -161,9 +164,50 @@ def test_the_interval_of_a_metric_is_wilsons():
     low, high = interval(1.0, np.zeros(200))
     expected = scipy.stats.binomtest(200, 200).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((expected.low, 1.0), rel=2e-3)
-    few, enough = (np.arange(200) >= wrong for wrong in (4, 6))
-    both = {"few": (few - 0.98) / 200, "enough": (enough - 0.97) / 200}
-    assert [*intervals({"few": 0.98, "enough": 0.97}, both)] == ["enough"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_few_that_are_wrong_have_a_wide_interval(size):
+    """Of single samples it is Wilson's; of groups that of no more samples than there are groups."""
+    for wrong in (0, 1, 4, 6):
+        right = np.arange(200) >= wrong
+        moved = ((right - right.mean()) / 200).reshape(-1, size).sum(1)
+        low, high = interval(right.mean(), moved)
+        groups = 200 // size
+        expected = scipy.stats.binomtest(200 - wrong, 200).proportion_ci(method="wilson")
+        if wrong < 5:
+            assert rests_on_few(moved)
+        if size == 1:
+            assert (low, high) == pytest.approx((expected.low, expected.high), rel=3e-3)
+        elif wrong < 5:
+            assert low < expected.low
+            assert high - low >= 2 * math.sqrt(right.mean() * (1 - right.mean()) / groups)
+
+
+def test_seeds_that_agree_leave_the_interval_over_samples(tmp_path):
+    """As those of two frozen halves do. Seeds that differ widen it; other samples leave none."""
+    right, key = np.arange(120) < 112, "eval/emoji/knn/acc1"
+    rows = {"sample_id": np.arange(120), "group": np.arange(120)}
+    same = SampleResults(images={**rows, "knn_correct": right})
+    folders = [made(tmp_path / f"a{seed}", "a", seed, 112 / 120, same) for seed in (0, 1)]
+    value = compared(*folders)[0]["metrics"][key]
+    assert value["spread"] == 0
+    alone = interval(112 / 120, influences(same)["knn/acc1"])
+    assert value["interval"] == pytest.approx(alone)
+    assert not value["wide"]
+    assert compare.cell(value, scale=100.0, digits=1) == "93.3 [87.3, 96.6] ± 0.0"
+    other = made(
+        tmp_path / "a2",
+        "a",
+        2,
+        106 / 120,
+        SampleResults(images={**rows, "knn_correct": np.arange(120) < 106}),
+    )
+    low, high = compared(*folders, other)[0]["metrics"][key]["interval"]
+    assert (low < alone[0], high > alone[1]) == (True, True)
+    elsewhere = SampleResults(images={**rows, "sample_id": -np.arange(120), "knn_correct": right})
+    last = made(tmp_path / "a3", "a", 3, 112 / 120, elsewhere)
+    assert "interval" not in compared(*folders, last)[0]["metrics"][key]
 
 
 def correlated(seed: int) -> tuple[SampleResults, SampleResults]:

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.config import Config
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.content import content
 from protoclip.data.view import without
 from protoclip.evaluation.datasets import open_data
-from protoclip.evaluation.trained_on import has_held_out_metrics, is_trained_on, trained_guards
+from protoclip.evaluation.trained_on import count_trained, has_held_out_metrics, trained_guards
 from protoclip.evaluation.validation import guards
 from protoclip.files import to_json
 from protoclip.testing import tiny_config, tiny_pairs
@@ -43,10 +43,12 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     up = os.path.relpath(tables)
     for name, known in (("own", True), ("copy", True), ("other", False)):
         path = f"{up}/{name}.parquet"
-        assert is_trained_on(Path(up, "run"), path, open_data(path), "test") == known
+        count = count_trained(Path(up, "run"), path, open_data(path), "test", DataConfig())
+        assert (count.get("images", 0) > 0) == known
     (Path(up) / step / "state.json").unlink()  # without it only the name is known
     own = f"{up}/own.parquet"
-    assert is_trained_on(Path(up, "run"), own, open_data(own), "test") == (folder == ".")
+    count = count_trained(Path(up, "run"), own, open_data(own), "test", DataConfig())
+    assert bool(count) == (folder == ".")
 
 
 @pytest.mark.parametrize("data", [{"train": "own.parquet"}, {"sources": [{"path": "own.parquet"}]}])

@@ -28,7 +28,8 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.explore.address import listen, url_of
-from protoclip.explore.atlas import MODALITIES
+from protoclip.explore.atlas import MODALITIES, regrouped
+from protoclip.explore.atlas import moved as moved_from
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import explored
 from protoclip.explore.render import Pages, ids_as, shown
@@ -170,6 +171,10 @@ def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list
     assert f"{count} from {one}: {names[0]} to {other}: {names[1]}" in said
     assert f"more often than others: {pages.moved_words('image')}." in said
     assert pages.moved_words("image")
+    first = two[0]
+    again = regrouped(first.atlas, first.features(), first.heads)
+    moved_by_seed = 100 * len(moved_from(first.atlas, again, "image").pairs) / 60
+    assert f"Another seed of K-means alone moves {moved_by_seed:.1f}% in the first model." in said
     same = Pages([two[0], two[0]])
     assert "group the images of all 60 pairs alike." in " ".join(
         same.site(1).moved("image").split()

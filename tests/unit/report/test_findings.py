@@ -10,7 +10,6 @@ from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.report.findings import findings, minus, sentence_case, table
 
-READ = compare.reader(refuse=False)
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
 
@@ -97,7 +96,7 @@ def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
     (found,) = findings(entries)
     assert found.verdict == "open"
     assert found.rest.endswith("+40.0 points (no interval: other samples judged each).")
-    knn, _ = table(entries, {name: [of] for name, of in runs.items()}, READ)
+    knn, _ = table(entries)
     assert [(cell.value, cell.best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
 
 
@@ -118,17 +117,17 @@ def test_one_model_or_none_gives_no_sentence(tmp_path):
 
 
 def test_the_table_has_values_intervals_and_differences(tmp_path):
-    """Of one seed the interval over test samples, as `evaluate` shows it; of several the spread."""
+    """Of one seed the interval over test samples, as `evaluate` shows it; of several over both."""
     one = run(tmp_path, "A", 0.5)
     two = [run(tmp_path, "B", 0.75, seed=seed, gap=0.25) for seed in (0, 1)]
-    knn, gap = table(compare.compare([one, *two]), {"A": [one], "B": two}, READ)
+    knn, gap = table(compare.compare([one, *two]))
     samples = SampleResults.read(one["samples"]["emoji"])
     low, high = (100 * end for end in interval(0.5, influences(samples)["knn/acc1"]))
     first, second = knn.cells
     assert (knn.metric, gap.metric, knn.data) == ("kNN", "Gap", "emoji")
     assert (first.value, first.interval) == ("50.0", f"[{low:.1f}, {high:.1f}]")
     assert (first.difference, first.best, second.best) == ("", False, True)
-    assert (second.value, second.interval, second.beyond) == ("75.0", "± 0.0", True)
+    assert (second.value, second.interval, second.beyond) == ("75.0", "[70.5, 79.0] ± 0.0", True)
     assert second.difference.startswith("+25.0 [")
     assert [cell.value for cell in gap.cells] == ["0.500", "0.250"]
     assert (gap.cells[1].difference, gap.cells[1].best) == ("\u22120.250", False)
@@ -141,7 +140,7 @@ def test_a_damaged_file_of_samples_costs_the_intervals_alone(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:100])
     read = compare.reader(refuse=False)
     entries = compare.compare([*runs.values()], [*runs], read)
-    knn, _ = table(entries, {name: [of] for name, of in runs.items()}, read)
+    knn, _ = table(entries)
     first, second = knn.cells
     assert (first.value, first.interval, second.difference) == ("50.0", "", "+25.0")
     assert second.interval.startswith("[")
