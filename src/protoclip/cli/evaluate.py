@@ -3,10 +3,10 @@
 Tasks are run in `evaluation/suite.py`; records are printed and written in `evaluation/records.py`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
@@ -19,9 +19,6 @@ from protoclip.paths import (
     require_place,
 )
 from protoclip.terminal import say
-
-if TYPE_CHECKING:
-    from protoclip.evaluation.datasets import EvaluationData
 
 # Settings of `data` beside those that `open_data` takes by name.
 OF_DATA = ("image_column", "caption_column", "id_column", *PERMISSIONS)
@@ -68,7 +65,7 @@ class Evaluate:
             from protoclip.data.index import cache_folder
             from protoclip.data.transforms import PillowTransform
             from protoclip.distributed import collectives
-            from protoclip.evaluation import records, suite, validation
+            from protoclip.evaluation import records, suite, trained_on, validation
             from protoclip.evaluation.encoders import encoder_of
             from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
@@ -94,7 +91,7 @@ class Evaluate:
                 autocast=encoding(self.precision, device),
             )
             name, pretrained = names_of(reference)
-            return suite.results(
+            found = suite.results(
                 encoder,
                 data,
                 self.tasks,
@@ -103,6 +100,9 @@ class Evaluate:
                 model_name=name,
                 pretrained=pretrained,
             )
+            for record in (result.record for result in found):
+                record |= counts.get((reference, record["dataset"]), {})
+            return found
 
         with collectives.process_group(device):
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
@@ -126,17 +126,16 @@ class Evaluate:
                 ]
             )
             notes = [f"note: {note}" for of in data for note in of.notes]
-            counts = dict[str, dict[str, dict[str, int]]]()  # by model and by data set
+            counts = dict[tuple[str, str], dict[str, Any]]()  # of a model and a data set
             for reference in references if collectives.rank() == 0 else ():
-                counts[reference], said = trained_on(reference, names, data, self.split, config)
-                notes += said
+                for name, opened in zip(names, data, strict=True):
+                    count = trained_on.count_trained(reference, name, opened, self.split, config)
+                    counts[reference, opened.name] = {"trained_on": count} if count else {}
+                    notes += warnings_of(reference, name, count)
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
-            judged = {
-                reference: records.with_means(judge(reference), counts.get(reference, {}))
-                for reference in references
-            }
+            judged = {reference: records.with_means(judge(reference)) for reference in references}
         if collectives.launched()[0] > 0:
             return
         if self.compare_to is not None:
@@ -164,27 +163,21 @@ class Evaluate:
             require_place("--out", self.out, is_folder=True)
 
 
-def trained_on(
-    reference: str, names: list[str], data: "list[EvaluationData]", split: str, allowed: DataConfig
-) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """By data set what `count_trained` finds of a run, or the run of a checkpoint; and warnings."""
-    from protoclip.evaluation.trained_on import count_trained, has_held_out_metrics
+def warnings_of(reference: str, name: str, count: Mapping[str, int]) -> list[str]:
+    """A warning of data, by their name, of which a model was trained on some pairs."""
+    from protoclip.evaluation.trained_on import has_held_out_metrics
     from protoclip.models.saved import run_of
 
-    if (run := run_of(reference)) is None:
-        return {}, []
-    better = "and does better on them than on new ones"
-    better += "; its results.json has its numbers on held-out pairs" * has_held_out_metrics(run)
-    counts, warnings = dict[str, dict[str, int]](), list[str]()
-    for name, opened in zip(names, data, strict=True):
-        counts[opened.name] = count = count_trained(run, name, opened, split, allowed)
-        if count.get("images"):
-            part = count["images"] < count["pairs"]
-            them = (
-                f"{count['images']:,} of these {count['pairs']:,} pairs" if part else "these pairs"
-            )
-            warnings.append(f"warning: {name}: {reference} was trained on {them} {better}")
-    return counts, warnings
+    if not count.get("images") or (run := run_of(reference)) is None:
+        return []
+    pairs = f"{count['images']:,} of these {count['pairs']:,} pairs"
+    if count["images"] == count["pairs"]:
+        pairs = "these pairs"
+    known = "; its results.json has its numbers on held-out pairs" * has_held_out_metrics(run)
+    return [
+        f"warning: {name}: {reference} was trained on {pairs} and does better on them than on new "
+        f"ones{known}"
+    ]
 
 
 def usual_data(models: Collection[str]) -> str:

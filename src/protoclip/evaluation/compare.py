@@ -293,16 +293,12 @@ def differences_in(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 def clear(differences: Iterable[Mapping[str, Any]]) -> str:
     """What `mark_clear` finds, in words."""
-    number = sum(each["interval"] is not None for each in differences)
-    return f"clear by Holm's test of all {number} differences with an interval, at 5%"
+    number = sum(each.get("p", each["interval"]) is not None for each in differences)
+    return f"clear by Holm's test of all {number} differences that can be tested, at 5%"
 
 
 def trained_pairs(counts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, str]:
-    """In words, how many pairs of a data set models were trained on; only where that is some.
-
-    Args:
-        counts: By data set the number of `pairs`, and of `images` that were trained on.
-    """
+    """In words, how many pairs of a data set models were trained on, where they were on some."""
     return {
         data: f"trained on {of['images']:,} of {of['pairs']:,} pairs of {data}"
         for each in counts
@@ -355,9 +351,10 @@ def difference_of_runs(
     covered_by = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
         covered_by["samples"] = samples
-    found = difference(gains, influence)
-    runs = (*first.values(), *second.values())
-    if key.split("/")[1] in trained_pairs(run.get("trained_on", {}) for run in runs):
+    found, data = difference(gains, influence), key.removeprefix("eval/").partition("/")[0]
+    if data in trained_pairs(
+        of.get("trained_on", {}) for of in (*first.values(), *second.values())
+    ):
         found["p"] = None  # it is not of the models alone either
     return {
         **found,
@@ -467,9 +464,9 @@ def show(entries: Sequence[Mapping[str, Any]]) -> None:
     for entry in entries:
         count = len(entry["seeds"])
         name = printable(entry["name"])
-        lines = [name, f"{count} seed{'s' if count > 1 else ''}"]
-        lines += map(printable, entry["trained_on"].values())
-        table.add_column(escape("\n".join(lines)), justify="right")
+        trained = map(printable, entry["trained_on"].values())
+        heading = "\n".join([name, f"{count} seed{'s' if count > 1 else ''}", *trained])
+        table.add_column(escape(heading), justify="right")
     keys = list(dict.fromkeys(key for entry in entries for key in entry["metrics"]))
     several = len({key.removeprefix("eval/").partition("/")[0] for key in keys}) > 1
     for key in keys:

@@ -180,8 +180,8 @@ def interval(metric: float | Sequence[float], influence: Floats) -> list[float]:
     Args:
         metric, influence: Of one model, or of each of its seeds.
     """
-    values, of_seeds = np.atleast_1d(metric), np.atleast_2d(influence)
-    mean, number = float(values.mean()), of_seeds.shape[1]
+    values, of_seeds = np.atleast_1d(metric).tolist(), np.atleast_2d(influence)
+    mean, number = float(np.mean(values)), of_seeds.shape[1]
     z = quantile_of_t(number - 1)
     spread, variance = mean * (1 - mean), (half_width(values, of_seeds) / z) ** 2
     size = spread / variance if spread > 0 and variance > 0 else number

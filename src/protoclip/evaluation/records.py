@@ -4,7 +4,7 @@ The results come from `suite.py`; runs are compared by the files that they wrote
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,8 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from protoclip.evaluation.compare import (
-    TRAINED_ON,
-    cell,
-    clear,
-    print_table,
-    printable,
-    trained_pairs,
-)
+from protoclip.evaluation import compare
+from protoclip.evaluation.compare import cell, print_table, printable
 from protoclip.evaluation.metrics import difference, intervals, mark_clear, rests_on_few
 from protoclip.evaluation.suite import Result
 from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
@@ -36,17 +30,8 @@ CAPTION = {
 }
 
 
-def with_means(
-    results: Sequence[Result], counts: Mapping[str, Mapping[str, int]] | None = None
-) -> list[Result]:
-    """The results of one model; and for metrics of several data sets, their mean over those.
-
-    Args:
-        counts: By data set, as `count_trained` returns them.
-    """
-    for record in (result.record for result in results):
-        if known := (counts or {}).get(record["dataset"]):
-            record["trained_on"] = known
+def with_means(results: Sequence[Result]) -> list[Result]:
+    """The results of one model; and for metrics of several data sets, their mean over those."""
     by_metric: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         for metric in result.record["metrics"]:
@@ -79,6 +64,8 @@ def with_means(
             "datasets": list(names),
             "intervals": intervals(values, influences, without),
         }
+        for member in filter(lambda of: trained_on([of]), members):
+            record["trained_on"] = member.record["trained_on"]
         record["wide"] = [name for name in record["intervals"] if rests_on_few(influences[name])]
         ids = [sample for member in members for sample in member.ids]
         means.append(Result(record=record, influences=influences, ids=ids, without=without))
@@ -94,7 +81,7 @@ def with_differences(
     """
     by_key = {key_of(result): result for result in reference}
 
-    def compared(result: Result, untested: Collection[str]) -> Result:
+    def compared(result: Result) -> Result:
         other, record = by_key.get(key_of(result)), dict(result.record)
         if other is not None:
             record["compared_to"] = other.record["model"]
@@ -103,21 +90,17 @@ def with_differences(
                 for metric in record["metrics"]
                 if metric in other.record["metrics"]
             }
-            for each in record["differences"].values() if untested & {*key_of(result)} else ():
-                each["p"] = None
         return replace(result, record=record)
 
-    with_all = []
-    for results in models:
-        untested = {*trained_on(results), *trained_on(reference)}
-        with_all.append([compared(result, untested) for result in results])
+    with_all = [[*map(compared, results)] for results in models]
     mark_clear(differences_in(with_all))
     return with_all
 
 
 def trained_on(results: Sequence[Result]) -> dict[str, str]:
-    """What `trained_pairs` has of one model."""
-    return trained_pairs({of.record["dataset"]: of.record.get("trained_on", {})} for of in results)
+    """What `trained_pairs` has of the data sets of some results."""
+    records = [result.record for result in results]
+    return compare.trained_pairs({of["dataset"]: of.get("trained_on", {})} for of in records)
 
 
 def differences_in(models: Sequence[Sequence[Result]]) -> list[dict[str, Any]]:
@@ -137,7 +120,10 @@ def difference_of_results(metric: str, first: Result, second: Result) -> dict[st
     have_influences = metric in first.influences.keys() & second.influences.keys()
     if have_influences and [*first.ids] == [*second.ids]:
         influence = second.influences[metric] - first.influences[metric]
-    return difference([gain], influence)
+    found = difference([gain], influence)
+    if trained_on([first, second]):
+        found["p"] = None
+    return found
 
 
 def write_records(
@@ -207,7 +193,8 @@ def show(models: Sequence[Sequence[Result]]) -> None:
     for results in models:
         record = results[0].record
         name = " ".join([record["model"], *([record["pretrained"]] if named(record) else [])])
-        lines = map(printable, (name, *trained_on(results).values()))
+        of_sets = [result for result in results if "datasets" not in result.record]
+        lines = map(printable, (name, *trained_on(of_sets).values()))
         table.add_column(escape("\n".join(lines)), justify="right")
     previous: tuple[str, ...] = ()
     for (data, task, metric), cells in rows.items():
@@ -222,10 +209,10 @@ def show(models: Sequence[Sequence[Result]]) -> None:
         table.caption += f" {CAPTION['retrieval']}"
     compared = [r.record["compared_to"] for of in models for r in of if "compared_to" in r.record]
     if compared:
-        named_and_tested = escape(printable(compared[0])), clear(differences_in(models))
+        named_and_tested = escape(printable(compared[0])), compare.clear(differences_in(models))
         differences = CAPTION["differences"].format(*named_and_tested)
         table.caption += f" {differences}"
-        table.caption += f" {TRAINED_ON}" * any(map(trained_on, models))
+        table.caption += f" {compare.TRAINED_ON}" * any(map(trained_on, models))
     print_table(table)
 
 

@@ -22,7 +22,7 @@ from protoclip.data.view import PairsView, as_array, whole
 from protoclip.evaluation.datasets import EvaluationData, Split, with_split
 from protoclip.evaluation.validation import NAME, pairs_of_run, run_as_data
 from protoclip.files import read_json, read_toml
-from protoclip.models.saved import SETTINGS, checkpoints, facts_of
+from protoclip.models.saved import SETTINGS, checkpoints, facts_of, run_of
 from protoclip.paths import with_options
 from protoclip.terminal import without_secrets
 
@@ -31,14 +31,16 @@ ELSEWHERE = ("hf:", "pipe:", "emoji")  # names of pairs that are not in files of
 
 
 def count_trained(
-    run: Path, reference: str, data: EvaluationData, split: str, allowed: DataConfig
+    model: str, reference: str, data: EvaluationData, split: str, allowed: DataConfig
 ) -> dict[str, int]:
-    """How many `pairs` a split of data that this reference opened has, and `images` that a run was
-    trained on; nothing where that is not known, as of a damaged run.
+    """How many `pairs` a split of data that this reference opened has, and `images` that the run of
+    a model was trained on; nothing where that is not known.
 
     Images are compared where both are in files. Else names, and what the run wrote down of its
     sources, tell whether they are the same. `allowed` has the permissions to read the run's pairs.
     """
+    if (run := run_of(model)) is None:
+        return {}
     images = data.splits[split].images
     try:
         settings = read_toml(run / SETTINGS)["data"]
@@ -56,7 +58,7 @@ def count_trained(
         ):
             return {"pairs": len(images), "images": len(images)}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        pass
+        return {}  # of a damaged run
     return {}
 
 

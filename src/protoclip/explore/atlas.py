@@ -579,12 +579,11 @@ def regrouped(
     atlas: Atlas, features: Features, heads: dict[str, Callable[[Tensor], Tensor]] | None
 ) -> Atlas:
     """An atlas with the prototypes that another seed of K-means finds."""
-    groups = {}
-    for modality in MODALITIES:
-        head = None if heads is None else heads[modality]
-        assigned, _ = group(getattr(features, modality), head, number=atlas.number, seed=1)
-        groups[f"{modality}_prototype"] = assigned.int().numpy()
-    return replace(atlas, **groups)
+    images, texts = (
+        group(getattr(features, of), heads and heads[of], number=atlas.number, seed=1)[0].int()
+        for of in MODALITIES
+    )
+    return replace(atlas, image_prototype=images.numpy(), text_prototype=texts.numpy())
 
 
 def keep(path: Path, atlas: Atlas) -> None:

@@ -43,11 +43,11 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     up = os.path.relpath(tables)
     for name, known in (("own", True), ("copy", True), ("other", False)):
         path = f"{up}/{name}.parquet"
-        count = count_trained(Path(up, "run"), path, open_data(path), "test", DataConfig())
+        count = count_trained(f"{up}/run", path, open_data(path), "test", DataConfig())
         assert (count.get("images", 0) > 0) == known
     (Path(up) / step / "state.json").unlink()  # without it only the name is known
     own = f"{up}/own.parquet"
-    count = count_trained(Path(up, "run"), own, open_data(own), "test", DataConfig())
+    count = count_trained(f"{up}/run", own, open_data(own), "test", DataConfig())
     assert bool(count) == (folder == ".")
 
 

@@ -179,6 +179,14 @@ def test_a_run_that_has_just_begun_has_a_page(runs, tmp_path):
     assert "No run has logged metrics." in page.sections["curves"]
 
 
+def test_the_results_of_one_run_speak_of_no_other_model(runs, two, tmp_path):
+    alone = page_of(tmp_path, runs / "proto").sections["results"]
+    assert "Text-to-image recall@1" in alone
+    assert "nothing to compare" not in alone
+    assert "of each is bold" not in alone
+    assert "best of each is bold" in two.sections["results"]
+
+
 def test_what_never_changes_is_said_and_not_drawn(runs, tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()
