@@ -580,7 +580,9 @@ def regrouped(
 ) -> Atlas:
     """An atlas with the prototypes that another seed of K-means finds."""
     images, texts = (
-        group(getattr(features, of), heads and heads[of], number=atlas.number, seed=1)[0].int()
+        group(
+            getattr(features, of), None if heads is None else heads[of], number=atlas.number, seed=1
+        )[0].int()
         for of in MODALITIES
     )
     return replace(atlas, image_prototype=images.numpy(), text_prototype=texts.numpy())

@@ -179,7 +179,8 @@ def cell(value: Mapping[str, Any] | None, *, percent: bool, best: bool) -> Cell:
     if "interval" in value:
         low, high = map(text, value["interval"])
         around.append(f"[{low}, {high}]" + " wide" * value["wide"])
-    around += [f"± {text(value['spread'])}"] * ("spread" in value)
+    if "spread" in value:
+        around.append(f"± {text(value['spread'])}")
     difference, beyond = "", False
     if "difference" in value:
         given = value["difference"]
