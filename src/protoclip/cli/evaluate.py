@@ -91,7 +91,7 @@ class Evaluate:
                 autocast=encoding(self.precision, device),
             )
             name, pretrained = names_of(reference)
-            found = suite.results(
+            measured = suite.results(
                 encoder,
                 data,
                 self.tasks,
@@ -100,9 +100,9 @@ class Evaluate:
                 model_name=name,
                 pretrained=pretrained,
             )
-            for record in (result.record for result in found):
+            for record in (result.record for result in measured):
                 record |= counts.get((reference, record["dataset"]), {})
-            return found
+            return measured
 
         with collectives.process_group(device):
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])

@@ -209,7 +209,7 @@ def intervals_of(runs: Sequence[Run], read: Reader | None = None) -> dict[str, d
     Only of metrics that the same samples judged in all of its runs. A file that is damaged raises
     `ValueError`, unless `read` says otherwise.
     """
-    read, found = read or reader(refuse=True), dict[str, dict[str, Any]]()
+    read, by_key = read or reader(refuse=True), dict[str, dict[str, Any]]()
     for data in {*runs[0].get("samples", {})}.intersection(*(of.get("samples", {}) for of in runs)):
         judged = [read(run["samples"][data]) for run in runs]
         known = [each for each in judged if each is not None]
@@ -224,8 +224,8 @@ def intervals_of(runs: Sequence[Run], read: Reader | None = None) -> dict[str, d
             ]
             if len(values) == len(moved) == len(runs) and len({*map(len, moved)}) == 1:
                 wide = rests_on_few(np.mean(moved, axis=0))
-                found[key] = {"interval": interval(values, np.stack(moved)), "wide": wide}
-    return found
+                by_key[key] = {"interval": interval(values, np.stack(moved)), "wide": wide}
+    return by_key
 
 
 def number(value: Any) -> float | None:
@@ -351,13 +351,13 @@ def difference_of_runs(
     covered_by = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
         covered_by["samples"] = samples
-    found, data = difference(gains, influence), key.removeprefix("eval/").partition("/")[0]
+    result, data = difference(gains, influence), key.removeprefix("eval/").partition("/")[0]
     if data in trained_pairs(
         of.get("trained_on", {}) for of in (*first.values(), *second.values())
     ):
-        found["p"] = None  # it is not of the models alone either
+        result["p"] = None  # it is not of the models alone either
     return {
-        **found,
+        **result,
         "n": next(iter(covered_by.values()), len(seeds)),
         "seeds": len(seeds),
         "samples": samples,

@@ -120,10 +120,10 @@ def difference_of_results(metric: str, first: Result, second: Result) -> dict[st
     have_influences = metric in first.influences.keys() & second.influences.keys()
     if have_influences and [*first.ids] == [*second.ids]:
         influence = second.influences[metric] - first.influences[metric]
-    found = difference([gain], influence)
+    result = difference([gain], influence)
     if trained_on([first, second]):
-        found["p"] = None
-    return found
+        result["p"] = None
+    return result
 
 
 def write_records(

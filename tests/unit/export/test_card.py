@@ -64,7 +64,7 @@ def test_the_card_of_a_run(tmp_path):
     # Damaged results cost numbers, not the export.
     (made / "results" / "emoji-test.parquet").write_bytes(b"cut")
     found = cards.metrics_of(made, find_checkpoint(made))
-    assert found["eval/emoji/zero_shot/acc5"] == (accuracy, None)
+    assert found["eval/emoji/zero_shot/acc5"] == (accuracy, {})
     (made / "results.json").write_text("{")
     assert cards.metrics_of(made, find_checkpoint(made)) == {}
     names = run_examples(tmp_path / "out")
