@@ -20,6 +20,7 @@ import datetime
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +48,10 @@ from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, FrozenHalves
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.testing import resident, tiny_pairs
 from protoclip.training.run_folder import environment
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import resident, tiny_pairs
 
 REPEATS = 3
 IMAGES, ENCODED_AT_ONCE = 512, 16

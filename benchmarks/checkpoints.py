@@ -33,10 +33,12 @@ import torch
 from protoclip.config import Config
 from protoclip.data.loader import Batch
 from protoclip.distributed import collectives, parallel
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, run_folder
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import tiny_config, tiny_pairs
 
 WAYS = {"parts": "each rank its part", "gathered": "gathered on rank 0"}
 KINDS = ("begins one", "meets one", "meets none")

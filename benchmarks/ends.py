@@ -19,11 +19,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from protoclip.testing import tiny_pairs
 from protoclip.training import run, run_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from interrupting import quick_config
+from testing import tiny_pairs
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 COMMANDS = ["train", "finetune", "evaluate", "embed-teacher"]

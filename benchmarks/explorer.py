@@ -56,7 +56,9 @@ from protoclip.explore.pairs import ExploredPairs
 from protoclip.explore.render import Pages
 from protoclip.explore.server import cookie_name, server
 from protoclip.features.store import hash_ids
-from protoclip.testing import resident
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import resident
 
 WIDTH, CENTRES, QUESTIONS = 256, 500, 10
 WORDS = ("a", "the", "red", "green", "blue", "small", "large", "cat", "dog", "house", "car", "hill")

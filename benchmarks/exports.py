@@ -53,8 +53,10 @@ from protoclip.config import (
 from protoclip.data.emoji import emoji_table
 from protoclip.export.run import SAMPLES, difference, samples
 from protoclip.export.source import open_source
-from protoclip.testing import tiny_pairs
 from protoclip.training.run_folder import environment
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import tiny_pairs
 
 SCRIPT = Path(__file__).with_name("transformers_js.mjs")
 FORMATS = ("open_clip", "hf", "timm", "onnx")

@@ -69,10 +69,12 @@ from protoclip.prototypes.features import EpisodeFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans
 from protoclip.prototypes.nearest import Bfloat16Search, bfloat16_pays, nearest
 from protoclip.prototypes.targets import back_translate
-from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import run, run_folder
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.plan import make_plan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import tiny_config, tiny_model
 
 # In float32 the losses lose up to five digits, since logits go up to 100. TF32 would lose seven.
 FLOAT32 = 1e-4

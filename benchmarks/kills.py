@@ -31,7 +31,6 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.models import saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.prototypes.features import ExtractedFeatures
-from protoclip.testing import tiny_pairs
 from protoclip.training import run, run_folder
 from protoclip.training.run import Run
 from protoclip.training.trainer import Trainer
@@ -49,6 +48,7 @@ from interrupting import (
     with_changes,
     with_out,
 )
+from testing import tiny_pairs
 
 # Where ranks are killed: a function that begins the part, and the ranks that call it.
 PARTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {

@@ -35,8 +35,10 @@ from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.prototypical import make_targets
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
-from protoclip.testing import run_distributed
 from protoclip.training import run_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import run_distributed
 
 NUM_PROTOTYPES, WIDTH, TEMPERATURE = 20_000, 128, 0.01
 Step = Callable[[], None]

@@ -31,9 +31,11 @@ import protoclip
 from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import loading, start
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, run_folder
 from protoclip.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import tiny_config, tiny_pairs
 
 MOMENTS = ("model built", "first step", "checkpoint written")
 

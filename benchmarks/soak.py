@@ -30,8 +30,10 @@ from protoclip.config import Config
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.models.saved import checkpoints, damage
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from testing import tiny_config, tiny_pairs
 
 PAIRS, EVERY = 600, 5.0  # seconds between two looks
 LOGS = ("metrics.jsonl", "tensorboard")  # these grow by a line a step, as they should

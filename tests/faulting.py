@@ -29,9 +29,9 @@ from protoclip import cli
 from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
 from protoclip.features import encode
 from protoclip.models.saved import checkpoints, damage
-from protoclip.testing import tiny_pairs
 from protoclip.training import checkpoint, run_folder
 from remains import invalid, is_hidden, leftovers, packed_in, snapshot, without_times
+from testing import tiny_pairs
 from tiny_starts import halves
 
 PATIENCE = 600.0  # seconds for one call, on a busy machine

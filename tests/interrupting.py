@@ -27,9 +27,9 @@ from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.testing import tiny_config
 from protoclip.training import run
 from protoclip.training.trainer import Trainer
+from testing import tiny_config
 
 MEASURED = r"second|train/share/|train/memory"  # metrics of the machine
 # Prototypes from the queue, without an evaluation.

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from interrupting import with_changes
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from testing import tiny_config, tiny_pairs
 
 # An emoji of joined parts, a script, an image that would load, a mark that turns text, a bell.
 HOSTILE = "👩\u200d🚀 <script>alert(1)</script><img src='//e.test/x'>\u202eturn\x07"

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from interrupting import few_emoji
 from protoclip.cli.explore import Explore
 from protoclip.evaluation import datasets
-from protoclip.testing import return_memory
+from testing import return_memory
 
 EMOJI, LAYOUT = datasets.emoji, Explore.layout
 

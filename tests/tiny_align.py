@@ -12,9 +12,9 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.testing import tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training import plan as planning
+from testing import tiny_pairs
 from tiny_hugging_face import NO_DROPOUT, save_bert
 from tiny_starts import halves
 

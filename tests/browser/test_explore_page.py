@@ -27,8 +27,8 @@ from protoclip.data import sources
 from protoclip.data.emoji import emoji_table
 from protoclip.explore.render import Pages
 from protoclip.explore.static import write_static
-from protoclip.testing import tiny_config
 from protoclip.training.run import train
+from testing import tiny_config
 
 pytestmark = pytest.mark.slow
 

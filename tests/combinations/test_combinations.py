@@ -46,9 +46,9 @@ from protoclip.models.saved import (
     read_tensors,
     write_checkpoint,
 )
-from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.plan import make_plan
 from protoclip.training.run import train
+from testing import run_distributed, tiny_config
 
 FEATURES = {
     "source": ("parquet", "folder", "shards", "stream", "emoji"),

@@ -11,7 +11,7 @@ import pytest
 
 import protoclip
 from interrupting import with_changes
-from protoclip.testing import tiny_config
+from testing import tiny_config
 
 
 def train(folder: str, compiled: bool) -> None:

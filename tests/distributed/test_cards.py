@@ -15,7 +15,7 @@ from protoclip.distributed import collectives, parallel
 from protoclip.models import batch_norm, loading
 from protoclip.models.precision import measured_convolutions, on_card
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.testing import run_distributed, tiny_config
+from testing import run_distributed, tiny_config
 
 CARD, CPU = torch.device("cuda"), torch.device("cpu")
 

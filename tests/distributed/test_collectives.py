@@ -23,9 +23,9 @@ from protoclip.distributed.waits import WAITS
 from protoclip.features import teachers
 from protoclip.models import loading
 from protoclip.models.saved import MODEL, WEIGHTS
-from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training import throughput
 from protoclip.training.run import train
+from testing import run_distributed, tiny_config, tiny_pairs
 
 
 def collect(rank_rows: list[int]) -> dict[str, object]:

@@ -17,8 +17,8 @@ import pytest
 from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.models.saved import checkpoints
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run_folder import to_toml
+from testing import tiny_config, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluation"))
 from tiny_open_clip import save_tiny_open_clip

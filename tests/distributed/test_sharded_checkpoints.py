@@ -39,11 +39,11 @@ from protoclip.models.saved import (
     in_shards,
     read_tensors,
 )
-from protoclip.testing import run_distributed
 from protoclip.training import checkpoint
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.run import Run, train
 from protoclip.training.trainer import Trainer
+from testing import run_distributed
 
 CHANGES: dict[str, dict[str, Any]] = {
     "parallel": {"strategy": "fsdp"},

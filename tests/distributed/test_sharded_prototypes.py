@@ -18,7 +18,7 @@ from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import EpisodeFeatures, QueuedFeatures
 from protoclip.prototypes.targets import cluster_spaces
-from protoclip.testing import run_distributed, tiny_model
+from testing import run_distributed, tiny_model
 
 Owners = Callable[[int, int], Tensor]
 

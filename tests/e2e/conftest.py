@@ -12,8 +12,8 @@ from interrupting import QUEUE, config_for, stop_after, with_changes, with_out
 from protoclip.config import Config
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from testing import tiny_config, tiny_pairs
 from tiny_align import saved_sources, tiny_alignment
 
 

@@ -38,12 +38,12 @@ from protoclip.models.aligned import AlignedModel
 from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
-from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
 from protoclip.training.clustering import Clusterings
 from protoclip.training.run import Run
 from protoclip.training.throughput import machines
+from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
 

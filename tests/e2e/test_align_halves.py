@@ -21,9 +21,9 @@ from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import find_start
 from protoclip.models.two_halves import tower_config
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import wise_ft
 from protoclip.training.align import align
+from testing import tiny_config, tiny_pairs
 from tiny_align import changed, tiny_alignment, weights_of
 from tiny_hugging_face import (
     VISION,

@@ -21,9 +21,9 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features import parts, streamed
 from protoclip.files import locked
-from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import align
+from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
 EPISODES = {"size": 16, "batch_size": 8, "count": 2}

@@ -20,9 +20,9 @@ from protoclip.config import DataConfig
 from protoclip.features import projected
 from protoclip.features.embed import read_facts
 from protoclip.models.start import find_start
-from protoclip.testing import tiny_pairs
 from protoclip.training import wise_ft
 from protoclip.training.align import align
+from testing import tiny_pairs
 from tiny_align import of_source
 from tiny_hugging_face import save_mpnet
 from tiny_starts import save_open_clip

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from interrupting import with_changes
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from testing import tiny_config, tiny_pairs
 
 GOOD = 60
 

@@ -8,8 +8,8 @@ import pytest
 
 from protoclip.cli import main
 from protoclip.models.saved import find_checkpoint
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run_folder
+from testing import tiny_config, tiny_pairs
 
 
 def error_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -11,8 +11,8 @@ from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets
 from protoclip.evaluation.zero_shot import zero_shot_ranks
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
+from testing import tiny_config, tiny_pairs
 
 
 def relative_rank(model, transform, tokenizer, pairs: ImageTextPairs) -> float:

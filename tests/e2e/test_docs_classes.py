@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from protoclip.cli import main
-from protoclip.testing import tiny_pairs
 from protoclip.training import wise_ft
+from testing import tiny_pairs
 from tiny_starts import halves, save_open_clip
 
 ROOT = Path(__file__).parents[2]

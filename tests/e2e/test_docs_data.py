@@ -17,7 +17,7 @@ import pytest
 from protoclip.cli import main
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)```", re.DOTALL)

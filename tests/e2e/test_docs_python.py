@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 from tiny_starts import halves
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"

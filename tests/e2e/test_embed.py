@@ -37,7 +37,7 @@ from protoclip.features import embed as module
 from protoclip.features import parts
 from protoclip.features.halves import ImagesOnce
 from protoclip.features.parts import Patience, claim, difference_in, read_images, require_same
-from protoclip.testing import run_distributed, tiny_pairs
+from testing import run_distributed, tiny_pairs
 from tiny_hugging_face import save_dual_encoder
 from tiny_starts import save_open_clip
 

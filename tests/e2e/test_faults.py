@@ -23,9 +23,9 @@ from protoclip import cli
 from protoclip.files import checksum
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, damage, read_tensors
-from protoclip.testing import tiny_config
 from protoclip.training import checkpoint, judge, run, run_folder
 from protoclip.training.trainer import Trainer
+from testing import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ from protoclip.evaluation.metrics import difference
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.testing import run_distributed, tiny_config
 from protoclip.training import wise_ft
 from protoclip.training.finetune import finetune
 from protoclip.training.judge import Judge
 from protoclip.training.run import Run, train
 from protoclip.training.wise_ft import ALPHAS, interpolated
+from testing import run_distributed, tiny_config
 
 GUARD = "eval/general/zero_shot/acc1"
 FEW = (0.0, 0.5, 1.0)

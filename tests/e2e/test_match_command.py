@@ -15,7 +15,7 @@ from protoclip.cli import main
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.features.encode import FrozenEncoder
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 PAIRS, BAD = 120, 7
 

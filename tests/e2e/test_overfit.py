@@ -18,10 +18,10 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
 from protoclip.models.protoclip import Embeddings
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import overfit
 from protoclip.training.align import align
 from protoclip.training.run import train
+from testing import tiny_config, tiny_pairs
 from tiny_align import changed, tiny_alignment
 
 

@@ -20,10 +20,10 @@ from protoclip.checks import check
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import Config, ModelConfig
-from protoclip.testing import tiny_pairs
 from protoclip.training import trainer
 from protoclip.training.stages import stage_of
 from scripts_as_modules import script
+from testing import tiny_pairs
 from tiny_hugging_face import save_bert
 
 ROOT = Path(__file__).parents[2]

@@ -25,9 +25,9 @@ from interrupting import (
 )
 from protoclip.models import loading, saved
 from protoclip.models.saved import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, throughput
 from protoclip.training.run_folder import claimed
+from testing import tiny_config, tiny_pairs
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):

@@ -33,10 +33,10 @@ from protoclip.evaluation import datasets, linear_probe
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import flat
+from testing import tiny_config, tiny_pairs
 
 ROOT = Path(__file__).parents[2]
 

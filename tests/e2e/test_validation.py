@@ -43,9 +43,9 @@ from protoclip.export.card import captions_of
 from protoclip.features.teachers import teachers
 from protoclip.report.findings import findings
 from protoclip.report.looks import find_examples
-from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
+from testing import run_distributed, tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 

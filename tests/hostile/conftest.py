@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from interrupting import with_changes
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run, run_folder
+from testing import tiny_config, tiny_pairs
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from PIL import Image
 
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 # No host is looked up and nothing public is asked: such a URL may be read, and would connect.
 TEXTS = (

@@ -15,8 +15,8 @@ from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run_folder
+from testing import tiny_config, tiny_pairs
 
 # A title for the window, an end of line, a mark that turns text, a C1 control; markup of rich,
 # HTML and matplotlib.

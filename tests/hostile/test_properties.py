@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from protoclip.cli import COMMANDS
 from protoclip.cli.parsing import options
 from protoclip.files import checksum
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import to_toml
+from testing import tiny_config, tiny_pairs
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 

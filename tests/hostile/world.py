@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from protoclip.cli import main
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 from tiny_starts import halves
 
 PAIRS = 64

@@ -17,11 +17,11 @@ from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import saved
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.testing import tiny_config
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
 from protoclip.training.trainer import Trainer
+from testing import tiny_config
 from tiny_align import tiny_alignment, weights_of
 
 pytestmark = pytest.mark.slow

@@ -31,8 +31,8 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import expand_shards
 from protoclip.data.stream import ShardStream
 from protoclip.evaluation.datasets import open_data
-from protoclip.testing import tiny_pairs
 from protoclip.training import plan, run
+from testing import tiny_pairs
 
 SHORT: dict[str, Any] = {"evaluate": False}
 

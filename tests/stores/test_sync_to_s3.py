@@ -10,8 +10,8 @@ import pytest
 from interrupting import assert_equal_ends, config_for, stop_after, with_changes, with_out
 from protoclip.config import Config
 from protoclip.models.saved import CHECKSUMS, checkpoints, damage
-from protoclip.testing import tiny_pairs
 from protoclip.training import run
+from testing import tiny_pairs
 
 
 @pytest.fixture

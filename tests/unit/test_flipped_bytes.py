@@ -23,10 +23,10 @@ from protoclip.evaluation.samples import SampleResults
 from protoclip.features.store import hash_ids, write_folder
 from protoclip.features.teachers import read_teacher
 from protoclip.files import read_toml
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.plan import outline
 from protoclip.training.run_folder import look
+from testing import tiny_config, tiny_pairs
 
 IDS = [f"sample/{row}" for row in range(12)]
 FLIPS = 150  # of each file

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from protoclip.testing import tiny_config
 from scripts_as_modules import script
+from testing import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.export.run import appearing
 from protoclip.features import parts
-from protoclip.testing import tiny_pairs
 from protoclip.training.plan import outline
 from protoclip.training.run_folder import claimed, look
+from testing import tiny_pairs
 
 USERS = (".model.2025-backup/w.bin", ".git/sub/.a.tmp", ".git/.b.99.tmp", ".mine.tmp", ".model.txt")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from protoclip.testing import tiny_model
 from scripts_as_modules import script
+from testing import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,7 +24,7 @@ from protoclip.data.sampler import episodes
 from protoclip.evaluation.validation import judged
 from protoclip.features.encode import embed_teacher
 from protoclip.features.teachers import read_teacher
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 def png(number: int) -> bytes:

@@ -14,7 +14,7 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
 from protoclip.data.view import without
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 def of(table: pa.Table, name: str = "tiny", **more: Any) -> list[dict[str, Any]]:

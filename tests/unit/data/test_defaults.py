@@ -12,7 +12,7 @@ from protoclip.data import defaults, sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import cores
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 SIDE = 100  # of the images, in pixels
 PIXELS = 64 * SIDE * SIDE * 3  # bytes of all of them, decoded

@@ -22,7 +22,7 @@ from protoclip.data.inspect import (
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 def count_words(texts: list[str]) -> list[int]:

@@ -28,7 +28,7 @@ from protoclip.distributed import collectives
 from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
-from protoclip.testing import run_distributed, tiny_model, tiny_pairs
+from testing import run_distributed, tiny_model, tiny_pairs
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])

@@ -32,8 +32,8 @@ from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.data.view import whole
 from protoclip.models.towers import RememberingTokenizer, build_tokenizer
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
+from testing import tiny_config, tiny_pairs
 
 GREY = (0.5, 0.5, 0.5)
 

@@ -12,7 +12,7 @@ from protoclip.data.access import digest
 from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.view import AllBut, PairsView, by_source
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 class Counting:

@@ -17,7 +17,7 @@ from protoclip.data import pack as packing
 from protoclip.data.pack import JPEG_QUALITY, Packed, pack
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
 from protoclip.data.stream import read_shard
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from protoclip.data.held_out import held_out_rows, image_names, image_sizes
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.evaluation.datasets import class_values
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 def table(captions: pa.Array, **columns: list[object]) -> pa.Table:

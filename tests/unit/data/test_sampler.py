@@ -25,7 +25,7 @@ from protoclip.data.sampler import (
     transform_draws,
 )
 from protoclip.data.view import without
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 
 def test_a_pass_over_many_pairs_takes_little_more_memory_than_its_rows():

@@ -31,7 +31,7 @@ from protoclip.evaluation.readers import LazySplits
 from protoclip.evaluation.suite import opened_data
 from protoclip.evaluation.task_features import part_of
 from protoclip.models import loading
-from protoclip.testing import tiny_model
+from testing import tiny_model
 
 ACCURACIES = [metric.key for metric in METRICS.values() if metric.is_share]
 

@@ -21,9 +21,9 @@ from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import analysis, analysis_figure, datasets, grouping, retrieval
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
+from testing import tiny_config, tiny_pairs
 
 BOTH = ("image", "text")
 

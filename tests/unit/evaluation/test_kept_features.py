@@ -23,7 +23,7 @@ from protoclip.evaluation.features import Encoder, Reader
 from protoclip.features.store import Segments
 from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.testing import run_distributed
+from testing import run_distributed
 
 NUMBERS = list(range(23))
 

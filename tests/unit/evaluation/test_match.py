@@ -12,7 +12,7 @@ from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.evaluation import match, retrieval
 from protoclip.evaluation.grouping import nearest_others
 from protoclip.features.encode import FrozenEncoder
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 CPU = torch.device("cpu")
 

@@ -27,8 +27,8 @@ from protoclip.evaluation.metrics import METRICS, TASKS, columns_of
 from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.samples import SampleResults
 from protoclip.evaluation.task_features import stage_of, task_features
-from protoclip.testing import run_distributed, tiny_config
 from protoclip.training.run import train
+from testing import run_distributed, tiny_config
 
 RUN_METRICS = [name for name, metric in METRICS.items() if metric.in_runs]
 CONCEPTS = {split: of.images.numbers for split, of in solid_data().splits.items()}

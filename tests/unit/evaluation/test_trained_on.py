@@ -16,8 +16,8 @@ from protoclip.evaluation.datasets import open_data
 from protoclip.evaluation.trained_on import count_trained, has_held_out_metrics, trained_guards
 from protoclip.evaluation.validation import guards
 from protoclip.files import to_json
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.plan import make_plan
+from testing import tiny_config, tiny_pairs
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.explore.address import listen
 from protoclip.explore.explorer import Explorer
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run_folder import to_toml
+from testing import tiny_config, tiny_pairs
 
 
 @pytest.mark.parametrize(

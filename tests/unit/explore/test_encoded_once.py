@@ -21,9 +21,9 @@ from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explored
 from protoclip.models import batch_norm, loading
 from protoclip.report import looks
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.judge import without_teacher_heads
 from protoclip.training.run import train
+from testing import tiny_config, tiny_pairs
 
 CPU = torch.device("cpu")
 PAIRS = 40

@@ -31,8 +31,8 @@ from protoclip.explore.explorer import Explorer, heads_of, of_rows, open_explore
 from protoclip.explore.pairs import ExploredPairs, explored
 from protoclip.explore.render import Pages
 from protoclip.models import loading
-from protoclip.testing import tiny_config, tiny_pairs
 from protoclip.training.run import train
+from testing import tiny_config, tiny_pairs
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from protoclip.explore.explorer import Explorer, open_explorer
 from protoclip.explore.pairs import explored
 from protoclip.models import loading
 from protoclip.models.protoclip import TowerPair
-from protoclip.testing import tiny_pairs
+from testing import tiny_pairs
 
 # Captions that would be markup, or break it, by row.
 HOSTILE = {

@@ -20,7 +20,7 @@ from protoclip.export.card import captions_of, write_prototypes
 from protoclip.export.source import open_source
 from protoclip.files import to_json
 from protoclip.models.saved import find_checkpoint
-from protoclip.testing import tiny_model
+from testing import tiny_model
 
 
 def test_the_card_of_a_run(tmp_path):

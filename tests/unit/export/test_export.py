@@ -34,7 +34,7 @@ from protoclip.models import loading
 from protoclip.models.opening import PICKLED
 from protoclip.models.resolve import resolve_start
 from protoclip.models.towers import clip_tokenizer
-from protoclip.testing import tiny_model
+from testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip, save_siglip2
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]

@@ -41,9 +41,9 @@ from protoclip.files import file_checksum
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import CHECKSUMS, MODEL, find_checkpoint
-from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import outline
+from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, save_open_clip
 

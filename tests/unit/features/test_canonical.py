@@ -20,7 +20,7 @@ from protoclip.features.canonical import (
     second_moments,
 )
 from protoclip.models.aligned import AlignedModel, start_projection
-from protoclip.testing import run_distributed
+from testing import run_distributed
 from tiny_align import changed, rows_of, tiny_alignment
 
 CPU = torch.device("cpu")

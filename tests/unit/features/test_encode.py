@@ -40,7 +40,7 @@ from protoclip.features.whiten import fit_pca
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.batch_norm import synchronise
 from protoclip.models.towers import build_tokenizer, image_normalisation
-from protoclip.testing import run_distributed, tiny_pairs
+from testing import run_distributed, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_dual_encoder

@@ -17,7 +17,7 @@ from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.models import loading
-from protoclip.testing import tiny_config, tiny_model
+from testing import tiny_config, tiny_model
 
 TAKEN = torch.tensor(True)
 EQUAL = {"image": 1.0, "text": 1.0}  # weights

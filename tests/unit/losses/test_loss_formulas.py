@@ -25,7 +25,7 @@ from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.positives import groups_of, mean_positives
 from protoclip.losses.prototypical import make_targets
-from protoclip.testing import run_distributed
+from testing import run_distributed
 
 B, D, P, Q, K = 7, 5, 6, 4, 9
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.models import loading, lora
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.testing import tiny_model
 from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited
+from testing import tiny_model
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import halves
 

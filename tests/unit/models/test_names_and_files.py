@@ -23,8 +23,8 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint
 from protoclip.models.start import Start
 from protoclip.models.two_halves import names_model
-from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import align, run
+from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import SIZES, save_bert, save_dual_encoder, save_siglip
 from tiny_starts import HEADS, VIT
 

@@ -18,8 +18,8 @@ from protoclip.data.captions import without_padding
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import write_checkpoint
-from protoclip.testing import tiny_model
 from protoclip.training.plan import make_plan
+from testing import tiny_model
 from tiny_starts import halves
 
 

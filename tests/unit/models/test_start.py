@@ -38,9 +38,9 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint, model_config, model_json
 from protoclip.models.start import find_start
 from protoclip.models.towers import require_length
-from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import make_plan, outline
+from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, VIT, halves, save_open_clip
 

@@ -18,9 +18,9 @@ from protoclip.features.store import StoredFeatures, hash_ids
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
-from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import run
 from protoclip.training.plan import make_plan
+from testing import tiny_config, tiny_model, tiny_pairs
 
 SCALE = torch.tensor(10.0)
 EPISODE = Episode(index=1, rows=torch.arange(8))

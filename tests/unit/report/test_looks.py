@@ -20,7 +20,7 @@ from protoclip.report.looks import (
     retrieval_examples,
     thumbnail,
 )
-from protoclip.testing import tiny_config, tiny_pairs
+from testing import tiny_config, tiny_pairs
 
 
 def clumps(sizes, *, spread=0.0, seed=0):

@@ -14,8 +14,8 @@ from protoclip.models.saved import STATE
 from protoclip.report.page import run_facts, times
 from protoclip.report.repeat import FOLLOWS, commands, settings
 from protoclip.report.runs import labels, read_run
-from protoclip.testing import tiny_config
 from protoclip.training.run_folder import to_toml
+from testing import tiny_config
 
 
 def begun(folder, **settings):

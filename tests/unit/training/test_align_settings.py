@@ -11,10 +11,10 @@ from numbered import Numbered
 
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
-from protoclip.testing import tiny_pairs
 from protoclip.training import align as aligning
 from protoclip.training.align import CHOSEN, before_data
 from protoclip.training.choices import with_begun
+from testing import tiny_pairs
 from tiny_align import changed, rows_of, tiny_alignment
 
 HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}

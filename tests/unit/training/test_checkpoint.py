@@ -17,9 +17,9 @@ import torch
 import protoclip
 from protoclip.models import loading, saved
 from protoclip.models.saved import checkpoints, damage
-from protoclip.testing import tiny_model
 from protoclip.training import checkpoint
 from protoclip.training.checkpoint import CheckpointWriter
+from testing import tiny_model
 
 
 def state(weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from protoclip.models.precision import grad_scaler
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.testing import tiny_model, tiny_pairs
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.stages import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
+from testing import tiny_model, tiny_pairs
 
 META, NUMBER, BATCH, PROTOTYPES = torch.device("meta"), 32, 16, 5
 WIDTH, TEACHER_WIDTH, WHITENED = tiny_model().heads.projection_dim, 24, 8

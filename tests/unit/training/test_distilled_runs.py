@@ -18,9 +18,9 @@ from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.report.page import run_facts
 from protoclip.report.runs import read_run
-from protoclip.testing import tiny_pairs
 from protoclip.training import run, trainer
 from protoclip.training.run import train
+from testing import tiny_pairs
 
 
 @pytest.fixture(scope="module")

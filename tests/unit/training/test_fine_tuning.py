@@ -34,12 +34,12 @@ from protoclip.features.start import embed_start
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
-from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training.optim import defaults, layer_distances, optimizer
 from protoclip.training.plan import fill
 from protoclip.training.run import train
 from protoclip.training.run_folder import check_settings, flat, to_toml
 from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited, stage_of
+from testing import tiny_config, tiny_model, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_dual_encoder, save_siglip

@@ -24,7 +24,6 @@ from protoclip.data.transforms import EvaluationTransform, Transform, light_tran
 from protoclip.models import saved
 from protoclip.models.resolve import resolve_start
 from protoclip.models.towers import build_tokenizer
-from protoclip.testing import tiny_config
 from protoclip.training.run_folder import (
     FREE,
     PARTS,
@@ -36,6 +35,7 @@ from protoclip.training.run_folder import (
     resized_as_begun,
     to_toml,
 )
+from testing import tiny_config
 
 # Another value for each setting that is free; `{}` is a folder.
 OTHER: dict[str, Any] = {

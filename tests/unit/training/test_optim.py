@@ -17,7 +17,6 @@ from protoclip.config import (
 )
 from protoclip.models import loading
 from protoclip.models.precision import autocast, grad_scaler, resolve
-from protoclip.testing import tiny_config, tiny_model
 from protoclip.training.optim import (
     LAYERS,
     defaults,
@@ -34,6 +33,7 @@ from protoclip.training.stages import (
     enter_stage,
     stage_of,
 )
+from testing import tiny_config, tiny_model
 
 
 def short(**optim: object) -> Config:

@@ -45,7 +45,6 @@ from protoclip.models.halves import require_image_weights
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
-from protoclip.testing import tiny_config, tiny_model, tiny_pairs
 from protoclip.training import finetune as finetuning
 from protoclip.training import plan
 from protoclip.training.overfit import few_pairs_alone
@@ -62,6 +61,7 @@ from protoclip.training.plan import (
 )
 from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
 from protoclip.training.sizes import captions_cut
+from testing import tiny_config, tiny_model, tiny_pairs
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 # What a plan leaves open, as its module says.

@@ -13,9 +13,9 @@ from protoclip.losses.objective import LossWeights, objective
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.features import ExtractedFeatures
-from protoclip.testing import tiny_model
 from protoclip.training.stages import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
+from testing import tiny_model
 
 IMAGES, EACH = 5, 3
 PAIRS = IMAGES * EACH

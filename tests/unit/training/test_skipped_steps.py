@@ -17,9 +17,9 @@ from protoclip.data.loader import Batch
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import read_json
 from protoclip.models.saved import find_checkpoint
-from protoclip.testing import run_distributed, tiny_pairs
 from protoclip.training.run import train
 from protoclip.training.trainer import Trainer
+from testing import run_distributed, tiny_pairs
 
 STEPS = 24
 LEFT_OUT = sorted(random.Random(0).sample(range(STEPS), 10))

@@ -13,7 +13,6 @@ from interrupting import with_changes
 from protoclip.config import Config, EpisodeConfig, OptimConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.testing import run_distributed, tiny_config, tiny_pairs
 from protoclip.training.optim import schedule
 from protoclip.training.run import train
 from protoclip.training.symptoms import (
@@ -26,6 +25,7 @@ from protoclip.training.symptoms import (
     risen,
     unmoved,
 )
+from testing import run_distributed, tiny_config, tiny_pairs
 
 CHANCE = math.log(256)
 

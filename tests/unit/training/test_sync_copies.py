@@ -15,11 +15,11 @@ import torch
 from interrupting import with_changes, with_out
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.models.saved import CHECKSUMS, checkpoints, damage, write_model
-from protoclip.testing import tiny_config
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.plan import outline
 from protoclip.training.run_folder import read_settings, to_toml
 from protoclip.training.sync import Copies, begun, fetch, require_apart, store_of
+from testing import tiny_config
 
 
 def objects() -> dict[str, Any]:

@@ -11,10 +11,10 @@ from interrupting import with_changes
 from protoclip.models import loading
 from protoclip.models.flops import Forward
 from protoclip.models.towers import PROJECTIONS
-from protoclip.testing import tiny_config, tiny_model
 from protoclip.training import throughput
 from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
 from protoclip.training.throughput import FirstSteps, Throughput, passes, peak
+from testing import tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 FORWARD = Forward(image=30e9, text=10e9, heads=1e6, parameters=1)

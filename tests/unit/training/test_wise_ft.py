@@ -16,7 +16,6 @@ from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import sealed
 from protoclip.models import saved
 from protoclip.models.saved import MODEL, damage, find_checkpoint, write_model
-from protoclip.testing import tiny_pairs
 from protoclip.training.run import Run
 from protoclip.training.wise_ft import (
     ALPHAS,
@@ -27,6 +26,7 @@ from protoclip.training.wise_ft import (
     known_points,
     scores,
 )
+from testing import tiny_pairs
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""Tiny models, tiny data and a pool of processes, for the tests of this package and of others.
-
-Fixtures of this package's tests alone are in `tests/`.
-"""
+"""Tiny models, tiny data and a pool of processes, for tests and benchmarks."""
 
 import atexit
 import ctypes
