@@ -22,7 +22,7 @@ def end(by: signal.Signals) -> None:
     """
     said = "interrupted" if by == signal.SIGINT else f"ended by {by.name}"
     with suppress(OSError):  # `print` may be interrupted, and cannot be used again
-        if multiprocessing.parent_process() is None:
+        if by != signal.SIGINT or multiprocessing.parent_process() is None:
             os.write(2, f"protoclip: {said}\n".encode())
     os._exit(128 + by)
 

@@ -289,7 +289,8 @@ def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
     if command == "finetune":
         settings |= {"alpha": 1}  # no data are held out to choose by
     visited = train(pairs, settings, tmp_path / "run", command)
-    expected = [stage_of(config, index).name for index in range(config.episodes.count)]
+    count = config.episodes.count or EPISODES
+    expected = [stage_of(config, index).name for index in range(count)]
     assert len(visited) == 3
     assert [*dict.fromkeys(visited)] == [*dict.fromkeys(expected)]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -100,7 +100,7 @@ def build() -> None:
     twice = pa.table([["a"], ["b"], ["c"]], names=["image", "caption", "caption"])
     pq.write_table(twice, "twice.parquet")
     extra = pa.array([[("a", 1)]] * PAIRS, pa.map_(pa.string(), pa.int64()))
-    pq.write_table(table.append_column("extra", extra), "maps.parquet")
+    pq.write_table(table.append_column("extra", extra), "cells.parquet")
     write_images(table)
     write_tar(table)
     write_odd_images()

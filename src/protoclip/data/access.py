@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import fsspec
 import httpx2 as httpx
@@ -341,7 +341,12 @@ class WebFile(io.RawIOBase):
 
     A request that may succeed later is repeated, and reading continues after a broken connection.
     Raises as `open_file` does, also while reading.
+
+    Attributes:
+        answered: Hosts that have answered this process.
     """
+
+    answered: ClassVar[set[str]] = set()
 
     def __init__(self, url: str) -> None:
         headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
@@ -377,6 +382,7 @@ class WebFile(io.RawIOBase):
         request = self.client.build_request("GET", self.url, headers=headers)
         within(CONNECT_SECONDS, partial(_look_up, request.url.host))
         self.response = self.client.send(request, stream=True)
+        self.answered.add(request.url.host)
         self.response.raise_for_status()
         self.chunks: Iterator[bytes] = self.response.iter_raw()
         known = self.position if self.response.status_code != 206 else 0
@@ -396,8 +402,11 @@ class WebFile(io.RawIOBase):
                     raise FileNotFoundError(f"HTTP {code}") from None
                 reason = f"HTTP {code} {error.response.reason_phrase}"
                 may_pass = code >= 500 or code in (408, 425, 429)
-            except (httpx.TimeoutException, TimeoutError):
-                reason, may_pass = "no answer in time", True
+            except (httpx.TimeoutException, TimeoutError) as error:
+                reason = str(error) if isinstance(error, TimeoutError) else "no answer in time"
+                connects = isinstance(error, httpx.ConnectTimeout | TimeoutError)
+                # A host that has never answered is rather a wrong one.
+                may_pass = not connects or httpx.URL(self.url).host in self.answered
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 broken = (httpx.NetworkError, httpx.RemoteProtocolError)
                 reason, may_pass = str(error), isinstance(error, broken)

@@ -81,7 +81,7 @@ class SkipLog:
             self._reasons = [*self._reasons, str(sample)][:QUOTED]
             if sample.reason.endswith(LOST):
                 self.broken.add(sample.sample_id)
-                unknown = "" if "samples: " in sample.reason else ", no one knows how many samples"
+                unknown = "" if "samples) " in sample.reason else ", no one knows how many samples"
                 say(f"warning: {sample.where}: {sample.reason}{unknown}")
             self._write(sample)
         if self.skipped > self.max_share * max(self.read, self.at_least):

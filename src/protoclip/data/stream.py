@@ -146,7 +146,8 @@ class ShardStream:
         for item in read_shard(shard, *settings):
             if isinstance(item, BadSample) and item.reason.endswith(LOST):
                 if self._usual > number:
-                    item.reason = f"about {self._usual - number:,} samples: {item.reason}"
+                    lost = f"(about {self._usual - number:,} samples) {LOST}"
+                    item.reason = item.reason.removesuffix(LOST) + lost
                 yield item
                 return
             yield item

@@ -56,7 +56,7 @@ class Neighbours:
         size = max(number, CHUNK_ELEMENTS // max(1, len(queries)))
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            similarity = queries @ self.features[part].T / self.norms[part]
+            similarity = queries @ self.features[part].float().T / self.norms[part]
             nearest = similarity.topk(min(number, similarity.shape[1]), dim=1)
             rows = nearest.indices + start
             if best is not None:

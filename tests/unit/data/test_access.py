@@ -303,7 +303,8 @@ def test_what_may_pass_is_tried_again(server, name, requests):
 
 @pytest.mark.parametrize("error", ["ConnectError", "ConnectTimeout"])
 def test_a_connection_is_tried_three_times(server, error, monkeypatch):
-    """From the first byte on: a server may be away for a second."""
+    """From the first byte on: a server that has answered may be away for a second."""
+    assert read(f"{server}/good") == CONTENT
     send, failures = module.httpx.Client.send, [getattr(module.httpx, error)("refused")] * 2
 
     def fail_twice(*given: Any, **more: Any) -> Any:

@@ -410,7 +410,7 @@ def test_no_sample_has_the_prototype_of_another(lost):
         teachers={},
         autocast=nullcontext,
     )
-    features.keys = torch.from_numpy(hash_ids(names).view(np.int64))
+    features.remember(torch.from_numpy(hash_ids(names).view(np.int64)))
     wrong = unknown = 0
     for batch in passes[1]:
         for row, name in zip(features._rows(batch).tolist(), batch.sample_id, strict=True):
