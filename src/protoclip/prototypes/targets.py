@@ -16,7 +16,7 @@ from torch import Tensor
 from protoclip.distributed import collectives
 from protoclip.prototypes.kmeans import KMeans, segment_mean
 
-FEWEST_IN_GROUPS = 30  # samples whose groups tell anything: of fewer much agrees by chance
+FEWEST_IN_GROUPS = 10  # samples whose groups tell anything: of fewer much agrees by chance
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -80,7 +80,7 @@ def agreement(
     10.1128/JCM.00624-11): of the probability, above chance, that two samples of one group in `by`
     are also in one group in `of`. Like the square of a correlation, that is of second order: where
     a fifth of the samples are grouped as the other space has it, and the rest by chance, it is a
-    twenty-fifth. It is 0 if fewer than 30 samples share a group in `by` with another one.
+    twenty-fifth. It is 0 if fewer than 10 samples share a group in `by` with another one.
 
         >>> by = torch.arange(40) // 10
         >>> agreement(by, torch.full_like(by, 5))
