@@ -21,6 +21,7 @@ from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import Config, ModelConfig
 from protoclip.training import trainer
+from protoclip.training.sizes import EPISODES
 from protoclip.training.stages import stage_of
 from scripts_as_modules import script
 from testing import tiny_pairs
