@@ -5,7 +5,7 @@ import logging
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +291,8 @@ def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
         settings |= {"alpha": 1}  # no data are held out to choose by
     visited = train(pairs, settings, tmp_path / "run", command)
     count = config.episodes.count or EPISODES
-    expected = [stage_of(config, index).name for index in range(count)]
+    whole = replace(config, episodes=replace(config.episodes, count=count))
+    expected = [stage_of(whole, index).name for index in range(count)]
     assert len(visited) == 3
     assert [*dict.fromkeys(visited)] == [*dict.fromkeys(expected)]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
