@@ -286,7 +286,6 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
         ("loss.teacher", no_features, "no teacher has features"),
         ("loss.strengths", *unused),
         ("loss.strengths", *no_instance),
-        ("loss.keep_by", loss.keep == 0, weight_is_0("loss.keep")),
         ("loss.distil_by", not may_distil, weight_is_0("teacher.distil")),
         ("loss.instance", *no_instance),
         ("loss.positives", *no_instance),

@@ -43,6 +43,7 @@ RENAMED = {
     "data.read = indexed": "is gone; leave it out, and local shards are indexed",
     "montage": "is gone; protoclip explore shows pairs with their captions",
     "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
+    "loss.keep_by": "is gone; loss.keep keeps the relations of the start",
 }
 # Arguments in Python, flags on the command line, and no settings.
 ARGUMENTS = {
@@ -65,6 +66,7 @@ GONE = {
     "prototypes.unit_norm": False,
     "optim.locked_warm_up_steps": 2,
     "teacher.weight": 1.0,
+    "loss.keep_by": "relations",
 }
 
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
@@ -299,7 +301,6 @@ class LossConfig:
     teacher: NotNegative = 0.5  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
-    keep_by: Literal["relations", "features"] = "relations"  # What to keep of the start.
     distil_by: Literal["features", "relations"] = "relations"  # What to learn of teacher.distil.
 
 

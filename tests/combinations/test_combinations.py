@@ -69,7 +69,7 @@ FEATURES = {
     "evaluation": ("no", "yes"),
     "locked": ("no", "yes"),
     "start": ("no", "yes"),
-    "keep": ("no", "relations", "features"),
+    "keep": ("no", "yes"),
     "distil": ("no", "features", "relations"),
     "lora": ("no", "yes"),
     "precision": ("fp32", "bf16"),
@@ -103,7 +103,7 @@ SEPARATE = frozenset({("cache", "ram"), ("workers", 1)})
 REFUSED = [
     frozenset(pair)
     for pair in (
-        *((("keep", keep), ("start", "no")) for keep in ("relations", "features")),
+        (("keep", "yes"), ("start", "no")),
         # These have no column of classes.
         *((("positives", "class"), ("source", s)) for s in ("folder", "shards", "stream", "emoji")),
         *((("captions", several), ("positives", "pair")) for several in (2, "all")),
@@ -285,7 +285,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
         "loss": {
             "instance": row["loss"],
             "positives": row["positives"],
-            **({"keep": 1.0, "keep_by": row["keep"]} if row["keep"] != "no" else {}),
+            **({"keep": 1.0} if row["keep"] == "yes" else {}),
             **({"distil_by": row["distil"]} if row["distil"] != "no" else {}),
         },
         "prototypes": {"source": row["prototypes"], "number": 6},

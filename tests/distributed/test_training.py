@@ -116,8 +116,7 @@ def gradients(
             info_nce=float("info_nce" in terms),
             sigmoid=float("sigmoid" in terms),
             teachers={"teacher": 2.0},
-            keep=float("relations" in terms or "features" in terms),
-            keep_by="features" if "features" in terms else "relations",
+            keep=float("relations" in terms),
             distil={"image": 2.0 * bool(distils), "text": 3.0 * bool(distils)},
             distil_by="relations" if "distil_relations" in terms else "features",
         ),
@@ -136,7 +135,7 @@ def gradients(
 TERMS = {
     "pairs": ("info_nce", "sigmoid"),
     "masked": ("info_nce", "sigmoid", "masked"),
-    "keep features": ("features",),
+    "keep": ("relations",),
     "distil relations": ("distil_relations",),
     "all": (
         *("info_nce", "sigmoid", "shared", "relations", "distil_features"),

@@ -50,7 +50,6 @@ SETTINGS = {
     "loss.teacher": "teachers.md",
     "loss.distil_by": "teachers.md",
     "loss.positives": "models.md#fine-tune",
-    "loss.keep_by": "models.md#fine-tune",
     "episodes.micro_batch_size": "scaling.md",
 }
 SETTING = re.compile(r"(?:--)?(([a-z]+)\.[a-z_]+)(?=[:.\[\s])")

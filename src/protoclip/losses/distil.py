@@ -1,8 +1,8 @@
 """Losses that keep a model close to frozen ones: to its start, or to teachers (distillation).
 
-Each is by features or by relations. `features` are learned as they are: the cosine between a
-feature and the frozen one. `relations` are how similar the rows of a batch are to each other, and
-leave the features free to move together.
+Relations are how similar the rows of a batch are to each other, and leave the features free to
+move together. A teacher's `features` can be learned as they are, too: by the cosine between a
+feature and the frozen one.
 """
 
 from dataclasses import dataclass
@@ -118,37 +118,12 @@ def divergences(
     )
 
 
-def keep_features(
-    image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"], start: StartFeatures
-) -> Float[Tensor, ""]:
-    """Mean over images and texts of 1 - cosine between a feature and that of the start, in [0, 2].
-
-    Half the squared distance of unit vectors: "feature distillation" of CLIP-KD (arXiv 2307.12732).
-    Over ranks the mean of the local rows' values is that of the whole batch.
-
-        >>> rows = torch.eye(2)
-        >>> start = StartFeatures(image=rows, text=-rows, logit_scale=torch.tensor(1.0))
-        >>> keep_features(rows, rows, start).item()
-        1.0
-    """
-    of_images = cosine_distances(image_features, start.image)
-    return (of_images.mean() + cosine_distances(text_features, start.text).mean()) / 2
-
-
 def cosine_distances(
     rows: Float[Tensor, "b q"], frozen: Float[Tensor, "b q"]
 ) -> Float[Tensor, " b"]:
     """1 - cosine between rows of unit norm, in float32 or wider."""
     rows, frozen = tiles.widened(rows, frozen)
     return 1 - (rows * frozen).sum(1)
-
-
-def keep(
-    image_features: Tensor, text_features: Tensor, start: StartFeatures, *, by: By
-) -> Float[Tensor, ""]:
-    """The loss that `loss.keep_by` names, of the local rows."""
-    loss_of = keep_features if by == "features" else keep_relations
-    return loss_of(image_features, text_features, start)
 
 
 def distil(
@@ -160,8 +135,9 @@ def distil(
 ) -> Float[Tensor, ""]:
     """The distance of a tower's outputs for a batch from a teacher's features of it.
 
-    By `features` the mean of 1 - cosine, in [0, 2], as in `keep_features`: CLIP-KD finds that this
-    teaches more than relations; small towers here learned more by relations. The features are those
+    By `features` the mean of 1 - cosine, in [0, 2], half the squared distance of unit vectors:
+    CLIP-KD finds that this teaches more than relations; small towers here learned more by
+    relations. The features are those
     that are stored, not whitened: whitening is for clusters, and blows up directions in which
     features hardly differ.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
-from protoclip.losses.distil import StartFeatures, distil, keep
+from protoclip.losses.distil import StartFeatures, distil, keep_relations
 from protoclip.losses.geometry import geometry_loss
 from protoclip.losses.info_nce import info_nce
 from protoclip.losses.positives import Positives
@@ -29,8 +29,8 @@ class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed.
 
     A run has InfoNCE or the sigmoid loss; `objective` is public, and takes both.
-    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, `keep_by` what is
-    to be kept of the start, and `distil_by` what is to be learned of the teachers in `distil`.
+    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, and `distil_by`
+    what is to be learned of the teachers in `distil`.
     """
 
     info_nce: float = 1.0
@@ -39,7 +39,6 @@ class LossWeights:
     prototypical: float = 1.0
     teachers: Mapping[str, float] = field(default_factory=dict)
     keep: float = 0.0
-    keep_by: Literal["relations", "features"] = "relations"
     distil: Mapping[str, float] = field(default_factory=dict)
     distil_by: Literal["features", "relations"] = "relations"
     geometry: float = 0.0
@@ -67,7 +66,6 @@ def loss_weights(config: Config, *, geometry: float) -> LossWeights:
         prototypical=loss.prototypical,
         teachers=dict.fromkeys(config.grouping_teachers, loss.teacher),
         keep=loss.keep,
-        keep_by=loss.keep_by,
         distil={name: teacher.distil for name, teacher in config.distilled_teachers.items()},
         distil_by=loss.distil_by,
         geometry=geometry,
@@ -150,7 +148,7 @@ def objective(
         assert start is not None, "a weight needs the start's features"
         # Features of its own: what pulls on the others counts as the pull of InfoNCE.
         image, text = (F.normalize(each, dim=-1) for each in outputs_of(embeddings))
-        loss = keep(image, text, start, by=weights.keep_by)
+        loss = keep_relations(image, text, start)
         losses["keep"] = weights.keep * loss
         report["train/loss/keep"] = loss.detach()
     for name, outputs in embeddings.distilled.items():

@@ -311,9 +311,9 @@ def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
 def test_overfit_is_the_reason_for_what_it_sets():
     """Not a weight that the user did not set."""
     given = {"teacher": {"features": "emoji", "whiten": 0, "distil": 1.0}, "run": {"overfit": 8}}
-    given |= {"loss": {"keep_by": "features"}, "prototypes": {"iterations": 3}}
+    given |= {"loss": {"distil_by": "features"}, "prototypes": {"iterations": 3}}
     notes = check(few_pairs_alone(Config.from_dict(given)))
-    for name in ("prototypes.*", "teacher.*", "loss.keep_by"):
+    for name in ("prototypes.*", "teacher.*", "loss.distil_by"):
         assert f"{name}: no effect, since run.overfit learns by the instance loss alone" in notes
     assert not [note for note in notes if "is 0" in note or "teacher.whiten" in note]
 

@@ -320,7 +320,7 @@ def flat_out(config: Config) -> str:
     tree = tomllib.loads(to_toml(config))
     for section, names in {
         "model": ("locked", "frozen_batch_norm"),
-        "loss": ("keep", "keep_by", "positives"),
+        "loss": ("keep", "positives"),
         "optim": ("layer_decay",),
     }.items():
         for name in names:
@@ -346,7 +346,7 @@ WAYS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
         tiny_model(),
         {
             "model": {"locked": ["text"], "frozen_batch_norm": True},
-            "loss": {"instance": "sigmoid", "keep": 2.0, "keep_by": "features"},
+            "loss": {"instance": "sigmoid", "keep": 2.0},
         },
     ),
 }
