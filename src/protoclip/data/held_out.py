@@ -50,6 +50,7 @@ Mask = npt.NDArray[np.bool_]
 Groups = npt.NDArray[np.signedinteger[Any]]  # a number for each row
 Columns = Callable[[ImageTextPairs], list[pa.ChunkedArray]]
 Keys = Iterable[tuple[Rows, npt.NDArray[Any]]]  # rows, and a key of each
+Sources = Sequence[ImageTextPairs]
 Before = tuple[ImageTextPairs, Rows]  # what a model was trained on, and the rows held out of it
 
 SHARE, MOST = 0.02, 5000  # held out unless the user says otherwise: this share, at most so many
@@ -72,12 +73,7 @@ FORM = 3
 
 
 def held_out_rows(
-    sources: Sequence[ImageTextPairs],
-    *,
-    share: float,
-    most: int = MOST,
-    folder: Path,
-    before: Sequence[Before] = (),
+    sources: Sources, *, share: float, most: int = MOST, folder: Path, before: Sequence[Before] = ()
 ) -> Rows:
     """The rows to hold out of sources that follow each other, sorted.
 
@@ -101,12 +97,10 @@ def held_out_rows(
     if before:
         known["before"] = _facts(before)
     wanted = min(most, round(share * total))
-    return _kept(known, folder, lambda: _choose(sources, total, wanted, before))
+    return _kept(known, folder, lambda unread: _choose(sources, total, wanted, before, unread))
 
 
-def shared(
-    judging: Sequence[ImageTextPairs], before: Sequence[Before], *, folder: Path
-) -> tuple[int, int, int]:
+def shared(judging: Sources, before: Sequence[Before], *, folder: Path) -> tuple[int, int, int]:
     """Of how many pairs that judge a model it was trained on the image, and on a caption.
 
     Returns:
@@ -115,13 +109,14 @@ def shared(
     """
     known = {"form": FORM, "judging": [*map(key_of, judging)], "before": _facts(before)}
 
-    def count() -> Rows:
+    def count(unread: set[int]) -> Rows:
         total = sum(map(len, judging))
         sources, trained, held = _with_before(judging, before)
         rows = np.arange(total)[:: -(-total // MOST)]
         rest = np.setdiff1d(np.arange(total), rows)
         ignored = np.concatenate([rest, held])
-        images, _, others = _contents_like(sources, _looks(sources), rows, ignored=ignored)
+        looks = _looks(sources)
+        images, _, others = _contents_like(sources, looks, rows, ignored=ignored, unread=unread)
 
         def has_trained_text(columns_of: Columns) -> Mask:
             owners, keys = map(np.concatenate, zip(*_keys(sources, columns_of), strict=True))
@@ -148,11 +143,13 @@ def key_of(source: ImageTextPairs) -> str:
     return digest({"rows": source.rows_key, "files": files})
 
 
-def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> Rows:
-    """What was computed for the same facts before, or is now; one process does."""
+def _kept(known: dict[str, Any], folder: Path, compute: Callable[[set[int]], Rows]) -> Rows:
+    """What was computed for the same facts before, or is now; one process does. It is not kept if
+    `compute` adds images that it cannot read to the set: a disk may fail for a while."""
     path = folder / f"{digest(known)}.npz"
     if (rows := _read_rows(path)) is not None:  # also from a cache that is read-only
         return rows
+    unread = set[int]()
     of_data: OSError | None = None  # which is not the cache's
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,12 +158,13 @@ def _kept(known: dict[str, Any], folder: Path, compute: Callable[[], Rows]) -> R
                 for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                     left.unlink(missing_ok=True)
                 try:
-                    rows = compute()
+                    rows = compute(unread)
                 except OSError as error:
                     of_data = error
                     raise
-                with replacing(path) as temporary, temporary.open("wb") as file:
-                    np.savez(file, rows=rows)
+                if not unread:
+                    with replacing(path) as temporary, temporary.open("wb") as file:
+                        np.savez(file, rows=rows)
             return rows
     except OSError as error:
         if error is of_data:
@@ -185,7 +183,7 @@ def _read_rows(path: Path) -> Rows | None:
 
 
 def _choose(
-    sources: Sequence[ImageTextPairs], total: int, wanted: int, before: Sequence[Before]
+    sources: Sources, total: int, wanted: int, before: Sequence[Before], unread: set[int]
 ) -> Rows:
     everything, trained, held = _with_before(sources, before)
     keys = [_keys(everything, columns_of) for columns_of in (captions_of, names_of)]
@@ -201,7 +199,8 @@ def _choose(
     lowest = _lowest(sources, candidates & (sizes <= largest)[group], still_wanted)
     drawn = _is_among(group, _first(group[lowest], sizes, still_wanted))
     del sizes
-    contents_like = partial(_contents_like, everything, _looks(everything), ignored=held)
+    looks = _looks(everything)
+    contents_like = partial(_contents_like, everything, looks, ignored=held, unread=unread)
 
     def apart(chosen: Rows) -> Rows:
         """Those of the chosen rows whose images no row has that is left to train on."""
@@ -234,7 +233,7 @@ def _choose(
 
 
 def _with_before(
-    sources: Sequence[ImageTextPairs], before: Sequence[Before]
+    sources: Sources, before: Sequence[Before]
 ) -> tuple[list[ImageTextPairs], Mask, Rows]:
     """The sources and those of before; whether each row was trained on; rows held out before."""
     view = PairsView([(pairs, AllBut(len(pairs), rows)) for pairs, rows in before])
@@ -255,7 +254,7 @@ def _hashes(texts: Iterable[bytes], beginning: bytes = b"") -> Hashes:
     return np.frombuffer(b"".join(digests), "<u8")
 
 
-def _lowest(sources: Sequence[ImageTextPairs], candidates: Mask, number: int) -> Rows:
+def _lowest(sources: Sources, candidates: Mask, number: int) -> Rows:
     """The candidates whose ids have the lowest hashes, in the order of these."""
     rows, hashes, first = np.array([], np.int64), np.array([], np.uint64), 0
     for name, source in enumerate(sources):
@@ -284,9 +283,7 @@ def _first(groups: Groups, sizes: Groups, wanted: int) -> Groups:
     return in_order[np.cumsum(sizes[in_order]) <= wanted]
 
 
-def _in_blocks(
-    sources: Sequence[ImageTextPairs], label: str
-) -> Iterator[tuple[int, ImageTextPairs]]:
+def _in_blocks(sources: Sources, label: str) -> Iterator[tuple[int, ImageTextPairs]]:
     """Some rows of the sources at a time, with the number of the first."""
     progress, first = Progress(label, sum(map(len, sources))), 0
     for source in sources:
@@ -297,7 +294,7 @@ def _in_blocks(
                 progress.update(first)
 
 
-def _keys(sources: Sequence[ImageTextPairs], columns_of: Columns) -> Keys:
+def _keys(sources: Sources, columns_of: Columns) -> Keys:
     """A hash of each text in some columns of the sources, and the rows that the texts are of."""
     yield np.array([], np.int64), np.array([], np.uint64)
     for first, part in _in_blocks(sources, "comparing texts of pairs"):
@@ -362,13 +359,14 @@ def urls_of(source: ImageTextPairs) -> list[pa.ChunkedArray]:
 
 
 def _contents_like(
-    sources: Sequence[ImageTextPairs], looks: Thumbnails, chosen: Rows, *, ignored: Rows
+    sources: Sources, looks: Thumbnails, chosen: Rows, *, ignored: Rows, unread: set[int]
 ) -> tuple[Groups, Rows, Groups]:
     """A number of each chosen row's image; the other rows that may hold an equal one, and theirs.
 
     Only files of equal size can hold equal bytes: among usual photographs a sixth have the size of
     one of a few thousand. Of these a page from the middle is read, and whole files only if pages
-    are equal too. What cannot be read equals nothing; rows that are `ignored` have no part in it.
+    are equal too. What cannot be read equals nothing, and is added to `unread` if it is there; rows
+    that are `ignored` have no part in it.
     """
     parts = _in_blocks(sources, "looking at the sizes of images")
     sizes = np.concatenate([image_sizes(part) for _, part in parts])
@@ -378,11 +376,11 @@ def _contents_like(
     likely[alike[1]] = True
     likely[chosen] = likely[ignored] = False
     rows = np.concatenate([chosen, np.flatnonzero(likely)])
-    pages = _contents(sources, sizes, rows, page=True)
+    pages = _contents(sources, sizes, rows, unread, page=True)
     _, number, count = np.unique(pages, return_inverse=True, return_counts=True)
     same_page = (count[number] > 1) & np.isin(number, number[: len(chosen)])
     contents = -1 - rows
-    contents[same_page] = _contents(sources, sizes, rows[same_page], page=False)
+    contents[same_page] = _contents(sources, sizes, rows[same_page], unread, page=False)
     order = np.argsort(rows)
     edges = order[np.searchsorted(rows, alike[:, np.isin(alike[1], rows)], sorter=order)]
     images = _components([[(np.arange(len(rows)), contents)]], len(rows), edges)
@@ -399,7 +397,7 @@ def _alike(looks: Thumbnails, chosen: Rows) -> Rows:
     return np.hstack(pairs)
 
 
-def _looks(sources: Sequence[ImageTextPairs]) -> Thumbnails:
+def _looks(sources: Sources) -> Thumbnails:
     """Thumbnails of all images, of mean 0 and norm 1; 0 without contrast, and for what cannot be
     read or is behind a URL. None at all if there are too many."""
     pairs = whole(sources)
@@ -418,20 +416,20 @@ def _looks(sources: Sequence[ImageTextPairs]) -> Thumbnails:
     return looks
 
 
-def _contents(sources: Sequence[ImageTextPairs], sizes: Groups, rows: Rows, *, page: bool) -> Rows:
+def _contents(sources: Sources, sizes: Groups, rows: Rows, unread: set[int], page: bool) -> Rows:
     """A hash of each row's image, or of its size and a page; below zero for what cannot be read."""
     pairs = whole(sources)
 
     def content(row: int) -> int:
         (source, number), size = pairs.locate(row), int(sizes[row])
-        if size < 0:  # behind a URL; `names_of` has equal ones
-            return -1 - row
         first = max(0, (size - PAGE) // 2)
         part = slice(first, min(size, first + PAGE)) if page else None
         try:
-            return number_of(b"%d " % size + source.encoded(number, part))
+            if size >= 0:  # else it is missing, or behind a URL; `names_of` has equal ones
+                return number_of(b"%d " % size + source.encoded(number, part))
         except BadSample:
-            return -1 - row
+            unread.add(row)
+        return -1 - row
 
     return np.array(_in_threads("comparing images with the held-out ones", content, rows), np.int64)
 

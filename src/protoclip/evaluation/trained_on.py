@@ -6,6 +6,7 @@ run may have been started in another folder, or its data have moved.
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def count_trained(
     if (run := run_of(model)) is None:
         return {}
     images = data.splits[split].images
-    try:
+    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # of a damaged run
         settings = read_toml(run / SETTINGS)["data"]
         sources = settings.get("sources") or [{"path": settings["train"]}]
         names = [str(source["path"]) for source in sources]
@@ -57,8 +58,6 @@ def count_trained(
             reference, data.splits[split], sources_in(run)
         ):
             return {"pairs": len(images), "images": len(images)}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return {}  # of a damaged run
     return {}
 
 

@@ -358,3 +358,20 @@ def test_data_that_cannot_be_read_are_no_fault_of_the_cache(tmp_path, monkeypatc
     monkeypatch.setattr(held_out, "_choose", Mock(side_effect=broken))
     with pytest.raises(OSError, match=r"Input/output error: 'pairs\.parquet'"):
         held_out_rows([pairs], share=0.1, folder=tmp_path)
+
+
+def test_what_was_counted_while_images_could_not_be_read_is_not_kept(tmp_path, monkeypatch):
+    both = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for row in range(12):
+            (tmp_path / name / f"{row}.jpg").write_bytes(b"%04d" % row)
+        table = pa.table({"image": [f"{row}.jpg" for row in range(12)], "caption": [name] * 12})
+        both.append(ImageTextPairs(table, name=name, root=str(tmp_path / name), id_column=None))
+    before = [(both[0], np.array([], np.int64))]
+    with monkeypatch.context() as patch:
+        for read in ("read_file", "read_range"):
+            failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+            patch.setattr(f"protoclip.data.pairs.{read}", failing)
+        assert shared([both[1]], before, folder=tmp_path) == (12, 0, 0)
+    assert shared([both[1]], before, folder=tmp_path) == (12, 12, 0)
