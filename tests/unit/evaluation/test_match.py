@@ -180,9 +180,10 @@ def test_equal_images_and_captions_are_read_once():
 
 def test_too_few_pairs_are_refused_with_the_reason_of_the_first_that_cannot_be_read():
     table = pa.table({"image": tiny_pairs(60)["image"], "caption": [""] * 60})
-    drawn = match.draw(ImageTextPairs(table, name="tiny"), 60, 0)
+    pairs = ImageTextPairs(table, name="tiny")
+    drawn = match.draw(pairs, 60, 0)
     with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample '.*caption"):
-        match.require_enough(drawn, "tiny")
+        match.require_enough(drawn, pairs, 60)
     # An image that is there may still be none, which is seen when a half encodes it.
     pairs = ImageTextPairs(
         pa.table({"image": [b"none"] * 60, "caption": [f"a {row}" for row in range(60)]}), name="t"
@@ -196,7 +197,7 @@ def test_too_few_pairs_are_refused_with_the_reason_of_the_first_that_cannot_be_r
     )
     drawn = match.keep(drawn, half.features.isfinite().all(dim=1), reason=half.reason)
     with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample 't/0' .*image"):
-        match.require_enough(drawn, "t")
+        match.require_enough(drawn, pairs, 60)
 
 
 def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():

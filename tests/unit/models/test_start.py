@@ -328,7 +328,8 @@ def test_settings_follow_the_start(tiny, pairs, tmp_path):
         plan = make_plan(Config(model=given))
         assert plan.config.optim.eps == 1e-6
         assert plan.config.optim.learning_rate == pytest.approx(2.5e-4)
-        assert len([note for note in plan.notes if note.startswith("optim.")]) == 8
+        assert len([note for note in plan.notes if re.match(r"optim\.\w+ = ", note)]) == 8
+        assert any("protoclip finetune has lower ones" in note for note in plan.notes)
     assert make_plan(Config(model=found)).config.optim.learning_rate == 2e-3
 
 
