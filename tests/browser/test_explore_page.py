@@ -403,12 +403,14 @@ def test_a_prototype_shows_its_members(list_page: Any, pages: Pages) -> None:
     page = list_page
     page.click("text=Image prototypes")
     page.wait_for_url("**/prototypes-image.html")
-    page.click("thead button:has-text('Tightness')")
+    page.click("thead a:has-text('Tightness')")
+    page.wait_for_url("**/prototypes-image.html?by=tightness")
     values = page.eval_on_selector_all(
         "tbody td:nth-child(5)", "all => all.map(each => Number(each.dataset.value))"
     )
     assert values == sorted(values, reverse=True)
-    page.click("thead button:has-text('Size')")
+    page.click("thead a:has-text('Size')")
+    page.wait_for_url("**/prototypes-image.html?by=size")
     first = page.locator("tbody tr").first
     number = int(first.locator("th a").inner_text())
     first.locator("th a").click()
