@@ -34,7 +34,7 @@ class Finetune(Config, Recipes):
         "run.name": "finetuned",
         "run.evaluate_every": 1,
         "model.frozen_batch_norm": True,
-        "episodes.count": "5 passes over the images",
+        "episodes.count": "5 image passes",
         "episodes.batch_size": "<= 512",
         "episodes.replacement": False,
         "episodes.warm_up": 0,
