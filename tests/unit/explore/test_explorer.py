@@ -30,6 +30,7 @@ from protoclip.explore.atlas import Atlas, Features
 from protoclip.explore.explorer import Explorer, heads_of, of_rows, open_explorer
 from protoclip.explore.pairs import ExploredPairs, explored
 from protoclip.explore.render import Pages
+from protoclip.explore.thumbnails import likeness
 from protoclip.models import loading
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
@@ -100,14 +101,15 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
 ) -> None:
     """Not as what is near to itself either, and not as its own near-duplicate; texts are all
     found. Nothing but their content tells that images in a table are equal, for which none is read
-    a second time."""
-    read, reads = ImageTextPairs.encoded, list[int]()
+    a second time. Those that may be near-duplicates are, to be compared."""
+    read, reads, compare = ImageTextPairs.encoded, list[int](), Mock(wraps=likeness)
 
     def counted(pairs: ImageTextPairs, row: int, part: slice | None = None) -> bytes:
         reads.append(row)
         return read(pairs, row, part)
 
     monkeypatch.setattr(ImageTextPairs, "encoded", counted)
+    monkeypatch.setattr(explorer_module, "likeness", compare)
     rows, path = [], tmp_path / ("pairs.csv" if held == "by path" else "pairs.parquet")
     for number, row in enumerate(distinct_pairs(20)):
         (tmp_path / f"{number}.png").write_bytes(row["image"])
@@ -132,7 +134,7 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
     page = Pages([one]).site(1).answer("a red square", found)
     assert page.count("> select <bdi>one more ") == 10
     site = Pages([one]).site(1)
-    twins = re.findall("<article.*?</article>", site.duplicates(least=0), re.DOTALL)
+    twins = re.findall("<article.*?</article>", site.duplicates(least=0.0), re.DOTALL)
     assert len(twins) == 2 * len(one.atlas.duplicates) > 0
     for card in twins:  # one tick is for both pairs
         ((first, more),) = re.findall(r"""data-id="(.*?)" data-more='(.*?)'""", card)
@@ -161,10 +163,12 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(
             nearest = site.members(modality, int(number))[:20].tolist()
             captions = [*dict.fromkeys(one.pairs.caption(one.row(each)) for each in nearest)][:3]
             assert re.findall(r'"caption"><bdi>(.*?)</bdi>', row) == captions
-    assert sorted(reads) == sorted(2 * [*range(40)])  # by `WordModel`, and to be encoded
+    # By `WordModel`, to be encoded, and to be compared.
+    compared = [row for call in compare.call_args_list for row in call.args[1:]]
+    assert sorted(reads) == sorted([*range(40), *range(40), *compared])
     pairs = explored(one.pairs.sources[0])  # of which nothing was encoded
     assert len({pairs.image_key(row) for row in 2 * [*range(40)]}) == 20
-    assert len(reads) == 80 + (40 if held == "in the table" else 0)
+    assert len(reads) == 80 + len(compared) + (40 if held == "in the table" else 0)
 
 
 def test_all_pairs_of_an_image_can_be_ticked_however_many(tmp_path: Path) -> None:
