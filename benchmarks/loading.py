@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from protoclip.data.access import NOTHING_MORE, read_file
+from protoclip.data.access import read_file
 from protoclip.data.cache import MemoryCache, crop
 from protoclip.data.decode import decode_crop
 from protoclip.data.loader import EpisodeLoader
@@ -190,7 +190,7 @@ def bucket() -> Iterator[str]:
 
 
 def from_files(locations: list[str]) -> Iterator[bytes]:
-    return (read_file(location, NOTHING_MORE) for location in locations)
+    return (read_file(location) for location in locations)
 
 
 def from_shards(pattern: str, count: int) -> Iterator[bytes]:

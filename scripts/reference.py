@@ -57,7 +57,7 @@ def settings() -> str:
         "",
         "## Only on the command line",
         "",
-        *(f"- `data.{name}`: a recipe cannot allow it." for name in config.PERMISSIONS),
+        "- `data.allow_links`: a recipe cannot allow it.",
         "",
         "## Settings of earlier versions",
         "",

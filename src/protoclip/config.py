@@ -24,8 +24,7 @@ NO_START = "model.start: fine-tuning needs a model to start from: a run, or open
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # ... and module:Class
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
-# Settings of `data` that only the command line may switch on. Recipes and run folders never do.
-PERMISSIONS = ("allow_commands", "allow_links")
+NO_COMMANDS = "pipe: sources are gone; name shards by s3://, gs://, hf:// or https://, or copy them"
 
 # Settings of earlier versions, some with a value, and what to do instead.
 RENAMED = {
@@ -39,6 +38,8 @@ RENAMED = {
     "data.cache_folder": "is gone; the environment variable PROTOCLIP_CACHE names the folder",
     "data.shuffle_captions": "is gone; give a table with the captions of other images",
     "data.allow_private_hosts": "is gone; data may be on any host, but images of a table on none",
+    "data.allow_commands": NO_COMMANDS,
+    "allow_commands": NO_COMMANDS,  # of commands that take settings of data by their own names
     "data.cache = disk": "is gone; small images decode fast: protoclip data pack --resize 256",
     "data.read = indexed": "is gone; leave it out, and local shards are indexed",
     "montage": "is gone; protoclip explore shows pairs with their captions",
@@ -63,6 +64,7 @@ ELSEWHERE = {
 GONE = {
     "data.small_copies": False,
     "data.shuffle_captions": False,
+    "data.allow_commands": False,
     "prototypes.unit_norm": False,
     "optim.locked_warm_up_steps": 2,
     "teacher.weight": 1.0,
@@ -158,8 +160,7 @@ class DataConfig:
     cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.
     max_image_pixels: Annotated[int, 1, 2**40] = 178_956_970  # Skip images with more pixels.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
-    allow_commands: bool = False  # Run the commands of pipe: sources.
-    allow_links: bool = False  # Follow symbolic links that leave data.root.
+    allow_links: bool = False  # Follow links out of data.root. No recipe sets it.
 
     # No field, since it is no setting: whoever reads the data says it, by `ImagesConfig`.
     needs_captions = True

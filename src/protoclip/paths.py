@@ -103,8 +103,6 @@ def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]
     Raises:
         ValueError: There is no such option, or it has no value.
     """
-    if reference.startswith("pipe:"):  # a command may hold anything
-        return reference, {}
     name, *options = re.split(r",(?=\w+=)", reference)
     if name in DATA_KINDS:
         what = {"wds:": "FOLDER_OR_URL", "hf:": "OWNER/NAME", "karpathy:": "FILE.json"}

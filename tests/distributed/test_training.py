@@ -309,11 +309,11 @@ def seen(
     return trained, clustered
 
 
-def test_a_stream_goes_on_with_other_ranks(tmp_path):
+def test_a_stream_goes_on_with_other_ranks(serve, tmp_path):
     """Begun on two, stopped within an episode that has prototypes, by one and by two again: the
     batches are those of the two lanes, of which each pass has every sample once. So are the samples
     that replace damaged ones, and prototypes are those of the samples that are trained on.
-    Meanwhile the shards come from elsewhere, as from a store."""
+    Meanwhile the shards come from a web server."""
     pairs, damaged = tiny_pairs(40), {1, 6, 13, 17, 24, 35}
     images = pairs["image"].to_pylist()
     images = [image[: len(image) // 2] if n in damaged else image for n, image in enumerate(images)]
@@ -323,9 +323,8 @@ def test_a_stream_goes_on_with_other_ranks(tmp_path):
     data = {"read": "streaming", "shuffle_buffer": 5, "workers": 0, "max_bad_share": 0.5}
     changes = {"data": data, "episodes": {"count": 5}, "prototypes": {"source": "extract"}}
     config = with_changes(config, changes)
-    command = f"pipe:cat {tmp_path}/shards/{{00000..00005}}.tar"
-    moved = {"train": command, "read": "auto", "allow_commands": True}
-    elsewhere = with_changes(config, {"data": moved})
+    url = serve("ranges", tmp_path / "shards") + "/{00000..00005}.tar"
+    elsewhere = with_changes(config, {"data": {"train": url, "read": "auto"}})
     steps: list[list[str]] = []
     clustered: dict[tuple[int, int], int] = {}
     for ranks, stop, given in ((2, 3, config), (1, 4, elsewhere), (2, None, config)):

@@ -23,17 +23,6 @@ def error_of(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     return written[-1].removeprefix("protoclip: error: ")
 
 
-def test_commands_run_only_if_the_command_line_allows_them(tmp_path, capsys):
-    (tmp_path / "run.sh").write_text(f"touch {tmp_path}/ran.tar")
-    source = f"pipe:/bin/sh<{tmp_path}/run.sh"
-    assert "--data.allow_commands true" in error_of(f"data inspect {source}", capsys)
-    assert not (tmp_path / "ran.tar").exists()
-    for given in ("--data.allow_commands true", "--data.allow_commands=true"):
-        assert "a stream has no index" in error_of(f"data index {source} {given}", capsys)
-    main(["data", "inspect", source, "--data.allow_commands"])
-    assert (tmp_path / "ran.tar").exists()
-
-
 def test_a_checkpoint_of_another_architecture_or_damaged(tiny_run, tmp_path, capsys):
     """Weights load entirely or not at all, and the reason is said."""
     fresh = f"train --model.start {tiny_run} --run.out {tmp_path}/next"

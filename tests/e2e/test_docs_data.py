@@ -94,7 +94,7 @@ def test_settings_train(number: int, here: Path) -> None:
     """A run with the block as its recipe ends well, and has skipped nothing."""
     recipe = Path("recipe.toml")  # beside the data, which its paths are relative to
     recipe.write_text(list(blocks("toml"))[number], encoding="utf-8")
-    options = [*TINY.split(), "--run.out", str(here / "run"), "--data.allow_commands", "true"]
+    options = [*TINY.split(), "--run.out", str(here / "run")]
     main(["train", "--config", str(recipe), *options])
     results = json.loads((here / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["samples_seen"] == 32

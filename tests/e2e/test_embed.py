@@ -368,10 +368,10 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
     store.pipe({f"{bucket}/{row}.png": image for row, image in images.items()})
     read_file = data_pairs.read_file
 
-    def failing(location: str, allowed: access.Access) -> bytes:
+    def failing(location: str) -> bytes:
         if location == f"{bucket}/15.png":
             raise OSError("no answer")
-        return read_file(location, allowed)
+        return read_file(location)
 
     with monkeypatch.context() as patch:
         patch.setattr(access, "PATIENCE_SECONDS", 0.0)

@@ -20,7 +20,6 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import loader, sources
 from protoclip.data import stream as streams
 from protoclip.data.access import (
-    NOTHING_MORE,
     fingerprint,
     list_urls,
     open_file,
@@ -156,15 +155,15 @@ def test_workers_read_what_one_process_reads(store, tmp_path):
 def test_what_is_there_now_counts(store):
     """Not what a listing before said of it."""
     url = store.put("shards/a.tar", b"short")
-    assert list_urls(f"{store.url}/shards/*.tar", NOTHING_MORE) == [url]
+    assert list_urls(f"{store.url}/shards/*.tar") == [url]
     before = fingerprint(url)
     store.put("shards/a.tar", b"longer than it was")
     other = store.put("shards/b.tar", b"")
-    assert read_file(url, NOTHING_MORE) == b"longer than it was"
-    with open_file(url, NOTHING_MORE) as file:
+    assert read_file(url) == b"longer than it was"
+    with open_file(url) as file:
         assert file.read() == b"longer than it was"
     assert fingerprint(url) != before
-    assert list_urls(f"{store.url}/shards/*.tar", NOTHING_MORE) == [url, other]
+    assert list_urls(f"{store.url}/shards/*.tar") == [url, other]
 
 
 def test_ten_thousand_shards_are_listed(store, monkeypatch):
@@ -181,7 +180,7 @@ def test_ten_thousand_shards_are_listed(store, monkeypatch):
 
 READS: dict[str, Callable[[str], Any]] = {
     "table": lambda url: opened(f"{url}/table/pairs.csv"),
-    "image": lambda url: read_file(f"{url}/table/images/0.png", NOTHING_MORE),
+    "image": lambda url: read_file(f"{url}/table/images/0.png"),
     "list": lambda url: expand_shards(f"{url}/shards/*.tar"),
     "stream": lambda url: streams.ShardStream(f"{url}/shards/00.tar", seed=0).samples(),
     "wds": lambda url: open_data(f"wds:{url}/wds_pets"),

@@ -85,8 +85,8 @@ def test_what_changes_while_it_is_fetched_is_not_taken(store, tmp_path, monkeypa
     """Nor is a folder that is damaged there."""
     url, download = put_teacher(store, tmp_path / "made"), fetched.download
 
-    def and_change(location: str, copy: Path, access: Any) -> None:
-        download(location, copy, access)
+    def and_change(location: str, copy: Path) -> None:
+        download(location, copy)
         if copy.name == "features.npy":  # the last
             store.put("teacher/facts.json", b"{}")
 

@@ -59,7 +59,7 @@ def test_a_path_that_is_not_there_is_named_with_its_setting(tree, message, place
         {"data": {"train": "emoji"}},
         {"data": {"train": "pairs.tsv"}},
         {"data": {"train": "hf:owner/name"}},
-        {"data": {"train": "pipe:cat none.tar"}},
+        {"data": {"train": "torchvision:CIFAR10"}},
         {"data": {"train": "none-{000..003}.tar"}},
         {"data": {"train": "none-*.parquet"}},
         {"data": {"train": "s3://bucket/none.tsv", "root": "s3://bucket"}},

@@ -14,8 +14,8 @@ from protoclip.terminal import visible, without_secrets
         ("https://host/a?b=1,id_column=c", "https://host/a?***,id_column=c"),
         ("wds:https://me@host/a?b=1,class_column=c", "wds:https://***@host/a?***,class_column=c"),
         (
-            "pipe:curl -s 'https://me:a@b@host/a.tar?c=1' x",
-            "pipe:curl -s 'https://***@host/a.tar?***' x",
+            "curl -s 'https://me:a@b@host/a.tar?c=1' x",
+            "curl -s 'https://***@host/a.tar?***' x",
         ),
         ("s3://KEY:WO/RD@bucket/a.tar", "s3://***@bucket/a.tar"),
         ("https://me:w?rd@host/a.tar", "https://***@host/a.tar"),

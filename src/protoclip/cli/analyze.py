@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
-from protoclip.config import PERMISSIONS, Count, DataConfig
+from protoclip.config import Count, DataConfig
 from protoclip.files import SOFTWARE, locked, replacing, require_ours, to_json, write_atomically
 from protoclip.paths import (
     require_data_paths,
@@ -51,7 +51,6 @@ class Analyze:
     root: str | None = None  # Folder that holds all images of a table.
     samples: Count = 5000  # Most pairs to use, drawn evenly.
     groups: Count | None = None  # Groups of each modality; else as many as prototypes.
-    allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave the root.
     json: bool = False  # Print the analyses as JSON.
     overwrite: bool = False  # Replace files that analyze did not write.
@@ -98,8 +97,7 @@ class Analyze:
         if reference is None:
             return None
         require_source("--data", reference)
-        permissions = {name: getattr(self, name) for name in PERMISSIONS}
-        data = DataConfig(train=reference, **given, **permissions)
+        data = DataConfig(train=reference, **given, allow_links=self.allow_links)
         require_data_paths(data)
         return data
 
@@ -154,7 +152,6 @@ class Analyze:
                 data=data,
                 samples=self.samples,
                 num_groups=self.groups,
-                allow_commands=self.allow_commands,
                 allow_links=self.allow_links,
                 device=device,
             )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
-from protoclip.config import PERMISSIONS, Count, DataConfig
+from protoclip.config import Count, DataConfig
 from protoclip.files import locked, to_json
 from protoclip.paths import (
     require_data_set,
@@ -21,7 +21,7 @@ from protoclip.paths import (
 from protoclip.terminal import say
 
 # Settings of `data` beside those that `open_data` takes by name.
-OF_DATA = ("image_column", "caption_column", "id_column", *PERMISSIONS)
+OF_DATA = ("image_column", "caption_column", "id_column", "allow_links")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class Evaluate:
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; else detected.
     root: str | None = None  # Folder of the images, for data that need one.
-    allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave the root.
     templates: str | None = None  # Prompts: openai, simple, or a file of them.
     compare_to: str | None = None  # Model to which differences are shown.

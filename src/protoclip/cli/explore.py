@@ -204,7 +204,6 @@ class Explore:
         from protoclip.explore.pairs import explored
 
         data = self.settings()
-        require_here(data)
         if self.class_column is not None and data.sources:
             data = with_classes(data, self.class_column)
         try:
@@ -251,18 +250,6 @@ def with_classes(data: DataConfig, column: str) -> DataConfig:
             has_it = False
         sources.append(named if has_it else replace(entry, class_column=None))
     return replace(data, sources=sources)
-
-
-def require_here(data: DataConfig) -> None:
-    """Refuse the output of commands, which cannot be read in any order."""
-    from protoclip.data.sources import entries
-
-    for entry in entries(data):
-        if entry.path.startswith("pipe:"):
-            raise ValueError(
-                f"{entry.path}: a stream cannot be explored; copy the shards here, and name them "
-                "with --data"
-            )
 
 
 def require_replaceable(setting: str, folder: Path) -> None:

@@ -22,7 +22,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from protoclip.checks import TRAIN_OR_SOURCES
-from protoclip.config import HALVES, PERMISSIONS, START, Config, DataConfig, build, unknown
+from protoclip.config import HALVES, START, Config, DataConfig, build, unknown
 from protoclip.files import read_local
 from protoclip.paths import DATA_OPTIONS, require_file
 
@@ -78,7 +78,6 @@ class OfPairs:
     only: str | None = None  # As data.only.
     without: str | None = None  # As data.without.
     read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
-    allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def data_config(self, **more: Any) -> DataConfig:
@@ -163,7 +162,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         if value.startswith("~/"):  # which shells leave as it is behind "="
             value = os.path.expanduser(value)  # noqa: PTH111
         name = option.lstrip("-").replace("-", "_")
-        if {"data", *PERMISSIONS} & known.keys():
+        if {"data", "allow_links"} & known.keys():
             name = name.removeprefix("data.")
         elif name in DATA_OPTIONS and name not in known and f"data.{name}" in known:
             name = f"data.{name}"
@@ -248,12 +247,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         config = build(Config, tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    for permission in PERMISSIONS:
-        if getattr(config.data, permission):
-            raise ValueError(
-                f"{path}: data.{permission}: a recipe cannot allow this; remove it, and say "
-                f"--data.{permission} true on the command line if you trust the source"
-            )
+    if config.data.allow_links:
+        raise ValueError(
+            f"{path}: data.allow_links: a recipe cannot allow this; remove it, and say "
+            "--data.allow_links true on the command line if you trust the source"
+        )
     for name in config.run.loggers:
         if ":" in name:
             raise ValueError(

@@ -30,7 +30,6 @@ class Report:
     minutes: Positive = 10.0  # After this long no further model is run on examples.
     seed: Seed = 0  # Draws the examples.
     overwrite: bool = False  # Replace a file that is no report, or is read-only.
-    allow_commands: bool = False  # Run the commands of pipe: sources.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def __call__(self) -> None:
@@ -49,7 +48,6 @@ class Report:
             seed=self.seed,
             device=open_device(),
             overwrite=self.overwrite,
-            allow_commands=self.allow_commands,
             allow_links=self.allow_links,
         )
         say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, ClassVar, TypeVar
 import fsspec
 import httpx2 as httpx
 
+from protoclip.config import NO_COMMANDS
 from protoclip.files import open_local, replacing
 from protoclip.terminal import REMOVED, visible, without_secrets
 
@@ -54,24 +54,8 @@ URL_FACTS = {"size", "etag", "checksum", "md5", "md5hash", "mtime", "created", "
 URL_FACTS |= {"last_modified", "lastmodified", "last-modified", "content-length"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """What the user allows beyond reading public data: the settings `data.allow_*`."""
-
-    commands: bool = False
-    links: bool = False
-
-
-NOTHING_MORE = Access()
-
-
 def is_url(path: str) -> bool:
     return "://" in path
-
-
-def is_local(path: str) -> bool:
-    """Whether a source or shard is a file: it is behind no URL, and no command gives it."""
-    return not (is_url(path) or path.startswith("pipe:"))
 
 
 def is_web(path: str) -> bool:
@@ -85,14 +69,10 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
 
 
-def require_allowed(
-    location: str, access: Access, *, protocols: tuple[str, ...] = WEB + STORES
-) -> None:
+def require_allowed(location: str, *, protocols: tuple[str, ...] = WEB + STORES) -> None:
     """Raises `ValueError`, with the way out, for a path, URL or command that may not be read."""
     if location.startswith("pipe:"):
-        if not access.commands:
-            raise ValueError("commands run only with --data.allow_commands true")
-        return
+        raise ValueError(NO_COMMANDS)
     protocol, is_remote, rest = location.partition("://")
     if is_remote and (rest.startswith(f"{REMOVED}@") or rest.endswith(f"?{REMOVED}")):
         raise ValueError(
@@ -107,14 +87,12 @@ def require_allowed(
         raise ValueError("URLs chained with '::' are not read")
 
 
-def in_table(root: str, name: str, access: Access) -> str:
+def in_table(root: str, name: str, *, allow_links: bool) -> str:
     """The path or URL that a table's cell names; raises `ValueError` if it may not name it."""
-    if name.startswith("pipe:"):
-        raise ValueError("a table runs no command")
     if is_web(join(root, name)):
         raise ValueError(NO_WEB_IMAGES)
     if is_url(name):
-        require_allowed(name, access)
+        require_allowed(name)
         return name
     if is_url(root):
         if name.startswith("/") or ".." in name.split("/"):
@@ -130,7 +108,7 @@ def in_table(root: str, name: str, access: Access) -> str:
             f"lies outside of {folder}, where the table's paths start; set data.root to the folder "
             "that holds the images (--data.root /)"
         )
-    if not access.links:
+    if not allow_links:
         raise ValueError(f"is a link that leads out; --data.allow_links true follows it, to {real}")
     return path
 
@@ -142,13 +120,13 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def open_file(location: str, access: Access) -> io.BufferedReader:
+def open_file(location: str) -> io.BufferedReader:
     """A file or URL, to be read from its start.
 
     Raises `OSError` if it cannot be read, `ValueError` if it may not be read or is no regular
     file, or any exception of a store's own client.
     """
-    require_allowed(location, access)
+    require_allowed(location)
     if not is_url(location):
         return open_local(location)
     if is_web(location):
@@ -165,16 +143,16 @@ def _store(url: str) -> tuple[Any, str]:
     return store
 
 
-def read_file(location: str, access: Access) -> bytes:
+def read_file(location: str) -> bytes:
     """The file of one sample; raises as `open_file`, if it is too large, or after a minute."""
 
     def read() -> bytes:
         if is_url(location) and not is_web(location):
-            require_allowed(location, access)
+            require_allowed(location)
             filesystem, path = _store(location)
             data: bytes = filesystem.cat_file(path, start=0, end=MAX_FILE_BYTES + 1)
         else:
-            with open_file(location, access) as file:
+            with open_file(location) as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
@@ -183,10 +161,10 @@ def read_file(location: str, access: Access) -> bytes:
     return within(TOTAL_SECONDS, read) if is_url(location) else read()
 
 
-def download(location: str, copy: Path, access: Access) -> None:
+def download(location: str, copy: Path) -> None:
     """Copy a file or URL to a place where it appears whole or not at all; raises as `open_file`."""
     copy.parent.mkdir(parents=True, exist_ok=True)
-    opened = open_file(location, access)
+    opened = open_file(location)
     with opened as source, replacing(copy) as scratch, scratch.open("wb") as target:
         shutil.copyfileobj(source, target, READ_BYTES)
 
@@ -251,7 +229,7 @@ def digest(facts: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
+def fingerprint(path: str) -> str:
     """Identifies the content of a file (by size, time, both ends) or URL (by its headers).
 
     The query of a URL counts where no ETag tells the content: it may choose the file. Elsewhere it
@@ -260,7 +238,7 @@ def fingerprint(path: str, access: Access = NOTHING_MORE) -> str:
     Raises `ValueError`, which names it, if it cannot or may not be read.
     """
     try:
-        require_allowed(path, access)
+        require_allowed(path)
         if is_url(path):
             known = {name: v for name, v in url_facts(path).items() if name.lower() in URL_FACTS}
             has_etag = any(name.lower() == "etag" for name in known)
@@ -296,9 +274,9 @@ def files_like(folder: Path, pattern: str) -> list[Path]:
     return [file for file in files if pattern.startswith(".") or not file.name.startswith(".")]
 
 
-def list_urls(pattern: str, access: Access) -> list[str]:
+def list_urls(pattern: str) -> list[str]:
     """The URLs of a store that match a pattern with `*`; raises as `open_file` does."""
-    require_allowed(pattern, access)
+    require_allowed(pattern)
     if is_web(pattern):
         raise ValueError(
             "a web server does not say what it holds; name the files with braces, as in "

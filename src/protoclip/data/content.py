@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from protoclip.data.access import digest, is_local, is_url
+from protoclip.data.access import digest, is_url
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import (
@@ -115,12 +115,12 @@ def is_stream(facts: Mapping[str, Any]) -> bool:
 def facts_that_may_move(facts: Facts, source: Any) -> Facts:
     """A source's facts, less what differs when shards move between a disk and a store.
 
-    What is in a store, or what a command gives, is known by the names of its shards alone.
+    What is in a store is known by the names of its shards alone.
     """
     if not isinstance(source, ShardStream):
         return facts
     names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
-    is_on_disk = all(map(is_local, source.shards))
+    is_on_disk = not any(map(is_url, source.shards))
     kept = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
     return {**kept, "names": names}
 

@@ -28,10 +28,7 @@ WHOLE = 0.95  # share of captions that are not to be cut
 
 
 def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
-    """Up to `number` samples that can be read: of pairs evenly spaced ones, of streams the first.
-
-    A stream that a command writes is left alone, since the command would run once more.
-    """
+    """Up to `number` samples that can be read: evenly spaced pairs, or the first of streams."""
     if isinstance(samples, Pairs):
 
         def read(row: int) -> Sample | None:
@@ -45,7 +42,7 @@ def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]
         return
     streams = sources_of(samples)
     for stream in streams:
-        if isinstance(stream, ShardStream) and not stream.shards[0].startswith("pipe:"):
+        if isinstance(stream, ShardStream):
             items = islice(stream.read(stream.shards[0]), -(-number // len(streams)))
             yield from (item for item in items if isinstance(item, Sample))
 

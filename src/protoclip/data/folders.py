@@ -19,12 +19,11 @@ import pyarrow as pa
 
 from protoclip.columns import METADATA
 from protoclip.config import DataConfig
-from protoclip.data.access import Access, digest, files_like, in_table, read_file
+from protoclip.data.access import digest, files_like, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.lines import TEXT_SUFFIXES, LeftOut, fault_of
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
-    access_of,
     caption_columns,
     captions_in,
     open_files,
@@ -112,7 +111,7 @@ def _inside(folder: Path, name: Any) -> Path:
 
 def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them, or without where none is needed."""
-    left_out, keys, access = LeftOut(str(folder)), caption_columns(data), access_of(data)
+    left_out, keys, links = LeftOut(str(folder)), caption_columns(data), data.allow_links
     unread = LeftOut(str(folder))  # apart, since the index does not change with these
     lacking = left_out if data.needs_captions else LeftOut("")  # which nobody is told then
     text_tables: list[str] = []
@@ -127,7 +126,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
         progress = Progress(f"read captions of {folder}", len(images))
         for done, (image, caption) in enumerate(images):
             progress.update(done)
-            texts = _captions(folder, image, caption, keys, access, left_out, lacking)
+            texts = _captions(folder, image, caption, keys, links, left_out, lacking)
             if texts or (texts is not None and not data.needs_captions):
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
@@ -141,7 +140,8 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
 
     # The index changes with a caption, but not with the content of an image.
     known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
-    key = digest({**vars(access), "folder": str(folder.resolve()), "known": known, "keys": keys})
+    facts = {"commands": False, "links": links}  # as versions had it that ran commands
+    key = digest({**facts, "folder": str(folder.resolve()), "known": known, "keys": keys})
     has_captions, has_table = any(file for _, file in images), bool(images and text_tables)
     way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
     if has_table:
@@ -221,7 +221,7 @@ def _captions(
     image: str,
     file: str | None,
     keys: Sequence[str],
-    access: Access,
+    allow_links: bool,
     left_out: LeftOut,
     lacking: LeftOut,
 ) -> list[bytes] | None:
@@ -233,12 +233,12 @@ def _captions(
         lacking.add("images without a caption", image)
         return []
     try:
-        path = in_table(str(folder), file, access)
+        path = in_table(str(folder), file, allow_links=allow_links)
     except ValueError:
         left_out.add("captions that are links out of it; see --data.allow_links", image)
         return None
     try:
-        raw = read_file(path, access).removeprefix(b"\xef\xbb\xbf")
+        raw = read_file(path).removeprefix(b"\xef\xbb\xbf")
         if file.lower().endswith(".txt"):
             return [raw]
         record = json.loads(raw.decode("utf-8", "surrogateescape"))

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from protoclip.columns import COMPRESSED, LONGEST_HEADER, find_header, read_header
-from protoclip.data.access import Access, is_url, open_file
+from protoclip.data.access import is_url, open_file
 from protoclip.progress import Progress
 from protoclip.terminal import line
 
@@ -65,10 +65,10 @@ class LeftOut:
 
 
 @contextmanager
-def lines_of(path: str, access: Access) -> Iterator[Iterator[str]]:
+def lines_of(path: str) -> Iterator[Iterator[str]]:
     """The lines of a text file; bytes that are not UTF-8 come as lone surrogates."""
     unpack = COMPRESSED.get(suffixes_of(path)[-1], lambda file: file)
-    with open_file(path, access) as raw, unpack(raw) as file:
+    with open_file(path) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
         size = 0 if is_url(path) else Path(path).stat().st_size
         progress = Progress(f"read {path}", size)

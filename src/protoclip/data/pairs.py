@@ -20,8 +20,6 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from protoclip.data.access import (
-    NOTHING_MORE,
-    Access,
     in_table,
     is_url,
     join,
@@ -105,7 +103,7 @@ class ImageTextPairs:
             before that row is used, and without one before a whole column is.
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
-        access: What the user allows.
+        allow_links: Whether a path may be a link that leads out of the root.
         image_column: Encoded images, paths or URLs of stores, or structs of `bytes` and `path`;
             unset, it is `image` or `path`. With columns `offset` and `size`, these bytes of a file.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
@@ -127,7 +125,7 @@ class ImageTextPairs:
         *,
         name: str,
         root: str = "",
-        access: Access = NOTHING_MORE,
+        allow_links: bool = False,
         image_column: str | None = None,
         caption_columns: Sequence[str] = ("caption",),
         id_column: str | None = "sample_id",
@@ -136,7 +134,7 @@ class ImageTextPairs:
         notes: Sequence[str] = (),
         needs_captions: bool = True,
     ) -> None:
-        self.name, self.root, self.access = name, root, access
+        self.name, self.root, self.allow_links = name, root, allow_links
         self.table_key, self.notes, self._source = table_key, list(notes), table
         self._open()
         usual = "path" if "path" in self._arrays and "image" not in self._arrays else "image"
@@ -317,16 +315,17 @@ class ImageTextPairs:
             return image
         if image is None or (self.in_ranges and self.value("offset", row) is None):
             raise self._bad(row, "no image")
+        links = self.allow_links
         try:
             if self.in_ranges:
-                path = in_table(self.root, image, self.access) if self.root else image
+                path = in_table(self.root, image, allow_links=links) if self.root else image
                 size = self.value("size", row)
                 first, end, _ = (part or slice(None)).indices(size)
                 return read_range(path, self.value("offset", row) + first, end - first)
-            path = in_table(self.root, image, self.access)
+            path = in_table(self.root, image, allow_links=links)
             if part is not None and not is_url(path):
                 return read_range(path, part.start, part.stop - part.start)
-            return read_file(path, self.access)[part or slice(None)]
+            return read_file(path)[part or slice(None)]
         except MemoryError:
             raise
         except Exception as error:  # the clients of stores have exceptions of their own

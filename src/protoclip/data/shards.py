@@ -27,12 +27,9 @@ from braceexpand import braceexpand
 
 from protoclip.config import DataConfig
 from protoclip.data.access import (
-    NOTHING_MORE,
-    Access,
     digest,
     files_like,
     fingerprint,
-    is_local,
     is_url,
     list_urls,
     reason_of,
@@ -140,7 +137,7 @@ class ShardSample:
 
 
 def shard_stem(shard: str) -> str:
-    """The file name without `.tar` and what follows; of a command, the last such name in it."""
+    """The file name without `.tar` and what follows; the last such name in a URL."""
     names = re.findall(r"([^/\\\s'\"=]+?)\.(?:tar|tgz|tbz|txz)\b", shard)
     return str(names[-1]) if names else re.split(r"[/\\]", shard.rstrip("/"))[-1]
 
@@ -254,12 +251,12 @@ def _sample(
     return ShardSample(sample_id=_sample_id(*parts), captions=captions, image=image)
 
 
-def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
+def expand_shards(pattern: str) -> list[str]:
     """The shards that a pattern names, sorted.
 
     A pattern is a path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
     where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
-    `*.tar`; or `pipe:COMMAND`, in which braces work too.
+    `*.tar`.
 
     Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
     braces stand for more than a million names, or two shards would give their samples the same ids.
@@ -273,7 +270,7 @@ def expand_shards(pattern: str, access: Access = NOTHING_MORE) -> list[str]:
         names = [pattern] if exists else list(braceexpand(pattern))
     except ValueError:
         raise ValueError(f"{told}: the braces do not pair up") from None
-    shards = sorted({shard for name in names for shard in _expand(name, access)})
+    shards = sorted({shard for name in names for shard in _expand(name)})
     if not shards:
         raise ValueError(f"{told}: no tar shard matches")
     stems: dict[str, str] = {}
@@ -318,14 +315,14 @@ def number_of_names(pattern: str) -> int:
     return levels[0][1]
 
 
-def _expand(name: str, access: Access) -> list[str]:
+def _expand(name: str) -> list[str]:
     try:
-        require_allowed(name, access)
+        require_allowed(name)
         if is_url(name) and ("*" in name or name.endswith("/")):
-            return list_urls(f"{name}*.tar" if name.endswith("/") else name, access)
+            return list_urls(f"{name}*.tar" if name.endswith("/") else name)
     except Exception as error:  # every store has its own errors
         raise ValueError(f"{without_secrets(name)}: {reason_of(error)}") from None
-    if not is_local(name):
+    if is_url(name):
         return [name]
     path = Path(name).expanduser()
     if path.exists():

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
-from protoclip.data.access import files_like, is_local, is_url, require_allowed
+from protoclip.data.access import files_like, is_url, require_allowed
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
@@ -19,7 +19,6 @@ from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.shards import open_shards
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import (
-    access_of,
     caption_columns,
     changed,
     describe_bad_lines,
@@ -31,10 +30,8 @@ from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
 # Settings that have no effect on the emoji, whose columns are known and whose images are small.
-EMOJI_LACK = (
-    *("image_column", "caption_column", "id_column", "class_column", "root", "read"),
-    *("allow_commands", "allow_links"),
-)
+EMOJI_LACK = ("image_column", "caption_column", "id_column", "class_column", "root", "read")
+EMOJI_LACK += ("allow_links",)
 # The end of a tar file's name, or of one of several in a pattern.
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
 
@@ -132,13 +129,13 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
 
 
 def _is_shards(path: str) -> bool:
-    """Whether a path names tar files: by suffix, as a command, or as a folder that holds some.
+    """Whether a path names tar files: by suffix, or as a folder that holds some.
 
     A URL that ends in `/` is taken for such a folder, since nothing else is read of a remote one.
     """
     parts = re.split("[?#]", path) if is_url(path) else [path]
     parts[0] = parts[0].rpartition("/")[2]
-    if path.startswith("pipe:") or any(map(TAR.search, parts)):
+    if any(map(TAR.search, parts)):
         return True
     if is_url(path):
         return path.endswith("/") and not parts[0]
@@ -164,10 +161,10 @@ def open_source(
         return ImageTextPairs(emoji_table("train"), name=name or "emoji", notes=notes)
     for setting, location in (("data.root: ", data.root or ""), ("", path)):
         try:
-            require_allowed(location, access_of(data))
+            require_allowed(location)
         except ValueError as error:
             raise ValueError(f"{setting}{without_secrets(location)}: {error}") from None
-    local, streaming = is_local(path), data.read == "streaming"
+    local, streaming = not is_url(path), data.read == "streaming"
     if not _is_shards(path):
         if streaming:
             raise ValueError(
@@ -192,7 +189,6 @@ def open_source(
             lanes=world_size(),
             shuffle=data.shuffle_buffer,
             name=name,
-            access=access_of(data),
             needs_captions=data.needs_captions,
         )
     shards.notes += unused(data)

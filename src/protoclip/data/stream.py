@@ -7,7 +7,6 @@ which shard each block of samples begins, so a run resumes without reading what 
 
 import importlib
 import io
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +16,12 @@ from typing import Any
 
 from protoclip.data.access import (
     GO_ON,
-    NOTHING_MORE,
     PATIENCE_SECONDS,
-    READ_BYTES,
-    Access,
     begun,
     digest,
     is_url,
     open_file,
     reason_of,
-    require_allowed,
 )
 from protoclip.data.chosen import Chosen, Keeps
 from protoclip.data.pairs import LOST, BadSample, Sample, clean_captions
@@ -67,14 +62,13 @@ class ShardStream:
         shuffle: int = 4096,
         caption_keys: Sequence[str] | None = None,
         name: str | None = None,
-        access: Access = NOTHING_MORE,
         chosen: Chosen | None = None,
         needs_captions: bool = True,
     ) -> None:
-        self.shards = expand_shards(pattern, access)
+        self.shards = expand_shards(pattern)
         self.name, self.notes = name or without_secrets(pattern), list[str]()
         self.seed, self.shuffle = seed, shuffle
-        self.caption_keys, self.access = caption_keys and list(caption_keys), access
+        self.caption_keys = caption_keys and list(caption_keys)
         self.chosen, self.needs_captions = chosen, needs_captions
         self._usual = 0  # samples of the last shard that was read to its end
         self.prefix = ""  # with which `chosen` knows ids, in a mixture
@@ -141,9 +135,8 @@ class ShardStream:
     def read(self, shard: str) -> Iterator[Item]:
         """The chosen samples of one shard, in order. Where it breaks off, the number of samples of
         the shard before tells about how many are lost."""
-        settings = self.caption_keys, self.access, self.keeps, self.needs_captions
         number = 0
-        for item in read_shard(shard, *settings):
+        for item in read_shard(shard, self.caption_keys, self.keeps, self.needs_captions):
             if isinstance(item, BadSample) and item.reason.endswith(LOST):
                 if self._usual > number:
                     lost = f"(about {self._usual - number:,} samples) {LOST}"
@@ -219,7 +212,6 @@ class ShardStream:
 def read_shard(
     shard: str,
     caption_keys: Sequence[str] | None,
-    access: Access = NOTHING_MORE,
     keeps: Keeps = lambda sample_id: True,
     needs_captions: bool = True,
 ) -> Iterator[Item]:
@@ -229,13 +221,13 @@ def read_shard(
     """
     stem, seen = shard_stem(shard), set[str]()
     try:
-        with _open(shard, access) as file:
+        with _open(shard) as file:
             for sample in read_samples(file, stem, caption_keys, stream=True):
                 if sample.fault or keeps(sample.sample_id):
                     repeated = sample.sample_id in seen
                     yield _checked(sample, shard, repeated, needs_captions)
                 seen.add(sample.sample_id)
-    except Exception as error:  # file systems, commands and decompressors have their own errors
+    except Exception as error:  # file systems and decompressors have their own errors
         part = f" after {len(seen)} samples; the rest" if seen else "; all"
         yield BadSample(stem, shard, f"{reason_of(error)}{part} {LOST}")
 
@@ -254,37 +246,9 @@ def _checked(sample: ShardSample, shard: str, repeated: bool, needs_captions: bo
 
 
 @contextmanager
-def _open(shard: str, access: Access) -> Iterator[io.BufferedIOBase]:
-    """The uncompressed bytes of a file, a URL or the output of `pipe:COMMAND`."""
-    require_allowed(shard, access)
-    command = _Command(shard.removeprefix("pipe:")) if shard.startswith("pipe:") else None
-    opened = io.BufferedReader(command, READ_BYTES) if command else open_file(shard, access)
-    with opened as file:
+def _open(shard: str) -> Iterator[io.BufferedIOBase]:
+    """The uncompressed bytes of a file or URL."""
+    with open_file(shard) as file:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)
         yield importlib.import_module(reader).open(file) if reader else file
-
-
-class _Command(io.RawIOBase):
-    """The output of a command. Its end is an `OSError` if the command failed."""
-
-    def __init__(self, command: str) -> None:
-        self.process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0)
-        assert isinstance(self.process.stdout, io.RawIOBase)
-        self.output: io.RawIOBase = self.process.stdout
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        number = self.output.readinto(buffer) or 0
-        if number == 0 and (status := self.process.wait()):
-            raise OSError(f"the command ended with status {status}")
-        return number
-
-    def close(self) -> None:
-        if not self.closed:
-            self.output.close()  # ends a command that is still writing
-            self.process.terminate()
-            self.process.wait()
-        super().close()

@@ -24,7 +24,6 @@ from protoclip.columns import COMPRESSED, METADATA, missing
 from protoclip.config import DataConfig
 from protoclip.data.access import (
     NO_WEB_IMAGES,
-    Access,
     digest,
     download,
     files_like,
@@ -105,7 +104,7 @@ def open_files(
     Relative paths in the table start at `data.root`, else at `root`.
     """
     label, folder = without_secrets(paths[0]), index_folder()
-    prints = [fingerprint(path, access_of(data)) for path in paths]
+    prints = [fingerprint(path) for path in paths]
     first = "file_name" if is_metadata(label) else None  # as versions had it that knew no other
     columns = [data.image_column or first, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
@@ -193,7 +192,7 @@ def pairs_of(
         source,
         name=name,
         root=data.root or root,
-        access=access_of(data),
+        allow_links=data.allow_links,
         table_key=key,
         notes=notes,
         needs_captions=data.needs_captions,
@@ -243,11 +242,6 @@ def describe_bad_lines(samples: object, most: float) -> str:
     return ""
 
 
-def access_of(data: DataConfig) -> Access:
-    """What the user allows."""
-    return Access(commands=data.allow_commands, links=data.allow_links)
-
-
 def caption_columns(data: DataConfig) -> list[str]:
     """The columns or keys of captions that the user named."""
     named = data.caption_column or []
@@ -292,7 +286,7 @@ def _local_copy(path: str, print_: str, data: DataConfig) -> str:
         return path
     copy = index_folder() / f"{print_}{suffixes_of(path)[-1]}"
     if not copy.exists():
-        download(path, copy, access_of(data))
+        download(path, copy)
     return str(copy)
 
 
@@ -404,7 +398,7 @@ def _text_batches(
         told = without_secrets(path)
         left_out = LeftOut(told)
         unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with faults(told, *unreadable), lines_of(path, access_of(data)) as lines:
+        with faults(told, *unreadable), lines_of(path) as lines:
             read = read_json if {".jsonl", ".ndjson"} & {*suffixes_of(path)} else read_csv
             names, rows = read(path, lines, left_out)
             if not names and left_out.counts:

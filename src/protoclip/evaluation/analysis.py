@@ -124,7 +124,6 @@ def analyze(
     data: DataConfig | None = None,
     samples: int = 5000,
     num_groups: int | None = None,
-    allow_commands: bool = False,
     allow_links: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -136,14 +135,13 @@ def analyze(
 
     Args:
         run: A run folder.
-        data: The pairs as `data.train`, and how they are read, with permissions of their own; of
+        data: The pairs as `data.train`, and how they are read, with an `allow_links` of its own; of
             the emoji their validation split. Unset, what the run is judged by: its held-out pairs,
             or that split.
         samples: Pairs to use at most, drawn evenly; of a stream the first ones.
         num_groups: Groups of each modality; else the run's number of prototypes, but at least five
             pairs to a group.
-        allow_commands, allow_links: As in `data`, for the run's own pairs; its folder grants
-            neither.
+        allow_links: As in `data`, for the run's own pairs; its folder does not grant it.
 
     Returns:
         A JSON value. Its `digest` is equal for equal pairs; versions up to 1.0.0 wrote none.
@@ -153,8 +151,7 @@ def analyze(
             too few.
     """
     config, checkpoints = open_run(run)
-    allowed = replace(config.data, allow_commands=allow_commands, allow_links=allow_links)
-    config = replace(config, data=allowed)
+    config = replace(config, data=replace(config.data, allow_links=allow_links))
     pairs = held_out(run, config, data, samples)
     if len(pairs.images) < 2 * PAIRS_PER_GROUP:
         least = 2 * PAIRS_PER_GROUP

@@ -29,7 +29,6 @@ from protoclip.data.held_out import image_names, images_of_several_classes
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
 from protoclip.data.sources import open_source
-from protoclip.data.tables import access_of
 from protoclip.data.view import PairsView
 from protoclip.evaluation import data_names, readers
 from protoclip.evaluation.readers import (
@@ -197,7 +196,7 @@ def open_data(
         root: Where the images of tables, of `karpathy:` and of `torchvision:` lie.
         class_column: Column of a table with classes: texts or whole numbers.
         split: The split to be measured: `test`, `validation` or `train`.
-        config: Columns, permissions and the cache folder of the data.
+        config: Columns, `allow_links` and the cache folder of the data.
 
     Raises:
         ValueError: The reference or a file is missing or damaged, or the split is missing, empty
@@ -492,7 +491,7 @@ def named(classes: list[str]) -> tuple[list[str], Sequence[str]]:
 def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
     cache = cache_folder() / "evaluation"
     try:
-        shards = ShardFolder.open(location, access=access_of(config), cache=cache)
+        shards = ShardFolder.open(location, cache=cache)
     except ValueError as error:
         raise ValueError(f"{error}{download_hint(location)}") from None
     kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()

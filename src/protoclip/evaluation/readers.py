@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.data.access import (
-    Access,
     digest,
     download,
     fingerprint,
@@ -71,11 +70,10 @@ class ShardFolder:
 
     location: str
     texts: Mapping[str, str]  # by path below the folder; only those that exist
-    access: Access
     cache: Path
 
     @classmethod
-    def open(cls, location: str, *, access: Access, cache: Path) -> "ShardFolder":
+    def open(cls, location: str, *, cache: Path) -> "ShardFolder":
         """Read the describing files; raises `ValueError` if none tells of a split."""
         if page := HUB_PAGE.fullmatch(location.rstrip("/")):
             location = f"{page[1]}/resolve/{page[2] or 'main'}"
@@ -94,7 +92,7 @@ class ShardFolder:
             if not all(isinstance(text, str) for text in texts.values()):
                 raise ValueError(f"{known}: damaged (not what was written); delete it")
         else:
-            texts = {name: text for name in names if (text := _text(f"{location}/{name}", access))}
+            texts = {name: text for name in names if (text := _text(f"{location}/{name}"))}
         if not any(name.endswith(NUM_SHARDS) for name in texts):
             raise ValueError(
                 f"{location}: no split in CLIP_benchmark's layout, such as test/{NUM_SHARDS} with "
@@ -103,7 +101,7 @@ class ShardFolder:
         if is_url(location):
             known.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps(texts))
-        return cls(location=location, texts=texts, access=access, cache=cache)
+        return cls(location=location, texts=texts, cache=cache)
 
     @property
     def folders(self) -> dict[str, str]:
@@ -135,29 +133,29 @@ class ShardFolder:
         copies = [self.cache / folder / f"{shard}.tar" for shard in range(len(shards))]
         progress = Progress(f"Downloading {self.location}/{folder}", len(copies))
         for done, (shard, copy) in enumerate(zip(shards, copies, strict=True), 1):
-            _download(shard, copy, self.access)
+            _download(shard, copy)
             progress.update(done)
         return copies
 
 
-def _text(file: str, access: Access) -> str:
+def _text(file: str) -> str:
     """The content of a text file; empty if there is none."""
     try:
-        return read_file(file, access).decode()
+        return read_file(file).decode()
     except FileNotFoundError:
         return ""
     except Exception as error:  # the clients of stores have exceptions of their own
         raise ValueError(f"{file}: {reason_of(error)}") from None
 
 
-def _download(url: str, copy: Path, access: Access) -> None:
+def _download(url: str, copy: Path) -> None:
     if copy.exists():
         return
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
         with in_turn(copy):
             if not copy.exists():
-                download(url, copy, access)
+                download(url, copy)
     except Exception as error:
         raise ValueError(f"{url}: {reason_of(error)}") from None
 
@@ -281,7 +279,7 @@ def image_files(names: Sequence[str], *, root: str, name: str) -> ImageTextPairs
         pa.table({"sample_id": list(names), "path": list(names)}),
         name=name,
         root=root,
-        access=Access(links=True),  # the user named the folder, and what is in it
+        allow_links=True,  # the user named the folder, and what is in it
         caption_columns=(),
     )
 

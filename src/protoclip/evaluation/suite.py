@@ -10,7 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from protoclip.config import PERMISSIONS, DataConfig, build
+from protoclip.config import DataConfig, build
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
@@ -29,7 +29,7 @@ from protoclip.values import shown, way_to_file
 
 Data = str | Path | Mapping[str, Any] | EvaluationData
 # Settings of `[data]` that say how a data set is read; the others are for training.
-OF_DATA = ("train", *DATA_OPTIONS, *PERMISSIONS)
+OF_DATA = ("train", *DATA_OPTIONS, "allow_links")
 # Those that are run unless others are asked for; the rest learn, mostly from `train`.
 DEFAULT = (*QUICK, "geometry")
 # CLIP_benchmark's names of tasks, where they differ from ours.

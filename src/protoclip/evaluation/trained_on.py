@@ -28,7 +28,7 @@ from protoclip.paths import with_options
 from protoclip.terminal import without_secrets
 
 ROWS = ("rows", "captions", "images")  # facts by which rows are the same, wherever they lie
-ELSEWHERE = ("hf:", "pipe:", "emoji")  # names of pairs that are not in files of the user
+ELSEWHERE = ("hf:", "emoji")  # names of pairs that are not in files of the user
 
 
 def count_trained(
@@ -38,7 +38,7 @@ def count_trained(
     a model was trained on; nothing where that is not known.
 
     Images are compared where both are in files. Else names, and what the run wrote down of its
-    sources, tell whether they are the same. `allowed` has the permissions to read the run's pairs.
+    sources, tell whether they are the same. The run's pairs are read with `allowed.allow_links`.
     """
     if (run := run_of(model)) is None:
         return {}

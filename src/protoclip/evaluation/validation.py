@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from protoclip.config import PERMISSIONS, Config, DataConfig
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.content import content, difference
 from protoclip.data.held_out import ENOUGH, MOST, SHARE, Before, held_out_rows, shared
@@ -238,7 +238,7 @@ def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData
 
     Args:
         split: What the pairs are called, whichever is asked for.
-        allowed: Has the permissions, since the run's folder has none.
+        allowed: Has `allow_links`, since the run's folder has none.
 
     Raises:
         ValueError: There are none, or the run's data are gone or are others now.
@@ -276,10 +276,10 @@ def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData
 
 
 def settings_of(run: Path, allowed: DataConfig) -> Config:
-    """The settings of a run, with these permissions, to look at its pairs."""
+    """The settings of a run, with this `allow_links`, to look at its pairs."""
     settings = read_config(run)
-    permissions = {name: getattr(allowed, name) for name in PERMISSIONS}
-    return sources.to_look_at(replace(settings, data=replace(settings.data, **permissions)))
+    data = replace(settings.data, allow_links=allowed.allow_links)
+    return sources.to_look_at(replace(settings, data=data))
 
 
 def pairs_of_run(

@@ -237,7 +237,7 @@ def captions_of(run: Path, *, allow_links: bool) -> list[str]:
     config = read_config(run)
     config = replace(config, data=replace(config.data, allow_links=allow_links))
     for entry in sources.entries(config.data):
-        if is_url(entry.path) or entry.path.startswith(("hf:", "pipe:")):
+        if is_url(entry.path) or entry.path.startswith("hf:"):
             raise ValueError(f"{without_secrets(entry.path)} is not on this machine")
     pairs = sources.pairs(sources.to_look_at(config))
     if not isinstance(pairs, Pairs):

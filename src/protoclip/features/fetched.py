@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from protoclip.data.access import NOTHING_MORE, digest, download, fingerprint, is_url, reason_of
+from protoclip.data.access import digest, download, fingerprint, is_url, reason_of
 from protoclip.data.index import cache_folder
 from protoclip.features import store
 from protoclip.files import in_turn
@@ -82,7 +82,7 @@ def fetch(files: dict[str, str], folder: Path) -> None:
     """Copy files to a new folder."""
     for name, each in files.items():
         try:
-            download(each, folder / name, NOTHING_MORE)
+            download(each, folder / name)
         except Exception as error:  # the clients of stores have exceptions of their own
             raise ValueError(f"{without_secrets(each)}: {reason_of(error)}") from None
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from protoclip.data import access
-from protoclip.data.access import begun, is_local
+from protoclip.data.access import begun, is_url
 from protoclip.data.content import of_stream, shard_facts
 from protoclip.data.mixture import mixed_pairs, sources_of
 from protoclip.data.pairs import (
@@ -152,7 +152,7 @@ def _passed(
     }
     if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
         settings["max_pixels"] = max_pixels  # larger images are bad
-    if remote := [without_secrets(shard) for shard in stream.shards if not is_local(shard)]:
+    if remote := [without_secrets(shard) for shard in stream.shards if is_url(shard)]:
         # `of_stream` knows no more of them than their file names.
         settings["remote"] = checksum(to_json(remote).encode())
     working = root / FOLDER / checksum(to_json(settings).encode())
@@ -248,7 +248,7 @@ def _key_of(shard: str) -> str:
 
     What is behind URLs, or a command gives, is taken to stay.
     """
-    facts = [shard_stem(shard), *shard_facts(shard, is_read=True)] if is_local(shard) else [shard]
+    facts = [shard] if is_url(shard) else [shard_stem(shard), *shard_facts(shard, is_read=True)]
     return checksum(to_json(facts).encode())
 
 
@@ -268,7 +268,7 @@ def _until_out_of_patience(stream: ShardStream, encode: Encode, max_bad_share: f
         shard = stream.shards[number]
         part = encode(items, show)
         reasons = [entry["reason"] for entry in part.bad if entry["reason"].endswith(LOST)]
-        if part.ids or not reasons or is_local(shard):
+        if part.ids or not reasons or not is_url(shard):
             failed, lost = 0, 0.0
             return part
         if number != last + world_size():

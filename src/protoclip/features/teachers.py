@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from protoclip.config import HALVES, START, Config, TeacherConfig
-from protoclip.data.access import is_local
+from protoclip.data.access import is_url
 from protoclip.data.content import difference, facts_of_rows, of_pairs
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.mixture import sources_of
@@ -51,7 +51,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     """
     given, path = str(path), local_copy(path)
     if path.is_dir():
-        if is_local(given):
+        if not is_url(given):
             return open_folder(path)
         url = without_secrets(given)
         again = f"delete {path}, and give the command again, which fetches {url} anew"
@@ -199,7 +199,7 @@ def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
     ids = []
     for stream in streams:
         prefix = f"{stream.name}/" if len(streams) > 1 else ""
-        if is_local(stream.shards[0]):
+        if not is_url(stream.shards[0]):
             items = islice(stream.read(stream.shards[0]), FIRST)
             ids += [prefix + item.sample_id for item in items if isinstance(item, Sample)]
     return not ids or bool((stored.find(ids) >= 0).any())

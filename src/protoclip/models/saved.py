@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import protoclip
-from protoclip.config import PERMISSIONS, Config, ModelConfig, build
+from protoclip.config import Config, ModelConfig, build
 from protoclip.distributed.collectives import (
     all_gather_object,
     in_background,
@@ -188,8 +188,7 @@ def read_config(run: Path) -> Config:
         config = Config.from_dict(tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    permissions: dict[str, Any] = dict.fromkeys(PERMISSIONS, False)
-    return replace(config, data=replace(config.data, **permissions))
+    return replace(config, data=replace(config.data, allow_links=False))
 
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:

@@ -172,7 +172,6 @@ def write_report(
     seed: int = 0,
     device: torch.device | None = None,
     overwrite: bool = False,
-    allow_commands: bool = False,
     allow_links: bool = False,
 ) -> Path:
     """Write the report of runs to one HTML file, which needs nothing else and asks for nothing.
@@ -184,7 +183,7 @@ def write_report(
         minutes: After this long no further model is run on examples; the page says so.
         seed: Draws the examples.
         overwrite: Replace a file that is no report, or is read-only.
-        allow_commands, allow_links: As in `data`, for the examples.
+        allow_links: As in `data`, for the examples.
 
     Raises:
         ValueError: A folder is no run, or `out` cannot be written there or is somebody's.
@@ -200,12 +199,11 @@ def write_report(
     with locked(out):
         if not overwrite:
             require_ours(out, MARK)
-        permissions = {"allow_commands": allow_commands, "allow_links": allow_links}
         page = page_of(
             folders,
             out,
-            permissions,
             {"samples": samples, "seed": seed, "minutes": minutes},
+            allow_links=allow_links,
             device=device,
         )
         write_atomically(out, page)
@@ -215,16 +213,18 @@ def write_report(
 def page_of(
     folders: Sequence[str | Path],
     out: Path,
-    permissions: Mapping[str, bool],
     options: Mapping[str, Any],
     *,
+    allow_links: bool,
     device: torch.device | None,
 ) -> str:
     """The page of `write_report`, and the command that makes it again."""
-    read = {os.path.realpath(folder): read_run(folder, **permissions) for folder in folders}
+    read = {
+        os.path.realpath(folder): read_run(folder, allow_links=allow_links) for folder in folders
+    }
     command = ["protoclip", "report", *folders, "--out", out]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
-    command += [f"--{name}" for name, is_given in permissions.items() if is_given]
+    command += ["--allow_links"] * allow_links
     return render(
         context([*read.values()], **options, device=device)
         | {"command": shlex.join(map(str, command))}

@@ -76,13 +76,11 @@ class RunFolder:
         return int(max((steps[-1] for steps, _ in self.curves.values()), default=0))
 
 
-def read_run(
-    path: str | Path, *, allow_commands: bool = False, allow_links: bool = False
-) -> RunFolder:
+def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     """Read a run folder, which may be somebody else's: its own settings permit nothing.
 
     Args:
-        allow_commands, allow_links: As in `data`.
+        allow_links: As in `data`.
 
     Raises:
         ValueError: This is no run folder, or its files are damaged.
@@ -99,8 +97,7 @@ def read_run(
     config, problem = None, ""
     try:
         config = Config.from_dict(tree)
-        allowed = replace(config.data, allow_commands=allow_commands, allow_links=allow_links)
-        config = replace(config, data=allowed)
+        config = replace(config, data=replace(config.data, allow_links=allow_links))
     except ValueError as error:
         problem = f"another version of protoclip wrote this run ({error})"
     settings = flat(as_kept(tree))

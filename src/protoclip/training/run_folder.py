@@ -22,7 +22,6 @@ import protoclip
 from protoclip.config import (
     GONE,
     HALVES,
-    PERMISSIONS,
     START,
     Config,
     LossConfig,
@@ -509,13 +508,12 @@ def slug(name: str) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML, without what is unset or idle, permissions, and secrets in URLs.
+    """The configuration as TOML, without what is unset or idle, `allow_links`, and secrets in URLs.
 
     A run that goes on reads the URLs that it is given then.
     """
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
-    for permission in PERMISSIONS:
-        del tree["data"][permission]
+    del tree["data"]["allow_links"]
     # A class is code, which a recipe cannot name.
     tree["run"]["loggers"] = [name for name in config.run.loggers if ":" not in name]
     return without_secrets(tomli_w.dumps(without_idle(tree)))

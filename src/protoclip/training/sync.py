@@ -81,7 +81,7 @@ def store_of(url: str) -> Store:
         if protocol not in PLACES or not path.strip("/"):
             known = ", ".join(PLACES)
             raise ValueError(f"is no folder of a store ({known}); name one, as s3://bucket/folder")
-        access.require_allowed(url, access.NOTHING_MORE, protocols=PLACES)
+        access.require_allowed(url, protocols=PLACES)
         if protocol == "file":
             return mounted(path)
         if without_secrets(url) != url:

@@ -116,11 +116,11 @@ def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), exact, tokenizer))
     monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
     words = "--data a --data.allow_links true --data.image_column x --caption_column y --root /"
-    words += " --device cpu --fast-resize --precision bf16 --json --data.allow-commands"
+    words += " --device cpu --fast-resize --precision bf16 --json"
     main(["evaluate", "knowing", *words.split()])
     (_, settings), (encoder,) = made_up[0], used
     columns = {"image_column": "x", "caption_column": "y"}
-    config = DataConfig(**columns, allow_links=True, allow_commands=True)
+    config = DataConfig(**columns, allow_links=True)
     assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
     assert encoder.transform == replace(exact, fast=True)
     with encoder.context():

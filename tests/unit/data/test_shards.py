@@ -13,7 +13,6 @@ from braceexpand import braceexpand
 from tars import facts, index, numbered, write_tar
 
 from protoclip.data import shards, sources
-from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample
 from protoclip.data.shards import expand_shards, number_of_names, shard_stem
 from protoclip.data.stream import read_shard
@@ -78,7 +77,7 @@ def test_what_a_sample_takes_from_its_json(tmp_path, keys, meta, text, expected)
     [
         ("/data/00012.tar", "00012"),
         ("s3://bucket/x.tar.d/train.v2.tar.gz", "train.v2"),
-        ("pipe:curl -s 'https://h/a.tar?x=1' | cat", "a"),
+        ("https://h/get?file=a.tar&x=1", "a"),
         ("https://host/00001.tgz?token=abc", "00001"),
     ],
 )
@@ -343,7 +342,7 @@ def test_patterns(tmp_path, monkeypatch):
 
 
 def test_remote_patterns(bucket):
-    """Braces always; globs and folders where the store lists its files; commands as they are."""
+    """Braces always; globs and folders where the store lists its files."""
     for name in ("a/0.tar", "a/1.tar", "a/x.txt"):
         with fsspec.open(f"{bucket}/{name}", "wb") as file:
             file.write(b"")
@@ -351,9 +350,8 @@ def test_remote_patterns(bucket):
     for pattern in (f"{bucket}/a/*.tar", f"{bucket}/a/"):
         assert [n.replace(":///", "://") for n in expand_shards(pattern)] == two
     assert expand_shards("s3://bucket/{000..331}.tar")[331] == "s3://bucket/331.tar"
-    for start, end in (("pipe:curl -s https://host/", ".tar"), ("https://host/", ".tar?token=ab")):
-        found = expand_shards(f"{start}{{0..1}}{end}", Access(commands=True))
-        assert found == [f"{start}0{end}", f"{start}1{end}"]
+    two = ["https://host/0.tar?token=ab", "https://host/1.tar?token=ab"]
+    assert expand_shards("https://host/{0..1}.tar?token=ab") == two
 
 
 @pytest.mark.parametrize(

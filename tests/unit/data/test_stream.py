@@ -4,7 +4,6 @@ import gc
 import itertools
 import json
 import re
-import shlex
 import tarfile
 import threading
 import time
@@ -16,13 +15,11 @@ import pytest
 from tars import facts, numbered, write_tar
 
 from protoclip.data import stream as streams
-from protoclip.data.access import Access
 from protoclip.data.pairs import BadSample, Sample, SampleStream
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.stream import ShardStream
 
 SIZES = (5, 3, 7, 4, 6)
-COMMANDS = Access(commands=True)
 
 
 @pytest.fixture
@@ -167,38 +164,11 @@ def test_shards_of_a_web_server(folder, serve, handler):
     assert missing.reason.endswith("no such file; all of the shard is lost")
 
 
-def test_shards_of_a_store_and_of_commands(folder, bucket):
-    """The samples of the files, though the command goes on writing after the end of the tar."""
+def test_shards_of_a_store(folder, bucket):
     for path in folder.glob("*.tar"):
         with fsspec.open(f"{bucket}/{path.name}", "wb") as file:
             file.write(path.read_bytes())
-    command = f"pipe:cat {shlex.quote(str(folder))}/{{0..4}}.tar; head -c 3000000 /dev/zero"
-    for source in (f"{bucket}/*.tar", command):
-        assert facts(take(stream(source, access=COMMANDS), 60)) == facts(take(stream(folder), 60))
-
-
-LOST = " after 1 samples; the rest of the shard is lost"
-
-
-@pytest.mark.parametrize(
-    ("command", "reason"),
-    [
-        ("false", "the command ended with status 1; all of the shard is lost"),
-        (
-            "no-such-program 2>/dev/null",
-            "the command ended with status 127; all of the shard is lost",
-        ),
-        ("true", "not a tar file; all of the shard is lost"),
-        ("head -c 3000 0.tar; exit 3", f"the command ended with status 3{LOST}"),
-        ("head -c 3000 0.tar", f"unexpected end of data{LOST}"),
-    ],
-)
-def test_commands_that_fail(folder, monkeypatch, command, reason):
-    """One bad sample says why; the other shards, and what came before, are read."""
-    monkeypatch.chdir(folder)
-    found = take(stream(f"pipe:{{cat 1.tar,cat 2.tar,{command}}}", shuffle=1, access=COMMANDS), 60)
-    assert {reason for _, reason in bad(found)} == {reason}
-    assert len(good(found)) == 10 + ("head" in command)
+    assert facts(take(stream(f"{bucket}/*.tar"), 60)) == facts(take(stream(folder), 60))
 
 
 def test_truncated_and_foreign_files_do_not_end_a_stream(folder):

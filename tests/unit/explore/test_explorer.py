@@ -454,7 +454,7 @@ def test_data_whose_images_are_gone_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_stream_and_a_missing_class_column_are_refused(table: Path) -> None:
-    stream = sources.pairs(Config(data=DataConfig(train="pipe:true", allow_commands=True)))
+    stream = sources.pairs(Config(data=DataConfig(train="https://host/0.tar")))
     with pytest.raises(ValueError, match="a stream cannot be explored; copy the shards here"):
         explored(stream)
     samples = sources.pairs(Config(data=DataConfig(train=str(table))))
