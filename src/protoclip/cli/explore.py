@@ -4,7 +4,6 @@ What the pages show, and how they are served, is in `explore/`.
 """
 
 import os
-import signal
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -186,17 +185,10 @@ class Explore:
             begun(partial(pages.site(number).name, "image", 0), name="protoclip-names")  # all names
         print(f"open {url_of(listening, self.host, token)}", flush=True)
         say("Ctrl-C ends it")
-        umaps = pages.make_umaps()
-        if umaps is not None:
+        if pages.make_umaps() is not None:
             say("the map is by PCA until that by UMAP is made; the page says how far it is")
         serving = server(pages, host=self.host, token=token)
-        try:
-            serving.run(sockets=[listening])
-        except KeyboardInterrupt:
-            if umaps is None or umaps.done():
-                raise
-            say("protoclip: interrupted")
-            os._exit(128 + signal.SIGINT)  # Python would abort: the thread is in compiled code
+        serving.run(sockets=[listening])
 
     def pairs(self) -> "ExploredPairs":
         """The pairs to look at. Prints what was noticed about them."""

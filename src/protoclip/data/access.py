@@ -319,12 +319,9 @@ class WebFile(io.RawIOBase):
 
     A request that may succeed later is repeated, and reading continues after a broken connection.
     Raises as `open_file` does, also while reading.
-
-    Attributes:
-        answered: Hosts that have answered this process.
     """
 
-    answered: ClassVar[set[str]] = set()
+    answered: ClassVar[set[str]] = set()  # hosts that have answered this process
 
     def __init__(self, url: str) -> None:
         headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
