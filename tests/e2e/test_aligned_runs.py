@@ -30,10 +30,7 @@ from tiny_starts import save_open_clip
 
 @pytest.fixture(scope="module")
 def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
-    """Makes a run between two halves. What it said is in a file beside it.
-
-    Strengths that set themselves would be 0 for groups of so few samples, and no head would train.
-    """
+    """Makes a run between two halves. What it said is in a file beside it."""
     folder = tmp_path_factory.mktemp("aligned")
     clip = {"name": str(save_open_clip(folder / "clip"))}
     mpnet = {"name": str(save_mpnet(folder / "mpnet")), "context_length": 20}
@@ -44,8 +41,7 @@ def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
     def run(image: str, text: str, head: str, loss: str = "info_nce") -> Path:
         out = folder / f"{image}-{text}-{head}-{loss}"
         model = {"model": {"image": images[image], "text": texts[text]}}
-        losses = {"instance": loss, "strengths": "constant"}
-        more = {**model, "align": {"head": head}, "loss": losses}
+        more = {**model, "align": {"head": head}, "loss": {"instance": loss}}
         more["episodes"] = {"size": 16, "count": 2}
         with out.with_suffix(".txt").open("w") as said, redirect_stderr(said):
             align(of_source(given, sources["shared"], **more, run={"out": str(out)}))
