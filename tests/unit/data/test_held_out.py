@@ -344,6 +344,7 @@ def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
     def refused(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     pairs = source(200, "web", captions=10**9, images=10**9)
     rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
     monkeypatch.setattr(held_out, "in_turn", refused)
