@@ -30,8 +30,10 @@ from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
 # Settings that have no effect on the emoji, whose columns are known and whose images are small.
-EMOJI_LACK = ("image_column", "caption_column", "id_column", "class_column", "root", "read")
-EMOJI_LACK += ("allow_links",)
+EMOJI_LACK = (
+    *("image_column", "caption_column", "id_column", "class_column"),
+    *("root", "read", "allow_links"),
+)
 # The end of a tar file's name, or of one of several in a pattern.
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
 

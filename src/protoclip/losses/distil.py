@@ -162,7 +162,7 @@ def distil(
             know.
         samples: The number of each row's sample, at least 0; unset, all differ. Relations leave
             out rows of the same sample: their features are equal, so they would take most of the
-            softmax and teach nothing.
+            softmax and teach nothing. Other samples with equal features stay (docs/results.md).
     """
     known = torch.isfinite(features).all(1)
     (outputs,) = tiles.widened(outputs)
