@@ -80,7 +80,8 @@ def test_half_an_index_is_built_again(tmp_path, kept):
     assert opened(build, tmp_path).table.to_pydict() == ROWS
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"file/cache: cannot be written .* set PROTOCLIP_CACHE"):
         opened(build, tmp_path / "file" / "cache")

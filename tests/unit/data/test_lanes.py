@@ -37,7 +37,7 @@ WHOLE = Episode(index=0, rows=torch.arange(EPISODE))
 
 
 def items_of(
-    shard: str, _keys: object, _access: object, keeps: Keeps, _: bool, *, sizes: Sequence[int]
+    shard: str, _keys: object, keeps: Keeps, _: bool, *, sizes: Sequence[int]
 ) -> Iterator[Sample | BadSample]:
     """Stands in for a tar, named by one letter and its number. Every fifth sample is bad."""
     stem = shard.rpartition("/")[2].removesuffix(".tar")
