@@ -1,9 +1,7 @@
 """`protoclip explore`: what it serves and writes; the pages themselves are in `test_pages.py`."""
 
-import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pyarrow as pa
@@ -94,28 +92,6 @@ def test_the_map_is_by_umap_where_it_is_installed(
         assert Explore(models=["x"]).layout() == layout
         assert Explore(models=["x"], map="pca").layout() == "pca"
         assert said in capsys.readouterr().err
-
-
-def test_an_interrupt_while_umap_runs_ends_at_once(
-    two: list[Explorer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go_on, codes = threading.Event(), []
-
-    def ended(code: int) -> None:
-        codes.append(code)
-        raise SystemExit(code)
-
-    serving = SimpleNamespace(run=Mock(side_effect=KeyboardInterrupt))
-    monkeypatch.setattr("protoclip.explore.server.server", lambda *_, **__: serving)
-    monkeypatch.setattr("os._exit", ended)
-    slow = replace(two[0], make_umap=lambda done: go_on.wait(60) and two[0].atlas)
-    with listen("127.0.0.1", 0) as listening:
-        with pytest.raises(SystemExit):
-            Explore(models=["x"]).serve([slow], listening)
-        go_on.set()
-        assert codes == [130]
-        with pytest.raises(KeyboardInterrupt):  # as any other command
-            Explore(models=["x"]).serve([two[0]], listening)
 
 
 def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
