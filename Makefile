@@ -67,6 +67,7 @@ lint: .venv/dev ## Check style, format, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/count_rooms.py
 
 format: .venv/dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
