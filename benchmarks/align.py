@@ -39,11 +39,10 @@ from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.view import AllBut
-from protoclip.features import store
-from protoclip.features.half_rows import HalfRows
-from protoclip.features.halves import HalfEncoder, ImagesOnce, completed
-from protoclip.features.listing import open_listing, write_listing
-from protoclip.features.store import Hashes, hash_ids
+from protoclip.encode import store
+from protoclip.encode.halves import HalfEncoder, ImagesOnce, completed
+from protoclip.encode.rows import HalfRows, open_listing, write_listing
+from protoclip.encode.store import Hashes, hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, FrozenHalves

@@ -24,8 +24,8 @@ import torch
 
 from protoclip.config import ModelConfig
 from protoclip.data import index
+from protoclip.encode import store, teachers
 from protoclip.evaluation.kept import VERIFIED, Kept
-from protoclip.features import store, teachers
 from protoclip.files import checksum, file_checksum
 from protoclip.models import loading, saved
 from protoclip.progress import Progress

@@ -37,6 +37,7 @@ import torch
 from PIL import Image
 
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.kept import Kept
 from protoclip.explore.address import listen
@@ -55,7 +56,6 @@ from protoclip.explore.explorer import Explorer
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.explore.render import Pages
 from protoclip.explore.server import cookie_name, server
-from protoclip.features.store import hash_ids
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from testing import resident

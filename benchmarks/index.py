@@ -38,7 +38,7 @@ from protoclip.config import (
 )
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.tables import open_table
-from protoclip.features.store import write_folder
+from protoclip.encode.store import write_folder
 
 SMALL_ROWS, REPEATS = 10_000, 5
 TEACHER_WIDTH = 16

@@ -34,7 +34,7 @@ from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.features.whiten import Whitens
+from protoclip.encode.whiten import Whitens
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import batch_norm, loading

@@ -37,7 +37,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.features.teachers import teachers
+from protoclip.encode.teachers import teachers
 from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.precision import resolve

@@ -27,7 +27,7 @@ from typing import Any
 from interrupting import quick_config
 from protoclip import cli
 from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
-from protoclip.features import encode
+from protoclip.encode import encoder as encode
 from protoclip.models.saved import checkpoints, damage
 from protoclip.training import checkpoint, run_folder
 from remains import invalid, is_hidden, leftovers, packed_in, snapshot, without_times

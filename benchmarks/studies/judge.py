@@ -21,6 +21,7 @@ from protoclip.data.content import image_hash
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
+from protoclip.encode.store import hash_ids
 from protoclip.evaluation import datasets
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
@@ -35,7 +36,6 @@ from protoclip.evaluation.suite import chosen_tasks
 from protoclip.evaluation.task_features import task_features
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import zero_shot_ranks
-from protoclip.features.store import hash_ids
 from protoclip.files import replacing
 from protoclip.models import loading
 

@@ -10,9 +10,9 @@ __version__ = "1.0.0"
 
 if TYPE_CHECKING:
     from protoclip.config import Config as Config
+    from protoclip.encode.embed import embed as embed
     from protoclip.evaluation.suite import evaluate as evaluate
     from protoclip.export.run import export as export
-    from protoclip.features.embed import embed as embed
     from protoclip.losses.info_nce import info_nce as info_nce
     from protoclip.losses.objective import objective as objective
     from protoclip.losses.prototypical import Target as Target
@@ -32,7 +32,7 @@ _MODULES = {
     "config": ["Config"],
     "evaluation.suite": ["evaluate"],
     "export.run": ["export"],
-    "features.embed": ["embed"],
+    "encode.embed": ["embed"],
     "losses.info_nce": ["info_nce"],
     "losses.objective": ["objective"],
     "losses.prototypical": ["Target", "prototypical_loss"],

@@ -20,7 +20,7 @@ import torch
 from interrupting import quick_config, with_changes
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.waits import WAITS
-from protoclip.features import teachers
+from protoclip.encode import teachers
 from protoclip.models import loading
 from protoclip.models.saved import MODEL, WEIGHTS
 from protoclip.training import throughput

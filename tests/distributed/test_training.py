@@ -29,7 +29,7 @@ from protoclip.data.sampler import Episode
 from protoclip.data.stream import ShardStream
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, reach_everything
-from protoclip.features.store import hash_ids
+from protoclip.encode.store import hash_ids
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare

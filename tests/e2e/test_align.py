@@ -25,14 +25,13 @@ from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.distributed.collectives import rank
+from protoclip.encode import encoder as encoding
+from protoclip.encode import rows as listing
+from protoclip.encode.rows import RowLoader, half_teachers
+from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
-from protoclip.features import encode as encoding
-from protoclip.features import listing
-from protoclip.features.half_rows import half_teachers
-from protoclip.features.row_loader import RowLoader
-from protoclip.features.store import hash_ids
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel
 from protoclip.models.saved import read_config

@@ -26,15 +26,15 @@ import protoclip
 from protoclip import cli
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources as sources_of
+from protoclip.encode import encoder as encoding
+from protoclip.encode import halves, parts
+from protoclip.encode.canonical import canonical_projections, moments_of_pairs, out_of_fold
+from protoclip.encode.rows import FOLDER
+from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explored
-from protoclip.features import encode as encoding
-from protoclip.features import halves, parts
-from protoclip.features.canonical import canonical_projections, moments_of_pairs, out_of_fold
-from protoclip.features.listing import FOLDER
-from protoclip.features.store import hash_ids
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP

@@ -19,7 +19,8 @@ from protoclip.config import DataConfig
 from protoclip.data import access
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.features import parts, streamed
+from protoclip.encode import parts
+from protoclip.encode import stream as streamed
 from protoclip.files import locked
 from protoclip.training import align as aligning
 from protoclip.training.align import align

@@ -17,8 +17,8 @@ import torch
 import protoclip
 from protoclip import cli
 from protoclip.config import DataConfig
-from protoclip.features import projected
-from protoclip.features.embed import read_facts
+from protoclip.encode import projected
+from protoclip.encode.embed import read_facts
 from protoclip.models.start import find_start
 from protoclip.training import wise_ft
 from protoclip.training.align import align

@@ -32,11 +32,11 @@ from protoclip.data import pairs as data_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_table
+from protoclip.encode import embed as module
+from protoclip.encode import parts
+from protoclip.encode.halves import ImagesOnce
+from protoclip.encode.parts import Patience, claim, difference_in, read_images, require_same
 from protoclip.evaluation.datasets import open_data
-from protoclip.features import embed as module
-from protoclip.features import parts
-from protoclip.features.halves import ImagesOnce
-from protoclip.features.parts import Patience, claim, difference_in, read_images, require_same
 from testing import run_distributed, tiny_pairs
 from tiny_hugging_face import save_dual_encoder
 from tiny_starts import save_open_clip

@@ -9,9 +9,9 @@ import torch
 import protoclip
 from protoclip.data.emoji import emoji_table, emoji_teacher_path
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.features.encode import embed_teacher
-from protoclip.features.parts import begun_precision
-from protoclip.features.teachers import read_teacher
+from protoclip.encode.encoder import embed_teacher
+from protoclip.encode.parts import begun_precision
+from protoclip.encode.teachers import read_teacher
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from protoclip.cli import main
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.features.encode import FrozenEncoder
+from protoclip.encode.encoder import FrozenEncoder
 from testing import tiny_pairs
 
 PAIRS, BAD = 120, 7

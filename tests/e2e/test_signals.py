@@ -23,7 +23,8 @@ from protoclip.config import Config
 from protoclip.data.loader import items_of
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.features import encode, parts
+from protoclip.encode import encoder as encode
+from protoclip.encode import parts
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints
 from protoclip.training import checkpoint, run

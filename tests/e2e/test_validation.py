@@ -33,6 +33,7 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed.collectives import rank
+from protoclip.encode.teachers import teachers
 from protoclip.evaluation import analysis, compare, validation
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import METRICS, TASKS
@@ -40,7 +41,6 @@ from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.trained_on import trained_guards
 from protoclip.evaluation.validation import judged
 from protoclip.export.card import captions_of
-from protoclip.features.teachers import teachers
 from protoclip.report.findings import findings
 from protoclip.report.looks import find_examples
 from protoclip.training.run import train

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoclip.features import fetched
-from protoclip.features.store import StoredFeatures, write_folder
-from protoclip.features.teachers import read_teacher
+from protoclip.encode import teachers as fetched
+from protoclip.encode.store import StoredFeatures, write_folder
+from protoclip.encode.teachers import read_teacher
 from protoclip.files import to_json
 
 IDS = ["a", "b", "c"]

@@ -18,10 +18,10 @@ from protoclip.data.held_out import held_out_rows
 from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
+from protoclip.encode.store import hash_ids, write_folder
+from protoclip.encode.teachers import read_teacher
 from protoclip.evaluation.kept import VERIFIED, Kept, Listed
 from protoclip.evaluation.samples import SampleResults
-from protoclip.features.store import hash_ids, write_folder
-from protoclip.features.teachers import read_teacher
 from protoclip.files import read_toml
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.plan import outline

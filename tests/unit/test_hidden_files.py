@@ -9,8 +9,8 @@ import pytest
 from protoclip.config import Config, DataConfig, RunConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
+from protoclip.encode import parts
 from protoclip.export.run import appearing
-from protoclip.features import parts
 from protoclip.training.plan import outline
 from protoclip.training.run_folder import claimed, look
 from testing import tiny_pairs

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data import sources
+from protoclip.encode.canonical import SecondMoments, canonical_projections, moments_of_images
+from protoclip.encode.teachers import read_teacher
 from protoclip.evaluation.metrics import Floats, half_of_seeds
 from protoclip.evaluation.validation import judged
-from protoclip.features.canonical import SecondMoments, canonical_projections, moments_of_images
-from protoclip.features.teachers import read_teacher
 from protoclip.prototypes.kmeans import KMeans, kmeans
 
 STUDIES = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """`protoclip embed`: its options.
 
-The vectors are computed and written in `features/embed.py`.
+The vectors are computed and written in `encode/embed.py`.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -43,7 +43,7 @@ class Embed(OfPairs):
         require_place("--out", self.out, is_folder=False, suffix=".parquet")
         with quick_imports():
             from protoclip.distributed import collectives
-            from protoclip.features.embed import embed
+            from protoclip.encode.embed import embed
 
         device = open_device(self.device)
         with collectives.process_group(device):

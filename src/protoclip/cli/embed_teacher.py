@@ -1,6 +1,6 @@
 """`protoclip embed-teacher`: its options, and what it prints.
 
-The features are computed and written in `features/encode.py`.
+The features are computed and written in `encode/encoder.py`.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class EmbedTeacher(Recipes):
         with quick_imports():
             from protoclip.cli.data import idle, open_source, print_notes, typed
             from protoclip.distributed import collectives
-            from protoclip.features.encode import embed_teacher
+            from protoclip.encode.encoder import embed_teacher
 
         device = open_device(self.device)
         with collectives.process_group(device):

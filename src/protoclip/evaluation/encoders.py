@@ -19,12 +19,12 @@ from protoclip.config import Config
 from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import PairsView
+from protoclip.encode import halves
+from protoclip.encode.halves import HalfEncoder
+from protoclip.encode.rows import hashes_of_images
+from protoclip.encode.store import Hashes, Numbers, hash_ids
 from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.features import Encoded, Encoder, Model, Reader, Tokenizer, Transform
-from protoclip.features import halves
-from protoclip.features.halves import HalfEncoder
-from protoclip.features.listing import hashes_of_images
-from protoclip.features.store import Hashes, Numbers, hash_ids
 from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import autocast, resolve

@@ -2,7 +2,7 @@
 
 `kept.py` keeps them on disk, `encoders.py` says which encoder a model gets, and what a task needs
 is chosen in `task_features.py`. Frozen models that teach, or that `align` joins, encode in
-`features/encode.py` and `features/halves.py`.
+`encode/encoder.py` and `encode/halves.py`.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.distributed.cores import cores
+from protoclip.encode import store
 from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.kept import Bad, Kept, Listed
-from protoclip.features import store
 from protoclip.files import checksum
 from protoclip.models.batch_norm import layers_of
 from protoclip.models.precision import Autocast, on_card

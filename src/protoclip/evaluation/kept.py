@@ -1,6 +1,6 @@
 """Features that evaluation keeps, each by what it was made of, so that it is encoded once.
 
-`features.py` makes them, and `features/store.py` has the form of a folder of features.
+`features.py` makes them, and `encode/store.py` has the form of a folder of features.
 """
 
 import json
@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.distributed.collectives import any_rank, rank0_first
-from protoclip.features import store
-from protoclip.features.store import FACTS, FULL, Hashes, Segments, StoredFeatures
+from protoclip.encode import store
+from protoclip.encode.store import FACTS, FULL, Hashes, Segments, StoredFeatures
 from protoclip.files import checksum, locked, read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import say
 

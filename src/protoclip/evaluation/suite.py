@@ -19,8 +19,14 @@ from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals, rests_on_few
 from protoclip.evaluation.samples import decided_by_candidates
-from protoclip.evaluation.served import QUICK, lacks, quick_tasks
-from protoclip.evaluation.task_features import TaskFeatures, splits_of, task_features
+from protoclip.evaluation.task_features import (
+    QUICK,
+    TaskFeatures,
+    lacks,
+    quick_tasks,
+    splits_of,
+    task_features,
+)
 from protoclip.evaluation.validation import open_data
 from protoclip.evaluation.zero_shot import check_templates, read_templates
 from protoclip.paths import DATA_OPTIONS

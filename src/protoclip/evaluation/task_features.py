@@ -1,4 +1,4 @@
-"""The features that the tasks need: images by split, captions, and classifiers of names.
+"""What the tasks need of a data set: whether it has that, and the features of images and captions.
 
 `features` encodes; here it is decided what is encoded, and what is known of each image goes along.
 """
@@ -6,6 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,76 @@ from protoclip.evaluation.datasets import EvaluationData, positions
 from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.evaluation.kept import Bad
 from protoclip.evaluation.retrieval import Captions, captions_of
-from protoclip.evaluation.sample_groups import SampleGroups, sample_groups
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.terminal import say
+
+# Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
+QUICK = ("zero_shot", "retrieval")
+LARGEST = 10  # images that equal captions join
+
+
+def quick_tasks(data: EvaluationData, split: str) -> list[str]:
+    """The tasks of `QUICK` that the data can serve; raises `ValueError` if they can serve none."""
+    reasons = {task: lacks(data, split, task) for task in QUICK}
+    if all(reasons.values()):
+        why = "; ".join(f"{task} needs {reason}" for task, reason in reasons.items())
+        raise ValueError(f"{data.name}: can serve no quick task ({why})")
+    return [task for task in QUICK if not reasons[task]]
+
+
+def lacks(data: EvaluationData, split: str, task: str) -> str:
+    """What a task needs and the data do not have; empty if they have everything.
+
+    Raises:
+        ValueError: A label is not the number of a class.
+    """
+    part = data.splits[split]
+    labels = part.labels
+    if task in ("retrieval", "geometry"):
+        for row, captions in enumerate(part.captions or ()):
+            if not captions:
+                raise ValueError(
+                    f"{data.name}: sample '{part.images.sample_id(row)}' has no caption"
+                )
+        return "" if part.captions is not None else "captions"
+    if task == "zero_shot" and split in data.image_names:
+        return ""
+    if labels is None:
+        return "labels"
+    if task == "zero_shot":
+        check_labels(data, split)
+        return "" if data.class_names else "class names"
+    if labels.ndim == 2:
+        return "one class an image, and these are multilabel data"
+    if task == "clustering":
+        return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
+    train = data.splits.get("train")  # opens it, which may take long
+    if train is None or train.labels is None or split == "train":
+        return "a labelled train split beside the one that is measured"
+    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
+
+
+def check_labels(data: EvaluationData, split: str) -> None:
+    labels, count = data.splits[split].labels, len(data.class_names)
+    if labels is None or not count:
+        return
+    if labels.ndim == 2 and labels.shape[1] != count:
+        raise ValueError(
+            f"{data.name}: {count} class names for {labels.shape[1]} columns of labels"
+        )
+    if labels.ndim == 1 and bool((wrong := (labels < 0) | (labels >= count)).any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{data.name}: sample '{data.splits[split].images.sample_id(row)}' has class "
+            f"{int(labels[row])}, but there are names for classes 0 to {count - 1}"
+        )
+
+
+class SampleGroups(NamedTuple):
+    """The group of each image and of each text that is to be retrieved, by the id of an image."""
+
+    images: list[str]
+    texts: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +214,43 @@ def say_bad(stage: str, bad: Sequence[Bad], number: int) -> None:
     say(f"warning: {stage}: {share}:")
     for _, why in bad[:10]:
         say(f"  {why}")
+
+
+def sample_groups(
+    ids: Sequence[str],
+    groups: Sequence[int],
+    content: Sequence[int],
+    captions: Captions | None,
+) -> SampleGroups:
+    """The groups of images, given what the data say of them, and of their texts.
+
+    Images of a concept hang together, an image and its captions, equal images, and images with an
+    equal caption: rarest first, while no group grows beyond `LARGEST` images and a fiftieth of all.
+
+    Args:
+        ids, groups, content: Of each image: its id, a number that images of a concept share, and
+            one that equal images share.
+    """
+    group, members = [*groups], dict[int, list[int]]()
+    for image, number in enumerate(group):
+        members.setdefault(number, []).append(image)
+    images_of: dict[str | int, list[int]] = {}
+    for image, key in enumerate(content):
+        images_of.setdefault(key, []).append(image)
+    first_image: dict[int, int] = {}
+    if captions is not None:
+        pairs = zip(captions.image_of_pair.tolist(), captions.text_of_pair.tolist(), strict=True)
+        for image, text in pairs:
+            images_of.setdefault(captions.texts[text], []).append(image)
+            first_image.setdefault(text, image)
+    for images in sorted(images_of.values(), key=len):
+        joined = {group[image] for image in images}
+        together = [image for number in joined for image in members[number]]
+        if len(joined) > 1 and len(together) <= max(LARGEST, len(group) // 50):
+            number = min(joined)
+            members[number] = together
+            for image in together:
+                group[image] = number
+    of_images = [ids[min(members[number])] for number in group]
+    of_texts = [of_images[first_image[text]] for text in range(len(first_image))]
+    return SampleGroups(of_images, of_texts)

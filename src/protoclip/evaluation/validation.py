@@ -37,7 +37,7 @@ from protoclip.evaluation.datasets import (
     named,
     positions,
 )
-from protoclip.evaluation.served import quick_tasks
+from protoclip.evaluation.task_features import quick_tasks
 from protoclip.files import read_json
 from protoclip.models.saved import STATE, checkpoints, read_config, run_of
 from protoclip.paths import COLUMN_OPTIONS, with_options

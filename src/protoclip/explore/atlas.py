@@ -22,9 +22,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from protoclip.data.sampler import evenly_spaced
+from protoclip.encode.canonical import out_of_fold
+from protoclip.encode.store import Hashes, Numbers
 from protoclip.explore.neighbours import Neighbours, near_duplicates
-from protoclip.features.canonical import out_of_fold
-from protoclip.features.store import Hashes, Numbers
 from protoclip.files import (
     checksum,
     file_checksum,

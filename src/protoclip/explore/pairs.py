@@ -15,9 +15,9 @@ import numpy.typing as npt
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.view import AllBut, PairsView, RowNumbers, Rows, by_source
+from protoclip.encode.store import Hashes, hash_ids
 from protoclip.evaluation.features import hash_of
 from protoclip.evaluation.validation import plain_sources
-from protoclip.features.store import Hashes, hash_ids
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 

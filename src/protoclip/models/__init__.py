@@ -1,4 +1,4 @@
 """The towers, the projection heads, and the model that holds them.
 
-Frozen models that only encode, as external teachers do, are in `features/encode.py`.
+Frozen models that only encode, as external teachers do, are in `encode/encoder.py`.
 """

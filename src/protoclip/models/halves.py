@@ -1,6 +1,6 @@
 """Small towers, and pretrained halves: timm's image weights, and Hugging Face text models.
 
-Halves of two models are joined in `two_halves.py`, and encode pairs in `features/halves.py`.
+Halves of two models are joined in `two_halves.py`, and encode pairs in `encode/halves.py`.
 """
 
 import json

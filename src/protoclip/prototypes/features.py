@@ -19,8 +19,8 @@ from protoclip.data.packed import Packed
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
-from protoclip.features.store import hash_ids
-from protoclip.features.whiten import Whitens
+from protoclip.encode.store import hash_ids
+from protoclip.encode.whiten import Whitens
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, evaluation_mode
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest

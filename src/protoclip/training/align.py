@@ -34,18 +34,17 @@ from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
-from protoclip.evaluation.validation import Judged
-from protoclip.features import teachers as external
-from protoclip.features.canonical import canonical_projections, second_moments
-from protoclip.features.half_rows import HalfRows
-from protoclip.features.halves import (
+from protoclip.encode import teachers as external
+from protoclip.encode.canonical import canonical_projections, second_moments
+from protoclip.encode.halves import (
     encode_halves,
     features_folder,
     image_halves,
     images_at_once,
 )
-from protoclip.features.listing import open_listing, write_listing
-from protoclip.features.streamed import passed
+from protoclip.encode.rows import HalfRows, open_listing, write_listing
+from protoclip.encode.stream import passed
+from protoclip.evaluation.validation import Judged
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.formats import closed_formats

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from protoclip.config import Config
 from protoclip.data.index import cache_folder
 from protoclip.distributed import parallel
+from protoclip.encode.halves import features_folder
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
-from protoclip.features.halves import features_folder
 from protoclip.models import loading
 from protoclip.models.precision import on_card
 from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP

@@ -52,15 +52,15 @@ from protoclip.distributed.collectives import (
     rank0_first,
     world_size,
 )
+from protoclip.encode import teachers as external
+from protoclip.encode.rows import HalfRows
+from protoclip.encode.store import StoredFeatures
+from protoclip.encode.whiten import Whitens
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.trained_on import trained_guards
 from protoclip.evaluation.validation import Judged, guards, judged
-from protoclip.features import teachers as external
-from protoclip.features.half_rows import HalfRows
-from protoclip.features.store import StoredFeatures
-from protoclip.features.whiten import Whitens
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
 from protoclip.models.halves import SmallTowers, require_image_weights

@@ -30,11 +30,10 @@ from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.data.skipped import SkipLog
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.features import teachers as external
-from protoclip.features.half_rows import HalfRows, half_teachers
-from protoclip.features.row_loader import RowLoader
-from protoclip.features.start import embed_start
-from protoclip.features.whiten import Whitens
+from protoclip.encode import teachers as external
+from protoclip.encode.rows import HalfRows, RowLoader, half_teachers
+from protoclip.encode.start import embed_start
+from protoclip.encode.whiten import Whitens
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights

@@ -21,9 +21,9 @@ from protoclip.data.held_out import image_names, image_sizes
 from protoclip.data.inspect import inspect
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import episodes
+from protoclip.encode.encoder import embed_teacher
+from protoclip.encode.teachers import read_teacher
 from protoclip.evaluation.validation import judged
-from protoclip.features.encode import embed_teacher
-from protoclip.features.teachers import read_teacher
 from testing import tiny_pairs
 
 

@@ -21,8 +21,8 @@ from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.features import teachers
-from protoclip.features.store import StoredFeatures
+from protoclip.encode import teachers
+from protoclip.encode.store import StoredFeatures
 
 NUMBER, SIDE = 6, 32
 NAMES = ("a", "b")

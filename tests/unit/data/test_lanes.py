@@ -25,7 +25,7 @@ from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.distributed import collectives
-from protoclip.features.store import hash_ids
+from protoclip.encode.store import hash_ids
 from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
 from testing import run_distributed, tiny_model, tiny_pairs

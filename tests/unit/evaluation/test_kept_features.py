@@ -18,9 +18,9 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
+from protoclip.encode.store import Segments
 from protoclip.evaluation import features as module
 from protoclip.evaluation.features import Encoder, Reader
-from protoclip.features.store import Segments
 from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed

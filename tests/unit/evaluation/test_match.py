@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs, Sample
+from protoclip.encode.encoder import FrozenEncoder
 from protoclip.evaluation import match, retrieval
 from protoclip.evaluation.grouping import nearest_others
-from protoclip.features.encode import FrozenEncoder
 from testing import tiny_pairs
 
 CPU = torch.device("cpu")

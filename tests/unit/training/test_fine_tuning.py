@@ -29,8 +29,8 @@ from protoclip.config import (
 )
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.features import encode
-from protoclip.features.start import embed_start
+from protoclip.encode import encoder as encode
+from protoclip.encode.start import embed_start
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start

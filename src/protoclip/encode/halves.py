@@ -38,18 +38,18 @@ from protoclip.distributed.collectives import (
     rank0_first,
     require_shared,
 )
-from protoclip.features import store
-from protoclip.features.encode import PART_ROWS, FrozenEncoder, encode_parts, join_parts
-from protoclip.features.half_rows import HalfRows
-from protoclip.features.listing import (
+from protoclip.encode import store
+from protoclip.encode.encoder import PART_ROWS, FrozenEncoder, encode_parts, join_parts
+from protoclip.encode.parts import FOLDERS, parts_of, read_images, read_note
+from protoclip.encode.rows import (
+    HalfRows,
     image_key,
     located,
     open_listing,
     view_id,
     write_listing,
 )
-from protoclip.features.parts import FOLDERS, parts_of, read_images, read_note
-from protoclip.features.store import Hashes, Numbers, Segments, hash_ids
+from protoclip.encode.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.files import checksum, locked
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.batch_norm import layers_of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from protoclip.config import ModelConfig, TextTowerConfig
-from protoclip.features.encode import MAX_TOKENS, open_encoder
+from protoclip.encode.encoder import MAX_TOKENS, open_encoder
 from protoclip.models import loading
 
 sys.path.append(str(Path(__file__).parents[2]))

@@ -30,9 +30,8 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.transforms import OfMiddle
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
-from protoclip.features import store, teachers
-from protoclip.features.fetched import local_copy
-from protoclip.features.parts import (
+from protoclip.encode import store, teachers
+from protoclip.encode.parts import (
     PARTS,
     Part,
     Show,
@@ -46,7 +45,8 @@ from protoclip.features.parts import (
     read_part,
     write_skipped,
 )
-from protoclip.features.whiten import Features, fit_pca
+from protoclip.encode.teachers import local_copy
+from protoclip.encode.whiten import Features, fit_pca
 from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading, opening
 from protoclip.models.hugging_face import auto_model

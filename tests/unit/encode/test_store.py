@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.features import teachers
-from protoclip.features.store import StoredFeatures, write_folder
-from protoclip.features.teachers import read_teacher
+from protoclip.encode import teachers
+from protoclip.encode.store import StoredFeatures, write_folder
+from protoclip.encode.teachers import read_teacher
 
 
 def names(count: int) -> list[str]:
@@ -127,7 +127,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
 def test_different_ids_of_one_hash_are_refused(monkeypatch):
     """The index holds hashes alone, so both ids are named."""
     monkeypatch.setattr(
-        "protoclip.features.store.hash_ids",
+        "protoclip.encode.store.hash_ids",
         lambda ids: np.array([len(i) for i in ids], dtype=np.uint64),
     )
     with pytest.raises(ValueError, match="the hash of another, such as 'aa' and 'bb'"):

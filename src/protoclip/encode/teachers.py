@@ -1,15 +1,18 @@
 """The external teachers of a run: features that its settings name, whitened as they say.
 
 A teacher is a folder of the store, a user's own file, the bundled emoji's, or the frozen start,
-whose features are made when the run begins.
+whose features are made when the run begins. Those in a store or on the web are copied to the cache
+first, whole or not at all.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +21,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from protoclip.config import HALVES, START, Config, TeacherConfig
-from protoclip.data.access import is_url
+from protoclip.data.access import digest, download, fingerprint, is_url, reason_of
 from protoclip.data.content import difference, facts_of_rows, of_pairs
 from protoclip.data.emoji import emoji_teacher_path
+from protoclip.data.index import cache_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.sources import entries
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.collectives import rank
-from protoclip.features.fetched import local_copy
-from protoclip.features.store import DAMAGED, StoredFeatures, load_array, open_folder
-from protoclip.features.whiten import Whitens
-from protoclip.terminal import without_secrets
+from protoclip.encode import store
+from protoclip.encode.store import DAMAGED, StoredFeatures, load_array, open_folder
+from protoclip.encode.whiten import Whitens
+from protoclip.files import in_turn
+from protoclip.terminal import say, without_secrets
 
+T = TypeVar("T")
 FILES = (".npy", ".parquet")  # of a user's own features
 FIRST = 64  # samples of a stream of which a teacher should know one
 LOOKED_UP = 100_000  # samples of pairs, so that a run on many begins as soon as one on few
@@ -80,6 +86,83 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
     return StoredFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
+
+
+def local_copy(path: str | Path) -> Path:
+    """A local path as it is; of a URL, a copy in the cache: of a teacher folder, or a user's file.
+
+    What the store says of the files (sizes, checksums, times) names the copy, so that what has
+    changed there is fetched anew. The processes of a host fetch in turn.
+
+    Raises:
+        ValueError: A file is missing, cannot be read, or changed meanwhile, or the folder is
+            damaged; names the URL.
+    """
+    url = str(path)
+    if not is_url(url):
+        return Path(path)
+    files = files_behind(url)
+    prints = [fingerprint(each) for each in files.values()]
+    copy = cache_folder() / "teachers" / digest({"files": prints})
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with in_turn(copy):
+        if not copy.is_dir():
+            scratch = copy.with_name(f".{copy.name}.fetched")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a fetch that was killed
+            say(f"note: {without_secrets(url)} is copied to {copy}")
+            try:
+                fetch(files, scratch)
+                if store.FACTS in files:
+                    looked_at(url, scratch, store.open_folder)
+                if prints != [fingerprint(each) for each in files.values()]:
+                    raise ValueError(
+                        f"{without_secrets(url)}: changed while it was fetched; give the same "
+                        "command again"
+                    )
+                scratch.rename(copy)
+            except BaseException:  # the next one may have another name
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise
+    return copy if store.FACTS in files else copy / next(iter(files))
+
+
+def files_behind(url: str) -> dict[str, str]:
+    """The URLs of a teacher folder, or of a user's file, by the names of their copies.
+
+    Raises:
+        ValueError: The facts of the folder are missing, cannot be read, or are damaged.
+    """
+    path = url.partition("?")[0].rstrip("/")
+    name = path.rpartition("/")[2]
+    if name.endswith(".parquet"):
+        return {name: url}
+    if name.endswith(".npy"):
+        stem = path.removesuffix(".npy")
+        return {name: url, f"{name.removesuffix('.npy')}.ids.txt": f"{stem}.ids.txt"}
+    names = [store.FACTS, store.INDEX, store.CHECKSUMS, store.FEATURES]
+    with TemporaryDirectory() as scratch:
+        fetch({store.FACTS: f"{path}/{store.FACTS}"}, Path(scratch))
+        facts = looked_at(path, Path(scratch), store.read_facts)
+    if "checksums" not in facts:  # earlier versions wrote none
+        names.remove(store.CHECKSUMS)
+    return {name: f"{path}/{name}" for name in names}
+
+
+def fetch(files: dict[str, str], folder: Path) -> None:
+    """Copy files to a new folder."""
+    for name, each in files.items():
+        try:
+            download(each, folder / name)
+        except Exception as error:  # the clients of stores have exceptions of their own
+            raise ValueError(f"{without_secrets(each)}: {reason_of(error)}") from None
+
+
+def looked_at(url: str, folder: Path, read: Callable[[Path], T]) -> T:
+    """What is read in the copy of a folder; a `ValueError` names the URL in its place."""
+    try:
+        return read(folder)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(folder), without_secrets(url))) from None
 
 
 def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:

@@ -8,10 +8,10 @@ from sklearn.decomposition import PCA
 
 from protoclip.config import Config
 from protoclip.data import sources
-from protoclip.features import teachers
-from protoclip.features.store import StoredFeatures, write_folder
-from protoclip.features.teachers import read_teacher
-from protoclip.features.whiten import Whitening, fit_pca
+from protoclip.encode import teachers
+from protoclip.encode.store import StoredFeatures, write_folder
+from protoclip.encode.teachers import read_teacher
+from protoclip.encode.whiten import Whitening, fit_pca
 
 
 def correlated(rows: int, width: int, *, rank: int | None = None) -> np.ndarray:

@@ -39,11 +39,10 @@ from protoclip.distributed.collectives import (
     require_shared,
     world_size,
 )
-from protoclip.features import store
-from protoclip.features.encode import encode_images
-from protoclip.features.halves import WAIT, ImageHalf, opened, segment_facts
-from protoclip.features.listing import view_id
-from protoclip.features.parts import (
+from protoclip.encode import store
+from protoclip.encode.encoder import encode_images
+from protoclip.encode.halves import WAIT, ImageHalf, opened, segment_facts
+from protoclip.encode.parts import (
     FOLDERS,
     PARTS,
     Encode,
@@ -55,7 +54,8 @@ from protoclip.features.parts import (
     read_note,
     read_part,
 )
-from protoclip.features.store import Hashes, Segments, hash_ids
+from protoclip.encode.rows import view_id
+from protoclip.encode.store import Hashes, Segments, hash_ids
 from protoclip.files import (
     checksum,
     file_checksum,

@@ -31,12 +31,13 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.transforms import EvaluationTransform, OfMiddle
 from protoclip.distributed import collectives
-from protoclip.features import encode, parts, teachers
-from protoclip.features.encode import FrozenEncoder, embed_teacher, open_encoder
-from protoclip.features.halves import HalfEncoder
-from protoclip.features.store import StoredFeatures
-from protoclip.features.teachers import read_teacher
-from protoclip.features.whiten import fit_pca
+from protoclip.encode import encoder as encode
+from protoclip.encode import parts, teachers
+from protoclip.encode.encoder import FrozenEncoder, embed_teacher, open_encoder
+from protoclip.encode.halves import HalfEncoder
+from protoclip.encode.store import StoredFeatures
+from protoclip.encode.teachers import read_teacher
+from protoclip.encode.whiten import fit_pca
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.batch_norm import synchronise
 from protoclip.models.towers import build_tokenizer, image_normalisation

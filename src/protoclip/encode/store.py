@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.features.whiten import Features, Whitens
+from protoclip.encode.whiten import Features, Whitens
 from protoclip.files import (
     SEAL,
     checksum,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from torch import nn
 
-from protoclip.features.canonical import (
+from protoclip.encode.canonical import (
     SecondMoments,
     canonical_projections,
     moments_of_images,

@@ -16,11 +16,11 @@ from protoclip.distributed.collectives import (
     raise_on_all_ranks,
     rank0_first,
 )
-from protoclip.features import store
-from protoclip.features.encode import PART_ROWS, FrozenEncoder, finish
-from protoclip.features.listing import hashes_of_captions
-from protoclip.features.parts import identity
-from protoclip.features.store import StoredFeatures
+from protoclip.encode import store
+from protoclip.encode.encoder import PART_ROWS, FrozenEncoder, finish
+from protoclip.encode.parts import identity
+from protoclip.encode.rows import hashes_of_captions
+from protoclip.encode.store import StoredFeatures
 from protoclip.files import checksum, locked
 from protoclip.models.precision import Autocast
 from protoclip.models.protoclip import TowerPair

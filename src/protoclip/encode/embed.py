@@ -32,10 +32,10 @@ from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, SampleStream
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
-from protoclip.features import store
-from protoclip.features.encode import FrozenEncoder, encode_texts
-from protoclip.features.halves import images_at_once
-from protoclip.features.parts import (
+from protoclip.encode import store
+from protoclip.encode.encoder import FrozenEncoder, encode_texts
+from protoclip.encode.halves import images_at_once
+from protoclip.encode.parts import (
     Part,
     Show,
     begun_precision,
@@ -50,7 +50,7 @@ from protoclip.features.parts import (
     require_same,
     write_skipped,
 )
-from protoclip.features.projected import KeptHalves, kept_halves
+from protoclip.encode.projected import KeptHalves, kept_halves
 from protoclip.files import locked, replacing, require_ours, require_regular, to_json
 from protoclip.models import loading
 from protoclip.models.precision import Precision, encoding, of_encoding

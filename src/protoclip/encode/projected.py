@@ -26,10 +26,10 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
 )
-from protoclip.features.halves import HalfEncoder, features_folder, opened
-from protoclip.features.listing import image_key
-from protoclip.features.store import FACTS, Numbers, Segments, hash_ids
-from protoclip.features.whiten import Features
+from protoclip.encode.halves import HalfEncoder, features_folder, opened
+from protoclip.encode.rows import image_key
+from protoclip.encode.store import FACTS, Numbers, Segments, hash_ids
+from protoclip.encode.whiten import Features
 from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import Autocast, Precision, autocast, of_encoding, resolve

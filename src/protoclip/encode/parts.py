@@ -35,7 +35,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.distributed.cores import cores
-from protoclip.features import store
+from protoclip.encode import store
 from protoclip.files import checksum, left_by_killed, sealed, to_json, write_atomically
 from protoclip.models.precision import Precision
 from protoclip.progress import Progress

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip.features.half_rows import HalfRows
+from protoclip.encode.rows import HalfRows
 
 BLOCK = 2**12  # images whose features are in memory at once
 SAMPLE = 2**16  # images whose features are read: thirty times the width of a wide half
