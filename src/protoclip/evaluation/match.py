@@ -26,12 +26,13 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.encode.canonical import canonical_projections, moments_of_pairs
-from protoclip.encode.encoder import FrozenEncoder, Pooling, encode_items, open_encoder
+from protoclip.encode.encoder import FrozenEncoder, encode_items, open_encoder
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
 from protoclip.evaluation.kept import Kept
 from protoclip.files import checksum
+from protoclip.models.frozen import Pooling
 from protoclip.models.halves import MINILM, pooling_of
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from protoclip.config import ModelConfig, TextTowerConfig
-from protoclip.encode.encoder import MAX_TOKENS, open_encoder
+from protoclip.encode.encoder import open_encoder
 from protoclip.models import loading
+from protoclip.models.frozen import MAX_TOKENS
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_bert, save_mpnet, save_roberta
