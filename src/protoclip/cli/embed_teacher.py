@@ -5,7 +5,6 @@ The features are computed and written in `encode/encoder.py`.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Literal
 
 from protoclip.cli.device import open_device
@@ -14,7 +13,7 @@ from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
 from protoclip.paths import require_data_paths, require_place, require_teacher
-from protoclip.terminal import say, visible
+from protoclip.terminal import quote_word, say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +72,4 @@ class EmbedTeacher(Recipes):
             shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
             print(f"{name:<24} {shown}")
         out = visible(self.out)
-        say(f"written to {out}; train with --teacher.features {quote(out)}")
+        say(f"written to {out}; train with --teacher.features {quote_word(out)}")

@@ -6,7 +6,6 @@ The model is trained in `training/finetune.py`, which also sets these defaults.
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any, ClassVar, Literal
 
 from protoclip.checks import require_named_pairs, require_start, was_fine_tuned
@@ -16,7 +15,7 @@ from protoclip.cli.train import exit_if_stopped, show_results
 from protoclip.config import BatchSize, Config, NotNegative, Rank
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
-from protoclip.terminal import say, visible
+from protoclip.terminal import quote_word, say, visible
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Finetune(Config, Recipes):
             alpha = "" if self.alpha is None else f" --alpha {self.alpha}"
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; "
-                f"protoclip finetune {quote(str(folder))} --resume auto{alpha} goes on"
+                f"protoclip finetune {quote_word(str(folder))} --resume auto{alpha} goes on"
             )
             exit_if_stopped(results)
 

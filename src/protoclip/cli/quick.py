@@ -9,7 +9,6 @@ import time
 import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from protoclip.cli import explore
@@ -18,7 +17,7 @@ from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config
 from protoclip.files import replacing, require_ours, require_regular
 from protoclip.progress import duration
-from protoclip.terminal import visible
+from protoclip.terminal import quote_word, visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,9 +153,9 @@ def quick(out: str | Path = "runs/quick", *, seed: int = 0) -> dict[str, Any]:
     if not looks:
         print("  pip install 'protoclip[explore]', and the same command makes a map of them")
         return results
-    page, model = explorer / "index.html", quote(visible(str(out / "model")))
+    page, model = explorer / "index.html", quote_word(str(out / "model"))
     print(f"  {visible(str(page))}   a map of these drawings")
-    data = quote(visible(str(unseen)))
+    data = quote_word(str(unseen))
     print(f"  protoclip explore {model} --data {data}   a clearer map, and search")
     # Without a display a browser in text mode would take the terminal.
     display = (

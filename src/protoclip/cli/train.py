@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from shlex import quote
 from typing import Any, Literal
 
 from protoclip.checks import check
@@ -17,7 +16,7 @@ from protoclip.cli.parsing import Recipes, merged
 from protoclip.config import BatchSize, Config
 from protoclip.files import to_json
 from protoclip.paths import require_paths, require_place
-from protoclip.terminal import say, visible
+from protoclip.terminal import quote_word, say, visible
 
 SECTIONS = {section.name for section in fields(Config)}
 
@@ -75,9 +74,9 @@ def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = 
         )
         exit_if_stopped(results)
     elif not as_json:
-        folder = visible(results["folder"])
-        look = f"; look at its pairs with protoclip explore {quote(folder)}" if explores else ""
-        print(f"written to {folder}{look}")
+        command = f"protoclip explore {quote_word(results['folder'])}"
+        look = f"; look at its pairs with {command}" if explores else ""
+        print(f"written to {visible(results['folder'])}{look}")
 
 
 def exit_if_stopped(results: Mapping[str, Any]) -> None:

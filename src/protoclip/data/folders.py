@@ -7,7 +7,6 @@ evaluation in `evaluation/readers.py`.
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from protoclip.data.tables import (
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
-from protoclip.terminal import line, visible
+from protoclip.terminal import line, quote_word, visible
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -154,7 +153,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     elif images and not has_captions and looks_like_classes(folder):
         way_out += (
             "; its folders look like classes, and images are classified without captions by "
-            f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
+            f"protoclip evaluate MODEL --data {quote_word(str(folder))}"
         )
     built = key if data.needs_captions else f"{key}-images"  # the pairs are known by `key` in both
     index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)

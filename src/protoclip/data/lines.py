@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import shlex
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from typing import Any
 from protoclip.columns import COMPRESSED, LONGEST_HEADER, find_header, read_header
 from protoclip.data.access import is_url, open_file
 from protoclip.progress import Progress
-from protoclip.terminal import line
+from protoclip.terminal import line, quote_word
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
@@ -126,7 +125,7 @@ def way_to_utf8(path: str, text: str) -> str:
     if is_plain and b"\0" not in encoded and not NO_LATIN.search(encoded):
         with suppress(UnicodeDecodeError):
             encoded.decode("cp1252")
-            command = f"iconv -f cp1252 -t utf-8 {shlex.quote(path)} > NEW"
+            command = f"iconv -f cp1252 -t utf-8 {quote_word(path)} > NEW"
             return f"convert it (it looks like Windows-1252: {command})"
     return "save it as UTF-8"
 

@@ -317,8 +317,8 @@ def origin(settings: Mapping[str, Any], alpha: float | None) -> Iterator[str]:
     yield f"| positives | `{visible(positives_of(known))}` |"
 
 
-def image_text(text: str) -> str:
-    """A text for the brackets of an image, where data may have been named by others."""
+def escape_markdown(text: str) -> str:
+    """A text that others wrote, for a heading or the brackets of an image."""
     return re.sub(r"([\\\[\]<>`!])", r"\\\1", visible(text))
 
 
@@ -394,7 +394,7 @@ def write_card(
         front_matter(facts["license"], known),
         "---",
         "",
-        f"# {visible(str(name_of_run))}",
+        f"# {escape_markdown(str(name_of_run))}",
         "",
         f"{EXPORTED} `{visible(source.reference)}` by protoclip {protoclip.__version__}.",
         "",
@@ -452,7 +452,7 @@ def write_card(
         lines.append("None: there are no results of this checkpoint.")
     # The curves are of a whole run, so not of an earlier checkpoint.
     if is_end(run, checkpoint) and (seen := write_figure(run, folder)):
-        lines += ["", f"![{image_text(seen)}]({FIGURE})"]
+        lines += ["", f"![{escape_markdown(seen)}]({FIGURE})"]
     lines += ["", "## Prototypes", ""]
     missing = facts["prototypes"]
     lines.append(f"None: {missing}." if missing else "`prototypes.safetensors`, `prototypes.json`.")

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import subprocess
 import sys
 
@@ -41,3 +42,15 @@ def test_a_process_that_has_pytorch_goes_on_collecting():
     with quick_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == before
+
+
+def test_an_environment_that_breaks_libraries_is_named_or_does_not_matter():
+    """-OO removes docstrings that libraries read; figures are files, whatever MPLBACKEND is."""
+    command = [sys.executable, "-OO", "-m", "protoclip", "compare", "run"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "PYTHONOPTIMIZE" in ended.stderr
+    code = "from contextlib import suppress; from protoclip import cli\n"
+    code += "with suppress(SystemExit): cli.main(['--version'])\nimport matplotlib"
+    variables = {**os.environ, "MPLBACKEND": "garbage"}
+    subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True)

@@ -27,7 +27,7 @@ def test_the_card_of_a_run(tmp_path):
     """With settings, metrics with intervals, and commands that load the folder."""
     made, generator = save_run(tmp_path / "run", tiny_model()), np.random.default_rng(0)
     (made / "config.toml").write_text(
-        '[run]\nname = "My model"\n[data]\ntrain = "pairs.tsv"\n'
+        '[run]\nname = "My <i>model</i>|[x]"\n[data]\ntrain = "pairs.tsv"\n'
         '[teacher]\nfeatures = "me/teacher"\n'
     )
     images: dict[str, Any] = {
@@ -46,7 +46,7 @@ def test_the_card_of_a_run(tmp_path):
     formats = ("open_clip", "hf", "timm")
     protoclip.export(made, tmp_path / "out", formats)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "\n# My model\n" in card
+    assert "\n# My \\<i\\>model\\</i\\>|\\[x\\]\n" in card
     assert 'train = "pairs.tsv"' in card
     assert "| teachers | `me/teacher` |\n| data | `pairs.tsv` |\n| positives | `pair` |\n" in card
     row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
