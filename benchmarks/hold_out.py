@@ -25,10 +25,10 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-from protoclip.data import held_out
+from protoclip.data import split
 from protoclip.data.content import content
-from protoclip.data.held_out import PAGE, SHARE, held_out_rows
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.split import PAGE, SHARE, held_out_rows
 from protoclip.evaluation.validation import probe_rows
 
 MEDIAN, SPREAD = 21_000, 0.5  # bytes of an image, and the deviation of their logarithm
@@ -43,6 +43,10 @@ class Simulated(ImageTextPairs):
     def __init__(self, table: pa.Table, copies: dict[int, int]) -> None:
         super().__init__(table, name="web", table_key=f"simulated {len(table)}")
         self.copies, self.read = copies, Counter[str]()
+
+    def image_sizes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        sizes: np.ndarray[Any, np.dtype[np.int32]] = self.table.column("stored").to_numpy()
+        return sizes
 
     def encoded(self, row: int, part: slice | None = None) -> bytes:
         size = PAGE if part is None else part.stop - part.start  # all of it would only take longer
@@ -68,11 +72,6 @@ def simulated(rows: int) -> tuple[Simulated, np.ndarray[Any, np.dtype[np.int64]]
         batches.append(pa.RecordBatch.from_pydict(columns))
     known = dict(zip(copies.tolist(), of.tolist(), strict=True))
     return Simulated(pa.Table.from_batches(batches), known), sizes
-
-
-def sizes_of(source: ImageTextPairs) -> np.ndarray[Any, np.dtype[np.int32]]:
-    sizes: np.ndarray[Any, np.dtype[np.int32]] = source.table.column("stored").to_numpy()
-    return sizes
 
 
 def resident() -> int:
@@ -125,10 +124,11 @@ def of_files(folder: Path) -> dict[str, float]:
     table = pa.table({"image": names, "caption": names})
     pairs = ImageTextPairs(table, name="files", root=str(folder))
     taken, start = {}, time.process_time()
-    sizes = held_out.image_sizes(pairs)
+    copies = split._Copies([pairs], ())
+    assert copies.sizes.min() > 0
     taken["size"], start = time.process_time() - start, time.process_time()
     for page in (True, False):
-        held_out._contents([pairs], sizes, np.arange(FILES), page=page)
+        copies._hash_images(np.arange(FILES), page=page)
         name = "page" if page else "whole"
         taken[name], start = time.process_time() - start, time.process_time()
     return {name: 1e6 * seconds / FILES for name, seconds in taken.items()}
@@ -146,14 +146,11 @@ def main() -> None:
         content(pairs)
         fingerprint = time.process_time() - start
         pairs.read.clear()
-        with patch.object(held_out, "image_sizes", sizes_of), watched() as seen:
+        with watched() as seen:
             start = time.process_time()
             rows = held_out_rows([pairs], share=SHARE, folder=Path(temporary) / "kept")
             seconds = time.process_time() - start
-        with (
-            patch.object(held_out, "image_sizes", sizes_of),
-            patch.object(held_out, "_contents", lambda sources, sizes, rows, page: -1 - rows),
-        ):
+        with patch.object(split._Copies, "_hash_images", lambda self, rows, page: -1 - rows):
             start = time.process_time()
             held_out_rows([pairs], share=SHARE, folder=Path(temporary) / "unread")
             choosing = time.process_time() - start

@@ -19,8 +19,8 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.data.held_out import held_out_rows
 from protoclip.data.sources import open_source
+from protoclip.data.split import held_out_rows
 
 
 def taken(table: pa.Table, root: str, judge: int) -> tuple[pa.Table, pa.Table]:

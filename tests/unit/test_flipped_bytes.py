@@ -14,10 +14,10 @@ import torch
 
 import protoclip
 from protoclip.config import Config
-from protoclip.data.held_out import held_out_rows
 from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
+from protoclip.data.split import held_out_rows
 from protoclip.encode.store import hash_ids, write_folder
 from protoclip.encode.teachers import read_teacher
 from protoclip.evaluation.kept import VERIFIED, Kept, Listed

@@ -1,6 +1,6 @@
 """The samples that `data.only` and `data.without` choose, by lists of their ids.
 
-Pairs that are held out to judge a model are chosen in `held_out.py`.
+Pairs that are held out to judge a model are chosen in `split.py`.
 """
 
 import csv

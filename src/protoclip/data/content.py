@@ -23,6 +23,7 @@ from protoclip.data.pairs import (
     ImageTextPairs,
     Pairs,
     SampleStream,
+    flat_texts,
     image_fields,
     lengths_of,
 )
@@ -238,19 +239,6 @@ def shard_facts(path: str, is_read: bool) -> list[Any]:
     except (OSError, ValueError):
         return []
     return [size, checksum(parts)]
-
-
-def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
-    """How many texts each cell holds, if cells are lists; and the texts, as bytes."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    counts = None
-    if "list" in str(values.type).partition("<")[0]:
-        counts = pc.list_value_length(values)
-        values = values.flatten()
-    if not ("binary" in str(values.type) or pa.types.is_null(values.type)):
-        values = values.cast(pa.large_string())  # whole numbers, too
-    return counts, values.cast(pa.large_binary())
 
 
 def text_parts(values: pa.Array) -> Parts:

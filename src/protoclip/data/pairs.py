@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -219,11 +220,10 @@ class ImageTextPairs:
         Besides the rows it depends on size and time of every local image file, which takes a few
         seconds for a million files. What is behind URLs is taken to stay.
         """
-        names = None if self.in_ranges else names_of_files(self.checked.column(self.image_column))
-        if names is None:
+        if (names := self.image_names()) is None:
             return self.rows_key
         key = hashlib.blake2b(self.rows_key.encode(), digest_size=16)
-        for path in local_files(self.kept(names), self.root):
+        for path in local_files(names, self.root):
             key.update(file_status(path).encode() if path else b"")
         return key.hexdigest()
 
@@ -334,6 +334,35 @@ class ImageTextPairs:
             if missing and "\\" in image:  # as Windows writes paths
                 reason += "; its path has backslashes, write /"
             raise self._bad(row, reason if missing else f"cannot be read ({reason})") from None
+
+    def image_names(self) -> pa.ChunkedArray | None:
+        """The file or URL of each image, as bytes; null where the table holds the image itself.
+        None if it holds all, or they are in shards."""
+        names = None if self.in_ranges else names_of_files(self.checked.column(self.image_column))
+        return None if names is None else self.kept(names)
+
+    def image_sizes(self) -> npt.NDArray[np.int32]:
+        """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
+
+        def as_array(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
+            numbers = pc.fill_null(self.kept(column).cast(pa.int32(), safe=False), -1)
+            return np.array(numbers.to_numpy())  # a copy, to be written to
+
+        if self.in_ranges:
+            return as_array(self.checked.column("size"))
+        encoded, _ = image_fields(self.checked.column(self.image_column))
+        sizes = np.full(len(self), -1, np.int32)
+        if encoded is not None:
+            sizes = as_array(lengths_of(encoded))
+        if (names := self.image_names()) is not None:
+            sizes[names.is_valid().to_numpy()] = -1
+            is_file = pc.invert(pc.match_substring(names, "://")).fill_null(False)
+            paths = local_files(names.filter(is_file), self.root)
+            for row, path in zip(np.flatnonzero(is_file), paths, strict=True):
+                if path is not None:
+                    with suppress(OSError, ValueError):  # a path may hold a zero byte
+                        sizes[row] = min(os.stat(path).st_size, 2**31 - 1)  # noqa: PTH116 (of millions)
+        return sizes
 
     def image_name(self, row: int) -> str | None:
         """The path or URL of a row's image as the data name it; None for one in the data."""
@@ -454,6 +483,19 @@ def lengths_of(values: pa.ChunkedArray) -> pa.ChunkedArray:
     column holds views."""
     lengths = [pc.binary_length(chunk.cast(pa.large_binary())) for chunk in values.iterchunks()]
     return pa.chunked_array(lengths, pa.int64())
+
+
+def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
+    """How many texts each cell holds, if cells are lists; and the texts, as bytes."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    counts = None
+    if "list" in str(values.type).partition("<")[0]:
+        counts = pc.list_value_length(values)
+        values = values.flatten()
+    if not ("binary" in str(values.type) or pa.types.is_null(values.type)):
+        values = values.cast(pa.large_string())  # whole numbers, too
+    return counts, values.cast(pa.large_binary())
 
 
 def local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:

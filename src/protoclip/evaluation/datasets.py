@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torchvision
 from jaxtyping import Bool, Int
@@ -25,7 +26,6 @@ from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.folders import class_folders, classes_in, shard_split
-from protoclip.data.held_out import image_names, images_of_several_classes
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
 from protoclip.data.sources import open_source
@@ -340,7 +340,7 @@ def captions_of_rows(
     pairs: ImageTextPairs, rows: Iterable[int]
 ) -> tuple[list[int], list[tuple[str, ...]]]:
     """The first row of each image that has captions, and the captions of all its rows."""
-    names = image_names(pairs, pairs.table)
+    names = pairs.image_names()
     first: dict[Any, int] = {}
     captions: dict[Any, Counter[str]] = {}
     for row in rows:
@@ -354,6 +354,18 @@ def captions_of_rows(
             of_image[text] = max(of_image[text], number)
         first.setdefault(image, row)
     return list(first.values()), [tuple(captions[image].elements()) for image in first]
+
+
+def images_of_several_classes(pairs: ImageTextPairs) -> int:
+    """How many images have other classes in other rows."""
+    classes = pairs.kept(pairs.checked.column(str(pairs.class_column)))
+    names = pairs.image_names()
+    if names is None or "list" in str(classes.type):
+        return 0
+    columns = {"image": names, "class": classes.cast(pa.large_string())}
+    table = pa.table(columns).filter(pc.is_valid(names))
+    counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
+    return int(np.count_nonzero(counts.to_numpy() > 1))
 
 
 def class_values(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from protoclip.config import Config, DataConfig
+from protoclip.data import split as data_split
 from protoclip.data.access import is_url
 from protoclip.data.content import Facts, content, difference, facts_of_rows
-from protoclip.data.held_out import shared
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
@@ -52,7 +52,7 @@ def count_trained(
         if are_pairs and not any(is_url(name) or name.startswith(ELSEWHERE) for name in names):
             judging = [source.subset(np.unique(as_array(rows))) for source, rows in view.parts]
             if trained := pairs_of_run(run, Config(data=allowed), "", [], frozenset()):
-                looked, same, _ = shared(judging, trained, folder=index_folder())
+                looked, same, _ = data_split.count_trained(judging, trained, folder=index_folder())
                 return {"pairs": looked, "images": same}
         if is_named(reference, split, names) or holds_rows(
             reference, data.splits[split], sources_in(run)

@@ -1,6 +1,6 @@
 """What a run is judged by: the emoji's own splits, or pairs that were held out of its data.
 
-Which pairs are held out is decided in `data/held_out.py`, and the judging is done by
+Which pairs are held out is decided in `data/split.py`, and the judging is done by
 `training/judge.py`.
 """
 
@@ -17,12 +17,12 @@ import torch
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.content import content, difference
-from protoclip.data.held_out import ENOUGH, MOST, SHARE, Before, held_out_rows, shared
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.readable import require_readable
 from protoclip.data.sampler import evenly_spaced
+from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_trained, held_out_rows
 from protoclip.data.view import NONE, PairsView, Rows, by_source, without
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import data_names, datasets
@@ -102,7 +102,7 @@ def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
             )
         counts = dict[str, int]()
         if trained:
-            looked, images, captions = shared(judging, trained, folder=folder)
+            looked, images, captions = count_trained(judging, trained, folder=folder)
             notes += overlap(data.validation, (looked, images, captions))
             counts = {"pairs": looked, "images": images}
         parts = [(source, np.arange(len(source))) for source in judging]

@@ -17,7 +17,6 @@ from tars import numbered, write_tar
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.data.chosen import read_chosen, read_ids
-from protoclip.data.held_out import image_names, image_sizes
 from protoclip.data.inspect import inspect
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import episodes
@@ -168,8 +167,8 @@ def test_keys_and_images_are_those_of_the_chosen(source, top, tmp_path):
     assert isinstance(whole, ImageTextPairs)
     assert isinstance(some, ImageTextPairs)
     assert whole.key != some.key
-    assert np.array_equal(image_sizes(some), image_sizes(whole)[1:])
-    names, all_names = image_names(some), image_names(whole)
+    assert np.array_equal(some.image_sizes(), whole.image_sizes()[1:])
+    names, all_names = some.image_names(), whole.image_names()
     if all_names is not None:
         assert names is not None
         assert names.to_pylist() == all_names.to_pylist()[1:]

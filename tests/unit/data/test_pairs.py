@@ -5,8 +5,8 @@ import json
 import pyarrow as pa
 import pytest
 
-from protoclip.data.held_out import held_out_rows, image_names, image_sizes
 from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.split import held_out_rows
 from protoclip.evaluation.datasets import class_values
 from testing import tiny_pairs
 
@@ -131,8 +131,8 @@ def test_a_name_counts_where_the_image_is_empty(tmp_path):
     structs = [{"bytes": content, "path": "x.png"} for content in (b"other", b"", None)]
     table = pa.table({"image": pa.array(structs), "caption": ["a", "b", "c"]})
     pairs = ImageTextPairs(table, name="a", root=str(tmp_path), id_column=None)
-    names = image_names(pairs)
+    names = pairs.image_names()
     assert names is not None
     assert [pairs.image_name(row) for row in range(3)] == [None, "x.png", "x.png"]
     assert names.to_pylist() == [None, b"x.png", b"x.png"]
-    assert image_sizes(pairs).tolist() == [len(pairs.encoded(row)) for row in range(3)]
+    assert pairs.image_sizes().tolist() == [len(pairs.encoded(row)) for row in range(3)]

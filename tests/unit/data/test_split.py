@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from protoclip.data import held_out
-from protoclip.data.groups import normalised, normalised_texts
-from protoclip.data.held_out import held_out_rows, image_sizes, shared
+from protoclip.data import split
+from protoclip.data.groups import normalise_texts, normalised
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.split import count_trained, held_out_rows
 from protoclip.data.view import PairsView, without
 from protoclip.evaluation.datasets import have_class
 
@@ -120,8 +120,8 @@ def flat(shade: int) -> bytes:
 
 @given(st.lists(st.one_of(st.none(), st.text(), st.text(" \t\x1cAbÉé\u0301ﬁ™", max_size=5))))
 def test_many_captions_are_normalised_as_one_is(captions):
-    texts = normalised_texts(pa.array(captions, pa.large_string()).cast(pa.large_binary()))
-    assert texts == [c if c is None else normalised(c).encode() for c in captions]
+    texts = normalise_texts(pa.array(captions, pa.large_string()).cast(pa.large_binary()))
+    assert texts.to_pylist() == [c if c is None else normalised(c).encode() for c in captions]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
         both.append(ImageTextPairs(table, name=name, root=str(tmp_path / name), id_column=None))
     before = [(both[0], np.array([], np.int64))]
     assert len(held_out_rows([both[1]], share=0.5, folder=tmp_path, before=before)) == 20
-    assert shared([both[1]], before, folder=tmp_path) == (40, 0, 0)
+    assert count_trained([both[1]], before, folder=tmp_path) == (40, 0, 0)
     assert len(held_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
 
 
@@ -276,7 +276,7 @@ def test_names_below_a_url_are_the_urls(tmp_path):
     table = pa.table({"image": names, "caption": captions})
     training = ImageTextPairs(table, name="b", id_column=None, root="s3://b")
     none = np.array([], np.int64)
-    assert shared([judging], [(training, none)], folder=tmp_path) == (12, 12, 12)
+    assert count_trained([judging], [(training, none)], folder=tmp_path) == (12, 12, 12)
 
 
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
@@ -287,15 +287,15 @@ def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     captions, _ = contents(training, range(2000))
     with_caption = sum(bool(captions & {*both.sample_captions(row)}) for row in range(len(both)))
     assert 20 < with_caption < 320
-    found = shared([both], [(training, np.array([], np.int64))], folder=tmp_path)
+    found = count_trained([both], [(training, np.array([], np.int64))], folder=tmp_path)
     assert found == (320, 20, with_caption)
     held = np.arange(5)  # of what is trained on
-    assert shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
+    assert count_trained([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
 
 
 def test_of_many_images_only_those_that_look_equal_are_read_whole(tmp_path, monkeypatch):
     """All have the same size; of the others a page is read at most."""
-    monkeypatch.setattr(held_out, "COMPARED", 299)
+    monkeypatch.setattr(split, "COMPARED", 299)
     draw, read = np.random.default_rng(0), list[tuple[int, bool]]()
     images = [draw.bytes(20_000) for _ in range(300)]
     images[280:] = images[:20]
@@ -322,7 +322,7 @@ def test_images_of_every_binary_type_are_measured():
     for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
         images = pa.array([b"a", b"abc"]).cast(kind)
         pairs = ImageTextPairs(pa.table({"image": images, "caption": ["a", "b"]}), name="t")
-        assert image_sizes(pairs).tolist() == [1, 3]
+        assert pairs.image_sizes().tolist() == [1, 3]
 
 
 def test_sizes_without_a_sign_and_names_with_a_zero_byte(tmp_path):
@@ -335,7 +335,7 @@ def test_sizes_without_a_sign_and_names_with_a_zero_byte(tmp_path):
     ):
         table = pa.table({**columns, "caption": ["a", "b"]})
         pairs = ImageTextPairs(table, name="a", root=str(tmp_path), id_column=None)
-        assert image_sizes(pairs).tolist() == sizes
+        assert pairs.image_sizes().tolist() == sizes
 
 
 def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     pairs = source(200, "web", captions=10**9, images=10**9)
     rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
-    monkeypatch.setattr(held_out, "in_turn", refused)
+    monkeypatch.setattr(split, "in_turn", refused)
     assert np.array_equal(held_out_rows([pairs], share=0.1, folder=tmp_path), rows)
     with pytest.raises(ValueError, match=r"cannot be written \(Perm.*; set PROTOCLIP_CACHE to an"):
         held_out_rows([pairs], share=0.2, folder=tmp_path)
@@ -356,7 +356,7 @@ def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
 def test_data_that_cannot_be_read_are_no_fault_of_the_cache(tmp_path, monkeypatch):
     pairs = source(200, "web", captions=10**9, images=10**9)
     broken = OSError(errno.EIO, "Input/output error", "pairs.parquet")
-    monkeypatch.setattr(held_out, "_choose", Mock(side_effect=broken))
+    monkeypatch.setattr(split, "_choose", Mock(side_effect=broken))
     with pytest.raises(OSError, match=r"Input/output error: 'pairs\.parquet'"):
         held_out_rows([pairs], share=0.1, folder=tmp_path)
 
@@ -374,5 +374,5 @@ def test_what_was_counted_while_images_could_not_be_read_is_not_kept(tmp_path, m
         for read in ("read_file", "read_range"):
             failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
             patch.setattr(f"protoclip.data.pairs.{read}", failing)
-        assert shared([both[1]], before, folder=tmp_path) == (12, 0, 0)
-    assert shared([both[1]], before, folder=tmp_path) == (12, 12, 0)
+        assert count_trained([both[1]], before, folder=tmp_path) == (12, 0, 0)
+    assert count_trained([both[1]], before, folder=tmp_path) == (12, 12, 0)

@@ -1,0 +1,495 @@
+"""Which pairs are held out of training, to evaluate a model on.
+
+Pairs that share a caption or an image are held out together or not at all, so a model has seen
+nothing that it is evaluated on. Captions are equal as `groups.normalised` has them. Images are
+equal by file, by their bytes and, among at most `COMPARED`, by what they show.
+
+The pairs whose ids have the lowest hashes are drawn. Each pass over the data then finds what shares
+something with them, until nothing new is found. So memory does not grow with the data, except by
+four bytes a row for the sizes of images.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from protoclip.data.access import digest, is_url
+from protoclip.data.decode import decode
+from protoclip.data.groups import normalise_texts, number_of
+from protoclip.data.index import unwritable
+from protoclip.data.pairs import (
+    BLOCK,
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    ImageTextPairs,
+    file_status,
+    flat_texts,
+)
+from protoclip.data.sampler import evenly_spaced
+from protoclip.data.view import Rows, by_source, whole
+from protoclip.distributed.cores import cores
+from protoclip.files import in_turn, replacing
+from protoclip.progress import Progress
+
+Mask = npt.NDArray[np.bool_]
+Sources = Sequence[ImageTextPairs]
+Before = tuple[ImageTextPairs, Rows]  # what a model was trained on, and the rows held out of it
+Texts = Callable[[ImageTextPairs], tuple[Rows, pa.LargeBinaryArray]]  # rows, and a text of each
+
+SHARE, MOST = 0.02, 5000  # held out unless the user says otherwise: this share, at most this many
+# A caption or image file that more rows share than this part of what is wanted is not held out.
+LARGEST = 0.25
+# Rows that are drawn for each one that is wanted, since some share an image. Where less than
+# `ENOUGH` of what is wanted is left of them, more are drawn.
+DRAWN, ENOUGH = (1.25, 10.0, 80.0), 0.9
+PASSES = 8  # over the data; groups of which a pass still finds more rows are not held out
+CHUNK, THREADS = 64, 32  # images that a thread reads at a time, and threads
+READ_AT_ONCE = 1 << 17  # rows of which images are compared at a time
+PAGE = 4096  # bytes of an image that are compared before all of it is
+LOOKED_AT = 64  # image files of a source that tell whether it is the same as before
+# Among at most this many rows images are compared by thumbnails, too: 3 kB and 0.3 ms each, longer
+# for large ones. Saved again, as a JPEG of quality 75 or at half the size, an image differs from
+# itself by less than `NEAR` of its contrast; another drawing of the same emoji differs by more.
+COMPARED, SIDE, NEAR = 50_000, 16, 0.05
+FLAT = 4  # of 255: images of less contrast are compared by their bytes alone
+# Part of the name of every file of rows; change it when the choice changes. Where the file of
+# `FORM_1_0` is still there, its rows stay held out, so that runs of version 1.0 can go on.
+FORM, FORM_1_0 = 4, 3
+
+
+def held_out_rows(
+    sources: Sources, *, share: float, most: int = MOST, folder: Path, before: Sequence[Before] = ()
+) -> Rows:
+    """The rows to hold out of sources that follow each other, sorted.
+
+    They are the pairs whose ids have the lowest hashes, so they are the same for every seed, and
+    mostly the same after pairs are added. The choice is kept in `folder`: for large data it takes
+    minutes, since images of equal size are compared.
+
+    Args:
+        share: Share of all pairs to hold out, in [0, 1); fewer if many share a caption.
+        most: Hold out no more pairs than this.
+        before: What the model was trained on before, of which nothing is held out. All that was
+            held out then, still is.
+
+    Raises:
+        ValueError: The folder cannot be written, and the choice is not in it.
+    """
+    # Ids decide, which begin with these names.
+    named = [(identify_rows(s), s.prefix, "" if s.id_column else s.name) for s in sources]
+    facts = {"form": FORM, "share": share, "most": most, "sources": named}
+    if before:
+        facts["before"] = [[identify_rows(pairs), rows.tolist()] for pairs, rows in before]
+    wanted = min(most, round(share * sum(map(len, sources))))
+
+    def compute(copies: "_Copies") -> Rows:
+        rows: Rows = np.array([], np.int64)
+        for factor in DRAWN:
+            number = min(copies.total, round(factor * wanted))
+            rows = _choose(copies, number, wanted)
+            if len(rows) >= ENOUGH * wanted or number == copies.total:
+                break
+        return rows
+
+    return _compute_once(facts, folder, sources, before, compute)
+
+
+def count_trained(
+    judging: Sources, before: Sequence[Before], *, folder: Path
+) -> tuple[int, int, int]:
+    """How many pairs that evaluate a model have an image that it was trained on, or a caption.
+
+    Returns:
+        How many pairs were looked at (of many, `MOST`), the image of how many of these was trained
+        on, and a caption of how many.
+    """
+    facts = {
+        "form": FORM,
+        "judging": [*map(identify_rows, judging)],
+        "before": [[identify_rows(pairs), rows.tolist()] for pairs, rows in before],
+    }
+
+    def compute(copies: "_Copies") -> Rows:
+        rows = np.arange(copies.total)[:: -(-copies.total // MOST)]
+
+        def have_trained(match: _Match) -> Mask:
+            is_trained = np.zeros(match.number, bool)
+            for keys, others in match.matches:
+                is_trained[keys[copies.are_trained(others)]] = True
+            return np.isin(rows, match.rows[is_trained[match.keys]])
+
+        by_caption = have_trained(copies.match_texts(rows, captions_of))
+        by_name = have_trained(copies.match_texts(rows, image_names_of))
+        by_content = have_trained(copies.match_contents(rows))
+        by_image = by_name | by_content | have_trained(copies.match_thumbnails(rows))
+        return np.array([len(rows), by_image.sum(), by_caption.sum()])
+
+    looked, images, captions = _compute_once(facts, folder, judging, before, compute).tolist()
+    return looked, images, captions
+
+
+def identify_rows(source: ImageTextPairs) -> str:
+    """Identifies the pairs of a source, without a look at each of its image files.
+
+    The size and time of some files count, so that a folder whose images were all made anew is
+    noticed.
+    """
+    rows = evenly_spaced(len(source), min(LOOKED_AT, len(source)), seed=0)
+    files = [file_status(source.where(row)) for row in rows]
+    return digest({"rows": source.rows_key, "files": files})
+
+
+def captions_of(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
+    """The row and the normalised text of each caption."""
+    owners, texts = [np.array([], np.int64)], [pa.array([], pa.large_binary())]
+    for name in source.caption_columns:
+        column = source.kept(source.checked.column(name))
+        counts, flat = flat_texts(column.combine_chunks())
+        rows = np.arange(len(source))
+        owners.append(rows if counts is None else np.repeat(rows, counts.fill_null(0)))
+        texts.append(normalise_texts(flat))
+    return np.concatenate(owners), pa.concat_arrays(texts)
+
+
+def image_names_of(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
+    """The row and the path or URL of each image that is a file; null for the others."""
+    if (names := source.image_names()) is None:
+        return np.array([], np.int64), pa.array([], pa.large_binary())
+    # Other folders may have files of the same names.
+    parts = (pa.scalar(source.root, names.type), names, pa.scalar("/", names.type))
+    below = pc.binary_join_element_wise(*parts)
+    names = pc.if_else(pc.match_substring(names, "://"), names, below)
+    return np.arange(len(source)), names.combine_chunks()
+
+
+class _Match(NamedTuple):
+    """Which rows have a text or image of some rows. Texts and images have numbers here, the keys.
+
+    Attributes:
+        number: How many keys there are.
+        rows: Rows that were asked for, each as often as it has keys.
+        keys: The key of each of these.
+        matches: Keys and rows, some at a time: all rows that have one of the keys.
+    """
+
+    number: int
+    rows: Rows
+    keys: Rows
+    matches: Iterable[tuple[Rows, Rows]]
+
+
+class _Copies:
+    """Finds rows of sources, and of what a model was trained on before, that share something.
+
+    Rows are numbered over all of them, one after the other.
+
+    Attributes:
+        total: Rows of the sources; those of before follow.
+        held: Rows of before that were held out then.
+        unread: Rows with images that cannot be read, though they are there.
+    """
+
+    def __init__(self, sources: Sources, before: Sequence[Before]) -> None:
+        self.drawn_from = sources
+        self.sources = [*sources, *(pairs for pairs, _ in before)]
+        self.pairs, self.total = whole(self.sources), sum(map(len, sources))
+        starts = accumulate((len(pairs) for pairs, _ in before), initial=self.total)
+        held = [start + rows for start, (_, rows) in zip(starts, before, strict=False)]
+        self.held = np.concatenate([np.array([], np.int64), *held])
+        self.unread = set[int]()
+
+    def are_trained(self, rows: Rows) -> Mask:
+        """Whether a model was trained on these rows before."""
+        return (rows >= self.total) & ~np.isin(rows, self.held)
+
+    def match_texts(self, rows: Rows, read: Texts) -> _Match:
+        """Rows with an equal caption or name of an image file."""
+        owners, texts, first = [np.array([], np.int64)], [pa.array([], pa.large_binary())], 0
+        for source, some in by_source(self.sources, rows):
+            positions, of_source = read(source.subset(some))
+            owners.append(first + some[positions])
+            texts.append(of_source)
+            first += len(source)
+        of_rows = pa.concat_arrays(texts)
+        known = pc.unique(of_rows)
+        known = known.filter(pc.greater(pc.binary_length(known), 0))
+
+        def find() -> Iterator[tuple[Rows, Rows]]:
+            first, progress = 0, Progress("comparing texts of pairs", len(self.pairs))
+            for source in self.sources:
+                for part in source.in_blocks():
+                    positions, texts = read(part)
+                    keys = _positions(texts, known)
+                    is_known = keys >= 0
+                    yield keys[is_known], first + positions[is_known]
+                    first += len(part)
+                    if progress.total > BLOCK:
+                        progress.update(first)
+
+        keys = _positions(of_rows, known)
+        is_known = keys >= 0
+        return _Match(
+            number=len(known),
+            rows=np.concatenate(owners)[is_known],
+            keys=keys[is_known],
+            matches=find() if len(known) else (),
+        )
+
+    def match_contents(self, rows: Rows) -> _Match:
+        """Rows with an image of the same bytes.
+
+        Only files of equal size can hold equal bytes: a sixth of usual photographs have the size of
+        one of a few thousand. A page from the middle of these is read, and whole files only if
+        pages are equal too. What cannot be read equals nothing.
+        """
+        rows = rows[self.sizes[rows] >= 0]
+        sizes, pages = np.unique(self.sizes[rows]), self._hash_images(rows, page=True)
+        progress = Progress("comparing images with those held out", len(self.sizes))
+        alike, pages_alike = [rows], [pages]
+        for first in range(0, len(self.sizes) if len(rows) else 0, READ_AT_ONCE):
+            is_likely = np.isin(self.sizes[first : first + READ_AT_ONCE], sizes)
+            likely = np.setdiff1d(first + np.flatnonzero(is_likely), rows, assume_unique=True)
+            of_likely = self._hash_images(likely, page=True)
+            is_equal = np.isin(of_likely, pages)
+            alike.append(likely[is_equal])
+            pages_alike.append(of_likely[is_equal])
+            if progress.total > READ_AT_ONCE:
+                progress.update(min(first + READ_AT_ONCE, progress.total))
+        _, number, count = np.unique(
+            np.concatenate(pages_alike), return_inverse=True, return_counts=True
+        )
+        same_page = np.concatenate(alike)[count[number] > 1]
+        contents, keys = np.unique(self._hash_images(same_page, page=False), return_inverse=True)
+        is_asked = np.isin(same_page, rows)
+        return _Match(len(contents), same_page[is_asked], keys[is_asked], [(keys, same_page)])
+
+    def match_thumbnails(self, rows: Rows) -> _Match:
+        """Rows with an image that looks nearly the same."""
+        keys, others = [np.array([], np.int64)], [np.array([], np.int64)]
+        for start in range(0, len(rows) if len(self.thumbnails) else 0, CHUNK):
+            some = self.thumbnails[rows[start : start + CHUNK]]
+            one, other = np.nonzero(some @ self.thumbnails.T > 1 - NEAR**2 / 2)
+            keys.append(start + one)
+            others.append(other)
+        matches = [(np.concatenate(keys), np.concatenate(others))]
+        return _Match(len(rows), rows, np.arange(len(rows)), matches)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int32]:
+        """Bytes of each image; -1 where that is unknown."""
+        sizes, first = np.empty(len(self.pairs), np.int32), 0
+        progress = Progress("looking at the sizes of images", len(sizes))
+        for source in self.sources:
+            for part in source.in_blocks():
+                sizes[first : first + len(part)] = part.image_sizes()
+                first += len(part)
+                if progress.total > BLOCK:
+                    progress.update(first)
+        return sizes
+
+    @cached_property
+    def thumbnails(self) -> npt.NDArray[np.float32]:
+        """Thumbnails of all images, of mean 0 and norm 1; 0 without contrast, and for what cannot
+        be read or is behind a URL. None at all if there are too many."""
+        pairs = self.pairs
+        looks = np.zeros((len(pairs) if len(pairs) <= COMPARED else 0, 3 * SIDE**2), np.float32)
+
+        def look(row: int) -> None:
+            with suppress(ValueError):
+                encoded = b"" if is_url(pairs.where(row)) else pairs.encoded(row)
+                pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=4 * SIDE)
+                thumbnail = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+                levels = np.asarray(thumbnail, np.float32).ravel()
+                if levels.std() >= FLAT:
+                    looks[row] = (levels - levels.mean()) / (levels.std() * len(levels) ** 0.5)
+
+        progress = Progress("comparing thumbnails", len(looks))
+        for first in range(0, len(looks), BLOCK):
+            _in_threads(look, range(first, min(first + BLOCK, len(looks))), threads=cores())
+            progress.update(min(first + BLOCK, len(looks)))
+        return looks
+
+    def _hash_images(self, rows: Rows, *, page: bool) -> Rows:
+        """A hash of each row's image, or of its size and a page; below zero if it cannot be read.
+
+        No list of Python objects is made, since a sixth of all rows may be asked for.
+        """
+        hashes = -1 - rows
+
+        def read(number: int) -> None:
+            row = int(rows[number])
+            (source, position), size = self.pairs.locate(row), int(self.sizes[row])
+            first = max(0, (size - PAGE) // 2)
+            part = slice(first, min(size, first + PAGE)) if page else None
+            try:
+                hashes[number] = number_of(b"%d " % size + source.encoded(position, part))
+            except BadSample:
+                self.unread.add(row)
+
+        _in_threads(read, range(len(rows)), threads=THREADS)
+        return hashes
+
+
+def _choose(copies: _Copies, number: int, wanted: int) -> Rows:
+    """The rows to hold out, of `number` with the lowest hashes and all that shares with them."""
+    drawn = _draw(copies.drawn_from, number)
+    # Groups that were held out before may be larger than this share allows.
+    largest = max(1, round(wanted * LARGEST), len(copies.held))
+    limit = max(wanted, len(copies.held))
+    rows = new = np.union1d(drawn, copies.held)
+    edges, barred = np.zeros((2, 0), np.int64), np.array([], np.int64)
+    for _ in range(PASSES):
+        for match, most in (
+            (copies.match_texts(new, captions_of), largest),
+            (copies.match_texts(new, image_names_of), largest),
+            (copies.match_contents(new), limit),
+            (copies.match_thumbnails(new), limit),
+        ):
+            more, common = _connect(copies, match, most)
+            edges, barred = np.hstack([edges, more]), np.union1d(barred, common)
+        before, rows = rows, np.union1d(rows, edges)
+        groups = _components(rows, edges)
+        sizes = np.bincount(groups[rows < copies.total], minlength=len(rows))
+        is_barred = np.isin(groups, groups[np.isin(rows, barred)]) | (sizes[groups] > limit)
+        new = rows[~is_barred & ~np.isin(rows, before)]
+        if not len(new):
+            break
+    is_barred |= np.isin(groups, groups[np.isin(rows, new)])
+    # What was held out before comes first, then what has the lowest hash.
+    positions = np.searchsorted(rows, np.concatenate([copies.held, drawn]))
+    in_order = groups[positions[~is_barred[positions]]]
+    in_order = in_order[np.sort(np.unique(in_order, return_index=True)[1])]
+    were_held = np.isin(in_order, groups[np.isin(rows, copies.held)])
+    most = max(wanted, int(sizes[in_order[were_held]].sum()))
+    chosen = in_order[np.cumsum(sizes[in_order]) <= most]
+    held_out: Rows = rows[np.isin(groups, chosen) & (rows < copies.total)]
+    return held_out
+
+
+def _draw(sources: Sources, number: int) -> Rows:
+    """The rows whose ids have the lowest hashes, in the order of these."""
+    rows, hashes, first = np.array([], np.int64), np.array([], np.uint64), 0
+    for position, source in enumerate(sources):
+        beginning = hashlib.blake2b(b"%d/" % position, digest_size=8)
+        ids = (each.encode("utf-8", "surrogatepass") for each in source.sample_ids())
+        while block := [*islice(ids, BLOCK)]:
+            digests = []
+            for sample_id in block:
+                state = beginning.copy()  # in half the time of a new one
+                state.update(sample_id)
+                digests.append(state.digest())
+            hashes = np.concatenate([hashes, np.frombuffer(b"".join(digests), "<u8")])
+            rows = np.concatenate([rows, np.arange(first, first + len(block))])
+            order = np.argsort(hashes, kind="stable")[:number]
+            rows, hashes, first = rows[order], hashes[order], first + len(block)
+    return rows
+
+
+def _connect(copies: _Copies, match: _Match, most: int) -> tuple[Rows, Rows]:
+    """Connects rows that share a key.
+
+    Returns:
+        Edges `(2, n)`: the first row that was asked for with a key, and each row that has it. And
+        the rows that were asked for with a key that bars them, since more than `most` rows of the
+        sources have it, or one that was trained on.
+    """
+    counts, is_barred = np.zeros(match.number, np.int64), np.zeros(match.number, bool)
+    edges = [np.zeros((2, 0), np.int64)]
+    first = np.zeros(match.number, np.int64)
+    first[match.keys[::-1]] = match.rows[::-1]
+    for keys, rows in match.matches:
+        is_barred[keys[copies.are_trained(rows)]] = True
+        counts += np.bincount(keys[rows < copies.total], minlength=match.number)
+        is_barred |= counts > most
+        edges.append(np.stack([keys, rows])[:, ~is_barred[keys]])
+    keys, rows = np.hstack(edges)
+    is_left = ~is_barred[keys]
+    barred = match.rows[is_barred[match.keys]]
+    return np.stack([first[keys[is_left]], rows[is_left]]), barred
+
+
+def _components(rows: Rows, edges: Rows) -> Rows:
+    """A number for each of the rows, which are sorted: equal where edges connect them."""
+    from scipy.sparse import coo_array  # here, since training imports this file
+    from scipy.sparse.csgraph import connected_components
+
+    one, other = np.searchsorted(rows, edges)
+    graph = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(rows), len(rows)))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def _positions(texts: pa.LargeBinaryArray, known: pa.LargeBinaryArray) -> Rows:
+    """Where each text is among those that are known; -1 if it is none of them."""
+    positions = pc.index_in(texts, known).fill_null(-1)
+    return np.asarray(positions.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _in_threads(work: Callable[[int], None], numbers: range, threads: int) -> None:
+    """Do the work on each number; many threads are for work that waits for a disk."""
+
+    def work_on(first: int) -> None:
+        for number in numbers[first : first + CHUNK]:
+            work(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work_on, range(0, len(numbers), CHUNK)):
+            pass
+
+
+def _compute_once(
+    facts: dict[str, Any],
+    folder: Path,
+    sources: Sources,
+    before: Sequence[Before],
+    compute: Callable[[_Copies], Rows],
+) -> Rows:
+    """What was computed for the same facts before, or is now, by one process.
+
+    It is not kept if images could not be read, since a disk may fail for a while.
+    """
+    path, former = (folder / f"{digest({**facts, 'form': form})}.npz" for form in (FORM, FORM_1_0))
+    for kept in (path, former):
+        if (rows := _read_rows(kept)) is not None:  # also from a cache that is read-only
+            return rows
+    copies = _Copies(sources, before)
+    of_data: OSError | None = None  # which is not the cache's
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(path):  # one process chooses, the others wait for it
+            if (rows := _read_rows(path)) is None:
+                for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
+                try:
+                    rows = compute(copies)
+                except OSError as error:
+                    of_data = error
+                    raise
+                if not copies.unread:
+                    with replacing(path) as temporary, temporary.open("wb") as file:
+                        np.savez(file, rows=rows)
+            return rows
+    except OSError as error:
+        if error is of_data:
+            raise
+        raise unwritable(folder, error) from error
+
+
+def _read_rows(path: Path) -> Rows | None:
+    """Rows that were kept; None if they are missing or damaged, which the checksum in it shows."""
+    try:
+        with np.load(path) as kept:
+            rows: Rows = kept["rows"]
+            return rows
+    except Exception:  # what NumPy and `zipfile` raise for a damaged file has no common class
+        return None
