@@ -55,7 +55,7 @@ LARGEST = 0.25
 DRAWN, ENOUGH = (1.25, 10.0, 80.0), 0.9
 PASSES = 8  # over the data; groups of which a pass still finds more rows are not held out
 CHUNK, THREADS = 64, 32  # images that a thread reads at a time, and threads
-READ_AT_ONCE = 1 << 17  # rows of which images are compared at a time
+READ_AT_ONCE = 1 << 16  # rows of which images are compared at a time
 PAGE = 4096  # bytes of an image that are compared before all of it is
 LOOKED_AT = 64  # image files of a source that tell whether it is the same as before
 # Among at most this many rows images are compared by thumbnails, too: 3 kB and 0.3 ms each, longer
