@@ -425,9 +425,9 @@ def device(name: str, *, setting: str = "run.device") -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        known = "auto, cpu, cuda, cuda:1 or mps"
+        choices = "auto, cpu, cuda, cuda:1 or mps"
         raise ValueError(
-            f"{setting}: '{name}' cannot be used here ({reason[:120]}); choose of {known}"
+            f"{setting}: '{name}' cannot be used here ({reason[:120]}); choose of {choices}"
         ) from error
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)

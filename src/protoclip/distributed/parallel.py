@@ -77,7 +77,9 @@ def shard(model: nn.Module, device: torch.device, *, gathered: torch.dtype | Non
 
 def shard_linear(part: nn.Module, model: nn.Module) -> None:
     """Shard the linear layers of a part that was added to a sharded model, equal on every rank."""
-    mesh = next(each.device_mesh for each in model.parameters() if isinstance(each, DTensor))
+    mesh = next(
+        parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)
+    )
     for layer in [layer for layer in part.modules() if isinstance(layer, nn.Linear)]:
         fully_shard(layer, mesh=mesh)
 
@@ -304,28 +306,30 @@ def load_moments(
             if name in state:
                 optimizer.state[parameter] = state[name]
         return
-    known: set[str] = set(all_gather_object([*whole])[0])
+    saved_names: set[str] = set(all_gather_object([*whole])[0])
     named = [*model.named_parameters()]
-    trained = [parameter for name, parameter in named if f"{name}/step" in known]
-    new = [parameter for name, parameter in named if f"{name}/step" not in known]
+    trained = [parameter for name, parameter in named if f"{name}/step" in saved_names]
+    new = [parameter for name, parameter in named if f"{name}/step" not in saved_names]
     if all(parameter.ndim == 0 for parameter in trained):
         # Torch takes its device from a moment that is no scalar. Scalars are whole on all ranks.
         state = all_gather_object(state)[0]
         optimizer.state.clear()
         for name, parameter in named:
             if name in state:
-                moments_of = {each: value.to(parameter) for each, value in state[name].items()}
+                moments_of = {moment: value.to(parameter) for moment, value in state[name].items()}
                 optimizer.state[parameter] = moments_of
         return
-    given: dict[str, Any] = {}
+    optimizer_state: dict[str, Any] = {}
     if rank() == 0:
-        given = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
+        optimizer_state = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
     # PyTorch 2.9 asks for moments of every parameter that trains, so those without are frozen.
     waiting = [parameter for parameter in new if parameter.requires_grad]
     for parameter in waiting:
         parameter.requires_grad_(False)
     # Before it loads, torch makes moments by a step with learning rate 0.
-    states.set_optimizer_state_dict(model, optimizer, given, options=from_rank0(strict=False))
+    states.set_optimizer_state_dict(
+        model, optimizer, optimizer_state, options=from_rank0(strict=False)
+    )
     for parameter in waiting:
         parameter.requires_grad_(True)
     for parameter in new:

@@ -164,20 +164,20 @@ def distil(
             out rows of the same sample: their features are equal, so they would take most of the
             softmax and teach nothing. Other samples with equal features stay (docs/results.md).
     """
-    known = torch.isfinite(features).all(1)
+    has_features = torch.isfinite(features).all(1)
     (outputs,) = tiles.widened(outputs)
-    features = torch.where(known[:, None], features, 0).to(outputs)
+    features = torch.where(has_features[:, None], features, 0).to(outputs)
     with tiles.without_autocast(outputs):
         rows, frozen = F.normalize(outputs, dim=-1), F.normalize(features, dim=-1)
         if by == "features":
-            return mean_of_known(cosine_distances(rows, frozen), known, shared=True)
+            return mean_of_known(cosine_distances(rows, frozen), has_features, shared=True)
         if samples is None:
             first = collectives.rank() * len(rows)
             samples = torch.arange(first, first + len(rows), device=rows.device)
-        numbers = torch.where(known, samples, -1)
+        numbers = torch.where(has_features, samples, -1)
         gathered = map(collectives.all_gather_with_gradient, (rows, frozen, numbers))
         all_rows, all_frozen, all_numbers = gathered
         values = divergences(
             rows, all_rows, frozen, all_frozen, 1 / TEMPERATURE, numbers=(numbers, all_numbers)
         )
-        return mean_of_known(values, known, shared=True)
+        return mean_of_known(values, has_features, shared=True)

@@ -45,7 +45,7 @@ def geometry_loss(
     if samples is None:
         samples = torch.arange(len(rows), device=rows.device)
     number = -(-len(rows) // among)
-    parts = (each.tensor_split(number) for each in (rows, targets, samples))
+    parts = (tensor.tensor_split(number) for tensor in (rows, targets, samples))
     losses = [
         divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(numbers, numbers))
         for part, target, numbers in zip(*parts, strict=True)

@@ -57,16 +57,18 @@ def forward_in_chunks(
         states.append(random_state())
         with torch.no_grad():
             parts.append(chunk())
-    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
     whole = tuple(
         torch.cat(outputs).requires_grad_(train)
         for outputs, train in zip(zip(*parts, strict=True), trains, strict=True)
     )
 
     def backward() -> None:
-        given = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in whole]
+        feature_gradients = [
+            torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in whole
+        ]
         sizes = [[len(part) for part in outputs] for outputs in zip(*parts, strict=True)]
-        gradients = zip(*map(torch.split, given, sizes), strict=True)
+        gradients = zip(*map(torch.split, feature_gradients, sizes), strict=True)
         for number, of_chunk in enumerate(gradients):
             with no_sync() if number < len(chunks) - 1 else nullcontext():
                 with repeated(states[number]):
@@ -77,7 +79,7 @@ def forward_in_chunks(
                         [part[index] for index in trained], [of_chunk[index] for index in trained]
                     )
         with torch.no_grad():
-            for buffer, value in kept:
+            for buffer, value in buffers_before:
                 buffer.copy_(value)
 
     return whole, backward

@@ -73,12 +73,12 @@ def prototypical_loss(
 
 def check_shapes(projections: Tensor, students: Tensor, teachers: Tensor) -> None:
     """Refuse arguments of `prototypical_loss` whose shapes do not fit; does not wait for a GPU."""
-    given = {
+    arguments = {
         "student_projections": projections,
         "student_centroids": students,
         "teacher_centroids": teachers,
     }
-    for name, rows in given.items():
+    for name, rows in arguments.items():
         if rows.ndim != 2 or not rows.is_floating_point():
             raise ValueError(
                 f"{name}: {rows.dtype} of shape {tuple(rows.shape)}; give rows of floating-point "
@@ -193,7 +193,7 @@ def make_targets(
     targets = {}
     for teacher, kmeans in clusters.items():
         assignments = kmeans.assignments if positions is None else kmeans.assignments[positions]
-        known = assignments >= 0
+        is_assigned = assignments >= 0
         for student, projections in students.items():
             if student == teacher:
                 continue
@@ -201,7 +201,10 @@ def make_targets(
             if back_translation or teacher not in students:
                 # `back_translate` without its checks, for which the CPU would wait for the GPU.
                 centroids, _ = segment_mean(
-                    projections[known], assignments[known], number, shared=positions is not None
+                    projections[is_assigned],
+                    assignments[is_assigned],
+                    number,
+                    shared=positions is not None,
                 )
             target = prepare(
                 centroids,
@@ -247,10 +250,10 @@ def prepare(
 
 
 def mean_of_known(
-    values: Float[Tensor, " b"], known: Bool[Tensor, " b"], *, shared: bool = False
+    values: Float[Tensor, " b"], is_known: Bool[Tensor, " b"], *, shared: bool = False
 ) -> Float[Tensor, ""]:
     """Mean over the known rows, or 0. If `shared`, the mean over ranks is that of all rows."""
-    count, ranks = known.sum(), 1
+    count, ranks = is_known.sum(), 1
     if shared:
         count, ranks = collectives.all_reduce(count), collectives.world_size()
-    return (values * known).sum() / (count.clamp(min=1) / ranks)
+    return (values * is_known).sum() / (count.clamp(min=1) / ranks)

@@ -83,13 +83,16 @@ class ExtractedFeatures:
         with evaluation_mode(self.model):
             for batch in self.batches(episode):
                 new, image, text = [], batch.image, batch.text
-                each = len(text) // len(image)  # captions of an image
-                for row, sample_id in enumerate(batch.sample_id[::each]):
-                    visit = (sample_id, b"".join(batch.captions[row * each : (row + 1) * each]))
+                per_image = len(text) // len(image)  # captions of an image
+                for row, sample_id in enumerate(batch.sample_id[::per_image]):
+                    visit = (
+                        sample_id,
+                        b"".join(batch.captions[row * per_image : (row + 1) * per_image]),
+                    )
                     if visit not in passed or not self.each_pair_once:
                         passed[visit], number = number, number + 1
                         new.append(row)
-                    rows += [passed[visit] * each + caption for caption in range(each)]
+                    rows += [passed[visit] * per_image + caption for caption in range(per_image)]
                 parts = -(-len(image) // (self.micro_batch_size or len(image)))
                 if len(new) < len(image):
                     # A sharded model needs every rank in every pass: a pair a part at least.
@@ -97,17 +100,19 @@ class ExtractedFeatures:
                     passed_rows = Packed.of({"rows": torch.tensor(filled)})
                     chosen = passed_rows.send(image.device)["rows"]
                     image = image[chosen]
-                    text = text.view(-1, each, *text.shape[1:])[chosen].flatten(0, 1)
+                    text = text.view(-1, per_image, *text.shape[1:])[chosen].flatten(0, 1)
                 made = [
                     self._projections(some, words)
                     for some, words in zip(
                         torch.tensor_split(image, parts),
-                        text.view(-1, each, *text.shape[1:]).tensor_split(parts),
+                        text.view(-1, per_image, *text.shape[1:]).tensor_split(parts),
                         strict=True,
                     )
                 ]
-                for kept, of_parts in zip((images, texts), zip(*made, strict=True), strict=True):
-                    kept.append(torch.cat(of_parts)[: len(new) * each])
+                for rows_so_far, of_parts in zip(
+                    (images, texts), zip(*made, strict=True), strict=True
+                ):
+                    rows_so_far.append(torch.cat(of_parts)[: len(new) * per_image])
                 positions.append(batch.position)
                 sample_ids += batch.sample_id
         image, text = torch.cat(images)[rows], torch.cat(texts)[rows]
@@ -129,8 +134,8 @@ class ExtractedFeatures:
             image=image,
             text=text,
             teachers={
-                name: each.whitened(each.rows(sample_ids).to(image.device))
-                for name, each in self.teachers.items()
+                name: teacher.whitened(teacher.rows(sample_ids).to(image.device))
+                for name, teacher in self.teachers.items()
             },
             keys=torch.from_numpy(hash_ids(sample_ids).view(np.int64)).to(image.device),
             positions=positions.to(image.device) if world_size() > 1 else None,
@@ -145,9 +150,9 @@ class ExtractedFeatures:
             if name in clusters:
                 centroids = clusters[name].centroids
                 rows = teacher.whitened(batch.features[name]).to(centroids)
-                known = torch.isfinite(rows).all(1)
-                prototypes = nearest(torch.where(known[:, None], rows, 0.0), centroids)[0]
-                assignments[name] = torch.where(known, prototypes, -1)
+                finite = torch.isfinite(rows).all(1)
+                prototypes = nearest(torch.where(finite[:, None], rows, 0.0), centroids)[0]
+                assignments[name] = torch.where(finite, prototypes, -1)
         return assignments
 
     def extracts_after(self, stage_projects: bool) -> bool:

@@ -329,6 +329,6 @@ def share_of_rows(values: Tensor, positions: Int[Tensor, " n"]) -> Rows:
     if len(repeated):
         raise ValueError(f"positions: {int(repeated[0])} is there more than once")
     number, numbers_of_all = (
-        torch.searchsorted(ascending, each) for each in (positions, everyones)
+        torch.searchsorted(ascending, rank_positions) for rank_positions in (positions, everyones)
     )
     return Rows(values=values, number=number, numbers_of_all=numbers_of_all, shared=True)

@@ -104,10 +104,10 @@ class Bfloat16Search:
         rounded = centred.bfloat16()
         ones = torch.ones_like(rounded[:, :1])
         half_norms = (centred.square().sum(1, keepdim=True) / 2).bfloat16()
-        kept = rounded.float()
+        rounded_features = rounded.float()
         self.left = torch.cat([-rounded, ones, ones, half_norms, 0 * ones], dim=1)
-        self.norms = kept.norm(dim=1)
-        self.errors = centred.sub_(kept).norm(dim=1)
+        self.norms = rounded_features.norm(dim=1)
+        self.errors = centred.sub_(rounded_features).norm(dim=1)
 
     def right(self, centroids: Float32[Tensor, "k d"]) -> Tensor:
         """Right factor of the distances."""

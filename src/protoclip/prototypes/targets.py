@@ -50,15 +50,17 @@ def cluster_spaces(
             raise ValueError(f"positions: need to be 0 to {len(everyones) - 1}, each once")
     clusters = {}
     for space, rows in features.items():
-        known = torch.isfinite(rows).all(1)
-        any_known = bool(known.any())
+        has_features = torch.isfinite(rows).all(1)
+        any_features = bool(has_features.any())
         if positions is not None:
-            any_known = collectives.any_rank([any_known])[0]
-        if not any_known:
+            any_features = collectives.any_rank([any_features])[0]
+        if not any_features:
             continue
-        kmeans = cluster(space, rows[known], None if positions is None else positions[known])
-        assignments = torch.full_like(known, -1, dtype=torch.long)
-        assignments[known] = kmeans.assignments
+        kmeans = cluster(
+            space, rows[has_features], None if positions is None else positions[has_features]
+        )
+        assignments = torch.full_like(has_features, -1, dtype=torch.long)
+        assignments[has_features] = kmeans.assignments
         clusters[space] = replace(kmeans, assignments=in_order(assignments, positions))
     return clusters
 
@@ -165,11 +167,11 @@ def back_translate(
     return segment_mean(student_features, assignments, num_prototypes, shared=shared)[0]
 
 
-def check_assignments(assignments: Tensor, rows: Tensor, of: str) -> None:
+def check_assignments(assignments: Tensor, rows: Tensor, argument: str) -> None:
     """Refuse what is no integer for each row of the argument `of`; does not wait for a GPU."""
     fit = rows.ndim == 2 and assignments.shape == rows.shape[:1]
     if not fit or assignments.dtype not in INTEGERS:
         raise ValueError(
-            f"assignments: {assignments.dtype} of shape {tuple(assignments.shape)} for {of} of "
-            f"shape {tuple(rows.shape)}; give an integer for each row"
+            f"assignments: {assignments.dtype} of shape {tuple(assignments.shape)} for {argument} "
+            f"of shape {tuple(rows.shape)}; give an integer for each row"
         )
