@@ -38,8 +38,7 @@ from protoclip.evaluation import analysis, compare, validation
 from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.suite import RECORD_TASKS
-from protoclip.evaluation.trained_on import trained_guards
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import judged, trained_guards
 from protoclip.export.card import captions_of
 from protoclip.report.findings import findings
 from protoclip.report.looks import find_examples

@@ -64,7 +64,7 @@ class Evaluate:
             from protoclip.data.index import cache_folder
             from protoclip.data.transforms import PillowTransform
             from protoclip.distributed import collectives
-            from protoclip.evaluation import records, suite, trained_on, validation
+            from protoclip.evaluation import records, suite, validation
             from protoclip.evaluation.encoders import encoder_of
             from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
@@ -128,7 +128,7 @@ class Evaluate:
             counts = dict[tuple[str, str], dict[str, Any]]()  # of a model and a data set
             for reference in references if collectives.rank() == 0 else ():
                 for name, opened in zip(names, data, strict=True):
-                    count = trained_on.count_trained(reference, name, opened, self.split, config)
+                    count = validation.count_trained(reference, name, opened, self.split, config)
                     counts[reference, opened.name] = {"trained_on": count} if count else {}
                     notes += warnings_of(reference, name, count)
             for note in notes if collectives.rank() == 0 else ():
@@ -164,7 +164,7 @@ class Evaluate:
 
 def warnings_of(reference: str, name: str, count: Mapping[str, int]) -> list[str]:
     """A warning of data, by their name, of which a model was trained on some pairs."""
-    from protoclip.evaluation.trained_on import has_held_out_metrics
+    from protoclip.evaluation.validation import has_held_out_metrics
     from protoclip.models.saved import run_of
 
     if not count.get("images") or (run := run_of(reference)) is None:

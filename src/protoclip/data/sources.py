@@ -6,16 +6,26 @@ that models are judged on are opened in `evaluation/datasets.py`.
 
 import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePath
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
-from protoclip.data.access import files_like, is_url, require_allowed
+from protoclip.data.access import (
+    GO_ON,
+    PATIENCE_SECONDS,
+    files_like,
+    is_url,
+    require_allowed,
+    too_slow,
+)
 from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
 from protoclip.data.mixture import MixedStreams, mixed_pairs, sources_of
-from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import open_shards
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import (
@@ -34,6 +44,7 @@ EMOJI_LACK = (
     *("image_column", "caption_column", "id_column", "class_column"),
     *("root", "read", "allow_links"),
 )
+TRIED = 64  # rows of which one has to be good
 # The end of a tar file's name, or of one of several in a pattern.
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
 
@@ -97,6 +108,36 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
     if len(weights) < len(streams):
         raise ValueError("data.sources: streams have no known length; give each a weight")
     return MixedStreams(streams, weights=weights, seed=seed)
+
+
+def require_readable(named: str, rows: int, read: Callable[[int], object]) -> None:
+    """Refuse a source none of whose rows can be used; some are read until one is good.
+
+    A run would notice late, and leave a folder in the way of the next one.
+
+    Args:
+        named: The setting and the source, for the message.
+        read: Reads a row; of a bad one it raises `ValueError`, such as `BadSample`.
+
+    Raises:
+        ValueError: None of some evenly spaced rows can be used, or they take too long.
+    """
+    bad, began = list[ValueError](), time.monotonic()
+    for row in evenly_spaced(rows, min(rows, TRIED), seed=0):
+        try:
+            read(row)
+            return
+        except ValueError as error:
+            bad.append(error)
+        if time.monotonic() - began > PATIENCE_SECONDS:
+            raise ValueError(f"{named}: {too_slow(f'{len(bad)} pairs', bad[-1])}")
+    if bad:
+        is_remote = isinstance(bad[0], BadSample) and is_url(bad[0].where)
+        way_out = "mend them, or set data.root to the folder where the paths start"
+        raise ValueError(
+            f"{named}: of {len(bad)} pairs that were looked at none can be used, such as {bad[0]}; "
+            f"{GO_ON if is_remote else way_out}"
+        )
 
 
 def to_look_at(config: Config) -> Config:

@@ -105,7 +105,7 @@ def held_out_rows(
     return _compute_once(facts, folder, sources, before, compute)
 
 
-def count_trained(
+def count_shared(
     judging: Sources, before: Sequence[Before], *, folder: Path
 ) -> tuple[int, int, int]:
     """How many pairs that evaluate a model have an image that it was trained on, or a caption.

@@ -1,11 +1,14 @@
-"""What a run is judged by: the emoji's own splits, or pairs that were held out of its data.
+"""What a run is evaluated on: the emoji's own splits, or pairs that were held out of its data.
 
-Which pairs are held out is decided in `data/split.py`, and the judging is done by
-`training/judge.py`.
+Which pairs are held out is decided in `data/split.py`, and `training/judge.py` evaluates. Here is
+also what tells whether data that evaluate a model are those that it was trained on: they are named
+alike, as seen from the current folder, or hold the same rows.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -16,14 +19,14 @@ import torch
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.content import content, difference
+from protoclip.data.access import is_url
+from protoclip.data.content import Facts, content, difference, facts_of_rows
 from protoclip.data.index import index_folder
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
-from protoclip.data.readable import require_readable
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_trained, held_out_rows
-from protoclip.data.view import NONE, PairsView, Rows, by_source, without
+from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, held_out_rows
+from protoclip.data.view import NONE, PairsView, Rows, as_array, by_source, whole, without
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import data_names, datasets
 from protoclip.evaluation.datasets import (
@@ -36,14 +39,17 @@ from protoclip.evaluation.datasets import (
     in_order,
     named,
     positions,
+    with_split,
 )
 from protoclip.evaluation.task_features import quick_tasks
-from protoclip.files import read_json
-from protoclip.models.saved import STATE, checkpoints, read_config, run_of
+from protoclip.files import read_json, read_toml
+from protoclip.models.saved import SETTINGS, STATE, checkpoints, facts_of, read_config, run_of
 from protoclip.paths import COLUMN_OPTIONS, with_options
 from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
+ROWS = ("rows", "captions", "images")  # facts by which rows are the same, wherever they lie
+ELSEWHERE = ("hf:", "emoji")  # names of pairs that are not in files of the user
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
 FEW = 100  # pairs; of so many or fewer, one moves a value by a point or more, which a note says
 # Settings of `data` that name columns of a table, or the folder of its images.
@@ -60,98 +66,101 @@ class Judged(NamedTuple):
 
 
 def judged(config: Config, samples: Pairs | SampleStream) -> Judged:
-    """Divide the samples of a run into those to train on and those to judge it by.
+    """Divide the samples of a run into those to train on and those to evaluate it on.
 
-    A mixture is judged by each of its sources, and by all together.
+    A mixture is evaluated on each of its sources, and on all together.
 
     Raises:
-        ValueError: No pairs are left to judge by, though the settings ask for some.
+        ValueError: No pairs are left to evaluate on, though the settings ask for some.
     """
-    data, notes = config.data, list[str]()
-    if data.is_emoji and data.validation is None:
-        return Judged(samples, [datasets.emoji()], notes)
-    given_sources = plain_sources(samples)
-    if data.validation == "emoji":
-        return Judged(samples, [datasets.emoji()], notes)
-    folder = index_folder()
-    if isinstance(data.validation, str):
-        other = replace(
-            data,
-            train=data.validation,
-            sources=[],
-            read="auto",
-            only=None,  # the lists have ids of the training data
-            without=None,
+    validation = config.data.validation
+    if validation == "emoji" or (validation is None and config.data.is_emoji):
+        return Judged(samples, [datasets.emoji()], [])
+    if isinstance(validation, str):
+        return judged_by_other(config, samples, validation)
+    share = SHARE if validation is None else validation
+    return Judged(samples, [], []) if share == 0 else judged_by_share(config, samples, share)
+
+
+def judged_by_other(config: Config, samples: Pairs | SampleStream, name: str) -> Judged:
+    """All samples to train on, and the pairs that `data.validation` names to evaluate on."""
+    # The lists of ids are of the training data.
+    data = replace(config.data, train=name, sources=[], read="auto", only=None, without=None)
+    # Pairs that are not trained on need no classes to be positives by.
+    loss = replace(config.loss, positives="pair")
+    opened = sources.pairs(replace(config, data=data, loss=loss))
+    if not isinstance(opened, Pairs):
+        raise ValueError(f"data.validation: {name}: a stream has no end; copy it")
+    judging, notes = plain_sources(opened), list[str](getattr(opened, "notes", ()))
+    if config.run.evaluate or config.run.evaluate_every > 0:
+        for source in judging:
+            sources.require_readable(f"data.validation: {source.name}", len(source), source.image)
+    training = plain_sources(samples)
+    before = trained_before(config, notes)
+    trained = [*((source, NONE) for source in training), *chain(*before.values())]
+    if not isinstance(samples, Pairs):
+        notes.append(
+            f"data.validation: {without_secrets(name)}: is not compared with the pairs of a "
+            "stream; on pairs that both have, numbers are too good"
         )
-        # Pairs that are not trained on need no classes to be positives by.
-        loss = replace(config.loss, positives="pair")
-        given = sources.pairs(replace(config, data=other, loss=loss))
-        if not isinstance(given, Pairs):
-            raise ValueError(f"data.validation: {data.validation}: a stream has no end; copy it")
-        notes += getattr(given, "notes", ())
-        judging = plain_sources(given)
-        is_judged = config.run.evaluate or config.run.evaluate_every > 0
-        for source in judging if is_judged else ():
-            require_readable(f"data.validation: {source.name}", len(source), source.image)
-        before = trained_before(config, notes)
-        trained = [*[(source, NONE) for source in given_sources], *chain(*before.values())]
-        if not isinstance(samples, Pairs):
-            notes.append(
-                f"data.validation: {without_secrets(data.validation)}: is not compared with the "
-                "pairs of a stream; on pairs that both have, numbers are too good"
-            )
-        counts = dict[str, int]()
-        if trained:
-            looked, images, captions = count_trained(judging, trained, folder=folder)
-            notes += overlap(data.validation, (looked, images, captions))
-            counts = {"pairs": looked, "images": images}
-        parts = [(source, np.arange(len(source))) for source in judging]
-        notes += without_some_classes(config, parts)
-        return Judged(samples, data_sets(parts, probe_rows(given_sources, NONE), counts), notes)
-    share = SHARE if data.validation is None else data.validation
-    if share == 0:
-        return Judged(samples, [], notes)
-    asked = is_asked(config)
-    # Without pairs to judge by, a validation on the way would be refused next.
+    counts = dict[str, int]()
+    if trained:
+        looked, images, captions = count_shared(judging, trained, folder=index_folder())
+        notes += overlap(name, (looked, images, captions))
+        counts = {"pairs": looked, "images": images}
+    parts = [(source, np.arange(len(source))) for source in judging]
+    notes += without_some_classes(config, parts)
+    return Judged(samples, data_sets(parts, probe_rows(training, NONE), counts), notes)
+
+
+def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float) -> Judged:
+    """The samples without those that are held out to evaluate on, and these."""
+    # Without pairs to evaluate on, an evaluation on the way would be refused next.
     nothing = "0, with run.evaluate_every = 0" if judges_on_the_way(config) else "0"
     nothing += ", and for finetune --alpha 1" * (config.model.start is not None)
+
+    def without_any(reason: str) -> Judged:
+        if is_asked(config):
+            raise ValueError(f"data.validation: {reason}, or {nothing}")
+        return Judged(samples, [], [f"data.validation: {reason}, or {nothing}"])
+
     if not isinstance(samples, Pairs):
-        reason = "data.validation: a stream is not held out; name a source to judge the run by, or "
-        reason += nothing
-        return refuse_or_note(samples, reason, asked=asked)
+        return without_any("a stream is not held out; name a source to judge the run by")
+    training, notes, total = plain_sources(samples), list[str](), len(samples)
     before = trained_before(config, notes)
-    trained = [*chain(*before.values())]
-    learned = f"{' and '.join(before)} learned from"
-    rows = held_out_rows(given_sources, share=share, folder=folder, before=trained)
-    if len(rows) < (2 if asked else LEAST):
-        reason = f"data.validation: no pairs are held out, since only {len(rows)} of "
-        reason += f"{len(samples):,} could be: {f'{learned} the others, ' if before else ''}"
-        reason += "they are few, or many share a caption or an image; give "
-        reason += "a larger share, " if len(rows) or share * len(samples) < 1 else ""
-        reason += f"a source, or {nothing}"
-        return refuse_or_note(samples, reason, asked=asked)
-    wanted = min(MOST, round(share * len(samples)))
+    learned = f"{' and '.join(before)} learned from the others"
+    rows = held_out_rows(
+        training, share=share, folder=index_folder(), before=[*chain(*before.values())]
+    )
+    if len(rows) < least_held_out(config):
+        larger = "a larger share, " if len(rows) or share * total < 1 else ""
+        return without_any(
+            f"no pairs are held out, since only {len(rows)} of {total:,} could be: "
+            f"{f'{learned}, ' if before else ''}they are few, or many share a caption or an image; "
+            f"give {larger}a source"
+        )
+    wanted = min(MOST, round(share * total))
     if len(rows) < (wanted if before else ENOUGH * wanted):
-        why = f"{learned} the others" if before else "many share a caption or an image"
+        why = learned if before else "many share a caption or an image"
         notes.append(
             f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {why}"
         )
-    if len(rows) == len(samples):
+    if len(rows) == total:
         raise ValueError(
-            f"data.validation: {share} leaves none of {len(samples):,} pairs to train on; lower it"
+            f"data.validation: {share} leaves none of {total:,} pairs to train on; lower it"
         )
     points = f"{100 / len(rows):.3g}"
     steps = f", so values move in steps of {points} point{'s' * (points != '1')}"
     notes.append(
-        f"{len(rows):,} of {len(samples):,} pairs are held out to judge the run by"
+        f"{len(rows):,} of {total:,} pairs are held out to judge the run by"
         f"{steps if len(rows) <= FEW else ''}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    parts = by_source(given_sources, rows)
+    parts = by_source(training, rows)
     notes += without_some_classes(config, parts)
     counts = {"pairs": len(rows), "images": 0}
-    data_of_parts = data_sets(parts, probe_rows(given_sources, rows), counts)
-    return Judged(without(samples, rows), data_of_parts, notes)
+    data = data_sets(parts, probe_rows(training, rows), counts)
+    return Judged(without(samples, rows), data, notes)
 
 
 def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:
@@ -295,9 +304,8 @@ def pairs_of_run(
         trained, before = plain_sources(samples), [*chain(*earlier.values())]
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
-            folder = index_folder()
-            held = held_out_rows(trained, share=share, folder=folder, before=before)
-        if len(held) < (2 if is_asked(settings) else LEAST):
+            held = held_out_rows(trained, share=share, folder=index_folder(), before=before)
+        if len(held) < least_held_out(settings):
             held = NONE
         if rank() == 0 and (differs := changed_since(run, without(samples, held))):
             notes.append(
@@ -328,6 +336,11 @@ def changed_since(
 def is_asked(config: Config) -> bool:
     """Whether the settings ask for something to judge the run by."""
     return config.data.validation is not None or judges_on_the_way(config)
+
+
+def least_held_out(config: Config) -> int:
+    """Fewer pairs than these are not held out."""
+    return 2 if is_asked(config) else LEAST
 
 
 def judges_on_the_way(config: Config) -> bool:
@@ -392,12 +405,6 @@ def name_in_metrics(name: str, config: Config) -> str:
     metrics = [metric for metric in (config.run.keep_best, config.run.stop_by) if metric]
     named = {metric.split("/")[1] for metric in metrics if metric.count("/") > 1}
     return short if short in data_names.SPLITS and short in named and name not in named else name
-
-
-def refuse_or_note(samples: Pairs | SampleStream, reason: str, *, asked: bool) -> Judged:
-    if asked:
-        raise ValueError(reason)
-    return Judged(samples, [], [reason])
 
 
 def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
@@ -484,3 +491,106 @@ def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -
         captions=captions,
         labels=torch.cat(labels) if len(labels) == len(parts) else None,
     )
+
+
+def count_trained(
+    model: str, reference: str, data: EvaluationData, split: str, allowed: DataConfig
+) -> dict[str, int]:
+    """How many `pairs` a split of data that this reference opened has, and `images` that the run of
+    a model was trained on; nothing where that is not known.
+
+    Images are compared where both are in files. Else names, and what the run wrote down of its
+    sources, tell whether they are the same. The run's pairs are read with `allowed.allow_links`.
+    """
+    if (run := run_of(model)) is None:
+        return {}
+    images = data.splits[split].images
+    with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # of a damaged run
+        settings = read_toml(run / SETTINGS)["data"]
+        named = settings.get("sources") or [{"path": settings["train"]}]
+        names = [str(source["path"]) for source in named]
+        view = images if isinstance(images, PairsView) else whole([images])
+        are_pairs = all(isinstance(source, ImageTextPairs) for source in view.sources)
+        if are_pairs and not any(is_url(name) or name.startswith(ELSEWHERE) for name in names):
+            judging = [source.subset(np.unique(as_array(rows))) for source, rows in view.parts]
+            if trained := pairs_of_run(run, Config(data=allowed), "", [], frozenset()):
+                looked, same, _ = count_shared(judging, trained, folder=index_folder())
+                return {"pairs": looked, "images": same}
+        if is_named(reference, split, names) or holds_rows(
+            reference, data.splits[split], sources_in(run)
+        ):
+            return {"pairs": len(images), "images": len(images)}
+    return {}
+
+
+def trained_guards(
+    config: Config, guards: Sequence[EvaluationData], training: Pairs | SampleStream
+) -> list[str]:
+    """A note on each guard of a run whose pairs the run trains on."""
+    if not guards:
+        return []
+    names = [source.path for source in sources.entries(config.data)]
+    facts = content(training)
+    return [
+        f"run.guard: {without_secrets(reference)}: is what the run trains on, so its numbers are "
+        "too good, also to choose by; name other data"
+        for reference, guard in zip(config.run.guard, guards, strict=True)
+        if is_named(reference, "test", names)
+        or any(
+            holds_rows(reference, guard.splits[each], facts)
+            for each in {"test", NAME} & {*guard.splits}
+        )
+    ]
+
+
+def has_held_out_metrics(run: Path) -> bool:
+    """Whether the results of a run have metrics of pairs that were held out of it."""
+    try:
+        metrics = read_json(run / "results.json")["metrics"]
+        return any(name.startswith(f"eval/{NAME}/") for name in metrics)
+    except (ValueError, LookupError, AttributeError, TypeError):  # damaged, or not there yet
+        return False
+
+
+def is_named(reference: str, split: str, names: Iterable[str]) -> bool:
+    """Whether a reference to data of a split is one of these names of training data.
+
+    The split counts for data of the hub that names none.
+    """
+    data = with_options(reference)[0]
+    if data == "emoji":  # they have splits of their own
+        return False
+    measured = one_spelling(data.removeprefix("wds:"), split)
+    return any(one_spelling(name, "train") == measured for name in names)
+
+
+def sources_in(run: Path) -> list[Facts]:
+    """What the newest checkpoint of a run tells of its sources, and of what was held out; nothing,
+    if there is none."""
+    saved = checkpoints(run)
+    return list(facts_of(saved[-1], "content").get("sources", [])) if saved else []
+
+
+def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
+    """Whether a source of the split has the rows that one of these facts of sources tells of.
+
+    Pairs that a run held out are none of them if it had the same sources and held out the same.
+    """
+    run = run_as_data(reference)
+    if run is not None and difference(sources_in(run), trained) is None:
+        return False
+    for source in sources_of(split.images):
+        if isinstance(source, ImageTextPairs):
+            as_many = [facts for facts in trained if facts.get("rows") == len(source)]
+            known = facts_of_rows(source) if as_many else {}  # hashing takes a while
+            if any(all(facts.get(n) == known[n] for n in ROWS) for facts in as_many):
+                return True
+    return False
+
+
+def one_spelling(data: str, split: str) -> str:
+    """Data as a whole path; of the hub with its split, and with options in one order."""
+    if data.startswith("hf:") and not is_url(data):
+        name, *options = with_split(data, split).split(",")
+        return ",".join([name, *sorted(options)])
+    return os.path.realpath(without_secrets(data))

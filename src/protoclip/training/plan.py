@@ -40,7 +40,6 @@ from protoclip.data.decode import dimensions
 from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.data.readable import require_readable
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.view import PairsView
@@ -59,8 +58,7 @@ from protoclip.encode.whiten import Whitens
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import metric_names
-from protoclip.evaluation.trained_on import trained_guards
-from protoclip.evaluation.validation import Judged, guards, judged
+from protoclip.evaluation.validation import Judged, guards, judged, trained_guards
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
 from protoclip.models.halves import SmallTowers, require_image_weights
@@ -280,7 +278,7 @@ def require_usable(config: Config, samples: Pairs) -> None:
     for source, rows in parts if config.data.max_bad_share < MOST_BAD else ():
         named = f"data.train: {source.name}"
         try:
-            require_readable(named, len(rows), partial(read, source, rows))
+            sources.require_readable(named, len(rows), partial(read, source, rows))
         except ValueError as error:
             reasons.append(error)
             bad += len(rows)

@@ -17,7 +17,7 @@ from protoclip.data import split
 from protoclip.data.groups import normalise_texts, normalised
 from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.split import count_trained, held_out_rows
+from protoclip.data.split import count_shared, held_out_rows
 from protoclip.data.view import PairsView, without
 from protoclip.evaluation.datasets import have_class
 
@@ -229,7 +229,7 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
         both.append(ImageTextPairs(table, name=name, root=str(tmp_path / name), id_column=None))
     before = [(both[0], np.array([], np.int64))]
     assert len(held_out_rows([both[1]], share=0.5, folder=tmp_path, before=before)) == 20
-    assert count_trained([both[1]], before, folder=tmp_path) == (40, 0, 0)
+    assert count_shared([both[1]], before, folder=tmp_path) == (40, 0, 0)
     assert len(held_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
 
 
@@ -276,7 +276,7 @@ def test_names_below_a_url_are_the_urls(tmp_path):
     table = pa.table({"image": names, "caption": captions})
     training = ImageTextPairs(table, name="b", id_column=None, root="s3://b")
     none = np.array([], np.int64)
-    assert count_trained([judging], [(training, none)], folder=tmp_path) == (12, 12, 12)
+    assert count_shared([judging], [(training, none)], folder=tmp_path) == (12, 12, 12)
 
 
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
@@ -287,10 +287,10 @@ def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     captions, _ = contents(training, range(2000))
     with_caption = sum(bool(captions & {*both.sample_captions(row)}) for row in range(len(both)))
     assert 20 < with_caption < 320
-    found = count_trained([both], [(training, np.array([], np.int64))], folder=tmp_path)
+    found = count_shared([both], [(training, np.array([], np.int64))], folder=tmp_path)
     assert found == (320, 20, with_caption)
     held = np.arange(5)  # of what is trained on
-    assert count_trained([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
+    assert count_shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
 
 
 def test_of_many_images_only_those_that_look_equal_are_read_whole(tmp_path, monkeypatch):
@@ -374,5 +374,5 @@ def test_what_was_counted_while_images_could_not_be_read_is_not_kept(tmp_path, m
         for read in ("read_file", "read_range"):
             failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
             patch.setattr(f"protoclip.data.pairs.{read}", failing)
-        assert count_trained([both[1]], before, folder=tmp_path) == (12, 0, 0)
-    assert count_trained([both[1]], before, folder=tmp_path) == (12, 12, 0)
+        assert count_shared([both[1]], before, folder=tmp_path) == (12, 0, 0)
+    assert count_shared([both[1]], before, folder=tmp_path) == (12, 12, 0)

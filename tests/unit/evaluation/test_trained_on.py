@@ -13,8 +13,12 @@ from protoclip.data import sources
 from protoclip.data.content import content
 from protoclip.data.view import without
 from protoclip.evaluation.datasets import open_data
-from protoclip.evaluation.trained_on import count_trained, has_held_out_metrics, trained_guards
-from protoclip.evaluation.validation import guards
+from protoclip.evaluation.validation import (
+    count_trained,
+    guards,
+    has_held_out_metrics,
+    trained_guards,
+)
 from protoclip.files import to_json
 from protoclip.training.plan import make_plan
 from testing import tiny_config, tiny_pairs
