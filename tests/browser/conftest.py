@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from protoclip.explore.address import listen, url_of
-from protoclip.explore.render import Pages
-from protoclip.explore.server import server
+from protoclip.cli.explore import address as address_of
+from protoclip.cli.explore import listen
+from protoclip.explore.pages import Pages
+from protoclip.explore.serve import make_server
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 
@@ -58,11 +59,11 @@ def serve_pages() -> Iterator[Callable[[Pages], str]]:
 
     def serve(pages: Pages) -> str:
         listening = listen("127.0.0.1", 0)
-        serving = server(pages, host="127.0.0.1", token="token")
+        serving = make_server(pages, host="127.0.0.1", token="token")
         thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
         thread.start()
         running.append((serving, thread))
-        return url_of(listening, "127.0.0.1", "token")
+        return address_of(listening, "127.0.0.1", "token")
 
     yield serve
     for serving, thread in running:

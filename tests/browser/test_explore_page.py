@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,8 +23,8 @@ from worded import explorers
 from protoclip.config import DataConfig
 from protoclip.data import sources
 from protoclip.data.emoji import emoji_table
-from protoclip.explore.render import Pages
-from protoclip.explore.static import write_static
+from protoclip.explore.pages import Pages
+from protoclip.explore.serve import write_static
 from protoclip.training.run import train
 from testing import tiny_config
 
@@ -352,43 +350,10 @@ def test_answers_come_while_one_types(map_page: Any) -> None:
     assert page.input_value("input[name=text]") == "a red heart"
 
 
-def test_the_map_by_umap_takes_its_place(
-    browser: Any, table: Path, serve_pages: Callable[[Pages], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    half, go_on = threading.Event(), threading.Event()
-
-    def slow(rows: Any, *, seed: int, done: Callable[[float], None]) -> Any:
-        done(0.5)
-        half.set()
-        assert go_on.wait(120)
-        return np.random.default_rng(seed).normal(size=(len(rows), 2)).astype(np.float32)
-
-    monkeypatch.setattr("protoclip.explore.atlas.by_umap", slow)
-    data = DataConfig(train=str(table))
-    pages = Pages(explorers(data, layout="umap", umap_later=True, cache=False))
-    assert pages.make_umaps()
-    assert half.wait(60)
-    page = browser.new_page()
-    page.goto(serve_pages(pages))
-    page.wait_for_selector("#map[data-ready]")
-    page.select_option("#colour-by", "distance")
-    wait_until(page, "document.querySelector('#map-state progress').value === 0.5")
-    at = "Bokeh.documents[0].get_model_by_name('pairs').data.image_x[0]"
-    before = page.evaluate(at)
-    go_on.set()
-    page.wait_for_selector("#map-state:has-text('by UMAP now')", timeout=90_000)
-    assert page.evaluate(at) != before
-    assert page.locator("#map > *").count() == 1
-    assert page.input_value("#colour-by") == "distance"
-    assert page.inner_text("#layout") == "UMAP"
-    assert page.evaluate(NAMES)
-    page.close()
-
-
 def test_an_image_that_cannot_be_searched_for_is_one_line(
     browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("protoclip.explore.server.MAX_BODY_BYTES", 10)
+    monkeypatch.setattr("protoclip.explore.serve.MAX_BODY_BYTES", 10)
     context = browser.new_context()
     page = context.new_page()
     page.goto(address.replace("/?", "/1/odd-loss.html?"))
@@ -415,7 +380,7 @@ def test_a_prototype_shows_its_members(list_page: Any, pages: Pages) -> None:
     number = int(first.locator("th a").inner_text())
     first.locator("th a").click()
     page.wait_for_url(f"**/prototype-image-{number}.html")
-    size = len(pages.site(1).members("image", number))
+    size = len(pages.sites[0].members("image", number))
     assert page.locator(".card").count() == min(size, 60)
     assert all(page.eval_on_selector_all("img", "all => all.map(each => each.alt)"))
 

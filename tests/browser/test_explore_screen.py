@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit" / "explore"))
 from worded import distinct_pairs, explorers
 
 from protoclip.config import DataConfig
-from protoclip.explore.render import Pages
+from protoclip.explore.pages import Pages
 
 pytestmark = pytest.mark.slow
 

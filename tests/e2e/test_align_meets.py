@@ -34,7 +34,7 @@ from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
-from protoclip.explore.pairs import explored
+from protoclip.explore.pairs import explore_pairs
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
@@ -295,7 +295,7 @@ def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(
     run = tmp_path / "run"
     out = {"run": {"out": str(run)}, "episodes": {"size": 16, "count": 1, "batch_size": 8}}
     align(of_source(given, {"sources": mixture, "validation": 0.0}, **out))
-    pairs = explored(sources_of.pairs(read_config(run)))
+    pairs = explore_pairs(sources_of.pairs(read_config(run)))
     kept, plain = (
         open_explorer(str(run), pairs, device=torch.device("cpu"), workers=0, cache=cache)
         for cache in (True, False)
@@ -347,7 +347,9 @@ def test_only_copies_are_near_duplicates_where_shapes_lie_elsewhere(given, tmp_p
     image.save(buffer := io.BytesIO(), "BMP")
     rows += [rows[3], {"image": buffer.getvalue(), "caption": "equal pixels in another file"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shapes.parquet")
-    pairs = explored(sources_of.pairs(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet"))))
+    pairs = explore_pairs(
+        sources_of.pairs(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet")))
+    )
     settings = {"device": torch.device("cpu"), "workers": 0}
     found = open_explorer(str(tmp_path / "run"), pairs, **settings).atlas
     assert sorted(found.duplicates.tolist()) == [[3, 18], [17, 19]]
@@ -370,7 +372,7 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
     monkeypatch.setattr(Encoder, "encode", watched)
     paths = [given["data"]["train"], str(path)]
     data = DataConfig(sources=[SourceConfig(path=each) for each in paths])
-    pairs = explored(sources_of.pairs(Config(data=data)))
+    pairs = explore_pairs(sources_of.pairs(Config(data=data)))
     settings = {"device": torch.device("cpu"), "workers": 0}
     opened = [
         open_explorer(str(tmp_path / "run"), pairs, **settings, cache=kept)
@@ -383,7 +385,7 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
         101,
         64,  # captions that are not the first of their pair
     ]
-    mine, plain = (each.features() for each in opened)
+    mine, plain = (each.features for each in opened)
     assert torch.equal(mine.rows, plain.rows)
     for name in ("image", "text"):  # the store holds half precision
         torch.testing.assert_close(getattr(mine, name), getattr(plain, name), atol=5e-3, rtol=5e-3)

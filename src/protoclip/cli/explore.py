@@ -3,13 +3,13 @@
 What the pages show, and how they are served, is in `explore/`.
 """
 
+import errno
 import os
+import socket
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.cli.device import open_device
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from protoclip.explore.explorer import Explorer
     from protoclip.explore.pairs import ExploredPairs
 
+USUAL_PORT = 8000
 NEEDED = ("bokeh", "jinja2", "starlette", "uvicorn")
 # Options that are settings of `data` by the same names.
 OF_DATA = ("image_column", "caption_column", "id_column", "root", "only", "without")
@@ -91,7 +92,7 @@ class Explore:
                 f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
             )
         if self.static is None and self.atlas is None:
-            with closing(self.listen()) as listening:  # before the work, and slow imports
+            with closing(listen(self.host, self.port)) as listening:  # before slow imports
                 self.say_what_is_opened()
                 self.serve(self.explorers(), listening)
             return
@@ -101,7 +102,7 @@ class Explore:
             self.say_what_is_opened()
             with quick_imports():
                 from protoclip.explore.atlas import MAP_PAIRS
-                from protoclip.explore.static import write_static, write_table
+                from protoclip.explore.serve import write_static, write_table
 
             explorers = self.explorers()
             if self.static is not None:
@@ -112,16 +113,6 @@ class Explore:
                 say(f"{rows:,} rows written to {self.atlas}; look at them with")
                 image = " --image image" if rows <= 2 * MAP_PAIRS else ""
                 print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
-
-    def listen(self) -> socket:
-        """The socket to serve on. Says so where it is not on the usual port."""
-        from protoclip.explore.address import USUAL_PORT, listen
-
-        listening = listen(self.host, self.port)
-        used = listening.getsockname()[1]
-        if self.port is None and used != USUAL_PORT:
-            say(f"note: port {USUAL_PORT} is taken; pages will be on port {used}")
-        return listening
 
     def say_what_is_opened(self) -> None:
         """At once, since libraries, model and pairs take a while."""
@@ -140,13 +131,11 @@ class Explore:
                 pairs,
                 device=device,
                 layout=layout,
-                umap_later=self.static is None and self.atlas is None,
                 number=self.groups,
                 trained_on=self.shows_data_of(model),
                 batch_size=self.batch_size,
                 workers=self.workers,
                 cache=self.cache,
-                show=lambda stage: say(f"computing: {stage}"),
             )
             for model in self.models
         ]
@@ -170,30 +159,22 @@ class Explore:
         say("note: the map is by PCA; pip install umap-learn for one of neighbourhoods")
         return "pca"
 
-    def serve(self, explorers: "list[Explorer]", listening: socket) -> None:
+    def serve(self, explorers: "list[Explorer]", listening: socket.socket) -> None:
         import secrets
 
-        from protoclip.data.access import begun
-        from protoclip.explore.address import url_of
-        from protoclip.explore.render import Pages
-        from protoclip.explore.server import server
+        from protoclip.explore.pages import Pages
+        from protoclip.explore.serve import make_server
 
         pages, token = Pages(explorers), secrets.token_urlsafe(16)
-        for number in range(1, len(explorers) + 1):
-            _ = pages.site(number).map  # so that the first screen is there at once
-            explorers[number - 1].prepare()
-            begun(partial(pages.site(number).name, "image", 0), name="protoclip-names")  # all names
-        print(f"open {url_of(listening, self.host, token)}", flush=True)
+        pages.prepare()
+        print(f"open {address(listening, self.host, token)}", flush=True)
         say("Ctrl-C ends it")
-        if pages.make_umaps() is not None:
-            say("the map is by PCA until that by UMAP is made; the page says how far it is")
-        serving = server(pages, host=self.host, token=token)
-        serving.run(sockets=[listening])
+        make_server(pages, host=self.host, token=token).run(sockets=[listening])
 
     def pairs(self) -> "ExploredPairs":
         """The pairs to look at. Prints what was noticed about them."""
         from protoclip.cli.data import open_source, print_notes
-        from protoclip.explore.pairs import explored
+        from protoclip.explore.pairs import explore_pairs
 
         data = self.settings()
         if self.class_column is not None and data.sources:
@@ -205,7 +186,7 @@ class Explore:
                 raise
             raise ValueError(f"{error}; name the pairs with --data if they have moved") from None
         print_notes(notes)
-        return explored(samples, class_column=self.class_column)
+        return explore_pairs(samples, class_column=self.class_column)
 
     def settings(self) -> DataConfig:
         """What the options say; of data that is not named, what the first run's settings say."""
@@ -227,6 +208,40 @@ class Explore:
         column = self.class_column or config.data.class_column
         # A run may have streamed shards that lie here, where they can be read in any order too.
         return replace(config.data, read="auto", class_column=column, **given)
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket that listens: on the port, or without one on the first from 8000 on that is free.
+
+    Raises:
+        ValueError: The port is taken or may not be used, or the host is none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    number = USUAL_PORT if port is None else port
+    while True:
+        try:
+            listening = socket.create_server((host, number), family=family, backlog=256)
+        except (OSError, OverflowError, UnicodeError) as error:
+            code = getattr(error, "errno", None)
+            if port is None and code == errno.EADDRINUSE:
+                number += 1  # one beyond the last is refused otherwise
+                continue
+            of_port = isinstance(error, OverflowError) or code in (errno.EADDRINUSE, errno.EACCES)
+            reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+            raise ValueError(
+                f"{'--port' if of_port else '--host'}: cannot listen on {host} port {number} "
+                f"({reason}); choose another"
+            ) from None
+        if port is None and number != USUAL_PORT:
+            say(f"note: port {USUAL_PORT} is taken; pages will be on port {number}")
+        return listening
+
+
+def address(listening: socket.socket, host: str, token: str) -> str:
+    """The address to open."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    name = f"[{name}]" if ":" in name else name
+    return f"http://{name}:{listening.getsockname()[1]}/?token={token}"
 
 
 def with_classes(data: DataConfig, column: str) -> DataConfig:
@@ -257,4 +272,6 @@ def require_replaceable(setting: str, folder: Path) -> None:
 
 def places_of(data: DataConfig) -> set[Path]:
     """Where pairs come from."""
-    return {Path(path).resolve() for path in [each.path for each in data.sources] or [data.train]}
+    return {
+        Path(path).resolve() for path in [source.path for source in data.sources] or [data.train]
+    }

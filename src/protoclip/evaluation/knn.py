@@ -1,7 +1,7 @@
 """Weighted nearest-neighbour classification of frozen features.
 
 Nearest centroids are found in `prototypes/nearest.py`, and neighbours to look at in
-`explore/neighbours.py`.
+`explore/explorer.py`.
 """
 
 import torch

@@ -3,10 +3,10 @@
 Everything is computed once and kept in the cache, so that the next start shows it at once.
 """
 
-import io
 import json
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from protoclip.data.sampler import evenly_spaced
 from protoclip.encode.canonical import out_of_fold
-from protoclip.encode.store import Hashes, Numbers
-from protoclip.explore.neighbours import Neighbours, near_duplicates
+from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -37,22 +36,25 @@ from protoclip.files import (
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.nearest import nearest
+from protoclip.terminal import say
 
 Layout = Literal["pca", "umap"]
 Modality = Literal["image", "text"]
+Heads = Mapping[str, Callable[[Tensor], Tensor]]
 Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
+OTHER: dict[str, Modality] = {"image": "text", "text": "image"}
 
 # Part of the name of every file. Change it when what is kept changes.
-FORM = 9
+FORM = 10
 MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
 OTHERS = 1024  # pairs that each pair's loss is computed against
 # Images may be near-duplicates from this cosine on, and are from this likeness of their pixels on;
-# of more images only some are compared without an index.
+# each of some images is compared with all of them.
 LEAST_SIMILAR, LEAST_ALIKE, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 0.8, 500, 20_000
-LOOKED_AT = 5 * COMPARED_ROWS  # pairs, for as many different images; each costs a look or a read
+HASHED_PAIRS = 5 * COMPARED_ROWS  # to find as many different images; each costs a look or a read
 # Of UMAP. An image or text is placed by this many that are near, the nearest by far the most.
 EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
 CHUNK = 4096
@@ -98,7 +100,9 @@ class Atlas:
             model itself.
         duplicates: Pairs of near-duplicate images `(p, 2)`, the most alike first;
             `duplicate_likeness` is the correlation of their pixels, and 1 for copies alone.
+        number: Prototypes of each modality.
         space: What was clustered, `projections` or `features`.
+        layout: How the map was made, `pca` or `umap`.
         compared: Images among which near-duplicates were looked for.
         run_prototypes: For each modality, how many prototypes the run itself has, and how many of
             them are dead, which means nearest to no pair.
@@ -154,76 +158,70 @@ def require_groups(number: int | None, pairs: int) -> None:
 @torch.inference_mode()
 def make_atlas(
     features: Features,
+    pairs: ExploredPairs | None = None,
     *,
-    heads: dict[str, Callable[[Tensor], Tensor]] | None,
+    heads: Heads | None = None,
     halves: Features | None = None,
-    images: Float[Tensor, "n e"] | None = None,
-    shown_images: Callable[[Numbers], Hashes] | None = None,
-    likeness: Callable[[int, int], float] | None = None,
+    aligned: bool = False,
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
     number: int | None = None,
     run_prototypes: Mapping[str, Float[Tensor, "k p"]] | None = None,
     seed: int = 0,
-    show: Callable[[str], None] = lambda stage: None,
 ) -> Atlas:
     """Map and group pairs.
 
     Args:
-        heads: Projection heads by modality, whose outputs are clustered; without, features are.
-        halves: What the frozen halves make of the same pairs, if heads between them were trained on
-            these. Then distance and loss are `unseen_disagreement`, where there are enough pairs.
-        images: Features of the images by which near-duplicates are looked for; unset, the model's.
-        shown_images: Gives a number for the image of each of these pairs, the same for pairs that
-            show the same one; unset, each has its own. An image is no near-duplicate of itself.
-        likeness: Of the images of two of these pairs; unset, near-duplicates are by cosine alone.
+        pairs: What the features are of. Their images decide which are near-duplicates; unset, each
+            pair has its own, and near-duplicates are by cosine alone.
+        heads: Projection heads by modality, whose outputs are clustered; unset, features are.
+        halves: What the frozen halves of the model make of the same pairs. Then near-duplicates
+            are looked for among these.
+        aligned: Whether the model was aligned on these pairs. Then distance and loss are
+            `unseen_disagreement` of the halves, where there are enough pairs.
         scale: Inverse temperature of the model's own loss.
         number: Prototypes of each modality; see `num_prototypes`.
         run_prototypes: Those of the run itself, by modality, of which the dead are counted.
 
     Raises:
-        ValueError: Fewer than two pairs, more prototypes than pairs, or UMAP is not installed.
+        ValueError: Fewer than two pairs, or more prototypes than pairs.
     """
-    pairs = len(features.rows)
-    if pairs < 2:
-        raise ValueError(f"{pairs} pair can be read; exploring needs two or more")
-    require_groups(number, pairs)
-    number = number or num_prototypes(pairs)
-    shown = torch.tensor(evenly_spaced(pairs, min(pairs, MAP_PAIRS), seed))
-    show("prototypes")
+    total = len(features.rows)
+    if total < 2:
+        raise ValueError(f"{total} pair can be read; exploring needs two or more")
+    require_groups(number, total)
+    number = number or num_prototypes(total)
+    drawn = torch.tensor(evenly_spaced(total, min(total, MAP_PAIRS), seed))
+    say("computing: prototypes")
     groups: dict[str, Array] = {}
     dead: dict[str, list[int]] = {}
     for modality in MODALITIES:
         rows = getattr(features, modality)
         head = None if heads is None else heads[modality]
-        assigned, similarity = group(rows, head, number=number, seed=seed)
+        assigned, similarity = cluster_rows(rows, head, number=number, seed=seed)
         groups[f"{modality}_prototype"] = assigned.int().numpy()
         groups[f"{modality}_similarity"] = similarity.numpy()
         if run_prototypes and modality in run_prototypes:
-            used = [nearest(part, run_prototypes[modality])[0] for part in inside(rows, head)]
-            dead[modality] = [
-                len(run_prototypes[modality]),
-                len(run_prototypes[modality]) - len(torch.unique(torch.cat(used))),
-            ]
-    compiling = ", by UMAP, which is compiled first" if layout == "umap" else ""
-    show(f"map{compiling}")
-    positions = map_positions(features, shown, layout=layout, seed=seed)
-    show("agreement of pairs")
-    unseen = None if halves is None else unseen_disagreement(halves, seed=seed)
+            own = run_prototypes[modality]
+            used = torch.cat([nearest(part, own)[0] for part in project_rows(rows, head)])
+            dead[modality] = [len(own), len(own) - len(torch.unique(used))]
+    say(f"computing: map{', by UMAP, which is compiled first' if layout == 'umap' else ''}")
+    positions = map_positions(features, drawn, layout=layout, seed=seed)
+    say("computing: agreement of pairs")
+    unseen = unseen_disagreement(halves, seed=seed) if halves and aligned else None
     distance, loss = unseen or disagreement(features, scale=scale, seed=seed)
-    show("near-duplicates")
-    images = features.image if images is None else images
-    pairs_of, values, compared = duplicates(images, shown_images, likeness, seed=seed)
+    say("computing: near-duplicates")
+    duplicates, likeness, compared = find_duplicates(halves or features, pairs, seed=seed)
     return Atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
-        drawn=shown.numpy(),
+        drawn=drawn.numpy(),
         image_map_position=positions["image"],
         text_map_position=positions["text"],
         distance=distance.numpy(),
         loss=loss.numpy(),
-        duplicates=pairs_of.numpy(),
-        duplicate_likeness=values.numpy(),
+        duplicates=duplicates.numpy(),
+        duplicate_likeness=likeness.numpy(),
         number=number,
         space="features" if heads is None else "projections",
         layout=layout,
@@ -234,110 +232,90 @@ def make_atlas(
     )
 
 
-def unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def normalize(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return F.normalize(rows.float(), dim=1)
 
 
-def inside(
+def project_rows(
     rows: Float[Tensor, "n d"], head: Callable[[Tensor], Tensor] | None
 ) -> Iterator[Float[Tensor, "b p"]]:
     """Unit-norm rows of the space that is clustered, some thousands at a time."""
     for part in torch.split(rows, CHUNK):
-        yield unit(part if head is None else head(part.float()))
+        yield normalize(part if head is None else head(part.float()))
 
 
-def group(
+def cluster_rows(
     rows: Float[Tensor, "n d"], head: Callable[[Tensor], Tensor] | None, *, number: int, seed: int
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """The prototype of each row, and the cosine to its centroid."""
     fitted = torch.tensor(evenly_spaced(len(rows), min(len(rows), FITTED_ROWS), seed))
-    sample = torch.cat(list(inside(rows[fitted], head)))
+    sample = torch.cat(list(project_rows(rows[fitted], head)))
     centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
     assigned, similarity = [], []
-    for part in inside(rows, head):
+    for part in project_rows(rows, head):
         numbers = nearest(part, centroids)[0]
         assigned.append(numbers)
-        similarity.append((part * unit(centroids)[numbers]).sum(1))
+        similarity.append((part * normalize(centroids)[numbers]).sum(1))
     return torch.cat(assigned), torch.cat(similarity)
 
 
 @torch.inference_mode()
-def with_umap(atlas: Atlas, features: Features, *, done: Callable[[float], None]) -> Atlas:
-    """The same atlas with a map by UMAP; `done` is told the share of UMAP's epochs that are."""
-    shown = torch.from_numpy(atlas.drawn)
-    positions = map_positions(features, shown, layout="umap", seed=0, done=done)
-    return replace(
-        atlas,
-        image_map_position=positions["image"],
-        text_map_position=positions["text"],
-        layout="umap",
+def cluster_again(atlas: Atlas, features: Features, heads: Heads | None) -> Atlas:
+    """An atlas with the prototypes that another seed of K-means finds."""
+    images, texts = (
+        cluster_rows(
+            getattr(features, modality),
+            None if heads is None else heads[modality],
+            number=atlas.number,
+            seed=1,
+        )[0].int()
+        for modality in MODALITIES
     )
+    return replace(atlas, image_prototype=images.numpy(), text_prototype=texts.numpy())
 
 
 def map_positions(
-    features: Features,
-    shown: Int[Tensor, " m"],
-    *,
-    layout: Layout,
-    seed: int,
-    done: Callable[[float], None] = lambda share: None,
+    features: Features, drawn: Int[Tensor, " m"], *, layout: Layout, seed: int
 ) -> dict[Modality, Array]:
-    """Where images and texts lie on one map of both, fitted to the pairs that are shown.
+    """Where images and texts lie on one map of both, fitted to the pairs that are drawn.
 
     The features of images and of texts lie in two clouds apart, so a map of all of them shows the
     gap and not what they mean. Therefore each modality is centred at its own mean first, and the
     map is fitted to pairs: to the mean of a pair's image and text. An image then lies where the
     pairs of the images nearest to it lie, itself the first; and likewise a text.
     """
-    means = {m: unit(getattr(features, m)[shown]).mean(0) for m in MODALITIES}
+    means = {m: normalize(getattr(features, m)[drawn]).mean(0) for m in MODALITIES}
 
-    def centred(rows: Tensor, modality: Modality) -> Tensor:
-        return unit(unit(rows) - means[modality])
+    def centre(rows: Tensor, modality: Modality) -> Tensor:
+        return normalize(normalize(rows) - means[modality])
 
-    shown_rows = {m: centred(getattr(features, m)[shown], m) for m in MODALITIES}
-    fitted = unit(shown_rows["image"] + shown_rows["text"])
+    drawn_rows = {m: centre(getattr(features, m)[drawn], m) for m in MODALITIES}
+    fitted = normalize(drawn_rows["image"] + drawn_rows["text"])
     if layout == "pca":
         from sklearn.decomposition import PCA
 
         solver = "randomized" if fitted.shape[1] > 50 else "full"
         flat = PCA(2, svd_solver=solver, random_state=0).fit(fitted.numpy())
     else:
-        on_map = torch.from_numpy(by_umap(fitted, seed=seed, done=done))
+        on_map = torch.from_numpy(umap_positions(fitted, seed=seed))
 
-    def positions(modality: Modality) -> Array:
+    positions = {}
+    for modality in MODALITIES:
         parts = []
         for rows in torch.split(getattr(features, modality), CHUNK):
-            rows = centred(rows, modality)
+            rows = centre(rows, modality)
             if layout == "pca":
                 parts.append(flat.transform(rows.numpy()))
                 continue
-            cosine, near = (rows @ shown_rows[modality].T).topk(min(NEAR, len(shown)), dim=1)
+            cosine, near = (rows @ drawn_rows[modality].T).topk(min(NEAR, len(drawn)), dim=1)
             weights = torch.softmax(cosine / SOFTNESS, dim=1)
             parts.append((on_map[near] * weights.unsqueeze(2)).sum(1).numpy())
-        return np.concatenate(parts).astype(np.float32)
-
-    return {modality: positions(modality) for modality in MODALITIES}
-
-
-class Epochs(io.TextIOBase):
-    """A stream to which UMAP writes how many of its epochs are done, and nothing else."""
-
-    def __init__(self, done: Callable[[float], None]) -> None:
-        self.done = done
-
-    def write(self, text: str) -> int:
-        if text.strip().isdecimal():
-            self.done(int(text) / EPOCHS)
-        return len(text)
+        positions[modality] = np.concatenate(parts).astype(np.float32)
+    return positions
 
 
-def by_umap(
-    rows: Float[Tensor, "n d"],
-    *,
-    seed: int,
-    done: Callable[[float], None] = lambda share: None,
-) -> Array:
-    """Two coordinates of each unit-norm row by UMAP.
+def umap_positions(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
+    """Two coordinates of each unit-norm row by UMAP. A terminal shows how far it is.
 
     The exact neighbours are computed here: UMAP's search takes longer to compile than all the rest
     takes.
@@ -346,10 +324,8 @@ def by_umap(
         return np.zeros((len(rows), 2), np.float32)
     if len(rows) == 2:  # of which UMAP makes no graph
         return np.array([[-1, 0], [1, 0]], np.float32)
-    try:
-        import umap
-    except ImportError:
-        raise ValueError("--map: umap needs umap-learn; pip install 'protoclip[explore]'") from None
+    import umap
+
     few = min(15, len(rows))
     neighbours = [(part @ rows.T).topk(few, dim=1) for part in torch.split(rows, CHUNK)]
     cosine = torch.cat([part.values for part in neighbours])
@@ -367,7 +343,7 @@ def by_umap(
         metric="cosine",
         random_state=seed,
         n_jobs=1,
-        tqdm_kwds={"disable": False, "file": Epochs(done), "bar_format": "{n}"},
+        tqdm_kwds={"disable": not sys.stderr.isatty(), "leave": False},
     )
     with warnings.catch_warnings():  # that UMAP cannot map other rows later
         warnings.simplefilter("ignore")
@@ -378,23 +354,23 @@ def by_umap(
 def disagreement(
     features: Features, *, scale: float, seed: int
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Of each pair, one minus the cosine of image and text; and its InfoNCE among other pairs.
+    """One minus the cosine of each pair's image and text, and its InfoNCE among other pairs.
 
     The loss is the mean of both directions, against at most 1,024 pairs that are drawn evenly.
     """
-    pairs = len(features.rows)
-    others = torch.tensor(evenly_spaced(pairs, min(pairs, OTHERS), seed))
-    sets = {"image": unit(features.image[others]), "text": unit(features.text[others])}
+    total = len(features.rows)
+    others = torch.tensor(evenly_spaced(total, min(total, OTHERS), seed))
+    other_images, other_texts = normalize(features.image[others]), normalize(features.text[others])
     distance, loss = [], []
-    for rows in torch.split(torch.arange(pairs), CHUNK):
-        image, text = unit(features.image[rows]), unit(features.text[rows])
+    for rows in torch.split(torch.arange(total), CHUNK):
+        image, text = normalize(features.image[rows]), normalize(features.text[rows])
         cosine = (image * text).sum(1)
         is_self = others.unsqueeze(0) == rows.unsqueeze(1)
         both = []
-        for mine, theirs in ((image, sets["text"]), (text, sets["image"])):
-            logits = (scale * mine @ theirs.T).masked_fill(is_self, float("-inf"))
-            joined = torch.cat([logits, scale * cosine.unsqueeze(1)], dim=1)
-            both.append(joined.logsumexp(1) - scale * cosine)
+        for one, other in ((image, other_texts), (text, other_images)):
+            logits = (scale * one @ other.T).masked_fill(is_self, float("-inf"))
+            logits = torch.cat([logits, scale * cosine.unsqueeze(1)], dim=1)
+            both.append(logits.logsumexp(1) - scale * cosine)
         distance.append(1 - cosine)
         loss.append((both[0] + both[1]) / 2)
     return torch.cat(distance), torch.cat(loss)
@@ -443,39 +419,75 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
         for pairs in torch.split(torch.stack([one[near], other[near]]), CHUNK, dim=1):
             equal = (rows[pairs[0]] - rows[pairs[1]]).norm(dim=1) <= most[pairs[1]]
             edges.append(pairs[:, equal])
-    ends = torch.cat(edges, dim=1).numpy()
-    graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), (len(rows), len(rows)))
-    groups = connected_components(graph, directed=False)[1]
+    groups = connect(torch.cat(edges, dim=1).numpy().T, len(rows))
     numbers: dict[int, int] = {}
     return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups.tolist()])
 
 
-def duplicates(
-    features: Float[Tensor, "n d"],
-    shown_images: Callable[[Numbers], Hashes] | None,
-    likeness: Callable[[int, int], float] | None,
-    *,
-    seed: int,
+def connect(pairs: Array, number: int) -> Array:
+    """The group `(number,)` of each number; pairs `(p, 2)` join them, also through others."""
+    graph = coo_array((np.ones(len(pairs), np.int8), tuple(pairs.T)), (number, number))
+    groups: Array = connected_components(graph, directed=False)[1]
+    return groups
+
+
+def all_but_first(pairs: Iterable[Sequence[int]]) -> set[int]:
+    """The numbers that pairs join, directly or through others, except the lowest of each group.
+
+    >>> sorted(all_but_first([(0, 2), (1, 2), (5, 7)]))
+    [1, 2, 7]
+    """
+    numbers, places = np.unique(np.array(list(pairs), np.int64).reshape(-1, 2), return_inverse=True)
+    groups = connect(places.reshape(-1, 2), len(numbers))
+    first = np.unique(groups, return_index=True)[1]
+    return {*np.delete(numbers, first).tolist()}
+
+
+def find_duplicates(
+    features: Features, pairs: ExploredPairs | None, *, seed: int
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
     """Near-duplicate images, how alike they are, and among how many images they were looked for.
 
     Where several pairs show an image, it is compared once, as that of the first of them. An encoder
     may not tell left from right, so pixels decide about what it proposes.
     """
-    total = len(features)
-    once = np.array(evenly_spaced(total, min(total, LOOKED_AT), seed))
-    if shown_images is not None:
-        once = once[np.sort(np.unique(shown_images(once), return_index=True)[1])]
-    chosen = torch.from_numpy(once[evenly_spaced(len(once), min(len(once), COMPARED_ROWS), seed)])
-    neighbours = Neighbours(features[chosen])
-    pairs, values = near_duplicates(neighbours, least=LEAST_SIMILAR, most=MOST_DUPLICATES)
-    pairs = chosen[pairs]
-    if likeness is not None:
-        values = torch.tensor([likeness(*both) for both in pairs.tolist()])
+    total, data_rows = len(features.rows), features.rows.numpy()
+    images = np.array(evenly_spaced(total, min(total, HASHED_PAIRS), seed))
+    if pairs is not None:
+        first = np.unique(pairs.hash_images(data_rows[images]), return_index=True)[1]
+        images = images[np.sort(first)]
+    images = images[evenly_spaced(len(images), min(len(images), COMPARED_ROWS), seed)]
+    compared = torch.from_numpy(images)
+    near, values = near_duplicates(features.image[compared])
+    near = compared[near]
+    if pairs is not None:
+        both = data_rows[near.numpy()].tolist()
+        values = torch.tensor([pairs.correlate_images(*rows) for rows in both])
         order = values.argsort(descending=True, stable=True)
         order = order[values[order] >= LEAST_ALIKE]
-        pairs, values = pairs[order], values[order]
-    return pairs, values, len(chosen)
+        near, values = near[order], values[order]
+    return near, values, len(compared)
+
+
+def near_duplicates(
+    features: Float[Tensor, "n d"], *, batch: int = 512
+) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"]]:
+    """Pairs of rows of a cosine from 0.97 on, the most similar first, at most 500.
+
+    Each row stands with its nearest other row only.
+    """
+    rows, pairs, values = normalize(features), [], []
+    for numbers in torch.split(torch.arange(len(rows)), batch):
+        similarity = rows[numbers] @ rows.T
+        similarity[torch.arange(len(numbers)), numbers] = -torch.inf
+        value, other = similarity.max(dim=1)
+        near = value >= LEAST_SIMILAR
+        pairs.append(torch.stack([numbers, other], 1)[near].sort(dim=1).values)
+        values.append(value[near])
+    all_pairs, all_values = torch.cat(pairs), torch.cat(values)
+    first = torch.from_numpy(np.unique(all_pairs.numpy(), axis=0, return_index=True)[1])
+    order = first[all_values[first].argsort(descending=True, stable=True)][:MOST_DUPLICATES]
+    return all_pairs[order], all_values[order]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,36 +508,32 @@ class Prototype:
     partner: int
 
 
-def prototypes(atlas: Atlas, modality: Modality) -> list[Prototype]:
+def list_prototypes(atlas: Atlas, modality: Modality) -> list[Prototype]:
     """The prototypes of a modality by number, empty ones included."""
     assigned = atlas.prototype(modality)
-    other = atlas.prototype("text" if modality == "image" else "image")
     sizes = np.bincount(assigned, minlength=atlas.number)
     sums = np.bincount(assigned, atlas.similarity(modality), minlength=atlas.number)
-    together = contingency(assigned, other, atlas.number)
+    together = count_together(assigned, atlas.prototype(OTHER[modality]), atlas.number)
     # The first entry of each row is its largest, and of equal ones that of the lowest column.
     order = np.lexsort((together.col, -together.data, together.row))
     rows, first = np.unique(together.row[order], return_index=True)
     partners, shared = np.zeros((2, atlas.number), np.int64)
     partners[rows], shared[rows] = together.col[order][first], together.data[order][first]
-    all_prototypes = []
-    for number in range(atlas.number):
-        size = int(sizes[number])
-        all_prototypes.append(
-            Prototype(
-                number=number,
-                modality=modality,
-                size=size,
-                tightness=float(sums[number] / size) if size else 0.0,
-                agreement=float(shared[number] / size) if size else 0.0,
-                partner=int(partners[number]),
-            )
+    return [
+        Prototype(
+            number=number,
+            modality=modality,
+            size=int(sizes[number]),
+            tightness=float(sums[number] / max(1, sizes[number])),
+            agreement=float(shared[number] / max(1, sizes[number])),
+            partner=int(partners[number]),
         )
-    return all_prototypes
+        for number in range(atlas.number)
+    ]
 
 
-def contingency(one: Array, other: Array, number: int) -> coo_array:
-    """How many pairs are in each two groups."""
+def count_together(one: Array, other: Array, number: int) -> coo_array:
+    """How many pairs are in each two groups `(number, number)`."""
     ones = np.ones(len(one), np.int64)
     return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
 
@@ -551,12 +559,12 @@ class Moved:
     common: int
 
 
-def moved(first: Atlas, second: Atlas, modality: str) -> Moved:
+def find_moved(first: Atlas, second: Atlas, modality: str) -> Moved:
     """The pairs that two models on the same data put into groups that do not match."""
     _, one, other = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
     number = max(first.number, second.number)
     before, after = first.prototype(modality)[one], second.prototype(modality)[other]
-    together = contingency(before, after, number).toarray()
+    together = count_together(before, after, number).toarray()
     rows, columns = linear_sum_assignment(together, maximize=True)
     match = np.empty(number, np.int64)
     match[rows] = columns
@@ -574,21 +582,7 @@ def moved(first: Atlas, second: Atlas, modality: str) -> Moved:
     )
 
 
-@torch.inference_mode()
-def regrouped(
-    atlas: Atlas, features: Features, heads: dict[str, Callable[[Tensor], Tensor]] | None
-) -> Atlas:
-    """An atlas with the prototypes that another seed of K-means finds."""
-    images, texts = (
-        group(
-            getattr(features, of), None if heads is None else heads[of], number=atlas.number, seed=1
-        )[0].int()
-        for of in MODALITIES
-    )
-    return replace(atlas, image_prototype=images.numpy(), text_prototype=texts.numpy())
-
-
-def keep(path: Path, atlas: Atlas) -> None:
+def write_atlas(path: Path, atlas: Atlas) -> None:
     """Write an atlas, and beside it its numbers and the checksum of the file."""
     values = {entry.name: getattr(atlas, entry.name) for entry in fields(atlas)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
@@ -600,8 +594,8 @@ def keep(path: Path, atlas: Atlas) -> None:
     write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
 
 
-def read_kept(path: Path) -> Atlas | None:
-    """An atlas that `keep` wrote; None if it is missing or damaged."""
+def read_atlas(path: Path) -> Atlas | None:
+    """An atlas that `write_atlas` wrote; None if it is missing or damaged."""
     try:
         facts = read_sealed(path.with_suffix(".json"))
         if facts.pop("file") != file_checksum(path):
@@ -612,6 +606,6 @@ def read_kept(path: Path) -> Atlas | None:
         return None
 
 
-def path_of(folder: Path, *parts: object) -> Path:
-    """Where the atlas is kept that is made of these."""
+def atlas_path(folder: Path, *parts: object) -> Path:
+    """The file of an atlas that is made of these parts."""
     return folder / f"{checksum(json.dumps([FORM, *map(str, parts)]).encode())}.npz"

@@ -1,10 +1,7 @@
-"""A model over pairs: opens both, and answers what is near to a text, an image or a pair.
-
-The search itself is in `neighbours.py`, and pages of the answers are made in `render.py`.
-"""
+"""A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
@@ -15,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,19 +31,17 @@ from protoclip.explore.atlas import (
     USUAL_SCALE,
     Atlas,
     Features,
+    Heads,
     Layout,
-    keep,
+    atlas_path,
     make_atlas,
-    path_of,
-    read_kept,
+    normalize,
+    read_atlas,
     require_groups,
-    unit,
-    with_umap,
+    write_atlas,
 )
-from protoclip.explore.names import vocabulary
-from protoclip.explore.neighbours import CHUNK_ELEMENTS, Neighbours
+from protoclip.explore.names import frequent_words
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.explore.thumbnails import likeness
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.saved import is_aligned, read_config, run_of
@@ -54,9 +50,9 @@ from protoclip.terminal import say
 from protoclip.training.run_folder import flat, positives_of
 
 SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 20 bytes a pixel
-
 MAX_QUERY = 1000  # characters of a text that is searched for
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
+CHUNK_ELEMENTS = 20_000_000  # similarities that are held at a time
 
 # Words of captions that answers are explained by, and how many an answer names at most. A word is
 # near to something if its cosine is this many standard deviations above that of words on average.
@@ -69,10 +65,49 @@ SAME_IMAGE = 0.999  # cosine above which two pairs may show one image, whose fea
 
 # A pair's position in the atlas, and its cosine to what was asked.
 Near = list[tuple[int, float]]
+NearestRows = tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]  # similarities, and rows
 
 
 class UnreadableImage(ValueError):
     """An image that is searched for cannot be decoded."""
+
+
+class Neighbours:
+    """Finds the rows whose features are nearest to a query.
+
+    Args:
+        features: Rows of any norm, which may be mapped into memory.
+    """
+
+    def __init__(self, features: Float[Tensor, "n d"]) -> None:
+        self.features = features
+        norms = [chunk.norm(dim=1) for chunk in torch.split(features, 1 << 16)]
+        self.norms = torch.cat(norms).clamp(min=1e-12)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def rows(self, rows: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """Unit-norm features of some rows."""
+        return self.features[rows] / self.norms[rows].unsqueeze(1)
+
+    def search(self, queries: Float[Tensor, "b d"], number: int) -> NearestRows:
+        """The `number` nearest rows of each query, the nearest first; fewer if there are fewer."""
+        queries, number = F.normalize(queries.float(), dim=1), min(number, len(self))
+        best: NearestRows | None = None
+        size = max(number, CHUNK_ELEMENTS // max(1, len(queries)))
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            similarity = queries @ self.features[part].float().T / self.norms[part]
+            near = similarity.topk(min(number, similarity.shape[1]), dim=1)
+            found = near.values, near.indices + start
+            if best is not None:
+                found = torch.cat([best[0], found[0]], 1), torch.cat([best[1], found[1]], 1)
+                top = found[0].topk(min(number, found[0].shape[1]), dim=1)
+                found = top.values, found[1].gather(1, top.indices)
+            best = found
+        assert best is not None
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +115,9 @@ class Answer:
     """The images and the captions nearest to a query.
 
     Attributes:
-        sharing: Of each image, by its position, the other pairs found that show the same one.
+        sharing: For each image, by its position, the other pairs found that show the same one.
         words: The words of captions that are nearest to the query.
-        shared: Of each image and each text by modality, the words near both to it and the query.
+        shared: For each image and each text by modality, the words near both to it and the query.
     """
 
     images: Near
@@ -94,34 +129,38 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Explorer:
-    """One model over pairs. Features are opened when the first question needs them.
+    """One model over pairs.
 
     Attributes:
         name: The model's reference.
+        encoded: Features of the pairs in the atlas; unset, they are opened when a question needs
+            them.
         heads: As `make_atlas` takes them.
-        teachers: Of the run that trained it, and what was learned of each.
+        teachers: Those of the run that trained it, and what was learned of each.
         positives: What equal pairs were to that run: its `loss.positives`.
-        kept: Where the atlas is kept; None if it is not.
-        make_umap: Makes the atlas with a map by UMAP, where `atlas` has that by PCA meanwhile, and
-            tells the share that is done.
     """
 
     name: str
     pairs: ExploredPairs
     encoder: Encoder
     atlas: Atlas
-    features: Callable[[], Features]
-    heads: dict[str, Callable[[Tensor], Tensor]] | None = None
+    encoded: Features | None = None
+    heads: Heads | None = None
     teachers: str = ""
     positives: str = ""
-    kept: Path | None = None
-    make_umap: Callable[[Callable[[float], None]], Atlas] | None = None
     _lock: Any = field(default_factory=Lock, repr=False)
 
     @cached_property
+    def features(self) -> Features:
+        if self.encoded is not None:
+            return self.encoded
+        # The rows are known from the atlas, which spares reading all captions to find them.
+        found = encode_pairs(self.encoder, self.pairs, self.atlas.captioned)
+        return select_rows(found, self.atlas.rows)
+
+    @cached_property
     def _spaces(self) -> dict[str, Neighbours]:
-        features = self.features()
-        return {modality: Neighbours(getattr(features, modality)) for modality in MODALITIES}
+        return {m: Neighbours(getattr(self.features, m)) for m in MODALITIES}
 
     def space(self, modality: str) -> Neighbours:
         """The features of a modality, to be searched."""
@@ -134,10 +173,10 @@ class Explorer:
         for row in self.atlas.rows[self.atlas.drawn].tolist():
             with suppress(BadSample):
                 captions.append(self.pairs.caption(row))
-        words = vocabulary(captions, MOST_WORDS)
+        words = frequent_words(captions, MOST_WORDS)
         if not words:
             return [], torch.zeros(0, 0)
-        return words, unit(self.encoder.texts(words, stage="words of captions"))
+        return words, normalize(self.encoder.texts(words, stage="words of captions"))
 
     def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
         """The most frequent words of captions, and their features, of unit norm."""
@@ -147,95 +186,24 @@ class Explorer:
     def prepare(self) -> None:
         """Open features and words in a thread, so that the first question need not wait."""
 
-        def opened() -> None:
+        def open_both() -> None:
             self.space("image")
             self.words()
 
-        begun(opened, name="protoclip-features")  # the first question says what is wrong
+        begun(open_both, name="protoclip-features")  # the first question says what is wrong
 
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""
         return int(self.atlas.rows[position])
-
-    def image_key(self, position: int) -> str:
-        """Names the image of a pair in the atlas; pairs that show the same one have one name."""
-        return self.pairs.image_key(self.row(position))
 
     def position(self, row: int) -> int | None:
         """Where in the atlas a row of the data is; None if it is not there."""
         position = int(np.searchsorted(self.atlas.rows, row))
         return position if row in self.atlas.rows[position : position + 1] else None
 
-    def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
-        """The nearest images, each once however many pairs show it, and the nearest texts."""
-        images, sharing = self._images_near(query, number)
-        return Answer(images=images, texts=self._pairs_near(query, "text", number), sharing=sharing)
-
-    def _pairs_near(self, query: Float[Tensor, "1 d"], modality: str, number: int) -> Near:
-        similarity, rows = self.space(modality).search(query, number)
-        near = zip(rows[0].tolist(), similarity[0].tolist(), strict=True)
-        return [(row, value) for row, value in near if row >= 0]
-
-    def _images_near(
-        self, query: Float[Tensor, "1 d"], number: int
-    ) -> tuple[Near, dict[int, list[int]]]:
-        for times in PAIRS_PER_IMAGE:
-            showing: dict[str, Near] = {}
-            for entry in self._pairs_near(query, "image", times * number):
-                showing.setdefault(self.image_key(entry[0]), []).append(entry)
-            # Pairs of one image follow each other, so of all but the last none is missing.
-            if len(showing) > number:
-                break
-        images: Near = []
-        sharing: dict[int, list[int]] = {}
-        for entries in [*showing.values()][:number]:
-            first, *others = sorted(position for position, _ in entries)
-            images.append((first, entries[0][1]))
-            sharing[first] = others
-        return images, sharing
-
-    def sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
-        """Of each of these pairs, all others that show the same image."""
-        space, key_of, sharing = self.space("image"), cache(self.image_key), dict[int, list[int]]()
-        waiting, number = torch.tensor(positions).long(), SHARING
-        while len(waiting):
-            # Few at a time where each has very many.
-            for some in torch.split(waiting, max(1, CHUNK_ELEMENTS // number)):
-                similarity, rows = space.search(space.rows(some), number)
-                same = (similarity >= SAME_IMAGE) & (rows >= 0)
-                for position, near, is_same in zip(some.tolist(), rows, same, strict=True):
-                    if not is_same[-1] or number >= len(space):  # then there are no more
-                        others = sorted({*near[is_same].tolist()} - {position})
-                        key = key_of(position)
-                        sharing[position] = [other for other in others if key_of(other) == key]
-            waiting = torch.tensor([each for each in waiting.tolist() if each not in sharing])
-            number *= TIMES_MORE
-        return sharing
-
-    def explained(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
-        """An answer with the words that are near to the query, and near to each result too."""
-        words, features = self.words()
-        if not words:
-            return answer
-
-        def nearness(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
-            cosine = unit(rows) @ features.T
-            return (cosine - cosine.mean(1, keepdim=True)) / (cosine.std(1, keepdim=True) + 1e-6)
-
-        def named(rows: Float[Tensor, "n w"]) -> list[list[str]]:
-            best = rows.topk(min(NAMED_WORDS, len(words)), dim=1)
-            near = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            return [
-                [words[number] for value, number in zip(*row, strict=True) if value > NEARER]
-                for row in near
-            ]
-
-        of_query = nearness(query)
-        shared = {}
-        for modality, near in (("image", answer.images), ("text", answer.texts)):
-            rows = self.space(modality).rows(torch.tensor([row for row, _ in near]).long())
-            shared[modality] = named(torch.minimum(nearness(rows.float()), of_query))
-        return replace(answer, words=named(of_query)[0], shared=shared)
+    def image_key(self, position: int) -> str:
+        """Names the image of a pair in the atlas; pairs that show the same one have one name."""
+        return self.pairs.image_key(self.row(position))
 
     def search_text(self, text: str, number: int = 24) -> Answer:
         """The pairs nearest to a text, of which the first 1,000 characters count.
@@ -255,7 +223,7 @@ class Explorer:
             tokens = encoder.tokens([text]).to(encoder.device)
             with encoder.context():
                 query = encoder.model.encode_text(tokens).float().cpu()
-        return self.explained(query, self.near(query, number))
+        return self._explain(query, self.near(query, number))
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `UnreadableImage` if it cannot be decoded."""
@@ -269,17 +237,78 @@ class Explorer:
             pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
             with encoder.context():
                 query = encoder.model.encode_image(pixels).float().cpu()
-        return self.explained(query, self.near(query, number))
+        return self._explain(query, self.near(query, number))
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """What is nearest to a pair's image or text; its own image and text are left out."""
         query = self.space(modality).rows(torch.tensor([position]))
         answer = self.near(query, number + 1)
-
-        own = self.image_key(position)
-        images = [entry for entry in answer.images if self.image_key(entry[0]) != own]
-        texts = [entry for entry in answer.texts if entry[0] != position]
+        key = self.image_key(position)
+        images = [near for near in answer.images if self.image_key(near[0]) != key]
+        texts = [near for near in answer.texts if near[0] != position]
         return replace(answer, images=images[:number], texts=texts[:number])
+
+    def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
+        """The nearest images, each once however many pairs show it, and the nearest texts."""
+        for times in PAIRS_PER_IMAGE:
+            showing: dict[str, Near] = {}
+            for near in self._near_pairs(query, "image", times * number):
+                showing.setdefault(self.image_key(near[0]), []).append(near)
+            # Pairs of one image follow each other, so of all but the last none is missing.
+            if len(showing) > number:
+                break
+        images: Near = []
+        sharing: dict[int, list[int]] = {}
+        for pairs in [*showing.values()][:number]:
+            first, *others = sorted(position for position, _ in pairs)
+            images.append((first, pairs[0][1]))
+            sharing[first] = others
+        return Answer(images=images, texts=self._near_pairs(query, "text", number), sharing=sharing)
+
+    def _near_pairs(self, query: Float[Tensor, "1 d"], modality: str, number: int) -> Near:
+        similarity, rows = self.space(modality).search(query, number)
+        return list(zip(rows[0].tolist(), similarity[0].tolist(), strict=True))
+
+    def _explain(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
+        """An answer with the words that are near to the query, and near to each result too."""
+        words, features = self.words()
+        if not words:
+            return answer
+
+        def standardize(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
+            cosine = normalize(rows) @ features.T
+            return (cosine - cosine.mean(1, keepdim=True)) / (cosine.std(1, keepdim=True) + 1e-6)
+
+        def near_words(nearness: Float[Tensor, "n w"]) -> list[list[str]]:
+            best = nearness.topk(min(NAMED_WORDS, len(words)), dim=1)
+            return [
+                [words[number] for value, number in zip(*row, strict=True) if value > NEARER]
+                for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+
+        to_query, shared = standardize(query), {}
+        for modality, near in (("image", answer.images), ("text", answer.texts)):
+            rows = self.space(modality).rows(torch.tensor([row for row, _ in near]).long())
+            shared[modality] = near_words(torch.minimum(standardize(rows.float()), to_query))
+        return replace(answer, words=near_words(to_query)[0], shared=shared)
+
+    def sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
+        """For each of these pairs, all others that show the same image."""
+        space, key_of, sharing = self.space("image"), cache(self.image_key), dict[int, list[int]]()
+        waiting, number = torch.tensor(positions).long(), SHARING
+        while len(waiting):
+            # Few at a time where each has very many.
+            for some in torch.split(waiting, max(1, CHUNK_ELEMENTS // number)):
+                similarity, rows = space.search(space.rows(some), number)
+                same = similarity >= SAME_IMAGE
+                for position, near, is_same in zip(some.tolist(), rows, same, strict=True):
+                    if not is_same[-1] or number >= len(space):  # then there are no more
+                        others = sorted({*near[is_same].tolist()} - {position})
+                        key = key_of(position)
+                        sharing[position] = [other for other in others if key_of(other) == key]
+            waiting = torch.tensor([row for row in waiting.tolist() if row not in sharing])
+            number *= TIMES_MORE
+        return sharing
 
 
 def open_explorer(
@@ -288,23 +317,19 @@ def open_explorer(
     *,
     device: torch.device,
     layout: Layout = "pca",
-    umap_later: bool = False,
     number: int | None = None,
     trained_on: bool = True,
     batch_size: int = 256,
     workers: int | None = None,
     cache: bool = True,
-    show: Callable[[str], None] = lambda stage: None,
 ) -> Explorer:
     """Open a model over pairs; features and the atlas come from the cache, or are made and kept.
 
     Args:
         reference: As `protoclip.load` takes it.
-        umap_later: Have the map by PCA where that by UMAP is not kept; `make_umap` makes it.
         number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
         trained_on: Whether the pairs are of the data that the model was trained on. If it was by
             `align`, heads that have not seen a pair tell then how odd it is.
-        show: Called with the name of each stage of the work.
 
     Raises:
         ValueError: There is no such model, no image can be read, too few pairs, or more prototypes
@@ -324,135 +349,120 @@ def open_explorer(
         cache=cache_folder() / "features" if cache else None,
         show=True,
     )
-    heads = heads_of(model, config)
+    heads = projection_heads(model, config)
     aligned = trained_on and checkpoint is not None and is_aligned(checkpoint)
-
-    def path_for(layout: Layout) -> Path | None:
-        """Where the atlas with this map is kept; None if it is not."""
+    path = None
+    if cache:
         parts = encoder.key, pairs.key, layout, number, bool(heads), aligned
-        return path_of(cache_folder() / "atlas", *parts) if cache else None
-
-    path = path_for(layout)
-    atlas = kept_atlas(path, pairs)
-    umap_follows = atlas is None and umap_later and layout == "umap"
-    if umap_follows:
-        path, layout = path_for("pca"), "pca"
-        atlas = kept_atlas(path, pairs)
-    made: Features | None = None
+        path = atlas_path(cache_folder() / "atlas", *parts)
+    atlas, encoded = None if path is None else read_current_atlas(path, pairs), None
     if atlas is None:
-        show("features")
-        made, halves = features_to_map(encoder, pairs, aligned=aligned)
-        rows = made.rows
+        say("computing: features")
+        encoded, halves = encode_to_map(encoder, pairs, aligned=aligned)
         atlas = make_atlas(
-            made,
+            encoded,
+            pairs,
             heads=heads,
-            halves=halves if aligned else None,
-            images=(halves or made).image,
-            shown_images=lambda of: pairs.shown_images(rows[of].numpy()),
-            likeness=lambda one, other: likeness(pairs, int(rows[one]), int(rows[other])),
-            scale=scale_of(model),
+            halves=halves,
+            aligned=aligned,
+            scale=loss_scale(model),
             layout=layout,
             number=number,
             run_prototypes=analysis.run_prototypes(checkpoint) if heads and checkpoint else {},
-            show=show,
         )
-        keep_if_possible(path, atlas)
-
-    first = atlas
-
-    def features() -> Features:
-        if made is not None:
-            return made
-        # The rows are known from the atlas, which spares reading all captions to find them.
-        return of_rows(encoded(encoder, pairs, first.captioned), first.rows)
-
-    def make_umap(done: Callable[[float], None]) -> Atlas:
-        with_map = with_umap(first, features(), done=done)
-        keep_if_possible(path_for("umap"), with_map)
-        return with_map
-
+        try:
+            if path is not None:
+                write_atlas(path, atlas)
+        except OSError as error:
+            say(f"warning: the map is not kept ({error})")
     return Explorer(
         name=reference,
-        teachers="" if config is None else config.uses_of_teachers,
-        positives="" if config is None else positives_of(flat(asdict(config))),
         pairs=pairs,
         encoder=encoder,
         atlas=atlas,
-        features=features,
+        encoded=encoded,
         heads=heads,
-        kept=path,
-        make_umap=make_umap if umap_follows else None,
+        teachers="" if config is None else config.uses_of_teachers,
+        positives="" if config is None else positives_of(flat(asdict(config))),
     )
 
 
-def kept_atlas(path: Path | None, pairs: ExploredPairs) -> Atlas | None:
-    """The atlas that is kept, unless an image that could not be read then can be now."""
-    atlas = None if path is None else read_kept(path)
-    if atlas is None:
+def run_config(reference: str) -> Config | None:
+    """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
+    run = run_of(reference)
+    return None if run is None else read_config(run)
+
+
+def projection_heads(model: Any, config: Config | None) -> Heads | None:
+    """The trained projection heads; None for a model without, and for a run that trains none.
+
+    Args:
+        config: The settings of the run, if the model is of one.
+    """
+    if not isinstance(model, ProtoCLIP) or (config is not None and not config.uses_prototypes):
         return None
-    bad = np.setdiff1d(atlas.captioned, atlas.rows)
-    some = bad[:: len(bad) // RETRIED + 1].tolist()
-    return None if any(can_be_read(pairs, row) for row in some) else atlas
+    device = next(model.parameters()).device
+
+    def project(head: nn.Module, rows: Tensor) -> Tensor:
+        return to_float(head(rows.to(device))).cpu()
+
+    return {"image": partial(project, model.image_head), "text": partial(project, model.text_head)}
 
 
-def keep_if_possible(path: Path | None, atlas: Atlas) -> None:
-    if path is None:
-        return
-    try:
-        keep(path, atlas)
-    except OSError as error:
-        say(f"warning: the map is not kept ({error})")
-
-
-def features_to_map(
-    encoder: Encoder, pairs: ExploredPairs, *, aligned: bool
-) -> tuple[Features, Features | None]:
-    """The features of all pairs that can be read; and where a model joins two halves, those of the
-    halves: if it was aligned on these pairs, of all their captions."""
-    rows = pairs.with_captions()
-    if not isinstance(encoder, JoinedEncoder):
-        return encoded(encoder, pairs, rows), None
-    halves = encoded(encoder.frozen, pairs, rows)
-    if aligned:
-        halves = with_all_captions(encoder.frozen, pairs, halves)
-    image, text = encoder.joint(halves.image, halves.text)
-    return replace(halves, image=image, text=text, captions=None, counts=None), halves
-
-
-def scale_of(model: Any) -> float:
+def loss_scale(model: Any) -> float:
     """Inverse temperature of the model's own loss, at most 100 as in CLIP."""
     scale = getattr(getattr(model, "towers", None), "logit_scale", None)
     return USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp()))
 
 
-def can_be_read(pairs: ExploredPairs, row: int) -> bool:
-    try:
-        pairs.image(row)
-    except BadSample:
-        return False
-    return True
+def read_current_atlas(path: Path, pairs: ExploredPairs) -> Atlas | None:
+    """The atlas that is kept, unless an image that could not be read then can be now."""
+    atlas = read_atlas(path)
+    if atlas is None:
+        return None
+    bad = np.setdiff1d(atlas.captioned, atlas.rows)
+    for row in bad[:: len(bad) // RETRIED + 1].tolist():
+        with suppress(BadSample):
+            pairs.image(row)
+            return None
+    return atlas
 
 
-def encoded(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
+def encode_to_map(
+    encoder: Encoder, pairs: ExploredPairs, *, aligned: bool
+) -> tuple[Features, Features | None]:
+    """The features of all pairs that can be read; and where a model joins two halves, those of the
+    halves: if it was aligned on these pairs, of all their captions."""
+    rows = pairs.find_captioned()
+    if not isinstance(encoder, JoinedEncoder):
+        return encode_pairs(encoder, pairs, rows), None
+    halves = encode_pairs(encoder.frozen, pairs, rows)
+    if aligned:
+        halves = add_captions(encoder.frozen, pairs, halves)
+    image, text = encoder.joint(halves.image, halves.text)
+    return replace(halves, image=image, text=text, captions=None, counts=None), halves
+
+
+def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
     """Features of those rows, which have captions, whose image can be read."""
     if not len(rows):
         raise ValueError(f"{pairs.name}: no pair has a caption")
     images = encoder.images(pairs.images(rows), stage="images")
     captions = (pairs.caption(row) for row in rows.tolist())
     texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
-    kept = torch.ones(len(rows), dtype=torch.bool)
-    kept[[row for row, _ in images.bad]] = False
+    is_read = torch.ones(len(rows), dtype=torch.bool)
+    is_read[[row for row, _ in images.bad]] = False
     if len(images.content) == len(images.features):  # what `align` has encoded comes without
-        pairs.keep_content(rows[kept.numpy()], images.content.numpy())
+        pairs.keep_content(rows[is_read.numpy()], images.content.numpy())
     return Features(
         captioned=torch.from_numpy(rows),
-        rows=torch.from_numpy(rows)[kept],
+        rows=torch.from_numpy(rows)[is_read],
         image=images.features,
-        text=texts if bool(kept.all()) else texts[kept],
+        text=texts if bool(is_read.all()) else texts[is_read],
     )
 
 
-def of_rows(features: Features, rows: Rows) -> Features:
+def select_rows(features: Features, rows: Rows) -> Features:
     """Those of these rows; when an atlas was made, the image of another may have been unreadable.
 
     Raises:
@@ -469,7 +479,7 @@ def of_rows(features: Features, rows: Rows) -> Features:
     return replace(features, rows=wanted, image=image, text=text)
 
 
-def with_all_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:
+def add_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:
     """The same with all captions of each pair."""
     others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()]
     if not any(others):
@@ -480,26 +490,3 @@ def with_all_captions(encoder: Encoder, pairs: ExploredPairs, features: Features
     order = torch.argsort(torch.cat([torch.arange(len(others)), owner]), stable=True)
     captions = torch.cat([features.text.float(), texts.float()])[order]
     return replace(features, captions=captions, counts=1 + counts)
-
-
-def heads_of(model: Any, config: Config | None) -> dict[str, Callable[[Tensor], Tensor]] | None:
-    """The trained projection heads; None for a model without, and for a run that trains none.
-
-    Args:
-        config: The settings of the run, if the model is of one.
-    """
-    if not isinstance(model, ProtoCLIP) or (config is not None and not config.uses_prototypes):
-        return None
-    device = next(model.parameters()).device
-
-    def projections(head: nn.Module, rows: Tensor) -> Tensor:
-        return to_float(head(rows.to(device))).cpu()
-
-    heads = {"image": model.image_head, "text": model.text_head}
-    return {modality: partial(projections, head) for modality, head in heads.items()}
-
-
-def run_config(reference: str) -> Config | None:
-    """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
-    run = run_of(reference)
-    return None if run is None else read_config(run)

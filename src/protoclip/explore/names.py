@@ -12,9 +12,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from protoclip.explore.atlas import Array
 
 COARSE, FINER, LEVELS = 12, 3, 3  # 12 groups of the map, then 36, then 108
 PAIRS_PER_GROUP = 8  # on average at least, so that a group's words are not those of one caption
@@ -44,22 +43,14 @@ class Group:
     size: int
 
 
-@cache
-def word_pattern() -> str:
-    """Matches words, which begin with a letter, so that no number is a name. Many scripts write
-    vowels as marks, which `re` counts to no word."""
-    marks = [c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M")]
-    return rf"(?u)\b[^\W\d_][\w{''.join(marks)}]+"
-
-
-def vocabulary(captions: Sequence[str], most: int) -> list[str]:
-    """The words that most captions have, the most frequent first, but for English stop words."""
-    words, has = words_of(captions)
+def frequent_words(captions: Sequence[str], most: int) -> list[str]:
+    """The words that most captions have, the most frequent first, without English stop words."""
+    words, has = count_words(captions)
     order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:most]
     return [str(word) for word in words[order]]
 
 
-def words_of(captions: Sequence[str]) -> tuple[Array, Any]:
+def count_words(captions: Sequence[str]) -> tuple[Array, Any]:
     """The words `(w,)` of captions, and a sparse matrix of which captions have which `(n, w)`."""
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -71,7 +62,15 @@ def words_of(captions: Sequence[str]) -> tuple[Array, Any]:
     return counter.get_feature_names_out(), has
 
 
-def names(
+@cache
+def word_pattern() -> str:
+    """Matches words, which begin with a letter, so that no number is a name. Many scripts write
+    vowels as marks, which `re` counts to no word."""
+    marks = [c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M")]
+    return rf"(?u)\b[^\W\d_][\w{''.join(marks)}]+"
+
+
+def name_groups(
     captions: Sequence[str], assigned: Array, number: int, *, apart: bool = False
 ) -> list[str]:
     """One to three words for each group, by class-based TF-IDF; empty where no word is found.
@@ -85,12 +84,12 @@ def names(
         apart: Leave out words that the name of a larger group has, where a group has others; but
             not a word that most of its captions have, which is what it is about.
     """
-    words, has = words_of(captions)
+    words, has = count_words(captions)
     if not len(words):
         return [""] * number
     frequency = np.asarray(has.sum(0)).ravel()
     rarity = np.log1p(len(captions) / number / frequency)
-    group_names, taken = [""] * number, set[str]()
+    names, taken = [""] * number, set[str]()
     sizes = np.bincount(assigned, minlength=number)
     for group in np.argsort(-sizes, kind="stable").tolist():
         members = np.flatnonzero(assigned == group)
@@ -100,30 +99,30 @@ def names(
             score = score * shared
         best = np.lexsort((-frequency, -score))[: 4 * WORDS]
         good = best[score[best] > LEAST * score[best[0]]]
-        own = [
-            each
-            for each in good
-            if 2 * having[each] > len(members) or not is_form_of(words[each], taken)
+        new = [
+            word
+            for word in good
+            if 2 * having[word] > len(members) or not is_form_of(words[word], taken)
         ]
         chosen: list[str] = []
-        for word in words[own if apart and own else good].tolist():
+        for word in words[new if apart and new else good].tolist():
             if not is_form_of(word, chosen):
                 chosen.append(word)
         chosen = chosen[:WORDS]
         taken.update(chosen)
-        group_names[group] = ", ".join(chosen)
-    return group_names
+        names[group] = ", ".join(chosen)
+    return names
 
 
 def is_form_of(word: str, others: Collection[str]) -> bool:
     """Whether a word is another one with an ending, or the other way round."""
-    return any(word.startswith(each) or each.startswith(word) for each in others)
+    return any(word.startswith(other) or other.startswith(word) for other in others)
 
 
-def groups_of_map(
+def group_map(
     map_positions: Array, captions: Sequence[str], distance: Array
 ) -> tuple[list[Group], list[str]]:
-    """Groups of pairs that lie together, coarse ones and large ones first; and of each pair the
+    """Groups of pairs that lie together, coarse ones and large ones first; and for each pair the
     name of its coarse group.
 
     Args:
@@ -142,15 +141,15 @@ def groups_of_map(
         with warnings.catch_warnings():  # that copies are fewer groups than asked for
             warnings.simplefilter("ignore", ConvergenceWarning)
             assigned = KMeans(number, n_init=1, random_state=0).fit_predict(middles)
-        called = names(captions, assigned, number, apart=level == 0)
-        coarse = coarse or [called[group] for group in assigned]
+        names = name_groups(captions, assigned, number, apart=level == 0)
+        coarse = coarse or [names[group] for group in assigned]
         sizes = np.bincount(assigned, minlength=number)
         for group in np.argsort(-sizes, kind="stable").tolist():
             members = np.flatnonzero(assigned == group)
             if not len(members):  # fewer middles differ in K-means' precision
                 continue
             middle = np.median(map_positions[members].reshape(-1, 2), axis=0)
-            word = called[group].partition(",")[0]
+            word = names[group].partition(",")[0]
             having = [row for row in members.tolist() if word in captions[row].lower()]
             candidates = np.array(having) if having else members  # `lower` may miss a lowered word
             from_middle = np.linalg.norm(map_positions[candidates, 0] - middle, axis=1)
@@ -159,7 +158,7 @@ def groups_of_map(
             groups.append(
                 Group(
                     level=level,
-                    name=called[group],
+                    name=names[group],
                     coarse=Counter(coarse[row] for row in members.tolist()).most_common(1)[0][0],
                     middle=(float(middle[0]), float(middle[1])),
                     example=int(central[distance[central].argmin()]),

@@ -1,9 +1,9 @@
 """The map, prototypes, agreement and neighbours, against what they mean."""
 
-import sys
 from dataclasses import replace
 from itertools import groupby, permutations
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from protoclip.explore import atlas as atlases
-from protoclip.explore.atlas import Features, by_umap, equal_rows, make_atlas, moved, num_prototypes
-from protoclip.explore.neighbours import Neighbours, all_but_first, near_duplicates
+from protoclip.explore.atlas import (
+    Features,
+    all_but_first,
+    equal_rows,
+    find_moved,
+    make_atlas,
+    near_duplicates,
+    umap_positions,
+)
+from protoclip.explore.explorer import Neighbours
+from protoclip.explore.pairs import ExploredPairs
 
 CLUSTERS, EACH, WIDTH = 4, 15, 16
 
@@ -57,29 +66,19 @@ def subset(features: Features, rows: list[int]) -> Features:
 
 @pytest.fixture(scope="module")
 def atlas() -> atlases.Atlas:
-    return make_atlas(clustered(swapped=(5, 30)), heads=None, number=CLUSTERS)
+    return make_atlas(clustered(swapped=(5, 30)), number=CLUSTERS)
 
 
 def test_prototypes_are_the_groups_and_agree(atlas: atlases.Atlas) -> None:
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
     for modality in atlases.MODALITIES:
-        found = atlases.prototypes(atlas, modality)
+        found = atlases.list_prototypes(atlas, modality)
         assert sum(one.size for one in found) == CLUSTERS * EACH
         assert all(one.tightness > 0.95 for one in found)
         assert sum(round(one.agreement * one.size) for one in found) == CLUSTERS * EACH - 2
     for number in range(CLUSTERS):
         inside = groups[atlas.image_prototype == number]
         assert len(set(inside)) == 1
-
-
-def test_partners_are_where_most_members_are_together(atlas: atlases.Atlas) -> None:
-    draw, number = np.random.default_rng(0), 7
-    image, text = draw.integers(0, number - 1, (2, len(atlas)), dtype=np.int32)  # the last is empty
-    other = replace(atlas, image_prototype=image, text_prototype=text, number=number)
-    for one in atlases.prototypes(other, "image"):
-        together = np.bincount(text[image == one.number], minlength=number)
-        assert one.partner == together.argmax()
-        assert one.agreement == pytest.approx(together.max() / max(1, together.sum()))
 
 
 def test_swapped_captions_are_the_odd_ones(atlas: atlases.Atlas) -> None:
@@ -115,30 +114,21 @@ def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
     learned = torch.randn(240, WIDTH, generator=draws)
     model = Features(captioned=rows, rows=rows, image=learned, text=learned)
     halves = replace(model, image=image[of_pair].half(), text=text.half())
-    atlas = make_atlas(model, heads=None, number=CLUSTERS, halves=halves)
+    atlas = make_atlas(model, number=CLUSTERS, halves=halves, aligned=True)
     assert atlas.unseen
     assert "agreement of pairs: 100%" in capsys.readouterr().err
     for measure in (atlas.distance, atlas.loss):
         assert {*np.argsort(-measure)[: len(wrong)]} == {*wrong.tolist()}
     monkeypatch.setattr(atlases, "LEAST_IMAGES", 181)
-    own = make_atlas(model, heads=None, number=CLUSTERS, halves=halves)
+    own = make_atlas(model, number=CLUSTERS, halves=halves, aligned=True)
     assert not own.unseen
     assert own.distance.max() < 1e-6
-
-
-def test_the_map_shows_groups_apart(atlas: atlases.Atlas) -> None:
-    groups = np.arange(CLUSTERS * EACH) % CLUSTERS
-    position = atlas.image_map_position
-    means = np.stack([position[groups == group].mean(0) for group in range(CLUSTERS)])
-    inside = np.linalg.norm(position - means[groups], axis=1).max()
-    between = min(np.linalg.norm(means[a] - means[b]) for a in range(CLUSTERS) for b in range(a))
-    assert between > inside
 
 
 def test_partners_are_near_on_the_map_whatever_lies_between_the_modalities() -> None:
     found = gap_apart()
     assert F.cosine_similarity(found.image, found.text).max() < -0.8
-    assert partners_nearer(make_atlas(found, heads=None, number=CLUSTERS)) < 0.3
+    assert partners_nearer(make_atlas(found, number=CLUSTERS)) < 0.3
 
 
 @pytest.mark.slow
@@ -150,13 +140,9 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("umap")
     monkeypatch.setattr(atlases, "EPOCHS", 30)
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
-    shares: list[float] = []
-    by_umap(F.normalize(gap_apart().image, dim=1), seed=0, done=shares.append)
-    assert shares == sorted(shares)
-    assert shares[-1] == 1
     for most in (atlases.MAP_PAIRS, 40):
         monkeypatch.setattr(atlases, "MAP_PAIRS", most)
-        atlas = make_atlas(gap_apart(), heads=None, number=CLUSTERS, layout="umap")
+        atlas = make_atlas(gap_apart(), number=CLUSTERS, layout="umap")
         assert partners_nearer(atlas) < 0.3  # those of the same group are as near
         position = atlas.image_map_position
         assert position.shape == (CLUSTERS * EACH, 2)
@@ -165,20 +151,10 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (nearest == groups).mean() > 0.9
 
 
-def test_equal_rows_are_in_one_place() -> None:
-    assert not by_umap(torch.ones(5, 4) / 2, seed=0).any()
-
-
 def test_two_rows_have_a_map() -> None:
     """UMAP itself makes none."""
     rows = torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.8, 0.0]])
-    assert not np.equal(*by_umap(rows, seed=0)).all()
-
-
-def test_umap_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ValueError, match=r"^--map: umap needs umap-learn; pip install"):
-        make_atlas(clustered(), heads=None, layout="umap")
+    assert not np.equal(*umap_positions(rows, seed=0)).all()
 
 
 def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
@@ -193,37 +169,32 @@ def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
     assert atlas.run_prototypes == {"image": [5, 1]}
 
 
-@pytest.mark.parametrize(("pairs", "number"), [(2, 2), (5, 2), (400, 40), (10**6, 1000)])
-def test_number_of_prototypes(pairs: int, number: int) -> None:
-    assert num_prototypes(pairs) == number
-
-
 def test_too_few_pairs_is_one_line() -> None:
     few = subset(clustered(), [0])
     with pytest.raises(ValueError, match="1 pair can be read"):
-        make_atlas(few, heads=None)
+        make_atlas(few)
 
 
 def test_an_atlas_is_kept_and_damage_is_noticed(atlas: atlases.Atlas, tmp_path: Path) -> None:
-    path = atlases.path_of(tmp_path, "a", 1)
-    atlases.keep(path, atlas)
-    again = atlases.read_kept(path)
+    path = atlases.atlas_path(tmp_path, "a", 1)
+    atlases.write_atlas(path, atlas)
+    again = atlases.read_atlas(path)
     assert again is not None
     assert np.array_equal(again.loss, atlas.loss)
     assert again.number == atlas.number
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert atlases.read_kept(path) is None
-    assert atlases.read_kept(tmp_path / "none.npz") is None
+    assert atlases.read_atlas(path) is None
+    assert atlases.read_atlas(tmp_path / "none.npz") is None
 
 
 def test_moved_pairs_are_those_of_other_groups() -> None:
     """Another numbering of the groups moves nothing; swapped captions move."""
-    first = make_atlas(clustered(), heads=None, number=CLUSTERS)
-    second = make_atlas(clustered(swapped=(5, 30)), heads=None, number=CLUSTERS, seed=7)
-    assert len(moved(first, second, "image").pairs) == 0
-    found = moved(first, second, "text")
+    first = make_atlas(clustered(), number=CLUSTERS)
+    second = make_atlas(clustered(swapped=(5, 30)), number=CLUSTERS, seed=7)
+    assert len(find_moved(first, second, "image").pairs) == 0
+    found = find_moved(first, second, "text")
     assert sorted(found.pairs[:, 0].tolist()) == [5, 30]
     assert found.common == CLUSTERS * EACH
 
@@ -231,7 +202,7 @@ def test_moved_pairs_are_those_of_other_groups() -> None:
 def test_the_largest_movements_come_first(atlas: atlases.Atlas) -> None:
     """Pairs of one movement follow each other."""
     before, after = np.random.default_rng(0).integers(0, CLUSTERS, (2, len(atlas)), dtype=np.int32)
-    found = moved(
+    found = find_moved(
         replace(atlas, text_prototype=before), replace(atlas, text_prototype=after), "text"
     )
     assert np.array_equal(found.groups[:, 0], before[found.pairs[:, 0]])
@@ -243,15 +214,6 @@ def test_the_largest_movements_come_first(atlas: atlases.Atlas) -> None:
     assert counts[0] > counts[-1]
 
 
-def test_moved_pairs_of_models_that_read_different_pairs() -> None:
-    whole = clustered(swapped=(5, 30))
-    first = make_atlas(clustered(), heads=None, number=CLUSTERS)
-    rows = [row for row in range(CLUSTERS * EACH) if row != 2]
-    second = make_atlas(subset(whole, rows), heads=None, number=CLUSTERS)
-    found = moved(first, second, "text")
-    assert sorted(found.pairs.tolist()) == [[5, 4], [30, 29]]
-
-
 def exact(rows: torch.Tensor, queries: torch.Tensor, number: int) -> torch.Tensor:
     similarity = F.normalize(queries.double(), dim=1) @ F.normalize(rows.double(), dim=1).T
     return similarity.topk(number, dim=1).indices
@@ -259,7 +221,7 @@ def exact(rows: torch.Tensor, queries: torch.Tensor, number: int) -> torch.Tenso
 
 @pytest.mark.parametrize("chunk", [20, 10**6])
 def test_search_is_exact_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protoclip.explore.neighbours.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("protoclip.explore.explorer.CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
     rows, queries = torch.randn(97, 8, generator=generator), torch.randn(3, 8, generator=generator)
     similarity, found = Neighbours(rows).search(queries, 7)
@@ -268,30 +230,16 @@ def test_search_is_exact_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) 
     assert Neighbours(rows).search(queries, 500)[1].shape == (3, 97)
 
 
-def test_an_index_finds_most_of_what_is_nearest() -> None:
-    pytest.importorskip("faiss")
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3000, 8, generator=generator)
-    neighbours = Neighbours(rows, exact_rows=1000)
-    assert not neighbours.exact
-    found = neighbours.search(rows[:50], 5)[1]
-    right = [
-        len(set(a) & set(b))
-        for a, b in zip(found.tolist(), exact(rows, rows[:50], 5).tolist(), strict=True)
-    ]
-    assert sum(right) > 0.9 * 250
-
-
 def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(60, 16, generator=generator)
     rows[40] = 2 * rows[3]
     rows[41] = rows[5] + 0.01 * torch.randn(16, generator=generator)
-    pairs, values = near_duplicates(Neighbours(rows), least=0.97, most=10, batch=7)
+    pairs, values = near_duplicates(rows, batch=7)
     assert pairs.tolist() == [[3, 40], [5, 41]]
     assert values[0] >= values[1] > 0.99
     same = torch.ones(5, 4)
-    pairs, _ = near_duplicates(Neighbours(same), least=0.97, most=10)
+    pairs, _ = near_duplicates(same)
     assert len(pairs) >= 3
     assert (pairs[:, 0] < pairs[:, 1]).all()
 
@@ -308,9 +256,11 @@ def test_an_image_of_several_pairs_is_no_near_duplicate_of_itself() -> None:
     """But of its copy in another file."""
     found = clustered()
     image = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    files = np.tile(np.arange(20), 3).astype(np.uint64)
-    files[[3, 43]] = 20  # the copy of file 3, which is still that of row 23
-    atlas = make_atlas(replace(found, image=image), heads=None, shown_images=files.__getitem__)
+    image_files = np.tile(np.arange(20), 3).astype(np.uint64)
+    image_files[[3, 43]] = 20  # the copy of file 3, which is still that of row 23
+    pairs = Mock(spec=ExploredPairs, hash_images=image_files.__getitem__)
+    pairs.correlate_images.return_value = 1.0
+    atlas = make_atlas(replace(found, image=image), pairs)
     assert atlas.duplicates.tolist() == [[3, 23]]
     assert atlas.compared == 21
 
@@ -324,12 +274,3 @@ def test_copies_of_an_image_are_one_whatever_their_last_bits():
     assert numbers[0] == 0
     assert numbers.bincount().tolist() == [2] * 40
     assert torch.equal(numbers, equal_rows(both.float()))
-
-
-def test_other_images_between_two_copies_hide_none() -> None:
-    """Among many rows some lie between copies along a line."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(4000, 64, generator=generator)
-    copies = (rows + 1e-5 * torch.randn(4000, 64, generator=generator)).half()
-    numbers = equal_rows(torch.cat([rows.half(), copies]))
-    assert numbers.bincount().tolist() == [2] * 4000

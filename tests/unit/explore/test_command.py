@@ -9,12 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from worded import WordModel, loaded
 
-from protoclip.cli import COMMANDS, main
-from protoclip.cli.explore import Explore
-from protoclip.cli.parsing import parse
+from protoclip.cli import main
+from protoclip.cli.explore import Explore, listen
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
-from protoclip.explore.address import listen
 from protoclip.explore.explorer import Explorer
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config, tiny_pairs
@@ -75,8 +73,8 @@ def test_a_port_that_is_taken_is_known_before_anything_is_opened(
         with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 port {port} "):
             Explore(models=["hf:x"], data="emoji", port=port)()
         assert capsys.readouterr().err == ""
-        monkeypatch.setattr("protoclip.explore.address.USUAL_PORT", port)
-        with Explore(models=["hf:x"]).listen() as listening:
+        monkeypatch.setattr("protoclip.cli.explore.USUAL_PORT", port)
+        with listen("127.0.0.1", None) as listening:
             used = listening.getsockname()[1]
     assert used > port
     said = capsys.readouterr().err
@@ -142,16 +140,3 @@ def test_a_folder_that_no_other_can_take_the_place_of_is_refused(
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
     with pytest.raises(ValueError, match=error.format(tmp_path)):
         Explore(models=["hf:x"], data="emoji", static=str(tmp_path))()
-
-
-def test_a_part_of_the_data_that_a_run_was_trained_on_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = [SourceConfig(path=str(tmp_path / f"{name}.csv")) for name in "ab"]
-    config = Config(data=DataConfig(sources=parts))
-    monkeypatch.setattr("protoclip.explore.explorer.run_config", lambda model: config)
-    for name, is_part in (("a", True), ("c", False)):
-        words = ["run", "--data", str(tmp_path / f"{name}.csv"), "--allow_links", "true"]
-        command = parse(COMMANDS["explore"], words)
-        assert command.shows_data_of("run") is is_part
-        assert command.settings().allow_links

@@ -18,7 +18,7 @@ from protoclip.data import sources
 from protoclip.data.view import NONE, without
 from protoclip.evaluation.features import Encoded, Encoder, Reader
 from protoclip.explore.explorer import open_explorer
-from protoclip.explore.pairs import explored
+from protoclip.explore.pairs import explore_pairs
 from protoclip.models import batch_norm, loading
 from protoclip.report import looks
 from protoclip.training.judge import without_teacher_heads
@@ -53,7 +53,7 @@ def analyze(run: Path, data: str) -> None:
 
 
 def explore(run: Path, data: str) -> None:
-    pairs = explored(sources.pairs(Config(data=DataConfig(train=data))))
+    pairs = explore_pairs(sources.pairs(Config(data=DataConfig(train=data))))
     assert open_explorer(str(run), pairs, device=CPU, workers=0).positives == "pair"
 
 

@@ -1,14 +1,12 @@
 """Pages, the server that guards them, and the files that hold them."""
 
 import concurrent.futures
-import contextlib
 import http.client
 import io
 import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -24,18 +22,21 @@ import pytest
 from PIL import Image
 from worded import HOSTILE, distinct_pairs, explorers
 
-from protoclip.config import Config, DataConfig
-from protoclip.data import sources
+from protoclip.cli.explore import listen
+from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.explore.address import listen, url_of
-from protoclip.explore.atlas import MODALITIES, regrouped
-from protoclip.explore.atlas import moved as moved_from
+from protoclip.explore.atlas import cluster_again, find_moved
 from protoclip.explore.explorer import Explorer
-from protoclip.explore.pairs import explored
-from protoclip.explore.render import Pages, ids_as, shown
-from protoclip.explore.server import MAX_BODY_BYTES, Guard, cookie_name, server
-from protoclip.explore.static import write_static, write_table
-from protoclip.explore.thumbnails import thumbnail
+from protoclip.explore.pages import Pages, format_ids
+from protoclip.explore.pairs import explore_pairs, shorten
+from protoclip.explore.serve import (
+    MAX_BODY_BYTES,
+    Guard,
+    cookie_name,
+    make_server,
+    write_static,
+    write_table,
+)
 
 TOKEN = "the-token"
 
@@ -44,7 +45,7 @@ TOKEN = "the-token"
 def served(two: list[Explorer]) -> Iterator[tuple[Any, int]]:
     """A server of both models, and its port."""
     listening = listen("127.0.0.1", 0)
-    serving = server(Pages(two), host="127.0.0.1", token=TOKEN)
+    serving = make_server(Pages(two), host="127.0.0.1", token=TOKEN)
     thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
     thread.start()
     yield serving, listening.getsockname()[1]
@@ -75,8 +76,6 @@ PAGES = [
     *(
         "/",
         "/1/index.html",
-        "/1/map.json",
-        "/1/map-state.json",
         "/1/prototypes-image.html",
         "/1/prototypes-text.html",
     ),
@@ -106,6 +105,7 @@ def test_every_page_has_its_headers_and_no_element_that_is_not_its_own(
         return
     text = body.decode()
     own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
+    own = own.replace('<script type="application/json" id="map-data">', "")
     own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
     assert set(re.findall('type="checkbox" >(.*?)<bdi>', own)) <= {" select "}  # what a tick does
     assert not [markup for markup in MARKUP if markup in own]
@@ -130,21 +130,11 @@ def test_the_other_model_is_shown_on_the_same_page(path: str, other: str, port: 
     assert f'<a href="{other}">show words-' in text
 
 
-def test_members_of_a_prototype_are_shown_nearest_first(two: list[Explorer]) -> None:
-    site = Pages(two).site(1)
-    for modality in MODALITIES:
-        own, similarity = site.atlas.prototype(modality), site.atlas.similarity(modality)
-        for number in range(site.atlas.number):
-            found = site.members(modality, number)
-            assert set(found) == set(np.flatnonzero(own == number))
-            assert (np.diff(similarity[found]) <= 0).all()
-
-
 def test_prototypes_are_sorted_over_all_pages(
     two: list[Explorer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("protoclip.explore.render.PAGE_SIZE", 4)
-    site = Pages(two).site(1)
+    monkeypatch.setattr("protoclip.explore.pages.PAGE_SIZE", 4)
+    site = Pages(two).sites[0]
     for by, measure, sign in (("-tightness", "tightness", 1), ("size", "size", -1)):
         pages = [site.prototype_list("image", by, page) for page in (1, 2)]
         shown = [re.findall('="rowheader" data-value="(.*?)"', page) for page in pages]
@@ -157,7 +147,7 @@ def test_prototypes_are_sorted_over_all_pages(
 def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list[Explorer]) -> None:
     """How many moved, from where to where by name, and the words of what moved."""
     pages = Pages(two)
-    moved = pages.moved("image")
+    moved = pages.moved["image"]
     (paragraph,) = re.findall(
         r'<p id="difference">(.*?)</p>', ask(port, "/1/moved-image.html")[2].decode(), re.DOTALL
     )
@@ -167,30 +157,19 @@ def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list
     head = f"words-1 and words-2 group the images of {number} of 60 pairs ({share:.1f}%) diff"
     assert said.startswith(head)
     count, one, other = moved.flows[0].tolist()
-    names = pages.site(1).name("image", one), pages.site(2).name("image", other)
+    names = pages.sites[0].name("image", one), pages.sites[1].name("image", other)
     assert f"{count} from {one}: {names[0]} to {other}: {names[1]}" in said
-    assert f"more often than others: {pages.moved_words('image')}." in said
-    assert pages.moved_words("image")
+    assert f"more often than others: {pages.moved_words['image']}." in said
+    assert pages.moved_words["image"]
     first = two[0]
-    again = regrouped(first.atlas, first.features(), first.heads)
-    moved_by_seed = 100 * len(moved_from(first.atlas, again, "image").pairs) / 60
+    again = cluster_again(first.atlas, first.features, first.heads)
+    moved_by_seed = 100 * len(find_moved(first.atlas, again, "image").pairs) / 60
     assert f"Another seed of K-means alone moves {moved_by_seed:.1f}% in the first model." in said
     same = Pages([two[0], two[0]])
     assert "group the images of all 60 pairs alike." in " ".join(
-        same.site(1).moved("image").split()
+        same.sites[0].moved("image").split()
     )
-    assert same.moved_words("image") == ""
-
-
-def test_answers_say_why(port: int) -> None:
-    """The words near to the question, and of each result its words and its prototype. None of it
-    says that the model knows a word of the question."""
-    body = ask(port, "/1/search.html?text=a+red+square")[2].decode()
-    assert "finds nearest images for any text, also for words it never saw." in body
-    assert re.search(r"nearest to it: <bdi>[^<]*(red|square)", body)
-    assert re.search(r'<p class="fact">both near [^<]*(red|square)', body)
-    for modality in MODALITIES:
-        assert f'<p class="fact"><a href="prototype-{modality}-' in body
+    assert same.moved_words["image"] == ""
 
 
 def test_links_of_every_page_lead_somewhere(port: int) -> None:
@@ -350,60 +329,6 @@ def test_a_hundred_clients_are_served(port: int) -> None:
     assert statuses == [200] * 100
 
 
-def test_clients_that_wait_leave_room_for_others(port: int) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(100):
-            idle = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
-            idle.sendall(b"GET /1/index.html HTTP/1.1\r\nHost: localhost\r\n")
-        assert ask(port, "/1/index.html")[0] == 200
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"",
-        b"GET / HTTP/1.1\r\nHost: local",
-        b"POST /1/search-image HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n%s\r\n12",
-    ],
-)
-def test_a_request_that_never_ends_is_hung_up_on(
-    sent: bytes, port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cookie = f"Cookie: {cookie_name(TOKEN)}={TOKEN}\r\n".encode()
-    with monkeypatch.context() as patch:
-        patch.setattr("protoclip.explore.server.REQUEST_SECONDS", 0.2)
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as raw:
-            raw.sendall(sent.replace(b"%s", cookie))
-            with contextlib.suppress(ConnectionResetError):
-                assert raw.recv(1000) == b""
-    assert ask(port, "/1/index.html")[0] == 200
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_an_answer_that_nobody_reads_is_dropped(
-    served: tuple[Any, int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    serving, port = served
-    asked = f"GET /assets/bokeh.min.js HTTP/1.1\r\nHost: localhost\r\nCookie: {cookie_name(TOKEN)}"
-    got = 0
-    with (
-        monkeypatch.context() as patch,
-        socket.create_connection(("127.0.0.1", port), timeout=60) as raw,
-    ):
-        patch.setattr("protoclip.explore.server.READING_SECONDS", 0.2)
-        raw.sendall(f"{asked}={TOKEN}\r\n\r\n".encode() * 30)  # 30 MB, more than buffers hold
-        assert raw.recv(1) == b"H"
-        until = time.monotonic() + 60
-        while serving.server_state.connections and time.monotonic() < until:
-            time.sleep(0.05)
-        with contextlib.suppress(ConnectionResetError):
-            while part := raw.recv(1 << 20):
-                got += len(part)
-    assert got < 25_000_000
-    assert ask(port, "/1/index.html")[0] == 200
-    assert "Traceback" not in capfd.readouterr().err
-
-
 def test_data_that_cannot_be_read_any_more_is_one_line(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,22 +341,6 @@ def test_data_that_cannot_be_read_any_more_is_one_line(
     assert body.decode().startswith("This cannot be shown: [Errno 5] Input/output error")
     assert b"\x1b" not in body
     assert capfd.readouterr().err == ""
-
-
-def test_images_outside_the_data_are_never_shown(tmp_path: Path) -> None:
-    """A row that names one shows as grey; so does a link that leads out."""
-    (tmp_path / "data").mkdir()
-    for place, colour in (("secret.png", "red"), ("data/own.png", "blue")):
-        Image.new("RGB", (32, 32), colour).save(tmp_path / place)
-    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
-    paths = ("own.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "file:///etc")
-    rows = "\n".join(f"{path}\ta caption" for path in paths)
-    (tmp_path / "data" / "pairs.tsv").write_text(f"image\tcaption\n{rows}\n")
-    config = Config(data=DataConfig(train=str(tmp_path / "data" / "pairs.tsv")))
-    pairs = explored(sources.pairs(config))
-    for row, path in enumerate(paths):
-        red, _, blue = np.asarray(Image.open(io.BytesIO(thumbnail(pairs, row, 32)))).mean((0, 1))
-        assert (blue > 200 and red < 50) if path == "own.png" else abs(blue - red) < 30, path
 
 
 def test_raw_nonsense_does_not_end_the_server(port: int) -> None:
@@ -465,15 +374,6 @@ def test_a_port_that_is_taken_or_a_foreign_host_is_one_line(port: int) -> None:
         listen("192.0.2.1", 0)  # no machine has this address
 
 
-def test_the_address_names_the_host() -> None:
-    with listen("127.0.0.1", 0) as listening:
-        assert (
-            url_of(listening, "127.0.0.1", "t")
-            == f"http://127.0.0.1:{listening.getsockname()[1]}/?token=t"
-        )
-        assert "0.0.0.0" not in url_of(listening, "0.0.0.0", "t")
-
-
 def test_this_machine_is_known_by_its_name_unless_only_itself_is_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -499,7 +399,7 @@ def test_this_machine_is_known_by_its_name_unless_only_itself_is_served(
     ],
 )
 def test_texts_are_shown_on_one_line_and_cut(text: str, result: str) -> None:
-    assert shown(text) == result
+    assert shorten(text) == result
 
 
 def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
@@ -508,7 +408,7 @@ def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
     ids = ['a,"b"', "=1+1", "c\nd", "\u202ee", " f "]
     for form in ("csv", "json"):
         path = tmp_path / f"ids.{form}"
-        path.write_text(ids_as(ids, form), encoding="utf-8")
+        path.write_text(format_ids(ids, form), encoding="utf-8")
         assert read_ids("only", str(path)).ids == set(ids)
 
 
@@ -555,28 +455,6 @@ def test_files_that_cannot_be_written_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_map_that_cannot_be_kept_is_shown_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pq.write_table(pa.Table.from_pylist(distinct_pairs(20)), tmp_path / "pairs.parquet")
-
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device", "atlas.npz")
-
-    monkeypatch.setattr("protoclip.explore.explorer.keep", full)
-    (found,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
-    assert len(found.atlas) == 20
-    assert "warning: the map is not kept ([Errno 28] No space left" in capsys.readouterr().err
-
-
-def test_the_map_says_who_taught_a_model_and_what_its_positives_were(two: list[Explorer]) -> None:
-    asked = r"<dt>(taught by|positives)</dt><dd>(.*?)</dd>"
-    assert re.findall(asked, Pages(two).site(1).index()) == []  # no run trained it
-    told = replace(two[0], teachers="<b> (groups)", positives="shared")
-    found = re.findall(asked, Pages([told]).site(1).index())
-    assert found == [("taught by", "&lt;b&gt; (groups)"), ("positives", "shared")]
-
-
 def test_a_model_is_called_by_the_last_part_of_its_path(
     two: list[Explorer], tmp_path: Path
 ) -> None:
@@ -592,9 +470,9 @@ def test_a_model_is_called_by_the_last_part_of_its_path(
 
     assert names(run) == ["mine-0"]
     assert names(run, checkpoint) == ["mine-0", "mine-0, step-3"]
-    assert names(run, other) == [shown(str(run), 60), shown(str(other), 60)]
-    page = Pages([replace(two[0], name=str(run))]).site(1).index()
-    assert f'<strong title="{shown(str(run))}">mine-0</strong>' in page
+    assert names(run, other) == [shorten(str(run), 60), shorten(str(other), 60)]
+    page = Pages([replace(two[0], name=str(run))]).sites[0].index()
+    assert f'<strong title="{shorten(str(run))}">mine-0</strong>' in page
 
 
 def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> None:
@@ -615,14 +493,14 @@ def test_a_very_long_thin_image_has_a_thumbnail() -> None:
     for buffer, size in zip(buffers, sides, strict=True):
         Image.new("RGB", size, "red").save(buffer, "PNG")
     rows = [{"image": buffer.getvalue(), "caption": "a line"} for buffer in buffers]
-    pairs = explored(ImageTextPairs(pa.Table.from_pylist(rows), name="thin"))
+    pairs = explore_pairs(ImageTextPairs(pa.Table.from_pylist(rows), name="thin"))
     for row, size in enumerate(sides.values()):
-        small = Image.open(io.BytesIO(thumbnail(pairs, row, 160)))
+        small = Image.open(io.BytesIO(pairs.thumbnail(row, 160)))
         assert small.size == size
         assert np.asarray(small).mean((0, 1))[0] > 200  # not the grey of what cannot be read
 
 
-def test_a_selection_is_of_the_pairs_that_are_shown(tmp_path: Path) -> None:
+def test_a_selection_is_of_the_pairs_that_are_shorten(tmp_path: Path) -> None:
     """Other pairs of the same data, as many, do not share it in a browser's tab."""
     rows = distinct_pairs(40)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
@@ -632,6 +510,6 @@ def test_a_selection_is_of_the_pairs_that_are_shown(tmp_path: Path) -> None:
         data = DataConfig(
             train=str(tmp_path / "pairs.parquet"), only=str(tmp_path / f"{name}.json")
         )
-        page = Pages(explorers(data)).site(1).duplicates()
+        page = Pages(explorers(data)).sites[0].duplicates()
         keys += re.findall('data-pairs="(.*?)"', page)
     assert keys[0] == keys[2] != keys[1]

@@ -17,7 +17,7 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.explore.explorer import Explorer, open_explorer
-from protoclip.explore.pairs import explored
+from protoclip.explore.pairs import explore_pairs
 from protoclip.models import loading
 from protoclip.models.protoclip import TowerPair
 from testing import tiny_pairs
@@ -122,7 +122,7 @@ def explorers(
     """Word models over pairs, one for each dict of swapped captions."""
     samples = sources.pairs(Config(data=data))
     assert isinstance(samples, Pairs)
-    pairs = explored(samples, class_column=class_column)
+    pairs = explore_pairs(samples, class_column=class_column)
     models = [WordModel(samples, swapped=swap) for swap in swaps or ({},)]
     with loaded(*models) as names:
         return [

@@ -9,7 +9,6 @@ const kept = (key) => JSON.parse(sessionStorage.getItem(key) || "[]");
 const selection = new Set(kept(KEY));
 const byMap = new Set(kept(BY_MAP)); // the ids in it that the map selected; others were ticked
 let onMap = () => {};
-const LOOK = 1000; // milliseconds between two looks at how far a better map is
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
 // Of the map: pixels between names, and of an image; among more places in view than FEW, images are
 // SPARSE pixels apart, and stand where at least this share of them is.
@@ -196,17 +195,8 @@ function fitStage() {
   stage.style.setProperty("--above", `${Math.ceil(above)}px`);
 }
 
-// A server is asked for the map. A page that is a file holds it, since browsers fetch no files.
-async function mapData(place) {
-  const held = document.getElementById("map-data");
-  if (held) return JSON.parse(held.textContent);
-  const answer = await fetch(place.dataset.source);
-  if (!answer.ok) throw new Error(await answer.text());
-  return answer.json();
-}
-
 async function drawMap(place) {
-  const found = await mapData(place);
+  const found = JSON.parse(document.getElementById("map-data").textContent);
   await Bokeh.embed.embed_item(found.plot, "map");
   const doc = Bokeh.documents[0];
   const source = doc.get_model_by_name("pairs");
@@ -214,10 +204,7 @@ async function drawMap(place) {
   const plain = { image: glyphs.image.glyph.fill_color, text: glyphs.text.glyph.fill_color };
   const mappers = { categories: doc.get_model_by_name("categories"), range: doc.get_model_by_name("range") };
   const chooser = document.getElementById("colour-by");
-  const chosen = chooser.value;
-  chooser.replaceChildren();
   for (const way of Object.keys(found.ways)) chooser.add(new Option(way, way));
-  if (chosen in found.ways) chooser.value = chosen;
 
   function colour() {
     const way = found.ways[chooser.value];
@@ -278,7 +265,7 @@ async function drawMap(place) {
     const caption = document.createElement("bdi");
     caption.textContent = source.data.caption[index] || source.data.id[index];
     const link = document.createElement("a");
-    if (place.dataset.source) link.href = `pair-${source.data.position[index]}.html`; // else there is no such page
+    if (place.dataset.live) link.href = `pair-${source.data.position[index]}.html`; // else there is no such page
     link.append(image, caption);
     item.append(link);
     return item;
@@ -292,7 +279,7 @@ async function drawMap(place) {
   onMap();
   showPicked();
   source.selected.properties.indices.change.connect(selected);
-  chooser.onchange = colour; // in the place of that of an earlier map
+  chooser.addEventListener("change", colour);
   const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
   colour();
   followTools(doc.get_model_by_name("map"));
@@ -486,47 +473,14 @@ function legend(way, plain) {
   way.labels.forEach((label, index) => add(colours[index], label, shapes[index]));
 }
 
-// Waits for the map by UMAP, and draws it in the place of that by PCA.
-async function betterMap(place) {
-  const said = document.getElementById("map-state");
-  let missed = 0; // answers in a row
-  while (place.isConnected) { // an answer to a search may have taken its place
-    const answer = await fetch("map-state.json").catch(() => null);
-    if (!(answer && answer.ok)) { // a phone that slept, or a server with too much to do
-      if (++missed > 10) throw new Error("the server does not answer");
-      await new Promise((resolve) => setTimeout(resolve, LOOK));
-      continue;
-    }
-    missed = 0;
-    const { layout, done, failed } = await answer.json();
-    if (!place.isConnected) return;
-    if (done !== null) {
-      if (done > 0) said.querySelector("progress").value = done; // before, UMAP is compiled
-      await new Promise((resolve) => setTimeout(resolve, LOOK));
-      continue;
-    }
-    if (failed) throw new Error(failed);
-    place.replaceChildren();
-    Bokeh.documents.splice(0);
-    await drawMap(place);
-    document.getElementById("layout").textContent = layout.toUpperCase();
-    said.textContent = "The map is by UMAP now.";
-    return;
-  }
-}
-
 store();
 const map = document.getElementById("map");
 if (map) {
   const above = new ResizeObserver(() => map.isConnected && fitStage());
-  for (const each of document.querySelectorAll("header, #selection, .map-bar, #map-state")) above.observe(each);
+  for (const each of document.querySelectorAll("header, #selection, .map-bar")) above.observe(each);
   const failed = (error) => {
     map.removeAttribute("role");
     map.textContent = `The map cannot be drawn (${error.message}). The other pages work without it.`;
   };
-  const noBetter = (error) => {
-    const said = document.getElementById("map-state");
-    if (said) said.textContent = `There is no map by UMAP (${error.message}).`;
-  };
-  drawMap(map).then(() => map.dataset.waits && betterMap(map).catch(noBetter), failed);
+  drawMap(map).catch(failed);
 }

@@ -1,0 +1,595 @@
+"""The pages of an explorer: a table says which there are, and what each one needs.
+
+Pages link to each other by relative names, so a server and a folder of files hold the same ones
+(`serve.py`). Captions, ids and names are text: Jinja escapes them, and `shorten` cuts them and
+makes visible what would turn or break a line.
+"""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from importlib.resources import files
+from importlib.util import find_spec
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from protoclip.data.access import begun
+from protoclip.data.pairs import BadSample
+from protoclip.data.sampler import evenly_spaced
+from protoclip.explore.atlas import (
+    LEAST_ALIKE,
+    MODALITIES,
+    OTHER,
+    Modality,
+    Moved,
+    Prototype,
+    all_but_first,
+    cluster_again,
+    find_moved,
+    list_prototypes,
+)
+from protoclip.explore.explorer import Answer, Explorer, UnreadableImage
+from protoclip.explore.names import name_groups
+from protoclip.explore.pairs import ID_LENGTH, shorten
+from protoclip.models.saved import run_of
+from protoclip.terminal import visible
+
+PAGE_SIZE = 60  # pairs, or prototypes, on a page
+ALIKE = 0.95  # likeness from which near-duplicates are listed, unless one asks for others
+FLOWS = 40  # movements between groups that are listed
+READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
+MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
+NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
+THUMBNAIL_SIDE, LARGE_SIDE = 160, 512  # pixels
+Rows = npt.NDArray[np.int64]
+
+
+class NoSuchPage(LookupError):
+    """A page beyond the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A pair, as pages show it."""
+
+    position: int
+    row: int
+    sample_id: str
+    caption: str
+    facts: Sequence[str] = ()
+    prototype: tuple[str, int, str] | None = None  # modality, number, name
+    others: Sequence["Card"] = ()  # pairs with the same image
+    file: str = ""  # name of the file that is the image; empty for an image in the data
+    is_again: bool = False  # whether an image that is alike comes earlier in the data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Cards under a heading."""
+
+    title: str
+    cards: Sequence[Card]
+
+
+class Pages:
+    """The pages of one explorer, or of two on the same pairs.
+
+    Attributes:
+        live: A server answers questions; else pages are files, and show less.
+        sites: The pages of each model.
+        thumbnail: An image of the data, by row, shrunk to a side, as WebP.
+    """
+
+    def __init__(self, explorers: Sequence[Explorer], *, live: bool = True) -> None:
+        assert 1 <= len(explorers) <= 2
+        self.explorers, self.live, self.pairs = explorers, live, explorers[0].pairs
+        self.sites = [Site(self, number) for number in range(1, len(explorers) + 1)]
+        self.thumbnail = lru_cache(maxsize=4096)(self.pairs.thumbnail)
+
+    def prepare(self) -> None:
+        """Draw the maps, and open in threads what other pages need."""
+        for site in self.sites:
+            _ = site.map
+            site.explorer.prepare()
+            begun(partial(site.name, "image", 0), name="protoclip-names")  # makes all names
+
+    @cached_property
+    def model_names(self) -> list[str]:
+        """The models for headings: of a path the last part, unless both have the same."""
+        whole = [explorer.name for explorer in self.explorers]
+        short = [*map(last_part, whole)]
+        return [shorten(name, 60) for name in (short if len({*short}) == len(short) else whole)]
+
+    @cached_property
+    def moved(self) -> dict[str, Moved]:
+        """For each modality, the pairs that the two models group differently."""
+        first, second = (explorer.atlas for explorer in self.explorers)
+        return {modality: find_moved(first, second, modality) for modality in MODALITIES}
+
+    @cached_property
+    def moved_by_seed(self) -> dict[str, float]:
+        """The share of pairs whose group in the first model another seed of K-means changes."""
+        first = self.explorers[0]
+        again = cluster_again(first.atlas, first.features, first.heads)
+        return {
+            modality: len(find_moved(first.atlas, again, modality).pairs) / len(again)
+            for modality in MODALITIES
+        }
+
+    @cached_property
+    def moved_words(self) -> dict[str, str]:
+        """The words that set captions of what moved apart from those of what stayed."""
+        (first, second), words = self.explorers, {}
+        common = np.flatnonzero(np.isin(first.atlas.rows, second.atlas.rows))
+        for modality in MODALITIES:
+            gone = self.moved[modality].pairs[:, 0]
+            parts = [
+                part[evenly_spaced(len(part), min(len(part), READ_CAPTIONS), 0)]
+                for part in (gone, np.setdiff1d(common, gone))
+            ]
+            captions = [self.pairs.caption(first.row(at)) for part in parts for at in part.tolist()]
+            words[str(modality)] = name_groups(captions, np.repeat([0, 1], [*map(len, parts)]), 2)[
+                0
+            ]
+        return words
+
+    def front(self) -> str:
+        """The page that leads to the first model's map."""
+        return str(templates().get_template("front.html").render())
+
+
+def last_part(reference: str) -> str:
+    """The last part of a path, after that of its run for a checkpoint; other names are whole."""
+    path = Path(reference).absolute()
+    if not path.exists():
+        return reference
+    run = run_of(path)
+    return path.name if run in (None, path) else f"{run.name}, {path.name}"
+
+
+class Site:
+    """The pages of one model. Methods that `PAGES` names make a page each."""
+
+    def __init__(self, pages: Pages, number: int) -> None:
+        self.pages, self.number, self.live = pages, number, pages.live
+        self.explorer, self.pairs = pages.explorers[number - 1], pages.pairs
+        self.atlas = self.explorer.atlas
+
+    def values(self, name: str) -> Sequence[Any]:
+        """What a name in a page's path may be."""
+        values: dict[str, Sequence[Any]] = {
+            "modality": MODALITIES,
+            "measure": ("distance", "loss"),
+            "form": ("csv", "json"),
+            "number": range(self.atlas.number),
+            "position": range(len(self.atlas)),
+        }
+        return values[name]
+
+    # What pages are made of.
+
+    @cached_property
+    def map(self) -> Markup:
+        """The map as JSON for a page, in which no text ends a tag."""
+        from protoclip.explore.map import make_map
+
+        made = json.dumps(make_map(self.atlas, self.pairs))
+        return Markup(made.replace("<", "\\u003c"))
+
+    @cached_property
+    def prototypes(self) -> dict[str, list[Prototype]]:
+        return {modality: list_prototypes(self.atlas, modality) for modality in MODALITIES}
+
+    @cached_property
+    def _members(self) -> dict[str, tuple[Rows, Rows]]:
+        """For each modality all pairs by prototype, the nearest first; and where each begins."""
+        members = {}
+        for modality in MODALITIES:
+            assigned = self.atlas.prototype(modality)
+            order = np.lexsort((-self.atlas.similarity(modality), assigned))
+            starts = np.searchsorted(assigned[order], np.arange(self.atlas.number + 1))
+            members[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
+        return members
+
+    def members(self, modality: str, number: int) -> Rows:
+        """The members of a prototype, those nearest to its centroid first."""
+        order, starts = self._members[modality]
+        return order[starts[number] : starts[number + 1]]
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """For each modality the names of its prototypes, by their nearest members."""
+        names, number = {}, self.atlas.number
+        for modality in MODALITIES:
+            near = [self.members(modality, group)[:NAMED_BY].tolist() for group in range(number)]
+            captions = [self.pairs.caption(self.explorer.row(at)) for at in chain(*near)]
+            assigned = np.repeat(np.arange(number), [*map(len, near)])
+            names[str(modality)] = name_groups(captions, assigned, number)
+        return names
+
+    def name(self, modality: str, number: int) -> str:
+        """The words that set a prototype's captions apart; empty if there are none."""
+        return shorten(self._names[modality][number], 60)
+
+    @cached_property
+    def _oddest(self) -> dict[str, Rows]:
+        return {
+            measure: np.argsort(-getattr(self.atlas, measure), kind="stable").astype(np.int64)
+            for measure in ("distance", "loss")
+        }
+
+    @cached_property
+    def _copies(self) -> set[str]:
+        """Images in the data of which each row that holds one counts as an image of its own."""
+        twins = [[*map(self.explorer.image_key, both)] for both in self.atlas.duplicates.tolist()]
+        return {one for one, other in twins if one == other}
+
+    def card(self, position: int, *facts: str, others: Iterable[int] = ()) -> Card:
+        """A pair, and below it others that show the same image."""
+        row = self.explorer.row(position)
+        return Card(
+            position=position,
+            row=row,
+            sample_id=self.pairs.sample_id(row),
+            caption=shorten(self.pairs.caption_or_reason(row)),
+            facts=facts,
+            others=[self.card(other) for other in others],
+            file=shorten(self.pairs.file_name(row), ID_LENGTH),
+        )
+
+    def answer_cards(self, modality: str, answer: Answer) -> list[Card]:
+        """The images or texts of an answer; an image stands once, with the pairs that show it."""
+        sharing = answer.sharing if modality == "image" else {}
+        return [
+            self.card(position, f"cosine {value:.3f}", others=sharing.get(position, ()))
+            for position, value in (answer.images if modality == "image" else answer.texts)
+        ]
+
+    def explained_cards(self, modality: str, answer: Answer) -> list[Card]:
+        """The same, each with why it is among them."""
+        cards, explained = self.answer_cards(modality, answer), []
+        for card, words in zip(
+            cards, answer.shared.get(modality) or [()] * len(cards), strict=True
+        ):
+            why = [f"both near {', '.join(shorten(word, 40) for word in words)}"] if words else []
+            number = int(self.atlas.prototype(modality)[card.position])
+            prototype = (modality, number, self.name(modality, number))
+            explained.append(replace(card, facts=[*card.facts, *why], prototype=prototype))
+        return explained
+
+    def by_image(self, modality: str, positions: Iterable[int]) -> list[list[int]]:
+        """Pairs, those that show one image together; of texts each by itself."""
+        if modality == "text":
+            return [[position] for position in positions]
+        showing: dict[str, list[int]] = {}
+        for position in positions:
+            showing.setdefault(self.explorer.image_key(position), []).append(position)
+        return [*showing.values()]
+
+    def different_images(self, positions: Iterable[int], number: int) -> list[int]:
+        """The first of these pairs, one for each image; looks at no more images than needed."""
+        first: dict[str, int] = {}
+        for position in positions:
+            if len(first) == number:
+                break
+            first.setdefault(self.explorer.image_key(position), position)
+        return [*first.values()]
+
+    def render(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
+        """A page from its template; `here` is where the other model shows the same."""
+        template = templates().get_template(name)
+        text: str = template.render(
+            title=title,
+            here=here,
+            site=self,
+            reference=shorten(self.explorer.name),
+            model=self.pages.model_names[self.number - 1],
+            models=self.pages.model_names,
+            data=shorten(self.pairs.name, 60),
+            **values,
+        )
+        return text
+
+    # The pages.
+
+    def index(self) -> str:
+        return self.render(
+            "index.html",
+            "Map",
+            atlas=self.atlas,
+            empty={m: sum(not one.size for one in self.prototypes[m]) for m in MODALITIES},
+            left_out=len(self.pairs) - len(self.atlas),
+            duplicates=int((self.atlas.duplicate_likeness >= ALIKE).sum()),
+        )
+
+    def prototype_list(self, modality: Modality, by: str = "size", page: int = 1) -> str:
+        """Prototypes by a measure, the largest first; behind a `-` the smallest first."""
+        measure, sign = by.removeprefix("-"), 1 if by.startswith("-") else -1
+        prototypes = self.prototypes[modality]
+        order = np.argsort([sign * getattr(one, measure) for one in prototypes], kind="stable")
+        part, pages = take_page(order, page, size=PAGE_SIZE if self.live else len(prototypes))
+        rows = []
+        for number in part.tolist():
+            near = self.members(modality, number)[:NAMED_BY].tolist()
+            cards = [self.card(position) for position in near]
+            images = {*self.different_images(near, MEMBERS)}
+            captions = [*dict.fromkeys(card.caption for card in cards)][:CAPTIONS]
+            shown = [card for card in cards if card.position in images]
+            rows.append((prototypes[number], shown, captions))
+        return self.render(
+            "prototypes.html",
+            f"{modality.capitalize()} prototypes",
+            here=f"prototypes-{modality}.html",
+            modality=modality,
+            other=OTHER[modality],
+            rows=rows,
+            by=by,
+            page=page,
+            pages=pages,
+        )
+
+    def prototype(self, modality: Modality, number: int, page: int = 1) -> str:
+        """The members of a prototype, in both modalities."""
+        members, name = self.members(modality, number), self.name(modality, number)
+        part, pages = take_page(members, page)
+        similarity, other = self.atlas.similarity(modality), OTHER[modality]
+        cards = [
+            self.card(first, f"cosine to centroid {similarity[first]:.3f}", others=others)
+            for first, *others in self.by_image(modality, part.tolist())
+        ]
+        return self.render(
+            "prototype.html",
+            f"{modality.capitalize()} prototype {number}" + (name and f": {name}"),
+            one=self.prototypes[modality][number],
+            other=other,
+            partners=Counter(self.atlas.prototype(other)[members].tolist()).most_common(12),
+            cards=cards,
+            page=page,
+            pages=pages,
+        )
+
+    def ids(self, modality: Modality, number: int, form: str) -> str:
+        """The sample ids of a prototype's members, as a file for `data.only` and `data.without`."""
+        members = self.members(modality, number).tolist()
+        return format_ids([self.pairs.sample_id(self.explorer.row(at)) for at in members], form)
+
+    def odd(self, measure: str, page: int = 1) -> str:
+        """The pairs that agree least."""
+        part, pages = take_page(self._oddest[measure], page)
+        cards = [
+            self.card(
+                position,
+                f"distance {self.atlas.distance[position]:.3f}",
+                f"loss {self.atlas.loss[position]:.2f}",
+            )
+            for position in part.tolist()
+        ]
+        return self.render(
+            "odd.html",
+            "Odd ones out",
+            here=f"odd-{measure}.html",
+            measure=measure,
+            cards=cards,
+            page=page,
+            pages=pages,
+        )
+
+    def duplicates(self, least: float = ALIKE, page: int = 1) -> str:
+        """The images that are at least so much alike, each with all its pairs."""
+        atlas = self.atlas
+        listed = np.flatnonzero(atlas.duplicate_likeness >= least)
+        part, pages = take_page(listed, page, size=PAGE_SIZE // 2)
+        twins = atlas.duplicates[part].tolist()
+        sharing = self.explorer.sharing([*chain(*twins)]) if twins else {}
+        again = all_but_first(atlas.duplicates[listed].tolist())  # also by those of other pages
+        rows = []
+        for value, both in zip(atlas.duplicate_likeness[part].tolist(), twins, strict=True):
+            cards = []
+            for position in both:
+                is_copy = self.explorer.image_key(position) in self._copies
+                card = self.card(position, others=() if is_copy else sharing[position])
+                cards.append(replace(card, is_again=position in again))
+            rows.append((value, cards))
+        return self.render(
+            "duplicates.html",
+            "Near-duplicates",
+            here="duplicates.html",
+            rows=rows,
+            least=least,
+            least_of_all=LEAST_ALIKE,
+            page=page,
+            pages=pages,
+        )
+
+    def moved(self, modality: Modality, page: int = 1) -> str:
+        """What two models group differently."""
+        moved, (first, second) = self.pages.moved[modality], self.pages.sites
+        flows = [
+            (count, (one, first.name(modality, one)), (two, second.name(modality, two)))
+            for count, one, two in moved.flows[:FLOWS].tolist()
+        ]
+        part, pages = take_page(np.arange(len(moved.pairs)), page)
+        positions = moved.pairs[part, self.number - 1].tolist()
+        groups = dict(zip(positions, moved.groups[part].tolist(), strict=True))
+        cards = [
+            self.card(first, "group {} became {}".format(*groups[first]), others=others)
+            for first, *others in self.by_image(modality, positions)
+        ]
+        return self.render(
+            "moved.html",
+            f"Moved {modality}s",
+            here=f"moved-{modality}.html",
+            modality=modality,
+            moved=moved,
+            by_seed=self.pages.moved_by_seed[modality],
+            flows=flows,
+            words=shorten(self.pages.moved_words[modality], 120),
+            cards=cards,
+            page=page,
+            pages=pages,
+        )
+
+    def pair(self, position: int) -> str:
+        """One pair, and what is near to it."""
+        row = self.explorer.row(position)
+        source, index = self.pairs.locate(row)
+        try:
+            captions = [shorten(text) for text in source.sample_captions(index)]
+        except BadSample as error:
+            captions = [shorten(str(error))]
+        near = {str(m): self.explorer.nearest(position, m) for m in MODALITIES}
+        sections = [
+            Section(title=title, cards=self.answer_cards(modality, near[asked]))
+            for title, modality, asked in (
+                ("Images near this image", "image", "image"),
+                ("Captions near this image", "text", "image"),
+                ("Captions near this caption", "text", "text"),
+                ("Images near this caption", "image", "text"),
+            )
+        ]
+        other = self.pages.explorers[-self.number].position(row)
+        return self.render(
+            "pair.html",
+            "Pair",
+            here="index.html" if other is None else f"pair-{other}.html",
+            card=self.card(position, others=self.explorer.sharing([position])[position]),
+            captions=captions,
+            origin=shorten(source.where(index), 200),
+            source=shorten(source.name, 60),
+            group=shorten(self.pairs.class_of(row), 80),
+            distance=float(self.atlas.distance[position]),
+            loss=float(self.atlas.loss[position]),
+            prototypes={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
+            sections=sections,
+        )
+
+    def search(self, text: str = "") -> str:
+        """What is nearest to a text."""
+        try:
+            return self.answer(text, self.explorer.search_text(text))
+        except ValueError as error:
+            return self.message("Search", f"Nothing was searched for: {error}.")
+
+    def search_image(self, encoded: bytes) -> str:
+        """What is nearest to an image, which is not kept."""
+        try:
+            answer = self.explorer.search_image(encoded)
+        except UnreadableImage as error:
+            return self.message("Search", f"This is no image that can be read: {error}")
+        return self.answer(None, answer)
+
+    def answer(self, question: str | None, answer: Answer) -> str:
+        """The answer to a text; without one, to an image."""
+        here = "index.html"
+        if question is not None:
+            here = f"search.html?{urlencode({'text': question}, errors='replace')}"
+        return self.render(
+            "search.html",
+            "Search",
+            here=here,
+            question=None if question is None else shorten(question, 200),
+            words=[shorten(word, 40) for word in answer.words],
+            sections=[
+                Section(title=title, cards=self.explained_cards(modality, answer))
+                for modality, title in (("image", "Images"), ("text", "Captions"))
+            ],
+        )
+
+    def message(self, title: str, text: str) -> str:
+        return self.render("message.html", title, text=visible(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page that each model has.
+
+    Attributes:
+        path: Its name, with names of values in braces, which `Site.values` lists.
+        make: Makes it of a site and these values.
+        query: Names of what a server reads from an address beside them.
+        is_file: Whether it can be a file; else it needs the model, or is one of too many.
+        compares: Whether it needs two models.
+    """
+
+    path: str
+    make: Callable[..., str]
+    query: Sequence[str] = ()
+    is_file: bool = True
+    compares: bool = False
+
+    def write(self, site: Site) -> Iterator[tuple[str, str]]:
+        """The files of this page, each with its name."""
+        names = re.findall(r"{(\w+)}", self.path)
+        for values in product(*map(site.values, names)):
+            given = dict(zip(names, values, strict=True))
+            yield self.path.format(**given), self.make(site, **given)
+
+
+PAGES = (
+    Page(path="index.html", make=Site.index),
+    Page(path="prototypes-{modality}.html", make=Site.prototype_list, query=("by", "page")),
+    Page(path="prototype-{modality}-{number}.html", make=Site.prototype, query=("page",)),
+    Page(path="ids-{modality}-{number}.{form}", make=Site.ids),
+    Page(path="odd-{measure}.html", make=Site.odd, query=("page",)),
+    Page(path="duplicates.html", make=Site.duplicates, query=("least", "page")),
+    Page(path="moved-{modality}.html", make=Site.moved, query=("page",), compares=True),
+    Page(path="pair-{position}.html", make=Site.pair, is_file=False),
+    Page(path="search.html", make=Site.search, query=("text",), is_file=False),
+)
+
+
+def take_page(rows: Rows, page: int, size: int = PAGE_SIZE) -> tuple[Rows, int]:
+    """The rows of a page, counted from 1, and how many there are; `NoSuchPage` beyond the last."""
+    pages = max(1, -(-len(rows) // size))
+    if page > pages:
+        raise NoSuchPage(f"page {page} of {pages}")
+    return rows[(page - 1) * size : page * size], pages
+
+
+def format_ids(ids: Sequence[str], form: str) -> str:
+    """Sample ids as a file that `data.only` and `data.without` read: `csv` or `json`."""
+    if form == "json":
+        return json.dumps(ids, ensure_ascii=False, indent=0)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["sample_id"])
+    writer.writerows([sample_id] for sample_id in ids)
+    return text.getvalue()
+
+
+@lru_cache
+def templates() -> Environment:
+    """The templates, with `shorten` and `short_id` as filters."""
+    environment = Environment(
+        loader=PackageLoader("protoclip.explore"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shorten": shorten, "short_id": partial(shorten, limit=ID_LENGTH)}
+    return environment
+
+
+@lru_cache
+def assets() -> dict[str, bytes]:
+    """Style and scripts, by name: ours, and Bokeh's out of its package."""
+    bokeh = find_spec("bokeh")  # not imported, which takes time
+    assert bokeh is not None
+    assert bokeh.origin is not None
+    folder = files("protoclip.explore") / "assets"
+    ours = {name: (folder / name).read_bytes() for name in ("explore.css", "explore.js")}
+    bokeh_js = Path(bokeh.origin).parent / "server" / "static" / "js" / "bokeh.min.js"
+    return {**ours, "bokeh.min.js": bokeh_js.read_bytes()}

@@ -1,0 +1,417 @@
+"""How the explorer's pages reach a browser: from a server to who has its token, or as files.
+
+Every answer is made from a row number, a page number or a text; nothing that a request names is
+ever opened as a file. `docs/explore.md` has the rules.
+"""
+
+import ipaddress
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
+from protoclip.explore.explorer import Explorer
+from protoclip.explore.pages import (
+    ALIKE,
+    LARGE_SIDE,
+    PAGES,
+    THUMBNAIL_SIDE,
+    NoSuchPage,
+    Page,
+    Pages,
+    Site,
+    assets,
+)
+from protoclip.files import checksum, naming, replacing
+from protoclip.paths import require_empty
+from protoclip.progress import Progress
+from protoclip.terminal import say, visible
+
+MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
+MAX_PATH = 200
+MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
+NAME_AND_PORT = re.compile(r"(\[.*\]|[^:]*)(?::\d*)?")  # of a Host header
+MEASURES = ("number", "size", "tightness", "agreement")  # by which prototypes are sorted
+TYPES = {"css": "text/css", "js": "text/javascript", "csv": "text/csv", "json": "application/json"}
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
+BATCH = 2048  # pairs of a table that are written at once
+SAMPLED = 50  # images, to say how large all will be
+
+
+def make_server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
+    """What answers, once it is run with a socket, until the process is interrupted."""
+    settings = uvicorn.Config(
+        Guard(application(pages), host=host, token=token),
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        loop="asyncio",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(settings)
+
+
+def application(pages: Pages) -> Starlette:
+    """Answers requests for the pages of `PAGES`, and for what they show."""
+
+    def front(request: Request) -> Response:
+        return respond(pages.front(), "html")
+
+    def asset(request: Request) -> Response:
+        name = request.path_params["name"]
+        require(name in assets())
+        return respond(assets()[name], name.rpartition(".")[2])
+
+    def image(request: Request) -> Response:
+        row, size = request.path_params["row"], request.path_params.get("size", "")
+        require(0 <= row < len(pages.pairs) and size in ("", "large"))
+        side = LARGE_SIDE if size else THUMBNAIL_SIDE
+        return respond(pages.thumbnail(row, side), "webp")
+
+    def find_site(request: Request) -> Site:
+        number = request.path_params["site"]
+        require(1 <= number <= len(pages.sites))
+        site: Site = pages.sites[number - 1]
+        return site
+
+    def route(page: Page) -> Route:
+        def answer(request: Request) -> Response:
+            site = find_site(request)
+            values = {name: v for name, v in request.path_params.items() if name != "site"}
+            require(all(value in site.values(name) for name, value in values.items()))
+            require(len(pages.sites) > 1 or not page.compares)
+            values |= {
+                name: READERS[name](text)
+                for name, text in request.query_params.items()
+                if name in page.query
+            }
+            kind = values.get("form", "html")
+            return respond(page.make(site, **values), kind)
+
+        path = re.sub("{(number|position)}", r"{\1:int}", page.path)
+        return Route(f"/{{site:int}}/{path}", answer, methods=["GET"])
+
+    async def search_image(request: Request) -> Response:
+        site, body, size = find_site(request), bytearray(), 0
+        try:
+            # What is too much is read and dropped: a client that still sends reads no answer.
+            async for chunk in request.stream():
+                size += len(chunk)
+                body += chunk if size <= MAX_BODY_BYTES else b""
+        except ClientDisconnect:
+            raise HTTPException(400) from None
+        if size > MAX_BODY_BYTES:
+            raise HTTPException(413, f"an image may have at most {MAX_BODY_BYTES:,} bytes")
+        return respond(await run_in_threadpool(site.search_image, bytes(body)), "html")
+
+    def no_page(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("Not Found", 404)
+
+    def no_answer(request: Request, error: Exception) -> Response:
+        """One line, and no traceback, where data or features cannot be read any more."""
+        return PlainTextResponse(f"This cannot be shown: {visible(str(error))}", 500)
+
+    routes = [
+        Route("/", front, methods=["GET"]),
+        Route("/assets/{name}", asset, methods=["GET"]),
+        Route("/images/{row:int}.webp", image, methods=["GET"]),
+        Route("/images/{size}-{row:int}.webp", image, methods=["GET"]),
+        *map(route, PAGES),
+        Route("/{site:int}/search-image", search_image, methods=["POST"]),
+    ]
+    handlers: Any = dict.fromkeys((OSError, ValueError, MemoryError), no_answer)
+    return Starlette(routes=routes, exception_handlers={**handlers, NoSuchPage: no_page})
+
+
+def require(is_found: bool) -> None:
+    """Answer that there is no such page, unless there is."""
+    if not is_found:
+        raise HTTPException(404)
+
+
+def read_page_number(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 8 else 0
+    if number < 1:
+        raise HTTPException(400, "page: needs to be a whole number from 1")
+    return number
+
+
+def read_measure(text: str) -> str:
+    require(text.removeprefix("-") in MEASURES)
+    return text
+
+
+def read_likeness(text: str) -> float:
+    return float(text) if re.fullmatch(r"[01](\.\d+)?", text) else ALIKE
+
+
+READERS: dict[str, Callable[[str], Any]] = {  # of values behind the `?` of an address
+    "page": read_page_number,
+    "by": read_measure,
+    "least": read_likeness,
+    "text": str,
+}
+
+
+def respond(body: str | bytes, kind: str) -> Response:
+    """A body of that kind. Images and assets may be kept by the browser, until the cookie changes:
+    the next server has another, and may show other data at the same address."""
+    if isinstance(body, str):
+        body = body.encode("utf-8", "replace")  # names of files may hold halves of characters
+    if kind == "html":
+        return Response(body, media_type="text/html; charset=utf-8")
+    keeps = kind in ("webp", "css", "js")
+    headers = {"cache-control": "private, max-age=600" if keeps else "no-store", "vary": "Cookie"}
+    return Response(body, media_type=TYPES.get(kind, f"image/{kind}"), headers=headers)
+
+
+def cookie_name(token: str) -> str:
+    """A name of its own for each server, since browsers share cookies between ports."""
+    return f"protoclip-{checksum(token.encode())[:8]}"
+
+
+class Guard:
+    """Lets through requests to this host that bring the token, in the URL or as a cookie.
+
+    A foreign Host header, which a rebound name brings, is refused. So are requests that another
+    site makes, unless they only open a page. Every answer forbids scripts, frames and requests of
+    other origins.
+    """
+
+    def __init__(self, inner: ASGIApp, *, host: str, token: str) -> None:
+        self.inner, self.token = inner, token
+        self.cookie = cookie_name(token)
+        loopback = {"localhost", "127.0.0.1", "::1"}
+        self.hosts = {*loopback, host.lower()}
+        if host.lower() not in loopback:
+            self.hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+        self.any_address = host in ("0.0.0.0", "::")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # there are no websockets, and nothing to do at the start
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *ours]}
+            await send(message)
+
+        await (self.refuse(scope) or self.inner)(scope, receive, send_with_headers)
+
+    def refuse(self, scope: Scope) -> Response | None:
+        """The answer to a request that is not let through; or to one that brings the token."""
+        headers, request = Headers(scope=scope), Request(scope)
+        if len(scope["path"]) > MAX_PATH:
+            return PlainTextResponse("Too long.", 414)
+        if not self.names_this_server(headers.get("host", "")):
+            return PlainTextResponse("This host name is not served here.", 421)
+        is_foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        mode = headers.get("sec-fetch-mode", "navigate")
+        origin = headers.get("origin")  # another port is another site
+        if (is_foreign and (mode != "navigate" or scope["method"] != "GET")) or (
+            origin is not None and origin.partition("://")[2] != headers.get("host")
+        ):
+            return PlainTextResponse("Another site may not ask this.", 403)
+        if self.is_token(request.query_params.get("token", "")):
+            answer = RedirectResponse(without_token(scope), 303)
+            answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
+            return answer
+        if not self.is_token(request.cookies.get(self.cookie, "")):
+            return PlainTextResponse("Open the address that protoclip explore printed.", 403)
+        return None
+
+    def names_this_server(self, host: str) -> bool:
+        """Whether a Host header names this server."""
+        parts = NAME_AND_PORT.fullmatch(host.lower().strip())
+        name = parts[1].strip("[]") if parts else ""
+        if name in self.hosts:
+            return True
+        if not self.any_address:
+            return False
+        try:
+            ipaddress.ip_address(name)  # no name leads to an address
+        except ValueError:
+            return False
+        return True
+
+    def is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+def without_token(scope: Scope) -> str:
+    """The address of a request, on this server, without its token."""
+    # Two slashes, of either kind, would begin the name of another host.
+    path = "/" + quote(scope["path"].lstrip("/"))
+    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    left = urlencode([(name, value) for name, value in query if name != "token"])
+    return f"{path}?{left}" if left else path
+
+
+def write_static(explorers: list[Explorer], folder: Path) -> int:
+    """Write read-only pages to a new or empty folder, which appears whole; returns their number.
+
+    They are those of `PAGES` that can be files; the others need the model. Before it writes the
+    images, which are most of it, it says how large all will be.
+
+    Raises:
+        ValueError: The folder holds something, or its disk has too little room.
+        OSError: The pages cannot be written; names the folder.
+    """
+    require_empty("--static", folder)
+    pages, rows = Pages(explorers, live=False), set[int]()
+    real = folder.resolve()  # a link is left as it is
+    real.parent.mkdir(parents=True, exist_ok=True)
+    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    number, size = 0, 0
+    try:
+        with naming(folder):
+            for site in pages.sites:
+                rows.update(site.atlas.rows[site.atlas.drawn].tolist())
+            for name, content in static_files(pages):
+                if isinstance(content, str):
+                    rows.update(map(int, SHOWN_IMAGE.findall(content)))
+                    content = content.encode("utf-8", "replace")
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
+                number += name.endswith(".html")
+                size += len(content)
+            announce_size(pages, sorted(rows), folder, written=size, temporary=temporary)
+            progress = Progress("images", len(rows))
+            (temporary / "images").mkdir()
+            for done, row in enumerate(sorted(rows), 1):
+                path = temporary / "images" / f"{row}.webp"
+                path.write_bytes(pages.thumbnail(row, THUMBNAIL_SIDE))
+                progress.update(done)
+            require_empty("--static", folder)  # by now
+            if real.exists():
+                real.rmdir()
+            temporary.rename(real)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return number
+
+
+def static_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
+    """The files by name, without images."""
+    yield "index.html", pages.front()
+    for name, asset in assets().items():
+        yield f"assets/{name}", asset
+    for site in pages.sites:
+        for page in PAGES:
+            if page.is_file and (len(pages.sites) > 1 or not page.compares):
+                for name, text in page.write(site):
+                    yield f"{site.number}/{name}", text
+
+
+def announce_size(
+    pages: Pages, rows: list[int], folder: Path, *, written: int, temporary: Path
+) -> None:
+    """Say how large pages and images will be; raise `ValueError` if the images find no room."""
+    some = rows[:: max(1, len(rows) // SAMPLED)]
+    mean = sum(len(pages.thumbnail(row, THUMBNAIL_SIDE)) for row in some) / max(1, len(some))
+    images, free = round(mean * len(rows)), shutil.disk_usage(temporary).free
+    about = f"about {(written + images) / 1e6:,.0f} MB, with {len(rows):,} images"
+    if images > free:
+        raise ValueError(
+            f"{folder}: the pages take {about}, and the disk has {free / 1e6:,.0f} MB left; choose "
+            "another disk, or fewer pairs with --only"
+        )
+    say(f"the pages take {about}")
+
+
+def write_table(explorer: Explorer, path: Path) -> int:
+    """Write the table that embedding-atlas takes; returns its number of rows.
+
+    A row is a point of the map: the image or the text of a pair, with `x`, `y`, `text`, `image`
+    (small, as WebP; only of at most 10,000 pairs), `sample_id` and what is known of it.
+    """
+    atlas, pairs = explorer.atlas, explorer.pairs
+    with_images = len(atlas) <= MAP_PAIRS
+    image_type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema(
+        {
+            "id": pa.string(),
+            "modality": pa.string(),
+            "x": pa.float32(),
+            "y": pa.float32(),
+            "text": pa.string(),
+            "sample_id": pa.string(),
+            "image_row": pa.int64(),
+            "source": pa.string(),
+            "class": pa.string(),
+            "prototype": pa.int32(),
+            "distance": pa.float32(),
+            "loss": pa.float32(),
+            **({"image": image_type} if with_images else {}),
+        }
+    )
+    progress = Progress("table", len(atlas))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
+        for start in range(0, len(atlas), BATCH):
+            part = slice(start, start + BATCH)
+            rows = atlas.rows[part].tolist()
+            captions = map(pairs.caption_or_reason, rows)
+            ids = [*map(pairs.sample_id, rows)]
+            columns: dict[str, Any] = {
+                # A table holds no halves of characters.
+                "text": [caption.encode("utf-8", "replace").decode() for caption in captions],
+                "sample_id": ids,
+                "image_row": rows,
+                "source": [*map(pairs.source_name, rows)],
+                "class": [*map(pairs.class_of, rows)],
+                "distance": atlas.distance[part].astype(np.float32),
+                "loss": atlas.loss[part].astype(np.float32),
+            }
+            if with_images:
+                images = (pairs.thumbnail(row, THUMBNAIL_SIDE) for row in rows)
+                columns["image"] = [{"bytes": image, "path": None} for image in images]
+            for modality in MODALITIES:
+                x, y = atlas.map_position(modality)[part].astype(np.float32).T
+                columns |= {
+                    "id": [f"{modality}:{sample_id}" for sample_id in ids],
+                    "modality": [modality] * len(rows),
+                    "x": x,
+                    "y": y,
+                    "prototype": atlas.prototype(modality)[part].astype(np.int32),
+                }
+                writer.write_table(pa.table(columns, schema=schema))
+            progress.update(start + len(rows))
+    return 2 * len(atlas)
