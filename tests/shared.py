@@ -66,7 +66,7 @@ def without_charts() -> Iterator[None]:
     """Reports without what is inside their charts, which takes most of their time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("line_chart", "map_chart"):
-            patch.setattr(f"protoclip.report.page.{name}", lambda *_, **__: Markup("<svg></svg>"))
+            patch.setattr(f"protoclip.results.page.{name}", lambda *_, **__: Markup("<svg></svg>"))
         yield
 
 

@@ -14,13 +14,15 @@ import sys
 
 import torch
 
-from protoclip.evaluation import compare, datasets
+from protoclip.evaluation import datasets
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.evaluation.metrics import difference as difference_of
+from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.task_features import task_features
 from protoclip.models import loading
 from protoclip.progress import Progress
+from protoclip.results.table import format_cell
 
 SPLITS = ("train", "validation", "test")
 
@@ -43,8 +45,8 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     found = [second[seed] - first[seed] for seed in second if seed in first]
     if not found:
         return ""
-    shown = compare.cell({"mean": 0.0, "difference": difference_of(found)}, scale=1.0, digits=1)
-    return "<br>" + shown.partition("\n")[2]
+    value = {"mean": 0.0, "difference": difference_of(found)}
+    return "<br>" + format_cell(value, scale=1.0, digits=1).text.partition("\n")[2]
 
 
 def cell(values: list[float]) -> str:
@@ -68,7 +70,7 @@ def main() -> None:
     for number, strength in enumerate(REGULARISATIONS):
         cells = [cell([r[s][number] for r in found[arm]]) for arm in arms for s in SPLITS[1:]]
         print(f"| {strength:.0e} | " + " | ".join(cells) + " |")
-    seeds = {arm: [compare.read_results(run)["seed"] for run in runs] for arm, runs in arms.items()}
+    seeds = {arm: [read_results(run).seed for run in runs] for arm, runs in arms.items()}
     for title in ("each run's best on validation", "the arm's best on validation"):
         cells = []
         firsts: dict[str, dict[int, float]] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from protoclip.report.page import write_report
+from protoclip.results.page import write_report
 from reported import hostile_pairs, trained
 
 # Contrast of every text with what is behind it (WCAG 2.2), as [ratio, needed, text].

@@ -26,10 +26,10 @@ from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import Config
 from protoclip.evaluation import datasets
-from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoded, Encoder
 from protoclip.evaluation.metrics import difference, mark_clear
+from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors

@@ -34,14 +34,16 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed.collectives import rank
 from protoclip.encode.teachers import teachers
-from protoclip.evaluation import analysis, compare, validation
-from protoclip.evaluation.compare import read_results
+from protoclip.evaluation import validation
 from protoclip.evaluation.metrics import METRICS, TASKS
+from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.validation import judged, trained_guards
 from protoclip.export.card import captions_of
-from protoclip.report.findings import findings
-from protoclip.report.looks import find_examples
+from protoclip.results.compare import compare_runs
+from protoclip.results.examples import open_examples
+from protoclip.results.findings import compare_headlines
+from protoclip.results.table import TRAINED_ON, print_table, table_of_runs
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
 from testing import run_distributed, tiny_config
@@ -235,7 +237,7 @@ def test_another_source_judges_a_run(folder, tmp_path, capsys):
     metrics = train(with_changes(config, AT_THE_END))["metrics"]
     assert {key.split("/")[1] for key in metrics} == {"validation"}
     assert "training on 200 pairs" in capsys.readouterr().err
-    samples = read_results(tmp_path / "run")["samples"]["validation"]
+    samples = read_results(tmp_path / "run").samples["validation"]
     assert pq.read_table(samples).num_rows == 400
 
 
@@ -251,19 +253,19 @@ def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, t
         config = config_for(folder, tmp_path / name, train=str(path), validation=str(judging))
         train(with_changes(config, {**AT_THE_END, "run": {"evaluate_every": 0, "name": name}}))
     clean, other = (read_results(tmp_path / name) for name in runs)
-    assert clean["trained_on"] == {"validation": {"pairs": 60, "images": 0}}
-    assert other["trained_on"] == {"validation": {"pairs": 60, "images": 55}}
-    entries = compare.compare([clean, other])
+    assert clean.trained_on == {"validation": {"pairs": 60, "images": 0}}
+    assert other.trained_on == {"validation": {"pairs": 60, "images": 55}}
+    entries = compare_runs([clean, other])
     differences = [value.get("difference") for value in entries[1]["metrics"].values()]
     assert any(of["interval"] is not None for of in differences)
     assert not any(of["p"] is not None or of["beyond"] for of in differences)
     told = "trained on 55 of 60 pairs of"
-    assert all(f"leaky was {told} validation." in of.rest for of in findings(entries))
+    assert all(f"leaky was {told} validation." in of.rest for of in compare_headlines(entries))
     capsys.readouterr()
-    compare.show(entries)
+    print_table(table_of_runs(entries))
     shown = capsys.readouterr().out
     assert shown.count(f"{told} validation") == 1
-    assert compare.TRAINED_ON in " ".join(shown.split())
+    assert TRAINED_ON in " ".join(shown.split())
     words = [str(tmp_path / "leaky"), "--compare-to", str(tmp_path / "clean")]
     main(["evaluate", *words, "--data", str(judging), "--workers", "0"])
     said = capsys.readouterr()
@@ -372,9 +374,9 @@ def test_a_run_on_a_table_in_another_encoding_can_be_looked_at(folder, tmp_path)
         sources.pairs(config)
     held = validation.held_out_by(run, split="test", allowed=DataConfig())
     assert len(held.splits["test"].images) == 15
-    assert len(analysis.held_out(run, config, None, 60).images) == 15
-    assert len(analysis.held_out(run, config, DataConfig(train=str(table)), 60).images) == 30
-    assert len(find_examples(config, 60, run=run).pairs.images) == 15
+    assert len(open_examples(run, config, 60).images) == 15
+    data = DataConfig(train=str(table))
+    assert len(open_examples(run, config, 60, data=data).images) == 30
     assert len(captions_of(run, allow_links=False)) == 30
 
 

@@ -28,7 +28,7 @@ from study import RECALLS, mean_recall, of_halves, write_ids
 from protoclip.cli.parsing import merged
 from protoclip.config import Config, DataConfig, SourceConfig, build
 from protoclip.data.sources import open_source
-from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.paired import RunResults, read_results
 from protoclip.training.align import align
 from protoclip.training.finetune import finetune
 from protoclip.training.run import train
@@ -53,7 +53,7 @@ def trained(way: str, settings: dict[str, Any], start: Path | None, folder: Path
         if "stopped" in results:
             raise SystemExit("interrupted; the same command goes on")
         clock.write_text(f"{time.monotonic() - began:.0f}")
-    return {**read_results(folder), "seconds": float(clock.read_text())}
+    return read_results(folder), float(clock.read_text())
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
     source = SourceConfig(path=given.train)
     ids = [*open_source(DataConfig(root=given.root), source).sample_ids()]
     given.folder.mkdir(parents=True, exist_ok=True)
-    table: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    table: dict[tuple[int, str], list[tuple[RunResults, float]]] = {}
     for seed in given.seeds:
         for size in given.sizes:
             only = given.folder / f"{size}-{seed}.csv"
@@ -93,12 +93,13 @@ def main() -> None:
     ways = "image to text @1 / 5 / 10 | text to image @1 / 5 / 10"
     print(f"| pairs | way | mean recall | by seed | {ways} | s |\n|---|---|---|---|---|---|---|")
     rows = []
-    for (size, way), runs in table.items():
+    for (size, way), members in table.items():
+        runs, all_seconds = zip(*members, strict=True)
         recalls = [
-            float(np.mean([100 * run["metrics"][f"eval/validation/{name}"] for run in runs]))
+            float(np.mean([100 * run.metrics[f"eval/validation/{name}"] for run in runs]))
             for name in RECALLS
         ]
-        each, seconds = [mean_recall(run) for run in runs], np.mean([r["seconds"] for r in runs])
+        each, seconds = [mean_recall(run) for run in runs], np.mean(all_seconds)
         one, other = (" / ".join(f"{r:.1f}" for r in part) for part in (recalls[:3], recalls[3:]))
         shown = ", ".join(f"{value:.1f}" for value in each)
         pairs = size or len(ids)

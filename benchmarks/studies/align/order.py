@@ -22,8 +22,8 @@ from study import mean_recall, write_ids
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.index import cache_folder
 from protoclip.data.sources import open_source
-from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.match import match
+from protoclip.evaluation.paired import read_results
 from protoclip.files import checksum
 from protoclip.training.align import align
 

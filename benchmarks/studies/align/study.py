@@ -25,8 +25,8 @@ import torch
 from protoclip.cli.parsing import merged
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.sources import open_source
-from protoclip.evaluation.compare import read_results
 from protoclip.evaluation.metrics import interval_of_difference
+from protoclip.evaluation.paired import RunResults, read_results
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.training.align import align
 
@@ -50,7 +50,7 @@ def write_ids(path: Path, ids: list[str], size: int, seed: int) -> None:
         csv.writer(file).writerows([["sample_id"], *([ids[row]] for row in order[:size])])
 
 
-def trained(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def trained(settings: dict[str, Any], folder: Path) -> RunResults:
     """The results of a run, which is trained unless it was already."""
     if not (folder / "results.json").is_file():
         given = merged(deepcopy(settings), {"run": {"out": str(folder)}})
@@ -58,19 +58,19 @@ def trained(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return read_results(folder)
 
 
-def mean_recall(results: dict[str, Any]) -> float:
-    return float(np.mean([100 * results["metrics"][f"eval/validation/{name}"] for name in RECALLS]))
+def mean_recall(results: RunResults) -> float:
+    return float(np.mean([100 * results.metrics[f"eval/validation/{name}"] for name in RECALLS]))
 
 
-def mean_influence(results: dict[str, Any]) -> npt.NDArray[np.float64]:
+def mean_influence(results: RunResults) -> npt.NDArray[np.float64]:
     """What each image, with its captions, adds to the mean recall."""
-    by_metric = influences(SampleResults.read(results["samples"]["validation"]))
+    by_metric = influences(SampleResults.read(results.samples["validation"]))
     mean: npt.NDArray[np.float64] = np.mean([100 * by_metric[name] for name in RECALLS], axis=0)
     return mean
 
 
 def difference(
-    runs: list[dict[str, Any]], reference: list[dict[str, Any]]
+    runs: list[RunResults], reference: list[RunResults]
 ) -> tuple[float, list[float] | None]:
     """The mean difference over seeds, and its 95% interval if it has one."""
     gains = [
@@ -118,7 +118,7 @@ def main() -> None:
     arms = {arm["name"]: {k: v for k, v in arm.items() if k != "name"} for arm in study["arms"]}
     if unknown := {*(given.arms or ())} - arms.keys():
         raise ValueError(f"--arms: the study has no {sorted(unknown)[0]}")
-    table: dict[str, list[dict[str, Any]]] = {}
+    table: dict[str, list[RunResults]] = {}
     for seed in given.seeds:  # each seed of all arms, so that an interrupted study compares them
         for name in given.arms or arms:
             run = {"run": {"seed": seed, "name": name, "save_minutes": 0.0}}
@@ -134,11 +134,11 @@ def main() -> None:
     facts = []
     for name, runs in table.items():
         recalls = [
-            float(np.mean([100 * run["metrics"][f"eval/validation/{metric}"] for run in runs]))
+            float(np.mean([100 * run.metrics[f"eval/validation/{metric}"] for run in runs]))
             for metric in RECALLS
         ]
         gain, ends = difference(runs, table[reference])
-        seconds = float(np.mean([run["train_seconds"] for run in runs]))
+        seconds = float(np.mean([run.train_seconds or 0.0 for run in runs]))
         each = [mean_recall(run) for run in runs]
         said = "-" if name == reference else f"{gain:+.1f}"
         said += f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends and name != reference else ""

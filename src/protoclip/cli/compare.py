@@ -1,6 +1,6 @@
 """`protoclip compare`: its options.
 
-The differences are computed, and the table printed, in `evaluation/compare.py`.
+The differences are computed in `results/compare.py`, and `results/table.py` shows them.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -24,10 +24,12 @@ class Compare:
     def __call__(self) -> None:
         for run in self.runs:
             require_run(run)
-        from protoclip.evaluation import compare
+        from protoclip.evaluation.paired import read_results
+        from protoclip.results.compare import compare_runs
+        from protoclip.results.table import print_table, table_of_runs
 
-        entries = compare.compare([compare.read_results(path) for path in self.runs])
+        entries = compare_runs([read_results(path) for path in self.runs])
         if self.json:
             print(to_json(entries, indent=2))
         else:
-            compare.show(entries)
+            print_table(table_of_runs(entries))

@@ -71,8 +71,10 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
     Raises:
         ValueError: The folder holds something else than this demonstration.
     """
-    from protoclip.evaluation import compare
-    from protoclip.report import MARK
+    from protoclip.evaluation.paired import read_results
+    from protoclip.results import MARK
+    from protoclip.results.compare import compare_runs
+    from protoclip.results.table import print_table, table_of_runs
     from protoclip.training import run
 
     started, out = time.monotonic(), Path(out)
@@ -86,9 +88,9 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]
             print(f"{name}: finished earlier, kept ({shown}; remove it to train again)")
             continue
         exit_if_stopped(run.train(config, resume="auto"))
-    entries = compare.compare([compare.read_results(folder) for folder in folders.values()])
+    entries = compare_runs([read_results(folder) for folder in folders.values()])
     write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
-    compare.show(entries)
+    print_table(table_of_runs(entries))
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     report = write_report(folders.values(), out / "report.html", samples=EXAMPLES)
     print(f"Done in {duration(time.monotonic() - started)}. Where to look:")

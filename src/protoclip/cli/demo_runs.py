@@ -40,7 +40,7 @@ def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:
     except ValueError as error:
         say(f"note: no report.html: {error}")
         return False
-    from protoclip.report import page
+    from protoclip.results import page
 
     page.write_report(list(folders), path, samples=samples)
     return True

@@ -1,6 +1,6 @@
 """`protoclip evaluate`: its options, and which models are judged on which data.
 
-Tasks are run in `evaluation/suite.py`; records are printed and written in `evaluation/records.py`.
+Tasks are run in `evaluation/suite.py`; records are printed and written by `results/`.
 """
 
 from collections.abc import Collection, Mapping
@@ -64,11 +64,13 @@ class Evaluate:
             from protoclip.data.index import cache_folder
             from protoclip.data.transforms import PillowTransform
             from protoclip.distributed import collectives
-            from protoclip.evaluation import records, suite, validation
+            from protoclip.evaluation import suite, validation
             from protoclip.evaluation.encoders import encoder_of
             from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
             from protoclip.models.precision import encoding
+            from protoclip.results import compare
+            from protoclip.results.table import print_table, table_of_records
 
         device = open_device(self.device)
 
@@ -134,22 +136,22 @@ class Evaluate:
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
-            judged = {reference: records.with_means(judge(reference)) for reference in references}
+            judged = {reference: compare.add_means(judge(reference)) for reference in references}
         if collectives.launched()[0] > 0:
             return
         if self.compare_to is not None:
             first = judged.pop(self.compare_to)
-            compared = records.with_differences([*judged.values()], first)
+            compared = compare.add_differences([*judged.values()], first)
             judged = {self.compare_to: first} | dict(zip(judged, compared, strict=True))
         all_records = [result.record for of_model in judged.values() for result in of_model]
         if self.json:
             print(to_json(all_records, indent=2))
         else:
-            records.show(list(judged.values()))
+            print_table(table_of_records([*judged.values()]))
         if self.out is not None:
             of_sets = [record for record in all_records if "datasets" not in record]
             with locked(Path(self.out) / "records", wait=2.0):  # others write theirs in less
-                records.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
+                compare.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
     def require_paths(self) -> None:
         """Refuse paths that do not exist."""

@@ -143,24 +143,20 @@ class Finetune(Config, Recipes):
 
 def show_sweep(record: Mapping[str, Any]) -> None:
     """Print a table of the sweep: one row an alpha, one column a data set."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from protoclip.evaluation.compare import print_table, printable
+    from protoclip.results.table import Cell, Row, Table, print_table
     from protoclip.training.wise_ft import data_sets
 
     points = record["points"]
     if not points:
         return
-    names = data_sets(points)
-    table = Table("alpha", title="From start (0) to end (1), percent")
-    for name in (*names, "mean"):
-        table.add_column(escape(printable(name)), justify="right")
+    names, rows = data_sets(points), []
     for point in points:
         mark = "*" if point["alpha"] == record["alpha"] else ""
         values = [*(point["scores"][name] for name in names), point["mean"]]
-        table.add_row(f"{point['alpha']:g}{mark}", *(f"{100 * value:.1f}" for value in values))
-    print_table(table)
+        cells = [Cell(value=f"{100 * value:.1f}") for value in values]
+        rows.append(Row(heading=[f"{point['alpha']:g}{mark}"], cells=cells))
+    title, columns = "From start (0) to end (1), percent", [[name] for name in (*names, "mean")]
+    print_table(Table(title=title, heading=["alpha"], columns=columns, rows=rows))
     best, by = record["best_alpha"], ""
     if best != record["alpha"]:
         by = f" by --alpha; the rule's best is {best:g}"
@@ -171,7 +167,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
 
 def show_metrics(results: Mapping[str, Any]) -> None:
     """Print the metrics of the start and of the chosen weights, and what they differ by."""
-    from protoclip.evaluation.compare import clear, decimals
+    from protoclip.results.table import decimals, describe_clear
 
     before = results["start_metrics"]
     gains = results.get("differences", {})  # versions up to 1.0.0 wrote none
@@ -189,4 +185,5 @@ def show_metrics(results: Mapping[str, Any]) -> None:
                 line += f" [{low}, {high}]" + "*" * gains[name]["beyond"]
         print(line)
     if any(gain["interval"] is not None for gain in gains.values()):
-        print(f"in brackets: the 95% interval over test samples; * if {clear(gains.values())}")
+        clear = describe_clear(gains.values())
+        print(f"in brackets: the 95% interval over test samples; * if {clear}")

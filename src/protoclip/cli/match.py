@@ -84,7 +84,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from protoclip.evaluation.compare import print_table
+    from protoclip.results.table import print_rich
 
     first = records[0]
     table = Table("image half", "text half", title="Pretrained halves, the best pair first")
@@ -116,4 +116,4 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
         "caption."
     )
-    print_table(table)
+    print_rich(table)

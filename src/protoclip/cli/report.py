@@ -1,6 +1,6 @@
 """`protoclip report`: its options, and the libraries that it needs.
 
-The page is written in `report/page.py`.
+The page is written in `results/page.py`.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -29,6 +29,7 @@ class Report:
     samples: Annotated[int, 1, 10_000] = 1000  # Most example pairs, on which models are shown.
     minutes: Positive = 10.0  # After this long no further model is run on examples.
     seed: Seed = 0  # Draws the examples.
+    checkpoints: bool = False  # First measure grouping at all checkpoints, as analyze does.
     overwrite: bool = False  # Replace a file that is no report, or is read-only.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
@@ -38,15 +39,22 @@ class Report:
             require_run(run)
         require_place("--out", self.out, is_folder=False, suffix=".html")
         with quick_imports():
-            from protoclip.report.page import write_report
+            from protoclip.results.page import write_report
 
+        device = open_device()
+        if self.checkpoints:
+            from protoclip.results.checkpoints import analyze_runs
+
+            analyze_runs(
+                self.runs, overwrite=self.overwrite, allow_links=self.allow_links, device=device
+            )
         path = write_report(
             self.runs,
             self.out,
             samples=self.samples,
             minutes=self.minutes,
             seed=self.seed,
-            device=open_device(),
+            device=device,
             overwrite=self.overwrite,
             allow_links=self.allow_links,
         )

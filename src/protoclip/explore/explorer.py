@@ -23,7 +23,6 @@ from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample
 from protoclip.data.view import Rows
-from protoclip.evaluation import analysis
 from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
 from protoclip.evaluation.features import RETRIED, Encoder
 from protoclip.explore.atlas import (
@@ -44,7 +43,7 @@ from protoclip.explore.names import frequent_words
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
-from protoclip.models.saved import is_aligned, read_config, run_of
+from protoclip.models.saved import is_aligned, read_config, read_prototypes, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
 from protoclip.training.run_folder import flat, positives_of
@@ -368,7 +367,7 @@ def open_explorer(
             scale=loss_scale(model),
             layout=layout,
             number=number,
-            run_prototypes=analysis.run_prototypes(checkpoint) if heads and checkpoint else {},
+            run_prototypes=read_prototypes(checkpoint) if heads and checkpoint else {},
         )
         try:
             if path is not None:

@@ -1,7 +1,7 @@
 """What goes along with the weights: the model card, and the prototypes of a run.
 
 Weights are written by the file of each format, and the card's figure is drawn in
-`report/main_figure.py`.
+`results/run_figure.py`.
 """
 
 import json
@@ -27,8 +27,8 @@ from protoclip.data import sources
 from protoclip.data.access import is_url
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.evaluation.compare import decimals, intervals_of, read_results
 from protoclip.evaluation.encoders import encoder_of
+from protoclip.evaluation.paired import intervals_of, make_reader, read_results
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models.protoclip import ProtoCLIP
@@ -45,6 +45,7 @@ from protoclip.models.saved import (
 )
 from protoclip.paths import EXPORTED
 from protoclip.prototypes.targets import back_translate
+from protoclip.results.table import decimals
 from protoclip.terminal import line, say, visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat, named_by, positives_of
 
@@ -268,7 +269,7 @@ def write_figure(run: Path | None, folder: Path) -> str | None:
     """Write the report's main figure of a run; returns it in words, None if there is none."""
     if run is None or any(find_spec(name) is None for name in ("jinja2", "matplotlib")):
         return None
-    from protoclip.report.main_figure import main_figure
+    from protoclip.results.run_figure import main_figure
 
     try:
         drawn = main_figure(run)
@@ -347,13 +348,14 @@ def metrics_of(
     """
     if run is None or not is_end(run, checkpoint) or not (run / "results.json").is_file():
         return {}
-    results, ends = dict[str, Any](), {}
+    metrics, ends = dict[str, float](), dict[str, dict[str, Any]]()
     try:
         results = read_results(run)
-        ends = intervals_of([results])
+        metrics.update(results.metrics)
+        ends = intervals_of([results], make_reader(refuse=True))
     except ValueError as error:
         say(f"warning: the card lacks numbers: {error}")
-    return {name: (value, ends.get(name, {})) for name, value in results.get("metrics", {}).items()}
+    return {name: (value, ends.get(name, {})) for name, value in metrics.items()}
 
 
 def start_metrics_of(run: Path | None) -> dict[str, float]:

@@ -290,6 +290,12 @@ def read_clusters(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return clusters
 
 
+def read_prototypes(checkpoint: Path) -> dict[str, Tensor]:
+    """The prototypes `(k, p)` of images and of texts, where a checkpoint of a run holds some."""
+    clusters = read_clusters(checkpoint)
+    return {name: clusters[name][0].float() for name in ("image", "text") if name in clusters}
+
+
 def are_clusters(centroids: Tensor, assignments: Tensor) -> bool:
     """Whether each sample is assigned to one of the prototypes, or to none of them (-1)."""
     if centroids.ndim != 2 or not centroids.is_floating_point():

@@ -29,7 +29,7 @@ from protoclip.config import (
     build,
 )
 from protoclip.data.content import Facts, difference
-from protoclip.evaluation.compare import read_results
+from protoclip.evaluation.paired import read_results
 from protoclip.files import (
     SEAL,
     UNFINISHED,

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
-from protoclip.evaluation import compare
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import RECALLS, mark_clear
+from protoclip.evaluation.paired import RunResults, difference_of_runs, find_samples, make_reader
 from protoclip.files import (
     checksum,
     read_json,
@@ -176,14 +176,22 @@ def differences(
     Returns:
         By metric the `mean`; its 95% `interval`, or None; and whether it is clear, `beyond`.
     """
-    read = compare.reader(refuse=False)
-    runs, chosen = list[dict[int, compare.Run]](), results["metrics"]  # as of one seed
-    for metrics, of in ((start, folder / START), (chosen, folder)):
-        samples = compare.samples_of(of, "validation") | compare.samples_of(of, "test")
-        trained_on = results.get("trained_on", {})
-        runs.append({0: {"metrics": metrics, "samples": samples, "trained_on": trained_on}})
+    read, chosen = make_reader(refuse=False), results["metrics"]
+    of_start, of_chosen = (
+        {  # as of one seed
+            0: RunResults(
+                name="",
+                seed=0,
+                folder=str(part),
+                metrics=metrics,
+                samples=find_samples(part),
+                trained_on=results.get("trained_on", {}),
+            )
+        }
+        for metrics, part in ((start, folder / START), (chosen, folder))
+    )
     made = {
-        name: compare.difference_of_runs(name, runs[0], runs[1], read)
+        name: difference_of_runs(name, of_start, of_chosen, read)
         for name in chosen
         if name in start and math.isfinite(start[name]) and math.isfinite(chosen[name])
     }

@@ -9,7 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from protoclip.evaluation.analysis_figure import COLOURS, plain
+from protoclip.terminal import visible
+
+# Those of Okabe and Ito, which people with any kind of colour vision tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def figure(record: Mapping[str, Any]) -> Figure:
@@ -22,12 +25,12 @@ def figure(record: Mapping[str, Any]) -> Figure:
     alphas = [point["alpha"] for point in points]
     drawn = Figure(figsize=(6.0, 4.0), dpi=130, layout="constrained")
     axes = drawn.add_subplot()
-    *colours, black = COLOURS
-    for data, colour in zip(points[0]["scores"], cycle(colours), strict=False):
+    for data, colour in zip(points[0]["scores"], cycle(COLOURS), strict=False):
         values = [100 * point["scores"][data] for point in points]
-        axes.plot(alphas, values, color=colour, marker="o", markersize=3, label=plain(data))
+        name = visible(data).replace("$", r"\$")  # matplotlib reads formulas between dollars
+        axes.plot(alphas, values, color=colour, marker="o", markersize=3, label=name)
     means = [100 * point["mean"] for point in points]
-    axes.plot(alphas, means, color=black, linestyle="--", label="mean")
+    axes.plot(alphas, means, color="black", linestyle="--", label="mean")
     axes.axvline(alpha, color="#888888", linewidth=1, label=f"chosen: {alpha:g}")
     axes.set_xlabel("alpha: 0 is the start, 1 the end of fine-tuning")
     axes.set_ylabel("zero-shot accuracy or mean recall, percent")

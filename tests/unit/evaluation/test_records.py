@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from solid import Guessing, solid_data, tokenizer, transform
 
-from protoclip.evaluation import compare, records
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import interval, interval_of_difference
+from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import Result, results
+from protoclip.results.compare import add_differences, add_means, write_records
+from protoclip.results.table import print_table, table_of_records
 
 
 def judged(name: str, model, data=None, **options) -> list[Result]:
@@ -32,7 +34,7 @@ def test_the_mean_over_data_sets_is_by_metric():
     """Of those that have it; a metric of one data set has no mean. Groups differ by data set."""
     one, two = made("a", {"x": 0.2, "y": 0.5}, 0), made("b", {"x": 0.4, "y": 0.7}, 1)
     three = made("c", {"x": 0.9, "z": 1.0}, 2)
-    found = records.with_means([one, two, three, made("c", {"x": 0.0}, 3, task="other")])
+    found = add_means([one, two, three, made("c", {"x": 0.0}, 3, task="other")])
     means = [result.record for result in found[4:]]
     assert [record["dataset"] for record in means] == ["mean of 3", "mean of 2"]
     assert [record["datasets"] for record in means] == [["a", "b", "c"], ["a", "b"]]
@@ -46,10 +48,10 @@ def test_differences_are_paired_by_sample():
     """In each data set and in the mean; other samples give no interval."""
     data = [solid_data("a"), solid_data("b", bad=(3,))]
     first, second = (
-        records.with_means(judged(str(seed), Guessing(seed), data, tasks=["knn", "zero_shot"]))
+        add_means(judged(str(seed), Guessing(seed), data, tasks=["knn", "zero_shot"]))
         for seed in (0, 1)
     )
-    (found,) = records.with_differences([second], first)
+    (found,) = add_differences([second], first)
     assert len(found) == 6
     for result, other in zip(found, first, strict=True):
         record = result.record
@@ -61,11 +63,11 @@ def test_differences_are_paired_by_sample():
             ends = interval_of_difference([gain], moved)
             assert of_metric["mean"] == pytest.approx(gain)
             assert of_metric["interval"] == (None if ends is None else pytest.approx(ends))
-    ((same, *_),) = records.with_differences([first], first)
+    ((same, *_),) = add_differences([first], first)
     same = same.record["differences"]["acc1"]
     assert same == {"mean": 0.0, "interval": None, "p": None, "beyond": False}
     (alone,) = judged("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])
-    ((apart,),) = records.with_differences([[alone]], first)
+    ((apart,),) = add_differences([[alone]], first)
     apart = apart.record["differences"]["acc1"]
     assert (apart["interval"], apart["beyond"]) == (None, False)
 
@@ -82,7 +84,7 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
     """One a record, with its names of tasks and metrics; none writes over another."""
     found = judged("runs/x", Guessing(), tasks=["zero_shot", "retrieval"])
     written = [result.record for result in found]
-    records.write_records([*written, written[0]], tmp_path / "new" / "out")
+    write_records([*written, written[0]], tmp_path / "new" / "out")
     files = sorted((tmp_path / "new" / "out").iterdir())
     assert [file.name for file in files] == [
         "a_none_runs_x_en_zeroshot_classification-2.json",
@@ -92,7 +94,7 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
     assert [json.loads(file.read_text()) for file in files[1:]] == written
     for path in (files[0].parent, files[0]):  # they have no results by sample
         with pytest.raises(ValueError, match=r": was written by protoclip evaluate.* --compare-to"):
-            compare.read_results(path)
+            read_results(path)
     rows = as_clip_benchmark_builds(files)
     names = {name for row in rows for name in row}
     with (tmp_path / "table.csv").open("w") as file:
@@ -106,7 +108,7 @@ def test_a_long_name_of_a_model_makes_a_name_that_any_disk_takes(tmp_path):
     """After all was judged; two that begin alike stay apart."""
     record = judged("runs/x", Guessing(), tasks=["retrieval"])[0].record
     long = [record | {"model": 80 * "模型" + end} for end in ("a", "b")]
-    records.write_records(long, tmp_path)
+    write_records(long, tmp_path)
     names = [file.name for file in tmp_path.iterdir()]
     assert len(names) == 2
     assert max(len(name.encode()) for name in names) < 220
@@ -119,7 +121,7 @@ def test_models_of_alike_names_keep_their_records(tmp_path):
     record = judged("runs/demo/clip", Guessing(), tasks=["retrieval"])[0].record
     other = record | {"model": "runs/demo_clip"}
     for given in ([record], [other], [record, other], [other], [record]):
-        records.write_records(given, tmp_path)
+        write_records(given, tmp_path)
     kept = [json.loads(file.read_text())["model"] for file in tmp_path.iterdir()]
     assert sorted(kept) == ["runs/demo/clip", "runs/demo_clip"]
     stem = "a_none_runs_demo_clip_en_zeroshot_retrieval"
@@ -133,7 +135,7 @@ def test_no_metric_is_cut(terminal, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     model = "models/a/b/" + "long" * 30
     first = judged(model, Guessing(), tasks=["retrieval"])
-    records.show([first])
+    print_table(table_of_records([first]))
     shown = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
     assert "…" not in shown
     lines = [line for line in shown.splitlines() if line.startswith(("│", "┃"))]
@@ -149,7 +151,7 @@ def test_the_table_has_a_column_for_each_model(capsys):
     """A row for each metric; what a model lacks is a dash; differences on a second line."""
     first = judged("one[b]", Guessing(6), tasks=["knn"])
     second = judged("two", Guessing(1), tasks=["geometry", "knn"], pretrained="tag")
-    records.show([first, *records.with_differences([second], first)])
+    print_table(table_of_records([first, *add_differences([second], first)]))
     shown = capsys.readouterr().out
     knn = next(line for line in shown.splitlines() if "knn" in line)
     value = first[0].record["metrics"]["acc1"] * 100
@@ -160,8 +162,8 @@ def test_the_table_has_a_column_for_each_model(capsys):
     assert "one[b]" in shown
     assert "two tag" in shown
     assert "paired difference to one[b]" in " ".join(shown.split())
-    assert "Percent, but for geometry" in " ".join(shown.split())
-    records.show([first])
+    assert "Percent, except geometry" in " ".join(shown.split())
+    print_table(table_of_records([first]))
     shown = capsys.readouterr().out
     assert "Percent" in shown
     assert "geometry" not in shown

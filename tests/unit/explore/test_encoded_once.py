@@ -20,7 +20,8 @@ from protoclip.evaluation.features import Encoded, Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import batch_norm, loading
-from protoclip.report import looks
+from protoclip.results import looks
+from protoclip.results.examples import open_examples
 from protoclip.training.judge import without_teacher_heads
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
@@ -59,7 +60,7 @@ def explore(run: Path, data: str) -> None:
 
 def report(run: Path, data: str) -> None:
     config = Config(data=DataConfig(train=data, validation=0.0))
-    examples = looks.find_examples(config, PAIRS, run=run)
+    examples = open_examples(run, config, PAIRS, allow_training=True)
     checkpoints = sorted((run / "checkpoints").iterdir())
     looks.look(examples, tiny_config(out=""), checkpoints, seed=0, device=CPU, firsts={})
 

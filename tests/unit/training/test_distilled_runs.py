@@ -16,8 +16,8 @@ from protoclip.config import Config, TeacherConfig
 from protoclip.explore.explorer import run_config
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.report.page import run_facts
-from protoclip.report.runs import read_run
+from protoclip.results.page import run_facts
+from protoclip.results.read import read_run
 from protoclip.training import run, trainer
 from protoclip.training.run import train
 from testing import tiny_pairs

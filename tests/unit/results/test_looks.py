@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from protoclip.config import Config, DataConfig
-from protoclip.evaluation.analysis import HeldOut
-from protoclip.report import looks
-from protoclip.report.looks import (
+from protoclip.results import looks
+from protoclip.results.examples import Examples, open_examples
+from protoclip.results.looks import (
     confused,
-    find_examples,
     gallery,
     map_of,
     retrieval_examples,
@@ -146,12 +145,10 @@ def test_the_map_shows_images_on_the_left_and_the_gap():
 
 def test_runs_that_begin_alike_share_the_map_before_training(monkeypatch):
     rows = np.arange(4)
-    pairs = HeldOut(
+    pairs = Examples(
         name="tiny",
         images=tiny_pairs(4)["image"].to_pylist(),
         captions=tiny_pairs(4)["caption"].to_pylist(),
-        classes=None,
-        skipped=0,
     )
     settings = {"rows": rows, "device": torch.device("cpu"), "firsts": {}}
     config = tiny_config(out="unused")
@@ -169,7 +166,7 @@ def test_runs_that_begin_alike_share_the_map_before_training(monkeypatch):
 def test_missing_data_is_an_error_in_one_line(tmp_path):
     config = Config(data=DataConfig(train=str(tmp_path / "gone.parquet")))
     with pytest.raises(ValueError, match=r"^[^\n]*$"):
-        find_examples(config, 10, run=tmp_path)
+        open_examples(tmp_path, config, 10, allow_training=True)
 
 
 def test_thumbnails_are_small_webp():

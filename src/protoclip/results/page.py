@@ -21,24 +21,34 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import protoclip
-from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import METRICS
+from protoclip.evaluation.paired import RunResults, make_reader
 from protoclip.files import locked, require_ours, write_atomically
 from protoclip.models import saved
 from protoclip.progress import Progress, duration
-from protoclip.report import MARK, findings, looks
-from protoclip.report.figures import COLOURS, Series, dash, line_chart, map_chart
-from protoclip.report.looks import Confusions, Examples, Look, Map
-from protoclip.report.repeat import commands, settings
-from protoclip.report.runs import (
+from protoclip.results import MARK, looks
+from protoclip.results.compare import compare_runs, differences_in
+from protoclip.results.examples import Examples, examples_key, open_examples
+from protoclip.results.figures import COLOURS, Series, dash, line_chart, map_chart
+from protoclip.results.findings import HEADLINES, compare_headlines, describe_changes
+from protoclip.results.looks import Confusions, Look
+from protoclip.results.read import (
     TOTAL,
     Curve,
     RunFolder,
     all_curves,
-    labels,
-    models,
+    model_names,
     read_run,
+    run_names,
     without_total,
+)
+from protoclip.results.repeat import commands, settings
+from protoclip.results.table import (
+    decimals,
+    describe_clear,
+    sentence_case,
+    table_of_runs,
+    with_minus,
 )
 from protoclip.terminal import OBEYED
 from protoclip.training.run_folder import named_by, positives_of
@@ -88,14 +98,15 @@ CHARTS: dict[str, dict[str, str]] = {
         "train/mfu": "Share of the card's peak",
     },
     "Validation": {
-        f"eval/*/{metric}": findings.sentence_case(METRICS[metric].label)
-        for metric in findings.HEADLINES
+        f"eval/*/{metric}": sentence_case(METRICS[metric].label) for metric in HEADLINES
     },
     "Grouping over the checkpoints": {
         "features/agreement": "Image and text groups agree (AMI)",
+        "features/stability/*": "Groups agree with those of the checkpoint before (AMI)",
         "features/classes/*": "Groups match the classes (AMI)",
         "features/neighbours/*": "Neighbours in one group",
         "features/recall@10/*": "Recall@10",
+        "features/gap": "Modality gap of held-out pairs",
     },
 }
 TIMES = ("data", "train", "extract", "cluster", "back_translate")
@@ -241,7 +252,8 @@ def render(values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clip": clipped, "shorten": shortened}
+    environment.filters |= {"clip": clipped, "shorten": shortened, "minus": with_minus}
+    environment.filters |= {"sentence_case": sentence_case}
     environment.globals |= {"named_rows": named_rows, "number": number}
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     page: str = environment.get_template("report.html.j2").render(style=style, **values)
@@ -275,7 +287,7 @@ def shortened(name: str) -> str:
 def number(value: float) -> str:
     """Three decimals, or one of larger numbers."""
     small = abs(value) < 10
-    return findings.minus(compare.decimals(value, 3) if small else f"{value:,.1f}")
+    return with_minus(decimals(value, 3) if small else f"{value:,.1f}")
 
 
 def named_rows(confusions: Confusions) -> list[tuple[str, int, list[float]]]:
@@ -296,42 +308,34 @@ def context(
     device: torch.device | None,
 ) -> dict[str, Any]:
     """All values of the page."""
-    names = [shortened(label) for label in labels(runs)]
-    of_runs = models(runs)
+    names = [shortened(label) for label in run_names(runs)]
+    of_runs = model_names(runs)
     known = list(dict.fromkeys(of_runs))
-    of_models: dict[str, list[Mapping[str, Any]]] = {}  # the first one is compared with
+    of_models: dict[str, list[RunResults]] = {}  # the first one is compared with
     for model, run in zip(of_runs, runs, strict=True):
-        if run.results is not None and run.results["metrics"]:
+        if run.results is not None and run.results.metrics:
             of_models.setdefault(model, []).append(run.results)
     entries = compared(of_models)
     shown = show_models(
         runs, names, of_runs, samples=samples, minutes=minutes, seed=seed, device=device
     )
-    said = findings.findings(entries)
+    findings = compare_headlines(entries)
     return {
         "title": " · ".join(map(shortened, known[:4])) + (" · …" if len(known) > 4 else ""),
         "version": protoclip.__version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "runs": [run_facts(run, name) for run, name in zip(runs, names, strict=True)],
         "unfinished": [n for run, n in zip(runs, names, strict=True) if run.results is None],
-        "findings": said,
-        "better": [finding for finding in said if finding.verdict == "better"],
+        "findings": findings,
+        "better": [finding for finding in findings if finding.verdict == "better"],
         "entries": entries,
-        "table": findings.table(entries),
-        "others": any(findings.judged_by_others(v) for e in entries for v in e["metrics"].values()),
-        "spread": compare.SPREAD,
-        "trained_on": compare.TRAINED_ON,
-        "spreads": any("spread" in v for e in entries for v in e["metrics"].values()),
-        "brackets": compare.BRACKETS
-        * any("interval" in v for e in entries for v in e["metrics"].values()),
-        "several_data": len({findings.parts(k)[0] for e in entries for k in e["metrics"]}) > 1,
-        "differences": compare.covered(differences := compare.differences_in(entries)),
-        "clear": compare.clear(differences),
+        "table": table_of_runs(entries, mark="●") if entries else None,
+        "clear": describe_clear(differences_in(entries)),
         "legend": [legend(number, name) for number, name in enumerate(known)],
         "charts": charts(runs, names, [known.index(model) for model in of_runs]),
         "analyzed": any(run.analysis and len(run.analysis["checkpoints"]) > 1 for run in runs),
         "sweeps": [
-            {"label": name, **run.sweep, "changes": findings.changes(run.differences)}
+            {"label": name, **run.sweep, "changes": describe_changes(run.differences)}
             for run, name in zip(runs, names, strict=True)
             if run.sweep is not None
         ],
@@ -358,16 +362,16 @@ def context(
     }
 
 
-def compared(of_models: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The entries of `compare` of the results of models' runs.
+def compared(of_models: Mapping[str, Sequence[RunResults]]) -> list[dict[str, Any]]:
+    """The entries of `compare_runs` of the results of models' runs.
 
     A damaged file of samples costs a warning and the intervals that need it.
     """
-    read = compare.reader(refuse=False)
     results = [(model, of_run) for model, runs in of_models.items() for of_run in runs]
-    named = [model for model, _ in results]
-    all_entries = compare.compare([of_run for _, of_run in results], named, read)
-    return [entry for entry in all_entries if entry["metrics"]]
+    names = [model for model, _ in results]
+    read = make_reader(refuse=False)
+    entries = compare_runs([of_run for _, of_run in results], names, read)
+    return [entry for entry in entries if entry["metrics"]]
 
 
 def run_facts(run: RunFolder, label: str) -> dict[str, str]:
@@ -501,7 +505,7 @@ def show_models(
 
     started, shown = time.monotonic(), []
     # Runs on the same data share their examples, the maps before training, and the images.
-    known: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
+    known: dict[str, tuple[Examples, dict[str, looks.Map], Callable[[int], str]]] = {}
     for done, index in enumerate(chosen):
         run, label = runs[index], names[index]
         progress.update(done, printable(label))
@@ -513,9 +517,9 @@ def show_models(
             shown.append(Shown(run=index, label=label, problem=reason))
             continue
         try:
-            data = looks.examples_key(run.config, run.checkpoints)
+            data = examples_key(run.config, run.checkpoints)
             if data not in known:
-                examples = looks.find_examples(run.config, samples, run=run.folder)
+                examples = open_examples(run.folder, run.config, samples, allow_training=True)
                 known[data] = examples, {}, cache(partial(data_uri, examples))
             examples, firsts, images = known[data]
             look = looks.look(
@@ -540,7 +544,7 @@ def show_models(
 
 def data_uri(examples: Examples, row: int) -> str:
     """A small image of the examples, as the page holds it."""
-    encoded = base64.b64encode(looks.thumbnail(examples.pairs.images[row])).decode()
+    encoded = base64.b64encode(looks.thumbnail(examples.images[row])).decode()
     return f"data:image/webp;base64,{encoded}"
 
 
@@ -576,7 +580,7 @@ def grouping(
                 source += f", step {last['step']:,} before WiSE-FT"
         elif of is not None and of.look is not None and of.examples is not None:
             spaces = of.look.grouping
-            pairs = of.examples.pairs
+            pairs = of.examples
             source = f"{of.look.state}, {len(pairs.images):,} pairs of {pairs.name}"
         columns += [
             Grouping(label=f"{name}, {space}", source=source, values=values)

@@ -11,9 +11,9 @@ from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import PrototypeConfig, TeacherConfig
 from protoclip.models.saved import STATE
-from protoclip.report.page import run_facts, times
-from protoclip.report.repeat import FOLLOWS, commands, settings
-from protoclip.report.runs import labels, read_run
+from protoclip.results.page import run_facts, times
+from protoclip.results.read import read_run, run_names
+from protoclip.results.repeat import FOLLOWS, commands, settings
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config
 
@@ -183,9 +183,9 @@ def test_labels_tell_runs_apart(tmp_path):
     begun(two, seed=1)
     begun(three, seed=1)
     begun(four, name='"other"')
-    found = labels([read_run(folder) for folder in (one, two, three, four)])
+    found = run_names([read_run(folder) for folder in (one, two, three, four)])
     assert found == [f"tiny ({one})", f"tiny ({two})", f"tiny ({three})", "other"]
-    found = labels([read_run(folder) for folder in (one, two, four)])
+    found = run_names([read_run(folder) for folder in (one, two, four)])
     assert found == ["tiny, seed 0", "tiny, seed 1", "other"]
 
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from protoclip.report.figures import (
+from protoclip.results.figures import (
     COLOURS,
     DASHES,
     MOST_POINTS,
@@ -14,7 +14,7 @@ from protoclip.report.figures import (
     map_chart,
     thinned,
 )
-from protoclip.report.looks import Map
+from protoclip.results.looks import Map
 
 
 def curve(number):

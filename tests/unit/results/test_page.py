@@ -12,9 +12,9 @@ from markupsafe import Markup
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.models.saved import read_config
-from protoclip.report import page as report_page
-from protoclip.report.page import clipped, printable, write_report
-from protoclip.report.runs import read_run
+from protoclip.results import page as report_page
+from protoclip.results.page import clipped, printable, write_report
+from protoclip.results.read import read_run
 from protoclip.training.finetune import finetune
 from reported import hostile_pairs, trained
 

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from protoclip.evaluation.analysis_figure import plain
-from protoclip.report.looks import Map
-from protoclip.report.runs import Curve
+from protoclip.results.looks import Map
+from protoclip.results.read import Curve
+from protoclip.terminal import visible
 
 COLOURS = 8  # of models, in report.css
 DASHES = ("solid", (0, (5, 2)), (0, (1.6, 1)), (0, (6, 1.5, 1.6, 1.5)))
@@ -123,6 +123,11 @@ def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     for spine in axes.spines.values():
         spine.set_color(INK)
     return figure, axes
+
+
+def plain(name: str) -> str:
+    """A name of others as matplotlib takes it for text: it reads formulas between dollars."""
+    return visible(name).replace("$", r"\$")
 
 
 def thinned(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from protoclip.evaluation import compare
+from protoclip.evaluation import paired
 from protoclip.evaluation.metrics import (
     METRICS,
     SHOWN,
@@ -23,6 +23,9 @@ from protoclip.evaluation.metrics import (
 )
 from protoclip.evaluation.samples import SampleResults, decided_by_candidates, influences
 from protoclip.files import to_json
+from protoclip.results import table
+from protoclip.results.compare import compare_runs
+from protoclip.results.table import format_cell, print_table, table_of_runs
 
 
 def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0) -> SampleResults:
@@ -195,7 +198,7 @@ def test_seeds_that_agree_leave_the_interval_over_samples(tmp_path):
     alone = interval(112 / 120, influences(same)["knn/acc1"])
     assert value["interval"] == pytest.approx(alone)
     assert not value["wide"]
-    assert compare.cell(value, scale=100.0, digits=1) == "93.3 [87.3, 96.6] ± 0.0"
+    assert format_cell(value, scale=100.0, digits=1).text == "93.3 [87.3, 96.6] ± 0.0"
     other = made(
         tmp_path / "a2",
         "a",
@@ -285,7 +288,7 @@ def made(folder, name: str, seed: int, accuracy: object, samples: SampleResults 
 
 
 def compared(*folders) -> list[dict]:
-    return compare.compare([compare.read_results(folder) for folder in folders])
+    return compare_runs([paired.read_results(folder) for folder in folders])
 
 
 def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
@@ -305,12 +308,12 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     assert (found["n"], found["kind"], found["beyond"]) == (3, "seeds", True)
     same = second["metrics"]["eval/emoji/modality_gap/gap"]["difference"]
     assert (same["mean"], same["interval"], same["kind"]) == (0.0, None, None)
-    text = compare.cell(second["metrics"]["eval/emoji/knn/acc1"], scale=100.0, digits=1)
-    assert text == "42.7 ± 10.5\n+2.7† [+1.2, +4.1]*"
-    compare.show(compared(*folders))
+    value = second["metrics"]["eval/emoji/knn/acc1"]
+    assert format_cell(value, scale=100.0, digits=1).text == "42.7 ± 10.5\n+2.7† [+1.2, +4.1]*"
+    print_table(table_of_runs(compared(*folders)))
     said = " ".join(capsys.readouterr().out.split())
     assert "†: of the seeds that both have, and not the difference of the means shown." in said
-    assert compare.SPREAD in said
+    assert table.SPREAD in said
 
 
 def test_only_a_difference_of_some_seeds_is_marked(tmp_path, capsys):
@@ -323,7 +326,7 @@ def test_only_a_difference_of_some_seeds_is_marked(tmp_path, capsys):
         entries = compared(*folders)
         difference = entries[1]["metrics"]["eval/emoji/knn/acc1"]["difference"]
         assert (difference["seeds"], difference["of_some"]) == (number, number == 1)
-        compare.show(entries)
+        print_table(table_of_runs(entries))
         said = " ".join(capsys.readouterr().out.split())
         assert ("†" in said) == (number == 1)
         assert ("without a common seed" in said) == (number == 0)
@@ -333,15 +336,15 @@ def test_equal_models_have_no_interval_and_no_minus_0(tmp_path, capsys):
     """The table says why; small numbers of either sign are shown as 0."""
     folders = [made(tmp_path / name, name, 0, 0.4, results(0)) for name in ("a", "b")]
     entries = compared(*folders)
-    compare.show(entries)
+    print_table(table_of_runs(entries))
     said = " ".join(capsys.readouterr().out.split())
-    assert compare.ON_FEW in said
+    assert table.ON_FEW in said
     assert "test samples by groups" not in said
     value = entries[1]["metrics"]["eval/emoji/knn/acc1"]
-    shown = compare.cell(value, scale=100.0, digits=1)
+    shown = format_cell(value, scale=100.0, digits=1).text
     assert re.fullmatch(r"40\.0 \[[\d., ]+\]\n\+0\.0", shown)
     value["difference"] |= {"mean": -1e-9, "interval": [-0.1, -1e-9], "beyond": True}
-    shown = compare.cell(value, scale=100.0, digits=1)
+    shown = format_cell(value, scale=100.0, digits=1).text
     assert shown.endswith("\n+0.0 [-10.0, +0.0]*")
 
 
@@ -374,7 +377,7 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
     assert not fifth["metrics"]["eval/emoji/knn/acc1"]["difference"]["other_samples"]
     assert "difference" not in first["metrics"]["eval/emoji/knn/acc1"]
     for shown, told in (([first, second, third], False), (entries, True)):
-        compare.show(shown)
+        print_table(table_of_runs(shown))
         said = " ".join(capsys.readouterr().out.split())
         assert "over 60 test samples by groups" in said
         assert ("Where other samples judged the models" in said) == told
@@ -391,15 +394,15 @@ def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):
         return replace(two, images=images | {k: of for k, of in columns.items() if of is not None})
 
     other_class = changed(class_name=two.images["class_name"][::-1])
-    assert compare.same_samples(one, two, metric)
-    assert not compare.same_samples(one, changed(content=two.images["content"] + 1), metric)
-    assert not compare.same_samples(one, changed(content=two.images["content"] + 1), search)
-    assert not compare.same_samples(one, other_class, metric)
-    assert compare.same_samples(one, other_class, search)
-    assert compare.same_samples(one, changed(content=None, class_name=None), metric)
+    assert paired.same_samples(one, two, metric)
+    assert not paired.same_samples(one, changed(content=two.images["content"] + 1), metric)
+    assert not paired.same_samples(one, changed(content=two.images["content"] + 1), search)
+    assert not paired.same_samples(one, other_class, metric)
+    assert paired.same_samples(one, other_class, search)
+    assert paired.same_samples(one, changed(content=None, class_name=None), metric)
     path = tmp_path / "a.parquet"
     other_class.write(path)
-    assert not compare.same_samples(one, SampleResults.read(path), metric)
+    assert not paired.same_samples(one, SampleResults.read(path), metric)
 
 
 def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
@@ -421,7 +424,7 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     half = scipy.stats.t.ppf(0.975, 16) * math.sqrt(shared)
     assert found["interval"] == pytest.approx([0.2 - half, 0.2 + half])
     assert (found["n"], found["samples"], found["kind"]) == (2, 60, "seeds and samples")
-    compare.show(entries)
+    print_table(table_of_runs(entries))
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("Student's t) and over 60 test samples by groups, together.") == 1
     assert "over seeds alone" not in said
@@ -446,11 +449,11 @@ def test_seconds_of_unlike_machines_are_told_apart(tmp_path, capsys):
         path = folder / "results.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "environment": environment}))
     first, second, third = entries = compared(*folders)
-    compare.show([first, first])
+    print_table(table_of_runs([first, first]))
     assert "machines" not in capsys.readouterr().out
     assert second["machines"] == [", then ".join(machines)]
     assert third["machines"] == ["x"]
-    compare.show(entries)
+    print_table(table_of_runs(entries))
     said = capsys.readouterr().out
     assert "machines" in said
     assert "[card]" in said
@@ -471,9 +474,9 @@ def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys):
     folders = [made(tmp_path / f"a{seed}", "a[b]\x1b", seed, 1e308) for seed in (0, 1)]
     folders += [made(tmp_path / f"b{seed}", "b", seed, odd) for seed in (0, 1)]
     for entries in (compared(*folders), compared(folders[0], folders[2])):
-        compare.show(entries)
+        print_table(table_of_runs(entries))
         shown = capsys.readouterr().out
-        assert "a[b]?" in shown
+        assert r"a[b]\x1b" in shown
         assert "\x1b]" not in shown
         assert json.loads(to_json(entries))[1]["name"] == "b"
 
@@ -481,12 +484,12 @@ def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys):
 def test_data_sets_are_told_apart(tmp_path, capsys):
     """By name, as soon as there are two."""
     path = made(tmp_path / "a", "a", 0, 0.5) / "results.json"
-    compare.show(compared(path.parent))
-    assert "emoji: " not in capsys.readouterr().out
+    print_table(table_of_runs(compared(path.parent)))
+    assert "emoji" not in capsys.readouterr().out
     more = '"eval/own/knn/acc1": 0.25, "eval/emoji/knn'
     path.write_text(path.read_text().replace('"eval/emoji/knn', more))
-    compare.show(compared(path.parent))
-    assert re.search(r"own: kNN .*25.0 [^\0]*emoji: kNN .*50.0", capsys.readouterr().out)
+    print_table(table_of_runs(compared(path.parent)))
+    assert re.search(r"own .* kNN .* 25.0 [^\0]*emoji .* kNN .* 50.0", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("odd", ['"many"', "[1]", "1" + "0" * 400])
@@ -494,4 +497,4 @@ def test_what_is_no_number_in_results_is_refused(tmp_path, odd):
     path = made(tmp_path / "a", "a", 0, 0.5) / "results.json"
     path.write_text(path.read_text().replace("0.5", odd))
     with pytest.raises(ValueError, match="not the results of a run"):
-        compare.read_results(path.parent)
+        paired.read_results(path.parent)

@@ -1,9 +1,9 @@
-"""The grouping of a run's representations over its checkpoints: what `protoclip analyze` does.
+"""The pairs that a run is measured and shown on, and what its model makes of them.
 
-The measures are in `grouping.py`, and their figures in `analysis_figure.py`.
+`checkpoints.py` measures how they are grouped, and `looks.py` shows what lies where.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,13 +30,12 @@ from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
-from protoclip.evaluation.grouping import MODALITIES, Assignments, group_sizes, measure
-from protoclip.evaluation.validation import changed_since, judged
+from protoclip.evaluation.grouping import measure
+from protoclip.evaluation.validation import changed_since, is_asked, judged
 from protoclip.files import checksum, to_json
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.progress import Progress
-from protoclip.prototypes.nearest import nearest
+from protoclip.training.overfit import few_of
 
 T = TypeVar("T")
 PAIRS_PER_GROUP = 5  # at least, in the mean
@@ -44,22 +43,34 @@ BATCH_SIZE = 256
 KEPT_BYTES = 1 << 31  # of decoded images
 # Unit-norm rows, by space (features, projections) and by `images` or `texts`.
 Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
-HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Pairs to analyse, and the class of each where the data has classes."""
+class Examples:
+    """Pairs to measure a model and to show it on.
+
+    Attributes:
+        images: Encoded.
+        classes: The class of each pair, where the data have classes; then with `class_names`.
+        groups: Pairs of one group fit each other, where the data say so.
+        is_held_out: Whether the run was not trained on them, unless its data have `changed`.
+        skipped: Number of samples that could not be read; `reason` is why one of them could not.
+        changed: In what the data of the run differ from those that it was trained on.
+        key: Of the images, as `Images.key`; empty, it is made of them.
+    """
 
     name: str
-    images: Sequence[bytes]  # encoded
+    images: Sequence[bytes]
     captions: Sequence[str]
-    classes: Int[Tensor, " n"] | None
-    skipped: int  # samples that could not be read
-    reason: str = ""  # why one of these could not
-    changed: str = ""  # in what the run's data differ from those that it was trained on
-    groups: Sequence[int] | None = None  # pairs of one group fit each other, where data say so
-    key: str = ""  # of the images, as `Images.key`; unset, it is made of them
+    classes: Int[Tensor, " n"] | None = None
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ("{c}",)
+    groups: Sequence[int] | None = None
+    is_held_out: bool = True
+    skipped: int = 0
+    reason: str = ""
+    changed: str = ""
+    key: str = ""
     _readers: "list[KeptReader]" = field(default_factory=list, repr=False)
 
     @property
@@ -86,6 +97,162 @@ class HeldOut:
             images = ImageTextPairs(table, name=self.name, caption_columns=())
             self._readers[:] = [KeptReader(images, transform, self.key)]
         return self._readers[0]
+
+    def measure_grouping(
+        self, rows: Mapping[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
+    ) -> tuple[dict[str, float], dict[str, Int[Tensor, "s n"]]]:
+        """`grouping.measure` of what a model makes of the `images` and `texts`."""
+        return measure(
+            rows["images"],
+            rows["texts"],
+            num_groups=num_groups,
+            captions=self.captions,
+            concepts=self.groups,
+            content=self.images,
+            **more,
+        )
+
+
+def open_examples(
+    run: Path,
+    config: Config,
+    samples: int,
+    *,
+    data: DataConfig | None = None,
+    allow_training: bool = False,
+) -> Examples:
+    """Pairs of a run, drawn evenly; of a stream the first ones.
+
+    Those that the run is judged by: its held-out pairs or, of the emoji, the validation split.
+
+    Args:
+        config: Of the run.
+        samples: Pairs at most.
+        data: Other pairs, as `data.train`.
+        allow_training: Where none are held out, take pairs that the run was trained on; of a run
+            that learns few pairs by heart take these.
+
+    Raises:
+        ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.
+    """
+    if data is not None and data.is_emoji:
+        examples = of_split(datasets.emoji(), samples)
+    elif data is not None:
+        examples = of_source(sources.pairs(sources.to_look_at(Config(data=data))), samples)
+    else:
+        settings = sources.to_look_at(config)
+        training, judged_by, _ = judged(settings, sources.pairs(settings))
+        if allow_training and config.run.overfit is not None:
+            training, judged_by = few_of(training, config), []
+        if judged_by:
+            changed = changed_data(run, training)
+            examples = replace(of_split(judged_by[0], samples), changed=changed)
+        elif allow_training:
+            examples = replace(of_source(training, samples), is_held_out=False)
+        else:
+            raise ValueError(f"{run}: no pairs are held out; name some with --data")
+    if len(examples.images) < 2 * PAIRS_PER_GROUP:
+        raise ValueError(
+            f"{examples.name}: {len(examples.images)} pairs are too few; needs "
+            + "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
+        )
+    return examples
+
+
+def examples_key(config: Config, checkpoints: Sequence[Path]) -> str:
+    """What decides which pairs a run is shown on: equal for runs that share their examples."""
+    model = config.model  # what it starts from may have learned some of the pairs
+    starts = (model.start, model.image.name, model.text.name)
+    few = config.run.overfit and (config.run.overfit, config.run.seed)
+    trained_on: list[Any] = []
+    with suppress(ValueError):  # damaged
+        trained_on = [saved.facts_of(each, "content").get("sources") for each in checkpoints[-1:]]
+    return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
+
+
+def changed_data(run: Path, training: Pairs | SampleStream) -> str:
+    """In what a run's data differ from those that it was trained on; empty if they are the same.
+
+    Pairs held out of others need not be those that were held out of these.
+    """
+    if not (isinstance(training, PairsView) and len(training.left_out)):
+        return ""  # pairs of another source judge the run
+    with suppress(ValueError, LookupError, TypeError, AttributeError):  # its state is damaged
+        return changed_since(run, training) or ""
+    return ""
+
+
+decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
+
+
+def read_all(
+    read: Callable[[Any], T], items: Iterable[Any]
+) -> tuple[list[T | None], dict[str, Any]]:
+    """What `read` makes of each item, by threads; None for one that cannot be read.
+
+    And how many these are, and why the first one is, as fields of `Examples`.
+    """
+
+    def read_or_none(item: Any) -> tuple[T | None, str]:
+        try:
+            return read(item), ""
+        except ValueError as error:  # BadSample too
+            return None, str(error)
+
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(read_or_none, items))
+    reasons = [reason for _, reason in made if reason]
+    lost = {"skipped": len(reasons), "reason": next(iter(reasons), "")}
+    return [each for each, _ in made], lost
+
+
+def of_source(source: Pairs | SampleStream, samples: int) -> Examples:
+    """Pairs of a source, drawn evenly; of a stream the first ones."""
+    if isinstance(source, Pairs):
+        items: Iterable[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
+    else:
+        items = islice(source.samples(), samples)
+    read, lost = read_all(lambda item: read_image(source, item, decoded)[0], items)
+    good: dict[str, Sample] = {}  # a stream starts again at its end
+    for sample in read:
+        if sample is not None:
+            good.setdefault(sample.sample_id, sample)
+    whole = isinstance(source, Pairs) and len(good) == len(source)
+    return Examples(
+        name=source.name,
+        images=[sample.image for sample in good.values()],
+        captions=[sample.captions[0] for sample in good.values()],
+        key=getattr(source, "key", "") if whole else "",
+        **lost,
+    )
+
+
+def of_split(data: EvaluationData, samples: int) -> Examples:
+    """Pairs of what a run is judged by on the way, drawn evenly."""
+    split = data.splits["validation"]
+    source: Any = split.images  # the data of a run always have encoded images and captions
+    assert split.captions is not None
+
+    def encoded(row: int) -> bytes:
+        image: bytes = source.encoded(row)
+        decoded(image)  # raises if it cannot be
+        return image
+
+    chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
+    read, lost = read_all(encoded, chosen)
+    images = {row: each for row, each in zip(chosen, read, strict=True) if each is not None}
+    rows = [*images]
+    return Examples(
+        name=data.name,
+        images=[*images.values()],
+        captions=[split.captions[row][0] for row in rows],
+        classes=None if split.labels is None else split.labels[rows],
+        class_names=() if split.labels is None else data.class_names,
+        templates=data.templates,
+        groups=None if split.groups is None else [split.groups[row] for row in rows],
+        key=source.key if rows == [*range(len(source))] else "",
+        **lost,
+    )
 
 
 class KeptReader(Reader):
@@ -118,204 +285,7 @@ class KeptReader(Reader):
         return decoded
 
 
-def analyze(
-    run: Path,
-    *,
-    data: DataConfig | None = None,
-    samples: int = 5000,
-    num_groups: int | None = None,
-    allow_links: bool = False,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Measure every checkpoint of a run on held-out pairs.
-
-    Features always; projections too if the run trains its heads. `prototypes/...` are the sizes of
-    the run's own prototypes, where a checkpoint has some: how many held-out samples are nearest to
-    each. `measure` describes the other values.
-
-    Args:
-        run: A run folder.
-        data: The pairs as `data.train`, and how they are read, with an `allow_links` of its own; of
-            the emoji their validation split. Unset, what the run is judged by: its held-out pairs,
-            or that split.
-        samples: Pairs to use at most, drawn evenly; of a stream the first ones.
-        num_groups: Groups of each modality; else the run's number of prototypes, but at least five
-            pairs to a group.
-        allow_links: As in `data`, for the run's own pairs; its folder does not grant it.
-
-    Returns:
-        A JSON value. Its `digest` is equal for equal pairs; versions up to 1.0.0 wrote none.
-
-    Raises:
-        ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
-            too few.
-    """
-    config, checkpoints = open_run(run)
-    config = replace(config, data=replace(config.data, allow_links=allow_links))
-    pairs = held_out(run, config, data, samples)
-    if len(pairs.images) < 2 * PAIRS_PER_GROUP:
-        least = 2 * PAIRS_PER_GROUP
-        notes = "".join(f"; {note}" for note in pairs.notes)
-        raise ValueError(
-            f"{pairs.name}: {len(pairs.images)} pairs are too few; needs {least}{notes}"
-        )
-    most = len(pairs.images) // PAIRS_PER_GROUP
-    number = num_groups or min(config.prototypes.number or most, most)
-    if not 2 <= number <= most:
-        raise ValueError(f"{number} groups: choose from 2 to {most} with --groups")
-    entries, before = [], dict[str, Assignments]()
-    progress = Progress(f"analyze {config.run.name}", len(checkpoints))
-    for done, checkpoint in enumerate(checkpoints, 1):
-        step = int(checkpoint.name.removeprefix("step-"))
-        entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
-        spaces = embed(checkpoint, pairs, project=config.uses_prototypes, device=device)
-        for space, rows in spaces.items():
-            entry[space], before[space] = measure(
-                **rows,
-                num_groups=number,
-                captions=pairs.captions,
-                concepts=pairs.groups,
-                content=pairs.images,
-                classes=pairs.classes,
-                previous=before.get(space),
-                seed=config.run.seed,
-            )
-        of_run = run_prototypes(checkpoint) if "projections" in spaces else {}
-        for modality, centroids in of_run.items():
-            projections = spaces["projections"][f"{modality}s"]
-            sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
-            named = {f"prototypes/{name}/{modality}": size for name, size in sizes.items()}
-            entry["projections"].update(named)
-        entries.append(entry)
-        progress.update(done)
-    return {
-        "name": config.run.name,
-        "seed": config.run.seed,
-        "folder": str(run),
-        "data": pairs.name,
-        "pairs": len(pairs.images),
-        "digest": pairs.digest,
-        "skipped": pairs.skipped,
-        "notes": pairs.notes,
-        "groups": number,
-        "checkpoints": entries,
-    }
-
-
-def open_run(run: Path) -> tuple[Config, list[Path]]:
-    """The settings of a run and its checkpoints, oldest first.
-
-    Raises:
-        ValueError: This is no run, or it has no checkpoint.
-    """
-    if not (run / saved.SETTINGS).is_file():
-        raise ValueError(f"{run}: not a run folder, which has a {saved.SETTINGS}")
-    config = saved.read_config(run)
-    checkpoints = saved.checkpoints(run)
-    if not checkpoints:
-        raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
-    return config, checkpoints
-
-
-def held_out(run: Path, config: Config, data: DataConfig | None, samples: int) -> HeldOut:
-    """Pairs that the run has not trained on, as `analyze` describes them."""
-    if data is not None and data.is_emoji:
-        return of_split(datasets.emoji(), samples)
-    if data is not None:
-        named = sources.to_look_at(Config(data=data))
-        return of_source(sources.pairs(named), samples)
-    config = sources.to_look_at(config)
-    training, judged_by, _ = judged(config, sources.pairs(config))
-    if not judged_by:
-        raise ValueError(f"{run}: no pairs are held out; name some with --data")
-    return replace(of_split(judged_by[0], samples), changed=changed_data(run, training))
-
-
-def changed_data(run: Path, training: Pairs | SampleStream) -> str:
-    """In what a run's data differ from those that it was trained on; empty if they are the same.
-
-    Pairs held out of others need not be those that were held out of these.
-    """
-    if not (isinstance(training, PairsView) and len(training.left_out)):
-        return ""  # pairs of another source judge the run
-    with suppress(ValueError, LookupError, TypeError, AttributeError):  # its state is damaged
-        return changed_since(run, training) or ""
-    return ""
-
-
-decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
-
-
-def read_all(
-    read: Callable[[Any], T], items: Iterable[Any]
-) -> tuple[list[T | None], dict[str, Any]]:
-    """What `read` makes of each item, by threads; None for one that cannot be read.
-
-    And how many these are, and why the first one is, as fields of `HeldOut`.
-    """
-
-    def read_or_none(item: Any) -> tuple[T | None, str]:
-        try:
-            return read(item), ""
-        except ValueError as error:  # BadSample too
-            return None, str(error)
-
-    with ThreadPoolExecutor() as pool:
-        made = list(pool.map(read_or_none, items))
-    reasons = [reason for _, reason in made if reason]
-    lost = {"skipped": len(reasons), "reason": next(iter(reasons), "")}
-    return [each for each, _ in made], lost
-
-
-def of_source(source: Pairs | SampleStream, samples: int) -> HeldOut:
-    """Pairs of a source, drawn evenly; of a stream the first ones."""
-    if isinstance(source, Pairs):
-        items: Iterable[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    else:
-        items = islice(source.samples(), samples)
-    read, lost = read_all(lambda item: read_image(source, item, decoded)[0], items)
-    good: dict[str, Sample] = {}  # a stream starts again at its end
-    for sample in read:
-        if sample is not None:
-            good.setdefault(sample.sample_id, sample)
-    whole = isinstance(source, Pairs) and len(good) == len(source)
-    return HeldOut(
-        name=source.name,
-        images=[sample.image for sample in good.values()],
-        captions=[sample.captions[0] for sample in good.values()],
-        classes=None,
-        key=getattr(source, "key", "") if whole else "",
-        **lost,
-    )
-
-
-def of_split(data: EvaluationData, samples: int) -> HeldOut:
-    """Pairs of what a run is judged by on the way, drawn evenly."""
-    split = data.splits["validation"]
-    source: Any = split.images  # the data of a run always have encoded images and captions
-    assert split.captions is not None
-
-    def encoded(row: int) -> bytes:
-        image: bytes = source.encoded(row)
-        decoded(image)  # raises if it cannot be
-        return image
-
-    chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    read, lost = read_all(encoded, chosen)
-    images = {row: each for row, each in zip(chosen, read, strict=True) if each is not None}
-    rows = [*images]
-    return HeldOut(
-        name=data.name,
-        images=[*images.values()],
-        captions=[split.captions[row][0] for row in rows],
-        classes=None if split.labels is None else split.labels[rows],
-        groups=None if split.groups is None else [split.groups[row] for row in rows],
-        key=source.key if rows == [*range(len(source))] else "",
-        **lost,
-    )
-
-
-def embed(checkpoint: Path, pairs: HeldOut, *, project: bool, device: torch.device) -> Spaces:
+def embed(checkpoint: Path, pairs: Examples, *, project: bool, device: torch.device) -> Spaces:
     """What the model of a checkpoint makes of pairs, as `embed_with`."""
     loaded, transform, tokenizer = loading.load(checkpoint)
     assert isinstance(loaded, ProtoCLIP)
@@ -330,7 +300,7 @@ def embed_with(
     model: ProtoCLIP,
     transform: Callable[[Image.Image], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
-    pairs: HeldOut,
+    pairs: Examples,
     *,
     project: bool,
     device: torch.device,
@@ -370,9 +340,3 @@ def keeping_encoder(
         workers=0,
         cache=cache_folder() / "features",
     )
-
-
-def run_prototypes(checkpoint: Path) -> dict[str, Float[Tensor, "k p"]]:
-    """The prototypes of images and of texts that a checkpoint of a run holds."""
-    clusters = saved.read_clusters(checkpoint)
-    return {name: clusters[name][0].float() for name in MODALITIES if name in clusters}

@@ -5,7 +5,6 @@ What a run itself checks before it goes on in its folder is in `training/run_fol
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.config import Config
-from protoclip.evaluation.compare import (
-    machines_of,
-    models_of,
+from protoclip.evaluation.paired import (
+    RunResults,
     read_results,
     require_no_records,
     runs_inside,
 )
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
+from protoclip.results.compare import name_models, name_runs
 from protoclip.terminal import say
 from protoclip.training.run_folder import as_kept, flat
 
@@ -32,6 +31,8 @@ Numbers = npt.NDArray[np.float64]
 TOTAL, INSTANCE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 # A metric over the run: steps, and its value at each.
 Curve = tuple[Numbers, Numbers]
+# What reading JSON of another shape than ours raises.
+MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class RunFolder:
     config: Config | None
     problem: str
     curves: Mapping[str, Curve]
-    results: Mapping[str, Any] | None
+    results: RunResults | None
     environment: Mapping[str, Any]
     skipped: Sequence[Mapping[str, Any]]
     analysis: Mapping[str, Any] | None
@@ -105,7 +106,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     curves = read_curves(folder / "metrics.jsonl")
     if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
-    kept, environment = saved.checkpoints(folder), read_environment(folder / "results.json")
+    kept, environment = saved.checkpoints(folder), describe_environment(results)
     return RunFolder(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
@@ -116,10 +117,10 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         curves=curves,
         results=results,
         environment=environment,
-        skipped=[line for file in sorted(folder.glob("skipped*.jsonl")) for line in lines(file)],
+        skipped=[of for file in sorted(folder.glob("skipped*.jsonl")) for of in read_lines(file)],
         analysis=read_analysis(folder / "analysis.json"),
         sweep=read_sweep(folder / "wise_ft.json"),
-        differences=read_differences(folder / "results.json"),
+        differences=differences_to_start(results),
         checkpoints=kept,
         command=command_of(folder, kept, settings, ended=results is not None),
         seconds=environment.get("train_seconds", seconds_until(kept)),
@@ -157,22 +158,17 @@ def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
     return value if type(value) is int else default
 
 
-def models(runs: Sequence[RunFolder]) -> list[str]:
+def model_names(runs: Sequence[RunFolder]) -> list[str]:
     """What to call the model of each run, as `compare` does."""
-    return models_of((run.name, run.seed, str(run.folder)) for run in runs)
+    return name_models((run.name, run.seed, str(run.folder)) for run in runs)
 
 
-def labels(runs: Sequence[RunFolder]) -> list[str]:
+def run_names(runs: Sequence[RunFolder]) -> list[str]:
     """What to call each run: its model, and its seed where that has several."""
-    named = models(runs)
-    counts = Counter(named)
-    return [
-        model if counts[model] == 1 else f"{model}, seed {run.seed}"
-        for model, run in zip(named, runs, strict=True)
-    ]
+    return name_runs((run.name, run.seed, str(run.folder)) for run in runs)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, without lines that are damaged.
 
     Raises:
@@ -197,7 +193,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def read_curves(path: Path) -> dict[str, Curve]:
     """The finite values of each metric in `metrics.jsonl`, by name."""
     by_step: dict[str, dict[float, float]] = {}
-    for line in lines(path):
+    for line in read_lines(path):
         step: Any = line.get("step")
         if not is_number(step):
             continue
@@ -248,25 +244,25 @@ def is_number(value: Any) -> bool:
     return known and abs(value) < 1e300 and math.isfinite(value)
 
 
-def read_environment(path: Path) -> dict[str, Any]:
-    """Hardware and versions, and how the run ended, from `results.json`; empty without it."""
-    try:
-        results = read_json(path)
-        given = dict(results.get("environment", {}))
-        known: dict[str, Any] = {str(name): str(value) for name, value in given.items()}
-        known |= {"machines": words} if (words := machines_of(given)) else {}
-        numbers = ("train_seconds", "samples_seen", "samples_skipped")
-        known |= {name: results[name] for name in numbers if is_number(results.get(name))}
-        return known | ({"precision": str(results["precision"])} if "precision" in results else {})
-    except (ValueError, TypeError):
+def describe_environment(results: RunResults | None) -> dict[str, Any]:
+    """Hardware and versions, and how the run ended; empty if it has not."""
+    if results is None:
         return {}
+    given, facts = results.facts.get("environment"), results.facts
+    known: dict[str, Any] = {}
+    if isinstance(given, dict):
+        known = {str(name): str(value) for name, value in given.items()}
+    known |= {"machines": results.machines} if results.machines else {}
+    numbers = ("train_seconds", "samples_seen", "samples_skipped")
+    known |= {name: facts[name] for name in numbers if is_number(facts.get(name))}
+    return known | ({"precision": str(facts["precision"])} if "precision" in facts else {})
 
 
-def read_differences(path: Path) -> dict[str, dict[str, Any]]:
-    """The finite differences to the start of fine-tuning in `results.json`; without them none."""
+def differences_to_start(results: RunResults | None) -> dict[str, dict[str, Any]]:
+    """The finite differences of a fine-tuned model to its start; without them none."""
     differences: dict[str, dict[str, Any]] = {}
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        for name, change in read_json(path)["differences"].items():
+    with suppress(*MISSHAPEN):
+        for name, change in (results.facts if results is not None else {})["differences"].items():
             ends = change["interval"]
             if all(map(is_number, (change["mean"], *(ends or ())))) and len(ends or (0, 0)) == 2:
                 differences[str(name)] = {"mean": change["mean"], "interval": ends}
@@ -282,7 +278,7 @@ def read_analysis(path: Path) -> dict[str, Any] | None:
         ]
         known = {"data": str(analysis["data"]), "pairs": int(analysis["pairs"])}
         return {**known, "checkpoints": checkpoints} if checkpoints[-1]["features"] else None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+    except MISSHAPEN:
         return None
 
 
@@ -310,5 +306,5 @@ def read_sweep(path: Path) -> dict[str, Any] | None:
             for point in sweep["points"]
         ]
         return {"alpha": float(sweep["alpha"]), "points": points} if points else None
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+    except MISSHAPEN:
         return None

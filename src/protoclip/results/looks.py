@@ -6,10 +6,8 @@ Charts of it are drawn in `figures.py`, and all pairs of a source are shown by `
 import io
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,31 +18,25 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.data import sources
 from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, Pairs
-from protoclip.evaluation.analysis import (
-    PAIRS_PER_GROUP,
-    HeldOut,
-    changed_data,
-    embed,
-    embed_with,
-    keeping_encoder,
-    of_source,
-    of_split,
-)
+from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
-from protoclip.evaluation.grouping import MODALITIES, measure
+from protoclip.evaluation.grouping import MODALITIES
 from protoclip.evaluation.retrieval import captions_of
-from protoclip.evaluation.validation import is_asked, judged
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
-from protoclip.training.overfit import few_of
+from protoclip.results.examples import (
+    PAIRS_PER_GROUP,
+    Examples,
+    embed,
+    embed_with,
+    keeping_encoder,
+)
 
 PAIRS_PER_PROTOTYPE = 20  # in the gallery, in the mean
 FEWEST_MEMBERS = 5  # of a prototype that counts as tight or mixed
@@ -57,16 +49,6 @@ CONFUSED = 8  # classes in the table of confusions
 ON_MAP = 300  # pairs
 THUMBNAIL = 96  # pixels
 KINDS = ("largest", "tightest", "most mixed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Examples:
-    """Pairs to show a model on; `class_names` and `templates` if the data have classes."""
-
-    pairs: HeldOut
-    held_out: bool  # and not trained on, unless `pairs.changed`
-    class_names: Sequence[str] = ()
-    templates: Sequence[str] = ("{c}",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,51 +138,6 @@ class Look:
     grouping: Mapping[str, Mapping[str, float]]  # by space
 
 
-def examples_key(config: Config, checkpoints: Sequence[Path]) -> str:
-    """What decides which pairs a run is shown on: equal for runs that share their examples."""
-    model = config.model  # what it starts from may have learned some of the pairs
-    starts = (model.start, model.image.name, model.text.name)
-    few = config.run.overfit and (config.run.overfit, config.run.seed)
-    trained_on: list[Any] = []
-    with suppress(ValueError):  # damaged
-        trained_on = [saved.facts_of(each, "content").get("sources") for each in checkpoints[-1:]]
-    return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
-
-
-def find_examples(config: Config, samples: int, *, run: Path) -> Examples:
-    """Pairs that the run has not trained on; training pairs if none are held out.
-
-    Of a run that learns few pairs by heart these are shown.
-
-    Raises:
-        ValueError: The data are gone or cannot be read, or there are too few of them.
-    """
-    try:
-        settings = sources.to_look_at(config)
-        training, data, _ = judged(settings, sources.pairs(settings))
-        if config.run.overfit is not None:
-            training, data = few_of(training, config), []
-        if data:
-            pairs = replace(of_split(data[0], samples), changed=changed_data(run, training))
-            names = data[0].class_names if pairs.classes is not None else ()
-            examples = Examples(
-                pairs=pairs, held_out=True, class_names=names, templates=data[0].templates
-            )
-        else:
-            given = min(samples, len(training)) if isinstance(training, Pairs) else samples
-            examples = Examples(pairs=of_source(training, given), held_out=False)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"the data cannot be read ({error})") from error
-    pairs, lost = examples.pairs, ""
-    if pairs.skipped:
-        lost = f" ({pairs.skipped:,} could not be read, such as {pairs.reason})"
-    if not pairs.images:
-        raise ValueError(f"{pairs.name}: none of the images can be read{lost}")
-    if len(pairs.images) < 2 * PAIRS_PER_GROUP:
-        raise ValueError(f"{len(pairs.images)} pairs are too few to show anything{lost}")
-    return examples
-
-
 def look(
     examples: Examples,
     config: Config,
@@ -220,7 +157,7 @@ def look(
     """
     if not checkpoints:
         raise ValueError("it has no checkpoint")
-    newest, pairs = saved.find_checkpoint(checkpoints[-1]), examples.pairs
+    newest, pairs = saved.find_checkpoint(checkpoints[-1]), examples
     state = f"step {step_of(newest):,}"
     # Fine-tuning chooses weights between its start and its end.
     chosen = saved.find_checkpoint(newest.parents[1])
@@ -239,16 +176,7 @@ def look(
     if classes is not None and classes.ndim != 1:  # several classes an image
         classes = None
     grouping = {
-        name: measure(
-            rows["images"],
-            rows["texts"],
-            num_groups=num_groups,
-            captions=pairs.captions,
-            concepts=pairs.groups,
-            content=pairs.images,
-            classes=classes,
-            seed=seed,
-        )[0]
+        name: pairs.measure_grouping(rows, num_groups, classes=classes, seed=seed)[0]
         for name, rows in spaces.items()
     }
     features = spaces["features"]
@@ -282,7 +210,7 @@ def step_of(checkpoint: Path) -> int:
 def first_model(
     config: Config,
     checkpoints: Sequence[Path],
-    pairs: HeldOut,
+    pairs: Examples,
     *,
     rows: Int[np.ndarray, " m"],
     device: torch.device,
@@ -295,12 +223,10 @@ def first_model(
     start = repr((config.model, config.run.seed, title))
     if start in firsts:
         return [firsts[start]]
-    chosen = HeldOut(
+    chosen = Examples(
         name=pairs.name,
         images=[pairs.images[row] for row in rows],
         captions=[pairs.captions[row] for row in rows],
-        classes=None,
-        skipped=0,
     )
     every = torch.arange(len(rows))
     try:
@@ -485,7 +411,7 @@ def confusions(
     encoder: Encoder, examples: Examples, images: Float[Tensor, "n d"]
 ) -> Confusions | None:
     """Zero-shot classification of the examples; None if they do not have one class each."""
-    classes, names = examples.pairs.classes, list(examples.class_names)
+    classes, names = examples.classes, list(examples.class_names)
     if classes is None or classes.ndim != 1 or len(names) < 2:
         return None
     templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]

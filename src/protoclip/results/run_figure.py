@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from protoclip.evaluation.metrics import label
-from protoclip.report import findings
-from protoclip.report.figures import picture
-from protoclip.report.runs import Curve, read_run
+from protoclip.results.figures import picture
+from protoclip.results.findings import is_headline
+from protoclip.results.read import Curve, read_run
+from protoclip.results.table import split_key
 
 MOST = 4  # measures that one chart can hold
 LOSS, HELD_OUT = "Total loss", "On held-out data"
@@ -27,7 +28,7 @@ def main_figure(folder: Path) -> tuple[bytes, str] | None:
     measures = [
         name
         for name, (steps, _) in curves.items()
-        if name.startswith("eval/") and findings.parts(name)[1] in findings.HEADLINES
+        if name.startswith("eval/") and is_headline(name)
         if len(steps) > 1  # a run that is judged at its end alone has no curve of it
     ]
     charts: dict[str, dict[str, Curve]] = {}
@@ -47,5 +48,5 @@ def main_figure(folder: Path) -> tuple[bytes, str] | None:
 
 def named(metric: str) -> str:
     """What a chart calls a metric, with the data that it is of."""
-    data, rest = findings.parts(metric)
+    data, rest = split_key(metric)
     return f"{data}: {label(rest, data)}"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from protoclip.config import Config
-from protoclip.report.runs import RunFolder
+from protoclip.results.read import RunFolder
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import flat, to_toml
 

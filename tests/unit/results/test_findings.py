@@ -1,14 +1,17 @@
 """The sentences and the table say what `compare` has found."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from protoclip.evaluation import compare
 from protoclip.evaluation.metrics import interval, interval_of_difference
+from protoclip.evaluation.paired import RunResults, make_reader
 from protoclip.evaluation.samples import SampleResults, influences
-from protoclip.report.findings import findings, minus, sentence_case, table
+from protoclip.results.compare import compare_runs
+from protoclip.results.findings import compare_headlines
+from protoclip.results.table import sentence_case, table_of_runs, with_minus
 
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
@@ -19,11 +22,13 @@ def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5, o
     ids = np.array([f"{of}{row}" for row in range(400)], object)
     right = np.roll(np.arange(400) < 400 * share, 130 * "ABC".index(name))
     SampleResults(images={"sample_id": ids, "knn_correct": right}).write(file)
-    return {
-        **{"name": name, "seed": seed, "folder": str(tmp_path / f"{name}-{seed}")},
-        **{"samples_seen": 1.0, "train_seconds": 1.0, "samples": {"emoji": file}},
-        "metrics": {KNN: share, GAP: gap},
-    }
+    return RunResults(
+        name=name,
+        seed=seed,
+        folder=str(tmp_path / f"{name}-{seed}"),
+        samples={"emoji": file},
+        metrics={KNN: share, GAP: gap},
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,42 +45,42 @@ def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5, o
 def test_the_best_model_is_held_against_the_first_or_the_next(shares, verdict, sentence, tmp_path):
     """With the interval of the difference in this direction."""
     runs = {name: run(tmp_path, name, share) for name, share in shares.items()}
-    (found,) = findings(compare.compare(list(runs.values())))
+    (found,) = compare_headlines(compare_runs(list(runs.values())))
     said = f"{found.model} {found.rest}"
     assert found.verdict == verdict
     assert re.match(sentence, said)
     best, other = said[0], re.findall(r"\b[ABC]\b", said)[1]
-    moved = [influences(SampleResults.read(runs[n]["samples"]["emoji"])) for n in (best, other)]
+    moved = [influences(SampleResults.read(runs[n].samples["emoji"])) for n in (best, other)]
     gain = 100 * (shares[best] - shares[other])
     low, high = interval_of_difference([gain], 100 * (moved[0]["knn/acc1"] - moved[1]["knn/acc1"]))
     numbers = f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}], paired over 400 test samples."
-    assert said.endswith(minus(numbers))
+    assert said.endswith(with_minus(numbers))
 
 
 def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
     """Each seed of these models differs alike, so that samples alone make the interval."""
     shares = {"A": 0.5, "B": 0.6}
     seeds = [run(tmp_path, name, of, seed=seed) for name, of in shares.items() for seed in range(3)]
-    (found,) = findings(compare.compare(seeds))
-    one, _, _, two, *_ = (influences(SampleResults.read(of["samples"]["emoji"])) for of in seeds)
+    (found,) = compare_headlines(compare_runs(seeds))
+    one, _, _, two, *_ = (influences(SampleResults.read(of.samples["emoji"])) for of in seeds)
     low, high = interval_of_difference([10.0], 100 * (two["knn/acc1"] - one["knn/acc1"]))
     numbers = f"[{low:+.1f}, {high:+.1f}], paired over 3 seeds and 400 test samples."
-    assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {minus(numbers)}")
+    assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {with_minus(numbers)}")
 
 
 def test_a_difference_of_common_seeds_keeps_its_sign(tmp_path):
     """Where another seed makes a model the best in the mean, the common ones decide."""
     runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.4))]
     runs.append(run(tmp_path, "B", 0.9, seed=1))
-    (found,) = findings(compare.compare(runs))
+    (found,) = compare_headlines(compare_runs(runs))
     assert (found.verdict, found.model) == ("open", "B")
     numbers = "65.0 against 50.0 percent, \u221210.0 points over the seeds of both [\u2212"
     assert numbers in found.rest
 
 
 def test_without_a_paired_interval_nothing_is_better(tmp_path):
-    entries = compare.compare([run(tmp_path, "A", 0.5), run(tmp_path, "B", 0.9, seed=1)])
-    (found,) = findings(entries)
+    entries = compare_runs([run(tmp_path, "A", 0.5), run(tmp_path, "B", 0.9, seed=1)])
+    (found,) = compare_headlines(entries)
     assert found.verdict == "open"
     assert "(no interval: the runs share no seed" in found.rest
 
@@ -83,7 +88,7 @@ def test_without_a_paired_interval_nothing_is_better(tmp_path):
 def test_equal_models_are_told_so_without_an_interval(tmp_path):
     """And without a minus sign before the 0, whichever is held against the other."""
     equal = run(tmp_path, "A", 0.5)
-    (found,) = findings(compare.compare([equal, {**equal, "name": "B", "folder": "B"}]))
+    (found,) = compare_headlines(compare_runs([equal, replace(equal, name="B", folder="B")]))
     few = "too few groups of test samples differ, or too few do not"
     assert found.rest.endswith(f"50.0 against 50.0 percent, +0.0 points (no interval: {few}).")
 
@@ -92,64 +97,66 @@ def test_equal_models_are_told_so_without_an_interval(tmp_path):
 def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
     """The easier samples may be the others' only merit; whether the runs share a seed or not."""
     runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.9, seed=seed, of="other ")}
-    entries = compare.compare([*runs.values()])
-    (found,) = findings(entries)
+    entries = compare_runs([*runs.values()])
+    (found,) = compare_headlines(entries)
     assert found.verdict == "open"
     assert found.rest.endswith("+40.0 points (no interval: other samples judged each).")
-    knn, _ = table(entries)
-    assert [(cell.value, cell.best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
+    knn, _ = table_of_runs(entries).rows
+    assert [(cell.value, cell.is_best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
 
 
 def test_sources_of_a_mixture_have_no_sentences_of_their_own(tmp_path):
     """Other data sets have, whatever they are called."""
     runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.9))]
-    for of in runs:
-        names = ("validation", "validation-a", "my-shop")
-        of["metrics"] = {f"eval/{name}/knn/acc1": of["metrics"][KNN] for name in names}
-    said = [of.rest for of in findings(compare.compare(runs))]
+    names = ("validation", "validation-a", "my-shop")
+    runs = [
+        replace(of, metrics={f"eval/{name}/knn/acc1": of.metrics[KNN] for name in names})
+        for of in runs
+    ]
+    said = [of.rest for of in compare_headlines(compare_runs(runs))]
     assert len(said) == 2
     assert "nearest-neighbour classification (validation):" in said[0]
     assert "nearest-neighbour classification (my-shop):" in said[1]
 
 
 def test_one_model_or_none_gives_no_sentence(tmp_path):
-    assert findings([]) == findings(compare.compare([run(tmp_path, "A", 0.5)])) == []
+    assert compare_headlines([]) == compare_headlines(compare_runs([run(tmp_path, "A", 0.5)])) == []
 
 
 def test_the_table_has_values_intervals_and_differences(tmp_path):
     """Of one seed the interval over test samples, as `evaluate` shows it; of several over both."""
     one = run(tmp_path, "A", 0.5)
     two = [run(tmp_path, "B", 0.75, seed=seed, gap=0.25) for seed in (0, 1)]
-    knn, gap = table(compare.compare([one, *two]))
-    samples = SampleResults.read(one["samples"]["emoji"])
+    knn, gap = table_of_runs(compare_runs([one, *two])).rows
+    samples = SampleResults.read(one.samples["emoji"])
     low, high = (100 * end for end in interval(0.5, influences(samples)["knn/acc1"]))
     first, second = knn.cells
-    assert (knn.metric, gap.metric, knn.data) == ("kNN", "Gap", "emoji")
+    assert (knn.heading, gap.heading) == (["kNN"], ["gap"])
     assert (first.value, first.interval) == ("50.0", f"[{low:.1f}, {high:.1f}]")
-    assert (first.difference, first.best, second.best) == ("", False, True)
-    assert (second.value, second.interval, second.beyond) == ("75.0", "[70.5, 79.0] ± 0.0", True)
-    assert second.difference.startswith("+25.0 [")
+    assert (first.difference, first.is_best, second.is_best) == ("", False, True)
+    assert (second.value, second.interval, second.is_clear) == ("75.0", "[70.5, 79.0] ± 0.0", True)
+    assert second.difference.startswith("+25.0† [")
     assert [cell.value for cell in gap.cells] == ["0.500", "0.250"]
-    assert (gap.cells[1].difference, gap.cells[1].best) == ("\u22120.250", False)
+    assert (gap.cells[1].difference, gap.cells[1].is_best) == ("-0.250†", False)
 
 
 def test_a_damaged_file_of_samples_costs_the_intervals_alone(tmp_path, capsys):
     """Of that run, and those of differences to it; there is one warning."""
     runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.75)}
-    path = runs["A"]["samples"]["emoji"]
+    path = runs["A"].samples["emoji"]
     path.write_bytes(path.read_bytes()[:100])
-    read = compare.reader(refuse=False)
-    entries = compare.compare([*runs.values()], [*runs], read)
-    knn, _ = table(entries)
+    read = make_reader(refuse=False)
+    entries = compare_runs([*runs.values()], [*runs], read)
+    knn, _ = table_of_runs(entries).rows
     first, second = knn.cells
     assert (first.value, first.interval, second.difference) == ("50.0", "", "+25.0")
     assert second.interval.startswith("[")
-    assert "too little is known of other samples" in findings(entries)[0].rest
+    assert "too little is known of other samples" in compare_headlines(entries)[0].rest
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {path}: not the results of an evaluation")
     assert said.count("warning") == 1
 
 
 def test_words():
-    assert minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
+    assert with_minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
     assert [*map(sentence_case, ("kNN", "linear probe", "a"))] == ["kNN", "Linear probe", "A"]

@@ -1,0 +1,338 @@
+"""Runs that are finished: what they wrote of their results, and how their metrics differ.
+
+Differences are paired by seed, and by test sample where the same samples judged both runs. They are
+shown by `results/compare.py`.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from protoclip.evaluation.metrics import METRICS, SHOWN, Floats, difference, interval, rests_on_few
+from protoclip.evaluation.samples import (
+    Columns,
+    SampleResults,
+    decided_by_candidates,
+    influences,
+)
+from protoclip.files import has_changed, read_json, read_local
+from protoclip.terminal import say
+
+FEW = 3  # runs that are named
+SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
+Counts = Mapping[str, Mapping[str, int]]
+WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
+Reader = Callable[[Path], WithInfluences | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResults:
+    """The results of a run.
+
+    Attributes:
+        metrics: Finite values, by `eval/<data set>/<task>/<metric>`.
+        samples: The files with the results of each test sample, by data set.
+        trained_on: By data set, of how many of its `pairs` the run was trained on `images`.
+        facts: All that `results.json` holds.
+    """
+
+    name: str
+    seed: int
+    folder: str
+    metrics: Mapping[str, float]
+    samples: Mapping[str, Path] = field(default_factory=dict)
+    samples_seen: float | None = None
+    train_seconds: float | None = None
+    trained_on: Counts = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def machines(self) -> str:
+        """What the run trained on, one after the other; versions up to 1.0.0 wrote the device."""
+        environment = self.facts.get("environment")
+        known = environment if isinstance(environment, dict) else {}
+        listed = known.get("machines")
+        names = listed if isinstance(listed, list) else [known.get("device")]
+        return ", then ".join(str(name) for name in names if name)
+
+
+def read_results(run: str | Path) -> RunResults:
+    """Read `results.json` of a finished run.
+
+    Raises:
+        ValueError: There is no such run, or it has not finished.
+    """
+    path = Path(run) / "results.json"
+    if not path.exists():
+        require_no_records(path.parent)
+        reason = "no such run folder"
+        if path.parent.exists():
+            reason = "is a file, not a run folder"
+        if path.parent.is_dir():
+            reason = runs_inside(path.parent) or "no results.json; the run has not finished"
+        raise ValueError(f"{path.parent}: {reason}")
+    try:
+        facts = json.loads(read_local(path))
+        if not isinstance(facts["name"], str) or not isinstance(facts["seed"], int):
+            raise TypeError("name or seed")
+        metrics = {key: finite_number(value) for key, value in dict(facts["metrics"]).items()}
+        results = RunResults(
+            name=facts["name"],
+            seed=facts["seed"],
+            folder=str(path.parent),
+            metrics={key: value for key, value in metrics.items() if value is not None},
+            samples=find_samples(path.parent),
+            samples_seen=finite_number(facts["samples_seen"]),
+            train_seconds=finite_number(facts["train_seconds"]),
+            trained_on={  # versions up to 1.0.0 wrote none
+                data: {key: int(finite_number(counts[key]) or 0) for key in ("pairs", "images")}
+                for data, counts in dict(facts.get("trained_on", {})).items()
+            },
+            facts=facts,
+        )
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path}: not the results of a run ({reason}); restore it, or leave the run out"
+        ) from error
+    if has_changed(facts):  # people may edit it
+        say(f"warning: {path}: not what the run wrote: its checksum differs")
+    return results
+
+
+def finite_number(value: Any) -> float | None:
+    """A number from JSON; None for null, infinity and NaN. Raises `TypeError` for anything else."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def find_samples(folder: Path) -> dict[str, Path]:
+    """The files with the results of each sample, by data set; of two splits those of `test`."""
+    return {
+        file.name.removesuffix(f"-{split}.parquet"): file
+        for split in ("validation", "test")
+        for file in sorted((folder / "results").glob(f"*-{split}.parquet"))
+    }
+
+
+def require_no_records(path: Path) -> None:
+    """Refuse what `protoclip evaluate --out` wrote, a file or the folder: it has no results by
+    sample, so that models could not be compared by it."""
+    files = path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json")
+    if any(map(is_record, files)):
+        raise ValueError(
+            f"{path}: was written by protoclip evaluate, and is no run folder; to compare models "
+            "by such records, give protoclip evaluate MODEL --compare-to OTHER --data DATA"
+        )
+
+
+def is_record(file: Path) -> bool:
+    """Whether `protoclip evaluate` wrote a JSON file."""
+    try:
+        return {"dataset", "task", "intervals"} <= read_json(file).keys()
+    except ValueError:
+        return False
+
+
+def runs_inside(folder: Path) -> str:
+    """Says which runs a folder holds, if it is none itself; empty if it holds none."""
+    inside = sorted(str(config.parent) for config in folder.glob("*/config.toml"))
+    if not inside or (folder / "config.toml").is_file():
+        return ""
+    named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
+    return f"not a run folder; it holds runs: name them, as {named}"
+
+
+def make_reader(*, refuse: bool) -> Reader:
+    """A function that reads a file of `RunResults.samples`, each once.
+
+    A damaged file raises `ValueError`, or, without `refuse`, costs a warning and gives None.
+    """
+
+    @cache
+    def read_samples(path: Path) -> WithInfluences | None:
+        try:
+            samples = SampleResults.read(path)
+        except ValueError as error:
+            if refuse:
+                raise
+            say(f"warning: {error}")
+            return None
+        return samples, influences(samples)
+
+    return read_samples
+
+
+def intervals_of(runs: Sequence[RunResults], read: Reader) -> dict[str, dict[str, Any]]:
+    """The 95% `interval` of metrics of a model over samples and seeds, and whether it is `wide`.
+
+    Only of metrics that the same samples judged in all of its runs.
+    """
+    by_key = dict[str, dict[str, Any]]()
+    for data in {*runs[0].samples}.intersection(*(run.samples for run in runs)):
+        judged = [read(run.samples[data]) for run in runs]
+        known = [each for each in judged if each is not None]
+        decided = {metric for each in known for metric in decided_by_candidates(*each)}
+        for metric in METRICS.keys() - decided:
+            key = f"eval/{data}/{metric}"
+            values = [run.metrics[key] for run in runs if key in run.metrics]
+            moved = [
+                influence[metric]
+                for samples, influence in known
+                if metric in influence and same_samples(samples, known[0][0], metric)
+            ]
+            if len(values) == len(moved) == len(runs) and len({*map(len, moved)}) == 1:
+                wide = rests_on_few(np.mean(moved, axis=0))
+                by_key[key] = {"interval": interval(values, np.stack(moved)), "wide": wide}
+    return by_key
+
+
+def trained_pairs(counts: Iterable[Counts]) -> dict[str, str]:
+    """In words, how many pairs of a data set models were trained on, where they were on some."""
+    return {
+        data: f"trained on {number['images']:,} of {number['pairs']:,} pairs of {data}"
+        for each in counts
+        for data, number in each.items()
+        if number.get("images")
+    }
+
+
+class Common(NamedTuple):
+    """What judged two runs by a metric.
+
+    Attributes:
+        samples: The results by sample of the first one.
+        same: Whether the same samples judged the second one.
+        moved: How much more each group moves the second one `(groups,)`, where that is known.
+    """
+
+    samples: SampleResults
+    same: bool
+    moved: Floats | None
+
+
+def difference_of_runs(
+    key: str,
+    first: Mapping[int, RunResults],
+    second: Mapping[int, RunResults],
+    read: Reader,
+) -> dict[str, Any]:
+    """How much higher a metric of the second runs is than that of the first runs.
+
+    Args:
+        key: The metric, as `eval/emoji/knn/acc1`.
+        first, second: The runs of two models by seed.
+        read: As `make_reader` makes it.
+
+    Returns:
+        `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
+        if the metric can have one; `kind`, what that covers, `seeds`, `samples` or `seeds and
+        samples`, or None; `seeds`, the number of common seeds; `samples`, that of test samples, if
+        it covers them; `n`, the one of both that stands first in `kind`; `p` and `beyond`, as
+        `difference` has them; `of_some`, whether either model has other seeds too, which count in
+        its mean alone; and `other_samples`, whether other samples are known to have judged the
+        runs.
+    """
+    one, two = values_by_seed(key, first), values_by_seed(key, second)
+    seeds = [seed for seed in two if seed in one]
+    pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
+    judged = [find_common(key, first[left], second[right], read) for left, right in pairs]
+    common = [each for each in judged if each is not None]
+    others = not all(each.same for each in common)
+    if not seeds:
+        gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
+        no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "of_some": False}
+        return {**difference([gain]), **no_seeds, "other_samples": others}
+    _, data, name = key.split("/", 2) if key.count("/") > 1 else ("", "", key)
+    gains = [float(two[seed] - one[seed]) for seed in seeds]
+    influence = influence_on_difference(common, name, number=len(seeds))
+    metric = METRICS.get(name)
+    # On other samples, as of other data, it is not the models alone that differ.
+    if others or (metric is not None and not metric.has_interval):
+        gains, influence = [float(np.mean(gains))], None  # one gain alone has no interval
+    samples = None if influence is None else len(common[0].samples.rows(name)["sample_id"])
+    covered_by = {"seeds": len(gains)} if len(gains) > 1 else {}
+    if samples is not None:
+        covered_by["samples"] = samples
+    result = difference(gains, influence)
+    if data in trained_pairs(run.trained_on for run in (*first.values(), *second.values())):
+        result["p"] = None  # it is not of the models alone either
+    return {
+        **result,
+        "n": next(iter(covered_by.values()), len(seeds)),
+        "seeds": len(seeds),
+        "samples": samples,
+        "kind": " and ".join(covered_by) or None,
+        "of_some": len(seeds) < max(len(one), len(two)),
+        "other_samples": others,
+    }
+
+
+def values_by_seed(key: str, runs: Mapping[int, RunResults]) -> dict[int, np.float64]:
+    """The values of a metric, of the runs that have it."""
+    return {s: np.float64(run.metrics[key]) for s, run in runs.items() if key in run.metrics}
+
+
+def influence_on_difference(common: Sequence[Common], metric: str, *, number: int) -> Floats | None:
+    """How much each group of samples moves the difference of each pair of runs `(pairs, groups)`.
+
+    None unless the same samples, with known results, judged all `number` pairs.
+    """
+    moved = [each.moved for each in common if each.moved is not None]
+    if len(moved) < number:
+        return None
+    first = common[0].samples
+    if not all(same_samples(each.samples, first, metric) for each in common):
+        return None
+    return np.stack(moved)
+
+
+def find_common(key: str, one: RunResults, two: RunResults, read: Reader) -> Common | None:
+    """What judged two runs by a metric; None unless both have results by sample."""
+    if key.count("/") < 2:
+        return None
+    _, data, metric = key.split("/", 2)
+    if metric not in METRICS or data not in one.samples or data not in two.samples:
+        return None
+    of_one, of_two = read(one.samples[data]), read(two.samples[data])
+    if of_one is None or of_two is None:
+        return None
+    (samples, influence), (other_samples, other_influence) = of_one, of_two
+    if not same_samples(samples, other_samples, metric):
+        return Common(samples, same=False, moved=None)
+    if metric not in influence.keys() & other_influence.keys():
+        return Common(samples, same=True, moved=None)
+    if len(influence[metric]) != len(other_influence[metric]):  # groups of texts that only one has
+        return Common(samples, same=False, moved=None)
+    return Common(samples, same=True, moved=other_influence[metric] - influence[metric])
+
+
+def same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:
+    """Whether the same samples, in the same groups, judge both by a metric.
+
+    What a query is searched among decides as much as the queries. Images of one id are the same if
+    they show the same and, where classes judge, have the same class; as far as both say so.
+    """
+    sides, shown = [(one.rows(metric), two.rows(metric))], [*SHOWN]
+    if METRICS[metric].task in SEARCHES:
+        sides = [(one.images, two.images), (one.texts, two.texts)]
+        shown.remove("class_name")
+    for left, right in sides:
+        both = [name for name in shown if name in left and name in right]
+        if sorted_samples(left, both) != sorted_samples(right, both):
+            return False
+    return True
+
+
+def sorted_samples(rows: Columns, shown: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Samples, each with its group and these columns, in a fixed order."""
+    groups = rows.get("group", rows["sample_id"])
+    return sorted(zip(rows["sample_id"], groups, *(rows[name] for name in shown), strict=True))

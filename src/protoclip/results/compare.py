@@ -1,0 +1,270 @@
+"""Models side by side: runs by what they wrote, and evaluated models by their records.
+
+Differences of two runs are computed in `evaluation/paired.py`, and `table.py` shows what is found
+here.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protoclip.evaluation.metrics import difference, intervals, mark_clear, rests_on_few
+from protoclip.evaluation.paired import (
+    Reader,
+    RunResults,
+    difference_of_runs,
+    intervals_of,
+    make_reader,
+    trained_pairs,
+)
+from protoclip.evaluation.suite import Result
+from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
+
+LONGEST_NAME = 180  # bytes of a file's name, without its ending
+Entry = Mapping[str, Any]  # a model, as `compare_runs` returns it
+
+
+# Runs
+
+
+def name_models(runs: Iterable[tuple[str, int, str]]) -> list[str]:
+    """What to call the model of each run, given the run's name, its seed and its folder.
+
+    Runs of one name are seeds of one model. Where a seed of a name repeats, each of its runs is a
+    model of its own, named with its folder.
+    """
+    known = list(runs)
+    counts = Counter((name, seed) for name, seed, _ in known)
+    repeated = {name for (name, _), count in counts.items() if count > 1}
+    return [f"{name} ({folder})" if name in repeated else name for name, _, folder in known]
+
+
+def name_runs(runs: Iterable[tuple[str, int, str]]) -> list[str]:
+    """What to call each run: its model, and its seed where that has several runs."""
+    known = list(runs)
+    names = name_models(known)
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name}, seed {seed}"
+        for name, (_, seed, _) in zip(names, known, strict=True)
+    ]
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def compare_runs(
+    runs: Sequence[RunResults], models: Sequence[str] | None = None, read: Reader | None = None
+) -> list[dict[str, Any]]:
+    """Group runs by model, and compare each model with the first.
+
+    A run that is given twice counts once.
+
+    Args:
+        models: The model of each run, where runs differ; unset, by `name_models`.
+        read: Reads results by sample; unset, a damaged file is refused, unless there are several
+            seeds: then an interval over these is left.
+
+    Returns:
+        One entry a model: `name`, `seeds`, the different `machines` of its runs, and for
+        `samples_seen`, `train_seconds` and each of `metrics` a `summary`; and `trained_on`, as
+        `trained_pairs` has it. Metrics have what `intervals_of` finds, and those of later entries a
+        `difference`.
+    """
+    if models is None:
+        runs = list({os.path.realpath(run.folder): run for run in runs}.values())
+        models = name_models((run.name, run.seed, run.folder) for run in runs)
+    groups: dict[str, dict[int, RunResults]] = {}
+    for model, run in zip(models, runs, strict=True):
+        groups.setdefault(model, {})[run.seed] = run
+    reference = next(iter(groups.values()), {})
+    several = any(len(members) > 1 for members in groups.values())
+    read = read or make_reader(refuse=not several)
+    entries = []
+    for name, by_seed in groups.items():
+        members = [*by_seed.values()]
+        ends, metrics = intervals_of(members, read), dict[str, Any]()
+        for key in members[0].metrics:
+            if not all(key in run.metrics for run in members):
+                continue
+            metrics[key] = summary([run.metrics[key] for run in members]) | ends.get(key, {})
+            if by_seed is not reference and any(key in of.metrics for of in reference.values()):
+                metrics[key]["difference"] = difference_of_runs(key, reference, by_seed, read)
+        entries.append(
+            {
+                "name": name,
+                "seeds": list(by_seed),
+                "metrics": metrics,
+                "samples_seen": summary([run.samples_seen for run in members]),
+                "train_seconds": summary([run.train_seconds for run in members]),
+                "trained_on": trained_pairs(run.trained_on for run in members),
+                "machines": sorted({run.machines for run in members} - {""}),
+            }
+        )
+    mark_clear(differences_in(entries))
+    return entries
+
+
+def summary(values: Sequence[float | None]) -> dict[str, Any]:
+    """`mean`, and of two values or more `spread`, the sample standard deviation."""
+    known = np.asarray([value for value in values if value is not None], dtype=np.float64)
+    spread = {"spread": float(known.std(ddof=1))} if len(known) > 1 else {}
+    return {"mean": float(known.mean()) if len(known) else None, **spread}
+
+
+def differences_in(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The differences of all metrics of the entries of `compare_runs`."""
+    values = [value for entry in entries for value in entry["metrics"].values()]
+    return [value["difference"] for value in values if "difference" in value]
+
+
+# Evaluated models
+
+
+def add_means(results: Sequence[Result]) -> list[Result]:
+    """The results of one model; and for metrics of several data sets, their mean over those."""
+    by_metric: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        for metric in result.record["metrics"]:
+            by_metric.setdefault((result.record["task"], metric), []).append(result)
+    # One record for the metrics of a task that the same data sets have.
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (task, metric), members in by_metric.items():
+        if len(members) > 1:
+            names = tuple(result.record["dataset"] for result in members)
+            groups.setdefault((task, names), []).append(metric)
+    means = []
+    for (task, names), metrics in groups.items():
+        members = by_metric[task, metrics[0]]
+        values = {m: float(np.mean([r.record["metrics"][m] for r in members])) for m in metrics}
+        influences = {
+            metric: np.concatenate([r.influences[metric] for r in members]) / len(members)
+            for metric in metrics
+            if all(metric in r.influences for r in members)
+        }
+        without = {metric for member in members for metric in member.without}
+        first = members[0].record
+        record = {
+            "dataset": f"mean of {len(names)}",
+            "model": first["model"],
+            "pretrained": first["pretrained"],
+            "task": task,
+            "metrics": values,
+            "language": first["language"],
+            "split": first["split"],
+            "datasets": list(names),
+            "intervals": intervals(values, influences, without),
+        }
+        for member in members:
+            if trained_on([member]):
+                record["trained_on"] = member.record["trained_on"]
+        record["wide"] = [name for name in record["intervals"] if rests_on_few(influences[name])]
+        ids = [sample for member in members for sample in member.ids]
+        means.append(Result(record=record, influences=influences, ids=ids, without=without))
+    return [*results, *means]
+
+
+def add_differences(
+    models: Sequence[Sequence[Result]], reference: Sequence[Result]
+) -> list[list[Result]]:
+    """The results of models with their paired differences to a reference, by metric.
+
+    They are as `difference` has them; an interval needs the same samples.
+    """
+    by_key = {key_of_result(result): result for result in reference}
+
+    def add_difference(result: Result) -> Result:
+        other, record = by_key.get(key_of_result(result)), dict(result.record)
+        if other is not None:
+            record["compared_to"] = other.record["model"]
+            record["differences"] = {
+                metric: difference_of_results(metric, other, result)
+                for metric in record["metrics"]
+                if metric in other.record["metrics"]
+            }
+        return replace(result, record=record)
+
+    with_all = [[*map(add_difference, results)] for results in models]
+    mark_clear(record_differences(with_all))
+    return with_all
+
+
+def key_of_result(result: Result) -> tuple[Any, ...]:
+    """What two results have in common that can be compared: the task and the data."""
+    record = result.record
+    return record["task"], record["dataset"], *record.get("datasets", ())
+
+
+def difference_of_results(metric: str, first: Result, second: Result) -> dict[str, Any]:
+    gain = second.record["metrics"][metric] - first.record["metrics"][metric]
+    influence = None
+    have_influences = metric in first.influences.keys() & second.influences.keys()
+    if have_influences and [*first.ids] == [*second.ids]:
+        influence = second.influences[metric] - first.influences[metric]
+    result = difference([gain], influence)
+    if trained_on([first, second]):
+        result["p"] = None
+    return result
+
+
+def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any]]:
+    """The differences of all metrics of all records."""
+    records = [result.record for results in models for result in results]
+    return [change for record in records for change in record.get("differences", {}).values()]
+
+
+def trained_on(results: Sequence[Result]) -> dict[str, str]:
+    """What `trained_pairs` has of the data sets of some results."""
+    records = [result.record for result in results]
+    return trained_pairs({of["dataset"]: of.get("trained_on", {})} for of in records)
+
+
+def write_records(
+    records: Sequence[dict[str, Any]], folder: Path, *, overwrite: bool = False
+) -> None:
+    """One file a record, named as CLIP_benchmark names its own; `clip_benchmark build` takes them.
+
+    Raises:
+        OSError: The folder cannot be written.
+        ValueError: One of the files is somebody else's; none is written then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    by_name: dict[str, dict[str, Any]] = {}
+    for record in records:
+        words = words_of(record)
+        stem = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
+        if len(encoded := stem.encode()) > LONGEST_NAME:
+            start = encoded[:LONGEST_NAME].decode(errors="ignore")
+            stem = f"{start}-{checksum(encoded)[:8]}"
+        # `runs/x` and `runs_x` are one stem.
+        earlier = by_name.get(stem) or read_record(folder / f"{stem}.json")
+        if earlier is not None and words_of(earlier) != words:
+            stem += f"-{checksum(to_json(words).encode())[:8]}"
+        name = stem
+        while name in by_name:  # two models of one name
+            name = f"{stem}-{len(by_name)}"
+        by_name[name] = record
+    for name in by_name if not overwrite else ():
+        require_ours(folder / f"{name}.json", '"intervals"')  # which CLIP_benchmark's lack
+    for name, record in by_name.items():
+        write_atomically(folder / f"{name}.json", to_json(record) + "\n")
+
+
+def words_of(record: Mapping[str, Any]) -> list[str]:
+    """What tells a record from others, as the name of its file has it."""
+    words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
+    return words + ([record["split"]] if record["split"] != "test" else [])
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """The record in a file of ours; None if there is none."""
+    with suppress(ValueError, LookupError):
+        record = read_json(file)
+        words_of(record)
+        return record
+    return None
