@@ -61,8 +61,9 @@ from protoclip.losses.info_nce import info_nce
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import make_targets, prototypical_loss
 from protoclip.losses.sigmoid import sigmoid_loss
-from protoclip.models import loading, saved, towers
+from protoclip.models import loading, saved
 from protoclip.models.precision import Precision, autocast, grad_scaler
+from protoclip.models.protoclip import image_size
 from protoclip.models.saved import OPTIMIZER, WEIGHTS
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
@@ -657,7 +658,7 @@ def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, s
     with tempfile.TemporaryDirectory() as folder:
         built = run.Run(make_plan(config), model, folder=Path(folder))
     trainer, size = built.trainer, config.episodes.batch_size
-    side, length = towers.image_size(model.towers), loading.context_length(config.model)
+    side, length = image_size(model.towers), loading.context_length(config.model)
     device = machine.device
     image = torch.randn(size, 3, side, side, device=device)
     image = image.contiguous(memory_format=torch.channels_last)

@@ -18,8 +18,8 @@ from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
 from protoclip.models import flops
 from protoclip.models.flops import Forward
-from protoclip.models.halves import NAMED_CONTEXT_LENGTH, SmallTowers
 from protoclip.models.resolve import resolve_start
+from protoclip.models.text_models import NAMED_CONTEXT_LENGTH
 from protoclip.training import optim, plan, sizes
 from protoclip.training.stages import stage_of
 from protoclip.training.throughput import PEAK
@@ -103,14 +103,14 @@ def read(words: Sequence[str]) -> Cost:
     cost = parse(Cost, ["--config", *words])
     given = Config(**{entry.name: getattr(cost, entry.name) for entry in fields(Config)})
     outlined = plan.outline(given)
-    config, architecture = outlined.config, outlined.start.architecture
+    config, start = outlined.config, outlined.start
     if not config.episodes.size and not cost.pairs:
         raise ValueError("--pairs: the recipe leaves episodes.size to the data; give their number")
     size = config.episodes.size or sizes.episode_size(cost.pairs, config.episodes.batch_size)
     count = sizes.number_of_episodes(cost.pairs, size, config.episodes.batch_size)
     config = plan.with_sizes(config, size, count, size // sizes.PAIRS_A_PROTOTYPE)
-    if isinstance(architecture, SmallTowers):
-        pixels, length = architecture.sizes["image_size"], architecture.sizes["context_length"]
+    if start.is_small:
+        pixels, length = start.sizes["image_size"], start.sizes["context_length"]
         image, text = config.model.image, config.model.text
         model = replace(
             config.model,

@@ -410,7 +410,7 @@ def displaced(
             way *= shift * length / (way @ towers.text_projection).norm()
             towers.ln_final.bias.add_(way)
     start = resolve_start(resolved)
-    facts = {MODEL: model_json(start.model, start.architecture.towers_json)}
+    facts = {MODEL: model_json(start.model, start.describe_towers())}
     write_checkpoint(folder, {WEIGHTS: dict(model.state_dict())}, facts)
 
 

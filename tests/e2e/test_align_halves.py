@@ -18,9 +18,8 @@ from interrupting import with_changes
 from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projections
-from protoclip.models.resolve import resolve_start
+from protoclip.models.resolve import resolve_start, tower_config
 from protoclip.models.start import find_start
-from protoclip.models.two_halves import tower_config
 from protoclip.training import wise_ft
 from protoclip.training.align import align
 from testing import tiny_config, tiny_pairs

@@ -156,7 +156,7 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
         return count_clip_tokens, model.text.context_length
     from protoclip.models.loading import context_length, tokenizer
     from protoclip.models.resolve import resolve_start
-    from protoclip.models.towers import TokenCounter
+    from protoclip.models.tokenizers import TokenCounter
 
     start = resolve_start(model)
     return TokenCounter(tokenizer(start)), context_length(start)

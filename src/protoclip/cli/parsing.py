@@ -287,7 +287,7 @@ def located_model(reference: str, folder: Path, name: str) -> str:
     before, path, behind = (part or "" for part in parts.groups())
     moved = f"{before}{located_path(path, folder)}{behind}"
     if moved != reference and name == "model.image.name":
-        from protoclip.models.towers import is_image_name
+        from protoclip.models.timm import is_image_name
 
         return reference if is_image_name(reference) else moved
     return moved

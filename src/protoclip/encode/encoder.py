@@ -49,7 +49,7 @@ from protoclip.models import loading
 from protoclip.models.frozen import Pooling, open_frozen_encoder
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
-from protoclip.models.towers import TELLING
+from protoclip.models.tokenizers import TELLING
 from protoclip.terminal import without_secrets
 
 PART_ROWS = {"text": 8192, "image": 2048}

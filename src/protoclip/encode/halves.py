@@ -53,7 +53,7 @@ from protoclip.encode.store import Hashes, Numbers, Segments, hash_ids
 from protoclip.files import checksum, locked
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.batch_norm import layers_of
-from protoclip.models.towers import TELLING, Tokenizer
+from protoclip.models.tokenizers import TELLING, Tokenizer
 
 Read = TypeVar("Read")
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -47,7 +47,7 @@ from protoclip.files import checksum
 from protoclip.models.batch_norm import layers_of
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import evaluation_mode
-from protoclip.models.towers import TELLING
+from protoclip.models.tokenizers import TELLING
 from protoclip.progress import Progress
 
 FEW_IMAGES = 300  # are read faster than worker processes start

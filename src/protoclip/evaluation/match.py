@@ -33,7 +33,7 @@ from protoclip.evaluation.grouping import nearest_others
 from protoclip.evaluation.kept import Kept
 from protoclip.files import checksum
 from protoclip.models.frozen import Pooling
-from protoclip.models.halves import MINILM, pooling_of
+from protoclip.models.text_models import MINILM, pooling_of
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement

@@ -19,16 +19,12 @@ from torch import Tensor, nn
 
 from protoclip.export.source import Features, Source, Unavailable
 from protoclip.export.timm import trunk_arguments
-from protoclip.models import conversion, hugging_face
+from protoclip.models import transformers as transformers_models
 from protoclip.models.formats import has_quick_gelu, is_plain_vit, matrix
-from protoclip.models.hugging_face import (
-    HuggingFaceTowers,
-    auto_model,
-    draw_on_terminals_alone,
-    return_what_is_read,
-)
+from protoclip.models.text_models import auto_model, draw_on_terminals_alone
+from protoclip.models.transformers import HuggingFaceTowers, return_what_is_read
 
-NAMES = {ours: theirs for theirs, ours in conversion.NAMES.items()}  # from open_clip's
+NAMES = {ours: theirs for theirs, ours in transformers_models.NAMES.items()}  # from open_clip's
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC.value,
@@ -88,7 +84,7 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
     if source.checkpoint is not None:
         processor = image_processor(source)
     else:
-        processor = hugging_face.image_processor(source.reference.removeprefix("hf:"))
+        processor = transformers_models.image_processor(source.reference.removeprefix("hf:"))
     tokenizer = source.text_tokenizer
     tokenizer.tokenizer.model_max_length = tokenizer.context_length
     return_what_is_read(tokenizer.tokenizer, source.towers.kind)

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protoclip.export.source import Features, Source, Unavailable
-from protoclip.models.hugging_face import MASKED_KIND, HuggingFaceTowers
 from protoclip.models.protoclip import TowerPair
+from protoclip.models.transformers import MASKED_KIND, HuggingFaceTowers
 
 FOLDER = "onnx"
 LEAST_OPSET = 18  # the oldest that torch exports to

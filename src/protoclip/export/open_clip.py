@@ -15,8 +15,8 @@ from torch import Tensor
 
 from protoclip.export.source import Features, Source
 from protoclip.files import read_json, to_json
-from protoclip.models.start import OPEN_CLIP_WEIGHTS
-from protoclip.models.towers import OPEN_CLIP_CONFIG
+from protoclip.models.open_clip import FILES
+from protoclip.models.opening import OPEN_CLIP_CONFIG
 
 
 def write(source: Source, folder: Path) -> str:
@@ -30,7 +30,7 @@ def write(source: Source, folder: Path) -> str:
     text = to_json(settings, indent=2)
     (folder / OPEN_CLIP_CONFIG).write_text(text + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous() for name, tensor in built.state_dict().items()}
-    save_file(weights, folder / OPEN_CLIP_WEIGHTS[0])
+    save_file(weights, folder / FILES[0])
     if config["text_cfg"].get("hf_tokenizer_name"):
         # open_clip then looks for the tokenizer in the folder.
         source.text_tokenizer.tokenizer.save_pretrained(folder)

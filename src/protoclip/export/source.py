@@ -20,11 +20,11 @@ from torch import Tensor
 
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
 from protoclip.models.formats import has_quick_gelu
-from protoclip.models.hugging_face import HuggingFaceTowers
 from protoclip.models.opening import ImageTransform
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.start import find_start
-from protoclip.models.towers import Tokenizer
+from protoclip.models.tokenizers import Tokenizer
+from protoclip.models.transformers import HuggingFaceTowers
 
 
 class Unavailable(ValueError):
@@ -112,7 +112,7 @@ def open_source(reference: str, *, license: str = "unknown") -> Source:
     built: Any = model.towers
     config = None
     if not isinstance(built, HuggingFaceTowers):
-        config = deepcopy(start.architecture.open_clip_config)
+        config = deepcopy(start.open_clip_config)
         assert config is not None
         size = built.visual.image_size
         config["vision_cfg"]["image_size"] = size if isinstance(size, int) else list(size)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from protoclip.models.protoclip import Embeddings, ProtoCLIP, to_float
-from protoclip.models.towers import PROJECTIONS
+from protoclip.models.protoclip import PROJECTIONS, Embeddings, ProtoCLIP, to_float
 
 NAMES = ("head", "proj", "text_projection")  # of a tower's projection, which is the first it has
 

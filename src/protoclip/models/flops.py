@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from protoclip.models import towers
 from protoclip.models.loading import context_length
+from protoclip.models.protoclip import image_size
 from protoclip.models.start import Start
 
 
@@ -30,12 +30,12 @@ class Forward:
 
 def forward_flops(start: Start) -> Forward:
     """Count the FLOPs of a start's towers at its sizes. Matrix products and convolutions count."""
-    model = start.build("none")
+    model = start.build(on_meta=True)
     pair: Any = model.towers
-    size = towers.image_size(pair)
+    size = image_size(pair)
     length = pair.context_length if hasattr(pair, "context_length") else context_length(start)
     if start.model.name is None and start.model.start is None:
-        size, length = start.architecture.sizes.values()
+        size, length = start.sizes.values()
     samples = 2  # BatchNorm needs more than one
 
     def counted(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:

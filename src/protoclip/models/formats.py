@@ -16,7 +16,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from torch import nn
 
-from protoclip.models.halves import OPEN_CLIP_KINDS
+from protoclip.models.text_models import OPEN_CLIP_KINDS
 
 
 def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import OfMiddle
 from protoclip.models import loading, opening
-from protoclip.models.hugging_face import auto_model
 from protoclip.models.opening import ImageTransform
-from protoclip.models.towers import max_tokens, transformers_config
+from protoclip.models.text_models import auto_model, max_tokens, transformers_config
 from protoclip.paths import require_path
 
 Pooling = Literal["mean", "cls", "pooler"]

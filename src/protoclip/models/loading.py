@@ -16,14 +16,15 @@ from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import is_sharded, load_whole, shard, shard_linear
-from protoclip.models import batch_norm, halves, lora, towers
-from protoclip.models.opening import Loaded, text_repository
+from protoclip.models import batch_norm, lora, text_models
+from protoclip.models.open_clip import text_repository
+from protoclip.models.opening import Loaded
 from protoclip.models.precision import resolve
-from protoclip.models.protoclip import ProtoCLIP, TowerPair
+from protoclip.models.protoclip import ProtoCLIP, TowerPair, image_input, image_size
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import checkpoints, find_checkpoint
 from protoclip.models.start import Start, find_start
-from protoclip.models.towers import Tokenizer
+from protoclip.models.tokenizers import Tokenizer
 from protoclip.progress import three_digits
 
 Pair = TypeVar("Pair", bound=TowerPair)
@@ -82,20 +83,18 @@ def model(given: ModelConfig | Start, *, seed: int, notes: list[str] | None = No
         ValueError: There is no such model, or its weights are damaged or of another model.
     """
     start = start_of(given)
-    # Settings without a start name their weights by themselves, which come with the towers.
-    is_whole = start.model.start is None and not start.is_resized
     with torch.random.fork_rng(devices=[]):
         # Seed the CPU's generator only: `torch.manual_seed` would seed every GPU too.
         torch.default_generator.manual_seed(seed)
-        built = start.build("published" if is_whole else "new")
-        said = [] if is_whole else start.fill(built)
+        built = start.build()
+        resized = start.fill(built)
     if notes is not None:
-        notes += said
+        notes += resized
     return built
 
 
 def tokenizer(given: ModelConfig | Start) -> Tokenizer:
-    return start_of(given).architecture.tokenizer()
+    return start_of(given).tokenizer()
 
 
 def context_length(given: ModelConfig | Start) -> int:
@@ -123,7 +122,7 @@ def training_model(
             whole = model(start, seed=config.run.seed, notes=said)
         if sharded:
             with torch.random.fork_rng(devices=[]):
-                built = start.build("none")
+                built = start.build(on_meta=True)
         else:
             assert whole is not None
             built = to_device(whole, device)
@@ -219,7 +218,7 @@ def check_parallel(config: Config, start: Start) -> None:
         ValueError: As `recompute_activations`.
     """
     if config.parallel.activation_checkpointing:
-        recompute_activations(start.build("none").towers, start.model)
+        recompute_activations(start.build(on_meta=True).towers, start.model)
 
 
 def recompute_activations(both: nn.Module, config: ModelConfig) -> None:
@@ -252,7 +251,7 @@ def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns:
 
     A run that `aligns` trains what lies between two frozen halves alone.
     """
-    size, length = towers.image_size(built.towers), reads(["a"]).shape[1]
+    size, length = image_size(built.towers), reads(["a"]).shape[1]
     millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
     parameters = f"{three_digits(millions)} million parameters with the heads"
     said = f"{size} pixels and {length} tokens, {parameters}"
@@ -272,8 +271,7 @@ def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns:
 
 
 def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:
-    read = towers.image_input(built.towers)
-    return transforms.evaluation_transform(**read, squash=built.squashes)
+    return transforms.evaluation_transform(**image_input(built.towers), squash=built.squashes)
 
 
 def training_transform(
@@ -281,12 +279,12 @@ def training_transform(
 ) -> TrainingTransform:
     """The transform of an augmentation that the plan has decided."""
     given = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
-    return given(**towers.image_input(built.towers))
+    return given(**image_input(built.towers))
 
 
 def text_files(start: Start, built: ProtoCLIP, reads: Tokenizer) -> dict[str, bytes]:
     """The files of a Hugging Face text tower and tokenizer that a checkpoint holds, by name."""
-    config = start.architecture.open_clip_config
+    config = start.open_clip_config
     if config is not None and text_repository(config) is None:
         return {}
-    return halves.text_files(built.towers, reads)
+    return text_models.text_files(built.towers, reads)

@@ -13,8 +13,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from protoclip.models import towers
-from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP, evaluation_mode
+from protoclip.models.protoclip import (
+    PROJECTIONS,
+    TEACHER_HEADS,
+    ProtoCLIP,
+    evaluation_mode,
+    image_size,
+)
 
 ADAPTER = "default"  # peft's name of the only adapter
 # What peft adds to the names of parameters.
@@ -55,7 +60,7 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("model.lora: pip install 'protoclip[finetune]' first") from None
-    new = towers.PROJECTIONS if new_projections else ()
+    new = PROJECTIONS if new_projections else ()
     chosen: dict[str, str] = {}
     parts = []
     called = adaptable(model, tokens)
@@ -98,7 +103,7 @@ def add_adapters(
 
 
 def is_projection(name: str) -> bool:
-    return f"{name}.".startswith(towers.PROJECTIONS)
+    return f"{name}.".startswith(PROJECTIONS)
 
 
 @torch.no_grad()
@@ -109,7 +114,7 @@ def adaptable(model: ProtoCLIP, tokens: Int[Tensor, "1 c"]) -> dict[str, str]:
         part.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, part in model.towers.named_modules()
     ]
-    size, parameter = towers.image_size(model.towers), next(model.parameters())
+    size, parameter = image_size(model.towers), next(model.parameters())
     try:
         with evaluation_mode(model):
             model.encode_image(parameter.new_zeros(1, 3, size, size))

@@ -7,45 +7,32 @@ Which library opens a reference is decided in `start.py`; our own checkpoints ar
 import logging
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.access import hub_answer
-from protoclip.data.transforms import LibraryTransform, OfMiddle, PillowTransform
-from protoclip.models import towers
 from protoclip.models.lora import without_adapters
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Tokenizer
+from protoclip.models.tokenizers import Tokenizer
 from protoclip.terminal import line
 
 ImageTransform = Callable[[Image.Image], Tensor]
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
-HUGGING_FACE_CONFIG = "config.json"
+OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG = "open_clip_config.json", "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def open_clip_transform(built: Any) -> ImageTransform:
-    """What open_clip does to an image, so that its numbers come back; the usual case is ours."""
-    settings = PreprocessCfg(**built.visual.preprocess_cfg)
-    sides = settings.size if isinstance(settings.size, tuple | list) else [settings.size]
-    usual = (settings.resize_mode, settings.interpolation) == ("shortest", "bicubic")
-    if usual and len(set(sides)) == 1:
-        mean, std = towers.image_normalisation(built)
-        return PillowTransform(size=sides[0], mean=mean, std=std)
-    apply = image_transform_v2(settings, is_train=False)
-    if settings.resize_mode != "squash":
-        apply = OfMiddle(apply)
-    return LibraryTransform(settings=str(settings), apply=apply)
+class Misfit(ValueError):
+    """Weights are of another model than the one that they are for."""
 
 
 def seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
@@ -61,6 +48,12 @@ def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     wrong = expected.keys() ^ weights.keys()
     both = expected.keys() & weights.keys()
     return sorted(wrong | {name for name in both if expected[name].shape != weights[name].shape})
+
+
+def examples_of(wrong: Sequence[str]) -> str:
+    """The first five of the tensors that do not fit a model, in words."""
+    names = ", ".join(name.removeprefix("towers.") for name in wrong[:5])
+    return f"{len(wrong)} tensors are missing, unknown or of another shape, such as {names}"
 
 
 def require_safetensors(
@@ -94,16 +87,6 @@ def require_weights(reference: str, file: Path) -> None:
 def hub_name(name: str | Path) -> str:
     """A name that is looked up on the hub; "" for a folder."""
     return "" if Path(name).is_dir() or Path(name).is_absolute() else str(name)
-
-
-def text_repository(config: Mapping[str, Any]) -> str | None:
-    """Where on the hub the text tower or tokenizer of an open_clip model is.
-
-    "" if it is in a folder, and None if it is not of Hugging Face.
-    """
-    text = config["text_cfg"]
-    name = text.get("hf_model_name") or text.get("hf_tokenizer_name")
-    return hub_name(name) if name else None
 
 
 def unreachable(reference: str, way_out: str = "") -> ValueError:
@@ -156,8 +139,8 @@ def readable_errors(reference: str, repository: str = "", way_out: str = "") -> 
     except Misfit as error:
         raise ValueError(f"{reference}: {error}") from error
     except Exception as error:  # what these libraries raise has no common class
-        if isinstance(error, ValueError) and str(error).startswith("model."):
-            raise  # it is of ours, and says it all
+        if isinstance(error, ValueError) and str(error).startswith(("model.", f"{reference}: ")):
+            raise  # it is ours, and says it all
         # What libraries cannot get is an OSError; any other ValueError is about the model.
         about_model = isinstance(error, ValueError) and not isinstance(error, OSError)
         if repository and answer is None and not about_model:

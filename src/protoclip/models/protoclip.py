@@ -1,6 +1,6 @@
 """The model: two towers, and in ProtoCLIP two projection heads and two temperatures.
 
-Towers are built in `towers.py`, and what of the model trains is decided in `training/stages.py`.
+A start builds it (`start.py`), and `training/stages.py` decides which parts of it train.
 """
 
 import copy
@@ -11,12 +11,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import open_clip
 import torch
 import torch.export
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from protoclip.config import HeadConfig
+
+# How the names of what leads from a tower into the joint space begin: of timm's image and Hugging
+# Face's text trunks in open_clip, of open_clip's own towers, and of models of `transformers`.
+PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection")
+TEACHER_HEADS = "teacher_heads."  # how the names of parameters begin that serve training alone
 
 
 @contextmanager
@@ -69,9 +77,6 @@ class Embeddings:
             image_projections=repeated(self.image_projections),
             image_outputs=repeated(self.image_outputs),
         )
-
-
-TEACHER_HEADS = "teacher_heads."  # how the names of parameters begin that serve training alone
 
 
 # Or FSDP of PyTorch 2.10 and earlier would not find the tensors of an output.
@@ -304,3 +309,38 @@ class ProtoCLIP(TowerPair):
             scales.append(self.towers.get_parameter("logit_scale"))
         for scale in scales:
             scale.copy_(torch.where(taken, scale.clamp(0, math.log(100)), scale))
+
+
+def projection_head(embed_dim: int, config: HeadConfig) -> nn.Sequential:
+    """Linear - BatchNorm - ReLU, `hidden_layers` times, then Linear to `projection_dim`.
+
+    From a tower's outputs to the small space that K-means clusters.
+    """
+    layers: list[nn.Module] = []
+    width, hidden = embed_dim, config.hidden_dim
+    for _ in range(config.hidden_layers):
+        layers += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+        width = hidden
+    layers.append(nn.Linear(width, config.projection_dim))
+    return nn.Sequential(*layers)
+
+
+def image_normalisation(
+    towers: nn.Module,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Channel means and standard deviations of the image tower's input, for values in [0, 1]."""
+    mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return tuple(mean), tuple(std)
+
+
+def image_size(towers: nn.Module) -> int:
+    """Height and width of the image tower's input, in pixels."""
+    size: int | tuple[int, int] = towers.visual.image_size  # type: ignore[union-attr,assignment]
+    return size if isinstance(size, int) else size[0]
+
+
+def image_input(towers: nn.Module) -> dict[str, Any]:
+    """The arguments of an image transform: what images the towers read."""
+    mean, std = image_normalisation(towers)
+    return {"size": image_size(towers), "mean": mean, "std": std}

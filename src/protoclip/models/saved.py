@@ -47,9 +47,8 @@ from protoclip.files import (
     write_atomically,
 )
 from protoclip.models import shards
-from protoclip.models.opening import misfits
+from protoclip.models.opening import examples_of, misfits
 from protoclip.models.protoclip import TEACHER_HEADS
-from protoclip.models.towers import examples_of
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
 OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"

@@ -1,45 +1,57 @@
-"""What a model starts from: one frozen dataclass a kind, made once from a reference or settings.
+"""What a model starts from: its towers and tokenizer, described, and weights that are read later.
 
-A start holds architecture, tokenizer and text files, and reads weights only when it is asked for
-them. `loading.py` makes models of starts.
+Each kind of start is a constructor, by a reference such as `protoclip.load` takes, and a class that
+says how its weights are read. `resolve.py` has those of a `[model]` section.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import open_clip
 import torch
-from open_clip import hf_configs
-from safetensors import safe_open
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 
-from protoclip.config import HeadConfig, ModelConfig
+from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, HeadConfig, ModelConfig
 from protoclip.data.transforms import evaluation_transform
-from protoclip.files import read_local, require_regular
-from protoclip.models import conversion, hugging_face, towers
-from protoclip.models.architecture import Architecture, DescribedTowers, NamedTowers
-from protoclip.models.halves import SmallTowers
-from protoclip.models.heads import projection_head
+from protoclip.files import read_local
+from protoclip.models import open_clip as open_clip_models
+from protoclip.models import text_models, timm, transformers
+from protoclip.models.open_clip import (
+    TowerKind,
+    build_towers,
+    named_config,
+    published_weights,
+    text_repository,
+    tower_kind,
+)
 from protoclip.models.opening import (
     HUB_NAME,
     HUGGING_FACE_CONFIG,
+    OPEN_CLIP_CONFIG,
+    ImageTransform,
     Loaded,
+    examples_of,
     hub_name,
     misfits,
-    open_clip_transform,
     readable_errors,
     require_safetensors,
     require_weights,
     seeded,
 )
-from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.resize import adopt
+from protoclip.models.protoclip import (
+    ProtoCLIP,
+    TowerPair,
+    image_input,
+    image_size,
+    projection_head,
+)
 from protoclip.models.saved import (
     MODEL,
     WEIGHTS,
@@ -50,61 +62,243 @@ from protoclip.models.saved import (
     require_intact,
     tensor_names,
 )
-from protoclip.models.towers import OPEN_CLIP_CONFIG, Misfit, Weights, examples_of
+from protoclip.models.tokenizers import Tokenizer, open_clip_tokenizer
+from protoclip.models.transformers import HuggingFaceTowers, TransformersConfig
 from protoclip.paths import MODEL_HINT
 from protoclip.terminal import line, say
-
-OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-HF_TEXT_KINDS = tuple(hf_configs.arch_dict)  # the text models that open_clip can hold
-# How the reference code names what is not a tower.
-REFERENCE_NAMES = {
-    "image_projection_head.": "image_head.",
-    "text_projection_head.": "text_head.",
-    "logit_scale_proto": "prototype_logit_scale",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """A model to start from or to open, which is there; its weights are unread.
 
-    Small towers and two halves are no more than this: their weights come with their towers.
-
     Attributes:
         reference: As messages name it.
-        unresized: Its towers and tokenizer at its own sizes, and the settings that follow from it.
         model: The `[model]` section that builds a model from it, once it is resolved.
+        own: That section at the sizes that the weights have, and with their heads.
+        towers_json: What describes the towers in `model.json`: the content of open_clip's
+            `open_clip_config.json`, or the settings of `transformers`. None where `model` says it
+            all, as of small towers and of open_clip's models by name.
+        text_files: Folder of a Hugging Face text tower, which else is looked up by its name.
+        tokenizer_source: Folder or hub name of the tokenizer, which else is looked up by its name.
         has_heads: Whether it has projection heads, as runs have.
-        squashes_as_begun: `squashes` of a run that goes on; unset, it follows from the start.
+        resize_mode: How the model reads images of other shapes, in open_clip's words.
+        setting: What messages name where a setting brought the start.
         notes: For the user.
     """
 
     reference: str
-    unresized: Architecture
     model: ModelConfig
+    own: ModelConfig
+    towers_json: Mapping[str, Any] | None = None
+    text_files: Path | None = None
+    tokenizer_source: str | None = None
     has_heads: bool = False
-    squashes_as_begun: bool | None = None
+    resize_mode: str = "shortest"
+    setting: str | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def architecture(self) -> Architecture:
-        """Its towers and tokenizer at the sizes of `model`."""
-        return replace(self.unresized, model=self.model)
+    def read_weights(self, pair: TowerPair) -> None:
+        """Give a new model of this start, at its own sizes, its weights."""
+        raise NotImplementedError
 
-    @property
-    def has_logit_bias(self) -> bool:
-        """Whether the model has the bias of the sigmoid loss."""
-        return self.architecture.has_logit_bias
+    def open(self) -> Loaded:
+        """The model at its own sizes, in evaluation mode on the CPU; its transform, its tokenizer.
+
+        A model of another library is as that library has it.
+        """
+        with self.opening():
+            pair = self.open_pair()
+            return pair.eval(), self.transform_of(pair), self.at_own_sizes().tokenizer()
+
+    def open_pair(self) -> TowerPair:
+        """The model at its own sizes with its weights; new ones are those of seed 0."""
+        pair: TowerPair = seeded(self.at_own_sizes().new_pair)
+        self.read_weights(pair)
+        return pair
+
+    def new_pair(self) -> TowerPair:
+        """The model with new weights, with heads only if the start has any."""
+        return self.build() if self.has_heads else TowerPair(self.build_towers())
+
+    def transform_of(self, pair: TowerPair) -> ImageTransform:
+        """How `open` prepares images for a model of this start."""
+        return open_clip_models.image_transform(pair.towers)
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Turns what `open` raises into one line."""
+        return nullcontext()
+
+    def build(self, *, on_meta: bool = False) -> ProtoCLIP:
+        """The model with weights from torch's global generator, or without any on the meta device.
+
+        Raises:
+            ValueError: The towers cannot have the sizes of `model`.
+        """
+        with torch.device("meta") if on_meta else nullcontext():
+            built = ProtoCLIP(
+                self.build_towers(pretrained_text=not (on_meta or self.has_weights)),
+                projection_head(self.embed_dim, self.model.heads),
+                joins_halves=self.model.joins_halves,
+                squashes=self.squashes,
+            )
+            if self.has_logit_bias:
+                built.add_logit_bias()
+        return built
+
+    def fill(self, built: ProtoCLIP) -> list[str]:
+        """Give a model of `build` the weights of the start; returns notes on what was resized."""
+        if self.is_resized:
+            name = self.model.start or f"{self.model.name}/{self.model.pretrained}"
+            return adopt(built, self.open_pair(), name=name)
+        self.read_weights(built)
+        return []
+
+    def build_towers(self, *, pretrained_text: bool = False) -> nn.Module:
+        """New towers at the sizes of `model`."""
+        if self.transformers_config is not None:
+            return self.transformers_config.build(**self.sizes)
+        name = self.model.name or (self.model.image.name if self.is_small else "this model")
+        with self._reading():
+            built: nn.Module = build_towers(
+                self.open_clip_config or {},
+                self.preprocessing,
+                **self.sizes,
+                name=name,
+                pretrained_text=pretrained_text,
+            )
+        return built
+
+    def tokenizer(self) -> Tokenizer:
+        length = self.sizes["context_length"]
+        with nullcontext() if self.is_small else self._reading():
+            if self.transformers_config is not None:
+                source, config = str(self.tokenizer_source), self.transformers_config.config
+                return transformers.open_tokenizer(source, config, context_length=length)
+            text = (self.open_clip_config or {})["text_cfg"]
+            return open_clip_tokenizer(text, context_length=length, source=self.tokenizer_source)
+
+    def at_own_sizes(self) -> "Start":
+        return replace(self, model=self.own)
+
+    def describe_towers(self) -> Mapping[str, Any] | None:
+        """`towers_json` of the towers that are built, where `model` may change more than sizes."""
+        return self.towers_json
 
     @property
     def description(self) -> dict[str, Any]:
         """What `model.json` says of a model that is built from it."""
-        return model_json(self.model, self.architecture.towers_json, squashes=self.squashes)
+        return model_json(self.model, self.describe_towers(), squashes=self.squashes)
 
     @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint folder of a model of ours."""
-        return None
+    def transformers_config(self) -> TransformersConfig | None:
+        """The description of a model of `transformers`; None for towers of open_clip."""
+        described = self.towers_json or {}
+        return TransformersConfig(described) if "transformers" in described else None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether `model` describes the towers, part by part."""
+        return self.towers_json is None and self.model.name is None
+
+    @property
+    def open_clip_config(self) -> dict[str, Any] | None:
+        """open_clip's configuration of the towers; None if they are those of `transformers`.
+
+        A text tower and its tokenizer are in `text_files` if there are any, whatever they are
+        called where the model was made.
+        """
+        described, name, tag = self.describe_towers(), self.model.name, self.model.pretrained
+        if described is not None:
+            if "transformers" in described:
+                return None
+            config = deepcopy(dict(described["model_cfg"]))
+        elif name is None:
+            return small_config(self.model, self.text_source)
+        else:
+            config = named_config(name)
+            # Weights may have been trained with QuickGELU, which the name does not say.
+            if tag is not None and published_weights(name, tag).get("quick_gelu"):
+                config["quick_gelu"] = True
+        if self.text_files is not None:
+            names = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
+            config["text_cfg"] |= dict.fromkeys(names, str(self.text_files))
+        return config
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How images become tensors, as open_clip's `preprocess_cfg`."""
+        if self.towers_json is not None:
+            settings: Mapping[str, Any] = self.towers_json.get("preprocess_cfg", {})
+            return settings
+        model = self.model
+        if model.name is not None:
+            return (
+                {} if model.pretrained is None else published_weights(model.name, model.pretrained)
+            )
+        if model.image.weights is None:
+            return {}
+        known = timm.timm_settings(model.image.name)
+        return {"mean": known.mean, "std": known.std}
+
+    @property
+    def text_source(self) -> str:
+        """Where a small model's Hugging Face text tower is; "" if it has none."""
+        return str(self.text_files or text_models.text_source(self.model.text.name))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """`image_size` in pixels and `context_length` in tokens; None for the towers' own."""
+        image, text = self.model.image, self.model.text
+        if not self.is_small:
+            return {"image_size": image.size, "context_length": text.context_length}
+        size, length = SMALL_IMAGE_SIZES[0], SMALL_CONTEXT_LENGTHS[0]
+        if image.weights is not None:
+            size = timm.timm_settings(image.name).input_size[-1]
+        if text.name is not None:
+            config = text_models.text_config(text.name, self.text_source)
+            length = min(text_models.NAMED_CONTEXT_LENGTH, text_models.max_tokens(config))
+        return {"image_size": image.size or size, "context_length": text.context_length or length}
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether `model` has other sizes than the weights."""
+        if not self.has_weights:
+            return False
+        size, length = self.own.image.size, self.own.text.context_length
+        if (config := self.open_clip_config) is not None:
+            size = size or config["vision_cfg"].get("image_size", 224)
+            length = length or config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
+        given = self.model.image.size, self.model.text.context_length
+        return given[0] not in (None, size) or given[1] not in (None, length)
+
+    @property
+    def tower_kind(self) -> TowerKind | None:
+        """The kind of the image tower; None for small towers that start untrained."""
+        if self.transformers_config is not None:
+            return self.transformers_config.tower_kind
+        if self.is_small and self.model.image.weights is None and self.model.text.name is None:
+            return None
+        return tower_kind((self.open_clip_config or {})["vision_cfg"])
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the joint space."""
+        if self.transformers_config is not None:
+            return self.transformers_config.embed_dim
+        return int((self.open_clip_config or {})["embed_dim"])
+
+    @property
+    def has_logit_bias(self) -> bool:
+        """Whether the model has the bias of the sigmoid loss."""
+        if self.transformers_config is not None:
+            return self.transformers_config.kind == "siglip"
+        return (self.open_clip_config or {}).get("init_logit_bias") is not None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it has weights of its own for the whole model."""
+        return True
 
     @property
     def heads_are_new(self) -> bool:
@@ -112,64 +306,120 @@ class Start:
         return not self.has_heads
 
     @property
-    def resize_mode(self) -> str:
-        """How the model reads images of other shapes, in open_clip's words."""
-        settings = (self.unresized.towers_json or {}).get("preprocess_cfg", {})
-        return settings.get("resize_mode") or "shortest"
+    def checkpoint(self) -> Path | None:
+        """The checkpoint folder of a model of ours."""
+        return None
 
     @property
     def squashes(self) -> bool:
         """As of `ProtoCLIP`: a model that is made of this one is evaluated alike."""
-        begun = self.squashes_as_begun
-        return self.resize_mode == "squash" if begun is None else begun
+        return self.resize_mode == "squash"
 
     @property
-    def is_resized(self) -> bool:
-        """Whether `model` has other sizes than the weights, where these could be loaded as is."""
-        return False
+    def label(self) -> str:
+        """What messages name."""
+        return self.setting or self.reference
 
     def check(self) -> None:
         """Refuse what `open` refuses before it reads weights, and making the start did not."""
 
-    def open(self) -> Loaded:
-        """The model at its own sizes, in evaluation mode on the CPU; its transform, its tokenizer.
-
-        A model of another library is as that library has it.
-        """
-        raise NotImplementedError
-
-    def pretrained(self) -> TowerPair:
-        """The model at its own sizes, to take the weights of."""
-        return self.open()[0]
-
-    def build(self, weights: Weights) -> ProtoCLIP:
-        """The model with weights from torch's global generator; with `none` on the meta device."""
-        architecture = self.architecture
-        with torch.device("meta") if weights == "none" else nullcontext():
-            both = architecture.towers(weights)
-            head = projection_head(architecture.embed_dim, self.model.heads)
-            joins = self.model.joins_halves
-            built = ProtoCLIP(both, head, joins_halves=joins, squashes=self.squashes)
-            if self.has_logit_bias:
-                built.add_logit_bias()
-        return built
-
-    def fill(self, built: ProtoCLIP) -> list[str]:
-        """Give a model of `build` the weights of the start; returns notes on what was resized."""
-        name = self.model.start or f"{self.model.name}/{self.model.pretrained}"
-        return adopt(built, self.pretrained(), name=name)
+    def _reading(self) -> AbstractContextManager[None]:
+        """Turns what the libraries of text towers raise into a line; they may ask the hub."""
+        if self.is_small:
+            name = self.model.text.name
+            return nullcontext() if name is None else readable_errors(f"model.text.name: {name}")
+        repository: str | None = None
+        if self.text_files is None:
+            config, source = self.open_clip_config, str(self.tokenizer_source)
+            repository = hub_name(source) if config is None else text_repository(config)
+        return nullcontext() if repository is None else readable_errors(self.label, repository)
 
 
-@dataclass(frozen=True)
-class SavedWeights:
-    """What the weights of a checkpoint say of their model. Each is read once, when it is asked for.
+def small_config(model: ModelConfig, text_source: str) -> dict[str, Any]:
+    """open_clip's configuration of timm's image tower and a small or a Hugging Face text tower."""
+    image, text = model.image, model.text
+    described: dict[str, Any] = {"width": text.width, "heads": text.heads, "layers": text.layers}
+    if text.name is not None:
+        described = {
+            **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), text_source),
+            "hf_proj_type": model.projection,
+            "hf_pooler_type": text_models.POOLERS[text.pooling or "mean"],
+        }
+    vision = {
+        "timm_model_name": image.name,
+        "timm_pool": "" if image.pooling == "own" else "avg",
+        "timm_proj": model.projection,
+    }
+    return {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": described}
 
-    A start shares it with the copies of it that have other settings.
+
+def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
+    """Load the weights of `source` in place, and interpolate its position embeddings if need be.
+
+    The heads stay new if `source` has none. `source` cannot be used afterwards.
+
+    Returns:
+        A note on each modality whose position embeddings were interpolated.
+
+    Raises:
+        ValueError: `source` is of another architecture.
     """
+    expected, given = built.state_dict(), source.state_dict()
+    changed = {
+        key for key in given.keys() & expected.keys() if given[key].shape != expected[key].shape
+    }
+    size, size_before = (image_size(pair.towers) for pair in (built, source))
+    if size != size_before:
+        open_clip_models.set_trunk_size(source.towers, size, name)
+    weights = source.towers.state_dict()
+    if isinstance(built.towers, HuggingFaceTowers):
+        transformers.interpolate_positions(weights, built.towers)
+    else:
+        open_clip_models.interpolate_positions(weights, built.towers)
+    whole = {**source.state_dict(), **{f"towers.{key}": value for key, value in weights.items()}}
+    if not isinstance(source, ProtoCLIP):
+        whole |= {key: value for key, value in expected.items() if not key.startswith("towers.")}
+    if wrong := misfits(built, whole):
+        raise ValueError(f"{name}: does not fit the [model] section: {examples_of(wrong)}")
+    built.load_state_dict(whole)
+    notes = []
+    if any(key.startswith("towers.visual.") for key in changed):
+        notes.append(
+            f"model.image.size: position embeddings of {name} interpolated, from {size_before} to "
+            f"{size} pixels"
+        )
+    if texts := [key for key in changed if not key.startswith("towers.visual.")]:
+        length, length_before = len(expected[texts[0]]), len(given[texts[0]])
+        notes.append(
+            f"model.text.context_length: position embeddings of {name} interpolated, from "
+            f"{length_before} to {length} tokens"
+        )
+    return notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart(Start):
+    """A run or checkpoint folder."""
 
     folder: Path
 
-    @cached_property
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder
+
+    def read_weights(self, pair: TowerPair) -> None:
+        require_intact(self.folder, WEIGHTS)
+        pair.load_state_dict(read_weights(self.folder, pair))
+
+    def build(self, *, on_meta: bool = False) -> ProtoCLIP:
+        with self._buildable():
+            return super().build(on_meta=on_meta)
+
+    def transform_of(self, pair: TowerPair) -> ImageTransform:
+        with self._buildable():
+            return evaluation_transform(**image_input(pair.towers), squash=self.squashes)
+
+    @property
     def heads_are_new(self) -> bool:
         """Both heads begin alike, and stay so in a run without prototypes, such as `align`.
 
@@ -184,7 +434,7 @@ class SavedWeights:
         with self._intact():
             return all(map(torch.equal, parameters("image"), parameters("text")))
 
-    @cached_property
+    @property
     def has_logit_bias(self) -> bool:
         """The sigmoid loss adds it to any towers."""
         with self._intact():
@@ -198,97 +448,37 @@ class SavedWeights:
             require_intact(self.folder, WEIGHTS)  # its line names the way out
             raise
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunStart(Start):
-    """A run or checkpoint folder."""
-
-    weights: SavedWeights
-    saved_squashes: bool
-
-    @property
-    def resize_mode(self) -> str:
-        # What describes the towers says how their own start read images, also where a run of an
-        # earlier version cropped them.
-        return "squash" if self.saved_squashes else "shortest"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.weights.folder
-
-    @property
-    def heads_are_new(self) -> bool:
-        return self.weights.heads_are_new
-
-    @property
-    def has_logit_bias(self) -> bool:
-        return self.weights.has_logit_bias
-
-    @property
-    def is_resized(self) -> bool:
-        return self.architecture.sizes != self.unresized.sizes
-
-    def build(self, weights: Weights) -> ProtoCLIP:
-        with buildable(self.checkpoint):
-            return super().build(weights)
-
-    def open(self) -> Loaded:
-        built: ProtoCLIP = seeded(replace(self, model=self.unresized.model).build, "new")
-        self._load(built)
-        with buildable(self.checkpoint):
-            read = towers.image_input(built.towers)
-            transform = evaluation_transform(**read, squash=built.squashes)
-            return built.eval(), transform, self.unresized.tokenizer()
-
-    def fill(self, built: ProtoCLIP) -> list[str]:
-        if self.is_resized:
-            return super().fill(built)
-        self._load(built)
-        return []
-
-    def _load(self, built: ProtoCLIP) -> None:
-        require_intact(self.checkpoint, WEIGHTS)
-        built.load_state_dict(read_weights(self.checkpoint, built))
-
-
-@contextmanager
-def buildable(folder: Path) -> Iterator[None]:
-    """Turn what a saved description of no possible model raises into one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        *(ArithmeticError, AssertionError, AttributeError, LookupError),
-        *(RuntimeError, TypeError),
-    ) as error:
-        raise ValueError(
-            f"{folder}: {MODEL} describes no model that can be built ({line(repr(error))}); "
-            "copy it again, or use another checkpoint"
-        ) from error
+    @contextmanager
+    def _buildable(self) -> Iterator[None]:
+        """Turn what a saved description of no possible model raises into one line."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            *(ArithmeticError, AssertionError, AttributeError, LookupError),
+            *(RuntimeError, TypeError),
+        ) as error:
+            raise ValueError(
+                f"{self.folder}: {MODEL} describes no model that can be built "
+                f"({line(repr(error))}); copy it again, or use another checkpoint"
+            ) from error
 
 
 def run_start(reference: str) -> RunStart:
     if not Path(reference).exists():
         raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
     saved = read_model(reference)
-    kind: type[Architecture] = SmallTowers if saved.model.name is None else NamedTowers
-    if saved.towers is not None:
-        is_of_transformers = "transformers" in saved.towers
-        kind = hugging_face.TransformersTowers if is_of_transformers else DescribedTowers
-    architecture = kind(
+    return RunStart(
+        reference=reference,
         model=saved.model,
+        own=saved.model,
         towers_json=saved.towers,
         text_files=saved.text_files,
         tokenizer_source=str(saved.text_files) if saved.text_files else None,
-    )
-    return RunStart(
-        reference=reference,
-        unresized=architecture,
-        model=saved.model,
         has_heads=True,
-        weights=SavedWeights(saved.folder),
-        saved_squashes=saved.squashes,
+        resize_mode="squash" if saved.squashes else "shortest",
+        folder=saved.folder,
     )
 
 
@@ -299,70 +489,49 @@ class OpenClipStart(Start):
     file: Path | None = None
 
     @property
-    def resize_mode(self) -> str:
-        model = self.unresized.model
-        if model.name is None or model.pretrained is None:
-            return super().resize_mode
-        known = towers.published_weights(model.name, model.pretrained)
-        return known.get("resize_mode") or "shortest"
+    def has_weights(self) -> bool:
+        return self.file is not None or self.own.pretrained is not None
 
-    @property
-    def is_resized(self) -> bool:
-        if self.model.pretrained is None:
-            return False
-        config = towers.named_config(str(self.model.name))
-        image_size = config["vision_cfg"].get("image_size", 224)
-        context_length = config["text_cfg"].get("context_length", 77)
-        given = self.model.image.size, self.model.text.context_length
-        return given[0] not in (None, image_size) or given[1] not in (None, context_length)
+    def read_weights(self, pair: TowerPair) -> None:
+        if not self.has_weights:
+            return
+        name, tag = self.own.name or OPEN_CLIP_CONFIG, self.own.pretrained
+        published = {} if tag is None else published_weights(name, tag)
+        repository = str(published.get("hf_hub", "").rpartition("/")[0])
+        with readable_errors(self.label, repository):
+            file = self.file or Path(open_clip.download_pretrained(published))
+            open_clip_models.load_file(pair.towers, file, name)
 
-    def open(self) -> Loaded:
-        tag = self.unresized.model.pretrained
-        weights: Weights = "new" if tag is None else "published"
-        with readable_errors(self.reference, self.unresized.repository(weights) or ""):
-            built: Any = seeded(self.unresized.read_towers, weights)
-            settings = {"normalize": False} if isinstance(built, open_clip.CoCa) else {}
-            pair = TowerPair(built, **settings)
-            if self.file is not None:
-                pair = self._filled(pair, self.file)
-            tokenizer = self.unresized.read_tokenizer()
-        if tag is None and self.file is None:
-            say(f"note: {self.reference}: untrained, with seed 0; no weights are named")
-        return pair.eval(), open_clip_transform(built), tokenizer
-
-    def _filled(self, pair: TowerPair, file: Path) -> TowerPair:
-        """The model with the weights of a file."""
-        if file.suffix == ".safetensors" and (wrong := misshapen(file, pair.towers)):
-            name = self.unresized.model.name or OPEN_CLIP_CONFIG
-            raise Misfit(f"does not fit {name}: {examples_of(wrong)}")
-        open_clip.load_checkpoint(pair.towers, str(file))
+    def new_pair(self) -> TowerPair:
+        pair = super().new_pair()
+        if isinstance(pair.towers, open_clip.CoCa):
+            pair.settings = {"normalize": False}
         return pair
 
+    def open(self) -> Loaded:
+        loaded = super().open()
+        if not self.has_weights:
+            say(f"note: {self.reference}: untrained, with seed 0; no weights are named")
+        return loaded
 
-def misshapen(weights: Path, built: nn.Module) -> list[str]:
-    """The tensors of a file that are of another shape than the model's, which open_clip would list.
-
-    Names that the model does not have may be of an older version, which open_clip still reads.
-    """
-    shapes = {name: [*value.shape] for name, value in built.state_dict().items()}
-    require_regular(weights)
-    with safe_open(weights, "pt") as stored:
-        both = shapes.keys() & stored.keys()
-        wrong = [name for name in both if stored.get_slice(name).get_shape() != shapes[name]]
-    return sorted(name for name in wrong if "positional_embedding" not in name)
+    def opening(self) -> AbstractContextManager[None]:
+        return readable_errors(self.reference)
 
 
 def open_clip_start(reference: str, name: str) -> OpenClipStart:
     """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
     name, _, tag = name.partition("/")
-    towers.named_config(name, reference)
+    named_config(name, reference)
     file = Path(tag) if Path(tag).is_file() else None
-    if tag and file is None:
-        towers.published_weights(name, tag, reference)
+    published = published_weights(name, tag, reference) if tag and file is None else {}
     model = ModelConfig(name=name, pretrained=None if file else tag or None)
-    notes = () if tag else (f"model.start: {reference}: untrained; no weights are named",)
     return OpenClipStart(
-        reference=reference, unresized=NamedTowers(model=model), model=model, notes=notes, file=file
+        reference=reference,
+        model=model,
+        own=model,
+        resize_mode=published.get("resize_mode") or "shortest",
+        notes=() if tag else (f"model.start: {reference}: untrained; no weights are named",),
+        file=file,
     )
 
 
@@ -371,21 +540,27 @@ def folder_start(reference: str, name: str) -> OpenClipStart:
     folder = Path(name)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
-    require_safetensors(reference, [path.name for path in folder.iterdir()], OPEN_CLIP_WEIGHTS)
+    files = open_clip_models.FILES
+    require_safetensors(reference, [path.name for path in folder.iterdir()], files)
     with readable_errors(reference):
         description = dict(json.loads(read_local(folder / OPEN_CLIP_CONFIG)))
         text = description["model_cfg"]["text_cfg"]
-        has_text_files = text.get("hf_model_name") and text_kind(folder) in HF_TEXT_KINDS
+        has_text_files = text.get("hf_model_name") and (
+            text_kind(folder) in text_models.OPEN_CLIP_KINDS
+        )
+        preprocessing = description.get("preprocess_cfg", {})
     model = ModelConfig(start=reference)
-    architecture = DescribedTowers(
+    return OpenClipStart(
+        reference=reference,
         model=model,
+        own=model,
         towers_json=description,
         # Then `hf_model_name` may name a folder that is gone, as in one that was moved.
         text_files=folder if has_text_files else None,
         tokenizer_source=str(folder),
+        resize_mode=preprocessing.get("resize_mode") or "shortest",
+        file=next(path for path in map(folder.joinpath, files) if path.is_file()),
     )
-    file = next(path for path in map(folder.joinpath, OPEN_CLIP_WEIGHTS) if path.is_file())
-    return OpenClipStart(reference=reference, unresized=architecture, model=model, file=file)
 
 
 def text_kind(folder: Path) -> str | None:
@@ -397,7 +572,7 @@ def text_kind(folder: Path) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFaceStart(Start):
+class TransformersStart(Start):
     """A model of `transformers`, by its folder or its name on the hub."""
 
     name: str
@@ -406,53 +581,65 @@ class HuggingFaceStart(Start):
     def kind(self) -> str:
         """As its configuration names it."""
         with readable_errors(self.reference, hub_name(self.name)):
-            return str(towers.transformers_config(self.name).model_type)
+            return str(text_models.transformers_config(self.name).model_type)
 
     def check(self) -> None:
         with readable_errors(self.reference, hub_name(self.name)):
-            hugging_face.open_config(self.name)
+            transformers.open_config(self.name)
 
     def open(self) -> Loaded:
-        loaded = self._opened()
+        loaded = self._open_library_model()
         for note in self._ignored_mask(loaded[0].towers.kind):  # type: ignore[arg-type]
             say(f"note: {self.reference}: {note}")
         return loaded
 
-    def pretrained(self) -> TowerPair:
-        return conversion.converted(self.reference, self.name, self._opened())
+    def open_pair(self) -> TowerPair:
+        return transformers.as_open_clip(self.reference, self.name, self._open_library_model())
 
-    def trainable(self) -> "HuggingFaceStart":
+    def fill(self, built: ProtoCLIP) -> list[str]:
+        return adopt(built, self.open_pair(), name=str(self.model.start))
+
+    def trainable(self) -> "TransformersStart":
         """The same with the towers that training gives it, which opening it does not need."""
-        towers_json = conversion.towers_json(self.reference, self.name)
-        is_open_clip = "model_cfg" in towers_json
-        kind = DescribedTowers if is_open_clip else hugging_face.TransformersTowers
-        architecture = kind(model=self.model, towers_json=towers_json, tokenizer_source=self.name)
+        towers_json = transformers.describe_towers(self.reference, self.name)
         ignored = self._ignored_mask(towers_json.get("transformers", {}).get("model_type", "clip"))
-        notes = tuple(f"model.start: {self.reference}: {note}" for note in ignored)
-        return replace(self, unresized=architecture, notes=notes)
+        return replace(
+            self,
+            towers_json=towers_json,
+            tokenizer_source=self.name,
+            resize_mode=towers_json["preprocess_cfg"].get("resize_mode") or "shortest",
+            notes=tuple(f"model.start: {self.reference}: {note}" for note in ignored),
+        )
 
-    def _opened(self) -> Loaded:
+    def _open_library_model(self) -> Loaded:
         with readable_errors(self.reference, hub_name(self.name)):
-            loaded: Loaded = seeded(hugging_face.open_model, self.name)
+            loaded: Loaded = seeded(transformers.open_model, self.name)
         return loaded
 
     def _ignored_mask(self, kind: str) -> list[str]:
-        """What `hugging_face.ignored_mask` has to say, or nothing."""
-        if kind not in hugging_face.UNMASKED_KINDS:
+        """What `transformers.ignored_mask` has to say, or nothing."""
+        if kind not in transformers.UNMASKED_KINDS:
             return []
         with readable_errors(self.reference, hub_name(self.name)):
-            note = hugging_face.ignored_mask(self.name)
+            note = transformers.ignored_mask(self.name)
         return [] if note is None else [note]
 
 
-def hugging_face_start(reference: str, name: str) -> HuggingFaceStart:
+def transformers_start(reference: str, name: str) -> TransformersStart:
     if Path(name).is_dir():
         require_safetensors(reference, [path.name for path in Path(name).iterdir()])
     elif not HUB_NAME.fullmatch(name):
         raise ValueError(f"{reference}: no such folder")
     model = ModelConfig(start=reference)
-    unknown = Architecture(model=model)
-    return HuggingFaceStart(reference=reference, unresized=unknown, model=model, name=name)
+    return TransformersStart(reference=reference, model=model, own=model, name=name)
+
+
+# How the reference code names what is not a tower.
+REFERENCE_NAMES = {
+    "image_projection_head.": "image_head.",
+    "text_projection_head.": "text_head.",
+    "logit_scale_proto": "prototype_logit_scale",
+}
 
 
 class ReferenceStart(OpenClipStart):
@@ -461,15 +648,15 @@ class ReferenceStart(OpenClipStart):
     Without projection heads in the file, as for the code's CLIP baselines, the model has none.
     """
 
-    def _filled(self, pair: TowerPair, file: Path) -> TowerPair:
-        if self.has_heads:
-            heads = self.unresized.model.heads
-            pair = ProtoCLIP(pair.towers, projection_head(self.unresized.embed_dim, heads))
-        weights = reference_weights(self.reference, file)
+    def read_weights(self, pair: TowerPair) -> None:
+        assert self.file is not None
+        weights = reference_weights(self.label, self.file)
+        if isinstance(pair, ProtoCLIP) and not self.has_heads:
+            others = pair.state_dict().items()
+            weights |= {name: value for name, value in others if not name.startswith("towers.")}
         if wrong := misfits(pair, weights):
-            raise Misfit(f"does not fit {self.unresized.model.name}: {examples_of(wrong)}")
+            raise ValueError(f"{self.label}: does not fit {self.own.name}: {examples_of(wrong)}")
         pair.load_state_dict(weights)
-        return pair
 
 
 def reference_start(reference: str, given: str) -> ReferenceStart:
@@ -477,7 +664,7 @@ def reference_start(reference: str, given: str) -> ReferenceStart:
     file, separator, name = given.rpartition(",model=")
     if not separator:
         raise ValueError(f"{reference}: name its model too, as in reference:FILE,model=RN50")
-    config = towers.named_config(name, reference)
+    config = named_config(name, reference)
     if not Path(file).is_file():
         raise ValueError(f"{reference}: no such file")
     if "timm_model_name" not in config["vision_cfg"]:
@@ -489,11 +676,11 @@ def reference_start(reference: str, given: str) -> ReferenceStart:
     if has_heads:
         heads = HeadConfig(hidden_layers=1, hidden_dim=widths[0], projection_dim=widths[1])
         model = replace(model, heads=heads)
-    description = {"model_cfg": config, "preprocess_cfg": {}}
     return ReferenceStart(
         reference=reference,
-        unresized=DescribedTowers(model=model, towers_json=description),
         model=model,
+        own=model,
+        towers_json={"model_cfg": config, "preprocess_cfg": {}},
         has_heads=has_heads,
         file=Path(file),
     )
@@ -523,7 +710,7 @@ def reference_name(key: str) -> str:
 KINDS: Mapping[str, Callable[[str, str], Start]] = {
     "open_clip": open_clip_start,
     "local-dir": folder_start,
-    "hf": hugging_face_start,
+    "hf": transformers_start,
     "reference": reference_start,
 }
 
@@ -540,5 +727,5 @@ def find_start(reference: str) -> Start:
     if (Path(reference) / OPEN_CLIP_CONFIG).is_file():
         return folder_start(reference, reference)
     if (Path(reference) / HUGGING_FACE_CONFIG).is_file():
-        return hugging_face_start(reference, reference)
+        return transformers_start(reference, reference)
     return run_start(reference)

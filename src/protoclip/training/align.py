@@ -48,11 +48,11 @@ from protoclip.evaluation.validation import Judged
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.formats import closed_formats
-from protoclip.models.halves import PUBLISHED
 from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.resolve import JoinedTowers, names_model
 from protoclip.models.start import Start
-from protoclip.models.two_halves import TwoHalves, names_model
+from protoclip.models.timm import PUBLISHED
 from protoclip.paths import require_store
 from protoclip.terminal import say
 from protoclip.training import sizes
@@ -262,17 +262,17 @@ def on_exports(config: Config, start: Start) -> list[str]:
 def closed_to(model: ModelConfig, config: Config, start: Start) -> dict[str, str]:
     """Why formats cannot hold a run with this `[model]` section, by format."""
     start = replace(start, model=model)
-    built = start.build("none")
+    built = start.build(on_meta=True)
     if loading.gets_logit_bias(config, start):
         built.add_logit_bias()
-    config_of_towers = start.architecture.open_clip_config
+    config_of_towers = start.open_clip_config
     assert config_of_towers is not None  # two halves are towers of open_clip
     return closed_formats(built.towers, config_of_towers)
 
 
 def hidden_choices(start: Start) -> set[str]:
     """The settings of open_clip's for projections with a hidden layer that a start leaves open."""
-    return set(start.choices) if isinstance(start, TwoHalves) else {"vision_cfg", "text_cfg"}
+    return set(start.choices) if isinstance(start, JoinedTowers) else {"vision_cfg", "text_cfg"}
 
 
 def projection_of(choices: Choices, config: Config, start: Start) -> str:

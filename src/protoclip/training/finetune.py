@@ -112,7 +112,7 @@ def rate(start: Start, *, is_lora: bool) -> float:
     Small towers that were trained from scratch learn on at the rate at which they learned. At
     FLYP's they learn nothing in a few passes (docs/LOG.md).
     """
-    if start.architecture.tower_kind is None:
+    if start.tower_kind is None:
         return 1e-3
     return 1e-4 if is_lora else 1e-5
 

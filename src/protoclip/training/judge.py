@@ -21,7 +21,7 @@ from protoclip.evaluation.suite import evaluate_run
 from protoclip.models import loading
 from protoclip.models.precision import on_card
 from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP
-from protoclip.models.towers import Tokenizer
+from protoclip.models.tokenizers import Tokenizer
 from protoclip.training.plan import Plan
 
 Split = Literal["validation", "test"]

@@ -13,7 +13,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from protoclip.config import SMALL_IMAGE_SIZES, Config, locked_rate
-from protoclip.models.hugging_face import HuggingFaceTowers
+from protoclip.models.transformers import HuggingFaceTowers
 
 LOCKED_WARM_UP = 2  # steps
 SLOW_HEADS = 0.01  # of the towers' learning rate

@@ -61,10 +61,10 @@ from protoclip.evaluation.suite import metric_names
 from protoclip.evaluation.validation import Judged, guards, judged, trained_guards
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.halves import SmallTowers, require_image_weights
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
+from protoclip.models.timm import require_image_weights
 from protoclip.paths import require_paths
 from protoclip.progress import three_digits
 from protoclip.training import optim, overfit, sizes
@@ -345,7 +345,7 @@ def is_cpu(device: str) -> bool:
 
 def without_batch_norm(start: Start) -> list[str]:
     """A note if a start's towers have none, so that there is nothing to freeze."""
-    parts = start.build("none").towers.modules()
+    parts = start.build(on_meta=True).towers.modules()
     if any(isinstance(part, _BatchNorm) for part in parts):
         return []
     return ["model.frozen_batch_norm: no effect, since the towers have no BatchNorm"]
@@ -422,15 +422,15 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
         if open_length:
             model = replace(model, text=replace(model.text, context_length=length))
             notes.append(f"model.text.context_length = {length}, {reason}")
-    architecture = replace(start, model=model).architecture
-    if isinstance(architecture, SmallTowers):  # towers that timm or `transformers` knows have sizes
-        size, length = architecture.sizes["image_size"], architecture.sizes["context_length"]
+    start = replace(start, model=model)
+    if start.is_small:  # towers that timm or `transformers` knows have sizes
+        size, length = start.sizes["image_size"], start.sizes["context_length"]
         image, text = replace(model.image, size=size), replace(model.text, context_length=length)
         model = replace(model, image=image, text=text)
     prototypes = fill(config.prototypes, {"source": config.prototype_source})
     config = replace(config, model=model, prototypes=prototypes)
     config, said = with_episodes(config, samples)
-    kind = architecture.tower_kind
+    kind = start.tower_kind
     is_untrained = kind is None and config.run.overfit is None  # which transforms none
     suits = fitting_augmentation(model.image.size or 0, is_untrained=is_untrained)
     if data.augmentation == "auto" and suits != "light":

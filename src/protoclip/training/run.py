@@ -261,7 +261,7 @@ class Run:
         )
         self.teachers: dict[str, Whitens] = {**plan.teachers}
         if config.distilled_teachers:
-            width = plan.start.architecture.embed_dim
+            width = plan.start.embed_dim
             heads = external.heads(config, self.teachers, width)
             loading.add_teacher_heads(model, width, heads, seed=config.run.seed)
         if halves is not None:

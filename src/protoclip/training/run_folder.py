@@ -39,7 +39,7 @@ from protoclip.files import (
     read_toml,
     write_atomically,
 )
-from protoclip.models.resolve import by_name
+from protoclip.models.resolve import by_name, names_model
 from protoclip.models.saved import (
     MODEL,
     checkpoints,
@@ -50,7 +50,6 @@ from protoclip.models.saved import (
     remove_unfinished,
 )
 from protoclip.models.start import Start
-from protoclip.models.two_halves import names_model
 from protoclip.paths import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.checkpoint import newest_intact
@@ -203,7 +202,7 @@ def resized_as_begun(start: Start, folder: Path) -> Start:
     for checkpoint in reversed(checkpoints(folder)):
         if damage(checkpoint, [MODEL]) is None:
             squashes = is_squashing(read_json(checkpoint / MODEL))
-            return replace(start, squashes_as_begun=squashes)
+            return replace(start, resize_mode="squash" if squashes else "shortest")
     return start
 
 

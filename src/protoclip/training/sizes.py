@@ -23,7 +23,7 @@ from protoclip.data.sampler import evenly_spaced
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.start import Start
-from protoclip.models.towers import TokenCounter, build_tokenizer
+from protoclip.models.tokenizers import TokenCounter, open_clip_tokenizer
 
 LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
 EPISODES, PASSES, FEWEST_STEPS = 35, 20, 280  # the fewest of `train`; docs/results.md has these
@@ -102,7 +102,7 @@ def size_and_length(
     In pixels and tokens; and by what they were chosen, in words.
     """
     sides, lengths = list[int](), list[int]()
-    count_tokens = TokenCounter(build_tokenizer(None))
+    count_tokens = TokenCounter(open_clip_tokenizer({}))
     for sample in some_samples(samples, LOOKED_AT):
         with suppress(ValueError):  # a bad image
             sides.append(min(dimensions(sample.image, max_pixels=max_image_pixels)))

@@ -9,8 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
 from protoclip.distributed import parallel
-from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP
-from protoclip.models.towers import PROJECTIONS
+from protoclip.models.protoclip import PROJECTIONS, TEACHER_HEADS, ProtoCLIP
 
 HEADS = ("image_head.", "text_head.", "prototype_logit_scale")
 

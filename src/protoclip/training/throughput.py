@@ -23,9 +23,8 @@ from protoclip.distributed.collectives import rank, world_size
 from protoclip.distributed.waits import WAITS
 from protoclip.models.flops import Forward, forward_flops
 from protoclip.models.precision import Precision
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP
 from protoclip.models.start import Start
-from protoclip.models.towers import PROJECTIONS
 from protoclip.progress import duration, three_digits
 from protoclip.terminal import say
 from protoclip.training.run_folder import environment

@@ -31,7 +31,7 @@ from protoclip.data.spare_rows import spare_positions
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.data.view import whole
-from protoclip.models.towers import RememberingTokenizer, build_tokenizer
+from protoclip.models.tokenizers import RememberingTokenizer, open_clip_tokenizer
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
 
@@ -68,7 +68,7 @@ def loader(
 ) -> EpisodeLoader:
     return EpisodeLoader(
         pairs=pairs or ImageTextPairs(tiny_pairs(), name="tiny"),
-        tokenizer=build_tokenizer(None, context_length=8),
+        tokenizer=open_clip_tokenizer({}, context_length=8),
         transform=light_transform(size=16, mean=GREY, std=GREY),
         workers=workers,
         **{"batch_size": 16, "seed": 1, "device": torch.device("cpu"), **settings},
@@ -358,7 +358,7 @@ def test_a_batch_of_bad_samples_ends_the_run():
 def test_several_captions_are_drawn_per_visit():
     """Equal for an equal episode, different between episodes, and each of them is shown."""
     table = tiny_pairs().set_column(1, "caption", [[["one", "two", "three"]] * 96])
-    words = build_tokenizer(None, context_length=8)(["one", "two", "three"])
+    words = open_clip_tokenizer({}, context_length=8)(["one", "two", "three"])
     source = loader(0, ImageTextPairs(table, name="tiny"))
 
     def shown(index: int) -> list[int]:
@@ -375,7 +375,7 @@ def test_a_visit_brings_several_captions_of_an_image():
     All share its key, and equal ones theirs."""
     texts = [["a", "b", "c"], ["d"]] * 48
     pairs = ImageTextPairs(tiny_pairs().set_column(1, "caption", [texts]), name="tiny")
-    words = build_tokenizer(None, context_length=8)(list("abcd"))
+    words = open_clip_tokenizer({}, context_length=8)(list("abcd"))
     source = loader(0, pairs, captions=CaptionDraw(number=2), features_of={"row": row_numbers})
     settings = {"with_features": True, "group_by": ("caption", "image")}
     batch = list(source.batches(episode_of(64), **settings))[1]

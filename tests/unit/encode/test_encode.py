@@ -40,7 +40,8 @@ from protoclip.encode.teachers import read_teacher
 from protoclip.encode.whiten import fit_pca
 from protoclip.models.aligned import FrozenHalves
 from protoclip.models.batch_norm import synchronise
-from protoclip.models.towers import build_tokenizer, image_normalisation
+from protoclip.models.protoclip import image_normalisation
+from protoclip.models.tokenizers import open_clip_tokenizer
 from testing import run_distributed, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -135,7 +136,7 @@ def test_open_clip_models_give_either_tower(tmp_path, monkeypatch):
     """The image tower unless text is asked. The weights may be in a file."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
     towers = protoclip.load("open_clip:tiny")[0].towers
-    tokenizer = build_tokenizer("tiny")
+    tokenizer = open_clip_tokenizer(open_clip.get_model_config("tiny")["text_cfg"])
     torch.save(towers.state_dict(), tmp_path / "weights.pt")
     image = opened(f"open_clip:tiny/{tmp_path}/weights.pt")
     text = opened(f"open_clip:tiny/{tmp_path}/weights.pt", modality="text")

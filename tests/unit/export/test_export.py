@@ -33,7 +33,7 @@ from protoclip.files import read_json
 from protoclip.models import loading
 from protoclip.models.opening import PICKLED
 from protoclip.models.resolve import resolve_start
-from protoclip.models.towers import clip_tokenizer
+from protoclip.models.tokenizers import clip_tokenizer
 from testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip, save_siglip2
 

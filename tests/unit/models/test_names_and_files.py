@@ -16,13 +16,11 @@ import torch
 
 import protoclip
 from protoclip.config import Config, EpisodeConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.models import conversion, opening
+from protoclip.models import opening, transformers
 from protoclip.models.flops import forward_flops
-from protoclip.models.halves import MINILM, text_files
-from protoclip.models.resolve import resolve_start
+from protoclip.models.resolve import names_model, resolve_start
 from protoclip.models.saved import find_checkpoint
-from protoclip.models.start import Start
-from protoclip.models.two_halves import names_model
+from protoclip.models.text_models import MINILM, text_files
 from protoclip.training import align, run
 from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import SIZES, save_bert, save_dual_encoder, save_siglip
@@ -49,7 +47,7 @@ def test_a_folder_does_not_take_the_name_of_a_tower(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ModelConfig(image=ImageTowerConfig(name="test_resnet"), text=tiny_model().text)
     one_step(Path("test_resnet"), replace(tiny_model(), image=model.image))
-    assert type(resolve_start(model)) is Start
+    assert resolve_start(model).is_small
     assert names_model("image", "./test_resnet")
     Path(MINILM).mkdir()
     assert not names_model("text", MINILM)
@@ -85,10 +83,10 @@ def test_a_folder_that_is_written_anew_is_read_anew(tmp_path, monkeypatch):
     """Of what is on the hub the answer is kept."""
     folder = save_siglip(tmp_path / "siglip")
     reference, name = f"hf:{folder}", str(folder)
-    first = conversion.towers_json(reference, name)
+    first = transformers.describe_towers(reference, name)
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.1, 0.1, 0.1]}))
-    second = conversion.towers_json(reference, name)
+    second = transformers.describe_towers(reference, name)
     assert second["preprocess_cfg"]["mean"] == [0.1] * 3 != first["preprocess_cfg"]["mean"]
 
 

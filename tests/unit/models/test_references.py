@@ -33,11 +33,10 @@ from protoclip.data.transforms import (
     SquashTransform,
 )
 from protoclip.models import opening
-from protoclip.models.architecture import NamedTowers
-from protoclip.models.heads import projection_head
-from protoclip.models.hugging_face import image_transform, preprocessing
-from protoclip.models.opening import open_clip_transform
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.open_clip import image_transform
+from protoclip.models.protoclip import ProtoCLIP, projection_head
+from protoclip.models.resolve import resolve_start
+from protoclip.models.transformers import preprocessing_of, transform_of
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import CLIP, save_open_clip
 
@@ -147,8 +146,7 @@ def test_published_weights_get_their_own_activation_and_normalisation(tiny, caps
         tokens = open_clip.get_tokenizer("tiny")(TEXTS)
         assert_same_features(loaded, tiny.encode_image(images), tiny.encode_text(tokens))
         # Those of a run that began from such weights are loaded into new ones.
-        named = NamedTowers(model=ModelConfig(name="tiny", pretrained="mine"))
-        again = named.towers("new")
+        again = resolve_start(ModelConfig(name="tiny", pretrained="mine")).build_towers()
         again.load_state_dict(tiny.state_dict())
         torch.testing.assert_close(again.encode_text(tokens), tiny.encode_text(tokens))
 
@@ -297,8 +295,8 @@ def test_a_hugging_face_model(kind, tmp_path):
 def test_what_squashes_images_is_known_by_its_settings(settings, kind):
     """Of the last kind a run keeps neither; it crops."""
     processor = transformers.CLIPImageProcessor(**settings)
-    theirs = image_transform(processor)
-    said = preprocessing(processor, theirs)
+    theirs = transform_of(processor)
+    said = preprocessing_of(processor, theirs)
     assert (said["resize_mode"] == "squash") is (kind is SquashTransform)
     if kind is not None:
         ours = kind(size=said["size"], mean=tuple(said["mean"]), std=tuple(said["std"]))
@@ -310,11 +308,11 @@ def test_libraries_get_the_middle_of_a_long_image(mode):
     """Unless they squash it, whose ends count."""
     settings = {"size": 64, "resize_mode": mode, "interpolation": "bilinear"}
     size = {"shortest": {"shortest_edge": 64}, "squash": {"height": 64, "width": 64}}
-    transforms = [open_clip_transform(SimpleNamespace(visual=Mock(preprocess_cfg=settings)))]
+    transforms = [image_transform(SimpleNamespace(visual=Mock(preprocess_cfg=settings)))]
     if mode in size:
         square = {"height": 64, "width": 64}
         processor = transformers.CLIPImageProcessor(size=size[mode], crop_size=square, resample=2)
-        transforms.append(image_transform(processor))
+        transforms.append(transform_of(processor))
     for transform in transforms:
         assert isinstance(transform, LibraryTransform)
         assert isinstance(transform.apply, OfMiddle) is (mode != "squash")

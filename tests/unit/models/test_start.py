@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,12 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.models import loading, saved, towers
-from protoclip.models.heads import projection_head
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models import loading
+from protoclip.models.protoclip import ProtoCLIP, image_normalisation, projection_head
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import find_checkpoint, model_config, model_json
 from protoclip.models.start import find_start
-from protoclip.models.towers import require_length
+from protoclip.models.text_models import require_length
 from protoclip.training import run
 from protoclip.training.plan import make_plan, outline
 from testing import tiny_config, tiny_model, tiny_pairs
@@ -178,7 +176,7 @@ def test_two_pretrained_halves(pairs, tmp_path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     mean = (0.5, 0.5, 0.5)  # of test_vit
-    assert towers.image_normalisation(built.towers)[0] == mean
+    assert image_normalisation(built.towers)[0] == mean
 
     built = loading.model(given, seed=0)
     run.train(one_step(pairs, tmp_path / "run", given))
@@ -500,7 +498,7 @@ def test_the_way_to_resize_is_kept_of_an_image_half_or_told(mode, tmp_path):
     folder = str(save_open_clip(tmp_path / "model", resize_mode=mode))
     for given in ({"start": folder}, {"image": ImageTowerConfig(name=folder)}):
         start, told = resolve_start(ModelConfig(**given)), f"{folder} resizes images by 'longest'"
-        assert start.build("none").squashes is (mode == "squash")
+        assert start.build(on_meta=True).squashes is (mode == "squash")
         assert any(told in note for note in start.notes) is (mode == "longest")
 
 
@@ -554,7 +552,7 @@ def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
     text = f"local-dir:{save_open_clip(tmp_path / 'clip')}"
     joined = resolve_start(replace(given, text=TextTowerConfig(name=text)))
     assert joined.model.image.pooling == pooling
-    described = joined.architecture.open_clip_config["vision_cfg"]
+    described = joined.open_clip_config["vision_cfg"]
     assert described["timm_pool"] == {"own": "", "avg": "avg"}[pooling]
     saved = model_json(start.model, None)
     del saved["model"]["image"]["pooling"]
@@ -571,34 +569,3 @@ def test_heads_are_new_until_a_loss_has_trained_them(changed, new, tmp_path):
         tmp_path, {saved.WEIGHTS: weights}, {saved.MODEL: model_json(tiny_model(), None)}
     )
     assert find_start(str(tmp_path)).heads_are_new == new
-
-
-def test_a_plan_reads_once_what_a_start_says(pairs, tmp_path, monkeypatch):
-    """Its description, and the names of its weights; and so does what comes after the plan."""
-    reads: Counter[str] = Counter()
-
-    def count(name: str) -> None:
-        read = getattr(saved, name)
-
-        def counted(path: Path, *more: Any) -> Any:
-            reads[path.name] += 1
-            return read(path, *more)
-
-        monkeypatch.setattr(saved, name, counted)
-
-    folder, weights = tmp_path / "start", loading.model(tiny_model(), seed=0).state_dict()
-    saved.write_checkpoint(
-        folder, {saved.WEIGHTS: weights}, {saved.MODEL: model_json(tiny_model(), None)}
-    )
-    count("read_json")
-    count("safe_open")
-    config = replace(
-        tiny_config(pairs, out=str(tmp_path / "run")),
-        model=ModelConfig(start=str(folder), frozen_batch_norm=True),
-    )
-    start = make_plan(replace(config, episodes=replace(config.episodes, size=16))).start
-    assert not start.build("none").state_dict().keys() - weights.keys()
-    assert reads == {saved.MODEL: 1, saved.WEIGHTS: 1}
-    assert start.heads_are_new
-    assert replace(start, notes=()).heads_are_new
-    assert reads == {saved.MODEL: 1, saved.WEIGHTS: 3}  # once for each head

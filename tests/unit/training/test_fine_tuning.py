@@ -128,7 +128,7 @@ def starts(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mo
     ids=lambda value: getattr(value, "name", None) or "small",
 )
 def test_layers_are_as_far_from_the_output_as_expected(model, expected):
-    built = resolve_start(model).build("none")
+    built = resolve_start(model).build(on_meta=True)
     found = layer_distances(built)
     names = {name for name, _ in built.named_parameters()}
     assert found.keys() <= names
@@ -140,7 +140,7 @@ def test_hugging_face_text_towers_have_layers_too():
     config = transformers.BertConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1
     )
-    built = resolve_start(tiny_model()).build("new")
+    built = resolve_start(tiny_model()).build()
     built.towers.text = open_clip.hf_model.HFTextEncoder("", 16, config, "mean_pooler", "linear")
     found = layer_distances(built)
     assert found["towers.text.proj.weight"] == 0
@@ -152,7 +152,7 @@ def test_hugging_face_text_towers_have_layers_too():
 def test_towers_of_transformers_have_layers_too(save, tmp_path):
     """Embeddings, one block, and what is behind it, of both towers."""
     save(tmp_path)
-    built = resolve_start(ModelConfig(start=f"hf:{tmp_path}")).build("none")
+    built = resolve_start(ModelConfig(start=f"hf:{tmp_path}")).build(on_meta=True)
     found = layer_distances(built)
     for tower in ("visual", "text"):
         names = {n: k for n, k in found.items() if n.startswith(f"towers.{tower}.")}
@@ -171,7 +171,7 @@ def test_other_towers_of_transformers_have_layers_or_are_refused(tmp_path):
     build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
     config = build(vision, text, projection_dim=16)
     transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
-    built = resolve_start(ModelConfig(start=f"hf:{tmp_path}")).build("none")
+    built = resolve_start(ModelConfig(start=f"hf:{tmp_path}")).build(on_meta=True)
     found = layer_distances(built)
     for tower, layers in {"visual": 4, "text": 2}.items():
         distances = {k for n, k in found.items() if n.startswith(f"towers.{tower}.")}
@@ -182,7 +182,9 @@ def test_other_towers_of_transformers_have_layers_or_are_refused(tmp_path):
 
 
 def test_an_image_tower_that_timm_does_not_group_by_stages_is_refused():
-    built = resolve_start(ModelConfig(image=ImageTowerConfig(name="rdnet_tiny"))).build("none")
+    built = resolve_start(ModelConfig(image=ImageTowerConfig(name="rdnet_tiny"))).build(
+        on_meta=True
+    )
     with pytest.raises(ValueError, match=r"timm knows no layers of RDNet; set it to 1$"):
         layer_distances(built)
 

@@ -9,13 +9,12 @@ from numbered import Numbered
 
 from protoclip.checks import check
 from protoclip.cli.finetune import Finetune
-from protoclip.config import Config, DataConfig, ModelConfig, SourceConfig
+from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import open_source
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
-from protoclip.models.halves import SmallTowers
 from protoclip.models.start import Start
 from protoclip.training import finetune, sizes
 from protoclip.training.choices import with_begun
@@ -193,8 +192,7 @@ def test_small_towers_learn_at_a_rate_of_their_own(lora, begun, rate, tmp_path):
         (tmp_path / "config.toml").write_text(f"[optim]\nlearning_rate = {begun}\n")
     given = {"model": {"start": "runs/small", "lora": lora}}
     choices = finetune.before_data(with_begun(given, tmp_path, finetune.CHOSEN))
-    small = SmallTowers(model=ModelConfig())
-    start = Mock(Start, heads_are_new=False, architecture=small)
+    start = Mock(Start, heads_are_new=False, tower_kind=None)
     data = Judged(Numbered(400, 10**9), [Mock()], [])
     config, _ = finetune.with_data(choices, choices.config, start, data, alpha=None)
     assert config.optim.learning_rate == rate

@@ -23,7 +23,7 @@ from protoclip.data.loader import Batch
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
 from protoclip.models import saved
 from protoclip.models.resolve import resolve_start
-from protoclip.models.towers import build_tokenizer
+from protoclip.models.tokenizers import open_clip_tokenizer
 from protoclip.training.run_folder import (
     FREE,
     PARTS,
@@ -90,7 +90,7 @@ def batches(config: Config) -> list[Batch]:
     loader = data_loader.loader(
         config,
         samples,
-        tokenizer=build_tokenizer(None, context_length=8),
+        tokenizer=open_clip_tokenizer({}, context_length=8),
         transform=transforms[0],
         device=torch.device("cpu"),
         on_read=lambda number, bad: None,

@@ -41,10 +41,10 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
 from protoclip.models import loading
-from protoclip.models.halves import require_image_weights
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
+from protoclip.models.timm import require_image_weights
 from protoclip.training import finetune as finetuning
 from protoclip.training import plan
 from protoclip.training.overfit import few_pairs_alone

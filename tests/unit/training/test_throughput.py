@@ -10,7 +10,7 @@ import torch
 from interrupting import with_changes
 from protoclip.models import loading
 from protoclip.models.flops import Forward
-from protoclip.models.towers import PROJECTIONS
+from protoclip.models.protoclip import PROJECTIONS
 from protoclip.training import throughput
 from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
 from protoclip.training.throughput import FirstSteps, Throughput, passes, peak

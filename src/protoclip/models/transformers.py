@@ -1,17 +1,17 @@
 """CLIP, SigLIP and dual encoders of Hugging Face `transformers`, as tower pairs.
 
-Text models that become one half are in `halves.py`; a `CLIPModel` becomes open_clip's in
-`conversion.py`.
+For training, a `CLIPModel` becomes the same model of open_clip; others stay what they are. The way
+back is in `export/huggingface.py`. Text models that become one tower are in `text_models.py`.
 """
 
 import copy
 import json
-import sys
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -20,22 +20,17 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform, OfMiddle
-from protoclip.models.architecture import Architecture
-from protoclip.models.opening import ImageTransform, hub_name
+from protoclip.models.open_clip import TowerKind, build_towers, tower_kind
+from protoclip.models.opening import ImageTransform, Loaded, hub_name, readable_errors
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.towers import (
-    Misfit,
-    RememberingTokenizer,
-    Tokenizer,
-    TowerKind,
-    Weights,
-    examples_of,
+from protoclip.models.text_models import (
     max_tokens,
+    read_library_model,
     require_length,
-    require_multiple,
-    tower_kind,
     transformers_config,
 )
+from protoclip.models.timm import require_multiple
+from protoclip.models.tokenizers import RememberingTokenizer, Tokenizer
 
 # The kinds of Hugging Face model, as their configurations name them.
 KINDS = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
@@ -48,15 +43,34 @@ UNMASKED_KINDS = ("siglip", "siglip2")
 # images are not cropped to squares. Where they are squares, SigLIP 2 is of the kind "siglip" too.
 TRAINABLE = ("siglip", MASKED_KIND)
 POSITIONS = "embeddings.position_embedding.weight"  # of SigLIP's towers
+# Hugging Face's names of what is in a transformer, and open_clip's (`pre_layrnorm` is spelt so).
+NAMES = {
+    "encoder.layers.": "transformer.resblocks.",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding": "token_embedding",
+}
+ACTIVATIONS = ("gelu", "quick_gelu")
+# Captions on which the tokenizers must agree.
+CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 日本 🙂")
 
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
     config = open_config(name)
-    model = read_model(name)
+    model = read_library_model(name)
     processor = image_processor(name)
-    transform, built = image_transform(processor), HuggingFaceTowers(model.float())
-    built.visual.prepare(preprocessing(processor, transform))
+    transform, built = transform_of(processor), HuggingFaceTowers(model.float())
+    built.visual.prepare(preprocessing_of(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
 
 
@@ -75,37 +89,6 @@ def image_processor(name: str) -> Any:
 
     open_processor: Any = AutoImageProcessor.from_pretrained
     return open_processor(name, trust_remote_code=False)
-
-
-def read_model(name: str, **settings: Any) -> Any:
-    """A model of `transformers` with all its weights; reads safetensors only."""
-    model, loading = auto_model().from_pretrained(
-        name,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else it raises, and names none of them
-        **settings,
-    )
-    if wrong := loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}:
-        raise Misfit(f"does not fit config.json: {examples_of(sorted(wrong))}")
-    return model
-
-
-def auto_model() -> Any:
-    """The class that opens models of `transformers`, without progress where nobody watches."""
-    from transformers import AutoModel
-
-    draw_on_terminals_alone()
-    return AutoModel
-
-
-def draw_on_terminals_alone() -> None:
-    """Turn off the progress bars of `transformers` if standard error is a file or a pipe."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:
@@ -172,7 +155,7 @@ class ImageTower(Tower):
         self.image_std: tuple[float, ...] | None = None
 
     def prepare(self, images: Mapping[str, Any]) -> None:
-        """Remember what `preprocessing` returned."""
+        """Remember what `preprocessing_of` returned."""
         self.image_size = images["size"]
         self.image_mean, self.image_std = tuple(images["mean"]), tuple(images["std"])
 
@@ -232,7 +215,7 @@ class HuggingFaceTowers(nn.Module):
     def library_model(self) -> Any:
         """The model of `transformers` with these weights, which it shares with the towers."""
         with torch.device("meta"):
-            model = untrained(self.config)
+            model = new_model(self.config)
         model.vision_model, model.text_model = self.visual.model, self.text.model
         if hasattr(model, "visual_projection"):
             model.visual_projection = self.visual.projection
@@ -244,74 +227,65 @@ class HuggingFaceTowers(nn.Module):
         return model.eval()
 
 
-class TransformersTowers(Architecture):
-    """The towers of a model of `transformers`, by its settings, which are its `towers_json`."""
+class TransformersConfig:
+    """What `model.json` says of the towers of a model of `transformers`, whose code has the rest.
+
+    Args:
+        described: Its settings, as `transformers`, and as `preprocess_cfg` its images.
+    """
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        from transformers import CONFIG_MAPPING
+
+        # A copy: transformers 5.8 takes names out of the settings of the two towers.
+        settings = copy.deepcopy(described["transformers"])
+        self.config: Any = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+        self.images = dict(described["preprocess_cfg"])
 
     @property
-    def open_clip_config(self) -> None:
-        return None
+    def kind(self) -> str:
+        return str(self.config.model_type)
 
     @property
     def tower_kind(self) -> TowerKind:
-        vision = self._config.vision_config
+        vision = self.config.vision_config
         if vision.model_type == "timm_wrapper":
             return tower_kind({"timm_model_name": vision.architecture})
         return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
 
     @property
     def embed_dim(self) -> int:
-        config = self._config
-        if config.model_type == MASKED_KIND:
-            return int(config.projection_dim)
-        return int(getattr(config.text_config, "projection_size", config.text_config.hidden_size))
+        text = self.config.text_config
+        if self.kind == MASKED_KIND:
+            return int(self.config.projection_dim)
+        return int(getattr(text, "projection_size", text.hidden_size))
 
-    @property
-    def has_logit_bias(self) -> bool:
-        return bool(self._config.model_type == "siglip")
-
-    def towers(self, weights: Weights) -> HuggingFaceTowers:
+    def build(self, *, image_size: int | None, context_length: int | None) -> HuggingFaceTowers:
         """New towers; nothing is read.
 
         Raises:
-            ValueError: They cannot have the sizes that `model` asks for.
+            ValueError: They cannot have these sizes.
         """
-        config, images = self._config, dict((self.towers_json or {})["preprocess_cfg"])
-        text, vision = config.text_config, config.vision_config
-        size, length = self.sizes["image_size"], self.sizes["context_length"]
-        if size not in (None, images["size"]):
-            if config.model_type == MASKED_KIND:
+        text, vision = self.config.text_config, self.config.vision_config
+        if image_size not in (None, self.images["size"]):
+            if self.kind == MASKED_KIND:
                 raise ValueError(
-                    f"model.image.size: {size} cannot be had; the images of this model have "
-                    f"{images['size']} pixels"
+                    f"model.image.size: {image_size} cannot be had; the images of this model have "
+                    f"{self.images['size']} pixels"
                 )
-            require_multiple(size, vision.patch_size, "this model")
-            vision.image_size = images["size"] = size
-        if length is not None:
-            if config.model_type != MASKED_KIND:  # whose positions are not the caption's alone
-                text.max_position_embeddings = length
+            require_multiple(image_size, vision.patch_size, "this model")
+            vision.image_size = self.images["size"] = image_size
+        if context_length is not None:
+            if self.kind != MASKED_KIND:  # whose positions are not the caption's alone
+                text.max_position_embeddings = context_length
             else:
-                require_length(length, text, "this model")
-        built = HuggingFaceTowers(untrained(config).float())
-        built.visual.prepare(images)
+                require_length(context_length, text, "this model")
+        built = HuggingFaceTowers(new_model(self.config).float())
+        built.visual.prepare(self.images)
         return built
 
-    def repository(self, weights: Weights) -> str | None:
-        return None if self.text_files else hub_name(str(self.tokenizer_source))
 
-    def read_tokenizer(self) -> Tokenizer:
-        source, length = str(self.tokenizer_source), self.sizes["context_length"]
-        return open_tokenizer(source, self._config, context_length=length)
-
-    @property
-    def _config(self) -> Any:
-        from transformers import CONFIG_MAPPING
-
-        # A copy: transformers 5.8 takes names out of the settings of the two towers.
-        settings = copy.deepcopy((self.towers_json or {})["transformers"])
-        return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-
-
-def untrained(config: Any) -> Any:
+def new_model(config: Any) -> Any:
     """A model of `transformers` with new weights."""
     from transformers import AutoModel
 
@@ -319,7 +293,7 @@ def untrained(config: Any) -> Any:
     return build(config, trust_remote_code=False)
 
 
-def interpolate(weights: dict[str, Tensor], towers: HuggingFaceTowers) -> None:
+def interpolate_positions(weights: dict[str, Tensor], towers: HuggingFaceTowers) -> None:
     """Bring SigLIP's position embeddings to the sizes of its towers, in place.
 
     Those of images are on a grid, and bicubic; those of captions are linear.
@@ -358,7 +332,7 @@ class PaddedTokenizer:
         self.tokenizer.save_pretrained(folder)
 
 
-def image_transform(processor: Any) -> ImageTransform:
+def transform_of(processor: Any) -> ImageTransform:
     """Ours if it gives the same; else what the model's own image processor does."""
     text = processor.to_json_string()
     settings = json.loads(text)
@@ -386,7 +360,7 @@ def image_transform(processor: Any) -> ImageTransform:
     return LibraryTransform(settings=f"{name}({' '.join(text.split())})", apply=apply)
 
 
-def preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:
+def preprocessing_of(processor: Any, transform: ImageTransform) -> dict[str, Any]:
     """How images become tensors, in open_clip's words; `size` is None if they are not square."""
     _, *sides = transform(Image.new("RGB", (64, 48))).shape
     settings = json.loads(processor.to_json_string())
@@ -425,3 +399,132 @@ def unpack_patches(packed: Float[Tensor, "b 3 n q"]) -> dict[str, Tensor]:
         "pixel_attention_mask": mask.int(),
         "spatial_shapes": shapes,
     }
+
+
+def describe_towers(reference: str, name: str) -> dict[str, Any]:
+    """What describes the towers of a model in `model.json`, by its folder or hub name.
+
+    A `CLIPModel` is described as in an `open_clip_config.json`, and trained as a model of
+    open_clip. Others stay models of `transformers`.
+
+    Raises:
+        ValueError: There is no such model, or open_clip has none that computes the same.
+    """
+    # A run asks several times, and each asks the hub; a folder may be written anew.
+    return (ask_description_once if hub_name(name) else read_description)(reference, name)
+
+
+def read_description(reference: str, name: str) -> dict[str, Any]:
+    """As `describe_towers`, read now."""
+    kinds, setting = ("clip", *TRAINABLE), f"model.start: {reference}"
+    with readable_errors(setting, hub_name(name)):
+        config = transformers_config(name)
+        if config.model_type in kinds:
+            processor = image_processor(name)
+            images = preprocessing_of(processor, transform_of(processor))
+    if config.model_type not in kinds:
+        raise ValueError(
+            f"{setting}: models of kind {config.model_type} cannot be trained here; "
+            f"of transformers, {', '.join(kinds)} can"
+        )
+    if config.model_type != "clip":
+        if images["size"] is None:
+            raise ValueError(f"{setting}: its images are not square, and training crops squares")
+        return {
+            "transformers": json.loads(config.to_json_string(use_diff=False)),
+            "preprocess_cfg": images,
+        }
+    image, text = config.vision_config, config.text_config
+    if image.hidden_act != text.hidden_act or image.hidden_act not in ACTIVATIONS:
+        acts = f"{image.hidden_act} and {text.hidden_act}"
+        raise ValueError(f"{setting}: open_clip has no towers with {acts}")
+    return {
+        "model_cfg": {
+            "embed_dim": config.projection_dim,
+            "quick_gelu": image.hidden_act == "quick_gelu",
+            "vision_cfg": {
+                "image_size": image.image_size,
+                "patch_size": image.patch_size,
+                "width": image.hidden_size,
+                "layers": image.num_hidden_layers,
+                "head_width": image.hidden_size // image.num_attention_heads,
+                "mlp_ratio": image.intermediate_size / image.hidden_size,
+                "norm_kwargs": {"eps": image.layer_norm_eps},
+            },
+            "text_cfg": {
+                "context_length": text.max_position_embeddings,
+                "vocab_size": text.vocab_size,
+                "width": text.hidden_size,
+                "heads": text.num_attention_heads,
+                "layers": text.num_hidden_layers,
+                "mlp_ratio": text.intermediate_size / text.hidden_size,
+                "norm_kwargs": {"eps": text.layer_norm_eps},
+            },
+        },
+        "preprocess_cfg": {key: images[key] for key in ("mean", "std", "resize_mode")},
+    }
+
+
+ask_description_once = cache(read_description)
+
+
+def as_open_clip(reference: str, name: str, loaded: Loaded) -> TowerPair:
+    """A `CLIPModel` as the same model of open_clip; others as they are.
+
+    Raises:
+        ValueError: The tokenizer of a `CLIPModel` is not CLIP's.
+    """
+    pair, _, tokenizer = loaded
+    theirs = pair.towers
+    assert isinstance(theirs, HuggingFaceTowers)
+    if theirs.kind != "clip":
+        return pair
+    require_clip_tokenizer(reference, tokenizer, eos=theirs.config.text_config.eos_token_id)
+    described = describe_towers(reference, name)
+    built = build_towers(
+        described["model_cfg"],
+        described["preprocess_cfg"],
+        image_size=None,
+        context_length=None,
+        name=name,
+    )
+    model = theirs.library_model()
+    weights = {f"visual.{key}": value for key, value in rename_weights(model.vision_model).items()}
+    weights |= rename_weights(model.text_model)
+    weights["visual.proj"] = model.visual_projection.weight.T
+    weights["text_projection"] = model.text_projection.weight.T
+    weights["logit_scale"] = model.logit_scale
+    built.load_state_dict(weights)
+    return TowerPair(built)
+
+
+def rename_weights(tower: Any) -> dict[str, Tensor]:
+    """The weights of a tower by open_clip's names; queries, keys and values are one there."""
+    state: dict[str, Tensor] = tower.state_dict()
+    weights: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = key
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        if "position_ids" in key or "k_proj" in key or "v_proj" in key:
+            continue  # the first is no weight; the others go along with the queries
+        if "q_proj" in key:
+            parts = [state[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+            value = torch.cat(parts)
+        weights[name] = value
+    return weights
+
+
+def require_clip_tokenizer(reference: str, tokenizer: Any, *, eos: int) -> None:
+    """Refuse a tokenizer that reads captions otherwise than open_clip's; padding may differ."""
+    ours = open_clip.SimpleTokenizer()
+    # transformers writes 2 for the end of old models, and takes the largest token then.
+    same = eos in (2, ours.eot_token_id)
+    for caption in CAPTIONS:
+        tokens = tokenizer([caption])[0].tolist()
+        expected = ours([caption], context_length=len(tokens))[0].tolist()
+        length = expected.index(ours.eot_token_id) + 1
+        same = same and tokens[:length] == expected[:length]
+    if not same:
+        raise ValueError(f"model.start: {reference}: its tokenizer is not CLIP's")

@@ -1,0 +1,208 @@
+"""timm's image models as towers: their names, sizes, pooling, and weights."""
+
+import re
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.file_download import repo_folder_name
+from timm.models import PretrainedCfg, load_state_dict
+from torch import Tensor
+
+from protoclip.config import ImageTowerConfig, ModelConfig
+from protoclip.data.access import hub_answer
+from protoclip.models.opening import (
+    examples_of,
+    misfits,
+    readable_errors,
+    require_weights,
+    unreachable,
+)
+from protoclip.paths import require_path
+
+PUBLISHED = "published"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a name, with or without the tag of its weights, is that of a timm model.
+
+    What it stands for does not change with the folders that lie here; ./NAME is a folder.
+    """
+    return bool(timm.is_model(name.partition(".")[0]))
+
+
+def require_image_name(name: str) -> None:
+    """Refuse what is no timm model, with or without the tag of its weights."""
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ValueError(f"model.image.name: {name}: no such folder")
+    if not timm.is_model_pretrained(name) and name not in timm.list_models():
+        raise ValueError(
+            f"model.image.name: timm has no model '{name}'; it has "
+            f"{', '.join(near_image_names(name))}, ..."
+        )
+
+
+def near_image_names(name: str) -> list[str]:
+    """Names of timm models near one that there is not: those that begin with it or hold it, or else
+    those that begin alike."""
+    words, known = re.sub(r"[ -]", "_", name.partition(".")[0].lower()), timm.list_models()
+    first = [model for model in known if model.startswith(words)]
+    inside = [model for model in known if words in model and model not in first]
+    alike = [model for model in known if model.startswith(name[:6])]
+    return first[:3] + inside[:2] or (alike or known)[:3]
+
+
+def timm_settings(name: str) -> PretrainedCfg:
+    """What timm knows of the weights of a model: their images, and where they are."""
+    require_image_name(name)
+    return timm.get_pretrained_cfg(name) or PretrainedCfg()
+
+
+def with_pooling(image: ImageTowerConfig) -> ImageTowerConfig:
+    """An image tower with its pooling: as its weights need, and the mean where it has none."""
+    if image.pooling == "own":
+        return image
+    is_mean, can_be = means_of(image.name)
+    if image.pooling == "avg" and not can_be:
+        raise ValueError(f"model.image.pooling: timm has no mean for {image.name}; leave it out")
+    if image.pooling == "avg":
+        return image
+    averages = is_mean or (can_be and image.weights is None)
+    return replace(image, pooling="avg" if averages else "own")
+
+
+@cache
+def means_of(name: str) -> tuple[bool, bool]:
+    """Whether a timm model's feature of an image is a mean over places, and whether it can be.
+
+    A class token, or a layer of attention, is a part of what weights have learned.
+    """
+    require_image_name(name)
+    with torch.device("meta"):
+        model: Any = timm.create_model(name)
+    if not hasattr(model, "reset_classifier"):
+        raise ValueError(
+            f"model.image.name: {name} gives no feature of a whole image; choose another, such as "
+            "resnet10t or mobilenetv2_050"
+        )
+    model.reset_classifier(0)
+    default = repr(model), str(getattr(model, "global_pool", ""))
+    try:
+        model.reset_classifier(0, global_pool="avg")
+    except (AssertionError, TypeError, ValueError):
+        return False, False
+    return default == (repr(model), str(getattr(model, "global_pool", ""))), True
+
+
+def classifier_names(model: Any) -> tuple[str, ...]:
+    """Beginnings of the names of a timm model's classifier."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def read_image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Tensor]:
+    """Weights of a timm model without its classifier, for images of `size` pixels.
+
+    Args:
+        weights: `published`, or a file.
+        pool: As open_clip names it; empty for the model's own.
+
+    Raises:
+        ValueError: There are no such weights, or they are of another model or pickled.
+    """
+    reference = f"model.image.weights: {weights}"
+    model: Any
+    published = timm_settings(name)
+    if weights == PUBLISHED:
+        if not published.has_weights:
+            raise ValueError(f"{reference}: timm has no weights for {name}; name a file")
+        with readable_errors(*published_by(name)):
+            model = timm.create_model(name, pretrained=True)
+    else:
+        missing = f"no such file; weights are '{PUBLISHED}' or a file"
+        require_path("model.image.weights", weights, missing)
+        model = timm.create_model(name)
+        require_weights(reference, Path(weights))
+        with readable_errors(reference):
+            given = load_state_dict(weights, weights_only=True)
+        classifier = classifier_names(model)
+        dropped = {key for key in model.state_dict() if key.startswith(classifier)}
+        trunk = {key: value for key, value in given.items() if not key.startswith(classifier)}
+        if wrong := [key for key in misfits(model, trunk) if key not in dropped]:
+            raise ValueError(f"{reference}: does not fit {name}: {examples_of(wrong)}")
+        model.load_state_dict(trunk, strict=False)
+    model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
+    set_input_size(model, size, name)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def published_by(name: str) -> tuple[str, str, str]:
+    """What errors call timm's weights of a model, where the hub has them, and what else helps."""
+    reference = f"model.image.weights: {PUBLISHED} weights of {name}"
+    repository = timm_settings(name).hf_hub_id or ""
+    return reference, repository, "give a file: --model.image.weights FILE"
+
+
+def require_image_weights(model: ModelConfig) -> None:
+    """Refuse published image weights that cannot be had, before any work is done for them.
+
+    Raises:
+        ValueError: Nothing of them was downloaded before, and the hub does not answer.
+    """
+    if model.start is not None or model.image.weights != PUBLISHED:
+        return  # a start brings its weights, also where it was made of published ones
+    reference, repository, way_out = published_by(model.image.name)
+    if not repository:
+        return
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+    if not folder.is_dir() and hub_answer(partial(HfApi().model_info, repository)) is None:
+        raise unreachable(reference, way_out)
+
+
+def require_multiple(size: int, patch: int, name: str) -> None:
+    """Refuse an image size that the patches of an image tower do not divide."""
+    if size % patch:
+        raise ValueError(
+            f"model.image.size: {size} is no multiple of the {patch} pixels of a patch of {name}"
+        )
+
+
+def set_input_size(trunk: Any, size: int, name: str) -> None:
+    """Set the image size of a timm transformer; convolutional models take any size.
+
+    Raises:
+        ValueError: It reads images of another size alone.
+    """
+    if hasattr(trunk, "set_input_size"):
+        patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
+        require_multiple(size, patch, name)
+        trunk.set_input_size(img_size=(size, size))
+    settings = getattr(trunk, "pretrained_cfg", None) or {}
+    native_size = settings.get("input_size", (3, size))[-1]
+    is_patched = hasattr(trunk, "patch_embed")  # and then read, once its patches divide the size
+    is_fixed = settings.get("fixed_input_size") and not (
+        is_patched and hasattr(trunk, "set_input_size")
+    )
+    if native_size != size and is_fixed and not can_read(trunk, size):
+        raise ValueError(
+            f"model.image.size: {name} cannot read images of {size} pixels; its own are of "
+            f"{native_size}"
+        )
+
+
+def can_read(trunk: Any, size: int) -> bool:
+    """Whether an image tower of timm can read images of this size."""
+    trains = trunk.training
+    try:
+        with torch.no_grad():
+            trunk.eval()(torch.zeros(1, 3, size, size, device=next(trunk.parameters()).device))
+    except Exception:  # each of timm's models has its own
+        return False
+    finally:
+        trunk.train(trains)
+    return True
