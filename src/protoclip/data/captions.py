@@ -1,23 +1,38 @@
-"""Which captions of an image a visit brings: one, several, or a sentence of one.
+"""Which captions of an image a visit brings, and keys that are equal for pairs that show the same.
 
-The random draws behind that choice are in `sampler.py`, and captions are read by the sources.
+The random draws behind the choice of captions are in `sampler.py`. `losses/positives.py` says what
+is made of pairs that share a caption, an image or a class.
 """
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Int
 
 from protoclip.config import Config
+from protoclip.data.pairs import Pairs, Sample, SampleStream
 
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 USUAL = 0.99  # share of the images whose number of captions `all` is, if others have far more
 # Beyond what any tower reads. CLIP's tokenizer takes hours for a word of some megabytes.
 LONGEST_TEXT = 20_000
 LONG_WORD = re.compile(r"(\w{500})\w+|([^\w\s]{500})[^\w\s]+")
+
+Key = Literal["caption", "image", "class"]
+# By which keys pairs are positives, for each value of `loss.positives`.
+KEYS: dict[str, tuple[Key, ...]] = {
+    "pair": (),
+    "masked": ("caption", "image"),
+    "shared": ("caption", "image"),
+    "class": ("caption", "image", "class"),
+}
 
 
 def legible(text: str) -> str:
@@ -97,3 +112,52 @@ def without_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"
     """
     changes = (tokens[:, 1:] != tokens[:, :-1]).any(0).nonzero()
     return tokens[:, : int(changes.max()) + 2 if len(changes) else 1]
+
+
+def number_of(content: bytes | str) -> int:
+    """64 bits of BLAKE2b, as a signed integer."""
+    data = content.encode() if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def normalised(caption: str) -> str:
+    """A caption without what makes no other text of it: case, spacing, and its Unicode form."""
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
+
+
+def normalise_texts(captions: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """The same of many captions, as bytes; of plain ASCII ten times as fast."""
+    texts = pc.ascii_lower(captions.view(pa.large_string())).view(pa.large_binary())
+    needs_more = pc.match_substring_regex(captions, "[^ -~]|  |^ | $").fill_null(False)
+    others = [
+        normalised(t.decode("utf-8", "replace")).encode()
+        for t in captions.filter(needs_more).to_pylist()
+    ]
+    return pc.replace_with_mask(texts, needs_more, pa.array(others, pa.large_binary()))
+
+
+def class_number(pairs: Pairs, row: int) -> int:
+    """The key of a row's class. A row without one is alone, but for further visits to it."""
+    name = pairs.class_of(row)  # type: ignore[attr-defined]
+    return number_of(f"class {name}" if name else f"sample {pairs.sample_id(row)}")
+
+
+def keys_of(
+    by: tuple[Key, ...],
+    pairs: Pairs | SampleStream,
+    row: int | None,
+    sample: Sample,
+    captions: list[str],
+) -> list[list[int]]:
+    """The keys of a sample with each of its captions on this visit. An image is known by its bytes,
+    which costs a microsecond a kilobyte; `row` is that of pairs with classes."""
+    columns: list[list[int]] = []
+    for key in by:
+        if key == "caption":
+            columns.append([number_of(normalised(caption)) for caption in captions])
+        elif key == "image":
+            columns.append([number_of(sample.image)] * len(captions))
+        else:
+            assert row is not None, "sources.pairs refuses classes of streams"
+            columns.append([class_number(cast("Pairs", pairs), row)] * len(captions))
+    return [list(keys) for keys in zip(*columns, strict=True)]

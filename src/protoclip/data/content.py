@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from protoclip.data.access import digest, is_url
 from protoclip.data.index import index_folder
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import (
     BadSample,
     ImageTextPairs,
@@ -30,7 +29,6 @@ from protoclip.data.pairs import (
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import ShardStream
-from protoclip.data.view import PairsView
 from protoclip.files import (
     checksum,
     open_local,
@@ -73,15 +71,14 @@ def content(
     Args:
         encoded: What is left of the samples where frozen halves encoded all of them.
     """
-    sources = sources_of(samples)
+    sources = samples.sources
     facts = [of_pairs(s) if isinstance(s, ImageTextPairs) else of_stream(s) for s in sources]
     if len(facts) > 1:  # sample ids begin with the name
         facts = [{"name": s.name, **of_one} for s, of_one in zip(sources, facts, strict=True)]
     for name, pairs in (("held_out", samples), ("encoded", encoded)):
-        if isinstance(pairs, PairsView) and len(pairs.left_out):
-            facts[0][name] = checksum(pairs.left_out.astype("<i8").tobytes())
-        elif pairs is not None:
-            facts[0][name] = ""  # none is left out; no fact at all would mean that nobody knows
+        if pairs is not None:  # no fact at all would mean that it is not known
+            left_out = pairs.left_out.astype("<i8").tobytes() if isinstance(pairs, Pairs) else b""
+            facts[0][name] = checksum(left_out) if left_out else ""
     return facts
 
 

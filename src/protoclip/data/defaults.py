@@ -14,7 +14,6 @@ import numpy as np
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfig
 from protoclip.data import decode
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.stream import ShardStream
@@ -40,7 +39,7 @@ def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]
         with ThreadPoolExecutor(READERS) as pool:
             yield from filter(None, pool.map(read, rows))
         return
-    streams = sources_of(samples)
+    streams = samples.sources
     for stream in streams:
         if isinstance(stream, ShardStream):
             items = islice(stream.read(stream.shards[0]), -(-number // len(streams)))

@@ -20,7 +20,6 @@ from protoclip.data.access import MISSING
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import Item, items_of, read_image
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.stream import ShardStream
@@ -138,7 +137,7 @@ def _shards(
 
 
 def _all_shards(source: SampleStream) -> list[tuple[ShardStream, str]]:
-    streams = [stream for stream in sources_of(source) if isinstance(stream, ShardStream)]
+    streams = [stream for stream in source.sources if isinstance(stream, ShardStream)]
     return [(stream, shard) for stream in streams for shard in stream.shards]
 
 

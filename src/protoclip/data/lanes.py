@@ -1,4 +1,4 @@
-"""How ranks share a stream: which of its samples each rank takes for a batch.
+"""Which samples each rank takes for a batch of a stream, and what replaces bad ones.
 
 A stream is dealt to lanes, as many as the run had ranks when it began. A batch takes equally many
 samples of each lane, one lane after the other. Any number of ranks shares the batch evenly, so a
@@ -10,9 +10,12 @@ begins amid a stretch has the samples before its part too, and decodes them if o
 bad.
 """
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 from protoclip.data.pairs import BadSample, Sample, SampleStream
 from protoclip.distributed.collectives import all_gather_object
@@ -20,6 +23,9 @@ from protoclip.files import checksum
 
 Item = Sample | BadSample
 
+# Spare rows for each one of a batch that is bad. They are more than the spare samples of a stream,
+# which travel to the workers with the batch: rows cost nothing until read.
+SPARE_BATCHES = 4
 # Spare samples that replace the bad ones of a stretch, as a share of it, and the least number.
 SPARE_SAMPLES, MIN_SPARE = 0.25, 8
 # The most samples of a stretch. Of more, a few bad ones in a row are less likely to use up the
@@ -117,3 +123,40 @@ def require_equal_lanes(lanes: Set[tuple[int, str]]) -> None:
             "ranks that share a lane of the stream read other samples of it, since one of them "
             "lost a shard; go on with --resume auto"
         )
+
+
+def spare_positions(
+    position: npt.NDArray[np.int64], number: int, *, batch: int, size: int
+) -> npt.NDArray[np.int64]:
+    """So many spare positions `(number, b)` for each of these positions of an episode.
+
+    They are those of the same place in the batches that follow; once around, those of the next
+    place. So a position has the same ones whatever else its rank has, and as many different ones as
+    the episode has.
+    """
+    batches, spare = -(-size // batch), np.arange(number)[:, None]
+    around, turn = (spare, 0) if batches == 1 else np.divmod(spare, batches - 1)
+    of_batch = (position // batch + 1 + turn) % batches
+    in_batch = (position % batch + around + (batches == 1)) % min(batch, size)
+    return np.asarray((of_batch * batch + in_batch) % size, dtype=np.int64)
+
+
+def row_candidates(rows: Sequence[int], size: int) -> Iterator[Iterator[int]]:
+    """Of each of `size` positions: its row, its spare ones, then those of others, each once.
+
+    To be used one after the other. Who asks for a further candidate says that the last was bad.
+
+    Args:
+        rows: One for each position, then spare ones, of which those of a position are as far apart
+            as there are positions.
+    """
+    taken, failed = set[int](), set[int]()
+
+    def of(number: int) -> Iterator[int]:
+        for index in chain(range(number, len(rows), size), range(size, len(rows))):
+            if index not in taken and rows[index] not in failed:
+                taken.add(index)
+                yield rows[index]
+                failed.add(rows[index])  # or nobody would have asked for another
+
+    return map(of, range(size))

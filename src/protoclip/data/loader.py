@@ -24,14 +24,20 @@ from protoclip import signals
 from protoclip.config import Config
 from protoclip.data import access, lanes
 from protoclip.data.cache import crop, image_cache
-from protoclip.data.captions import ONE, CaptionDraw, without_padding
+from protoclip.data.captions import ONE, CaptionDraw, Key, keys_of, number_of, without_padding
 from protoclip.data.defaults import number_of_workers
-from protoclip.data.groups import Key, keys_of, number_of
-from protoclip.data.lanes import MIN_SPARE, Stretch, overlapping, shares_of_batches
+from protoclip.data.lanes import (
+    MIN_SPARE,
+    SPARE_BATCHES,
+    Stretch,
+    overlapping,
+    row_candidates,
+    shares_of_batches,
+    spare_positions,
+)
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
-from protoclip.data.spare_rows import SPARE_BATCHES, row_candidates, spare_positions
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
 

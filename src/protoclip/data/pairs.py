@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,42 +60,88 @@ class Sample:
     where: str  # The file or archive member it comes from, for messages.
 
 
-@runtime_checkable
-class Pairs(Protocol):
-    """A source of pairs that can be read in any order.
+class Pairs:
+    """Pairs that can be read in any order.
 
-    `sample` and `sample_captions` raise `BadSample`.
+    For pairs of a new kind write a subclass with a `name` and the first four methods, and return it
+    in `sources.open_source`. What can be brought into a table becomes `ImageTextPairs` instead, of
+    which pairs can be held out, too.
+
+    Attributes:
+        name: What messages call the pairs; sample ids of a mixture begin with it.
+        notes: What the user should know, such as which lines were left out.
     """
 
+    name: str
+    notes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample_id(self, row: int) -> str:
+        """The id of a row's sample, which no other one has."""
+        raise NotImplementedError
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        """The captions of a row; raises `BadSample` if there is none."""
+        raise NotImplementedError
+
+    def sample(self, row: int) -> Sample:
+        """All of a row; raises `BadSample` if it cannot be used."""
+        raise NotImplementedError
+
+    def sample_ids(self) -> Iterator[str]:
+        """All ids, in the order of the rows."""
+        return map(self.sample_id, range(len(self)))
+
     @property
-    def name(self) -> str: ...
-    def __len__(self) -> int: ...
-    def sample(self, row: int) -> Sample: ...
-    def sample_id(self, row: int) -> str: ...
-    def sample_captions(self, row: int) -> tuple[str, ...]: ...
-    def sample_ids(self) -> Iterator[str]: ...
+    def sources(self) -> Sequence[Any]:
+        """Those that a view or mixture is made of; of others these pairs alone."""
+        return [self]
+
+    @property
+    def parts(self) -> Sequence[tuple[Any, Any]]:
+        """The sources, each with the numbers of its rows that are among these pairs."""
+        return [(self, range(len(self)))]
+
+    @property
+    def left_out(self) -> npt.NDArray[np.int64]:
+        """Rows that are left out, as numbered over all rows of the sources."""
+        return np.array([], np.int64)
 
 
-@runtime_checkable
-class SampleStream(Protocol):
-    """A source of pairs that can only be read in order, and has no end.
+class SampleStream:
+    """Pairs that can only be read in order, and have no end.
 
-    It is dealt to `lanes`, which ranks share as `lanes.py` says. `samples(first, lane)` starts at a
-    lane's sample number `first` and is the same on each call. A process that loads the lane's
+    They are dealt to `lanes`, which ranks share as `lanes.py` says. A process that loads the lane's
     `state_dict(first, lane)` (JSON values) gets there without reading all that comes before, and
     then has as many lanes as the stream that made it.
     """
 
+    name: str
+    notes: Sequence[str] = ()
+
     @property
-    def name(self) -> str: ...
+    def lanes(self) -> int:
+        raise NotImplementedError
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
+        """A lane from its sample number `first` on; the same on each call."""
+        raise NotImplementedError
+
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
     @property
-    def lanes(self) -> int: ...
-    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]: ...
-    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def sources(self) -> Sequence[Any]:
+        """Those that a mixture is made of; of others this stream alone."""
+        return [self]
 
 
-class ImageTextPairs:
+class ImageTextPairs(Pairs):
     """Pairs in an Arrow table.
 
     Args:
@@ -117,6 +163,7 @@ class ImageTextPairs:
     Raises `ValueError` if a column is missing, or there is no row.
     """
 
+    notes: list[str]
     prefix = ""  # of ids that the table holds
     rows: npt.NDArray[np.int64] | None = None  # of the table, ascending; unset, all are pairs
 

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.data.groups import normalised
+from protoclip.data.captions import normalised
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.data.view import PairsView, Rows
 
+Rows = npt.NDArray[np.int64]
 # Independent sequences of random numbers.
 ROWS_STREAM, TRANSFORM_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
 SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM, DEAL_STREAM = 5, 6, 7, 8
@@ -209,7 +209,7 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
     if isinstance(samples, SampleStream):
         # Here the rows are positions in the stream.
         return lambda index: Episode(index=index, rows=torch.arange(size) + index * size)
-    parts = samples.parts if isinstance(samples, PairsView) else [(samples, range(len(samples)))]
+    parts = samples.parts
     weights = [entry.weight for entry in config.data.sources if entry.weight is not None]
     if config.run.overfit is not None:
         weights = []  # each pair once an episode

@@ -20,13 +20,12 @@ from protoclip.data.access import (
     require_allowed,
     too_slow,
 )
-from protoclip.data.chosen import read_chosen
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.mixture import MixedStreams, mixed_pairs, sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import open_shards
+from protoclip.data.split import read_chosen
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import (
     caption_columns,
@@ -36,6 +35,7 @@ from protoclip.data.tables import (
     open_table,
     unused,
 )
+from protoclip.data.view import MixedStreams, mixed_pairs
 from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
@@ -155,12 +155,12 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
     numbered = [
         f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
         "its rows, or name such a column by data.id_column"
-        for source in sources_of(samples)
+        for source in samples.sources
         if isinstance(source, ImageTextPairs) and source.id_column is None
     ]
     by_number = [
         source.name
-        for source in sources_of(samples)
+        for source in samples.sources
         if isinstance(source, ImageTextPairs) and len(source) and source.class_of(0).isdecimal()
     ]
     if len(by_number) > 1:

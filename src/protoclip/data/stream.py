@@ -23,8 +23,7 @@ from protoclip.data.access import (
     open_file,
     reason_of,
 )
-from protoclip.data.chosen import Chosen, Keeps
-from protoclip.data.pairs import LOST, BadSample, Sample, clean_captions
+from protoclip.data.pairs import LOST, BadSample, Sample, SampleStream, clean_captions
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.shards import (
     COMPRESSED,
@@ -33,6 +32,7 @@ from protoclip.data.shards import (
     read_samples,
     shard_stem,
 )
+from protoclip.data.split import Chosen, Keeps
 from protoclip.terminal import without_secrets
 
 Item = Sample | BadSample
@@ -42,7 +42,7 @@ BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks a
 MAX_FAILED = 32  # a stream ends after as many different shards in a row without a good sample
 
 
-class ShardStream:
+class ShardStream(SampleStream):
     """Image-text pairs from tar shards in one endless order; see `pairs.SampleStream`.
 
     Each pass over the shards permutes them. The endless sequence of shards is dealt to the lanes in
@@ -52,6 +52,8 @@ class ShardStream:
 
     Raises `ValueError` as `expand_shards`.
     """
+
+    notes: list[str]
 
     def __init__(
         self,

@@ -1,10 +1,12 @@
-"""Rows of one or several sources as one source: all of them, all but a few, or some.
+"""Several sources as one, and rows of them: all, all but a few, or some.
 
-A view numbers its rows over its sources, one source after the other. It holds no pair itself.
+A view numbers its rows over its sources, one source after the other. It holds no pair itself. In a
+mixture, of tables or of streams, sample ids begin with the name of their source.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -14,7 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from protoclip.data.access import digest
-from protoclip.data.pairs import Sample
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.sampler import ORDER_STREAM, generator
 
 Rows = npt.NDArray[np.int64]
 NONE: Rows = np.array([], np.int64)
@@ -50,7 +53,7 @@ def as_array(rows: RowNumbers) -> Rows:
     return rows.at(np.arange(len(rows))) if isinstance(rows, AllBut) else np.asarray(rows, np.int64)
 
 
-class PairsView:
+class PairsView(Pairs):
     """Rows of sources, with the ids that they have there; see `pairs.Pairs`.
 
     Args:
@@ -60,11 +63,18 @@ class PairsView:
     """
 
     def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:
-        self.parts = list(parts)
-        self.sources = [source for source, _ in parts]
+        self._parts = list(parts)
         self.name = name or " + ".join(source.name for source in self.sources)
         self.notes = [note for source in self.sources for note in getattr(source, "notes", ())]
         self._starts = list(accumulate((len(rows) for _, rows in parts), initial=0))
+
+    @property
+    def parts(self) -> Sequence[tuple[Any, RowNumbers]]:
+        return self._parts
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        return [source for source, _ in self._parts]
 
     @cached_property
     def key(self) -> str:
@@ -80,7 +90,6 @@ class PairsView:
 
     @property
     def left_out(self) -> Rows:
-        """The rows that are left out, as numbered over all rows of the sources."""
         starts = accumulate(map(len, self.sources), initial=0)
         parts = zip(self.parts, starts, strict=False)
         left_out = [rows.left_out + at for (_, rows), at in parts if isinstance(rows, AllBut)]
@@ -96,7 +105,7 @@ class PairsView:
     def locate(self, row: int) -> tuple[Any, int]:
         """The source that has a row, and the number of the row there."""
         number = self.source_of(row)
-        source, rows = self.parts[number]
+        source, rows = self._parts[number]
         return source, int(rows[row - self._starts[number]])
 
     def sample(self, row: int) -> Sample:
@@ -161,13 +170,102 @@ def by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
     ]
 
 
-def without(pairs: Any, left_out: Rows) -> PairsView:
+def without(pairs: Pairs, left_out: Rows) -> PairsView:
     """A source or view without some of its rows, which ascend; a view leaves out what it did, too.
 
     Of its sources a view has all rows, or all but a few.
     """
-    view = pairs if isinstance(pairs, PairsView) else whole([pairs])
     # Rows of the view are rows of its sources without those that it leaves out already.
-    in_sources = AllBut(sum(map(len, view.sources)), view.left_out).at(left_out)
-    parts = by_source(view.sources, np.union1d(view.left_out, in_sources))
+    in_sources = AllBut(sum(map(len, pairs.sources)), pairs.left_out).at(left_out)
+    parts = by_source(pairs.sources, np.union1d(pairs.left_out, in_sources))
     return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)
+
+
+PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
+
+
+def _joined_name(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
+    """The name of a mixture; raises if ids `<name>/<id in the source>` could be equal."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1 or "/" in name:
+            wrong = f"two are named '{name}'" if "/" not in name else f"'{name}' holds a '/'"
+            raise ValueError(
+                f"data.sources: {wrong}, but sample ids start with the name; give each source a "
+                "name of its own, without '/', by name = ... in its [[data.sources]]"
+            )
+    return " + ".join(names)
+
+
+def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
+    """A sample with the id that it has in a mixture, if its source has that name."""
+    sample_id = f"{name}/{item.sample_id}"
+    if isinstance(item, Sample):
+        return replace(item, sample_id=sample_id)
+    return BadSample(sample_id, item.where, item.reason)
+
+
+def mixed_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
+    """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
+
+    Raises `ValueError` for two sources of one name, or a name with a `/`.
+    """
+    return whole([source.in_mixture() for source in sources], _joined_name(sources))
+
+
+class MixedStreams(SampleStream):
+    """Streams in a seeded order, each with its exact share of every thousand samples.
+
+    Sample ids are as in `mixed_pairs`. Raises `ValueError` as that, or if a weight is too small.
+    """
+
+    def __init__(
+        self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
+    ) -> None:
+        self.name, self._streams, self.seed = _joined_name(streams), list(streams), seed
+        self.notes = [note for stream in streams for note in stream.notes]
+        bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
+        self._shares = np.diff(bounds, prepend=0)
+        if not self._shares.all():
+            raise ValueError("data.sources: a weight is less than a thousandth of their sum")
+        names, shares = [stream.name for stream in streams], self._shares.tolist()
+        self._identity = digest({"names": names, "shares": shares, "seed": seed})
+
+    @property
+    def sources(self) -> Sequence[SampleStream]:
+        return self._streams
+
+    @property
+    def lanes(self) -> int:
+        return self._streams[0].lanes
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
+        period, skip = divmod(first, PERIOD)
+        readers = [stream.samples(count, lane) for stream, count in self._counts(first)]
+        while True:
+            for source in self._order(period)[skip:]:
+                yield under(self._streams[source].name, next(readers[source]))
+            period, skip = period + 1, 0
+
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        states = [stream.state_dict(count, lane) for stream, count in self._counts(first)]
+        return {"streams": states, "mixture": self._identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("mixture") != self._identity:
+            raise ValueError(
+                f"{self.name}: the names, the weights or the seed are not those of the interrupted "
+                "run, so the streams cannot go on; restore them, or start anew"
+            )
+        for stream, of_stream in zip(self._streams, state["streams"], strict=True):
+            stream.load_state_dict(of_stream)
+
+    def _order(self, period: int) -> npt.NDArray[np.int64]:
+        sources = np.repeat(np.arange(len(self._streams)), self._shares)
+        return generator(self.seed, ORDER_STREAM, period).permutation(sources)
+
+    def _counts(self, first: int) -> list[tuple[SampleStream, int]]:
+        """The streams, each with how many of the first samples came from it."""
+        period, within = divmod(first, PERIOD)
+        begun = np.bincount(self._order(period)[:within], minlength=len(self._streams))
+        return list(zip(self._streams, (period * self._shares + begun).tolist(), strict=True))

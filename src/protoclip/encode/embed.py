@@ -28,7 +28,6 @@ from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.content import content
 from protoclip.data.loader import Item
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, SampleStream
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
@@ -154,7 +153,7 @@ def embed(
         )
         settings["precision"] = begun or kept.precision
         images.autocast = texts.autocast = encoding(kept.precision, device)
-        has_classes = any(getattr(each, "class_column", None) for each in sources_of(samples))
+        has_classes = any(getattr(each, "class_column", None) for each in samples.sources)
         workers = config.data.workers
         encode = partial(
             encode_pairs,

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,7 @@ def images_at_once(model: nn.Module) -> int:
     return 16 if next(model.parameters()).device.type == "cpu" else 256
 
 
-class ImagesOnce:
+class ImagesOnce(Pairs):
     """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`.
 
     Args:
@@ -204,9 +204,6 @@ class ImagesOnce:
 
     def sample_id(self, row: int) -> str:
         return view_id(image_key(self.pairs, int(self.rows[row])), self.view)
-
-    def sample_ids(self) -> Iterator[str]:
-        return map(self.sample_id, range(len(self)))
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         return ()

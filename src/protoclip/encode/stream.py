@@ -22,7 +22,6 @@ import torch
 from protoclip.data import access
 from protoclip.data.access import begun, is_url
 from protoclip.data.content import of_stream, shard_facts
-from protoclip.data.mixture import mixed_pairs, sources_of
 from protoclip.data.pairs import (
     LOST,
     MAX_IMAGE_PIXELS,
@@ -33,6 +32,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import MAX_FAILED, Item, ShardStream
+from protoclip.data.view import mixed_pairs
 from protoclip.distributed.collectives import (
     raise_on_all_ranks,
     rank0_first,
@@ -118,7 +118,7 @@ def passed(
         ValueError: The store cannot be used or is damaged, or too much is bad.
     """
     tables = []
-    for source in sources_of(stream):
+    for source in stream.sources:
         assert isinstance(source, ShardStream)  # there are no other streams
         tables.append(
             _passed(

@@ -25,7 +25,6 @@ from protoclip.data.access import digest, download, fingerprint, is_url, reason_
 from protoclip.data.content import difference, facts_of_rows, of_pairs
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.index import cache_folder
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.sources import entries
@@ -203,7 +202,7 @@ def teachers(
         ValueError: There is no such teacher, it has features of none of the samples, or of others
             under the same numbers of rows.
     """
-    sources = zip(sources_of(samples), entries(config.data), strict=True)
+    sources = zip(samples.sources, entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
     loaded: dict[str, StoredFeatures] = {}
@@ -226,7 +225,7 @@ def teachers(
             stored.modality = "text"
         else:
             stored = read_teacher(teacher.features)
-        for source in sources_of(samples):
+        for source in samples.sources:
             require_same_rows(stored, source)
         loaded[name] = stored
         for said in unknown_to(name, stored, samples):
@@ -278,7 +277,7 @@ def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
 
     What is not on this machine is not read for it.
     """
-    streams = [each for each in sources_of(samples) if isinstance(each, ShardStream)]
+    streams = [each for each in samples.sources if isinstance(each, ShardStream)]
     ids = []
     for stream in streams:
         prefix = f"{stream.name}/" if len(streams) > 1 else ""

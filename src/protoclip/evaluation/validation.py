@@ -22,7 +22,6 @@ from protoclip.data import sources
 from protoclip.data.access import is_url
 from protoclip.data.content import Facts, content, difference, facts_of_rows
 from protoclip.data.index import index_folder
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, held_out_rows
@@ -409,7 +408,7 @@ def name_in_metrics(name: str, config: Config) -> str:
 
 def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
     """A copy of each source of pairs; none of a stream."""
-    pairs = [source for source in sources_of(samples) if isinstance(source, ImageTextPairs)]
+    pairs = [source for source in samples.sources if isinstance(source, ImageTextPairs)]
     return [copy.copy(source) for source in pairs]
 
 
@@ -579,7 +578,7 @@ def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
     run = run_as_data(reference)
     if run is not None and difference(sources_in(run), trained) is None:
         return False
-    for source in sources_of(split.images):
+    for source in getattr(split.images, "sources", ()):
         if isinstance(source, ImageTextPairs):
             as_many = [facts for facts in trained if facts.get("rows") == len(source)]
             known = facts_of_rows(source) if as_many else {}  # hashing takes a while

@@ -175,7 +175,7 @@ def changed_data(run: Path, training: Pairs | SampleStream) -> str:
 
     Pairs held out of others need not be those that were held out of these.
     """
-    if not (isinstance(training, PairsView) and len(training.left_out)):
+    if not (isinstance(training, Pairs) and len(training.left_out)):
         return ""  # pairs of another source judge the run
     with suppress(ValueError, LookupError, TypeError, AttributeError):  # its state is damaged
         return changed_since(run, training) or ""

@@ -38,7 +38,6 @@ from protoclip.data.captions import ONE, CaptionDraw, caption_draw
 from protoclip.data.content import Facts, content, facts_that_may_move
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import fitting_augmentation
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
@@ -272,10 +271,7 @@ def require_usable(config: Config, samples: Pairs) -> None:
         return dimensions(image, max_pixels=config.data.max_image_pixels)
 
     reasons, bad = list[ValueError](), 0
-    parts: Any = [(samples, range(len(samples)))]
-    if isinstance(samples, PairsView):
-        parts = samples.parts
-    for source, rows in parts if config.data.max_bad_share < MOST_BAD else ():
+    for source, rows in samples.parts if config.data.max_bad_share < MOST_BAD else ():
         named = f"data.train: {source.name}"
         try:
             sources.require_readable(named, len(rows), partial(read, source, rows))
@@ -289,12 +285,13 @@ def require_usable(config: Config, samples: Pairs) -> None:
 def seen_of(samples: Pairs | SampleStream) -> tuple[str, str]:
     """How many pairs, and what tells them from others, quickly: some, and which are held out."""
     if isinstance(samples, SampleStream):
-        shards = [shard_stem(each) for of in sources_of(samples) for each in of.shards]
+        shards = [shard_stem(each) for of in samples.sources for each in of.shards]
         return f"{len(shards):,} shards", digest({"shards": shards})
     rows = evenly_spaced(len(samples), min(SEEN, len(samples)), seed=0)
-    left_out = samples.left_out.tolist() if isinstance(samples, PairsView) else []
     pairs = [(samples.sample_id(row), captions_or_none(samples, row)) for row in rows]
-    return f"{len(samples):,} pairs", digest({"pairs": pairs, "left_out": left_out})
+    return f"{len(samples):,} pairs", digest(
+        {"pairs": pairs, "left_out": samples.left_out.tolist()}
+    )
 
 
 def captions_or_none(samples: Pairs, row: int) -> tuple[str, ...]:
@@ -371,7 +368,7 @@ def contents(
         halves: What these encoded, if they did; the plan's samples are what is left then.
     """
     known = content(samples, encoded=None if halves is None else plan.samples)
-    each = zip(known, sources_of(samples), strict=True)
+    each = zip(known, samples.sources, strict=True)
     facts = {"sources": [facts_that_may_move(of_one, source) for of_one, source in each]}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay

@@ -17,7 +17,6 @@ from protoclip.data.defaults import (
     fitting_image_size,
     some_samples,
 )
-from protoclip.data.mixture import sources_of
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.distributed import collectives
@@ -161,7 +160,7 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
 def number_of_images(samples: Pairs) -> int:
     """About how many images these pairs show: fewer than pairs in a table with a row a caption."""
     rows, images = 0, 0.0
-    for source, (looked_at, again) in zip(sources_of(samples), repeated(samples), strict=True):
+    for source, (looked_at, again) in zip(samples.sources, repeated(samples), strict=True):
         rows += len(source)
         images += len(source) * (1 - again / looked_at if looked_at else 1)
     return round(len(samples) * images / max(1, rows))
@@ -174,7 +173,7 @@ def repeated(samples: Pairs) -> list[tuple[int, int]]:
     a caption. Equal files of different names count as different (`content.repeated_images`).
     """
     counts = []
-    for source in sources_of(samples):
+    for source in samples.sources:
         rows = set[int]()
         if isinstance(source, ImageTextPairs):
             for first in evenly_spaced(len(source), min(len(source), BLOCKS), seed=0):

@@ -16,10 +16,10 @@ from tars import numbered, write_tar
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
-from protoclip.data.chosen import read_chosen, read_ids
 from protoclip.data.inspect import inspect
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import episodes
+from protoclip.data.split import read_chosen, read_ids
 from protoclip.encode.encoder import embed_teacher
 from protoclip.encode.teachers import read_teacher
 from protoclip.evaluation.validation import judged

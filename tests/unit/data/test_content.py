@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.data.content import content, difference, facts_that_may_move, hash_rows
-from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
-from protoclip.data.view import without
+from protoclip.data.view import mixed_pairs, without
 from testing import tiny_pairs
 
 

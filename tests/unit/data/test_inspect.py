@@ -19,9 +19,9 @@ from protoclip.data.inspect import (
     show,
     way,
 )
-from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
+from protoclip.data.view import mixed_pairs
 from testing import tiny_pairs
 
 

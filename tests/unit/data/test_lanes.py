@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoclip.data import stream as streams
-from protoclip.data.chosen import Chosen, IdList, Keeps
 from protoclip.data.lanes import Stretch, shares_of_batches
 from protoclip.data.loader import EpisodeLoader
-from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
+from protoclip.data.split import Chosen, IdList, Keeps
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
+from protoclip.data.view import MixedStreams
 from protoclip.distributed import collectives
 from protoclip.encode.store import hash_ids
 from protoclip.models import loading
@@ -264,7 +264,7 @@ def test_a_state_of_a_version_that_had_a_lane_a_rank():
         assert read([one], 5, 3, 0) == expected[5 * BATCH :]
 
 
-class DamagedStream:
+class DamagedStream(SampleStream):
     """The tiny pairs over and over. Some numbers are bad: the stream says so of odd ones, and a
     decoder of even ones."""
 

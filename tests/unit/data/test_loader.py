@@ -23,11 +23,11 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from interrupting import with_changes
 from protoclip.config import Config, DataConfig
 from protoclip.data.captions import CaptionDraw, caption_draw
+from protoclip.data.lanes import spare_positions
 from protoclip.data.loader import Batch, EpisodeLoader, Pass
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.skipped import SkipLog
-from protoclip.data.spare_rows import spare_positions
 from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.data.view import whole
@@ -38,7 +38,7 @@ from testing import tiny_config, tiny_pairs
 GREY = (0.5, 0.5, 0.5)
 
 
-class NumberedStream:
+class NumberedStream(SampleStream):
     """The tiny pairs over and over, as a stream; some numbers are bad."""
 
     name, lanes = "numbered", 1

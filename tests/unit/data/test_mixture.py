@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from protoclip.data.access import digest
-from protoclip.data.mixture import MixedStreams
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.view import AllBut, PairsView, by_source
+from protoclip.data.view import AllBut, MixedStreams, PairsView, by_source
 from testing import tiny_pairs
 
 
-class Counting:
+class Counting(SampleStream):
     """A stream whose samples are named by their number; remembers what it was asked for."""
 
     def __init__(self, name: str) -> None:

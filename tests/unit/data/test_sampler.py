@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
-from protoclip.data.mixture import mixed_pairs
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import (
     EpisodeSampler,
@@ -24,7 +23,7 @@ from protoclip.data.sampler import (
     permute,
     transform_draws,
 )
-from protoclip.data.view import without
+from protoclip.data.view import mixed_pairs, without
 from testing import tiny_pairs
 
 

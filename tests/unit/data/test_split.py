@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from protoclip.data import split
-from protoclip.data.groups import normalise_texts, normalised
-from protoclip.data.mixture import mixed_pairs
+from protoclip.data.captions import normalise_texts, normalised
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.split import count_shared, held_out_rows
-from protoclip.data.view import PairsView, without
+from protoclip.data.view import PairsView, mixed_pairs, without
 from protoclip.evaluation.datasets import have_class
 
 

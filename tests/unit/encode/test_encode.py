@@ -354,7 +354,7 @@ def test_features_that_are_not_finite_stop_the_pass(tmp_path):
         run(model, pairs(["a", "aaaaaa", "bb", "cccccccc"]), tmp_path / "t")
 
 
-class Stream:
+class Stream(SampleStream):
     """Seven samples over and over, one of them bad."""
 
     name, lanes = "stream", 1

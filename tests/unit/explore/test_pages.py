@@ -403,7 +403,7 @@ def test_texts_are_shown_on_one_line_and_cut(text: str, result: str) -> None:
 
 
 def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
-    from protoclip.data.chosen import read_ids
+    from protoclip.data.split import read_ids
 
     ids = ['a,"b"', "=1+1", "c\nd", "\u202ee", " f "]
     for form in ("csv", "json"):

@@ -1,14 +1,13 @@
 """Pairs that are only a number of rows and captions."""
 
 import io
-from typing import Any
 
 from PIL import Image
 
 from protoclip.data.pairs import Sample
 
 
-class Numbered:
+class Numbered(Pairs):
     """So many pairs, with so many different captions and equal images."""
 
     name = "numbered"
@@ -28,6 +27,3 @@ class Numbered:
     def sample(self, row: int) -> Sample:
         captions = self.sample_captions(row)
         return Sample(sample_id=str(row), image=self.image, captions=captions, where="nowhere")
-
-    def sample_id(self, row: int) -> Any: ...
-    def sample_ids(self) -> Any: ...

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from copying import Copies
-from protoclip.data.groups import Key
+from protoclip.data.captions import Key
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
