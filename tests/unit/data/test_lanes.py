@@ -151,7 +151,7 @@ def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, i
         for lane in range(lanes):
             own = batches[:, lane].ravel().tolist()
             assert own == [item.sample_id for item in islice(whole.samples(0, lane), len(own))]
-        for part in whole.streams if isinstance(whole, MixedStreams) else [whole]:
+        for part in whole.sources if isinstance(whole, MixedStreams) else [whole]:
             start = f"{part.name}/" if is_mixed else ""
             ids = [
                 [name.removeprefix(start) for name in batches[:, lane].ravel() if start in name[:2]]
@@ -268,7 +268,7 @@ class DamagedStream(SampleStream):
     """The tiny pairs over and over. Some numbers are bad: the stream says so of odd ones, and a
     decoder of even ones."""
 
-    name = "damaged"
+    name, lanes = "damaged", 1
     bad = frozenset({3, 5, 12, 16, 19, 24, 26, 30, 33, 41, 44, 50})
 
     def __init__(self, lanes: int) -> None:

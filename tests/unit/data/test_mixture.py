@@ -17,8 +17,10 @@ from testing import tiny_pairs
 class Counting(SampleStream):
     """A stream whose samples are named by their number; remembers what it was asked for."""
 
+    lanes = 2
+
     def __init__(self, name: str) -> None:
-        self.name, self.lanes = name, 2
+        self.name = name
         self.learned: list[dict[str, Any]] = []
 
     def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
@@ -84,7 +86,7 @@ def test_the_state_of_a_mixed_stream_holds_that_of_each_stream():
     counts = Counter(i[0] for i in ids(mixed, 0, 1500))
     assert state["streams"] == [{"first": counts[name], "lane": 1} for name in "ab"]
     mixed.load_state_dict(state)
-    assert mixed.streams[1].learned == [{"first": counts["b"], "lane": 1}]
+    assert mixed.sources[1].learned == [{"first": counts["b"], "lane": 1}]
     for other in (mixture("ac"), mixture(weights=(0.6, 0.4)), mixture(seed=1)):
         with pytest.raises(ValueError, match="the names, the weights or the seed are not those"):
             other.load_state_dict(state)

@@ -28,7 +28,7 @@ import protoclip
 from protoclip.config import Config, DataConfig, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
-from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.transforms import EvaluationTransform, OfMiddle
 from protoclip.distributed import collectives
 from protoclip.encode import encoder as encode

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from protoclip.data.pairs import Sample
+from protoclip.data.pairs import Pairs, Sample
 
 
 class Numbered(Pairs):
