@@ -25,7 +25,6 @@ from protoclip.data.index import cache_folder
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.view import PairsView
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
