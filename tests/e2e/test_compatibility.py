@@ -15,6 +15,7 @@ from PIL import Image
 import protoclip
 import tiny_tower  # noqa: F401 (timm knows it then)
 from protoclip.cli import main
+from protoclip.files import file_checksum
 from protoclip.models.saved import find_checkpoint
 from testing import tiny_pairs
 
@@ -73,43 +74,32 @@ def test_the_model_of_an_old_run_computes_the_same(version, monkeypatch, tmp_pat
         assert found in page  # its curves, and its model
 
 
-@pytest.mark.parametrize(
-    ("version", "words"),
-    [
-        ("0.2.0", "--loss.strengths constant"),
-        *((version, "") for version in VERSIONS if version.startswith("1.")),
-    ],
-)
-def test_an_old_run_goes_on(version, words, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_old_run_goes_on(version, monkeypatch, tmp_path, capsys):
     unpack(version, monkeypatch, tmp_path)
-    main([*RESUME.split(), *words.split()])
+    main(RESUME.split())
     assert "going on from run/checkpoints/step-000000006, step 6\n" in capsys.readouterr().err
     assert find_checkpoint("run").name == "step-000000016"
 
 
-@pytest.mark.parametrize(
-    ("version", "words", "message"),
-    [
-        ("0.2.0", "", "loss.strengths (constant before, automatic now); restore them, or choose"),
-        ("0.1.0", "--loss.strengths constant", "start a new run from its weights with --model.st"),
-    ],
-)
-def test_an_old_run_that_cannot_go_on_is_one_line(
-    version, words, message, monkeypatch, tmp_path, capsys
-):
-    unpack(version, monkeypatch, tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit):
-        main([*RESUME.split(), *words.split()])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("protoclip: error: run")
-    assert message in error
-    assert sorted(tmp_path.rglob("*")) == before
+@pytest.mark.parametrize("command", ["train --model.start run --run.out new", "export run out"])
+def test_a_run_of_a_version_before_1_is_refused(command, monkeypatch, tmp_path, capsys):
+    unpack(VERSIONS[0], monkeypatch, tmp_path)
+    saved = find_checkpoint("run") / "model.json"
+    saved.write_text(saved.read_text().replace(f'"{VERSIONS[0]}"', '"0.2.0"'))
+    sums = saved.with_name("checksums.json")
+    content = json.loads(sums.read_text()) | {"model.json": file_checksum(saved)}
+    sums.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split()])
+    assert ended.value.code == 2
+    assert "written by protoclip 0.2.0; open it with protoclip 1.x" in capsys.readouterr().err
+    assert not Path("new").exists()
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_new_run_starts_from_the_weights_of_an_old_one(version, monkeypatch, tmp_path):
-    """The way out that the refusal of 0.1.0 names."""
     unpack(version, monkeypatch, tmp_path)
     words = "--model.start run --loss.strengths constant --run.out new --episodes.count 2"
     main(["train", "--config", "run/config.toml", *words.split(), "--episodes.locked_image", "0"])

@@ -105,6 +105,7 @@ def read_model(reference: str | Path) -> SavedModel:
     names = sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("[!.]*"))
     require_intact(folder, MODEL, *names)
     content = read_json(folder / MODEL)
+    require_version(content, folder)
     return SavedModel(
         folder=folder,
         model=model_config(content, folder),
@@ -112,6 +113,16 @@ def read_model(reference: str | Path) -> SavedModel:
         text_files=text if text.is_dir() else None,
         squashes=is_squashing(content),
     )
+
+
+def require_version(content: Mapping[str, Any], folder: Path) -> None:
+    """Refuse the `model.json` of a version before 1.0."""
+    version = str(content.get("protoclip", ""))
+    if version.startswith("0."):
+        raise ValueError(
+            f"{folder}: written by protoclip {version}; open it with protoclip 1.x: "
+            "pip install 'protoclip<2'"
+        )
 
 
 def is_squashing(content: Mapping[str, Any]) -> bool:
@@ -123,7 +134,6 @@ def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
     """The `[model]` section in a `model.json`, with the folder as its start."""
     try:
         settings = {**content["model"], "start": str(folder)}
-        settings.pop("checkpoint", None)  # what `start` was in 0.1 and 0.2
         if missing := {"image", "text", "heads"} - settings.keys():
             raise KeyError(min(missing))
         settings["pretrained"] = settings.get("pretrained") or None  # "" was none up to 1.0.0
@@ -329,6 +339,7 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     ones wrote the checkpoint, they are this rank's parts on its device, whatever the number of
     ranks was then. No rank waits for another.
     """
+    require_version(read_json(folder / MODEL), folder)
     facts, device = read_json(folder / STATE), next(model.parameters()).device
     if facts.get("format") != FORMAT:
         raise ValueError(
