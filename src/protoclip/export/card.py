@@ -1,7 +1,7 @@
 """What goes along with the weights: the model card, and the prototypes of a run.
 
 Weights are written by the file of each format, and the card's figure is drawn in
-`results/run_figure.py`.
+`results/figures.py`.
 """
 
 import json
@@ -28,7 +28,7 @@ from protoclip.data.access import is_url
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.paired import intervals_of, make_reader, read_results
+from protoclip.evaluation.paired import RunResults, make_reader, read_results
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models.protoclip import ProtoCLIP
@@ -45,7 +45,8 @@ from protoclip.models.saved import (
 )
 from protoclip.paths import EXPORTED
 from protoclip.prototypes.targets import back_translate
-from protoclip.results.table import decimals
+from protoclip.results.compare import compare_runs
+from protoclip.results.table import decimals, format_cell, markdown_lines
 from protoclip.terminal import line, say, visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat, named_by, positives_of
 
@@ -265,22 +266,6 @@ def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     return torch.nn.functional.normalize(projected, dim=1)
 
 
-def write_figure(run: Path | None, folder: Path) -> str | None:
-    """Write the report's main figure of a run; returns it in words, None if there is none."""
-    if run is None or any(find_spec(name) is None for name in ("jinja2", "matplotlib")):
-        return None
-    from protoclip.results.run_figure import main_figure
-
-    try:
-        drawn = main_figure(run)
-    except ValueError:  # the weights are whole all the same
-        return None
-    if drawn is None:
-        return None
-    (folder / FIGURE).write_bytes(drawn[0])
-    return drawn[1]
-
-
 def front_matter(license: str, libraries: Sequence[str]) -> str:
     """What the hub reads of a card; a licence without an identifier there is `other`, by name."""
     known = license.lower() in LICENCES.split()
@@ -293,34 +278,59 @@ def front_matter(license: str, libraries: Sequence[str]) -> str:
     ).to_yaml()
 
 
-def origin(settings: Mapping[str, Any], alpha: float | None) -> Iterator[str]:
-    """Rows of what a model was made of: start or halves, weights, teachers, data, positives.
-
-    Args:
-        alpha: Where a fine-tuned model lies between its start and the end; None for others.
-    """
-    known = flat(settings)
-    if start := known.get("model.start") or known.get("model.name"):
-        tag = f", weights `{visible(str(tag))}`" if (tag := known.get("model.pretrained")) else ""
-        yield f"| start | `{visible(str(start))}`{tag} |"
-    else:
-        for half in ("image", "text"):
-            name = known.get(f"model.{half}.name") or f"new, `model.{half}` below"
-            yield f"| {half} half | {visible(str(name))} |"
-    if alpha is not None:
-        yield f"| weights | {alpha:g} of the way from the start to the end of fine-tuning |"
-    for what, many, key, one in (
-        ("teachers", "teachers", "features", "teacher.features"),
-        ("data", "data.sources", "path", "data.train"),
-    ):
-        shown = [f"`{visible(name)}`" for name in named_by(known, many, key, one)]
-        yield f"| {what} | {', '.join(shown) or 'none'} |"
-    yield f"| positives | `{visible(positives_of(known))}` |"
-
-
 def escape_markdown(text: str) -> str:
     """A text that others wrote, for a heading or the brackets of an image."""
     return re.sub(r"([\\\[\]<>`!])", r"\\\1", visible(text))
+
+
+def write_card(
+    source: Source, folder: Path, facts: Mapping[str, Any], *, hub_name: str | None
+) -> None:
+    """Write the model card; `facts` are what `export` returns."""
+    run = None if source.checkpoint is None else run_of(source.checkpoint)
+    settings = as_kept(read_toml(run / SETTINGS)) if run else {}
+    name = flat(settings).get("run.name") or Path(facts["folder"]).name
+    names = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
+    libraries = [names[kind] for kind in facts["formats"] if kind in names]
+    missing = facts["prototypes"]
+    lines = [
+        *["---", front_matter(facts["license"], libraries), "---", ""],
+        *[f"# {escape_markdown(str(name))}", ""],
+        f"{EXPORTED} `{visible(source.reference)}` by protoclip {protoclip.__version__}.",
+        "",
+        f"Images become tensors of shape {source.image_shape}, and captions "
+        f"{source.context_length} tokens.",
+        *["", "## Load", "", *load_lines(facts, hub_name)],
+        *[ELSEWHERE] * bool(libraries),
+        *["## Data and settings", "", *settings_lines(settings, source.checkpoint)],
+        *["", "## Metrics", "", *metrics_lines(run, source.checkpoint, settings, folder)],
+        *["", "## Prototypes", ""],
+        f"None: {missing}." if missing else "`prototypes.safetensors`, `prototypes.json`.",
+    ]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_lines(facts: Mapping[str, Any], hub_name: str | None) -> list[str]:
+    """The formats, and a few lines of code for each reader."""
+    differences, rows = facts["differences"], []
+    for name, kind in {**facts["formats"], "protoclip": "`protoclip.load`"}.items():
+        if name in differences:
+            values = [differences[name][modality] for modality in ("image", "text")]
+            rows.append([name, kind, *("-" if v is None else f"{v:.1e}" for v in values)])
+    located = f"folder = {json.dumps(Path(facts['folder']).name)}"
+    if hub_name is not None:
+        located = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
+        located = f"import huggingface_hub\n{located}"
+    return [
+        "Features were compared with those of the original model, on images and captions of the",
+        "emoji data. The largest difference is relative to the mean norm of the features.",
+        "",
+        *markdown_lines(["format", "what it is", "image features", "text features"], rows),
+        *(f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()),
+        "",
+        *examples(list(differences), located),
+        *[MOVED, ""] * bool(facts["names_its_path"] and hub_name is None),
+    ]
 
 
 def examples(formats: Sequence[str], located: str) -> Iterator[str]:
@@ -332,39 +342,82 @@ def examples(formats: Sequence[str], located: str) -> Iterator[str]:
         yield f"```python{COMMON.format(folder=located)}{code}\n```\n"
 
 
-def is_end(run: Path | None, checkpoint: Path | None) -> bool:
-    """Whether a checkpoint is the run's last one."""
-    if run is None or checkpoint is None:
-        return False
-    return checkpoint.resolve() == find_checkpoint(run.resolve())
+def settings_lines(settings: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
+    """What a model was made of: start or halves, weights, teachers, data, positives, settings."""
+    if not settings:
+        return ["Not known: the model does not come from a run folder."]
+    known, rows = flat(settings), list[tuple[str, str]]()
+    if start := known.get("model.start") or known.get("model.name"):
+        tag = f", weights `{visible(str(tag))}`" if (tag := known.get("model.pretrained")) else ""
+        rows.append(("start", f"`{visible(str(start))}`{tag}"))
+    else:
+        for half in ("image", "text"):
+            name = known.get(f"model.{half}.name") or f"new, `model.{half}` below"
+            rows.append((f"{half} half", visible(str(name))))
+    alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
+    if alpha is not None:
+        way = f"{alpha:g} of the way from the start to the end of fine-tuning"
+        rows.append(("weights", way))
+    for what, many, key, one in (
+        ("teachers", "teachers", "features", "teacher.features"),
+        ("data", "data.sources", "path", "data.train"),
+    ):
+        names = [f"`{visible(name)}`" for name in named_by(known, many, key, one)]
+        rows.append((what, ", ".join(names) or "none"))
+    rows.append(("positives", f"`{visible(positives_of(known))}`"))
+    shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
+    lines = [*markdown_lines(["made of", ""], rows), ""]
+    lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
+    with suppress(ValueError):  # another version of the package wrote them
+        if taught := Config.from_dict(settings).uses_of_teachers:
+            lines += ["", f"Taught by {visible(taught)}."]
+    return lines
 
 
-def metrics_of(
-    run: Path | None, checkpoint: Path | None
-) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Metrics of a finished run, each with its `intervals_of`, if they are of this checkpoint.
+def metrics_lines(
+    run: Path | None, checkpoint: Path | None, settings: Mapping[str, Any], folder: Path
+) -> list[str]:
+    """The metrics of a finished run, and a figure of how it learned, if this is its end.
 
-    Damaged results cost a warning: the weights are whole all the same.
+    Damaged results cost a warning, and the numbers or their intervals: the weights are whole.
     """
-    if run is None or not is_end(run, checkpoint) or not (run / "results.json").is_file():
-        return {}
-    metrics, ends = dict[str, float](), dict[str, dict[str, Any]]()
-    try:
-        results = read_results(run)
-        metrics.update(results.metrics)
-        ends = intervals_of([results], make_reader(refuse=True))
-    except ValueError as error:
-        say(f"warning: the card lacks numbers: {error}")
-    return {name: (value, ends.get(name, {})) for name, value in metrics.items()}
+    lines = ["None: there are no results of this checkpoint."]
+    if run is None or checkpoint is None or checkpoint.resolve() != find_checkpoint(run.resolve()):
+        return lines
+    if (run / "results.json").is_file():
+        try:
+            lines = table_of_metrics(read_results(run), settings) or lines
+        except ValueError as error:
+            say(f"warning: the card lacks numbers: {error}")
+    if all(find_spec(name) is not None for name in ("jinja2", "matplotlib")):
+        from protoclip.results.figures import draw_run
+
+        with suppress(ValueError):
+            if (drawn := draw_run(run)) is not None:
+                (folder / FIGURE).write_bytes(drawn[0])
+                lines += ["", f"![{escape_markdown(drawn[1])}]({FIGURE})"]
+    return lines
 
 
-def start_metrics_of(run: Path | None) -> dict[str, float]:
-    """Metrics of what a run fine-tuned, where its results have them."""
-    if run is None or not (run / "results.json").is_file():
-        return {}
-    known = read_json(run / "results.json").get("start_metrics")
-    known = known if isinstance(known, dict) else {}
-    return {name: value for name, value in known.items() if isinstance(value, float)}
+def table_of_metrics(results: RunResults, settings: Mapping[str, Any]) -> list[str]:
+    """The metrics of a run with their intervals, beside those of what it fine-tuned, if it did."""
+    (entry,) = compare_runs([results], read=make_reader(refuse=False))
+    known = results.facts.get("start_metrics")
+    before = known if isinstance(known, dict) else {}
+    rows = []
+    for name, value in entry["metrics"].items():
+        cell, start = format_cell(value, scale=1.0, digits=4), before.get(name)
+        starts = [decimals(start, 4) if isinstance(start, float) else "-"] * bool(before)
+        rows.append([f"`{name}`", *starts, cell.value, cell.interval or "-"])
+    if not rows:
+        return []
+    return [
+        *[judged_on(settings), ""],
+        *markdown_lines(["metric", *["start"] * bool(before), "value", "95% interval"], rows),
+        "",
+        "Intervals are over groups of test samples, and wide where few are wrong, or few right; "
+        "they leave out other seeds.",
+    ]
 
 
 def judged_on(settings: Mapping[str, Any]) -> str:
@@ -378,84 +431,3 @@ def judged_on(settings: Mapping[str, Any]) -> str:
         return "On data that the run did not train on:"
     shown = ", ".join(f"`{visible(each)}`" for each in named)
     return f"On the data that judged the run; {shown} may share pairs with its training data:"
-
-
-def write_card(
-    source: Source, folder: Path, facts: Mapping[str, Any], *, hub_name: str | None
-) -> None:
-    """Write the model card; `facts` are what `export` returns."""
-    checkpoint = source.checkpoint
-    run = None if checkpoint is None else run_of(checkpoint)
-    settings = as_kept(read_toml(run / SETTINGS)) if run else {}
-    name_of_run = flat(settings).get("run.name") or Path(facts["folder"]).name
-    differences = facts["differences"]
-    library = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
-    known = [library[name] for name in facts["formats"] if name in library]
-    lines = [
-        "---",
-        front_matter(facts["license"], known),
-        "---",
-        "",
-        f"# {escape_markdown(str(name_of_run))}",
-        "",
-        f"{EXPORTED} `{visible(source.reference)}` by protoclip {protoclip.__version__}.",
-        "",
-        f"Images become tensors of shape {source.image_shape}, and captions "
-        f"{source.context_length} tokens.",
-        "",
-        "## Load",
-        "",
-        "Features were compared with those of the original model, on images and captions of the",
-        "emoji data. The largest difference is relative to the mean norm of the features.",
-        "",
-        "| format | what it is | image features | text features |",
-        "|---|---|---|---|",
-    ]
-    for name, kind in {**facts["formats"], "protoclip": "`protoclip.load`"}.items():
-        if name in differences:
-            of = [differences[name][modality] for modality in ("image", "text")]
-            cells = " | ".join("-" if value is None else f"{value:.1e}" for value in of)
-            lines.append(f"| {name} | {kind} | {cells} |")
-    lines += [f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()]
-    located = f"folder = {json.dumps(Path(facts['folder']).name)}"
-    if hub_name is not None:
-        located = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
-        located = f"import huggingface_hub\n{located}"
-    lines += ["", *examples(list(differences), located)]
-    if facts["names_its_path"] and hub_name is None:
-        lines += [MOVED, ""]
-    if known:
-        lines += [ELSEWHERE]
-    lines += ["## Data and settings", ""]
-    if settings:
-        shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
-        alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
-        lines += ["| made of | |", "|---|---|", *origin(settings, alpha), ""]
-        lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
-        with suppress(ValueError):  # another version of the package wrote them
-            if taught := Config.from_dict(settings).uses_of_teachers:
-                lines += ["", f"Taught by {visible(taught)}."]
-    else:
-        lines.append("Not known: the model does not come from a run folder.")
-    lines += ["", "## Metrics", ""]
-    if metrics := metrics_of(run, checkpoint):
-        lines += [judged_on(settings), ""]
-        before = start_metrics_of(run)
-        column, line_below = ("| start ", "|---") if before else ("", "")
-        lines += [f"| metric {column}| value | 95% interval |", f"|---{line_below}|---|---|"]
-        for name, (value, ends) in metrics.items():
-            interval = " to ".join(decimals(end, 4) for end in ends.get("interval", ())) or "-"
-            interval += " (wide)" * ends.get("wide", False)
-            start = f"| {decimals(before[name], 4)} " if name in before else "| - " * bool(before)
-            lines.append(f"| `{name}` {start}| {decimals(value, 4)} | {interval} |")
-        lines += ["", "Intervals are over groups of test samples, and wide where few are "]
-        lines[-1] += "wrong, or few right; they leave out other seeds."
-    else:
-        lines.append("None: there are no results of this checkpoint.")
-    # The curves are of a whole run, so not of an earlier checkpoint.
-    if is_end(run, checkpoint) and (seen := write_figure(run, folder)):
-        lines += ["", f"![{escape_markdown(seen)}]({FIGURE})"]
-    lines += ["", "## Prototypes", ""]
-    missing = facts["prototypes"]
-    lines.append(f"None: {missing}." if missing else "`prototypes.safetensors`, `prototypes.json`.")
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")

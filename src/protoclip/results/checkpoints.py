@@ -20,12 +20,12 @@ from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
 from protoclip.results.compare import name_runs
 from protoclip.results.examples import PAIRS_PER_GROUP, embed, open_examples
+from protoclip.results.read import ANALYSIS
 from protoclip.results.table import Cell, Row, Table
 from protoclip.terminal import say
 
 FEW = 100  # pairs; with fewer a note says that numbers say little
 HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
-ANALYSIS = "analysis.json"  # of a run, in its folder
 
 
 def analyze_runs(

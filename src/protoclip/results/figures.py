@@ -1,4 +1,6 @@
-"""Figures as SVG whose colours follow the page: matplotlib draws, and the page's CSS colours.
+"""Figures of runs: for the page of a report, and one that goes beside a model card.
+
+Those of the page are SVG whose colours follow it: matplotlib draws, and the page's CSS colours.
 
 matplotlib draws with stand-in colours, which become CSS variables. So one figure suits light, dark
 and paper, and needs no script. Names and captions are never drawn: they stay text of the page.
@@ -7,8 +9,8 @@ and paper, and needs no script. Names and captions are never drawn: they stay te
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -20,13 +22,17 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from protoclip.results.looks import Map
-from protoclip.results.read import Curve
+from protoclip.evaluation.metrics import label
+from protoclip.results.findings import is_headline
+from protoclip.results.read import Curve, read_run
+from protoclip.results.table import split_key
 from protoclip.terminal import visible
 
 COLOURS = 8  # of models, in report.css
-DASHES = ("solid", (0, (5, 2)), (0, (1.6, 1)), (0, (6, 1.5, 1.6, 1.5)))
+DASHES: Any = ("solid", (0, (5, 2)), (0, (1.6, 1)), (0, (6, 1.5, 1.6, 1.5)))
 MOST_POINTS = 300  # of a curve; more are averaged in equal parts
+MOST_CURVES = 4  # in the chart of a model card
+LOSS, HELD_OUT = "Total loss", "On held-out data"
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "protoclip",
@@ -47,36 +53,76 @@ VARIABLES = {INK: "--quiet", GRID: "--line", IMAGE: "--image", TEXT: "--text"}
 _numbers = count()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """A curve of a run; `model` numbers the model, which sets colour and dashes."""
-
-    model: int
-    curve: Curve
-
-
-def line_chart(series: Sequence[Series]) -> Markup:
-    """Curves over samples seen, over each other. Seeds of one model look alike."""
+def line_chart(curves: Sequence[tuple[int, Curve]]) -> Markup:
+    """Curves over samples seen, each with the number of its model. Seeds of a model look alike."""
     with mpl.rc_context(STYLE):
         figure, axes = blank(3.5, 2.0)
-        for of in series:
-            draw_curve(axes, of, color=stand_in(of.model))
+        for model, curve in curves:
+            draw_curve(axes, curve, model=model, color=f"#abc0{model % COLOURS:02x}")
         axes.grid(axis="y", color=GRID, linewidth=0.6)
-        return svg(figure)
+        return to_svg(figure)
 
 
-def draw_curve(axes: mpl.axes.Axes, of: Series, **line: Any) -> None:
+def map_chart(
+    images: Float[np.ndarray, "n 2"], texts: Float[np.ndarray, "n 2"], *, limit: float
+) -> Markup:
+    """Images as dots and texts as crosses; equal `limit` makes two maps comparable."""
+    with mpl.rc_context(STYLE):
+        figure, axes = blank(3.5, 3.2)
+        for points, mark, colour in ((images, "o", IMAGE), (texts, "x", TEXT)):
+            axes.plot(*points.T, mark, color=colour, ms=2.6, mew=0.6, mfc="none")
+        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axes.locator_params(nbins=5)
+        axes.set_xlabel("first component")
+        axes.set_ylabel("second component")
+        return to_svg(figure)
+
+
+def draw_run(folder: Path) -> tuple[bytes, str] | None:
+    """A PNG of a run's total loss and of its headline measures, and the same in words.
+
+    None if the run logged no steps. Raises `ValueError` if the folder is damaged.
+    """
+    run = read_run(folder)
+    curves: Mapping[str, Curve] = {
+        name: (steps * run.batch_size, values) for name, (steps, values) in run.curves.items()
+    }
+    measures = [
+        name
+        for name, (steps, _) in curves.items()
+        if name.startswith("eval/") and is_headline(name)
+        if len(steps) > 1  # a run that is judged at its end alone has no curve of it
+    ]
+    charts: dict[str, dict[str, Curve]] = {}
+    if "train/loss/total" in curves:
+        charts[LOSS] = {LOSS: curves["train/loss/total"]}
+    if measures:
+        charts[HELD_OUT] = {}
+        for name in measures[:MOST_CURVES]:
+            data, metric = split_key(name)
+            charts[HELD_OUT][f"{data}: {label(metric, data)}"] = curves[name]
+    if not charts:
+        return None
+    ends = [
+        f"{name} from {values[0]:.3g} to {values[-1]:.3g}"
+        for by_name in charts.values()
+        for name, (_, values) in by_name.items()
+    ]
+    return to_png(charts), "Over the samples seen: " + "; ".join(ends)
+
+
+def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) -> None:
     """One curve over samples seen."""
-    x, y = thinned(of.curve)
+    x, y = thin_out(curve)
     mark = "o" if len(x) < 3 else None
-    axes.plot(x, y, ls=dash(of.model), marker=mark, ms=3, **line)
+    axes.plot(x, y, ls=DASHES[dash_number(model)], marker=mark, ms=3, **line)
     axes.margins(x=0.02)
     axes.locator_params(nbins=5)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def picture(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
+def to_png(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
     """Charts side by side as a PNG on white, for a page without our style sheet.
 
     Args:
@@ -87,8 +133,7 @@ def picture(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
         all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
         for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
             for number, (name, curve) in enumerate(curves.items()):
-                of = Series(model=number, curve=curve)
-                draw_curve(axes, of, color=f"C{number}", label=plain(name))
+                draw_curve(axes, curve, model=number, color=f"C{number}", label=plain(name))
             axes.set_title(plain(title), fontsize=9)
             axes.set_xlabel("samples seen")
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -97,19 +142,6 @@ def picture(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def map_chart(drawn: Map, *, limit: float) -> Markup:
-    """Images as dots and texts as crosses; equal `limit` makes two maps comparable."""
-    with mpl.rc_context(STYLE):
-        figure, axes = blank(3.5, 3.2)
-        for places, mark, colour in ((drawn.images, "o", IMAGE), (drawn.texts, "x", TEXT)):
-            axes.plot(*places.T, mark, color=colour, ms=2.6, mew=0.6, mfc="none")
-        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-        axes.locator_params(nbins=5)
-        axes.set_xlabel("first component")
-        axes.set_ylabel("second component")
-        return svg(figure)
 
 
 def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
@@ -130,7 +162,7 @@ def plain(name: str) -> str:
     return visible(name).replace("$", r"\$")
 
 
-def thinned(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+def thin_out(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """A curve of at most `MOST_POINTS` points, each the mean of its part."""
     if len(curve[0]) <= MOST_POINTS:
         return curve
@@ -140,16 +172,18 @@ def thinned(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " 
     return x, y
 
 
-def dash(model: int) -> Any:
-    """The dashes of a model's curves, which tell models apart without colour too."""
-    return DASHES[(model + model // COLOURS) % len(DASHES)]
+def dash_number(model: int) -> int:
+    """That of the dashes of a model's curves, which tell models apart without colour too."""
+    return (model + model // COLOURS) % len(DASHES)
 
 
-def stand_in(model: int) -> str:
-    return f"#abc0{model % COLOURS:02x}"
+def dashes(model: int) -> str:
+    """The dashes of a model as SVG has them; empty for a whole line."""
+    dash = DASHES[dash_number(model)]
+    return "" if isinstance(dash, str) else " ".join(f"{2 * part:g}" for part in dash[1])
 
 
-def svg(figure: Figure) -> Markup:
+def to_svg(figure: Figure) -> Markup:
     """The figure as the inside of a page: no size of its own, ids of its own, the page's colours.
 
     The page wraps it and describes it, so it is hidden from screen readers.

@@ -1,9 +1,8 @@
 """What a model makes of example pairs: prototypes, retrieval, confusions and maps.
 
-Charts of it are drawn in `figures.py`, and all pairs of a source are shown by `explore/`.
+All pairs of a source are shown by `explore/`.
 """
 
-import io
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.grouping import MODALITIES
@@ -47,16 +43,6 @@ QUERIES, ANSWERS = 3, 4  # right ones and wrong ones each way, and what is shown
 MOST_PROMPTS = 4000  # that a zero-shot classifier is made of
 CONFUSED = 8  # classes in the table of confusions
 ON_MAP = 300  # pairs
-THUMBNAIL = 96  # pixels
-KINDS = ("largest", "tightest", "most mixed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image of the examples, by row, and the caption that it came with."""
-
-    row: int
-    caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,31 +50,37 @@ class Prototype:
     """A prototype with what lies nearest to it in both modalities.
 
     Attributes:
-        kind: Each of `KINDS` that is true of it, as `largest, tightest`.
+        kind: What is true of it, as `largest, tightest`.
         size: Pairs whose image (or text) is nearest to it.
         tightness: Mean cosine of its members to it.
         together: Largest share of its pairs that share a prototype in the other modality.
+        rows: Of images among the examples.
     """
 
     kind: str
     size: int
     tightness: float
     together: float
-    images: Sequence[Picture]
+    rows: Sequence[int]
     captions: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A query and the nearest answers, best first; `rank` counts from 1.
+    """A query, and the nearest answers with whether each is right, best first.
 
-    The query of image-to-text is `image`, and its answers are captions.
+    Images are rows of the examples. From image to text the query is an image, and its answers are
+    captions; else `row` is None.
+
+    Attributes:
+        caption: Of the query.
+        rank: Of the first right answer, from 1.
     """
 
-    image: Picture | None
+    row: int | None
     caption: str
     rank: int
-    images: Sequence[tuple[Picture, bool]] = ()
+    rows: Sequence[tuple[int, bool]] = ()
     captions: Sequence[tuple[str, bool]] = ()
 
 
@@ -103,42 +95,58 @@ class Retrieval:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusions:
-    """The classes that are confused most: shares of the images of each row's class."""
+    """The classes that are confused most.
 
-    pairs: Sequence[tuple[str, str, int, int]]  # class, taken for, how often, of how many
-    classes: Sequence[str]
-    sizes: Sequence[int]  # images of each
-    shares: Sequence[Sequence[float]]
+    Attributes:
+        pairs: Class, taken for, how often, of how many.
+        rows: For each of the classes its name, its images, and the shares of these that are taken
+            for each of the classes, and for any other one.
+        templates: Prompts of each class.
+    """
+
+    pairs: Sequence[tuple[str, str, int, int]]
+    rows: Sequence[tuple[str, int, Sequence[float]]]
     accuracy: float
-    templates: int  # prompts of each class
+    templates: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Map:
-    """Both modalities in two dimensions, `gap` as in `modality_gap`."""
+    """Both modalities in two dimensions, which explain a share of the variance; `gap` as in
+    `modality_gap`."""
 
     title: str
     images: Float[np.ndarray, "n 2"]
     texts: Float[np.ndarray, "n 2"]
-    explained: float  # share of the variance
+    explained: float
     gap: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What a run's model makes of the examples."""
+    """What a run's model makes of the examples.
 
-    state: str  # the step that the model is of, and its alpha if fine-tuning chose one
-    space: str  # that the prototypes are of: projections, or features
-    number: int  # of prototypes a modality
-    prototypes: Mapping[str, Sequence[Prototype]]  # by modality
-    retrieval: Mapping[str, Retrieval]  # by direction
+    Attributes:
+        state: The step that the model is of, and its alpha if fine-tuning chose one.
+        space: That the prototypes are of: projections, or features.
+        number: Prototypes of each modality.
+        prototypes: By modality.
+        retrieval: By direction.
+        grouping: The measures of `grouping.measure`, by space.
+    """
+
+    examples: Examples
+    state: str
+    space: str
+    number: int
+    prototypes: Mapping[str, Sequence[Prototype]]
+    retrieval: Mapping[str, Retrieval]
     confusions: Confusions | None
     maps: Sequence[Map]
-    grouping: Mapping[str, Mapping[str, float]]  # by space
+    grouping: Mapping[str, Mapping[str, float]]
 
 
-def look(
+def look_at(
     examples: Examples,
     config: Config,
     checkpoints: Sequence[Path],
@@ -157,7 +165,7 @@ def look(
     """
     if not checkpoints:
         raise ValueError("it has no checkpoint")
-    newest, pairs = saved.find_checkpoint(checkpoints[-1]), examples
+    newest = saved.find_checkpoint(checkpoints[-1])
     state = f"step {step_of(newest):,}"
     # Fine-tuning chooses weights between its start and its end.
     chosen = saved.find_checkpoint(newest.parents[1])
@@ -166,40 +174,39 @@ def look(
     model, transform, tokenizer = loading.load(chosen)
     assert isinstance(model, ProtoCLIP)
     project = config.uses_prototypes
-    spaces = embed_with(model, transform, tokenizer, pairs, project=project, device=device)
-    space = "projections" if "projections" in spaces else "features"
-    count = len(pairs.images)
+    spaces = embed_with(model, transform, tokenizer, examples, project=project, device=device)
+    features, space = spaces["features"], "projections" if "projections" in spaces else "features"
+    count = len(examples.images)
     most = config.prototypes.number or count  # a config.toml that was emptied names none
     number = max(2, min(most, count // PAIRS_PER_PROTOTYPE))
     num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
-    classes = pairs.classes
-    if classes is not None and classes.ndim != 1:  # several classes an image
-        classes = None
-    grouping = {
-        name: pairs.measure_grouping(rows, num_groups, classes=classes, seed=seed)[0]
-        for name, rows in spaces.items()
-    }
-    features = spaces["features"]
+    several = examples.classes is not None and examples.classes.ndim != 1  # of each image
+    classes = None if several else examples.classes
+    encoder, captions = keeping_encoder(model, transform, tokenizer), examples.captions
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP])
-    maps = [map_of(features, rows=torch.from_numpy(drawn), title=f"After {state}")]
-    before = first_model(config, checkpoints, pairs, rows=drawn, device=device, firsts=firsts)
+    end = make_map(features, rows=torch.from_numpy(drawn), title=f"After {state}")
     return Look(
+        examples=examples,
         state=state,
         space=space,
         number=number,
-        prototypes=gallery(**spaces[space], number=number, captions=pairs.captions, seed=seed),
-        retrieval=retrieval_examples(
+        prototypes=find_prototypes(**spaces[space], number=number, captions=captions, seed=seed),
+        retrieval=retrieve(
             **features,
-            captions=pairs.captions,
-            groups=pairs.groups,
-            content=pairs.images,
+            captions=captions,
+            groups=examples.groups,
+            content=examples.images,
             seed=seed,
         ),
-        confusions=confusions(
-            keeping_encoder(model, transform, tokenizer), examples, features["images"]
-        ),
-        maps=[*before, *maps],
-        grouping=grouping,
+        confusions=classify(encoder, examples, features["images"]),
+        maps=[
+            *map_before(config, checkpoints, examples, rows=drawn, device=device, firsts=firsts),
+            end,
+        ],
+        grouping={
+            name: examples.measure_grouping(rows, num_groups, classes=classes, seed=seed)[0]
+            for name, rows in spaces.items()
+        },
     )
 
 
@@ -207,10 +214,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def first_model(
+# Maps
+
+
+def map_before(
     config: Config,
     checkpoints: Sequence[Path],
-    pairs: Examples,
+    examples: Examples,
     *,
     rows: Int[np.ndarray, " m"],
     device: torch.device,
@@ -223,27 +233,27 @@ def first_model(
     start = repr((config.model, config.run.seed, title))
     if start in firsts:
         return [firsts[start]]
-    chosen = Examples(
-        name=pairs.name,
-        images=[pairs.images[row] for row in rows],
-        captions=[pairs.captions[row] for row in rows],
+    some = Examples(
+        name=examples.name,
+        images=[examples.images[row] for row in rows],
+        captions=[examples.captions[row] for row in rows],
     )
     every = torch.arange(len(rows))
     try:
         model = loading.model(config.model, seed=config.run.seed).eval()
         transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
-        spaces = embed_with(model, transform, tokenizer, chosen, project=False, device=device)
-        firsts[start] = map_of(spaces["features"], rows=every, title=title)
+        spaces = embed_with(model, transform, tokenizer, some, project=False, device=device)
+        firsts[start] = make_map(spaces["features"], rows=every, title=title)
         return [firsts[start]]
     except (ValueError, OSError):  # what it started from is gone
         if len(checkpoints) < 2:
             return []
-    spaces = embed(checkpoints[0], chosen, project=False, device=device)
+    spaces = embed(checkpoints[0], some, project=False, device=device)
     title = f"After step {step_of(checkpoints[0]):,}"
-    return [map_of(spaces["features"], rows=every, title=title)]
+    return [make_map(spaces["features"], rows=every, title=title)]
 
 
-def map_of(
+def make_map(
     features: Mapping[str, Float[Tensor, "n d"]], *, rows: Int[Tensor, " m"], title: str
 ) -> Map:
     """The two directions in which images and texts together vary most (PCA)."""
@@ -261,7 +271,10 @@ def map_of(
     )
 
 
-def gallery(
+# Prototypes
+
+
+def find_prototypes(
     images: Float[Tensor, "n p"],
     texts: Float[Tensor, "n p"],
     *,
@@ -273,7 +286,7 @@ def gallery(
 
     The other modality's side of a prototype is the mean over its pairs, as in back-translation.
     """
-    spaces, gallery = {"image": images, "text": texts}, dict[str, list[Prototype]]()
+    spaces, found = {"image": images, "text": texts}, dict[str, list[Prototype]]()
     clusters = {
         m: kmeans(rows, number, iterations=ITERATIONS, seed=seed) for m, rows in spaces.items()
     }
@@ -284,25 +297,23 @@ def gallery(
             other: back_translate(assigned, spaces[other], number),
         }
         near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in MODALITIES}
-        sizes, tightness, together = describe(assigned, partner, near[modality])
-        gallery[modality] = [
-            Prototype(
-                kind=kind,
+        sizes, tightness, together = describe_groups(assigned, partner, near[modality])
+        found[modality] = []
+        for index, kinds in choose_prototypes(sizes, tightness, together).items():
+            nearest = [captions[row] for row in best_first(near["text"][:, index])]
+            prototype = Prototype(
+                kind=", ".join(kinds),
                 size=int(sizes[index]),
                 tightness=float(tightness[index]),
                 together=float(together[index]),
-                images=[
-                    Picture(row=row, caption=captions[row])
-                    for row in best_first(near["image"][:, index])[:NEAREST_IMAGES]
-                ],
-                captions=different(captions, best_first(near["text"][:, index]))[:NEAREST_CAPTIONS],
+                rows=best_first(near["image"][:, index])[:NEAREST_IMAGES],
+                captions=list(dict.fromkeys(nearest))[:NEAREST_CAPTIONS],
             )
-            for kind, index in chosen(sizes, tightness, together)
-        ]
-    return gallery
+            found[modality].append(prototype)
+    return found
 
 
-def describe(
+def describe_groups(
     assigned: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, " k"]]:
     """Size, tightness and `together` of each prototype; 0 for an empty one."""
@@ -316,27 +327,22 @@ def describe(
     return sizes, summed / sizes.clamp(min=1), shared.amax(dim=1) / sizes.clamp(min=1)
 
 
-def chosen(
+def choose_prototypes(
     sizes: Float[Tensor, " k"], tightness: Float[Tensor, " k"], together: Float[Tensor, " k"]
-) -> list[tuple[str, int]]:
-    """The prototypes to show, each once, with all kinds that are true of it."""
-    enough = sizes >= min(FEWEST_MEMBERS, float(sizes.max()))
-    never = torch.tensor(float("-inf"))
+) -> dict[int, list[str]]:
+    """The prototypes to show, each with all kinds that are true of it."""
+    enough, never = sizes >= min(FEWEST_MEMBERS, float(sizes.max())), float("-inf")
     scores = {
-        "largest": sizes,
-        "tightest": torch.where(enough, tightness, never),
-        "most mixed": torch.where(enough, -together, never),
+        "largest": sizes.masked_fill(sizes == 0, never),
+        "tightest": tightness.masked_fill(~enough | (sizes == 0), never),
+        "most mixed": (-together).masked_fill(~enough | (sizes == 0), never),
     }
-    kinds: dict[int, list[str]] = {}
-    for kind in KINDS:
-        fitting = [
-            index
-            for index in best_first(scores[kind])
-            if float(scores[kind][index]) > float("-inf") and sizes[index] > 0
-        ]
-        for index in fitting[:PICKS]:
-            kinds.setdefault(index, []).append(kind)
-    return [(", ".join(of), index) for index, of in kinds.items()]
+    chosen: dict[int, list[str]] = {}
+    for kind, values in scores.items():
+        for index in best_first(values)[:PICKS]:
+            if values[index] > never:
+                chosen.setdefault(index, []).append(kind)
+    return chosen
 
 
 def best_first(scores: Float[Tensor, " n"]) -> list[int]:
@@ -344,12 +350,10 @@ def best_first(scores: Float[Tensor, " n"]) -> list[int]:
     return order
 
 
-def different(captions: Sequence[str], rows: Sequence[int]) -> list[str]:
-    """The captions of rows in their order, each text once."""
-    return list(dict.fromkeys(captions[row] for row in rows))
+# Retrieval
 
 
-def retrieval_examples(
+def retrieve(
     images: Float[Tensor, "n d"],
     texts: Float[Tensor, "n d"],
     *,
@@ -374,16 +378,15 @@ def retrieval_examples(
     similarity = images[known.rows] @ texts[[row_of[text] for text in asked]].T
     fits = torch.zeros(similarity.shape, dtype=torch.bool)
     fits[known.matches[0], known.matches[1]] = True
-    pictures = [Picture(row=row, caption=captions[row]) for row in known.rows]
 
     def to_text(image: int, rank: int, top: Sequence[int]) -> Answer:
+        row = known.rows[image]
         answers = [(asked[text], bool(fits[image, text])) for text in top]
-        query = pictures[image]
-        return Answer(image=query, caption=query.caption, rank=rank, captions=answers)
+        return Answer(row=row, caption=captions[row], rank=rank, captions=answers)
 
     def to_image(text: int, rank: int, top: Sequence[int]) -> Answer:
-        answers = [(pictures[image], bool(fits[image, text])) for image in top]
-        return Answer(image=None, caption=asked[text], rank=rank, images=answers)
+        answers = [(known.rows[image], bool(fits[image, text])) for image in top]
+        return Answer(row=None, caption=asked[text], rank=rank, rows=answers)
 
     by_direction = {}
     for way, answer, scores, right in (
@@ -394,20 +397,22 @@ def retrieval_examples(
         # Equal similarities count against the model, as in the recalls.
         ranks = ((scores >= best) & ~right).sum(dim=1) + 1
         order = np.random.default_rng(seed).permutation(len(scores)).tolist()
-        queries = (
-            [query for query in order if ranks[query] == 1][:QUERIES],
-            [query for query in order if ranks[query] > 1][:QUERIES],
-        )
         right_ones, wrong_ones = (
-            [answer(query, int(ranks[query]), best_first(scores[query])[:ANSWERS]) for query in of]
-            for of in queries
+            [
+                answer(query, int(ranks[query]), best_first(scores[query])[:ANSWERS])
+                for query in [query for query in order if (ranks[query] == 1) == is_right][:QUERIES]
+            ]
+            for is_right in (True, False)
         )
         share = float((ranks == 1).double().mean())
         by_direction[way] = Retrieval(right=right_ones, wrong=wrong_ones, share=share)
     return by_direction
 
 
-def confusions(
+# Confusions
+
+
+def classify(
     encoder: Encoder, examples: Examples, images: Float[Tensor, "n d"]
 ) -> Confusions | None:
     """Zero-shot classification of the examples; None if they do not have one class each."""
@@ -417,10 +422,10 @@ def confusions(
     templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
     texts = encoder.texts(prompts(names, templates), stage="class names")
     classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
-    return confused(classes, (images @ classifier.T).argmax(dim=1), names, len(templates))
+    return count_confusions(classes, (images @ classifier.T).argmax(dim=1), names, len(templates))
 
 
-def confused(
+def count_confusions(
     classes: Int[Tensor, " n"], taken_for: Int[Tensor, " n"], names: Sequence[str], templates: int
 ) -> Confusions:
     """The most frequent confusions, and how all classes in them are taken for each other."""
@@ -429,23 +434,17 @@ def confused(
     wrong = [pair for pair in counts if pair[0] != pair[1]]
     wrong.sort(key=lambda pair: (-counts[pair], pair))
     most = list(dict.fromkeys(number for pair in wrong for number in pair))[:CONFUSED]
+    rows = []
+    for one in most:
+        shares = [counts[one, other] / max(1, sizes[one]) for other in most]
+        others = max(0.0, 1 - sum(shares)) if sizes[one] else 0.0
+        rows.append((names[one], sizes[one], [*shares, others]))
     return Confusions(
         pairs=[
             (names[one], names[other], counts[one, other], sizes[one])
             for one, other in wrong[:CONFUSED]
         ],
-        classes=[names[number] for number in most],
-        sizes=[sizes[number] for number in most],
-        shares=[[counts[one, other] / max(1, sizes[one]) for other in most] for one in most],
+        rows=rows,
         accuracy=float((classes == taken_for).double().mean()),
         templates=templates,
     )
-
-
-def thumbnail(encoded: bytes) -> bytes:
-    """A small WebP of an image, for the page."""
-    image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=THUMBNAIL))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=80)
-    return buffer.getvalue()

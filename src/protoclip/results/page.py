@@ -1,15 +1,13 @@
-"""The page: gathers what the other modules find, and renders `report.html.j2`.
-
-Run folders are read in `runs.py`, charts are drawn in `figures.py`, and how to repeat a run is said
-in `repeat.py`.
-"""
+"""The report of runs as one page: gathers what the other modules find, and renders
+`report.html.j2`."""
 
 import base64
-import os
+import io
 import shlex
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -19,30 +17,24 @@ import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 import protoclip
+from protoclip.config import Config
+from protoclip.data.decode import decode
+from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.evaluation.metrics import METRICS
-from protoclip.evaluation.paired import RunResults, make_reader
+from protoclip.evaluation.paired import make_reader
 from protoclip.files import locked, require_ours, write_atomically
 from protoclip.models import saved
 from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in
 from protoclip.results.examples import Examples, examples_key, open_examples
-from protoclip.results.figures import COLOURS, Series, dash, line_chart, map_chart
+from protoclip.results.figures import COLOURS, dashes, line_chart, map_chart
 from protoclip.results.findings import HEADLINES, compare_headlines, describe_changes
-from protoclip.results.looks import Confusions, Look
-from protoclip.results.read import (
-    TOTAL,
-    Curve,
-    RunFolder,
-    all_curves,
-    model_names,
-    read_run,
-    run_names,
-    without_total,
-)
-from protoclip.results.repeat import commands, settings
+from protoclip.results.looks import Look, Map
+from protoclip.results.read import RunFolder, read_runs
 from protoclip.results.table import (
     decimals,
     describe_clear,
@@ -51,11 +43,14 @@ from protoclip.results.table import (
     with_minus,
 )
 from protoclip.terminal import OBEYED
-from protoclip.training.run_folder import named_by, positives_of
+from protoclip.training.plan import make_plan
+from protoclip.training.run_folder import flat, named_by, positives_of, to_toml
 
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a caption, a name or a setting
 FEW = 10  # bad samples that are named
+THUMBNAIL = 96  # pixels
+TOTAL, SINGLE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 
 # The charts: heading, then title and metric. `*` takes every metric that begins so, and its title
 # goes on with the rest of the name.
@@ -126,15 +121,10 @@ GROUPING = {
     "recall@10/image_to_text": "Recall@10, image to text",
     "recall@10/text_to_image": "Recall@10, text to image",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Legend:
-    """A model in the charts."""
-
-    name: str
-    colour: int
-    dash: str
+# Settings that say where and not how a run was made.
+NAMES_OF_RUN = ("run.out", "run.name", "run.sync")
+FOLLOWS = "from the data or model"  # instead of a default
+OPEN = (None, "auto")  # values that leave a setting to the plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,33 +135,18 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Charts:
-    """The charts under a heading, and in words what has one value in all runs."""
-
-    drawn: list[Chart]
-    same: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A run's look at examples, or the reason why there is none."""
+    """A run's look at examples, or the `problem` why there is none.
 
-    run: int  # its number among the runs of the page
-    label: str
-    examples: Examples | None = None
-    look: Look | None = None
+    Attributes:
+        image: Gives the image of an example as a data URI, by row.
+    """
+
+    run: RunFolder
     problem: str = ""
-    images: Callable[[int], str] = str  # row to data URI
+    look: Look | None = None
+    image: Callable[[int], str] = str
     maps: Sequence[Chart] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grouping:
-    """A column of the table of grouping."""
-
-    label: str
-    source: str
-    values: Mapping[str, float]
 
 
 def write_report(
@@ -210,57 +185,43 @@ def write_report(
     with locked(out):
         if not overwrite:
             require_ours(out, MARK)
-        page = page_of(
-            folders,
-            out,
-            {"samples": samples, "seed": seed, "minutes": minutes},
-            allow_links=allow_links,
-            device=device,
-        )
-        write_atomically(out, page)
+        runs = [
+            replace(run, model=shorten(run.model), label=shorten(run.label))
+            for run in read_runs(folders, allow_links=allow_links)
+        ]
+        device = device or torch.device("cpu")
+        shown = show_models(runs, samples=samples, minutes=minutes, seed=seed, device=device)
+        command = shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])
+        command += f" --samples {samples} --seed {seed} --minutes {minutes}"
+        command += " --allow_links" * allow_links
+        values = make_context(runs, shown) | {"seed": seed, "command": command}
+        write_atomically(out, render(values))
     return out
 
 
-def page_of(
-    folders: Sequence[str | Path],
-    out: Path,
-    options: Mapping[str, Any],
-    *,
-    allow_links: bool,
-    device: torch.device | None,
-) -> str:
-    """The page of `write_report`, and the command that makes it again."""
-    read = {
-        os.path.realpath(folder): read_run(folder, allow_links=allow_links) for folder in folders
-    }
-    command = ["protoclip", "report", *folders, "--out", out]
-    command += [word for name, value in options.items() for word in (f"--{name}", value)]
-    command += ["--allow_links"] * allow_links
-    return render(
-        context([*read.values()], **options, device=device)
-        | {"command": shlex.join(map(str, command))}
-    )
-
-
 def render(values: Mapping[str, Any]) -> str:
-    """The page. Every value passes `printable`, and is escaped."""
+    """The page. Every value passes `make_printable`, and is escaped."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=printable,
+        finalize=make_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clip": clipped, "shorten": shortened, "minus": with_minus}
-    environment.filters |= {"sentence_case": sentence_case}
-    environment.globals |= {"named_rows": named_rows, "number": number}
+    environment.filters |= {
+        "clip": clip,
+        "shorten": shorten,
+        "minus": with_minus,
+        "number": format_number,
+        "sentence_case": sentence_case,
+    }
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     page: str = environment.get_template("report.html.j2").render(style=style, **values)
     return page
 
 
-def printable(value: Any) -> Any:
+def make_printable(value: Any) -> Any:
     """Text without control characters, marks that turn the text's direction, and half characters.
 
     Joiners stay, since many scripts and emoji need them.
@@ -271,119 +232,89 @@ def printable(value: Any) -> Any:
     return OBEYED.sub("", text.replace("\n", " ").replace("\t", " "))
 
 
-def clipped(text: Any, length: int = LONGEST) -> str:
-    """At most so many characters of a text."""
+def clip(text: Any, length: int = LONGEST) -> str:
+    """At most `length` characters of a text."""
     whole = str(text)
     return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
 
 
-def shortened(name: str) -> str:
+def shorten(name: str) -> str:
     """At most `LONGEST` characters of a name: of a longer one both ends, since it may end in a
     folder, and folders differ at their ends."""
     half = (LONGEST - 1) // 2
     return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three decimals, or one of larger numbers."""
-    small = abs(value) < 10
-    return with_minus(decimals(value, 3) if small else f"{value:,.1f}")
+    return with_minus(decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
 
 
-def named_rows(confusions: Confusions) -> list[tuple[str, int, list[float]]]:
-    """The rows of the table of confusions: class, images, shares; the last one is what is left."""
-    rows = zip(confusions.classes, confusions.sizes, confusions.shares, strict=True)
-    return [
-        (name, size, [*shares, max(0.0, 1 - sum(shares)) if size else 0.0])
-        for name, size, shares in rows
-    ]
-
-
-def context(
-    runs: Sequence[RunFolder],
-    *,
-    samples: int,
-    minutes: float,
-    seed: int,
-    device: torch.device | None,
-) -> dict[str, Any]:
-    """All values of the page."""
-    names = [shortened(label) for label in run_names(runs)]
-    of_runs = model_names(runs)
-    known = list(dict.fromkeys(of_runs))
-    of_models: dict[str, list[RunResults]] = {}  # the first one is compared with
-    for model, run in zip(of_runs, runs, strict=True):
-        if run.results is not None and run.results.metrics:
-            of_models.setdefault(model, []).append(run.results)
-    entries = compared(of_models)
-    shown = show_models(
-        runs, names, of_runs, samples=samples, minutes=minutes, seed=seed, device=device
+def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str, Any]:
+    """The values of the page that follow from the runs."""
+    models = list(dict.fromkeys(run.model for run in runs))
+    finished = [run for run in runs if run.results is not None and run.results.metrics]
+    # The first model that has results is compared with. A damaged file of samples costs a warning
+    # and the intervals that need it.
+    entries = compare_runs(
+        [run.results for run in finished if run.results is not None],
+        [run.model for run in finished],
+        make_reader(refuse=False),
     )
+    entries = [entry for entry in entries if entry["metrics"]]
     findings = compare_headlines(entries)
+    columns = grouping_columns(runs, shown)
     return {
-        "title": " · ".join(map(shortened, known[:4])) + (" · …" if len(known) > 4 else ""),
+        "title": " · ".join(models[:4]) + " · …" * (len(models) > 4),
         "version": protoclip.__version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "runs": [run_facts(run, name) for run, name in zip(runs, names, strict=True)],
-        "unfinished": [n for run, n in zip(runs, names, strict=True) if run.results is None],
+        "runs": runs,
+        "facts": [describe_run(run) for run in runs],
         "findings": findings,
         "better": [finding for finding in findings if finding.verdict == "better"],
         "entries": entries,
         "table": table_of_runs(entries, mark="●") if entries else None,
         "clear": describe_clear(differences_in(entries)),
-        "legend": [legend(number, name) for number, name in enumerate(known)],
-        "charts": charts(runs, names, [known.index(model) for model in of_runs]),
-        "analyzed": any(run.analysis and len(run.analysis["checkpoints"]) > 1 for run in runs),
+        "legend": [
+            {"name": model, "colour": number % COLOURS, "dashes": dashes(number)}
+            for number, model in enumerate(models)
+        ],
+        "charts": draw_charts(runs, models),
+        "times": time_rows(runs),
         "sweeps": [
-            {"label": name, **run.sweep, "changes": describe_changes(run.differences)}
-            for run, name in zip(runs, names, strict=True)
+            {"label": run.label, **run.sweep, "changes": describe_changes(run.differences)}
+            for run in runs
             if run.sweep is not None
         ],
-        "times": times(runs, names),
-        "grouping": (columns := grouping(runs, names, shown)),
+        "grouping": columns,
         "measures": {
-            key: label
-            for key, label in GROUPING.items()
-            if any(key in column.values for column in columns)
+            key: name
+            for key, name in GROUPING.items()
+            if any(key in column["values"] for column in columns)
         },
         "shown": shown,
-        "constants": looks,
-        "seed": seed,
-        **settings(runs),
-        "names": names,
+        "looks": looks,
+        **compare_settings(runs),
         "skipped": [
-            (name, len({each.get("sample_id") for each in run.skipped}), run.skipped[:FEW])
-            for run, name in zip(runs, names, strict=True)
+            (run.label, len({of.get("sample_id") for of in run.skipped}), run.skipped[:FEW])
+            for run in runs
             if run.skipped
         ],
-        "unlisted": [n for run, n in zip(runs, names, strict=True) if run.command == "align"],
-        "environments": [(name, run.environment) for run, name in zip(runs, names, strict=True)],
-        "commands": commands(runs),
+        "commands": commands_of(runs),
     }
 
 
-def compared(of_models: Mapping[str, Sequence[RunResults]]) -> list[dict[str, Any]]:
-    """The entries of `compare_runs` of the results of models' runs.
-
-    A damaged file of samples costs a warning and the intervals that need it.
-    """
-    results = [(model, of_run) for model, runs in of_models.items() for of_run in runs]
-    names = [model for model, _ in results]
-    read = make_reader(refuse=False)
-    entries = compare_runs([of_run for _, of_run in results], names, read)
-    return [entry for entry in entries if entry["metrics"]]
-
-
-def run_facts(run: RunFolder, label: str) -> dict[str, str]:
+def describe_run(run: RunFolder) -> dict[str, str]:
     """A row of the table of runs."""
     seen = run.environment.get("samples_seen", run.last_step * run.batch_size)
-    spent = max(run.seconds or 0.0, sum(seconds(run).values()))
-    time = duration(spent) if run.results else f"at least {duration(spent)}"
+    spent = max(run.seconds or 0.0, sum(seconds_by_part(run).values()))
     steps = f"{run.last_step:,} steps" if run.curves else "but metrics.jsonl holds no step"
-    finished = f"finished, {steps}"
-    state = finished if run.results else f"not finished: step {run.last_step:,} of {run.steps:,}"
+    state = f"finished, {steps}"
+    if run.results is None:
+        state = f"not finished: step {run.last_step:,} of {run.steps:,}"
+    time = duration(spent) if run.results else f"at least {duration(spent)}"
     return {
-        "label": label,
+        "label": run.label,
         "state": state,
         "seen": f"{int(seen):,}",
         "time": time if spent else "not known",
@@ -397,23 +328,16 @@ def run_facts(run: RunFolder, label: str) -> dict[str, str]:
 # Charts
 
 
-def legend(number: int, name: str) -> Legend:
-    of = dash(number)
-    marks = "" if isinstance(of, str) else " ".join(f"{2 * part:g}" for part in of[1])
-    return Legend(name=shortened(name), colour=number % COLOURS, dash=marks)
+def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The charts under each heading, and in words what has one value in all runs.
 
-
-def charts(
-    runs: Sequence[RunFolder], names: Sequence[str], numbers: Sequence[int]
-) -> dict[str, Charts]:
-    """The charts under each heading; those that no run has anything for are left out.
-
-    Args:
-        numbers: That of each run's model.
+    Headings that no run has anything for are left out, and so is the total loss where it is a
+    single loss in all runs.
     """
-    curves = without_total([all_curves(run) for run in runs])
-    known = list(dict.fromkeys(name for of in curves for name in of))
-    sections: dict[str, Charts] = {}
+    known = dict.fromkeys(name for run in runs for name in run.curves)
+    if all(is_single_loss(run) for run in runs if TOTAL in run.curves):
+        known.pop(TOTAL, None)
+    sections: dict[str, dict[str, Any]] = {}
     for heading, patterns in CHARTS.items():
         for pattern, title in patterns.items():
             before, star, after = pattern.partition("*")
@@ -425,61 +349,55 @@ def charts(
             ]
             for name in sorted(fitting):
                 rest = name[len(before) : len(name) - len(after)].replace("_", " ")
-                full = f"{title}, {rest}" if len(fitting) > 1 else title
-                section = sections.setdefault(heading, Charts(drawn=[], same=[]))
-                values = np.unique(np.concatenate([of[name][1] for of in curves if name in of]))
-                if len(values) == 1:
-                    section.same.append(f"{clipped(full)}: {values[0]:.3g}")
+                full = clip(f"{title}, {rest}" if len(fitting) > 1 else title)
+                section = sections.setdefault(heading, {"drawn": [], "same": []})
+                values = [run.curves[name][1] for run in runs if name in run.curves]
+                if len(unique := np.unique(np.concatenate(values))) == 1:
+                    section["same"].append(f"{full}: {unique[0]:.3g}")
                 else:
-                    chart = chart_of(name, clipped(full), runs, curves, names, numbers)
-                    section.drawn.append(chart)
+                    section["drawn"].append(draw_chart(name, full, runs, models))
     return sections
 
 
-def chart_of(
-    metric: str,
-    title: str,
-    runs: Sequence[RunFolder],
-    curves: Sequence[Mapping[str, Curve]],
-    names: Sequence[str],
-    numbers: Sequence[int],
-) -> Chart:
-    series, ends = [], []
-    for run, of, name, number in zip(runs, curves, names, numbers, strict=True):
-        if metric in of:
-            steps, values = of[metric]
-            curve = (steps * run.batch_size, values)
-            series.append(Series(model=number, curve=curve))
-            ends.append(f"{name}: {values[0]:.3g} to {values[-1]:.3g}")
-    return Chart(
-        title=title,
-        description=f"{title} over samples seen, from the first value to the last. "
-        + "; ".join(ends),
-        svg=line_chart(series),
-    )
+def is_single_loss(run: RunFolder) -> bool:
+    """Whether the total loss of a run is that of images and texts alone."""
+    curves = run.curves
+    return any(np.array_equal(curves[name], curves[TOTAL]) for name in SINGLE if name in curves)
 
 
-def seconds(run: RunFolder) -> dict[str, float]:
+def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Sequence[str]) -> Chart:
+    """A metric of all runs that have it, over samples seen."""
+    curves, ends = [], []
+    for run in runs:
+        if metric in run.curves:
+            steps, values = run.curves[metric]
+            curves.append((models.index(run.model), (steps * run.batch_size, values)))
+            ends.append(f"{run.label}: {values[0]:.3g} to {values[-1]:.3g}")
+    described = f"{title} over samples seen, from the first value to the last. {'; '.join(ends)}"
+    return Chart(title=title, description=described, svg=line_chart(curves))
+
+
+def seconds_by_part(run: RunFolder) -> dict[str, float]:
     """Where the time of a run went, in seconds, by part."""
-    named = {part: run.curves.get(f"train/seconds/{part}") for part in TIMES}
-    return {part: float(curve[1].sum()) for part, curve in named.items() if curve is not None}
+    curves = {part: run.curves.get(f"train/seconds/{part}") for part in TIMES}
+    return {part: float(curve[1].sum()) for part, curve in curves.items() if curve is not None}
 
 
-def times(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str, Any]]:
+def time_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A row a run: seconds, and the share of all, of the parts that a run has.
 
     Parts are logged at the end of an episode, so that one which was cut short tells of none.
     """
     rows = []
-    all_spent = [seconds(run) for run in runs]
-    logged = [part for part in TIMES if any(part in spent for spent in all_spent)]
-    for run, name, spent in zip(runs, names, all_spent, strict=True):
+    seconds = [seconds_by_part(run) for run in runs]
+    logged = [part for part in TIMES if any(part in spent for spent in seconds)]
+    for run, spent in zip(runs, seconds, strict=True):
         if known := sum(spent.values()):
             total = max(known, run.seconds or 0.0)
             every = {**{part: spent.get(part, 0.0) for part in logged}, "other": total - known}
-            parts = [(part, of, of / total) for part, of in every.items()]
+            parts = [(part, each, each / total) for part, each in every.items()]
             at_least = run.results is None or run.seconds is None
-            rows.append({"label": name, "total": total, "parts": parts, "at_least": at_least})
+            rows.append({"label": run.label, "total": total, "parts": parts, "at_least": at_least})
     return rows
 
 
@@ -487,88 +405,75 @@ def times(runs: Sequence[RunFolder], names: Sequence[str]) -> list[dict[str, Any
 
 
 def show_models(
-    runs: Sequence[RunFolder],
-    names: Sequence[str],
-    of_runs: Sequence[str],
-    *,
-    samples: int,
-    minutes: float,
-    seed: int,
-    device: torch.device | None,
+    runs: Sequence[RunFolder], *, samples: int, minutes: float, seed: int, device: torch.device
 ) -> list[Shown]:
-    """Run the first run of each model that has a checkpoint on example pairs."""
-    by_model: dict[str, list[int]] = {}
-    for index, model in enumerate(of_runs):
-        by_model.setdefault(model, []).append(index)
-    chosen = [min(of, key=lambda index: not runs[index].checkpoints) for of in by_model.values()]
-    progress = Progress("report", len(chosen))
-
-    started, shown = time.monotonic(), []
+    """Show the first run of each model that has a checkpoint on example pairs."""
+    chosen: dict[str, RunFolder] = {}
+    for run in runs:
+        if run.model not in chosen or (run.checkpoints and not chosen[run.model].checkpoints):
+            chosen[run.model] = run
+    progress, started, shown = Progress("report", len(chosen)), time.monotonic(), []
     # Runs on the same data share their examples, the maps before training, and the images.
-    known: dict[str, tuple[Examples, dict[str, looks.Map], Callable[[int], str]]] = {}
-    for done, index in enumerate(chosen):
-        run, label = runs[index], names[index]
-        progress.update(done, printable(label))
-        if run.config is None:
-            shown.append(Shown(run=index, label=label, problem=run.problem))
-            continue
-        if done and time.monotonic() - started > 60 * minutes:
-            reason = f"left out after {minutes:g} minutes; --minutes allows more"
-            shown.append(Shown(run=index, label=label, problem=reason))
-            continue
+    known: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
+    for done, run in enumerate(chosen.values()):
+        progress.update(done, make_printable(run.label))
         try:
+            if run.config is None:
+                raise ValueError(run.problem)
+            if done and time.monotonic() - started > 60 * minutes:
+                raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
             data = examples_key(run.config, run.checkpoints)
             if data not in known:
                 examples = open_examples(run.folder, run.config, samples, allow_training=True)
                 known[data] = examples, {}, cache(partial(data_uri, examples))
-            examples, firsts, images = known[data]
-            look = looks.look(
-                examples,
-                run.config,
-                run.checkpoints,
-                seed=seed,
-                device=device or torch.device("cpu"),
-                firsts=firsts,
+            examples, firsts, image = known[data]
+            look = looks.look_at(
+                examples, run.config, run.checkpoints, seed=seed, device=device, firsts=firsts
             )
         except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            shown.append(Shown(run=index, label=label, problem=clipped(reason, 400)))
+            problem = clip(" ".join(str(error).split()), 400)
+            shown.append(Shown(run=run, problem=problem))
             continue
-        drawn = maps(look, label)
-        shown.append(
-            Shown(run=index, label=label, examples=examples, look=look, images=images, maps=drawn)
-        )
+        shown.append(Shown(run=run, look=look, image=image, maps=draw_maps(look, run.label)))
     progress.update(len(chosen))
     return shown
 
 
 def data_uri(examples: Examples, row: int) -> str:
     """A small image of the examples, as the page holds it."""
-    encoded = base64.b64encode(looks.thumbnail(examples.images[row])).decode()
+    encoded = base64.b64encode(make_thumbnail(examples.images[row])).decode()
     return f"data:image/webp;base64,{encoded}"
 
 
-def maps(look: Look, label: str) -> list[Chart]:
+def make_thumbnail(encoded: bytes) -> bytes:
+    """A small WebP of an image."""
+    image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=THUMBNAIL))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=80)
+    return buffer.getvalue()
+
+
+def draw_maps(look: Look, label: str) -> list[Chart]:
+    """The maps of a run, all in one scale."""
     limit = max(float(abs(points).max()) for m in look.maps for points in (m.images, m.texts))
     return [
         Chart(
-            title=f"{of.title}: gap {of.gap:.2f}, {100 * of.explained:.0f}% of the variance",
-            description=f"{label}, {of.title.lower()}: {len(of.images)} images and their texts in "
-            f"two dimensions. The means of the modalities are {of.gap:.2f} apart.",
-            svg=map_chart(of, limit=1.05 * limit),
+            title=f"{each.title}: gap {each.gap:.2f}, {100 * each.explained:.0f}% of the variance",
+            description=f"{label}, {each.title.lower()}: {len(each.images)} images and their texts "
+            f"in two dimensions. The means of the modalities are {each.gap:.2f} apart.",
+            svg=map_chart(each.images, each.texts, limit=1.05 * limit),
         )
-        for of in look.maps
+        for each in look.maps
     ]
 
 
-def grouping(
-    runs: Sequence[RunFolder], names: Sequence[str], shown: Sequence[Shown]
-) -> list[Grouping]:
-    """From `protoclip analyze` where it has seen the newest checkpoint, else from the examples."""
-    looked = {of.run: of for of in shown}
+def grouping_columns(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[dict[str, Any]]:
+    """The measures of grouping of each run, by space: from `protoclip analyze` where it has seen
+    the newest checkpoint, else from the examples."""
+    looked = {each.run.folder: each.look for each in shown}
     columns = []
-    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        of = looked.get(index)
+    for run in runs:
         newest = run.checkpoints[-1].name if run.checkpoints else ""
         last = run.analysis["checkpoints"][-1] if run.analysis else {}
         spaces: Mapping[str, Mapping[str, float]] = {}
@@ -578,12 +483,59 @@ def grouping(
             source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
             if (run.folder / saved.MODEL).is_file():  # which fine-tuning chose at its end
                 source += f", step {last['step']:,} before WiSE-FT"
-        elif of is not None and of.look is not None and of.examples is not None:
-            spaces = of.look.grouping
-            pairs = of.examples
-            source = f"{of.look.state}, {len(pairs.images):,} pairs of {pairs.name}"
+        elif (look := looked.get(run.folder)) is not None:
+            spaces = look.grouping
+            source = f"{look.state}, {len(look.examples.images):,} pairs of {look.examples.name}"
         columns += [
-            Grouping(label=f"{name}, {space}", source=source, values=values)
+            {"label": f"{run.label}, {space}", "source": source, "values": values}
             for space, values in spaces.items()
         ]
     return columns
+
+
+# How to repeat runs
+
+
+def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """Settings that differ between the runs, and those that all share but `train` has others.
+
+    Shared ones are `(value, default of train)`; `FOLLOWS` where `train` fills them.
+    """
+    usual, given = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
+    all_settings = []
+    for run in runs:
+        # Versions up to 1.0.0 left it open.
+        source = {"prototypes.source": run.config.prototype_source} if run.config else {}
+        all_settings.append({**run.settings, **source})
+    keys = sorted({key for each in all_settings for key in each} - set(NAMES_OF_RUN))
+    values = {key: [each.get(key) for each in all_settings] for key in keys}
+    differ = {key: each for key, each in values.items() if any(one != each[0] for one in each)}
+    filled = {key for key, value in usual.items() if given.get(key) in OPEN and value not in OPEN}
+    filled.add("teacher.tower")  # of a teacher, which the usual run has none of
+    shared = {
+        key: (each[0], FOLLOWS if key in filled else usual.get(key))
+        for key, each in values.items()
+        if key not in differ and each[0] != usual.get(key)
+    }
+    return {"differ": differ, "shared": shared}
+
+
+def commands_of(runs: Sequence[RunFolder]) -> list[str]:
+    """Commands that train the runs again, compare them, and measure their grouping."""
+    again = [
+        f"{program_of(run)} {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
+        "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
+        for run in runs
+    ]
+    folders = shlex.join(str(run.folder) for run in runs)
+    return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]
+
+
+def program_of(run: RunFolder) -> str:
+    """What to type before a run's command: with several ranks torchrun, on each of its hosts."""
+    known = (run.environment.get(name, "") for name in ("hosts", "ranks"))
+    hosts, ranks = (int(number) if number.isdecimal() else 1 for number in known)
+    if ranks == 1:
+        return "protoclip"
+    nodes = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " * (hosts > 1)
+    return f"torchrun {nodes}--nproc-per-node {-(-ranks // max(1, hosts))} -m protoclip"

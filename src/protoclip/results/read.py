@@ -5,7 +5,8 @@ What a run itself checks before it goes on in its folder is in `training/run_fol
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +29,9 @@ from protoclip.terminal import say
 from protoclip.training.run_folder import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
-TOTAL, INSTANCE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 # A metric over the run: steps, and its value at each.
 Curve = tuple[Numbers, Numbers]
+ANALYSIS = "analysis.json"  # what `protoclip analyze` writes, in the folder of a run
 # What reading JSON of another shape than ours raises.
 MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -39,15 +40,24 @@ MISSHAPEN = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 class RunFolder:
     """A run, finished or not.
 
-    `config` is None if another version of the package wrote it; then `problem` says so. `results`
-    is None for a run that has not finished. `analysis` is what `protoclip analyze` wrote there, and
-    `command` what makes such a run, as `finetune`.
+    Attributes:
+        model, label: What to call its model, and the run itself, among the runs that are shown.
+        settings: By dotted name.
+        config: None if another version of the package wrote it; then `problem` says so.
+        curves: Of `metrics.jsonl`; temperatures from logit scales; and, of two checkpoints or more,
+            measures of `protoclip analyze` as `features/...`.
+        results: None for a run that has not finished.
+        analysis: What `protoclip analyze` wrote.
+        sweep: Over alpha, at the end of fine-tuning.
+        differences: Of a fine-tuned model to its start, by metric.
+        command: What makes such a run, as `finetune`.
+        seconds: Of training: in all, or until the newest checkpoint; None if that is not known.
     """
 
     folder: Path
     name: str
     seed: int
-    settings: Mapping[str, Any]  # by dotted name
+    settings: Mapping[str, Any]
     config: Config | None
     problem: str
     curves: Mapping[str, Curve]
@@ -55,11 +65,13 @@ class RunFolder:
     environment: Mapping[str, Any]
     skipped: Sequence[Mapping[str, Any]]
     analysis: Mapping[str, Any] | None
-    sweep: Mapping[str, Any] | None  # over alpha, at the end of fine-tuning
-    differences: Mapping[str, Mapping[str, Any]]  # of a fine-tuned model to its start, by metric
+    sweep: Mapping[str, Any] | None
+    differences: Mapping[str, Mapping[str, Any]]
     checkpoints: Sequence[Path]
     command: str
-    seconds: float | None  # of training: in all, or until the newest checkpoint; None if not known
+    seconds: float | None
+    model: str = ""
+    label: str = ""
 
     @property
     def batch_size(self) -> int:
@@ -75,6 +87,18 @@ class RunFolder:
     def last_step(self) -> int:
         """The last step that is logged."""
         return int(max((steps[-1] for steps, _ in self.curves.values()), default=0))
+
+
+def read_runs(paths: Iterable[str | Path], *, allow_links: bool = False) -> list[RunFolder]:
+    """Read run folders, each once, and name their models as `compare` does."""
+    by_path = {os.path.realpath(path): read_run(path, allow_links=allow_links) for path in paths}
+    facts = [(run.name, run.seed, str(run.folder)) for run in by_path.values()]
+    return [
+        replace(run, model=model, label=label)
+        for run, model, label in zip(
+            by_path.values(), name_models(facts), name_runs(facts), strict=True
+        )
+    ]
 
 
 def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
@@ -103,7 +127,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         problem = f"another version of protoclip wrote this run ({error})"
     settings = flat(as_kept(tree))
     results = read_results(folder) if (folder / "results.json").exists() else None
-    curves = read_curves(folder / "metrics.jsonl")
+    analysis, curves = read_analysis(folder / ANALYSIS), read_curves(folder / "metrics.jsonl")
     if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
     kept, environment = saved.checkpoints(folder), describe_environment(results)
@@ -114,11 +138,11 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         settings=settings,
         config=config,
         problem=problem,
-        curves=curves,
+        curves=curves | temperatures(curves) | curves_of_checkpoints(analysis),
         results=results,
         environment=environment,
         skipped=[of for file in sorted(folder.glob("skipped*.jsonl")) for of in read_lines(file)],
-        analysis=read_analysis(folder / "analysis.json"),
+        analysis=analysis,
         sweep=read_sweep(folder / "wise_ft.json"),
         differences=differences_to_start(results),
         checkpoints=kept,
@@ -156,16 +180,6 @@ def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
     """A setting of another version, if it is a whole number there too."""
     value = settings.get(name, default)
     return value if type(value) is int else default
-
-
-def model_names(runs: Sequence[RunFolder]) -> list[str]:
-    """What to call the model of each run, as `compare` does."""
-    return name_models((run.name, run.seed, str(run.folder)) for run in runs)
-
-
-def run_names(runs: Sequence[RunFolder]) -> list[str]:
-    """What to call each run: its model, and its seed where that has several."""
-    return name_runs((run.name, run.seed, str(run.folder)) for run in runs)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -206,36 +220,29 @@ def read_curves(path: Path) -> dict[str, Curve]:
     }
 
 
-def all_curves(run: RunFolder) -> dict[str, Curve]:
-    """The logged curves, temperatures from logit scales, and measures of several checkpoints."""
-    curves = dict(run.curves)
-    for scale, name in (
-        ("train/logit_scale", "temperature"),
-        ("train/prototype_logit_scale", "prototype_temperature"),
-    ):
-        if scale in curves:
-            steps, values = curves[scale]
-            curves[name] = (steps, 1 / np.maximum(values, 1e-12))
-    checkpoints = run.analysis["checkpoints"] if run.analysis else []
-    if len(checkpoints) > 1:
-        steps = np.array([entry["step"] for entry in checkpoints], np.float64)
-        for key in checkpoints[-1]["features"]:
-            measured = [entry["features"].get(key) for entry in checkpoints]
-            known = np.array([value is not None for value in measured])
-            given = np.array([value for value in measured if value is not None], np.float64)
-            curves[f"features/{key}"] = (steps[known], given)
+def temperatures(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The temperatures of pairs and of prototypes, of which logit scales are the inverse."""
+    scales = {
+        "temperature": "train/logit_scale",
+        "prototype_temperature": "train/prototype_logit_scale",
+    }
+    return {
+        name: (curves[scale][0], 1 / np.maximum(curves[scale][1], 1e-12))
+        for name, scale in scales.items()
+        if scale in curves
+    }
+
+
+def curves_of_checkpoints(analysis: Mapping[str, Any] | None) -> dict[str, Curve]:
+    """What `protoclip analyze` measured of the features of two checkpoints or more."""
+    checkpoints = analysis["checkpoints"] if analysis else []
+    curves = {}
+    for key in checkpoints[-1]["features"] if len(checkpoints) > 1 else ():
+        known = [entry for entry in checkpoints if key in entry["features"]]
+        steps = np.array([entry["step"] for entry in known], np.float64)
+        values = np.array([entry["features"][key] for entry in known], np.float64)
+        curves[f"features/{key}"] = (steps, values)
     return curves
-
-
-def without_total(curves: Sequence[dict[str, Curve]]) -> list[dict[str, Curve]]:
-    """The curves of each run, less the total losses where all of them are of a single loss."""
-
-    def is_single(of: Mapping[str, Curve]) -> bool:
-        return any(np.array_equal(of[name], of[TOTAL]) for name in INSTANCE if name in of)
-
-    if not all(is_single(of) for of in curves if TOTAL in of):
-        return [*curves]
-    return [{name: curve for name, curve in of.items() if name != TOTAL} for of in curves]
 
 
 def is_number(value: Any) -> bool:

@@ -62,13 +62,13 @@ def report(run: Path, data: str) -> None:
     config = Config(data=DataConfig(train=data, validation=0.0))
     examples = open_examples(run, config, PAIRS, allow_training=True)
     checkpoints = sorted((run / "checkpoints").iterdir())
-    looks.look(examples, tiny_config(out=""), checkpoints, seed=0, device=CPU, firsts={})
+    looks.look_at(examples, tiny_config(out=""), checkpoints, seed=0, device=CPU, firsts={})
 
 
 @pytest.mark.parametrize("first", [evaluate, analyze, explore, report])
 def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(looks, "first_model", lambda *given, **more: [])  # another model
+    monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     read, rows = Reader.read, []
     monkeypatch.setattr(Reader, "read", lambda self, row: rows.append(row) or read(self, row))
     data = str(run.parent / "pairs.parquet")

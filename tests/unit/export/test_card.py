@@ -49,7 +49,7 @@ def test_the_card_of_a_run(tmp_path):
     assert "\n# My \\<i\\>model\\</i\\>|\\[x\\]\n" in card
     assert 'train = "pairs.tsv"' in card
     assert "| teachers | `me/teacher` |\n| data | `pairs.tsv` |\n| positives | `pair` |\n" in card
-    row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| (0\.\d{4}) to (0\.\d{4}) \|", card)
+    row = re.search(r"zero_shot/acc5` \| (0\.\d{4}) \| \[(0\.\d{4}), (0\.\d{4})\] \|", card)
     value, low, high = map(float, row.groups())
     assert value == pytest.approx(accuracy, abs=1e-4)
     error = (accuracy * (1 - accuracy) / 200) ** 0.5
@@ -63,10 +63,10 @@ def test_the_card_of_a_run(tmp_path):
     assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
     # Damaged results cost numbers, not the export.
     (made / "results" / "emoji-test.parquet").write_bytes(b"cut")
-    found = cards.metrics_of(made, find_checkpoint(made))
-    assert found["eval/emoji/zero_shot/acc5"] == (accuracy, {})
+    given = made, find_checkpoint(made), {}, tmp_path
+    assert f"| `eval/emoji/zero_shot/acc5` | {accuracy:.4f} | - |" in cards.metrics_lines(*given)
     (made / "results.json").write_text("{")
-    assert cards.metrics_of(made, find_checkpoint(made)) == {}
+    assert cards.metrics_lines(*given) == ["None: there are no results of this checkpoint."]
     names = run_examples(tmp_path / "out")
     assert [*names] == [*formats, "protoclip"]
     expected = names["protoclip"]["similarity"]
@@ -98,7 +98,7 @@ def test_the_card_of_a_fine_tuned_model(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| start | `RN50`, weights `openai` |" in card
     assert "| weights | 0.3 of the way from the start to the end of fine-tuning |" in card
-    assert "| metric | start | value | 95% interval |\n|---|---|---|---|\n" in card
+    assert "| metric | start | value | 95% interval |\n| --- | --- | --- | --- |\n" in card
     assert "| `eval/emoji/zero_shot/acc5` | 0.5000 | 0.7500 | - |" in card
     assert "| `eval/emoji/modality_gap/gap` | - | 0.5000 | - |" in card
 
@@ -127,7 +127,7 @@ def test_the_card_shows_how_a_run_learned(tmp_path, monkeypatch):
     front = yaml.safe_load(text.split("\n---\n")[0])
     assert (front["license"], front["license_name"]) == ("other", "my-own")
     monkeypatch.setattr(cards, "find_spec", lambda name: None)
-    assert cards.write_figure(made, tmp_path) is None
+    cards.metrics_lines(made, find_checkpoint(made), {}, tmp_path)
     assert not (tmp_path / "training.png").exists()
 
 

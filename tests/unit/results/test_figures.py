@@ -8,13 +8,12 @@ from protoclip.results.figures import (
     COLOURS,
     DASHES,
     MOST_POINTS,
-    Series,
-    dash,
+    dash_number,
+    dashes,
     line_chart,
     map_chart,
-    thinned,
+    thin_out,
 )
-from protoclip.results.looks import Map
 
 
 def curve(number):
@@ -24,9 +23,8 @@ def curve(number):
 def figures():
     generator = np.random.default_rng(0)
     points = generator.normal(size=(2, 30, 2))
-    drawn = Map(title="", images=points[0], texts=points[1], explained=0.5, gap=1.0)
-    many = [Series(model=model, curve=curve(9)) for model in range(20)]
-    return [line_chart(many), line_chart(many[:1]), map_chart(drawn, limit=3.0)]
+    many = [(model, curve(9)) for model in range(20)]
+    return [line_chart(many), line_chart(many[:1]), map_chart(*points, limit=3.0)]
 
 
 def test_colours_are_the_pages():
@@ -55,13 +53,13 @@ def test_ids_are_of_one_figure_and_nothing_is_fetched():
 
 def test_long_curves_are_thinned_to_means():
     short = curve(MOST_POINTS)
-    assert thinned(short) is short
-    x, y = thinned(curve(10 * MOST_POINTS))
+    assert thin_out(short) is short
+    x, y = thin_out(curve(10 * MOST_POINTS))
     assert len(x) == len(y) == MOST_POINTS
     np.testing.assert_allclose(y[0], np.sin(np.arange(10)).mean())
 
 
 def test_models_look_different_without_colour():
-    looks = [(model % COLOURS, dash(model)) for model in range(len(DASHES) * COLOURS)]
+    looks = [(model % COLOURS, dash_number(model)) for model in range(len(DASHES) * COLOURS)]
     assert len(set(looks)) == len(looks)
-    assert len({dash(model) for model in range(len(DASHES))}) == len(DASHES)
+    assert len({dashes(model) for model in range(len(DASHES))}) == len(DASHES)

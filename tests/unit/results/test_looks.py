@@ -1,23 +1,20 @@
 """What examples show: prototypes, retrieval, confusions and maps of made-up features."""
 
-import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from protoclip.config import Config, DataConfig
 from protoclip.results import looks
 from protoclip.results.examples import Examples, open_examples
 from protoclip.results.looks import (
-    confused,
-    gallery,
-    map_of,
-    retrieval_examples,
-    thumbnail,
+    count_confusions,
+    find_prototypes,
+    make_map,
+    retrieve,
 )
 from testing import tiny_config, tiny_pairs
 
@@ -39,7 +36,7 @@ def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypat
     images = F.normalize(images + loose * torch.randn(36, 8, generator=generator), dim=1)
     texts = torch.eye(8)[torch.where(which == 3, torch.arange(36) % 4, which)]
     captions = [f"clump {number} row {row}" for row, number in enumerate(which.tolist())]
-    found = gallery(images, texts, number=4, captions=captions, seed=0)
+    found = find_prototypes(images, texts, number=4, captions=captions, seed=0)
     largest, tightest, mixed = found["image"]
     assert [of.kind for of in found["image"]] == ["largest", "tightest", "most mixed"]
     assert [of.size for of in found["image"]] == [12, 9, 7]
@@ -47,27 +44,24 @@ def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypat
     assert largest.tightness < 0.99
     assert (largest.together, mixed.together) == (1, pytest.approx(2 / 7))
     for prototype, number in ((largest, 0), (tightest, 1)):
-        assert {captions[picture.row][:7] for picture in prototype.images} == {f"clump {number}"}
-        assert {picture.caption[:7] for picture in prototype.images} == {f"clump {number}"}
+        assert {captions[row][:7] for row in prototype.rows} == {f"clump {number}"}
     # Texts of clump 0 are those of its own rows, and a quarter of the mixed ones.
     assert {caption.split()[1] for caption in largest.captions} <= {"0", "3"}
-    assert len(largest.images) == looks.NEAREST_IMAGES
+    assert len(largest.rows) == looks.NEAREST_IMAGES
     assert len(set(largest.captions)) == looks.NEAREST_CAPTIONS
 
 
 def test_no_prototype_is_shown_twice_and_small_ones_are_not_tight():
     """Of few prototypes one is several things, and says all of them."""
-    picks = looks.chosen(
-        *(torch.tensor(of) for of in ([9.0, 8, 7, 5], [0.3, 0.9, 0.8, 0.2], [0.1, 1, 0.9, 0.5]))
-    )
-    assert picks == [
-        ("largest, most mixed", 0),
-        ("largest, tightest", 1),
-        ("tightest", 2),
-        ("most mixed", 3),
-    ]
+    given = [9.0, 8, 7, 5], [0.3, 0.9, 0.8, 0.2], [0.1, 1, 0.9, 0.5]
+    assert looks.choose_prototypes(*map(torch.tensor, given)) == {
+        0: ["largest", "most mixed"],
+        1: ["largest", "tightest"],
+        2: ["tightest"],
+        3: ["most mixed"],
+    }
     images, _ = clumps([9, 8, 7, 2], spread=0.02)
-    found = gallery(images, images, number=4, captions=["a"] * 26, seed=0)
+    found = find_prototypes(images, images, number=4, captions=["a"] * 26, seed=0)
     for prototypes in found.values():
         assert len(prototypes) <= 4
         assert all(of.size >= 5 for of in prototypes if of.kind != "largest")
@@ -78,33 +72,32 @@ def test_retrieval_examples_are_right_or_wrong_by_group():
     """Rows 0 and 1 are one group, and each other's right answers; row 3's text is misplaced."""
     images = torch.eye(8)[:5]
     texts = images[[1, 0, 2, 4, 3]]
-    found = retrieval_examples(
+    found = retrieve(
         images, texts, captions=["a", "b", "c", "d", "e"], groups=[0, 0, 1, 2, 3], seed=0
     )
     to_text = found["image to text"]
     assert to_text.share == pytest.approx(0.6)
-    assert sorted(of.image.row for of in to_text.right) == [0, 1, 2]
-    assert sorted(of.image.row for of in to_text.wrong) == [3, 4]
-    by_row = {of.image.row: of for of in (*to_text.right, *to_text.wrong)}
+    assert sorted(of.row for of in to_text.right) == [0, 1, 2]
+    assert sorted(of.row for of in to_text.wrong) == [3, 4]
+    by_row = {of.row: of for of in (*to_text.right, *to_text.wrong)}
     assert by_row[0].captions[0] == ("b", True)
     assert by_row[3].captions[0] == ("e", False)
     assert by_row[3].rank == 5  # equal similarities count against the model
     to_image = {of.caption: of for of in found["text to image"].right}
     assert sorted(to_image) == ["a", "b", "c"]
-    picture, right = to_image["a"].images[0]
-    assert (picture.row, picture.caption, right) == (1, "b", True)
+    assert to_image["a"].rows[0] == (1, True)
 
 
 def test_an_image_of_several_rows_is_one_query_and_one_answer():
     """As `evaluate` counts: each of its captions is right."""
     images, texts = torch.eye(8)[[0, 0, 1, 1, 3]], torch.eye(8)[[0, 0, 1, 2, 3]]
-    shown = retrieval_examples(images, texts, captions=[*"abcde"], content=[*"ppqqr"], seed=0)
+    shown = retrieve(images, texts, captions=[*"abcde"], content=[*"ppqqr"], seed=0)
     shares = {way: of.share for way, of in shown.items()}
     assert shares == {"image to text": 1.0, "text to image": pytest.approx(0.8)}
-    queries = [of.image.row for of in shown["image to text"].right]
+    queries = [of.row for of in shown["image to text"].right]
     assert sorted(queries) == [0, 2, 4]
     (wrong,) = shown["text to image"].wrong
-    assert (wrong.caption, len(wrong.images)) == ("d", 3)
+    assert (wrong.caption, len(wrong.rows)) == ("d", 3)
 
 
 def test_all_models_are_asked_in_the_same_order():
@@ -113,8 +106,8 @@ def test_all_models_are_asked_in_the_same_order():
     asked = []
     for _ in range(2):
         images, texts = F.normalize(torch.randn(2, 40, 8, generator=generator), dim=2)
-        found = retrieval_examples(images, texts, captions=captions, groups=[*range(40)], seed=3)
-        asked.append([of.image.row for of in found["image to text"].wrong])
+        found = retrieve(images, texts, captions=captions, groups=[*range(40)], seed=3)
+        asked.append([of.row for of in found["image to text"].wrong])
     order = np.random.default_rng(3).permutation(40).tolist()
     for rows in asked:
         assert rows == sorted(rows, key=order.index)
@@ -124,19 +117,22 @@ def test_all_models_are_asked_in_the_same_order():
 def test_confusions_are_the_most_frequent_ones_with_the_shares_of_their_classes():
     classes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     taken_for = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3, 2, 2])
-    found = confused(classes, taken_for, ["a", "b", "c", "d"], 1)
+    found = count_confusions(classes, taken_for, ["a", "b", "c", "d"], 1)
     assert found.pairs == [("a", "b", 3, 4), ("b", "d", 1, 4)]
-    assert (found.classes, found.sizes) == (["a", "b", "d"], [4, 4, 0])
-    assert found.shares == [[0.25, 0.75, 0], [0, 0.75, 0.25], [0, 0, 0]]
+    assert found.rows == [
+        ("a", 4, [0.25, 0.75, 0, 0]),
+        ("b", 4, [0, 0.75, 0.25, 0]),
+        ("d", 0, [0, 0, 0, 0]),
+    ]
     assert found.accuracy == pytest.approx(0.6)
-    assert confused(classes, classes, ["a", "b", "c", "d"], 1).pairs == []
+    assert count_confusions(classes, classes, ["a", "b", "c", "d"], 1).pairs == []
 
 
 def test_the_map_shows_images_on_the_left_and_the_gap():
     images, _ = clumps([20], spread=0.02)
     texts = F.normalize(images.roll(3, dims=1), dim=1)
     for features in ({"images": images, "texts": texts}, {"images": texts, "texts": images}):
-        found = map_of(features, rows=torch.arange(20), title="")
+        found = make_map(features, rows=torch.arange(20), title="")
         assert (found.images[:, 0] < 0).all()
         assert (found.texts[:, 0] > 0).all()
         assert found.gap == pytest.approx(2**0.5, abs=0.02)
@@ -152,25 +148,18 @@ def test_runs_that_begin_alike_share_the_map_before_training(monkeypatch):
     )
     settings = {"rows": rows, "device": torch.device("cpu"), "firsts": {}}
     config = tiny_config(out="unused")
-    (first,) = looks.first_model(config, [], pairs, **settings)
+    (first,) = looks.map_before(config, [], pairs, **settings)
     other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
-    assert looks.first_model(other, [], pairs, **settings)[0] is not first
+    assert looks.map_before(other, [], pairs, **settings)[0] is not first
 
     def fail(*arguments, **settings):
         raise AssertionError("made again")
 
     monkeypatch.setattr(looks.loading, "model", fail)
-    assert looks.first_model(config, [], pairs, **settings)[0] is first
+    assert looks.map_before(config, [], pairs, **settings)[0] is first
 
 
 def test_missing_data_is_an_error_in_one_line(tmp_path):
     config = Config(data=DataConfig(train=str(tmp_path / "gone.parquet")))
     with pytest.raises(ValueError, match=r"^[^\n]*$"):
         open_examples(tmp_path, config, 10, allow_training=True)
-
-
-def test_thumbnails_are_small_webp():
-    buffer = io.BytesIO()
-    Image.new("RGB", (800, 400), "red").save(buffer, format="JPEG")
-    shown = Image.open(io.BytesIO(thumbnail(buffer.getvalue())))
-    assert (shown.format, shown.size) == ("WEBP", (96, 48))

@@ -1,5 +1,6 @@
 """The whole page: runs of any kind and state, and texts that are never markup."""
 
+import io
 import json
 import re
 import shutil
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from markupsafe import Markup
+from PIL import Image
 
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.models.saved import read_config
 from protoclip.results import page as report_page
-from protoclip.results.page import clipped, printable, write_report
+from protoclip.results.page import clip, make_printable, make_thumbnail, write_report
 from protoclip.results.read import read_run
 from protoclip.training.finetune import finetune
 from reported import hostile_pairs, trained
@@ -203,7 +205,7 @@ def test_what_never_changes_is_said_and_not_drawn(runs, tmp_path):
     assert "The same throughout: Share of empty prototypes: 0" in page.sections["curves"]
     for told in ("a teacher's features: 1.5", "the start: 0.25", "the halves' neighbourhoods: 0.5"):
         assert f"Distance from {told}" in page.sections["curves"]
-    assert "not shown: that needs protoclip analyze" in page.sections["curves"]
+    assert "not shown: that needs protoclip report --checkpoints" in page.sections["curves"]
 
 
 def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_path):
@@ -391,6 +393,13 @@ def test_the_command_says_where_the_page_is_and_repeats_itself(runs, two, capsys
 
 
 def test_values_are_clean():
-    assert printable("a\nb\tc\x00\x1b[31m\u202e\u2066\ud800") == "a b c[31m?"
-    assert clipped("x" * 1_000_000) == "x" * 159 + "…"
-    assert clipped(None) == "None"
+    assert make_printable("a\nb\tc\x00\x1b[31m\u202e\u2066\ud800") == "a b c[31m?"
+    assert clip("x" * 1_000_000) == "x" * 159 + "…"
+    assert clip(None) == "None"
+
+
+def test_thumbnails_are_small_webp():
+    buffer = io.BytesIO()
+    Image.new("RGB", (800, 400), "red").save(buffer, format="JPEG")
+    shown = Image.open(io.BytesIO(make_thumbnail(buffer.getvalue())))
+    assert (shown.format, shown.size) == ("WEBP", (96, 48))

@@ -11,9 +11,14 @@ from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import PrototypeConfig, TeacherConfig
 from protoclip.models.saved import STATE
-from protoclip.results.page import run_facts, times
-from protoclip.results.read import read_run, run_names
-from protoclip.results.repeat import FOLLOWS, commands, settings
+from protoclip.results.page import (
+    FOLLOWS,
+    commands_of,
+    compare_settings,
+    describe_run,
+    time_rows,
+)
+from protoclip.results.read import read_run, read_runs
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config
 
@@ -58,28 +63,23 @@ def test_a_run_of_another_version_is_read_as_far_as_it_goes(tmp_path):
     assert run.settings["episodes.batch_size"] == 16
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_runs_do_not_differ_by_what_earlier_versions_left_open(several, tmp_path):
-    """The features to cluster, and the tower that learns a teacher: a plan fills both by rule."""
-    learned = TeacherConfig(features="seen", distil=1.0, number=8)
+def test_runs_do_not_differ_by_what_earlier_versions_left_open(tmp_path):
+    """The features to cluster, which a plan fills by rule."""
     runs = []
-    for name, source, tower in (("1", "auto", None), ("2", "queue", "image"), ("3", "auto", None)):
-        teacher = replace(learned, tower=tower)
+    for name, source in (("1", "auto"), ("2", "queue")):
         config = replace(
             tiny_config(out=str(tmp_path / name)),
             prototypes=PrototypeConfig(source=source, number=8),
-            **({"teachers": [teacher]} if several else {"teacher": teacher}),
+            teacher=TeacherConfig(features="seen", number=8),
         )
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.toml").write_text(to_toml(config))
         runs.append(read_run(tmp_path / name))
-    told = settings(runs)
-    assert told["differ"] == {}
-    assert told["shared"]["prototypes.source"] == ("queue", FOLLOWS)
-    if not several:
-        assert told["shared"]["teacher.tower"] == ("image", FOLLOWS)
+    found = compare_settings(runs)
+    assert found["differ"] == {}
+    assert found["shared"]["prototypes.source"] == ("queue", FOLLOWS)
     clip = read_run(begun(tmp_path / "clip"))
-    assert settings([runs[0], clip])["differ"]["prototypes.source"] == ["queue", "extract"]
+    assert compare_settings([runs[0], clip])["differ"]["prototypes.source"] == ["queue", "extract"]
 
 
 def test_damaged_files_beside_the_settings_are_left_out(tmp_path):
@@ -118,7 +118,7 @@ def test_what_fine_tuning_has_not_ended_is_fine_tuned_again(tmp_path):
         "[run]", '[run]\nsync = "s3://a"'
     )
     (folder / "config.toml").write_text(text)
-    again, *_ = commands([read_run(folder)])
+    again, *_ = commands_of([read_run(folder)])
     assert again == f"protoclip finetune --config {folder}/config.toml --run.out FOLDER " + (
         "--run.sync none"
     )
@@ -142,7 +142,7 @@ def test_a_run_of_several_ranks_is_started_with_as_many(environment, start, tmp_
     folder = begun(tmp_path / "run")
     results = {"name": "tiny", "seed": 0, "samples_seen": 1, "train_seconds": 1.0, "metrics": {}}
     (folder / "results.json").write_text(json.dumps({**results, "environment": environment}))
-    again, *others = commands([read_run(folder)])
+    again, *others = commands_of([read_run(folder)])
     assert again.startswith(f"{start} --config ")
     assert all(command.startswith("protoclip ") for command in others)
 
@@ -153,28 +153,28 @@ def test_times_of_unfinished_runs_are_at_least_those_of_the_checkpoint(tmp_path)
     parts = {f"train/seconds/{part}": 6.0 for part in ("data", "train")}
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, **parts}))
     run = read_run(folder)
-    assert run_facts(run, "run")["time"] == "at least 12s"
+    assert describe_run(run)["time"] == "at least 12s"
     kept = folder / "checkpoints" / "step-000000006"
     kept.mkdir(parents=True)
     (kept / STATE).write_text('{"seconds": 75.0}')
     run = read_run(folder)
-    assert run_facts(run, "run")["time"] == "at least 1m 15s"
-    (row,) = times([run], ["run"])
+    assert describe_run(run)["time"] == "at least 1m 15s"
+    (row,) = time_rows([run])
     assert (row["total"], row["at_least"]) == (75.0, True)
     assert ("other", 63.0, 0.84) in row["parts"]
-    assert run_facts(read_run(begun(tmp_path / "new")), "new")["time"] == "not known"
+    assert describe_run(read_run(begun(tmp_path / "new")))["time"] == "not known"
 
 
 def test_a_mixture_is_named_by_its_sources(tmp_path):
     folder = begun(tmp_path / "run")
     text = (folder / "config.toml").read_text()
     sources = '[[data.sources]]\npath = "a.tsv"\n[[data.sources]]\npath = "hf:b"\n'
-    assert run_facts(read_run(folder), "run")["data"] == "emoji"
-    assert run_facts(read_run(folder), "run")["positives"] == "pair"
+    assert describe_run(read_run(folder))["data"] == "emoji"
+    assert describe_run(read_run(folder))["positives"] == "pair"
     text = re.sub("^sources = .*$", "", text, flags=re.M).replace("apart = false", "apart = true")
     (folder / "config.toml").write_text(text + sources)
-    assert run_facts(read_run(folder), "run")["data"] == "a.tsv, hf:b"
-    assert run_facts(read_run(folder), "run")["positives"] == "pair, equal captions apart"
+    assert describe_run(read_run(folder))["data"] == "a.tsv, hf:b"
+    assert describe_run(read_run(folder))["positives"] == "pair, equal captions apart"
 
 
 def test_labels_tell_runs_apart(tmp_path):
@@ -183,10 +183,15 @@ def test_labels_tell_runs_apart(tmp_path):
     begun(two, seed=1)
     begun(three, seed=1)
     begun(four, name='"other"')
-    found = run_names([read_run(folder) for folder in (one, two, three, four)])
-    assert found == [f"tiny ({one})", f"tiny ({two})", f"tiny ({three})", "other"]
-    found = run_names([read_run(folder) for folder in (one, two, four)])
-    assert found == ["tiny, seed 0", "tiny, seed 1", "other"]
+    found = read_runs([one, two, three, four])
+    assert [run.label for run in found] == [
+        f"tiny ({one})",
+        f"tiny ({two})",
+        f"tiny ({three})",
+        "other",
+    ]
+    found = read_runs([one, two, four, one])
+    assert [run.label for run in found] == ["tiny, seed 0", "tiny, seed 1", "other"]
 
 
 @pytest.mark.parametrize(

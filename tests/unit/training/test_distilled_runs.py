@@ -16,7 +16,7 @@ from protoclip.config import Config, TeacherConfig
 from protoclip.explore.explorer import run_config
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.results.page import run_facts
+from protoclip.results.page import describe_run
 from protoclip.results.read import read_run
 from protoclip.training import run, trainer
 from protoclip.training.run import train
@@ -94,7 +94,7 @@ def test_no_model_has_heads_and_everyone_is_told_of_its_teachers(alone, tmp_path
     card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     assert f"Taught by {told}." in card
     assert "[[teachers]]" in card
-    assert run_facts(read_run(alone), "run")["teachers"] == told
+    assert describe_run(read_run(alone))["teachers"] == told
     assert run_config(str(alone)).uses_of_teachers == told
 
 
