@@ -22,7 +22,7 @@ from protoclip.files import require_regular
 from protoclip.models import text_models
 from protoclip.models.opening import ImageTransform, Misfit, examples_of, hub_name
 from protoclip.models.protoclip import image_normalisation
-from protoclip.models.timm import require_multiple, set_input_size
+from protoclip.models.timm import require_image_name, require_multiple, set_input_size
 
 TowerKind = Literal["transformer", "convolutional"]
 
@@ -92,7 +92,7 @@ def build_towers(
         pretrained_text: Whether a Hugging Face text tower gets its published weights.
 
     Raises:
-        ValueError: The towers cannot have such sizes.
+        ValueError: The towers cannot have such sizes, or timm has no such model.
     """
     settings = deepcopy(dict(config))
     vision, text = settings["vision_cfg"], settings["text_cfg"]
@@ -102,6 +102,7 @@ def build_towers(
     if context_length is not None:
         text["context_length"] = context_length
     if "timm_model_name" in vision:
+        require_image_name(vision["timm_model_name"])
         vision["timm_model_pretrained"] = False
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = pretrained_text

@@ -174,7 +174,6 @@ class SmallTowers(Start):
                 or they are of another model or pickled.
         """
         image, text, size = self.model.image, self.model.text, self.sizes["image_size"]
-        timm.require_image_name(image.name)
         if text.name is not None:
             length = self.sizes["context_length"]
             require_text_tower(text.name, self.text_source, context_length=length)

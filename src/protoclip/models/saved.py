@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -255,63 +254,56 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """
     if in_shards(path):
         return shards.read(path.with_suffix(""), prefix)
-    try:
-        require_regular(path)
-        with safe_open(path, "pt") as file:
-            names = [*file.keys()]
-            return {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+    with open_tensors(path) as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
 
 
 def tensor_names(path: Path) -> set[str]:
     """Names of the tensors in a safetensors file, or in its shards; raises as `read_tensors`."""
     if in_shards(path):
         return {*shards.meta_tensors(path.with_suffix(""))}
+    with open_tensors(path) as file:
+        return {*file.keys()}
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
     try:
         require_regular(path)
-        with safe_open(path, "pt") as tensors:
-            return {*tensors.keys()}
+        with safe_open(path, "pt") as file:
+            yield file
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+        raise ValueError(
+            f"{path}: damaged ({error}); copy it again, or use another checkpoint"
+        ) from error
 
 
 def read_clusters(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Prototypes `(k, p)` of a run by their space, and the prototype of each sample `(m,)`.
 
-    There are none in the warm-up, in CLIP, and in a model that is no checkpoint of a run. The
-    locked-image stage makes none, and keeps those of the episode before it.
+    A sample without one has -1. There are no prototypes in the warm-up, in CLIP, and in a model
+    that is no checkpoint of a run. The locked-image stage keeps those of the episode before it.
+
+    Raises:
+        ValueError: Their file is damaged.
     """
     path = checkpoint / RESUME
-    stored = read_tensors(path) if path.is_file() else {}
-    clusters: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, centroids in stored.items():
-        if match := re.fullmatch("clusters/(.+)/centroids", name):
-            assignments = stored.get(f"clusters/{match[1]}/assignments", torch.empty(0, 0))
-            if not are_clusters(centroids, assignments):
-                raise ValueError(
-                    f"{path}: damaged ({name} and its assignments do not fit); copy the checkpoint "
-                    "again, or use another one"
-                )
-            clusters[match[1]] = (centroids, assignments)
-    if len({len(assignments) for _, assignments in clusters.values()}) > 1:
-        raise ValueError(f"{path}: damaged (its clusters are of different samples); copy it again")
-    return clusters
+    if not path.is_file():
+        return {}
+    require_intact(checkpoint, RESUME)
+    stored = read_tensors(path, "clusters/")
+    spaces = [name.split("/")[1] for name in stored if name.endswith("/centroids")]
+    return {
+        space: (stored[f"clusters/{space}/centroids"], stored[f"clusters/{space}/assignments"])
+        for space in spaces
+    }
 
 
 def read_prototypes(checkpoint: Path) -> dict[str, Tensor]:
     """The prototypes `(k, p)` of images and of texts, where a checkpoint of a run holds some."""
     clusters = read_clusters(checkpoint)
     return {name: clusters[name][0].float() for name in ("image", "text") if name in clusters}
-
-
-def are_clusters(centroids: Tensor, assignments: Tensor) -> bool:
-    """Whether each sample is assigned to one of the prototypes, or to none of them (-1)."""
-    if centroids.ndim != 2 or not centroids.is_floating_point():
-        return False
-    if assignments.ndim != 1 or assignments.dtype not in (torch.int32, torch.int64):
-        return False
-    return bool(((assignments >= -1) & (assignments < len(centroids))).all())
 
 
 def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ UNREADABLE = (
 
 
 class Writer(HuggingFaceStorageWriter):
-    """Torch's writer, which tells the checksums of the files that this rank has written."""
+    """Torch's writer, which remembers the checksums of the files that this rank has written."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -60,7 +60,7 @@ def write(folder: Path, parts: Mapping[str, Tensor]) -> dict[str, str]:
     """
     writer = Writer(folder)
     once = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    with collectives.in_background() as group, first_cause():
+    with collectives.in_background() as group, raising_first_cause():
         save(dict(parts), storage_writer=writer, planner=once, process_group=group)
     return writer.checksums
 
@@ -71,10 +71,10 @@ def meta_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: A file is damaged, or a part of a tensor is in none.
     """
-    with understandable(folder):
+    with reading(folder) as reader:
         for path in files(folder):
             require_regular(path)
-        stored: dict[str, Any] = dict(reader(folder).read_metadata().state_dict_metadata)
+        stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         for name, tensor in stored.items():
             if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
                 raise ValueError(f"not all of {name} is there")
@@ -101,9 +101,9 @@ def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: A file is damaged, or holds no such tensor, or one of another shape.
     """
-    with understandable(folder), first_cause(), warnings.catch_warnings():
+    with reading(folder) as reader, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it reads without a group
-        load(dict(tensors), storage_reader=reader(folder), no_dist=True)
+        load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
 def files(folder: Path) -> list[Path]:
@@ -111,24 +111,22 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
 
 
-def reader(folder: Path) -> HuggingFaceStorageReader:
-    return HuggingFaceStorageReader(str(folder))
+@contextmanager
+def reading(folder: Path) -> Iterator[HuggingFaceStorageReader]:
+    """A reader of a folder; what it raises is one line."""
+    try:
+        with raising_first_cause():
+            yield HuggingFaceStorageReader(str(folder))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{folder}: damaged ({' '.join(str(error).split()) or error!r})"
+        ) from error
 
 
 @contextmanager
-def first_cause() -> Iterator[None]:
+def raising_first_cause() -> Iterator[None]:
     """Raise what the first rank met that failed, in place of torch's collection of tracebacks."""
     try:
         yield
     except CheckpointException as error:
         raise error.failures[min(error.failures)][0] from None
-
-
-@contextmanager
-def understandable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except UNREADABLE as error:
-        raise ValueError(
-            f"{folder}: damaged ({' '.join(str(error).split()) or error!r})"
-        ) from error

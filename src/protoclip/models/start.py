@@ -5,8 +5,8 @@ says how its weights are read. `resolve.py` has those of a `[model]` section.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +53,6 @@ from protoclip.models.protoclip import (
     projection_head,
 )
 from protoclip.models.saved import (
-    MODEL,
     WEIGHTS,
     model_json,
     read_model,
@@ -65,7 +64,7 @@ from protoclip.models.saved import (
 from protoclip.models.tokenizers import Tokenizer, open_clip_tokenizer
 from protoclip.models.transformers import HuggingFaceTowers, TransformersConfig
 from protoclip.paths import MODEL_HINT
-from protoclip.terminal import line, say
+from protoclip.terminal import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +108,11 @@ class Start:
         """
         with self.opening():
             pair = self.open_pair()
-            return pair.eval(), self.transform_of(pair), self.at_own_sizes().tokenizer()
+            return pair.eval(), self.transform_of(pair), replace(self, model=self.own).tokenizer()
 
     def open_pair(self) -> TowerPair:
         """The model at its own sizes with its weights; new ones are those of seed 0."""
-        pair: TowerPair = seeded(self.at_own_sizes().new_pair)
+        pair: TowerPair = seeded(replace(self, model=self.own).new_pair)
         self.read_weights(pair)
         return pair
 
@@ -162,7 +161,7 @@ class Start:
         with self._reading():
             built: nn.Module = build_towers(
                 self.open_clip_config or {},
-                self.preprocessing,
+                self.full_description.get("preprocess_cfg", {}),
                 **self.sizes,
                 name=name,
                 pretrained_text=pretrained_text,
@@ -177,9 +176,6 @@ class Start:
                 return transformers.open_tokenizer(source, config, context_length=length)
             text = (self.open_clip_config or {})["text_cfg"]
             return open_clip_tokenizer(text, context_length=length, source=self.tokenizer_source)
-
-    def at_own_sizes(self) -> "Start":
-        return replace(self, model=self.own)
 
     def describe_towers(self) -> Mapping[str, Any] | None:
         """`towers_json` of the towers that are built, where `model` may change more than sizes."""
@@ -202,44 +198,31 @@ class Start:
         return self.towers_json is None and self.model.name is None
 
     @property
+    def full_description(self) -> Mapping[str, Any]:
+        """As `describe_towers`, also of what `model` says."""
+        described, name, tag = self.describe_towers(), self.model.name, self.model.pretrained
+        if described is not None:
+            return deepcopy(dict(described))
+        if name is None:
+            return describe_small_towers(self.model, self.text_source)
+        config = named_config(name)
+        published = {} if tag is None else published_weights(name, tag)
+        if published.get("quick_gelu"):  # which the name of the model does not say
+            config["quick_gelu"] = True
+        return {"model_cfg": config, "preprocess_cfg": published}
+
+    @property
     def open_clip_config(self) -> dict[str, Any] | None:
         """open_clip's configuration of the towers; None if they are those of `transformers`.
 
         A text tower and its tokenizer are in `text_files` if there are any, whatever they are
         called where the model was made.
         """
-        described, name, tag = self.describe_towers(), self.model.name, self.model.pretrained
-        if described is not None:
-            if "transformers" in described:
-                return None
-            config = deepcopy(dict(described["model_cfg"]))
-        elif name is None:
-            return small_config(self.model, self.text_source)
-        else:
-            config = named_config(name)
-            # Weights may have been trained with QuickGELU, which the name does not say.
-            if tag is not None and published_weights(name, tag).get("quick_gelu"):
-                config["quick_gelu"] = True
-        if self.text_files is not None:
+        config: dict[str, Any] | None = self.full_description.get("model_cfg")
+        if config is not None and self.text_files is not None:
             names = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
             config["text_cfg"] |= dict.fromkeys(names, str(self.text_files))
         return config
-
-    @property
-    def preprocessing(self) -> Mapping[str, Any]:
-        """How images become tensors, as open_clip's `preprocess_cfg`."""
-        if self.towers_json is not None:
-            settings: Mapping[str, Any] = self.towers_json.get("preprocess_cfg", {})
-            return settings
-        model = self.model
-        if model.name is not None:
-            return (
-                {} if model.pretrained is None else published_weights(model.name, model.pretrained)
-            )
-        if model.image.weights is None:
-            return {}
-        known = timm.timm_settings(model.image.name)
-        return {"mean": known.mean, "std": known.std}
 
     @property
     def text_source(self) -> str:
@@ -335,8 +318,11 @@ class Start:
         return nullcontext() if repository is None else readable_errors(self.label, repository)
 
 
-def small_config(model: ModelConfig, text_source: str) -> dict[str, Any]:
-    """open_clip's configuration of timm's image tower and a small or a Hugging Face text tower."""
+def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any]:
+    """A description of timm's image tower and a small or a Hugging Face text tower.
+
+    Where the image tower has timm's weights, it reads images normalised as these need.
+    """
     image, text = model.image, model.text
     described: dict[str, Any] = {"width": text.width, "heads": text.heads, "layers": text.layers}
     if text.name is not None:
@@ -350,7 +336,11 @@ def small_config(model: ModelConfig, text_source: str) -> dict[str, Any]:
         "timm_pool": "" if image.pooling == "own" else "avg",
         "timm_proj": model.projection,
     }
-    return {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": described}
+    config = {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": described}
+    if image.weights is None:
+        return {"model_cfg": config}
+    known = timm.timm_settings(image.name)
+    return {"model_cfg": config, "preprocess_cfg": {"mean": known.mean, "std": known.std}}
 
 
 def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
@@ -411,13 +401,8 @@ class RunStart(Start):
         require_intact(self.folder, WEIGHTS)
         pair.load_state_dict(read_weights(self.folder, pair))
 
-    def build(self, *, on_meta: bool = False) -> ProtoCLIP:
-        with self._buildable():
-            return super().build(on_meta=on_meta)
-
     def transform_of(self, pair: TowerPair) -> ImageTransform:
-        with self._buildable():
-            return evaluation_transform(**image_input(pair.towers), squash=self.squashes)
+        return evaluation_transform(**image_input(pair.towers), squash=self.squashes)
 
     @property
     def heads_are_new(self) -> bool:
@@ -431,38 +416,12 @@ class RunStart(Start):
             statistics = ("running_mean", "running_var", "num_batches_tracked")
             return [tensor for name, tensor in head.items() if not name.endswith(statistics)]
 
-        with self._intact():
-            return all(map(torch.equal, parameters("image"), parameters("text")))
+        return all(map(torch.equal, parameters("image"), parameters("text")))
 
     @property
     def has_logit_bias(self) -> bool:
         """The sigmoid loss adds it to any towers."""
-        with self._intact():
-            return "towers.logit_bias" in tensor_names(self.folder / WEIGHTS)
-
-    @contextmanager
-    def _intact(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError:
-            require_intact(self.folder, WEIGHTS)  # its line names the way out
-            raise
-
-    @contextmanager
-    def _buildable(self) -> Iterator[None]:
-        """Turn what a saved description of no possible model raises into one line."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            *(ArithmeticError, AssertionError, AttributeError, LookupError),
-            *(RuntimeError, TypeError),
-        ) as error:
-            raise ValueError(
-                f"{self.folder}: {MODEL} describes no model that can be built "
-                f"({line(repr(error))}); copy it again, or use another checkpoint"
-            ) from error
+        return "towers.logit_bias" in tensor_names(self.folder / WEIGHTS)
 
 
 def run_start(reference: str) -> RunStart:
