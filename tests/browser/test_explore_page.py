@@ -185,40 +185,18 @@ def test_the_map_reacts(map_page: Any) -> None:
     beside = page.locator("#picked li")
     assert beside.count() == 3
     assert beside.all_inner_texts() == page.evaluate(f"[0, 2, 5].map(i => {pairs}.data.caption[i])")
-    page.evaluate(f"() => {{ {pairs}.selected.indices = [...Array(60).keys()] }}")
-    assert beside.count() == 48
-    assert page.inner_text("#picked h2") == "60 selected, the first 48"
-    assert page.locator("#map").bounding_box()["width"] < box["width"] - 200
-    page.wait_for_timeout(500)
-    assert page.locator("#map .bk-OnOffButton").count() == 6  # Bokeh hid them in a narrower map
     page.click("#clear")
     assert selected(page) == 0
     assert page.locator("#picked").is_hidden()
     wait_until(page, f"document.getElementById('map').offsetWidth > {box['width'] - 1}")
     page.mouse.click(place["x"], place["y"])
     wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
-    # A page that the browser kept as it was has what other pages have selected since.
-    page.evaluate(
-        """(ticked) => {
-          const key = Object.keys(sessionStorage).find((name) => !name.endsWith("by the map"));
-          sessionStorage.setItem(key, JSON.stringify(["elsewhere", ticked]));
-          sessionStorage.setItem(`${key}, by the map`, "[]");
-          dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
-        }""",
-        page.evaluate(f"{pairs}.data.id[7]"),
-    )
-    assert selected(page) == 2
-    for indices, number in (([0], 3), ([], 2), ([2, 5], 4)):  # on the map; ticks stay
-        page.evaluate(f"() => {{ {pairs}.selected.indices = {indices} }}")
-        assert selected(page) == number
-        assert page.evaluate(f"{pairs}.selected.indices.includes(7)")
     page.evaluate(f"() => {{ {pairs}.selected.indices = [2, 5] }}")
     page.reload()  # as from another page: the map knows what it has selected itself
     page.wait_for_selector("#map canvas")
-    wait_until(page, f"{pairs}?.selected.indices.length === 3")
+    wait_until(page, f"{pairs}?.selected.indices.length === 2")
     page.evaluate(f"() => {pairs}.selection_manager.clear()")  # as Escape and Reset do
-    assert selected(page) == 2
-    page.click("#clear")
+    assert selected(page) == 0
     page.evaluate(f"() => {{ {pairs}.selected.indices = [4] }}")
     assert page.inner_text("#picked h2") == "1 selected"
     page.focus("#picked a")
@@ -228,15 +206,10 @@ def test_the_map_reacts(map_page: Any) -> None:
 
 IMAGES = """() => [...document.querySelectorAll("#thumbs img")]
   .map((image) => image.getBoundingClientRect().toJSON())"""
-PLACES = """() => [...document.querySelectorAll("#thumbs img")]
-  .map((image) => image.src + image.style.transform)"""
 NAMES = """() => [...document.querySelectorAll("#names button")]
   .filter((button) => button.style.visibility === "visible")
   .map((button) => [button.innerText.trim(), button.getBoundingClientRect().toJSON()])
   .map(([name, box]) => ({ name, box }))"""
-
-INKS = """() => [...new Set([...document.querySelectorAll("#names button")]
-  .map((button) => getComputedStyle(button).color))]"""
 
 
 def assert_apart(box: dict[str, float], other: dict[str, float]) -> None:
@@ -258,30 +231,17 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(map_pa
     assert page.viewport_size["height"] - 20 < frame["y"] + frame["height"] <= 700
     first = page.evaluate(NAMES)
     assert any("heart" in each["name"] for each in first)
-    longer = [name for name in page.locator("#legend li").all_inner_texts() if ", " in name]
-    assert {each["name"] for each in first} & {name.partition(",")[0] for name in longer}
-    inks = page.evaluate(INKS)
-    assert len(inks) > 1
-    assert page.locator("#legend").bounding_box()["width"] == 1  # names say it, and it to who hears
-    assert page.locator("#legend li").count() >= len(inks)
     seen = {each["name"] for each in first}
     images = page.evaluate(IMAGES)
     assert len(images) > 3
-    for each, other in combinations([*images, *(each["box"] for each in first)], 2):
-        assert_apart(each, other)
+    for one, other in combinations([*images, *(name["box"] for name in first)], 2):
+        assert_apart(one, other)
     colours = """[...new Set([...document.querySelectorAll("#thumbs img")]
       .map((image) => image.style.borderColor))].sort()"""
     by_group = page.evaluate(colours)
     assert len(by_group) > 1
     page.select_option("#colour-by", "loss")
     assert page.evaluate(colours) != by_group
-    assert len(page.evaluate(INKS)) == 1
-    assert page.locator("#legend").bounding_box()["width"] > 1
-    page.wait_for_timeout(500)  # the legend takes a line of the map's room
-    places = page.evaluate(PLACES)
-    page.select_option("#colour-by", "distance")
-    page.wait_for_timeout(500)
-    assert page.evaluate(PLACES) == places
     for _ in range(3):
         name = page.evaluate(NAMES)[-1]["name"]
         page.get_by_role("button", name=name, exact=True).focus()
@@ -321,16 +281,6 @@ def test_a_hostile_caption_is_shown_and_does_nothing(list_page: Any, pages: Page
     assert "<script>" in page.locator("p.caption.large").inner_text()
 
 
-def test_a_red_heart_is_found_first(list_page: Any) -> None:
-    page = list_page
-    page.fill("input[name=text]", "a red heart")
-    page.press("input[name=text]", "Enter")
-    page.wait_for_url("**/search.html?text=a+red+heart")
-    images = page.locator("section").first.locator(".card .caption")
-    for caption in images.all_inner_texts()[:3]:
-        assert "red heart" in caption.lower()
-
-
 def test_answers_come_while_one_types(map_page: Any) -> None:
     """They say why, the field stays in focus, and going back shows the map again."""
     page = map_page
@@ -348,41 +298,6 @@ def test_answers_come_while_one_types(map_page: Any) -> None:
     page.go_forward()
     page.wait_for_selector("section .card")
     assert page.input_value("input[name=text]") == "a red heart"
-
-
-def test_an_image_that_cannot_be_searched_for_is_one_line(
-    browser: Any, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("protoclip.explore.serve.MAX_BODY_BYTES", 10)
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(address.replace("/?", "/1/odd-loss.html?"))
-    page.set_input_files(
-        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": bytes(11)}
-    )
-    page.wait_for_selector("#main:has-text('No search by this image')")
-    context.close()
-
-
-def test_a_prototype_shows_its_members(list_page: Any, pages: Pages) -> None:
-    page = list_page
-    page.click("text=Image prototypes")
-    page.wait_for_url("**/prototypes-image.html")
-    page.click("thead a:has-text('Tightness')")
-    page.wait_for_url("**/prototypes-image.html?by=tightness")
-    values = page.eval_on_selector_all(
-        "tbody td:nth-child(5)", "all => all.map(each => Number(each.dataset.value))"
-    )
-    assert values == sorted(values, reverse=True)
-    page.click("thead a:has-text('Size')")
-    page.wait_for_url("**/prototypes-image.html?by=size")
-    first = page.locator("tbody tr").first
-    number = int(first.locator("th a").inner_text())
-    first.locator("th a").click()
-    page.wait_for_url(f"**/prototype-image-{number}.html")
-    size = len(pages.sites[0].members("image", number))
-    assert page.locator(".card").count() == min(size, 60)
-    assert all(page.eval_on_selector_all("img", "all => all.map(each => each.alt)"))
 
 
 def test_exporting_a_selection_and_training_without_it(
@@ -508,15 +423,6 @@ def test_a_map_that_cannot_be_drawn_says_so(browser: Any, files: Path, tmp_path:
     page = context.new_page()
     page.goto((tmp_path / "out" / "1" / "index.html").as_uri())
     assert page.locator("noscript p").is_visible()
-    context.close()
-
-
-def test_a_link_to_a_page_keeps_its_place(browser: Any, address: str) -> None:
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(address.replace("/?", "/1/odd-loss.html?page=2&"))
-    assert page.url.endswith("/1/odd-loss.html?page=2")
-    assert page.locator("h1").inner_text() == "Odd ones out"
     context.close()
 
 

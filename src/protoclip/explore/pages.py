@@ -75,14 +75,6 @@ class Card:
     is_again: bool = False  # whether an image that is alike comes earlier in the data
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """Cards under a heading."""
-
-    title: str
-    cards: Sequence[Card]
-
-
 class Pages:
     """The pages of one explorer, or of two on the same pairs.
 
@@ -249,25 +241,25 @@ class Site:
             file=shorten(self.pairs.file_name(row), ID_LENGTH),
         )
 
-    def answer_cards(self, modality: str, answer: Answer) -> list[Card]:
-        """The images or texts of an answer; an image stands once, with the pairs that show it."""
-        sharing = answer.sharing if modality == "image" else {}
-        return [
-            self.card(position, f"cosine {value:.3f}", others=sharing.get(position, ()))
-            for position, value in (answer.images if modality == "image" else answer.texts)
-        ]
-
-    def explained_cards(self, modality: str, answer: Answer) -> list[Card]:
-        """The same, each with why it is among them."""
-        cards, explained = self.answer_cards(modality, answer), []
-        for card, words in zip(
-            cards, answer.shared.get(modality) or [()] * len(cards), strict=True
-        ):
-            why = [f"both near {', '.join(shorten(word, 40) for word in words)}"] if words else []
-            number = int(self.atlas.prototype(modality)[card.position])
-            prototype = (modality, number, self.name(modality, number))
-            explained.append(replace(card, facts=[*card.facts, *why], prototype=prototype))
-        return explained
+    def answer_cards(self, modality: str, answer: Answer, *, explain: bool = False) -> list[Card]:
+        """The images or texts of an answer, each with its cosine, and why it is among them. An
+        image stands once, with the pairs that show it."""
+        is_image = modality == "image"
+        cards = []
+        for place, (position, value) in enumerate(answer.images if is_image else answer.texts):
+            others = answer.sharing.get(position, ()) if is_image else ()
+            card = self.card(position, f"cosine {value:.3f}", others=others)
+            if explain:
+                words = answer.shared[modality][place] if answer.shared else ()
+                both = ", ".join(shorten(word, 40) for word in words)
+                number = int(self.atlas.prototype(modality)[position])
+                card = replace(
+                    card,
+                    facts=[*card.facts, *([f"both near {both}"] if both else [])],
+                    prototype=(modality, number, self.name(modality, number)),
+                )
+            cards.append(card)
+        return cards
 
     def by_image(self, modality: str, positions: Iterable[int]) -> list[list[int]]:
         """Pairs, those that show one image together; of texts each by itself."""
@@ -451,7 +443,7 @@ class Site:
             captions = [shorten(str(error))]
         near = {str(m): self.explorer.nearest(position, m) for m in MODALITIES}
         sections = [
-            Section(title=title, cards=self.answer_cards(modality, near[asked]))
+            (title, self.answer_cards(modality, near[asked]))
             for title, modality, asked in (
                 ("Images near this image", "image", "image"),
                 ("Captions near this image", "text", "image"),
@@ -502,7 +494,7 @@ class Site:
             question=None if question is None else shorten(question, 200),
             words=[shorten(word, 40) for word in answer.words],
             sections=[
-                Section(title=title, cards=self.explained_cards(modality, answer))
+                (title, self.answer_cards(modality, answer, explain=True))
                 for modality, title in (("image", "Images"), ("text", "Captions"))
             ],
         )

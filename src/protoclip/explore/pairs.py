@@ -152,10 +152,7 @@ class ExploredPairs(PairsView):
                 encoded = self.encoded(row)
                 pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=side)
                 image = Image.fromarray(pixels)
-                shrink = side / max(image.size)
-                # A very long, thin image keeps a pixel, where `ImageOps.contain` leaves none.
-                width, height = (max(1, round(shrink * length)) for length in image.size)
-                image = image.resize((width, height))
+                image.thumbnail((side, side))  # a very long, thin image keeps a pixel
         except (BadSample, ValueError, OSError):
             image = Image.new("RGB", (side, side), "#868e96")
         buffer = io.BytesIO()

@@ -5,13 +5,12 @@ ever opened as a file. `docs/explore.md` has the rules.
 """
 
 import ipaddress
-import os
 import re
 import secrets
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -44,7 +43,7 @@ from protoclip.explore.pages import (
 from protoclip.files import checksum, naming, replacing
 from protoclip.paths import require_empty
 from protoclip.progress import Progress
-from protoclip.terminal import say, visible
+from protoclip.terminal import visible
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
 MAX_PATH = 200
@@ -65,7 +64,6 @@ HEADERS = {
 }
 SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
 BATCH = 2048  # pairs of a table that are written at once
-SAMPLED = 50  # images, to say how large all will be
 
 
 def make_server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
@@ -285,46 +283,33 @@ def without_token(scope: Scope) -> str:
 def write_static(explorers: list[Explorer], folder: Path) -> int:
     """Write read-only pages to a new or empty folder, which appears whole; returns their number.
 
-    They are those of `PAGES` that can be files; the others need the model. Before it writes the
-    images, which are most of it, it says how large all will be.
+    They are those of `PAGES` that can be files; the others need the model.
 
     Raises:
-        ValueError: The folder holds something, or its disk has too little room.
+        ValueError: The folder holds something.
         OSError: The pages cannot be written; names the folder.
     """
     require_empty("--static", folder)
-    pages, rows = Pages(explorers, live=False), set[int]()
+    pages, number = Pages(explorers, live=False), 0
+    rows = {row for site in pages.sites for row in site.atlas.rows[site.atlas.drawn].tolist()}
     real = folder.resolve()  # a link is left as it is
     real.parent.mkdir(parents=True, exist_ok=True)
-    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    number, size = 0, 0
-    try:
-        with naming(folder):
-            for site in pages.sites:
-                rows.update(site.atlas.rows[site.atlas.drawn].tolist())
-            for name, content in static_files(pages):
-                if isinstance(content, str):
-                    rows.update(map(int, SHOWN_IMAGE.findall(content)))
-                    content = content.encode("utf-8", "replace")
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / name).write_bytes(content)
-                number += name.endswith(".html")
-                size += len(content)
-            announce_size(pages, sorted(rows), folder, written=size, temporary=temporary)
-            progress = Progress("images", len(rows))
-            (temporary / "images").mkdir()
-            for done, row in enumerate(sorted(rows), 1):
-                path = temporary / "images" / f"{row}.webp"
-                path.write_bytes(pages.thumbnail(row, THUMBNAIL_SIDE))
-                progress.update(done)
-            require_empty("--static", folder)  # by now
-            if real.exists():
-                real.rmdir()
-            temporary.rename(real)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with naming(folder), TemporaryDirectory(dir=real.parent, prefix=f".{real.name}.") as scratch:
+        whole = Path(scratch, "pages")
+        for name, content in static_files(pages):
+            if isinstance(content, str):
+                rows.update(map(int, SHOWN_IMAGE.findall(content)))
+                content = content.encode("utf-8", "replace")
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
+            (whole / name).write_bytes(content)
+            number += name.endswith(".html")
+        progress = Progress("images", len(rows))
+        (whole / "images").mkdir()
+        for done, row in enumerate(sorted(rows), 1):
+            image = pages.thumbnail(row, THUMBNAIL_SIDE)
+            (whole / "images" / f"{row}.webp").write_bytes(image)
+            progress.update(done)
+        whole.rename(real)
     return number
 
 
@@ -338,22 +323,6 @@ def static_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
             if page.is_file and (len(pages.sites) > 1 or not page.compares):
                 for name, text in page.write(site):
                     yield f"{site.number}/{name}", text
-
-
-def announce_size(
-    pages: Pages, rows: list[int], folder: Path, *, written: int, temporary: Path
-) -> None:
-    """Say how large pages and images will be; raise `ValueError` if the images find no room."""
-    some = rows[:: max(1, len(rows) // SAMPLED)]
-    mean = sum(len(pages.thumbnail(row, THUMBNAIL_SIDE)) for row in some) / max(1, len(some))
-    images, free = round(mean * len(rows)), shutil.disk_usage(temporary).free
-    about = f"about {(written + images) / 1e6:,.0f} MB, with {len(rows):,} images"
-    if images > free:
-        raise ValueError(
-            f"{folder}: the pages take {about}, and the disk has {free / 1e6:,.0f} MB left; choose "
-            "another disk, or fewer pairs with --only"
-        )
-    say(f"the pages take {about}")
 
 
 def write_table(explorer: Explorer, path: Path) -> int:

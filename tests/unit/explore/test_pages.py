@@ -1,6 +1,5 @@
 """Pages, the server that guards them, and the files that hold them."""
 
-import concurrent.futures
 import http.client
 import io
 import json
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from worded import HOSTILE, distinct_pairs, explorers
+from worded import HOSTILE
 
 from protoclip.cli.explore import listen
-from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.explore.atlas import cluster_again, find_moved
 from protoclip.explore.explorer import Explorer
@@ -31,7 +28,6 @@ from protoclip.explore.pages import Pages, format_ids
 from protoclip.explore.pairs import explore_pairs, shorten
 from protoclip.explore.serve import (
     MAX_BODY_BYTES,
-    Guard,
     cookie_name,
     make_server,
     write_static,
@@ -199,23 +195,17 @@ def test_links_of_every_page_lead_somewhere(port: int) -> None:
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        *(("/3/index.html", 404), ("/0/index.html", 404), ("/1/pair-60.html", 404)),
-        *(("/1/pair--1.html", 404), ("/1/prototype-image-999.html", 404), ("/images/60.webp", 404)),
-        *(("/images/-1.webp", 404), ("/1/prototypes-other.html", 404), ("/1/odd-x.html", 404)),
-        *(("/1/odd-loss.html?page=0", 400), ("/1/odd-loss.html?page=x", 400)),
+        *(("/3/index.html", 404), ("/1/pair-60.html", 404), ("/1/pair--1.html", 404)),
+        *(("/1/prototype-image-999.html", 404), ("/1/prototypes-other.html", 404)),
+        *(("/images/60.webp", 404), ("/images/-1.webp", 404), ("/images/huge-1.webp", 404)),
+        *(("/1/odd-x.html", 404), ("/1/ids-image-0.exe", 404), ("/1/odd-loss.html?page=0", 400)),
         *(("/1/odd-loss.html?page=" + "9" * 5000, 400), ("/1/odd-loss.html?page=%D9%A1", 400)),
-        *(("/1/ids-image-0.exe", 404), ("/images/" + "9" * 5000 + ".webp", 414)),
-        *(("/assets/../explorer.py", 404), ("/assets/..%2f..%2fexplorer.py", 404)),
+        *(("/images/" + "9" * 5000 + ".webp", 414), ("/assets/..%2f..%2fexplorer.py", 404)),
         *(("/../../../../etc/passwd", 404), ("/%2e%2e/%2e%2e/etc/passwd", 404)),
-        *(("/images/..%2f..%2fetc%2fpasswd", 404), ("//etc/passwd", 404)),
-        *(("/assets/..%5c..%5cexplorer.py", 404), ("/assets/%252e%252e%252fexplorer.py", 404)),
-        *(("/assets/explore.css%00.html", 404), ("/images/..;/..;/etc/passwd", 404)),
-        *(("/images/file:%2f%2f%2fetc%2fpasswd", 404), ("/images/0.webp/../../etc/passwd", 404)),
-        *(("http://127.0.0.1/etc/passwd", 404), ("/1/%2e%2e%2f%2e%2e/etc/passwd", 404)),
-        *(("/images/%ef%bc%8e%ef%bc%8e%2fetc%2fpasswd", 404), ("/images/1e1.webp", 404)),
-        *(("/1/search.html", 200), ("/1/search.html?text=%00", 200)),
-        *(("/1/search.html?text=%ff", 200), ("/1/search.html?text=" + "a" * 50_000, 200)),
-        *(("/1/odd-loss.html?page=999999", 404), ("/1/duplicates.html?page=3000000", 404)),
+        *(("//etc/passwd", 404), ("http://127.0.0.1/etc/passwd", 404)),
+        *(("/assets/explore.css%00.html", 404), ("/1/search.html", 200)),
+        *(("/1/search.html?text=%00", 200), ("/1/search.html?text=%ff", 200)),
+        *(("/1/search.html?text=" + "a" * 50_000, 200), ("/1/odd-loss.html?page=999999", 404)),
         *(("/1/prototypes-image.html?by=x", 404), ("/1/prototypes-image.html?by=-number", 200)),
     ],
 )
@@ -322,13 +312,6 @@ def test_search_by_image_has_limits(
     assert ask(port, "/1/index.html")[0] == 200
 
 
-def test_a_hundred_clients_are_served(port: int) -> None:
-    paths = ["/1/search.html?text=red", "/images/3.webp", "/1/index.html", "/1/pair-3.html"]
-    with concurrent.futures.ThreadPoolExecutor(100) as pool:
-        statuses = list(pool.map(lambda n: ask(port, paths[n % 4])[0], range(100)))
-    assert statuses == [200] * 100
-
-
 def test_data_that_cannot_be_read_any_more_is_one_line(
     port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,18 +357,6 @@ def test_a_port_that_is_taken_or_a_foreign_host_is_one_line(port: int) -> None:
         listen("192.0.2.1", 0)  # no machine has this address
 
 
-def test_this_machine_is_known_by_its_name_unless_only_itself_is_served(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("socket.gethostname", lambda: "Box")
-    monkeypatch.setattr("socket.getfqdn", lambda: "box.lan")
-    for host, is_known in (("192.0.2.1", True), ("0.0.0.0", True), ("LOCALHOST", False)):
-        guard = Guard(Mock(), host=host, token=TOKEN)
-        assert guard.names_this_server("box:8000") is is_known
-        assert guard.names_this_server("box.lan") is is_known
-        assert not guard.names_this_server("evil.example")
-
-
 @pytest.mark.parametrize(
     ("text", "result"),
     [
@@ -412,15 +383,9 @@ def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
         assert read_ids("only", str(path)).ids == set(ids)
 
 
-def test_pages_as_files(
-    two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All links lead to files; nothing asks for the model, and their size was said."""
+def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
+    """All links lead to files, and nothing asks for the model."""
     number = write_static(two, tmp_path / "out")
-    said = re.search(r"the pages take about (\d+) MB, with 60 images", capsys.readouterr().err)
-    assert said
-    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert abs(int(said[1]) - size / 1e6) < 1
     pages = sorted((tmp_path / "out").rglob("*.html"))
     assert len(pages) == number
     for page in pages:
@@ -445,12 +410,8 @@ def test_files_that_cannot_be_written_leave_nothing(
     def full(self: Path, content: bytes) -> int:
         raise OSError(28, "No space left on device", str(self))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out'"):
-            write_static(two[:1], tmp_path / "out")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000))
-    with pytest.raises(ValueError, match=r"out: the pages take about \d+ MB, .* has 0 MB left"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out'"):
         write_static(two[:1], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -487,8 +448,8 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
 
 
 def test_a_very_long_thin_image_has_a_thumbnail() -> None:
-    """However thin; the others keep their shape, and small ones are enlarged."""
-    sides = {(2000, 4): (160, 1), (1, 400): (1, 160), (80, 40): (160, 80), (1, 1): (160, 160)}
+    """However thin; small images stay as they are."""
+    sides = {(2000, 4): (160, 1), (1, 400): (1, 160), (80, 40): (80, 40), (1, 1): (1, 1)}
     buffers = [io.BytesIO() for _ in sides]
     for buffer, size in zip(buffers, sides, strict=True):
         Image.new("RGB", size, "red").save(buffer, "PNG")
@@ -498,18 +459,3 @@ def test_a_very_long_thin_image_has_a_thumbnail() -> None:
         small = Image.open(io.BytesIO(pairs.thumbnail(row, 160)))
         assert small.size == size
         assert np.asarray(small).mean((0, 1))[0] > 200  # not the grey of what cannot be read
-
-
-def test_a_selection_is_of_the_pairs_that_are_shorten(tmp_path: Path) -> None:
-    """Other pairs of the same data, as many, do not share it in a browser's tab."""
-    rows = distinct_pairs(40)
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-    keys = []
-    for name, part in (("a", rows[:20]), ("b", rows[20:]), ("a", rows[:20])):
-        (tmp_path / f"{name}.json").write_text(json.dumps([row["sample_id"] for row in part]))
-        data = DataConfig(
-            train=str(tmp_path / "pairs.parquet"), only=str(tmp_path / f"{name}.json")
-        )
-        page = Pages(explorers(data)).sites[0].duplicates()
-        keys += re.findall('data-pairs="(.*?)"', page)
-    assert keys[0] == keys[2] != keys[1]
