@@ -10,11 +10,6 @@ from typing import Any
 
 import pytest
 
-import protoclip
-from protoclip.cli import COMMANDS
-from protoclip.cli.parsing import options
-from protoclip.config import Config
-
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,16 +77,6 @@ def test_each_page_is_in_llms_txt_and_has_its_markdown(site: Path, pages: list[s
         assert len(text) > 200, name
 
 
-def test_the_reference_in_one_file_is_whole(site: Path) -> None:
-    text = (site / "reference.txt").read_text(encoding="utf-8")
-    for setting, _ in options(Config):
-        assert f"| `{setting}` |" in text, setting
-    for command in COMMANDS:
-        assert f"\n## {command}\n\nusage: protoclip {command} " in text, command
-    for name in protoclip.__all__:
-        assert f"\n## protoclip.{name}\n\n```python\n" in text, name
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1400, "dark")])
 def test_pages_fit_and_are_quiet(
     browser: Any, address: str, pages: list[str], width: int, scheme: str
@@ -113,14 +98,3 @@ def test_pages_fit_and_are_quiet(
     assert wide == []
     assert said == []
     assert {url for url in asked if not url.startswith((address, "data:"))} == set()
-
-
-def test_search_leads_to_a_setting(browser: Any, address: str) -> None:
-    """A name of a setting, without its section, finds the page of settings first."""
-    page = browser.new_page()
-    page.goto(f"{address}index.html")
-    page.get_by_text("Type to start searching").wait_for(state="attached")
-    page.get_by_role("textbox", name="Search").press_sequentially("positives")  # it listens to keys
-    page.locator(".md-search-result__link").first.click()
-    page.wait_for_url("**/reference/settings.html*")
-    assert page.get_by_text("loss.positives", exact=True).count() == 1

@@ -1,4 +1,4 @@
-"""What is left when something breaks while a command runs: a sample of `benchmarks/faults.py`."""
+"""What is left when something breaks while a command runs: a sample of faults."""
 
 import sys
 

@@ -164,19 +164,6 @@ def with_a_teacher(given: Train, features: str) -> bool:
     return bool(given.loss.teacher) and given.teacher.features == features
 
 
-def test_slurm_is_asked_for_what_the_documents_say():
-    text = (LAUNCH / "protoclip.sbatch").read_text(encoding="utf-8")
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
-    assert f"--signal={asked['signal']}`" in SCALING
-    assert "requeue" in asked
-    assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # a task a GPU
-    assert f'"${{SLURM_CPUS_PER_TASK:-{asked["cpus-per-task"]}}}"' in text
-    (srun,) = re.findall(r"^srun .*", SCALING, re.MULTILINE)
-    for name in ("ntasks-per-node", "gpus-per-node", "cpus-per-task"):
-        assert f"--{name} {asked[name]} " in srun
-    assert text.index("#SBATCH --signal") < text.index("\nset -u")  # SLURM stops at a command
-
-
 def trains(command: list[str], **variables: str) -> Train:
     """What `torchrun ... -m protoclip train ...` trains."""
     words = [re.sub(r"\$(\w+)", lambda name: variables[name[1]], word) for word in command]
@@ -238,28 +225,3 @@ def test_a_pod_has_time_to_save(monkeypatch):
 def extras(names: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {*names.split(",")} <= project["optional-dependencies"].keys()
-
-
-def test_the_container_installs_extras_that_exist():
-    """From files that are there; its shell lines can be read."""
-    text = (LAUNCH / "Containerfile").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and line[0] != "#"]
-    arguments = dict(rest.split("=", 1) for word, rest in lines if word == "ARG")
-    extras(arguments["EXTRAS"])
-    shell = [rest for word, rest in lines if word == "RUN"]
-    assert sum('".[$EXTRAS]"' in line for line in shell) == 1
-    for line in shell:
-        subprocess.run(["bash", "-n", "-c", line], check=True)
-    copied = [source for word, rest in lines if word == "COPY" for source in rest.split()[:-1]]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {project["readme"], "pyproject.toml", "src", "LICENSE"} <= {*copied}
-    assert all((ROOT / source).exists() for source in copied)
-
-
-def test_the_table_names_every_example():
-    text = (LAUNCH / "README.md").read_text(encoding="utf-8")
-    files = {path.name for path in LAUNCH.iterdir()} - {"README.md"}
-    assert {*re.findall(r"\]\(([\w.]+)\)", text)} == files
-    for name in files:
-        said = (LAUNCH / name).read_text(encoding="utf-8")
-        assert "has not been run on a cluster" in said or "has not been built" in said

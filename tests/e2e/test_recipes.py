@@ -205,13 +205,6 @@ def test_the_heads_learn_as_fast_as_in_the_run(teacher, scale, cost, tmp_path):
     assert read.optim.heads_lr_scale == scale
 
 
-def test_a_card_that_is_not_known_is_a_line(cost):
-    with pytest.raises(ValueError, match="card: 'abacus' is not one of A100"):
-        cost.report(["recipes/cc3m_rn50.toml", "--card", "abacus"])
-    with pytest.raises(ValueError, match="name a recipe"):
-        cost.report(["--cards", "8"])
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 pairs, and features of a teacher for them."""

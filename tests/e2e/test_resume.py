@@ -292,7 +292,7 @@ def test_a_finished_run_is_evaluated_when_that_is_asked_for_later(tiny_parquet, 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tiny_parquet, shards, tmp_path):
-    """Two SIGKILLs at random moments; `benchmarks/kills.py` kills every kind of run, more often."""
+    """Two SIGKILLs at random moments."""
     changes = matrix(tiny_parquet, shards)["shards, queue"]
     config = quick_config(tiny_parquet, tmp_path / "run", **{"run": {"save_steps": 1}, **changes})
     kill_at_random(config, 2, random.Random(0))

@@ -46,10 +46,6 @@ def test_links(
     assert found == ([] if complaint is None else [f"{file}:1: {link}: {complaint}"])
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
-
-
 def test_the_repository_has_no_broken_link(check_docs: ModuleType) -> None:
     check_docs.ROOT = ROOT
     assert check_docs.main() == 0

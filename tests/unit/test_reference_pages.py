@@ -36,26 +36,6 @@ def test_every_setting_has_a_row(reference: ModuleType) -> None:
     assert "data.sources[].weight" in rows
 
 
-@pytest.mark.parametrize(
-    ("name", "cells"),
-    [
-        ("run.seed", ["whole number", "`0`", "from 0 to 2^63 - 1"]),
-        ("data.validation", ["number or text", "unset", "from 0 below 1"]),
-        ("data.workers", ["whole number or `auto`", "`'auto'`", "from 0 to 4,096"]),
-        ("episodes.size", ["whole number", "unset", "from 1 to 2^31 - 1"]),
-        ("optim.betas", ["2 numbers", "unset", "from 0 below 1"]),
-        ("optim.layer_decay", ["number", "`1.0`", "above 0 to 1"]),
-        ("loss.teacher", ["number", "`0.5`", "from 0"]),
-        ("parallel.strategy", ["`ddp`, `fsdp`", "`'ddp'`", ""]),
-    ],
-)
-def test_a_row_has_type_default_and_limits(
-    reference: ModuleType, name: str, cells: list[str]
-) -> None:
-    (row,) = re.findall(rf"^\|[^|]*`{re.escape(name)}` \|(.*)\|$", reference.settings(), re.M)
-    assert [cell.strip() for cell in row.split("|")][1:] == cells
-
-
 def test_every_command_and_option_is_there(reference: ModuleType) -> None:
     page = reference.commands()
     sections = dict(re.findall(r"^## (.+?)\n\n```text\n(.*?)```", page, re.DOTALL | re.MULTILINE))
@@ -115,21 +95,6 @@ def test_public_functions_keep_their_parameters() -> None:
         function = export if name == "export" else attrgetter(name)(protoclip)
         kept = words.split()
         assert [*inspect.signature(function).parameters][: len(kept)] == kept, name
-
-
-def test_one_line_installs_all_that_the_first_steps_need() -> None:
-    pages = [
-        ROOT / "README.md",
-        *(ROOT / "docs" / name for name in ("index.md", "first_steps/photographs.md")),
-    ]
-    lines = {
-        line
-        for page in pages
-        for line in re.findall(r"^pip install '\.\[.+?\]'", page.read_text(encoding="utf-8"), re.M)
-    }
-    assert len(lines) == 1, lines
-    wanted = {"teachers", "explore", "report", "finetune", "export"}
-    assert {*re.findall(r"[\w-]+", lines.pop().split("[")[1])} == wanted
 
 
 def test_every_metric_is_explained() -> None:

@@ -89,9 +89,9 @@ def fit_linear_probes(
     It runs on the features' device, in float64 where this has it, which MPS has not.
 
     Contrastive features lie in a narrow cone, where scikit-learn's L-BFGS is slow or stops early
-    (benchmarks/linear_probe.py). So features are centred, rotated to their principal axes, and each
-    weight is scaled by the curvature along its axis: the same optimum on a shorter path. Each fit
-    starts from the one before; go from strong to weak.
+    (measured in benchmarks/results/linear_probe_x86-2core_202611.md). So features are centred,
+    rotated to their principal axes, and each weight is scaled by the curvature along its axis: the
+    same optimum on a shorter path. Each fit starts from the one before; go from strong to weak.
 
     Raises:
         ValueError: Fewer than two classes.
