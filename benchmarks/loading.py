@@ -43,8 +43,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from protoclip.data.access import read_file
-from protoclip.data.cache import MemoryCache, crop
-from protoclip.data.decode import decode_crop
+from protoclip.data.decode import MemoryCache, crop, decode_crop
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pack import stored_image
 from protoclip.data.pairs import ImageTextPairs, Sample

@@ -236,7 +236,7 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
     clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
     queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
     hard = config.prototypes.hard_targets and not no_prototypical
-    in_workers = data.cache == "ram" and data.workers not in (0, "auto")
+    in_workers = data.cache_gb > 0 and data.workers not in (0, "auto")
     has_teacher = bool(config.teachers or config.teacher.features)
     may_distil = any(each.distil != 0 for each in config.external_teachers.values())
     locked = [] if model.projections_are_new else model.locked
@@ -266,7 +266,6 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
     return [
         ("run.patience", config.run.stop_by is None, "run.stop_by is not set"),
         ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
-        ("data.cache_gb", data.cache == "none", "data.cache is none"),
         ("data.class_column", no_classes, "data.validation is 0"),
         ("data.augmentation", crops, "run.overfit transforms images as an evaluation does"),
         ("model.heads.*", *unused),

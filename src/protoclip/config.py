@@ -40,7 +40,7 @@ RENAMED = {
     "data.allow_private_hosts": "is gone; data may be on any host, but images of a table on none",
     "data.allow_commands": NO_COMMANDS,
     "allow_commands": NO_COMMANDS,  # of commands that take settings of data by their own names
-    "data.cache = disk": "is gone; small images decode fast: protoclip data pack --resize 256",
+    "data.cache": "is gone; data.cache_gb = 0 keeps no decoded images",
     "data.read = indexed": "is gone; leave it out, and local shards are indexed",
     "montage": "is gone; protoclip explore shows pairs with their captions",
     "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
@@ -63,6 +63,7 @@ ELSEWHERE = {
 # Of some of these the value that changed nothing, as old run folders have it: it is passed over.
 GONE = {
     "data.small_copies": False,
+    "data.cache": "ram",
     "data.shuffle_captions": False,
     "data.allow_commands": False,
     "prototypes.unit_norm": False,
@@ -156,8 +157,7 @@ class DataConfig:
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
     augmentation: Literal["auto", "light", "clip"] = "auto"  # clip only crops; auto by size.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
-    cache: Literal["ram", "none"] = "ram"  # Keeps decoded images.
-    cache_gb: Annotated[float, ABOVE_0, 1e6] = 4.0  # Gigabytes of decoded images to keep.
+    cache_gb: Annotated[float, 0, 1e6] = 4.0  # Gigabytes of decoded images to keep; 0: none.
     max_image_pixels: Annotated[int, 1, 2**40] = 178_956_970  # Skip images with more pixels.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
     allow_links: bool = False  # Follow links out of data.root. No recipe sets it.

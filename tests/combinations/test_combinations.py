@@ -53,7 +53,7 @@ from testing import run_distributed, tiny_config
 FEATURES = {
     "source": ("parquet", "folder", "shards", "stream", "emoji"),
     "mixture": ("no", "yes"),
-    "cache": ("none", "ram"),
+    "cache": (0.0, 4.0),
     "augmentation": ("auto", "clip"),
     "workers": (0, 1),
     "teacher": ("no", "one", "two"),
@@ -98,7 +98,7 @@ Choice = tuple[str, Any]
 
 # Worker processes keep no images in memory: this pair runs, in a row of its own, so that it does
 # not stand for a cache in another.
-SEPARATE = frozenset({("cache", "ram"), ("workers", 1)})
+SEPARATE = frozenset({("cache", 4.0), ("workers", 1)})
 # What the settings refuse together.
 REFUSED = [
     frozenset(pair)
@@ -269,7 +269,7 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "read": "streaming" if row["source"] == "stream" else "auto",
             "shuffle_buffer": 20,
             "validation": validation(row, data),
-            "cache": row["cache"],
+            "cache_gb": row["cache"],
             "augmentation": row["augmentation"],
             "workers": row["workers"],
             "captions": row["captions"],
@@ -421,7 +421,7 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
     arguments: tuple[Any, ...] = (config, None, None, name(row) in compiled())
     if row["resume"] != "no":
         # Within the episode that has prototypes; what changes nothing is changed on the way.
-        plain = config_for(row | {"cache": "none", "workers": 0}, data, tmp_path / "run")
+        plain = config_for(row | {"cache": 0.0, "workers": 0}, data, tmp_path / "run")
         arguments = (config, STEPS_AN_EPISODE + 1, plain, arguments[-1])
     ends = run_distributed(trained, 1 if row["ranks"] == "one" else 2, *arguments)
     for weights, scored in ends:
@@ -462,12 +462,12 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
     (tmp_path / "kept.json").write_text(json.dumps(kept))
     (tmp_path / "dropped.csv").write_text("\n".join(["sample_id", *dropped]) + "\n")
     (expected, _), *_ = run_distributed(trained, 1, config_for(row, fewer, tmp_path / "twin"))
-    for kind, chosen in (("none", {"only": "kept.json"}), ("ram", {"without": "dropped.csv"})):
+    for kind, chosen in ((0.0, {"only": "kept.json"}), (4.0, {"without": "dropped.csv"})):
         lists = {"data": {key: str(tmp_path / name) for key, name in chosen.items()}}
-        out = tmp_path / kind
+        out = tmp_path / str(kind)
         first, config = (
             with_changes(config_for(row | {"cache": each}, data, out), lists)
-            for each in ("none", kind)
+            for each in (0.0, kind)
         )
         ((weights, _),) = run_distributed(trained, 1, config, STEPS_AN_EPISODE + 1, first)
         assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 # Settings of `data` that training alone has a use for.
-OF_TRAINING = ("validation", "augmentation", "cache", "cache_gb", "captions")
+OF_TRAINING = ("validation", "augmentation", "cache_gb", "captions")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays large eno
 wrong with the bytes raises `ValueError` with a short reason.
 """
 
+import hashlib
 import io
 from collections.abc import Callable
 from contextlib import suppress
@@ -96,6 +97,45 @@ def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
     height, width = image.pixels.shape[:2]
     left, top, right, bottom = _stored_box(box, (width, height), image.orientation)
     return _upright(resize(image.pixels[top:bottom, left:right], size, size), image.orientation)
+
+
+class MemoryCache:
+    """Images in the memory of this process, three bytes a pixel; when full it keeps what it has."""
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self.max_bytes, self.used = max_bytes, 0
+        self._images: dict[bytes, Decoded] = {}
+
+    def get(self, key: bytes) -> Decoded | None:
+        return self._images.get(key)
+
+    def put(self, key: bytes, image: Decoded) -> None:
+        if key not in self._images and self.used + image.pixels.nbytes <= self.max_bytes:
+            self._images[key] = image
+            self.used += image.pixels.nbytes
+
+
+def crop(
+    encoded: bytes,
+    box: ChooseBox,
+    size: int,
+    *,
+    max_pixels: int,
+    cache: MemoryCache | None = None,
+) -> Square:
+    """`decode_crop` with a cache. JPEGs so large that their crops are decoded at a fraction of
+    their size are not kept."""
+    if cache is None:
+        return decode_crop(encoded, box, size, max_pixels=max_pixels)
+    # The settings decide what is kept, and whether the image is refused.
+    key = hashlib.sha256(f"{size} {max_pixels} ".encode() + encoded).digest()
+    image = cache.get(key)
+    if image is None:
+        image = decode_all(encoded, size, max_pixels=max_pixels)
+        if image is None:
+            return decode_crop(encoded, box, size, max_pixels=max_pixels)
+        cache.put(key, image)
+    return crop_decoded(image, box, size)
 
 
 def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:

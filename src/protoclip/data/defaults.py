@@ -93,15 +93,13 @@ def number_of_workers(
         number, why = 0, "since this rank has one core"
     elif isinstance(samples, Pairs) and fits_in_memory(data, samples, image_size=image_size):
         number, why = 0, "since all decoded images fit in data.cache_gb"
-    lost = number > 0 and data.cache == "ram" and data.cache_gb != DataConfig().cache_gb
+    lost = number > 0 and data.cache_gb not in (0, DataConfig().cache_gb)
     said = ", which keep no images in memory, so data.cache_gb has no effect" if lost else ""
     return number, f"data.workers = {number}, {why}{said}"
 
 
 def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool:
     """Whether the cache in this process's memory would hold all images, by some of them."""
-    if data.cache != "ram":
-        return False
     sizes = []
     for sample in some_samples(samples, DECODED):
         with suppress(ValueError):

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoclip import signals
 from protoclip.config import Config
 from protoclip.data import access, lanes
-from protoclip.data.cache import crop, image_cache
 from protoclip.data.captions import ONE, CaptionDraw, Key, keys_of, number_of, without_padding
+from protoclip.data.decode import MemoryCache, crop
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.lanes import (
     MIN_SPARE,
@@ -577,6 +577,8 @@ def loader(
     """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
     share = share_of(config.episodes.batch_size)
     workers, note = number_of_workers(config.data, samples, image_size=transform.size)
+    # Workers share no memory: what one of them keeps, the others decode again.
+    keeps = config.data.cache_gb > 0 and not workers
     return kind(
         pairs=samples,
         tokenizer=tokenizer,
@@ -592,7 +594,7 @@ def loader(
         crop=partial(
             crop,
             max_pixels=config.data.max_image_pixels,
-            cache=image_cache(config.data, workers=workers),
+            cache=MemoryCache(max_bytes=int(config.data.cache_gb * 1e9)) if keeps else None,
         ),
         after=after,
         on_read=on_read,

@@ -512,15 +512,6 @@ class IdList:
     ids: frozenset[str]
     header: str = ""
 
-    def notes(self, known: set[str]) -> list[str]:
-        """What to say about ids that no sample has."""
-        ids = self.ids - ({self.header} - known)
-        if not (unknown := ids - known):
-            return []
-        example = visible(min(unknown)[:60])
-        what = f"{len(unknown):,} of {len(ids):,} ids are of no sample, such as '{example}'"
-        return [f"data.{self.setting}: {self.path}: {what}"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -553,35 +544,34 @@ class Chosen:
     def apply(self, sources: Sequence[ImageTextPairs]) -> list[ImageTextPairs]:
         """What is left of each source. The first one's notes say what was left out.
 
-        Of several sources, ids begin with the name of their source. Raises `ValueError` if no
+        With several sources, ids begin with the name of their source. Raises `ValueError` if no
         sample is left at all.
         """
-        known: dict[str, set[str]] = {each.setting: set() for each in self.lists}
-        mixed, left = len(sources) > 1, list[ImageTextPairs]()
-        for source in sources:
-            ids = (source.in_mixture() if mixed else source).sample_ids()
-            rows = []
-            for row, sample_id in enumerate(ids):
-                for each in self.lists:
-                    if sample_id in each.ids:
-                        known[each.setting].add(sample_id)
-                if self.keeps(sample_id):
-                    rows.append(row)
+        named = [source.in_mixture() for source in sources] if len(sources) > 1 else sources
+        left = list[ImageTextPairs]()
+        for source, pairs in zip(sources, named, strict=True):
+            ids = enumerate(pairs.sample_ids())
+            rows = [row for row, sample_id in ids if self.keeps(sample_id)]
             left.append(source.subset(np.array(rows, np.int64)))
         used, total = sum(map(len, left)), sum(map(len, sources))
         if not used:
-            first = sources[0].in_mixture() if mixed else sources[0]
-            example = visible(first.sample_id(0)[:80])
+            example = visible(named[0].sample_id(0)[:80])
             raise ValueError(
                 f"{self.settings}: no sample is left of {total:,}; ids of this data look like "
                 f"'{example}'"
             )
-        notes = [note for each in self.lists for note in each.notes(known[each.setting])]
-        left[0].notes = [
-            *left[0].notes,
-            f"{self.settings}: {used:,} of {total:,} samples are used",
-            *notes,
-        ]
+        notes = [f"{self.settings}: {used:,} of {total:,} samples are used"]
+        for each in self.lists:
+            unknown = set(each.ids)
+            for pairs in named:
+                unknown.difference_update(pairs.sample_ids())
+            number = len(each.ids) - (each.header in unknown)  # a header is no id
+            if unknown := unknown - {each.header}:
+                notes.append(
+                    f"data.{each.setting}: {each.path}: {len(unknown):,} of {number:,} ids are of "
+                    f"no sample, such as '{visible(min(unknown)[:60])}'"
+                )
+        left[0].notes = [*left[0].notes, *notes]
         return left
 
 
@@ -626,38 +616,29 @@ def _json_ids(text: str) -> set[str]:
         raise ValueError(f"it is not JSON ({reason_of(error)})") from None
     if not isinstance(entries, list):
         raise ValueError("it needs to be a list of ids, or of objects with a sample_id")
-    return set(_texts([each.get(COLUMN) if isinstance(each, dict) else each for each in entries]))
-
-
-def _texts(values: Iterable[Any]) -> Iterable[str]:
-    """Ids as texts; a column of ids may hold whole numbers."""
-    for number, value in enumerate(values, 1):
-        is_id = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
-        if not is_id:
+    ids = [each.get(COLUMN) if isinstance(each, dict) else each for each in entries]
+    for number, value in enumerate(ids, 1):
+        # A column of ids may hold whole numbers.
+        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             raise ValueError(f"entry {number} has no sample_id")
-        yield str(value)
+    return {*map(str, ids)}
 
 
 def _csv_ids(text: str) -> tuple[set[str], str]:
     """The ids, and the header if it may be an id too."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = next((each for each in "\t,;" if each in first), ",")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    header: list[str] = []
-    ids: set[str] = set()
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = (row for row in lines if any(cell.strip() for cell in row))
+    header = [cell.strip() for cell in next(rows, [])]
+    if len(header) > 1 and COLUMN not in header:
+        raise ValueError(f"it has no column {COLUMN}, only {visible(', '.join(header)[:80])}")
+    column = header.index(COLUMN) if COLUMN in header else 0
+    ids = set[str]()
     for row in rows:
-        if not any(cell.strip() for cell in row):
-            continue
-        if not header:
-            header = [cell.strip() for cell in row]
-            if len(header) > 1 and COLUMN not in header:
-                shown = visible(", ".join(header)[:80])
-                raise ValueError(f"it has no column {COLUMN}, only {shown}")
-            column = header.index(COLUMN) if COLUMN in header else 0
-            continue
-        if len(row) != len(header) or not (cell := row[column]):
-            raise ValueError(f"line {rows.line_num} has no {COLUMN}")
-        ids.add(cell)
+        if len(row) != len(header) or not row[column]:
+            raise ValueError(f"line {lines.line_num} has no {COLUMN}")
+        ids.add(row[column])
     if header and COLUMN not in header:
         return ids | {header[0]}, header[0]
     return ids, ""

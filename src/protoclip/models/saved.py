@@ -192,6 +192,8 @@ def read_config(run: Path) -> Config:
     """
     path = run / SETTINGS
     tree = read_toml(path)
+    if isinstance(tree.get("data"), dict):
+        tree["data"].pop("cache", None)  # of version 1.0; it changed no result
     try:
         config = Config.from_dict(tree)
     except ValueError as error:

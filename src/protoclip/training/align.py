@@ -223,7 +223,7 @@ def with_data(
             "stays linear"
         )
     closed += on_exports(choices.config, start)
-    read_once = ("data.cache", "data.cache_gb", "data.shuffle_buffer")
+    read_once = ("data.cache_gb", "data.shuffle_buffer")
     idle = dict.fromkeys(read_once, "each image is read once")
     idle["model.frozen_batch_norm"] = "the halves are frozen"
     if config.align.views == 1:

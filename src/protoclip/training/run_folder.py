@@ -71,7 +71,7 @@ IDLE = {name: by_name(Config())[name] for name in (*PARTS, "data.train")}
 FREE = (
     *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
     *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.wandb", "run.evaluate"),
-    *("run.evaluate_every", "run.guard", "data.workers", "data.cache", "data.cache_gb"),
+    *("run.evaluate_every", "run.guard", "data.workers", "data.cache_gb"),
     *("data.max_bad_share", "align.features"),
 )
 # These change memory, time and rounding alone, so a run that lacks memory can go on with others.
@@ -315,7 +315,8 @@ def as_written_today(saved: Mapping[str, Any]) -> dict[str, Any]:
     settings = {**flat(tomllib.loads(to_toml(Config()))), **implied, **saved, "teachers": teachers}
     if "model.checkpoint" in settings:  # what version 0.2 called it
         settings["model.start"] = settings.pop("model.checkpoint")
-    settings.pop("data.cache_folder", None)
+    for removed in ("data.cache_folder", "data.cache"):
+        settings.pop(removed, None)
     return {key: value for key, value in settings.items() if (key, value) not in GONE.items()}
 
 

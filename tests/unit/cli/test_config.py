@@ -285,7 +285,6 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         (CLIP | TEACHER, "prototypes.back_translation", False, "since loss.prototypical is 0"),
         (CLIP, "model.heads.hidden_layers", 0, "model.heads.*: no effect, since no loss uses"),
         (CLIP, "loss.strengths", "constant", "since no loss uses prototypes"),
-        ({"data": DataConfig(cache="none")}, "data.cache_gb", 1.0, "since data.cache is none"),
         ({"data": UNJUDGED}, "data.class_column", "class", "since data.validation is 0"),
         (NO_PAIRS, "loss.positives", "shared", "since loss.info_nce is 0"),
         (TEACHER, "loss.teacher", 0.0, "teacher.*: no effect, since loss.teacher is 0"),

@@ -32,9 +32,9 @@ def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
 
 def test_settings_of_training_have_no_effect_on_data() -> None:
     """One note names them; those that say what is read draw none."""
-    data = DataConfig(class_column="kind", cache="none", augmentation="clip")
+    data = DataConfig(class_column="kind", cache_gb=0.0, augmentation="clip")
     assert idle(data) == [
-        "data.augmentation, data.cache: used by training alone, so no effect here"
+        "data.augmentation, data.cache_gb: used by training alone, so no effect here"
     ]
     assert idle(DataConfig(class_column="kind")) == []
     assert idle(DataConfig(workers=2, captions=2), also=["workers"]) == [

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoclip.data.cache import MemoryCache, crop
-from protoclip.data.decode import Box, Decoded, decode_crop
+from protoclip.data.decode import Box, Decoded, MemoryCache, crop, decode_crop
 from protoclip.data.transforms import light_transform
 
 PIXELS = 10**8

@@ -30,9 +30,9 @@ def pairs() -> ImageTextPairs:
         ({"cache_gb": 1.01 * PIXELS / 1e9}, 8, 0),
         ({"cache_gb": 0.99 * PIXELS / 1e9}, 8, 8),
         ({"cache_gb": 0.99 * PIXELS / 1e9}, 1, 0),  # a process beside this one brings nothing
-        ({"cache": "none"}, 8, 8),
+        ({"cache_gb": 0.0}, 8, 8),
         ({"workers": 3}, 8, 3),
-        ({"workers": 0, "cache": "none"}, 8, 0),
+        ({"workers": 0, "cache_gb": 0.0}, 8, 0),
     ],
 )
 def test_images_that_fit_in_memory_are_decoded_in_this_process(
@@ -44,7 +44,7 @@ def test_images_that_fit_in_memory_are_decoded_in_this_process(
     assert found == number
     assert (note is None) == ("workers" in settings)
     assert note is None or note.startswith(f"data.workers = {number}, ")
-    idle = number > 0 and "cache_gb" in settings and "workers" not in settings
+    idle = number > 0 and bool(settings.get("cache_gb")) and "workers" not in settings
     assert idle == (note is not None and note.endswith("so data.cache_gb has no effect"))
 
 

@@ -113,14 +113,14 @@ def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
-@pytest.mark.parametrize("cache", ["none", "ram"])
+@pytest.mark.parametrize("cache", [0.0, 4.0])
 def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
     """Image, caption, id and teacher features belong together, with the cache cold and warm.
 
     An episode of that size shows every sample once.
     """
-    workers = 2 if kinds[0] == kinds[1] and cache == "none" else 0
-    config = mixture(kinds, tmp_path, cache=cache, workers=workers)
+    workers = 2 if kinds[0] == kinds[1] and cache == 0 else 0
+    config = mixture(kinds, tmp_path, cache_gb=cache, workers=workers)
     own = [OWN.get(kind, "{:04}") for kind in kinds]
     samples = [(source, number) for source in range(2) for number in range(NUMBER)]
     ids = [f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples]

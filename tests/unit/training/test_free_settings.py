@@ -53,7 +53,6 @@ OTHER: dict[str, Any] = {
     "run.evaluate_every": 2,
     "run.guard": ["emoji"],
     "data.workers": 2,
-    "data.cache": "none",
     "data.cache_gb": 1e-9,
     "data.max_bad_share": 0.9,
     "align.features": "elsewhere",
@@ -113,7 +112,7 @@ def equal(one: Batch, other: Batch) -> bool:
     return one.sample_id == other.sample_id and all(torch.equal(a, b) for a, b in tensors)
 
 
-@pytest.mark.parametrize("section", ["run", "data.workers", "data.cache"])
+@pytest.mark.parametrize("section", ["run", "data.workers", "data.cache_gb"])
 def test_a_free_setting_changes_no_batch(section, base, expected):
     """Pixels, tokens, ids and order are equal bit for bit."""
     assert OTHER.keys() == {*FREE}
