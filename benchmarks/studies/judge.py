@@ -17,7 +17,6 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.data.content import image_hash
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
@@ -212,7 +211,7 @@ def held_out(config: Config, split: str) -> EvaluationData:
 def content_of(source: ImageTextPairs, number: int, captions: Sequence[str]) -> set[str]:
     """What tells a pair's captions, whatever their case and spaces, and the bytes of its image."""
     texts = {"caption: " + " ".join(caption.casefold().split()) for caption in captions}
-    image = image_hash(source, number)
+    image = source._hash_image(number)
     return texts | ({"image: " + image} if image else set())
 
 

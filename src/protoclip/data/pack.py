@@ -3,13 +3,11 @@
 `pack.json` in the folder lists the complete shards, so an interrupted run resumes after the last.
 """
 
-import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from protoclip.data.access import digest
 from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
@@ -76,7 +75,7 @@ def pack(
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: {samples_per_shard} is too small; at least 1")
     settings = {
-        "form": 3,
+        "form": 4,
         "source": source.name,
         "source_samples": len(source),
         "samples_per_shard": samples_per_shard,
@@ -84,7 +83,8 @@ def pack(
     }
     if max_pixels != MAX_IMAGE_PIXELS:
         settings[LIMIT] = max_pixels
-    key, skipped = content_key(source), out / SKIPPED
+    facts = [each.fingerprint(images=False) for each in source.sources]
+    key, skipped = digest({"sources": facts}), out / SKIPPED
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
         if skipped.exists():
@@ -114,17 +114,6 @@ def pack(
             )
     names, samples = [s["name"] for s in shards], sum(s["samples"] for s in shards)
     return Packed(shards=names, samples=samples, skipped=skipped.read_bytes().count(b"\n"))
-
-
-def content_key(source: Pairs) -> str:
-    """Identifies the samples, in their order, by ids and captions, which is quick to read."""
-    key = hashlib.blake2b(digest_size=16)
-    for row in range(len(source)):
-        texts = [source.sample_id(row)]
-        with suppress(BadSample):
-            texts += source.sample_captions(row)
-        key.update("\0".join(texts).encode("utf-8", "surrogatepass") + b"\n")
-    return key.hexdigest()
 
 
 def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
@@ -162,17 +151,17 @@ def first_name(folder: Path) -> str | None:
 
 
 def _is_manifest(content: Any) -> bool:
-    """Whether JSON has the form of a manifest."""
+    """Whether JSON has the form of a manifest; no name of it leads out of the folder."""
     numbers = ("samples", "bytes", "read", "skipped_bytes")
     try:
-        names = [shard["name"] for shard in content["shards"]]
-        counts = [shard[key] for shard in content["shards"] for key in numbers]
-        is_whole = isinstance(content["settings"], dict) and isinstance(content["complete"], bool)
-        is_whole &= isinstance(content["key"], str)
+        shards, is_complete = content["shards"], content["complete"]
+        counts = [shard[key] for shard in shards for key in numbers]
+        in_order = [s["name"] for s in shards] == [f"{n:05d}.tar" for n in range(len(shards))]
+        is_whole = isinstance(content["settings"], dict) and isinstance(content["key"], str)
     except (KeyError, TypeError):
         return False
-    in_order = names == [f"{number:05d}.tar" for number in range(len(names))]
-    return is_whole and in_order and all(type(count) is int and count >= 0 for count in counts)
+    is_whole &= in_order and isinstance(is_complete, bool)
+    return is_whole and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from protoclip.data.access import (
+    digest,
     in_table,
     is_url,
     join,
@@ -28,7 +29,10 @@ from protoclip.data.access import (
     read_range,
     reason_of,
 )
+from protoclip.data.content import FORM, Facts, hash_of, length_parts
 from protoclip.data.decode import decode
+from protoclip.data.index import index_folder
+from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible, without_secrets
 
 # How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
@@ -36,6 +40,7 @@ from protoclip.terminal import visible, without_secrets
 LOST = "of the shard is lost"
 NOT_UTF8 = "the {} is not UTF-8"
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
+IMAGES = 64  # of each source that are read for its fingerprint
 BLOCK = 1 << 14  # rows whose values are Python objects at a time
 
 
@@ -94,6 +99,10 @@ class Pairs:
         """All ids, in the order of the rows."""
         return map(self.sample_id, range(len(self)))
 
+    def fingerprint(self) -> Facts:
+        """Facts by which these pairs are known again; a fact that is not there is not compared."""
+        return {}
+
     @property
     def sources(self) -> Sequence[Any]:
         """Those that a view or mixture is made of; of others these pairs alone."""
@@ -135,10 +144,19 @@ class SampleStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def fingerprint(self) -> Facts:
+        """Facts by which this stream is known again; a fact that is not there is not compared."""
+        return {}
+
     @property
     def sources(self) -> Sequence[Any]:
         """Those that a mixture is made of; of others this stream alone."""
         return [self]
+
+    @property
+    def left_out(self) -> npt.NDArray[np.int64]:
+        """None: a stream is not held out."""
+        return np.array([], np.int64)
 
 
 class ImageTextPairs(Pairs):
@@ -273,6 +291,69 @@ class ImageTextPairs(Pairs):
         for path in local_files(names, self.root):
             key.update(file_status(path).encode() if path else b"")
         return key.hexdigest()
+
+    def fingerprint(self, *, images: bool = True) -> Facts:
+        """Facts by which these pairs are known wherever they lie, as JSON values.
+
+        Ids, captions and images' names or sizes are hashed whole, in the order of the rows, which
+        decides what a step sees: once for a table, since that takes seconds at ten million rows.
+
+        Args:
+            images: Whether to read some images, too. What is behind URLs is taken to stay.
+        """
+        from protoclip.data.sampler import evenly_spaced  # here, since that imports this file
+
+        facts = self._hash_rows_once()
+        if images:
+            rows = evenly_spaced(len(self), min(IMAGES, len(self)), seed=0)
+            facts = {**facts, "sample": [self._hash_image(row) for row in rows]}
+        return facts
+
+    def _hash_rows_once(self) -> Facts:
+        """The facts of all rows; those of a table that has a key are kept beside its index."""
+        if not self.table_key:
+            return self._hash_rows()
+        named = "" if self.id_column else self.name  # of which ids are made that no column has
+        key = {"content": FORM, "rows": self.rows_key, "name": named, "class": self.class_column}
+        path = index_folder() / f"{digest(key)}.json"
+        with suppress(OSError, ValueError):
+            return read_sealed(path)
+        facts = self._hash_rows()
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, to_json(sealed(facts)))
+        return facts
+
+    def _hash_rows(self) -> Facts:
+        def hash_columns(*names: str) -> str:
+            return hash_of([self.kept(self.checked.column(name)) for name in names])
+
+        encoded, names = image_fields(self.checked.column(self.image_column))
+        if self.in_ranges:
+            hashed = hash_columns("size")  # shards may lie anywhere
+        elif encoded is None:
+            hashed = hash_of([self.kept(names)])
+        else:  # none is read, so their numbers of bytes stand for them
+            lengths = lengths_of(encoded)
+            if names is not None:
+                lengths = pc.coalesce(lengths, lengths_of(names))
+            hashed = hash_of([self.kept(lengths)], length_parts)
+        facts = {
+            "rows": len(self),
+            "ids": hash_columns(self.id_column) if self.id_column else f"{self.name}/row",
+            "captions": hash_columns(*self.caption_columns),
+            "images": hashed,
+        }
+        if self.class_column is not None:
+            facts["classes"] = hash_columns(self.class_column)
+        return facts
+
+    def _hash_image(self, row: int) -> str:
+        """A hash of the image as stored; empty if it is behind a URL, or cannot be read now."""
+        try:
+            return "" if is_url(self.where(row)) else checksum(self.encoded(row))
+        except BadSample:
+            return ""
 
     def __len__(self) -> int:
         return int(self.table.num_rows) if self.rows is None else len(self.rows)
@@ -530,19 +611,6 @@ def lengths_of(values: pa.ChunkedArray) -> pa.ChunkedArray:
     column holds views."""
     lengths = [pc.binary_length(chunk.cast(pa.large_binary())) for chunk in values.iterchunks()]
     return pa.chunked_array(lengths, pa.int64())
-
-
-def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
-    """How many texts each cell holds, if cells are lists; and the texts, as bytes."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    counts = None
-    if "list" in str(values.type).partition("<")[0]:
-        counts = pc.list_value_length(values)
-        values = values.flatten()
-    if not ("binary" in str(values.type) or pa.types.is_null(values.type)):
-        values = values.cast(pa.large_string())  # whole numbers, too
-    return counts, values.cast(pa.large_binary())
 
 
 def local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:

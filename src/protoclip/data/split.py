@@ -31,6 +31,7 @@ from PIL import Image
 from protoclip.config import DataConfig
 from protoclip.data.access import digest, is_url, reason_of
 from protoclip.data.captions import normalise_texts, number_of
+from protoclip.data.content import flat_texts
 from protoclip.data.decode import decode
 from protoclip.data.index import unwritable
 from protoclip.data.pairs import (
@@ -39,7 +40,6 @@ from protoclip.data.pairs import (
     BadSample,
     ImageTextPairs,
     file_status,
-    flat_texts,
 )
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import Rows, by_source, whole
@@ -65,6 +65,7 @@ PASSES = 8  # over the data; groups of which a pass still finds more rows are no
 CHUNK, THREADS = 64, 32  # images that a thread reads at a time, and threads
 READ_AT_ONCE = 1 << 16  # rows of which images are compared at a time
 PAGE = 4096  # bytes of an image that are compared before all of it is
+BEGINNING = 1 << 14  # bytes of an image that tell whether all of it is read
 LOOKED_AT = 64  # image files of a source that tell whether it is the same as before
 # Among at most this many rows images are compared by thumbnails, too: 3 kB and 0.3 ms each, longer
 # for large ones. Saved again, as a JPEG of quality 75 or at half the size, an image differs from
@@ -179,6 +180,35 @@ def image_names_of(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
     below = pc.binary_join_element_wise(*parts)
     names = pc.if_else(pc.match_substring(names, "://"), names, below)
     return np.arange(len(source)), names.combine_chunks()
+
+
+def repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
+    """How many of the rows have the image of another one, which counts once.
+
+    Images in files, or behind URLs, are compared by name, and others by their bytes, of which
+    little is read: all of an image only where another one begins as it does.
+    """
+
+    def beginning(row: int) -> str | bytes | None:
+        if (name := pairs.image_file(row)) is not None:
+            return name
+        if pairs.in_ranges and is_url(pairs.where(row)):
+            return None
+        return pairs.encoded(row, slice(0, BEGINNING))
+
+    def whole(row: int) -> str | bytes | None:
+        return pairs.image_file(row) or checksum(pairs.encoded(row))
+
+    alike, groups = [*rows], 0
+    for look in (beginning, whole):
+        equal: dict[Any, list[int]] = {}
+        for row in alike:
+            with suppress(BadSample):
+                if (key := look(row)) is not None:
+                    equal.setdefault(key, []).append(row)
+        kept = [same for same in equal.values() if len(same) > 1]
+        alike, groups = [row for same in kept for row in same], len(kept)
+    return len(alike) - groups
 
 
 class _Match(NamedTuple):

@@ -7,6 +7,7 @@ which shard each block of samples begins, so a run resumes without reading what 
 
 import importlib
 import io
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from protoclip.data.access import (
     open_file,
     reason_of,
 )
+from protoclip.data.content import Facts
 from protoclip.data.pairs import LOST, BadSample, Sample, SampleStream, clean_captions
-from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
+from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, evenly_spaced, generator
 from protoclip.data.shards import (
     COMPRESSED,
     ShardSample,
@@ -33,12 +35,14 @@ from protoclip.data.shards import (
     shard_stem,
 )
 from protoclip.data.split import Chosen, Keeps
+from protoclip.files import checksum, open_local, to_json
 from protoclip.terminal import without_secrets
 
 Item = Sample | BadSample
 # The number of the first sample, and the samples in the order they were read.
 Block = tuple[int, list[Item]]
 BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks are in memory
+SHARDS, PART = 1000, 1 << 14  # shards of which parts are read, and how many bytes of a part
 MAX_FAILED = 32  # a stream ends after as many different shards in a row without a good sample
 
 
@@ -127,6 +131,17 @@ class ShardStream(SampleStream):
         if lanes != self.lanes:
             self._blocks_at = [{0: (0, 0)} for _ in range(lanes)]
         self._blocks_at[lane][int(state["sample"])] = (state["shard"], state["place"])
+
+    def fingerprint(self) -> Facts:
+        """Hashes of the shards by their names, and of a few parts of those that are local files.
+
+        Shards keep their `names` where they move between a disk and a store, of which no part is
+        read.
+        """
+        number = len(self.shards)
+        read = {self.shards[n] for n in evenly_spaced(number, min(SHARDS, number), 0)}
+        parts = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in self.shards]
+        return {"shards": hash_of_shards(parts)}
 
     def _identity(self) -> str:
         stems = [shard_stem(shard) for shard in self.shards]
@@ -254,3 +269,35 @@ def _open(shard: str) -> Iterator[io.BufferedIOBase]:
         start = file.peek(6)
         reader = next((r for magic, r in COMPRESSED.items() if start.startswith(magic)), None)
         yield importlib.import_module(reader).open(file) if reader else file
+
+
+def hash_of_shards(shards: Sequence[Sequence[Any]]) -> str:
+    """A hash of the name of each shard, and of what `shard_facts` says of it."""
+    return checksum(to_json(shards).encode())
+
+
+def shard_facts(path: str, is_read: bool) -> list[Any]:
+    """Bytes of a local shard, and a hash of both ends and the middle; nothing of another."""
+    try:
+        with open_local(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            parts = b""
+            for start in (0, size // 2, max(0, size - PART)) if is_read else ():
+                file.seek(start)
+                parts += file.read(PART)
+    except (OSError, ValueError):
+        return []
+    return [size, checksum(parts)]
+
+
+def facts_that_may_move(facts: Facts, source: Any) -> Facts:
+    """A source's facts, less what differs when shards move between a disk and a store.
+
+    What is in a store is known by the names of its shards alone.
+    """
+    if not isinstance(source, ShardStream):
+        return facts
+    names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
+    is_on_disk = not any(map(is_url, source.shards))
+    kept = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
+    return {**kept, "names": names}

@@ -21,7 +21,6 @@ import torch
 
 from protoclip.data import access
 from protoclip.data.access import begun, is_url
-from protoclip.data.content import of_stream, shard_facts
 from protoclip.data.pairs import (
     LOST,
     MAX_IMAGE_PIXELS,
@@ -31,7 +30,7 @@ from protoclip.data.pairs import (
     SampleStream,
 )
 from protoclip.data.shards import shard_stem
-from protoclip.data.stream import MAX_FAILED, Item, ShardStream
+from protoclip.data.stream import MAX_FAILED, Item, ShardStream, shard_facts
 from protoclip.data.view import mixed_pairs
 from protoclip.distributed.collectives import (
     raise_on_all_ranks,
@@ -145,7 +144,7 @@ def _passed(
     settings = {
         "samples": len(stream.shards),  # a part is a shard
         "part_rows": 1,
-        **rank0_first(lambda: of_stream(stream)),
+        **rank0_first(stream.fingerprint),
         "captions": stream.caption_keys,
         "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
         "halves": [half.folder.name for half in halves],
@@ -153,7 +152,7 @@ def _passed(
     if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
         settings["max_pixels"] = max_pixels  # larger images are bad
     if remote := [without_secrets(shard) for shard in stream.shards if is_url(shard)]:
-        # `of_stream` knows no more of them than their file names.
+        # The fingerprint knows no more of them than their file names.
         settings["remote"] = checksum(to_json(remote).encode())
     working = root / FOLDER / checksum(to_json(settings).encode())
     if (pairs := _kept(working, stream, halves, max_bad_share)) is not None:  # disturbs nobody

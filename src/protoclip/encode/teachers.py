@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from protoclip.config import HALVES, START, Config, TeacherConfig
 from protoclip.data.access import digest, download, fingerprint, is_url, reason_of
-from protoclip.data.content import difference, facts_of_rows, of_pairs
+from protoclip.data.content import difference
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import ImageTextPairs, Pairs, Sample, SampleStream
@@ -240,9 +240,9 @@ def require_same_rows(stored: StoredFeatures, source: Any) -> None:
     whole = copy(source)
     whole.rows = None  # features may also be of rows that `data.without` leaves out
     for facts in stored.made_of:
-        read = of_pairs if "sample" in facts else facts_of_rows
-        is_of_source = facts.get("ids") == f"{source.name}/row"
-        changes = [is_of_source and difference([facts], [read(s)]) for s in (whole, source)]
+        is_of_source, images = facts.get("ids") == f"{source.name}/row", "sample" in facts
+        known = (s.fingerprint(images=images) for s in (whole, source))
+        changes = [is_of_source and difference([facts], [of_one]) for of_one in known]
         if all(changes):
             raise ValueError(
                 f"teacher.features: {stored.name} was made of another table ({changes[0]}), and "

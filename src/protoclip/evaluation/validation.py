@@ -20,7 +20,7 @@ import torch
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.access import is_url
-from protoclip.data.content import Facts, content, difference, facts_of_rows
+from protoclip.data.content import Facts, content, difference
 from protoclip.data.index import index_folder
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
@@ -581,7 +581,7 @@ def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
     for source in getattr(split.images, "sources", ()):
         if isinstance(source, ImageTextPairs):
             as_many = [facts for facts in trained if facts.get("rows") == len(source)]
-            known = facts_of_rows(source) if as_many else {}  # hashing takes a while
+            known = source.fingerprint(images=False) if as_many else {}  # hashing takes a while
             if any(all(facts.get(n) == known[n] for n in ROWS) for facts in as_many):
                 return True
     return False

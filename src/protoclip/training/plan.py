@@ -35,12 +35,13 @@ from protoclip.config import SMALL_IMAGE_SIZES, AlignConfig, Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import ONE, CaptionDraw, caption_draw
-from protoclip.data.content import Facts, content, facts_that_may_move
+from protoclip.data.content import Facts, content
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
+from protoclip.data.stream import facts_that_may_move
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (

@@ -9,7 +9,6 @@ from contextlib import suppress
 from itertools import islice
 
 from protoclip.data.captions import BETWEEN_SENTENCES
-from protoclip.data.content import repeated_images
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import (
     LOOKED_AT,
@@ -19,6 +18,7 @@ from protoclip.data.defaults import (
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
+from protoclip.data.split import repeated_images
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.start import Start
@@ -170,7 +170,7 @@ def repeated(samples: Pairs) -> list[tuple[int, int]]:
     """Of each source, how many pairs are looked at, and how many have the image of another one.
 
     They are in blocks of neighbours, since rows of one image follow each other in tables with a row
-    a caption. Equal files of different names count as different (`content.repeated_images`).
+    a caption. Equal files of different names count as different (`split.repeated_images`).
     """
     counts = []
     for source in samples.sources:

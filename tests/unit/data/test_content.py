@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data.content import content, difference, facts_that_may_move, hash_rows
+from protoclip.data.content import content, difference
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.stream import ShardStream
+from protoclip.data.stream import ShardStream, facts_that_may_move
 from protoclip.data.view import mixed_pairs, without
 from testing import tiny_pairs
 
@@ -178,7 +178,7 @@ def test_facts_of_rows_copy_no_image(kind, rows):
     before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
     pa.set_memory_pool(pool)
     try:
-        hash_rows(pairs)
+        pairs.fingerprint(images=False)
     finally:
         pa.set_memory_pool(before)
     assert pool.max_memory() < 100_000

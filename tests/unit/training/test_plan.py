@@ -35,10 +35,11 @@ from protoclip.config import (
     RunConfig,
     TeacherConfig,
 )
-from protoclip.data.content import BLOCK, content, repeated_images
+from protoclip.data.content import content
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
+from protoclip.data.split import BEGINNING, repeated_images
 from protoclip.data.view import PairsView
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
@@ -243,7 +244,7 @@ def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
     shared = replace(config, loss=replace(config.loss, positives="shared"))
     assert not [note for note in make_plan(shared).notes if "have the image of" in note]
     image = (tmp_path / "0.png").read_bytes()
-    same_start = bytes(BLOCK)
+    same_start = bytes(BEGINNING)
     images = pa.array([image, same_start, same_start + b"1", None, image], pa.binary())
     table = pa.table({"image": images, "caption": ["a"] * 5})
     assert repeated_images(ImageTextPairs(table, name="a"), range(5)) == 1
