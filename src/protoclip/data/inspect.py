@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from protoclip.data.access import MISSING
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.defaults import fitting_context_length
-from protoclip.data.loader import Item, items_of, read_image
+from protoclip.data.loader import items_of, read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.stream import ShardStream
@@ -74,19 +74,14 @@ def inspect(
     Raises:
         ValueError: The stream is not of shards, or a worker was killed.
     """
-    if isinstance(source, Pairs):
-        some = samples is not None and samples < len(source)
-        rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
-        parts: list[Any] = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-    else:
-        parts = _shards(source, samples, seed)
+    parts, is_all = _divide(source, samples, seed)
     if workers is None:
         workers = cores()
     loader: DataLoader[list[_Facts | BadSample]] = DataLoader(
         parts,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=workers if workers > 1 else 0,
-        collate_fn=partial(_examine, source, count_tokens, max_pixels),
+        collate_fn=partial(_examine, count_tokens, max_pixels),
     )
     progress = Progress(f"inspect {source.name}", len(parts))
     read_of_parts: list[int] = []
@@ -98,16 +93,18 @@ def inspect(
             progress.update(done)
 
     known = _tally(samples_of_parts(), context_length)
-    if isinstance(source, Pairs):
-        pairs, counted = len(source), True
-    else:
-        pairs, counted = sum(read_of_parts), _is_whole(source, parts, read_of_parts)
+    number = len(source) if isinstance(source, Pairs) else None
+    pairs = sum(read_of_parts) if number is None else number
+    ended = (
+        part.most is None or n < part.most for part, n in zip(parts, read_of_parts, strict=True)
+    )
+    is_counted = number is not None or (is_all and all(ended))
     return {
         "source": source.name,
-        "pairs": len(source) if isinstance(source, Pairs) else None,
+        "pairs": number,
         **known,
         "notes": list(notes),
-        "next": (way(pairs) if counted else UNCOUNTED) if known["read"] else mending(known),
+        "next": (way(pairs) if is_counted else UNCOUNTED) if known["read"] else mending(known),
     }
 
 
@@ -122,33 +119,33 @@ def way(pairs: int) -> str:
     return f"{advice} (docs/which_way.md)"
 
 
-def _shards(
-    source: SampleStream, samples: int | None, seed: int
-) -> list[tuple[ShardStream, str, int | None]]:
-    """Shards to look at: stream, shard, and how many of its samples (all if None)."""
-    shards = _all_shards(source)
+class _Part(NamedTuple):
+    """Rows of pairs, or a shard of a stream; of these at most so many samples (None: all)."""
+
+    source: Any
+    items: Any
+    most: int | None = None
+
+
+def _divide(
+    source: Pairs | SampleStream, samples: int | None, seed: int
+) -> tuple[list[_Part], bool]:
+    """What to look at, in parts, and whether all of the source is in them."""
+    if isinstance(source, Pairs):
+        some = samples is not None and samples < len(source)
+        rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
+        firsts = range(0, len(rows), CHUNK)
+        return [_Part(source, rows[first : first + CHUNK]) for first in firsts], not some
+    streams = [stream for stream in source.sources if isinstance(stream, ShardStream)]
+    shards = [_Part(stream, shard) for stream in streams for shard in stream.shards]
     if not shards:
         raise ValueError(f"{source.name}: has no end; only streams of tar shards can be inspected")
     if samples is None:
-        return [(*each, None) for each in shards]
+        return shards, True
     number = min(len(shards), -(-samples // CHUNK))
     most = -(-samples // number)
-    return [(*shards[chosen], most) for chosen in evenly_spaced(len(shards), number, seed)]
-
-
-def _all_shards(source: SampleStream) -> list[tuple[ShardStream, str]]:
-    streams = [stream for stream in source.sources if isinstance(stream, ShardStream)]
-    return [(stream, shard) for stream in streams for shard in stream.shards]
-
-
-def _is_whole(
-    source: SampleStream,
-    parts: Sequence[tuple[ShardStream, str, int | None]],
-    read: Sequence[int],
-) -> bool:
-    """Whether so many samples, read of these parts, are all of the stream."""
-    ended = (most is None or number < most for (*_, most), number in zip(parts, read, strict=True))
-    return len(parts) == len(_all_shards(source)) and all(ended)
+    drawn = [shards[n]._replace(most=most) for n in evenly_spaced(len(shards), number, seed)]
+    return drawn, number == len(shards)
 
 
 # Values of one sample by name; an image or caption is its hash and how to show it.
@@ -156,16 +153,12 @@ _Facts = dict[str, list[Any]]
 
 
 def _examine(
-    source: Pairs | SampleStream,
-    count_tokens: Callable[[list[str]], list[int]],
-    max_pixels: int,
-    part: Any,
+    count_tokens: Callable[[list[str]], list[int]], max_pixels: int, part: _Part
 ) -> list[_Facts | BadSample]:
-    """Look at the samples of some rows, or of a shard; in worker processes."""
-    items: Iterable[Item] = part
-    if not isinstance(source, Pairs):
-        stream, shard, most = part
-        items = islice(stream.read(shard), most)
+    """Look at the samples of a part; in worker processes."""
+    source, items = part.source, part.items
+    if isinstance(items, str):
+        items = islice(source.read(items), part.most)
     samples: list[_Facts | BadSample] = []
     for item in items:
         try:

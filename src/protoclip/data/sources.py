@@ -25,7 +25,7 @@ from protoclip.data.folders import open_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import open_shards
-from protoclip.data.split import read_chosen
+from protoclip.data.split import Chosen, read_chosen
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import (
     caption_columns,
@@ -35,7 +35,7 @@ from protoclip.data.tables import (
     open_table,
     unused,
 )
-from protoclip.data.view import MixedStreams, mixed_pairs
+from protoclip.data.view import MixedStreams, PairsView, mixed_pairs
 from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
@@ -56,58 +56,70 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
 
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
-    data, seed = config.data, config.run.seed
-    data = data if needs_captions else ImagesConfig(**vars(data))
+    data = config.data if needs_captions else ImagesConfig(**vars(config.data))
     chosen = read_chosen(data)
-    opened = [open_source(data, entry, seed=seed) for entry in entries(data)]
-    for source in opened:
-        if fault := describe_bad_lines(source, data.max_bad_share):
-            raise ValueError(fault)
-        if needs_captions and isinstance(source, ImageTextPairs) and not source.caption_columns:
-            raise ValueError(f"{source.name}: no column with captions; set caption_column to one")
-    indexed = [source for source in opened if isinstance(source, ImageTextPairs)]
-    if config.loss.positives == "class" and not any(each.class_column for each in indexed):
-        raise ValueError(
-            "loss.positives: class needs a table with classes, named by data.class_column; name "
-            "it, or choose shared"
-        )
+    opened = [open_source(data, entry, seed=config.run.seed) for entry in entries(data)]
+    tables = [source for source in opened if isinstance(source, ImageTextPairs)]
     streams = [source for source in opened if isinstance(source, ShardStream)]
-    if streams and config.episodes.apart:
-        raise ValueError(
-            "episodes.apart: a stream is read in its order, so its equal captions cannot be kept "
-            "apart; set loss.positives = masked instead, or read local shards without data.read"
-        )
-    if chosen is not None and not streams:
-        indexed = chosen.apply(indexed)
-        for source, entry in zip(indexed, entries(data), strict=True):
-            if entry.weight is not None and not len(source):
-                raise ValueError(
-                    f"{chosen.settings}: no sample is left of '{source.name}', which has a "
-                    "weight; take it out of data.sources"
-                )
-    for stream in streams if chosen is not None else ():
-        stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(opened) > 1 else ""
-        stream.notes.append(
-            f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
-        )
-    if streams and not config.episodes.replacement:
-        streams[0].notes.append("episodes.replacement: no effect, since a stream is read in order")
-    if indexed and data.shuffle_buffer != DataConfig().shuffle_buffer:
-        why = "since nothing is streamed"
-        indexed[0].notes = [*indexed[0].notes, f"data.shuffle_buffer: no effect, {why}"]
-    if len(opened) == 1:
-        return streams[0] if streams else indexed[0]
-    if not streams:
-        return mixed_pairs(indexed)
-    if indexed:
+    if tables and streams:
         raise ValueError(
             "data.sources: a stream mixes only with streams; set data.read = streaming, and name "
             "tar shards only"
         )
-    weights = [entry.weight for entry in entries(data) if entry.weight is not None]
+    if config.loss.positives == "class" and not any(each.class_column for each in tables):
+        raise ValueError(
+            "loss.positives: class needs a table with classes, named by data.class_column; name "
+            "it, or choose shared"
+        )
+    return _join_streams(config, streams, chosen) if streams else _join(config, tables, chosen)
+
+
+def _join(
+    config: Config, tables: list[ImageTextPairs], chosen: Chosen | None
+) -> ImageTextPairs | PairsView:
+    """Pairs that can be read in any order: those that are chosen, of all tables."""
+    data = config.data
+    for table in tables:
+        if fault := describe_bad_lines(table, data.max_bad_share):
+            raise ValueError(fault)
+        if table.needs_captions and not table.caption_columns:
+            raise ValueError(f"{table.name}: no column with captions; set caption_column to one")
+    if chosen is not None:
+        tables = chosen.apply(tables)
+        for table, entry in zip(tables, entries(data), strict=True):
+            if entry.weight is not None and not len(table):
+                raise ValueError(
+                    f"{chosen.settings}: no sample is left of '{table.name}', which has a "
+                    "weight; take it out of data.sources"
+                )
+    if data.shuffle_buffer != DataConfig().shuffle_buffer:
+        why = "since nothing is streamed"
+        tables[0].notes = [*tables[0].notes, f"data.shuffle_buffer: no effect, {why}"]
+    return tables[0] if len(tables) == 1 else mixed_pairs(tables)
+
+
+def _join_streams(
+    config: Config, streams: list[ShardStream], chosen: Chosen | None
+) -> ShardStream | MixedStreams:
+    """Streams, of which what is chosen passes."""
+    if config.episodes.apart:
+        raise ValueError(
+            "episodes.apart: a stream is read in its order, so its equal captions cannot be kept "
+            "apart; set loss.positives = masked instead, or read local shards without data.read"
+        )
+    for stream in streams if chosen is not None else ():
+        stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(streams) > 1 else ""
+        stream.notes.append(
+            f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
+        )
+    if not config.episodes.replacement:
+        streams[0].notes.append("episodes.replacement: no effect, since a stream is read in order")
+    if len(streams) == 1:
+        return streams[0]
+    weights = [entry.weight for entry in entries(config.data) if entry.weight is not None]
     if len(weights) < len(streams):
         raise ValueError("data.sources: streams have no known length; give each a weight")
-    return MixedStreams(streams, weights=weights, seed=seed)
+    return MixedStreams(streams, weights=weights, seed=config.run.seed)
 
 
 def require_readable(named: str, rows: int, read: Callable[[int], object]) -> None:
@@ -152,23 +164,20 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 def notes(samples: Pairs | SampleStream) -> list[str]:
     """What was noticed when the samples were opened, such as lines that were left out."""
-    numbered = [
-        f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
+    tables = [source for source in samples.sources if isinstance(source, ImageTextPairs)]
+    noticed = [
+        f"{table.name}: has no column of sample ids, so they are row numbers: keep the order of "
         "its rows, or name such a column by data.id_column"
-        for source in samples.sources
-        if isinstance(source, ImageTextPairs) and source.id_column is None
+        for table in tables
+        if table.id_column is None
     ]
-    by_number = [
-        source.name
-        for source in samples.sources
-        if isinstance(source, ImageTextPairs) and len(source) and source.class_of(0).isdecimal()
-    ]
+    by_number = [each.name for each in tables if len(each) and each.class_of(0).isdecimal()]
     if len(by_number) > 1:
-        numbered.append(
+        noticed.append(
             f"{' and '.join(by_number)}: have numbers as classes, and equal numbers count as one "
             "class; write names in their class columns if they mean different things"
         )
-    return [*numbered, *getattr(samples, "notes", ())]
+    return [*noticed, *samples.notes]
 
 
 def _is_shards(path: str) -> bool:
@@ -221,11 +230,10 @@ def open_source(
             )
         opener = open_folder if local and Path(path).is_dir() else open_table
         return (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
-    shards: ImageTextPairs | ShardStream
-    if local and not streaming:
-        shards = open_shards(data, name=name)
-    else:
-        shards = ShardStream(
+    shards = (
+        open_shards(data, name=name)
+        if local and not streaming
+        else ShardStream(
             path,
             caption_keys=caption_columns(data) or None,
             seed=seed,
@@ -234,5 +242,6 @@ def open_source(
             name=name,
             needs_captions=data.needs_captions,
         )
+    )
     shards.notes += unused(data)
     return shards

@@ -231,9 +231,9 @@ def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
         )
 
 
-def describe_bad_lines(samples: object, most: float) -> str:
+def describe_bad_lines(samples: Any, most: float) -> str:
     """What to say of a text file of which a larger share is bad; empty if there is none."""
-    for file in samples.bad_lines if isinstance(samples, ImageTextPairs) else ():
+    for file in getattr(samples, "bad_lines", ()):
         if (number := file["lines"]) > most * file["of"]:
             return (
                 f"{file['file']}: {number:,} of {file['of']:,} lines ({number / file['of']:.0%}) "
@@ -295,48 +295,58 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
 
     They are called as in `ImageTextPairs`. Raises `ValueError` if a table has no such column.
     """
-    by_name = {name.lower().strip(): name for name in reversed(schema.names)}
-    repeated = {name for name in schema.names if schema.names.count(name) > 1}
-    chosen: list[list[str]] = []
     notes: list[str] = []
-    optional = {"ids", "classes"} | (set() if data.needs_caption_column else {"captions"})
-    image_names = METADATA_IMAGE_COLUMNS if is_metadata(label) else IMAGE_COLUMNS
-    for setting, what, usual, named in (
-        ("image_column", "images", image_names, [data.image_column]),
-        ("caption_column", "captions", CAPTION_COLUMNS, caption_columns(data)),
-        ("id_column", "ids", ID_COLUMNS, [data.id_column]),
-        ("class_column", "classes", (), [data.class_column]),
-    ):
-        present = [by_name[name] for name in usual if name in by_name]
-        if named == [NO_COLUMN]:
-            present = []
-        used = [name for name in named if name]
-        if clash := repeated & {*used, *present}:
-            raise missing(label, schema.names, f"more than one column '{min(clash)}'")
+    choice = partial(_choose_columns, label, schema, notes)
+    usual = METADATA_IMAGE_COLUMNS if is_metadata(label) else IMAGE_COLUMNS
+    images = choice("image", usual, [data.image_column])
+    captions = choice("caption", CAPTION_COLUMNS, caption_columns(data))
+    ids = choice("id", ID_COLUMNS, [data.id_column])
+    classes = choice("class", (), [data.class_column])
+    for kind, columns in (("image", images), ("caption", captions)):
+        if not columns and (kind == "image" or data.needs_caption_column):
+            lack = f"no column with {kind}s; set {kind}_column to one, or add it"
+            raise missing(label, schema.names, lack)
+    chosen: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
+    chosen["id_column"] = ids[0] if ids else None
+    chosen["class_column"] = classes[0] if classes else None
+    return chosen, notes
+
+
+def _choose_columns(
+    label: str,
+    schema: pa.Schema,
+    notes: list[str],
+    kind: str,
+    usual: Sequence[str],
+    named: Sequence[str | None],
+) -> list[str]:
+    """The columns of one kind: those that are named, else the first usual one that fits."""
+    what = "classes" if kind == "class" else f"{kind}s"
+    by_name = {name.lower().strip(): name for name in reversed(schema.names)}
+    used = [name for name in named if name]
+    present = [by_name[name] for name in usual if name in by_name]
+    if [*named] == [NO_COLUMN]:
+        present = []
+    for column in sorted({*used, *present}):
+        if schema.names.count(column) > 1:
+            raise missing(label, schema.names, f"more than one column '{column}'")
+    if not used:
         fit = [name for name in present if _holds(what, schema.field(name).type)]
-        if len(fit) > 1 and not used:
+        if len(fit) > 1:
             notes.append(
                 f"{label}: {what} are taken from column '{fit[0]}', not from '{fit[1]}'; "
-                f"{setting} names another"
+                f"{kind}_column names another"
             )
         # A column of a usual name that holds something else is refused below, not passed over.
-        refused = present[:1] if what in ("images", "captions") else []
-        chosen.append(used or fit[:1] or refused)
-        if not chosen[-1] and what not in optional:
-            lack = f"no column with {what}; set {setting} to one, or add it"
+        used = (fit or (present if kind in ("image", "caption") else []))[:1]
+    for column in used:
+        if column not in schema.names:
+            raise missing(label, schema.names, f"no column '{column}'")
+        if not _holds(what, type_ := schema.field(column).type):
+            held = line(str(type_), 60)
+            lack = f"column '{column}' holds {held}, not {what}; set {kind}_column to another"
             raise missing(label, schema.names, lack)
-        for column in chosen[-1]:
-            if column not in schema.names:
-                raise missing(label, schema.names, f"no column '{column}'")
-            if not _holds(what, type_ := schema.field(column).type):
-                kind = line(str(type_), 60)
-                lack = f"column '{column}' holds {kind}, not {what}; set {setting} to another"
-                raise missing(label, schema.names, lack)
-    images, captions, ids, classes = chosen
-    columns: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
-    columns["id_column"] = ids[0] if ids else None
-    columns["class_column"] = classes[0] if classes else None
-    return columns, notes
+    return used
 
 
 def is_metadata(path: str) -> bool:
