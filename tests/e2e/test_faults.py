@@ -19,13 +19,11 @@ from interrupting import (
     stop_after,
     with_changes,
 )
-from protoclip import cli
 from protoclip.files import checksum
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints, damage, read_tensors
-from protoclip.training import checkpoint, judge, run, run_folder
+from protoclip.training import checkpoint, judge, run
 from protoclip.training.trainer import Trainer
-from testing import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -184,15 +182,3 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     assert results["best_checkpoint"] == "checkpoints/step-000000002"
     with pytest.raises(ValueError, match=rf"run\.keep_best: no metric .* {metric}"):
         run.train(config_for("emoji", tmp_path / "typo", run={**keep, "keep_best": metric[:-1]}))
-
-
-def test_a_worker_that_was_killed_is_one_line(tiny_parquet, tmp_path, monkeypatch, capsys):
-    """As a signal raises it in the middle of a step. It names the setting to lower."""
-    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    monkeypatch.setattr(Trainer, "train_step", Mock(side_effect=error))
-    recipe = tmp_path / "tiny.toml"
-    recipe.write_text(run_folder.to_toml(tiny_config(tiny_parquet, out=str(tmp_path / "run"))))
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--config", str(recipe)])
-    shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith("protoclip: error: data.workers: a worker process was killed")

@@ -11,16 +11,13 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import socket
-from unittest.mock import Mock
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
 from protoclip.config import Config
-from protoclip.data.loader import items_of
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.encode import encoder as encode
@@ -153,25 +150,6 @@ def test_a_killed_process_leaves_none_behind(ranks, words, monkeypatch):
     deadline = time.monotonic() + 60
     while alive(processes[0].pid or 0):
         assert time.monotonic() < deadline, "processes are left"
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-def test_workers_of_a_killed_process_end_though_they_have_something_to_write():
-    """An item fills the pipe, and nobody reads the second one."""
-
-    def be_killed() -> None:
-        items = items_of(DataLoader([bytes(1 << 20)] * 8, batch_size=None, num_workers=2))
-        next(items)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    (process,) = started(be_killed)
-    process.join()
-    deadline = time.monotonic() + 60
-    while left := alive(process.pid or 0):
-        if time.monotonic() > deadline:
-            os.killpg(process.pid or 0, signal.SIGKILL)
-            raise AssertionError(left)
         time.sleep(0.1)
 
 
@@ -317,11 +295,3 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     assert sorted({*images} | begun) == [f"{number:06d}.npz" for number in range(6)]
     assert begun.isdisjoint(images), (begun, written)
     assert (tmp_path / "run" / "results.json").exists()
-
-
-def test_a_handler_that_is_not_pythons_stays(monkeypatch):
-    """As where a program that embeds Python has set one: it could not be put back."""
-    monkeypatch.setattr(signal, "getsignal", lambda _: None)
-    monkeypatch.setattr(signal, "signal", Mock(side_effect=AssertionError("set, or put back")))
-    with signals.handled(lambda _: None):
-        pass

@@ -88,18 +88,6 @@ def test_two_hosts_train_what_one_process_trains(undisturbed, tmp_path):
     )
 
 
-def test_three_hosts_train_what_one_process_trains(tmp_path):
-    few = {"episodes": {"count": 2, "size": 24, "batch_size": 12}}
-    alone, together = (with_changes(small(tmp_path / name), few) for name in ("one", "three"))
-    train(alone)
-    command, options = words(together, tmp_path), ["--nnodes", "3", "--nproc-per-node", "1"]
-    with made(3, tmp_path / "hosts") as all_three:
-        started = [launch(host, options, lambda: cli.main(command)) for host in all_three]
-        assert codes(started) == [0, 0, 0], [host.said for host in all_three]
-    ends = weights(tmp_path / "one"), weights(tmp_path / "three")
-    assert relative_difference(*ends, alone) < 1e-4
-
-
 def test_two_hosts_judge_embed_and_align_as_one_process(undisturbed, tmp_path, monkeypatch):
     """One after another. At last, a store of halves that each host has for itself is refused."""
     (tmp_path / "halves").mkdir()

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,21 +257,6 @@ def cluster_rows(
         assigned.append(numbers)
         similarity.append((part * normalize(centroids)[numbers]).sum(1))
     return torch.cat(assigned), torch.cat(similarity)
-
-
-@torch.inference_mode()
-def cluster_again(atlas: Atlas, features: Features, heads: Heads | None) -> Atlas:
-    """An atlas with the prototypes that another seed of K-means finds."""
-    images, texts = (
-        cluster_rows(
-            getattr(features, modality),
-            None if heads is None else heads[modality],
-            number=atlas.number,
-            seed=1,
-        )[0].int()
-        for modality in MODALITIES
-    )
-    return replace(atlas, image_prototype=images.numpy(), text_prototype=texts.numpy())
 
 
 def map_positions(
@@ -564,11 +549,7 @@ def find_moved(first: Atlas, second: Atlas, modality: str) -> Moved:
     _, one, other = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
     number = max(first.number, second.number)
     before, after = first.prototype(modality)[one], second.prototype(modality)[other]
-    together = count_together(before, after, number).toarray()
-    rows, columns = linear_sum_assignment(together, maximize=True)
-    match = np.empty(number, np.int64)
-    match[rows] = columns
-    changed = match[before] != after
+    changed = change_groups(before, after, number)
     pairs = np.stack([one, other], axis=1)[changed]
     groups = np.stack([before, after], axis=1)[changed].astype(np.int64)
     ways, way, counts = np.unique(groups @ (number, 1), return_inverse=True, return_counts=True)
@@ -580,6 +561,26 @@ def find_moved(first: Atlas, second: Atlas, modality: str) -> Moved:
         flows=flows[np.argsort(-counts, kind="stable")],
         common=len(one),
     )
+
+
+@torch.inference_mode()
+def share_moved_by_seed(
+    atlas: Atlas, features: Features, heads: Heads | None, modality: str
+) -> float:
+    """The share of pairs whose group changes if K-means has another seed, in [0, 1]."""
+    head = None if heads is None else heads[modality]
+    again, _ = cluster_rows(getattr(features, modality), head, number=atlas.number, seed=1)
+    return float(change_groups(atlas.prototype(modality), again.numpy(), atlas.number).mean())
+
+
+def change_groups(before: Array, after: Array, number: int) -> Array:
+    """Whether each pair `(n,)` leaves its group, if groups are matched so that the most stay."""
+    together = count_together(before, after, number).toarray()
+    rows, columns = linear_sum_assignment(together, maximize=True)
+    match = np.empty(number, np.int64)
+    match[rows] = columns
+    changed: Array = match[before] != after
+    return changed
 
 
 def write_atlas(path: Path, atlas: Atlas) -> None:

@@ -36,9 +36,9 @@ from protoclip.explore.atlas import (
     Moved,
     Prototype,
     all_but_first,
-    cluster_again,
     find_moved,
     list_prototypes,
+    share_moved_by_seed,
 )
 from protoclip.explore.explorer import Answer, Explorer, UnreadableImage
 from protoclip.explore.names import name_groups
@@ -114,9 +114,8 @@ class Pages:
     def moved_by_seed(self) -> dict[str, float]:
         """The share of pairs whose group in the first model another seed of K-means changes."""
         first = self.explorers[0]
-        again = cluster_again(first.atlas, first.features, first.heads)
         return {
-            modality: len(find_moved(first.atlas, again, modality).pairs) / len(again)
+            modality: share_moved_by_seed(first.atlas, first.features, first.heads, modality)
             for modality in MODALITIES
         }
 
