@@ -148,13 +148,6 @@ def test_a_text_tower_is_looked_up_where_the_folder_is_uploaded(use_hub, monkeyp
         assert text["model_cfg"]["text_cfg"]["hf_model_name"] == str(tmp_path / name)
 
 
-def test_without_a_token_nothing_is_exported(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="me/model: no token for the hub; set HF_TOKEN"):
-        protoclip.export(model, tmp_path / "out", push_to_hub="me/model")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("hub", "message"),
     [

@@ -210,31 +210,3 @@ def test_links_that_leave_the_root_are_followed_where_they_may_be(runs, tmp_path
     assert re.search("0 pairs are too few; needs 10; 12 pairs of .*allow_links true follows", said)
     main([*words, "--out", str(tmp_path), "--data.allow_links", "true", "--json"])
     assert json.loads(capsys.readouterr().out)[0]["pairs"] == 12
-
-
-@pytest.mark.parametrize(
-    ("change", "arguments", "message"),
-    [
-        ("config.toml", "", "not a run folder, which has a config.toml"),
-        ("checkpoints", "", "no checkpoint to analyse; train with --run.save_steps"),
-        ("", "", "no pairs are held out; name some with --data"),
-        ("", "--data {runs}/held_out.parquet --samples 9", "9 pairs are too few; needs 10"),
-        ("", "--data {runs}/held_out.parquet --groups 1", "1 groups: choose from 2 to 16"),
-        ("", "--data {runs}/held_out.parquet --groups 17", "17 groups: choose from 2 to 16"),
-        ("", "--data {runs}/nowhere.parquet", "nowhere.parquet"),
-        ("", "--root {runs}", "--root: is for a table that --data names; leave it out"),
-        ("", "--data emoji,root={runs}", "--root: is for a table that --data names"),
-        ("", "--data {runs}/held_out.parquet,root=gone", "data.root: gone: no such folder"),
-        ("", "--data {runs}/held_out.parquet,class_column=x", "leave out class_column"),
-    ],
-)
-def test_errors_are_one_line(change, arguments, message, runs, tmp_path, capsys):
-    """`change` is what the run folder lacks."""
-    run = tmp_path / "run"
-    shutil.copytree(runs / "clip", run, ignore=shutil.ignore_patterns(change))
-    with pytest.raises(SystemExit) as ended:
-        main(["analyze", str(run), *arguments.format(runs=runs).split()])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
-    assert len(lines) == 1
-    assert message in lines[0]

@@ -194,46 +194,6 @@ def test_labels_tell_runs_apart(tmp_path):
     assert [run.label for run in found] == ["tiny, seed 0", "tiny, seed 1", "other"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "runs: is missing; give one"),
-        (["gone"], "gone: no such run folder"),
-        (["run", "gone"], "gone: no such run folder"),
-        (["empty"], "empty: not a run folder; a run has a config.toml"),
-        (["run/config.toml"], "run/config.toml: not a run folder; a run has a config.toml"),
-        (
-            ["."],
-            ".: not a run folder; it holds runs: name them, as damaged results run "
-            "(docs/report.md)\n",
-        ),
-        (["damaged"], "damaged/config.toml: damaged (Expected"),
-        (["records"], "records: was written by protoclip evaluate, and is no run folder; to"),
-        (["records/a.json"], "records/a.json: was written by protoclip evaluate, and is no run"),
-        (["results"], "results/results.json: not the results of a run"),
-        (["run", "--out", "gone/report.html"], "--out: no folder gone; make it first"),
-        (["run", "--out", "empty"], "--out: empty: is a folder; name a file in it"),
-    ],
-)
-def test_mistakes_end_in_one_line_and_write_nothing(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    begun(tmp_path / "run")
-    (begun(tmp_path / "results") / "results.json").write_text("[]")
-    for name in ("empty", "damaged", "records"):
-        (tmp_path / name).mkdir()
-    record = {"dataset": "tiny", "task": "retrieval", "metrics": {}, "intervals": {}}
-    (tmp_path / "records" / "a.json").write_text(json.dumps(record))
-    (tmp_path / "damaged" / "config.toml").write_text("a b")
-    with pytest.raises(SystemExit) as ended:
-        main(["report", *arguments])
-    said = capsys.readouterr().err
-    assert (ended.value.code, said.count("\n")) == (2, 1)
-    assert said.startswith(f"protoclip: error: {message}")
-    assert not [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.tmp")]
-
-
 def test_missing_libraries_are_named(monkeypatch, capsys):
     monkeypatch.setattr("protoclip.cli.report.NEEDED", ("jinja2", "no_such_library"))
     with pytest.raises(SystemExit):
