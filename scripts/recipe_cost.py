@@ -16,13 +16,11 @@ from typing import Annotated, Literal
 
 from protoclip.cli.parsing import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
-from protoclip.models import flops
-from protoclip.models.flops import Forward
 from protoclip.models.resolve import resolve_start
 from protoclip.models.text_models import NAMED_CONTEXT_LENGTH
-from protoclip.training import optim, plan, sizes
+from protoclip.training import optim, plan, sizes, throughput
 from protoclip.training.stages import stage_of
-from protoclip.training.throughput import PEAK
+from protoclip.training.throughput import PEAK, Forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class Cost(Config, Recipes):
 
 def forward_flops(config: ModelConfig) -> Forward:
     """Count the towers' FLOPs at the recipe's sizes. Needs no weights."""
-    return flops.forward_flops(resolve_start(config))
+    return throughput.forward_flops(resolve_start(config))
 
 
 def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Progress with the time that is left, for terminals and for logs.
 
-Metrics of a run are written by `training/logging.py`, and single lines said by `terminal.py`.
+Metrics of a run are written by `training/log.py`, and single lines said by `terminal.py`.
 """
 
 import atexit

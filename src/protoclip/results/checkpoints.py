@@ -19,7 +19,7 @@ from protoclip.models import saved
 from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
 from protoclip.results.compare import name_runs
-from protoclip.results.examples import PAIRS_PER_GROUP, embed, open_examples
+from protoclip.results.examples import PAIRS_PER_GROUP, embed_checkpoint, open_examples
 from protoclip.results.read import ANALYSIS
 from protoclip.results.table import Cell, Row, Table
 from protoclip.terminal import say
@@ -141,7 +141,7 @@ def analyze_run(
     for done, checkpoint in enumerate(checkpoints, 1):
         step = int(checkpoint.name.removeprefix("step-"))
         entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
-        spaces = embed(checkpoint, pairs, project=config.uses_prototypes, device=device)
+        spaces = embed_checkpoint(checkpoint, pairs, project=config.uses_prototypes, device=device)
         for space, rows in spaces.items():
             entry[space], before[space] = pairs.measure_grouping(
                 rows,
@@ -189,7 +189,7 @@ def open_run(run: Path) -> tuple[Config, list[Path]]:
 
 def table_of_groupings(analyses: Sequence[dict[str, Any]]) -> Table:
     """The measures of the last checkpoints: one row a measure, one column a run and space."""
-    names = name_runs((of["name"], of["seed"], of["folder"]) for of in analyses)
+    names = name_runs((one["name"], one["seed"], one["folder"]) for one in analyses)
     measures: list[dict[str, float]] = []
     columns = []
     for analysis, name in zip(analyses, names, strict=True):

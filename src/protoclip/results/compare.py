@@ -93,7 +93,7 @@ def compare_runs(
             if not all(key in run.metrics for run in members):
                 continue
             metrics[key] = summary([run.metrics[key] for run in members]) | ends.get(key, {})
-            if by_seed is not reference and any(key in of.metrics for of in reference.values()):
+            if by_seed is not reference and any(key in run.metrics for run in reference.values()):
                 metrics[key]["difference"] = difference_of_runs(key, reference, by_seed, read)
         entries.append(
             {
@@ -221,7 +221,7 @@ def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any
 def trained_on(results: Sequence[Result]) -> dict[str, str]:
     """What `trained_pairs` has of the data sets of some results."""
     records = [result.record for result in results]
-    return trained_pairs({of["dataset"]: of.get("trained_on", {})} for of in records)
+    return trained_pairs({record["dataset"]: record.get("trained_on", {})} for record in records)
 
 
 def write_records(

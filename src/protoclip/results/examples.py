@@ -135,9 +135,9 @@ def open_examples(
         ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.
     """
     if data is not None and data.is_emoji:
-        examples = of_split(datasets.emoji(), samples)
+        examples = draw_from_split(datasets.emoji(), samples)
     elif data is not None:
-        examples = of_source(sources.pairs(sources.to_look_at(Config(data=data))), samples)
+        examples = draw_from_source(sources.pairs(sources.to_look_at(Config(data=data))), samples)
     else:
         settings = sources.to_look_at(config)
         training, judged_by, _ = judged(settings, sources.pairs(settings))
@@ -145,9 +145,9 @@ def open_examples(
             training, judged_by = few_of(training, config), []
         if judged_by:
             changed = changed_data(run, training)
-            examples = replace(of_split(judged_by[0], samples), changed=changed)
+            examples = replace(draw_from_split(judged_by[0], samples), changed=changed)
         elif allow_training:
-            examples = replace(of_source(training, samples), is_held_out=False)
+            examples = replace(draw_from_source(training, samples), is_held_out=False)
         else:
             raise ValueError(f"{run}: no pairs are held out; name some with --data")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:
@@ -181,7 +181,7 @@ def changed_data(run: Path, training: Pairs | SampleStream) -> str:
     return ""
 
 
-decoded = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
+decode_image = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
 
 
 def read_all(
@@ -205,15 +205,15 @@ def read_all(
     return [each for each, _ in made], lost
 
 
-def of_source(source: Pairs | SampleStream, samples: int) -> Examples:
+def draw_from_source(source: Pairs | SampleStream, samples: int) -> Examples:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
         items: Iterable[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
     else:
         items = islice(source.samples(), samples)
-    read, lost = read_all(lambda item: read_image(source, item, decoded)[0], items)
+    samples_read, lost = read_all(lambda item: read_image(source, item, decode_image)[0], items)
     good: dict[str, Sample] = {}  # a stream starts again at its end
-    for sample in read:
+    for sample in samples_read:
         if sample is not None:
             good.setdefault(sample.sample_id, sample)
     whole = isinstance(source, Pairs) and len(good) == len(source)
@@ -226,20 +226,20 @@ def of_source(source: Pairs | SampleStream, samples: int) -> Examples:
     )
 
 
-def of_split(data: EvaluationData, samples: int) -> Examples:
+def draw_from_split(data: EvaluationData, samples: int) -> Examples:
     """Pairs of what a run is judged by on the way, drawn evenly."""
     split = data.splits["validation"]
     source: Any = split.images  # the data of a run always have encoded images and captions
     assert split.captions is not None
 
-    def encoded(row: int) -> bytes:
+    def read_encoded(row: int) -> bytes:
         image: bytes = source.encoded(row)
-        decoded(image)  # raises if it cannot be
+        decode_image(image)  # raises if it cannot be
         return image
 
     chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    read, lost = read_all(encoded, chosen)
-    images = {row: each for row, each in zip(chosen, read, strict=True) if each is not None}
+    encoded, lost = read_all(read_encoded, chosen)
+    images = {row: each for row, each in zip(chosen, encoded, strict=True) if each is not None}
     rows = [*images]
     return Examples(
         name=data.name,
@@ -284,18 +284,20 @@ class KeptReader(Reader):
         return decoded
 
 
-def embed(checkpoint: Path, pairs: Examples, *, project: bool, device: torch.device) -> Spaces:
-    """What the model of a checkpoint makes of pairs, as `embed_with`."""
+def embed_checkpoint(
+    checkpoint: Path, pairs: Examples, *, project: bool, device: torch.device
+) -> Spaces:
+    """What the model of a checkpoint makes of pairs, as `embed_examples`."""
     loaded, transform, tokenizer = loading.load(checkpoint)
     assert isinstance(loaded, ProtoCLIP)
     try:
-        return embed_with(loaded, transform, tokenizer, pairs, project=project, device=device)
+        return embed_examples(loaded, transform, tokenizer, pairs, project=project, device=device)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
 
 
 @torch.inference_mode()
-def embed_with(
+def embed_examples(
     model: ProtoCLIP,
     transform: Callable[[Image.Image], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
@@ -306,11 +308,12 @@ def embed_with(
 ) -> Spaces:
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = loading.to_device(model, device).eval()
-    encoder = keeping_encoder(model, transform, tokenizer)
+    encoder = make_encoder(model, transform, tokenizer)
     images = encoder.images(pairs.reader(transform), stage="images").features
     texts = encoder.texts(pairs.captions, stage="texts")
     parts: dict[str, list[Tensor]] = {}
-    for image, text in zip(*(torch.split(of, BATCH_SIZE) for of in (images, texts)), strict=True):
+    batches = zip(torch.split(images, BATCH_SIZE), torch.split(texts, BATCH_SIZE), strict=True)
+    for image, text in batches:
         embeddings = model.embeddings(image.to(device), text.to(device), project)
         for name, rows in vars(embeddings).items():
             if isinstance(rows, Tensor) and rows.ndim == 2:
@@ -325,7 +328,7 @@ def embed_with(
     }
 
 
-def keeping_encoder(
+def make_encoder(
     model: ProtoCLIP,
     transform: Callable[[Image.Image], Tensor],
     tokenizer: Callable[[list[str]], Tensor],

@@ -29,9 +29,9 @@ from protoclip.prototypes.targets import back_translate
 from protoclip.results.examples import (
     PAIRS_PER_GROUP,
     Examples,
-    embed,
-    embed_with,
-    keeping_encoder,
+    embed_checkpoint,
+    embed_examples,
+    make_encoder,
 )
 
 PAIRS_PER_PROTOTYPE = 20  # in the gallery, in the mean
@@ -174,7 +174,7 @@ def look_at(
     model, transform, tokenizer = loading.load(chosen)
     assert isinstance(model, ProtoCLIP)
     project = config.uses_prototypes
-    spaces = embed_with(model, transform, tokenizer, examples, project=project, device=device)
+    spaces = embed_examples(model, transform, tokenizer, examples, project=project, device=device)
     features, space = spaces["features"], "projections" if "projections" in spaces else "features"
     count = len(examples.images)
     most = config.prototypes.number or count  # a config.toml that was emptied names none
@@ -182,7 +182,7 @@ def look_at(
     num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
     several = examples.classes is not None and examples.classes.ndim != 1  # of each image
     classes = None if several else examples.classes
-    encoder, captions = keeping_encoder(model, transform, tokenizer), examples.captions
+    encoder, captions = make_encoder(model, transform, tokenizer), examples.captions
     drawn = np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP])
     end = make_map(features, rows=torch.from_numpy(drawn), title=f"After {state}")
     return Look(
@@ -242,13 +242,13 @@ def map_before(
     try:
         model = loading.model(config.model, seed=config.run.seed).eval()
         transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
-        spaces = embed_with(model, transform, tokenizer, some, project=False, device=device)
+        spaces = embed_examples(model, transform, tokenizer, some, project=False, device=device)
         firsts[start] = make_map(spaces["features"], rows=every, title=title)
         return [firsts[start]]
     except (ValueError, OSError):  # what it started from is gone
         if len(checkpoints) < 2:
             return []
-    spaces = embed(checkpoints[0], some, project=False, device=device)
+    spaces = embed_checkpoint(checkpoints[0], some, project=False, device=device)
     title = f"After step {step_of(checkpoints[0]):,}"
     return [make_map(spaces["features"], rows=every, title=title)]
 

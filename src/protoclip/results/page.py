@@ -296,7 +296,7 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str,
         "looks": looks,
         **compare_settings(runs),
         "skipped": [
-            (run.label, len({of.get("sample_id") for of in run.skipped}), run.skipped[:FEW])
+            (run.label, len({sample.get("sample_id") for sample in run.skipped}), run.skipped[:FEW])
             for run in runs
             if run.skipped
         ],

@@ -141,7 +141,9 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         curves=curves | temperatures(curves) | curves_of_checkpoints(analysis),
         results=results,
         environment=environment,
-        skipped=[of for file in sorted(folder.glob("skipped*.jsonl")) for of in read_lines(file)],
+        skipped=[
+            sample for file in sorted(folder.glob("skipped*.jsonl")) for sample in read_lines(file)
+        ],
         analysis=analysis,
         sweep=read_sweep(folder / "wise_ft.json"),
         differences=differences_to_start(results),
@@ -214,10 +216,12 @@ def read_curves(path: Path) -> dict[str, Curve]:
         for name, value in line.items():
             if "/" in name and is_number(value):
                 by_step.setdefault(name, {})[step] = value
-    return {
-        name: (np.array(sorted(of), np.float64), np.array([of[s] for s in sorted(of)], np.float64))
-        for name, of in by_step.items()
-    }
+    curves = {}
+    for name, values in by_step.items():
+        steps = sorted(values)
+        in_order = [values[step] for step in steps]
+        curves[name] = (np.array(steps, np.float64), np.array(in_order, np.float64))
+    return curves
 
 
 def temperatures(curves: Mapping[str, Curve]) -> dict[str, Curve]:

@@ -267,7 +267,7 @@ def table_of_records(models: Sequence[Sequence[Result]]) -> Table:
     notes = [OF_GROUPS]
     notes += [RETRIEVAL] * any(metric.startswith("text_retrieval") for _, _, metric in rows)
     records = [result.record for results in models for result in results]
-    if first := next((of["compared_to"] for of in records if "compared_to" in of), None):
+    if first := next(filter(None, (record.get("compared_to") for record in records)), None):
         notes.append(
             f"Second line: paired difference to {visible(first)}, * if it is "
             f"{describe_clear(record_differences(models))}; without an interval where too few "
@@ -299,12 +299,16 @@ def describe_intervals(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the intervals of differences cover, in words, and why some have none."""
     lines = []
     for kind, text in INTERVALS.items():
-        of_kind = [of for of in differences if of["kind"] == kind and of["interval"] is not None]
-        counts = sorted(of["samples"] for of in of_kind if of["samples"] is not None)
+        covered = [
+            change
+            for change in differences
+            if change["kind"] == kind and change["interval"] is not None
+        ]
+        counts = sorted(change["samples"] for change in covered if change["samples"] is not None)
         many = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
-        lines += [text.format(many)] * bool(of_kind)
+        lines += [text.format(many)] * bool(covered)
     lines += [ON_FEW] * any(map(rests_on_few_groups, differences))
-    return lines + [OTHERS] * any(of["other_samples"] for of in differences)
+    return lines + [OTHERS] * any(change["other_samples"] for change in differences)
 
 
 def rests_on_few_groups(difference: Mapping[str, Any]) -> bool:
@@ -328,7 +332,8 @@ def print_table(table: Table) -> None:
             drawn.add_section()
         shown = [""] * len(groups) if groups == previous else groups
         previous = groups
-        drawn.add_row(*map(escape, [*map(visible, [*shown, name]), *(of.text for of in row.cells)]))
+        cells = [cell.text for cell in row.cells]
+        drawn.add_row(*map(escape, [*map(visible, [*shown, name]), *cells]))
     drawn.add_section()
     for row in table.footer:
         drawn.add_row(*map(escape, [*row.heading, *(cell.text for cell in row.cells)]))

@@ -52,13 +52,13 @@ from protoclip.models.saved import checkpoints, read_checkpoint, understood
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
-from protoclip.training import loggers, optim, overfit, sync, throughput
+from protoclip.training import log, optim, overfit, sync, throughput
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.clustering import Clusterings
 from protoclip.training.early_stop import early_stop_of
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import judge_of
-from protoclip.training.logging import MetricsLog
+from protoclip.training.log import MetricsLog
 from protoclip.training.plan import Defaults, PassStream, Plan, complete, contents, outline
 from protoclip.training.run_folder import (
     Begun,
@@ -461,7 +461,7 @@ class Run:
                 self.folder,
                 size=size,
                 step=self.trainer.step,
-                names=loggers.names_of(config.run),
+                names=log.names_of(config.run),
                 config=tomllib.loads(to_toml(config)),
                 symptoms=Symptoms.of(config, self.plan.samples, pairs),
             )

@@ -1,10 +1,9 @@
-"""Why a loss does not fall: what a run's own numbers say of it, each once a run, with the way out.
-
-`guard.Watch` warns of single metrics that are bad by themselves.
-"""
+"""What a run's own numbers say of it: why a loss does not fall, and which metrics end in a bad
+model, with the way out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from statistics import fmean, pstdev
@@ -28,6 +27,15 @@ RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is w
 UNMOVED = 1e-5
 # Share of a batch that repeats the rest of it, in the mean over so many logged steps.
 REPEATED, OBSERVED = 0.1, 5
+# A loss is a spike if it is above this multiple of the mean of the last 50, and this many standard
+# deviations above it.
+OBSERVATIONS, SPIKE_FACTOR, SPIKE_DEVIATIONS = 50, 2.0, 5.0
+# Features with less variance on the unit sphere, in [0, 1], have collapsed. Towers with fresh
+# weights give nearly equal features to all inputs, so the first steps do not count.
+LEAST_SPREAD, SPREAD_FROM_STEP = 0.01, 200
+# Share of clusters without a sample, and of prototypes that no sample was assigned to.
+MOST_EMPTY, MOST_DEAD = 0.5, 0.75
+QUIET_STEPS = 1000  # before a warning about the same metric is repeated
 
 
 def repeated(captions: Sequence[bytes], samples: Int[Tensor, " n"]) -> float:
@@ -193,3 +201,67 @@ class Symptoms:
         new = {name: line for name, line in lines.items() if line and name not in self.said}
         self.said |= new.keys()
         return [f"step {step}: {line}" for line in new.values()]
+
+
+class Watch:
+    """Finds metrics that end in a bad model though every number is finite; see the constants.
+
+    It sees what is logged, and has no state worth saving.
+    """
+
+    def __init__(self) -> None:
+        self._warned: dict[str, int] = {}
+        self._losses: dict[frozenset[str], deque[float]] = {}
+
+    def warnings(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """One line for each metric that looks bad, at most one in 1,000 steps."""
+        warnings = {
+            name: f"{name} is {value:.2g}{advice}"
+            for name, value in metrics.items()
+            for prefix, (is_bad, advice) in BAD.items()
+            if name.startswith(prefix) and is_bad(step, value)
+        }
+        if spike := self._spike(metrics):
+            warnings["train/loss/total"] = spike
+        new = [n for n in warnings if step >= self._warned.get(n, -QUIET_STEPS) + QUIET_STEPS]
+        self._warned |= dict.fromkeys(new, step)
+        return [f"step {step}: {warnings[name]}" for name in new]
+
+    def _spike(self, metrics: Mapping[str, float]) -> str | None:
+        value = metrics.get("train/loss/total")
+        if value is None or not math.isfinite(value):
+            return None
+        # Each set of losses has its own mean, since a stage with one more loss has no spike.
+        terms = frozenset(name for name in metrics if name.startswith("train/loss/"))
+        recent = self._losses.setdefault(terms, deque(maxlen=OBSERVATIONS))
+        mean, deviation = (fmean(recent), pstdev(recent)) if recent else (0.0, 0.0)
+        enough = len(recent) == OBSERVATIONS
+        recent.append(value)
+        limit = max(SPIKE_FACTOR * mean, mean + SPIKE_DEVIATIONS * deviation)
+        if not enough or value <= limit:
+            return None
+        return (
+            f"train/loss/total is {value:.4g}, its recent mean is {mean:.4g}; if it does not come "
+            "down, lower optim.learning_rate or optim.clip_norm, or raise optim.warm_up_steps"
+        )
+
+
+# What makes a metric bad, by the start of its name, and what to do then.
+BAD: Mapping[str, tuple[Callable[[int, float], bool], str]] = {
+    "train/spread/": (
+        lambda step, value: value < LEAST_SPREAD and step >= SPREAD_FROM_STEP,
+        f", below {LEAST_SPREAD}: features are nearly equal for all inputs (collapse); lower "
+        "optim.learning_rate, raise optim.warm_up_steps, and check that the captions differ",
+    ),
+    "train/prototypes/empty/": (
+        lambda step, value: value > MOST_EMPTY,
+        ": most clusters have no sample; lower the number of prototypes (prototypes.number, or the "
+        "teacher's number) or raise episodes.size",
+    ),
+    "train/prototypes/dead/": (
+        lambda step, value: value > MOST_DEAD,
+        ": no sample of the episode was nearest to most prototypes, which then teach nothing; "
+        "lower optim.heads_lr_scale or the number of prototypes, or set prototypes.source to "
+        "extract",
+    ),
+}

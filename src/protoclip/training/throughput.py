@@ -9,21 +9,24 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.config import Config
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.distributed.waits import WAITS
-from protoclip.models.flops import Forward, forward_flops
+from protoclip.models.loading import context_length
 from protoclip.models.precision import Precision
-from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP
+from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, image_size
 from protoclip.models.start import Start
 from protoclip.progress import duration, three_digits
 from protoclip.terminal import say
@@ -145,6 +148,44 @@ def memory(device: torch.device) -> float:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(most if sys.platform == "darwin" else 1024 * most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """FLOPs of one forward pass of one sample, and the parameters of both towers."""
+
+    image: float
+    text: float
+    heads: float  # both
+    parameters: int
+
+
+def forward_flops(start: Start) -> Forward:
+    """Count the FLOPs of a start's towers at its sizes, on the meta device: without weights and
+    without a batch. Matrix products and convolutions count."""
+    model = start.build(on_meta=True)
+    pair: Any = model.towers
+    size = image_size(pair)
+    length = pair.context_length if hasattr(pair, "context_length") else context_length(start)
+    if start.model.name is None and start.model.start is None:
+        size, length = start.sizes.values()
+    samples = 2  # BatchNorm needs more than one
+
+    def counted(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:
+        with FlopCounterMode(display=False) as counter:
+            return part(inputs), counter.get_total_flops() / samples
+
+    # Text towers of transformers skip what needs values only if their tensors are fake, which makes
+    # each operation ten times as slow.
+    of_transformers = any(part.__module__.startswith("transformers") for part in pair.modules())
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if of_transformers else nullcontext()
+    with torch.device("meta"), fake:
+        features, image = counted(model.encode_image, torch.empty(samples, 3, size, size))
+        tokens = torch.ones(samples, length, dtype=torch.long)
+        _, text = counted(model.encode_text, tokens)
+        _, head = counted(model.image_head, features)
+    parameters = sum(p.numel() for p in pair.parameters())
+    return Forward(image=image, text=text, heads=2 * head, parameters=parameters)
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,7 @@ from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.terminal import say
 from protoclip.training.guard import NonFiniteGuard
-from protoclip.training.logging import feature_statistics, to_floats
+from protoclip.training.log import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
 from protoclip.training.overfit import names_of_images, recall
 from protoclip.training.stages import Stage, enter_stage

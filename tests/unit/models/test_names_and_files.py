@@ -17,11 +17,11 @@ import torch
 import protoclip
 from protoclip.config import Config, EpisodeConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.models import opening, transformers
-from protoclip.models.flops import forward_flops
 from protoclip.models.resolve import names_model, resolve_start
 from protoclip.models.saved import find_checkpoint
 from protoclip.models.text_models import MINILM, text_files
 from protoclip.training import align, run
+from protoclip.training.throughput import forward_flops
 from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import SIZES, save_bert, save_dual_encoder, save_siglip
 from tiny_starts import HEADS, VIT

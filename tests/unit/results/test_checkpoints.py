@@ -18,7 +18,7 @@ from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.results import examples
 from protoclip.results.checkpoints import analyze_run, choose_files
-from protoclip.results.examples import Examples, embed
+from protoclip.results.examples import Examples, embed_checkpoint
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config, tiny_pairs
@@ -81,7 +81,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     )
     cpu = torch.device("cpu")
     first, last = (
-        embed(path, held_out, project=False, device=cpu)["features"]
+        embed_checkpoint(path, held_out, project=False, device=cpu)["features"]
         for path in sorted((runs / "proto" / "checkpoints").iterdir())[::2]
     )
     model, transform, tokenizer = protoclip.load(runs / "proto")

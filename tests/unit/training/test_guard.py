@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.training.guard import MOST_SKIPPED, QUIET_STEPS, NonFiniteGuard, Watch, out_of_memory
+from protoclip.training.guard import MOST_SKIPPED, NonFiniteGuard, out_of_memory
+from protoclip.training.symptoms import QUIET_STEPS, Watch
 
 NAN, INF = math.nan, math.inf
 

@@ -16,9 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from protoclip.data.pairs import BadSample
 from protoclip.data.skipped import SkipLog
-from protoclip.training import logging
-from protoclip.training.loggers import kept_id
-from protoclip.training.logging import JsonLines, MetricsLog
+from protoclip.training import log
+from protoclip.training.log import JsonLines, MetricsLog, kept_id
 
 
 def steps(path: Path) -> list[int]:
@@ -243,7 +242,7 @@ class Hanging(Listing):
 
 def test_a_logger_that_hangs_at_the_end_costs_a_warning(tmp_path, monkeypatch, capsys):
     """While it is waited for, the run hears no signal."""
-    monkeypatch.setattr(logging, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(log, "CLOSE_SECONDS", 0.1)
     log_twice(tmp_path, names=[f"{__name__}:Hanging"], config={"run": {"seed": 7}})
     assert ":Hanging: not done within 0.1 s of the end" in capsys.readouterr().err
 

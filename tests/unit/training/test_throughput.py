@@ -9,11 +9,10 @@ import torch
 
 from interrupting import with_changes
 from protoclip.models import loading
-from protoclip.models.flops import Forward
 from protoclip.models.protoclip import PROJECTIONS
 from protoclip.training import throughput
 from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
-from protoclip.training.throughput import FirstSteps, Throughput, passes, peak
+from protoclip.training.throughput import FirstSteps, Forward, Throughput, passes, peak
 from testing import tiny_config, tiny_model
 
 CPU = torch.device("cpu")

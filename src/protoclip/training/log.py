@@ -1,0 +1,379 @@
+"""Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same.
+
+Lines of progress for people are in `progress.py`.
+"""
+
+import errno
+import io
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from protoclip.config import LOGGERS, RunConfig
+from protoclip.data.access import within
+from protoclip.distributed.collectives import all_reduce, world_size
+from protoclip.files import open_to_append, require_regular, to_json, write_atomically
+from protoclip.terminal import say, without_secrets
+from protoclip.training.symptoms import Symptoms, Watch
+
+# Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
+MOST_WAITING = 10_000
+LONGEST_LINE = 2**20  # bytes
+CLOSE_SECONDS = 60.0  # that a logger may take to end
+PROJECT = "protoclip"  # of W&B and Trackio; the experiment of MLflow
+MOST_PARAMETERS = 100  # that MLflow takes at once
+
+
+@torch.no_grad()
+def feature_statistics(
+    image_features: Float[Tensor, "b d"], text_features: Float[Tensor, "b d"]
+) -> dict[str, Tensor]:
+    """The spread of each modality's features, and the gap between the modalities.
+
+    Spread is the variance of a batch on the unit sphere, 1 - |mean|^2: 0 if all features are one
+    point (collapse), near 1 if they point everywhere. The gap is the distance between the means of
+    the modalities, in [0, 2] (Liang et al. 2022).
+    """
+    image, text = image_features.mean(0), text_features.mean(0)
+    return {
+        "train/spread/image": 1 - image.square().sum(),
+        "train/spread/text": 1 - text.square().sum(),
+        "train/modality_gap": (image - text).norm(),
+    }
+
+
+def to_floats(report: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """All values as floats, with one transfer; of each tensor the mean over ranks."""
+    tensors = {name: value for name, value in report.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.float() for value in tensors.values()])
+    if world_size() > 1:
+        values = all_reduce(values) / world_size()
+    numbers = {name: value for name, value in report.items() if not isinstance(value, Tensor)}
+    return numbers | dict(zip(tensors, values.tolist(), strict=True))
+
+
+class JsonLines:
+    """Writes one line of JSON for each call, to a file that never holds part of a line.
+
+    Lines that cannot be written wait, in order, for the next call. A checkpoint does not hold the
+    lines that wait: a run that goes on from one made meanwhile lacks them. `size` is the
+    number of bytes that are whole lines; anything after them is cut off.
+    """
+
+    def __init__(self, path: Path, *, size: int) -> None:
+        self.path, self.size = path, whole_lines(path, size)
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._warned = False
+        self._append()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        self._waiting.append(to_json(values).encode() + b"\n")
+        self._append()
+
+    def close(self) -> None:
+        """Try a last time, and warn about lines that are lost."""
+        if self._waiting:
+            self._append()
+        if self._waiting:
+            warn(self.path.name, "its last lines could not be written and are lost")
+
+    def _append(self) -> None:
+        """Write all lines that wait, or none."""
+        data = b"".join(self._waiting)
+        try:
+            # Opened each time, since a handle goes stale when a network file system is away for a
+            # while, and some file systems report a failed write only when the file is closed.
+            if self.path.exists():
+                require_regular(self.path)
+            with open_to_append(self.path) as file:
+                self.size = min(self.size, file.tell())
+                file.truncate(self.size)
+                try:
+                    if data and file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, "only a part was written; the disk may be full")
+                except OSError:
+                    file.truncate(self.size)  # in case this was the last attempt
+                    raise
+        except (OSError, ValueError) as error:
+            if not self._warned:
+                warn(self.path.name, f"{error}; training goes on, lines wait to be written")
+            self._warned = True
+            return
+        self.size += len(data)
+        self._waiting.clear()
+
+
+def whole_lines(path: Path, size: int) -> int:
+    """At most so many bytes of a file, up to the end of a line: a power failure may leave less than
+    was written."""
+    if size == 0 or not path.is_file():
+        return size
+    try:
+        with path.open("rb") as file:
+            end = min(size, file.seek(0, os.SEEK_END))
+            start = file.seek(max(0, end - LONGEST_LINE))
+            return start + file.read(end - start).rfind(b"\n") + 1
+    except OSError:  # the writer warns of it
+        return size
+
+
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl` and to loggers, and warns of bad ones.
+
+    None of them stops training: one that fails gets one warning, and is off from then on. A run
+    that goes on from `step` keeps `size` bytes of `metrics.jsonl` and writes the rest again.
+
+    Args:
+        names: As `run.loggers`.
+        config: All settings of the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int = 0,
+        step: int = 0,
+        names: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+        symptoms: Symptoms | None = None,
+    ) -> None:
+        self._lines = JsonLines(folder / "metrics.jsonl", size=size)
+        self._watch, self._symptoms = Watch(), symptoms
+        self._others = dict[str, Logger]()
+        for name in names:
+            self._try(name, partial(self._start, name, folder, config or {}, step))
+
+    @property
+    def size(self) -> int:
+        """Bytes of `metrics.jsonl` that are written, all of them whole lines."""
+        return self._lines.size
+
+    def write(self, step: int, episode: int, metrics: Mapping[str, float]) -> None:
+        """One line: step, episode, and the metrics by name. Nothing if there are no metrics."""
+        if not metrics:
+            return
+        self._lines.write({"step": step, "episode": episode, **metrics})
+        for name, other in [*self._others.items()]:
+            self._try(name, partial(other.write, step, metrics))
+        for warning in self._watch.warnings(step, metrics):
+            say(f"warning: {warning}")
+        for line in self._symptoms.lines(step, metrics) if self._symptoms is not None else ():
+            say(f"warning: {line}")
+
+    def close(self) -> None:
+        self._lines.close()
+        while self._others:
+            name, other = self._others.popitem()
+            self._try(name, partial(self._end, other))
+
+    def _end(self, other: "Logger") -> None:
+        """Close a logger. One that hangs would hold the run, which hears no signal meanwhile."""
+        try:
+            within(CLOSE_SECONDS, other.close)
+        except TimeoutError:
+            raise TimeoutError(f"not done within {CLOSE_SECONDS:g} s of the end") from None
+
+    def _start(self, name: str, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self._others[name] = open_logger(name, folder, config=config, step=step)
+
+    def _try(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            with redirect_stdout(sys.stderr):  # standard output is for results
+                work()
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warn(name, f"{reason}; training goes on without it")
+            with suppress(Exception), redirect_stdout(sys.stderr):
+                if other := self._others.pop(name, None):
+                    self._end(other)
+
+
+def warn(name: str, reason: str) -> None:
+    say(f"warning: {name}: {reason}")
+
+
+# Loggers
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """What `run.loggers` names. Whatever it raises costs a warning, and the logger.
+
+    A class of yours, `module:Class`, is called as `Class(folder, config=..., step=...)`: the run
+    folder, all settings of the run by section, and the step after which it logs.
+    """
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of one step by name, some of which may not be finite."""
+
+    def close(self) -> None:
+        """The run ends here, finished or not."""
+
+
+class TensorBoard:
+    """An event file in `tensorboard/`, which hides what older files hold of steps after `step`.
+
+    Each call writes all, so that an error is that call's. torch's SummaryWriter writes in a thread,
+    which prints a traceback when the disk is full.
+    """
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        self._events = import_module("tensorboard.compat.proto.event_pb2")
+        self._record_writer = import_module("tensorboard.summary.writer.record_writer").RecordWriter
+        folder = folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / name
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
+        self._append({"file_version": "brain.Event:2"}, {"step": step + 1, "session_log": start})
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+        self._append({"step": step, "summary": {"value": values}})
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+    def _append(self, *events: Mapping[str, Any]) -> None:
+        content = io.BytesIO()
+        for event in events:
+            made = self._events.Event(wall_time=time.time(), **event)
+            self._record_writer(content).write(made.SerializeToString())
+        with self.path.open("ab") as file:
+            file.write(content.getvalue())
+
+
+class _Logged:
+    """What a library calls a run, whose metrics are logged as they are."""
+
+    _run: Any
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases(_Logged):
+    """A Weights & Biases run, in `wandb/` of the run folder; `WANDB_MODE=offline` sends nothing."""
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        mode = config.get("run", {}).get("wandb", "off")
+        # W&B keeps the command line, whose URLs may hold a password.
+        sys.argv = [without_secrets(word) for word in sys.argv]
+        self._run = import_module("wandb").init(
+            project=PROJECT,
+            dir=str(folder),
+            # W&B ignores steps that it has already; a resumed run repeats them exactly.
+            id=kept_id(folder / "wandb" / "run-id", secrets.token_hex(8)),
+            resume="allow",
+            mode=None if mode == "off" else mode,
+            name=folder.name,
+            config=dict(config),
+        )
+
+
+class Trackio(_Logged):
+    """A run of Trackio, kept on this machine, or in a Space if `TRACKIO_SPACE_ID` is set."""
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        # Trackio knows runs by name alone.
+        name = kept_id(folder / "trackio" / "run-id", f"{folder.name}-{secrets.token_hex(4)}")
+        self._run = import_module("trackio").init(
+            project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
+        )
+
+
+class MLflow:
+    """A run of MLflow, where `MLFLOW_TRACKING_URI` says."""
+
+    def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
+        self._mlflow = import_module("mlflow")
+        self._client = self._mlflow.MlflowClient()
+        identity = folder / "mlflow" / "run-id"
+        if identity.is_file() and not self._knows(identity.read_text(encoding="utf-8")):
+            # The folder came here without the store that the run was in, or that is elsewhere now.
+            lost = identity.with_name("run-id-not-found")
+            say(f"note: MLflow does not know this run; its name before is in {lost}")
+            identity.replace(lost)
+        if is_new := not identity.is_file():
+            known = self._client.get_experiment_by_name(PROJECT)
+            experiment = known.experiment_id if known else self._client.create_experiment(PROJECT)
+            made = self._client.create_run(experiment, run_name=folder.name).info.run_id
+        self.id = kept_id(identity, made if is_new else "")
+        if is_new:
+            settings = [
+                self._mlflow.entities.Param(f"{section}.{name}" if name else section, str(value))
+                for section, values in config.items()
+                for name, value in (values if isinstance(values, dict) else {"": values}).items()
+            ]
+            for first in range(0, len(settings), MOST_PARAMETERS):
+                some = settings[first : first + MOST_PARAMETERS]
+                self._client.log_batch(self.id, params=some)
+
+    def _knows(self, run: str) -> bool:
+        try:
+            self._client.get_run(run)
+        except Exception as error:  # MLflow's own
+            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        # It refuses other characters, as in the name that somebody gave a teacher.
+        names = {name: re.sub(r"[^\w./ -]", "_", name.replace("@", "_at_")) for name in metrics}
+        self._client.log_batch(
+            self.id,
+            metrics=[
+                self._mlflow.entities.Metric(names[name], value, now, step)
+                for name, value in metrics.items()
+            ],
+        )
+
+    def close(self) -> None:
+        self._client.set_terminated(self.id)
+
+
+KINDS = dict(zip(LOGGERS, (TensorBoard, WeightsAndBiases, MLflow, Trackio), strict=True))
+
+
+def names_of(run: RunConfig) -> list[str]:
+    """The loggers of a run; `run.wandb` names one too, with its mode."""
+    return [*dict.fromkeys([*run.loggers, *(["wandb"] if run.wandb != "off" else [])])]
+
+
+def open_logger(name: str, folder: Path, *, config: Mapping[str, Any], step: int) -> Logger:
+    """The logger of this name, or of a class of this name; raises whatever it raises."""
+    kind: Any = KINDS.get(name)
+    if kind is None:
+        module, _, attribute = name.partition(":")
+        kind = getattr(import_module(module), attribute)
+    made: Logger = kind(folder, config=config, step=step)
+    return made
+
+
+def kept_id(path: Path, new: str) -> str:
+    """The id in this file, under which an earlier start of the run has logged; or the new one."""
+    if not path.is_file() or not path.read_text(encoding="utf-8"):  # or it was cut short
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, new)
+    return path.read_text(encoding="utf-8")
