@@ -59,7 +59,7 @@ STORED_WIDTH, DRAWN, DRAWS = 64, 4096, 50
 
 
 def model_of(folder: Path) -> ProtoCLIP:
-    """EfficientNet-Lite0 and a BERT of six layers, as two halves with hidden layers between."""
+    """EfficientNet-Lite0 and a BERT of six layers, as two halves with projections between."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
     vocabulary = {word: number for number, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
@@ -68,7 +68,6 @@ def model_of(folder: Path) -> ProtoCLIP:
     transformers.BertModel(config).save_pretrained(folder)
     halves = ModelConfig(
         embed_dim=512,
-        projection="mlp",
         image=ImageTowerConfig(name="tf_efficientnet_lite0", size=224),
         text=TextTowerConfig(name=str(folder), context_length=20),
     )

@@ -1,6 +1,6 @@
 """What does grouping cost? Wall clock of ProtoCLIP over CLIP at equal samples, and where it goes.
 
-CLIP, also with positives shared and masked, and ProtoCLIP with the bundled teacher and prototypes
+CLIP, also with positives shared, and ProtoCLIP with the bundled teacher and prototypes
 from extraction or from the queue, there also without the teacher's relations, in alternation, each
 for one episode of warm-up (not counted) and two counted ones.
 
@@ -86,12 +86,10 @@ def arms(case: str) -> dict[str, Config]:
         teacher=replace(with_teacher.teacher, number=clip.prototypes.number),
     )
     sharing = replace(clip, loss=replace(clip.loss, positives="shared"))
-    masking = replace(clip, loss=replace(clip.loss, positives="masked"))
     queue = replace(grouped, prototypes=replace(grouped.prototypes, source="queue"))
     return {
         "CLIP": clip,
         "CLIP, positives shared": sharing,
-        "CLIP, positives masked": masking,
         "ProtoCLIP, extract": replace(
             grouped, prototypes=replace(grouped.prototypes, source="extract")
         ),

@@ -63,7 +63,7 @@ def settings() -> str:
         "",
         "| setting | |",
         "|---|---|",
-        *(f"| `{name}` | {what} |" for name, what in config.RENAMED.items()),
+        *(f"| `{name}` | {what} |" for name, (what, _) in config.REMOVED.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -238,11 +238,9 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
     hard = config.prototypes.hard_targets and not no_prototypical
     in_workers = data.cache_gb > 0 and data.workers not in (0, "auto")
     has_teacher = bool(config.teachers or config.teacher.features)
-    may_distil = any(each.distil != 0 for each in config.external_teachers.values())
     locked = [] if model.projections_are_new else model.locked
     # A tenth is what the plan fills in, and so what a run's own settings hold, unasked.
     tenth = config.optim.locked_learning_rate == locked_rate(config.optim.learning_rate or 0.0)
-    no_classes = data.validation == 0 and loss.positives != "class"
     overfits = config.run.overfit is not None
     crops = overfits and data.augmentation == "clip"  # the plan fills in light
     linear_heads = not clip and model.heads.hidden_layers == 0
@@ -266,7 +264,7 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
     return [
         ("run.patience", config.run.stop_by is None, "run.stop_by is not set"),
         ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
-        ("data.class_column", no_classes, "data.validation is 0"),
+        ("data.class_column", data.validation == 0, "data.validation is 0"),
         ("data.augmentation", crops, "run.overfit transforms images as an evaluation does"),
         ("model.heads.*", *unused),
         ("model.heads.hidden_dim", linear_heads, "model.heads.hidden_layers is 0"),
@@ -285,15 +283,11 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
         ("loss.teacher", no_features, "no teacher has features"),
         ("loss.strengths", *unused),
         ("loss.strengths", *no_instance),
-        ("loss.distil_by", not may_distil, weight_is_0("teacher.distil")),
         ("loss.instance", *no_instance),
         ("loss.positives", *no_instance),
-        ("episodes.apart", episodes.size == episodes.batch_size, "an episode is one batch"),
         ("optim.locked_learning_rate", no_locked_stage, "there is no locked-image stage"),
         ("optim.image_lr_scale", "image" in locked, "the image tower is locked"),
-        ("optim.text_lr_scale", "text" in locked, "the text tower is locked"),
         ("model.embed_dim", *named),
-        ("model.projection", *named),
         ("model.image.name", *named),
         ("model.image.pooling", *named),
         ("model.text.pooling", model.text.name is None, "model.text.name is not set"),

@@ -25,31 +25,27 @@ LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # ... and module:Class
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
 NO_COMMANDS = "pipe: sources are gone; name shards by s3://, gs://, hf:// or https://, or copy them"
-
-# Settings of earlier versions, some with a value, and what to do instead.
-RENAMED = {
-    "prototypes.start": 'is prototypes.init now, with "k-means++" for "spread"',
-    "prototypes.unit_norm": "is gone; prototypes keep the norm that K-means gives them",
-    "prototypes.queue_size": "is gone; the queue holds episodes.size samples",
-    "model.checkpoint": "is model.start now, which also takes models of others",
-    "protocol": "is gone; leave it out, and for mean_recall take the mean of the six recalls",
-    "optim.locked_warm_up_steps": "is gone; the locked-image stage warms up for 2 steps",
-    "data.small_copies": "is gone; protoclip data pack SOURCE FOLDER --resize 256 makes them once",
-    "data.cache_folder": "is gone; the environment variable PROTOCLIP_CACHE names the folder",
-    "data.shuffle_captions": "is gone; give a table with the captions of other images",
-    "data.allow_private_hosts": "is gone; data may be on any host, but images of a table on none",
-    "data.allow_commands": NO_COMMANDS,
-    "allow_commands": NO_COMMANDS,  # of commands that take settings of data by their own names
-    "data.cache": "is gone; data.cache_gb = 0 keeps no decoded images",
-    "data.read = indexed": "is gone; leave it out, and local shards are indexed",
-    "montage": "is gone; protoclip explore shows pairs with their captions",
-    "teacher.weight": "is gone; loss.teacher is the weight of each teacher",
-    "loss.keep_by": "is gone; loss.keep keeps the relations of the start",
-}
-# Arguments in Python, flags on the command line, and no settings.
-ARGUMENTS = {
-    "run.resume": 'is no setting; give resume="auto" to train, align or finetune, or --resume auto '
-    "on the command line"
+# Settings, and values of settings, that are gone: what to do instead, and the value that changed
+# nothing. Run folders hold that value, so it is ignored.
+REMOVED: dict[str, tuple[str, Any]] = {
+    "run.resume": (
+        'is no setting; give resume="auto" to train, align or finetune, or --resume auto on the '
+        "command line",
+        None,
+    ),
+    "run.wandb": ("is gone; name wandb in run.loggers, and set WANDB_MODE=offline", "off"),
+    "data.allow_commands": (NO_COMMANDS, False),
+    "data.cache": ("is gone; data.cache_gb = 0 keeps no decoded images", "ram"),
+    "model.projection": ("is gone; the projections of two halves are linear", "linear"),
+    "episodes.apart": ("is gone; loss.positives = shared makes equal captions positives", False),
+    "loss.positives = masked": ("is gone; choose shared, which measures the same", None),
+    "loss.positives = class": ("is gone; choose shared, for equal images and captions", None),
+    "loss.keep_by": ("is gone; loss.keep keeps the relations of the start", "relations"),
+    "loss.distil_by": ("is gone; teacher.distil teaches relations", "relations"),
+    "optim.text_lr_scale": ("is gone; lower optim.learning_rate, or raise image_lr_scale", 1.0),
+    "align.head": ("is gone; heads are linear", "auto"),
+    "align.init": ("is gone; heads start in closed form", "cca"),
+    "align.views": ("is gone; each image is encoded once", 1),
 }
 # What other programs call settings, as they are called here.
 ELSEWHERE = {
@@ -59,17 +55,6 @@ ELSEWHERE = {
     "batch_size": "episodes.batch_size",
     "epochs": "episodes.count",
     "train": "data",  # of commands that take one source
-}
-# Of some of these the value that changed nothing, as old run folders have it: it is passed over.
-GONE = {
-    "data.small_copies": False,
-    "data.cache": "ram",
-    "data.shuffle_captions": False,
-    "data.allow_commands": False,
-    "prototypes.unit_norm": False,
-    "optim.locked_warm_up_steps": 2,
-    "teacher.weight": 1.0,
-    "loss.keep_by": "relations",
 }
 
 # The least positive float that is not denormal: denormal numbers are flushed to 0.
@@ -91,7 +76,7 @@ Decay = Annotated[float, 0, BELOW_1]
 Share = Annotated[float, 0, BELOW_1]
 LayerDecay = Annotated[float, ABOVE_0, 1]
 Captions = Annotated[int, 1, 1000] | Literal["one", "all", "sentences"]
-Positives = Literal["pair", "masked", "shared", "class"]
+Positives = Literal["pair", "shared"]
 # `Open` settings are unset (None) until a run's plan fills them (training/plan.py). What comes
 # after the plan finds a value in each, so that is what mypy sees, for which `MYPY` is true.
 UNSET: Any = None
@@ -117,7 +102,6 @@ class RunConfig:
     keep_checkpoints: Count = 2  # Newest checkpoints to keep.
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
     loggers: tuple[str, ...] = ("tensorboard",)  # ... wandb mlflow trackio.
-    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases, in this mode.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
     guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
@@ -222,10 +206,12 @@ class ModelConfig:
     lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
     frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
     embed_dim: Annotated[int, 2, 2**16] = 256  # Joint feature width of the small towers.
-    projection: Literal["linear", "mlp"] = "linear"  # Of two halves, into the joint space.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
+
+    # Not a setting. The projections of two halves into the joint space, as open_clip calls them.
+    projection = "linear"
 
     @property
     def leaves_image_size_open(self) -> bool:
@@ -256,13 +242,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HiddenLayerConfig(ModelConfig):
+    """A model of a run of 1.0, whose projections may have a hidden layer."""
+
+    projection = "mlp"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
     size: Open[Count] = UNSET  # Pairs in an episode; else from the data.
     count: Open[Count] = UNSET  # Episodes; else from the data.
     batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
     replacement: bool = True  # Draw pairs with replacement.
-    apart: bool = False  # Keep equal captions in different batches.
     warm_up: CountOrZero = 1  # First episodes, with InfoNCE alone.
     locked_image: CountOrZero = 1  # Last episodes, with the image tower locked.
 
@@ -302,14 +294,12 @@ class LossConfig:
     teacher: NotNegative = 0.5  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
-    distil_by: Literal["features", "relations"] = "relations"  # What to learn of teacher.distil.
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     learning_rate: Open[Positive] = UNSET  # Peak rate; else from the model.
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
-    text_lr_scale: Positive = 1.0  # Factor to the rate of the text tower.
     heads_lr_scale: Open[Positive] = UNSET  # Factor for the heads; else from the model.
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: Open[CountOrZero] = UNSET  # Linear warm-up; else from the model.
@@ -328,9 +318,6 @@ def locked_rate(learning_rate: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    head: Literal["auto", "linear", "mlp"] = "auto"  # auto: linear; mlp has a hidden layer.
-    init: Literal["cca", "random"] = "cca"  # Where heads start; cca: in closed form.
-    views: Annotated[int, 1, 64] = 1  # Stored images of an image; all but one are augmented.
     features: str | None = None  # Folder of the halves' features; else in the cache.
     dropout: Share = 0.2  # Share of a half's features that a step leaves out.
     geometry: NotNegative = 0.0  # Weight of keeping each half's neighbourhoods.
@@ -433,11 +420,11 @@ class Config:
 
     @property
     def uses_of_teachers(self) -> str:
-        """The external teachers, and what is learned of each: `minilm (groups and features)`."""
+        """The external teachers, and what is learned of each: `minilm (groups and relations)`."""
         told = []
         for name in self.external_teachers:
             uses = ["groups"] if name in self.grouping_teachers else []
-            uses += [self.loss.distil_by] if name in self.distilled_teachers else []
+            uses += ["relations"] if name in self.distilled_teachers else []
             told.append(f"{name} ({' and '.join(uses)})")
         return ", ".join(told)
 
@@ -488,7 +475,7 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
             given[name] = value
         elif names_setting(kind, str(name)):
             raise ValueError(f"{prefix}{name}: write it nested: {nested(prefix + name)}")
-        elif (f"{section}{name}", value) not in GONE.items():
+        elif REMOVED.get(f"{section}{name}", ("", None))[1] != value or value is None:
             raise ValueError(unknown(f"{prefix}{name}", [prefix + known for known in hints]))
     settings = dataclasses.fields(kind)  # type: ignore[arg-type]
     for entry in sorted(settings, key=lambda entry: bool(entry.kw_only)):  # arguments first
@@ -496,6 +483,18 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
         if not has_default and entry.name not in given:
             raise ValueError(f"{prefix}{entry.name}: is missing; give one")
     return kind(**{name: read(prefix + name, value, hints[name]) for name, value in given.items()})
+
+
+def without_removed(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a run folder without those that are gone, whatever their value was."""
+    settings: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = without_number(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            settings[key] = without_removed(value, f"{name}.")
+        elif name not in REMOVED and f"{name} = {value}" not in REMOVED:
+            settings[key] = value
+    return settings
 
 
 def names_setting(kind: Any, name: str) -> bool:
@@ -518,8 +517,9 @@ def without_number(name: str) -> str:
 
 def unknown(name: str, known: list[str]) -> str:
     """What to say about a setting that does not exist."""
-    if (former := (RENAMED | ARGUMENTS).get(without_number(name))) is not None:
-        return f"{name}: {former}"
+    for setting in (without_number(name), f"data.{name}"):  # `data` is left out by some commands
+        if setting in REMOVED:
+            return f"{name}: {REMOVED[setting][0]}"
     meant = ELSEWHERE.get(name.rpartition(".")[2], name)
     of_section = [setting for setting in known if setting.startswith(f"{name}.")]  # its main first
     close = of_section or difflib.get_close_matches(meant, known, n=1)
@@ -536,8 +536,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
         return read_one_of(name, value, [kind for kind in inner if kind is not NoneType])
     if origin is Literal:
         if not (isinstance(value, str) and value in inner):  # an array has no one answer
-            if (former := f"{name} = {value}") in RENAMED:
-                raise ValueError(f"{name}: {shown(value)} {RENAMED[former]}")
+            if (removed := f"{name} = {value}") in REMOVED:
+                raise ValueError(f"{name}: {shown(value)} {REMOVED[removed][0]}")
             raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(inner)}")
         return value
     if origin in (list, tuple):

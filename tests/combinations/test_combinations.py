@@ -58,9 +58,8 @@ FEATURES = {
     "workers": (0, 1),
     "teacher": ("no", "one", "two"),
     "loss": ("info_nce", "sigmoid"),
-    "positives": ("pair", "masked", "shared", "class"),
+    "positives": ("pair", "shared"),
     "captions": ("one", 2, "all", "sentences"),
-    "apart": (False, True),
     "prototypes": ("extract", "queue"),
     "ranks": ("one", "ddp", "fsdp"),
     "towers": ("resnet", "vit"),
@@ -70,7 +69,7 @@ FEATURES = {
     "locked": ("no", "yes"),
     "start": ("no", "yes"),
     "keep": ("no", "yes"),
-    "distil": ("no", "features", "relations"),
+    "distil": ("no", "yes"),
     "lora": ("no", "yes"),
     "precision": ("fp32", "bf16"),
     "guard": ("no", "yes"),
@@ -87,7 +86,7 @@ NEUTRAL = (
 # several times as long; with these it is enough that the setting is on.
 FAR_FROM_TOWERS = (
     *("source", "mixture", "cache", "augmentation", "workers"),
-    *("positives", "apart", "prototypes", "guard"),
+    *("positives", "prototypes", "guard"),
 )
 STEPS_AN_EPISODE, BATCH = 2, 16
 
@@ -104,12 +103,9 @@ REFUSED = [
     frozenset(pair)
     for pair in (
         (("keep", "yes"), ("start", "no")),
-        # These have no column of classes.
-        *((("positives", "class"), ("source", s)) for s in ("folder", "shards", "stream", "emoji")),
         *((("captions", several), ("positives", "pair")) for several in (2, "all")),
         # How many captions an image has is not known of a stream, nor which.
         (("captions", "all"), ("source", "stream")),
-        (("apart", True), ("source", "stream")),
         (("lora", "yes"), ("ranks", "fsdp")),
         (("lora", "yes"), ("compile", "yes")),
         # BatchNorm would count twice.
@@ -119,7 +115,7 @@ REFUSED = [
 # What the settings allow, and no row needs: without a teacher there is nothing to distil, and
 # BatchNorm sees a micro-batch, which makes another run.
 POINTLESS = [
-    *(frozenset({("distil", distil), ("teacher", "no")}) for distil in ("features", "relations")),
+    frozenset({("distil", "yes"), ("teacher", "no")}),
     frozenset({("towers", "resnet"), ("accumulation", "yes")}),
 ]
 
@@ -273,20 +269,17 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             "augmentation": row["augmentation"],
             "workers": row["workers"],
             "captions": row["captions"],
-            "class_column": "kind" if row["positives"] == "class" else None,
         },
         "episodes": {
             "size": STEPS_AN_EPISODE * BATCH,
             "count": 3,
             "micro_batch_size": 4 if row["accumulation"] == "yes" else None,
             "locked_image": int(row["locked"] == "yes"),
-            "apart": row["apart"],
         },
         "loss": {
             "instance": row["loss"],
             "positives": row["positives"],
             **({"keep": 1.0} if row["keep"] == "yes" else {}),
-            **({"distil_by": row["distil"]} if row["distil"] != "no" else {}),
         },
         "prototypes": {"source": row["prototypes"], "number": 6},
         # A large epsilon keeps what rounding does to small gradients small.
@@ -304,11 +297,10 @@ def config_for(row: Row, data: Path, out: Path) -> Config:
             replace(base.teacher, name=name, features=str(path), number=6, whiten=4)
             for name, path in teacher_files(config, row, data).items()
         ]
-        if row["distil"] != "no":  # relations of teachers whose tower is known are a default
-            weight, towers = {"features": 1.0}.get(row["distil"]), ("image", "text")
+        if row["distil"] == "yes":  # the default of teachers whose tower is known
             teachers = [
-                replace(teacher, distil=weight, tower=tower)
-                for teacher, tower in zip(teachers, towers, strict=False)
+                replace(teacher, tower=tower)
+                for teacher, tower in zip(teachers, ("image", "text"), strict=False)
             ]
         one = len(teachers) == 1
         config = replace(config, teacher=teachers[0]) if one else replace(config, teachers=teachers)
@@ -477,7 +469,7 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
 def test_the_settings_refuse_what_is_left_out_as_refused(pair, data, tmp_path):
     """So that none is left out which the settings have come to allow."""
     names = (
-        r"data\.captions|episodes\.apart|loss\.(keep|positives)|model\.lora|"
+        r"data\.captions|loss\.(keep|positives)|model\.lora|"
         r"parallel\.activation_checkpointing"
     )
     config = config_for(PLAIN | dict(pair), data, tmp_path / "run")

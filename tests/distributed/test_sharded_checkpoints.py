@@ -51,9 +51,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "run": {"save_steps": 3, "keep_checkpoints": 9, "evaluate": False},
     # Rounding may move a value across a ReLU; so the steps stay small.
     "optim": {"eps": 1e-2, "warm_up_steps": 0},
-    # Its heads, which are no part of the model that a checkpoint holds.
     "teacher": {"features": "emoji", "distil": 1.0},
-    "loss": {"teacher": 0.0, "distil_by": "features"},
+    "loss": {"teacher": 0.0},
     "data": {"validation": None},
 }
 DDP = {"parallel": {"strategy": "ddp"}}

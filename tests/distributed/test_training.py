@@ -118,7 +118,6 @@ def gradients(
             teachers={"teacher": 2.0},
             keep=float("relations" in terms),
             distil={"image": 2.0 * bool(distils), "text": 3.0 * bool(distils)},
-            distil_by="relations" if "distil_relations" in terms else "features",
         ),
     )
     total = torch.stack(list(losses.values())).sum()
@@ -138,7 +137,7 @@ TERMS = {
     "keep": ("relations",),
     "distil relations": ("distil_relations",),
     "all": (
-        *("info_nce", "sigmoid", "shared", "relations", "distil_features"),
+        *("info_nce", "sigmoid", "shared", "relations", "distil_relations"),
         *("image_from_text", "text_from_image", "image_from_teacher", "text_from_teacher"),
     ),
 }

@@ -124,7 +124,7 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monke
     assert "train/loss/geometry" not in lines
     assert "prototypical" not in lines
     config = (run / "config.toml").read_text()
-    for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0", 'projection = "linear"'):
+    for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0"):
         assert setting in config
     chosen = read_config(run)
     assert set(Align.defaults) - {"model.image.name"} <= aligning.CHOSEN
@@ -140,7 +140,7 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monke
     said = shown.err
     for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
         assert f"{chosen}: no effect" not in said
-    assert "data.augmentation: no effect, since align.views is 1" in said
+    assert "data.augmentation: no effect, since each image is read once" in said
 
 
 def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_path):
@@ -334,7 +334,7 @@ def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "more",
     [
-        {"align": {"head": "mlp", "views": 2}, "loss": {"instance": "sigmoid"}},
+        {"loss": {"instance": "sigmoid"}},
         {"episodes": {"micro_batch_size": 4}, "prototypes": {"source": "extract", "number": 4}},
     ],
 )
@@ -358,7 +358,7 @@ def test_ranks_that_share_the_encoding_write_what_one_process_writes(given, undi
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
-    more = {"prototypes": {"source": "queue"}, "align": {"dropout": 0.1, "head": "mlp"}}
+    more = {"prototypes": {"source": "queue"}, "align": {"dropout": 0.1}}
     align(changed(given, tmp_path / "whole", **more))
     step = aligning.train_together.__globals__["Trainer"].train_step
     left = [7]
@@ -431,20 +431,6 @@ def test_the_weight_of_the_geometry_reaches_a_step(given, tmp_path):
     assert any(not torch.equal(value, weights[3.0][name]) for name, value in weights[0.0].items())
 
 
-def test_a_visit_draws_one_of_the_stored_views(given):
-    """Of each image the plain one and two augmented ones, which differ; judging takes the first."""
-    _, rows, _ = rows_of(changed(given, align={"views": 3}, data={"augmentation": "clip"}))
-    every = np.arange(96)
-    assert len(rows.image) == 3
-    draws = [np.full(96, (view + 0.5) / 3, np.float32) for view in range(3)]
-    views = [rows.image_rows(every, draw) for draw in draws]
-    assert views[0].equal(rows.image_rows(every))
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert (views[one] != views[other]).any(1).float().mean() > 0.5  # crops of one colour
-    mixed = rows.image_rows(every, np.linspace(0, 0.999, 96, dtype=np.float32))
-    assert mixed.equal(torch.cat([views[view][view * 32 : view * 32 + 32] for view in range(3)]))
-
-
 def test_bad_images_are_left_out(given, tmp_path):
     table = pq.read_table(given["data"]["train"])
     images = table["image"].to_pylist()
@@ -481,7 +467,7 @@ def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
 
 def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
     """From the store, the image once; some images have two captions, others theirs twice."""
-    settings = changed(given, data={"captions": "all"}, loss={"positives": "masked"})
+    settings = changed(given, data={"captions": "all"}, loss={"positives": "shared"})
     plan, rows, model = rows_of(settings)
     run = Run(plan, model, folder=tmp_path, halves=rows)
     assert "data.captions = all: 2 of each image, which makes 32" in "".join(plan.notes)

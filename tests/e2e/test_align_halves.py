@@ -297,9 +297,6 @@ def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_pa
     weights["model"]["image"]["weights"] = "published"
     with pytest.raises(ValueError, match=r"model.image.weights: .*has weights of its own"):
         align(changed(weights, tmp_path / "run"))
-    both = settings_of(given, models["open_clip"], models["open_clip"])
-    with pytest.raises(ValueError, match=r"align.head: mlp, but both halves are open_clip's own"):
-        align(changed(both, tmp_path / "run", align={"head": "mlp"}))
     assert not (tmp_path / "run").exists()
 
 

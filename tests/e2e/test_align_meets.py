@@ -82,28 +82,6 @@ def test_pairs_with_one_image_are_on_one_side_of_the_hold_out(given, sources):
     assert trained.isdisjoint({held_out.where(row) for row in range(len(held_out))})
 
 
-def test_pairs_of_one_class_are_positives(given, sources, tmp_path, monkeypatch):
-    """In each batch of rows; those without a class are alone."""
-    batches, train_step = [], Trainer.train_step
-
-    def and_note(trainer: Trainer, batch: Any, **how: Any) -> Any:
-        batches.append(batch)
-        return train_step(trainer, batch, **how)
-
-    monkeypatch.setattr(Trainer, "train_step", and_note)
-    changes = {"loss": {"positives": "class"}, "episodes": {"size": 32, "count": 1}}
-    run = tmp_path / "run"
-    align(of_source(given, sources["mixture"], run={"out": str(run)}, **changes))
-    pairs = sources_of.pairs(read_config(run))
-    classes = {each: pairs.class_of(row) for row, each in enumerate(pairs.sample_ids())}
-    assert len(batches) == 2
-    for batch in batches:
-        named = [classes[each] or each for each in batch.sample_id]
-        equal = batch.groups[:, None, 2] == batch.groups[:, 2]
-        assert equal.tolist() == [[one == other for other in named] for one in named]
-        assert len({*named}) < len({*batch.sample_id})
-
-
 def logged(folder: Path) -> str:
     return (folder / "metrics.jsonl").read_text()
 
@@ -459,14 +437,7 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
         cli.main(["evaluate", str(checkpoint), "--data", data, "--workers", "0"])
     cli.main(["analyze", str(run), "--json"])
     cli.main(["report", str(run), "--out", str(tmp_path / "report.html")])
-    align(
-        changed(
-            given,
-            tmp_path / "other",
-            align={"head": "mlp"},
-            model={**given["model"], "embed_dim": 8},
-        )
-    )
+    align(changed(given, tmp_path / "other", model={**given["model"], "embed_dim": 8}))
     assert sum(len(each.features) for each in encoded) == made
     image = {**given["model"]["image"], "size": 64}
     align(changed(given, tmp_path / "larger", model={**given["model"], "image": image}))

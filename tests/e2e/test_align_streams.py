@@ -78,15 +78,15 @@ def by_id(settings: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monkeypatch):
-    """Also compressed, with several views, and filtered. A second run reads no shard, and a larger
+    """Also compressed and filtered. A second run reads no shard, and a larger
     stream encodes what is new."""
     names = encoded(monkeypatch)
-    plain = of(given, shards / "plain", align={"views": 2})
+    plain = of(given, shards / "plain")
     indexed = by_id(changed(plain, data={"read": "auto"}))
     assert not names
     stream = by_id(plain)
     assert len(stream) == 96
-    assert len(names) == len({*names}) == 2 * 96
+    assert len(names) == len({*names}) == 96
     for name, row in indexed.items():
         np.testing.assert_allclose(stream[name], row, atol=2e-3, rtol=2e-3)
     with monkeypatch.context() as patch:
@@ -97,10 +97,10 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
             for path in [path for path in store.glob("**/*") if path.is_dir()]:
                 stack.enter_context(locked(path))
             assert by_id(plain) == stream
-    larger = of(given, shards / "{plain,more}/*.tar", align={"views": 2})
+    larger = of(given, shards / "{plain,more}/*.tar")
     assert len(by_id(larger)) == 96 + 29
     assert "the same sample id as in a shard before" in "".join(rows_of(larger)[0].notes)
-    assert len(names) == len({*names}) == 2 * (96 + 30)
+    assert len(names) == len({*names}) == 96 + 30
     left_out = shards / "left_out.json"
     left_out.write_text(json.dumps([next(iter(rows_of(plain)[0].samples.sample_ids()))]))
     fewer = of(given, shards / "mixed/*.tar*", data={"without": str(left_out)})
@@ -110,10 +110,6 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
-        (
-            {"align": {"head": "mlp"}, "model": {"projection": "linear"}},
-            "align.head: mlp, but model.projection is linear",
-        ),
         ({"episodes": {"size": 1009}}, "episodes.size: 1009 is no multiple of .* \\(256\\)"),
         ({"episodes": {"size": 16, "count": 1, "warm_up": 2}}, "episodes.count: 1 is less than"),
         ({"prototypes": {"number": 65}}, "prototypes.number: 65 needs to be between"),

@@ -43,18 +43,6 @@ def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, caps
     assert train(again, resume="auto")["overfit"] == facts
 
 
-def test_pairs_of_one_class_are_told_apart(tmp_path, monkeypatch):
-    """As positives of each other they never are, whatever the model."""
-    monkeypatch.setattr(overfit, "STEPS", 80)
-    table = tiny_pairs().append_column("kind", pa.array(["a", "b"] * 48))
-    pq.write_table(table, tmp_path / "pairs.parquet")
-    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
-    by_class = {"loss": {"positives": "class"}, "data": {"class_column": "kind"}}
-    config = with_changes(config, {**by_class, "optim": {"learning_rate": 3e-3}})
-    results = train(replace(config, run=replace(config.run, overfit=8)))
-    assert results["overfit"]["recall"] == 1
-
-
 @pytest.mark.parametrize("command", ["train", "align", "finetune"])
 def test_a_short_option_stands_for_the_setting(command):
     given = parse(COMMANDS[command], ["--run.seed", "3", "--overfit", "64"]).settings()

@@ -151,13 +151,13 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
 
 
 def test_a_run_says_its_loss_and_how_many_pairs_match(tmp_path, monkeypatch, capsys):
-    """All of a batch of 16, where all are of one class. Progress shows no loss of a stage that has
+    """All of a batch of 16, if all captions are equal. Progress shows no loss of a stage that has
     ended, such as that with prototypes, beside the next one's name."""
     table = tiny_pairs(96)
     path = tmp_path / "pairs.parquet"
-    pq.write_table(table.append_column("kind", pa.array(["one"] * len(table))), path)
-    data = {"class_column": "kind", "validation": 0.0}
-    changes = {"data": data, "loss": {"positives": "class", "prototypical": 0.0}}
+    pq.write_table(table.set_column(1, "caption", pa.array(["one"] * len(table))), path)
+    data = {"validation": 0.0}
+    changes = {"data": data, "loss": {"positives": "shared", "prototypical": 0.0}}
     changes["loss"]["instance"] = "sigmoid"
     changes |= {"run": {"log_every": 3}, "episodes": {"locked_image": 1}}
     config = short(tiny_config(str(path), out=""), tmp_path / "run", count=2, **changes)

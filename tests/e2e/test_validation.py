@@ -117,33 +117,6 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
 
 
-def test_classes_that_some_pairs_lack_do_not_judge(folder, tmp_path):
-    """They are for positives, of which docs/models.md says that pairs without one take part; nor
-    does another source to judge by need any. Without these positives a gap is a mistake."""
-    table, gaps = pq.read_table(folder / "a.parquet"), tmp_path / "gaps.parquet"
-    kinds = [None if row % 3 else kind for row, kind in enumerate(table["kind"].to_pylist())]
-    pq.write_table(table.set_column(2, "kind", pa.array(kinds)), gaps)
-    base = config_for(folder, tmp_path / "run", train=str(gaps), class_column="kind")
-    config = with_changes(base, {"loss": {"positives": "class"}})
-
-    def judging(**data: object) -> tuple[set[str], bool, bool]:
-        """Splits with classes, and whether zero-shot, and a note, are there."""
-        changed = with_changes(config, {"data": data})
-        _, (one, *_), notes = judged(changed, sources.pairs(changed))
-        with_classes = {name for name, split in one.splits.items() if split.labels is not None}
-        return with_classes, bool(one.class_names), any("have no class" in note for note in notes)
-
-    assert judging() == (set(), False, True)
-    # Rows without a class teach no probe.
-    assert judging(validation=str(folder / "b.parquet")) == ({"validation", "train"}, True, False)
-    of_one = {"sources": [SourceConfig(path=f"{folder}/a.parquet", class_column="kind")]}
-    of_one |= {"train": "emoji", "class_column": None, "validation": f"{folder}/b.parquet"}
-    assert judging(**of_one) == (set(), False, False)
-    assert judging(train=f"{folder}/a.parquet") == ({"validation", "train"}, True, False)
-    with pytest.raises(ValueError, match="has no class; fill it in"):
-        judged(base, sources.pairs(base))
-
-
 def test_probes_learn_from_all_pairs_that_have_a_class(monkeypatch):
     """Up to a limit, that those without a class do not use up, alone and in other sources."""
     monkeypatch.setattr(validation, "MOST_LEARNED", 50)

@@ -202,7 +202,7 @@ BASE: dict[str, Any] = tomllib.loads(to_toml(make_plan(tiny_config(out="x")).con
 for section, setting in (("data", "workers"), ("run", "out")):
     BASE[section].pop(setting, None)
 KNOWN = [name for name, _ in options(COMMANDS["train"]) if name.count(".") == 1]
-FIXED = {"data.workers", "run.out", "run.wandb", "run.loggers", "data.train"}
+FIXED = {"data.workers", "run.out", "run.loggers", "data.train"}
 
 
 @st.composite
@@ -246,7 +246,7 @@ def test_any_recipe(images, content, command):
         (data / "recipe.toml").write_bytes(content)
         words = [command, "--config", str(data / "recipe.toml"), "--run.out", str(out / "run")]
         words += ["--data.train", str(data / "pairs.parquet"), "--data.workers", "0"]
-        words += ["--run.wandb", "off", "--run.loggers", "tensorboard"]
+        words += ["--run.loggers", "tensorboard"]
         call(words, writes=[out], keeps=data)
 
 

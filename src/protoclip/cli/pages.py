@@ -48,7 +48,6 @@ SETTINGS = {
     "run.evaluate_every": "evaluation.md",
     "optim.layer_decay": "models.md#fine-tune",
     "loss.teacher": "teachers.md",
-    "loss.distil_by": "teachers.md",
     "loss.positives": "models.md#fine-tune",
     "episodes.micro_batch_size": "scaling.md",
 }

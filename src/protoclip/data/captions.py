@@ -1,7 +1,7 @@
 """Which captions of an image a visit brings, and keys that are equal for pairs that show the same.
 
 The random draws behind the choice of captions are in `sampler.py`. `losses/positives.py` says what
-is made of pairs that share a caption, an image or a class.
+is made of pairs that share a caption or an image.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 
 from protoclip.config import Config
-from protoclip.data.pairs import Pairs, Sample, SampleStream
+from protoclip.data.pairs import Sample
 
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 USUAL = 0.99  # share of the images whose number of captions `all` is, if others have far more
@@ -25,13 +25,11 @@ USUAL = 0.99  # share of the images whose number of captions `all` is, if others
 LONGEST_TEXT = 20_000
 LONG_WORD = re.compile(r"(\w{500})\w+|([^\w\s]{500})[^\w\s]+")
 
-Key = Literal["caption", "image", "class"]
+Key = Literal["caption", "image"]
 # By which keys pairs are positives, for each value of `loss.positives`.
 KEYS: dict[str, tuple[Key, ...]] = {
     "pair": (),
-    "masked": ("caption", "image"),
     "shared": ("caption", "image"),
-    "class": ("caption", "image", "class"),
 }
 
 
@@ -136,28 +134,13 @@ def normalise_texts(captions: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     return pc.replace_with_mask(texts, needs_more, pa.array(others, pa.large_binary()))
 
 
-def class_number(pairs: Pairs, row: int) -> int:
-    """The key of a row's class. A row without one is alone, but for further visits to it."""
-    name = pairs.class_of(row)  # type: ignore[attr-defined]
-    return number_of(f"class {name}" if name else f"sample {pairs.sample_id(row)}")
-
-
-def keys_of(
-    by: tuple[Key, ...],
-    pairs: Pairs | SampleStream,
-    row: int | None,
-    sample: Sample,
-    captions: list[str],
-) -> list[list[int]]:
+def keys_of(by: tuple[Key, ...], sample: Sample, captions: list[str]) -> list[list[int]]:
     """The keys of a sample with each of its captions on this visit. An image is known by its bytes,
-    which costs a microsecond a kilobyte; `row` is that of pairs with classes."""
+    which costs a microsecond a kilobyte."""
     columns: list[list[int]] = []
     for key in by:
         if key == "caption":
             columns.append([number_of(normalised(caption)) for caption in captions])
-        elif key == "image":
-            columns.append([number_of(sample.image)] * len(captions))
         else:
-            assert row is not None, "sources.pairs refuses classes of streams"
-            columns.append([class_number(cast("Pairs", pairs), row)] * len(captions))
+            columns.append([number_of(sample.image)] * len(captions))
     return [list(keys) for keys in zip(*columns, strict=True)]

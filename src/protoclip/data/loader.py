@@ -150,7 +150,7 @@ class _Reader(Dataset[_Made]):
             box = partial(transform.box, draws=request.transform_draws[number])
             cut = partial(self.crop, box=box, size=transform.size)
             for candidate in candidates:
-                row, began = candidate if isinstance(candidate, int) else None, time.monotonic()
+                began = time.monotonic()
                 try:
                     sample, image = read_image(self.pairs, candidate, cut)
                 except BadSample as error:
@@ -163,7 +163,7 @@ class _Reader(Dataset[_Made]):
                 captions += drawn
                 images.append(image)
                 ids.append(sample.sample_id)
-                groups += keys_of(request.group_by, self.pairs, row, sample, drawn)
+                groups += keys_of(request.group_by, sample, drawn)
                 break
             else:
                 return _Made([], torch.zeros(0), Packed.of({}), [], bad)

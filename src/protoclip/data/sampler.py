@@ -3,9 +3,8 @@
 Everything here is a pure function of the seed and the number of the episode.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.data.captions import normalised
-from protoclip.data.pairs import BadSample, Pairs, SampleStream
+from protoclip.data.pairs import Pairs, SampleStream
 
 Rows = npt.NDArray[np.int64]
 # Independent sequences of random numbers.
 ROWS_STREAM, TRANSFORM_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
-SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM, DEAL_STREAM = 5, 6, 7, 8
+SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM = 5, 6, 7
 PERMUTED_AT_ONCE = 2**16  # rows of an episode, few enough for a processor's caches
 
 
@@ -156,47 +154,6 @@ class EpisodeSampler:
         return rows
 
 
-def dealt(keys: Sequence[Hashable], batches: int, draws: np.random.Generator) -> Rows:
-    """An order of an episode's pairs in which those with equal keys lie in different batches.
-
-    The pairs lie in a deck, equal keys together, and each batch gets a card a round. So equal ones
-    meet only where they are more than batches, and no batch has two more of them than another.
-
-    Args:
-        keys: One of each pair; their number is a multiple of `batches`.
-
-    >>> order = dealt("aabbccdd", 2, np.random.default_rng(0))
-    >>> sorted("aabbccdd"[n] for n in order[:4])
-    ['a', 'b', 'c', 'd']
-    """
-    number_of = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    numbers = np.array([number_of[key] for key in keys])
-    # Keys, and pairs of one key, lie in an order of their own in each episode.
-    deck = np.lexsort((draws.random(len(keys)), draws.permutation(len(number_of))[numbers]))
-    rounds = deck.reshape(-1, batches)
-    hands = np.empty_like(rounds)
-    last, has_last = -1, np.zeros(batches, bool)  # the last key of a round, and who got it
-    for dealt_now, cards in zip(hands, rounds, strict=True):
-        key = numbers[cards]
-        order = draws.permutation(batches)
-        order = order[np.argsort(has_last[order], kind="stable")]
-        same = np.count_nonzero(key == last)  # the first cards, for those who got none of it
-        order[same:] = draws.permutation(order[same:])
-        dealt_now[order] = cards
-        if key[-1] != last:
-            last, has_last = key[-1], np.zeros(batches, bool)
-            has_last[order[key == last]] = True
-    return draws.permuted(hands.T, axis=1).ravel()
-
-
-def captions_or_row(samples: Pairs, row: int) -> Hashable:
-    """All captions of a pair, but for case and spacing; its row if it has none that are good."""
-    try:
-        return tuple(map(normalised, samples.sample_captions(row)))
-    except BadSample:
-        return row
-
-
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
     """A function from the number of an episode to the episode.
 
@@ -239,14 +196,4 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
             f"data.sources: the weight of '{source.name}' is too small for a pair of it to be in "
             f"an episode of {size}; raise it or episodes.size, or set episodes.replacement = true"
         )
-    if not config.episodes.apart:
-        return sampler.episode
-
-    @lru_cache(maxsize=2)  # an episode is asked for several times, and its captions are read
-    def apart(index: int) -> Episode:
-        drawn = sampler.episode(index)
-        keys = [captions_or_row(samples, row) for row in drawn.rows.tolist()]
-        draws = generator(config.run.seed, DEAL_STREAM, index)
-        return replace(drawn, rows=drawn.rows[dealt(keys, size // batch_size, draws)])
-
-    return apart
+    return sampler.episode

@@ -66,11 +66,6 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
             "data.sources: a stream mixes only with streams; set data.read = streaming, and name "
             "tar shards only"
         )
-    if config.loss.positives == "class" and not any(each.class_column for each in tables):
-        raise ValueError(
-            "loss.positives: class needs a table with classes, named by data.class_column; name "
-            "it, or choose shared"
-        )
     return _join_streams(config, streams, chosen) if streams else _join(config, tables, chosen)
 
 
@@ -102,11 +97,6 @@ def _join_streams(
     config: Config, streams: list[ShardStream], chosen: Chosen | None
 ) -> ShardStream | MixedStreams:
     """Streams, of which what is chosen passes."""
-    if config.episodes.apart:
-        raise ValueError(
-            "episodes.apart: a stream is read in its order, so its equal captions cannot be kept "
-            "apart; set loss.positives = masked instead, or read local shards without data.read"
-        )
     for stream in streams if chosen is not None else ():
         stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(streams) > 1 else ""
         stream.notes.append(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, Config
-from protoclip.data.captions import Key, class_number, normalised, number_of
+from protoclip.data.captions import Key, normalised, number_of
 from protoclip.data.index import ArrowIndex, build_index, index_folder
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, named, pair_numbers, without_prefix
 from protoclip.data.packed import Packed
@@ -221,7 +221,6 @@ class HalfRows:
         keys: dict[Key, Callable[[], Numbers]] = {
             "caption": same_text,
             "image": same_image,
-            "class": lambda: np.array([class_number(pairs, int(row)) for row in rows]),
         }
         return np.stack([keys[key]() for key in by], axis=1)
 

@@ -408,7 +408,5 @@ def heads(
     learned: dict[str, tuple[str, int | None]] = {}
     for name, teacher in config.distilled_teachers.items():
         assert teacher.tower is not None, "`with_towers` comes first"
-        teacher_width = teachers[name].width if name in teachers else width
-        by_features = config.loss.distil_by == "features"
-        learned[name] = teacher.tower, teacher_width if by_features else None
+        learned[name] = teacher.tower, None
     return learned

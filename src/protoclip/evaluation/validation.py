@@ -85,9 +85,7 @@ def judged_by_other(config: Config, samples: Pairs | SampleStream, name: str) ->
     """All samples to train on, and the pairs that `data.validation` names to evaluate on."""
     # The lists of ids are of the training data.
     data = replace(config.data, train=name, sources=[], read="auto", only=None, without=None)
-    # Pairs that are not trained on need no classes to be positives by.
-    loss = replace(config.loss, positives="pair")
-    opened = sources.pairs(replace(config, data=data, loss=loss))
+    opened = sources.pairs(replace(config, data=data))
     if not isinstance(opened, Pairs):
         raise ValueError(f"data.validation: {name}: a stream has no end; copy it")
     judging, notes = plain_sources(opened), list[str](getattr(opened, "notes", ()))
@@ -108,7 +106,6 @@ def judged_by_other(config: Config, samples: Pairs | SampleStream, name: str) ->
         notes += overlap(name, (looked, images, captions))
         counts = {"pairs": looked, "images": images}
     parts = [(source, np.arange(len(source))) for source in judging]
-    notes += without_some_classes(config, parts)
     return Judged(samples, data_sets(parts, probe_rows(training, NONE), counts), notes)
 
 
@@ -156,25 +153,9 @@ def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float)
         "data.validation sets a share, another source, or 0 for none"
     )
     parts = by_source(training, rows)
-    notes += without_some_classes(config, parts)
     counts = {"pairs": len(rows), "images": 0}
     data = data_sets(parts, probe_rows(training, rows), counts)
     return Judged(without(samples, rows), data, notes)
-
-
-def without_some_classes(config: Config, parts: Sequence[tuple[ImageTextPairs, Rows]]) -> list[str]:
-    """Let sources judge without their classes where a row lacks one, which may train; notes."""
-    notes = []
-    for source, rows in parts if config.loss.positives == "class" else ():
-        if source.class_column is None:
-            continue
-        if not have_class(source)[rows].all():
-            source.class_column = None
-            notes.append(
-                f"{source.name}: some pairs have no class, so classes do not judge the run; they "
-                "match by caption and image alone"
-            )
-    return notes
 
 
 def starts_of(config: Config) -> dict[Path, str]:

@@ -1,12 +1,10 @@
 """Losses that keep a model close to frozen ones: to its start, or to teachers (distillation).
 
-Relations are how similar the rows of a batch are to each other, and leave the features free to
-move together. A teacher's `features` can be learned as they are, too: by the cosine between a
-feature and the frozen one.
+What is learned are relations: how similar the rows of a batch are to each other. They leave the
+features free to move together.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,6 @@ from protoclip.distributed import collectives
 from protoclip.losses import tiles
 from protoclip.losses.prototypical import mean_of_known
 
-By = Literal["relations", "features"]
 TEMPERATURE = 0.1  # of both softmaxes over the rows of one modality
 FAR = -1e9  # the logit of what a softmax leaves out; infinity less infinity would be no number
 
@@ -118,32 +115,18 @@ def divergences(
     )
 
 
-def cosine_distances(
-    rows: Float[Tensor, "b q"], frozen: Float[Tensor, "b q"]
-) -> Float[Tensor, " b"]:
-    """1 - cosine between rows of unit norm, in float32 or wider."""
-    rows, frozen = tiles.widened(rows, frozen)
-    return 1 - (rows * frozen).sum(1)
-
-
 def distil(
     outputs: Float[Tensor, "b _"],
     features: Float[Tensor, "b q"],
     *,
-    by: By,
     samples: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The distance of a tower's outputs for a batch from a teacher's features of it.
+    """The distance of a tower's relations in a batch from a teacher's.
 
-    By `features` the mean of 1 - cosine, in [0, 2], half the squared distance of unit vectors:
-    CLIP-KD finds that this teaches more than relations; small towers here learned more by
-    relations. The features are those
-    that are stored, not whitened: whitening is for clusters, and blows up directions in which
-    features hardly differ.
-
-    By `relations` the mean of KL(p || q) over rows, with q the softmax over a row's cosines to the
-    other rows of the batch, at temperature 0.1, and p that of the teacher, which knows one
-    modality. That needs no common space.
+    It is the mean of KL(p || q) over rows, with q the softmax over a row's cosines to the other
+    rows of the batch, at temperature 0.1, and p that of the teacher, which knows one modality. That
+    needs no common space. The teacher's features are those that are stored, not whitened: whitening
+    is for clusters, and blows up directions in which features hardly differ.
 
     The weight is a plain one. Unlike the pull of prototypes, that of a cosine depends neither on
     the number of prototypes nor on how well groups agree, so nothing has to set it.
@@ -152,15 +135,16 @@ def distil(
     several ranks, each with `b` rows, the means of value and gradients over ranks are those of the
     whole batch.
 
-        >>> outputs, unknown = 3 * torch.eye(2), float("nan")
-        >>> distil(outputs, torch.tensor([[1.0, 1.0], [unknown, unknown]]), by="features").item()
-        0.29289...
+        >>> outputs, unknown = torch.eye(3), float("nan")
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [unknown, unknown]])
+        >>> distil(outputs, teacher).item()
+        0.0
 
     Args:
-        outputs: What a tower's head makes of them, or by relations the tower; of any norm.
+        outputs: What the tower makes of them, of any norm.
         features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
             know.
-        samples: The number of each row's sample, at least 0; unset, all differ. Relations leave
+        samples: The number of each row's sample, at least 0; unset, all differ. The softmax leaves
             out rows of the same sample: their features are equal, so they would take most of the
             softmax and teach nothing. Other samples with equal features stay (docs/results.md).
     """
@@ -169,8 +153,6 @@ def distil(
     features = torch.where(has_features[:, None], features, 0).to(outputs)
     with tiles.without_autocast(outputs):
         rows, frozen = F.normalize(outputs, dim=-1), F.normalize(features, dim=-1)
-        if by == "features":
-            return mean_of_known(cosine_distances(rows, frozen), has_features, shared=True)
         if samples is None:
             first = collectives.rank() * len(rows)
             samples = torch.arange(first, first + len(rows), device=rows.device)

@@ -5,7 +5,6 @@ Each loss is computed in a file of its own, and strengths that set themselves ar
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,7 @@ class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed.
 
     A run has InfoNCE or the sigmoid loss; `objective` is public, and takes both.
-    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group, and `distil_by`
-    what is to be learned of the teachers in `distil`.
+    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group.
     """
 
     info_nce: float = 1.0
@@ -40,7 +38,6 @@ class LossWeights:
     teachers: Mapping[str, float] = field(default_factory=dict)
     keep: float = 0.0
     distil: Mapping[str, float] = field(default_factory=dict)
-    distil_by: Literal["features", "relations"] = "relations"
     geometry: float = 0.0
 
     def of(self, teacher: str) -> float:
@@ -62,12 +59,11 @@ def loss_weights(config: Config, *, geometry: float) -> LossWeights:
     return LossWeights(
         info_nce=0.0 if sigmoid else loss.info_nce,
         sigmoid=loss.info_nce if sigmoid else 0.0,
-        positives="shared" if loss.positives == "class" else loss.positives,
+        positives=loss.positives,
         prototypical=loss.prototypical,
         teachers=dict.fromkeys(config.grouping_teachers, loss.teacher),
         keep=loss.keep,
         distil={name: teacher.distil for name, teacher in config.distilled_teachers.items()},
-        distil_by=loss.distil_by,
         geometry=geometry,
     )
 
@@ -156,9 +152,7 @@ def objective(
         # The teacher has a row for each text; an image tower has one for each image.
         step = captions if len(outputs) < len(teachers[name]) else 1
         samples_of_rows = None if samples is None else samples[::step]
-        loss = distil(
-            outputs, teachers[name][::step], by=weights.distil_by, samples=samples_of_rows
-        )
+        loss = distil(outputs, teachers[name][::step], samples=samples_of_rows)
         losses[f"distil_{name}"] = weights.distil[name] * loss
         report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:

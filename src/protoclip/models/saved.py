@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import protoclip
-from protoclip.config import Config, ModelConfig, build
+from protoclip.config import Config, HiddenLayerConfig, ModelConfig, build, without_removed
 from protoclip.distributed.collectives import (
     all_gather_object,
     in_background,
@@ -84,7 +84,8 @@ def model_json(
     model: ModelConfig, towers: Mapping[str, Any] | None, *, squashes: bool = False
 ) -> dict[str, Any]:
     """The content of `model.json`: all that builds a model again, but for its weights."""
-    content = {"protoclip": protoclip.__version__, "model": asdict(model)}
+    settings = asdict(model) | {"projection": model.projection}
+    content: dict[str, Any] = {"protoclip": protoclip.__version__, "model": settings}
     if towers is not None:
         content["hugging_face" if "transformers" in towers else "open_clip"] = towers
     if squashes:  # without it, images are cropped, as by all models up to 1.0.0
@@ -137,7 +138,8 @@ def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
             raise KeyError(min(missing))
         settings["pretrained"] = settings.get("pretrained") or None  # "" was none up to 1.0.0
         settings["image"] = {"pooling": "avg", **settings["image"]}  # as all had it up to 1.0.0
-        return build(ModelConfig, settings, "model.")
+        is_linear = settings.pop("projection", "linear") == "linear"
+        return build(ModelConfig if is_linear else HiddenLayerConfig, settings, "model.")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"
@@ -195,7 +197,7 @@ def read_config(run: Path) -> Config:
     if isinstance(tree.get("data"), dict):
         tree["data"].pop("cache", None)  # of version 1.0; it changed no result
     try:
-        config = Config.from_dict(tree)
+        config = Config.from_dict(without_removed(tree))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return replace(config, data=replace(config.data, allow_links=False))

@@ -228,7 +228,7 @@ def map_before(
 ) -> list[Map]:
     """The map before training, with the weights that the run's seed gave; else of an early step."""
     title = "Before training"
-    if config.align.init == "cca" and any(map(saved.is_aligned, checkpoints[-1:])):
+    if any(map(saved.is_aligned, checkpoints[-1:])):
         title = "Random heads, before the closed form"  # from which training starts
     start = repr((config.model, config.run.seed, title))
     if start in firsts:

@@ -20,17 +20,14 @@ from protoclip.config import (
     HALVES,
     Config,
     EpisodeConfig,
-    ModelConfig,
     Settings,
     TeacherConfig,
 )
 from protoclip.data.captions import caption_draw
 from protoclip.data.decode import decode
-from protoclip.data.defaults import fitting_augmentation
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.transforms import Transform
 from protoclip.data.view import without
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
@@ -50,7 +47,7 @@ from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.formats import closed_formats
 from protoclip.models.precision import autocast, resolve
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.resolve import JoinedTowers, names_model
+from protoclip.models.resolve import names_model
 from protoclip.models.start import Start
 from protoclip.models.timm import PUBLISHED
 from protoclip.paths import require_store
@@ -58,15 +55,15 @@ from protoclip.terminal import say
 from protoclip.training import sizes
 from protoclip.training.choices import Choices, choices_of, given_settings
 from protoclip.training.overfit import given_for_few
-from protoclip.training.plan import Plan, fill
+from protoclip.training.plan import Plan
 from protoclip.training.run import train_together
 
-PASSES = {"cca": 30, "random": 100}  # over the data, by where the heads start
+PASSES = 30  # over the data
 LARGEST_BATCH = 1024
 GROUPS_OF_TEACHER = 2.0  # their weight; the 0.5 of `train` was chosen for towers that train
 # What aligning chooses where it is not given.
 CHOSEN = {
-    *("run.name", "model.embed_dim", "model.projection"),
+    *("run.name", "model.embed_dim"),
     *("episodes.batch_size", "episodes.size", "episodes.count", "episodes.replacement"),
     *("episodes.locked_image", "episodes.warm_up", "optim.learning_rate", "optim.warm_up_steps"),
     *("optim.weight_decay", "optim.heads_weight_decay", "optim.heads_lr_scale", "optim.betas"),
@@ -194,40 +191,21 @@ def refuse(config: Config) -> None:
             "data.captions: align encodes whole captions; give a table whose captions are the "
             "sentences, or leave it out"
         )
-    if config.episodes.apart:
-        raise ValueError(
-            "episodes.apart: align makes one sample of an image with all its captions, which may "
-            "be equal to another's in part; set loss.positives = masked instead"
-        )
 
 
 def with_data(
     choices: Choices, config: Config, start: Start, data: Judged
 ) -> tuple[Config, list[str]]:
-    """The defaults of aligning for `plan.complete`: an episode is a pass, up to the largest one.
-
-    Raises:
-        ValueError: The head is none that the halves can have.
-    """
+    """The defaults of aligning for `plan.complete`: an episode is a pass, up to the largest one."""
     assert isinstance(data.training, Pairs)  # a stream has passed by now
     choices.config, choose = config, choices.choose
     # An image that several rows show is one sample with all their captions.
-    path = write_listing(data.training, features_folder(config), config.align.views)
+    path = write_listing(data.training, features_folder(config), 1)
     rows = len(open_listing(path).rows)
-    closed, hidden = list[str](), hidden_choices(start)
-    projection = choose("model.projection", projection_of(choices, config, start))
-    if projection == "mlp" and len(hidden) == 1:
-        linear = "text" if "vision_cfg" in hidden else "image"
-        closed.append(
-            f"model.projection = mlp: the {linear} half is open_clip's own tower, whose projection "
-            "stays linear"
-        )
-    closed += on_exports(choices.config, start)
-    read_once = ("data.cache_gb", "data.shuffle_buffer")
+    closed = on_exports(choices.config, start)
+    read_once = ("data.augmentation", "data.cache_gb", "data.shuffle_buffer")
     idle = dict.fromkeys(read_once, "each image is read once")
     idle["model.frozen_batch_norm"] = "the halves are frozen"
-    if config.align.views == 1:
-        idle["data.augmentation"] = "align.views is 1"
     closed += [
         f"{name}: no effect, since {why}" for name, why in idle.items() if choices.is_given(name)
     ]
@@ -241,60 +219,22 @@ def with_data(
     size = choose("episodes.size", max(batch, most // batch * batch))
     if size <= rows:
         choose("episodes.replacement", False)
-    pairs = PASSES[config.align.init] * rows
-    count = choose("episodes.count", sizes.episodes_with(pairs, size, batch))
+    count = choose("episodes.count", sizes.episodes_with(PASSES * rows, size, batch))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     return choices.config, choices.notes + closed
 
 
 def on_exports(config: Config, start: Start) -> list[str]:
     """What to tell of formats of `protoclip export` that cannot hold the run."""
-    reasons = of_linear = closed_to(config.model, config, start)
-    if config.model.projection != "linear":
-        of_linear = closed_to(replace(config.model, projection="linear"), config, start)
-    return [
-        f"the run cannot be exported as {name}: {reason}"
-        + ("" if name in of_linear else "; with a linear projection it can")
-        for name, reason in reasons.items()
-    ]
-
-
-def closed_to(model: ModelConfig, config: Config, start: Start) -> dict[str, str]:
-    """Why formats cannot hold a run with this `[model]` section, by format."""
-    start = replace(start, model=model)
     built = start.build(on_meta=True)
     if loading.gets_logit_bias(config, start):
         built.add_logit_bias()
     config_of_towers = start.open_clip_config
     assert config_of_towers is not None  # two halves are towers of open_clip
-    return closed_formats(built.towers, config_of_towers)
-
-
-def hidden_choices(start: Start) -> set[str]:
-    """The settings of open_clip's for projections with a hidden layer that a start leaves open."""
-    return set(start.choices) if isinstance(start, JoinedTowers) else {"vision_cfg", "text_cfg"}
-
-
-def projection_of(choices: Choices, config: Config, start: Start) -> str:
-    """The kind of both projections into the joint space, `linear` or `mlp`.
-
-    Raises:
-        ValueError: The head is none that the halves can have.
-    """
-    head = config.align.head
-    projection = "linear" if head == "auto" else head
-    if choices.is_given("model.projection"):
-        projection = config.model.projection
-    if head not in ("auto", projection):
-        raise ValueError(
-            f"align.head: {head}, but model.projection is {projection}; leave one of them out"
-        )
-    if projection == "mlp" and not hidden_choices(start):
-        raise ValueError(
-            f"align.head: {head}, but both halves are open_clip's own towers, which hold linear "
-            "projections only; leave it out, or name timm's image tower"
-        )
-    return projection
+    return [
+        f"the run cannot be exported as {name}: {reason}"
+        for name, reason in closed_formats(built.towers, config_of_towers).items()
+    ]
 
 
 def batch_for(pairs: int, *, divides: bool) -> int:
@@ -305,13 +245,12 @@ def batch_for(pairs: int, *, divides: bool) -> int:
     return sizes.batch_near(batch, dividing=pairs if divides else None)
 
 
-def require_possible(choices: Choices, config: Config, start: Start) -> None:
+def require_possible(choices: Choices, config: Config) -> None:
     """Refuse what no data make possible, before a stream passes for hours.
 
     Raises:
-        ValueError: The head is none that the halves can have, or given amounts do not fit.
+        ValueError: Given amounts do not fit.
     """
-    projection_of(choices, config, start)
     episodes = config.episodes
     if episodes.size is not None and not choices.is_given("episodes.batch_size"):
         episodes = replace(episodes, batch_size=batch_for(episodes.size, divides=True))
@@ -336,7 +275,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
         halves,
         samples,
         tokenizer=loading.tokenizer(plan.start),
-        views=views_of(config, model),
+        views=[loading.evaluation_transform(model)],
         root=features_folder(config),
         threads=threads_of(config),
         **arithmetic(config, next(halves.parameters()).device),
@@ -368,7 +307,7 @@ def encode(choices: Choices, plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRo
     if len(equal) == 2:
         raise ValueError(f"{samples.name}: fewer than two pairs differ; name other pairs, or more")
     notes += [f"all {what} are equal, so no pair can be told from another" for what in equal]
-    if config.align.init == "cca":
+    if config.run.overfit is None:  # there all pairs may be known before the first step
         moments = second_moments(rows, next(halves.parameters()).device)
         start_projections(model, *canonical_projections(moments))
         towers: Any = model.towers
@@ -416,7 +355,7 @@ def pass_stream(
     Raises:
         ValueError: As `encode`; or settings do not go together, whatever passes.
     """
-    rank0_first(lambda: require_possible(choices, config, start))
+    rank0_first(lambda: require_possible(choices, config))
     if config.external_teachers:  # or hours pass before they are refused
         told: list[str] = []
         raise_on_all_ranks(lambda: external.teachers(config, stream, told.append))
@@ -426,7 +365,9 @@ def pass_stream(
     halves, root = frozen(model), features_folder(config)
     return passed(
         stream,
-        image_halves(halves, views_of(config, model), root, **arithmetic(config, device)),
+        image_halves(
+            halves, [loading.evaluation_transform(model)], root, **arithmetic(config, device)
+        ),
         root,
         batch_size=images_at_once(halves),
         max_bad_share=config.data.max_bad_share,
@@ -436,14 +377,6 @@ def pass_stream(
 
 def frozen(model: ProtoCLIP) -> FrozenHalves:
     return FrozenHalves(model.towers).eval().requires_grad_(False)
-
-
-def views_of(config: Config, model: ProtoCLIP) -> list[Transform]:
-    """The transform of the plain image, and of each augmented one."""
-    # A stream passes before the plan is complete.
-    suits = {"augmentation": fitting_augmentation(0, is_untrained=False)}
-    augmented = loading.training_transform(model, fill(config.data, suits).augmentation)
-    return [loading.evaluation_transform(model), *[augmented] * (config.align.views - 1)]
 
 
 def arithmetic(config: Config, device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.config import LOGGERS, RunConfig
+from protoclip.config import LOGGERS
 from protoclip.data.access import within
 from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import open_to_append, require_regular, to_json, write_atomically
@@ -275,7 +275,6 @@ class WeightsAndBiases(_Logged):
     """A Weights & Biases run, in `wandb/` of the run folder; `WANDB_MODE=offline` sends nothing."""
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
-        mode = config.get("run", {}).get("wandb", "off")
         # W&B keeps the command line, whose URLs may hold a password.
         sys.argv = [without_secrets(word) for word in sys.argv]
         self._run = import_module("wandb").init(
@@ -284,7 +283,6 @@ class WeightsAndBiases(_Logged):
             # W&B ignores steps that it has already; a resumed run repeats them exactly.
             id=kept_id(folder / "wandb" / "run-id", secrets.token_hex(8)),
             resume="allow",
-            mode=None if mode == "off" else mode,
             name=folder.name,
             config=dict(config),
         )
@@ -354,11 +352,6 @@ class MLflow:
 
 
 KINDS = dict(zip(LOGGERS, (TensorBoard, WeightsAndBiases, MLflow, Trackio), strict=True))
-
-
-def names_of(run: RunConfig) -> list[str]:
-    """The loggers of a run; `run.wandb` names one too, with its mode."""
-    return [*dict.fromkeys([*run.loggers, *(["wandb"] if run.wandb != "off" else [])])]
 
 
 def open_logger(name: str, folder: Path, *, config: Mapping[str, Any], step: int) -> Logger:

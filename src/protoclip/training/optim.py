@@ -123,14 +123,13 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     and BEiT (arXiv 2106.08254).
     """
     settings = config.optim
-    image, text = settings.image_lr_scale, settings.text_lr_scale
     # Learning-rate scale and weight decay by prefix of names; the first prefix that matches counts.
     common = (1.0, settings.weight_decay)
     heads = (settings.heads_lr_scale, settings.heads_weight_decay)
     by_prefix: dict[str, tuple[float, float]] = {}
-    if (image, text) != (1.0, 1.0):
-        # open_clip's image tower is `visual`; its text tower may be several modules.
-        scales = {"towers.visual.": image, "towers.logit_": 1.0, "towers.": text}
+    if settings.image_lr_scale != 1.0:
+        # open_clip's image tower is `visual`. The parts before it keep their order in the groups.
+        scales = {"towers.visual.": settings.image_lr_scale, "towers.logit_": 1.0, "towers.": 1.0}
         by_prefix = {prefix: (scale, common[1]) for prefix, scale in scales.items()}
     if heads != common:
         by_prefix |= {"image_head.": heads, "text_head.": heads}

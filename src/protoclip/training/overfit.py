@@ -29,8 +29,6 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
     """What `run.overfit` decides: one batch of all pairs a step, by the instance loss alone, and
     nothing that keeps a model from learning by heart. The rate and the model stay."""
     number, given = config.run.overfit, config.data.validation
-    # Pairs of a class would be positives, and never told apart.
-    apart = {"positives": None} if config.loss.positives == "class" else {}
     if given is not None and given != 0 and rank() == 0:
         say("note: data.validation: no effect, since run.overfit holds no pairs out")
     return {
@@ -43,7 +41,7 @@ def settings(config: Config) -> dict[str, dict[str, Any]]:
             **{"size": number, "batch_size": number, "count": STEPS, "replacement": False},
             **{"warm_up": 0, "locked_image": 0},
         },
-        "loss": {"info_nce": 1.0, "prototypical": 0.0, "teacher": 0.0, "keep": 0.0, **apart},
+        "loss": {"info_nce": 1.0, "prototypical": 0.0, "teacher": 0.0, "keep": 0.0},
         "optim": {"warm_up_steps": 10},
     }
 
@@ -62,8 +60,8 @@ def given_for_few(given: Mapping[str, Any], *, aligns: bool = False) -> Mapping[
     if config.run.overfit is None:
         return given
     decided = settings(config)
-    if aligns:  # from the closed form all pairs may be known before the first step
-        decided["align"] = {"init": "random", "dropout": 0.0, "geometry": 0.0, "views": 1}
+    if aligns:
+        decided["align"] = {"dropout": 0.0, "geometry": 0.0}
     return {**given, **{name: {**given.get(name, {}), **of} for name, of in decided.items()}}
 
 

@@ -10,7 +10,6 @@ settings that are unset. What comes after it asks no more whether one was left o
 - `data.validation`: pairs that are asked for have to be held out, and without being asked a run
   goes on without any if they are few. A share in its place would say that they were asked for, when
   the run goes on, and when another one starts from it (evaluation/validation.py).
-- `align.head`: `model.projection` is what became of it.
 
 It says every note but a few. Those on the built model and its loader need these: how large it is,
 what was resized, added or made parallel, how many processes read. `align` tells of the pairs that
@@ -468,12 +467,6 @@ def with_episodes(config: Config, samples: Pairs | SampleStream) -> tuple[Config
         few = usual < size // sizes.PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
         notes.append(f"{' and '.join(unset)} = {usual}, {reason}")
-        are_negatives = config.loss.positives == "pair" and config.loss.info_nce
-        if few and are_negatives and not config.episodes.apart:
-            notes.append(
-                "loss.positives = pair, so equal captions are negatives of each other; set "
-                "loss.positives = masked, or episodes.apart = true"
-            )
     return with_sizes(config, size, count, usual), notes
 
 

@@ -52,7 +52,7 @@ from protoclip.models.saved import checkpoints, read_checkpoint, understood
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
-from protoclip.training import log, optim, overfit, sync, throughput
+from protoclip.training import optim, overfit, sync, throughput
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.clustering import Clusterings
 from protoclip.training.early_stop import early_stop_of
@@ -461,7 +461,7 @@ class Run:
                 self.folder,
                 size=size,
                 step=self.trainer.step,
-                names=log.names_of(config.run),
+                names=[*dict.fromkeys(config.run.loggers)],
                 config=tomllib.loads(to_toml(config)),
                 symptoms=Symptoms.of(config, self.plan.samples, pairs),
             )

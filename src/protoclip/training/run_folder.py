@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 
 import protoclip
 from protoclip.config import (
-    GONE,
     HALVES,
+    REMOVED,
     START,
     Config,
     LossConfig,
@@ -60,17 +60,17 @@ LOCK = ".lock"
 # What is meant where it is unset.
 UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
 # Defaults of earlier versions, with which their runs go on.
-FORMER: dict[str, Any] = {"distil_by": "features", "prototypical": 1.0, "teacher": 2.0}
+FORMER: dict[str, Any] = {"prototypical": 1.0, "teacher": 2.0}
 # Settings that some runs have no use for, at their defaults: those of a small text tower, which a
 # text model has others than; of towers that are put together; and the one source beside several.
 SMALL_TEXT = ("model.text.width", "model.text.heads", "model.text.layers")
-PARTS = ("model.embed_dim", "model.projection", "model.image.name", *SMALL_TEXT)
+PARTS = ("model.embed_dim", "model.image.name", *SMALL_TEXT)
 IDLE = {name: by_name(Config())[name] for name in (*PARTS, "data.train")}
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (
     *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
-    *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.wandb", "run.evaluate"),
+    *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.evaluate"),
     *("run.evaluate_every", "run.guard", "data.workers", "data.cache_gb"),
     *("data.max_bad_share", "align.features"),
 )
@@ -303,21 +303,20 @@ def as_written_today(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that any earlier version began, as this version would keep them."""
     # What earlier versions did, without a setting for it.
     implied: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    implied |= UNSAID | {"loss.distil_by": "features"}
+    implied |= UNSAID
     if "teacher.features" in saved:
         implied["teacher.whiten"] = 0
     teachers = [dict(teacher) for teacher in saved.get("teachers", [])]
     for teacher in teachers:
         teacher.setdefault("whiten", 0)
         teacher.setdefault("distil", 0.0)
-        if teacher.get("weight") == GONE["teacher.weight"]:
-            del teacher["weight"]
     settings = {**flat(tomllib.loads(to_toml(Config()))), **implied, **saved, "teachers": teachers}
     if "model.checkpoint" in settings:  # what version 0.2 called it
         settings["model.start"] = settings.pop("model.checkpoint")
-    for removed in ("data.cache_folder", "data.cache"):
-        settings.pop(removed, None)
-    return {key: value for key, value in settings.items() if (key, value) not in GONE.items()}
+    for setting in ("run.wandb", "data.cache"):  # gone, and they changed no batch
+        settings.pop(setting, None)
+    idle = {name: value for name, (_, value) in REMOVED.items()}
+    return {key: value for key, value in settings.items() if (key, value) not in idle.items()}
 
 
 @contextmanager
@@ -479,7 +478,7 @@ def told(settings: Mapping[str, Any], key: str) -> str:
 def positives_of(settings: Mapping[str, Any]) -> str:
     """What equal pairs were to a run with these `flat` settings, in words."""
     positives = settings.get("loss.positives") or UNSAID["loss.positives"]
-    return f"{positives}{', equal captions apart' * bool(settings.get('episodes.apart'))}"
+    return str(positives)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

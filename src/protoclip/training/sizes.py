@@ -152,7 +152,7 @@ def shared_images(samples: Pairs | SampleStream) -> list[str]:
         return []
     return [
         f"{again:,} of {looked_at:,} pairs that were looked at have the image of another one, and "
-        "in a batch the two are negatives of each other; set loss.positives = masked, or give each "
+        "in a batch the two are negatives of each other; set loss.positives = shared, or give each "
         "image one row with all its captions"
     ]
 

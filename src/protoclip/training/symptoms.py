@@ -59,7 +59,6 @@ def at_chance(
     *,
     pairs: int,
     positives: float,
-    masked: bool,
     steps: int,
     overfits: bool = False,
 ) -> str | None:
@@ -68,15 +67,13 @@ def at_chance(
     Args:
         loss: Now; `lowest` is the least before.
         pairs: In a batch, so that a guess has the loss ln(pairs).
-        positives: Other pairs that a pair matches on average: no loss can tell them apart, or they
-            are `masked`.
+        positives: Other pairs that a pair matches on average: no loss can tell them apart.
         overfits: Whether this is a run of `--overfit`, which is not advised again.
     """
-    number = max(1, round(pairs - positives)) if masked else pairs
-    chance, least = math.log(number), 0.0 if masked else math.log1p(positives)
+    chance, least = math.log(pairs), math.log1p(positives)
     if steps < PATIENCE or least > chance / 2 or loss < least + AT_CHANCE * (chance - least):
         return None
-    said = f"train/loss/info_nce is {loss:.4g}, and ln({number}) = {chance:.4g} is that of a guess"
+    said = f"train/loss/info_nce is {loss:.4g}, and ln({pairs}) = {chance:.4g} is that of a guess"
     if lowest < least + 0.9 * (chance - least):
         return f"{said}, though it was {lowest:.4g}; lower optim.learning_rate"
     trial = "" if overfits else ", and try --overfit 64"
@@ -116,18 +113,13 @@ def risen(loss: float, lowest: float, *, pairs: int) -> str | None:
     )
 
 
-def repeats(shares: Sequence[float], *, separable: bool = True) -> str | None:
-    """Whether too many captions of each batch repeat, and are negatives of their equals.
-
-    Args:
-        separable: Whether equal captions could be kept apart, and are not.
-    """
+def repeats(shares: Sequence[float]) -> str | None:
+    """Whether too many captions of each batch repeat, and are negatives of their equals."""
     if len(shares) < OBSERVED or fmean(shares) <= REPEATED:
         return None
-    apart = ", or, if more captions differ than a batch holds, episodes.apart = true"
     return (
         f"{fmean(shares):.0%} of the captions of a batch repeat others, and equal ones are "
-        f"negatives of each other; set loss.positives = masked{apart * separable}"
+        f"negatives of each other; give captions that say more of each image"
     )
 
 
@@ -139,16 +131,12 @@ class Symptoms:
         pairs: In a batch, of all ranks.
         warm_up: Steps until the full rate.
         rate: That full rate.
-        masked: Whether InfoNCE leaves out the pairs that match.
-        separable: Whether equal captions could be kept apart, and are not.
         overfits: Whether this is a run of `--overfit`.
     """
 
     pairs: int
     warm_up: int
     rate: float
-    masked: bool = False
-    separable: bool = True
     overfits: bool = False
     lowest: float = math.inf
     losses: list[float] = field(default_factory=list)
@@ -158,15 +146,10 @@ class Symptoms:
     @classmethod
     def of(cls, config: Config, samples: Pairs | SampleStream, pairs: int) -> "Symptoms":
         """Those of a run on these samples."""
-        episodes = config.episodes
         return cls(
             pairs=pairs,
             warm_up=steps_to_peak(config),
             rate=config.optim.learning_rate,
-            masked=config.loss.positives == "masked",
-            separable=isinstance(samples, Pairs)
-            and not episodes.apart
-            and episodes.size > episodes.batch_size,
             overfits=config.run.overfit is not None,
         )
 
@@ -177,7 +160,7 @@ class Symptoms:
         share = metrics.get("train/repeated/captions")
         if share is not None and not self.overfits:
             self.shares = [*self.shares[1 - OBSERVED :], share]
-            lines["captions"] = repeats(self.shares, separable=self.separable)
+            lines["captions"] = repeats(self.shares)
         loss = metrics.get("train/loss/info_nce", math.nan)
         if math.isfinite(loss):
             steps = step - self.warm_up
@@ -192,7 +175,6 @@ class Symptoms:
                     self.lowest,
                     pairs=self.pairs,
                     positives=metrics.get("train/positives", 0.0),
-                    masked=self.masked,
                     steps=steps,
                     overfits=self.overfits,
                 )

@@ -46,7 +46,7 @@ def test_settings_of_training_have_no_effect_on_data() -> None:
 def test_a_recipes_settings_of_training_draw_no_note(tmp_path: Path) -> None:
     """They are there to train; what is typed is told."""
     recipe = tmp_path / "r.toml"
-    recipe.write_text('[data]\naugmentation = "clip"\ncache_gb = 0.0\n')
+    recipe.write_text('[data]\naugmentation = "clip"\ncache_gb = 0\n')
     for kind, words in ((Inspect, ["emoji"]), (Pack, ["emoji", "out"]), (Index, ["emoji"])):
         for more, names in (([], []), (["--data.captions", "2"], ["data.captions"])):
             command = parse(kind, [*words, "--config", str(recipe), *more])

@@ -193,7 +193,6 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
         ("knowing --tasks --json", "--tasks: needs a value"),
         ("knowing --device gpu", "--device: 'gpu' cannot be used here"),
         ("knowing --templates none.txt", "none.txt: no file of prompts"),
-        ("knowing --protocol paper", "protocol: is gone; leave it out"),
         ("knowing --split dev", "split: 'dev' is not one of"),
         ("", "models: is missing"),
     ],

@@ -3,21 +3,15 @@
 import collections
 import tracemalloc
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import (
     EpisodeSampler,
-    captions_or_row,
-    dealt,
     episodes,
     evenly_spaced,
     permute,
@@ -157,70 +151,3 @@ def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
 def test_no_rows_are_evenly_spaced_without_a_warning():
     with np.errstate(divide="raise"):
         assert evenly_spaced(0, 0, seed=0) == evenly_spaced(5, 0, seed=0) == []
-
-
-@given(st.lists(st.integers(0, 5), min_size=4, max_size=40), st.integers(1, 4), st.integers(0, 9))
-def test_equal_cards_are_dealt_evenly(keys, batches, seed):
-    """Every pair once, and of each key all batches have as many, but for one."""
-    keys = keys[: len(keys) // batches * batches]
-    order = dealt(keys, batches, np.random.default_rng(seed))
-    assert sorted(order.tolist()) == list(range(len(keys)))
-    hands = np.array(keys)[order].reshape(batches, -1)
-    for key in set(keys):
-        of_each = (hands == key).sum(axis=1)
-        assert of_each.max() - of_each.min() <= 1
-
-
-def test_batches_that_follow_each_other_are_not_alike():
-    """Four pairs of a key go to four of sixteen batches, which are no neighbours in training."""
-    keys = [number // 4 for number in range(256)]
-    hands = np.array(keys)[dealt(keys, 16, np.random.default_rng(0))].reshape(16, -1)
-    shared = [len({*one} & {*other}) for one, other in pairwise(hands.tolist())]
-    assert max(len({*hand}) for hand in hands.tolist()) == 16
-    assert sum(shared) < 0.4 * 16 * 15  # dealt in order they would share 0.75
-
-
-def table_of(captions):
-    """Pairs whose images are named alone."""
-    images = [f"{number}.png" for number in range(len(captions))]
-    return ImageTextPairs(pa.table({"image": images, "caption": captions}), name="few")
-
-
-def test_equal_captions_differ_in_case_and_spacing_alone():
-    """Of several captions all; pairs without one are like none."""
-    pairs = table_of([["a cat", "a pet"], ["A  cat", "a Pet"], ["a cat"], [""], [""]])
-    one, same, fewer, silent, also = (captions_or_row(pairs, row) for row in range(5))
-    assert one == same
-    assert len({one, fewer, silent, also}) == 4
-
-
-@pytest.mark.parametrize("replacement", [True, False])
-def test_equal_captions_are_kept_apart(replacement):
-    """The rows of an episode stay, in another order, in which no batch repeats a caption, nor a row
-    that was drawn twice."""
-    pairs = table_of([f"kind {n % 12}" for n in range(48)])
-    settings = EpisodeConfig(size=32, batch_size=4, replacement=replacement)
-    drawn = episodes(Config(episodes=settings), pairs)
-    apart, again = (
-        episodes(Config(episodes=replace(settings, apart=True)), pairs) for _ in range(2)
-    )
-    for index in range(6):
-        rows = apart(index).rows
-        assert sorted(rows.tolist()) == sorted(drawn(index).rows.tolist())
-        assert torch.equal(rows, again(index).rows)
-        assert all(len({*batch}) == 4 for batch in (rows % 12).reshape(-1, 4).tolist())
-    assert any(
-        len({*batch}) < 4 for batch in (drawn(0).rows % 12).reshape(-1, 4).tolist()
-    )  # or there is nothing to keep apart
-
-
-def test_each_episode_is_dealt_anew():
-    """All rows of one caption: what is left is the order of the deal."""
-    pairs, settings = table_of(["one"] * 8), EpisodeConfig(size=8, batch_size=4, replacement=False)
-    drawn = episodes(Config(episodes=settings), pairs)
-    apart = episodes(Config(episodes=replace(settings, apart=True)), pairs)
-    orders = {
-        tuple(drawn(index).rows.tolist().index(row) for row in apart(index).rows.tolist())
-        for index in range(4)
-    }
-    assert len(orders) == 4

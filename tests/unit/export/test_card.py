@@ -107,9 +107,7 @@ def test_the_card_shows_how_a_run_learned(tmp_path, monkeypatch):
     """By the report's figure, with its words and its positives; by none without the extra. A
     licence that the hub does not know is another one, by its name."""
     made = save_run(tmp_path / "run", tiny_model())
-    (made / "config.toml").write_text(
-        '[loss]\npositives = "shared"\n[episodes]\nbatch_size = 16\napart = true\n'
-    )
+    (made / "config.toml").write_text('[loss]\npositives = "shared"\n[episodes]\nbatch_size = 16\n')
     metric = "eval/]$data/retrieval/image_to_text@1"
     other = "eval/once/retrieval/image_to_text@1"  # one value is no curve
     logged = [
@@ -119,7 +117,7 @@ def test_the_card_shows_how_a_run_learned(tmp_path, monkeypatch):
     (made / "metrics.jsonl").write_text("".join(to_json(line) + "\n" for line in logged))
     protoclip.export(made, tmp_path / "out", ("open_clip",), license="my-own")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| positives | `shared, equal captions apart` |" in text
+    assert "| positives | `shared` |" in text
     assert "Total loss from 3 to 2; \\]$data: " in text
     assert " from 0.25 to 0.5](training.png)" in text
     with Image.open(tmp_path / "out" / "training.png") as image:

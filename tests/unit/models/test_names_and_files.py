@@ -107,7 +107,7 @@ def test_flops_are_counted_of_a_dual_encoder(tmp_path):
 
 
 def test_the_hub_is_asked_once_for_what_a_run_knows_of_a_text_model(tmp_path, monkeypatch):
-    """What `align` says of formats before it trains, of a hidden layer too, asks nothing again."""
+    """What `align` says of formats before it trains asks nothing again."""
     cached = tmp_path / "hub" / "models--me--asked-once"
     save_bert(cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
@@ -117,7 +117,7 @@ def test_the_hub_is_asked_once_for_what_a_run_knows_of_a_text_model(tmp_path, mo
     monkeypatch.setattr(opening, "hub_answer", lambda question, **_: asked.append(*question.args))
     text = TextTowerConfig(name="me/asked-once", context_length=16)
     image = ImageTowerConfig(name="test_resnet")
-    start = resolve_start(ModelConfig(image=image, text=text, projection="mlp"))
+    start = resolve_start(ModelConfig(image=image, text=text))
     assert set(asked) == {"me/asked-once"}
     asked.clear()
     assert align.on_exports(Config(model=start.model), start)

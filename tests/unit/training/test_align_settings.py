@@ -35,19 +35,19 @@ def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given
 
 
 @pytest.mark.parametrize(
-    ("rows", "init", "size", "count"),
+    ("rows", "size", "count"),
     [
-        (10_000, "cca", 9_216, 33),
-        (300_000, "cca", 131_072, 69),  # 30 passes
-        (1_100_000, "random", 131_072, 781),  # 100,000 steps
+        (10_000, 9_216, 33),
+        (300_000, 131_072, 69),  # 30 passes
+        (3_600_000, 131_072, 781),  # 100,000 steps
     ],
 )
-def test_episodes_and_steps_have_limits(rows, init, size, count, monkeypatch):
+def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     """The prototypes of a teacher are a tenth of an episode."""
     monkeypatch.setattr(aligning, "write_listing", lambda *_: None)
     monkeypatch.setattr(aligning, "open_listing", lambda _: Mock(rows=range(rows)))
     monkeypatch.setattr(aligning, "on_exports", lambda *_: [])
-    choices = before_data({"model": HALVES, "align": {"init": init}})
+    choices = before_data({"model": HALVES})
     data = Judged(Numbered(rows, 1), [], [])
     config, _ = aligning.with_data(choices, choices.config, Mock(Start), data)
     assert (config.episodes.size, config.episodes.count) == (size, count)

@@ -32,9 +32,9 @@ from testing import tiny_model, tiny_pairs
 META, NUMBER, BATCH, PROTOTYPES = torch.device("meta"), 32, 16, 5
 WIDTH, TEACHER_WIDTH, WHITENED = tiny_model().heads.projection_dim, 24, 8
 # What a step may do besides: weights of losses, and settings of the trainer.
-MORE = {"positives": "shared", "keep": 1.0, "distil": {"bert": 1.0}, "distil_by": "features"}
+MORE = {"positives": "shared", "keep": 1.0, "distil": {"bert": 1.0}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "extraction, masked": ({"positives": "masked"}, {}),
+    "extraction": ({}, {}),
     "queue, shared, keep, distil": (MORE, {"source": QueuedFeatures}),
     "micro-batches, strengths, keep, distil": (
         MORE,

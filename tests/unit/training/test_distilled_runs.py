@@ -55,16 +55,15 @@ def losses(folder: Path) -> list[set[str]]:
 
 
 ALONE = {"teacher": 0.0, "prototypical": 0.0}
-BY_FEATURES = {**ALONE, "distil_by": "features"}  # which needs heads
 
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that learns features and nothing else of its teachers."""
+    """A finished run that learns relations and nothing else of its teachers."""
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "cluster_spaces", None)  # nothing may be clustered
-        train(distilled(data, out, **BY_FEATURES))
+        train(distilled(data, out, **ALONE))
     return out
 
 
@@ -74,22 +73,16 @@ def test_every_stage_learns_but_a_locked_tower(alone):
 
 
 def test_a_run_goes_on_exactly(alone, data, tmp_path, monkeypatch):
-    """With the heads of its teachers."""
-    config = distilled(data, tmp_path / "stopped", **BY_FEATURES)
+    config = distilled(data, tmp_path / "stopped", **ALONE)
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         train(config)
     train(config, resume="auto")
     assert_equal_ends(tmp_path / "stopped", alone, steps=6)
-    resumed = read_tensors(find_checkpoint(alone) / "resume.safetensors")
-    shapes = {n: [*t.shape] for n, t in resumed.items() if n.endswith(".weight") and "heads" in n}
-    assert sorted(shapes.values()) == [[6, 16], [7, 16]]
 
 
-def test_no_model_has_heads_and_everyone_is_told_of_its_teachers(alone, tmp_path):
-    model, *_ = protoclip.load(alone)
-    assert not hasattr(model, "teacher_heads")
-    told = "a.image (features), a.text (features)"
+def test_everyone_is_told_of_its_teachers(alone, tmp_path):
+    told = "a.image (relations), a.text (relations)"
     protoclip.export(alone, tmp_path / "exported", formats=("open_clip",))
     card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     assert f"Taught by {told}." in card

@@ -160,7 +160,7 @@ def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys, monkeypatch):
         sys, "argv", ["protoclip", "--data.train", "https://me:word@host/a?token=b"]
     )
     for _ in range(2):
-        log_twice(tmp_path, names=["wandb"], config={"run": {"seed": 0, "wandb": "offline"}})
+        log_twice(tmp_path, names=["wandb"], config={"run": {"seed": 0}})
     first, second = wandb.init.call_args_list
     assert first == second
     assert sys.argv == ["protoclip", "--data.train", "https://***@host/a?***"]
@@ -169,9 +169,8 @@ def test_wandb_gets_what_the_file_gets(tmp_path, wandb, capsys, monkeypatch):
         "project": "protoclip",
         "dir": str(tmp_path),
         "resume": "allow",
-        "mode": "offline",
         "name": tmp_path.name,
-        "config": {"run": {"seed": 0, "wandb": "offline"}},
+        "config": {"run": {"seed": 0}},
     }
     run = wandb.init.return_value
     assert run.log.mock_calls == [call({"loss": 1.0}, step=1), call({"loss": 0.5}, step=2)] * 2

@@ -46,7 +46,7 @@ def short(**optim: object) -> Config:
 @pytest.mark.parametrize("heads_decay", [0.2, 0.3])
 def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
     """Gains, biases and scales have no decay, and temperatures keep the common rate."""
-    scales = {"image_lr_scale": 0.1, "text_lr_scale": 0.5, "heads_lr_scale": 0.05}
+    scales = {"image_lr_scale": 0.1, "heads_lr_scale": 0.05}
     config = short(**scales, heads_weight_decay=heads_decay)
     model = loading.model(config.model, seed=0)
     model.add_logit_bias()
@@ -60,8 +60,6 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
             rate, decay = 0.1, heads_decay
         elif name.startswith("towers.visual."):
             rate = 0.2
-        elif name.startswith("towers.") and not name.startswith("towers.logit_"):
-            rate = 1.0
         group = groups.pop(id(parameter))
         assert group["lr"] == pytest.approx(rate), name
         assert group["weight_decay"] == (decay if parameter.ndim >= 2 else 0.0), name

@@ -74,7 +74,7 @@ WITHOUT = {
     *("model.text.name", "model.text.pooling"),
 }
 BY_MACHINE_OR_SOURCE = {
-    *("run.device", "run.precision", "data.workers", "data.read", "align.head"),
+    *("run.device", "run.precision", "data.workers", "data.read"),
 }
 RATE = {"optim": {"learning_rate": 1e-4}}
 USUAL = Config(model=tiny_model(), episodes=EpisodeConfig(size=4096))
@@ -109,11 +109,6 @@ def test_sizes_follow_from_the_data(rows, captions, batch, size, number):
         f"model.text.context_length = 16, by {min(rows, 256)} of the samples",
         f"episodes.size = {size}, for {rows:,} pairs",
         f"prototypes.number = {number}, {reason}",
-        *[
-            "loss.positives = pair, so equal captions are negatives of each other; set "
-            "loss.positives = masked, or episodes.apart = true"
-        ]
-        * ("repeat" in reason),
     ]
 
 
@@ -457,7 +452,6 @@ def test_a_plan_leaves_open_what_it_names_and_nothing_else(distilling: Plan):
         ({"teacher": {"distil": 0.5}}, 0.5, None),
         ({"teacher": {"distil": 0.0}}, 0.0, None),
         ({"loss": {"teacher": 0.0}}, 0.0, "teacher.*: no effect, since loss.teacher is 0"),
-        ({"loss": {"distil_by": "features"}}, 1.0, "teacher.distil = 1"),
         ({"teacher": {"features": None}}, 0.0, None),
     ],
 )
@@ -565,7 +559,7 @@ def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_l
 @pytest.mark.parametrize("several", [False, True])
 def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Plan, tmp_path: Path):
     """Groups alone, at four times the weight; other weights that somebody gave are refused."""
-    weights = {"prototypical": 1.0, "teacher": 2.0, "distil_by": "features"}
+    weights = {"prototypical": 1.0, "teacher": 2.0}
     teacher = replace(distilling.config.teacher, distil=0.0, tower=None)
     whole = replace(
         distilling.config,
@@ -584,7 +578,7 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
         (tmp_path / "config.toml").write_text(text)
         outlined = look(outline(given), resume=True).outline
         goes_on, loss = outlined.config, outlined.config.loss
-        kept = "loss.distil_by stays features, loss.prototypical stays 1.0, loss.teacher stays 2.0"
+        kept = "loss.prototypical stays 1.0, loss.teacher stays 2.0"
         assert f"{kept}, the default when the run began" in outlined.notes
         assert {name: getattr(loss, name) for name in weights} == weights
         assert not goes_on.distilled_teachers
@@ -714,7 +708,7 @@ def test_a_plan_says_what_needs_no_built_model(tmp_path):
         run=replace(config.run, precision="fp16", device="cpu"),
         data=replace(config.data, captions=2, validation=0.0),
         episodes=replace(config.episodes, micro_batch_size=16),
-        align=AlignConfig(views=2),
+        align=AlignConfig(dropout=0.5),
     )
     plan = make_plan(config)
     assert [*plan.teachers] == ["teacher"]

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -51,20 +50,11 @@ CHANCE = math.log(256)
     ],
 )
 def test_a_loss_at_chance_is_named_after_the_warm_up(loss, lowest, positives, steps, says):
-    given = {"pairs": 256, "positives": positives, "masked": False, "steps": steps}
+    given = {"pairs": 256, "positives": positives, "steps": steps}
     line = at_chance(loss, lowest, **given)
     assert (line is None) == (says is None)
     assert says is None or says in line
     assert "--overfit" not in (at_chance(loss, lowest, **given, overfits=True) or "")
-
-
-def test_what_is_masked_makes_a_guess_easier():
-    """Of 256 pairs 25 are left out, so a guess is one of 231; and the least loss is 0."""
-    given = {"pairs": 256, "positives": 25.0, "steps": PATIENCE}
-    guess = math.log(231)
-    assert "ln(231) = 5.442 is that of a guess" in at_chance(guess, guess, masked=True, **given)
-    assert at_chance(0.96 * guess, 0.96 * guess, masked=True, **given) is None
-    assert at_chance(guess, guess, masked=False, **given) is None
 
 
 def repeated_captions(parts: list[list[tuple[bytes, int]]]) -> float:
@@ -110,8 +100,6 @@ def test_what_repeats_in_a_batch_is_named():
     assert repeats([0.5, 0.0, 0.0, 0.0, 0.0]) is None
     line = repeats([0.3, 0.1, 0.1, 0.1, 0.1])
     assert line.startswith("14% of the captions of a batch")
-    assert "set loss.positives = masked, or, if more captions differ than a batch holds" in line
-    assert "episodes.apart" not in repeats([0.5] * 5, separable=False)
 
 
 def test_each_symptom_is_said_once():
@@ -146,19 +134,6 @@ def test_a_run_says_what_it_sees(tmp_path, capsys):
     steps = [record for record in records if "train/loss/info_nce" in record]
     assert len(steps) >= OBSERVED
     assert all(record["train/repeated/captions"] > 0 for record in steps)
-
-
-def test_it_is_advised_to_keep_captions_apart_where_a_run_can():
-    """Not to one that does, nor to a single batch."""
-    pairs = ImageTextPairs(tiny_pairs(8), name="few")
-    settings = EpisodeConfig(size=8, batch_size=4, count=35)
-    for episodes, advised in (
-        (settings, True),
-        (replace(settings, apart=True), False),
-        (replace(settings, batch_size=8), False),
-    ):
-        config = Config(episodes=episodes, optim=OptimConfig(learning_rate=1e-3, warm_up_steps=1))
-        assert Symptoms.of(config, pairs, 4).separable == advised
 
 
 def test_a_short_run_reaches_its_full_rate_half_way():
