@@ -1,19 +1,12 @@
 """The harness of `benchmarks/studies`: what it trains, how it judges, and how it compares."""
 
-import io
 import json
-import math
 import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import scipy.stats
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from interrupting import few_emoji
 from protoclip.evaluation import datasets
@@ -105,78 +98,6 @@ def test_folds_share_no_group():
     for name in ("linear_probe/acc1", "knn/acc1"):
         assert alone[name].float().mean() < 0.7
         assert bool(common[name].all())
-
-
-def halves(captions, images, folder):
-    """The halves for choices and for the test of a table of pairs."""
-    ids = [f"tiny/{row}" for row in range(len(captions))]
-    columns = {"image": pa.array(images, pa.binary()), "caption": captions, "sample_id": ids}
-    pq.write_table(pa.table(columns), folder / "pairs.parquet")
-    data = studies.photographs(str(folder / "pairs.parquet"), root=None, teacher=None)
-    study = studies.Study(
-        name="a",
-        question="",
-        reference="CLIP",
-        arms={"CLIP": studies.Arm(name="CLIP", group="CLIP", settings={})},
-    )
-    config = studies.config_of(task_of(study, "CLIP", folder, data=data))
-    return [judge.held_out(config, split).splits[split] for split in ("validation", "test")]
-
-
-def images_of_noise(number):
-    draw, images = np.random.default_rng(0), []
-    for _ in range(number):
-        buffer = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, format="PNG")
-        images.append(buffer.getvalue())
-    return images
-
-
-def test_held_out_pairs_are_halved(tmp_path):
-    """The halves for choices and for the test share no pair, and training has none of them."""
-    parts = halves([f"number {row}" for row in range(60)], images_of_noise(60), tmp_path)
-    ids = [{part.images.sample_id(row) for row in range(len(part.images))} for part in parts]
-    assert len(ids[0]) + len(ids[1]) == 12
-    assert not ids[0] & ids[1]
-    assert all(ids)
-    for part in parts:
-        row_of = {part.images.sample_id(row): row for row in range(len(part.images))}
-        assert all(part.captions[row] == (f"number {own[5:]}",) for own, row in row_of.items())
-
-
-def judged(study, arm, values, *, seed=0, split="validation", spread=0.0):
-    influences = spread * np.random.default_rng(seed).standard_normal(100)
-    metrics = {judge.ALL: np.concatenate([[values], influences])}
-    task = task_of(study, arm, Path(), seed=seed, split=split)
-    return studies.Judged(task=task, metrics=metrics, seconds=1.0)
-
-
-def test_differences_cover_seeds_and_samples(tiny):
-    """Of one seed, samples only; of two, both, but for what the seeds show of samples already.
-
-    With two seeds the variance over samples that is left is the product of both influences.
-    """
-    study = studies.read_study(tiny)
-    one = {0: judged(study, "CLIP", 0.1), 1: judged(study, "CLIP", 0.2, seed=1)}
-    other = {0: judged(study, "few", 0.4, spread=0.01), 1: judged(study, "few", 0.7, spread=0.02)}
-    other[1].metrics[judge.ALL][1:51] *= -0.5
-    found = studies.difference({0: other[0]}, one, judge.ALL)
-    moved = (other[0].metrics[judge.ALL] - one[0].metrics[judge.ALL])[1:]
-    samples = scipy.stats.t.ppf(0.975, len(moved) - 1) * float(np.linalg.norm(moved))
-    assert found["mean"] == pytest.approx(0.3)
-    assert found["half_width"] == {"seeds": 0.0, "samples": pytest.approx(samples)}
-    found = studies.difference(other, one, judge.ALL)
-    seeds = 12.706 * 0.1  # Student's t of one degree of freedom, standard error of 0.3 and 0.5
-    assert found["mean"] == pytest.approx(0.4)
-    assert found["half_width"]["seeds"] == pytest.approx(seeds, rel=1e-3)
-    products = moved * other[1].metrics[judge.ALL][1:]
-    assert products.sum() > 0
-    half = math.hypot(seeds, samples * math.sqrt(products.sum()) / np.linalg.norm(moved))
-    assert found["interval"] == pytest.approx([0.4 - half, 0.4 + half], rel=1e-3)
-    assert not found["beyond"]
-    other[1].metrics[judge.ALL][1:] *= -1
-    assert studies.difference(other, one, judge.ALL)["half_width"]["samples"] == 0
-    assert studies.difference({0: one[0]}, {1: one[1]}, judge.ALL) is None
 
 
 def test_the_test_split_is_opened_for_one_list_of_arms(tiny, tmp_path):

@@ -4,6 +4,7 @@ Positions on it are computed in `atlas.py`, and names of its groups in `names.py
 """
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,9 @@ def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         }
     names = [
         {
+            **asdict(group),
             "name": shorten(group.name, NAME_LENGTH),
-            "x": group.middle[0],
-            "y": group.middle[1],
-            "level": group.level,
             "colour": colour_of[group.coarse],
-            "example": group.example,
-            "size": group.size,
         }
         for group in groups
     ]

@@ -29,7 +29,7 @@ class Group:
     Attributes:
         level: 0 is the coarsest.
         coarse: The name of the coarse group that most of its pairs are in.
-        middle: The median of its points, x and y.
+        x, y: The median of its points.
         example: A pair that has the first word of the name, whose image lies near the middle and
             shows, of such pairs, most clearly what its caption says.
         size: Its pairs.
@@ -38,7 +38,8 @@ class Group:
     level: int
     name: str
     coarse: str
-    middle: tuple[float, float]
+    x: float
+    y: float
     example: int
     size: int
 
@@ -160,7 +161,8 @@ def group_map(
                     level=level,
                     name=names[group],
                     coarse=Counter(coarse[row] for row in members.tolist()).most_common(1)[0][0],
-                    middle=(float(middle[0]), float(middle[1])),
+                    x=float(middle[0]),
+                    y=float(middle[1]),
                     example=int(central[distance[central].argmin()]),
                     size=len(members),
                 )

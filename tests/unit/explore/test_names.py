@@ -48,8 +48,8 @@ def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first
         assert sizes == sorted(sizes, reverse=True)
         assert sum(sizes) == 300
     for each in groups:
-        kind = np.linalg.norm(corners - each.middle, axis=1).argmin()
-        assert np.linalg.norm(corners[kind] - each.middle) < 4
+        kind = np.linalg.norm(corners - (each.x, each.y), axis=1).argmin()
+        assert np.linalg.norm(corners[kind] - (each.x, each.y)) < 4
         assert kinds[each.example] == kind
         assert ("heart" in each.coarse) == (kind == 0)
         assert each.level or each.coarse == each.name
