@@ -306,7 +306,7 @@ def test_hosts_that_see_other_pairs_are_refused(number, seed, tmp_path):
 
 def newest_of(run: str) -> str:
     """What a rank takes for the run's model, where another checkpoint comes meanwhile."""
-    found = loading.pinned(run)
+    found = loading.pin_newest(run)
     if collectives.rank() == 0:
         shutil.copytree(found, Path(found).with_name("step-999999999"))
     return found
@@ -318,7 +318,7 @@ def test_ranks_take_one_checkpoint_of_a_run_that_trains(tmp_path):
     for name in (MODEL, WEIGHTS):
         (checkpoint / name).touch()
     assert run_distributed(newest_of, 2, str(tmp_path)) == [str(checkpoint)] * 2
-    assert loading.pinned("open_clip:RN50/openai") == "open_clip:RN50/openai"
+    assert loading.pin_newest("open_clip:RN50/openai") == "open_clip:RN50/openai"
 
 
 @pytest.mark.parametrize(("visible", "name"), [(1, "cuda:0"), (4, "cuda:2")])

@@ -75,7 +75,7 @@ class Evaluate:
         device = open_device(self.device)
 
         def judge(reference: str) -> list[suite.Result]:
-            newest = loading.pinned(reference)
+            newest = loading.pin_newest(reference)
             model, transform, tokenizer = collectives.raise_on_all_ranks(
                 lambda: loading.load(newest)
             )
@@ -108,7 +108,7 @@ class Evaluate:
         with collectives.process_group(device):
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             # A later one would else be refused after the first was judged.
-            collectives.raise_on_all_ranks(lambda: [*map(loading.check, references)])
+            collectives.raise_on_all_ranks(lambda: [*map(loading.require_model, references)])
             templates = self.templates and collectives.raise_on_all_ranks(
                 lambda: read_templates(str(self.templates))
             )

@@ -125,7 +125,7 @@ def embed(
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
         rank0_first(lambda: None if overwrite else require_free(out))
-        newest = loading.pinned(reference)
+        newest = loading.pin_newest(reference)
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")

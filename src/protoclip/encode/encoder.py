@@ -206,7 +206,7 @@ def embed_teacher(
                     "not a stream; leave data.read at auto"
                 )
             return rank0_first(lambda: convert(local_copy(teacher), ids, out, settings))
-        newest = loading.pinned(teacher)
+        newest = loading.pin_newest(teacher)
         encoder = raise_on_all_ranks(
             lambda: open_encoder(
                 newest,

@@ -115,21 +115,21 @@ class Statistics:
         buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
         types = dict.fromkeys(buffer.dtype for buffer in buffers)
         self._groups = [[b for b in buffers if b.dtype == dtype] for dtype in types]
-        self._kept = [joined(group) for group in self._groups]
+        self._kept = [flatten_buffers(group) for group in self._groups]
 
     @torch.no_grad()
     def update(self, taken: Bool[Tensor, ""]) -> None:
         """Keep what they are now if the step was taken, else put back what they were before it."""
         for number, group in enumerate(self._groups):
             # Few kernels for many layers, and none that the host waits for.
-            kept = torch.where(taken, joined(group), self._kept[number])
+            kept = torch.where(taken, flatten_buffers(group), self._kept[number])
             parts = torch.split(kept, [buffer.numel() for buffer in group])
             pairs = zip(parts, group, strict=True)
             torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in pairs])
             self._kept[number] = kept
 
 
-def joined(buffers: list[Tensor]) -> Tensor:
+def flatten_buffers(buffers: list[Tensor]) -> Tensor:
     return torch.cat([buffer.flatten() for buffer in buffers])
 
 

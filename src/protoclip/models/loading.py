@@ -50,7 +50,7 @@ def load(reference: str | Path) -> Loaded:
     return find_start(str(reference)).open()
 
 
-def pinned(reference: str) -> str:
+def pin_newest(reference: str) -> str:
     """What a reference names now: of a run the checkpoint that is the newest for rank 0.
 
     A run that still trains may write another before the next rank looks. Collective.
@@ -63,7 +63,7 @@ def pinned(reference: str) -> str:
     return rank0_first(newest)
 
 
-def check(reference: str) -> None:
+def require_model(reference: str) -> None:
     """Refuse what `load` cannot know as a model, in a moment: weights are not read."""
     find_start(reference).check()
 
@@ -116,10 +116,10 @@ def training_model(
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
     def build() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
-        said: list[str] = []
+        notes: list[str] = []
         whole = None
         if not sharded or rank() == 0:
-            whole = model(start, seed=config.run.seed, notes=said)
+            whole = model(start, seed=config.run.seed, notes=notes)
         if sharded:
             with torch.random.fork_rng(devices=[]):
                 built = start.build(on_meta=True)
@@ -127,7 +127,7 @@ def training_model(
             assert whole is not None
             built = to_device(whole, device)
         if config.model.lora is not None:
-            said += lora.add_adapters(
+            notes += lora.add_adapters(
                 built,
                 config.model.lora,
                 tokens=tokenizer(start)(["a"]),
@@ -138,8 +138,8 @@ def training_model(
         if gets_logit_bias(config, start):
             for made in filter(None, (whole, built)):
                 made.add_logit_bias()
-            said.append("loss.instance = sigmoid: the logits start with scale 10 and bias -10")
-        return built, whole, said + parallelise(config, built, device)
+            notes.append("loss.instance = sigmoid: the logits start with scale 10 and bias -10")
+        return built, whole, notes + parallelise(config, built, device)
 
     built, whole, notes = raise_on_all_ranks(build)
     if sharded:
@@ -199,9 +199,9 @@ def parallelise(config: Config, built: ProtoCLIP, device: torch.device) -> list[
             setting = "sync_batch_norm" if parallel.sync_batch_norm else "strategy = fsdp"
             notes = [f"parallel.{setting}: {number or 'no'} BatchNorm layers synchronised"]
     else:
-        alone = ["strategy"] if parallel.strategy == "fsdp" else []
-        alone += ["sync_batch_norm"] if parallel.sync_batch_norm else []
-        notes = [f"parallel.{each}: no effect, since there is one rank" for each in alone]
+        idle = ["strategy"] if parallel.strategy == "fsdp" else []
+        idle += ["sync_batch_norm"] if parallel.sync_batch_norm else []
+        notes = [f"parallel.{name}: no effect, since there is one rank" for name in idle]
     if parallel.activation_checkpointing:
         recompute_activations(built.towers, config.model)
     if parallel.compile:
@@ -221,13 +221,13 @@ def check_parallel(config: Config, start: Start) -> None:
         recompute_activations(start.build(on_meta=True).towers, start.model)
 
 
-def recompute_activations(both: nn.Module, config: ModelConfig) -> None:
+def recompute_activations(towers: nn.Module, config: ModelConfig) -> None:
     """Make towers compute their activations again in the backward pass, to save memory.
 
     Raises:
         ValueError: They cannot, or the image tower's BatchNorm would count each batch twice.
     """
-    setting, image = "parallel.activation_checkpointing", both.get_submodule("visual")
+    setting, image = "parallel.activation_checkpointing", towers.get_submodule("visual")
     way_out = "set it to false, or choose a transformer"
     counts = any(isinstance(part, _BatchNorm) for part in image.modules())
     if "image" not in config.locked and counts and not config.frozen_batch_norm:
@@ -235,7 +235,7 @@ def recompute_activations(both: nn.Module, config: ModelConfig) -> None:
             f"{setting}: the image tower has BatchNorm, which would count a batch twice; {way_out}"
         )
     try:
-        both.set_grad_checkpointing(True)  # type: ignore[operator]
+        towers.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, ValueError) as error:
         raise ValueError(f"{setting}: these towers cannot do it; {way_out}") from error
     # open_clip passes over image towers that cannot. Its towers, timm's and those of `transformers`
@@ -246,28 +246,30 @@ def recompute_activations(both: nn.Module, config: ModelConfig) -> None:
         raise ValueError(f"{setting}: this image tower cannot do it; {way_out}")
 
 
-def in_words(config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns: bool) -> str:
+def describe_training(
+    config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns: bool
+) -> str:
     """What a run trains, at what size; and of small towers, how to get a larger model.
 
-    A run that `aligns` trains what lies between two frozen halves alone.
+    A run that `aligns` trains what lies between two frozen encoders alone.
     """
     size, length = image_size(built.towers), reads(["a"]).shape[1]
     millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
     parameters = f"{three_digits(millions)} million parameters with the heads"
-    said = f"{size} pixels and {length} tokens, {parameters}"
+    sizes = f"{size} pixels and {length} tokens, {parameters}"
     name = config.start or config.name
     if name is not None:
-        return f"trains {name}, at {said}"
+        return f"trains {name}, at {sizes}"
     text = (
         config.text.name
         or f"a text transformer of {config.text.layers} layer{'s' * (config.text.layers > 1)}"
     )
     if aligns:
-        return f"trains what lies between {config.image.name} and {text}, both frozen, at {said}"
+        return f"trains what lies between {config.image.name} and {text}, both frozen, at {sizes}"
     hint = ""
     if config.image.weights is None and config.text.name is None:
         hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50"
-    return f"trains {config.image.name} and {text}, at {said}{hint}"
+    return f"trains {config.image.name} and {text}, at {sizes}{hint}"
 
 
 def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:

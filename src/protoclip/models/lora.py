@@ -138,7 +138,7 @@ def kind_of(layer: nn.Module) -> str | None:
     return None
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers of a model that have adapters, by name."""
     if any(ADDED in name for name, _ in model.named_parameters()):
         from peft.tuners.lora import LoraLayer
@@ -163,7 +163,7 @@ def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged(
+def merge_adapters(
     model: nn.Module, weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights of the plain model with W + B A for W, and those that it takes to go on.
@@ -177,7 +177,7 @@ def merged(
     """
     plain = without_adapters(weights)
     rest = {name: value for name, value in weights.items() if name.startswith(TEACHER_HEADS)}
-    for name, layer in adapted(model) if weights else ():
+    for name, layer in adapted_layers(model) if weights else ():
         matrix = f"{name}{WRAPPED}{getattr(layer, 'parameter_name', 'weight')}"
         added = [key for key in weights if key.startswith(f"{name}{ADDED}")]
         rest |= {key: weights[key] for key in (matrix, *added)}
@@ -186,10 +186,10 @@ def merged(
     return plain, rest
 
 
-def unmerged(
+def unmerge_adapters(
     model: nn.Module, plain: Mapping[str, Tensor], rest: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The weights that `merged` was called with; empty if `plain` is."""
+    """The weights that `merge_adapters` was called with; empty if `plain` is."""
     if not plain:
         return {}
     names = model.state_dict()

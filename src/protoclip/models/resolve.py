@@ -353,6 +353,7 @@ def join_towers(given: ModelConfig) -> JoinedTowers:
         text_files=text.text_files,
         tokenizer_source=text.tokenizer_source,
         resize_mode=image.resize_mode,
+        setting=f"model.text.name: {text.reference}",  # libraries of towers read no more than that
         notes=tuple(notes),
         image=image,
         text=text,

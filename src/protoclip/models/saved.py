@@ -343,8 +343,8 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
             "it; start a new run from its weights with --model.start, in another folder"
         )
     tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / RESUME).items()}
-    with understood(folder):
-        state = {**joined(facts, tensors), "model": {}, "optimizer": {}}
+    with reading_state(folder):
+        state = {**join_tensors(facts, tensors), "model": {}, "optimizer": {}}
     if in_shards(folder / WEIGHTS) and is_sharded(model):
         state |= read_parts(folder, model)
     elif rank() == 0:
@@ -360,7 +360,7 @@ def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """This rank's parts of weights and moments that a sharded model saved."""
     require_fit(folder, model, shards.meta_tensors(folder / Path(WEIGHTS).stem))
     stored = shards.meta_tensors(folder / Path(OPTIMIZER).stem)
-    with understood(folder):
+    with reading_state(folder):
         weights, moments = parts_to_fill(model, stored)
     heads = {name: part for name, part in weights.items() if name.startswith(TEACHER_HEADS)}
     plain = {name: part for name, part in weights.items() if name not in heads}
@@ -371,7 +371,7 @@ def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 @contextmanager
-def understood(folder: Path) -> Iterator[None]:
+def reading_state(folder: Path) -> Iterator[None]:
     """Turn what a state of another form raises into a `ValueError` with the way out."""
     try:
         yield
@@ -386,7 +386,7 @@ def understood(folder: Path) -> Iterator[None]:
 
 def facts_of(folder: Path, name: str) -> dict[str, Any]:
     """A section of a checkpoint's state, without its tensors."""
-    with understood(folder):
+    with reading_state(folder):
         return dict(read_json(folder / STATE).get(name, {}))
 
 
@@ -398,7 +398,7 @@ def is_aligned(checkpoint: Path) -> bool:
     return False
 
 
-def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+def split_tensors(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     """A copy of a nested state as JSON; adds copies of its tensors to `tensors`, on the CPU."""
     if isinstance(state, Tensor):
         assert name not in tensors, f"{name}: two tensors of this name"
@@ -406,21 +406,25 @@ def split(state: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
         return {TENSOR: name}
     prefix = name and f"{name}/"
     if isinstance(state, Mapping):
-        return {key: split(value, tensors, f"{prefix}{key}") for key, value in state.items()}
+        return {
+            key: split_tensors(value, tensors, f"{prefix}{key}") for key, value in state.items()
+        }
     if isinstance(state, list | tuple):
-        return [split(value, tensors, f"{prefix}{index}") for index, value in enumerate(state)]
+        return [
+            split_tensors(value, tensors, f"{prefix}{index}") for index, value in enumerate(state)
+        ]
     return state
 
 
-def joined(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nested state that `split` took apart, with its keys in the same order."""
+def join_tensors(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The nested state that `split_tensors` took apart, with its keys in the same order."""
     if isinstance(facts, list):
-        return [joined(value, tensors) for value in facts]
+        return [join_tensors(value, tensors) for value in facts]
     if not isinstance(facts, dict):
         return facts
     if facts.keys() == {TENSOR}:
         return tensors[facts[TENSOR]]
-    return {key: joined(value, tensors) for key, value in facts.items()}
+    return {key: join_tensors(value, tensors) for key, value in facts.items()}
 
 
 def checkpoint_files(
@@ -437,7 +441,7 @@ def checkpoint_files(
     stems = {Path(name).stem for name in files}
     others = {key: value for key, value in state.items() if key not in stems}
     tensors: dict[str, Tensor] = {}
-    facts = {MODEL: model_facts, STATE: split({"format": FORMAT, **others}, tensors)}
+    facts = {MODEL: model_facts, STATE: split_tensors({"format": FORMAT, **others}, tensors)}
     return {**files, RESUME: tensors}, facts
 
 
@@ -454,7 +458,7 @@ def write_checkpoint(
     temporary = unfinished(folder)
     try:
         checksums = write_files(temporary, tensors, facts, text_files or {})
-        complete(temporary, folder, checksums)
+        publish_folder(temporary, folder, checksums)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -485,7 +489,7 @@ def write_parts(
             for stem, part in ((Path(name).stem, part) for name, part in parts.items()):
                 for written in all_gather_object(shards.write(temporary / stem, part)):
                     checksums |= {f"{stem}/{name}": digest for name, digest in written.items()}
-            rank0_first(lambda: complete(staging, folder, checksums))
+            rank0_first(lambda: publish_folder(staging, folder, checksums))
         except BaseException:
             if rank() == 0:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -525,7 +529,7 @@ def write_files(
     return checksums
 
 
-def complete(temporary: Path, folder: Path, checksums: Mapping[str, str]) -> None:
+def publish_folder(temporary: Path, folder: Path, checksums: Mapping[str, str]) -> None:
     """Write the checksums of a folder, and give it its name."""
     write_atomically(temporary / CHECKSUMS, as_file(checksums), durable=True)
     if folder.exists():

@@ -48,7 +48,7 @@ from protoclip.models.precision import (
     resolve,
 )
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import checkpoints, read_checkpoint, understood
+from protoclip.models.saved import checkpoints, read_checkpoint, reading_state
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
@@ -144,7 +144,7 @@ def train_together(
     machines = throughput.machines(device)
     run.machines = [machines]
     notes = [
-        loading.in_words(plan.config.model, model, run.loader.tokenizer, aligns=aligns),
+        loading.describe_training(plan.config.model, model, run.loader.tokenizer, aligns=aligns),
         machines.placed(run.loader.batch_size),
         *plan.notes,
         *notes_on_model,
@@ -530,7 +530,7 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        with understood(checkpoint):
+        with reading_state(checkpoint):
             size = self.load_state_dict(state)
         # Not written again: a process that is killed meanwhile would leave neither.
         self.writer.go_on_from(checkpoint, self.trainer.step)

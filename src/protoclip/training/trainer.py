@@ -403,7 +403,7 @@ class Trainer:
         with the heads of teachers.
         """
         self.guard.look()
-        plain, adapters = lora.merged(self.model, parallel.own_weights(self.model))
+        plain, adapters = lora.merge_adapters(self.model, parallel.own_weights(self.model))
         return {
             "episode": self.episode,
             "batch": self.batch,
@@ -427,7 +427,7 @@ class Trainer:
 
         With another number of ranks than before, random states start from the seed again.
         """
-        whole = lora.unmerged(self.model, state["model"], state.get("adapters", {}))
+        whole = lora.unmerge_adapters(self.model, state["model"], state.get("adapters", {}))
         parallel.load_weights(self.model, whole)
         parallel.load_moments(self.model, self.optimizer, state["optimizer"])
         self.episode, self.batch = int(state["episode"]), int(state["batch"])

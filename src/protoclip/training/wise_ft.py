@@ -154,7 +154,7 @@ def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None
         "best_alpha": by_rule,
         "points": points,
     }
-    weights, _ = lora.merged(run.model, parallel.weights(run.model))
+    weights, _ = lora.merge_adapters(run.model, parallel.weights(run.model))
     raise_on_all_ranks(lambda: write(run, weights, record))
     known = {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
 

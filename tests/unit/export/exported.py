@@ -9,7 +9,7 @@ import torch
 
 from protoclip.config import ModelConfig
 from protoclip.models import loading
-from protoclip.models.saved import split, write_checkpoint
+from protoclip.models.saved import split_tensors, write_checkpoint
 
 
 def save_run(
@@ -23,7 +23,7 @@ def save_run(
     """A run with one checkpoint, with `alpha` one of chosen weights; returns its folder."""
     tensors: dict[str, torch.Tensor] = {}
     described = {"model": asdict(config)} | ({} if alpha is None else {"alpha": alpha})
-    facts = {"model.json": described, "state.json": split(state, tensors)}
+    facts = {"model.json": described, "state.json": split_tensors(state, tensors)}
     model = loading.model(config, seed=1)
     if sigmoid:
         model.add_logit_bias()

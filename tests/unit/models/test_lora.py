@@ -114,12 +114,12 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
         features(model)  # as extraction and evaluation do
     weights = model.state_dict()
     assert all(torch.equal(weights[key], value) for key, value in base.items())
-    merged, rest = lora.merged(model, weights)
+    merged, rest = lora.merge_adapters(model, weights)
     plain.load_state_dict(merged)
     for found, given, first in zip(features(plain.eval()), features(model), before, strict=True):
         torch.testing.assert_close(found, given, atol=1e-5, rtol=1e-4)
         assert not torch.equal(given, first)
-    again = lora.unmerged(model, merged, rest)
+    again = lora.unmerge_adapters(model, merged, rest)
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[key], value) for key, value in weights.items())
 
@@ -129,19 +129,21 @@ def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     model = loading.model(config, seed=0)
     note = with_adapters(model, locked=["image"], new_projections=True)
     assert "image tower" not in note
-    adapted = [name for name, _ in lora.adapted(model)]
+    adapted = [name for name, _ in lora.adapted_layers(model)]
     assert len(adapted) == 6
     assert not [name for name in adapted if "visual" in name or name.endswith("text.proj")]
     model = loading.model(config, seed=0)
     with_adapters(model)
-    assert {"towers.visual.head.proj", "towers.text.proj"} <= {n for n, _ in lora.adapted(model)}
+    assert {"towers.visual.head.proj", "towers.text.proj"} <= {
+        n for n, _ in lora.adapted_layers(model)
+    }
 
 
 def test_a_locked_tower_whose_layers_are_called_alike_gets_no_adapters(monkeypatch):
     """open_clip calls the layers of both towers `transformer.resblocks...`, one behind `visual`."""
     model = loading.model(config_of("ViT", monkeypatch), seed=0)
     with_adapters(model, locked=["image"])
-    adapted = [name for name, _ in lora.adapted(model)]
+    adapted = [name for name, _ in lora.adapted_layers(model)]
     assert len(adapted) == 3
     assert not [name for name in adapted if "visual" in name]
 

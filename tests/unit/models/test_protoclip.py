@@ -151,7 +151,9 @@ def test_settings_for_several_ranks_have_no_effect_on_one():
 def test_a_run_says_what_it_trains():
     """And what to name for a larger model, if it is a small one."""
     model = loading.model(tiny_model(), seed=0)
-    said = loading.in_words(tiny_model(), model, loading.tokenizer(tiny_model()), aligns=False)
+    said = loading.describe_training(
+        tiny_model(), model, loading.tokenizer(tiny_model()), aligns=False
+    )
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     assert said == (
         "trains test_resnet and a text transformer of 1 layer, at 32 pixels and 8 tokens, "
@@ -159,9 +161,11 @@ def test_a_run_says_what_it_trains():
         "--model.name ViT-S-16 or RN50"
     )
     named = replace(tiny_model(), name="RN50", text=TextTowerConfig())
-    said = loading.in_words(named, model, loading.tokenizer(named), aligns=False)
+    said = loading.describe_training(named, model, loading.tokenizer(named), aligns=False)
     assert said.startswith("trains RN50, at 32 pixels and 77 tokens, ")
-    said = loading.in_words(tiny_model(), model, loading.tokenizer(tiny_model()), aligns=True)
+    said = loading.describe_training(
+        tiny_model(), model, loading.tokenizer(tiny_model()), aligns=True
+    )
     assert said.startswith("trains what lies between test_resnet and a text transformer of 1 layer")
 
 
