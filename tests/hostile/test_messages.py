@@ -76,7 +76,6 @@ def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("data inspect {}/pairs.csv --data.workers 1", "{out}/c/index"),
         ("data pack {}/pairs.parquet {out}/packed", "{out}/packed/"),
-        ("analyze {}/run --samples 16 --out {out}", "{out}/run."),
         ("report {}/run --samples 16 --out {out}/r.html", "{out}/r.html"),
         ("explore {}/run --static {out}/pages --workers 0 --cache false", "{out}/pages"),
         ("explore {}/run --atlas {out}/t.parquet --workers 0 --cache false", "{out}/t.parquet"),

@@ -23,7 +23,7 @@ OF_DATA = ("image_column", "caption_column", "id_column", "root")
 
 @dataclass(frozen=True)
 class Analyze:
-    """Measure how runs group images and texts, at each of their checkpoints.
+    """Measure how runs group images and texts, by checkpoint.
 
     Writes analysis.json for each run, whose curves report draws. On the pairs
     that the runs held out, report --checkpoints does both.

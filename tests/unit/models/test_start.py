@@ -33,7 +33,14 @@ from protoclip.data.transforms import EvaluationTransform
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, image_normalisation, projection_head
 from protoclip.models.resolve import resolve_start
-from protoclip.models.saved import find_checkpoint, model_config, model_json
+from protoclip.models.saved import (
+    MODEL,
+    WEIGHTS,
+    find_checkpoint,
+    model_config,
+    model_json,
+    write_checkpoint,
+)
 from protoclip.models.start import find_start
 from protoclip.training import run
 from protoclip.training.plan import make_plan, outline
@@ -528,7 +535,5 @@ def test_heads_are_new_until_a_loss_has_trained_them(changed, new, tmp_path):
     weights = loading.model(tiny_model(), seed=0).state_dict()
     (name,) = (name for name in weights if name.startswith("text_head") and name.endswith(changed))
     weights[name] = weights[name] + 1
-    saved.write_checkpoint(
-        tmp_path, {saved.WEIGHTS: weights}, {saved.MODEL: model_json(tiny_model(), None)}
-    )
+    write_checkpoint(tmp_path, {WEIGHTS: weights}, {MODEL: model_json(tiny_model(), None)})
     assert find_start(str(tmp_path)).heads_are_new == new
