@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -39,10 +39,9 @@ from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.view import AllBut
-from protoclip.encode import store
-from protoclip.encode.halves import HalfEncoder, ImagesOnce, completed
+from protoclip.encode.halves import Items, encode_missing, image_half, read_view
 from protoclip.encode.rows import HalfRows, open_listing, write_listing
-from protoclip.encode.store import Hashes, hash_ids
+from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, FrozenHalves
@@ -85,18 +84,16 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
     halves = FrozenHalves(model.towers).eval().requires_grad_(False)
-    encoder = HalfEncoder(
-        halves,
-        transform=loading.evaluation_transform(model),
-        max_pixels=2**30,
-        autocast=nullcontext,
-    )
+    transform = loading.evaluation_transform(model)
+    encoder = image_half(halves, transform, max_pixels=2**30, autocast=nullcontext)
     pairs = ImageTextPairs(tiny_pairs(IMAGES, side=64), name="pairs", table_key="benchmark")
-    images = ImagesOnce(pairs, np.arange(IMAGES))
-    decoded = [encoder.read_image(images.sample(row)) for row in range(IMAGES)]
-    by_id = dict(zip(images.sample_ids(), decoded, strict=True))
-    encoder.read_image = lambda sample: by_id[sample.sample_id]  # type: ignore[method-assign]
-    hashes, number = hash_ids(images.sample_ids()), iter(range(100))
+    rows = np.arange(IMAGES)
+    samples = [read_view(pairs, rows, 0, row) for row in range(IMAGES)]
+    decoded = [encoder.prepare(sample) for sample in samples]
+    by_id = {sample.sample_id: made for sample, made in zip(samples, decoded, strict=True)}
+    encoder.prepare = lambda sample: by_id[sample.sample_id]
+    hashes, number = hash_ids(by_id), iter(range(100))
+    items = Items(hashes=hashes, order=rows, sample=samples.__getitem__, name="pairs")
 
     def forward() -> None:
         for first in range(0, IMAGES, ENCODED_AT_ONCE):
@@ -104,7 +101,7 @@ def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
 
     def whole() -> None:
         out = folder / f"store{next(number)}"
-        completed(encoder, images, hashes, out, ENCODED_AT_ONCE, None)
+        encode_missing(encoder, items, out, ENCODED_AT_ONCE, None)
 
     forward()
     alone, stored = [], []
@@ -179,16 +176,11 @@ class MadeUp:
 
 
 def simulated(folder: Path, hashes: Hashes) -> None:
-    """A segment with random features."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-
-    def blocks() -> Iterator[np.ndarray[Any, np.dtype[np.floating]]]:
-        for first in range(0, len(hashes), 2**18):
-            shape = (min(2**18, len(hashes) - first), STORED_WIDTH)
-            yield generator.random(shape, dtype=np.float32)
-
-    store.write_folder(folder, hashes, blocks(), {"teacher": "simulated"})
+    """A store with random features."""
+    generator, store = np.random.default_rng(0), Store(folder)
+    for first in range(0, len(hashes), BLOCK_ROWS):
+        some = np.asarray(hashes[first : first + BLOCK_ROWS])
+        store.add(some, generator.random((len(some), STORED_WIDTH), dtype=np.float32))
 
 
 def anonymous() -> int:
@@ -202,10 +194,10 @@ def prepare(folder: Path, rows: int) -> dict[str, float]:
     """What the first rank does once: list the pairs, and write the store of both halves."""
     pairs: Any = MadeUp(rows)
     start = time.process_time()
-    path = write_listing(pairs, folder, 1)
+    path = write_listing(pairs, folder)
     seconds = time.process_time() - start
     listing = open_listing(path)
-    simulated(folder / "image", listing.images[:, 0])
+    simulated(folder / "image", listing.images)
     simulated(folder / "text", listing.texts)
     return {"microseconds_a_row_to_list_pairs": seconds / rows * 1e6}
 
@@ -214,15 +206,24 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
     """What each rank does at each start, and while it draws batches."""
     pairs: Any = MadeUp(rows)
     before, start = anonymous(), time.process_time()
-    listing = open_listing(write_listing(pairs, folder, 1))
-    image, text = (
-        store.Segments([store.open_folder(folder / half)], STORED_WIDTH)
-        for half in ("image", "text")
+    listing = open_listing(write_listing(pairs, folder))
+    image, text = Store(folder / "image"), Store(folder / "text")
+    numbers = [
+        half.find(hashes).astype(np.int32)
+        for half, hashes in ((image, listing.images), (text, listing.texts))
+    ]
+    for half in (image, text):
+        half.forget_order()
+    assert min(each.min() for each in numbers) >= 0
+    halves = HalfRows(
+        listing=listing,
+        image=[image],
+        image_numbers=numbers[:1],
+        text=text,
+        text_numbers=numbers[1],
+        texts=str,
+        good=AllBut(rows),
     )
-    bad = np.flatnonzero(image.find(listing.images[:, 0]) < 0)
-    assert not len(bad)
-    assert (text.find(listing.texts) >= 0).all()
-    halves = HalfRows(listing=listing, image=[image], text=text, texts=str, good=AllBut(rows, bad))
     opened = anonymous()
     seconds_to_open = time.process_time() - start
     seconds, most = 0.0, opened

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from itertools import count
@@ -25,11 +26,13 @@ from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.distributed.collectives import rank
-from protoclip.encode import encoder as encoding
+from protoclip.encode import halves
 from protoclip.encode import rows as listing
+from protoclip.encode import run as running
+from protoclip.encode.encoder import Encoder
 from protoclip.encode.rows import RowLoader, half_teachers
 from protoclip.encode.store import hash_ids
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation import features as evaluated
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.models import loading
@@ -213,7 +216,7 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(aligning.before_data(given).given)
     (data,) = judged(settings, sources.pairs(settings)).data
-    encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
+    encoder = evaluated.Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
     whole = evaluate_run(encoder, data=data, split="validation", show=False)
     assert {k for k in results["metrics"] if "retrieval" in k}
     for name, value in whole.items():
@@ -222,29 +225,32 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
 
 def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypatch):
     """Neither for the same pairs, nor for some of them under other names."""
-    encoded: list[str] = []
-    for kind in ("encode_images", "encode_captions"):
-        of_kind = getattr(encoding, kind)
+    encoded: list[int] = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, inputs: noted(self, inputs))
 
-        def watched(*given: Any, of_kind: Any = of_kind) -> Any:
-            encoded.extend(given[1].sample_id(row) for row in given[2])
-            return of_kind(*given)
+    def noted(encoder: Encoder, inputs: list[Any]) -> torch.Tensor:
+        encoded.append(len(inputs))
+        return encode(encoder, inputs)
 
-        monkeypatch.setattr(encoding, kind, watched)
-    rows_of(given)
+    def rows_encoded(settings: dict[str, Any]) -> int:
+        encoded.clear()
+        rows_of(settings)
+        return sum(encoded)
+
+    for_keys = rows_encoded(given) and rows_encoded(given)
     plan, *_ = rows_of(given)
     captions = {
         text for row in range(len(plan.samples)) for text in plan.samples.sample_captions(row)
     }
-    assert len(encoded) == len({*encoded}) == len(plan.samples) + len(captions)
+    shutil.rmtree(store)
+    assert rows_encoded(given) == len(plan.samples) + len(captions) + for_keys
     left_out = tmp_path / "left_out.json"
     left_out.write_text('["tiny/3"]')
     data = {key: value for key, value in given["data"].items() if key != "train"}
     mixture = [{"path": given["data"]["train"]}]
     for other in ({"without": str(left_out)}, {**data, "sources": mixture, "train": "emoji"}):
-        rows_of(changed(given, data=other))
-    assert len(encoded) == len({*encoded})
-    assert len(encoded) == len(plan.samples) + len(captions)
+        assert rows_encoded(changed(given, data=other)) == for_keys
 
 
 def test_a_later_start_hashes_no_pair(given, store, monkeypatch):
@@ -257,41 +263,37 @@ def test_a_later_start_hashes_no_pair(given, store, monkeypatch):
     assert half_teachers(Config(), plan.samples, rows) == {}
 
 
-KINDS = ("encode_images", "encode_captions")
-
-
-def noting(encode: Any, file: Path, *, dies: bool) -> Any:
-    """`encode` that adds the ids of each part to a file, and may die in the second."""
-    turns = count(1)
-
-    def die(done: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def noted(encoder: Any, samples: Any, items: Any, size: int, show: Any, *more: Any) -> Any:
-        with file.open("a") as lines:
-            lines.write(json.dumps([samples.sample_id(row) for row in items]) + "\n")
-        shows = die if dies and next(turns) == 2 else show
-        return encode(encoder, samples, items, size, shows, *more)
-
-    return noted
-
-
 def encode_into(folder: Path, settings: dict[str, Any], kill: str = "") -> None:
-    """Fill a store in small parts. Each rank notes its own; SIGKILL may come in one of a kind."""
+    """Fill a store in small blocks. Each rank notes what it encodes in a file of its own; SIGKILL
+    may come among the images or the texts."""
     folder.mkdir(exist_ok=True)
+    encode, turns = Encoder.encode, count(1)
+
+    def noted(encoder: Encoder, inputs: list[Any]) -> torch.Tensor:
+        with (folder / f"{rank()}.txt").open("a") as lines:
+            lines.write(f"{encoder.reads} {len(inputs)}\n")
+        if encoder.reads == kill and next(turns) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(encoder, inputs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(folder))
-        for modality, rows in (("image", 40), ("text", 8)):
-            patch.setitem(encoding.PART_ROWS, modality, rows)
-        for kind in KINDS:
-            noted = noting(getattr(encoding, kind), folder / f"{rank()}.txt", dies=kind == kill)
-            patch.setattr(encoding, kind, noted)
+        patch.setattr(halves, "TEXTS_AT_ONCE", 2)
+        patch.setattr(running, "BLOCK_ROWS", 4)
+        patch.setattr(halves, "images_at_once", lambda _: 4)
+        patch.setattr(Encoder, "encode", noted)
         rows_of(settings)
 
 
-def parts_in(folder: Path) -> list[list[str]]:
-    """What `encode_into` encoded, by rank."""
-    return [file.read_text().splitlines() for file in sorted(folder.glob("*.txt"))]
+def encoded_in(folder: Path) -> list[Counter[str]]:
+    """How many images and texts `encode_into` encoded, by rank."""
+    counts = []
+    for file in sorted(folder.glob("*.txt")):
+        lines = [line.split() for line in file.read_text().splitlines()]
+        counts.append(Counter({kind: 0 for kind, _ in lines}))
+        for kind, number in lines:
+            counts[-1][kind] += int(number)
+    return counts
 
 
 def store_in(folder: Path) -> dict[str, bytes]:
@@ -307,10 +309,10 @@ def undisturbed(given, tmp_path_factory) -> Path:
 
 
 def test_a_killed_pass_loses_and_doubles_no_row(given, undisturbed, tmp_path):
-    """Killed among images, then among captions, it ends with the same bytes in the store. The part
-    that a kill met is encoded again, and no other."""
+    """Killed among images, then among captions, it ends with the same bytes in the store. What was
+    not written before a kill is encoded again, and nothing else."""
     folder = tmp_path / "killed"
-    for kind in KINDS:
+    for kind in ("image", "text"):
         arguments = (folder, given, kind)
         child = multiprocessing.get_context("fork").Process(target=encode_into, args=arguments)
         child.start()
@@ -318,11 +320,12 @@ def test_a_killed_pass_loses_and_doubles_no_row(given, undisturbed, tmp_path):
         child.kill()  # if it hangs
         child.join()
         assert child.exitcode == -signal.SIGKILL
+    before = encoded_in(folder)[0]
     encode_into(folder, given)
-    ((*images, c0, c1, c2),) = parts_in(undisturbed)
-    assert len(images) == 3
-    assert parts_in(folder) == [[images[0], images[1], *images[1:], c0, c1, c1, c2]]
     assert store_in(folder) == store_in(undisturbed)
+    again, (whole,) = encoded_in(folder)[0] - before, encoded_in(undisturbed)
+    assert 0 < again["text"] < whole["text"]
+    assert again["image"] < 4 < whole["image"]  # of the key
 
 
 def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
@@ -350,10 +353,10 @@ def test_ranks_train_what_one_process_trains(more, given, tmp_path):
 
 
 def test_ranks_that_share_the_encoding_write_what_one_process_writes(given, undisturbed, tmp_path):
-    """Byte for byte; each encodes some parts of both halves."""
+    """Byte for byte; each encodes some of both halves."""
     run_distributed(encode_into, 2, tmp_path, given)
-    parts, (whole,) = parts_in(tmp_path), parts_in(undisturbed)
-    assert parts == [[whole[n] for n in share] for share in ((0, 2, 3, 5), (1, 4))]
+    counts, (whole,) = encoded_in(tmp_path), encoded_in(undisturbed)
+    assert all(0 < each[kind] < whole[kind] for each in counts for kind in ("image", "text"))
     assert store_in(tmp_path) == store_in(undisturbed)
 
 
@@ -462,7 +465,7 @@ def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
     sample = plan.samples.sample_id(0)
     assert sample.endswith("/0")
     expected = hash_ids(f"caption {row}" for row in (0, 2, 8))
-    assert rows.listing.captions[:3].tolist() == expected.tolist()
+    assert rows.listing.texts[rows.listing.captions[:3]].tolist() == expected.tolist()
 
 
 def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):

@@ -34,8 +34,9 @@ from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_table
 from protoclip.encode import embed as module
 from protoclip.encode import parts
-from protoclip.encode.halves import ImagesOnce
-from protoclip.encode.parts import Patience, claim, difference_in, read_images, require_same
+from protoclip.encode.halves import read_view
+from protoclip.encode.parts import claim, difference_in, require_same
+from protoclip.encode.run import Patience, read_ahead
 from protoclip.evaluation.datasets import open_data
 from testing import run_distributed, tiny_pairs
 from tiny_hugging_face import save_dual_encoder
@@ -380,9 +381,9 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
         with pytest.raises(ValueError, match=line):
             embedded(tiny_run, path, out)
         # As `align` reads them.
-        once = ImagesOnce(open_table(DataConfig(train=str(path))), np.arange(20))
+        source, rows = open_table(DataConfig(train=str(path))), np.arange(20)
         with pytest.raises(ValueError, match=line):
-            list(read_images(once, range(20), lambda sample: sample, 4, threads=2))
+            list(read_ahead([range(20)], lambda row: (row, read_view(source, rows, 0, row)), 2))
     assert len(list((tmp_path / ".vectors.parquet.parts" / "parts").glob("*.npz"))) == 1
     assert embedded(tiny_run, path, out) == [10]
     found = pq.read_table(out)

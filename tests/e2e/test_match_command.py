@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from protoclip.cli import main
 from protoclip.data import pack
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.encode.encoder import FrozenEncoder
+from protoclip.encode.encoder import Encoder
 from testing import tiny_pairs
 
 PAIRS, BAD = 120, 7
@@ -52,11 +52,11 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     encoded: Counter[int] = Counter()
 
-    def encode(self, inputs, before=FrozenEncoder.encode):
+    def encode(self, inputs, before=Encoder.encode):
         encoded[id(self)] += len(inputs)
         return before(self, inputs)
 
-    monkeypatch.setattr(FrozenEncoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode", encode)
     image, text = halves
     words = ["match", "--images", image, str(tiny_run), "--texts", text, str(tiny_run), text]
     words += ["--data", str(data), "--seed", "1", "--batch_size", "32"]
@@ -73,10 +73,10 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     assert [one["recall@10"] for one in records] == sorted(
         (one["recall@10"] for one in records), reverse=True
     )
-    # One more image and one more caption when a half is opened, to see how wide its features are,
-    # and examples that tell it from others.
+    # An image or two captions more to see how wide features are, and as many for the key,
+    # that tells a half from others.
     different = len({*pq.read_table(data)["image"].to_pylist()} - {b"no image"})
-    assert sorted(encoded.values()) == sorted([different + 2] * 2 + [PAIRS + 3] * 2)
+    assert sorted(encoded.values()) == sorted([different + 2] * 2 + [PAIRS + 4] * 2)
     for one in records:
         assert (one["pairs"], one["skipped"]) == (PAIRS - 1, 1)
         assert one["recall@10"] == pytest.approx(
@@ -99,7 +99,7 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     main([*words, "--json"])
     (one, *_) = json.loads(capsys.readouterr().out)
     assert (one["images_per_second"], one["captions_per_second"], one["skipped"]) == (None, None, 1)
-    assert sum(encoded.values()) == 2 * (2 * 2 + 2 * 3)
+    assert sum(encoded.values()) == 2 * (2 * 2 + 2 * 4)
 
 
 def test_a_stream_gives_its_first_pairs(tmp_path, tiny_run, capsys):

@@ -32,7 +32,7 @@ from protoclip.data.pairs import BadSample, SampleStream
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.encode import store
-from protoclip.encode.encoder import FrozenEncoder, encode_texts
+from protoclip.encode.encoder import Encoder, encode_texts, freeze, image_encoder, text_encoder
 from protoclip.encode.halves import images_at_once
 from protoclip.encode.parts import (
     Part,
@@ -129,11 +129,10 @@ def embed(
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
-        images = FrozenEncoder(
-            *(model, device, torch.stack, model.encode_image, transform),
-            max_pixels=config.data.max_image_pixels,
-        )
-        texts = FrozenEncoder(model, device, tokenizer, model.encode_text)
+        model = freeze(model, device)
+        max_pixels = config.data.max_image_pixels
+        images = image_encoder(model, device, model.encode_image, transform, max_pixels=max_pixels)
+        texts = text_encoder(model, device, tokenizer, model.encode_text)
         working = out.with_name(f".{out.name}.parts")
         settings = {
             "reference": name,
@@ -149,7 +148,7 @@ def embed(
         asked = precision if begun is None else of_encoding(begun, device)
         kept = kept_halves(
             *(newest, model, transform, tokenizer, samples, device, asked),
-            max_pixels=config.data.max_image_pixels,
+            max_pixels=max_pixels,
         )
         settings["precision"] = begun or kept.precision
         images.autocast = texts.autocast = encoding(kept.precision, device)
@@ -270,8 +269,8 @@ def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def encode_pairs(
-    images: FrozenEncoder,
-    texts: FrozenEncoder,
+    images: Encoder,
+    texts: Encoder,
     kept: KeptHalves,
     samples: Any,
     items: Sequence[Item],
@@ -291,7 +290,7 @@ def encode_pairs(
     missing = [position for position in range(len(items)) if position not in known]
     to_read, left = [items[position] for position in missing], iter(missing)
     show(done)
-    for batch in read_images(samples, to_read, images.read_image, batch_size, threads):
+    for batch in read_images(samples, to_read, images.prepare, batch_size, threads):
         of_batch = dict(zip(islice(left, len(batch)), batch, strict=True))
         bad += [vars(one) for one in batch if isinstance(one, BadSample)]
         good = {at: one for at, one in of_batch.items() if not isinstance(one, BadSample)}

@@ -8,7 +8,9 @@ The pass writes parts (see `parts.py`). At the end the first rank joins them int
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
+from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.encode import store, teachers
 from protoclip.encode.parts import (
@@ -46,6 +49,7 @@ from protoclip.encode.teachers import local_copy
 from protoclip.encode.whiten import Features, fit_pca
 from protoclip.files import checksum, file_checksum, locked
 from protoclip.models import loading
+from protoclip.models.batch_norm import layers_of
 from protoclip.models.frozen import Pooling, open_frozen_encoder
 from protoclip.models.loading import to_device
 from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
@@ -53,76 +57,66 @@ from protoclip.models.tokenizers import TELLING
 from protoclip.terminal import without_secrets
 
 PART_ROWS = {"text": 8192, "image": 2048}
+EXAMPLES = ("a photo of a red dog", "two words")  # texts that tell models apart
+RAMP = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)  # an image that does
 SKIPPED = "skipped.jsonl"
 # Ids of samples that could be read, their features, and what is wrong with the others.
 EncodedSamples = tuple[list[str], Float[Tensor, "n q"], list[dict[str, str]]]
 
 
-class FrozenEncoder:
-    """A frozen model that reads images if it has a `transform`, else captions.
+@dataclass(kw_only=True)
+class Encoder:
+    """A frozen model of one modality.
 
-    `collate` turns a list of captions or transformed images into a batch, and `forward` turns that
-    into features of any norm; `unit_norm` brings them to norm 1. `autocast` makes the context of
-    forward passes; unset, that of `on_card`. Larger images than `max_pixels` are bad.
+    Attributes:
+        module: In evaluation mode, on its device.
+        reads: What it encodes, `image` or `text`.
+        prepare: The input that a sample is; raises `ValueError` for a bad one.
+        forward: Inputs to features of any norm, on the device.
+        examples: Inputs that tell one model from another.
+        facts: What the inputs depend on, as text.
+        unit_norm: Bring features to norm 1.
+        autocast: Makes the context of forward passes.
     """
 
-    unit_norm = True
+    module: Any
+    device: torch.device
+    reads: Literal["image", "text"]
+    prepare: Callable[[Sample], Any]
+    forward: Callable[[list[Any]], Tensor]
+    examples: Sequence[Any]
+    facts: Callable[[], str]
+    unit_norm: bool = True
+    autocast: Autocast = nullcontext
 
-    def __init__(
-        self,
-        module: Any,
-        device: torch.device,
-        collate: Callable[[list[Any]], Any],
-        forward: Callable[[Any], Tensor],
-        transform: Callable[[Image.Image], Tensor] | None = None,
-        autocast: Autocast | None = None,
-        *,
-        max_pixels: int = MAX_IMAGE_PIXELS,
-    ) -> None:
-        module = module.float().eval().requires_grad_(False)
-        self.module = to_device(module, device) if device.type == "cuda" else module.to(device)
-        self.autocast = autocast or on_card("auto", device)
-        self.device, self.collate, self.forward = device, collate, forward
-        self.max_pixels = max_pixels
-        self.transform, self.reads = transform, "image" if transform else "text"
-        self.cut_padding = transform is None and getattr(module, "ignores_padding", False)
-        example = transform(Image.new("RGB", (64, 64))) if transform else "a"
-        self.width = self.encode([example]).shape[1]
-
-    @torch.inference_mode()
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
-        """Features on the CPU."""
-        batch = self.collate(inputs)
-        batch = without_padding(batch) if self.cut_padding else batch
-        with self.autocast():
-            features = self.forward(batch.to(self.device)).float()
-        return (F.normalize(features, dim=-1) if self.unit_norm else features).cpu()
+        """Features in float32 on the CPU."""
+        with parallel.without_gradients(self.module):
+            with self.autocast():
+                features = self.forward(inputs)
+            features = features.float()
+            return (F.normalize(features, dim=-1) if self.unit_norm else features).cpu()
 
-    def read_image(self, sample: Sample) -> Tensor:
-        """The input that a sample's image is; raises `ValueError` for a bad one."""
-        assert self.transform is not None
-        image = decode(sample.image, max_pixels=self.max_pixels)
-        return self.transform(Image.fromarray(image))
+    @cached_property
+    def width(self) -> int:
+        return self.encode([*self.examples]).shape[1]
 
     def key(self) -> str:
         """Identifies the model, and how it reads images or captions.
 
-        Weights alone tell neither layers apart nor limits of captions. So the structure counts too,
-        and the features of examples, to three digits, since the last ones depend on the hardware.
+        Weights alone do not: activations and numbers of heads have none. So the structure counts
+        too, and the features of examples, to three digits, since the last ones depend on the
+        hardware.
         """
-        examples: list[Any] = ["a photo of a red dog", "two words"]
-        if self.transform is None:
-            reads = f"{self.collate!r} {self.collate([*examples, TELLING])}"
-        else:
-            ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
-            examples, reads = [self.transform(Image.fromarray(ramp))], repr(self.transform)
-        first = [f"{value:.3g}" for value in self.encode(examples)[:, :16].flatten().tolist()]
-        facts = f"{self.reads} {self.module!r} {reads} {self.autocast!r}"
-        facts = re.sub(r" at 0x[0-9a-f]+", "", facts)
+        values = self.encode([*self.examples])[:, :16].flatten().tolist()
+        first = " ".join(f"{value:.3g}" for value in values)
+        facts = f"{self.reads} {layers_of(self.module)} {self.facts()}"
+        facts += "" if self.autocast is nullcontext else repr(self.autocast)
+        facts = re.sub(r" at 0x[0-9a-f]+", "", facts)  # functions show their address in memory
         return checksum(f"{self.checksum()} {facts} {first}".encode())
 
     def checksum(self, *, without: str | None = None) -> str:
-        """A checksum of the weights, but for those with these letters in their names."""
+        """A checksum of the weights, except those with these letters in their names."""
         weights = sorted(self.module.state_dict().items())
         weights = [(name, w) for name, w in weights if without is None or without not in name]
         raw = ((name, value.cpu().reshape(-1).view(torch.uint8)) for name, value in weights)
@@ -131,23 +125,95 @@ class FrozenEncoder:
         )
 
 
+def freeze(module: Any, device: torch.device) -> Any:
+    """A model in float32 for evaluation alone, on the device."""
+    module = module.float().eval().requires_grad_(False)
+    return to_device(module, device) if device.type == "cuda" else module.to(device)
+
+
+def text_encoder(
+    module: Any,
+    device: torch.device,
+    tokenizer: Callable[[list[str]], Any],
+    forward: Callable[[Any], Tensor],
+    *,
+    facts: str = "",
+    **settings: Any,
+) -> Encoder:
+    """The encoder of a frozen text model.
+
+    Args:
+        tokenizer: Texts to a batch.
+        forward: A batch to features.
+        facts: What else tells it from other models.
+        settings: Those of `Encoder`.
+    """
+    cuts_padding = getattr(module, "ignores_padding", False)
+
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts)
+        return forward((without_padding(batch) if cuts_padding else batch).to(device))
+
+    return Encoder(
+        module=module,
+        device=device,
+        reads="text",
+        prepare=lambda sample: sample.captions[0],
+        forward=encode,
+        examples=EXAMPLES,
+        facts=lambda: f"{facts} {as_text(tokenizer([*EXAMPLES, TELLING]))}",
+        **settings,
+    )
+
+
+def as_text(batch: Any) -> str:
+    """What a tokenizer makes of texts, as text."""
+    values = {"tokens": batch} if isinstance(batch, Tensor) else batch
+    return str({name: each.tolist() for name, each in values.items()})
+
+
+def image_encoder(
+    module: Any,
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor],
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    **settings: Any,
+) -> Encoder:
+    """The encoder of a frozen image model; images with more than `max_pixels` are bad."""
+
+    def prepare(sample: Sample) -> Tensor:
+        return transform(Image.fromarray(decode(sample.image, max_pixels=max_pixels)))
+
+    return Encoder(
+        module=module,
+        device=device,
+        reads="image",
+        prepare=prepare,
+        forward=lambda images: forward(torch.stack(images).to(device)),
+        examples=[transform(Image.fromarray(RAMP))],
+        facts=lambda: repr(transform),
+        **settings,
+    )
+
+
 def open_encoder(
     teacher: str,
     *,
     modality: str,
     pooling: Pooling,
     device: torch.device,
-    autocast: Autocast | None = None,
     setting: str = "",
-) -> FrozenEncoder:
-    """Open a frozen model on a device; the arguments are those of `open_frozen_encoder`.
-
-    `autocast` is that of `FrozenEncoder`.
-    """
+) -> Encoder:
+    """Open a frozen model on a device; the arguments are those of `open_frozen_encoder`."""
     opened = open_frozen_encoder(teacher, modality=modality, pooling=pooling, setting=setting)
-    return FrozenEncoder(
-        opened.module, device, opened.collate, opened.forward, opened.prepare, autocast
-    )
+    module, autocast = freeze(opened.module, device), on_card("auto", device)
+    if opened.prepare is None:
+        return text_encoder(
+            module, device, opened.collate, opened.forward, facts=pooling, autocast=autocast
+        )
+    return image_encoder(module, device, opened.forward, opened.prepare, autocast=autocast)
 
 
 def embed_teacher(
@@ -235,7 +301,7 @@ def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:
 
 
 def finish(
-    encoder: FrozenEncoder,
+    encoder: Encoder,
     samples: Any,
     out: Path,
     settings: Mapping[str, Any],
@@ -248,7 +314,7 @@ def finish(
 
 
 def encode_parts(
-    encoder: FrozenEncoder,
+    encoder: Encoder,
     samples: Any,
     out: Path,
     settings: Mapping[str, Any],
@@ -278,7 +344,7 @@ def require_width(settings: Mapping[str, Any], full_width: int) -> None:
 
 
 def encode_items(
-    encoder: FrozenEncoder,
+    encoder: Encoder,
     samples: Any,
     items: Sequence[Item],
     batch_size: int,
@@ -292,7 +358,7 @@ def encode_items(
 
 
 def encode_captions(
-    encoder: FrozenEncoder, samples: Any, items: Sequence[Item], batch_size: int, show: Show
+    encoder: Encoder, samples: Any, items: Sequence[Item], batch_size: int, show: Show
 ) -> EncodedSamples:
     """The mean feature of each sample's captions. Images are left alone."""
     ids, captions, bad = [], [], []
@@ -319,7 +385,7 @@ def encode_captions(
 
 
 def encode_texts(
-    encoder: FrozenEncoder, texts: Sequence[str], batch_size: int
+    encoder: Encoder, texts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], Float[Tensor, "b q"]]]:
     """The numbers and features of texts, a batch at a time.
 
@@ -332,7 +398,7 @@ def encode_texts(
 
 
 def encode_images(
-    encoder: FrozenEncoder,
+    encoder: Encoder,
     samples: Any,
     items: Sequence[Item],
     batch_size: int,
@@ -341,7 +407,7 @@ def encode_images(
 ) -> EncodedSamples:
     """The feature of each sample's image."""
     ids, features, bad, done = [], [torch.zeros(0, encoder.width)], [], 0
-    for batch in read_images(samples, items, encoder.read_image, batch_size, threads):
+    for batch in read_images(samples, items, encoder.prepare, batch_size, threads):
         bad += [vars(one) for one in batch if isinstance(one, BadSample)]
         good = [one for one in batch if not isinstance(one, BadSample)]
         ids += [sample.sample_id for _, sample, _ in good]

@@ -1,23 +1,18 @@
 """What two frozen halves make of the pairs of a run: each image and each caption encoded once.
 
-Features are in a folder for each half, by its weights and its transform, and there in segments: a
-segment has the images or captions that were new when a run began. An image is known by its file,
-or by its row in data that hold it; a caption by its text. So runs over the same or over more data
-encode what is new.
-
-What the rows of a run then know of these features is in `half_rows.py`.
+Features are in a store for each half, by its weights and its transform. An image is known by its
+file, or by its row in data that hold it; a caption by its text. So runs over the same or over more
+data encode what is new.
 """
 
 import errno
-import os
-import re
-import shutil
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +32,9 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
     require_shared,
+    world_size,
 )
-from protoclip.encode import store
-from protoclip.encode.encoder import PART_ROWS, FrozenEncoder, encode_parts, join_parts
-from protoclip.encode.parts import FOLDERS, parts_of, read_images, read_note
+from protoclip.encode.encoder import EXAMPLES, Encoder, as_text
 from protoclip.encode.rows import (
     HalfRows,
     image_key,
@@ -49,13 +43,22 @@ from protoclip.encode.rows import (
     view_id,
     write_listing,
 )
-from protoclip.encode.store import Hashes, Numbers, Segments, hash_ids
+from protoclip.encode.run import (
+    Prepared,
+    Round,
+    encode_into,
+    read_ahead,
+    units_of_rank,
+)
+from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.files import checksum, locked
 from protoclip.models.aligned import FrozenHalves
-from protoclip.models.batch_norm import layers_of
+from protoclip.models.precision import Autocast
 from protoclip.models.tokenizers import TELLING, Tokenizer
+from protoclip.progress import Progress
 
-Read = TypeVar("Read")
+SETTING = "align.features"  # says where the stores are
+TEXTS_AT_ONCE = 2**13  # captions among which those of similar length are encoded together
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 WAIT = 60.0  # seconds for another process that writes to the store
 # What a text model's configuration says of its files, and nothing of what it computes.
@@ -68,98 +71,92 @@ def features_folder(config: Config) -> Path:
     return cache_folder() / "features" if given is None else Path(given)
 
 
-class HalfEncoder(FrozenEncoder):
-    """A frozen half: its features are of any norm, since the projection reads them as they are.
+def text_half(halves: FrozenHalves, tokenizer: Tokenizer, *, autocast: Autocast) -> Encoder:
+    """The encoder of a frozen text half. Features have any norm: its projection reads them so.
 
     Args:
         halves: Both, on their device.
-        reads: The half: an image, or a text by the tokenizer.
-        transform: Of images. One that draws gets draws of its own for each image.
         autocast: Makes the context of forward passes.
     """
+    settings = halves.text.config.to_dict() if hasattr(halves.text, "config") else {}
+    settings = {name: settings[name] for name in sorted(settings.keys() - FILE_SETTINGS)}
 
-    unit_norm = False
+    def forward(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts)
+        tokens = without_padding(tokens) if halves.ignores_padding else tokens
+        return halves.encode_text(tokens.to(device_of(halves)))
 
-    def __init__(
-        self,
-        halves: FrozenHalves,
-        *,
-        tokenizer: Tokenizer | None = None,
-        transform: Transform | None = None,
-        max_pixels: int,
-        autocast: Any,
-    ) -> None:
-        self.module: Any = halves.visual if transform else halves.text
-        self.halves, self.images, self.tokenizer = halves, transform, tokenizer
-        self.max_pixels, self.autocast = max_pixels, autocast
-        self.reads = "text" if transform is None else "image"
-        self.device = next(halves.parameters()).device
-        size = 0 if transform is None else transform.size
-        blank = (torch.zeros(size, size, 3, dtype=torch.uint8), self._draws("")) if size else "a"
-        self.width = self.encode([blank]).shape[1]
+    return Encoder(
+        module=halves.text,
+        device=device_of(halves),
+        reads="text",
+        prepare=lambda sample: sample.captions[0],
+        forward=forward,
+        examples=EXAMPLES[:1],
+        facts=lambda: (
+            f"{type(halves.pooler).__name__} {settings} {as_text(tokenizer([*EXAMPLES, TELLING]))}"
+        ),
+        unit_norm=False,
+        autocast=autocast,
+    )
 
-    @torch.inference_mode()
-    def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
-        with self.autocast():
-            if self.images is None:
-                assert self.tokenizer is not None
-                tokens = self.tokenizer(inputs)
-                tokens = without_padding(tokens) if self.halves.ignores_padding else tokens
-                features = self.halves.encode_text(tokens.to(self.device))
-            else:
-                pixels, draws = (torch.stack(list(each)) for each in zip(*inputs, strict=True))
-                images = self.images.finish(pixels.to(self.device), draws)
-                features = self.halves.encode_image(images)
-        return features.float().cpu()
 
-    def read_image(self, sample: Sample) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+def image_half(
+    halves: FrozenHalves, transform: Transform, *, max_pixels: int, autocast: Autocast
+) -> Encoder:
+    """The encoder of a frozen image half. Features have any norm: its projection reads them so.
+
+    Args:
+        transform: Of images. One that draws gets draws of its own for each image, by its id: the
+            same on every call.
+    """
+    size = transform.size
+
+    def draws(sample_id: str) -> Float[Tensor, " r"]:
+        generator = np.random.Generator(np.random.Philox(key=int(hash_ids([sample_id])[0])))
+        return torch.from_numpy(generator.random(transform.num_draws, dtype=np.float32))
+
+    def prepare(sample: Sample) -> tuple[Tensor, Tensor]:
         """The crop of an image as bytes, and the draws of its transform."""
-        assert self.images is not None
-        draws, transform = self._draws(sample.sample_id), self.images
+        drawn = draws(sample.sample_id)
         crop = decode_crop(
             sample.image,
-            lambda width, height: transform.box(width, height, draws.numpy()),
-            transform.size,
-            max_pixels=self.max_pixels,
+            lambda width, height: transform.box(width, height, drawn.numpy()),
+            size,
+            max_pixels=max_pixels,
         )
-        return torch.from_numpy(np.require(crop, requirements="W")), draws
+        return torch.from_numpy(np.require(crop, requirements="W")), drawn
 
-    def _draws(self, key: str) -> Float[Tensor, " r"]:
-        """Of an image, the same on every call."""
-        assert self.images is not None
-        generator = np.random.Generator(np.random.Philox(key=int(hash_ids([key])[0])))
-        return torch.from_numpy(generator.random(self.images.num_draws, dtype=np.float32))
+    def forward(inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        pixels, drawn = (torch.stack(list(each)) for each in zip(*inputs, strict=True))
+        return halves.encode_image(transform.finish(pixels.to(device_of(halves)), drawn))
 
-    def key(self) -> str:
-        """Identifies what the features depend on: weights, layers, transform or tokenizer, pooling.
+    ramp = torch.arange(size * size * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
+    name = getattr(halves.visual, "pretrained_cfg", {}).get("architecture")
+    return Encoder(
+        module=halves.visual,
+        device=device_of(halves),
+        reads="image",
+        prepare=prepare,
+        forward=forward,
+        examples=[(ramp.view(size, size, 3), draws("key"))],
+        facts=lambda: f"{name} {transform}",
+        unit_norm=False,
+        autocast=autocast,
+    )
 
-        Weights alone do not: activations and numbers of heads have none. So settings count too, and
-        the features of an example, to three digits, since the last ones depend on the hardware.
-        """
-        example: Any = "a photo of a red dog"
-        if self.images is not None:
-            size = self.images.size
-            ramp = torch.arange(size * size * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
-            name = getattr(self.module, "pretrained_cfg", {}).get("architecture")
-            facts, example = f"{name} {self.images}", (ramp.view(size, size, 3), self._draws("key"))
-        else:
-            assert self.tokenizer is not None
-            settings = self.module.config.to_dict() if hasattr(self.module, "config") else {}
-            settings = {name: settings[name] for name in sorted(settings.keys() - FILE_SETTINGS)}
-            facts = f"{type(self.halves.pooler).__name__} {settings}"
-            facts += f" {self.tokenizer([example, 'two words', TELLING]).tolist()}"
-        facts += "" if self.autocast is nullcontext else repr(self.autocast)
-        layers = re.sub(r" at 0x[0-9a-f]+", "", layers_of(self.module))
-        first = " ".join(f"{value:.3g}" for value in self.encode([example])[0, :16].tolist())
-        return checksum(f"{self.checksum()} {layers} {facts} {first}".encode())
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 @dataclass(frozen=True)
 class ImageHalf:
     """The frozen image half for a view of images, and its folder in the store."""
 
-    encoder: HalfEncoder
+    encoder: Encoder
     folder: Path
+    max_pixels: int
 
 
 def image_halves(
@@ -168,77 +165,22 @@ def image_halves(
     root: Path,
     *,
     max_pixels: int,
-    autocast: Any,
+    autocast: Autocast,
 ) -> list[ImageHalf]:
     """The image half for each view: the transform of the plain image, then of augmented ones."""
     made = []
     for view, transform in enumerate(views):
-        encoder = HalfEncoder(halves, transform=transform, max_pixels=max_pixels, autocast=autocast)
-        named = f"view {view} " if view else ""  # views of one transform differ by their draws
+        encoder = image_half(halves, transform, max_pixels=max_pixels, autocast=autocast)
+        name = f"view {view} " if view else ""  # views of one transform differ by their draws
         key = rank0_first(encoder.key)  # unlike hosts may compute other last digits
-        made.append(ImageHalf(encoder, root / checksum(f"{named}{key}".encode())))
+        folder = root / checksum(f"{name}{key}".encode())
+        made.append(ImageHalf(encoder, folder, max_pixels))
     return made
 
 
 def images_at_once(model: nn.Module) -> int:
     """How many images a frozen model encodes at once: with more, a CPU's work leaves its caches."""
-    return 16 if next(model.parameters()).device.type == "cpu" else 256
-
-
-class ImagesOnce(Pairs):
-    """Images of pairs as pairs of their own, each with its key as id; see `pairs.Pairs`.
-
-    Args:
-        view: Which of an image's views they are; the ids of all but the first one name it.
-    """
-
-    def __init__(self, pairs: Pairs, rows: Numbers, view: int = 0) -> None:
-        self.name, self.pairs, self.rows, self.view = pairs.name, pairs, rows, view
-
-    def chosen(self, numbers: Numbers) -> "ImagesOnce":
-        """Those of these numbers."""
-        return ImagesOnce(self.pairs, self.rows[numbers], self.view)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def sample_id(self, row: int) -> str:
-        return view_id(image_key(self.pairs, int(self.rows[row])), self.view)
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        return ()
-
-    def sample(self, row: int) -> Sample:
-        number, key = int(self.rows[row]), self.sample_id(row)
-        source, at = located(self.pairs, number)
-        try:
-            encoded = source.encoded(at)
-        except BadSample as error:
-            raise BadSample(key, error.where, error.reason) from None
-        return Sample(sample_id=key, image=encoded, captions=(), where=source.where(at))
-
-
-class CaptionsOnce(ImagesOnce):
-    """Captions of pairs as pairs of their own, each with its text as id.
-
-    Args:
-        at: Which caption of its row each is.
-    """
-
-    def __init__(self, pairs: Pairs, rows: Numbers, at: Numbers) -> None:
-        super().__init__(pairs, rows)
-        self.at = at
-
-    def chosen(self, numbers: Numbers) -> "CaptionsOnce":
-        return CaptionsOnce(self.pairs, self.rows[numbers], self.at[numbers])
-
-    def sample_id(self, row: int) -> str:
-        captions: tuple[str, ...] = self.pairs.sample_captions(int(self.rows[row]))
-        text: str = captions[self.at[row]]
-        return text
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        return (self.sample_id(row),)
+    return 16 if device_of(model).type == "cpu" else 256
 
 
 def encode_halves(
@@ -249,92 +191,114 @@ def encode_halves(
     views: Sequence[Transform],
     root: Path,
     max_pixels: int,
-    autocast: Any,
+    autocast: Autocast,
     threads: int | None = None,
 ) -> HalfRows:
-    """Encode what is not in the store yet, and open it. All ranks call it.
+    """Encode what is not in the stores yet, and open them. All ranks call it.
 
     Args:
         halves: On their device, in evaluation mode.
         views: The transform of the plain image, then of each augmented one.
-        root: Folder of the store.
+        root: Folder of the stores.
 
     Raises:
         ValueError: The folder cannot be used, or is damaged; or no image can be read.
     """
     at_once = images_at_once(halves)
     # The first rank decides for all: files may have other times on other hosts.
-    path = rank0_first(lambda: write_listing(pairs, root, len(views)))
-    require_shared(path.with_suffix(".json"), by=FOLDERS)
+    path = rank0_first(lambda: write_listing(pairs, root))
+    require_shared(path.with_suffix(".json"), by=SETTING)
     listing = raise_on_all_ranks(lambda: open_listing(path))
-    bad, stores = np.diff(listing.first) == 0, []
+    bad, stores, numbers = np.diff(listing.first) == 0, [], []
     settings: dict[str, Any] = {"max_pixels": max_pixels, "autocast": autocast}
     for view, half in enumerate(image_halves(halves, views, root, **settings)):
-        images, hashes = ImagesOnce(pairs, listing.rows, view), listing.images[:, view]
-        stores.append(completed(half.encoder, images, hashes, half.folder, at_once, threads))
-        bad |= stores[-1].find(hashes) < 0
-    encoder = HalfEncoder(halves, tokenizer=tokenizer, **settings)
-    captions = CaptionsOnce(pairs, listing.text_rows, listing.text_places)
+        items = Items(
+            hashes=listing.images,
+            order=listing.rows,
+            sample=partial(read_view, pairs, listing.rows, view),
+            name=pairs.name,
+            image_id=lambda number: image_key(pairs, int(listing.rows[number])),
+        )
+        store = encode_missing(half.encoder, items, half.folder, at_once, threads)
+        stores.append(store)
+        numbers.append(store.find(listing.images).astype(np.int32))
+        store.forget_order()
+        bad |= numbers[-1] < 0
+
+    def text(number: int) -> str:
+        captions: tuple[str, ...] = pairs.sample_captions(int(listing.text_rows[number]))
+        return captions[int(listing.text_places[number])]
+
+    def caption(number: int) -> Sample:
+        only = text(number)
+        return Sample(sample_id=only, image=b"", captions=(only,), where=pairs.name)
+
+    encoder = text_half(halves, tokenizer, autocast=autocast)
+    items = Items(hashes=listing.texts, order=listing.text_rows, sample=caption, name=pairs.name)
     folder = root / checksum(rank0_first(encoder.key).encode())
-    text = completed(encoder, captions, listing.texts, folder, 4 * at_once, threads)
-    good = AllBut(len(bad), np.flatnonzero(bad))
-    texts = captions.sample_id
-    return HalfRows(listing=listing, image=stores, text=text, texts=texts, good=good)
+    texts = encode_missing(encoder, items, folder, 4 * at_once, threads)
+    text_numbers = texts.find(listing.texts).astype(np.int32)
+    texts.forget_order()
+    return HalfRows(
+        listing=listing,
+        image=stores,
+        image_numbers=numbers,
+        text=texts,
+        text_numbers=text_numbers,
+        texts=text,
+        good=AllBut(len(bad), np.flatnonzero(bad)),
+    )
 
 
-def require_same_weights(of_all: Sequence[str], reads: str) -> None:
-    """Refuse a host whose half has other weights than that of rank 0."""
-    if of_all[rank()] != of_all[0]:
-        setting = "model.text.name" if reads == "text" else "model.image.weights"
-        raise ValueError(
-            f"{setting}: {socket.gethostname()} has other weights than rank 0; let all hosts read "
-            "the same files"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """What a half shall encode.
 
-
-def require_same_names(items: ImagesOnce, hashes: Hashes) -> None:
-    """Refuse a host on which image files have other sizes or times than for rank 0, whose hashes
-    these are: what it encodes would be stored by other names, and not be found."""
-    if rank() and (hash_ids(items.sample_ids()) != hashes).any():
-        raise ValueError(
-            f"{items.name}: image files have other places, sizes or times on "
-            f"{socket.gethostname()} than for rank 0; let all hosts read the same files, or copy "
-            "them with their times"
-        )
-
-
-def require_unreadable(
-    encoder: HalfEncoder,
-    items: ImagesOnce,
-    batch_size: int,
-    threads: int | None,
-    refused: OSError | ValueError,
-) -> None:
-    """Raise that a store cannot be written, unless what it lacks are images that cannot be read."""
-    if encoder.reads == "text":
-        raise refused
-    rows = range(len(items))
-    with closing(read_images(items, rows, encoder.read_image, batch_size, threads)) as read:
-        if not all(isinstance(one, BadSample) for batch in read for one in batch):
-            raise refused
-
-
-def completed(
-    encoder: HalfEncoder,
-    items: ImagesOnce,
-    hashes: Hashes,
-    folder: Path,
-    batch_size: int,
-    threads: int | None,
-) -> Segments:
-    """A half's features of all items that can be read; those that are missing are encoded now.
-
-    `hashes` are those of the items' ids. Ranks share the work; one process at a time adds to a
-    half's folder.
+    Attributes:
+        hashes: Of the items' ids, as rank 0 sees them.
+        order: The row of each item in the data, which are read in this order.
+        sample: Reads an item by its number.
+        name: Of the data.
+        image_id: The id of an image by its number; None for texts.
     """
-    stored = opened(folder, encoder.width)
-    if (stored.find(hashes) >= 0).all():  # reading disturbs nobody
-        return stored
+
+    hashes: Hashes
+    order: Numbers
+    sample: Callable[[int], Sample]
+    name: str
+    image_id: Callable[[int], str] | None = None
+
+
+def read_view(pairs: Pairs, rows: Numbers, view: int, number: int) -> Sample:
+    """A view of a listed image, with the view's name as its id."""
+    row = int(rows[number])
+    sample_id = view_id(image_key(pairs, row), view)
+    source, at = located(pairs, row)
+    try:
+        encoded = source.encoded(at)
+    except BadSample as error:
+        raise BadSample(sample_id, error.where, error.reason) from None
+    return Sample(sample_id=sample_id, image=encoded, captions=(), where=source.where(at))
+
+
+def encode_missing(
+    encoder: Encoder, items: Items, folder: Path, batch_size: int, threads: int | None
+) -> Store:
+    """The store of a half, to which all items are added that it lacks and that can be read.
+
+    Ranks share the work; one process at a time adds to the store of a half.
+    """
+    store = Store(folder, setting=SETTING)
+    if store.has(items.hashes).all():  # reading disturbs nobody
+        return store
+
+    def prepare(number: int) -> Prepared:
+        sample = items.sample(number)
+        try:
+            return int(items.hashes[number]), encoder.prepare(sample)
+        except ValueError as error:
+            raise BadSample(sample.sample_id, sample.where, str(error)) from error
+
     with ExitStack() as stack:
         # Images that cannot be read are tried by each run, which takes it a moment.
         lock = locked(folder, way_out="name another folder by align.features", wait=WAIT)
@@ -350,84 +314,73 @@ def completed(
                 raise
             return None
 
-        if (refused := rank0_first(enter)) is not None:
-            missing = np.flatnonzero(stored.find(hashes) < 0)
-            given = (encoder, items.chosen(missing), batch_size, threads)
-            raise_on_all_ranks(lambda: require_unreadable(*given, refused))
-            return stored
-        stored = opened(folder, encoder.width)
-        missing = np.flatnonzero(stored.find(hashes) < 0)
-        if not len(missing):
-            return stored
-        missing = missing[np.argsort(items.rows[missing], kind="stable")]
-        new = items.chosen(missing)
+        refused = rank0_first(enter)
+        store.open()
+        missing = np.flatnonzero(~store.has(items.hashes))
+        missing = missing[np.argsort(items.order[missing], kind="stable")]
+        if refused is not None:
+            raise_on_all_ranks(lambda: require_unreadable(encoder, missing, prepare, refused))
+            return store
         of_all = all_gather_object(encoder.checksum(without="pos"))  # which machines interpolate
         raise_on_all_ranks(lambda: require_same_weights(of_all, encoder.reads))
-        if encoder.reads == "image":
-            raise_on_all_ranks(lambda: require_same_names(new, hashes[missing]))
-        settings = segment_facts(encoder, hashes[missing])
-        out = folder / settings["ids"]
-        if not encode_parts(encoder, new, out, settings, batch_size, threads):
-            rank0_first(lambda: joined(out, settings))
-        return opened(folder, encoder.width)
+        raise_on_all_ranks(lambda: require_same_names(items, missing))
+        is_text = encoder.reads == "text"
+        progress = Progress(f"embed the {encoder.reads} half", len(missing))
+        size = TEXTS_AT_ONCE if is_text else batch_size
+        done = 0
+
+        def count(made: Round) -> None:
+            nonlocal done
+            done += len(made.items) * world_size()
+            if rank() == 0:
+                progress.update(min(done, len(missing) - 1))
+
+        encode_into(
+            [store],
+            encoder,
+            units_of_rank(missing.tolist(), size),
+            prepare,
+            batch_size=batch_size if is_text else None,
+            threads=0 if is_text else threads,
+            after=count,
+        )
+        if rank() == 0:
+            progress.update(len(missing))
+    return store
 
 
-def segment_facts(encoder: HalfEncoder, hashes: Hashes) -> dict[str, Any]:
-    """What a segment is made of; `hashes` are those of its ids, in order, as parts are numbered."""
-    return {
-        "teacher": f"the {encoder.reads} half",
-        "source": f"{encoder.reads}s",  # whatever table has them
-        "samples": len(hashes),
-        "ids": checksum(hashes.tobytes()),
-        "reduced_to": None,
-        "weights": encoder.checksum(),
-        "modality": encoder.reads,
-        "part_rows": PART_ROWS[encoder.reads],
-    }
+def require_same_weights(of_all: Sequence[str], reads: str) -> None:
+    """Refuse a host whose half has other weights than that of rank 0."""
+    if of_all[rank()] != of_all[0]:
+        setting = "model.text.name" if reads == "text" else "model.image.weights"
+        raise ValueError(
+            f"{setting}: {socket.gethostname()} has other weights than rank 0; let all hosts read "
+            "the same files"
+        )
 
 
-def joined(out: Path, settings: dict[str, Any]) -> None:
-    """Make the parts a segment, unless all items are bad; the next run tries those again."""
-    if any(read_note(file)["ids"] for file in parts_of(out)):
-        join_parts(out, settings)
-    else:
-        gone = out.with_name(f".{out.name}.{os.getpid()}")  # another process may look meanwhile
-        out.rename(gone)
-        shutil.rmtree(gone)
+def require_same_names(items: Items, missing: Numbers) -> None:
+    """Refuse a host on which image files have other sizes or times than for rank 0, whose hashes
+    these are: what it encodes would be stored by other names, and not be found."""
+    if items.image_id is None or not rank():
+        return
+    if (hash_ids(map(items.image_id, missing.tolist())) != items.hashes[missing]).any():
+        raise ValueError(
+            f"{items.name}: image files have other places, sizes or times on "
+            f"{socket.gethostname()} than for rank 0; let all hosts read the same files, or copy "
+            "them with their times"
+        )
 
 
-def opened(folder: Path, width: int) -> Segments:
-    """The finished segments of a half's folder, which are the same for all ranks. Collective.
-
-    Raises:
-        ValueError: One is damaged.
-    """
-
-    def finished() -> list[Path]:
-        paths = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-        return [path for path in paths if "rows" in read(path, facts_of)]
-
-    paths = rank0_first(finished)
-    for path in paths:
-        require_shared(path / store.FACTS, by=FOLDERS)
-    segments = raise_on_all_ranks(lambda: [read(path, store.open_folder) for path in paths])
-    for segment in segments:
-        segment.way_out = "delete the folder, and give the command again"
-    return Segments(segments, width)
-
-
-def facts_of(path: Path) -> dict[str, Any]:
-    """The facts of a segment, which are the first of it that is written."""
-    facts = store.read_facts(path)
-    if not facts and any(path.glob("[!.]*")):
-        raise ValueError(f"{path}: damaged (it has no {store.FACTS})")
-    return facts
-
-
-def read(path: Path, by: Callable[[Path], Read]) -> Read:
-    """What is read of a segment; a message tells what to do about a damaged one."""
-    try:
-        return by(path)
-    except ValueError as error:
-        reason = str(error).partition("; delete")[0]
-        raise ValueError(f"{reason}; delete {path}, and give the command again") from None
+def require_unreadable(
+    encoder: Encoder,
+    missing: Numbers,
+    prepare: Callable[[int], Prepared],
+    refused: OSError | ValueError,
+) -> None:
+    """Raise that a store cannot be written, unless what it lacks are images that cannot be read."""
+    if encoder.reads == "text" and len(missing):
+        raise refused
+    with closing(read_ahead([missing.tolist()], prepare, None)) as read:
+        if not all(isinstance(one, BadSample) for unit in read for _, one in unit):
+            raise refused

@@ -21,7 +21,6 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from protoclip.data import access
 from protoclip.data.content import difference
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
@@ -36,6 +35,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.distributed.cores import cores
 from protoclip.encode import store
+from protoclip.encode.run import Patience
 from protoclip.files import checksum, left_by_killed, sealed, to_json, write_atomically
 from protoclip.models.precision import Precision
 from protoclip.progress import Progress
@@ -321,39 +321,6 @@ def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, 
     if not good:
         raise ValueError(f"{source}: no sample could be read; see {path}")
     return good, len(bad)
-
-
-@dataclass
-class Patience:
-    """Remote images in a row that the network or the store kept back.
-
-    Attributes:
-        failed: How many there are since the last good sample.
-        since: When reading the first of them began, in seconds of the monotonic clock.
-    """
-
-    failed: int = 0
-    since: float = 0.0
-
-    def add(self, one: object, began: float, ended: float) -> None:
-        """Count what was read, or a bad sample; raises `ValueError` when it has lasted too long."""
-        if not isinstance(one, BadSample):
-            self.failed = 0
-        elif kept_back(one):
-            self.since = self.since if self.failed else began
-            self.failed += 1
-            if ended - self.since > access.PATIENCE_SECONDS:
-                what = f"{self.failed} samples in a row"
-                raise ValueError(access.too_slow(what, one))
-
-
-def kept_back(bad: BadSample) -> bool:
-    """Whether a remote image may be read later: it is not missing, refused or damaged."""
-    met: BaseException | None = bad
-    while isinstance(met, BadSample):  # `ImagesOnce` names a bad sample anew
-        met = met.__context__  # the error that ended its reading, if one did
-    is_lasting = met is None or isinstance(met, FileNotFoundError | ValueError)
-    return access.is_url(bad.where) and not is_lasting
 
 
 def read_images(

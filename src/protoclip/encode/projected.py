@@ -21,14 +21,12 @@ from protoclip.data.loader import Item
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import (
-    all_gather_object,
-    raise_on_all_ranks,
-    rank,
     rank0_first,
 )
-from protoclip.encode.halves import HalfEncoder, features_folder, opened
+from protoclip.encode.encoder import Encoder
+from protoclip.encode.halves import features_folder, image_half, text_half
 from protoclip.encode.rows import image_key
-from protoclip.encode.store import FACTS, Numbers, Segments, hash_ids
+from protoclip.encode.store import Numbers, Store, hash_ids
 from protoclip.encode.whiten import Features
 from protoclip.files import checksum
 from protoclip.models.aligned import FrozenHalves, Projections
@@ -44,7 +42,7 @@ LOOKED_UP = 1000  # pairs that tell whether a store has those of this data
 class KeptHalf:
     """What is kept of a half, and how the model projects it."""
 
-    stored: Segments
+    stored: Store
     project: Callable[[Tensor], Tensor]
     device: torch.device
     autocast: Autocast
@@ -60,13 +58,14 @@ class KeptHalf:
         nothing counts as kept, and a warning says so.
         """
         hashes = hash_ids(ids)
-        known = np.flatnonzero(self.stored.find(hashes) >= 0)
+        numbers = self.stored.find(hashes)
+        known = np.flatnonzero(numbers >= 0)
         vectors = torch.zeros(len(hashes), width)
         try:
-            rows = self.stored.rows(hashes[known])
+            rows = self.stored.read(numbers[known])
         except ValueError as error:
             warn_of_damage(error)
-            self.stored = Segments([], self.stored.width)
+            self.stored = Store(None)
             return known[:0], vectors
         vectors[known] = self._projected(rows)
         return known, vectors
@@ -151,24 +150,22 @@ def kept_halves(
     halves, heads = FrozenHalves(model.towers).eval(), Projections(model.towers)
 
     def kept(
-        precision: Precision, project: Callable[[Tensor], Tensor], **reads: Any
+        precision: Precision,
+        project: Callable[[Tensor], Tensor],
+        make: Callable[..., Encoder],
     ) -> KeptHalf | None:
         context = autocast(precision, device)
-        half = HalfEncoder(halves, max_pixels=MAX_IMAGE_PIXELS, autocast=context, **reads)
+        half = make(autocast=context)
         folder = features_folder(config) / checksum(rank0_first(half.key).encode())
-        if not is_shared(folder):
-            return None
-        try:
-            stored = opened(folder, half.width)
-        except ValueError as error:  # on all ranks
-            if rank() == 0:
-                warn_of_damage(error)
+        stored = Store(folder)
+        if not len(stored):
             return None
         return KeptHalf(stored=stored, project=project, device=device, autocast=context)
 
     # Of an image whose features are kept nobody knows the size.
     fit = max_pixels >= config.data.max_image_pixels
-    images_in = partial(kept, project=heads.encode_image, transform=transform)
+    make = partial(image_half, halves, transform, max_pixels=MAX_IMAGE_PIXELS)
+    images_in = partial(kept, project=heads.encode_image, make=make)
 
     def has_these(half: KeptHalf | None) -> bool:
         rows = range(min(len(samples), LOOKED_UP))
@@ -188,7 +185,7 @@ def kept_halves(
             else:
                 note += f"so they are encoded anew in {usual}; --precision {trained_in} takes "
                 note += "what is there"
-    text = kept(precision, heads.encode_text, tokenizer=tokenizer)
+    text = kept(precision, heads.encode_text, partial(text_half, halves, tokenizer))
     return KeptHalves(image=image, text=text, precision=precision, note=note)
 
 
@@ -200,20 +197,6 @@ def precision_of(run: Path, config: Config, device: torch.device) -> Precision:
             if noted in get_args(Precision):
                 return cast(Precision, noted)
     return resolve(config.run.precision, device)
-
-
-def is_shared(folder: Path) -> bool:
-    """Whether all ranks see a half's folder, with the same segments in it. Collective.
-
-    Hosts may have stores of their own, from runs of their own.
-    """
-
-    def facts() -> dict[str, bytes] | None:
-        files = [file for file in folder.glob(f"[!.]*/{FACTS}") if file.is_file()]
-        return {file.parent.name: file.read_bytes() for file in files} if folder.is_dir() else None
-
-    first, *others = all_gather_object(raise_on_all_ranks(facts))
-    return first is not None and all(each == first for each in others)
 
 
 def warn_of_damage(error: ValueError) -> None:

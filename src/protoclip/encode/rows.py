@@ -29,7 +29,7 @@ from protoclip.data.sampler import caption_draws, transform_draws
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import AllBut, PairsView, as_array
 from protoclip.encode import store
-from protoclip.encode.store import Hashes, Numbers, Segments, hash_ids
+from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.encode.whiten import Features, Whitens
 from protoclip.files import checksum, to_json
 
@@ -42,9 +42,9 @@ class Listing(NamedTuple):
 
     Attributes:
         rows: The first row that shows each image `(i,)`.
-        images: The hash of each image's id in each view `(i, v)`.
+        images: The hash of each image's id `(i,)`.
         shown: The number of the image that each row shows `(n,)`.
-        captions: The hash of each caption `(c,)`.
+        captions: Which of the texts each caption is `(c,)`.
         first: Where the captions of each image begin `(i + 1,)`.
         texts: The hashes of different captions, ascending `(t,)`.
         text_rows, text_places: A row that has each of these, and which of its captions it is.
@@ -53,7 +53,7 @@ class Listing(NamedTuple):
     rows: Numbers
     images: Hashes
     shown: Numbers
-    captions: Hashes
+    captions: npt.NDArray[np.int32]
     first: Numbers
     texts: Hashes
     text_rows: Numbers
@@ -76,9 +76,9 @@ def view_id(key: str, view: int) -> str:
     return f"{key} view {view}" if view else key
 
 
-def hashes_of_images(pairs: Pairs, view: int = 0) -> Hashes:
+def hashes_of_images(pairs: Pairs) -> Hashes:
     """Equal for rows that name the same image file."""
-    return hash_ids(view_id(image_key(pairs, row), view) for row in range(len(pairs)))
+    return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
 
 
 def hashes_of_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
@@ -95,22 +95,22 @@ def hashes_of_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
     return np.concatenate(parts), counts
 
 
-def list_pairs(pairs: Pairs, views: int) -> Listing:
-    images = np.stack([hashes_of_images(pairs, view) for view in range(views)], axis=1)
+def list_pairs(pairs: Pairs) -> Listing:
+    images = hashes_of_images(pairs)
     captions, counts = hashes_of_captions(pairs)
-    _, rows, image = np.unique(images[:, 0], return_index=True, return_inverse=True)
+    _, rows, image = np.unique(images, return_index=True, return_inverse=True)
     first_rows, rows = rows[image], np.sort(rows)
     shown = np.searchsorted(rows, first_rows)
     row_of_caption = np.repeat(np.arange(len(pairs)), counts)
     image_of_caption = shown[row_of_caption]
     captions_of_images = np.bincount(image_of_caption, minlength=len(rows))
-    texts, at = np.unique(captions, return_index=True)
+    texts, at, numbers = np.unique(captions, return_index=True, return_inverse=True)
     text_rows = row_of_caption[at]
     return Listing(
         rows=rows,
         images=images[rows],
         shown=shown,
-        captions=captions[np.argsort(image_of_caption, kind="stable")],
+        captions=numbers[np.argsort(image_of_caption, kind="stable")].astype(np.int32),
         first=np.concatenate([[0], np.cumsum(captions_of_images)]),
         texts=texts,
         text_rows=text_rows,
@@ -118,16 +118,16 @@ def list_pairs(pairs: Pairs, views: int) -> Listing:
     )
 
 
-def write_listing(pairs: Pairs, root: Path, views: int) -> Path:
+def write_listing(pairs: Pairs, root: Path) -> Path:
     """The file with the list of some pairs, which is written unless it is there."""
     parts: Any = pairs.parts if isinstance(pairs, PairsView) else [(pairs, AllBut(len(pairs)))]
-    facts: list[Any] = [views, str(Path.cwd())]  # where relative paths start
+    facts: list[Any] = [2, str(Path.cwd())]  # the format, and where relative paths start
     for source, rows in parts:
         numbers = rows.left_out if isinstance(rows, AllBut) else as_array(rows)
         facts += [source.key, len(source), len(rows), checksum(numbers.tobytes())]
 
     def build(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        listing = list_pairs(pairs, views)._asdict()
+        listing = list_pairs(pairs)._asdict()
         cells = {
             n: pa.LargeListArray.from_arrays([0, a.size], a.ravel()) for n, a in listing.items()
         }
@@ -145,8 +145,7 @@ def open_listing(path: Path) -> Listing:
     index = ArrowIndex(path)
     index.check()
     cells = {name: index.table.column(name).chunk(0).values.to_numpy() for name in Listing._fields}
-    images = cells.pop("images")
-    return Listing(**cells, images=images.reshape(len(cells["rows"]), -1))
+    return Listing(**cells)
 
 
 SAMPLE = 2**14  # pairs that a whitening is fitted to
@@ -159,14 +158,18 @@ class HalfRows:
     Attributes:
         listing: The images and captions of the pairs that were given.
         image: A store for each view; the first is of plain images.
+        image_numbers: Of each view, the rows of the listed images in its store; -1 for a bad one.
         text: The captions.
+        text_numbers: The rows of the listed texts in this store.
         texts: Reads each text of the listing, by its number.
         good: Which of the listed images these pairs are: those that can be read, with a caption.
     """
 
     listing: Listing
-    image: Sequence[Segments]
-    text: Segments
+    image: Sequence[Store]
+    image_numbers: Sequence[npt.NDArray[np.int32]]
+    text: Store
+    text_numbers: npt.NDArray[np.int32]
     texts: Callable[[int], str]
     good: AllBut
 
@@ -175,17 +178,18 @@ class HalfRows:
 
     def image_rows(self, rows: Numbers, draws: npt.NDArray[np.float32] | None = None) -> Tensor:
         """The image features of rows `(b, q)`: of a drawn view, or of the plain image."""
-        hashes, views = self.listing.images[self.good.at(rows)], np.zeros(len(rows), np.int64)
+        images, views = self.good.at(rows), np.zeros(len(rows), np.int64)
         if draws is not None:
             views = (draws * len(self.image)).astype(np.int64)
         features = np.empty((len(rows), self.image[0].width), np.float16)
         for view in np.unique(views):
-            features[views == view] = self.image[view].rows(hashes[views == view, view])
+            numbers = self.image_numbers[view][images[views == view]]
+            features[views == view] = self.image[view].read(numbers)
         return torch.from_numpy(features)
 
     def text_rows(self, captions: Numbers) -> Tensor:
         """The features of listed captions `(c, q)`."""
-        return torch.from_numpy(self.text.rows(self.listing.captions[captions]))
+        return torch.from_numpy(self.text.read(self.text_numbers[self.listing.captions[captions]]))
 
     def most_captions(self, share: float = 1.0) -> int:
         """How many captions this share of the rows has at most."""
@@ -211,8 +215,8 @@ class HalfRows:
         """The keys of rows with the drawn captions `(b, k)`, as batches of images have them."""
 
         def same_text() -> Numbers:
-            numbers = np.searchsorted(self.listing.texts, self.listing.captions[captions])
-            return np.array([number_of(normalised(self.texts(int(each)))) for each in numbers])
+            texts = map(self.texts, self.listing.captions[captions].tolist())
+            return np.array([number_of(normalised(text)) for text in texts])
 
         def same_image() -> Numbers:
             features = self.image_rows(rows).numpy()
@@ -315,7 +319,7 @@ class RowLoader(EpisodeLoader):
             rows = all_rows[position]
             each = self.captions.number
             drawn = self.halves.drawn_captions(rows, captions[position], each)
-            hashes = self.halves.listing.captions[drawn]
+            hashes = self.halves.listing.texts[self.halves.listing.captions[drawn]]
             image = self.halves.image_rows(rows, None if views is None else views[position])
             of_pairs = np.repeat(rows, each)
             sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]

@@ -17,7 +17,7 @@ from protoclip.distributed.collectives import (
     rank0_first,
 )
 from protoclip.encode import store
-from protoclip.encode.encoder import PART_ROWS, FrozenEncoder, finish
+from protoclip.encode.encoder import PART_ROWS, finish, text_encoder
 from protoclip.encode.parts import identity
 from protoclip.encode.rows import hashes_of_captions
 from protoclip.encode.store import StoredFeatures
@@ -56,7 +56,7 @@ def embed_start(
         ValueError: The folder of the run has features of another model or of other samples.
     """
     device = next(start.parameters()).device
-    encoder = FrozenEncoder(start, device, tokenizer, start.encode_text, autocast=autocast)
+    encoder = text_encoder(start, device, tokenizer, start.encode_text, autocast=autocast)
     settings = {
         "teacher": START,
         **identity(samples, samples.sample_ids(), None),

@@ -1,14 +1,21 @@
-"""What a frozen model made of samples, on disk: features of teachers, of halves, of evaluations.
+"""What frozen models made of samples, on disk, and found by id.
 
-A folder has `features.npy` (in half precision, those of evaluations in float32), `index.npy` (the
-ids' 64-bit hashes in ascending order, and the row of each), `checksums.npy` (a CRC-32 of each row
-and its id) and `facts.json` (what the features were made of, and checksums of the two files
-before). Features are memory-mapped, and each row is compared with its checksum when it is read.
+A `Store` is where features are encoded to, once, whoever asks: blocks of rows are added to it.
+
+A teacher folder, which others may read, is written once. It has `features.npy` (in half precision),
+`index.npy` (the ids' 64-bit hashes in ascending order, and the row of each), `checksums.npy` (a
+CRC-32 of each row and its id) and `facts.json` (what the features were made of, and checksums of
+the two files before). Features are memory-mapped, and each row is compared with its checksum when
+it is read.
 """
 
 import mmap
+import os
+import socket
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -23,11 +30,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from protoclip.distributed import collectives
+from protoclip.distributed.collectives import any_rank, raise_on_all_ranks, rank, rank0_first
 from protoclip.encode.whiten import Features, Whitens
 from protoclip.files import (
     SEAL,
     checksum,
     file_checksum,
+    naming,
     read_json,
     read_sealed,
     replacing,
@@ -44,6 +54,10 @@ FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
 FOUND_AT_ONCE = 2**18  # hashes that are sorted at once
+BLOCK_ROWS = 2**12  # that a store writes at once
+VOLUME_ROWS = 2**18  # of a store, which are lost together if a file is damaged
+ROW = np.dtype([("hash", "<u8"), ("checksum", "<u4")])
+FEATURES_END, ROWS_END = ".features", ".rows"  # of a volume's files
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
 DAMAGED = (
     *(OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError),
@@ -235,9 +249,7 @@ class StoredFeatures(Whitens):
                 )
         features: Features = np.empty(stored.shape, stored.dtype)
         features[order] = stored
-        # Random reads would pile up pages in this process. The system's cache keeps them.
-        if isinstance(self.features.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            self.features.base.madvise(mmap.MADV_DONTNEED)
+        release(self.features)
         return features
 
     def whole(self) -> Features:
@@ -283,6 +295,247 @@ class Segments:
             rows = numbers[chosen] - self.starts[number]
             features[chosen] = segment.read(rows, hashes[chosen], name=str)
         return features
+
+
+class Volume:
+    """Rows of a `Store` in two files, mapped into memory, or in memory alone.
+
+    Attributes:
+        name: The files without their endings.
+        rows: The hash of each row's id, and the row's checksum `(n,)`.
+        features: The rows `(n, q)`.
+    """
+
+    def __init__(self, name: str, rows: npt.NDArray[Any], features: Features) -> None:
+        self.name, self.rows, self.features = name, rows, features
+
+    def read(self, rows: Numbers) -> tuple[Features, npt.NDArray[np.bool_]]:
+        """Rows by their numbers, which ascend; and whether each is what was written."""
+        features: Features = np.asarray(self.features[rows])
+        facts = self.rows[rows]
+        is_whole = row_checksums(facts["hash"], features) == facts["checksum"]
+        release(self.features)
+        return features, is_whole
+
+
+class Store:
+    """Features of one frozen model by id, to which blocks of rows are added.
+
+    In its folder are volumes. Each has a file of features, and one with 12 bytes a row: the hash of
+    the row's id, and a CRC-32 of both. A block of rows is on the disk before those 12 bytes of each
+    are, so a row is there whole or not at all, whenever a process is killed. Rank 0 writes, and all
+    ranks read. Of equal ids the last one counts.
+
+    Args:
+        folder: It need not exist; None for a store in memory.
+        dtype: How features are stored: `HALF` or `FULL`.
+        setting: The setting that says where the folder is. All ranks must see it then; else a
+            folder that some rank does not see counts as empty.
+
+    Raises:
+        ValueError: A rank does not see the folder as rank 0 does.
+    """
+
+    def __init__(self, folder: Path | None, *, dtype: str = HALF, setting: str = "") -> None:
+        self.folder, self.dtype, self.setting = folder, np.dtype(dtype), setting
+        self._use([])
+        if folder is not None:
+            self.open()
+
+    def open(self) -> None:
+        """Map what rank 0 sees of the folder now. Collective."""
+        volumes = rank0_first(self._list_volumes)
+        wait = collectives.UNSEEN if self.setting else 0.0
+        seen = raise_on_all_ranks(lambda: self._sees(volumes, wait))
+        if any_rank([not seen])[0]:
+            raise_on_all_ranks(lambda: self._require_seen(seen))
+            volumes = {}
+        opened = raise_on_all_ranks(lambda: [self._volume(*each) for each in volumes.items()])
+        self._use([volume for volume in opened if volume is not None])
+
+    def _use(self, volumes: Sequence[Volume]) -> None:
+        self.volumes: list[Volume] = [*volumes]
+        self.starts = np.cumsum([0, *(len(volume.rows) for volume in volumes)])
+        self.forget_order()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def width(self) -> int:
+        """Of the features; 0 while there are none."""
+        return int(self.volumes[0].features.shape[1]) if self.volumes else 0
+
+    @cached_property
+    def _ascending(self) -> tuple[Hashes, Numbers]:
+        """The hashes in ascending order, and the number of each row."""
+        hashes = np.concatenate([np.empty(0, np.uint64), *(v.rows["hash"] for v in self.volumes)])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+    def forget_order(self) -> None:
+        """Free the memory that the last `find` took: 16 bytes a row."""
+        self.__dict__.pop("_ascending", None)
+
+    def find(self, hashes: Hashes) -> Numbers:
+        """The number of the row of each id, or -1."""
+        ascending, order = self._ascending
+        numbers = np.full(len(hashes), -1, np.int64)
+        if len(ascending):
+            # A search in ascending order reuses the processor's caches: ten times as fast.
+            wanted = np.argsort(hashes)
+            position = np.searchsorted(ascending, hashes[wanted], side="right") - 1
+            is_known = ascending[position] == hashes[wanted]  # -1 is the last one, another
+            numbers[wanted[is_known]] = order[position[is_known]]
+        return numbers
+
+    def has(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        is_known: npt.NDArray[np.bool_] = self.find(hashes) >= 0
+        return is_known
+
+    def read(self, numbers: npt.NDArray[np.integer]) -> Features:
+        """Rows by their numbers, as they are stored; `ValueError` names a damaged file."""
+        features, is_whole = self.read_whole(numbers)
+        if not is_whole.all():
+            volume = self.volumes[
+                int(np.searchsorted(self.starts, numbers[~is_whole][0], "right")) - 1
+            ]
+            raise ValueError(
+                f"{volume.name}{FEATURES_END}: damaged (a checksum differs); delete it, and give "
+                "the command again"
+            )
+        return features
+
+    def read_whole(
+        self, numbers: npt.NDArray[np.integer]
+    ) -> tuple[Features, npt.NDArray[np.bool_]]:
+        """Rows by their numbers, and whether each is what was written."""
+        features: Features = np.empty((len(numbers), self.width), self.dtype)
+        is_whole = np.ones(len(numbers), np.bool_)
+        order = np.argsort(numbers)  # in the order of the file each page is read once
+        ends = np.searchsorted(numbers[order], self.starts)
+        for volume, start, first, end in zip(
+            self.volumes, self.starts, ends, ends[1:], strict=False
+        ):
+            if first < end:
+                some = order[first:end]
+                features[some], is_whole[some] = volume.read(numbers[some] - start)
+        return features, is_whole
+
+    def add(self, hashes: Hashes, features: Features, *, keep: bool = False) -> None:
+        """Write rows, in blocks. All ranks call it with the same rows, and rank 0 writes.
+
+        Args:
+            keep: Have the rows in memory from now on; else `open` maps them.
+
+        Raises:
+            OSError: They cannot be written.
+            ValueError: Features are not finite in half precision.
+        """
+        if self.dtype == np.float16:
+            features = raise_on_all_ranks(lambda: to_half(features, hashes, name=str(self.folder)))
+        if self.folder is not None:
+            rank0_first(lambda: self._write(hashes, features))
+        if keep and len(hashes):
+            rows = rows_of(hashes, features)
+            self._use([*self.volumes, Volume("", rows, features)])
+
+    def _list_volumes(self) -> dict[str, tuple[int, bytes]]:
+        """The names of volumes, the number of rows in each, and the bytes of its last row."""
+        volumes = dict[str, tuple[int, bytes]]()
+        if self.folder is None or not self.folder.is_dir():
+            return volumes
+        for path in sorted(self.folder.glob(f"*{ROWS_END}")):
+            name = path.name.removesuffix(ROWS_END)
+            features = path.with_name(name + FEATURES_END)
+            width = width_of(name)
+            if not width or not path.is_file() or not features.is_file():
+                continue
+            size = features.stat().st_size // (width * self.dtype.itemsize)
+            if number := min(path.stat().st_size // ROW.itemsize, size):
+                with path.open("rb") as file:
+                    file.seek((number - 1) * ROW.itemsize)
+                    volumes[name] = number, file.read(ROW.itemsize)
+        return volumes
+
+    def _sees(self, volumes: Mapping[str, tuple[int, bytes]], wait: float) -> bool:
+        """Whether this rank sees these volumes, which may take a moment on some file systems."""
+        deadline = time.monotonic() + wait
+        while True:
+            mine = self._list_volumes() if rank() else volumes
+            pairs = [(mine.get(name, (0, b"")), facts) for name, facts in volumes.items()]
+            if all(seen == facts or seen[0] > facts[0] for seen, facts in pairs):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+
+    def _require_seen(self, seen: bool) -> None:
+        if self.setting and not seen:
+            raise ValueError(
+                f"{self.folder}: {socket.gethostname()} does not see it as rank 0 does; name a "
+                f"place that all hosts share by {self.setting}"
+            )
+
+    def _volume(self, name: str, facts: tuple[int, bytes]) -> Volume | None:
+        assert self.folder is not None
+        path, number = self.folder / name, facts[0]
+        try:
+            rows = np.memmap(f"{path}{ROWS_END}", ROW, "r", shape=(number,))
+            shape = (number, width_of(name))
+            # Writable in memory alone, as PyTorch wants it.
+            features = np.memmap(f"{path}{FEATURES_END}", self.dtype, "c", shape=shape)
+        except (OSError, ValueError):  # removed or cut off since
+            return None
+        return Volume(str(path), rows, features)
+
+    def _write(self, hashes: Hashes, features: Features) -> None:
+        assert self.folder is not None
+        width = features.shape[1]
+        for first in range(0, len(hashes), BLOCK_ROWS):
+            block = np.ascontiguousarray(features[first : first + BLOCK_ROWS], self.dtype)
+            rows = rows_of(hashes[first : first + BLOCK_ROWS], block)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            volumes = self._list_volumes()
+            numbers = [int(path.name[:6]) for path in self.folder.glob(f"*{FEATURES_END}")]
+            name, done = f"{max(numbers, default=-1) + 1:06d}-{width}", 0
+            if volumes:
+                last = max(volumes)
+                if width_of(last) == width and volumes[last][0] + len(rows) <= VOLUME_ROWS:
+                    name, done = last, volumes[last][0]
+            write_behind(self.folder / f"{name}{FEATURES_END}", done * width, block)
+            write_behind(self.folder / f"{name}{ROWS_END}", done, rows)
+
+
+def rows_of(hashes: Hashes, features: Features) -> npt.NDArray[Any]:
+    """What a volume says of each of its rows."""
+    rows = np.empty(len(hashes), ROW)
+    rows["hash"], rows["checksum"] = hashes, row_checksums(hashes, features)
+    return rows
+
+
+def width_of(name: str) -> int:
+    """The width of the features of a volume, which its name ends with; 0 for another file."""
+    number, _, width = name.partition("-")
+    return int(width) if number.isdecimal() and width.isdecimal() else 0
+
+
+def write_behind(path: Path, number: int, items: npt.NDArray[Any]) -> None:
+    """Write items behind the first `number` of a file, durably; what else is there goes."""
+    with naming(path), path.open("r+b" if path.exists() else "xb") as file:
+        file.truncate(number * items.dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+        file.write(items.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def release(features: Features) -> None:
+    """Let go of the pages of a mapped file, which random reads would pile up in this process; the
+    system's cache keeps them."""
+    base = features.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def load_array(path: Path, mode: Literal["r", "c"] | None = "r") -> npt.NDArray[Any]:

@@ -9,18 +9,19 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
-from itertools import compress, islice
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from protoclip.data import access
-from protoclip.data.access import begun, is_url
+from protoclip.data.access import is_url
 from protoclip.data.pairs import (
     LOST,
     MAX_IMAGE_PIXELS,
@@ -32,47 +33,40 @@ from protoclip.data.pairs import (
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import MAX_FAILED, Item, ShardStream, shard_facts
 from protoclip.data.view import mixed_pairs
+from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     raise_on_all_ranks,
+    rank,
     rank0_first,
     require_shared,
     world_size,
 )
 from protoclip.encode import store
-from protoclip.encode.encoder import encode_images
-from protoclip.encode.halves import WAIT, ImageHalf, opened, segment_facts
-from protoclip.encode.parts import (
-    FOLDERS,
-    PARTS,
-    Encode,
-    Part,
-    Show,
-    claim,
-    encode_missing,
-    parts_of,
-    read_note,
-    read_part,
-)
+from protoclip.encode.halves import SETTING, WAIT, ImageHalf
 from protoclip.encode.rows import view_id
-from protoclip.encode.store import Hashes, Segments, hash_ids
+from protoclip.encode.run import Prepared, Round, encode_into
+from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
     checksum,
     file_checksum,
+    left_by_killed,
     locked,
+    read_sealed,
     replacing,
     sealed,
     to_json,
     write_atomically,
 )
+from protoclip.progress import Progress
 from protoclip.terminal import without_secrets
 
-TABLE, FOLDER = "pairs.arrow", "streams"
+TABLE, FOLDER, NOTES = "pairs.arrow", "streams", "shards"
 SCHEMA = pa.schema(
     {"sample_id": pa.string(), "image": pa.string(), "captions": pa.list_(pa.string())}
 )
-AHEAD = 8  # batches of a shard that are read while as many are encoded
-PATIENCE = 3600.0  # seconds for another process at the end
+PATIENCE = 3600.0  # seconds for another process that adds to the store of a half
 WAY_OUT = "name another folder by align.features"
+AGAIN = "and give the command again"
 
 
 class PassedPairs(ImageTextPairs):
@@ -95,7 +89,7 @@ class PassedPairs(ImageTextPairs):
         raise self._bad(row, "its image came with a stream, which is not kept")
 
 
-def passed(
+def encode_stream(
     stream: SampleStream,
     halves: Sequence[ImageHalf],
     root: Path,
@@ -110,323 +104,317 @@ def passed(
 
     Args:
         halves: The image half for each view of an image.
-        root: Folder of the store.
+        root: Folder of the stores.
         max_bad_share: Share of the pairs, and of the shards, that may be bad.
 
     Raises:
-        ValueError: The store cannot be used or is damaged, or too much is bad.
+        ValueError: The stores cannot be used or are damaged, or too much is bad.
     """
     tables = []
     for source in stream.sources:
         assert isinstance(source, ShardStream)  # there are no other streams
-        tables.append(
-            _passed(
-                source,
-                halves,
-                root,
-                batch_size=batch_size,
-                max_bad_share=max_bad_share,
-                threads=threads,
-            )
-        )
+        reading = StreamPass(source, halves, root, max_bad_share)
+        tables.append(reading.pairs(batch_size, threads))
     return tables[0] if len(tables) == 1 else mixed_pairs(tables)
 
 
-def _passed(
-    stream: ShardStream,
-    halves: Sequence[ImageHalf],
-    root: Path,
-    *,
-    batch_size: int,
-    max_bad_share: float,
-    threads: int | None,
-) -> PassedPairs:
-    settings = {
-        "samples": len(stream.shards),  # a part is a shard
-        "part_rows": 1,
-        **rank0_first(stream.fingerprint),
-        "captions": stream.caption_keys,
-        "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
-        "halves": [half.folder.name for half in halves],
-    }
-    if (max_pixels := halves[0].encoder.max_pixels) != MAX_IMAGE_PIXELS:
-        settings["max_pixels"] = max_pixels  # larger images are bad
-    if remote := [without_secrets(shard) for shard in stream.shards if is_url(shard)]:
-        # The fingerprint knows no more of them than their file names.
-        settings["remote"] = checksum(to_json(remote).encode())
-    working = root / FOLDER / checksum(to_json(settings).encode())
-    if (pairs := _kept(working, stream, halves, max_bad_share)) is not None:  # disturbs nobody
-        return pairs
-    with ExitStack() as stack:
-        lock = locked(working, way_out=WAY_OUT, wait=WAIT)
-        rank0_first(lambda: stack.enter_context(lock))
-        rank0_first(lambda: _drop_broken(working))
-        if (pairs := _kept(working, stream, halves, max_bad_share, removes=True)) is not None:
-            return pairs
-        stored = [opened(half.folder, half.encoder.width) for half in halves]
-        encode_missing(
-            _until_out_of_patience(
-                stream,
-                partial(_encode_shard, stream, halves, stored, batch_size, threads),
-                max_bad_share,
-            ),
-            stream.shards,
-            lambda: claim(working, settings, name=working),
-            working,
-            settings,
-            label="a shard",
-        )
-        for view, half in enumerate(halves):
-            _add(half, view, working)
-        rank0_first(lambda: _finish(stream, working, settings, max_bad_share))
-        pairs = _kept(working, stream, halves, max_bad_share)
-        assert pairs is not None
-        return pairs
+@dataclass
+class ShardNote:
+    """What a shard holds besides features: ids and captions of good samples, and the bad ones.
 
-
-def _drop_broken(working: Path) -> None:
-    """Shards that were not read to their end are read again, unless the run went on without."""
-    if "rows" not in store.read_facts(working):
-        for file in parts_of(working):
-            if any(entry["reason"].endswith(LOST) for entry in read_note(file)["bad"]):
-                file.unlink()
-
-
-def _kept(
-    working: Path,
-    stream: ShardStream,
-    halves: Sequence[ImageHalf],
-    max_bad_share: float,
-    *,
-    removes: bool = False,
-) -> PassedPairs | None:
-    """The pairs, if all shards have passed and the store has their images. Collective.
-
-    Where the store lacks images, what was written of the pass is removed if asked. Raises
-    `ValueError` if more is bad than is allowed now.
+    Attributes:
+        key: Names the shard as it is now.
+        began: When its reading began, in seconds of the monotonic clock.
     """
 
-    def read() -> PassedPairs:
-        facts = store.read_facts(working)
+    number: int
+    key: str
+    began: float
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    bad: list[dict[str, str]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        facts = {"key": self.key, "ids": [*self.captions], "bad": self.bad}
+        facts["captions"] = [*self.captions.values()]
+        write_atomically(path, to_json(sealed(facts)), durable=True)
+
+
+# A sample of a shard; None at the shard's end.
+Read = tuple[ShardNote, Item | None]
+
+
+class StreamPass:
+    """One pass of the image half over a stream, which ends with a table in the store.
+
+    While it lasts, the folder of the table has a note of each shard that was read.
+    """
+
+    def __init__(
+        self, stream: ShardStream, halves: Sequence[ImageHalf], root: Path, max_bad_share: float
+    ) -> None:
+        self.stream, self.halves, self.max_bad_share = stream, halves, max_bad_share
+        facts = {
+            "format": 2,
+            **rank0_first(stream.fingerprint),
+            "number": len(stream.shards),
+            "captions": stream.caption_keys,
+            "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
+            "halves": [half.folder.name for half in halves],
+        }
+        if (max_pixels := halves[0].max_pixels) != MAX_IMAGE_PIXELS:
+            facts["max_pixels"] = max_pixels  # larger images are bad
+        if remote := [without_secrets(shard) for shard in stream.shards if is_url(shard)]:
+            # The fingerprint knows no more of them than their file names.
+            facts["remote"] = checksum(to_json(remote).encode())
+        self.folder = root / FOLDER / checksum(to_json(facts).encode())
+        self.failed, self.lost, self.last = 0, 0.0, 0
+
+    def pairs(self, batch_size: int, threads: int | None) -> PassedPairs:
+        """The pairs of the stream, once all its shards are read."""
+        if (pairs := self._find()) is not None:  # disturbs nobody
+            return pairs
+        with ExitStack() as stack:
+            lock = locked(self.folder, way_out=WAY_OUT, wait=WAIT)
+            rank0_first(lambda: stack.enter_context(lock))
+            if (pairs := self._find(removes=True)) is not None:
+                return pairs
+            self._encode(batch_size, threads)
+            rank0_first(self._finish)
+            pairs = self._find()
+            assert pairs is not None
+            return pairs
+
+    def _find(self, *, removes: bool = False) -> PassedPairs | None:
+        """The pairs, if all shards have passed and the stores have their images. Collective.
+
+        Where a store lacks images, the table is removed if asked. Raises `ValueError` if more is
+        bad than is allowed now.
+        """
+        if not rank0_first(lambda: "rows" in store.read_facts(self.folder)):
+            return None
+        require_shared(self.folder / store.FACTS, by=SETTING)
+        pairs = raise_on_all_ranks(self._read)
+        stores = [Store(half.folder, setting=SETTING) for half in self.halves]
+
+        def has_images() -> bool:
+            shards = pairs.table.column("image").chunks  # one at a time, since names take memory
+            hashes = hash_ids(name for shard in shards for name in shard.to_pylist())
+            has_all = all(bool(each.has(hashes).all()) for each in stores)
+            if removes and not has_all:
+                shutil.rmtree(self.folder)  # they were deleted since
+            return has_all
+
+        return pairs if rank0_first(has_images) else None
+
+    def _read(self) -> PassedPairs:
+        facts = store.read_facts(self.folder)
         for some, number, told in facts.get("left_out", []):
-            _require_few(stream, some, number, told, max_bad_share)
-        path = working / TABLE
+            self._require_few(some, number, told)
+        path = self.folder / TABLE
         if not path.is_file() or file_checksum(path) != facts["table"]:
             raise ValueError(
-                f"{path}: damaged (its checksum differs); delete {working}, and give the command "
-                "again"
+                f"{path}: damaged (its checksum differs); delete {self.folder}, {AGAIN}"
             )
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         # What says that a stream is read in order is not true of its table.
-        notes = [note for note in stream.notes if not note.startswith("episodes.replacement")]
-        return PassedPairs(
-            table, name=stream.name, key=facts["table"], notes=[*notes, *facts["notes"]]
+        notes = [note for note in self.stream.notes if not note.startswith("episodes.replacement")]
+        notes += facts["notes"]
+        return PassedPairs(table, name=self.stream.name, key=facts["table"], notes=notes)
+
+    def _note(self, number: int) -> Path:
+        return self.folder / NOTES / f"{number:06d}.json"
+
+    def _encode(self, batch_size: int, threads: int | None) -> None:
+        """Read the shards that have no note, and encode the images that the stores lack."""
+        missing = rank0_first(self._missing)
+        self.last = -1
+        stores = [Store(half.folder, setting=SETTING) for half in self.halves]
+        encoders = [half.encoder for half in self.halves]
+        share = missing[rank() :: world_size()]
+        progress = Progress("embed a shard", len(share))
+        pending, ended = list[ShardNote](), 0
+
+        def prepare(read: Read) -> Prepared:
+            note, item = read
+            if item is None:
+                return 0, None
+            if isinstance(item, BadSample):
+                raise item
+            name = f"{note.key} {item.sample_id}"
+            hashes = hash_ids([name])
+            if all(bool(each.has(hashes)[0]) for each in stores):
+                return int(hashes[0]), None
+            try:
+                views = [replace(item, sample_id=view_id(name, v)) for v in range(len(stores))]
+                inputs = [e.prepare(v) for e, v in zip(encoders, views, strict=True)]
+            except ValueError as error:  # what cannot be decoded, none of its views can
+                raise BadSample(item.sample_id, item.where, str(error)) from error
+            return int(hashes[0]), inputs
+
+        def count(made: Round) -> None:
+            nonlocal ended
+            for (note, item), outcome in made.items:
+                if item is None:
+                    self._require_patience(note)
+                    pending.append(note)
+                    ended += 1
+                    if rank() == 0:
+                        progress.update(ended)
+                elif isinstance(outcome, BadSample):
+                    note.bad.append(vars(outcome))
+                else:
+                    assert not isinstance(item, BadSample)
+                    note.captions[item.sample_id] = item.captions
+
+        def write_notes() -> None:
+            for note in pending:
+                note.write(self._note(note.number))
+            pending.clear()
+
+        with ExitStack() as stack:
+            for half in self.halves:
+                # A run over other data that encodes with this half is waited for.
+                lock = locked(half.folder, way_out=WAY_OUT, wait=PATIENCE)
+                rank0_first(lambda lock=lock: stack.enter_context(lock))  # type: ignore[misc]
+            for each in stores:
+                each.open()
+                each.has(hash_ids([""]))  # or threads would sort it at once
+            encode_into(
+                stores,
+                Views(encoders),
+                self._units(share, batch_size),
+                prepare,
+                threads=threads,
+                after=count,
+                written=write_notes,
+            )
+
+    def _missing(self) -> list[int]:
+        """The shards that have no note yet. Those that broke off are read again."""
+        (self.folder / NOTES).mkdir(parents=True, exist_ok=True)
+        for left in left_by_killed(self.folder):
+            left.unlink(missing_ok=True)
+        has_note = {int(path.stem) for path in (self.folder / NOTES).glob("*.json")}
+        for number in [*has_note]:
+            if any(entry["reason"].endswith(LOST) for entry in self._read_note(number)["bad"]):
+                has_note.discard(number)
+        return [n for n in range(len(self.stream.shards)) if n not in has_note]
+
+    def _read_note(self, number: int) -> dict[str, Any]:
+        try:
+            return read_sealed(self._note(number))
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {self.folder}, {AGAIN}") from error
+
+    def _units(self, shards: Sequence[int], size: int) -> Iterator[list[Read]]:
+        """The samples of shards, in units that end with their shard."""
+        for number in shards:
+            shard, began = self.stream.shards[number], time.monotonic()
+            note = ShardNote(number, key_of(shard), began)
+            unit = list[Read]()
+            for item in self.stream.read(shard):
+                unit.append((note, item))
+                if len(unit) == size:
+                    yield unit
+                    unit = []
+            yield [*unit, (note, None)]
+
+    def _require_patience(self, note: ShardNote) -> None:
+        """End the pass after as many lost shards in a row as end a stream.
+
+        Only remote ones count: then it is the network, or the store. The same command reads them
+        again. It reads no others then, so it counts only those that are neighbours in the rank's
+        share of all. Those that the store does not have end nothing that `max_bad_share` would not
+        refuse in the end.
+        """
+        shard = self.stream.shards[note.number]
+        reasons = [entry["reason"] for entry in note.bad if entry["reason"].endswith(LOST)]
+        if note.captions or not reasons or not is_url(shard):
+            self.failed, self.lost = 0, 0.0
+            return
+        if note.number != self.last + world_size():
+            self.failed, self.lost = 0, 0.0
+        self.failed, self.last = self.failed + 1, note.number
+        self.lost += time.monotonic() - note.began
+        is_allowed = reasons[-1].startswith(access.MISSING) and not self._is_too_much(
+            self.failed, len(self.stream.shards)
         )
+        if (self.failed >= MAX_FAILED and not is_allowed) or self.lost > access.PATIENCE_SECONDS:
+            raise ValueError(
+                f"{self.stream.name}: {self.failed} shards in a row without a sample that can be "
+                f"used; the last is {without_secrets(shard)}: {reasons[-1]}; {access.GO_ON}"
+            )
 
-    if not rank0_first(lambda: "rows" in store.read_facts(working)):
-        return None
-    require_shared(working / store.FACTS, by=FOLDERS)
-    pairs = raise_on_all_ranks(read)
-    stored = [opened(half.folder, half.encoder.width) for half in halves]
+    def _is_too_much(self, bad: int, number: int) -> bool:
+        return bad > self.max_bad_share * number
 
-    def has_images() -> bool:
-        shards = pairs.table.column("image").chunks  # one at a time, since names take memory
-        for view, of_view in enumerate(stored):
-            names = (view_id(name, view) for shard in shards for name in shard.to_pylist())
-            if (of_view.find(hash_ids(names)) < 0).any():
-                if removes:
-                    shutil.rmtree(working)  # they were deleted since
-                return False
-        return True
+    def _require_few(self, some: int, number: int, told: str) -> None:
+        if self._is_too_much(some, number):
+            raise ValueError(
+                f"{self.stream.name}: {told}; that is more than data.max_bad_share "
+                f"({self.max_bad_share:g}) allows; mend or leave out what is bad, or raise it"
+            )
 
-    return pairs if rank0_first(has_images) else None
+    def _finish(self) -> None:
+        """Write the table of all shards, unless too much of the stream is bad."""
+        numbers = range(len(self.stream.shards))
+        deadline = time.monotonic() + collectives.UNSEEN
+        while not all(self._note(number).is_file() for number in numbers):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{self.folder}: not all shards are there; name a place that all hosts share "
+                    f"by {SETTING}, {AGAIN}"
+                )
+            time.sleep(0.1)
+        bad, parts = list[BadSample](), []
+        for note in map(self._read_note, numbers):  # one is in memory at a time
+            bad += [BadSample(**entry) for entry in note["bad"]]
+            parts.append(hash_ids(note["ids"]))
+        hashes = np.concatenate(parts)
+        is_new = np.zeros(len(hashes), bool)
+        is_new[np.unique(hashes, return_index=True)[1]] = True
+        news = np.split(is_new, np.cumsum([len(part) for part in parts])[:-1])
+        for number, new in zip(numbers, news, strict=True):
+            again = [] if new.all() else compress(self._read_note(number)["ids"], ~new)
+            shard, reason = self.stream.shards[number], "the same sample id as in a shard before"
+            bad += [BadSample(sample_id, shard, reason) for sample_id in again]
+        broken = [each for each in bad if each.reason.endswith(LOST)]
+        good, left_out = int(is_new.sum()), list[tuple[int, int, str]]()
+        for some, total, what in (
+            (bad, good + len(bad), "pairs cannot be used"),
+            (broken, len(numbers), "shards were not read to their end"),
+        ):
+            if some:
+                told = f"{len(some):,} of {total:,} {what}, such as {some[0]}"
+                self._require_few(len(some), total, told)
+                left_out.append((len(some), total, told))
+        if not good:
+            raise ValueError(f"{self.stream.name}: holds no pair")
+        path = self.folder / TABLE
+        with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
+            for note, new in zip(map(self._read_note, numbers), news, strict=True):
+                ids, captions = ([*compress(note[name], new)] for name in ("ids", "captions"))
+                images = [f"{note['key']} {sample_id}" for sample_id in ids]
+                columns = {"sample_id": ids, "image": images, "captions": captions}
+                table.write_table(pa.table(columns, schema=SCHEMA))
+        said = [f"{self.stream.name}: {told}; they are left out" for *_, told in left_out]
+        facts = {"rows": good, "notes": said, "left_out": left_out, "table": file_checksum(path)}
+        write_atomically(self.folder / store.FACTS, to_json(sealed(facts)), durable=True)
+        shutil.rmtree(self.folder / NOTES, ignore_errors=True)
 
 
-def _key_of(shard: str) -> str:
-    """Names a shard as it is now, wherever it lies.
+class Views:
+    """The image half for each view as one model, whose features are those of all views in a row."""
 
-    What is behind URLs, or a command gives, is taken to stay.
-    """
+    def __init__(self, encoders: Sequence[Any]) -> None:
+        self.encoders, self.module, self.device = encoders, encoders[0].module, encoders[0].device
+
+    def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
+        views = zip(self.encoders, zip(*inputs, strict=True), strict=True)
+        return torch.cat([encoder.encode([*view]) for encoder, view in views], dim=1)
+
+
+def key_of(shard: str) -> str:
+    """Names a shard as it is now, wherever it lies. What is behind URLs is taken to stay."""
     facts = [shard] if is_url(shard) else [shard_stem(shard), *shard_facts(shard, is_read=True)]
     return checksum(to_json(facts).encode())
-
-
-def _until_out_of_patience(stream: ShardStream, encode: Encode, max_bad_share: float) -> Encode:
-    """`encode`, which ends the pass after as many lost shards in a row as end a stream.
-
-    Only remote ones count: then it is the network, or the store. The same command reads them again.
-    It reads no others then, so it counts only those that are neighbours in the rank's share of all.
-    Those that the store does not have end nothing that `max_bad_share` would not refuse in the end.
-    """
-    failed, lost = 0, 0.0  # shards in a row, and the seconds that they took
-    last = 0  # the number of the last of them
-
-    def encode_one(items: Sequence[Any], show: Show) -> Part:
-        nonlocal failed, lost, last
-        number, began = items[0], time.monotonic()
-        shard = stream.shards[number]
-        part = encode(items, show)
-        reasons = [entry["reason"] for entry in part.bad if entry["reason"].endswith(LOST)]
-        if part.ids or not reasons or not is_url(shard):
-            failed, lost = 0, 0.0
-            return part
-        if number != last + world_size():
-            failed, lost = 0, 0.0
-        failed, lost, last = failed + 1, lost + time.monotonic() - began, number
-        is_allowed = reasons[-1].startswith(access.MISSING) and not _is_too_much(
-            failed, len(stream.shards), max_bad_share
-        )
-        if (failed >= MAX_FAILED and not is_allowed) or lost > access.PATIENCE_SECONDS:
-            raise ValueError(
-                f"{stream.name}: {failed} shards in a row without a sample that can be used; the "
-                f"last is {without_secrets(shard)}: {reasons[-1]}; {access.GO_ON}"
-            )
-        return part
-
-    return encode_one
-
-
-def _is_too_much(bad: int, number: int, max_bad_share: float) -> bool:
-    return bad > max_bad_share * number
-
-
-def _encode_shard(
-    stream: ShardStream,
-    halves: Sequence[ImageHalf],
-    stored: Sequence[Segments],
-    batch_size: int,
-    threads: int | None,
-    items: Sequence[Any],
-    show: Show,
-) -> Part:
-    """The ids and captions of a shard, and the features of images that the store lacks."""
-    shard = stream.shards[items[0]]
-    key = _key_of(shard)
-    captions: dict[str, tuple[str, ...]] = {}
-    bad: list[dict[str, str]] = []
-    new: list[str] = []
-    rows = [[torch.zeros(0, half.encoder.width)] for half in halves]
-    for chunk in _chunks(stream.read(shard), AHEAD * batch_size):
-        bad += [vars(item) for item in chunk if isinstance(item, BadSample)]
-        samples = {
-            f"{key} {item.sample_id}": item for item in chunk if not isinstance(item, BadSample)
-        }
-        known = np.ones(len(samples), bool)
-        for view, of in enumerate(stored):
-            known &= of.find(hash_ids(view_id(name, view) for name in samples)) >= 0
-        unknown = [name for name, is_known in zip(samples, known, strict=True) if not is_known]
-        for view, half in enumerate(halves):
-            named = [replace(samples[n], sample_id=view_id(n, view)) for n in unknown]
-            ids, features, wrong = encode_images(
-                half.encoder, stream, named, batch_size, lambda done: None, threads
-            )
-            rows[view].append(features)
-            if not view:  # what cannot be decoded, none of its views can
-                unknown = ids
-                bad += [
-                    entry | {"sample_id": samples[entry["sample_id"]].sample_id} for entry in wrong
-                ]
-                for entry in wrong:
-                    del samples[entry["sample_id"]]
-        new += unknown
-        captions |= {sample.sample_id: sample.captions for sample in samples.values()}
-    arrays = {
-        f"view{view}": store.to_half(torch.cat(of_view).numpy(), new, name="the image half")
-        for view, of_view in enumerate(rows)
-    }
-    values = {"captions": [*captions.values()], "new": new, "shard": key}
-    return Part(ids=[*captions], bad=bad, arrays=arrays, values=values)
-
-
-def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """Items some at a time, which a thread reads while those before are used."""
-
-    def following() -> list[Item]:
-        return [*islice(items, size)]
-
-    coming = begun(following, name="protoclip-shard")
-    while chunk := coming.result():
-        coming = begun(following, name="protoclip-shard")
-        yield chunk
-
-
-def _add(half: ImageHalf, view: int, working: Path) -> None:
-    """Add the features in the parts to the store of a half, but for those it has. Collective."""
-
-    def write(stored: Segments) -> None:
-        files = parts_of(working)
-        parts = [hash_ids(view_id(name, view) for name in read_note(file)["new"]) for file in files]
-        lacking = [stored.find(part) < 0 for part in parts]
-        new = np.concatenate([part[lacks] for part, lacks in zip(parts, lacking, strict=True)])
-        if not len(new):
-            return
-        facts = segment_facts(half.encoder, new)
-        out = half.folder / facts["ids"]
-        claim(out, facts, name=out)
-        blocks = (
-            read_part(file)[1][f"view{view}"][lacks]
-            for file, lacks in zip(files, lacking, strict=True)
-            if lacks.any()
-        )
-        store.write_folder(out, new, blocks, facts)
-        shutil.rmtree(out / PARTS, ignore_errors=True)
-
-    with ExitStack() as stack:
-        # All is encoded, so a run over other data that encodes with this half is waited for.
-        lock = locked(half.folder, way_out=WAY_OUT, wait=PATIENCE)
-        rank0_first(lambda: stack.enter_context(lock))
-        stored = opened(half.folder, half.encoder.width)
-        rank0_first(lambda: write(stored))
-
-
-def _require_few(
-    stream: ShardStream, some: int, number: int, told: str, max_bad_share: float
-) -> None:
-    if _is_too_much(some, number, max_bad_share):
-        raise ValueError(
-            f"{stream.name}: {told}; that is more than data.max_bad_share ({max_bad_share:g}) "
-            "allows; mend or leave out what is bad, or raise it"
-        )
-
-
-def _finish(
-    stream: ShardStream, working: Path, settings: dict[str, Any], max_bad_share: float
-) -> None:
-    """Write the table of all parts, unless too much of the stream is bad."""
-    files = parts_of(working)  # one is in memory at a time
-    bad, parts = list[BadSample](), list[Hashes]()
-    for note in map(read_note, files):
-        bad += [BadSample(**entry) for entry in note["bad"]]
-        parts.append(hash_ids(note["ids"]))
-    hashes = np.concatenate(parts)
-    is_new = np.zeros(len(hashes), bool)
-    is_new[np.unique(hashes, return_index=True)[1]] = True
-    of_parts = np.split(is_new, np.cumsum([len(part) for part in parts])[:-1])
-    for shard, file, new in zip(stream.shards, files, of_parts, strict=True):
-        again = [] if new.all() else [*compress(read_note(file)["ids"], ~new)]
-        bad += [BadSample(each, shard, "the same sample id as in a shard before") for each in again]
-    broken = [each for each in bad if each.reason.endswith(LOST)]
-    good, left_out = int(is_new.sum()), list[tuple[int, int, str]]()
-    for some, number, what in (
-        (bad, good + len(bad), "pairs cannot be used"),
-        (broken, len(files), "shards were not read to their end"),
-    ):
-        if not some:
-            continue
-        told = f"{len(some):,} of {number:,} {what}, such as {some[0]}"
-        _require_few(stream, len(some), number, told, max_bad_share)
-        left_out.append((len(some), number, told))
-    if not good:
-        raise ValueError(f"{stream.name}: holds no pair")
-    path = working / TABLE
-    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
-        for note, new in zip(map(read_note, files), of_parts, strict=True):
-            ids, captions = ([*compress(note[name], new)] for name in ("ids", "captions"))
-            images = [f"{note['shard']} {sample_id}" for sample_id in ids]
-            columns = {"sample_id": ids, "image": images, "captions": captions}
-            table.write_table(pa.table(columns, schema=SCHEMA))
-    said = [f"{stream.name}: {told}; they are left out" for *_, told in left_out]
-    facts = {**settings, "rows": good, "notes": said, "left_out": left_out}
-    facts["table"] = file_checksum(path)
-    write_atomically(working / store.FACTS, to_json(sealed(facts)), durable=True)
-    shutil.rmtree(working / PARTS, ignore_errors=True)

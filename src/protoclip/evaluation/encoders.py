@@ -20,9 +20,9 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import PairsView
 from protoclip.encode import halves
-from protoclip.encode.halves import HalfEncoder
+from protoclip.encode.halves import image_half, text_half
 from protoclip.encode.rows import hashes_of_images
-from protoclip.encode.store import Hashes, Numbers, hash_ids
+from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.features import Encoded, Encoder, Model, Reader, Tokenizer, Transform
 from protoclip.files import checksum
@@ -128,13 +128,13 @@ class HalvesEncoder(Encoder):
     def _folders(self) -> dict[str, Path]:
         assert self.cache is not None
         assert isinstance(self.model, FrozenHalves)
-        given: dict[str, Any] = {"max_pixels": MAX_IMAGE_PIXELS, "autocast": self.context}
         assert isinstance(self.transform, EvaluationTransform)
         with evaluation_mode(self.model):
-            keys = {
-                "images": HalfEncoder(self.model, transform=self.transform, **given).key(),
-                "texts": HalfEncoder(self.model, tokenizer=self.tokenizer, **given).key(),
-            }
+            image = image_half(
+                self.model, self.transform, max_pixels=MAX_IMAGE_PIXELS, autocast=self.context
+            )
+            text = text_half(self.model, self.tokenizer, autocast=self.context)
+            keys = {"images": image.key(), "texts": text.key()}
         return {kind: self.cache / checksum(f"{key} {kind}".encode()) for kind, key in keys.items()}
 
 
@@ -160,27 +160,29 @@ class AlignedHalves(HalvesEncoder):
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n q"]:
         texts = [*texts]
-        stored, missing = self._stored(hash_ids(texts), tokenizer=self.tokenizer)
+        stored, missing = self._stored(hash_ids(texts))
         rest = torch.zeros(0, 0)
         if len(missing):
             rest = super().texts([texts[row] for row in missing], stage=stage)
         return joined(stored, missing, missing, rest)
 
-    def _stored(self, hashes: Hashes, **reads: Any) -> tuple[Float[Tensor, "k q"], Numbers]:
-        """What a half encoded of images by a transform, or of texts by a tokenizer, in order; and
+    def _stored(
+        self, hashes: Hashes, transform: EvaluationTransform | None = None
+    ) -> tuple[Float[Tensor, "k q"], Numbers]:
+        """What a half encoded of images by a transform, or else of texts, in order; and
         the positions of those that it did not."""
         assert isinstance(self.model, FrozenHalves)
+        context = autocast(resolve(self.config.run.precision, self.device), self.device)
         with evaluation_mode(self.model):
-            half = HalfEncoder(
-                self.model,
-                max_pixels=self.config.data.max_image_pixels,
-                autocast=autocast(resolve(self.config.run.precision, self.device), self.device),
-                **reads,
-            )
+            half = text_half(self.model, self.tokenizer, autocast=context)
+            if transform is not None:
+                most = self.config.data.max_image_pixels
+                half = image_half(self.model, transform, max_pixels=most, autocast=context)
             folder = halves.features_folder(self.config) / checksum(half.key().encode())
-        stored = halves.opened(folder, half.width)
-        is_known = stored.find(hashes) >= 0
-        return torch.from_numpy(stored.rows(hashes[is_known])), np.flatnonzero(~is_known)
+        store = Store(folder, setting=halves.SETTING)
+        numbers = store.find(hashes)
+        rows = store.read(numbers[numbers >= 0]).reshape(-1, half.width)
+        return torch.from_numpy(rows), np.flatnonzero(numbers < 0)
 
 
 def joined(

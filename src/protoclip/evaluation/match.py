@@ -26,7 +26,7 @@ from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.encode.canonical import canonical_projections, moments_of_pairs
-from protoclip.encode.encoder import FrozenEncoder, encode_items, open_encoder
+from protoclip.encode.encoder import Encoder, encode_items, open_encoder
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
@@ -142,7 +142,7 @@ def match(
     if pairs < LEAST:
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
-    def open_half(name: str, modality: str, way: str) -> FrozenEncoder:
+    def open_half(name: str, modality: str, way: str) -> Encoder:
         pools, progress = pooling or usual_pooling(name), Progress(f"open {name}", 1)
         half = open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
         progress.update(1)
@@ -254,7 +254,7 @@ def require_enough(drawn: Drawn, source: Pairs | SampleStream, pairs: int) -> No
 
 def encode(
     name: str,
-    encoder: FrozenEncoder,
+    encoder: Encoder,
     source: Pairs | SampleStream,
     items: Sequence[Item],
     ids: Sequence[str],

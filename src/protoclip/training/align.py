@@ -40,7 +40,7 @@ from protoclip.encode.halves import (
     images_at_once,
 )
 from protoclip.encode.rows import HalfRows, open_listing, write_listing
-from protoclip.encode.stream import passed
+from protoclip.encode.stream import encode_stream
 from protoclip.evaluation.validation import Judged
 from protoclip.models import loading
 from protoclip.models.aligned import FrozenHalves, Projection, start_projections
@@ -200,7 +200,7 @@ def with_data(
     assert isinstance(data.training, Pairs)  # a stream has passed by now
     choices.config, choose = config, choices.choose
     # An image that several rows show is one sample with all their captions.
-    path = write_listing(data.training, features_folder(config), 1)
+    path = write_listing(data.training, features_folder(config))
     rows = len(open_listing(path).rows)
     closed = on_exports(choices.config, start)
     read_once = ("data.augmentation", "data.cache_gb", "data.shuffle_buffer")
@@ -363,7 +363,7 @@ def pass_stream(
             say(f"note: {note}")
     model = loading.to_device(loading.model(start, seed=config.run.seed), device)
     halves, root = frozen(model), features_folder(config)
-    return passed(
+    return encode_stream(
         stream,
         image_halves(
             halves, [loading.evaluation_transform(model)], root, **arithmetic(config, device)

@@ -1,5 +1,6 @@
 """Frozen models as teachers, and passes over a data set, with models that are made up."""
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -33,8 +34,8 @@ from protoclip.data.transforms import EvaluationTransform, OfMiddle
 from protoclip.distributed import collectives
 from protoclip.encode import encoder as encode
 from protoclip.encode import parts, teachers
-from protoclip.encode.encoder import FrozenEncoder, embed_teacher, open_encoder
-from protoclip.encode.halves import HalfEncoder
+from protoclip.encode.encoder import Encoder, embed_teacher, open_encoder, text_encoder
+from protoclip.encode.halves import image_half
 from protoclip.encode.store import StoredFeatures
 from protoclip.encode.teachers import read_teacher
 from protoclip.encode.whiten import fit_pca
@@ -52,8 +53,17 @@ CAPTIONS = ["a dog", "a", "the red fox jumps over a lazy dog and over the river"
 CPU = torch.device("cpu")
 
 
-def opened(teacher: str, modality: str = "auto", pooling: Any = "mean") -> FrozenEncoder:
+def opened(teacher: str, modality: str = "auto", pooling: Any = "mean") -> Encoder:
     return open_encoder(teacher, modality=modality, pooling=pooling, device=CPU)
+
+
+def prepared(encoder: Encoder, image: Image.Image) -> Tensor:
+    """The input of an image."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    sample = Sample(sample_id="a", image=file.getvalue(), captions=(), where="")
+    pixels: Tensor = encoder.prepare(sample)
+    return pixels
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +102,8 @@ def test_padding_does_not_change_a_feature(bert, pooling):
         expected.append(one / one.norm())
     encoder = opened(f"hf:{bert}", pooling=pooling)
     assert (encoder.width, encoder.reads) == (16, "text")
-    assert encoder.collate(["dog " * 100])["input_ids"].shape == (1, 32)  # the model's limit
+    long, longer = encoder.encode(["dog " * 30 + "a", "dog " * 30 + "a fox"])  # the model's limit
+    torch.testing.assert_close(long, longer)
     found = encoder.encode(CAPTIONS).double()
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
 
@@ -123,10 +134,11 @@ def test_timm_models_give_pooled_features(tmp_path):
     inputs = transform(Image.fromarray(pixels))
     expected = model.forward_features(inputs[None]).mean((2, 3))[0]
     assert (encoder.width, encoder.reads) == (512, "image")
-    found = encoder.encode([encoder.transform(Image.fromarray(pixels))])[0]
+    found = encoder.encode([prepared(encoder, Image.fromarray(pixels))])[0]
     torch.testing.assert_close(found, expected / expected.norm())
-    assert isinstance(encoder.transform, OfMiddle)  # of a long image the middle
-    assert repr(encoder.transform) == repr(transform)  # or all would be encoded anew
+    long = Image.fromarray(np.tile(pixels, (1, 9, 1)))
+    torch.testing.assert_close(prepared(encoder, long), OfMiddle(transform)(long))
+    assert encoder.facts() == repr(transform)  # or all would be encoded anew
     save_file({"fc.weight": torch.ones(3)}, tmp_path / "others.safetensors")
     with pytest.raises(ValueError, match=r"cannot be opened: .*others.safetensors lacks conv1"):
         opened(f"timm:resnet10t/{tmp_path}/others.safetensors")
@@ -141,7 +153,7 @@ def test_open_clip_models_give_either_tower(tmp_path, monkeypatch):
     image = opened(f"open_clip:tiny/{tmp_path}/weights.pt")
     text = opened(f"open_clip:tiny/{tmp_path}/weights.pt", modality="text")
     assert (image.reads, text.reads) == ("image", "text")
-    pixels = image.transform(Image.new("RGB", (300, 260), (200, 30, 90)))
+    pixels = prepared(image, Image.new("RGB", (300, 260), (200, 30, 90)))
     tokens = tokenizer(CAPTIONS)
     expected = towers.encode_image(pixels[None], normalize=True)
     torch.testing.assert_close(image.encode([pixels]), expected)
@@ -199,7 +211,8 @@ class Letters:
     def __init__(self, at: int | None = None, then: Callable[[], None] = stop) -> None:
         self.at, self.then = at, then
         self.batches: list[list[str]] = []
-        self.encoder = FrozenEncoder(nn.Identity(), CPU, self.tokenize, lambda counts: counts)
+        self.encoder = text_encoder(nn.Identity(), CPU, self.tokenize, lambda counts: counts)
+        assert self.encoder.width == WIDTH
         self.batches.clear()
 
     def tokenize(self, captions: list[str]) -> torch.Tensor:
@@ -349,7 +362,8 @@ def test_what_cannot_work_is_refused_before_anything_is_encoded(tmp_path):
 def test_features_that_are_not_finite_stop_the_pass(tmp_path):
     """When they occur, with their number and an example."""
     model = Letters()
-    model.encoder.forward = lambda counts: counts / (counts.sum(1, keepdim=True) < 17)
+    counts = model.encoder.forward
+    model.encoder.forward = lambda texts: counts(texts) / (counts(texts).sum(1, keepdim=True) < 17)
     with pytest.raises(ValueError, match=r"letters: 2 of 4 features are not finite.*'made/1'"):
         run(model, pairs(["a", "aaaaaa", "bb", "cccccccc"]), tmp_path / "t")
 
@@ -409,7 +423,7 @@ def test_images_are_read_while_the_model_is_at_those_before():
         return torch.zeros(len(rows), WIDTH)
 
     encoder = Letters().encoder
-    encoder.read_image, encoder.encode = prepare, forward
+    encoder.prepare, encoder.encode = prepare, forward
     samples = ImageTextPairs(tiny_pairs(number), name="tiny")
     encode.encode_images(encoder, samples, range(number), size, lambda done: None, 2)
     assert seen == [8, 12, 12]
@@ -554,7 +568,7 @@ def test_a_tokenizer_that_reads_otherwise_is_another_half():
             return torch.tensor([(each + 60 * [0])[:60] for each in codes], dtype=torch.float32)
 
         torch.manual_seed(0)
-        encoder = FrozenEncoder(nn.Linear(60, 4), torch.device("cpu"), collate, lambda x: x[:, :4])
+        encoder = text_encoder(nn.Linear(60, 4), CPU, collate, lambda x: x[:, :4])
         return encoder.key()
 
     def plain(text: str) -> str:
@@ -609,7 +623,7 @@ def test_a_half_with_batch_norm_over_ranks_is_the_same_half():
     )
     halves = FrozenHalves(SimpleNamespace(visual=visual, text=text)).eval()
     transform = EvaluationTransform(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    encoder = HalfEncoder(halves, transform=transform, max_pixels=10**6, autocast=nullcontext)
+    encoder = image_half(halves, transform, max_pixels=10**6, autocast=nullcontext)
     plain = encoder.key()
     assert synchronise(halves, CPU) > 0
     assert encoder.key() == plain

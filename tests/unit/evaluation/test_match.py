@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from protoclip.data.pairs import ImageTextPairs, Sample
-from protoclip.encode.encoder import FrozenEncoder
+from protoclip.encode.encoder import image_encoder, text_encoder
 from protoclip.evaluation import match, retrieval
 from protoclip.evaluation.grouping import nearest_others
 from testing import tiny_pairs
@@ -191,7 +191,7 @@ def test_too_few_pairs_are_refused_with_the_reason_of_the_first_that_cannot_be_r
     drawn = match.draw(pairs, 60, 0)
     half = match.encode(
         "half",
-        FrozenEncoder(nn.Identity(), CPU, torch.stack, lambda x: x, lambda image: torch.ones(2)),
+        image_encoder(nn.Identity(), CPU, lambda x: x, lambda image: torch.ones(2)),
         pairs,
         *(drawn.images, drawn.ids, drawn.contents, 8),
     )
@@ -213,7 +213,7 @@ def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():
 
 
 def test_features_that_are_not_finite_are_refused():
-    broken = FrozenEncoder(
+    broken = text_encoder(
         nn.Identity(), CPU, lambda texts: torch.ones(len(texts), 2), lambda x: x / 0
     )
     texts = [Sample(sample_id="0", image=b"", captions=("a",), where="")]
