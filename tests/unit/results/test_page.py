@@ -258,6 +258,18 @@ def test_the_analysis_is_taken_where_it_has_seen_the_newest_checkpoint(runs, tmp
         assert "Image and text groups agree (AMI)" in page.sections["curves"]
 
 
+def test_the_command_measures_all_checkpoints_if_asked(runs, tmp_path, without_charts):
+    """And keeps what it measured in the folder of the run."""
+    folder, out = tmp_path / "proto", tmp_path / "report.html"
+    shutil.copytree(runs / "proto", folder)
+    main(["report", str(folder), "--out", str(out), "--samples", "16", "--checkpoints"])
+    analysis = json.loads((folder / "analysis.json").read_text())
+    measured = analysis["checkpoints"][-1]["features"]["agreement"]
+    grouping = Page(out).sections["grouping"]
+    assert "protoclip analyze, 16 pairs of validation" in grouping
+    assert f"{measured:.3f}".replace("-", "\u2212") in grouping
+
+
 def test_of_several_seeds_the_first_with_a_checkpoint_is_shown(runs, tmp_path):
     shutil.copytree(runs / "proto", tmp_path / "second")
     for file, old, new in (
