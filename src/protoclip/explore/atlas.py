@@ -47,7 +47,7 @@ OTHER: dict[str, Modality] = {"image": "text", "text": "image"}
 
 # Part of the name of every file. Change it when what is kept changes.
 FORM = 10
-MAP_PAIRS = 10_000  # drawn on the map; more would not be told apart, and are slow to draw
+MAP_PAIRS = 10_000  # drawn on the map; more would lie over each other, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
 OTHERS = 1024  # pairs that each pair's loss is computed against
@@ -55,13 +55,14 @@ OTHERS = 1024  # pairs that each pair's loss is computed against
 # each of some images is compared with all of them.
 LEAST_SIMILAR, LEAST_ALIKE, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 0.8, 500, 20_000
 HASHED_PAIRS = 5 * COMPARED_ROWS  # to find as many different images; each costs a look or a read
-# Of UMAP. An image or text is placed by this many that are near, the nearest by far the most.
-EPOCHS, NEAR, SOFTNESS = 200, 8, 0.03
+EPOCHS = 200  # of UMAP
+# An image or text lies at the weighted mean of this many near ones; the nearest weighs most.
+NEAR, SOFTNESS = 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 EQUAL = 1e-3  # share of a row's norm by which copies of an image may differ in half precision
-# Copies are looked for among so many next rows along a line. Projected on so many lines, two rows
-# are hardly ever this many times their distance apart.
+# Copies of a row are looked for among its 64 next ones along a line. On 16 random lines together,
+# two rows are hardly ever 8 times as far apart as they are.
 ALONG, LINES, APART = 64, 16, 8
 LEAST_IMAGES = 100  # of pairs that heads are fitted to; fewer say nothing of others
 
@@ -85,7 +86,7 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Atlas:
-    """What is known of each pair `(n,)`, in NumPy arrays, so that it is kept and opened quickly.
+    """The map and the groups of pairs: NumPy arrays of a value a pair `(n,)`, quick to open.
 
     Attributes:
         captioned: Rows of the data that have a caption `(c,)`.

@@ -57,7 +57,7 @@ CHUNK_ELEMENTS = 20_000_000  # similarities that are held at a time
 # near to something if its cosine is this many standard deviations above that of words on average.
 MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
-# So many times as many pairs as images are asked for, until that many images are among them.
+# Pairs that are looked at for each image that is asked for, until enough images are among them.
 PAIRS_PER_IMAGE = (2, 16, 128, 1024)
 SHARING, TIMES_MORE = 16, 8  # pairs of an image that are looked for at first; how many more then
 SAME_IMAGE = 0.999  # cosine above which two pairs may show one image, whose features are rounded
@@ -99,12 +99,12 @@ class Neighbours:
             part = slice(start, start + size)
             similarity = queries @ self.features[part].float().T / self.norms[part]
             near = similarity.topk(min(number, similarity.shape[1]), dim=1)
-            found = near.values, near.indices + start
+            values, rows = near.values, near.indices + start
             if best is not None:
-                found = torch.cat([best[0], found[0]], 1), torch.cat([best[1], found[1]], 1)
-                top = found[0].topk(min(number, found[0].shape[1]), dim=1)
-                found = top.values, found[1].gather(1, top.indices)
-            best = found
+                values, rows = torch.cat([best[0], values], 1), torch.cat([best[1], rows], 1)
+                top = values.topk(min(number, values.shape[1]), dim=1)
+                values, rows = top.values, rows.gather(1, top.indices)
+            best = values, rows
         assert best is not None
         return best
 
@@ -153,9 +153,9 @@ class Explorer:
     def features(self) -> Features:
         if self.encoded is not None:
             return self.encoded
-        # The rows are known from the atlas, which spares reading all captions to find them.
-        found = encode_pairs(self.encoder, self.pairs, self.atlas.captioned)
-        return select_rows(found, self.atlas.rows)
+        # The atlas has their rows, which spares reading all captions.
+        features = encode_pairs(self.encoder, self.pairs, self.atlas.captioned)
+        return select_rows(features, self.atlas.rows)
 
     @cached_property
     def _spaces(self) -> dict[str, Neighbours]:
@@ -253,7 +253,7 @@ class Explorer:
             showing: dict[str, Near] = {}
             for near in self._near_pairs(query, "image", times * number):
                 showing.setdefault(self.image_key(near[0]), []).append(near)
-            # Pairs of one image follow each other, so of all but the last none is missing.
+            # Pairs of one image follow each other, so only those of the last one may be missing.
             if len(showing) > number:
                 break
         images: Near = []

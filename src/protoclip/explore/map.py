@@ -32,8 +32,8 @@ from protoclip.explore.pairs import ID_LENGTH, ExploredPairs, shorten
 MAP_CAPTION_LENGTH, NAME_LENGTH = 120, 40
 OUTER = 0.01  # share of the points at each side that the first view may leave out
 MOST_SIZE = 8  # pixels across a point
-# Colours that can be told apart on light and dark ground, for points; and the same for text, made
-# as dark or as bright as the grounds of `explore.css` need for a contrast of 4.5 (WCAG 2).
+# Colours of points, which differ on light and dark ground; and of text on the light and the dark
+# ground of `explore.css`, as dark or as bright as a contrast of 4.5 needs (WCAG 2).
 COLOURS = (
     ("#3b82f6", "#3472d8", "#3b82f6"),
     ("#e8590c", "#cc4e0b", "#e8590c"),

@@ -1,4 +1,4 @@
-"""How the explorer's pages reach a browser: from a server to who has its token, or as files.
+"""How the explorer's pages reach a browser: by a server that asks for a token, or as files.
 
 Every answer is made from a row number, a page number or a text; nothing that a request names is
 ever opened as a file. `docs/explore.md` has the rules.
@@ -329,7 +329,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
     """Write the table that embedding-atlas takes; returns its number of rows.
 
     A row is a point of the map: the image or the text of a pair, with `x`, `y`, `text`, `image`
-    (small, as WebP; only of at most 10,000 pairs), `sample_id` and what is known of it.
+    (small, as WebP; only of at most 10,000 pairs), `sample_id` and its values in the atlas.
     """
     atlas, pairs = explorer.atlas, explorer.pairs
     with_images = len(atlas) <= MAP_PAIRS

@@ -1,6 +1,6 @@
 "use strict";
 // The selection, the map's colours, sorting of tables, and search by image and while one types. Pages
-// work without it, but for the map.
+// other than the map work without it.
 
 // The selection is a list of sample ids, kept for this tab and these pairs.
 const KEY = `protoclip-selection of ${document.body.dataset.pairs}`;
@@ -10,7 +10,7 @@ const selection = new Set(kept(KEY));
 const byMap = new Set(kept(BY_MAP)); // the ids in it that the map selected; others were ticked
 let onMap = () => {};
 const PAUSE = 200; // milliseconds without a key after which what is typed is looked for
-// Of the map: pixels between names, and of an image; among more places in view than FEW, images are
+// On the map: pixels between names, and of an image; among more places in view than FEW, images are
 // SPARSE pixels apart, and stand where at least this share of them is.
 const [GAP, THUMB, FEW, SPARSE, LEAST] = [12, 36, 150, 16, 1e-3];
 const SHOWN = 48; // selected pairs beside the map
@@ -122,7 +122,7 @@ function sort(heading) {
   table.tBodies[0].append(...rows);
 }
 
-// An answer takes the place of the page, but for the form that asks. `what` is asked for in words.
+// An answer takes the place of the page, except for the form that asks. `what` is asked for in words.
 let asking = new AbortController();
 
 async function ask(what, url, options) {
