@@ -19,7 +19,7 @@ from protoclip import config
 from protoclip.cli import COMMANDS
 from protoclip.cli.pages import SECTIONS
 from protoclip.cli.parsing import descriptions, help_text
-from protoclip.values import shown
+from protoclip.config import shown
 
 SOURCE = Path(protoclip.__file__).parent
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}

@@ -63,7 +63,6 @@ import numpy as np
 import torch
 from judge import ALL, DECIDING, Metrics, judge
 
-from protoclip.checks import check
 from protoclip.cli.parsing import merged
 from protoclip.config import Config
 from protoclip.data import sources
@@ -79,6 +78,7 @@ from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
+from protoclip.rules import check
 from protoclip.training import run, run_folder, sizes
 from protoclip.training.align import align
 from protoclip.training.finetune import finetune

@@ -6,8 +6,10 @@ The defaults train ProtoCLIP on the bundled emoji.
 """
 
 import dataclasses
+import datetime
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -16,8 +18,9 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from protoclip.values import plain, refuse_percent, shown, way_to_file
-
+LONGEST_SHOWN = 80  # characters of a wrong value in a message
+PERCENT = re.compile(r" *(\d+(?:\.\d+)?) *%")
+SIMPLE = (NoneType, int, float, datetime.date, datetime.time)
 START = "start"  # `teacher.features` of the frozen start
 HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of halves to align
 NO_START = "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
@@ -602,3 +605,48 @@ def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
         limit += ", as a share of the pairs" if name == "data.validation" else ""
         raise ValueError(f"{name}: {value} is too large; {limit}")
     return value
+
+
+def plain(value: Any) -> Any:
+    """A value as TOML would hold it: paths as text, and NumPy's numbers as those of Python."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    # So has a tensor of one number. NumPy is not imported for this.
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    number = value.item()
+    # The shortest decimal of a narrow float: 0.001 and not 0.0010000000474974513.
+    is_narrow = isinstance(number, float) and type(value).__module__ == "numpy"
+    return float(str(value)) if is_narrow else number
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would hold it, on one line, for messages; of others their type."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return repr(value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}...")
+    if isinstance(value, list | tuple):
+        text = f"[{', '.join(map(shown, value))}]"
+    elif isinstance(value, Mapping):
+        text = f"{{{', '.join(f'{key} = {shown(item)}' for key, item in value.items())}}}"
+    elif isinstance(value, SIMPLE):
+        text = str(value)
+    else:
+        name = type(value).__name__
+        text = f"{'an' if name[0] in 'AEIOaeion' else 'a'} {name}"  # an ndarray
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def refuse_percent(name: str, value: Any) -> None:
+    """Refuse a share that is written as a percentage."""
+    if isinstance(value, str) and (percent := PERCENT.fullmatch(value)):
+        raise ValueError(f"{name}: {shown(value)}: write a share as {float(percent[1]) / 100:g}")
+
+
+def way_to_file(value: Any) -> str:
+    """What to say of a table in memory, such as a DataFrame, where a file is meant; or nothing."""
+    for write in ("to_parquet", "write_parquet"):  # of pandas and of polars
+        if hasattr(value, write):
+            return f"; save it (df.{write}) and give the file's name"
+    return ""

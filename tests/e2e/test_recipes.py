@@ -16,10 +16,10 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from protoclip.checks import check
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.parsing import parse
 from protoclip.config import Config, ModelConfig
+from protoclip.rules import check
 from protoclip.training import trainer
 from protoclip.training.sizes import EPISODES
 from protoclip.training.stages import stage_of

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 import protoclip
 from interrupting import few_emoji, with_changes
-from protoclip.checks import check
 from protoclip.cli import demo, main, quick
 from protoclip.config import (
     Config,
@@ -33,6 +32,7 @@ from protoclip.evaluation import datasets, linear_probe
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint
+from protoclip.rules import check
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import flat

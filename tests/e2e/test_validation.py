@@ -18,7 +18,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from interrupting import stop_after, with_changes
-from protoclip.checks import check
 from protoclip.cli import main
 from protoclip.config import (
     Config,
@@ -44,6 +43,7 @@ from protoclip.results.compare import compare_runs
 from protoclip.results.examples import open_examples
 from protoclip.results.findings import compare_headlines
 from protoclip.results.table import TRAINED_ON, print_table, table_of_runs
+from protoclip.rules import check
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
 from testing import run_distributed, tiny_config

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.train import Train, show_results
 from protoclip.config import Config
-from protoclip.paths import require_paths, require_place, require_store
+from protoclip.rules import require_paths, require_place, require_store
 
 
 @dataclass(frozen=True, kw_only=True)

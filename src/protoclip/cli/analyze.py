@@ -9,10 +9,10 @@ from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
-from protoclip.paths import (
+from protoclip.rules import (
     require_data_paths,
+    require_path,
     require_place,
-    require_run,
     require_source,
     with_options,
 )
@@ -45,7 +45,7 @@ class Analyze:
 
     def __call__(self) -> None:
         for run in self.runs:
-            require_run(run)
+            require_path("", run, "no such run folder")
         data = self.data_config()
         if self.out is not None:
             require_place("--out", self.out, is_folder=True)

@@ -6,7 +6,7 @@ The differences are computed in `results/compare.py`, and `results/table.py` sho
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.files import to_json
-from protoclip.paths import require_run
+from protoclip.rules import require_path
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Compare:
 
     def __call__(self) -> None:
         for run in self.runs:
-            require_run(run)
+            require_path("", run, "no such run folder")
         from protoclip.evaluation.paired import read_results
         from protoclip.results.compare import compare_runs
         from protoclip.results.table import print_table, table_of_runs

@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protoclip.checks import check
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, build
 from protoclip.files import to_json
-from protoclip.paths import require_data_paths, require_model, require_place, require_source
 from protoclip.progress import duration
+from protoclip.rules import check, require_data_paths, require_model, require_place, require_source
 from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from protoclip.cli.demo_runs import is_finished, write_report
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import require_ours, to_json, write_atomically
-from protoclip.paths import require_place
 from protoclip.progress import duration
+from protoclip.rules import require_place
 from protoclip.terminal import visible
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.

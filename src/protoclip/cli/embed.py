@@ -10,7 +10,7 @@ from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import OfPairs
 from protoclip.config import Count
-from protoclip.paths import require_data_paths, require_model, require_place
+from protoclip.rules import require_data_paths, require_model, require_place
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
-from protoclip.paths import require_data_paths, require_place, require_teacher
+from protoclip.rules import require_data_paths, require_model, require_place
 from protoclip.terminal import quote_word, say, visible
 
 
@@ -37,7 +37,7 @@ class EmbedTeacher(Recipes):
 
     def __call__(self) -> None:
         require_data_paths(self.data)
-        require_teacher("--teacher", self.teacher)
+        require_model("--teacher", self.teacher, "teacher")
         require_place("--out", self.out, is_folder=True)
         with quick_imports():
             from protoclip.cli.data import idle, open_source, print_notes, typed

@@ -12,7 +12,7 @@ from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
 from protoclip.config import Count, DataConfig
 from protoclip.files import locked, to_json
-from protoclip.paths import (
+from protoclip.rules import (
     require_data_set,
     require_folder,
     require_model,

@@ -16,7 +16,7 @@ from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
 from protoclip.config import Count, DataConfig
 from protoclip.files import locked
-from protoclip.paths import (
+from protoclip.rules import (
     require_empty,
     require_file,
     require_folder,

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from protoclip.cli.imports import quick_imports
 from protoclip.files import to_json
-from protoclip.paths import require_apart, require_model, require_new, require_place
+from protoclip.rules import require_model, require_place
 from protoclip.terminal import say, visible
 
 
@@ -35,8 +35,6 @@ class Export:
     def __call__(self) -> None:
         require_model("", self.model)
         require_place("folder", self.folder, is_folder=True)
-        require_apart(self.model, self.folder)
-        require_new(self.folder, overwrite=self.overwrite)
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if self.push_to_hub is not None and not (self.yes or terminal):
             raise ValueError(

@@ -8,13 +8,18 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from protoclip.checks import require_named_pairs, require_start, was_fine_tuned
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged, read_recipe
 from protoclip.cli.train import exit_if_stopped, show_results
 from protoclip.config import BatchSize, Config, NotNegative, Rank
 from protoclip.files import to_json
-from protoclip.paths import require_paths, require_place
+from protoclip.rules import (
+    require_named_pairs,
+    require_paths,
+    require_place,
+    require_start,
+    was_fine_tuned,
+)
 from protoclip.terminal import quote_word, say, visible
 
 

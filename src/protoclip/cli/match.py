@@ -12,7 +12,7 @@ from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import OfPairs
 from protoclip.config import Count, Seed
 from protoclip.files import to_json
-from protoclip.paths import require_data_paths, require_half, require_source
+from protoclip.rules import require_data_paths, require_model, require_source
 from protoclip.terminal import say, visible
 
 FEW = 1000  # pairs; with fewer a note says that numbers say little
@@ -39,9 +39,9 @@ class Match(OfPairs):
 
     def __call__(self) -> None:
         for half in self.images:
-            require_half("--images", half)
+            require_model("--images", half, "half")
         for half in self.texts:
-            require_half("--texts", half)
+            require_model("--texts", half, "half")
         require_source("--data", self.data)
         data = self.data_config()
         require_data_paths(data)

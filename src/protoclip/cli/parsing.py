@@ -21,10 +21,9 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from protoclip.checks import TRAIN_OR_SOURCES
 from protoclip.config import HALVES, START, Config, DataConfig, build, unknown
 from protoclip.files import read_local
-from protoclip.paths import DATA_OPTIONS, require_file
+from protoclip.rules import DATA_OPTIONS, TRAIN_OR_SOURCES, require_file
 
 Command = TypeVar("Command")
 # What stands for no file in `teacher.features`.

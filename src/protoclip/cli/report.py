@@ -10,7 +10,7 @@ from typing import Annotated
 from protoclip.cli.device import open_device
 from protoclip.cli.imports import quick_imports
 from protoclip.config import Positive, Seed
-from protoclip.paths import require_place, require_run
+from protoclip.rules import require_path, require_place
 from protoclip.terminal import say
 
 NEEDED = ("jinja2", "matplotlib")
@@ -36,7 +36,7 @@ class Report:
     def __call__(self) -> None:
         require()
         for run in self.runs:
-            require_run(run)
+            require_path("", run, "no such run folder")
         require_place("--out", self.out, is_folder=False, suffix=".html")
         with quick_imports():
             from protoclip.results.page import write_report

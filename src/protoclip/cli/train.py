@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from protoclip.checks import check
 from protoclip.cli.imports import quick_imports
 from protoclip.cli.parsing import Recipes, merged
 from protoclip.config import BatchSize, Config
 from protoclip.files import to_json
-from protoclip.paths import require_paths, require_place
+from protoclip.rules import check, require_paths, require_place
 from protoclip.terminal import quote_word, say, visible
 
 SECTIONS = {section.name for section in fields(Config)}

@@ -16,13 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from protoclip.columns import METADATA
 from protoclip.config import DataConfig
 from protoclip.data.access import digest, files_like, in_table, read_file
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.lines import TEXT_SUFFIXES, LeftOut, fault_of
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
+    METADATA,
     caption_columns,
     captions_in,
     open_files,

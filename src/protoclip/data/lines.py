@@ -1,21 +1,28 @@
 """The lines of CSV, TSV and JSON Lines files as rows: those left out are counted and named."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, count, islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from protoclip.columns import COMPRESSED, LONGEST_HEADER, find_header, read_header
 from protoclip.data.access import is_url, open_file
 from protoclip.progress import Progress
 from protoclip.terminal import line, quote_word
 
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+LONGEST_HEADER = 100_000  # characters
+FIRST_LINES = 100  # among which a header is looked for
+# A first line that names the separator for Excel, and belongs to no table.
+SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
@@ -218,3 +225,27 @@ def _json_texts(value: Any) -> Cell:
         return [text for text in map(_json_texts, value) if isinstance(text, str)]
     is_text = isinstance(value, (str, int)) and not isinstance(value, bool)
     return str(value) if is_text else None
+
+
+def find_header(lines: Iterable[str]) -> tuple[int, str, str]:
+    """The number of a header's line, the header, and the separator that a line before it names.
+
+    Such a line is `sep=;`. Without a header, they are 0 and two empty texts.
+    """
+    separator = ""
+    for number, text in enumerate(lines, 1):
+        if not separator and (named := SEPARATOR_LINE.fullmatch(text.strip(" \r\n"))):
+            separator = named[1]
+        elif text.strip():
+            return number, text, separator
+    return 0, "", ""
+
+
+def read_header(header: str, suffixes: Sequence[str], named: str = "") -> tuple[str, list[str]]:
+    """The separator of a CSV or TSV file, and the names of its columns.
+
+    The separator is the one that a line before the header named, or else one in the header.
+    """
+    usual = "\t" if ".tsv" in suffixes else ","
+    separator = named or next((s for s in (usual, "\t", ",", ";") if s in header), usual)
+    return separator, next(csv.reader([header], delimiter=separator), [])

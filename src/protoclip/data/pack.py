@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from protoclip.config import shown
 from protoclip.data.access import digest
 from protoclip.data.decode import decode, dimensions
 from protoclip.data.decode import resize as resize_pixels
@@ -30,7 +31,6 @@ from protoclip.files import (
 )
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
-from protoclip.values import shown
 
 LIMIT = "data.max_image_pixels"
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"

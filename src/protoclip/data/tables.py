@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from protoclip.columns import COMPRESSED, METADATA, missing
 from protoclip.config import DataConfig
 from protoclip.data.access import (
     NO_WEB_IMAGES,
@@ -41,6 +40,7 @@ from protoclip.data.index import (
     unwritable,
 )
 from protoclip.data.lines import (
+    COMPRESSED,
     NOT_UTF8,
     TEXT_SUFFIXES,
     Cell,
@@ -53,6 +53,8 @@ from protoclip.data.lines import (
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.terminal import line, without_secrets
 
+# Tables of an image folder, the first of which counts.
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "filepath", "file_path"),
@@ -452,3 +454,9 @@ def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]
     for cell in (cells[n] for n in captions):
         texts += cell if isinstance(cell, list) else [cell]
     return [*row, texts] if captions else row
+
+
+def missing(label: str, names: Sequence[str], what: str) -> ValueError:
+    """What to say of a table that lacks something, given the columns that it has."""
+    present = ", ".join(f"'{name}'" for name in names)
+    return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")

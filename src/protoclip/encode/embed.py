@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 import torch
 
 from protoclip import __version__
-from protoclip.checks import check
 from protoclip.config import Config, DataConfig, build
 from protoclip.data import sources
 from protoclip.data.access import digest
@@ -53,6 +52,7 @@ from protoclip.encode.projected import KeptHalves, kept_halves
 from protoclip.files import locked, replacing, require_ours, require_regular, to_json
 from protoclip.models import loading
 from protoclip.models.precision import Precision, encoding, of_encoding
+from protoclip.rules import check
 from protoclip.terminal import say, without_secrets
 
 PART_ROWS = 2048

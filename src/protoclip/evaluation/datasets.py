@@ -39,7 +39,7 @@ from protoclip.evaluation.readers import (
 )
 from protoclip.evaluation.zero_shot import read_templates, templates_in
 from protoclip.files import read_local
-from protoclip.paths import COLUMN_OPTIONS, DATA_HINT, with_options
+from protoclip.rules import COLUMN_OPTIONS, DATA_HINT, with_options
 from protoclip.terminal import visible
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")

@@ -10,7 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from protoclip.config import DataConfig, build
+from protoclip.config import DataConfig, build, shown, way_to_file
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
@@ -29,9 +29,8 @@ from protoclip.evaluation.task_features import (
 )
 from protoclip.evaluation.validation import open_data
 from protoclip.evaluation.zero_shot import check_templates, read_templates
-from protoclip.paths import DATA_OPTIONS
+from protoclip.rules import DATA_OPTIONS
 from protoclip.terminal import say
-from protoclip.values import shown, way_to_file
 
 Data = str | Path | Mapping[str, Any] | EvaluationData
 # Settings of `[data]` that say how a data set is read; the others are for training.

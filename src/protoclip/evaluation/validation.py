@@ -43,7 +43,7 @@ from protoclip.evaluation.datasets import (
 from protoclip.evaluation.task_features import quick_tasks
 from protoclip.files import read_json, read_toml
 from protoclip.models.saved import SETTINGS, STATE, checkpoints, facts_of, read_config, run_of
-from protoclip.paths import COLUMN_OPTIONS, with_options
+from protoclip.rules import COLUMN_OPTIONS, with_options
 from protoclip.terminal import without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`

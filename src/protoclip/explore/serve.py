@@ -41,8 +41,8 @@ from protoclip.explore.pages import (
     assets,
 )
 from protoclip.files import checksum, naming, replacing
-from protoclip.paths import require_empty
 from protoclip.progress import Progress
+from protoclip.rules import require_empty
 from protoclip.terminal import visible
 
 MAX_BODY_BYTES = 20_000_000  # of an image that is searched for

@@ -43,7 +43,6 @@ from protoclip.models.saved import (
     read_tensors,
     run_of,
 )
-from protoclip.paths import EXPORTED
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import decimals, format_cell, markdown_lines
@@ -56,6 +55,8 @@ PAIRS, NEAREST = 20_000, 5
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "loss", "optim")
 # The licences that the hub knows; it refuses a card that names another one.
+# What the card of each export says; a folder without it is not replaced by another export.
+EXPORTED = "An image tower and a text tower with one joint space, exported from"
 LICENCES = """
 afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc

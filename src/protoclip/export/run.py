@@ -25,10 +25,9 @@ from protoclip.data.access import hub_answer
 from protoclip.data.emoji import emoji_table
 from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
-from protoclip.files import locked, naming
+from protoclip.files import locked, naming, read_local
 from protoclip.models import loading
 from protoclip.models.formats import against
-from protoclip.paths import is_export, require_apart, require_new
 from protoclip.terminal import line, say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
@@ -317,3 +316,39 @@ def upload(folder: Path, name: str) -> str:
             f"({len(others)} in all); readers may take it for a part, so delete it there"
         )
     return str(address)
+
+
+def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that exists; with `overwrite` only one that is no export."""
+    if not Path(folder).exists():
+        return
+    if has_git(Path(folder)):
+        raise ValueError(
+            f"{folder}: exists, and holds .git, which is never removed; choose another folder"
+        )
+    if not is_export(Path(folder)):
+        raise ValueError(f"{folder}: exists; choose another folder, or remove it")
+    if not overwrite:
+        raise ValueError(f"{folder}: exists; choose another folder, or give --overwrite")
+
+
+def require_apart(reference: str, folder: str | Path) -> None:
+    """Refuse a folder that is a local model, or holds it: the model would go with the folder."""
+    if not Path(folder).exists():
+        return
+    model = Path(re.sub(r"^(hf|local-dir|reference):|,model=[^,]*$", "", reference))
+    if model.exists() and Path(folder).resolve() in (model.resolve(), *model.resolve().parents):
+        raise ValueError(f"{folder}: the model that is exported lies here; choose another folder")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the model card of an export, and is no Git clone of one."""
+    try:
+        return card.EXPORTED in read_local(folder / "README.md") and not has_git(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def has_git(folder: Path) -> bool:
+    """Whether a folder is a Git clone, whose history is nowhere else."""
+    return os.path.lexists(folder / ".git")

@@ -19,7 +19,7 @@ from protoclip.data.transforms import OfMiddle
 from protoclip.models import loading, opening
 from protoclip.models.opening import ImageTransform
 from protoclip.models.text_models import auto_model, max_tokens, transformers_config
-from protoclip.paths import require_path
+from protoclip.rules import require_path
 
 Pooling = Literal["mean", "cls", "pooler"]
 

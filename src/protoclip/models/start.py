@@ -63,7 +63,7 @@ from protoclip.models.saved import (
 )
 from protoclip.models.tokenizers import Tokenizer, open_clip_tokenizer
 from protoclip.models.transformers import HuggingFaceTowers, TransformersConfig
-from protoclip.paths import MODEL_HINT
+from protoclip.rules import MODEL_HINT
 from protoclip.terminal import say
 
 

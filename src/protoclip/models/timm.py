@@ -22,7 +22,7 @@ from protoclip.models.opening import (
     require_weights,
     unreachable,
 )
-from protoclip.paths import require_path
+from protoclip.rules import require_path
 
 PUBLISHED = "published"
 

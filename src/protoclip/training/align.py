@@ -15,7 +15,6 @@ import numpy as np
 import timm
 import torch
 
-from protoclip.checks import check_amounts, require_named_pairs
 from protoclip.config import (
     HALVES,
     Config,
@@ -50,7 +49,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.resolve import names_model
 from protoclip.models.start import Start
 from protoclip.models.timm import PUBLISHED
-from protoclip.paths import require_store
+from protoclip.rules import check_amounts, require_named_pairs, require_store
 from protoclip.terminal import say
 from protoclip.training import sizes
 from protoclip.training.choices import Choices, choices_of, given_settings

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from protoclip.checks import check_sizes
-from protoclip.config import Config, tree_of
+from protoclip.config import Config, shown, tree_of
 from protoclip.data.loader import share_of
 from protoclip.distributed.collectives import rank0_first
+from protoclip.rules import check_sizes
 from protoclip.training import sync
 from protoclip.training.run_folder import read_settings
-from protoclip.values import shown
 
 
 def given_settings(settings: Any) -> dict[str, Any]:

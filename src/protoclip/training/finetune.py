@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
-from protoclip.checks import require_named_pairs, require_start
 from protoclip.config import START, Config, Settings
 from protoclip.data.pairs import Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
+from protoclip.rules import require_named_pairs, require_start
 from protoclip.training import optim, sizes, wise_ft
 from protoclip.training.choices import Choices, choices_of, given_settings
 from protoclip.training.overfit import given_for_few

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.checks import check, never_trained
 from protoclip.config import SMALL_IMAGE_SIZES, AlignConfig, Config
 from protoclip.data import sources
 from protoclip.data.access import digest
@@ -64,8 +63,8 @@ from protoclip.models.protoclip import TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
-from protoclip.paths import require_paths
 from protoclip.progress import three_digits
+from protoclip.rules import check, never_trained, require_paths
 from protoclip.training import optim, overfit, sizes
 
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said

@@ -27,6 +27,7 @@ from protoclip.config import (
     LossConfig,
     RunConfig,
     build,
+    shown,
 )
 from protoclip.data.content import Facts, difference
 from protoclip.evaluation.paired import read_results
@@ -50,11 +51,10 @@ from protoclip.models.saved import (
     remove_unfinished,
 )
 from protoclip.models.start import Start
-from protoclip.paths import require_place
+from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.plan import Outline, Plan, fill
-from protoclip.values import shown
 
 LOCK = ".lock"
 # What is meant where it is unset.

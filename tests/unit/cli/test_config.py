@@ -11,7 +11,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from protoclip.checks import check
 from protoclip.cli.parsing import descriptions, options
 from protoclip.config import (
     REMOVED,
@@ -28,10 +27,11 @@ from protoclip.config import (
     TeacherConfig,
     TextTowerConfig,
     build,
+    shown,
     without_removed,
 )
+from protoclip.rules import check
 from protoclip.training.overfit import few_pairs_alone
-from protoclip.values import shown
 
 # Every list has entries and every number is set, so that none of them is left out.
 FULL = Config(

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import protoclip
-from protoclip.checks import check
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -42,6 +41,7 @@ from protoclip.models.saved import (
     write_checkpoint,
 )
 from protoclip.models.start import find_start
+from protoclip.rules import check
 from protoclip.training import run
 from protoclip.training.plan import make_plan, outline
 from testing import tiny_config, tiny_model, tiny_pairs

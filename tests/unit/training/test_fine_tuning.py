@@ -19,7 +19,6 @@ import transformers
 
 import protoclip
 from interrupting import assert_equal_ends, config_for, end_of, stop_after, with_changes
-from protoclip.checks import check
 from protoclip.config import (
     Config,
     ImageTowerConfig,
@@ -34,6 +33,7 @@ from protoclip.encode.start import embed_start
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
+from protoclip.rules import check
 from protoclip.training.optim import defaults, layer_distances, optimizer
 from protoclip.training.plan import fill
 from protoclip.training.run import train

@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import pytest
 from numbered import Numbered
 
-from protoclip.checks import check
 from protoclip.cli.finetune import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
@@ -16,6 +15,7 @@ from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
+from protoclip.rules import check
 from protoclip.training import finetune, sizes
 from protoclip.training.choices import with_begun
 from protoclip.training.plan import with_episodes

@@ -20,7 +20,6 @@ from numbered import Numbered
 
 import protoclip
 from interrupting import with_changes
-from protoclip.checks import never_trained
 from protoclip.config import (
     START,
     AlignConfig,
@@ -46,6 +45,7 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
+from protoclip.rules import never_trained
 from protoclip.training import finetune as finetuning
 from protoclip.training import plan
 from protoclip.training.overfit import few_pairs_alone

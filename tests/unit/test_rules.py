@@ -3,14 +3,10 @@
 import os
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from protoclip.columns import COMPRESSED
-from protoclip.config import Config, DataConfig, SourceConfig
-from protoclip.data.sources import open_source
-from protoclip.paths import require_paths, require_place, require_store, with_options
+from protoclip.config import Config
+from protoclip.rules import require_paths, require_place, require_store, with_options
 
 
 @pytest.fixture
@@ -73,71 +69,6 @@ def test_a_path_that_is_not_there_is_named_with_its_setting(tree, message, place
 )
 def test_what_is_no_local_path_is_not_looked_for(tree, place):
     require_paths(Config.from_dict(tree))
-
-
-def test_a_folder_beside_has_nothing_to_do_with_bundled_data_of_its_name(place):
-    """Whose reader does not look at it."""
-    (place / "emoji").mkdir()
-    pq.write_table(pa.table({"a": ["b"]}), place / "emoji" / "a.parquet")
-    require_paths(Config.from_dict({"data": {"train": "emoji", "caption_column": "no"}}))
-
-
-COLUMNS = {"image": ["a.png"], "caption": ["a"], "kind": ["b"]}
-
-
-@pytest.mark.parametrize(
-    "file", ["a.csv", "a.tsv", "a.csv.gz", "a.TSV.xz", "a.parquet", "folder/metadata.csv"]
-)
-def test_a_column_that_is_not_there_is_named_as_who_reads_the_table_does(file, place):
-    """Whose message it is; what is there passes, and so do settings of others than the table."""
-    path = place / file
-    path.parent.mkdir(exist_ok=True)
-    separator = "\t" if "tsv" in file.lower() else ","
-    rows = [separator.join(row) for row in (COLUMNS, *zip(*COLUMNS.values(), strict=True))]
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table(COLUMNS), path)
-    else:
-        with COMPRESSED.get(path.suffix, open)(path, "wb") as written:
-            written.write("\ufeff\n{}\n{}\n".format(*rows).encode())
-    train = path.parent if path.parent != place else path
-    right = {"image_column": "image", "caption_column": ["caption", "kind"], "id_column": ""}
-    require_paths(Config.from_dict({"data": {"train": str(train), **right}}))
-    own = {"path": str(train), "caption_column": "kind"}
-    others = [{"path": each} for each in ("s3://b/a.csv", "hf:a/b", "*.csv", "emoji")]
-    require_paths(
-        Config.from_dict({"data": {"sources": [own], "caption_column": "no", "id_column": "kind"}})
-    )
-    for wrong in ({"image_column": "no"}, {"caption_column": ["caption", "no"]}):
-        data = DataConfig(train=str(train), **wrong)
-        with pytest.raises(ValueError, match="no column 'no'; it has 'image', 'cap") as later:
-            open_source(data, SourceConfig(path=str(train)))
-        for settings in ({"train": str(train)}, {"sources": [*others, {"path": str(train)}]}):
-            with pytest.raises(ValueError, match="no column") as raised:
-                require_paths(Config.from_dict({"data": {**settings, **wrong}}))
-            assert str(raised.value) == str(later.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("a.jsonl", b'{"image": "a.png"}'),
-        ("a.csv", b""),
-        ("a.csv", b"image,\xff\na,b\n"),
-        ("a.csv", b"a" * 200_000),
-        ("a.csv.gz", b"none"),
-        ("a.parquet", b"none"),
-        ("00000.tar", b"none"),
-        ("folder/00000.tar", b"none"),
-    ],
-)
-def test_columns_of_what_has_no_header_are_left_to_its_reader(file, content, place):
-    path = place / file
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    if path.parent != place:
-        pq.write_table(pa.table(COLUMNS), path.parent / "a.parquet")
-    train = path.parent if path.parent != place else path
-    require_paths(Config.from_dict({"data": {"train": str(train), "caption_column": "no"}}))
 
 
 @pytest.mark.parametrize(
