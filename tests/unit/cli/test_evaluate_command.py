@@ -32,7 +32,7 @@ def made_up(monkeypatch):
         return solid_data(reference)
 
     monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
-    monkeypatch.setattr(loading, "check", lambda name: None)
+    monkeypatch.setattr(loading, "require_model", lambda name: None)
     monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
     monkeypatch.setattr(validation, "open_data", open_data)
