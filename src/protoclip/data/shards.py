@@ -13,7 +13,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -171,63 +171,83 @@ def read_samples(
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
-    source: Any = _Forward(file) if stream else file
-    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-    try:
-        tar: Any = tarfile.TarFile(fileobj=source, tarinfo=Member, **options)
-    except tarfile.TarError as error:
-        raise ValueError("not a tar file") from error
     texts = TEXTS if beside is None else {beside}
+    members = _Members(file, texts, stream)
     key, files, before, number = "", dict[str, Member](), set[str](), 0
-    reading = fault = ""
 
-    def sample_of(key: str, files: dict[str, Member]) -> ShardSample:
+    def make_sample() -> ShardSample:
         sample = _sample(stem, key, files, caption_keys)
         return sample if beside is None else replace(sample, files=files)
 
-    try:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # or tarfile would keep all headers
-            skipped = tar.offset - member.offset_data
-            if member.size < 0 or not 0 <= skipped <= MAX_SKIPPED_BYTES:
-                raise tarfile.ReadError("damaged header")
-            if not member.isreg() or member.issparse():
-                continue  # nothing opens what a link or device names
-            reading, (next_key, kind) = member.name, split_name(member.name)
-            used, size = kind in IMAGES or kind in texts, member.size
-            if unnamed is not None and kind.rpartition(".")[2] in IMAGES:
-                has_image = next_key == key and not IMAGES.isdisjoint(files)
-                if used:
-                    unnamed.pop(next_key, None)
-                elif not has_image:
-                    unnamed[next_key] += 1
-            if size <= MAX_MEMBER_BYTES and (used if stream else kind in texts):
-                member.data = source.read(size)
-                if len(member.data) < size:
-                    raise tarfile.ReadError(NOT_ENOUGH)
-            elif size:
-                source.seek(member.offset_data + size - 1)
-                if not source.read(1):
-                    raise tarfile.ReadError(NOT_ENOUGH)
-            reading = ""
-            # A second file of one kind starts another sample. It has the same id and is refused.
-            if used and files and (next_key != key or kind in files):
-                yield sample_of(key, files)
-                before, files, number = set(files), {}, number + 1
+    for next_key, kind, member in members:
+        used = kind in IMAGES or kind in texts
+        if unnamed is not None and kind.rpartition(".")[2] in IMAGES:
             if used:
-                key, files[kind] = next_key, member
-    except Exception as error:
-        fault = reason_of(error)
-    cut = split_name(reading)[0]
+                unnamed.pop(next_key, None)
+            elif next_key != key or IMAGES.isdisjoint(files):
+                unnamed[next_key] += 1
+        # A second file of one kind starts another sample. It has the same id and is refused.
+        if used and files and (next_key != key or kind in files):
+            yield make_sample()
+            before, files, number = set(files), {}, number + 1
+        if used:
+            key, files[kind] = next_key, member
+    cut = split_name(members.reading)[0]
     # The last sample counts if a later file had begun, or it has all parts that the one before had.
-    if files and (not fault or (key != cut if cut else set(files) == before)):
-        yield sample_of(key, files)
+    if files and (not members.fault or (key != cut if cut else set(files) == before)):
+        yield make_sample()
         files, number = {}, number + 1
-    if fault:
-        file_name = f" in {visible(reading[:200])}" if reading else ""
-        reason = f"{fault}{file_name} after {number} samples; the rest {LOST}"
+    if members.fault:
+        file_name = f" in {visible(members.reading[:200])}" if members.reading else ""
+        reason = f"{members.fault}{file_name} after {number} samples; the rest {LOST}"
         sample_id = _sample_id(stem, key if files else cut)
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
+
+
+class _Members:
+    """The key, the extension and the file of each member of a tar.
+
+    Files with `texts` have their content, and in a stream images, too.
+
+    Attributes:
+        fault: Why iteration ended before the tar did, if so.
+        reading: The name of the file that was being read then.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, texts: Set[str], stream: bool) -> None:
+        self.source: Any = _Forward(file) if stream else file
+        self.read = IMAGES | texts if stream else texts
+        self.fault = self.reading = ""
+        options: dict[str, Any] = {"fileobj": self.source, "tarinfo": Member}
+        options |= {"encoding": "utf-8", "errors": "backslashreplace"}
+        try:
+            self.tar: Any = tarfile.TarFile(**options)
+        except tarfile.TarError as error:
+            raise ValueError("not a tar file") from error
+
+    def __iter__(self) -> Iterator[tuple[str, str, Member]]:
+        try:
+            while (member := self.tar.next()) is not None:
+                self.tar.members.clear()  # or tarfile would keep all headers
+                skipped = self.tar.offset - member.offset_data
+                if member.size < 0 or not 0 <= skipped <= MAX_SKIPPED_BYTES:
+                    raise tarfile.ReadError("damaged header")
+                if not member.isreg() or member.issparse():
+                    continue  # nothing opens what a link or device names
+                self.reading, size = member.name, member.size
+                key, kind = split_name(member.name)
+                if size <= MAX_MEMBER_BYTES and kind in self.read:
+                    member.data = self.source.read(size)
+                    if len(member.data) < size:
+                        raise tarfile.ReadError(NOT_ENOUGH)
+                elif size:
+                    self.source.seek(member.offset_data + size - 1)
+                    if not self.source.read(1):
+                        raise tarfile.ReadError(NOT_ENOUGH)
+                self.reading = ""
+                yield key, kind, member
+        except Exception as error:
+            self.fault = reason_of(error)
 
 
 def _sample_id(*parts: str) -> str:
