@@ -141,28 +141,34 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     facts = {"commands": False, "links": links}  # as versions had it that ran commands
     key = digest({**facts, "folder": str(folder.resolve()), "known": known, "keys": keys})
-    has_captions, has_table = any(file for _, file in images), bool(images and text_tables)
-    way_out = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
-    if has_table:
-        table = folder / text_tables[0]
-        way_out = f"{table} looks like a table of captions: name it instead of the folder"
-    elif split := shard_split(folder, first="train"):
-        way_out = f"its folder {split} holds shards: name {folder / split}/*.tar"
-    elif not data.needs_captions:
-        way_out = f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
-    elif images and not has_captions and looks_like_classes(folder):
-        way_out += (
-            "; its folders look like classes, and images are classified without captions by "
-            f"protoclip evaluate MODEL --data {quote_word(str(folder))}"
-        )
+    has_captions = any(file for _, file in images)
+    table = folder / text_tables[0] if images and text_tables else None
+    way_out = _advise(folder, table, may_be_classes=bool(images) and not has_captions, data=data)
     built = key if data.needs_captions else f"{key}-images"  # the pairs are known by `key` in both
     index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
     pairs.notes += [*unread.notes, *unused(data)]
-    if has_table and not has_captions:
+    if table is not None and not has_captions:
         pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")
     return pairs
+
+
+def _advise(folder: Path, table: Path | None, *, may_be_classes: bool, data: DataConfig) -> str:
+    """What to do where no image of a folder has captions, in a line."""
+    if table is not None:
+        return f"{table} looks like a table of captions: name it instead of the folder"
+    if split := shard_split(folder, first="train"):
+        return f"its folder {split} holds shards: name {folder / split}/*.tar"
+    if not data.needs_captions:
+        return f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
+    advice = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
+    if may_be_classes and looks_like_classes(folder):
+        advice += (
+            "; its folders look like classes, and images are classified without captions by "
+            f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
+        )
+    return advice
 
 
 def shard_split(folder: Path, first: str = "test") -> str | None:
