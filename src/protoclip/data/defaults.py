@@ -14,8 +14,7 @@ import numpy as np
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, DataConfig
 from protoclip.data import decode
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
-from protoclip.data.sampler import evenly_spaced
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.cores import cores
 

@@ -166,7 +166,7 @@ def _advise(folder: Path, table: Path | None, *, may_be_classes: bool, data: Dat
     if may_be_classes and looks_like_classes(folder):
         advice += (
             "; its folders look like classes, and images are classified without captions by "
-            f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
+            f"protoclip evaluate MODEL --data {quote_word(str(folder))}"
         )
     return advice
 

@@ -20,8 +20,7 @@ from protoclip.data.access import MISSING
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.defaults import fitting_context_length
 from protoclip.data.loader import items_of, read_image
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.sampler import evenly_spaced
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.stream import ShardStream
 from protoclip.distributed.cores import cores
 from protoclip.progress import Progress

@@ -301,8 +301,6 @@ class ImageTextPairs(Pairs):
         Args:
             images: Whether to read some images, too. What is behind URLs is taken to stay.
         """
-        from protoclip.data.sampler import evenly_spaced  # here, since that imports this file
-
         facts = self._hash_rows_once()
         if images:
             rows = evenly_spaced(len(self), min(IMAGES, len(self)), seed=0)
@@ -575,6 +573,15 @@ class ImageTextPairs(Pairs):
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)
+
+
+def evenly_spaced(total: int, number: int, seed: int) -> list[int]:
+    """`number` different row numbers below `total`, one from each of equal parts."""
+    if not number:
+        return []
+    bounds = np.arange(number + 1, dtype=np.int64) * total // number
+    chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
+    return chosen
 
 
 def image_fields(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.pairs import evenly_spaced as evenly_spaced  # for others
 
 Rows = npt.NDArray[np.int64]
 # Independent sequences of random numbers.
@@ -47,15 +48,6 @@ def transform_draws(
 def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]:
     """A uniform number in [0, 1) for each of an episode's samples, which picks its caption."""
     return generator(seed, CAPTION_STREAM, episode).random(size, dtype=np.float32)
-
-
-def evenly_spaced(total: int, number: int, seed: int) -> list[int]:
-    """`number` different row numbers below `total`, one from each of equal parts."""
-    if not number:
-        return []
-    bounds = np.arange(number + 1, dtype=np.int64) * total // number
-    chosen: list[int] = np.random.default_rng(seed).integers(bounds[:-1], bounds[1:]).tolist()
-    return chosen
 
 
 def permute(index: Rows, size: int, *, seed: int, number: int) -> Rows:

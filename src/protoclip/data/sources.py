@@ -22,8 +22,7 @@ from protoclip.data.access import (
 )
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
-from protoclip.data.sampler import evenly_spaced
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream, evenly_spaced
 from protoclip.data.shards import open_shards
 from protoclip.data.split import Chosen, read_chosen
 from protoclip.data.stream import ShardStream

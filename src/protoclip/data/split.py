@@ -39,9 +39,9 @@ from protoclip.data.pairs import (
     MAX_IMAGE_PIXELS,
     BadSample,
     ImageTextPairs,
+    evenly_spaced,
     file_status,
 )
-from protoclip.data.sampler import evenly_spaced
 from protoclip.data.view import Rows, by_source, whole
 from protoclip.distributed.cores import cores
 from protoclip.files import checksum, in_turn, open_local, replacing
