@@ -253,7 +253,13 @@ def difference_of_runs(
         return {**difference([gain]), **no_seeds, "other_samples": others}
     _, data, name = key.split("/", 2) if key.count("/") > 1 else ("", "", key)
     gains = [float(two[seed] - one[seed]) for seed in seeds]
-    influence = influence_on_difference(common, name, number=len(seeds))
+    # How much each group of samples moves the difference of each pair of runs `(pairs, groups)`:
+    # known if the same samples, with known results, judged all of them.
+    moved, influence = [each.moved for each in common if each.moved is not None], None
+    if len(moved) == len(seeds) and all(
+        same_samples(each.samples, common[0].samples, name) for each in common
+    ):
+        influence = np.stack(moved)
     metric = METRICS.get(name)
     # On other samples, as of other data, it is not the models alone that differ.
     if others or (metric is not None and not metric.has_interval):
@@ -279,20 +285,6 @@ def difference_of_runs(
 def values_by_seed(key: str, runs: Mapping[int, RunResults]) -> dict[int, np.float64]:
     """The values of a metric, of the runs that have it."""
     return {s: np.float64(run.metrics[key]) for s, run in runs.items() if key in run.metrics}
-
-
-def influence_on_difference(common: Sequence[Common], metric: str, *, number: int) -> Floats | None:
-    """How much each group of samples moves the difference of each pair of runs `(pairs, groups)`.
-
-    None unless the same samples, with known results, judged all `number` pairs.
-    """
-    moved = [each.moved for each in common if each.moved is not None]
-    if len(moved) < number:
-        return None
-    first = common[0].samples
-    if not all(same_samples(each.samples, first, metric) for each in common):
-        return None
-    return np.stack(moved)
 
 
 def find_common(key: str, one: RunResults, two: RunResults, read: Reader) -> Common | None:
