@@ -83,12 +83,6 @@ def here(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_page_has_the_blocks_this_file_looks_for() -> None:
-    """Each kind of source has settings that are run, and there are commands."""
-    assert len(list(blocks("toml"))) >= 9
-    assert {command.split()[2] for command in commands()} == {"inspect", "pack", "index"}
-
-
 @pytest.mark.parametrize("number", range(len(list(blocks("toml")))))
 def test_settings_train(number: int, here: Path) -> None:
     """A run with the block as its recipe ends well, and has skipped nothing."""
@@ -112,20 +106,6 @@ def test_commands_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
         said = rf'^{NUMBER} pairs |^pairs +{NUMBER}$|"pairs": {NUMBER},'
         assert re.search(said, written, re.MULTILINE), command
     assert len(list(Path("packed").glob("*.tar"))) == 1
-
-
-def test_the_large_run_lacks_its_data_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The train command at the page's end has settings that go together."""
-    monkeypatch.chdir(tmp_path)
-    page = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
-    (command,) = re.findall(r"^protoclip (train .*)$", page, re.MULTILINE)
-    with pytest.raises(SystemExit):
-        main(shlex.split(command))
-    assert capsys.readouterr().err == (
-        "protoclip: error: data.train: cc12m: no such file (docs/data.md)\n"
-    )
 
 
 def test_names_in_the_settings_table_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,7 @@ from audited import OBEYED, Ended, call
 from interrupting import with_changes
 from protoclip.config import Config
 from protoclip.files import to_json
-from protoclip.progress import Progress
-from protoclip.terminal import quote_word, say, visible
+from protoclip.terminal import quote_word, visible
 from protoclip.training import run_folder
 from testing import tiny_config, tiny_pairs
 
@@ -52,34 +51,18 @@ def test_json_holds_the_same_without_raw_characters():
     assert json.loads(text) == {ODD: [ODD, "\ud800", "é\U0001f680"]}
 
 
-def test_notes_and_progress_are_visible(capsys):
-    say(f"note: {ODD}")
-    Progress(ODD, 1).update(1, ODD)
-    assert capsys.readouterr().err.splitlines() == [
-        f"note: {SHOWN}",
-        f"{SHOWN}: 100%, 0s so far ({SHOWN})",
-    ]
-
-
 @pytest.mark.parametrize(
     "words",
     [
         ["train", "--config", f"{ODD}.toml"],
-        ["train", "--data.train", f"{ODD}.tsv"],
         ["train", "--data.train", "a\nb.tsv"],
         ["train", "--model.name", ODD],
         ["train", "--model.start", ODD],
         ["train", f"--{ODD}", "1"],
         ["train", "--run.seed", ODD],
-        ["train", "--loss.instance", ODD],
-        ["evaluate", ODD],
         ["compare", ODD],
-        ["report", ODD],
         ["explore", ODD],
-        ["explore", "a", "b", ODD],
-        ["export", ODD, "out"],
         ["embed", ODD, "--data", "emoji", "--out", "out.parquet"],
-        ["embed-teacher", "--teacher", ODD, "--out", "out"],
         ["data", "inspect", ODD],
         [ODD],
     ],
@@ -161,14 +144,6 @@ def test_commands_show_odd_names_as_text(odd, words):
         assert "[red]d[/red]" in said
     if words[0] != "compare":
         assert "[b]" in said or "[red]" in said
-
-
-def test_a_warning_shows_an_odd_folder_as_text(odd):
-    """As of results that somebody edited."""
-    shutil.copytree(odd / FOLDER, odd / f"{FOLDER}3")
-    path = odd / f"{FOLDER}3" / "results.json"
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 5'))
-    assert "[b]3/results.json: not what the run wrote" in on(odd, "compare", "{}3").err
 
 
 def test_report_and_pages_hold_no_raw_character(odd):

@@ -14,8 +14,6 @@ import pytest
 
 from protoclip.cli import main
 from protoclip.models import saved
-from protoclip.progress import Progress
-from protoclip.terminal import say
 
 LOST = "protoclip: error: standard output: {}; what is printed was lost, so give the command again"
 
@@ -127,14 +125,6 @@ def test_a_run_goes_on_without_its_streams(streams, home, tmp_path):
         assert "step" in json.loads(line)
 
 
-def test_results_as_json_that_are_lost_are_an_error_after_the_run(home, tmp_path):
-    words = f"train --config recipe.toml --run.out {tmp_path}/run --json"
-    end = ended(words, ">/dev/full", tmp_path)
-    assert end.code == 2
-    assert end.err.splitlines()[-1].startswith(LOST.format("No space left on device"))
-    assert (tmp_path / "run" / "results.json").is_file()
-
-
 @pytest.mark.parametrize(("streams", "code"), [("2>/dev/full", 0), (">/dev/full", 2), (">&-", 2)])
 def test_evaluate_writes_its_files_whatever_its_streams(streams, code, home, tmp_path):
     words = f"evaluate run --data pairs.parquet --workers 0 --out {tmp_path}/out"
@@ -152,13 +142,3 @@ def test_a_real_process_ends_well_with_all_streams_closed(home, tmp_path):
     line = f"exec {sys.executable} {words} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", line]).returncode == 0
     assert (tmp_path / "run" / "results.json").is_file()
-
-
-@pytest.mark.parametrize("stream", ["closed", "full"])
-def test_functions_go_on_without_standard_error(stream, monkeypatch, capsys):
-    """As of a notebook's process; nothing is printed to standard output instead."""
-    file = None if stream == "closed" else Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
-    monkeypatch.setattr(sys, "stderr", file)
-    say("a note")
-    Progress("a task", 1).update(1)
-    assert capsys.readouterr().out == ""
