@@ -23,7 +23,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.features import Encoder
 from protoclip.explore import explorer as explorer_module
 from protoclip.explore.atlas import Atlas, Features
-from protoclip.explore.explorer import Explorer, open_explorer, projection_heads, select_rows
+from protoclip.explore.explorer import Explorer, open_explorer, projection_heads
 from protoclip.explore.pages import Pages
 from protoclip.explore.pairs import ExploredPairs, explore_pairs
 from protoclip.models import loading
@@ -48,18 +48,6 @@ def one(table: Path) -> Explorer:
     """An explorer of all pairs."""
     (explorer,) = explorers(DataConfig(train=str(table)))
     return explorer
-
-
-def test_an_image_that_can_be_read_again_moves_no_other() -> None:
-    """The map was made without it; one that was lost since then is told."""
-    given = torch.arange(12.0).reshape(6, 2)
-    rows = torch.tensor([0, 1, 2, 3, 5, 6])
-    features = Features(captioned=torch.arange(7), rows=rows, image=given, text=-given)
-    found = select_rows(features, np.array([0, 2, 5, 6]))
-    assert found.rows.tolist() == [0, 2, 5, 6]
-    assert found.image.tolist() == given[[0, 2, 4, 5]].tolist() == (-found.text).tolist()
-    with pytest.raises(ValueError, match=r"^2 images of the map cannot be read any more"):
-        select_rows(features, np.array([3, 4, 6, 7]))
 
 
 def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
@@ -193,20 +181,6 @@ def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_pat
     assert one.sharing([3, 4, 20]) == {3: [20], 4: [], 20: [3]}
     assert [3, 20] in one.atlas.duplicates.tolist()
     assert "data-more" not in Pages([one]).sites[0].duplicates()
-
-
-def test_all_but_the_first_of_a_chain_of_near_duplicates_are_marked(one: Explorer) -> None:
-    """Also where two are near to a later one alone; but only by those that are listed."""
-    chain = {"duplicates": np.array([[2, 4], [0, 4]]), "duplicate_likeness": np.array([1.0, 0.9])}
-    pages = Pages([replace(one, atlas=replace(one.atlas, **chain))])
-    again = {0.9: [True, True, False, True], 0.95: [False, True]}
-    for least, marked in again.items():
-        page = pages.sites[0].duplicates(least)
-        cards = re.findall('<article class="card(.*?)".*?data-id="(.*?)"', page, re.DOTALL)
-        ids = [one.pairs.sample_id(row) for row in (2, 4, 0, 4)[: len(marked)]]
-        assert cards == [
-            (" again" * is_again, id) for is_again, id in zip(marked, ids, strict=True)
-        ]
 
 
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
