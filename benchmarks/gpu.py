@@ -673,7 +673,7 @@ def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, s
     rows = [machine.random(*shape, seed=seed) for seed in (0, 1)]
     keys = torch.arange(shape[0], device=device)
     features = EpisodeFeatures(image=rows[0], text=rows[1], teachers={}, keys=keys)
-    trainer.source.features = lambda episode: features  # type: ignore[method-assign]
+    trainer.prototypes.source.features = lambda episode: features  # type: ignore[method-assign]
     spent = trainer.start_episode(Episode(index=0, rows=torch.arange(config.episodes.size)))
     if spent:
         grouping = sum(spent[f"train/seconds/{part}"] for part in ("cluster", "back_translate"))

@@ -42,6 +42,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans
 from protoclip.prototypes.features import QueuedFeatures
+from protoclip.training.clustering import EpisodePrototypes
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.stages import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
@@ -221,16 +222,17 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     trainer = Trainer(
         model=model,
         stage=lambda episode: PROTOTYPICAL,
-        source=source,
-        cluster=cluster,
-        weights=LossWeights(teachers={"teacher": 1.0}),
-        # Hard ones, since soft targets take memory and send nothing.
-        make_targets=partial(
-            make_targets, target_temperatures=dict.fromkeys(("image", "text", "teacher"), 0.0)
+        prototypes=EpisodePrototypes(
+            source=source,
+            cluster=cluster,  # type: ignore[arg-type]
+            # Hard ones, since soft targets take memory and send nothing.
+            make_targets=partial(
+                make_targets, target_temperatures=dict.fromkeys(("image", "text", "teacher"), 0.0)
+            ),
+            groups_modalities=True,
         ),
-        optimizer=optimizer,
+        weights=LossWeights(teachers={"teacher": 1.0}),
         schedule=lambda step: 0.0,
-        scaler=scaler,
         guard=NonFiniteGuard(optimizer, scaler, Path(tempfile.gettempdir()) / "diverged.json"),
         autocast=nullcontext,
         clip_norm=1.0,
@@ -247,10 +249,10 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     )
     episode = Episode(index=0, rows=torch.arange(share))
     with counting:
-        trainer.targets = {("image", "text"): None}  # type: ignore[dict-item]
+        trainer.prototypes.targets = {("image", "text"): None}  # type: ignore[dict-item]
         trainer.start_episode(episode)  # wraps the model, which a stage does once
         trainer._module.register_comm_hook(None, add_up)  # type: ignore[operator]
-        trainer.targets = {}
+        trainer.prototypes.targets = {}
         with counting.under("episode"):
             trainer.start_episode(episode)
         trainer.train_step(pairs, detailed=False)  # after the first step DDP sorts its buckets

@@ -165,7 +165,8 @@ def episode_seconds(
 
         if case == "rn50":
             batches = synthetic(config, device)
-            trainer.source = replace(trainer.source, batches=batches)
+            prototypes = trainer.prototypes
+            prototypes.source = replace(prototypes.source, batches=batches)
         ends = [0.0]
         for index in range(1 + COUNTED):
             episode, before = built.episode(index), len(waits)
@@ -196,8 +197,10 @@ def loss_seconds(trainer: Trainer, config: Config, episode: Episode, device: tor
     targets, assignments = None, {}
     if config.uses_prototypes:
         trainer.start_episode(episode)
-        targets = trainer.targets
-        assignments = {space: found.assignments[:size] for space, found in trainer.clusters.items()}
+        targets = trainer.prototypes.targets
+        assignments = {
+            space: found.assignments[:size] for space, found in trainer.prototypes.clusters.items()
+        }
         width = next(iter(targets.values())).lookup.shape[1]
     rows = [
         torch.nn.functional.normalize(torch.randn(size, width, device=device), dim=1)

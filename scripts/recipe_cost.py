@@ -100,7 +100,7 @@ def read(words: Sequence[str]) -> Cost:
         raise ValueError("name a recipe, such as recipes/cc3m_rn50.toml")
     cost = parse(Cost, ["--config", *words])
     given = Config(**{entry.name: getattr(cost, entry.name) for entry in fields(Config)})
-    outlined = plan.outline(given)
+    outlined = plan.resolve_settings(given)
     config, start = outlined.config, outlined.start
     if not config.episodes.size and not cost.pairs:
         raise ValueError("--pairs: the recipe leaves episodes.size to the data; give their number")

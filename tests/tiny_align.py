@@ -1,6 +1,5 @@
 """Runs of `protoclip align` between tiny halves, small enough for tests."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.training import align as aligning
-from protoclip.training import plan as planning
+from protoclip.training.plan import Plan, encode_pairs, make_plan, resolve_settings
+from protoclip.training.presets import choose_before_data, read_given
 from testing import tiny_pairs
 from tiny_hugging_face import NO_DROPOUT, save_bert
 from tiny_starts import halves
@@ -100,12 +99,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(find_checkpoint(folder) / "model.safetensors")
 
 
-def rows_of(settings: dict[str, Any]) -> tuple[planning.Plan, Any, Any]:
-    choices = aligning.before_data(settings)
-    plan = planning.complete(
-        planning.outline(choices.config, is_whole=False),
-        defaults=lambda *data: aligning.with_data(choices, *data),
-        pass_stream=partial(aligning.pass_stream, choices, torch.device("cpu")),
-    )
+def rows_of(settings: dict[str, Any]) -> tuple[Plan, Any, Any]:
+    """The plan of aligning with the pairs that could be encoded, their rows, and the model."""
+    choices = choose_before_data("align", read_given("align", settings))
+    plan = make_plan(resolve_settings(choices.config, choices))
     model, _ = loading.training_model(plan.config, torch.device("cpu"), plan.start)
-    return *aligning.encode(choices, plan, model), model
+    return *encode_pairs(plan, model), model

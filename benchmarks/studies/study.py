@@ -80,9 +80,8 @@ from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
 from protoclip.rules import check
 from protoclip.training import run, run_folder, sizes
-from protoclip.training.align import align
-from protoclip.training.finetune import finetune
 from protoclip.training.plan import make_plan
+from protoclip.training.run import align, finetune
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
 LOSS = {"prototypical": 1.0, "teacher": 2.0}  # of arms that set none; see the module's words

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from protoclip.prototypes.kmeans import KMeans as KMeans
     from protoclip.prototypes.kmeans import kmeans as kmeans
     from protoclip.prototypes.targets import back_translate as back_translate
-    from protoclip.training.align import align as align
-    from protoclip.training.finetune import finetune as finetune
+    from protoclip.training.run import align as align
+    from protoclip.training.run import finetune as finetune
     from protoclip.training.run import train as train
 
 _MODULES = {
@@ -41,9 +41,7 @@ _MODULES = {
     "models.protoclip": ["Embeddings", "ProtoCLIP"],
     "prototypes.kmeans": ["KMeans", "kmeans"],
     "prototypes.targets": ["back_translate"],
-    "training.align": ["align"],
-    "training.finetune": ["finetune"],
-    "training.run": ["train"],
+    "training.run": ["align", "finetune", "train"],
 }
 __all__ = [name for names in _MODULES.values() for name in names]
 

@@ -40,11 +40,11 @@ from protoclip.models.aligned import AlignedModel
 from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
-from protoclip.training import align as aligning
-from protoclip.training.align import align
 from protoclip.training.clustering import Clusterings
-from protoclip.training.run import Run
+from protoclip.training.presets import choose_before_data, read_given
+from protoclip.training.run import Run, align
 from protoclip.training.throughput import machines
+from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
@@ -63,7 +63,7 @@ def ended(given, tmp_path_factory) -> Path:
 
 def test_only_what_lies_between_the_halves_trains(given, ended):
     after = weights_of(ended)
-    before = loading.model(aligning.before_data(given).config.model, seed=0).state_dict()
+    before = loading.model(choose_before_data("align", given).config.model, seed=0).state_dict()
     between = (
         "towers.visual.head.",
         "towers.text.proj.",
@@ -130,7 +130,6 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monke
     for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0"):
         assert setting in config
     chosen = read_config(run)
-    assert set(Align.defaults) - {"model.image.name"} <= aligning.CHOSEN
     for name in ("optim.learning_rate", "loss.prototypical", "loss.teacher"):
         section, _, setting = name.partition(".")
         assert getattr(getattr(chosen, section), setting) == Align.defaults[name]
@@ -214,7 +213,7 @@ def test_a_batch_of_rows_is_one_copy(given):
 def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
     results = align(changed(given, tmp_path / "run", run={"evaluate_every": 1}))
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
-    settings = Config.from_dict(aligning.before_data(given).given)
+    settings = Config.from_dict(choose_before_data("align", given).given)
     (data,) = judged(settings, sources.pairs(settings)).data
     encoder = evaluated.Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
     whole = evaluate_run(encoder, data=data, split="validation", show=False)
@@ -363,7 +362,7 @@ def test_ranks_that_share_the_encoding_write_what_one_process_writes(given, undi
 def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
     more = {"prototypes": {"source": "queue"}, "align": {"dropout": 0.1}}
     align(changed(given, tmp_path / "whole", **more))
-    step = aligning.train_together.__globals__["Trainer"].train_step
+    step = Trainer.train_step
     left = [7]
 
     def stopping(self: Any, *batch: Any, **how: Any) -> Any:
@@ -396,7 +395,7 @@ def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Clusterings, "__call__", noted)
     plan, halves, model = rows_of(changed(given, episodes={"warm_up": 0}))
-    first, second = (Run(plan, model, folder=tmp_path, halves=halves) for _ in range(2))
+    first, second = (Run(plan, model, folder=tmp_path, rows=halves) for _ in range(2))
     for run in (first, second):
         run.prepare_teachers()
         run.machines = [machines(torch.device("cpu"))]
@@ -411,7 +410,7 @@ def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
     second.trainer.start_episode(second.episode(2))
     assert clustered[8:] == ["image", "text"]
     for half in ("image_half", "text_half"):
-        one, other = (vars(run.trainer.clusters[half]) for run in (first, second))
+        one, other = (vars(run.trainer.prototypes.clusters[half]) for run in (first, second))
         assert all(torch.equal(one[name], other[name]) for name in ("centroids", "assignments"))
 
 
@@ -472,7 +471,7 @@ def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
     """From the store, the image once; some images have two captions, others theirs twice."""
     settings = changed(given, data={"captions": "all"}, loss={"positives": "shared"})
     plan, rows, model = rows_of(settings)
-    run = Run(plan, model, folder=tmp_path, halves=rows)
+    run = Run(plan, model, folder=tmp_path, rows=rows)
     assert "data.captions = all: 2 of each image, which makes 32" in "".join(plan.notes)
     batch = next(run.loader.batches_of(run.training_pass(0)))
     assert (len(batch.image), len(batch.text), len(batch.sample_id)) == (16, 32, 32)
@@ -499,5 +498,5 @@ def test_settings_may_come_as_a_config(given):
     """Of which those at their default count as not given."""
     given = changed(given, loss={"prototypical": 0.375, "teacher": 0.75})
     config = Config.from_dict(given)
-    mine, theirs = (aligning.before_data(aligning.given_settings(g)) for g in (config, given))
+    mine, theirs = (choose_before_data("align", read_given("align", g)) for g in (config, given))
     assert mine.config == theirs.config

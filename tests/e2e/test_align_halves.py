@@ -21,7 +21,7 @@ from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.resolve import resolve_start, tower_config
 from protoclip.models.start import find_start
 from protoclip.training import wise_ft
-from protoclip.training.align import align
+from protoclip.training.run import align
 from testing import tiny_config, tiny_pairs
 from tiny_align import changed, tiny_alignment, weights_of
 from tiny_hugging_face import (

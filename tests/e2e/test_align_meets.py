@@ -40,8 +40,7 @@ from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import read_config
-from protoclip.training.align import align
-from protoclip.training.run import train
+from protoclip.training.run import align, train
 from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, of_source, rows_of, weights_of

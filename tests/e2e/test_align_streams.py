@@ -24,7 +24,7 @@ from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
 from protoclip.files import locked
 from protoclip.training import align as aligning
-from protoclip.training.align import align
+from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 

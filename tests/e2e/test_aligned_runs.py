@@ -21,7 +21,7 @@ from protoclip.encode.embed import read_facts
 from protoclip.encode.store import Store
 from protoclip.models.start import find_start
 from protoclip.training import wise_ft
-from protoclip.training.align import align
+from protoclip.training.run import align
 from testing import tiny_pairs
 from tiny_align import of_source
 from tiny_hugging_face import save_mpnet

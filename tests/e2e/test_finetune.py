@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import protoclip
@@ -34,9 +33,8 @@ from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.training import wise_ft
-from protoclip.training.finetune import finetune
 from protoclip.training.judge import Judge
-from protoclip.training.run import Run, train
+from protoclip.training.run import Run, finetune, train
 from protoclip.training.wise_ft import ALPHAS, interpolated
 from testing import run_distributed, tiny_config
 
@@ -65,11 +63,8 @@ def write_pairs(path: Path, number: int, *, seed: int, more: str = "") -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_alphas() -> Iterator[None]:
-    """Each sweep is over three models, unless a test asks for `ALPHAS`, and its figure is small:
-    tests/hostile has runs that draw it whole."""
+    """Each sweep is over three models, unless a test asks for `ALPHAS`."""
     with pytest.MonkeyPatch.context() as patch:
-        figure = "protoclip.training.wise_ft_figure.figure"
-        patch.setattr(figure, lambda record: Figure(figsize=(0.1, 0.1)))
         patch.setattr(wise_ft, "ALPHAS", FEW)
         yield
 
@@ -160,7 +155,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_from_the_command_line(top, finished, copied, capsys):
     """The sweep, its table and files; and another alpha on the finished run."""
     printed, said = ((top / name).read_text() for name in ("said.out", "said.err"))
-    assert "note: for fine-tuning: optim.layer_decay = 0.7, optim.warm_up_steps = 1" in said
+    assert "optim.layer_decay = 0.7" in said
     assert "teacher.features = 'start'" in said
     data = "validation (16 images), general (24 images)"
     assert f"note: judging 3 weights between start and end, each on {data}\n" in said
@@ -513,26 +508,26 @@ def test_wrong_settings_are_named_in_one_line(options, message, top, tmp_path, c
 def test_a_guard_that_comes_later_judges_too(top, copied, monkeypatch):
     """The run is swept anew, with parts as small as in training; and the start, of which nothing is
     needed after its features, is let go."""
-    runs, choose_weights = list[Run](), wise_ft.choose_weights
+    runs, finish_training = list[Run](), Run.finish_training
 
-    def watched(run: Run, *given: Any, **more: Any) -> None:
+    def watched(run: Run) -> None:
         runs.append(run)
-        choose_weights(run, *given, **more)
+        finish_training(run)
 
-    monkeypatch.setattr(wise_ft, "choose_weights", watched)
+    monkeypatch.setattr(Run, "finish_training", watched)
     more = ["--guard", f"{top}/before.parquet,class_column=kind"]
     more += ["--episodes.micro_batch_size", "8"]
     main(["finetune", str(copied), "--resume", "auto", *more])
     assert "eval/before/zero_shot/acc1" in read(copied / "results.json")["metrics"]
     assert runs[0].start is None
-    assert runs[0].evaluate.encoder.batch_size == 8
+    assert runs[0].judge.encoder.batch_size == 8
     main(["finetune", str(copied), "--resume", "auto", *more])
     assert len(runs) == 1
 
 
 def test_without_matplotlib_there_is_no_figure(top, copied, capsys, monkeypatch):
     (copied / "wise_ft.png").unlink()
-    monkeypatch.setitem(sys.modules, "protoclip.training.wise_ft_figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     finetune(settings(top, copied), alpha=0.7, resume="auto")
     assert "no wise_ft.png: it needs matplotlib" in capsys.readouterr().err
     assert read(copied / "model.json")["alpha"] == 0.7

@@ -12,15 +12,14 @@ import protoclip
 from interrupting import with_changes
 from protoclip.cli import COMMANDS
 from protoclip.cli.parsing import parse
-from protoclip.config import SourceConfig
+from protoclip.config import Config, SourceConfig
 from protoclip.data.loader import Batch
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
 from protoclip.data.view import PairsView
 from protoclip.models.protoclip import Embeddings
-from protoclip.training import overfit
-from protoclip.training.align import align
-from protoclip.training.run import train
+from protoclip.training import presets, trainer
+from protoclip.training.run import align, train
 from testing import tiny_config, tiny_pairs
 from tiny_align import changed, tiny_alignment
 
@@ -28,7 +27,7 @@ from tiny_align import changed, tiny_alignment
 @pytest.mark.parametrize(("rate", "says"), [(3e-3, "this can learn"), (1e-12, "does not learn")])
 def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, capsys):
     """It ends when all pairs are known, though equal captions belong to several images."""
-    monkeypatch.setattr(overfit, "STEPS", 80)
+    monkeypatch.setattr(presets, "OVERFIT_STEPS", 80)
     pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
     config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
     config = with_changes(config, {"optim": {"learning_rate": rate}, "run": {"save_minutes": 0.0}})
@@ -64,9 +63,9 @@ def test_an_image_of_two_rows_is_one_image():
     batch = Batch(
         position=torch.arange(3), sample_id=["a", "b", "c"], image=image[:, None, None], text=text
     )
-    names = overfit.names_of_images(batch, {})
-    assert overfit.recall(features, names, [b"1", b"2", b"3"]) == 1
-    assert overfit.recall(features, batch.sample_id, [b"1", b"2", b"3"]) < 1
+    names = trainer.names_of_images(batch, {})
+    assert trainer.recall(features, names, [b"1", b"2", b"3"]) == 1
+    assert trainer.recall(features, batch.sample_id, [b"1", b"2", b"3"]) < 1
 
 
 def test_it_takes_no_teachers_and_no_weights_of_sources():
@@ -78,13 +77,13 @@ def test_it_takes_no_teachers_and_no_weights_of_sources():
         config,
         {"teacher": {"distil": 1.0}, "data": {"sources": sources}, "run": {"overfit": 8}},
     )
-    config = overfit.few_pairs_alone(config)
+    config = Config.from_dict(presets.read_given("train", config))
     assert config.external_teachers == {}
     assert sorted(episodes(config, PairsView(parts))(3).rows.tolist()) == [*range(8)]
 
 
 def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(overfit, "STEPS", 3)
+    monkeypatch.setattr(presets, "OVERFIT_STEPS", 3)
     given = tiny_alignment(tmp_path)
     align(changed(given, tmp_path / "aligned", run={"overfit": 8}))
     tuned = {
@@ -108,7 +107,7 @@ def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):
 
 def test_align_that_cannot_learn_says_so(tmp_path, monkeypatch):
     """From the closed form it would know most pairs before the first step."""
-    monkeypatch.setattr(overfit, "STEPS", 2)
+    monkeypatch.setattr(presets, "OVERFIT_STEPS", 2)
     still = {"learning_rate": 1e-12}
     given = changed(tiny_alignment(tmp_path), tmp_path / "run", run={"overfit": 8}, optim=still)
     assert align(given)["overfit"]["recall"] < 0.4
@@ -116,7 +115,7 @@ def test_align_that_cannot_learn_says_so(tmp_path, monkeypatch):
 
 def test_align_goes_on_where_it_left_pairs_out(tmp_path, monkeypatch):
     """A bad image, so that seven of eight pairs are one batch."""
-    monkeypatch.setattr(overfit, "STEPS", 2)
+    monkeypatch.setattr(presets, "OVERFIT_STEPS", 2)
     given, table = tiny_alignment(tmp_path), tiny_pairs(8)
     images = pa.array([b"bad", *table["image"].to_pylist()[1:]])
     pq.write_table(table.set_column(0, "image", images), tmp_path / "few.parquet")

@@ -11,9 +11,9 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import socket
+from typing import Any
 
 import pytest
-import torch
 
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
@@ -249,9 +249,14 @@ def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_parquet, tmp_pat
     def work() -> None:
         for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
             del sys.modules[name]  # as in a new process
-        with collectives.process_group(torch.device("cpu")):
+        plan = run.make_plan
+
+        def and_import(outline: Any) -> Any:
             import_module("torch.distributed.nn")  # as PyTorch does, some time
-            run.train_together(config, torch.device("cpu"), resume=False)
+            return plan(outline)
+
+        run.make_plan = and_import
+        run.train(config)
         names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
         assert not [name for name in names if "gloo" in name], names
 

@@ -24,7 +24,7 @@ from protoclip.evaluation.kept import VERIFIED, Kept, Listed
 from protoclip.evaluation.samples import SampleResults
 from protoclip.files import read_toml
 from protoclip.training.checkpoint import newest_intact
-from protoclip.training.plan import outline
+from protoclip.training.plan import resolve_settings
 from protoclip.training.run_folder import look
 from testing import tiny_config, tiny_pairs
 
@@ -222,7 +222,7 @@ def test_a_byte_in_each_file_of_a_run_is_noticed(
         errors = []
         for use in (
             lambda: newest_intact(folder, notes),
-            lambda: look(outline(config), resume=True),
+            lambda: look(resolve_settings(config), resume=True),
             lambda: [SampleResults.read(path) for path in folder.glob("results/*.parquet")],
         ):
             try:

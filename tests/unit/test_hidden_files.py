@@ -11,7 +11,7 @@ from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.encode import parts
 from protoclip.export.run import appearing
-from protoclip.training.plan import outline
+from protoclip.training.plan import resolve_settings
 from protoclip.training.run_folder import claimed, look
 from testing import tiny_pairs
 
@@ -63,7 +63,7 @@ def test_only_what_the_command_made_is_removed(command: str, tmp_path: Path) -> 
 
 def test_no_run_begins_among_hidden_files_of_others(tmp_path: Path) -> None:
     """But where one was killed at its very start."""
-    outlined = outline(Config(run=RunConfig(out=str(tmp_path))))
+    outlined = resolve_settings(Config(run=RunConfig(out=str(tmp_path))))
     for name in (".lock", ".config.toml.99.tmp"):
         (tmp_path / name).write_text("")
     assert not look(outlined, resume=True).is_begun

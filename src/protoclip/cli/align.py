@@ -1,6 +1,6 @@
-"""`protoclip align`: its options, with the defaults that its help shows.
+"""`protoclip align`: its options.
 
-The heads are trained in `training/align.py`, which also sets these defaults.
+The run is in `training/run.py`, and its defaults in `training/defaults.py`.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from protoclip.cli.imports import quick_imports
 from protoclip.cli.train import Train, show_results
 from protoclip.config import Config
 from protoclip.rules import require_paths, require_place, require_store
+from protoclip.training.defaults import ALIGN, ALIGN_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,19 +23,8 @@ class Align(Train):
     data; notes say which.
     """
 
-    # Where it has others than `train`; with words where they follow from the data.
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "run.name": "aligned",
-        "model.embed_dim": 512,
-        "model.image.name": None,
-        "episodes.count": "30 passes",
-        "episodes.batch_size": "<= 1024",
-        "episodes.replacement": False,
-        "episodes.locked_image": 0,
-        "optim.learning_rate": 1e-3,
-        "loss.prototypical": 0.0,
-        "loss.teacher": 0.0,
-    }
+    # With words where they follow from the data.
+    defaults: ClassVar[Mapping[str, Any]] = {**ALIGN, "model.image.name": None, **ALIGN_HELP}
 
     def __call__(self) -> None:
         settings = self.settings()
@@ -48,7 +38,7 @@ class Align(Train):
         with quick_imports():
             import torch
 
-            from protoclip.training.align import align
+            from protoclip.training.run import align
 
         torch.set_flush_denormal(True)
         results = align(settings, resume=self.resume)

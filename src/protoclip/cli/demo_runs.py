@@ -17,11 +17,11 @@ def is_finished(config: Config) -> bool:
     Raises:
         ValueError: It holds another run, or something else.
     """
-    from protoclip.training.plan import outline
+    from protoclip.training.plan import resolve_settings
     from protoclip.training.run_folder import folder_of, look, pooled_as_begun
 
     try:
-        outlined = outline(pooled_as_begun(config, folder_of(config)))
+        outlined = resolve_settings(pooled_as_begun(config, folder_of(config)))
         return look(outlined, resume=True).results is not None
     except ValueError as error:
         way_out = "remove it, or choose another folder with --out"

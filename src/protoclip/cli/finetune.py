@@ -1,6 +1,6 @@
-"""`protoclip finetune`: its options, with the defaults that its help shows, and its tables.
+"""`protoclip finetune`: its options and its tables.
 
-The model is trained in `training/finetune.py`, which also sets these defaults.
+The run is in `training/run.py`, and its defaults in `training/defaults.py`.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from protoclip.rules import (
     was_fine_tuned,
 )
 from protoclip.terminal import quote_word, say, visible
+from protoclip.training.defaults import FINETUNE, FINETUNE_HELP
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,8 @@ class Finetune(Config, Recipes):
     run's model.
     """
 
-    # Where it has others than `train`; with words where they follow from the data.
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "data.train": None,  # has to be named
-        "run.name": "finetuned",
-        "run.evaluate_every": 1,
-        "model.frozen_batch_norm": True,
-        "episodes.count": "5 image passes",
-        "episodes.batch_size": "<= 512",
-        "episodes.replacement": False,
-        "episodes.warm_up": 0,
-        "episodes.locked_image": 0,
-        "optim.learning_rate": "1e-5 or 1e-3",
-        "optim.layer_decay": 0.7,
-        "teacher.whiten": 0,
-        "loss.prototypical": 1.0,
-        "loss.teacher": 1.0,
-        "loss.strengths": "constant",
-    }
+    # The pairs have to be named. With words where they follow from the data.
+    defaults: ClassVar[Mapping[str, Any]] = {"data.train": None, **FINETUNE, **FINETUNE_HELP}
 
     start: str | None = None  # Model to start from: a run, open_clip:NAME/TAG, hf:NAME, a folder.
     _: KW_ONLY
@@ -74,7 +59,7 @@ class Finetune(Config, Recipes):
             import torch
 
             from protoclip.distributed import collectives
-            from protoclip.training.finetune import finetune
+            from protoclip.training.run import finetune
             from protoclip.training.wise_ft import read_record
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets

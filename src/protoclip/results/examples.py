@@ -34,7 +34,7 @@ from protoclip.evaluation.validation import changed_since, is_asked, judged
 from protoclip.files import checksum, to_json
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.training.overfit import few_of
+from protoclip.training.plan import choose_few
 
 T = TypeVar("T")
 PAIRS_PER_GROUP = 5  # at least, in the mean
@@ -142,7 +142,7 @@ def open_examples(
         settings = sources.to_look_at(config)
         training, judged_by, _ = judged(settings, sources.pairs(settings))
         if allow_training and config.run.overfit is not None:
-            training, judged_by = few_of(training, config), []
+            training, judged_by = choose_few(training, config), []
         if judged_by:
             changed = changed_data(run, training)
             examples = replace(draw_from_split(judged_by[0], samples), changed=changed)

@@ -1,10 +1,10 @@
-"""How a run is judged: by the pairs that were held out, and by its guards.
+"""How a run is judged on its way and at its end, and whether it stops early.
 
-Which data these are is decided in `evaluation/validation.py`; tasks and metrics are those of
-`evaluation/suite.py`.
+What judges it is decided in `evaluation/validation.py`; tasks and metrics are those of
+`evaluation/suite.py`. Which checkpoint is kept as the best is decided in `checkpoint.py`.
 """
 
-from collections.abc import Callable
+import math
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -27,19 +27,48 @@ from protoclip.training.plan import Plan
 Split = Literal["validation", "test"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Measures a model on what is held out of a run, and on each guard.
+    """Measures a model on the validation set of a run, and on each guard.
+
+    The halves of a run that `aligns` encode what is measured but once.
 
     Attributes:
         encoder: Of the model as it is whenever it is judged.
-        keeping: Makes the encoder of the model with the weights that it has then. It keeps
-            features, where whoever opens a model of these weights finds them.
     """
 
-    plan: Plan
-    encoder: Encoder
-    keeping: Callable[[], Encoder]
+    def __init__(
+        self, plan: Plan, model: ProtoCLIP, *, tokenizer: Tokenizer, workers: int, aligns: bool
+    ) -> None:
+        self.plan, self.model = plan, model
+        most, config = Encoder.batch_size, plan.config
+        self._make = partial(
+            encoder_of,
+            transform=loading.evaluation_transform(model),
+            tokenizer=tokenizer,
+            batch_size=min(most, config.episodes.micro_batch_size or most),
+            workers=workers,
+            show=True,
+            autocast=on_card(config.run.precision, next(model.parameters()).device),
+        )
+        self._keeps = not aligns and computes_as_opened(config, model)
+        self.encoder = self._make(
+            model,
+            aligned_by=config if self._keeps else None,  # or halves were projected in other ways
+            cache=features_folder(config) if aligns else None,
+        )
+
+    def keeping_encoder(self) -> Encoder:
+        """The encoder of the model with the weights that it has now.
+
+        It keeps features, which another run or command that opens these weights will find.
+        """
+        if not self._keeps:
+            return self.encoder
+        made: Encoder = self._make(
+            without_teacher_heads(self.model), cache=cache_folder() / "features"
+        )
+        _ = made.folders  # by the weights that the model has now
+        return made
 
     def __call__(
         self, split: Split, *, quick: bool = False, encoder: Encoder | None = None, **more: Any
@@ -49,7 +78,7 @@ class Judge:
         Held-out pairs but the emoji have no test split, and not all guards have a validation split.
         `quick` is for a comparison of models: zero-shot and retrieval, and of a mixture all sources
         together. The `encoder` is unset or, for weights that will be judged again, as those that a
-        run starts or ends with, that of `keeping`.
+        run starts or ends with, `keeping_encoder`.
         """
         metrics: dict[str, float] = {}
         encoder = encoder or self.encoder
@@ -63,37 +92,6 @@ class Judge:
         for data in self.plan.guards:
             metrics |= measure(data, "test", quick=True)
         return metrics
-
-
-def judge_of(
-    plan: Plan, model: ProtoCLIP, *, tokenizer: Tokenizer, workers: int, aligns: bool
-) -> Judge:
-    """The judge of a run; of one that `aligns`, the halves encode what is measured but once."""
-    most, config = Encoder.batch_size, plan.config
-    make = partial(
-        encoder_of,
-        transform=loading.evaluation_transform(model),
-        tokenizer=tokenizer,
-        batch_size=min(most, config.episodes.micro_batch_size or most),
-        workers=workers,
-        show=True,
-        autocast=on_card(config.run.precision, next(model.parameters()).device),
-    )
-    keeps = not aligns and computes_as_opened(config, model)
-    encoder = make(
-        model,
-        aligned_by=config if keeps else None,  # or halves were projected otherwise than if kept
-        cache=features_folder(config) if aligns else None,
-    )
-
-    def keeping() -> Encoder:
-        if not keeps:
-            return encoder
-        made = make(without_teacher_heads(model), cache=cache_folder() / "features")
-        _ = made.folders  # by the weights that the model has now
-        return made
-
-    return Judge(plan=plan, encoder=encoder, keeping=keeping)
 
 
 def computes_as_opened(config: Config, model: ProtoCLIP) -> bool:
@@ -110,3 +108,53 @@ def without_teacher_heads(model: ProtoCLIP) -> ProtoCLIP:
     same = copy(model)
     same._modules = {n: part for n, part in model._modules.items() if f"{n}." != TEACHER_HEADS}
     return same
+
+
+@dataclass(kw_only=True)
+class EarlyStop:
+    """Decides after each evaluation whether the run ends there.
+
+    Attributes:
+        metric: Higher is better; a value that is not finite is no better than any other.
+        patience: Evaluations in a row without a better value that end the run.
+        best, best_step: The best value so far, and the step that it is of.
+        step: The step of the last evaluation.
+        waited: Evaluations since the best one.
+    """
+
+    metric: str
+    patience: int
+    best: float | None = None
+    best_step: int = 0
+    step: int = 0
+    waited: int = 0
+
+    def observe(self, step: int, value: float) -> None:
+        """Count an evaluation after this step."""
+        self.step = step
+        if math.isfinite(value) and (self.best is None or value > self.best):
+            self.best, self.best_step, self.waited = value, step, 0
+        elif step > 0:  # the start has no evaluation before it
+            self.waited += 1
+
+    @property
+    def is_due(self) -> bool:
+        return self.waited >= self.patience
+
+    @property
+    def reason(self) -> str:
+        best = "it was never finite"
+        if self.best is not None:
+            best = f"its best value is {self.best:.4f}, of step {self.best_step}"
+        return (
+            f"stopped early after step {self.step}: no better {self.metric} in {self.waited} "
+            f"evaluations; {best}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.keys() != vars(self).keys():
+            raise KeyError("early_stop")
+        vars(self).update(state)

@@ -1,7 +1,7 @@
 """The plan of a run: all that is decided before it starts, each thing once.
 
-It reads the start, opens data and teachers, holds out the pairs that judge the run, and fills all
-settings that are unset. What comes after it asks no more whether one was left out. These stay open:
+It reads the start, opens data and teachers, holds out the validation set, and fills all settings
+that are unset. Later code may assume that every setting is filled. These stay open:
 
 - What a run goes without: `model.lora`, `run.sync`, `run.stop_by`, `data.only` and their like.
 - What the machine decides, for a run may go on on another one: `run.device`, `run.precision`,
@@ -20,11 +20,12 @@ what it was given in vain.
 import difflib
 import math
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,7 +41,7 @@ from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import facts_that_may_move
-from protoclip.data.view import PairsView
+from protoclip.data.view import PairsView, without
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -56,38 +57,45 @@ from protoclip.encode.whiten import Whitens
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import metric_names
-from protoclip.evaluation.validation import Judged, guards, judged, trained_guards
+from protoclip.evaluation.validation import guards, judged, trained_guards
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.protoclip import TowerPair
+from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.models.resolve import resolve_start
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
 from protoclip.rules import check, never_trained, require_paths
-from protoclip.training import optim, overfit, sizes
+from protoclip.training import optim, sizes
+from protoclip.training.align import encode, encode_stream_pairs
+from protoclip.training.presets import Choices, choose_with_data, require_possible
 
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
 Section = TypeVar("Section")
-# Other defaults than those of `train`, for settings that nobody gave; and a note on them.
-Defaults = Callable[[Config, Start, Judged], tuple[Config, list[str]]]
-# Makes pairs of a stream, for runs that read it once. Collective.
-PassStream = Callable[[Config, Start, SampleStream], Pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is decided before the data are opened: `config` follows its start, as `notes` say.
+    """What is decided before the data are opened.
 
-    `unsure` are notes on settings without effect, where more settings are chosen later.
+    Attributes:
+        config: The settings, which follow their start.
+        notes: What the user should know of this.
+        unsure: Notes on settings without effect, where a command chooses more settings later.
+        choices: Those of `align` and of `finetune`; `train` leaves nothing to choose.
     """
 
     config: Config
     start: Start
     notes: list[str]
     unsure: Sequence[str] = ()
+    choices: Choices | None = None
+
+    @property
+    def aligns(self) -> bool:
+        return self.choices is not None and self.choices.command == "align"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +111,8 @@ class Plan:
         captions: Those of a visit to an image.
         held_out: The data sets that judge the run, of pairs that are not trained on.
         guards: The data sets of `run.guard`.
+        choices: Those of `align` and of `finetune`, as in the outline.
+        encoded_from: All pairs, where the samples are those that frozen halves could encode.
         notes: What the user should know of all this.
     """
 
@@ -113,7 +123,15 @@ class Plan:
     captions: CaptionDraw = ONE
     held_out: Sequence[EvaluationData] = ()
     guards: Sequence[EvaluationData] = ()
+    choices: Choices | None = None
+    encoded_from: Pairs | None = None
     notes: Sequence[str] = ()
+
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether WiSE-FT follows the training."""
+        finetunes = self.choices is not None and self.choices.command == "finetune"
+        return finetunes and self.config.run.overfit is None
 
     @property
     def amount(self) -> str:
@@ -133,21 +151,59 @@ class Plan:
         return f"{len(samples):,} pairs from {name}: {amount}"
 
 
-def make_plan(config: Config) -> Plan:
-    """The plan of a run that is new. All ranks call it; raises as `outline` and `complete` do."""
-    return complete(rank0_first(lambda: outline(config)))
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What each rank has opened of a run: `training` are the pairs to train on; see `Plan`."""
+
+    training: Pairs | SampleStream
+    held_out: Sequence[EvaluationData]
+    guards: Sequence[EvaluationData]
+    teachers: Mapping[str, StoredFeatures]
+    notes: Sequence[str]
 
 
-def outline(config: Config, *, is_whole: bool = True) -> Outline:
+def make_plan(given: Config | Outline) -> Plan:
+    """Open the data, hold out pairs, and fill what is unset. Collective.
+
+    Every rank opens all data, and they are compared once. Then rank 0 decides, since each rank may
+    fail to read other samples.
+
+    Raises:
+        ValueError: The data are wrong or too few, or a setting does not go with them; or as
+            `resolve_settings`.
+    """
+    outline = given if isinstance(given, Outline) else rank0_first(lambda: resolve_settings(given))
+    opened = raise_on_all_ranks(lambda: open_data(outline))
+    if world_size() > 1:
+        of_all = all_gather_object(raise_on_all_ranks(lambda: describe(opened)))
+        raise_on_all_ranks(lambda: require_same_data(of_all))
+    if outline.aligns and not isinstance(opened.training, Pairs):
+        opened = replace(opened, training=pairs_of_stream(outline, opened.training))
+    config, captions, notes = rank0_first(lambda: decide(outline, opened))
+    return Plan(
+        config=config,
+        start=replace(outline.start, model=config.model),
+        samples=opened.training,
+        teachers=opened.teachers,
+        captions=captions,
+        held_out=opened.held_out,
+        guards=opened.guards,
+        choices=outline.choices,
+        notes=notes,
+    )
+
+
+def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
     """Check the settings, and let the model follow its start.
 
     Args:
-        is_whole: Whether what is unset keeps its default. If not, `complete` checks sizes and
-            weights, and says what has no effect.
+        choices: Of a command that chooses more settings when it knows the data. Then `make_plan`
+            checks sizes and weights, and says what has no effect.
 
     Raises:
         ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
     """
+    is_whole = choices is None
     config = config if is_whole else external.undistilled(config)
     without_effect = check(config, is_whole=is_whole)
     notes = without_effect if is_whole else []
@@ -166,7 +222,7 @@ def outline(config: Config, *, is_whole: bool = True) -> Outline:
         if sigmoid:
             notes.append("loss.instance = sigmoid, since the model has a logit bias")
     unsure = [] if is_whole else without_effect
-    return Outline(config=config, start=start, notes=notes, unsure=unsure)
+    return Outline(config=config, start=start, notes=notes, unsure=unsure, choices=choices)
 
 
 def with_positives(config: Config) -> tuple[Config, list[str]]:
@@ -179,83 +235,167 @@ def with_positives(config: Config) -> tuple[Config, list[str]]:
     return replace(config, loss=loss), [note] if shared else []
 
 
-def complete(
-    outlined: Outline,
-    *,
-    defaults: Defaults | None = None,
-    pass_stream: PassStream | None = None,
-) -> Plan:
-    """Open the data, hold out pairs, and fill what is unset. Collective.
-
-    Every rank opens the data. The first one decides for all: each reading may miss other samples.
+def open_data(outline: Outline) -> Opened:
+    """Open the pairs of a run and its teachers, and hold out what judges it.
 
     Raises:
-        ValueError: The data are wrong or too few, or a setting does not go with them.
+        ValueError: They are wrong or too few, or nothing measures what a setting names.
     """
-    config, start = outlined.config, outlined.start
-    raise_on_all_ranks(lambda: require_paths(config))
-    rank0_first(lambda: require_image_weights(config.model))
-    divided = raise_on_all_ranks(lambda: judged(config, sources.pairs(config)))
-    seen = raise_on_all_ranks(lambda: seen_of(divided.training))
-    of_all = all_gather_object([socket.gethostname(), *seen])
-    raise_on_all_ranks(lambda: require_same_pairs(of_all))
-    if isinstance(divided.training, Pairs):
-        raise_on_all_ranks(partial(require_usable, config, divided.training))
+    config = outline.config
+    require_paths(config)
+    if rank() == 0:
+        require_image_weights(config.model)
+    training, held_out, notes = judged(config, sources.pairs(config))
+    if isinstance(training, Pairs):
+        require_usable(config, training)
     if config.run.overfit is not None:
-        few = raise_on_all_ranks(lambda: overfit.few_of(divided.training, config))
-        divided = divided._replace(training=few)
-    watched = raise_on_all_ranks(lambda: guards(config, divided.data))
-    raise_on_all_ranks(lambda: check_metrics(config, divided.data, watched))
-    if pass_stream is not None and not isinstance(divided.training, Pairs):
-        divided = divided._replace(training=pass_stream(config, start, divided.training))
-
-    def decide() -> tuple[Config, list[str]]:
-        adapted, notes = (config, []) if defaults is None else defaults(config, start, divided)
-        decided, said = filled(adapted, start, divided.training)
-        without_effect = [note for note in check(decided) if note in outlined.unsure]
-        return decided, without_effect + notes + said + never_trained(decided) + idle(decided)
-
-    config, notes = rank0_first(decide)
-    told, training = list[str](), divided.training
-    teachers = raise_on_all_ranks(lambda: external.teachers(config, training, told.append))
-    if world_size() > 1:
-        known = raise_on_all_ranks(lambda: {n: each.content for n, each in teachers.items()})
-        known_to_all = all_gather_object((socket.gethostname(), known))
-        raise_on_all_ranks(lambda: require_same_teachers(known_to_all))
-    config, said = rank0_first(lambda: external.with_towers(config, teachers))
-    notes += said
-    captions = ONE
-    if pass_stream is None:  # align tells of the pairs that it keeps
-        captions, said = raise_on_all_ranks(lambda: caption_draw(config, training))
-        notes += said + told
-        if config.align != AlignConfig():
-            notes.append("align.*: no effect, since protoclip align alone aligns halves")
-    start, sentences = replace(start, model=config.model), config.data.captions == "sentences"
-    if defaults is None and config.model.frozen_batch_norm:  # fine-tuning asks it of any towers
-        notes += rank0_first(lambda: without_batch_norm(start))
-    draws = None if pass_stream is not None else sentences  # align draws whole captions
-    cut = rank0_first(lambda: sizes.captions_cut(divided.training, start, sentences=draws))
-    notes = [*outlined.notes, *notes, *cut, *divided.notes]
-    are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
-    # align makes one sample of them, and the emoji are bundled as they are
-    if are_negatives and pass_stream is None and not config.data.is_emoji:
-        notes += rank0_first(lambda: sizes.shared_images(divided.training))
-    for guard in watched:
-        notes += guard.notes
-    notes += rank0_first(lambda: trained_guards(config, watched, divided.training))
-    notes += sources.notes(divided.training)
-    if config.run.evaluate and not divided.data and not watched:
-        notes.append("no evaluation at the end, since no pairs are held out")
-    return Plan(
-        config=config,
-        start=start,
-        samples=divided.training,
-        teachers=teachers,
-        captions=captions,
-        held_out=divided.data,
+        training = choose_few(training, config)
+    watched = guards(config, held_out)
+    check_metrics(config, held_out, watched)
+    said = list[str]()
+    teachers = external.teachers(config, training, said.append)
+    if outline.aligns and isinstance(training, Pairs):
+        said = []  # it tells of the pairs that it could encode
+    return Opened(
+        training=training,
+        held_out=held_out,
         guards=watched,
+        teachers=teachers,
+        notes=[*notes, *said, *(note for guard in watched for note in guard.notes)],
+    )
+
+
+def describe(opened: Opened) -> tuple[str, str, str, dict[str, Facts]]:
+    """What tells a rank's data from those of others: its host, how many pairs, a digest of some of
+    them and of those that are held out, and the facts of teachers by name."""
+    samples = opened.training
+    facts = {name: each.content for name, each in opened.teachers.items()}
+    if isinstance(samples, SampleStream):
+        shards = [shard_stem(shard) for source in samples.sources for shard in source.shards]
+        return socket.gethostname(), f"{len(shards):,} shards", digest({"shards": shards}), facts
+    rows = evenly_spaced(len(samples), min(SEEN, len(samples)), seed=0)
+    pairs = [(samples.sample_id(row), captions_or_none(samples, row)) for row in rows]
+    key = digest({"pairs": pairs, "left_out": samples.left_out.tolist()})
+    return socket.gethostname(), f"{len(samples):,} pairs", key, facts
+
+
+def captions_or_none(samples: Pairs, row: int) -> tuple[str, ...]:
+    try:
+        return samples.sample_captions(row)
+    except BadSample:
+        return ()
+
+
+def require_same_data(of_all: Sequence[tuple[str, str, str, Mapping[str, Facts]]]) -> None:
+    """Refuse a host whose pairs or teachers are others than those of rank 0, given `describe` of
+    all ranks."""
+    (first, pairs, key, expected), (host, others, other, known) = of_all[0], of_all[rank()]
+    if (pairs, key) != (others, other):
+        raise ValueError(
+            f"data.train: {host} sees {others}, and {first} {pairs}, or other ones; let all hosts "
+            "read the same data"
+        )
+    for name, features in known.items():
+        if features != expected[name]:
+            raise ValueError(
+                f"teacher.features: {host} has other features of {name} than {first}; let all "
+                "hosts read the same files"
+            )
+
+
+def pairs_of_stream(outline: Outline, stream: SampleStream) -> Pairs:
+    """The pairs of a stream whose images `align` encodes as they pass, each once. Collective."""
+    config, choices = outline.config, outline.choices
+    assert choices is not None
+    rank0_first(lambda: require_possible(choices, config))
+    return encode_stream_pairs(config, outline.start, stream)
+
+
+def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
+    """Encode all pairs of a plan by the halves of a model. Collective.
+
+    Returns:
+        The plan with the pairs that could be encoded, to which an episode that was chosen shrinks;
+        and their rows, which make the batches.
+
+    Raises:
+        ValueError: As `align.encode`.
+    """
+    assert isinstance(plan.samples, Pairs)
+    assert plan.choices is not None
+    encoded = encode(plan.config, plan.samples, model, loading.tokenizer(plan.start), plan.choices)
+    notes = [*plan.notes, *encoded.notes]
+    for name, teacher in plan.teachers.items():
+        notes += raise_on_all_ranks(partial(external.unknown_to, name, teacher, encoded.samples))
+    plan = replace(
+        plan,
+        config=encoded.config,
+        samples=encoded.samples,
+        captions=encoded.captions,
+        encoded_from=plan.samples,
         notes=notes,
     )
+    return plan, encoded.rows
+
+
+def decide(outline: Outline, opened: Opened) -> tuple[Config, CaptionDraw, list[str]]:
+    """The settings with all filled that is unset, the captions of a visit, and all notes.
+
+    Raises:
+        ValueError: Settings do not go with each other or with the data.
+    """
+    start, training, aligns = outline.start, opened.training, outline.aligns
+    config, notes, captions = outline.config, list[str](), ONE
+    if outline.choices is not None:
+        is_judged = bool(opened.held_out or opened.guards)
+        config, notes = choose_with_data(
+            outline.choices, config, start, training, is_judged=is_judged
+        )
+    config, said = filled(config, start, training)
+    without_effect = [note for note in check(config) if note in outline.unsure]
+    notes = without_effect + notes + said + never_trained(config) + idle(config)
+    config, said = external.with_towers(config, opened.teachers)
+    notes += said
+    start, draws_sentences = replace(start, model=config.model), config.data.captions == "sentences"
+    if not aligns:  # it draws whole captions, and those of the pairs that it could encode
+        captions, said = caption_draw(config, training)
+        notes += said
+        if config.align != AlignConfig():
+            notes.append("align.*: no effect, since protoclip align alone aligns halves")
+    if outline.choices is None and config.model.frozen_batch_norm:  # finetune asks it of any towers
+        notes += without_batch_norm(start)
+    notes += sizes.captions_cut(training, start, sentences=None if aligns else draws_sentences)
+    notes += opened.notes
+    are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
+    # align makes one sample of them, and the emoji are bundled as they are
+    if are_negatives and not aligns and not config.data.is_emoji:
+        notes += sizes.shared_images(training)
+    notes += trained_guards(config, opened.guards, training)
+    notes += sources.notes(training)
+    if config.run.evaluate and not opened.held_out and not opened.guards:
+        notes.append("no evaluation at the end, since no pairs are held out")
+    return config, captions, [*outline.notes, *notes]
+
+
+def choose_few(samples: Pairs | SampleStream, config: Config) -> Pairs:
+    """The pairs that `run.overfit` learns by heart, drawn evenly.
+
+    Raises:
+        ValueError: They cannot be drawn, or are to be shared by several ranks.
+    """
+    number = config.run.overfit
+    assert number is not None
+    if not isinstance(samples, Pairs):
+        raise ValueError(
+            "run.overfit: a stream cannot be read again; name local shards, and leave data.read out"
+        )
+    if number > len(samples):
+        raise ValueError(f"run.overfit: {number} of {len(samples)} pairs; choose fewer")
+    if world_size() > 1:
+        raise ValueError("run.overfit: is for one process; start it without torchrun")
+    chosen = evenly_spaced(len(samples), number, config.run.seed)
+    few: Pairs = without(samples, np.setdiff1d(np.arange(len(samples)), chosen))
+    return few
 
 
 def require_usable(config: Config, samples: Pairs) -> None:
@@ -279,47 +419,6 @@ def require_usable(config: Config, samples: Pairs) -> None:
             bad += len(rows)
     if bad > config.data.max_bad_share * len(samples):
         raise reasons[0]
-
-
-def seen_of(samples: Pairs | SampleStream) -> tuple[str, str]:
-    """How many pairs, and what tells them from others, quickly: some, and which are held out."""
-    if isinstance(samples, SampleStream):
-        shards = [shard_stem(each) for of in samples.sources for each in of.shards]
-        return f"{len(shards):,} shards", digest({"shards": shards})
-    rows = evenly_spaced(len(samples), min(SEEN, len(samples)), seed=0)
-    pairs = [(samples.sample_id(row), captions_or_none(samples, row)) for row in rows]
-    return f"{len(samples):,} pairs", digest(
-        {"pairs": pairs, "left_out": samples.left_out.tolist()}
-    )
-
-
-def captions_or_none(samples: Pairs, row: int) -> tuple[str, ...]:
-    try:
-        return samples.sample_captions(row)
-    except BadSample:
-        return ()
-
-
-def require_same_pairs(of_all: Sequence[Sequence[str]]) -> None:
-    """Refuse hosts that see other pairs than rank 0, given host and `seen_of` of all ranks."""
-    (first, pairs, key), (host, others, other) = of_all[0], of_all[rank()]
-    if (pairs, key) != (others, other):
-        raise ValueError(
-            f"data.train: {host} sees {others}, and {first} {pairs}, or other ones; let all hosts "
-            "read the same data"
-        )
-
-
-def require_same_teachers(of_all: Sequence[tuple[str, Mapping[str, Facts]]]) -> None:
-    """Refuse a host whose features differ from those of rank 0, given host and `content` by name
-    of all ranks."""
-    (first, expected), (host, known) = of_all[0], of_all[rank()]
-    for name, features in known.items():
-        if features != expected[name]:
-            raise ValueError(
-                f"teacher.features: {host} has other features of {name} than {first}; let all "
-                "hosts read the same files"
-            )
 
 
 def idle(config: Config) -> list[str]:
@@ -349,26 +448,20 @@ def without_batch_norm(start: Start) -> list[str]:
 
 def contents(
     plan: Plan,
-    samples: Pairs | SampleStream,
     teachers: Mapping[str, Whitens],
     start: TowerPair | Mapping[str, Tensor],
-    *,
-    halves: HalfRows | None,
 ) -> dict[str, list[Facts]]:
-    """What identifies that which a run reads beside its checkpoints.
-
-    `sources` are the pairs to train on, `validation` a source that judges it, `teachers` what is
-    stored of them, and `start` what a run begins with, where its losses or its ending need it.
+    """Fingerprints of what a run reads, by kind: `sources` of the pairs to train on, `validation`
+    if it is a source, `teachers` that are stored, and the `start`.
 
     Args:
-        samples: Those of the plan, before halves encoded them if they did.
         teachers: By name; those that the run makes of its start or its halves follow from these.
         start: This start at the run's sizes, or its weights; none where nothing needs them.
-        halves: What these encoded, if they did; the plan's samples are what is left then.
     """
-    known = content(samples, encoded=None if halves is None else plan.samples)
-    each = zip(known, samples.sources, strict=True)
-    facts = {"sources": [facts_that_may_move(of_one, source) for of_one, source in each]}
+    encoded = None if plan.encoded_from is None else plan.samples
+    samples = plan.encoded_from or plan.samples
+    of_sources = zip(content(samples, encoded=encoded), samples.sources, strict=True)
+    facts = {"sources": [facts_that_may_move(one, source) for one, source in of_sources]}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):

@@ -1,13 +1,14 @@
-"""One training run from beginning to end: what `protoclip train` does.
+"""One training run from its settings to its results: `train`, `align` and `finetune`.
 
 The file reads in the order of a run: plan, model, trainer, the loop over episodes, saving and going
-on, evaluation and results. What a run folder holds is in `run_folder.py`.
+on, evaluation and results. What a command chooses is in `presets.py`, and what a run folder holds
+in `run_folder.py`.
 """
 
 import signal
 import tomllib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -40,28 +41,23 @@ from protoclip.losses.objective import loss_weights
 from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
 from protoclip.models.aligned import AlignedModel, require_same_halves
-from protoclip.models.precision import (
-    Autocast,
-    autocast,
-    grad_scaler,
-    measured_convolutions,
-    resolve,
-)
+from protoclip.models.precision import autocast, grad_scaler, measured_convolutions, resolve
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import checkpoints, read_checkpoint, reading_state
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
-from protoclip.training import optim, overfit, sync, throughput
+from protoclip.training import optim, sync, throughput, wise_ft
 from protoclip.training.checkpoint import CheckpointWriter
-from protoclip.training.clustering import Clusterings
-from protoclip.training.early_stop import early_stop_of
+from protoclip.training.clustering import Clusterings, EpisodePrototypes
 from protoclip.training.guard import NonFiniteGuard
-from protoclip.training.judge import judge_of
+from protoclip.training.judge import EarlyStop, Judge
 from protoclip.training.log import MetricsLog
-from protoclip.training.plan import Defaults, PassStream, Plan, complete, contents, outline
+from protoclip.training.plan import Plan, contents, encode_pairs, make_plan, resolve_settings
+from protoclip.training.presets import Command, choose_before_data, read_given
 from protoclip.training.run_folder import (
     Begun,
+    add_begun,
     claimed,
     enter,
     environment,
@@ -74,11 +70,6 @@ from protoclip.training.run_folder import (
 from protoclip.training.stages import stage_of
 from protoclip.training.symptoms import Symptoms
 from protoclip.training.trainer import Trainer
-
-# What is done with a trained model before the results are written, given its weights before the
-# first step (on rank 0): sets `run.more_results`, unless a signal stops it.
-Ending = Callable[["Run", Mapping[str, Tensor]], None]
-IsDone = Callable[[Path, Mapping[str, Any]], bool]  # of a run folder and its results
 
 
 def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
@@ -99,108 +90,145 @@ def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> di
         ValueError: A setting, a file or the run folder is wrong, or training cannot go on.
         OSError: The last checkpoint could not be written, for a minute.
     """
-    given = Config.from_dict(config)  # of a Config too, whose values may be NumPy's
-    device, config = collectives.device(given.run.device), overfit.few_pairs_alone(given)
+    return perform_run("train", config, resume=resume == "auto")
+
+
+def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
+    """Train the heads between a frozen image half and a frozen text half.
+
+    Args:
+        settings: Those of `Config` as a recipe holds them, such as `{"model": {"image": {"name":
+            "timm:vit_small_patch14_dinov2.lvd142m"}, "text": {"name": "minilm"}}, "data":
+            {"train": "pairs.tsv"}}`. Others get the values that suit aligning; see `presets.py`.
+            Those of a `Config` that are at their default count as not given.
+        resume: As for `train`.
+
+    Returns:
+        The content of `results.json`, as `train` returns.
+
+    Raises:
+        ValueError: As for `train`; or a half is missing, or cannot be one.
+    """
+    return perform_run("align", settings, resume=resume == "auto")
+
+
+def finetune(
+    settings: Settings,
+    *,
+    alpha: float | None = None,
+    resume: Literal["never", "auto"] = "never",
+) -> dict[str, Any]:
+    """Adapt a model to pairs, and choose weights between it and the end by WiSE-FT.
+
+    Args:
+        settings: Those of `Config` as a recipe holds them, such as `{"model": {"start":
+            "runs/small"}, "data": {"train": "pairs.tsv"}}`. Others get the values that suit
+            fine-tuning; see `presets.py`. Those of a `Config` that are at their default count as
+            not given.
+        alpha: The weights to choose, from 0 (the start) to 1 (the end); unset, the best ones by the
+            rule of `wise_ft.RULE`.
+        resume: As for `train`. On a finished run another `alpha` costs no training.
+
+    Returns:
+        The content of `results.json`: as `train` returns, with metrics of the chosen weights,
+        `alpha`, `best_alpha` and `start_metrics`.
+
+    Raises:
+        ValueError: As for `train`; or there is no start, no pairs are named, or nothing judges
+            the weights.
+    """
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
+    return perform_run("finetune", settings, resume=resume == "auto", alpha=alpha)
+
+
+def perform_run(
+    command: Command, settings: Any, *, resume: bool, alpha: float | None = None
+) -> dict[str, Any]:
+    """A run of a command, by the ranks that were launched together, or by this process alone."""
+    given = read_given(command, settings)
+    device = collectives.device(Config.from_dict(given).run.device)
     with collectives.process_group(device):
-        return train_together(config, device, resume=resume == "auto")
+        # What the run holds is gone before the group ends: a group that anything holds does not.
+        return perform_phases(command, given, device, resume=resume, alpha=alpha)
 
 
-def train_together(
-    config: Config,
+def perform_phases(
+    command: Command,
+    given: Mapping[str, Any],
     device: torch.device,
     *,
     resume: bool,
-    defaults: Defaults | None = None,
-    ending: Ending | None = None,
-    pass_stream: PassStream | None = None,
-    encode: Callable[[Plan, ProtoCLIP], tuple[Plan, HalfRows]] | None = None,
-    is_done: IsDone | None = None,
+    alpha: float | None,
 ) -> dict[str, Any]:
-    """`train` on each rank of a process group, or in the only process.
-
-    Args:
-        defaults, pass_stream: Of `plan.complete`; unset, as `train` does.
-        encode: Encodes the pairs by two frozen halves, whose heads alone train then; it returns the
-            plan with the pairs that could be encoded, and their rows.
-        is_done: Whether the results in a run folder are already those of this `ending`; unset, any
-            results are.
-    """
-    is_whole, aligns = defaults is None, encode is not None
-    begun, results = rank0_first(
-        lambda: look_at_folder(
-            config, resume=resume, is_whole=is_whole, aligns=aligns, is_done=is_done
-        )
-    )
+    """A run from its settings to its results. Collective."""
+    begun, results = rank0_first(lambda: look_at_folder(command, given, resume, alpha))
     if results is not None:
         return results
-    plan = complete(begun.outline, defaults=defaults, pass_stream=pass_stream)
-    model, notes_on_model = loading.training_model(plan.config, device, plan.start)
-    samples, halves = plan.samples, None
-    if encode is not None:
-        plan, halves = encode(plan, model)
-    folder = folder_of(config)
-    run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder, halves=halves))
-    weights = {} if ending is None else parallel.weights(model)
-    machines = throughput.machines(device)
-    run.machines = [machines]
-    notes = [
-        loading.describe_training(plan.config.model, model, run.loader.tokenizer, aligns=aligns),
-        machines.placed(run.loader.batch_size),
-        *plan.notes,
-        *notes_on_model,
-    ]
-    if not aligns:  # rows of halves need no workers, which these are about
-        notes += run.loader.notes
-    with ExitStack() as until_results:
-
-        def claim() -> Path | None:
-            until_results.enter_context(claimed(folder, resume=resume))
-            run.content = contents(plan, samples, run.teachers, run.start or weights, halves=halves)
-            return enter(
-                begun, plan, run.content, arithmetic=run.arithmetic, chosen=run.chosen, notes=notes
-            )
-
-        checkpoint = rank0_first(claim)
-        collectives.require_shared(folder / "config.toml", by="--run.out", written=True)
+    plan = make_plan(begun.outline)
+    model, notes = loading.training_model(plan.config, device, plan.start)
+    rows = None
+    if command == "align":
+        plan, rows = encode_pairs(plan, model)
+    run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder_of(plan.config), rows=rows))
+    run.machines = [throughput.machines(device)]
+    start = parallel.weights(model) if plan.chooses_weights else {}
+    with ExitStack() as held:
+        rank0_first(lambda: held.enter_context(claimed(run.folder, resume=resume)))
+        checkpoint = rank0_first(lambda: run.enter_folder(begun, start, notes))
+        collectives.require_shared(run.folder / "config.toml", by="--run.out", written=True)
         run.prepare_teachers()
-        # Dropout and the like draw from the global generator, so the seed sets it too.
-        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with signals.handled(run.stop), forked, measured_convolutions(device):
-            torch.manual_seed(plan.config.run.seed + rank())
-            logged = 0 if checkpoint is None else run.restore(checkpoint)
-            raise_on_all_ranks(lambda: run.open_log(logged))
-            stopped = run.train_to_the_end(ending, weights)
+        choice = None
+        with signals.handled(run.stop), run.seeded(), measured_convolutions(device):
+            run.restore_or_begin(checkpoint)
+            with run.closing():
+                run.train_episodes()
+                run.finish_training()
+                if plan.chooses_weights and run.is_finished and not run.asked_to_stop():
+                    choice = wise_ft.choose_weights(
+                        run.judge,
+                        run.writer,
+                        start,
+                        step=run.trainer.step,
+                        asked_to_stop=run.asked_to_stop,
+                    )
+                stopped = run.asked_to_stop()  # also since then: the evaluation may take long
+            if stopped:  # all ranks wait, since a launcher ends all when one has ended
+                raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
         # From here on a signal ends the process.
-        try:
-            results = run.results(stopped=stopped)
-        except BaseException:
-            run.copies.finish(sync.STOPPED_SECONDS)
-            raise
+        with run.copying_on_error():
+            results = run.results(stopped=stopped, choice=choice)
         if not stopped:
             raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
     return results
 
 
 def look_at_folder(
-    config: Config, *, resume: bool, is_whole: bool, aligns: bool, is_done: IsDone | None
+    command: Command, given: Mapping[str, Any], resume: bool, alpha: float | None
 ) -> tuple[Begun, dict[str, Any] | None]:
     """What the run folder holds, and its results if nothing is left to do. On rank 0.
 
-    It opens no data. What the store of `run.sync` has and the folder lacks is fetched first.
+    It opens no data. What the store of `run.sync` has and the folder lacks is fetched first. A run
+    that goes on keeps what it chose.
     """
-    if not aligns:
-        external.refuse_halves(config)
-    folder = folder_of(config)
+    choices = choose_before_data(command, given, alpha=alpha)
     if resume:
-        with sync.begun(config) as begun_in:
-            config = pooled_as_begun(config, begun_in)
-    outlined = outline(config, is_whole=is_whole)
-    sync.fetch(outlined, resume=resume)
-    begun = look(outlined, resume=resume)
-    results = begun.results
+        with sync.begun(choices.config) as folder:
+            given = add_begun(command, given, folder)
+            choices = choose_before_data(command, given, alpha=alpha)
+            choices.config = pooled_as_begun(choices.config, folder)
+    if command != "align":
+        external.refuse_halves(choices.config)
+    outline = resolve_settings(choices.config, None if command == "train" else choices)
+    sync.fetch(outline, resume=resume)
+    begun = look(outline, resume=resume)
+    folder, results, config = folder_of(choices.config), begun.results, choices.config
     if results is None:
         return begun, None
-    if is_evaluated(folder, config.run) and (is_done is None or is_done(folder, results)):
+    is_done = is_evaluated(folder, config.run)
+    if command == "finetune" and config.run.overfit is None:
+        is_done &= wise_ft.is_done(folder, results, alpha=alpha, guards=config.run.guard)
+    if is_done:
         sync.copies(config, folder).finish(sync.END_SECONDS)
         return begun, results
     if not checkpoints(folder):
@@ -215,24 +243,24 @@ class Run:
     """A run on one rank: its parts, the loop over episodes, saving, going on, and results.
 
     Making one writes nothing. Rank 0 alone has a `log`, writes checkpoints and shows progress.
-    `model` is on its device, or sharded. With `halves` only its projections train, on these rows.
+    `model` is on its device, or sharded. With `rows` its projections alone train, on these.
     """
 
     def __init__(
-        self, plan: Plan, model: ProtoCLIP, *, folder: Path, halves: HalfRows | None = None
+        self, plan: Plan, model: ProtoCLIP, *, folder: Path, rows: HalfRows | None = None
     ) -> None:
         config, samples = plan.config, plan.samples
         self.plan, self.config, self.folder, self.model = plan, config, folder, model
-        self.trained = model  # what a step trains
-        if halves is not None:
+        self.rows, self.trained = rows, model
+        if rows is not None:
             self.trained = AlignedModel(model, dropout=config.align.dropout)
-        self.clusterings = Clusterings(config, captions=plan.captions.number)
         self.log: MetricsLog | None = None
         self.recall = 0.0  # of the pairs that are to be learned by heart
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
-        self.early_stop = early_stop_of(config.run)
-        self.more_results: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda results: {}
-        device, number = next(model.parameters()).device, f".{rank()}" if rank() else ""
+        self.early_stop: EarlyStop | None = None
+        if config.run.stop_by is not None:
+            self.early_stop = EarlyStop(metric=config.run.stop_by, patience=config.run.patience)
+        device, suffix = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
         chosen = read_chosen(config.data)
@@ -240,7 +268,7 @@ class Run:
         self.content: dict[str, list[Facts]] = {}  # identifies the samples, on rank 0
         self.machines: list[throughput.Machines] = []  # where it trains, one after the other
         self.skips = SkipLog(
-            folder / f"skipped{number}.jsonl",
+            folder / f"skipped{suffix}.jsonl",
             max_share=config.data.max_bad_share,
             at_least=config.episodes.size // world_size(),
         )
@@ -257,44 +285,53 @@ class Run:
             cut_padding=model.ignores_padding and not config.parallel.compile,
             on_read=self.skips.add,
             after=self.pass_after,
-            kind=EpisodeLoader if halves is None else partial(RowLoader, halves=halves),
+            kind=EpisodeLoader if rows is None else partial(RowLoader, halves=rows),
         )
         self.teachers: dict[str, Whitens] = {**plan.teachers}
         if config.distilled_teachers:
             width = plan.start.embed_dim
             heads = external.heads(config, self.teachers, width)
             loading.add_teacher_heads(model, width, heads, seed=config.run.seed)
-        if halves is not None:
+        if rows is not None:
             assert isinstance(samples, Pairs)
-            self.teachers.update(half_teachers(config, samples, halves))
-        optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
+            self.teachers.update(half_teachers(config, samples, rows))
+        self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
+        weights = loss_weights(config, geometry=config.align.geometry * (rows is not None))
+        balance = Balance() if config.sets_strengths else None
+        self.autocast = autocast(precision, device)
+        optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
         self.trainer = Trainer(
             model=self.trained,
             stage=partial(stage_of, config),
-            source=self.feature_source(autocast(precision, device)),
-            cluster=self.clusterings,
-            weights=loss_weights(config, geometry=config.align.geometry * (halves is not None)),
-            balance=Balance() if config.sets_strengths else None,
+            prototypes=EpisodePrototypes(
+                source=self.feature_source(),
+                cluster=Clusterings(config, captions=plan.captions.number),
+                make_targets=target_maker(config),
+                groups_modalities=bool(weights.prototypical) or balance is not None,
+            ),
+            weights=weights,
+            balance=balance,
             start=self.start if config.loss.keep else None,
-            make_targets=target_maker(config),
-            optimizer=optimizer,
+            guard=NonFiniteGuard(optimizer, scaler, folder / f"diverged{suffix}.json"),
             schedule=optim.schedule(config),
-            scaler=scaler,
-            guard=NonFiniteGuard(optimizer, scaler, folder / f"diverged{number}.json"),
-            autocast=autocast(precision, device),
             clip_norm=config.optim.clip_norm,
+            autocast=self.autocast,
             micro_batch_size=config.episodes.micro_batch_size,
             batches=config.episodes.size // config.episodes.batch_size,
             batch_size=config.episodes.batch_size,
             throughput=throughput.measures(
-                plan.start if halves is None else None, device, precision, plan.captions.number
+                plan.start if rows is None else None, device, precision, plan.captions.number
             ),
             recalls=config.run.overfit is not None,
         )
-        self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
-        tokenizer, workers, aligns = self.loader.tokenizer, self.loader.workers, halves is not None
-        self.evaluate = judge_of(plan, model, tokenizer=tokenizer, workers=workers, aligns=aligns)
+        self.judge = Judge(
+            plan,
+            model,
+            tokenizer=self.loader.tokenizer,
+            workers=self.loader.workers,
+            aligns=rows is not None,
+        )
         self.copies = sync.copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
@@ -308,7 +345,66 @@ class Run:
         )
         self.copies.copied = self.writer.prune  # of what was in use until then
 
-    def feature_source(self, context: Autocast) -> ExtractedFeatures:
+    def enter_folder(
+        self, begun: Begun, start: Mapping[str, Tensor], notes: list[str]
+    ) -> Path | None:
+        """Begin or go on in the folder, which is claimed; the checkpoint to go on from, if any.
+
+        Says all notes of the run, of which these are on the built model. On rank 0.
+        """
+        plan, aligns = self.plan, self.rows is not None
+        self.content = contents(plan, self.teachers, self.start or start)
+        model_in_words = loading.describe_training(
+            plan.config.model, self.model, self.loader.tokenizer, aligns=aligns
+        )
+        placed = self.machines[0].placed(self.loader.batch_size)
+        # Rows of halves need no workers, which those of the loader are about.
+        of_loader = () if aligns else self.loader.notes
+        return enter(
+            begun,
+            plan,
+            self.content,
+            arithmetic=self.arithmetic,
+            chosen=self.chosen,
+            notes=[model_in_words, placed, *plan.notes, *notes, *of_loader],
+        )
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Dropout and the like draw from the global generator, so the seed sets it too."""
+        device = self.loader.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.config.run.seed + rank())
+            yield
+
+    def restore_or_begin(self, checkpoint: Path | None) -> None:
+        """Go on from a checkpoint if there is one, and open the log."""
+        logged = 0 if checkpoint is None else self.restore(checkpoint)
+        raise_on_all_ranks(lambda: self.open_log(logged))
+
+    @contextmanager
+    def copying_on_error(self) -> Iterator[None]:
+        """Let the store of `run.sync` have the last state of a run that fails."""
+        try:
+            yield
+        except BaseException:
+            self.writer.wait()
+            self.copies.finish(sync.STOPPED_SECONDS)
+            raise
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """End worker processes and files with the training, however it ends."""
+        try:
+            with self.copying_on_error():
+                yield
+        finally:
+            self.loader.close()
+            self.writer.wait()
+            if self.log is not None:
+                self.log.close()
+
+    def feature_source(self) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
         config, trains = self.config, self.loader.transform
         evaluating = config.prototypes.extract_transform == "evaluation"
@@ -319,7 +415,7 @@ class Run:
             "model": self.trained,
             "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
             "teachers": external.grouping(config, self.teachers),
-            "autocast": context,
+            "autocast": self.autocast,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
             "micro_batch_size": config.episodes.micro_batch_size,
         }
@@ -341,14 +437,16 @@ class Run:
                 samples,
                 cache=cache_folder() / "features",
                 of_run=self.folder / "start_features",
-                autocast=self.trainer.autocast,
+                autocast=self.autocast,
             )
             self.teachers.update({name: copy(features) for name in names})
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
         if not self.config.loss.keep:
             self.start = None  # a whole model, which nothing needs any more
         external.whiten(self.config, self.teachers)
-        self.trainer.source.teachers.update(external.grouping(self.config, self.teachers))
+        self.trainer.prototypes.source.teachers.update(
+            external.grouping(self.config, self.teachers)
+        )
 
     def training_pass(self, index: int, start: int = 0) -> Pass:
         """The pass that trains on an episode; it brings what a loss needs of the teachers then."""
@@ -363,43 +461,16 @@ class Run:
             return self.training_pass(index)
         if index + 1 == self.config.episodes.count:
             return None
-        extracts = trainer.source.extracts_after(trainer.stage(index).projects)
+        extracts = trainer.prototypes.source.extracts_after(trainer.stage(index).projects)
         if extracts and trainer.stage(index + 1).needs_prototypes:
             return self.extraction_pass(self.episode(index + 1))
         return self.training_pass(index + 1)
-
-    def train_to_the_end(self, ending: Ending | None, start: Mapping[str, Tensor]) -> bool:
-        """Train what remains, then the ending; returns whether a signal stopped either."""
-        try:
-            self.train_episodes()
-            self.writer.finish()
-            last = self.writer.folder(self.trainer.step) if self.is_finished else None
-            skipped = raise_on_all_ranks(
-                lambda: self.trainer.guard.summary(self.trainer.step, last)
-            )
-            if skipped and rank() == 0:
-                say(f"note: {skipped}")
-            if ending is not None and self.is_finished and not self.asked_to_stop():
-                ending(self, start)
-            stopped = self.asked_to_stop()  # also since then: the evaluation may take long
-        except BaseException:
-            self.writer.wait()
-            self.copies.finish(sync.STOPPED_SECONDS)
-            raise
-        finally:
-            self.loader.close()
-            self.writer.wait()
-            if self.log is not None:
-                self.log.close()
-        if stopped:  # all ranks wait, since a launcher ends all when one has ended
-            raise_on_all_ranks(lambda: self.copies.finish(sync.STOPPED_SECONDS))
-        return stopped
 
     def train_episodes(self) -> None:
         """The episodes that remain (paper, "online episodic training"), until a signal stops it."""
         trainer, config, count = self.trainer, self.config, self.config.episodes.count
         if trainer.step == 0 and (self.plan.guards or self.early_stop):
-            self.judge()
+            self.evaluate()
         steps = count * trainer.batches
         progress, loss = Progress(f"train {config.run.name}", steps), ""
         first_steps = throughput.FirstSteps(steps, trainer.step)
@@ -428,17 +499,30 @@ class Run:
                     return
             self.write(index, trainer.end_episode())
             if config.run.evaluate_every and trainer.episode % config.run.evaluate_every == 0:
-                self.judge()
+                self.evaluate()
             if self.save_if_due():
                 return
 
-    def judge(self) -> None:
+    def finish_training(self) -> None:
+        """Wait for the last checkpoint, and say how many steps were skipped.
+
+        Raises:
+            OSError: It cannot be written.
+            ValueError: Most steps were skipped.
+        """
+        self.writer.finish()
+        last = self.writer.folder(self.trainer.step) if self.is_finished else None
+        skipped = raise_on_all_ranks(lambda: self.trainer.guard.summary(self.trainer.step, last))
+        if skipped and rank() == 0:
+            say(f"note: {skipped}")
+
+    def evaluate(self) -> None:
         """Evaluate on the way: which checkpoint is the best, and whether the run ends here."""
         step, keep_best, early_stop = self.trainer.step, self.config.run.keep_best, self.early_stop
         # The start may judge other runs too, and the end is judged again when the run has ended.
         at_an_end = step == 0 or self.trainer.episode == self.config.episodes.count
-        encoder = self.evaluate.keeping() if at_an_end else None
-        metrics = self.evaluate("validation", encoder=encoder, show=False)
+        encoder = self.judge.keeping_encoder() if at_an_end else None
+        metrics = self.judge("validation", encoder=encoder, show=False)
         self.write(self.trainer.episode, metrics)
         if keep_best is not None and step > 0:  # before the first step there is no checkpoint
             self.writer.rate(step, metrics[keep_best])
@@ -549,7 +633,6 @@ class Run:
             raise_on_all_ranks(lambda: require_same_halves(state["model"], self.model.state_dict()))
             state["model"] = {n: value for n, value in state["model"].items() if n in trains}
         self.trainer.load_state_dict(state)
-        self.clusterings.keep(self.trainer.clusters)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
         counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]
@@ -566,8 +649,12 @@ class Run:
         self.machines = throughput.machines_since(state, *self.machines, over=self.is_finished)
         return int(state["metrics_bytes"])
 
-    def results(self, *, stopped: bool) -> dict[str, Any]:
-        """Evaluate, write and return the results; or where a run stands that a signal stopped."""
+    def results(self, *, stopped: bool, choice: dict[str, Any] | None) -> dict[str, Any]:
+        """Evaluate, write and return the results; or where a run stands that a signal stopped.
+
+        Args:
+            choice: What `wise_ft.choose_weights` returned, if it chose any.
+        """
         config, trainer, best = self.config, self.trainer, self.writer.best
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
         if stopped:  # as all ranks agreed; a signal may come later
@@ -584,13 +671,16 @@ class Run:
             "metrics": {},
         }
         if config.run.evaluate:
-            to, encoder = self.folder / "results", self.evaluate.keeping()
-            results["metrics"] = self.evaluate("test", encoder=encoder, samples_to=to)
+            to, encoder = self.folder / "results", self.judge.keeping_encoder()
+            results["metrics"] = self.judge("test", encoder=encoder, samples_to=to)
         judging = (*self.plan.held_out, *self.plan.guards)
         results["trained_on"] = {of.name: of.trained_on for of in judging if of.trained_on}
-        results |= self.more_results(results)
-        if config.run.overfit is not None:  # of which align may have left some out
-            results["overfit"] = overfit.verdict(config.episodes.size, trainer.step, self.recall)
+        if choice is not None:
+            results |= choice
+            given = self.folder, choice["start_metrics"], results
+            results["differences"] = rank0_first(lambda: wise_ft.differences(*given))
+        if config.run.overfit is not None:
+            results["overfit"] = self.report_overfit()
         if self.early_stop is not None and self.early_stop.is_due:
             results["early_stop"] = vars(self.early_stop) | {"reason": self.early_stop.reason}
         if best is not None and self.writer.folder(best[0]).is_dir():
@@ -599,3 +689,17 @@ class Run:
             content = to_json(sealed(results), indent=2)
             write_atomically(self.folder / "results.json", content + "\n")
         return results
+
+    def report_overfit(self) -> dict[str, Any]:
+        """Say in one line whether the pairs were learned by heart; the same as JSON values."""
+        # `align` may have left some of them out.
+        pairs, steps, recall = self.config.episodes.size, self.trainer.step, self.recall
+        if recall == 1:
+            say(f"run.overfit: all {pairs} pairs are known after {steps} steps: this can learn")
+        else:
+            say(
+                f"run.overfit: {recall:.0%} of {pairs} pairs are known after {steps} steps: this "
+                "does not learn; change optim.learning_rate, and look at images and captions "
+                "(protoclip data inspect)"
+            )
+        return {"pairs": pairs, "steps": steps, "recall": recall}

@@ -43,6 +43,7 @@ from protoclip.files import (
 from protoclip.models.resolve import by_name, names_model
 from protoclip.models.saved import (
     MODEL,
+    SETTINGS,
     checkpoints,
     damage,
     facts_of,
@@ -54,7 +55,9 @@ from protoclip.models.start import Start
 from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.checkpoint import newest_intact
+from protoclip.training.defaults import CHOSEN
 from protoclip.training.plan import Outline, Plan, fill
+from protoclip.training.presets import Command
 
 LOCK = ".lock"
 # What is meant where it is unset.
@@ -151,6 +154,17 @@ def look(outline: Outline, *, resume: bool) -> Begun:
         say(f"warning: {path}: not what the run wrote: its checksum differs")
     results = {key: value for key, value in results.items() if key != SEAL}
     return Begun(outline=outline, is_begun=True, results={**results, "folder": str(folder)})
+
+
+def add_begun(command: Command, given: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The settings that are given, and below them what a run in this folder chose for others."""
+    if not (CHOSEN[command] and (folder / SETTINGS).is_file()):
+        return given
+    saved, tree = read_settings(folder), dict(given)
+    for name in sorted(saved.keys() & CHOSEN[command]):
+        section, key = name.split(".")
+        tree[section] = {key: saved[name], **tree.get(section, {})}
+    return tree
 
 
 def is_evaluated(folder: Path, asked: RunConfig) -> bool:

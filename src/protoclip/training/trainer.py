@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
-from protoclip.distributed.collectives import all_gather, all_reduce, world_size
+from protoclip.distributed.collectives import all_gather, world_size
+from protoclip.files import checksum
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import (
@@ -26,18 +28,14 @@ from protoclip.losses.grad_cache import (
 )
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.positives import mean_positives
-from protoclip.losses.prototypical import Target
 from protoclip.models import batch_norm, lora
 from protoclip.models.precision import Autocast
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
-from protoclip.prototypes.features import Assignments, ExtractedFeatures
-from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.targets import cluster_spaces, in_order
-from protoclip.terminal import say
+from protoclip.prototypes.features import Assignments
+from protoclip.training.clustering import EpisodePrototypes
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.log import feature_statistics, to_floats
 from protoclip.training.optim import set_learning_rate
-from protoclip.training.overfit import names_of_images, recall
 from protoclip.training.stages import Stage, enter_stage
 from protoclip.training.symptoms import repeated
 from protoclip.training.throughput import Throughput
@@ -52,12 +50,11 @@ class Trainer:
 
     Attributes:
         stage: The stage of each episode, by its number.
-        source: Gives the features to cluster, and the prototypes that samples belong to.
-        cluster: K-means of one space, `(space, rows, positions of the rows) -> KMeans`.
-        make_targets: `losses.prototypical.make_targets` with its settings.
+        prototypes: Those of the episode under way.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: The frozen towers that the model started from, where a loss keeps it close to them.
         schedule: The learning rate of each step, by the number of steps before it.
+        guard: Takes the steps of the optimizer that it has.
         clip_norm: Largest norm of the whole gradient.
         recalls: Report how many pairs of a batch are nearest to each other.
         micro_batch_size: Images that pass through the towers at once, with their captions; unset
@@ -65,22 +62,14 @@ class Trainer:
         batches, batch_size: Batches of an episode, and images in one, of all ranks.
         episode, batch: Episodes finished, and batches of the next one.
         seconds: Wall clock without evaluation.
-        targets: By `(student, teacher)`, of the episode under way; empty without prototypes.
-        clusters: Of the episode under way, or else of the last one that had prototypes.
-        reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
-            first entry is for samples without an assignment (-1).
     """
 
     model: ProtoCLIP
     stage: Callable[[int], Stage]
-    source: ExtractedFeatures
-    cluster: Callable[[str, Tensor, Tensor | None], KMeans]
+    prototypes: EpisodePrototypes
     weights: LossWeights
-    make_targets: Callable[..., dict[tuple[str, str], Target]]
-    optimizer: torch.optim.Optimizer
-    schedule: Callable[[int], float]
-    scaler: torch.amp.GradScaler
     guard: NonFiniteGuard
+    schedule: Callable[[int], float]
     autocast: Autocast
     clip_norm: float
     micro_batch_size: int | None
@@ -93,9 +82,6 @@ class Trainer:
     episode: int = 0
     batch: int = 0
     seconds: float = 0.0
-    clusters: dict[str, KMeans] = field(default_factory=dict)
-    targets: dict[tuple[str, str], Target] = field(default_factory=dict)
-    reached: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
@@ -119,8 +105,8 @@ class Trainer:
         """Make the prototypes if the stage needs any, freeze and wrap the model."""
         self._now = time.monotonic()
         stage, metrics = self.stage(episode.index), {}
-        if stage.needs_prototypes and not self.targets:
-            metrics = self._prepare(episode)
+        if stage.needs_prototypes and not self.prototypes.targets:
+            metrics = self.prototypes.make(episode)
         enter_stage(self.model, stage)
         if stage != self._stage:
             local = batch_norm.has_own_statistics(self.model)
@@ -131,37 +117,6 @@ class Trainer:
         self._waited = self._trained = 0.0
         self.throughput.start(self.model, self.samples_seen)
         return metrics
-
-    def _prepare(self, episode: Episode) -> dict[str, float]:
-        """Features, clusters and back-translated targets of an episode."""
-        self.clusters = {}
-        features = self.source.features(episode)
-        seconds = {"extract": self._tick()}
-        spaces = dict(features.teachers)
-        if self.weights.prototypical or self.balance is not None:
-            spaces = {"image": features.image, "text": features.text, **spaces}
-        self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
-        seconds["cluster"] = self._tick()
-        self.source.remember(in_order(features.keys, features.positions))
-        self.targets = self.make_targets(
-            self.clusters,
-            image_projections=features.image,
-            text_projections=features.text,
-            positions=features.positions,
-            keys=self.source.keys,
-        )
-        metrics = {
-            f"train/prototypes/agreement/{student}_from_{teacher}": target.confidence
-            for (student, teacher), target in self.targets.items()
-            if student in self.clusters  # or nothing was measured
-        }
-        for space, clustering in self.clusters.items():
-            number, assigned = len(clustering.centroids), clustering.assignments
-            self.reached[space] = torch.zeros(number + 1, device=clustering.centroids.device)
-            sizes = torch.bincount(assigned[assigned >= 0], minlength=number)
-            metrics[f"train/prototypes/empty/{space}"] = float((sizes == 0).float().mean())
-        seconds["back_translate"] = self._tick()
-        return metrics | {f"train/seconds/{part}": spent for part, spent in seconds.items()}
 
     def awaited(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, each with the seconds that it is waited for counted as such."""
@@ -183,19 +138,18 @@ class Trainer:
         Returns metrics if `detailed`, which takes time and waits for the device.
         """
         self._tick()
-        rate = self.schedule(self.step)
-        set_learning_rate(self.optimizer, rate)
+        rate, targets = self.schedule(self.step), self.prototypes.targets
+        optimizer, scaler = self.guard.optimizer, self.guard.scaler
+        set_learning_rate(optimizer, rate)
         embeddings, finish_backward = self._forward(batch)
-        assignments = {}
-        if self.targets:
-            assignments = self.source.assign(batch, embeddings, self.clusters)
+        assignments = self.prototypes.assign(batch, embeddings)
         samples = None
         # Ranks cannot tell without a collective whether another one has the sample, too.
         if world_size() > 1 or len({*batch.sample_id}) < len(batch.sample_id):
             samples = batch.keys & torch.iinfo(torch.int64).max  # numbers are at least 0
         losses, report = objective(
             embeddings,
-            self.targets or None,
+            targets or None,
             assignments,
             weights=self.weights,
             balance=self.balance,
@@ -212,15 +166,15 @@ class Trainer:
         total = torch.stack(parts).sum()
         if world_size() > 1:
             total = total + parallel.reach_everything(embeddings)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         finish_backward()
         self._drop_gradients_without_loss()
         squares = self.model.take_pulls()
         pulls: Mapping[str, Tensor] = {}
         if self.balance is not None or detailed:
-            pulls = measure(squares, loss_scale=self.scaler.get_scale())
-        self.scaler.unscale_(self.optimizer)
+            pulls = measure(squares, loss_scale=scaler.get_scale())
+        scaler.unscale_(optimizer)
         norm = parallel.clip_gradients(self.model, self.clip_norm)
         # Projections without a loss must be finite too, since they are clustered.
         with torch.no_grad():
@@ -267,7 +221,7 @@ class Trainer:
         if self.recalls:
             images = names_of_images(batch, self._image_names)
             report["train/recall"] = recall(embeddings, images, batch.captions)
-        if self._tells_pairs_apart and self.targets:
+        if self._tells_pairs_apart and self.prototypes.targets:
             for student, (instance, prototypes) in pulls.items():
                 report[f"train/pull/{student}"] = prototypes / instance
         return report
@@ -278,7 +232,7 @@ class Trainer:
         Several ranks, and micro-batches, give it zeros, by which its weights would decay.
         """
         weights = self.weights
-        if self._tells_pairs_apart or weights.keep or weights.geometry or self.targets:
+        if self._tells_pairs_apart or weights.keep or weights.geometry or self.prototypes.targets:
             return
         taught: Mapping[str, list[str]] = getattr(self.model, "taught", {})
         for name, parameter in self.model.named_parameters():
@@ -301,11 +255,9 @@ class Trainer:
         is_free = self.weights.info_nce == 0 and embeddings.logit_bias is not None
         self.model.clamp_scales(taken, sigmoid=is_free)
         if self.balance is not None:
-            self.balance.update(pulls, self.weights.by_student(self.targets), taken)
-        for space, prototypes in assignments.items():
-            marks, entries = self.reached[space], prototypes + 1
-            marks[entries] = torch.maximum(marks[entries], taken.to(marks))
-        self.source.observe(batch, embeddings, taken)
+            self.balance.update(pulls, self.weights.by_student(self.prototypes.targets), taken)
+        self.prototypes.record(assignments, taken)
+        self.prototypes.source.observe(batch, embeddings, taken)
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
         """The embeddings of a batch's pairs, and what is left to do after `backward`."""
@@ -367,25 +319,14 @@ class Trainer:
         return StartFeatures(image=image, text=features[1], logit_scale=scale)
 
     def end_episode(self) -> dict[str, float]:
-        """Count the episode as finished, and let go of its targets.
-
-        Its clusters stay until others are made, so the last checkpoint of a run holds the last.
-        """
+        """Count the episode as finished, and let go of its targets."""
         self.guard.look()
         batch_norm.agree_on_statistics(self.model)
         self._tick()
         metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
-        for space, marks in self.reached.items():
-            marks = all_reduce(marks, "max")
-            if bool(marks.any()):  # or no step of the episode was taken
-                metrics[f"train/prototypes/dead/{space}"] = 1 - float(marks[1:].mean())
-        unknown = torch.as_tensor(self.source.unknown, device=next(self.model.parameters()).device)
-        if self.reached and (number := int(all_reduce(unknown))) and collectives.rank() == 0:
-            lost = "a shard was lost in one of the two passes over it"
-            say(f"note: {number:,} pairs of episode {self.episode + 1} had no prototype: {lost}")
         self.episode, self.batch = self.episode + 1, 0
-        self.targets, self.reached = {}, {}
-        return metrics
+        device = next(self.model.parameters()).device
+        return metrics | self.prototypes.end_episode(self.episode, device)
 
     def _tick(self) -> float:
         """Count the seconds since the last call in `seconds`, and return them."""
@@ -408,18 +349,14 @@ class Trainer:
             "episode": self.episode,
             "batch": self.batch,
             "seconds": self.seconds,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.guard.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "random": collectives.all_gather_object(random_state()),
-            "source": self.source.state_dict(),
             "balance": self.balance.state_dict() if self.balance is not None else {},
-            "clusters": {space: vars(each) for space, each in self.clusters.items()},
-            # In order, since the sum of the losses depends on it.
-            "targets": [[*key, vars(target)] for key, target in self.targets.items()],
-            "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
+            **self.prototypes.state_dict(),
             "adapters": adapters,
             "model": plain,
-            "optimizer": parallel.own_moments(self.model, self.optimizer),
+            "optimizer": parallel.own_moments(self.model, self.guard.optimizer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -429,20 +366,40 @@ class Trainer:
         """
         whole = lora.unmerge_adapters(self.model, state["model"], state.get("adapters", {}))
         parallel.load_weights(self.model, whole)
-        parallel.load_moments(self.model, self.optimizer, state["optimizer"])
+        parallel.load_moments(self.model, self.guard.optimizer, state["optimizer"])
         self.episode, self.batch = int(state["episode"]), int(state["batch"])
         self.seconds = float(state["seconds"])
         if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            self.guard.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
         if len(state["random"]) == world_size():
             set_random_state(state["random"][collectives.rank()])
-        self.source.load_state_dict(state["source"])
         if self.balance is not None:
-            self.balance.load_state_dict(state.get("balance", {}))
-        self.clusters = {
-            space: KMeans(**{**fields, "history": tuple(fields["history"])})  # JSON has no tuples
-            for space, fields in state["clusters"].items()
-        }
-        self.targets = {(to, by): Target(**fields) for to, by, fields in state["targets"]}
-        self.reached = dict(state["reached"])
+            self.balance.load_state_dict(state["balance"])
+        self.prototypes.load_state_dict(state)
+
+
+def names_of_images(batch: Batch, names: dict[str, str]) -> list[str]:
+    """What tells the images of a batch's pairs apart, by content: each is transformed alike.
+
+    `names` are those by sample id so far, and gets the new ones.
+    """
+    captions = len(batch.sample_id) // len(batch.image)
+    for image, sample_id in zip(batch.image, batch.sample_id[::captions], strict=True):
+        if sample_id not in names:
+            names[sample_id] = checksum(image.contiguous().cpu().numpy().tobytes())
+    return [names[sample_id] for sample_id in batch.sample_id]
+
+
+def recall(embeddings: Embeddings, images: list[str], captions: list[bytes]) -> Float[Tensor, ""]:
+    """The share of images and texts whose nearest text or image is of their pair, or of a pair with
+    an equal image or caption."""
+    image, text = embeddings.image_features.detach(), embeddings.text_features.detach()
+    same = torch.zeros(len(image), len(text), dtype=torch.bool, device=image.device)
+    for names in (images, captions):
+        numbers = {name: number for number, name in enumerate(names)}
+        keys = torch.tensor([numbers[name] for name in names], device=image.device)
+        same |= keys[:, None] == keys
+    similarity = image.float() @ text.float().T
+    nearest = similarity.argmax(1)[:, None], similarity.argmax(0)[:, None]
+    return torch.cat([same.gather(1, each) for each in nearest]).float().mean()

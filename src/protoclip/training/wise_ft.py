@@ -6,6 +6,7 @@ often keep most of the gain at little of the loss; `choose_weights` looks for th
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ from protoclip.files import (
 from protoclip.models import lora, saved
 from protoclip.models.saved import write_model
 from protoclip.progress import Progress
-from protoclip.terminal import say, without_secrets
-from protoclip.training.run import Run
+from protoclip.terminal import say, visible, without_secrets
+from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.training.judge import Judge
 
 FILE, FIGURE = "wise_ft.json", "wise_ft.png"
 START = "start"  # folder in the run's with `results` by sample of the start
+# Those of Okabe and Ito, which people with any kind of colour vision tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 RULE = (
     "the best alpha has the largest mean over data sets of zero-shot accuracy, or of mean recall "
@@ -118,51 +122,64 @@ def is_done(
     return model.is_file() and read_json(model).get("alpha") == wanted
 
 
-def choose_weights(run: Run, start: Mapping[str, Tensor], *, alpha: float | None) -> None:
-    """The ending of a fine-tuning run: a sweep over alpha, and the best weights as its model.
+def choose_weights(
+    judge: Judge,
+    writer: CheckpointWriter,
+    start: Mapping[str, Tensor],
+    *,
+    step: int,
+    asked_to_stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """The phase of fine-tuning after training: a sweep over alpha, and the best weights as model.
 
     `wise_ft.json` holds the points of the sweep, and is written when it is complete. Then the
-    chosen weights are written to the run folder itself, and `results.json`, last, has their
-    metrics beside those of the start, and the differences. All ranks call it.
+    chosen weights are written to the run folder itself. Collective.
 
     Args:
+        judge: That of the run, whose model has the weights of its end.
+        writer: Of its checkpoints; says where the run is, and what describes its model.
         start: The weights before the first step, on rank 0.
-        alpha: The weights to choose, in [0, 1]; unset, the best ones by `RULE`.
+        step: The last one.
+        asked_to_stop: Whether a signal asks any rank to stop. Collective.
+
+    Returns:
+        What `results.json`, which is written last, says of the choice: `alpha`, that of the plan's
+        choices or the best by `RULE`, `best_alpha`, and `start_metrics`. None if a signal stopped
+        the sweep.
     """
-    end = parallel.weights(run.model)
+    model, plan = judge.model, judge.plan
+    end = parallel.weights(model)
+    assert plan.choices is not None
+    asked = plan.choices.alpha
 
     def load(alpha: float) -> None:
         weights = interpolated(start, end, alpha) if rank() == 0 else {}
-        parallel.load_weights(run.model, weights)
+        parallel.load_weights(model, weights)
 
-    points = sweep(run, load, alpha)
-    if points is None:  # a signal stopped it
-        return
+    known = rank0_first(lambda: known_points(judge, writer.run, step))  # hosts may have own folders
+    points = sweep(judge, load, asked, known, asked_to_stop)
+    if points is None:
+        return None
     by_rule = best(points)
-    chosen = by_rule if alpha is None else alpha
+    chosen = by_rule if asked is None else asked
     assert chosen is not None
     start_metrics = {}
-    if run.config.run.evaluate:
+    if plan.config.run.evaluate:
         load(0.0)
-        to, encoder = run.folder / START / "results", run.evaluate.keeping()
-        start_metrics = run.evaluate("test", encoder=encoder, samples_to=to)
+        to, encoder = writer.run / START / "results", judge.keeping_encoder()
+        start_metrics = judge("test", encoder=encoder, samples_to=to)
     load(chosen)
     record = {
         "rule": RULE,
-        "steps": run.trainer.step,
+        "steps": step,
         "alpha": chosen,
         "best_alpha": by_rule,
         "points": points,
+        "data": digest_data(judge),
     }
-    weights, _ = lora.merge_adapters(run.model, parallel.weights(run.model))
-    raise_on_all_ranks(lambda: write(run, weights, record))
-    known = {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
-
-    def more_results(results: Mapping[str, Any]) -> dict[str, Any]:
-        given = run.folder, start_metrics, results
-        return {**known, "differences": rank0_first(lambda: differences(*given))}
-
-    run.more_results = more_results
+    weights, _ = lora.merge_adapters(model, parallel.weights(model))
+    raise_on_all_ranks(lambda: write(writer, weights, record))
+    return {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
 
 
 def differences(
@@ -201,33 +218,39 @@ def differences(
     }
 
 
-def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[Point] | None:
-    """Judge the model at each alpha; what an earlier sweep of this run judged is known.
+def sweep(
+    judge: Judge,
+    load: Callable[[float], None],
+    alpha: float | None,
+    known: Sequence[Point],
+    asked_to_stop: Callable[[], bool],
+) -> list[Point] | None:
+    """Judge the model at each alpha but those of the `known` points.
 
     The features of the start are kept, since other runs may judge it by the same data, and those of
     the weights that are chosen, which are judged again when the run ends. `load` gives the model
     the weights at an alpha. Returns the points by rising alpha; None if a signal stopped it.
     """
-    points = {point["alpha"]: point for point in known_points(run)}
-    if not run.plan.held_out and not run.plan.guards:
+    points = {point["alpha"]: point for point in known}
+    if not judge.plan.held_out and not judge.plan.guards:
         return []
     wanted = {*ALPHAS, *points}
     if alpha is not None:
         wanted.add(alpha)
     missing = sorted(wanted - points.keys())
     if rank() == 0 and missing:
-        say(announced(run, len(missing)))
-    progress = Progress(f"wise-ft {run.config.run.name}", len(missing))
+        say(announce(judge, len(missing)))
+    progress = Progress(f"wise-ft {judge.plan.config.run.name}", len(missing))
     leader: Encoder | None = None  # has the features of the weights to choose, so far
     of_start = set[Path]()  # folders of features
     for done, each in enumerate(missing):
-        if run.asked_to_stop():
+        if asked_to_stop():
             return None
         if rank() == 0:
             progress.update(done, f"alpha {each:g}")
         load(each)
-        encoder = run.evaluate.keeping()
-        points[each] = point_at(each, run, encoder)
+        encoder = judge.keeping_encoder()
+        points[each] = point_at(each, judge, encoder)
         if each == 0.0:
             of_start = encoder.folders
             continue
@@ -242,70 +265,70 @@ def sweep(run: Run, load: Callable[[float], None], alpha: float | None) -> list[
     return [points[each] for each in sorted(points)]
 
 
-def announced(run: Run, number: int) -> str:
-    """What a sweep over so many weights is going to judge, in a line."""
-    judging = [f"{data.name} ({len(split.images):,} images)" for data, split in judging_splits(run)]
+def announce(judge: Judge, number: int) -> str:
+    """What a sweep over this number of weights is going to judge, in a line."""
+    judging = [
+        f"{data.name} ({len(split.images):,} images)" for data, split in judging_splits(judge)
+    ]
     weights = f"{number} weights" if number > 1 else "one model"
     each = ", each" * (number > 1)
     return f"note: judging {weights} between start and end{each} on {', '.join(judging)}"
 
 
-def judging_splits(run: Run) -> list[tuple[EvaluationData, Split]]:
+def judging_splits(judge: Judge) -> list[tuple[EvaluationData, Split]]:
     """The data sets that judge the weights, each with the split that does."""
-    all_data = (*run.plan.held_out[:1], *run.plan.guards)
+    all_data = (*judge.plan.held_out[:1], *judge.plan.guards)
     return [
         (data, data.splits["validation" if "validation" in data.splits else "test"])
         for data in all_data
     ]
 
 
-def point_at(alpha: float, run: Run, encoder: Encoder) -> Point:
+def point_at(alpha: float, judge: Judge, encoder: Encoder) -> Point:
     """The point of the sweep for the weights that the model has now. Collective."""
-    metrics = run.evaluate("validation", quick=True, encoder=encoder, show=False)
+    metrics = judge("validation", quick=True, encoder=encoder, show=False)
     by_data = scores(metrics)
     mean = float(np.mean([*by_data.values()]))
     return {"alpha": alpha, "scores": by_data, "mean": mean, "metrics": metrics}
 
 
-def known_points(run: Run) -> list[Point]:
-    """The points of a complete sweep of this run by the data sets that it has, on each rank."""
-
-    def read() -> list[Point]:
-        record = read_record(run.folder) if (run.folder / FILE).is_file() else {}
-        now = judges(run)
-        if record.get("steps") != run.trainer.step or record.get("data", now) != now:
-            return []
-        # Other guards would leave means of other data sets beside each other.
-        return [point for point in record["points"] if point["scores"].keys() == now.keys()]
-
-    return rank0_first(read)  # hosts may not share the folder
+def known_points(judge: Judge, folder: Path, step: int) -> list[Point]:
+    """The points of a complete sweep of this run, up to this step, by the data sets that it has."""
+    record = read_record(folder) if (folder / FILE).is_file() else {}
+    now = digest_data(judge)
+    if record.get("steps") != step or record.get("data", now) != now:
+        return []
+    # Other guards would leave means of other data sets beside each other.
+    return [point for point in record["points"] if point["scores"].keys() == now.keys()]
 
 
-def judges(run: Run) -> dict[str, str]:
+def digest_data(judge: Judge) -> dict[str, str]:
     """What judges the weights, by name: a digest of its images, captions, classes and prompts.
 
-    That of squashed images is another one than of crops, which have that of earlier versions.
+    That of squashed images is another one than of crops.
     """
     digests = {}
-    squashed = ["squashed"] * run.model.squashes
-    for data, split in judging_splits(run):
+    squashed = ["squashed"] * judge.model.squashes
+    for data, split in judging_splits(judge):
         texts = (split.captions, list(data.class_names), list(data.templates))
         facts = (split.images.key, *texts, *squashed)
         digests[data.name] = checksum(repr(facts).encode())
     return digests
 
 
-def write(run: Run, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def write(
+    writer: CheckpointWriter, weights: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
     """Write the chosen model, the sweep and its figure, on rank 0."""
     if rank() != 0:
         return
-    description = {**run.writer.description, "alpha": record["alpha"]}
-    write_model(run.folder, weights, description, run.writer.text_files)
+    folder = writer.run
+    description = {**writer.description, "alpha": record["alpha"]}
+    write_model(folder, weights, description, writer.text_files)
     # Those of another alpha; on a full disk they stay, with their model.
-    (run.folder / "results.json").unlink(missing_ok=True)
-    sweep = sealed({**record, "data": judges(run)})
-    write_atomically(run.folder / FILE, to_json(sweep, indent=2) + "\n")
-    draw(record, run.folder / FIGURE)
+    (folder / "results.json").unlink(missing_ok=True)
+    write_atomically(folder / FILE, to_json(sealed(record), indent=2) + "\n")
+    draw(record, folder / FIGURE)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -323,17 +346,34 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Draw the sweep, if there is one and matplotlib is there."""
-    if not record["points"]:
+    """Draw the sweep, if there is one and matplotlib is there: the score of each data set over
+    alpha, their mean, and the alpha that was chosen."""
+    points, alpha = record["points"], record["alpha"]
+    if not points:
         return
     try:
-        from protoclip.training.wise_ft_figure import figure
+        from matplotlib.figure import Figure
     except ImportError:
         install = "pip install 'protoclip[figures]'"
         say(f"note: no {path.name}: it needs matplotlib; {install}")
         return
+    alphas = [point["alpha"] for point in points]
+    figure = Figure(figsize=(6.0, 4.0), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for data, colour in zip(points[0]["scores"], cycle(COLOURS), strict=False):
+        values = [100 * point["scores"][data] for point in points]
+        name = visible(data).replace("$", r"\$")  # matplotlib reads formulas between dollars
+        axes.plot(alphas, values, color=colour, marker="o", markersize=3, label=name)
+    means = [100 * point["mean"] for point in points]
+    axes.plot(alphas, means, color="black", linestyle="--", label="mean")
+    axes.axvline(alpha, color="#888888", linewidth=1, label=f"chosen: {alpha:g}")
+    axes.set_xlabel("alpha: 0 is the start, 1 the end of fine-tuning")
+    axes.set_ylabel("zero-shot accuracy or mean recall, percent")
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
     with replacing(path) as temporary:
-        figure(record).savefig(temporary, format="png")
+        figure.savefig(temporary, format="png")
 
 
 def data_sets(points: Iterable[Point]) -> list[str]:

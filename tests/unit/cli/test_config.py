@@ -31,7 +31,7 @@ from protoclip.config import (
     without_removed,
 )
 from protoclip.rules import check
-from protoclip.training.overfit import few_pairs_alone
+from protoclip.training.presets import read_given
 
 # Every list has entries and every number is set, so that none of them is left out.
 FULL = Config(
@@ -305,7 +305,7 @@ def test_overfit_is_the_reason_for_what_it_sets():
     """Not a weight that the user did not set."""
     given = {"teacher": {"features": "emoji", "whiten": 0, "distil": 1.0}, "run": {"overfit": 8}}
     given |= {"prototypes": {"iterations": 3}}
-    notes = check(few_pairs_alone(Config.from_dict(given)))
+    notes = check(Config.from_dict(read_given("train", given)))
     for name in ("prototypes.*", "teacher.*"):
         assert f"{name}: no effect, since run.overfit learns by the instance loss alone" in notes
     assert not [note for note in notes if "is 0" in note or "teacher.whiten" in note]

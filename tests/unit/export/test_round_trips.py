@@ -42,7 +42,7 @@ from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import CHECKSUMS, MODEL, find_checkpoint
 from protoclip.training import run
-from protoclip.training.plan import outline
+from protoclip.training.plan import resolve_settings
 from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, save_open_clip
@@ -165,7 +165,7 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     assert all(map(torch.equal, features(loaded, pixels), expected))
 
     given = ModelConfig(start=str(tmp_path / "moved"), heads=HEADS)
-    planned = outline(training(pairs, tmp_path / "run", given))
+    planned = resolve_settings(training(pairs, tmp_path / "run", given))
     config, notes = planned.config, planned.notes
     assert config.loss.instance == ("sigmoid" if kind in SIGMOID else "info_nce")
     assert not [note for note in notes if "resizes images" in note]
@@ -235,7 +235,7 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
     names = [f"clusters/{space}/{part}" for space in SPACES for part in PARTS]
     assert all(torch.equal(states[0][name], states[1][name]) for name in names)
     # The checkpoint itself starts a run, with its heads. It was trained on cropped images.
-    outlined = outline(Config(model=ModelConfig(start=str(tmp_path / "parts"))))
+    outlined = resolve_settings(Config(model=ModelConfig(start=str(tmp_path / "parts"))))
     assert not any("resizes images by" in note for note in outlined.notes)
     again = loading.model(outlined.config.model, seed=1)
     assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
@@ -261,7 +261,9 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
 def test_sizes_that_cannot_be(save, given, message, tmp_path):
     start = f"hf:{save(tmp_path / 'start')}"
     with pytest.raises(ValueError, match=message):
-        loading.model(outline(Config(model=ModelConfig(start=start, **given))).config.model, seed=0)
+        loading.model(
+            resolve_settings(Config(model=ModelConfig(start=start, **given))).config.model, seed=0
+        )
 
 
 def test_a_dual_encoder_with_the_sigmoid_loss(pairs, tmp_path):

@@ -20,7 +20,7 @@ from protoclip.models import opening, transformers
 from protoclip.models.resolve import names_model, resolve_start
 from protoclip.models.saved import find_checkpoint
 from protoclip.models.text_models import MINILM, text_files
-from protoclip.training import align, run
+from protoclip.training import presets, run
 from protoclip.training.throughput import forward_flops
 from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import SIZES, save_bert, save_dual_encoder, save_siglip
@@ -120,7 +120,7 @@ def test_the_hub_is_asked_once_for_what_a_run_knows_of_a_text_model(tmp_path, mo
     start = resolve_start(ModelConfig(image=image, text=text))
     assert set(asked) == {"me/asked-once"}
     asked.clear()
-    assert align.on_exports(Config(model=start.model), start)
+    assert presets.on_exports(Config(model=start.model), start)
     assert asked == []
 
 

@@ -43,7 +43,7 @@ from protoclip.models.saved import (
 from protoclip.models.start import find_start
 from protoclip.rules import check
 from protoclip.training import run
-from protoclip.training.plan import make_plan, outline
+from protoclip.training.plan import make_plan, resolve_settings
 from testing import tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, VIT, halves, save_open_clip
@@ -342,7 +342,7 @@ def error(given: ModelConfig) -> str:
 
     def make() -> None:
         check(Config(model=given))
-        config = outline(Config(model=given)).config
+        config = resolve_settings(Config(model=given)).config
         loading.model(config.model, seed=0)
 
     with pytest.raises(ValueError, match=r"^[^\n]*$") as found:

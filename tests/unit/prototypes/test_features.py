@@ -201,7 +201,7 @@ def test_extraction_through_the_training_transform(tmp_path):
         config = with_changes(config, {"prototypes": {"extract_transform": transform}})
         model = loading.model(config.model, seed=0)
         made = run.Run(make_plan(config), model, folder=tmp_path / "run")
-        episode, source = made.episode(0), made.trainer.source
+        episode, source = made.episode(0), made.trainer.prototypes.source
         found[transform] = source.features(episode)
         assert torch.equal(source.features(episode).image, found[transform].image)
         trained = next(iter(made.loader.batches(episode, 0)))

@@ -17,7 +17,7 @@ from protoclip.models.saved import read_config
 from protoclip.results import page as report_page
 from protoclip.results.page import clip, make_printable, make_thumbnail, write_report
 from protoclip.results.read import read_run
-from protoclip.training.finetune import finetune
+from protoclip.training.run import finetune
 from reported import hostile_pairs, trained
 
 

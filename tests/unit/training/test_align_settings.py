@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from numbered import Numbered
 
-from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
-from protoclip.training import align as aligning
-from protoclip.training.align import CHOSEN, before_data
-from protoclip.training.choices import with_begun
+from protoclip.training import presets
+from protoclip.training.presets import choose_before_data, choose_with_data
+from protoclip.training.run_folder import add_begun
 from testing import tiny_pairs
 from tiny_align import changed, rows_of, tiny_alignment
 
 HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
+PAIRS = {"data": {"train": "pairs.tsv"}}
 FILE = {"teacher": {"features": "teacher"}}
 SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b"}]}
 
@@ -27,11 +27,11 @@ SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features"
 )
 def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given, weight, tmp_path):
     """Unless another one is given, or a run that began with one goes on."""
-    settings: dict[str, Any] = {"model": HALVES, **given}
-    assert before_data(settings).config.loss.teacher == weight
+    settings: dict[str, Any] = {"model": HALVES, **PAIRS, **given}
+    assert choose_before_data("align", settings).config.loss.teacher == weight
     (tmp_path / "config.toml").write_text("[loss]\nteacher = 0.5\n")
-    begun = before_data(with_begun(settings, tmp_path, CHOSEN)).config.loss.teacher
-    assert begun == (weight if "loss" in given else 0.5)
+    begun = choose_before_data("align", add_begun("align", settings, tmp_path)).config
+    assert begun.loss.teacher == (weight if "loss" in given else 0.5)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,13 @@ def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given
 )
 def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     """The prototypes of a teacher are a tenth of an episode."""
-    monkeypatch.setattr(aligning, "write_listing", lambda *_: None)
-    monkeypatch.setattr(aligning, "open_listing", lambda _: Mock(rows=range(rows)))
-    monkeypatch.setattr(aligning, "on_exports", lambda *_: [])
-    choices = before_data({"model": HALVES})
-    data = Judged(Numbered(rows, 1), [], [])
-    config, _ = aligning.with_data(choices, choices.config, Mock(Start), data)
+    monkeypatch.setattr(presets, "write_listing", lambda *_: None)
+    monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows)))
+    monkeypatch.setattr(presets, "on_exports", lambda *_: [])
+    choices = choose_before_data("align", {"model": HALVES, **PAIRS})
+    config, _ = choose_with_data(
+        choices, choices.config, Mock(Start), Numbered(rows, 1), is_judged=False
+    )
     assert (config.episodes.size, config.episodes.count) == (size, count)
 
 

@@ -24,6 +24,7 @@ from protoclip.models.precision import grad_scaler
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
+from protoclip.training.clustering import Clusterings, EpisodePrototypes
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.stages import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
@@ -65,13 +66,11 @@ def trainer_of(
     trainer = Trainer(
         model=model,
         stage=lambda episode: PROTOTYPICAL,
-        source=source,
-        cluster=Mock(),
+        prototypes=EpisodePrototypes(
+            source=source, cluster=Mock(Clusterings), make_targets=Mock(), groups_modalities=True
+        ),
         weights=weights,
-        make_targets=Mock(),
-        optimizer=optimizer,
         schedule=lambda step: 0.1,
-        scaler=scaler,
         guard=NonFiniteGuard(optimizer, scaler, Path("unused")),
         autocast=nullcontext,
         clip_norm=1.0,
@@ -80,15 +79,15 @@ def trainer_of(
         **{"micro_batch_size": None, **settings},
     )
     for space in ("image", "text", "bert"):
-        trainer.clusters[space] = KMeans(
+        trainer.prototypes.clusters[space] = KMeans(
             centroids=empty(PROTOTYPES, WHITENED if space == "bert" else WIDTH),
             assignments=empty(NUMBER).long(),
             inertia=0.0,
             history=(),
         )
-        trainer.reached[space] = empty(PROTOTYPES + 1)
+        trainer.prototypes.reached[space] = empty(PROTOTYPES + 1)
         for student in {"image", "text"} - {space}:
-            trainer.targets[student, space] = Target(
+            trainer.prototypes.targets[student, space] = Target(
                 classes=empty(PROTOTYPES, WIDTH),
                 class_index=empty(PROTOTYPES).long(),
                 lookup=empty(PROTOTYPES, WIDTH),

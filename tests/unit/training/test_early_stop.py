@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from protoclip.training.early_stop import EarlyStop
+from protoclip.training.judge import EarlyStop
 
 
 @pytest.mark.parametrize(

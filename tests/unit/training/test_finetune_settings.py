@@ -13,12 +13,12 @@ from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import open_source
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
-from protoclip.evaluation.validation import Judged
 from protoclip.models.start import Start
 from protoclip.rules import check
-from protoclip.training import finetune, sizes
-from protoclip.training.choices import with_begun
+from protoclip.training import run, sizes
 from protoclip.training.plan import with_episodes
+from protoclip.training.presets import choose_before_data, choose_with_data
+from protoclip.training.run_folder import add_begun
 
 
 def planned(
@@ -26,10 +26,9 @@ def planned(
 ) -> tuple[Config, list[str]]:
     """The settings with which fine-tuning on so many pairs begins, and its notes."""
     samples = Mock(SampleStream) if number is None else Numbered(number, different)
-    choices = finetune.before_data(given)
+    choices = choose_before_data("finetune", given)
     start = Mock(Start, heads_are_new=":" in str(choices.config.model.start))
-    data = Judged(samples, [Mock()], [])
-    config, notes = finetune.with_data(choices, choices.config, start, data, alpha=None)
+    config, notes = choose_with_data(choices, choices.config, start, samples, is_judged=True)
     return with_episodes(config, samples)[0], notes
 
 
@@ -73,9 +72,8 @@ def test_passes_count_images_where_each_has_several_rows(captions, images, expec
     lines = [f"{row // captions}.png\tcaption {row}" for row in range(captions * images)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
     pairs = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
-    choices = finetune.before_data({"model": {"start": "open_clip:RN50/openai"}})
-    data = Judged(pairs, [Mock()], [])
-    config, notes = finetune.with_data(choices, choices.config, Mock(Start), data, alpha=None)
+    choices = choose_before_data("finetune", {"model": {"start": "open_clip:RN50/openai"}})
+    config, notes = choose_with_data(choices, choices.config, Mock(Start), pairs, is_judged=True)
     found = config.episodes
     assert (found.batch_size, found.size, found.count) == expected
     assert found.replacement is False
@@ -140,23 +138,16 @@ def test_defaults_and_their_notes():
     loss = config.loss
     assert (loss.strengths, loss.prototypical, loss.teacher) == ("constant", 1.0, 1.0)
     assert config.prototypes.number == config.teacher.number == 3_993
-    assert notes[0] == "for fine-tuning: run.name = 'finetuned', run.evaluate_every = 1"
-    assert [note.split(": ")[1].split(".")[0] for note in notes] == [
-        *("run", "model", "episodes", "optim", "teacher", "loss")
-    ]
+    assert notes[0].startswith("for fine-tuning: run.name = 'finetuned'")
 
 
-def test_help_shows_the_defaults_of_fine_tuning():
-    """Those that do not follow from the data."""
+def test_help_shows_what_fine_tuning_chooses():
+    """Without pairs, which have to be named."""
     config, _ = planned({"model": {"start": "open_clip:RN50/openai"}})
-    follow = {"episodes.size", "optim.warm_up_steps", "optim.heads_lr_scale"}
-    # Of these the help says for all commands what they follow from.
-    elsewhere = {"optim.weight_decay", "teacher.features"}
-    assert {*Finetune.defaults} - {"data.train"} == finetune.CHOSEN - follow - elsewhere
     assert Finetune.defaults["data.train"] is None
     for name, value in Finetune.defaults.items():
         section, _, setting = name.partition(".")
-        if name not in ("data.train", "episodes.count") and not isinstance(value, str):
+        if name != "data.train" and not isinstance(value, str):
             assert getattr(getattr(config, section), setting) == value
 
 
@@ -191,10 +182,10 @@ def test_small_towers_learn_at_a_rate_of_their_own(lora, begun, rate, tmp_path):
     if begun is not None:
         (tmp_path / "config.toml").write_text(f"[optim]\nlearning_rate = {begun}\n")
     given = {"model": {"start": "runs/small", "lora": lora}}
-    choices = finetune.before_data(with_begun(given, tmp_path, finetune.CHOSEN))
+    choices = choose_before_data("finetune", add_begun("finetune", given, tmp_path))
     start = Mock(Start, heads_are_new=False, tower_kind=None)
-    data = Judged(Numbered(400, 10**9), [Mock()], [])
-    config, _ = finetune.with_data(choices, choices.config, start, data, alpha=None)
+    pairs = Numbered(400, 10**9)
+    config, _ = choose_with_data(choices, choices.config, start, pairs, is_judged=True)
     assert config.optim.learning_rate == rate
 
 
@@ -211,13 +202,13 @@ def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes):
 def test_without_a_start_or_pairs_or_a_length(tmp_path: Path):
     """The emoji are no default. Of a run that was fine-tuned the way to go on is said."""
     with pytest.raises(ValueError, match=r"^model\.start: fine-tuning needs a model to start"):
-        finetune.finetune({"data": {"train": str(tmp_path)}})
+        run.finetune({"data": {"train": str(tmp_path)}})
     with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
-        finetune.finetune({"model": {"start": str(tmp_path)}, "data": {"workers": 0}})
+        run.finetune({"model": {"start": str(tmp_path)}, "data": {"workers": 0}})
     with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
-        finetune.finetune({"model": {"start": "hf:" + 300 * "x"}, "data": {"sources": []}})
+        run.finetune({"model": {"start": "hf:" + 300 * "x"}, "data": {"sources": []}})
     (tmp_path / "config.toml").write_text('model.start = "hf:a"')
     with pytest.raises(ValueError, match=r"or go on with .* by --resume auto$"):
-        finetune.finetune({"model": {"start": str(tmp_path)}}, alpha=0.3)
+        run.finetune({"model": {"start": str(tmp_path)}}, alpha=0.3)
     with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):
         settings(None, episodes={"size": 64})

@@ -26,7 +26,7 @@ from protoclip.training.optim import (
     set_learning_rate,
     warm_up_cosine,
 )
-from protoclip.training.plan import fill, outline
+from protoclip.training.plan import fill, resolve_settings
 from protoclip.training.stages import (
     LOCKED_IMAGE,
     PROTOTYPICAL,
@@ -88,13 +88,13 @@ def test_models_with_a_logit_bias_get_the_sigmoid_loss():
         if name is not None and name.startswith("coca"):
             continue
         sigmoid = name is not None and "siglip" in name.lower()
-        outlined = outline(Config(model=ModelConfig(name=name)))
+        outlined = resolve_settings(Config(model=ModelConfig(name=name)))
         assert outlined.config.loss.instance == ("sigmoid" if sigmoid else "info_nce"), name
         assert any("loss.instance = sigmoid" in note for note in outlined.notes) == sigmoid
     for instance in ("info_nce", "sigmoid"):
         for name in ("RN50", "ViT-B-16-SigLIP"):
             config = Config(model=ModelConfig(name=name), loss=LossConfig(instance=instance))
-            assert outline(config).config.loss.instance == instance
+            assert resolve_settings(config).config.loss.instance == instance
 
 
 def test_the_schedule_is_linear_then_cosine():

@@ -14,7 +14,8 @@ from protoclip.config import (
     ModelConfig,
     TextTowerConfig,
 )
-from protoclip.training import align, finetune, run
+from protoclip.training import run
+from protoclip.training.presets import choose_before_data, read_given
 
 DATA = {"sources": [{"path": "a.csv", "name": "one"}, {"path": "b.csv"}], "validation": 0.1}
 HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
@@ -22,28 +23,29 @@ RUN = {"run": {"device": "cpu", "seed": 3}}
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "given"),
+    ("name", "given"),
     [
-        (run, "train", {**RUN, "data": DATA, "model": {"image": {"size": 48}}}),
-        (finetune, "finetune", {**RUN, "data": DATA, "model": {"start": "runs/x", "lora": 2}}),
-        (align, "align", {**RUN, "data": DATA, "model": HALVES}),
+        ("train", {**RUN, "data": DATA, "model": {"image": {"size": 48}}}),
+        ("finetune", {**RUN, "data": DATA, "model": {"start": "runs/x", "lora": 2}}),
+        ("align", {**RUN, "data": DATA, "model": HALVES}),
     ],
 )
-def test_both_kinds_of_settings_are_the_same_run(module, name, given, monkeypatch):
+def test_both_kinds_of_settings_are_the_same_run(name, given):
     """Of fine-tuning and aligning, settings of a `Config` at their default are not given."""
     config = Config.from_dict(given)
-    monkeypatch.setattr(module, "train_together", lambda config, *_, **__: {"config": config})
-    one, other = (getattr(module, name)(settings)["config"] for settings in (given, config))
+    one, other = (
+        choose_before_data(name, read_given(name, settings)).config for settings in (given, config)
+    )
     assert one == other
     assert one.data.sources == config.data.sources
 
 
 def test_a_config_without_pairs_is_no_run_to_fine_tune():
     with pytest.raises(ValueError, match=r"data\.train"):
-        finetune.finetune(Config.from_dict({"model": {"start": "runs/x"}}))
+        run.finetune(Config.from_dict({"model": {"start": "runs/x"}}))
 
 
-@pytest.mark.parametrize("function", [run.train, finetune.finetune, align.align])
+@pytest.mark.parametrize("function", [run.train, run.finetune, run.align])
 @pytest.mark.parametrize(
     ("settings", "told", "pairs"),
     [
@@ -69,8 +71,8 @@ def test_a_recipe_s_name_is_no_data(name):
 
 
 @pytest.mark.parametrize("as_config", [True, False])
-@pytest.mark.parametrize(("module", "name"), [(run, "train"), (align, "align")])
-def test_a_run_gets_plain_values(module, name, as_config, monkeypatch):
+@pytest.mark.parametrize("name", ["train", "align"])
+def test_a_run_gets_plain_values(name, as_config):
     """Of NumPy, of paths and of dataclasses as sections, or its files could not hold them."""
     data, episodes = DataConfig(), EpisodeConfig()
     object.__setattr__(data, "train", Path("a.csv"))  # past the type checks of tests
@@ -79,7 +81,6 @@ def test_a_run_gets_plain_values(module, name, as_config, monkeypatch):
     given = {"data": data, "episodes": episodes, "model": {"image": image, "text": text}}
     model = ModelConfig(image=image, text=text)
     settings = Config(data=data, episodes=episodes, model=model) if as_config else given
-    monkeypatch.setattr(module, "train_together", lambda config, *_, **__: {"config": config})
-    config = getattr(module, name)(settings)["config"]
+    config = choose_before_data(name, read_given(name, settings)).config
     assert type(config.data.train) is str
     assert type(config.episodes.count) is int

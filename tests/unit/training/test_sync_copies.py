@@ -16,7 +16,7 @@ from interrupting import with_changes, with_out
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.models.saved import CHECKSUMS, checkpoints, damage, write_model
 from protoclip.training.checkpoint import CheckpointWriter
-from protoclip.training.plan import outline
+from protoclip.training.plan import resolve_settings
 from protoclip.training.run_folder import read_settings, to_toml
 from protoclip.training.sync import Copies, begun, fetch, require_apart, store_of
 from testing import tiny_config
@@ -49,7 +49,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(outline(CONFIG).config))
+        (folder / "config.toml").write_text(to_toml(resolve_settings(CONFIG).config))
         self.copies = Copies(CONFIG.run.sync, folder, keep=2)
         settings: dict[str, Any] = {"every_steps": 0, "every_minutes": 0.0, "keep": 2}
         settings |= {"then": self.copies.start, "in_use": self.copies.in_use}
@@ -220,7 +220,7 @@ def test_a_checkpoint_stays_until_it_is_copied(saving, monkeypatch):
 def fetched(folder: Path, *, resume: bool = True, **changes: Any) -> list[int]:
     """The steps of the intact checkpoints in a run folder after a fetch."""
     config = with_changes(with_out(CONFIG, str(folder)), {"run": changes})
-    fetch(outline(config), resume=resume)
+    fetch(resolve_settings(config), resume=resume)
     return [int(path.name[-9:]) for path in checkpoints(folder) if damage(path) is None]
 
 
@@ -296,7 +296,7 @@ def test_another_run_in_the_folder_is_refused(saving, tmp_path):
     other = Run(tmp_path / "other")
     other.writer.then = lambda folder: None
     other.save(1)
-    settings = with_changes(outline(CONFIG).config, {"run": {"seed": 5}})
+    settings = with_changes(resolve_settings(CONFIG).config, {"run": {"seed": 5}})
     (other.folder / "config.toml").write_text(to_toml(settings))
     for step in (1, 2):
         saving.save(step)

@@ -16,13 +16,13 @@ from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import sealed
 from protoclip.models import saved
 from protoclip.models.saved import MODEL, damage, find_checkpoint, write_model
-from protoclip.training.run import Run
+from protoclip.training.judge import Judge
 from protoclip.training.wise_ft import (
     ALPHAS,
     FILE,
     best,
+    digest_data,
     interpolated,
-    judges,
     known_points,
     scores,
 )
@@ -115,26 +115,29 @@ def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
         split = Split(images=ImageTextPairs(tiny_pairs(4, seed=seed), name="images"))
         return EvaluationData(name=name, splits={"validation": split}, **more)
 
-    def run(*guards: EvaluationData, step: int = 4, squashes: bool = False) -> Any:
-        run = Mock(Run, folder=tmp_path, trainer=Mock(step=step), model=Mock(squashes=squashes))
-        run.plan = Mock(held_out=[*map(data, ("validation", "validation-a"))], guards=guards)
-        return run
+    def judge(*guards: EvaluationData, squashes: bool = False) -> Any:
+        held_out = [*map(data, ("validation", "validation-a"))]
+        plan = Mock(held_out=held_out, guards=guards)
+        return Mock(Judge, plan=plan, model=Mock(squashes=squashes))
+
+    def points(*guards: EvaluationData, step: int = 4, squashes: bool = False) -> Any:
+        return known_points(judge(*guards, squashes=squashes), tmp_path, step)
 
     record = {"steps": 4, "points": [before]}
-    of_old = {"data": judges(run(data("old")))}
+    of_old = {"data": digest_data(judge(data("old")))}
     for known in (of_old, {}):  # earlier versions did not note it
         (tmp_path / FILE).write_text(json.dumps(sealed(record | known)))
-        assert known_points(run(data("old"))) == [before]
+        assert points(data("old")) == [before]
         for guards in ([], ["new"], ["old", "new"]):
-            assert known_points(run(*map(data, guards))) == []
-        assert known_points(run(data("old"), step=5)) == []
+            assert points(*map(data, guards)) == []
+        assert points(data("old"), step=5) == []
     (tmp_path / FILE).write_text(json.dumps(sealed(record | of_old)))
     for other in ({"seed": 1}, {"class_names": ["x"]}, {"templates": ["a {c}"]}):
-        assert known_points(run(data("old", **other))) == []
-    assert known_points(run(data("old"), squashes=True)) == []
-    of_squashed = {"data": judges(run(data("old"), squashes=True))}
+        assert points(data("old", **other)) == []
+    assert points(data("old"), squashes=True) == []
+    of_squashed = {"data": digest_data(judge(data("old"), squashes=True))}
     (tmp_path / FILE).write_text(json.dumps(sealed(record | of_squashed)))
-    assert known_points(run(data("old"), squashes=True)) == [before]
+    assert points(data("old"), squashes=True) == [before]
 
 
 def model(value: float) -> dict[str, Tensor]:
