@@ -258,7 +258,7 @@ def test_the_analysis_is_taken_where_it_has_seen_the_newest_checkpoint(runs, tmp
         assert "Image and text groups agree (AMI)" in page.sections["curves"]
 
 
-def test_the_command_measures_all_checkpoints_if_asked(runs, tmp_path, without_charts):
+def test_the_command_measures_all_checkpoints_if_asked(runs, tmp_path):
     """And keeps what it measured in the folder of the run."""
     folder, out = tmp_path / "proto", tmp_path / "report.html"
     shutil.copytree(runs / "proto", folder)
