@@ -167,6 +167,29 @@ def test_the_choice_is_kept_and_hardly_changes_when_pairs_are_added(tmp_path):
     assert np.array_equal(rows, held_out_rows([pairs], share=0.1, folder=tmp_path))
 
 
+def test_a_choice_of_version_1_0_stays(tmp_path, monkeypatch):
+    """So its runs go on with the pairs that they held out, though another rule chose them."""
+    pairs = source(200, "web", captions=10**9, images=10**9)
+    monkeypatch.setattr(split, "FORM", split.FORM_1_0)
+    held_out_rows([pairs], share=0.1, folder=tmp_path)
+    (kept,) = tmp_path.glob("*.npz")
+    np.savez(kept, rows=np.arange(7))
+    monkeypatch.undo()
+    assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 7
+
+
+def test_a_chain_of_pairs_is_held_out_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Each shares a caption with the next one, so a pass over the data finds one further at most."""
+    for passes, number in ((8, 36), (2, 0)):
+        monkeypatch.setattr(split, "PASSES", passes)
+        captions = [[f"{row // 4} {row % 4}", f"{row // 4} {row % 4 + 1}"] for row in range(400)]
+        columns = {"image": [b"%d" % row for row in range(400)], "caption": captions}
+        pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
+        rows = held_out_rows([pairs], share=0.1, folder=tmp_path / str(passes))
+        assert len(rows) >= number
+        assert {*rows.tolist()} == {4 * (row // 4) + n for row in rows.tolist() for n in range(4)}
+
+
 def test_at_most_so_many_are_held_out(tmp_path):
     pairs = source(2000, "web", captions=10**9, images=10**9)
     assert len(held_out_rows([pairs], share=0.5, most=30, folder=tmp_path)) == 30
