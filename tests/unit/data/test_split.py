@@ -179,7 +179,7 @@ def test_a_choice_of_version_1_0_stays(tmp_path, monkeypatch):
 
 
 def test_a_chain_of_pairs_is_held_out_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Each shares a caption with the next one, so a pass over the data finds one further at most."""
+    """Each shares a caption with the next one, so a pass over the data finds one more at most."""
     for passes, number in ((8, 36), (2, 0)):
         monkeypatch.setattr(split, "PASSES", passes)
         captions = [[f"{row // 4} {row % 4}", f"{row // 4} {row % 4 + 1}"] for row in range(400)]
