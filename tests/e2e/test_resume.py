@@ -99,7 +99,7 @@ def test_other_settings_do_not_go_on(whole, stopped):
             "save_steps": 5,
             "keep_checkpoints": 3,
         },
-        "data": {"workers": 1, "cache": "none", "max_bad_share": 0.5},
+        "data": {"workers": 1, "cache_gb": 1.0, "max_bad_share": 0.5},
     }
     assert run.train(with_changes(stopped, free), resume="auto")["steps"] == 16
     assert [path.name[-2:] for path in checkpoints(folder)] == ["10", "15", "16"]
