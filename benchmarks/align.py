@@ -44,7 +44,7 @@ from protoclip.encode.rows import HalfRows, open_listing, write_listing
 from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
-from protoclip.models.aligned import AlignedModel, FrozenHalves
+from protoclip.models.projections import AlignedModel, FrozenEncoders
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training.run_folder import environment
 
@@ -83,7 +83,7 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
-    halves = FrozenHalves(model.towers).eval().requires_grad_(False)
+    halves = FrozenEncoders(model.towers).eval().requires_grad_(False)
     transform = loading.evaluation_transform(model)
     encoder = image_half(halves, transform, max_pixels=2**30, autocast=nullcontext)
     pairs = ImageTextPairs(tiny_pairs(IMAGES, side=64), name="pairs", table_key="benchmark")

@@ -71,7 +71,7 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
         if not encoders:
             model, transform, tokenizer = loading.load(folder)
             # What frozen halves make of transfer sets is the same whatever joins them.
-            cache = cache_folder() / "features" if model.joins_halves else None
+            cache = cache_folder() / "features" if model.joins_encoders else None
             encoders.append(encoder_of(model, transform, tokenizer, cache=cache))
         return encoders[0]
 

@@ -239,7 +239,7 @@ class ModelConfig:
         return self.start is None and self.name is None
 
     @property
-    def joins_halves(self) -> bool:
+    def joins_encoders(self) -> bool:
         """Whether the towers are an image half and a pretrained text half, here or in the start."""
         return self.name is None and self.text.name is not None
 

@@ -29,7 +29,6 @@ from protoclip.config import Config
 from protoclip.distributed import collectives, parallel
 from protoclip.models import shards
 from protoclip.models.saved import (
-    ADAPTERS,
     OPTIMIZER,
     RESUME,
     WEIGHTS,
@@ -66,7 +65,7 @@ def all_of(step: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
     names = [
         name
-        for name in (WEIGHTS, OPTIMIZER, ADAPTERS, RESUME)
+        for name in (WEIGHTS, OPTIMIZER, RESUME)
         if (step / name).is_file() or in_shards(step / name)
     ]
     parts = {name: read_tensors(step / name) for name in names}
@@ -130,7 +129,7 @@ def test_no_rank_gathers_or_writes_the_whole(ended):
         assert gathered == []
         assert share < 0.55  # statistics of BatchNorm are on each rank
     last = find_checkpoint(folder)
-    for part in ("model", "optimizer", "adapters"):
+    for part in ("model", "optimizer"):
         first, second = shards.files(last / part)
         assert first.stat().st_size == pytest.approx(second.stat().st_size, rel=0.2)
         assert not (last / f"{part}.safetensors").exists()
@@ -141,7 +140,7 @@ def test_its_model_is_the_whole_one(ended, tmp_path):
     """Bit for bit; it is loaded, exported, and trained from in one process."""
     folder, ((_, _, whole), _) = ended
     found = read_tensors(find_checkpoint(folder) / WEIGHTS)
-    assert found.keys() == {name for name in whole if not name.startswith("teacher_heads.")}
+    assert found.keys() == whole.keys()
     assert [name for name in found if not torch.equal(found[name], whole[name])] == []
     model, _, tokenizer = protoclip.load(folder)
     texts = tokenizer(["a red apple", "a cat"])

@@ -60,10 +60,7 @@ def gradients(
         model.add_logit_bias()
     distils = [term for term in terms if term.startswith("distil")]
     if distils:
-        torch.manual_seed(0)  # of the heads
-        width = None if distils == ["distil_relations"] else WIDTH
-        model.add_teacher_heads(16, {"image": ("image", width), "text": ("text", width)})
-        model.double()
+        model.distils = {"image": "image", "text": "text"}
     if collectives.world_size() > 1:
         batch_norm.synchronise(model, torch.device("cpu"))
     if sharded:

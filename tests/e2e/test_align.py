@@ -36,7 +36,7 @@ from protoclip.evaluation import features as evaluated
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import judged
 from protoclip.models import loading
-from protoclip.models.aligned import AlignedModel
+from protoclip.models.projections import AlignedModel
 from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans

@@ -17,7 +17,7 @@ import protoclip
 from interrupting import with_changes
 from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
-from protoclip.models.aligned import FrozenHalves, Projections
+from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.resolve import resolve_start, tower_config
 from protoclip.models.start import find_start
 from protoclip.training import wise_ft
@@ -101,7 +101,7 @@ def test_a_half_is_the_tower_of_another_model(image, text, given, models, tmp_pa
     model, _, tokenizer = protoclip.load(results["folder"])
     tokens = tokenizer(TEXTS)
     assert tokens.shape == (2, {"run": 8}.get(text, 12))
-    halves, between = FrozenHalves(model.towers).eval(), Projections(model.towers)
+    halves, between = FrozenEncoders(model.towers).eval(), Projections(model.towers)
     with torch.inference_mode():
         features = {"image": halves.encode_image(PIXELS), "text": halves.encode_text(tokens)}
         torch.testing.assert_close(
@@ -156,7 +156,7 @@ def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_pat
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
-        found = FrozenHalves(loading.model(start, seed=0).towers).eval().encode_text(tokens)
+        found = FrozenEncoders(loading.model(start, seed=0).towers).eval().encode_text(tokens)
         inputs = words(TEXTS, return_tensors="pt", padding=True)
         states, mask = theirs(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         mean = (states * mask).sum(1) / mask.sum(1)
@@ -228,7 +228,7 @@ def test_a_trunk_whose_classifier_projects_is_a_half(given, tmp_path):
     vision |= {"image_size": 32, "timm_pool": "avg"}
     model = str(save_open_clip(tmp_path / "model", {**CLIP, "vision_cfg": vision}))
     start = resolve_start(build(ModelConfig, settings_of(given, model, None)["model"], "model."))
-    halves = FrozenHalves(loading.model(start, seed=0).towers).eval()
+    halves = FrozenEncoders(loading.model(start, seed=0).towers).eval()
     trunk = protoclip.load(model)[0].towers.visual.trunk.eval()
     with torch.inference_mode():
         expected = trunk.forward_head(trunk.forward_features(PIXELS), pre_logits=True)

@@ -75,15 +75,6 @@ def shard(model: nn.Module, device: torch.device, *, gathered: torch.dtype | Non
         register_fsdp_forward_method(model, method)
 
 
-def shard_linear(part: nn.Module, model: nn.Module) -> None:
-    """Shard the linear layers of a part that was added to a sharded model, equal on every rank."""
-    mesh = next(
-        parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)
-    )
-    for layer in [layer for layer in part.modules() if isinstance(layer, nn.Linear)]:
-        fully_shard(layer, mesh=mesh)
-
-
 def load_whole(model: nn.Module, whole: nn.Module | None) -> None:
     """Load a sharded model from the whole model of rank 0. Other ranks pass None."""
     load_weights(model, whole.state_dict() if whole is not None else {})

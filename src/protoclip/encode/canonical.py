@@ -1,6 +1,6 @@
 """Where two frozen spaces agree, in closed form: canonical correlation analysis (CCA) with a ridge.
 
-The heads between two halves start from it (`models/aligned.py` sets them). Whitening of one space
+The projections of `align` start from it (`models/projections.py` sets them). Whitening of one space
 alone is in `whiten.py`.
 """
 

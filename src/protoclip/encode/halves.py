@@ -52,8 +52,8 @@ from protoclip.encode.run import (
 )
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.files import checksum, locked
-from protoclip.models.aligned import FrozenHalves
 from protoclip.models.precision import Autocast
+from protoclip.models.projections import FrozenEncoders
 from protoclip.models.tokenizers import TELLING, Tokenizer
 from protoclip.progress import Progress
 
@@ -71,7 +71,7 @@ def features_folder(config: Config) -> Path:
     return cache_folder() / "features" if given is None else Path(given)
 
 
-def text_half(halves: FrozenHalves, tokenizer: Tokenizer, *, autocast: Autocast) -> Encoder:
+def text_half(halves: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autocast) -> Encoder:
     """The encoder of a frozen text half. Features have any norm: its projection reads them so.
 
     Args:
@@ -102,7 +102,7 @@ def text_half(halves: FrozenHalves, tokenizer: Tokenizer, *, autocast: Autocast)
 
 
 def image_half(
-    halves: FrozenHalves, transform: Transform, *, max_pixels: int, autocast: Autocast
+    halves: FrozenEncoders, transform: Transform, *, max_pixels: int, autocast: Autocast
 ) -> Encoder:
     """The encoder of a frozen image half. Features have any norm: its projection reads them so.
 
@@ -160,7 +160,7 @@ class ImageHalf:
 
 
 def image_halves(
-    halves: FrozenHalves,
+    halves: FrozenEncoders,
     views: Sequence[Transform],
     root: Path,
     *,
@@ -184,7 +184,7 @@ def images_at_once(model: nn.Module) -> int:
 
 
 def encode_halves(
-    halves: FrozenHalves,
+    halves: FrozenEncoders,
     pairs: Pairs,
     *,
     tokenizer: Tokenizer,

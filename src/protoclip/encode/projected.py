@@ -29,8 +29,8 @@ from protoclip.encode.rows import image_key
 from protoclip.encode.store import Numbers, Store, hash_ids
 from protoclip.encode.whiten import Features
 from protoclip.files import checksum
-from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import Autocast, Precision, autocast, of_encoding, resolve
+from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import checkpoints, facts_of, read_config, run_of
 from protoclip.terminal import say
@@ -139,7 +139,7 @@ def kept_halves(
     """
     usual = of_encoding(asked, device)
     run = run_of(reference)
-    joins = isinstance(model, ProtoCLIP) and model.joins_halves
+    joins = isinstance(model, ProtoCLIP) and model.joins_encoders
     reads_as_align = isinstance(transform, EvaluationTransform) and isinstance(samples, Pairs)
     if run is None or not joins or not reads_as_align:
         return KeptHalves(precision=usual)
@@ -147,7 +147,7 @@ def kept_halves(
         config = read_config(run)
     except ValueError:  # another version wrote it, and the model can be read all the same
         return KeptHalves(precision=usual)
-    halves, heads = FrozenHalves(model.towers).eval(), Projections(model.towers)
+    halves, heads = FrozenEncoders(model.towers).eval(), Projections(model.towers)
 
     def kept(
         precision: Precision,

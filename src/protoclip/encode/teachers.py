@@ -395,18 +395,9 @@ def with_towers(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config
     return with_each(config, filled), notes
 
 
-def heads(
-    config: Config, teachers: Mapping[str, Whitens], width: int
-) -> dict[str, tuple[str, int | None]]:
-    """Of each teacher to be distilled the tower that learns, `image` or `text`, and how wide its
-    features are; None for relations, which need no head.
+def learning_towers(config: Config) -> dict[str, str]:
+    """The tower that learns the relations of each teacher to be distilled, `image` or `text`.
 
-    Args:
-        config: Its towers are filled.
-        width: Of the model's features, which those of the start have too.
+    The towers of `config` are filled.
     """
-    learned: dict[str, tuple[str, int | None]] = {}
-    for name, teacher in config.distilled_teachers.items():
-        assert teacher.tower is not None, "`with_towers` comes first"
-        learned[name] = teacher.tower, None
-    return learned
+    return {name: str(teacher.tower) for name, teacher in config.distilled_teachers.items()}

@@ -26,8 +26,8 @@ from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.features import Encoded, Encoder, Model, Reader, Tokenizer, Transform
 from protoclip.files import checksum
-from protoclip.models.aligned import FrozenHalves, Projections
 from protoclip.models.precision import autocast, resolve
+from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode
 
 PROJECTED = 8192  # rows at once
@@ -51,14 +51,14 @@ def encoder_of(
     """
     given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, **settings}
     keeps = given.get("cache") is not None
-    joins = isinstance(model, ProtoCLIP) and model.joins_halves
+    joins = isinstance(model, ProtoCLIP) and model.joins_encoders
     if not (joins and (keeps or aligned_by is not None)):
         return Encoder(model=model, **given)
     kind: Any = Encoder
     if keeps:
         kind = HalvesEncoder if aligned_by is None else partial(AlignedHalves, config=aligned_by)
     assert isinstance(model, ProtoCLIP)
-    frozen = kind(model=FrozenHalves(model.towers), **given)
+    frozen = kind(model=FrozenEncoders(model.towers), **given)
     return JoinedEncoder(model=model, frozen=frozen, **given)
 
 
@@ -127,7 +127,7 @@ class HalvesEncoder(Encoder):
     @cached_property
     def _folders(self) -> dict[str, Path]:
         assert self.cache is not None
-        assert isinstance(self.model, FrozenHalves)
+        assert isinstance(self.model, FrozenEncoders)
         assert isinstance(self.transform, EvaluationTransform)
         with evaluation_mode(self.model):
             image = image_half(
@@ -171,7 +171,7 @@ class AlignedHalves(HalvesEncoder):
     ) -> tuple[Float[Tensor, "k q"], Numbers]:
         """What a half encoded of images by a transform, or else of texts, in order; and
         the positions of those that it did not."""
-        assert isinstance(self.model, FrozenHalves)
+        assert isinstance(self.model, FrozenEncoders)
         context = autocast(resolve(self.config.run.precision, self.device), self.device)
         with evaluation_mode(self.model):
             half = text_half(self.model, self.tokenizer, autocast=context)

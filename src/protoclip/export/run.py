@@ -27,7 +27,7 @@ from protoclip.export import card, huggingface, onnx, open_clip, timm
 from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import locked, naming, read_local
 from protoclip.models import loading
-from protoclip.models.formats import against
+from protoclip.models.formats import find_obstacle
 from protoclip.terminal import line, say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
@@ -214,7 +214,7 @@ def write(
     for name in dict.fromkeys(formats):
         try:
             with quiet():
-                if source.config and (reason := against(name, source.towers, source.config)):
+                if source.config and (reason := find_obstacle(name, source.towers, source.config)):
                     raise Unavailable(reason)
                 written[name] = writers[name](source, folder)
         except Unavailable as error:

@@ -21,16 +21,16 @@ from protoclip.models.text_models import OPEN_CLIP_KINDS
 
 def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     """Why formats cannot hold towers, by format; `config` is open_clip's of them."""
-    reasons = {name: against(name, built, config) for name in AGAINST}
+    reasons = {name: find_obstacle(name, built, config) for name in OBSTACLES}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def against(name: str, built: Any, config: Mapping[str, Any]) -> str | None:
+def find_obstacle(name: str, built: Any, config: Mapping[str, Any]) -> str | None:
     """Why a format cannot hold towers, if it cannot."""
-    return AGAINST[name](built, config["vision_cfg"]) if name in AGAINST else None
+    return OBSTACLES[name](built, config["vision_cfg"]) if name in OBSTACLES else None
 
 
-def against_open_clip(built: Any, vision: Mapping[str, Any]) -> str | None:
+def find_open_clip_obstacle(built: Any, vision: Mapping[str, Any]) -> str | None:
     trunk: Any = getattr(built.visual, "trunk", None)
     if hasattr(trunk, "set_input_size"):
         # open_clip hands no image size to timm.
@@ -48,7 +48,7 @@ def against_open_clip(built: Any, vision: Mapping[str, Any]) -> str | None:
     return None
 
 
-def against_hf(built: Any, vision: Mapping[str, Any]) -> str | None:
+def find_hf_obstacle(built: Any, vision: Mapping[str, Any]) -> str | None:
     visual, text = built.visual, getattr(built, "text", built)
     if hasattr(text, "config"):
         return "no dual encoder of Hugging Face's transformers pools tokens as its text half"
@@ -62,7 +62,7 @@ def against_hf(built: Any, vision: Mapping[str, Any]) -> str | None:
     return None
 
 
-def against_timm(built: Any, vision: Mapping[str, Any]) -> str | None:
+def find_timm_obstacle(built: Any, vision: Mapping[str, Any]) -> str | None:
     visual = built.visual
     if not isinstance(visual, TimmModel):
         is_known = isinstance(visual, ModifiedResNet) or is_plain_vit(visual)
@@ -76,7 +76,11 @@ def against_timm(built: Any, vision: Mapping[str, Any]) -> str | None:
     return None
 
 
-AGAINST = {"open_clip": against_open_clip, "hf": against_hf, "timm": against_timm}
+OBSTACLES = {
+    "open_clip": find_open_clip_obstacle,
+    "hf": find_hf_obstacle,
+    "timm": find_timm_obstacle,
+}
 
 
 @cache

@@ -3,7 +3,6 @@
 The start is found in `start.py` or `resolve.py`, and checkpoints are read in `saved.py`.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -15,7 +14,7 @@ from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
 from protoclip.data.transforms import EvaluationTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.distributed.parallel import is_sharded, load_whole, shard, shard_linear
+from protoclip.distributed.parallel import load_whole, shard
 from protoclip.models import batch_norm, lora, text_models
 from protoclip.models.open_clip import text_repository
 from protoclip.models.opening import Loaded
@@ -153,21 +152,6 @@ def gets_logit_bias(config: Config, start: Start) -> bool:
     """Whether training adds the bias of the sigmoid loss to a model that has none."""
     sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
     return sigmoid and not start.has_logit_bias
-
-
-def add_teacher_heads(
-    built: ProtoCLIP, width: int, teachers: Mapping[str, tuple[str, int | None]], *, seed: int
-) -> None:
-    """`ProtoCLIP.add_teacher_heads` where the model is, sharded if it is, with weights by a seed.
-
-    No rank waits for another.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        built.add_teacher_heads(width, teachers)
-    built.teacher_heads.to(next(built.parameters()).device)
-    if is_sharded(built):
-        shard_linear(built.teacher_heads, built)
 
 
 def frozen_start(config: Config, device: torch.device, start: Start) -> TowerPair:

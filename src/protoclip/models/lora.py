@@ -2,8 +2,7 @@
 
 A layer with weight W gets two matrices of rank r, A and B, and computes with W + B A. Only A and B
 train; B starts at 0, so that nothing changes at first. A model with adapters has other names of
-parameters than the plain one: checkpoints hold the plain one, with W + B A in place of W. The heads
-by which towers learn the features of teachers are no part of the plain model either.
+parameters than the plain one: checkpoints hold the plain one, with W + B A in place of W.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from protoclip.models.protoclip import (
     PROJECTIONS,
-    TEACHER_HEADS,
     ProtoCLIP,
     evaluation_mode,
     image_size,
@@ -155,11 +153,7 @@ def plain_name(name: str) -> str:
 
 def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by the names of the plain model, as they are: not merged."""
-    return {
-        plain_name(name): value
-        for name, value in weights.items()
-        if ADDED not in name and not name.startswith(TEACHER_HEADS)
-    }
+    return {plain_name(name): value for name, value in weights.items() if ADDED not in name}
 
 
 @torch.no_grad()
@@ -172,11 +166,11 @@ def merge_adapters(
         weights: Whole copies of the model's weights; empty on ranks that do not save.
 
     Returns:
-        The merged weights, and by their names in `model` W, A and B of each adapted layer, and the
-        heads of teachers. Without both these are `weights`, and nothing.
+        The merged weights, and by their names in `model` W, A and B of each adapted layer. Without
+        adapters these are `weights`, and nothing.
     """
     plain = without_adapters(weights)
-    rest = {name: value for name, value in weights.items() if name.startswith(TEACHER_HEADS)}
+    rest: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model) if weights else ():
         matrix = f"{name}{WRAPPED}{getattr(layer, 'parameter_name', 'weight')}"
         added = [key for key in weights if key.startswith(f"{name}{ADDED}")]

@@ -24,7 +24,6 @@ from protoclip.config import HeadConfig
 # How the names of what leads from a tower into the joint space begin: of timm's image and Hugging
 # Face's text trunks in open_clip, of open_clip's own towers, and of models of `transformers`.
 PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection")
-TEACHER_HEADS = "teacher_heads."  # how the names of parameters begin that serve training alone
 
 
 @contextmanager
@@ -162,7 +161,7 @@ class ProtoCLIP(TowerPair):
     Args:
         towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
         head: The projection head; the image's and the text's both start from its weights.
-        joins_halves: Whether the towers are pretrained halves between which `align` could train.
+        joins_encoders: Whether `align` could train between the towers, two pretrained encoders.
         squashes: Whether images are evaluated squashed to squares, and not cropped, as by SigLIP.
     """
 
@@ -171,15 +170,17 @@ class ProtoCLIP(TowerPair):
         towers: nn.Module,
         head: nn.Module,
         *,
-        joins_halves: bool = False,
+        joins_encoders: bool = False,
         squashes: bool = False,
     ) -> None:
         super().__init__(towers)
-        self.joins_halves, self.squashes = joins_halves, squashes
+        self.joins_encoders, self.squashes = joins_encoders, squashes
         self.image_head = head
         self.text_head = copy.deepcopy(head)
         self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.pulls: dict[str, Tensor] = {}
+        # The tower, `image` or `text`, that learns the relations of a teacher, by its name.
+        self.distils: dict[str, str] = {}
 
     def add_logit_bias(self) -> None:
         """Prepare towers without a logit bias for the sigmoid loss; others stay as they are.
@@ -191,25 +192,6 @@ class ProtoCLIP(TowerPair):
             towers.logit_bias = nn.Parameter(torch.full_like(towers.logit_scale.detach(), -10.0))
             with torch.no_grad():
                 towers.logit_scale.fill_(math.log(10))
-
-    def add_teacher_heads(self, width: int, teachers: Mapping[str, tuple[str, int | None]]) -> None:
-        """Let towers learn the features of teachers, each by a linear head from its outputs.
-
-        The heads serve training alone: no weights of a model that is saved hold them.
-
-        Args:
-            width: Of the towers' outputs.
-            teachers: By name, the tower that learns, `image` or `text`, and the width of the
-                teacher's features; None for no head, where the outputs themselves are to learn.
-        """
-        self.taught: dict[str, list[str]] = {"image": [], "text": []}
-        heads: dict[str, list[nn.Module]] = {"image": [], "text": []}
-        for name, (tower, wide) in teachers.items():
-            self.taught[tower].append(name)
-            heads[tower].append(nn.Identity() if wide is None else nn.Linear(width, wide))
-        self.teacher_heads = nn.ModuleDict(
-            {tower: nn.ModuleList(layers) for tower, layers in heads.items()}
-        )
 
     def forward(
         self,
@@ -249,22 +231,15 @@ class ProtoCLIP(TowerPair):
             image_outputs=image.clone(),
             text_outputs=text.clone(),
         )
-        if not teach or not hasattr(self, "teacher_heads"):
+        if not teach:
             return embeddings
-        return replace(
-            embeddings,
-            distilled={
-                name: to_float(head(outputs.clone()))
-                for tower, outputs in (("image", image), ("text", text))
-                for name, head in zip(self.taught[tower], self.heads_of(tower), strict=True)
-                if outputs.requires_grad  # or the tower is locked, and learns nothing
-            },
-        )
-
-    def heads_of(self, tower: str) -> nn.ModuleList:
-        """The heads by which a tower learns the features of teachers."""
-        heads: nn.ModuleList = self.teacher_heads[tower]  # type: ignore[assignment]
-        return heads
+        outputs = {"image": image, "text": text}
+        learns = {
+            name: outputs[tower].clone()
+            for name, tower in sorted(self.distils.items(), key=lambda item: item[1])
+            if outputs[tower].requires_grad  # or the tower is locked, and learns nothing
+        }
+        return replace(embeddings, distilled=learns)
 
     def _projected(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
         head = self.image_head if tower == "image" else self.text_head

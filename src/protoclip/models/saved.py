@@ -6,7 +6,7 @@ Tensors are safetensors and everything else is JSON, so reading a checkpoint run
 run needs besides to go on. The run folder has its settings. When to save is decided elsewhere.
 
 Of a sharded model every rank writes its part: instead of a file `model.safetensors` there is a
-folder `model` then, and so for moments and the heads of teachers. Files are named as if there were
+folder `model` then, and so for moments. Files are named as if there were
 one of each; `shards.py` reads and writes such folders.
 """
 
@@ -32,7 +32,7 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
 )
-from protoclip.distributed.parallel import are_parts, is_sharded, parts_to_fill
+from protoclip.distributed.parallel import is_sharded, parts_to_fill
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -47,11 +47,9 @@ from protoclip.files import (
 )
 from protoclip.models import shards
 from protoclip.models.opening import examples_of, misfits
-from protoclip.models.protoclip import TEACHER_HEADS
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
 OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"
-ADAPTERS = "adapters.safetensors"  # of a sharded model; otherwise they are in `RESUME`
 CHECKSUMS = "checksums.json"
 SETTINGS = "config.toml"  # of a run, in its folder
 TEXT_FILES = "text"  # folder with the files of a Hugging Face text tower and tokenizer
@@ -212,8 +210,9 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     except (ValueError, TypeError, RecursionError):
         return f"{CHECKSUMS} is damaged"
     needed = {WEIGHTS, MODEL, RESUME, STATE}
-    parts = {name for name in (OPTIMIZER, ADAPTERS) if in_shards(folder / name)}
-    needed |= parts if in_shards(folder / WEIGHTS) else {OPTIMIZER}
+    # A sharded model that has not trained yet has no moments.
+    if in_shards(folder / OPTIMIZER) or not in_shards(folder / WEIGHTS):
+        needed.add(OPTIMIZER)
     for name in names or sorted(needed | expected.keys()):
         try:
             files = files_of(folder, name, expected)
@@ -349,10 +348,7 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
         state |= read_parts(folder, model)
     elif rank() == 0:
         state["model"] = read_weights(folder, model)
-        parts = (OPTIMIZER, ADAPTERS) if in_shards(folder / WEIGHTS) else (OPTIMIZER,)
-        for name in parts:
-            if name == OPTIMIZER or in_shards(folder / name):
-                state[Path(name).stem] = read_tensors(folder / name)
+        state["optimizer"] = read_tensors(folder / OPTIMIZER)
     return state
 
 
@@ -362,9 +358,7 @@ def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     stored = shards.meta_tensors(folder / Path(OPTIMIZER).stem)
     with reading_state(folder):
         weights, moments = parts_to_fill(model, stored)
-    heads = {name: part for name, part in weights.items() if name.startswith(TEACHER_HEADS)}
-    plain = {name: part for name, part in weights.items() if name not in heads}
-    for name, parts in {WEIGHTS: plain, OPTIMIZER: moments, ADAPTERS: heads}.items():
+    for name, parts in {WEIGHTS: weights, OPTIMIZER: moments}.items():
         if parts:
             shards.fill(folder / Path(name).stem, parts)
     return {"model": weights, "optimizer": moments}
@@ -391,7 +385,7 @@ def facts_of(folder: Path, name: str) -> dict[str, Any]:
 
 
 def is_aligned(checkpoint: Path) -> bool:
-    """Whether `align` made a checkpoint, so that its pairs have not changed its halves."""
+    """Whether `align` made a checkpoint, so that its pairs have not changed its encoders."""
     with suppress(ValueError, LookupError, TypeError, AttributeError):
         sources = facts_of(checkpoint, "content")["sources"]
         return any("encoded" in source for source in sources)
@@ -436,8 +430,6 @@ def checkpoint_files(
     `model` and `optimizer` in the state are copies already.
     """
     files = {WEIGHTS: state["model"], OPTIMIZER: state["optimizer"]}
-    if are_parts(state["model"]) and state["adapters"]:
-        files[ADAPTERS] = state["adapters"]
     stems = {Path(name).stem for name in files}
     others = {key: value for key, value in state.items() if key not in stems}
     tensors: dict[str, Tensor] = {}

@@ -138,7 +138,7 @@ class Start:
             built = ProtoCLIP(
                 self.build_towers(pretrained_text=not (on_meta or self.has_weights)),
                 projection_head(self.embed_dim, self.model.heads),
-                joins_halves=self.model.joins_halves,
+                joins_encoders=self.model.joins_encoders,
                 squashes=self.squashes,
             )
             if self.has_logit_bias:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +24,8 @@ from protoclip.evaluation.paired import (
     make_reader,
     trained_pairs,
 )
+from protoclip.evaluation.suite import Result
 from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
-
-if TYPE_CHECKING:  # it brings PyTorch along, which `protoclip compare` does not need
-    from protoclip.evaluation.suite import Result
 
 LONGEST_NAME = 180  # bytes of a file's name, without its ending
 Entry = Mapping[str, Any]  # a model, as `compare_runs` returns it
@@ -128,7 +126,7 @@ def differences_in(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 # Evaluated models
 
 
-def add_means(results: Sequence["Result"]) -> list["Result"]:
+def add_means(results: Sequence[Result]) -> list[Result]:
     """The results of one model; and for metrics of several data sets, their mean over those."""
     by_metric: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -167,21 +165,20 @@ def add_means(results: Sequence["Result"]) -> list["Result"]:
                 record["trained_on"] = member.record["trained_on"]
         record["wide"] = [name for name in record["intervals"] if rests_on_few(influences[name])]
         ids = [sample for member in members for sample in member.ids]
-        mean = replace(members[0], record=record, influences=influences, ids=ids, without=without)
-        means.append(mean)
+        means.append(Result(record=record, influences=influences, ids=ids, without=without))
     return [*results, *means]
 
 
 def add_differences(
-    models: Sequence[Sequence["Result"]], reference: Sequence["Result"]
-) -> list[list["Result"]]:
+    models: Sequence[Sequence[Result]], reference: Sequence[Result]
+) -> list[list[Result]]:
     """The results of models with their paired differences to a reference, by metric.
 
     They are as `difference` has them; an interval needs the same samples.
     """
     by_key = {key_of_result(result): result for result in reference}
 
-    def add_difference(result: "Result") -> "Result":
+    def add_difference(result: Result) -> Result:
         other, record = by_key.get(key_of_result(result)), dict(result.record)
         if other is not None:
             record["compared_to"] = other.record["model"]
@@ -197,13 +194,13 @@ def add_differences(
     return with_all
 
 
-def key_of_result(result: "Result") -> tuple[Any, ...]:
+def key_of_result(result: Result) -> tuple[Any, ...]:
     """What two results have in common that can be compared: the task and the data."""
     record = result.record
     return record["task"], record["dataset"], *record.get("datasets", ())
 
 
-def difference_of_results(metric: str, first: "Result", second: "Result") -> dict[str, Any]:
+def difference_of_results(metric: str, first: Result, second: Result) -> dict[str, Any]:
     gain = second.record["metrics"][metric] - first.record["metrics"][metric]
     influence = None
     have_influences = metric in first.influences.keys() & second.influences.keys()
@@ -215,13 +212,13 @@ def difference_of_results(metric: str, first: "Result", second: "Result") -> dic
     return result
 
 
-def record_differences(models: Sequence[Sequence["Result"]]) -> list[dict[str, Any]]:
+def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any]]:
     """The differences of all metrics of all records."""
     records = [result.record for results in models for result in results]
     return [change for record in records for change in record.get("differences", {}).values()]
 
 
-def trained_on(results: Sequence["Result"]) -> dict[str, str]:
+def trained_on(results: Sequence[Result]) -> dict[str, str]:
     """What `trained_pairs` has of the data sets of some results."""
     records = [result.record for result in results]
     return trained_pairs({record["dataset"]: record.get("trained_on", {})} for record in records)

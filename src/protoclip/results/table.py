@@ -6,18 +6,16 @@ What stands in it is computed in `compare.py`.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich.table
 from rich.console import Console
 from rich.markup import escape
 
 from protoclip.evaluation.metrics import is_share, label
+from protoclip.evaluation.suite import Result
 from protoclip.results.compare import Entry, differences_in, record_differences, trained_on
 from protoclip.terminal import visible
-
-if TYPE_CHECKING:
-    from protoclip.evaluation.suite import Result
 
 WIDEST = 1 << 20  # letters; no table is as wide
 COMMON = "†"  # of a difference that is not that of the means above it
@@ -242,7 +240,7 @@ def costs_of_runs(entries: Sequence[Entry], *, several: bool) -> list[Row]:
     ]
 
 
-def table_of_records(models: Sequence[Sequence["Result"]]) -> Table:
+def table_of_records(models: Sequence[Sequence[Result]]) -> Table:
     """All metrics of evaluated models: a row a metric of a task of a data set."""
     tasks = {result.record["task"] for results in models for result in results}
     title = "Percent, except geometry" if "geometry" in tasks else "Percent"

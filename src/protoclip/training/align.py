@@ -31,8 +31,8 @@ from protoclip.encode.halves import (
 from protoclip.encode.rows import HalfRows
 from protoclip.encode.stream import encode_stream
 from protoclip.models import loading
-from protoclip.models.aligned import FrozenHalves, Projection, start_projections
 from protoclip.models.precision import autocast, resolve
+from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import Start
 from protoclip.models.tokenizers import Tokenizer
@@ -163,8 +163,8 @@ def encode_stream_pairs(config: Config, start: Start, stream: SampleStream) -> P
     )
 
 
-def frozen(model: ProtoCLIP) -> FrozenHalves:
-    return FrozenHalves(model.towers).eval().requires_grad_(False)
+def frozen(model: ProtoCLIP) -> FrozenEncoders:
+    return FrozenEncoders(model.towers).eval().requires_grad_(False)
 
 
 def arithmetic(config: Config, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,6 @@ What judges it is decided in `evaluation/validation.py`; tasks and metrics are t
 """
 
 import math
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.models import loading
 from protoclip.models.precision import on_card
-from protoclip.models.protoclip import TEACHER_HEADS, ProtoCLIP
+from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.tokenizers import Tokenizer
 from protoclip.training.plan import Plan
 
@@ -64,9 +63,7 @@ class Judge:
         """
         if not self._keeps:
             return self.encoder
-        made: Encoder = self._make(
-            without_teacher_heads(self.model), cache=cache_folder() / "features"
-        )
+        made: Encoder = self._make(self.model, cache=cache_folder() / "features")
         _ = made.folders  # by the weights that the model has now
         return made
 
@@ -101,13 +98,6 @@ def computes_as_opened(config: Config, model: ProtoCLIP) -> bool:
     """
     plain = config.model.lora is None and not config.parallel.compile
     return plain and not parallel.is_sharded(model)
-
-
-def without_teacher_heads(model: ProtoCLIP) -> ProtoCLIP:
-    """The same towers and heads, as a checkpoint holds them."""
-    same = copy(model)
-    same._modules = {n: part for n, part in model._modules.items() if f"{n}." != TEACHER_HEADS}
-    return same
 
 
 @dataclass(kw_only=True)

@@ -40,8 +40,8 @@ from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
 from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
-from protoclip.models.aligned import AlignedModel, require_same_halves
 from protoclip.models.precision import autocast, grad_scaler, measured_convolutions, resolve
+from protoclip.models.projections import AlignedModel, require_same_encoders
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import checkpoints, read_checkpoint, reading_state
 from protoclip.progress import Progress
@@ -289,9 +289,7 @@ class Run:
         )
         self.teachers: dict[str, Whitens] = {**plan.teachers}
         if config.distilled_teachers:
-            width = plan.start.embed_dim
-            heads = external.heads(config, self.teachers, width)
-            loading.add_teacher_heads(model, width, heads, seed=config.run.seed)
+            model.distils = external.learning_towers(config)
         if rows is not None:
             assert isinstance(samples, Pairs)
             self.teachers.update(half_teachers(config, samples, rows))
@@ -630,7 +628,9 @@ class Run:
         config = self.config
         if self.trained is not self.model:
             trains = self.trained.state_dict().keys()  # rank 0 alone has read any weights
-            raise_on_all_ranks(lambda: require_same_halves(state["model"], self.model.state_dict()))
+            raise_on_all_ranks(
+                lambda: require_same_encoders(state["model"], self.model.state_dict())
+            )
             state["model"] = {n: value for n, value in state["model"].items() if n in trains}
         self.trainer.load_state_dict(state)
         for position in state["loader"]:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
 from protoclip.distributed import parallel
-from protoclip.models.protoclip import PROJECTIONS, TEACHER_HEADS, ProtoCLIP
+from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP
 
 HEADS = ("image_head.", "text_head.", "prototype_logit_scale")
 
@@ -75,8 +75,6 @@ def trains(name: str, stage: Stage) -> bool:
     """
     if name.startswith(HEADS):
         return stage.needs_prototypes
-    if name.startswith(TEACHER_HEADS):
-        return True  # `enter_stage` freezes them with their tower
     assert name.startswith("towers."), f"{name} is of no tower"
     if name.startswith("towers.logit_"):
         return True
@@ -93,9 +91,6 @@ def enter_stage(model: ProtoCLIP, stage: Stage) -> None:
     parallel.reshard(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, stage))
-    if hasattr(model, "teacher_heads"):
-        for tower, learns in zip(("image", "text"), model.towers_train(), strict=True):
-            model.heads_of(tower).requires_grad_(learns)
     model.train()
     if stage.locks_image:
         model.image_head.eval()

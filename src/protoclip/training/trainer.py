@@ -234,11 +234,11 @@ class Trainer:
         weights = self.weights
         if self._tells_pairs_apart or weights.keep or weights.geometry or self.prototypes.targets:
             return
-        taught: Mapping[str, list[str]] = getattr(self.model, "taught", {})
+        taught = {*self.model.distils.values()}
         for name, parameter in self.model.named_parameters():
             of_image = name.startswith("towers.visual.")
             of_text = name.startswith("towers.") and not of_image and "logit_" not in name
-            if (of_image and not taught.get("image")) or (of_text and not taught.get("text")):
+            if (of_image and "image" not in taught) or (of_text and "text" not in taught):
                 parameter.grad = None
 
     @torch.no_grad()
@@ -291,9 +291,7 @@ class Trainer:
         if self._module is self.model:
             return tuple(outputs)
         # DDP averages gradients once, with the last part, those of the heads too.
-        names = ("image_head", "text_head", "teacher_heads")
-        heads = [getattr(self.model, name) for name in names if hasattr(self.model, name)]
-        zero = parallel.reach_everything(output, *heads)
+        zero = parallel.reach_everything(output, self.model.image_head, self.model.text_head)
         return tuple(each + zero for each in outputs)
 
     @property

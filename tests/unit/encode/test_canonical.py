@@ -19,7 +19,7 @@ from protoclip.encode.canonical import (
     out_of_fold,
     second_moments,
 )
-from protoclip.models.aligned import AlignedModel, start_projection
+from protoclip.models.projections import AlignedModel, start_projection
 from testing import run_distributed
 from tiny_align import changed, rows_of, tiny_alignment
 

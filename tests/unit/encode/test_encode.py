@@ -39,8 +39,8 @@ from protoclip.encode.halves import image_half
 from protoclip.encode.store import StoredFeatures
 from protoclip.encode.teachers import read_teacher
 from protoclip.encode.whiten import fit_pca
-from protoclip.models.aligned import FrozenHalves
 from protoclip.models.batch_norm import synchronise
+from protoclip.models.projections import FrozenEncoders
 from protoclip.models.protoclip import image_normalisation
 from protoclip.models.tokenizers import open_clip_tokenizer
 from testing import run_distributed, tiny_pairs
@@ -621,7 +621,7 @@ def test_a_half_with_batch_norm_over_ranks_is_the_same_half():
     text = SimpleNamespace(
         pooler=nn.Identity(), transformer=nn.Identity(), config=SimpleNamespace(pad_token_id=0)
     )
-    halves = FrozenHalves(SimpleNamespace(visual=visual, text=text)).eval()
+    halves = FrozenEncoders(SimpleNamespace(visual=visual, text=text)).eval()
     transform = EvaluationTransform(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     encoder = image_half(halves, transform, max_pixels=10**6, autocast=nullcontext)
     plain = encoder.key()

@@ -22,7 +22,6 @@ from protoclip.explore.pairs import explore_pairs
 from protoclip.models import batch_norm, loading
 from protoclip.results import looks
 from protoclip.results.examples import open_examples
-from protoclip.training.judge import without_teacher_heads
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
 
@@ -99,14 +98,12 @@ def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
 
 
 def test_a_model_in_training_has_the_key_of_the_one_that_is_opened(run):
-    """Also with the heads of teachers, and with BatchNorm over ranks."""
+    """Also with BatchNorm over ranks."""
     model, transform, tokenizer = loading.load(run)
     given = {"transform": transform, "tokenizer": tokenizer}
     opened = Encoder(model=model, **given).key
-    loading.add_teacher_heads(model, 16, {"a": ("image", 8)}, seed=0)
     assert batch_norm.synchronise(model, CPU) > 0
-    assert Encoder(model=without_teacher_heads(model), **given).key == opened
-    assert "teacher_heads.image.0.weight" in model.state_dict()
+    assert Encoder(model=model, **given).key == opened
 
 
 def test_a_view_of_all_rows_has_the_key_of_its_source(run):

@@ -136,8 +136,7 @@ def test_start_and_teacher_have_no_part_in_the_pull_of_info_nce():
     tokens = torch.randint(1, 90, (8, 8), generator=generator)
     rows = F.normalize(torch.randn(2, 8, 16, generator=generator).double(), dim=-1)
     start = StartFeatures(image=rows[0], text=rows[1], logit_scale=torch.tensor(5.0).double())
-    model.add_teacher_heads(16, {"teacher": ("text", 16)})
-    model.double()
+    model.distils = {"teacher": "text"}
     more = {"start": start, "teachers": {"teacher": rows[0]}}
     found, gradients = [], []
     for info_nce, distil in ((1.0, 0.0), (0.0, 5.0), (1.0, 5.0)):

@@ -106,8 +106,7 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch, case: 
     pairs = ImageTextPairs(tiny_pairs(), name="tiny")
     model = loading.model(tiny_model(), seed=0)
     if "distil" in of_losses:
-        width = model.towers.get_parameter("text_projection").shape[1]
-        model.add_teacher_heads(width, {"bert": ("text", TEACHER_WIDTH)})
+        model.distils = {"bert": "text"}
     model = model.to(META)
     teacher = teacher_of(pairs)
     loader = EpisodeLoader(

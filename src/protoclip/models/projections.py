@@ -1,8 +1,7 @@
-"""A model of two frozen halves, divided: the halves encode once, the heads train on what they gave.
+"""A model in two parts: frozen encoders that run once, and what `align` trains on their features.
 
-The halves are the towers without their projections into the joint space. These projections, with
-the projection heads and the temperatures, are all that trains. They are shared: what trains on rows
-is at once the whole model's.
+The encoders are the towers without their projections into the joint space. These projections, the
+projection heads and the temperatures train. Both parts share their weights with the whole model.
 """
 
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ class Projection(nn.Module):
 
 
 class Projections(nn.Module):
-    """The projections of two halves, under the names that they have in the whole towers."""
+    """The projections of both towers, under the names that they have in the whole towers."""
 
     def __init__(self, towers: Any) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class Projections(nn.Module):
 def start_projections(
     whole: ProtoCLIP, image: Float[Tensor, "q k"], text: Float[Tensor, "r k"]
 ) -> None:
-    """Let the projections of both halves begin as linear maps, whose first columns matter most.
+    """Let the projections of both towers begin as linear maps, whose first columns matter most.
 
     What they leave free stays as drawn, at a tenth of its size: it may train, and disturbs little.
     """
@@ -104,7 +103,7 @@ def write(weight: Float[Tensor, "q d"], values: Float[Tensor, "p k"]) -> None:
 
 
 class AlignedModel(ProtoCLIP):
-    """What trains of a model of two halves: it takes their features in the place of its input.
+    """What trains of a model between frozen encoders: it takes their features as its input.
 
     Args:
         whole: The model, whose parameters this one shares.
@@ -117,6 +116,7 @@ class AlignedModel(ProtoCLIP):
         self.image_head, self.text_head = whole.image_head, whole.text_head
         self.prototype_logit_scale = whole.prototype_logit_scale
         self.pulls: dict[str, Tensor] = {}
+        self.distils: dict[str, str] = {}
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -141,8 +141,8 @@ class AlignedModel(ProtoCLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
 
-class FrozenHalves(nn.Module):
-    """The halves without their projections, as a model whose features are what these read."""
+class FrozenEncoders(nn.Module):
+    """The towers without their projections, as a model whose features are what these read."""
 
     def __init__(self, towers: Any) -> None:
         super().__init__()
@@ -172,26 +172,26 @@ class FrozenHalves(nn.Module):
 def unprojected(tower: nn.Module) -> nn.Module:
     """A tower of open_clip's own that ends before its projection; it shares the weights."""
     shared = {id(one): one for one in chain(tower.parameters(), tower.buffers())}
-    half = deepcopy(tower, shared)
-    setattr(half, projection_name(tower), None)
-    return half
+    encoder = deepcopy(tower, shared)
+    setattr(encoder, projection_name(tower), None)
+    return encoder
 
 
-def require_same_halves(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
-    """Refuse to go on between other halves than those of a checkpoint.
+def require_same_encoders(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Refuse to go on between other encoders than those of a checkpoint.
 
     Args:
         saved: The weights of the checkpoint; none on ranks that have not read it.
         current: The weights of the model, which has not taken those yet.
     """
-    halves = {"visual.": "image.weights", "text.": "text.name"}
+    settings = {"visual": "image.weights", "text": "text.name"}
     for name, value in saved.items():
-        named = name.removeprefix("towers.")
-        setting = next((of for part, of in halves.items() if named.startswith(part)), None)
-        if setting is None or named.startswith(PROJECTIONS):
+        plain = name.removeprefix("towers.")
+        setting = settings.get(plain.partition(".")[0])
+        if setting is None or plain.startswith(PROJECTIONS):
             continue
         # Embeddings of positions are interpolated, by some machines with other last digits.
-        same = torch.allclose if "pos" in named else torch.equal
+        same = torch.allclose if "pos" in plain else torch.equal
         if not same(value.cpu(), current[name].cpu()):
             raise ValueError(
                 f"model.{setting}: has other weights than when this run began; put those back, "
