@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, product
@@ -31,8 +31,9 @@ from protoclip.encode import halves
 from protoclip.encode import run as running
 from protoclip.encode.canonical import canonical_projections, moments_of_pairs, out_of_fold
 from protoclip.encode.rows import FOLDER
+from protoclip.encode.run import Round
 from protoclip.encode.store import Store, hash_ids
-from protoclip.evaluation.features import Encoded, Encoder
+from protoclip.evaluation.features import Encoder
 from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
@@ -341,13 +342,15 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
     bad = pa.table({"image": [b"no image"], "caption": ["bad"], "sample_id": ["bad"]})
     path = tmp_path / "more.parquet"
     pq.write_table(pa.concat_tables([others, bad.cast(others.schema)]), path)
-    encode, encoded = Encoder.encode, []
+    encoded = list[int]()
+    check = Encoder.check_rounds
 
-    def watched(*arguments: Any) -> Encoded:
-        encoded.append(encode(*arguments))
-        return encoded[-1]
+    def watched(self: Encoder, *given: Any) -> Iterator[Round]:
+        for made in check(self, *given):
+            encoded.append(len(made.hashes))
+            yield made
 
-    monkeypatch.setattr(Encoder, "encode", watched)
+    monkeypatch.setattr(Encoder, "check_rounds", watched)
     paths = [given["data"]["train"], str(path)]
     data = DataConfig(sources=[SourceConfig(path=each) for each in paths])
     pairs = explore_pairs(sources_of.pairs(Config(data=data)))
@@ -356,7 +359,7 @@ def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatc
         open_explorer(str(tmp_path / "run"), pairs, **settings, cache=kept)
         for kept in (True, False)
     ]
-    assert [len(each.features) for each in encoded] == [
+    assert [number for number in encoded if number] == [
         3,  # the fourth judged the run
         1,  # the other captions are known
         100,
@@ -417,19 +420,21 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
 
     A run whose image half is another one encodes no caption that judges.
     """
-    run, encode, encoded = tmp_path / "run", Encoder.encode, []
+    run, encoded = tmp_path / "run", list[int]()
+    check = Encoder.check_rounds
 
-    def watched(*arguments: Any) -> Encoded:
-        encoded.append(encode(*arguments))
-        return encoded[-1]
+    def watched(self: Encoder, *given: Any) -> Iterator[Round]:
+        for made in check(self, *given):
+            encoded.append(len(made.hashes))
+            yield made
 
-    monkeypatch.setattr(Encoder, "encode", watched)
+    monkeypatch.setattr(Encoder, "check_rounds", watched)
     for tower in ("encode_image", "encode_text"):
         # Nothing passes the whole model.
         monkeypatch.setattr(ProtoCLIP, tower, Mock(side_effect=AssertionError))
     align(changed(given, run, episodes={"count": 2}, run={"save_steps": 4}))
     data = given["data"]["validation"]
-    made = sum(len(each.features) for each in encoded)
+    made = sum(encoded)
     assert made == len(pq.read_table(data)) + len({*pq.read_table(data)["caption"].to_pylist()})
     checkpoints = sorted((run / "checkpoints").iterdir())
     assert len(checkpoints) == 2
@@ -438,10 +443,10 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     cli.main(["analyze", str(run), "--json"])
     cli.main(["report", str(run), "--out", str(tmp_path / "report.html")])
     align(changed(given, tmp_path / "other", model={**given["model"], "embed_dim": 8}))
-    assert sum(len(each.features) for each in encoded) == made
+    assert sum(encoded) == made
     image = {**given["model"]["image"], "size": 64}
     align(changed(given, tmp_path / "larger", model={**given["model"], "image": image}))
-    assert sum(len(each.features) for each in encoded) == made + len(pq.read_table(data))
+    assert sum(encoded) == made + len(pq.read_table(data))
 
 
 def flip_a_bit(file: Path) -> None:

@@ -26,7 +26,7 @@ from protoclip.cli.parsing import parse
 from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Encoded, Encoder
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import difference, mark_clear
 from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.samples import SampleResults, influences
@@ -112,17 +112,17 @@ def words(top: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(top: Path) -> Path:
     """A run of the command; beside it what it said, its cache, and how many images it encoded."""
-    encode, images = Encoder.encode, list[int]()
+    encode, images = Encoder._encode_images, list[int]()
 
-    def counted(self: Encoder, *given: Any) -> Encoded:
-        encoded = encode(self, *given)
+    def counted(self: Encoder, *given: Any) -> Any:
+        encoded, hashes = encode(self, *given)
         images.append(len(encoded.content))
-        return encoded
+        return encoded, hashes
 
     files = ((top / name).open("w") for name in ("said.out", "said.err"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
-        patch.setattr(Encoder, "encode", counted)
+        patch.setattr(Encoder, "_encode_images", counted)
         with next(files) as out, next(files) as err, redirect_stdout(out), redirect_stderr(err):
             main(words(top, top / "finished"))
     (top / "images.json").write_text(json.dumps(images))
@@ -239,7 +239,7 @@ def test_the_start_and_the_chosen_model_are_encoded_for_all_who_judge_them(
     top, finished, monkeypatch, capsys
 ):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
-    monkeypatch.setattr(Encoder, "encode", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(Encoder, "check_rounds", Mock(side_effect=AssertionError))
     for model in (top / "start", finished):
         guard = ["--data", f"{top}/general.parquet", "--class_column", "kind"]
         main(["evaluate", str(model), *guard, "--tasks", "zero_shot", "--workers", "0"])

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import protoclip
 from protoclip.config import Config
@@ -18,9 +17,9 @@ from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
 from protoclip.data.split import held_out_rows
-from protoclip.encode.store import hash_ids, write_folder
+from protoclip.encode.store import FULL, Store, hash_ids, write_folder
 from protoclip.encode.teachers import read_teacher
-from protoclip.evaluation.kept import VERIFIED, Kept, Listed
+from protoclip.evaluation.features import Listed, read_list, write_list
 from protoclip.evaluation.samples import SampleResults
 from protoclip.files import read_toml
 from protoclip.training.checkpoint import newest_intact
@@ -113,19 +112,24 @@ def held_out(folder: Path) -> Read:
 
 
 def kept_features(folder: Path) -> Read:
-    ids = [str(row) for row in range(5)]
-    hashes = hash_ids(ids)
-    kept = Kept(folder / "a")
-    kept.add(ids, torch.eye(5))
-    kept.write_list("mine", Listed(hashes=hashes, content=np.arange(5), bad=[(5, "broken")]))
+    hashes = hash_ids(str(row) for row in range(5))
+    store = Store(folder / "a", dtype=FULL, is_optional=True)
+    store.add(hashes, np.eye(5, dtype=np.float32))
+    write_list(store, "mine", Listed(hashes=hashes, content=np.arange(5), bad=[(5, "broken")]))
 
     def read() -> object:
-        VERIFIED.clear()
-        again = Kept(folder / "a")
-        listed = again.read_list("mine")
-        if listed is None or not again.has(listed.hashes).all():
-            raise ValueError("damaged, and made again")
-        return listed.content.tolist(), listed.bad, again.features(listed.hashes).tolist()
+        # A volume with a damaged row is removed, and its other file lies there still.
+        files = {path: path.read_bytes() for path in (folder / "a").iterdir()}
+        again = Store(folder / "a", dtype=FULL, is_optional=True)
+        listed = read_list(again, "mine")
+        try:
+            if listed is None or not again.has_whole(listed.hashes):
+                raise ValueError("damaged, and made again")
+        finally:
+            for path, content in files.items():
+                path.write_bytes(content)
+        features = again.read(again.find(listed.hashes))
+        return listed.content.tolist(), listed.bad, features.tolist()
 
     return read
 

@@ -101,19 +101,22 @@ class Encoder:
     def width(self) -> int:
         return self.encode([*self.examples]).shape[1]
 
-    def key(self) -> str:
+    def key(self, weights: str | None = None) -> str:
         """Identifies the model, and how it reads images or captions.
 
         Weights alone do not: activations and numbers of heads have none. So the structure counts
         too, and the features of examples, to three digits, since the last ones depend on the
         hardware.
+
+        Args:
+            weights: Their `checksum`, if it is known.
         """
         values = self.encode([*self.examples])[:, :16].flatten().tolist()
         first = " ".join(f"{value:.3g}" for value in values)
         facts = f"{self.reads} {layers_of(self.module)} {self.facts()}"
         facts += "" if self.autocast is nullcontext else repr(self.autocast)
         facts = re.sub(r" at 0x[0-9a-f]+", "", facts)  # functions show their address in memory
-        return checksum(f"{self.checksum()} {facts} {first}".encode())
+        return checksum(f"{weights or self.checksum()} {facts} {first}".encode())
 
     def checksum(self, *, without: str | None = None) -> str:
         """A checksum of the weights, except those with these letters in their names."""

@@ -15,6 +15,7 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
 from itertools import chain
@@ -37,6 +38,7 @@ from protoclip.files import (
     SEAL,
     checksum,
     file_checksum,
+    locked,
     naming,
     read_json,
     read_sealed,
@@ -46,6 +48,7 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
+from protoclip.terminal import say
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
@@ -53,7 +56,6 @@ Numbers = npt.NDArray[np.int64]
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 HALF, FULL = "<f2", "<f4"  # how features are stored
 SAMPLE = 2**14  # rows that a whitening is fitted to
-FOUND_AT_ONCE = 2**18  # hashes that are sorted at once
 BLOCK_ROWS = 2**12  # that a store writes at once
 VOLUME_ROWS = 2**18  # of a store, which are lost together if a file is damaged
 ROW = np.dtype([("hash", "<u8"), ("checksum", "<u4")])
@@ -252,50 +254,6 @@ class StoredFeatures(Whitens):
         release(self.features)
         return features
 
-    def whole(self) -> Features:
-        """All rows in their order, mapped into memory.
-
-        Raises:
-            ValueError: One of them is not what was written.
-        """
-        assert self.checksums is not None
-        hashes = np.empty_like(self.hashes)
-        hashes[self.row_of_hash] = self.hashes
-        if not np.array_equal(row_checksums(hashes, self.features), self.checksums):
-            raise ValueError(f"{self.name}: damaged (a checksum differs in {FEATURES})")
-        return self.features
-
-
-class Segments:
-    """Features of a frozen model `(n, q)` that came to its folder in segments, found by id."""
-
-    def __init__(self, segments: Sequence[StoredFeatures], width: int) -> None:
-        self.segments, self.width = list(segments), width
-        self.starts = np.cumsum([0, *(len(each.features) for each in segments)])
-
-    def find(self, hashes: Hashes) -> Numbers:
-        """The number of each, or -1."""
-        numbers = np.full(len(hashes), -1, np.int64)
-        for first in range(0, len(hashes), FOUND_AT_ONCE):
-            some = hashes[first : first + FOUND_AT_ONCE]
-            order = np.argsort(some)  # once for all segments, which search in this order
-            for segment, start in zip(self.segments, self.starts, strict=False):
-                rows = segment.find_hashes(some[order])
-                numbers[first + order[rows >= 0]] = rows[rows >= 0] + start
-        return numbers
-
-    def rows(self, hashes: Hashes) -> Features:
-        """Features of ids that are here, as they are stored; `ValueError` for a damaged one."""
-        numbers = self.find(hashes)
-        dtype = self.segments[0].features.dtype if self.segments else np.float16
-        features: Features = np.empty((len(numbers), self.width), dtype)
-        of = np.searchsorted(self.starts, numbers, side="right") - 1
-        for number in np.unique(of):
-            chosen, segment = np.flatnonzero(of == number), self.segments[number]
-            rows = numbers[chosen] - self.starts[number]
-            features[chosen] = segment.read(rows, hashes[chosen], name=str)
-        return features
-
 
 class Volume:
     """Rows of a `Store` in two files, mapped into memory, or in memory alone.
@@ -331,13 +289,24 @@ class Store:
         dtype: How features are stored: `HALF` or `FULL`.
         setting: The setting that says where the folder is. All ranks must see it then; else a
             folder that some rank does not see counts as empty.
+        is_optional: What cannot be written is kept in memory alone, with a warning, and so is what
+            is added while another process adds to the folder.
 
     Raises:
         ValueError: A rank does not see the folder as rank 0 does.
     """
 
-    def __init__(self, folder: Path | None, *, dtype: str = HALF, setting: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        dtype: str = HALF,
+        setting: str = "",
+        is_optional: bool = False,
+    ) -> None:
         self.folder, self.dtype, self.setting = folder, np.dtype(dtype), setting
+        self.is_optional, self._is_writable = is_optional, folder is not None
+        self._waiting = list[tuple[Hashes, Features]]()
         self._use([])
         if folder is not None:
             self.open()
@@ -422,11 +391,46 @@ class Store:
                 features[some], is_whole[some] = volume.read(numbers[some] - start)
         return features, is_whole
 
-    def add(self, hashes: Hashes, features: Features, *, keep: bool = False) -> None:
+    def read_or_map(self, numbers: Numbers) -> Features:
+        """Rows by their numbers; in one volume and in its order, they are mapped into memory."""
+        if len(numbers) and np.array_equal(
+            numbers, np.arange(numbers[0], numbers[0] + len(numbers))
+        ):
+            at = int(np.searchsorted(self.starts, numbers[0], "right")) - 1
+            first = int(numbers[0] - self.starts[at])
+            if len(rows := self.volumes[at].features[first : first + len(numbers)]) == len(numbers):
+                return rows
+        return self.read(numbers)
+
+    def has_whole(self, hashes: Hashes) -> bool:
+        """Whether all of these ids have rows that are what was written. Collective.
+
+        Volumes with a damaged one are removed.
+        """
+        numbers = self.find(hashes)
+        known, damaged = numbers[numbers >= 0], np.zeros(len(self.volumes), np.bool_)
+        for first in range(0, len(known), BLOCK_ROWS):
+            some = known[first : first + BLOCK_ROWS]
+            wrong = some[~self.read_whole(some)[1]]
+            damaged[np.searchsorted(self.starts, wrong, "right") - 1] = True
+        damaged = np.array(any_rank(damaged.tolist()), np.bool_) if len(damaged) else damaged
+        if damaged.any():
+            gone = [volume for volume, bad in zip(self.volumes, damaged, strict=True) if bad]
+            rank0_first(lambda: self._remove(gone))
+            self._use([v for v, bad in zip(self.volumes, damaged, strict=True) if not bad])
+            return False
+        return len(known) == len(numbers)
+
+    def _remove(self, volumes: Sequence[Volume]) -> None:
+        for volume in volumes:
+            for end in (ROWS_END, FEATURES_END) if volume.name else ():
+                with suppress(OSError):
+                    Path(f"{volume.name}{end}").unlink()
+
+    def add(self, hashes: Hashes, features: Features) -> None:
         """Write rows, in blocks. All ranks call it with the same rows, and rank 0 writes.
 
-        Args:
-            keep: Have the rows in memory from now on; else `open` maps them.
+        `open` maps them, but those of an optional store are in memory from now on.
 
         Raises:
             OSError: They cannot be written.
@@ -434,11 +438,28 @@ class Store:
         """
         if self.dtype == np.float16:
             features = raise_on_all_ranks(lambda: to_half(features, hashes, name=str(self.folder)))
-        if self.folder is not None:
+        if self._is_writable:
             rank0_first(lambda: self._write(hashes, features))
-        if keep and len(hashes):
-            rows = rows_of(hashes, features)
-            self._use([*self.volumes, Volume("", rows, features)])
+        if self.is_optional and len(hashes):
+            self._use([*self.volumes, Volume("", rows_of(hashes, features), features)])
+
+    def add_new(self, hashes: Hashes, features: Features) -> None:
+        """The same with ids that may be here or come several times, once they make a block."""
+        self._waiting.append((hashes, features))
+        if sum(len(some) for some, _ in self._waiting) >= BLOCK_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits."""
+        waiting = [(some, rows) for some, rows in self._waiting if len(some)]
+        self._waiting.clear()
+        if waiting:
+            hashes = np.concatenate([some for some, _ in waiting])
+            features = np.concatenate([rows for _, rows in waiting])
+            first = np.sort(np.unique(hashes, return_index=True)[1])
+            new = first[~self.has(hashes[first])]
+            if len(new):
+                self.add(hashes[new], features[new])
 
     def _list_volumes(self) -> dict[str, tuple[int, bytes]]:
         """The names of volumes, the number of rows in each, and the bytes of its last row."""
@@ -490,6 +511,20 @@ class Store:
         return Volume(str(path), rows, features)
 
     def _write(self, hashes: Hashes, features: Features) -> None:
+        if not self.is_optional:
+            self._write_blocks(hashes, features)
+            return
+        assert self.folder is not None
+        try:
+            with locked(self.folder):
+                self._write_blocks(hashes, features)
+        except OSError as error:
+            say(f"warning: features are not kept ({error})")
+            self._is_writable = False  # once is enough
+        except ValueError:  # another process adds to it
+            pass
+
+    def _write_blocks(self, hashes: Hashes, features: Features) -> None:
         assert self.folder is not None
         width = features.shape[1]
         for first in range(0, len(hashes), BLOCK_ROWS):

@@ -1,16 +1,13 @@
-"""Features of a data set's images and texts: read, and encoded by all ranks.
+"""Features of a data set's images and texts, encoded once, whoever asks.
 
-`kept.py` keeps them on disk, `encoders.py` says which encoder a model gets, and what a task needs
-is chosen in `task_features.py`. Frozen models that teach, or that `align` joins, encode in
-`encode/encoder.py` and `encode/halves.py`.
+The loop is in `encode/run.py`, and what is kept on disk in `encode/store.py`. `encoders.py` says
+which encoder a model gets, and what a task needs is chosen in `task_features.py`.
 """
 
 import hashlib
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from copy import copy
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,43 +19,33 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from protoclip.data.captions import without_padding
 from protoclip.data.decode import decode, decode_crop
-from protoclip.data.loader import items_of
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
-from protoclip.distributed import parallel
 from protoclip.distributed.collectives import (
-    all_gather,
     all_gather_object,
     any_rank,
-    raise_on_all_ranks,
     rank,
     rank0_first,
     world_size,
 )
-from protoclip.distributed.cores import cores
-from protoclip.encode import store
+from protoclip.encode.encoder import Encoder as FrozenEncoder
+from protoclip.encode.encoder import image_encoder, text_encoder
+from protoclip.encode.run import Round, encode, units_of_rank
+from protoclip.encode.store import DAMAGED, FULL, Hashes, Store, hash_ids
 from protoclip.evaluation.datasets import Images
-from protoclip.evaluation.kept import Bad, Kept, Listed
-from protoclip.files import checksum
-from protoclip.models.batch_norm import layers_of
+from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
 from protoclip.models.precision import Autocast, on_card
 from protoclip.models.protoclip import evaluation_mode
-from protoclip.models.tokenizers import TELLING
 from protoclip.progress import Progress
 
-FEW_IMAGES = 300  # are read faster than worker processes start
-KEPT_FIRST, KEPT_MOST = 4096, 32_768  # images at once, which a call that is killed may lose
 RETRIED = 20  # bad images that are tried again before kept features are used
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
-Content = tuple[int, int]  # the row of a good image, and a hash of it
-Batch = tuple[Tensor, list[Bad], list[Content]]
-NONE = np.zeros(0, np.uint64)
+Bad = tuple[int, str]  # the row of an image that cannot be used, and why
 
 
 @runtime_checkable
@@ -94,7 +81,7 @@ class Encoder:
 
     Attributes:
         batch_size: Images or texts encoded at once.
-        workers: Processes that read images; unset, one a core if there are many images.
+        workers: Threads that read images; unset, one a core.
         cache: Folder of the store in which features are kept; `None` for none.
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
@@ -120,31 +107,25 @@ class Encoder:
         return self.autocast or on_card("auto", self.device)
 
     @cached_property
-    def key(self) -> str:
-        """Identifies the model and its transforms by content.
+    def towers(self) -> dict[str, FrozenEncoder]:
+        """What encodes `images` and `texts`, of any norm."""
+        settings: dict[str, Any] = {"unit_norm": False, "autocast": self.context}
+        encode_image = partial(self.model.encode_image, normalize=False)
+        encode_text = partial(self.model.encode_text, normalize=False)
+        return {
+            "images": image_encoder(
+                self.model, self.device, encode_image, self.transform, **settings
+            ),
+            "texts": text_encoder(self.model, self.device, self.tokenizer, encode_text, **settings),
+        }
 
-        Weights alone do not: activations and numbers of heads have none. So the features of an
-        image and a text count too, to three digits, since the last ones depend on the hardware.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in self.model.state_dict().items():
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(content.numpy())
-        # Functions and objects without a text show their address in memory.
-        facts = f"{layers_of(self.model)} {self.transform!r}"
-        facts += "" if self.context is nullcontext else repr(self.context)
-        digest.update(re.sub(r" at 0x[0-9a-f]+", "", facts).encode())
-        ramp = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)
-        with evaluation_mode(self.model), torch.inference_mode():
-            image = self.transform(Image.fromarray(ramp)).unsqueeze(0).to(self.device)
-            tokens = self.tokenizer(["a photo of a red dog"])  # as many as are read of a caption
-            digest.update(str([tokens.tolist(), self.tokenizer([TELLING]).tolist()]).encode())
-            text = tokens.to(self.device)
-            for features in (self.model.encode_image(image), self.model.encode_text(text)):
-                first = features.float().flatten()[:16].tolist()
-                digest.update(" ".join(f"{value:.3g}" for value in first).encode())
-        return digest.hexdigest()
+    @cached_property
+    def key(self) -> str:
+        """Identifies the model and its transforms by content."""
+        weights = self.towers["images"].checksum()
+        with evaluation_mode(self.model):
+            keys = [tower.key(weights) for tower in self.towers.values()]
+        return checksum(" ".join(keys).encode())
 
     def images(self, images: "Images | Reader", *, stage: str) -> Encoded:
         """Features of all images that can be used. With a cache each is encoded once, whoever asks.
@@ -164,64 +145,80 @@ class Encoder:
     def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
         """The same, where there may be none that can be used."""
         reader = images if isinstance(images, Reader) else Reader(images, self.transform)
-        if self.cache is not None and reader.key:
-            return self._kept_images(reader, Kept(self._folder("images")), stage)
-        number = len(reader.images)
-        (encoded,) = self._encode_images(reader, stage, number, number)
-        return encoded
-
-    def _kept_images(self, reader: "Reader", kept: Kept, stage: str) -> Encoded:
-        """Features of images, of which those that are not kept yet are encoded, and kept."""
-        listed = kept.read_list(reader.key)
+        if self.cache is None or not reader.key:
+            return self._encode_images(reader, stage, Store(None, dtype=FULL))[0]
+        store = Store(self._folder("images"), dtype=FULL, is_optional=True)
+        listed = read_list(store, reader.key)
         if listed is not None:
             # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
             # notice that, and quick to try.
             some = listed.bad[:: len(listed.bad) // RETRIED + 1]
-            hold = all(len(reader[range(row, row + 1)][1]) for row, _ in some)
-            if any_rank([not hold])[0] or not kept.has(listed.hashes).all():
+            if any_rank([any(reader.is_readable(row) for row, _ in some)])[0]:
                 listed = None
-        if listed is None:
-            listed = self._encode_missing(reader, kept, stage)
-            kept.write_list(reader.key, listed)
-        features, content = kept.features(listed.hashes), torch.from_numpy(listed.content)
-        return Encoded(features=features, bad=listed.bad, content=content)
+        while listed is None or not store.has_whole(listed.hashes):
+            reader.known = store
+            encoded, hashes = self._encode_images(reader, stage, store)
+            reader.known = None
+            listed = Listed(hashes=hashes, content=encoded.content.numpy(), bad=encoded.bad)
+            write_list(store, reader.key, listed)
+        features = store.read_or_map(store.find(listed.hashes))
+        content = torch.from_numpy(listed.content)
+        return Encoded(features=torch.from_numpy(features), bad=listed.bad, content=content)
 
-    def _encode_missing(self, reader: "Reader", kept: Kept, stage: str) -> Listed:
-        """Encode and keep what is missing, some thousand images at a time; returns what there is.
+    def _encode_images(self, reader: "Reader", stage: str, store: Store) -> tuple[Encoded, Hashes]:
+        """Encode the images that the reader does not know: what they hold, and their hashes.
 
-        So a call that is killed loses little: the next one finds what was kept.
-        """
-        known, content, bad = kept.hashes(), [np.zeros(0, np.int64)], list[Bad]()
-        for part in self._encode_images(reader.without(known), stage, KEPT_FIRST, KEPT_MOST):
-            keys = part.content.numpy()
-            content.append(keys)
-            bad += part.bad
-            hashes = hashes_of(keys)
-            encoded = np.flatnonzero(~np.isin(hashes, known))  # the others have no features here
-            first = np.sort(np.unique(hashes[encoded], return_index=True)[1])
-            new = first[~kept.has(hashes[encoded[first]])]
-            kept.add([str(key) for key in keys[encoded[new]]], part.features[new])
-        joined = np.concatenate(content)
-        return Listed(hashes=hashes_of(joined), content=joined, bad=bad)
-
-    def _encode_images(
-        self, reader: "Reader", stage: str, first: int, most: int
-    ) -> Iterator[Encoded]:
-        """Features of the images that the reader does not know, and what all of them hold.
-
-        The `first` images come together, then each time twice as many, up to `most`.
+        Features are added to the store, or returned where that has no folder.
         """
 
-        def forward(batch: Tensor) -> Tensor:
+        def finish_and_encode(images: list[Tensor]) -> Tensor:
+            batch = torch.stack(images).to(self.device, non_blocking=True)
             return self.model.encode_image(reader.finish(batch), normalize=False)
 
-        number, stride = len(reader.images), self.batch_size * world_size()
-        batches, progress = self._read(reader, number), self._progress(stage, number)
-        begin, size = 0, max(1, -(-first // stride)) * stride
-        while begin < max(1, number):
-            rows = range(begin, min(begin + size, number))
-            yield self.encode(forward, batches, reader.blank, rows, stage, progress)
-            begin, size = begin + size, min(2 * size, max(most // stride * stride, size))
+        def prepare(row: int) -> tuple[int, Tensor | None]:
+            image, content = reader.read(row)
+            contents[row] = content
+            return hash_of_content(content), image
+
+        contents, bad = dict[int, int](), list[Bad]()
+        tower = replace(self.towers["images"], forward=finish_and_encode)
+        number = len(reader.images)
+        units = units_of_rank(range(number), self.batch_size)
+        progress, features = self._progress(stage, number), list[Tensor]()
+        rounds = encode(tower, units, prepare, threads=self.workers, blank=reader.blank)
+        for made in self.check_rounds(rounds, stage, progress, number):
+            bad += [(row, str(one)) for row, one in made.items if isinstance(one, BadSample)]
+            if store.folder is None:
+                features.append(made.features)
+            else:
+                store.add_new(made.hashes, made.features.numpy())
+        ranks = all_gather_object((bad, contents))
+        good = sorted(entry for _, of_rank in ranks for entry in of_rank.items())
+        content = torch.tensor([key for _, key in good], dtype=torch.long)
+        hashes = np.array([hash_of_content(key) for _, key in good], np.uint64)
+        store.flush()
+        encoded = Encoded(
+            features=torch.cat([each for each in features if len(each)] or [torch.zeros(0, 0)]),
+            bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
+            content=content,
+        )
+        return encoded, hashes
+
+    def check_rounds(
+        self, rounds: Iterator[Round], stage: str, progress: Progress | None, number: int
+    ) -> Iterator[Round]:
+        """Rounds of finite features, with progress."""
+        done = 0
+        with evaluation_mode(self.model), closing(rounds):  # type: ignore[type-var]
+            for made in rounds:
+                if not bool(torch.isfinite(made.features).all()):  # the same bits on every rank
+                    raise ValueError(
+                        f"{stage}: the model's features are not finite; it has diverged"
+                    )
+                yield made
+                done += self.batch_size * world_size()
+                if progress:
+                    progress.update(min(done, number))
 
     def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
         """Features of texts. With a cache each is encoded once, whoever asks, and kept by itself.
@@ -231,19 +228,21 @@ class Encoder:
         """
         if self.cache is None:
             return self._encode_texts([*texts], stage)
-        kept = Kept(self._folder("texts"))
-        listed = kept.read_list(content) if content else None
-        hashes = None if listed is None else listed.hashes
-        if hashes is None or not kept.has(hashes).all():
+        store = Store(self._folder("texts"), dtype=FULL, is_optional=True)
+        listed = read_list(store, content) if content else None
+        if listed is None or not store.has_whole(listed.hashes):
             texts = [*texts]
-            hashes = store.hash_ids(texts)
-            known = kept.has(hashes)
-            missing = [text for text, is_kept in zip(texts, known, strict=True) if not is_kept]
+            hashes = hash_ids(texts)
+            listed = Listed(hashes=hashes, content=np.zeros(0, np.int64))
+            store.has_whole(hashes)  # what is damaged is forgotten
+            is_kept = store.has(hashes)
+            missing = [text for text, known in zip(texts, is_kept, strict=True) if not known]
             if missing := [*dict.fromkeys(missing)]:
-                kept.add(missing, self._encode_texts(missing, stage))
+                store.add_new(hash_ids(missing), self._encode_texts(missing, stage).numpy())
+                store.flush()
             if content:
-                kept.write_list(content, Listed(hashes=hashes, content=np.zeros(0, np.int64)))
-        return kept.features(hashes)
+                write_list(store, content, listed)
+        return torch.from_numpy(store.read_or_map(store.find(listed.hashes)))
 
     @property
     def folders(self) -> set[Path]:
@@ -268,71 +267,12 @@ class Encoder:
         return without_padding(tokens) if getattr(self.model, "ignores_padding", False) else tokens
 
     def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
-        def batches() -> Iterator[Batch]:
-            for rows in self._shares(len(texts)):
-                yield self.tokens(texts[rows.start : rows.stop]), [], []
-
-        forward = partial(self.model.encode_text, normalize=False)
-        blank = partial(self.tokens, texts[:1])
-        progress = self._progress(stage, len(texts))
-        return self.encode(forward, batches(), blank, range(len(texts)), stage, progress).features
-
-    def encode(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        batches: Iterator[Batch],
-        blank: Callable[[], Tensor],
-        rows: range,
-        stage: str,
-        progress: Progress | None = None,
-    ) -> Encoded:
-        """Features of some rows, in whose batches the ranks take turns.
-
-        A batch has the same rows, and so its features the same bits, for any number of ranks. The
-        forward of a sharded model is collective, so a rank without good rows encodes a blank one
-        and drops it.
-
-        Args:
-            forward: A batch of inputs to features.
-            batches: This rank's batches, of `batch_size` rows without the bad ones.
-            blank: A batch of one row that stands in.
-        """
-        sharded = parallel.is_sharded(self.model)
-        features: list[Tensor] = []
-        bad: list[Bad] = []
-        content: list[Content] = []
-
-        def read(first: int) -> tuple[Tensor, int]:
-            """This rank's input, and how many of its rows count."""
-            has_batch = first < rows.stop
-            ready, left_out, keys = next(batches) if has_batch else (torch.zeros(0), [], [])
-            bad.extend((row, why) for row, why in left_out)  # workers make lists of tuples
-            content.extend((row, key) for row, key in keys)
-            return (ready, len(ready)) if len(ready) else (blank(), 0)
-
-        stride = self.batch_size * world_size()
-        with evaluation_mode(self.model):
-            for first in range(rows.start, rows.stop, stride):
-                ready, good = raise_on_all_ranks(partial(read, first + rank() * self.batch_size))
-                if any_rank([good > 0])[0]:
-                    with parallel.without_gradients(self.model), self.context():
-                        sent = ready.to(self.device, non_blocking=True)
-                        # A rank that fails in a sharded forward ends, since others wait in it.
-                        run = partial(forward, sent)
-                        made = run() if sharded else raise_on_all_ranks(run)
-                    features.append(all_gather(made.float()[:good]).cpu())
-                if progress:
-                    progress.update(min(first + stride, rows.stop))
-        encoded = torch.cat(features or [torch.zeros(0, 0)])
-        if not bool(torch.isfinite(encoded).all()):  # the same bits on every rank
-            raise ValueError(f"{stage}: the model's features are not finite; it has diverged")
-        ranks = all_gather_object((bad, content))
-        keys = sorted(entry for _, of_rank in ranks for entry in of_rank)
-        return Encoded(
-            features=encoded,
-            bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
-            content=torch.tensor([key for _, key in keys], dtype=torch.long),
+        units, number = units_of_rank(texts, self.batch_size), len(texts)
+        rounds = encode(
+            self.towers["texts"], units, lambda text: (0, text), threads=0, blank=lambda: texts[0]
         )
+        watched = self.check_rounds(rounds, stage, self._progress(stage, number), number)
+        return torch.cat([made.features for made in watched] or [torch.zeros(0, 0)])
 
     def showing(self, show: bool) -> "Encoder":
         """The same encoder, with or without progress."""
@@ -346,40 +286,69 @@ class Encoder:
         assert self.cache is not None
         return self.cache / checksum(f"{self.key} {kind}".encode())
 
-    def _shares(self, number: int) -> list[range]:
-        """The rows of this rank's batches."""
-        starts = range(0, number, self.batch_size)[rank() :: world_size()]
-        return [range(start, min(start + self.batch_size, number)) for start in starts]
 
-    def _read(self, reader: "Reader", number: int) -> Iterator[Batch]:
-        """This rank's batches of images."""
-        workers = self.workers
-        if workers is None:
-            workers = cores() if number > FEW_IMAGES else 0
-        shares = self._shares(number)
-        loader = DataLoader(
-            reader,
-            sampler=shares,
-            batch_size=None,
-            num_workers=min(workers, len(shares)),
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or it would draw from the global one
-        )
-        return items_of(loader)
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """What a list of images or texts has, as it was when all of it was kept.
+
+    Attributes:
+        hashes: Of the ids by which the good ones are kept, in their order.
+        content: Of images, 64 bits for each good one.
+        bad: The bad ones.
+    """
+
+    hashes: Hashes
+    content: npt.NDArray[np.int64]
+    bad: Sequence[Bad] = ()
 
 
-class Reader(Dataset[Batch]):
-    """Images by ranges of rows, as the model's input or one step before.
+def read_list(store: Store, name: str) -> Listed | None:
+    """What a list had when it was last seen whole; None if that is not known. Collective."""
 
-    Our own transforms finish on the device of the model, so that workers send bytes, not floats. Of
+    def read() -> Listed | None:
+        try:
+            listed = read_sealed(path_of_list(store, name))
+            hashes, content = (bytearray.fromhex(listed[x]) for x in ("hashes", "content"))
+            return Listed(
+                hashes=np.frombuffer(hashes, np.uint64),
+                content=np.frombuffer(content, np.int64),
+                bad=[(row, why) for row, why in listed["bad"]],
+            )
+        except DAMAGED:
+            return None
+
+    return rank0_first(read)
+
+
+def write_list(store: Store, name: str, listed: Listed) -> None:
+    hashes, content = (one.tobytes().hex() for one in (listed.hashes, listed.content))
+    sealing = sealed({"hashes": hashes, "content": content, "bad": listed.bad})
+
+    def write() -> None:
+        with suppress(OSError):  # the store has said so
+            write_atomically(path_of_list(store, name), to_json(sealing) + "\n")
+
+    rank0_first(write)
+
+
+def path_of_list(store: Store, name: str) -> Path:
+    assert store.folder is not None
+    return store.folder / f"{checksum(name.encode())}.json"
+
+
+class Reader:
+    """Images by row, as the model's input or one step before.
+
+    Our own transforms finish on the device of the model, so that threads make bytes, not floats. Of
     images that give their encoded bytes, `EvaluationTransform` needs the crop alone.
 
     Attributes:
-        known: The hashes of images that are not needed, in order; of these only the content is.
+        known: Has the features of images that are not needed; of these only the content is.
     """
 
     def __init__(self, images: Images, transform: Transform) -> None:
-        self.images, self.transform, self.known = images, transform, NONE
+        self.images, self.transform = images, transform
+        self.known: Store | None = None
         crops = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
         self.as_bytes = crops or isinstance(transform, PillowTransform)
 
@@ -388,26 +357,12 @@ class Reader(Dataset[Batch]):
         """Identifies the images, as `Images.key`."""
         return self.images.key
 
-    def without(self, known: store.Hashes) -> "Reader":
-        """The same without images that are known."""
-        reader = copy(self)
-        reader.known = known
-        return reader
-
-    def __getitem__(self, rows: range) -> Batch:
-        good: list[Tensor] = []
-        bad: list[Bad] = []
-        content: list[Content] = []
-        for row in rows:
-            try:
-                image, key = self.read(row)
-            except BadSample as error:
-                bad.append((row, str(error)))
-            else:
-                if image is not None:
-                    good.append(image)
-                content.append((row, key))
-        return torch.stack(good) if good else torch.zeros(0), bad, content
+    def is_readable(self, row: int) -> bool:
+        try:
+            self.read(row)
+        except BadSample:
+            return False
+        return True
 
     def read(self, row: int) -> tuple[Tensor | None, int]:
         """One image if it is needed, and a hash of it; raises `BadSample`."""
@@ -437,12 +392,10 @@ class Reader(Dataset[Batch]):
             source = images.where(row) if hasattr(images, "where") else images.name
             raise BadSample(images.sample_id(row), source, str(error)) from error
 
-    def knows(self, key: int) -> bool:
-        if not len(self.known):
+    def knows(self, content: int) -> bool:
+        if self.known is None:
             return False
-        (wanted,) = hashes_of(np.array([key]))
-        at = np.searchsorted(self.known, wanted)
-        return bool(at < len(self.known) and self.known[at] == wanted)
+        return bool(self.known.has(np.array([hash_of_content(content)], np.uint64))[0])
 
     def finish(self, batch: Tensor) -> Tensor:
         """The model's input, of what `read` gave."""
@@ -452,17 +405,17 @@ class Reader(Dataset[Batch]):
         return self.transform.finish(batch, torch.zeros(len(batch), 0))
 
     def blank(self) -> Tensor:
-        """A batch of one black image."""
+        """A black image."""
         if self.as_bytes:
             assert isinstance(self.transform, EvaluationTransform | PillowTransform)
             size = self.transform.size
-            return torch.zeros(1, size, size, 3, dtype=torch.uint8)
-        return self.transform(Image.new("RGB", (224, 224))).unsqueeze(0)
+            return torch.zeros(size, size, 3, dtype=torch.uint8)
+        return self.transform(Image.new("RGB", (224, 224)))
 
 
-def hashes_of(content: npt.NDArray[np.int64]) -> store.Hashes:
-    """The hashes by which images of this content are kept."""
-    return store.hash_ids(map(str, content.tolist()))
+def hash_of_content(content: int) -> int:
+    """The hash by which an image of this content is kept."""
+    return int(hash_ids([str(content)])[0])
 
 
 def hash_of(data: bytes) -> int:

@@ -27,10 +27,9 @@ from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.encode.canonical import canonical_projections, moments_of_pairs
 from protoclip.encode.encoder import Encoder, encode_items, open_encoder
-from protoclip.encode.store import hash_ids
+from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
-from protoclip.evaluation.kept import Kept
 from protoclip.files import checksum
 from protoclip.models.frozen import Pooling
 from protoclip.models.text_models import MINILM, pooling_of
@@ -264,14 +263,14 @@ def encode(
 ) -> Half:
     """Let a half encode each item that is not kept; `contents` tell items apart in any data."""
     features = torch.full((len(items), encoder.width), torch.nan)
-    missing = np.arange(len(items))
-    kept = None if cache is None else Kept(cache / encoder.key())
-    if kept is not None:
-        hashes = hash_ids(contents)
-        known = np.flatnonzero(is_kept := kept.has(hashes))
-        missing = np.flatnonzero(~is_kept)
-        if len(known):
-            features[known] = kept.features(hashes[known])
+    folder = None if cache is None else cache / encoder.key()
+    store = Store(folder, dtype=FULL, is_optional=True)
+    hashes = hash_ids(contents)
+    store.has_whole(hashes)  # what is damaged is forgotten
+    numbers = store.find(hashes)
+    known, missing = np.flatnonzero(numbers >= 0), np.flatnonzero(numbers < 0)
+    if len(known):
+        features[known] = torch.from_numpy(store.read(numbers[known]))
     if not len(missing):
         return Half(name=name, features=features, per_second=None)
     progress, started = Progress(f"encode {name}", len(missing)), time.monotonic()
@@ -281,10 +280,9 @@ def encode(
     if not torch.isfinite(rows).all():
         raise ValueError(f"{name}: its features are not finite; choose another model")
     number_of = {sample_id: number for number, sample_id in enumerate(ids)}
-    numbers = [number_of[sample_id] for sample_id in ids_read]
-    features[numbers] = rows
-    if kept is not None:
-        kept.add([contents[number] for number in numbers], rows)
+    number_rows = [number_of[sample_id] for sample_id in ids_read]
+    features[number_rows] = rows
+    store.add(hashes[number_rows], rows.numpy())
     rate = len(ids_read) / max(seconds, 1e-9) if ids_read else None
     reason = str(BadSample(**bad[0])) if bad else ""
     return Half(name=name, features=features, per_second=rate, reason=reason)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation.datasets import EvaluationData, positions
-from protoclip.evaluation.features import Encoded, Encoder
-from protoclip.evaluation.kept import Bad
+from protoclip.evaluation.features import Bad, Encoded, Encoder
 from protoclip.evaluation.retrieval import Captions, captions_of
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.terminal import say

@@ -28,7 +28,7 @@ from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import NONE, Batch, Encoder, Reader
+from protoclip.evaluation.features import Encoder, Reader
 from protoclip.evaluation.grouping import measure
 from protoclip.evaluation.validation import changed_since, is_asked, judged
 from protoclip.files import checksum, to_json
@@ -255,33 +255,29 @@ def draw_from_split(data: EvaluationData, samples: int) -> Examples:
 
 
 class KeptReader(Reader):
-    """Decodes images by threads, and only once unless they take more memory than `KEPT_BYTES`."""
+    """Decodes images only once, unless they take more memory than `KEPT_BYTES`."""
 
     def __init__(
         self, images: ImageTextPairs, transform: Callable[[Image.Image], Tensor], key: str
     ) -> None:
         super().__init__(images, transform)
         self.given_key = key
-        self.kept: dict[range, tuple[Tensor, tuple[int, ...]]] = {}
+        self.decoded: dict[int, tuple[Tensor | None, int]] = {}
+        self.size = 0
 
     @property
     def key(self) -> str:
         return self.given_key or super().key
 
-    def __getitem__(self, rows: range) -> Batch:
-        pixels, keys = self.kept[rows] if rows in self.kept else self._decode(rows)
-        needed = [row for row, key in enumerate(keys) if not self.knows(key)]
-        return pixels[needed], [], [*zip(rows, keys, strict=True)]
-
-    def _decode(self, rows: range) -> tuple[Tensor, tuple[int, ...]]:
-        """All of these images, and their content."""
-        with ThreadPoolExecutor() as pool:
-            pixels, keys = zip(*pool.map(self.without(NONE).read, rows), strict=True)
-        decoded = torch.stack(pixels), keys
-        kept = sum(tensor.nbytes for tensor, _ in self.kept.values())
-        if kept + decoded[0].nbytes <= KEPT_BYTES:
-            self.kept[rows] = decoded
-        return decoded
+    def read(self, row: int) -> tuple[Tensor | None, int]:
+        if row in self.decoded:
+            image, content = self.decoded[row]
+            return (None if self.knows(content) else image), content
+        image, content = super().read(row)
+        if image is not None and self.size + image.nbytes <= KEPT_BYTES:
+            self.decoded[row] = image, content
+            self.size += image.nbytes
+        return image, content
 
 
 def embed_checkpoint(

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import shutil
 
 import numpy as np
@@ -13,13 +12,15 @@ from PIL import Image
 from solid import Guessing, Knowing, Solid, tokenizer, transform
 from torch import nn
 
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
-from protoclip.encode.store import Segments
-from protoclip.evaluation import features as module
+from protoclip.encode import store as stores
+from protoclip.encode.encoder import image_encoder
+from protoclip.encode.run import encode, units_of_rank
+from protoclip.encode.store import Store
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
@@ -50,7 +51,7 @@ def test_bad_images_are_left_out_and_ranks_agree(bad):
         assert all(why == f"sample 'x/{row}' (x): broken" for row, why in left_out)
 
 
-def test_worker_processes_change_nothing():
+def test_threads_change_nothing():
     alone, (rows, _, _) = encoded((3,)), encoded((3,), workers=2)
     assert torch.equal(rows, alone[0])
 
@@ -73,12 +74,11 @@ def test_decoding_from_bytes_equals_the_transform(size, kind):
     rows = [{"image": file.getvalue(), "caption": "a"} for file in files]
     pairs = ImageTextPairs(pa.Table.from_pylist(rows), name="x")
     reader = Reader(pairs, own)
-    batch, bad, _ = reader[range(6)]
+    batch = torch.stack([reader.read(row)[0] for row in range(6)])
     expected = torch.stack([own(pairs.image(row)) for row in range(6)])
     assert batch.dtype == torch.uint8
     assert torch.equal(reader.finish(batch), expected)
-    assert torch.equal(reader.finish(reader.blank()), own(Image.new("RGB", (32, 32)))[None])
-    assert bad == []
+    assert torch.equal(reader.finish(reader.blank()[None])[0], own(Image.new("RGB", (32, 32))))
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -88,8 +88,10 @@ def test_a_damaged_file_is_named(tmp_path):
     pairs = ImageTextPairs(rows, name="x.tsv", root=str(tmp_path))
     own = EvaluationTransform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     for images in (pairs, PairsView([(pairs, [0])])):
-        _, [(_, why)], _ = Reader(images, own)[range(1)]
-        assert why.startswith(f"sample 'x.tsv/0' ({tmp_path / 'a.jpg'}): not an image")
+        with pytest.raises(BadSample) as error:
+            Reader(images, own).read(0)
+        start = f"sample 'x.tsv/0' ({tmp_path / 'a.jpg'}): not an image"
+        assert str(error.value).startswith(start)
 
 
 class TinyTowers(nn.Module):
@@ -107,16 +109,19 @@ class TinyTowers(nn.Module):
 def encode_numbers(model, number, broken=None):
     """Features of the first items, of which one cannot be read."""
 
-    def read(rows):
-        if broken in rows:
+    def read(item):
+        if item == broken:
             raise OSError(f"image {broken}: gone")
-        return torch.tensor(rows).float().view(-1, 1, 1, 1).expand(-1, 3, 1, 2)
+        return item, torch.tensor(item).float().expand(3, 1, 2)
 
-    firsts = range(0, number, 2)[collectives.rank() :: collectives.world_size()]
-    batches = ((read(range(first, min(first + 2, number))), [], []) for first in firsts)
-    blank = lambda: torch.zeros(1, 3, 1, 2)  # noqa: E731
-    own = encoder(model, batch_size=2)
-    return own.encode(model.encode_image, batches, blank, range(number), "items").features
+    def blank(*_):
+        return torch.zeros(3, 1, 2)
+
+    cpu = torch.device("cpu")
+    encoder = image_encoder(model, cpu, model.encode_image, blank, unit_norm=False)
+    units = units_of_rank(range(number), 2)
+    rounds = [*encode(encoder, units, read, blank=blank)]
+    return torch.cat([torch.zeros(0, 4), *(made.features for made in rounds if len(made.hashes))])
 
 
 def sharded_features(numbers):
@@ -162,7 +167,6 @@ def test_features_are_computed_once_and_kept(tmp_path):
     images.key = ""
     again.images(images, stage="x")
     assert again.model.calls["image"] == 1 + 1 + 6
-    assert len(list(tmp_path.rglob("facts.json"))) == 4
 
 
 def some_images(cache):
@@ -175,25 +179,20 @@ def some_images(cache):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_image_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path):
-    for calls, features in run_distributed(some_images, ranks, tmp_path):
-        assert torch.equal(features, Guessing().table[[3, 4, 1, 1]])
-        assert calls == 2  # one image, and that of the key
+    found = run_distributed(some_images, ranks, tmp_path)
+    assert all(torch.equal(features, Guessing().table[[3, 4, 1, 1]]) for _, features in found)
+    assert sum(calls for calls, _ in found) == ranks + 1  # that of each key, and one image
 
 
-def test_blocks_grow_and_features_of_one_are_mapped(tmp_path, monkeypatch):
-    """So a large list has few segments; what is read from several is copied."""
-    monkeypatch.setattr(module, "KEPT_FIRST", 4)
-    monkeypatch.setattr(module, "KEPT_MOST", 8)
+def test_features_in_the_order_of_the_store_are_mapped(tmp_path, monkeypatch):
+    """What lies elsewhere is copied."""
     expected = Guessing().table[: len(NUMBERS)]
-    for _ in range(2):
-        found = encoder(cache=tmp_path).images(Solid("x", NUMBERS), stage="x")
-        assert torch.equal(found.features, expected)
-    counts = [json.loads(path.read_text())["rows"] for path in tmp_path.rglob("facts.json")]
-    assert sorted(counts) == [3, 4, 8, 8]
-    monkeypatch.setattr(Segments, "rows", None)
-    for _ in range(2):
-        found = encoder(cache=tmp_path).images(Solid("y", NUMBERS[:4]), stage="y")
-        assert torch.equal(found.features, expected[:4])
+    encoder(cache=tmp_path).images(Solid("x", NUMBERS), stage="x")
+    found = encoder(cache=tmp_path).images(Solid("y", NUMBERS[::-1]), stage="y")
+    assert torch.equal(found.features, expected.flip(0))
+    monkeypatch.setattr(Store, "read", None)
+    found = encoder(cache=tmp_path).images(Solid("z", NUMBERS[2:9]), stage="z")
+    assert torch.equal(found.features, expected[2:9])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -213,8 +212,7 @@ def killed_and_begun_again(cache):
             return super().image(row)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "KEPT_FIRST", 8)
-        patch.setattr(module, "KEPT_MOST", 8)
+        patch.setattr(stores, "BLOCK_ROWS", 8)
         with pytest.raises(RuntimeError, match="out of luck"):
             encoder(cache=cache).images(Dying("x", NUMBERS), stage="x")
     own = encoder(cache=cache)
@@ -239,10 +237,10 @@ def asked_twice(cache):
 def test_a_text_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path):
     """Also by several ranks, and where what was kept is damaged since."""
     expected = Guessing().text_table[[3, 4, 1, 4]]
-    for calls, features in run_distributed(asked_twice, ranks, tmp_path):
-        assert torch.equal(features, expected)
-        assert calls == 2  # one text, and that of the key
-    for path in tmp_path.rglob("features.npy"):
+    found = run_distributed(asked_twice, ranks, tmp_path)
+    assert all(torch.equal(features, expected) for _, features in found)
+    assert sum(calls for calls, _ in found) == ranks + 1  # that of each key, and one text
+    for path in tmp_path.rglob("*.features"):
         replace(path, path.read_bytes()[:-1])
     assert torch.equal(asked_twice(tmp_path)[1], expected)
 
@@ -253,7 +251,7 @@ def test_a_list_of_texts_is_found_by_its_name(tmp_path):
     first = encoder(cache=tmp_path).texts(texts, stage="x", content="mine")
     again = encoder(cache=tmp_path).texts(iter(()), stage="x", content="mine")
     assert torch.equal(first, again)
-    for path in tmp_path.rglob("*.[nj]*"):
+    for path in tmp_path.rglob("*.[rfj]*"):
         replace(path, b"")
     assert torch.equal(encoder(cache=tmp_path).texts(texts, stage="x", content="mine"), first)
 
@@ -276,33 +274,33 @@ def test_images_that_were_bad_for_a_moment_are_encoded_once_they_are_good(bad, t
     assert again.model.calls["image"] == 1  # of the key alone
 
 
-@pytest.mark.parametrize("damage", ["shorter", "empty", "without facts"])
+@pytest.mark.parametrize("damage", ["shorter", "empty", "without rows"])
 def test_damaged_features_are_computed_anew(damage, tmp_path):
     """tests/unit/test_flipped_bytes.py damages them in other ways."""
     images = Solid("x", NUMBERS)
     expected = encoder(cache=tmp_path).images(images, stage="x").features
-    (path,) = tmp_path.glob("*/*/features.npy")
+    (path,) = tmp_path.glob("*/*.features")
     whole = path.read_bytes()
-    if damage != "without facts":
+    if damage != "without rows":
         replace(path, whole[: 50 if damage == "shorter" else 0])
     else:
-        path.with_name("facts.json").unlink()
+        path.with_suffix(".rows").unlink()
     for _ in range(2):
         own = encoder(Guessing(), cache=tmp_path)
         assert torch.equal(own.images(images, stage="x").features, expected)
     assert own.model.calls["image"] == 1
-    assert path.read_bytes() == whole
+    assert len(list(tmp_path.glob("*/*.features"))) <= 2
 
 
-def test_while_another_process_keeps_the_same_nothing_is_written(tmp_path, capsys):
+def test_while_another_process_adds_to_the_store_nothing_is_written(tmp_path, capsys):
     images = Solid("x", NUMBERS)
     encoder(cache=tmp_path).images(images, stage="x")
-    (folder,) = (path.parent for path in tmp_path.rglob("facts.json"))
+    (folder,) = (path.parent for path in tmp_path.rglob("*.rows"))
     shutil.rmtree(folder)
     with locked(folder):
         found = encoder(cache=tmp_path).images(images, stage="x")
     assert len(found.features) == len(NUMBERS)
-    assert (folder.exists(), capsys.readouterr().err) == (False, "")
+    assert (list(folder.glob("*.rows")), capsys.readouterr().err) == ([], "")
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):

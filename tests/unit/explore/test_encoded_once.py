@@ -1,5 +1,6 @@
 """The same model over the same data, or some of them, is encoded once, whoever asks first."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,7 +17,8 @@ from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.view import NONE, without
-from protoclip.evaluation.features import Encoded, Encoder, Reader
+from protoclip.encode.run import Round
+from protoclip.evaluation.features import Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import batch_norm, loading
@@ -79,21 +81,23 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     assert len(rows) == PAIRS
     some = pq.read_table(data).take([3, 5, 8])
     pq.write_table(some, tmp_path / "some.parquet")
-    encode, encoded = Encoder.encode, []
+    encoded = list[int]()
+    check = Encoder.check_rounds
 
-    def watched(*given: Any) -> Encoded:
-        encoded.append(encode(*given))
-        return encoded[-1]
+    def watched(self: Encoder, *given: Any) -> Iterator[Round]:
+        for made in check(self, *given):
+            encoded.append(len(made.hashes))
+            yield made
 
-    monkeypatch.setattr(Encoder, "encode", watched)
+    monkeypatch.setattr(Encoder, "check_rounds", watched)
     evaluate(run, str(tmp_path / "some.parquet"))
-    assert [len(each.features) for each in encoded] == [0]
+    assert encoded == [0]
 
 
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
     monkeypatch.setattr(Reader, "read", Mock(side_effect=AssertionError))
-    monkeypatch.setattr(Encoder, "encode", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(Encoder, "check_rounds", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 
 
