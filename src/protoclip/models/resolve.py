@@ -248,23 +248,10 @@ class JoinedTowers(Start):
     text: Start
 
     def describe_towers(self) -> Mapping[str, Any]:
-        """Their description, with projections as `model` says, where a tower leaves a choice."""
+        """Their description, with the joint width of `model`."""
         description = deepcopy(dict(self.towers_json or {}))
-        config = description["model_cfg"]
-        config["embed_dim"] = self.model.embed_dim
-        for part, setting in self.choices.items():
-            config[part][setting] = self.model.projection
+        description["model_cfg"]["embed_dim"] = self.model.embed_dim
         return description
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """The settings of open_clip's for projections with a hidden layer, by part.
-
-        timm's and Hugging Face's trunks have them; open_clip's own towers project linearly.
-        """
-        config = (self.towers_json or {})["model_cfg"]
-        known = {"vision_cfg": "timm_proj", "text_cfg": "hf_proj_type"}
-        return {part: setting for part, setting in known.items() if setting in config[part]}
 
     def fill(self, built: ProtoCLIP) -> list[str]:
         towers = built.towers

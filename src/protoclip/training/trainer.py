@@ -337,9 +337,8 @@ class Trainer:
         """All that a run needs to go on, as nested dicts of tensors and JSON values.
 
         `model` and `optimizer` are whole copies on the CPU of rank 0, and empty on other ranks; or
-        copies of each rank's parts, if the model is sharded, and then `adapters` are so too.
-        `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on,
-        with the heads of teachers.
+        copies of each rank's parts, if the model is sharded.
+        `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on.
         """
         self.guard.look()
         plain, adapters = lora.merge_adapters(self.model, parallel.own_weights(self.model))
