@@ -209,29 +209,6 @@ def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, cap
     assert "note: going on with run.precision (" in capsys.readouterr().err
 
 
-def test_a_run_of_an_earlier_version_goes_on(whole, stopped):
-    """Its config.toml does not name the loss, which was InfoNCE, nor the teacher's whitening, but
-    settings that are gone."""
-    path = Path(str(stopped.run.out)) / "config.toml"
-    settings = path.read_text()
-    assert settings.count('instance = "info_nce"\n') == 1
-    path.write_text(settings.replace('instance = "info_nce"\n', ""))
-    with pytest.raises(ValueError, match=r"loss\.instance \(info_nce before, sigmoid now\)"):
-        run.train(with_changes(stopped, {"loss": {"instance": "sigmoid"}}), resume="auto")
-    with_teacher = settings.replace("[teacher]\n", '[teacher]\nfeatures = "emoji"\nweight = 1.0\n')
-    assert with_teacher.count("whiten = 64\n") == 1
-    path.write_text(with_teacher.replace("whiten = 64\n", ""))
-    with pytest.raises(ValueError, match=r"teacher\.whiten \(0 before, 64 now\)"):
-        run.train(with_changes(stopped, {"teacher": {"features": "emoji"}}), resume="auto")
-    path.write_text(
-        settings.replace('instance = "info_nce"\n', "").replace(
-            "[teacher]\n", "[teacher]\nweight = 1.0\n"
-        )
-    )
-    assert run.train(stopped, resume="auto")["steps"] == 16
-    assert_equal_ends(Path(str(stopped.run.out)), whole)
-
-
 def test_of_two_runs_that_begin_in_one_folder_one_is_told(tmp_path):
     """Neither saw the folder."""
     with (
@@ -248,14 +225,14 @@ def test_nobody_else_has_the_folder_until_the_results_are_written(
     """Another process would remove what is being written."""
     config, results, said = quick_config(tiny_parquet, tmp_path / "run"), run.Run.results, []
 
-    def watched(this, *, stopped):
+    def watched(this, **settings):
         with (
             pytest.raises(ValueError, match="another process writes here") as error,
             claimed(tmp_path / "run", resume=True),
         ):
             pass
         said.append(str(error.value))
-        return results(this, stopped=stopped)
+        return results(this, **settings)
 
     monkeypatch.setattr(run.Run, "results", watched)
     run.train(config)
