@@ -27,7 +27,6 @@ from protoclip.data.loader import EpisodeLoader
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.distributed.collectives import rank
 from protoclip.encode import halves
-from protoclip.encode import rows as listing
 from protoclip.encode import run as running
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.rows import RowLoader, half_teachers
@@ -41,7 +40,7 @@ from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.clustering import Clusterings
-from protoclip.training.presets import choose_before_data, read_given
+from protoclip.training.presets import choose_before_data
 from protoclip.training.run import Run, align
 from protoclip.training.throughput import machines
 from protoclip.training.trainer import Trainer
@@ -250,16 +249,6 @@ def test_what_was_encoded_is_not_encoded_again(given, tmp_path, store, monkeypat
     mixture = [{"path": given["data"]["train"]}]
     for other in ({"without": str(left_out)}, {**data, "sources": mixture, "train": "emoji"}):
         assert rows_encoded(changed(given, data=other)) == for_keys
-
-
-def test_a_later_start_hashes_no_pair(given, store, monkeypatch):
-    """Nor does it list ids for halves that are no teachers."""
-    rows_of(given)
-    for name in ("hashes_of_images", "hashes_of_captions"):
-        monkeypatch.setattr(listing, name, None)
-    plan, rows, _ = rows_of(given)
-    monkeypatch.setattr(type(plan.samples), "sample_ids", lambda _: 1 / 0)
-    assert half_teachers(Config(), plan.samples, rows) == {}
 
 
 def encode_into(folder: Path, settings: dict[str, Any], kill: str = "") -> None:
@@ -492,11 +481,3 @@ def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
 def test_settings_that_align_cannot_follow(more, message, given):
     with pytest.raises(ValueError, match=message):
         align(changed(given, **more))
-
-
-def test_settings_may_come_as_a_config(given):
-    """Of which those at their default count as not given."""
-    given = changed(given, loss={"prototypical": 0.375, "teacher": 0.75})
-    config = Config.from_dict(given)
-    mine, theirs = (choose_before_data("align", read_given("align", g)) for g in (config, given))
-    assert mine.config == theirs.config

@@ -18,8 +18,7 @@ from interrupting import with_changes
 from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
 from protoclip.models.projections import FrozenEncoders, Projections
-from protoclip.models.resolve import resolve_start, tower_config
-from protoclip.models.start import find_start
+from protoclip.models.resolve import resolve_start
 from protoclip.training import wise_ft
 from protoclip.training.run import align
 from testing import tiny_config, tiny_pairs
@@ -32,7 +31,7 @@ from tiny_hugging_face import (
     save_siglip,
     save_xlm_roberta,
 )
-from tiny_starts import CLIP, RESNET, TEXT, VIT, save_open_clip
+from tiny_starts import CLIP, TEXT, VIT, save_open_clip
 
 SHORT: dict[str, Any] = {"run": {"evaluate": False}, "episodes": {"size": 16, "count": 2}}
 COCA = {
@@ -281,23 +280,6 @@ def test_sentence_transformers_opens_a_run_between_two_towers_of_open_clip(betwe
         torch.testing.assert_close(torch.from_numpy(theirs.encode([image])), ours)
 
 
-def test_halves_that_fit_no_format_are_refused_in_one_line(given, models, tmp_path):
-    resnet = str(save_open_clip(tmp_path / "resnet", {**CLIP, "vision_cfg": RESNET}))
-    quick = str(save_open_clip(tmp_path / "quick", {**CLIP, "quick_gelu": True}))
-    cases = {
-        (resnet, None): "model.image.name: .*project within their pooling; name timm's tower",
-        (quick, models["open_clip"]): "model.text.name: .*different activations",
-    }
-    for (image, text), message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            align(changed(settings_of(given, image, text), tmp_path / "run"))
-    weights = settings_of(given, models["run"], None)
-    weights["model"]["image"]["weights"] = "published"
-    with pytest.raises(ValueError, match=r"model.image.weights: .*has weights of its own"):
-        align(changed(weights, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def save_distilbert(folder: Path) -> Path:
     sizes = {"dim": 32, "hidden_dim": 40, "n_layers": 1, "n_heads": 2, "vocab_size": 60}
     config = transformers.DistilBertConfig(**sizes)
@@ -329,10 +311,3 @@ def test_a_model_without_a_half_is_refused_in_one_line(save, tower, message, giv
     with pytest.raises(ValueError, match=f"^model.{tower}.name: {model}:? .*{message}"):
         align(changed(settings, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_of_a_siglip_has_no_half(tmp_path):
-    start = find_start(f"hf:{save_siglip(tmp_path)}").trainable()  # with the towers of its runs
-    for tower, message in (("image", "name a model of timm"), ("text", "name a text model such")):
-        with pytest.raises(ValueError, match=f"a model that open_clip cannot hold; {message}"):
-            tower_config(tower, start)

@@ -1,15 +1,13 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
 import errno
-import io
-import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,20 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import protoclip
 from protoclip import cli
-from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.config import DataConfig, SourceConfig
 from protoclip.data import sources as sources_of
 from protoclip.encode import encoder as encoding
 from protoclip.encode import halves
-from protoclip.encode import run as running
 from protoclip.encode.canonical import canonical_projections, moments_of_pairs, out_of_fold
 from protoclip.encode.rows import FOLDER
 from protoclip.encode.run import Round
-from protoclip.encode.store import Store, hash_ids
+from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import Encoder
 from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
@@ -75,26 +70,8 @@ def test_a_mixture_is_aligned_from_end_to_end(given, sources, tmp_path):
     assert of_classes == ["eval/validation-classes.parquet/zero_shot/acc1"]
 
 
-def test_pairs_with_one_image_are_on_one_side_of_the_hold_out(given, sources):
-    plan, *_ = rows_of(of_source(given, sources["shared"], episodes={"size": 16, "batch_size": 8}))
-    samples, held_out = plan.samples, plan.held_out[0].splits["validation"].images
-    trained = {samples.where(row) for row in range(len(samples))}
-    assert len(trained) == len(samples)
-    assert trained.isdisjoint({held_out.where(row) for row in range(len(held_out))})
-
-
 def logged(folder: Path) -> str:
     return (folder / "metrics.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("loss", "spaces"), [("prototypical", {"image_half", "text_half"}), ("teacher", {"image"})]
-)
-def test_prototypes_can_be_of_the_halves_or_of_the_projections_alone(loss, spaces, given, tmp_path):
-    align(changed(given, tmp_path / "run", loss={loss: 0.0}))
-    names = {name for line in logged(tmp_path / "run").splitlines() for name in json.loads(line)}
-    begun = "train/loss/prototypical/text_from_"
-    assert {name.removeprefix(begun) for name in names if name.startswith(begun)} == spaces
 
 
 def teacher_file(path: Path) -> str:
@@ -165,29 +142,6 @@ def test_its_own_recipe_trains_the_same(finished, tmp_path, capsys):
     assert all(value.equal(two[name]) for name, value in one.items())
 
 
-def test_an_episode_shrinks_to_the_pairs_that_can_be_read(given, tmp_path):
-    table = pq.read_table(given["data"]["train"])
-    images = table["image"].to_pylist()
-    images[3] = b"no image"
-    pq.write_table(table.set_column(0, "image", pa.array(images)), tmp_path / "bad.parquet")
-    settings = changed(given, tmp_path / "run", data={"train": str(tmp_path / "bad.parquet")})
-    settings["episodes"] = {"batch_size": 16, "count": 2}
-    assert align(settings)["steps"] == 2 * (80 // 16)
-    assert align(settings, resume="auto")["steps"] == 10
-    settings["episodes"] = {"size": 96, "batch_size": 16, "count": 1}
-    plan, *_ = rows_of(settings)
-    assert plan.config.episodes.replacement
-    assert "episodes.replacement = true, since an episode is larger than what is left" in plan.notes
-    settings["episodes"]["replacement"] = False  # as it is given
-    assert not rows_of(settings)[0].config.episodes.replacement
-
-
-def test_a_finished_run_is_not_trained_again(given, finished, monkeypatch):
-    first = json.loads((finished / "results.json").read_text())
-    monkeypatch.setattr("protoclip.training.trainer.Trainer.train_step", None)
-    assert align(changed(given, finished), resume="auto")["metrics"] == first["metrics"]
-
-
 def test_train_does_not_go_on_with_what_align_began(given, tmp_path, monkeypatch):
     """It would move the halves, with the settings that `config.toml` has of both commands."""
     alone = {"prototypical": 0.0, "teacher": 0.0}  # as by default
@@ -210,22 +164,6 @@ def stop_in_episode(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return train_step(self, *batch, **how)
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
-
-
-def test_changed_captions_are_refused_on_resume(given, tmp_path, monkeypatch):
-    file = shutil.copy(given["data"]["train"], tmp_path / "pairs.parquet")
-    settings = changed(given, tmp_path / "run", data={"train": str(file)})
-    with monkeypatch.context() as patch:
-        stop_in_episode(patch, 6)
-        assert align(settings)["stopped"] == "SIGTERM"
-    table = pq.read_table(file)
-    captions = [*table["caption"].to_pylist()]
-    captions[5] = ["something else"]
-    pq.write_table(table.set_column(1, "caption", pa.array(captions)), file)
-    with pytest.raises(ValueError, match=r"not the data .* \(other captions\)"):
-        align(settings, resume="auto")
-    shutil.copy(given["data"]["train"], file)
-    assert align(settings, resume="auto")["steps"] == 12
 
 
 def test_an_image_that_changed_on_disk_is_encoded_anew(given, sources, tmp_path, store):
@@ -312,66 +250,6 @@ def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(
         assert f'<a href="odd-{by}.html" aria-current="page">Odd ones out</a>' in page
 
 
-def test_only_copies_are_near_duplicates_where_shapes_lie_elsewhere(given, tmp_path):
-    """The encoder pools over places, so that left and right are nearly equal to it."""
-    run = {"run": {"out": str(tmp_path / "run")}}
-    align(changed(given, **run, episodes={"size": 16, "count": 1, "batch_size": 8}))
-    rows = []
-    for colour, left, top in product(((220, 30, 30), (30, 60, 220)), (3, 10, 17), (3, 10, 17)):
-        image = Image.new("RGB", (24, 24), "white")
-        image.paste(colour, (left, top, left + 5, top + 5))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        rows.append({"image": buffer.getvalue(), "caption": f"a square at {left}, {top}"})
-    image.save(buffer := io.BytesIO(), "BMP")
-    rows += [rows[3], {"image": buffer.getvalue(), "caption": "equal pixels in another file"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shapes.parquet")
-    pairs = explore_pairs(
-        sources_of.pairs(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet")))
-    )
-    settings = {"device": torch.device("cpu"), "workers": 0}
-    found = open_explorer(str(tmp_path / "run"), pairs, **settings).atlas
-    assert sorted(found.duplicates.tolist()) == [[3, 18], [17, 19]]
-    assert found.duplicate_likeness.tolist() == [1, 1]
-
-
-def test_the_map_takes_what_align_has_encoded(given, tmp_path, store, monkeypatch):
-    """Of the run's own pairs; other images and captions beside them are encoded."""
-    align(changed(given, tmp_path / "run", episodes={"count": 1}))
-    others = tiny_pairs(4, seed=3)
-    bad = pa.table({"image": [b"no image"], "caption": ["bad"], "sample_id": ["bad"]})
-    path = tmp_path / "more.parquet"
-    pq.write_table(pa.concat_tables([others, bad.cast(others.schema)]), path)
-    encoded = list[int]()
-    check = Encoder.check_rounds
-
-    def watched(self: Encoder, *given: Any) -> Iterator[Round]:
-        for made in check(self, *given):
-            encoded.append(len(made.hashes))
-            yield made
-
-    monkeypatch.setattr(Encoder, "check_rounds", watched)
-    paths = [given["data"]["train"], str(path)]
-    data = DataConfig(sources=[SourceConfig(path=each) for each in paths])
-    pairs = explore_pairs(sources_of.pairs(Config(data=data)))
-    settings = {"device": torch.device("cpu"), "workers": 0}
-    opened = [
-        open_explorer(str(tmp_path / "run"), pairs, **settings, cache=kept)
-        for kept in (True, False)
-    ]
-    assert [number for number in encoded if number] == [
-        3,  # the fourth judged the run
-        1,  # the other captions are known
-        100,
-        101,
-        64,  # captions that are not the first of their pair
-    ]
-    mine, plain = (each.features for each in opened)
-    assert torch.equal(mine.rows, plain.rows)
-    for name in ("image", "text"):  # the store holds half precision
-        torch.testing.assert_close(getattr(mine, name), getattr(plain, name), atol=5e-3, rtol=5e-3)
-
-
 def test_vectors_in_a_file_are_of_what_align_has_encoded(
     given, finished, tmp_path, monkeypatch, capsys
 ):
@@ -449,65 +327,6 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     assert sum(encoded) == made + len(pq.read_table(data))
 
 
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.unlink()  # whoever has it open keeps it as it was
-    file.write_bytes(content)
-
-
-def test_a_damaged_store_names_what_to_delete(given, tmp_path, store):
-    """Where a row is read."""
-    settings = changed(given, tmp_path / "run")
-    _, before, _ = rows_of(settings)
-    file = min(store.rglob("*.features"))
-    flip_a_bit(file)
-    with pytest.raises(ValueError, match=r"damaged .* delete it, and give the command") as said:
-        align(settings)
-    assert str(said.value).startswith(str(file))
-    file.unlink()
-    _, after, _ = rows_of(settings)
-    every = np.arange(96)
-    assert after.image_rows(every).equal(before.image_rows(every))
-    assert after.mean_text_rows(every).equal(before.mean_text_rows(every))
-
-
-def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, by: Callable[[], None]) -> None:
-    """Encode in small blocks, and call a function after one of them."""
-    write, left = Store.add, [after]
-
-    def writing(*given: Any, **more: Any) -> None:
-        write(*given, **more)
-        left[0] -= 1
-        if not left[0]:
-            by()
-
-    monkeypatch.setattr(Store, "add", writing)
-    monkeypatch.setattr(running, "BLOCK_ROWS", 16)
-
-
-def raise_error() -> None:
-    raise OSError(28, "No space left on device", "000000.rows")
-
-
-def test_an_interruption_leaves_another_table_alone(given, tmp_path, store, monkeypatch):
-    """One of another name, with its rows in another order, has the features of a pass that was not
-    interrupted, bit for bit. The same table goes on where it was; test_align has a kill."""
-    with monkeypatch.context() as patch:
-        interrupted(patch, 2, raise_error)  # among the images
-        with pytest.raises(OSError, match="No space left"):
-            rows_of(given)
-    table = pq.read_table(given["data"]["train"])
-    pq.write_table(table.take(list(range(96))[::-1]), tmp_path / "other.parquet")
-    plan, rows, _ = rows_of(changed(given, data={"train": str(tmp_path / "other.parquet")}))
-    assert len(plan.samples) == len(rows) == 96
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "undisturbed"))
-    _, whole, _ = rows_of(given)
-    every = np.arange(96)
-    assert rows.image_rows(every).equal(whole.image_rows(every[::-1].copy()))
-    assert rows.mean_text_rows(every).equal(whole.mean_text_rows(every[::-1].copy()))
-
-
 def test_a_store_that_is_being_added_to_can_be_read(given, sources, store, monkeypatch):
     monkeypatch.setattr(halves, "WAIT", 0.0)
     rows_of(given)
@@ -544,19 +363,6 @@ def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, stor
     assert {*threading.enumerate()} <= before
 
 
-def test_equal_weights_of_another_architecture_are_another_half(given, tmp_path, store):
-    """Numbers of attention heads have no weights."""
-    rows_of(given)
-    before = {path.name for path in store.iterdir()}
-    other = tmp_path / "bert"
-    shutil.copytree(given["model"]["text"]["name"], other)
-    config = json.loads((other / "config.json").read_text())
-    config["num_attention_heads"] *= 2
-    (other / "config.json").write_text(json.dumps(config))
-    rows_of(changed(given, model={"text": {**given["model"]["text"], "name": str(other)}}))
-    assert len({path.name for path in store.iterdir() if path.is_dir()} - before) == 1
-
-
 def resumed(settings: dict[str, Any], cache: str) -> str:
     """The message of a run that is not gone on with."""
     with pytest.MonkeyPatch.context() as patch:
@@ -564,19 +370,3 @@ def resumed(settings: dict[str, Any], cache: str) -> str:
         with pytest.raises(ValueError, match="has other weights") as caught:
             align(settings, resume="auto")
     return str(caught.value)
-
-
-def test_a_run_does_not_go_on_between_other_halves(given, tmp_path, monkeypatch):
-    """All ranks say why."""
-    weights = tmp_path / "weights.safetensors"
-    shutil.copy(given["model"]["image"]["weights"], weights)
-    image = {**given["model"]["image"], "weights": str(weights)}
-    settings = changed(given, tmp_path / "run", model={"image": image})
-
-    with monkeypatch.context() as patch:
-        stop_in_episode(patch, 6)
-        assert align(settings)["stopped"] == "SIGTERM"
-    save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights)
-    cache = str(tmp_path / "cache")
-    messages = run_distributed(resumed, 2, settings, cache)
-    assert all("model.image.weights: has other weights than" in text for text in messages)

@@ -1,7 +1,6 @@
 """`protoclip align` on tar shards that are streamed: encoded as they pass, and never again."""
 
 import gzip
-import io
 import json
 import shutil
 from contextlib import ExitStack
@@ -13,9 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
-from protoclip.config import DataConfig
 from protoclip.data import access
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Sample
@@ -132,11 +129,6 @@ def test_what_no_data_make_possible_is_refused_before_a_pass(
         rows_of(changed(settings, **sections))
 
 
-def test_a_batch_that_is_chosen_divides_a_given_size(given, shards):
-    settings = {**of(given, shards / "plain"), "episodes": {"size": 60}}
-    assert rows_of(settings)[0].config.episodes.batch_size == 15
-
-
 def test_a_stream_goes_on_after_an_interruption(given, shards, store, monkeypatch):
     names = encoded(monkeypatch)
     write, left = streamed.write_atomically, [2]
@@ -209,21 +201,6 @@ def test_what_is_bad_of_a_stream_is_said_and_left_out(given, shards, tmp_path, s
     assert len(rows_of(settings)[0].samples) == 30
 
 
-def test_a_larger_limit_on_pixels_brings_images_back(given, tmp_path, store):
-    table = tiny_pairs(30, seed=7)
-    images = table["image"].to_pylist()
-    buffer = io.BytesIO()
-    Image.new("RGB", (90, 90), (200, 40, 90)).save(buffer, "PNG")
-    images[3] = buffer.getvalue()
-    table = table.set_column(table.column_names.index("image"), "image", pa.array(images))
-    pack(ImageTextPairs(table, name="large"), tmp_path)
-    settings = of(given, tmp_path / "*.tar", data={"max_image_pixels": 80 * 80})
-    assert len(rows_of(settings)[0].samples) == 29
-    for limit in (100 * 100, DataConfig().max_image_pixels):
-        assert len(rows_of(changed(settings, data={"max_image_pixels": limit}))[0].samples) == 30
-    assert len(rows_of(settings)[0].samples) == 29
-
-
 def test_shards_may_move(given, shards, store, tmp_path, monkeypatch):
     """As a job copies them to its own disk. Other content under a name is read."""
     settings = of(given, shards / "plain")
@@ -235,14 +212,6 @@ def test_shards_may_move(given, shards, store, tmp_path, monkeypatch):
     shutil.copy(next((shards / "more").glob("*.tar")), moved / "00000.tar")
     assert len(by_id(of(given, moved))) == 96 - 40 + 30
     assert len(names) == 30
-
-
-def test_shards_of_one_name_behind_other_urls_are_others(given, shards, store, bucket):
-    for name, number in (("plain", 40), ("more", 30)):
-        content = min((shards / name).glob("*.tar")).read_bytes()
-        fsspec.filesystem("s3").pipe(f"{bucket}/{name}/00000.tar", content)
-        assert len(rows_of(of(given, f"{bucket}/{name}/*.tar"))[0].samples) == number
-    assert len([*store.glob("streams/*/facts.json")]) == 2
 
 
 @pytest.mark.parametrize(("most", "seconds", "failed"), [(2, 600.0, 2), (32, 0.0, 1)])
@@ -260,35 +229,3 @@ def test_a_store_that_fails_for_long_ends_a_pass(
     for number, path in enumerate(sorted((shards / "plain").glob("*.tar"))):
         fsspec.filesystem("s3").pipe(f"{bucket}/a/{number}.tar", path.read_bytes())
     assert len(rows_of(settings)[0].samples) == 96
-
-
-def test_lost_shards_among_good_ones_end_no_later_pass(given, shards, store, bucket, monkeypatch):
-    """Which reads them one after another, as all others are there. Nor do some that never come."""
-    for number, path in zip((1, 3, 5), sorted((shards / "plain").glob("*.tar")), strict=True):
-        fsspec.filesystem("s3").pipe(f"{bucket}/b/{number}.tar", path.read_bytes())
-    settings = of(given, f"{bucket}/b/{{0..5}}.tar")
-    monkeypatch.setattr(streamed, "MAX_FAILED", 2)
-    with pytest.raises(ValueError, match="3 of 6 shards were not read to their end"):
-        rows_of(settings)
-    settings = changed(settings, data={"max_bad_share": 0.5})
-    assert len(rows_of(settings)[0].samples) == 96
-    for before, now in ((1, 0), (3, 4)):  # three in a row are missing, as many as may be
-        fsspec.filesystem("s3").mv(f"{bucket}/b/{before}.tar", f"{bucket}/c/{now}.tar")
-    fsspec.filesystem("s3").mv(f"{bucket}/b/5.tar", f"{bucket}/c/5.tar")
-    others = changed(settings, data={"train": f"{bucket}/c/{{0..5}}.tar"})
-    assert len(rows_of(others)[0].samples) == 96
-    for number in (1, 2, 3):
-        fsspec.filesystem("s3").pipe(f"{bucket}/c/{number}.tar", b"no tar")
-    others = changed(settings, data={"train": f"{bucket}/c/{{0..6}}.tar"})
-    with pytest.raises(ValueError, match="2 shards in a row without a sample"):
-        rows_of(others)
-
-
-def test_rows_that_were_deleted_are_encoded_anew(given, shards, store, monkeypatch):
-    settings = of(given, shards / "more")
-    before = by_id(settings)
-    names = encoded(monkeypatch)
-    for file in store.glob("*/*.features"):
-        file.unlink()
-    assert by_id(settings) == before
-    assert len(names) == 30

@@ -7,22 +7,18 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import protoclip
 from protoclip import cli
-from protoclip.config import DataConfig
 from protoclip.encode.embed import read_facts
 from protoclip.encode.store import Store
 from protoclip.models.start import find_start
 from protoclip.training import wise_ft
 from protoclip.training.run import align
-from testing import tiny_pairs
 from tiny_align import of_source
 from tiny_hugging_face import save_mpnet
 from tiny_starts import save_open_clip
@@ -180,55 +176,3 @@ def test_vectors_do_not_need_the_store_that_align_filled(
             for each in ("kept", name)
         )
         np.testing.assert_allclose(one, other, atol=1e-3)
-
-
-def test_vectors_have_the_precision_of_what_is_there_unless_one_is_asked_for(
-    given, sources, tmp_path, capsys, monkeypatch
-):
-    """Of the store that `align` filled, since encoding is most of the work; of what was begun."""
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    run = {"out": str(tmp_path / "run"), "precision": "auto"}
-    few = {"episodes": {"size": 16, "count": 1}}
-    with monkeypatch.context() as patch:  # `auto` is another one on another machine
-        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-        align(of_source(given, sources["shared"], run=run, **few))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
-    made, file = tmp_path / "run", tmp_path / "auto.parquet"
-
-    def embedded(name: str, **asked: str) -> tuple[dict[str, Any], str]:
-        capsys.readouterr()
-        protoclip.embed(made, sources["shared"]["train"], tmp_path / f"{name}.parquet", **asked)
-        return read_facts(tmp_path / f"{name}.parquet"), capsys.readouterr().err
-
-    facts, said = embedded("auto")
-    assert (facts["precision"], facts["kept"]["images"] > 0) == ("bf16", True)
-    assert "and others are, too; --precision fp32 encodes all anew" in said
-    exact, said = embedded("exact", precision="fp32")
-    assert (exact["precision"], exact["kept"]["images"]) == ("fp32", 0)
-    assert "so they are encoded anew in fp32; --precision bf16 takes what is there" in said
-    for name, precision in (("auto", "bf16"), ("exact", "fp32")):
-        facts, said = embedded(name)
-        assert (facts["precision"], "is finished" in said) == (precision, True)
-    again = pq.read_table(file)
-    assert len(again) > facts["kept"]["images"]  # those held out are none of the store
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_images_above_the_limit_have_no_vector_though_align_kept_them(
-    precision, ended, sources, tmp_path, capsys
-):
-    """Nor does a note offer what is kept in another precision."""
-    data = DataConfig(train=sources["shared"]["train"], max_image_pixels=100)
-    with pytest.raises(ValueError, match="no sample could be read"):
-        protoclip.embed(ended, data, tmp_path / "out.parquet", precision=precision)
-    assert "data.max_image_pixels (100)" in (tmp_path / "out.skipped.jsonl").read_text()
-    assert "align encoded these images" not in capsys.readouterr().err
-
-
-def test_images_without_captions_are_embedded_beside_a_store(ended, tmp_path):
-    """There is no text to look up in what `align` kept."""
-    for row, image in enumerate(tiny_pairs(4, seed=3)["image"].to_pylist()):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "images" / f"{row}.png").write_bytes(image)
-    out = protoclip.embed(ended, tmp_path / "images", tmp_path / "out.parquet", precision="fp32")
-    assert pq.read_table(out)["text_vectors"].null_count == 4

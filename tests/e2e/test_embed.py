@@ -1,19 +1,14 @@
 """`protoclip.embed`: the vectors of a model in a Parquet file."""
 
-import io
 import json
 import multiprocessing
 import os
-import resource
-import shutil
 import signal
-import tarfile
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -29,14 +24,13 @@ from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import access, sources
 from protoclip.data import pairs as data_pairs
-from protoclip.data.pack import pack
-from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tables import open_table
 from protoclip.encode import embed as module
 from protoclip.encode import parts
 from protoclip.encode.halves import read_view
 from protoclip.encode.parts import claim, difference_in, require_same
-from protoclip.encode.run import Patience, read_ahead
+from protoclip.encode.run import read_ahead
 from protoclip.evaluation.datasets import open_data
 from testing import run_distributed, tiny_pairs
 from tiny_hugging_face import save_dual_encoder
@@ -194,24 +188,6 @@ def test_images_without_captions_are_embedded(tiny_run, tmp_path, capsys):
     assert [*trained.sample_ids()] == ["b/3"]
 
 
-def test_a_table_of_captions_beside_the_images_is_noticed(tiny_run, tmp_path, capsys):
-    images = tmp_path / "images"
-    images_alone(images)
-    for file in ("b/3.txt", "b/5.json"):
-        (images / file).unlink()
-    (images / "captions.csv").write_text("file,caption\n")
-    protoclip.embed(tiny_run, images, tmp_path / "vectors.parquet")
-    assert (
-        f"note: {images}: its images have no captions beside them; {images}/captions.csv looks "
-        "like a table of captions: name it instead of the folder\n"
-    ) in capsys.readouterr().err
-    (empty := tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"holds no sample; no pair is left: name a folder with im"
-    ):
-        protoclip.embed(tiny_run, empty, tmp_path / "none.parquet")
-
-
 @pytest.mark.parametrize("form", ["csv", "parquet"])
 def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
     """And remains none to train on, or to judge retrieval on."""
@@ -226,39 +202,6 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
         ValueError, match="no column with captions; write ,caption_column=NAME behind it"
     ):
         open_data(str(table))
-
-
-def test_a_table_in_another_encoding_is_embedded_if_asked_for(tiny_run, tmp_path, capsys):
-    """By the name of the setting that the refusal has, and without the section."""
-    names, table = images_alone(tmp_path), tmp_path / "table.csv"
-    rows = [f"{name};{'grün' if row else 'rot'}" for row, name in enumerate(names)]
-    table.write_text("\n".join(["image;caption", *rows]), encoding="cp1252")
-    words = ["embed", str(tiny_run), "--data", str(table), "--out", str(tmp_path / "a.parquet")]
-    with pytest.raises(SystemExit):
-        main(words)
-    assert (
-        "5 of 6 lines (83%) are not UTF-8, more than data.max_bad_share" in capsys.readouterr().err
-    )
-    for option in ("--data.max_bad_share", "--max-bad-share"):
-        main([*words, option, "0.9", "--overwrite"])
-        assert pq.read_table(tmp_path / "a.parquet")["captions"].to_pylist() == [["rot"]]
-
-
-@pytest.mark.parametrize("read", ["auto", "streaming"])
-def test_shards_of_images_alone_are_embedded(read, tiny_run, tmp_path):
-    with tarfile.open(tmp_path / "images.tar", "w") as tar:
-        for row, image in enumerate(tiny_pairs(6)["image"].to_pylist()):
-            for name, content in ((f"{row}.png", image), ("3.txt", b"a caption")):
-                if name.startswith(f"{row}."):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    data = DataConfig(train=str(tmp_path / "images.tar"), read=read)
-    number = 6 if read == "streaming" else None
-    out = protoclip.embed(tiny_run, data, tmp_path / "vectors.parquet", num_samples=number)
-    none, one = (True, None), (False, ["a caption"])
-    assert by_image(out) == {**dict.fromkeys("01245", none), "3": one}
-    assert module.read_facts(out)["bad"] == 0
 
 
 def test_memory_holds_the_vectors_of_two_parts_at_most(tiny_run, pairs, tmp_path, monkeypatch):
@@ -280,17 +223,6 @@ def test_memory_holds_the_vectors_of_two_parts_at_most(tiny_run, pairs, tmp_path
     parts = embedded(tiny_run, pairs, tmp_path / "vectors.parquet")
     assert len(counts) == 2 * len(parts) == 12
     assert max(counts) == 2 * 2  # images and captions have an array each
-
-
-def test_progress_counts_the_samples(tiny_run, pairs, tmp_path, monkeypatch):
-    """From the start, and not only after each part."""
-    shown: list[int] = []
-    progress = Mock(return_value=Mock(update=shown.append))
-    monkeypatch.setattr(parts, "Progress", progress)
-    protoclip.embed(tiny_run, pairs, tmp_path / "vectors.parquet", device="cpu")
-    assert progress.call_args.args == (f"embed {tiny_run}", ROWS)
-    assert sorted(set(shown)) == [0, 16, 32, 48, 59, 60]
-    assert shown.count(60) == 1  # each report of the end is a line
 
 
 def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parquet, tmp_path):
@@ -391,15 +323,6 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
     assert found["image"] == found["class"]  # each row leads to its image
 
 
-def test_threads_that_wait_at_the_same_time_count_once():
-    patience, bad = Patience(), BadSample("a", "s3://bucket/a.png", "no answer")
-    bad.__context__ = OSError("no answer")
-    for _ in range(16):
-        patience.add(bad, 0.0, 60.0)
-    with pytest.raises(ValueError, match=r"^17 samples in a row took over 10 minutes"):
-        patience.add(bad, 590.0, 601.0)
-
-
 def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):
     """Up to the last digit of a vector, since ranks are processes of their own."""
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
@@ -453,39 +376,6 @@ def test_a_file_of_something_else_is_kept(tiny_run, pairs, tmp_path):
         protoclip.embed(tiny_run, replace(other, class_column="kind"), out)
     protoclip.embed(tiny_run, other, out, overwrite=True)
     assert pq.read_table(out)["captions"].to_pylist()[0] == ["blue"]
-
-
-def test_a_disk_that_is_full_at_the_end_loses_nothing(tiny_run, pairs, tmp_path):
-    """The error names the file; the same call joins the parts that are there."""
-    out = tmp_path / "vectors.parquet"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "join_parts", stop)
-        with pytest.raises(KeyboardInterrupt):
-            embedded(tiny_run, pairs, out)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as raised:
-            embedded(tiny_run, pairs, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.filename == str(out)
-    assert not list(tmp_path.glob("*.parquet"))
-    assert embedded(tiny_run, pairs, out) == []
-    assert len(pq.read_table(out)) == 59
-
-
-def test_changed_shards_of_a_stream_are_other_data(tiny_run, tmp_path):
-    for number in range(2):
-        pack(ImageTextPairs(tiny_pairs(20, seed=number), name="tiny"), tmp_path / f"{number}")
-    data, out = DataConfig(train=f"{tmp_path}/0/*.tar", read="streaming"), tmp_path / "v.parquet"
-    protoclip.embed(tiny_run, data, out, num_samples=20)
-    before = pq.read_table(out)["captions"]
-    shutil.copy(tmp_path / "1" / "00000.tar", tmp_path / "0" / "00000.tar")
-    with pytest.raises(ValueError, match="made with other data, or before these were changed"):
-        protoclip.embed(tiny_run, data, out, num_samples=20)
-    protoclip.embed(tiny_run, data, out, num_samples=20, overwrite=True)
-    assert pq.read_table(out)["captions"] != before
 
 
 @pytest.mark.parametrize("read", ["auto", "streaming"])

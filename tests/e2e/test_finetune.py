@@ -5,12 +5,10 @@ import json
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -235,16 +233,6 @@ def test_each_weights_are_encoded_once(top, finished):
     assert len(kept) == len({"images", "texts"}) * len({"start", "chosen"}) + teacher
 
 
-def test_the_start_and_the_chosen_model_are_encoded_for_all_who_judge_them(
-    top, finished, monkeypatch, capsys
-):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
-    monkeypatch.setattr(Encoder, "check_rounds", Mock(side_effect=AssertionError))
-    for model in (top / "start", finished):
-        guard = ["--data", f"{top}/general.parquet", "--class_column", "kind"]
-        main(["evaluate", str(model), *guard, "--tasks", "zero_shot", "--workers", "0"])
-
-
 def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     """`load`, `evaluate`, `export`, a run that starts from it; `analyze` reads the checkpoints.
     Prototypes go out with the end of training alone."""
@@ -347,20 +335,6 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     assert read(out / "results.json")["metrics"] == read(finished / "results.json")["metrics"]
     assert lines(out) == lines(finished)
     assert all(torch.equal(weights(out)[name], w) for name, w in weights(finished).items())
-
-
-def test_another_start_at_the_same_path_does_not_go_on(top, finished, copied, tmp_path):
-    """The weights between it and the end would be those of no fine-tuning."""
-    start = tmp_path / "start"
-    shutil.copytree(find_checkpoint(top / "start"), start)
-    config = copied / "config.toml"
-    config.write_text(config.read_text().replace(str(top / "start"), str(start)))
-    changed = {name: value + 1 for name, value in read_tensors(start / saved.WEIGHTS).items()}
-    saved.write_checkpoint(
-        start, {saved.WEIGHTS: changed}, {saved.MODEL: read(start / saved.MODEL)}
-    )
-    with pytest.raises(ValueError, match=r"model\.start: not what .* \(other weights\); restore"):
-        finetune(settings(top, copied, model={"start": str(start)}), alpha=0.35, resume="auto")
 
 
 def test_results_that_could_not_be_written_are_made_again(top, copied, monkeypatch):
@@ -503,35 +477,6 @@ def test_wrong_settings_are_named_in_one_line(options, message, top, tmp_path, c
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.format(**places) in last
     assert not list(tmp_path.iterdir())
-
-
-def test_a_guard_that_comes_later_judges_too(top, copied, monkeypatch):
-    """The run is swept anew, with parts as small as in training; and the start, of which nothing is
-    needed after its features, is let go."""
-    runs, finish_training = list[Run](), Run.finish_training
-
-    def watched(run: Run) -> None:
-        runs.append(run)
-        finish_training(run)
-
-    monkeypatch.setattr(Run, "finish_training", watched)
-    more = ["--guard", f"{top}/before.parquet,class_column=kind"]
-    more += ["--episodes.micro_batch_size", "8"]
-    main(["finetune", str(copied), "--resume", "auto", *more])
-    assert "eval/before/zero_shot/acc1" in read(copied / "results.json")["metrics"]
-    assert runs[0].start is None
-    assert runs[0].judge.encoder.batch_size == 8
-    main(["finetune", str(copied), "--resume", "auto", *more])
-    assert len(runs) == 1
-
-
-def test_without_matplotlib_there_is_no_figure(top, copied, capsys, monkeypatch):
-    (copied / "wise_ft.png").unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    finetune(settings(top, copied), alpha=0.7, resume="auto")
-    assert "no wise_ft.png: it needs matplotlib" in capsys.readouterr().err
-    assert read(copied / "model.json")["alpha"] == 0.7
-    assert not (copied / "wise_ft.png").exists()
 
 
 def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):

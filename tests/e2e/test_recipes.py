@@ -157,54 +157,6 @@ def test_parameters_and_flops_are_those_that_open_clip_publishes(recipe, cost):
     assert found == pytest.approx(PUBLISHED[recipe], rel=0.003)
 
 
-def test_what_the_flops_of_a_run_are_made_of(cost):
-    """Two prototypical episodes of four, by hand, then what each setting adds."""
-
-    def flops(**changes: Any) -> dict[str, float]:
-        settings = {"size": 100, "count": 4, "batch_size": 20, **changes.pop("episodes", {})}
-        tree = {
-            "episodes": settings,
-            "prototypes": {"number": 10, "iterations": 6, "restarts": 2},
-            "model": {"heads": {"projection_dim": 5}},
-            **changes,
-        }
-        config = Config.from_dict(tree)
-        given = {entry.name: getattr(config, entry.name) for entry in fields(Config)}
-        forward = cost.Forward(image=7.0, text=3.0, heads=1.0, parameters=0)
-        return cost.run_flops(cost.Cost(**given, pairs=1000, teacher_parameters=50.0), forward)
-
-    usual = {
-        "training": 100 * (3 * (3 * 10 + 3) + 7 + 3 * 3),
-        "extraction": 100 * 2 * 11,
-        "K-means": 2 * (2 * 100 * 10 * 5 * 6 * 2) * 2,
-        "teacher": 0,
-    }
-    assert flops() == usual
-    more = 100 * 4 * 10
-    for changes in (
-        {"episodes": {"micro_batch_size": 10}},
-        {"parallel": {"activation_checkpointing": True}},
-    ):
-        assert flops(**changes) == {**usual, "training": usual["training"] + more}
-    assert flops(episodes={"micro_batch_size": 20}) == usual
-    with_teacher = flops(teacher={"features": "emoji", "number": 10})
-    assert with_teacher["extraction"] == 0
-    assert with_teacher["K-means"] == 1.5 * usual["K-means"]
-    assert with_teacher["teacher"] == 2 * 50 * 1000 * 77
-    assert flops(loss={"prototypical": 0.0})["K-means"] == 0
-    alone = {"loss": {"teacher": 0.0}, "teacher": {"features": "emoji", "distil": 1.0}}
-    assert flops(**alone) == {**usual, "teacher": with_teacher["teacher"]}
-
-
-@pytest.mark.parametrize(("teacher", "scale"), [([], 1.0), (["--teacher.features", "seen"], 0.01)])
-def test_the_heads_learn_as_fast_as_in_the_run(teacher, scale, cost, tmp_path):
-    """By what `prototypes.source` means there, where the recipe leaves it open."""
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('model.name = "RN50"\n')
-    read = cost.read([str(recipe), "--pairs", "100000", *teacher])
-    assert read.optim.heads_lr_scale == scale
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 pairs, and features of a teacher for them."""

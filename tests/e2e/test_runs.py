@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import re
 import shutil
 import tomllib
@@ -172,12 +171,6 @@ def test_a_run_says_its_loss_and_how_many_pairs_match(tmp_path, monkeypatch, cap
     )
     lines = metrics_of(tmp_path / "run", "train/loss/sigmoid")
     assert {line.get("train/positives") for line in lines} == {15.0}
-
-
-def test_a_run_leaves_no_worker_process(tiny_parquet, tmp_path):
-    before = {child.pid for child in multiprocessing.active_children()}
-    run.train(short(tiny_config(tiny_parquet, out=""), tmp_path / "run", data={"workers": 1}))
-    assert {child.pid for child in multiprocessing.active_children()} <= before
 
 
 def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):

@@ -6,7 +6,6 @@ import re
 import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,21 @@ from protoclip.config import (
     ImageTowerConfig,
     ModelConfig,
     RunConfig,
-    SourceConfig,
     TextTowerConfig,
 )
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
-from protoclip.distributed.collectives import rank
-from protoclip.encode.teachers import teachers
 from protoclip.evaluation import validation
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.validation import judged, trained_guards
-from protoclip.export.card import captions_of
 from protoclip.results.compare import compare_runs
-from protoclip.results.examples import open_examples
 from protoclip.results.findings import compare_headlines
 from protoclip.results.table import TRAINED_ON, print_table, table_of_runs
 from protoclip.rules import check
 from protoclip.training.run import train
-from protoclip.training.run_folder import to_toml
 from testing import run_distributed, tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
@@ -137,16 +130,6 @@ def test_probes_learn_from_all_pairs_that_have_a_class(monkeypatch):
     assert [len(rows) for _, rows in by_source] == [5, 46]
 
 
-def test_pairs_without_a_caption_cannot_judge_a_run(folder, tmp_path):
-    table, empty = pq.read_table(folder / "b.parquet"), tmp_path / "empty.parquet"
-    column = table.column_names.index("caption")
-    pq.write_table(table.set_column(column, "caption", pa.array([""] * len(table))), empty)
-    for more in ({}, {"class_column": "kind"}):
-        config = config_for(folder, tmp_path / "run", validation=str(empty), **more)
-        with pytest.raises(ValueError, match=r"^data\.validation: .*empty.* has a caption; "):
-            judged(config, sources.pairs(config))
-
-
 def stop_at_2(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2, patch)
@@ -204,16 +187,6 @@ def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):
     assert [key for key in metrics if "knn" in key] == ["eval/validation-a/knn/acc1"]
 
 
-def test_another_source_judges_a_run(folder, tmp_path, capsys):
-    """Here all pairs are trained on."""
-    config = config_for(folder, tmp_path / "run", validation=str(folder / "b.parquet"))
-    metrics = train(with_changes(config, AT_THE_END))["metrics"]
-    assert {key.split("/")[1] for key in metrics} == {"validation"}
-    assert "training on 200 pairs" in capsys.readouterr().err
-    samples = read_results(tmp_path / "run").samples["validation"]
-    assert pq.read_table(samples).num_rows == 400
-
-
 def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, tmp_path, capsys):
     """Its results keep how many pairs these are; `compare`, the report and `evaluate` say so, and
     test no difference of it. Of a run on other pairs they know that there are none."""
@@ -245,13 +218,6 @@ def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, t
     assert said.out.count(f"{told} judging") == 1
     assert f"{tmp_path / 'leaky'} was trained on 55 of these 60 pairs" in said.err
     assert "*" not in said.out.split("Second line")[0]
-
-
-def test_captions_alone_that_are_trained_on_are_told():
-    (line,) = validation.overlap("b", (870, 0, 870))
-    told = "of 870 pairs, the image of none is trained on, and a caption of 870"
-    assert line == f"data.validation: b: {told}"
-    assert validation.overlap("b", (870, 0, 0)) == []
 
 
 def records_on(data: Path, *words: str) -> dict[str, float]:
@@ -330,27 +296,6 @@ def test_a_run_whose_held_out_pairs_are_not_known_judges_no_model(folder, tmp_pa
         path.unlink()
         with pytest.raises(ValueError, match=rf"^{name}: the pairs .*{path}: no such file.*; bri"):
             validation.open_data(name)
-
-
-def test_a_run_on_a_table_in_another_encoding_can_be_looked_at(folder, tmp_path):
-    """Which is not trained on any more."""
-    of_table, table, run = pq.read_table(folder / "a.parquet"), tmp_path / "a.csv", tmp_path / "run"
-    rows = ["image;caption"]
-    for row, image in enumerate(of_table["image"].to_pylist()[:60]):
-        (tmp_path / f"{row}.png").write_bytes(image)
-        rows.append(f"{row}.png;{'grün' if row % 2 else 'rot'} {row}")
-    table.write_text("\n".join(rows), encoding="cp1252")
-    config = config_for(folder, run, train=str(table), validation=0.5)
-    run.mkdir()
-    (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"30 of 60 lines \(50%\) are not UTF-8"):
-        sources.pairs(config)
-    held = validation.held_out_by(run, split="test", allowed=DataConfig())
-    assert len(held.splits["test"].images) == 15
-    assert len(open_examples(run, config, 60).images) == 15
-    data = DataConfig(train=str(table))
-    assert len(open_examples(run, config, 60, data=data).images) == 30
-    assert len(captions_of(run, allow_links=False)) == 30
 
 
 def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):
@@ -437,19 +382,6 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
     assert "have changed since it was trained (other captions)" in notes[0]
 
 
-def test_a_run_that_names_itself_as_its_start_is_read_once(folder, tmp_path, monkeypatch):
-    """A folder that was copied over its own start; its pairs count once."""
-    run, opened = tmp_path / "run", []
-    config = with_changes(config_for(folder, run), {"model": {"start": str(run)}})
-    run.mkdir()
-    (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    read = validation.read_config
-    monkeypatch.setattr(validation, "read_config", lambda path: opened.append(path) or read(path))
-    notes: list[str] = []
-    assert [*validation.trained_before(config, notes)] == ["model.start"]
-    assert (opened, notes) == ([run], [])
-
-
 def test_a_share_of_no_pair_cannot_judge_a_run(folder, tmp_path):
     """One line says so before anything is written."""
     message = r"only 0 of 200 could .* or 0, with run\.evaluate_every = 0$"
@@ -475,57 +407,3 @@ def test_a_stream_that_nothing_judges_is_told_a_way_that_works(folder, tmp_path)
     assert judged(config, stream).data == []
     (note,) = judged(Config(data=data), stream).notes
     assert note.endswith("name a source to judge the run by, or 0")
-
-
-def ids_of_a_rank(path: str) -> list[str]:
-    """What a rank is dealt of a stream, after pairs to judge by were set apart."""
-    train, other = path.split()
-    data = DataConfig(train=train, read="streaming", validation=other, shuffle_buffer=8, workers=0)
-    config = Config(data=data)
-    stream = judged(config, sources.pairs(config)).training
-    assert not isinstance(stream, Pairs)
-    return [item.sample_id for item in islice(stream.samples(lane=rank()), 40)]
-
-
-def test_each_rank_keeps_its_own_part_of_a_stream(folder, tmp_path):
-    pairs = ImageTextPairs(pq.read_table(folder / "a.parquet"), name="a", id_column=None)
-    pack(pairs, tmp_path / "shards", samples_per_shard=40)
-    paths = f"{tmp_path / 'shards'} {folder / 'b.parquet'}"
-    one, other = run_distributed(ids_of_a_rank, 2, paths)
-    assert not set(one) & set(other)
-
-
-def test_a_mixture_with_the_emojis_teacher_holds_pairs_out(folder, tmp_path):
-    """The teacher knows the emoji by the name that they have in the mixture."""
-    mixed = [SourceConfig(path="emoji"), SourceConfig(path=str(folder / "a.parquet"))]
-    config = config_for(folder, tmp_path / "run", train="emoji", sources=mixed, validation=0.02)
-    samples = judged(config, sources.pairs(config)).training
-    notes: list[str] = []
-    teacher = replace(config.teacher, features="emoji")
-    teachers(replace(config, teacher=teacher), samples, notes.append)
-    (note,) = notes
-    missing = int(note.split("no features of ")[1].split()[0])
-    assert missing <= 200  # those of the table
-
-
-def test_what_is_wrong_with_the_pairs_that_judge_is_told(tmp_path):
-    rows = [f"{number}.jpg,a {number}" for number in range(12)]
-    for name, lines in (("own", rows[:6]), ("other", [*rows[6:], "x.jpg", "y.jpg"])):
-        (tmp_path / f"{name}.csv").write_text("\n".join(["image,caption", *lines]))
-    Image.new("RGB", (8, 8)).save(tmp_path / "11.jpg")  # one that can be read is enough
-    data = DataConfig(train=str(tmp_path / "own.csv"), validation=str(tmp_path / "other.csv"))
-    config = Config(data=data)
-    notes = judged(config, sources.pairs(config)).notes
-    assert [note for note in notes if "other.csv: left out 2 lines with another number" in note]
-
-
-def test_pairs_that_a_stream_may_hold_are_told(folder, tmp_path):
-    """What passes is not compared with them."""
-    pairs = ImageTextPairs(pq.read_table(folder / "a.parquet"), name="a", id_column=None)
-    pack(pairs, tmp_path / "shards")
-    judging = str(folder / "a.parquet")
-    data = DataConfig(train=str(tmp_path / "shards"), read="streaming", validation=judging)
-    (note,) = judged(Config(data=data), sources.pairs(Config(data=data))).notes
-    assert note.startswith(
-        f"data.validation: {judging}: is not compared with the pairs of a stream"
-    )
