@@ -268,7 +268,7 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     main(["compare", str(copied), str(copied), "--json"])
     (entry,) = json.loads(capsys.readouterr().out)
     assert GUARD in entry["metrics"]
-    assert "general" in read_results(copied)["samples"]
+    assert "general" in read_results(copied).samples
     finetune(settings(top, copied), alpha=1.0, resume="auto")
     assert protoclip.export(copied, tmp_path / "end", ["open_clip"])["prototypes"] is None
     assert (tmp_path / "end" / "prototypes.safetensors").is_file()

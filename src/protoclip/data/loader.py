@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar, cast
@@ -43,6 +43,7 @@ from protoclip.distributed.collectives import rank, world_size
 
 T = TypeVar("T")
 Item = int | Sample | BadSample  # a row, or what a stream gave
+NO_ROWS = torch.empty(0, dtype=torch.int64)
 Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
@@ -61,6 +62,9 @@ class Batch:
         captions: What tells a sample's captions apart, such as the tokens of `text`, as bytes.
         features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
         groups: Keys by which pairs are positives of each other, if the pass asks for them.
+
+    What a loss needs to know beside these is one more field, which a reader fills by its name: it
+    travels to the device with the others.
     """
 
     position: Int[Tensor, " n"]
@@ -76,9 +80,6 @@ class Batch:
         """A hash of each row's sample id, as `features.store.hash_ids` makes them."""
         keys = torch.tensor([number_of(name) for name in self.sample_id])
         return Packed.of({"keys": keys}).send(self.position.device)["keys"]
-
-
-_Draws = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,34 +101,63 @@ class Pass:
 
     def is_same_as(self, other: "Pass") -> bool:
         """Equal; an episode's rows follow from its number."""
-        mine, others = vars(self) | {"episode": None}, vars(other) | {"episode": None}
-        return mine == others and self.episode.index == other.episode.index
+        return self.without_rows() == other.without_rows()
+
+    def without_rows(self) -> "Pass":
+        """The same without what follows from the episode's number, to send it to a worker."""
+        episode = replace(self.episode, rows=NO_ROWS)
+        return replace(self, episode=episode)
 
 
 class _Request(NamedTuple):
     """A batch to make, of rows as `row_candidates` takes them, or of what a stream gave."""
 
+    wanted: Pass  # without rows
     position: npt.NDArray[np.int64]
     rows: list[int]
     stretches: list[Stretch]
-    transform: Transform
-    transform_draws: _Draws
-    caption_draws: _Draws
-    with_features: bool
-    group_by: tuple[Key, ...]
+    transform_draws: npt.NDArray[np.float32]
+    caption_draws: npt.NDArray[np.float32]
 
 
 class _Made(NamedTuple):
-    """A batch; `packed` is all but the images, whose ids these are. No ids if there were not enough
-    good samples."""
+    """A batch on its way to the device: the images, and all other tensors in one block. Without
+    sample ids if there were not enough good samples."""
 
-    sample_ids: list[str]
-    images: Tensor
-    packed: Packed
-    captions: list[bytes]
     bad: list[BadSample]
     error: str | None = None
+    sample_ids: Sequence[str] = ()
+    images: Tensor | None = None
+    packed: Packed | None = None
+    captions: Sequence[bytes] = ()
     lanes: frozenset[tuple[int, str]] = frozenset()  # see `Stretch.lane`
+
+
+def flatten(tensors: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by the names of fields, those of a mapping as `field: name`.
+
+    >>> [*flatten({"text": torch.zeros(1), "features": {"bert": torch.zeros(1)}})]
+    ['text', 'features: bert']
+    """
+    flat = dict[str, Tensor]()
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            flat |= {f"{name}: {key}": tensor for key, tensor in value.items()}
+    return flat
+
+
+def nest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `flatten` was given."""
+    fields = dict[str, Any]()
+    for name, tensor in tensors.items():
+        field_name, is_nested, key = name.partition(": ")
+        if is_nested:
+            fields.setdefault(field_name, {})[key] = tensor
+        else:
+            fields[field_name] = tensor
+    return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +173,7 @@ class _Reader(Dataset[_Made]):
     on_cpu: bool  # where the transform is applied
 
     def __getitem__(self, request: _Request) -> _Made:
-        position, transform = request.position, request.transform
+        wanted, transform = request.wanted, request.wanted.transform
         captions, images, ids = list[str](), [], list[str]()
         groups, bad, lost = list[list[int]](), list[BadSample](), 0.0
         for number, candidates in enumerate(self.candidates(request)):
@@ -157,41 +187,47 @@ class _Reader(Dataset[_Made]):
                     bad.append(error)
                     lost += time.monotonic() - began
                     if lost > access.PATIENCE_SECONDS:  # or a large batch would wait for days
-                        return _Made([], torch.zeros(0), Packed.of({}), [], bad, error=_slow(bad))
+                        slow = access.too_slow(f"{len(bad)} samples of a batch", bad[-1])
+                        return _Made(bad, error=slow)
                     continue
                 drawn = self.captions.of(sample.captions, float(request.caption_draws[number]))
                 captions += drawn
                 images.append(image)
                 ids.append(sample.sample_id)
-                groups += keys_of(request.group_by, sample, drawn)
+                groups += keys_of(wanted.group_by, sample, drawn)
                 break
             else:
-                return _Made([], torch.zeros(0), Packed.of({}), [], bad)
+                return _Made(bad)
         draws = torch.from_numpy(request.transform_draws)
         text = self.tokenizer(captions)
         read = without_padding(text).contiguous() if self.cut_padding else text
         each = self.captions.number
-        tensors = {"position": torch.from_numpy(pair_numbers(position, each)), "text": read}
+        position = torch.from_numpy(pair_numbers(request.position, each))
+        tensors: dict[str, Any] = {"position": position, "text": read}
         # A CPU applies a transform to a few images at a time, and so takes the draws themselves.
-        tensors |= {"draws": draws} if self.on_cpu else named("change", transform.changes(draws))
-        if request.group_by:
+        tensors |= {"draws": draws} if self.on_cpu else {"changes": transform.changes(draws)}
+        if wanted.group_by:
             tensors["groups"] = torch.tensor(groups)
-        if request.with_features:
+        if wanted.with_features:
             try:
                 rows = {name: of(ids) for name, of in self.features_of.items()}
-                rows = {name: known.repeat_interleave(each, 0) for name, known in rows.items()}
-                tensors |= named("features", rows)
             except ValueError as error:  # a worker's traceback would come with it
-                return _Made(ids, torch.zeros(0), Packed.of({}), [], bad, error=str(error))
-        tokens = [row.tobytes() for row in text.numpy()]
-        made = _Made(ids, torch.from_numpy(np.stack(images)), Packed.of(tensors), tokens, bad)
-        return made._replace(lanes=frozenset(each.lane for each in request.stretches))
+                return _Made(bad, error=str(error), sample_ids=ids)
+            tensors["features"] = {n: known.repeat_interleave(each, 0) for n, known in rows.items()}
+        return _Made(
+            bad,
+            sample_ids=ids,
+            images=torch.from_numpy(np.stack(images)),
+            packed=Packed.of(flatten(tensors)),
+            captions=[row.tobytes() for row in text.numpy()],
+            lanes=frozenset(each.lane for each in request.stretches),
+        )
 
     def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
         """Of each position, what is tried there until it is good."""
         if not request.stretches:
             return row_candidates(request.rows, len(request.position))
-        transform, draws = request.transform, request.transform_draws[0]
+        transform, draws = request.wanted.transform, request.transform_draws[0]
         # No crop makes an image good or bad, so any one tells what another rank's is.
         cut = partial(self.crop, box=partial(transform.box, draws=draws), size=transform.size)
 
@@ -204,24 +240,9 @@ class _Reader(Dataset[_Made]):
         return chain.from_iterable(each.candidates(is_good) for each in request.stretches)
 
 
-def _slow(bad: Sequence[BadSample]) -> str:
-    return access.too_slow(f"{len(bad)} samples of a batch", bad[-1])
-
-
 def pair_numbers(position: npt.NDArray[np.int64], each: int) -> npt.NDArray[np.int64]:
     """The numbers of the pairs of images that each bring so many captions."""
     return (position[:, None] * each + np.arange(each)).ravel()
-
-
-def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """These tensors, by names that begin with a prefix."""
-    return {f"{prefix}: {name}": tensor for name, tensor in tensors.items()}
-
-
-def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the tensors whose name begins with the prefix, by the rest of it."""
-    prefix += ": "
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
@@ -390,26 +411,20 @@ class EpisodeLoader:
         if made.error is not None:
             raise ValueError(made.error)
         self.on_read(len(made.sample_ids) + len(made.bad), made.bad)
-        if not made.sample_ids:
+        if made.images is None or made.packed is None:
             what = "a batch found only bad samples to fill it, such as"
             raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
         if made.lanes and cast("SampleStream", self.pairs).lanes % self.world_size:
             lanes.require_equal_lanes(made.lanes)
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())
-        tensors = made.packed.unpack(self.device)
-        if "draws" in tensors:
-            image = current.transform.finish(images, tensors["draws"])
+        fields = nest(made.packed.unpack(self.device))
+        draws, changes = fields.pop("draws", None), fields.pop("changes", {})
+        if draws is not None:
+            image = current.transform.finish(images, draws)
         else:
-            image = current.transform.apply(images, without_prefix("change", tensors))
-        return Batch(
-            position=tensors["position"],
-            sample_id=[name for name in made.sample_ids for _ in range(self.captions.number)],
-            image=image,
-            text=tensors["text"],
-            captions=made.captions,
-            features=without_prefix("features", tensors),
-            groups=tensors.get("groups"),
-        )
+            image = current.transform.apply(images, changes)
+        sample_id = [name for name in made.sample_ids for _ in range(self.captions.number)]
+        return Batch(sample_id=sample_id, image=image, captions=[*made.captions], **fields)
 
     def state_dict(self, episode: int, batch: int, size: int) -> dict[str, Any]:
         """The position after `batch` batches of an episode of `size` pairs, as JSON values."""
@@ -432,16 +447,13 @@ class EpisodeLoader:
         Raises:
             ValueError: It belongs to another stream, or to none, or these pairs are no stream.
         """
-        # Checkpoints of version 0.2 say nothing else of their data.
         if isinstance(self.pairs, SampleStream) != ("stream" in state):
             raise ValueError(
                 f"{self.pairs.name}: a run that began with a stream goes on with one, and no other "
                 "does; restore data.train and data.read, or start anew"
             )
         if isinstance(self.pairs, SampleStream):
-            lanes = state["stream"]
-            # Up to version 0.2 a rank saved the one lane that it had.
-            for lane in lanes if isinstance(lanes, list) else [lanes]:
+            for lane in state["stream"]:
                 self.pairs.load_state_dict(lane)
 
     def close(self) -> None:
@@ -507,14 +519,12 @@ class EpisodeLoader:
                 stretches = next(shares)
                 self._requests.shares[current.stream] = first + end // stride, shares
             yield _Request(
+                wanted=current.without_rows(),
                 position=position,
                 rows=candidates,
                 stretches=stretches,
-                transform=transform,
                 transform_draws=draws[position],
                 caption_draws=captions[position],
-                with_features=current.with_features,
-                group_by=current.group_by,
             )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from protoclip.config import HALVES, Config
 from protoclip.data.captions import Key, normalised, number_of
 from protoclip.data.index import ArrowIndex, build_index, index_folder
-from protoclip.data.loader import Batch, EpisodeLoader, Pass, named, pair_numbers, without_prefix
+from protoclip.data.loader import Batch, EpisodeLoader, Pass, flatten, nest, pair_numbers
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.sampler import caption_draws, transform_draws
@@ -323,25 +323,17 @@ class RowLoader(EpisodeLoader):
             image = self.halves.image_rows(rows, None if views is None else views[position])
             of_pairs = np.repeat(rows, each)
             sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]
-            tensors = {
+            tensors: dict[str, Any] = {
                 "position": torch.from_numpy(pair_numbers(position, each)),
                 "image": image,
                 "text": self.halves.text_rows(drawn),
             }
             if wanted.with_features:
-                of_ids = {name: of(sample_ids) for name, of in self.features_of.items()}
-                tensors |= named("features", of_ids)
+                tensors["features"] = {n: of(sample_ids) for n, of in self.features_of.items()}
             if wanted.group_by:
                 groups = self.halves.groups(self.pairs, of_pairs, drawn, wanted.group_by)
                 tensors["groups"] = torch.from_numpy(groups)
             self.on_read(len(rows), [])
-            sent = Packed.of(tensors).send(self.device)
-            yield Batch(
-                position=sent["position"],
-                sample_id=sample_ids,
-                image=sent["image"],
-                text=sent["text"],
-                captions=[each.tobytes() for each in hashes],
-                features=without_prefix("features", sent),
-                groups=sent.get("groups"),
-            )
+            fields = nest(Packed.of(flatten(tensors)).send(self.device))
+            captions_of = [each.tobytes() for each in hashes]
+            yield Batch(sample_id=sample_ids, captions=captions_of, **fields)

@@ -252,18 +252,6 @@ def test_a_stream_goes_on_amid_an_episode_without_reading_its_beginning():
             assert opened_shards[0] == one.pairs._shard(first * BATCH // 8)
 
 
-def test_a_state_of_a_version_that_had_a_lane_a_rank():
-    """A rank's state was that of its lane, which other ranks take too."""
-    with patch.object(streams, "read_shard", partial(items_of, sizes=[9] * 4)):
-        ranks = [loader(opened("a", [9] * 4, lanes=2), rank, 2) for rank in range(2)]
-        expected = read(ranks, 0, 8, 0)
-        one = loader(opened("a", [9] * 4), 0, 1)
-        for state in (each.state_dict(2, 1, EPISODE) for each in ranks):
-            lane, _ = state["stream"]  # of the episode's start, and of the next batch
-            one.load_state_dict({**state, "stream": lane})
-        assert read([one], 5, 3, 0) == expected[5 * BATCH :]
-
-
 class DamagedStream(SampleStream):
     """The tiny pairs over and over. Some numbers are bad: the stream says so of odd ones, and a
     decoder of even ones."""
