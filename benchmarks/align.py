@@ -39,7 +39,7 @@ from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.view import AllBut
-from protoclip.encode.halves import Items, encode_missing, image_half, read_view
+from protoclip.encode.halves import Items, encode_missing, image_half, read_listed_image
 from protoclip.encode.rows import HalfRows, open_listing, write_listing
 from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, hash_ids
 from protoclip.losses.info_nce import info_nce
@@ -88,7 +88,7 @@ def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
     encoder = image_half(halves, transform, max_pixels=2**30, autocast=nullcontext)
     pairs = ImageTextPairs(tiny_pairs(IMAGES, side=64), name="pairs", table_key="benchmark")
     rows = np.arange(IMAGES)
-    samples = [read_view(pairs, rows, 0, row) for row in range(IMAGES)]
+    samples = [read_listed_image(pairs, rows, row) for row in range(IMAGES)]
     decoded = [encoder.prepare(sample) for sample in samples]
     by_id = {sample.sample_id: made for sample, made in zip(samples, decoded, strict=True)}
     encoder.prepare = lambda sample: by_id[sample.sample_id]
@@ -217,8 +217,8 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
     assert min(each.min() for each in numbers) >= 0
     halves = HalfRows(
         listing=listing,
-        image=[image],
-        image_numbers=numbers[:1],
+        image=image,
+        image_numbers=numbers[0],
         text=text,
         text_numbers=numbers[1],
         texts=str,

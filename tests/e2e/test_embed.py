@@ -28,7 +28,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tables import open_table
 from protoclip.encode import embed as module
 from protoclip.encode import parts
-from protoclip.encode.halves import read_view
+from protoclip.encode.halves import read_listed_image
 from protoclip.encode.parts import claim, difference_in, require_same
 from protoclip.encode.run import read_ahead
 from protoclip.evaluation.datasets import open_data
@@ -315,7 +315,9 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
         # As `align` reads them.
         source, rows = open_table(DataConfig(train=str(path))), np.arange(20)
         with pytest.raises(ValueError, match=line):
-            list(read_ahead([range(20)], lambda row: (row, read_view(source, rows, 0, row)), 2))
+            list(
+                read_ahead([range(20)], lambda row: (row, read_listed_image(source, rows, row)), 2)
+            )
     assert len(list((tmp_path / ".vectors.parquet.parts" / "parts").glob("*.npz"))) == 1
     assert embedded(tiny_run, path, out) == [10]
     found = pq.read_table(out)

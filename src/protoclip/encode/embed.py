@@ -42,7 +42,7 @@ from protoclip.encode.parts import (
     encode_missing,
     identity,
     parts_of,
-    read_images,
+    prepare_images,
     read_note,
     read_part,
     require_same,
@@ -290,13 +290,13 @@ def encode_pairs(
     missing = [position for position in range(len(items)) if position not in known]
     to_read, left = [items[position] for position in missing], iter(missing)
     show(done)
-    for batch in read_images(samples, to_read, images.prepare, batch_size, threads):
-        of_batch = dict(zip(islice(left, len(batch)), batch, strict=True))
-        bad += [vars(one) for one in batch if isinstance(one, BadSample)]
-        good = {at: one for at, one in of_batch.items() if not isinstance(one, BadSample)}
-        named |= {at: (sample.sample_id, sample.captions) for at, (_, sample, _) in good.items()}
+    for batch in prepare_images(samples, to_read, images.prepare, batch_size, threads):
+        made = zip(islice(left, len(batch)), (one for _, one in batch), strict=True)
+        bad += [vars(one) for _, one in batch if isinstance(one, BadSample)]
+        good = {at: one for at, one in made if not isinstance(one, BadSample)}
+        named |= {at: (sample.sample_id, sample.captions) for at, (sample, _) in good.items()}
         if good:
-            vectors[[*good]] = images.encode([pixels for *_, pixels in good.values()])
+            vectors[[*good]] = images.encode([pixels for _, pixels in good.values()])
         done += len(batch)
         show(done)
     positions = sorted(named)

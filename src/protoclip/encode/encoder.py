@@ -40,7 +40,7 @@ from protoclip.encode.parts import (
     encode_missing,
     identity,
     parts_of,
-    read_images,
+    prepare_images,
     read_note,
     read_part,
     write_skipped,
@@ -410,12 +410,12 @@ def encode_images(
 ) -> EncodedSamples:
     """The feature of each sample's image."""
     ids, features, bad, done = [], [torch.zeros(0, encoder.width)], [], 0
-    for batch in read_images(samples, items, encoder.prepare, batch_size, threads):
-        bad += [vars(one) for one in batch if isinstance(one, BadSample)]
-        good = [one for one in batch if not isinstance(one, BadSample)]
-        ids += [sample.sample_id for _, sample, _ in good]
+    for batch in prepare_images(samples, items, encoder.prepare, batch_size, threads):
+        bad += [vars(one) for _, one in batch if isinstance(one, BadSample)]
+        good = [one for _, one in batch if not isinstance(one, BadSample)]
+        ids += [sample.sample_id for sample, _ in good]
         if good:
-            features.append(encoder.encode([pixels for *_, pixels in good]))
+            features.append(encoder.encode([pixels for _, pixels in good]))
         done += len(batch)
         show(done)
     return ids, torch.cat(features), bad

@@ -12,11 +12,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from protoclip.config import Config
@@ -24,7 +22,7 @@ from protoclip.data.captions import without_padding
 from protoclip.data.decode import decode_crop
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs, Sample
-from protoclip.data.transforms import Transform
+from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import AllBut
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -40,7 +38,6 @@ from protoclip.encode.rows import (
     image_key,
     located,
     open_listing,
-    view_id,
     write_listing,
 )
 from protoclip.encode.run import (
@@ -102,34 +99,20 @@ def text_half(halves: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autocas
 
 
 def image_half(
-    halves: FrozenEncoders, transform: Transform, *, max_pixels: int, autocast: Autocast
+    halves: FrozenEncoders, transform: EvaluationTransform, *, max_pixels: int, autocast: Autocast
 ) -> Encoder:
-    """The encoder of a frozen image half. Features have any norm: its projection reads them so.
+    """The encoder of a frozen image half. Features have any norm: its projection reads them so."""
+    size, no_draws = transform.size, np.zeros(0, np.float32)
 
-    Args:
-        transform: Of images. One that draws gets draws of its own for each image, by its id: the
-            same on every call.
-    """
-    size = transform.size
+    def prepare(sample: Sample) -> Tensor:
+        """The crop of an image as bytes."""
+        box = partial(transform.box, draws=no_draws)
+        crop = decode_crop(sample.image, box, size, max_pixels=max_pixels)
+        return torch.from_numpy(np.require(crop, requirements="W"))
 
-    def draws(sample_id: str) -> Float[Tensor, " r"]:
-        generator = np.random.Generator(np.random.Philox(key=int(hash_ids([sample_id])[0])))
-        return torch.from_numpy(generator.random(transform.num_draws, dtype=np.float32))
-
-    def prepare(sample: Sample) -> tuple[Tensor, Tensor]:
-        """The crop of an image as bytes, and the draws of its transform."""
-        drawn = draws(sample.sample_id)
-        crop = decode_crop(
-            sample.image,
-            lambda width, height: transform.box(width, height, drawn.numpy()),
-            size,
-            max_pixels=max_pixels,
-        )
-        return torch.from_numpy(np.require(crop, requirements="W")), drawn
-
-    def forward(inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        pixels, drawn = (torch.stack(list(each)) for each in zip(*inputs, strict=True))
-        return halves.encode_image(transform.finish(pixels.to(device_of(halves)), drawn))
+    def forward(crops: list[Tensor]) -> Tensor:
+        pixels = torch.stack(crops).to(device_of(halves))
+        return halves.encode_image(transform.finish(pixels, torch.zeros(len(crops), 0)))
 
     ramp = torch.arange(size * size * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
     name = getattr(halves.visual, "pretrained_cfg", {}).get("architecture")
@@ -139,7 +122,7 @@ def image_half(
         reads="image",
         prepare=prepare,
         forward=forward,
-        examples=[(ramp.view(size, size, 3), draws("key"))],
+        examples=[ramp.view(size, size, 3)],
         facts=lambda: f"{name} {transform}",
         unit_norm=False,
         autocast=autocast,
@@ -152,30 +135,25 @@ def device_of(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class ImageHalf:
-    """The frozen image half for a view of images, and its folder in the store."""
+    """The frozen image half, and its folder among the stores."""
 
     encoder: Encoder
     folder: Path
     max_pixels: int
 
 
-def image_halves(
+def open_image_half(
     halves: FrozenEncoders,
-    views: Sequence[Transform],
+    transform: EvaluationTransform,
     root: Path,
     *,
     max_pixels: int,
     autocast: Autocast,
-) -> list[ImageHalf]:
-    """The image half for each view: the transform of the plain image, then of augmented ones."""
-    made = []
-    for view, transform in enumerate(views):
-        encoder = image_half(halves, transform, max_pixels=max_pixels, autocast=autocast)
-        name = f"view {view} " if view else ""  # views of one transform differ by their draws
-        key = rank0_first(encoder.key)  # unlike hosts may compute other last digits
-        folder = root / checksum(f"{name}{key}".encode())
-        made.append(ImageHalf(encoder, folder, max_pixels))
-    return made
+) -> ImageHalf:
+    """The image half, named by its key. Collective."""
+    encoder = image_half(halves, transform, max_pixels=max_pixels, autocast=autocast)
+    key = rank0_first(encoder.key)  # unlike hosts may compute other last digits
+    return ImageHalf(encoder, root / checksum(key.encode()), max_pixels)
 
 
 def images_at_once(model: nn.Module) -> int:
@@ -188,7 +166,7 @@ def encode_halves(
     pairs: Pairs,
     *,
     tokenizer: Tokenizer,
-    views: Sequence[Transform],
+    transform: EvaluationTransform,
     root: Path,
     max_pixels: int,
     autocast: Autocast,
@@ -198,7 +176,6 @@ def encode_halves(
 
     Args:
         halves: On their device, in evaluation mode.
-        views: The transform of the plain image, then of each augmented one.
         root: Folder of the stores.
 
     Raises:
@@ -209,21 +186,18 @@ def encode_halves(
     path = rank0_first(lambda: write_listing(pairs, root))
     require_shared(path.with_suffix(".json"), by=SETTING)
     listing = raise_on_all_ranks(lambda: open_listing(path))
-    bad, stores, numbers = np.diff(listing.first) == 0, [], []
-    settings: dict[str, Any] = {"max_pixels": max_pixels, "autocast": autocast}
-    for view, half in enumerate(image_halves(halves, views, root, **settings)):
-        items = Items(
-            hashes=listing.images,
-            order=listing.rows,
-            sample=partial(read_view, pairs, listing.rows, view),
-            name=pairs.name,
-            image_id=lambda number: image_key(pairs, int(listing.rows[number])),
-        )
-        store = encode_missing(half.encoder, items, half.folder, at_once, threads)
-        stores.append(store)
-        numbers.append(store.find(listing.images).astype(np.int32))
-        store.forget_order()
-        bad |= numbers[-1] < 0
+    half = open_image_half(halves, transform, root, max_pixels=max_pixels, autocast=autocast)
+    items = Items(
+        hashes=listing.images,
+        order=listing.rows,
+        sample=partial(read_listed_image, pairs, listing.rows),
+        name=pairs.name,
+        image_id=lambda number: image_key(pairs, int(listing.rows[number])),
+    )
+    images = encode_missing(half.encoder, items, half.folder, at_once, threads)
+    image_numbers = images.find(listing.images).astype(np.int32)
+    images.forget_order()
+    bad = (np.diff(listing.first) == 0) | (image_numbers < 0)
 
     def text(number: int) -> str:
         captions: tuple[str, ...] = pairs.sample_captions(int(listing.text_rows[number]))
@@ -241,8 +215,8 @@ def encode_halves(
     texts.forget_order()
     return HalfRows(
         listing=listing,
-        image=stores,
-        image_numbers=numbers,
+        image=images,
+        image_numbers=image_numbers,
         text=texts,
         text_numbers=text_numbers,
         texts=text,
@@ -269,10 +243,10 @@ class Items:
     image_id: Callable[[int], str] | None = None
 
 
-def read_view(pairs: Pairs, rows: Numbers, view: int, number: int) -> Sample:
-    """A view of a listed image, with the view's name as its id."""
+def read_listed_image(pairs: Pairs, rows: Numbers, number: int) -> Sample:
+    """A listed image, with its key as id."""
     row = int(rows[number])
-    sample_id = view_id(image_key(pairs, row), view)
+    sample_id = image_key(pairs, row)
     source, at = located(pairs, row)
     try:
         encoded = source.encoded(at)
@@ -336,7 +310,7 @@ def encode_missing(
                 progress.update(min(done, len(missing) - 1))
 
         encode_into(
-            [store],
+            store,
             encoder,
             units_of_rank(missing.tolist(), size),
             prepare,

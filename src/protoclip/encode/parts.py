@@ -10,7 +10,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,9 +32,8 @@ from protoclip.distributed.collectives import (
     require_shared,
     world_size,
 )
-from protoclip.distributed.cores import cores
 from protoclip.encode import store
-from protoclip.encode.run import Patience
+from protoclip.encode.run import read_ahead
 from protoclip.files import checksum, left_by_killed, sealed, to_json, write_atomically
 from protoclip.models.precision import Precision
 from protoclip.progress import Progress
@@ -323,48 +321,21 @@ def write_skipped(files: Sequence[Path], path: Path, source: str) -> tuple[int, 
     return good, len(bad)
 
 
-def read_images(
+def prepare_images(
     samples: Any,
     items: Sequence[Item],
     prepare: Callable[[Sample], T],
     batch_size: int,
     threads: int | None,
-) -> Generator[list[tuple[Item, Sample, T] | BadSample], None, None]:
-    """Samples with what `prepare` makes of their images, a batch at a time.
+) -> Generator[list[tuple[Item, tuple[Sample, T] | BadSample]], None, None]:
+    """Samples with what `prepare` makes of their images, a batch at a time; see `read_ahead`."""
 
-    Threads (one a core if unset) read and decode one batch ahead of the model. Who keeps the
-    iterator and leaves before the last batch closes it, or the garbage collector may do so in one
-    of these threads, which cannot wait for itself. A `ValueError` of `prepare` marks a bad sample.
-
-    Raises:
-        ValueError: For more than `access.PATIENCE_SECONDS`, remote images could not be read, and
-            none was good. Then it is the network, or the store. Missing files do not count.
-    """
-
-    def read(item: Item) -> tuple[Item, Sample, T] | BadSample:
+    def prepare_item(item: Item) -> tuple[Sample, T]:
+        sample = read_sample(samples, item)
         try:
-            sample = read_sample(samples, item)
-        except BadSample as error:
-            return error
-        try:
-            return item, sample, prepare(sample)
+            return sample, prepare(sample)
         except ValueError as error:
-            return BadSample(sample.sample_id, sample.where, str(error))
+            raise BadSample(sample.sample_id, sample.where, str(error)) from error
 
-    def timed(item: Item) -> tuple[tuple[Item, Sample, T] | BadSample, float, float]:
-        began = time.monotonic()
-        return read(item), began, time.monotonic()
-
-    patience = Patience()
-    pool = ThreadPoolExecutor(cores() if threads is None else max(1, threads))
-    try:
-        coming = pool.map(timed, items[:batch_size])
-        for first in range(0, len(items), batch_size):
-            batch = []
-            for one, began, ended in coming:
-                patience.add(one, began, ended)
-                batch.append(one)
-            coming = pool.map(timed, items[first + batch_size : first + 2 * batch_size])
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)  # or what is left of a batch would be read first
+    units = (items[first : first + batch_size] for first in range(0, len(items), batch_size))
+    return read_ahead(units, prepare_item, threads)

@@ -25,8 +25,7 @@ from protoclip.data.index import ArrowIndex, build_index, index_folder
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, flatten, nest, pair_numbers
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.data.sampler import caption_draws, transform_draws
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.sampler import caption_draws
 from protoclip.data.view import AllBut, PairsView, as_array
 from protoclip.encode import store
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
@@ -69,11 +68,6 @@ def image_key(pairs: Pairs, row: int) -> str:
     """Names the image of a row, whatever else the run reads of its source."""
     source, number = located(pairs, row)
     return str(source.image_key(number))
-
-
-def view_id(key: str, view: int) -> str:
-    """The id of a view of an image with this key."""
-    return f"{key} view {view}" if view else key
 
 
 def hashes_of_images(pairs: Pairs) -> Hashes:
@@ -157,8 +151,8 @@ class HalfRows:
 
     Attributes:
         listing: The images and captions of the pairs that were given.
-        image: A store for each view; the first is of plain images.
-        image_numbers: Of each view, the rows of the listed images in its store; -1 for a bad one.
+        image: The images.
+        image_numbers: The rows of the listed images in this store; -1 for a bad one.
         text: The captions.
         text_numbers: The rows of the listed texts in this store.
         texts: Reads each text of the listing, by its number.
@@ -166,8 +160,8 @@ class HalfRows:
     """
 
     listing: Listing
-    image: Sequence[Store]
-    image_numbers: Sequence[npt.NDArray[np.int32]]
+    image: Store
+    image_numbers: npt.NDArray[np.int32]
     text: Store
     text_numbers: npt.NDArray[np.int32]
     texts: Callable[[int], str]
@@ -176,16 +170,9 @@ class HalfRows:
     def __len__(self) -> int:
         return len(self.good)
 
-    def image_rows(self, rows: Numbers, draws: npt.NDArray[np.float32] | None = None) -> Tensor:
-        """The image features of rows `(b, q)`: of a drawn view, or of the plain image."""
-        images, views = self.good.at(rows), np.zeros(len(rows), np.int64)
-        if draws is not None:
-            views = (draws * len(self.image)).astype(np.int64)
-        features = np.empty((len(rows), self.image[0].width), np.float16)
-        for view in np.unique(views):
-            numbers = self.image_numbers[view][images[views == view]]
-            features[views == view] = self.image[view].read(numbers)
-        return torch.from_numpy(features)
+    def image_rows(self, rows: Numbers) -> Tensor:
+        """The image features of rows `(b, q)`."""
+        return torch.from_numpy(self.image.read(self.image_numbers[self.good.at(rows)]))
 
     def text_rows(self, captions: Numbers) -> Tensor:
         """The features of listed captions `(c, q)`."""
@@ -285,7 +272,7 @@ def half_teachers(config: Config, pairs: Pairs, halves: HalfRows) -> dict[str, H
         return {}
     index = store.build_index(hash_ids(pairs.sample_ids()), pairs.sample_id, name=pairs.name)
     of = {
-        HALVES["image_half"]: (halves.image_rows, halves.image[0].width),
+        HALVES["image_half"]: (halves.image_rows, halves.image.width),
         HALVES["text_half"]: (halves.mean_text_rows, halves.text.width),
     }
     return {
@@ -310,9 +297,6 @@ class RowLoader(EpisodeLoader):
         episode, all_rows = wanted.episode, wanted.episode.rows.numpy()
         size, stride = len(all_rows), self.batch_size * self.world_size
         captions = caption_draws(self.seed, episode.index, size)
-        views = None
-        if not isinstance(wanted.transform, EvaluationTransform):
-            views = transform_draws(self.seed, episode.index, size, 1, wanted.stream)[:, 0].numpy()
         for begin in range(wanted.start * stride, size, stride):
             numbers = np.arange(begin, min(begin + stride, size))
             position = np.array_split(numbers, self.world_size)[self.rank]
@@ -320,7 +304,7 @@ class RowLoader(EpisodeLoader):
             each = self.captions.number
             drawn = self.halves.drawn_captions(rows, captions[position], each)
             hashes = self.halves.listing.texts[self.halves.listing.captions[drawn]]
-            image = self.halves.image_rows(rows, None if views is None else views[position])
+            image = self.halves.image_rows(rows)
             of_pairs = np.repeat(rows, each)
             sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]
             tensors: dict[str, Any] = {

@@ -32,6 +32,7 @@ from protoclip.encode.store import Hashes, Store
 
 BLOCK_ROWS = 2**11  # that are encoded before they are written
 T = TypeVar("T")
+Made = TypeVar("Made")
 Prepared = tuple[int, Any]  # the hash of an item's id, and the model's input; None if it is known
 Outcome = int | BadSample  # the hash of an item's id, or what is wrong with the item
 
@@ -182,17 +183,17 @@ def is_kept_back(bad: BadSample) -> bool:
 
 
 def read_ahead(
-    units: Iterable[Sequence[T]], prepare: Callable[[T], Prepared], threads: int | None
-) -> Generator[list[tuple[T, Prepared | BadSample]], None, None]:
+    units: Iterable[Sequence[T]], prepare: Callable[[T], Made], threads: int | None
+) -> Generator[list[tuple[T, Made | BadSample]], None, None]:
     """Items with what `prepare` makes of them, a unit at a time; see `encode`.
 
     Who leaves before the last unit closes the iterator, or the garbage collector may do so in one
     of its threads, which cannot wait for itself.
     """
 
-    def prepared(item: T) -> tuple[Prepared | BadSample, float, float]:
+    def prepared(item: T) -> tuple[Made | BadSample, float, float]:
         began = time.monotonic()
-        made: Prepared | BadSample
+        made: Made | BadSample
         try:
             made = prepare(item)
         except BadSample as error:
@@ -225,7 +226,7 @@ def read_ahead(
 
 
 def encode_into(
-    stores: Sequence[Store],
+    store: Store,
     encoder: Encodes,
     units: Iterable[Sequence[T]],
     prepare: Callable[[T], Prepared],
@@ -238,18 +239,15 @@ def encode_into(
     """Encode items into a store, some thousand at a time. All ranks call it; see `encode`.
 
     Args:
-        stores: One, or one for each part of the features, which are equally wide.
         after: Is called by each rank after each round.
-        written: Is called by each rank when all rows so far are in the stores.
+        written: Is called by each rank when all rows so far are in the store.
     """
     hashes, features, number = list[Hashes](), list[Tensor](), 0
 
     def write() -> None:
         nonlocal number
         if number:
-            parts = np.split(torch.cat(features).numpy(), len(stores), axis=1)
-            for store, part in zip(stores, parts, strict=True):
-                store.add(np.concatenate(hashes), part)
+            store.add(np.concatenate(hashes), torch.cat(features).numpy())
         hashes.clear()
         features.clear()
         number = 0
@@ -266,5 +264,4 @@ def encode_into(
             if number >= BLOCK_ROWS:
                 write()
     write()
-    for store in stores:
-        store.open()
+    store.open()

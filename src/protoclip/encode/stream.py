@@ -9,16 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from protoclip.data import access
 from protoclip.data.access import is_url
@@ -43,7 +40,6 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.encode import store
 from protoclip.encode.halves import SETTING, WAIT, ImageHalf
-from protoclip.encode.rows import view_id
 from protoclip.encode.run import Prepared, Round, encode_into
 from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
@@ -91,7 +87,7 @@ class PassedPairs(ImageTextPairs):
 
 def encode_stream(
     stream: SampleStream,
-    halves: Sequence[ImageHalf],
+    half: ImageHalf,
     root: Path,
     *,
     batch_size: int,
@@ -103,7 +99,7 @@ def encode_stream(
     Ranks share the shards; after an interruption the same call goes on with those that are missing.
 
     Args:
-        halves: The image half for each view of an image.
+        half: The frozen image half.
         root: Folder of the stores.
         max_bad_share: Share of the pairs, and of the shards, that may be bad.
 
@@ -113,7 +109,7 @@ def encode_stream(
     tables = []
     for source in stream.sources:
         assert isinstance(source, ShardStream)  # there are no other streams
-        reading = StreamPass(source, halves, root, max_bad_share)
+        reading = StreamPass(source, half, root, max_bad_share)
         tables.append(reading.pairs(batch_size, threads))
     return tables[0] if len(tables) == 1 else mixed_pairs(tables)
 
@@ -150,18 +146,18 @@ class StreamPass:
     """
 
     def __init__(
-        self, stream: ShardStream, halves: Sequence[ImageHalf], root: Path, max_bad_share: float
+        self, stream: ShardStream, half: ImageHalf, root: Path, max_bad_share: float
     ) -> None:
-        self.stream, self.halves, self.max_bad_share = stream, halves, max_bad_share
+        self.stream, self.half, self.max_bad_share = stream, half, max_bad_share
         facts = {
             "format": 2,
             **rank0_first(stream.fingerprint),
             "number": len(stream.shards),
             "captions": stream.caption_keys,
             "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
-            "halves": [half.folder.name for half in halves],
+            "half": half.folder.name,
         }
-        if (max_pixels := halves[0].max_pixels) != MAX_IMAGE_PIXELS:
+        if (max_pixels := half.max_pixels) != MAX_IMAGE_PIXELS:
             facts["max_pixels"] = max_pixels  # larger images are bad
         if remote := [without_secrets(shard) for shard in stream.shards if is_url(shard)]:
             # The fingerprint knows no more of them than their file names.
@@ -194,12 +190,12 @@ class StreamPass:
             return None
         require_shared(self.folder / store.FACTS, by=SETTING)
         pairs = raise_on_all_ranks(self._read)
-        stores = [Store(half.folder, setting=SETTING) for half in self.halves]
+        images = Store(self.half.folder, setting=SETTING)
 
         def has_images() -> bool:
             shards = pairs.table.column("image").chunks  # one at a time, since names take memory
             hashes = hash_ids(name for shard in shards for name in shard.to_pylist())
-            has_all = all(bool(each.has(hashes).all()) for each in stores)
+            has_all = bool(images.has(hashes).all())
             if removes and not has_all:
                 shutil.rmtree(self.folder)  # they were deleted since
             return has_all
@@ -228,8 +224,7 @@ class StreamPass:
         """Read the shards that have no note, and encode the images that the stores lack."""
         missing = rank0_first(self._missing)
         self.last = -1
-        stores = [Store(half.folder, setting=SETTING) for half in self.halves]
-        encoders = [half.encoder for half in self.halves]
+        images, encoder = Store(self.half.folder, setting=SETTING), self.half.encoder
         share = missing[rank() :: world_size()]
         progress = Progress("embed a shard", len(share))
         pending, ended = list[ShardNote](), 0
@@ -242,14 +237,12 @@ class StreamPass:
                 raise item
             name = f"{note.key} {item.sample_id}"
             hashes = hash_ids([name])
-            if all(bool(each.has(hashes)[0]) for each in stores):
+            if images.has(hashes)[0]:
                 return int(hashes[0]), None
             try:
-                views = [replace(item, sample_id=view_id(name, v)) for v in range(len(stores))]
-                inputs = [e.prepare(v) for e, v in zip(encoders, views, strict=True)]
-            except ValueError as error:  # what cannot be decoded, none of its views can
+                return int(hashes[0]), encoder.prepare(item)
+            except ValueError as error:
                 raise BadSample(item.sample_id, item.where, str(error)) from error
-            return int(hashes[0]), inputs
 
         def count(made: Round) -> None:
             nonlocal ended
@@ -272,16 +265,14 @@ class StreamPass:
             pending.clear()
 
         with ExitStack() as stack:
-            for half in self.halves:
-                # A run over other data that encodes with this half is waited for.
-                lock = locked(half.folder, way_out=WAY_OUT, wait=PATIENCE)
-                rank0_first(lambda lock=lock: stack.enter_context(lock))  # type: ignore[misc]
-            for each in stores:
-                each.open()
-                each.has(hash_ids([""]))  # or threads would sort it at once
+            # A run over other data that encodes with this half is waited for.
+            lock = locked(self.half.folder, way_out=WAY_OUT, wait=PATIENCE)
+            rank0_first(lambda: stack.enter_context(lock))
+            images.open()
+            images.has(hash_ids([""]))  # or threads would sort it at once
             encode_into(
-                stores,
-                Views(encoders),
+                images,
+                encoder,
                 self._units(share, batch_size),
                 prepare,
                 threads=threads,
@@ -401,17 +392,6 @@ class StreamPass:
         facts = {"rows": good, "notes": said, "left_out": left_out, "table": file_checksum(path)}
         write_atomically(self.folder / store.FACTS, to_json(sealed(facts)), durable=True)
         shutil.rmtree(self.folder / NOTES, ignore_errors=True)
-
-
-class Views:
-    """The image half for each view as one model, whose features are those of all views in a row."""
-
-    def __init__(self, encoders: Sequence[Any]) -> None:
-        self.encoders, self.module, self.device = encoders, encoders[0].module, encoders[0].device
-
-    def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
-        views = zip(self.encoders, zip(*inputs, strict=True), strict=True)
-        return torch.cat([encoder.encode([*view]) for encoder, view in views], dim=1)
 
 
 def key_of(shard: str) -> str:

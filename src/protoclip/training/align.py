@@ -25,8 +25,8 @@ from protoclip.encode.canonical import canonical_projections, second_moments
 from protoclip.encode.halves import (
     encode_halves,
     features_folder,
-    image_halves,
     images_at_once,
+    open_image_half,
 )
 from protoclip.encode.rows import HalfRows
 from protoclip.encode.stream import encode_stream
@@ -72,7 +72,7 @@ def encode(
         halves,
         samples,
         tokenizer=tokenizer,
-        views=[loading.evaluation_transform(model)],
+        transform=loading.evaluation_transform(model),
         root=features_folder(config),
         threads=threads_of(config),
         **arithmetic(config, next(halves.parameters()).device),
@@ -151,11 +151,10 @@ def encode_stream_pairs(config: Config, start: Start, stream: SampleStream) -> P
     device = collectives.device(config.run.device)
     model = loading.to_device(loading.model(start, seed=config.run.seed), device)
     halves, root = frozen(model), features_folder(config)
+    transform = loading.evaluation_transform(model)
     return encode_stream(
         stream,
-        image_halves(
-            halves, [loading.evaluation_transform(model)], root, **arithmetic(config, device)
-        ),
+        open_image_half(halves, transform, root, **arithmetic(config, device)),
         root,
         batch_size=images_at_once(halves),
         max_bad_share=config.data.max_bad_share,
