@@ -118,7 +118,7 @@ def read(words: Sequence[str]) -> Cost:
         config = replace(config, model=model)
     prototypes = plan.fill(config.prototypes, {"source": config.prototype_source})
     config = replace(config, prototypes=prototypes)
-    values = optim.defaults(config, architecture.tower_kind)
+    values = optim.defaults(config, start.tower_kind)
     return replace(cost, **vars(replace(config, optim=plan.fill(config.optim, values))))
 
 

@@ -381,7 +381,7 @@ def test_a_run_stops_early_by_its_guard(stopped_early):
     )
     assert results["metrics"][GUARD] == evaluated[-1][GUARD]
     assert results["best_checkpoint"] == "checkpoints/step-000000002"
-    assert read_results(stopped_early)["metrics"][GUARD] == evaluated[-1][GUARD]
+    assert read_results(stopped_early).metrics[GUARD] == evaluated[-1][GUARD]
     assert "eval/general/linear_probe/acc1" not in evaluated[0]
 
 

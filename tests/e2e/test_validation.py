@@ -103,8 +103,8 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     events.Reload()
     assert metrics.keys() <= {*events.Tags()["scalars"]}
     results = read_results(tmp_path / "one")
-    assert results["metrics"] == metrics
-    assert pq.read_table(results["samples"]["validation"]).num_rows == 40
+    assert results.metrics == metrics
+    assert pq.read_table(results.samples["validation"]).num_rows == 40
     lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").open()]
     assert sum("eval/validation/knn/acc1" in line for line in lines) == 2
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())

@@ -88,7 +88,6 @@ def main(arguments: list[str] | None = None) -> None:
     name = starts[min(starts)] if starts else ""
     for part in name.split():
         words.remove(part)
-    os.environ["MPLBACKEND"] = "agg"  # figures are files; an unknown name would end its import
     try:
         if sys.flags.optimize > 1:
             raise ValueError("PYTHONOPTIMIZE: 2, or -OO, removes what libraries read; set it to 1")

@@ -137,7 +137,7 @@ def encode_any(encoder: Encodes, inputs: list[Any], batch_size: int | None) -> F
 
 
 def gather_rows(
-    hashes: Hashes, features: Float[Tensor, "n q"], device: torch.device
+    hashes: Hashes, features: Float[Tensor, "n _"], device: torch.device
 ) -> tuple[Hashes, Float[Tensor, "m q"]]:
     """The rows of all ranks, rank after rank."""
     if world_size() == 1:

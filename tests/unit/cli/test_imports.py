@@ -50,7 +50,9 @@ def test_an_environment_that_breaks_libraries_is_named_or_does_not_matter():
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "PYTHONOPTIMIZE" in ended.stderr
-    code = "from contextlib import suppress; from protoclip import cli\n"
-    code += "with suppress(SystemExit): cli.main(['--version'])\nimport matplotlib"
+    code = "from contextlib import suppress; from protoclip.__main__ import main\n"
+    code += "with suppress(SystemExit): main()\nimport matplotlib"
     variables = {**os.environ, "MPLBACKEND": "garbage"}
-    subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, "--version"], env=variables, capture_output=True, check=True
+    )
