@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
-from protoclip.cli.parsing import Recipes, parse
+from protoclip.cli.spec import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
 from protoclip.models.resolve import resolve_start
 from protoclip.models.text_models import NAMED_CONTEXT_LENGTH

@@ -18,7 +18,7 @@ import protoclip
 from protoclip import config
 from protoclip.cli import COMMANDS
 from protoclip.cli.pages import SECTIONS
-from protoclip.cli.parsing import descriptions, help_text
+from protoclip.cli.spec import descriptions, help_text
 from protoclip.config import shown
 
 SOURCE = Path(protoclip.__file__).parent

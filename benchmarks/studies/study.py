@@ -63,7 +63,7 @@ import numpy as np
 import torch
 from judge import ALL, DECIDING, Metrics, judge
 
-from protoclip.cli.parsing import merged
+from protoclip.cli.recipes import merged
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest

@@ -20,7 +20,7 @@ from PIL import Image
 import protoclip
 from interrupting import MEASURED, stop_after, with_changes
 from protoclip.cli import COMMANDS, main
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.cli.train import Train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 import protoclip
 from interrupting import with_changes
 from protoclip.cli import COMMANDS
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.training import presets
 from protoclip.training.run import align, train
 from testing import tiny_config, tiny_pairs

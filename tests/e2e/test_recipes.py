@@ -17,7 +17,7 @@ import timm
 from safetensors.torch import save_file
 
 from protoclip.cli import COMMANDS, main
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.config import Config, ModelConfig
 from protoclip.rules import check
 from protoclip.training import trainer

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from protoclip.cli import COMMANDS
-from protoclip.cli.parsing import options
+from protoclip.cli.spec import options
 from protoclip.files import checksum
 from protoclip.training import run
 from protoclip.training.plan import make_plan

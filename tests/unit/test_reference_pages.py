@@ -12,7 +12,7 @@ import pytest
 
 import protoclip
 from protoclip.cli import COMMANDS
-from protoclip.cli.parsing import options, parse
+from protoclip.cli.spec import options, parse
 from protoclip.config import Config
 from protoclip.evaluation.metrics import METRICS
 from protoclip.export.run import export

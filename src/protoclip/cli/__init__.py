@@ -1,7 +1,7 @@
 """The command line: it finds the command, runs it, and tells an error in one line.
 
 Commands import what they need when they run, so that `--help` is fast. Each has a file of its own,
-and `parsing.py` turns words into its settings.
+and `spec.py` turns words into its settings.
 """
 
 import errno
@@ -29,8 +29,8 @@ from protoclip.cli.export import Export
 from protoclip.cli.finetune import Finetune
 from protoclip.cli.match import Match
 from protoclip.cli.pages import with_page
-from protoclip.cli.parsing import aligned, help_text, parse
 from protoclip.cli.report import Report
+from protoclip.cli.spec import aligned, help_text, parse
 from protoclip.cli.train import Train
 from protoclip.terminal import Stream, protect_streams, say
 

@@ -4,9 +4,10 @@ The measures are computed in `results/checkpoints.py`.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
+from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import JsonOption
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
 from protoclip.rules import (
@@ -17,12 +18,9 @@ from protoclip.rules import (
     with_options,
 )
 
-# Settings of `--data`, which may also stand behind it.
-OF_DATA = ("image_column", "caption_column", "id_column", "root")
-
 
 @dataclass(frozen=True)
-class Analyze:
+class Analyze(JsonOption):
     """Measure how runs group images and texts, by checkpoint.
 
     Writes analysis.json for each run, whose curves report draws. On the pairs
@@ -32,15 +30,10 @@ class Analyze:
     runs: list[str]  # Run folders.
     _: KW_ONLY
     out: str | None = None  # Folder for the files; else each run's own.
-    data: str | None = None  # Held-out pairs, as data.train; else the run's own.
-    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
-    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
-    id_column: str | None = None  # Column of sample ids; else detected.
-    root: str | None = None  # Folder that holds all images of a table.
+    data: str | None = None  # Other pairs: a source, or SOURCE,caption_column=NAME.
     samples: Count = 5000  # Most pairs to use, drawn evenly.
     groups: Count | None = None  # Groups of each modality; else as many as prototypes.
     allow_links: bool = False  # Follow symbolic links that leave the root.
-    json: bool = False  # Print the analyses as JSON.
     overwrite: bool = False  # Replace files that analyze did not write.
 
     def __call__(self) -> None:
@@ -74,21 +67,13 @@ class Analyze:
         Raises:
             ValueError: There is no such file or folder, or a setting has no effect on these pairs.
         """
-        given, reference = {name: getattr(self, name) for name in OF_DATA}, self.data
-        if reference is not None:
-            reference, behind = with_options(reference, "--data")
-            given |= behind
-        named = [name for name, value in given.items() if value is not None]
-        if reference in (None, "emoji") and named:
-            raise ValueError(f"--{named[0]}: is for a table that --data names; leave it out")
-        if "class_column" in given:
-            raise ValueError(
-                f"--data: '{self.data}': classes of a table are not compared with groups; leave "
-                "out class_column"
-            )
-        if reference is None:
+        if self.data is None:
             return None
+        reference, given = with_options(self.data, "--data")
+        options: dict[str, Any] = {**given}
+        if unused := [*options] if reference == "emoji" else {"class_column"} & options.keys():
+            raise ValueError(f"--data: '{self.data}': has no use for {min(unused)}; leave it out")
         require_source("--data", reference)
-        data = DataConfig(train=reference, **given, allow_links=self.allow_links)
+        data = DataConfig(train=reference, allow_links=self.allow_links, **options)
         require_data_paths(data)
         return data

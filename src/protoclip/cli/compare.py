@@ -3,14 +3,15 @@
 The differences are computed in `results/compare.py`, and `results/table.py` shows them.
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
+from protoclip.cli.spec import JsonOption
 from protoclip.files import to_json
 from protoclip.rules import require_path
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(JsonOption):
     """Compare finished runs, with 95% intervals.
 
     Runs of one name share a column. Differences to the first are paired, by
@@ -18,8 +19,6 @@ class Compare:
     """
 
     runs: list[str]  # Run folders; the others are compared with the first one's name.
-    _: KW_ONLY
-    json: bool = False  # Print the comparison as JSON.
 
     def __call__(self) -> None:
         for run in self.runs:

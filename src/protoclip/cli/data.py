@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.imports import quick_imports
-from protoclip.cli.parsing import Recipes
-from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, Seed, build
+from protoclip.cli.spec import JsonOption, Recipes
+from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, build
 from protoclip.files import to_json
 from protoclip.progress import duration
 from protoclip.rules import check, require_data_paths, require_model, require_place, require_source
@@ -30,15 +30,13 @@ OF_TRAINING = ("validation", "augmentation", "cache_gb", "captions")
 
 
 @dataclass(frozen=True)
-class Inspect(Recipes):
+class Inspect(Recipes, JsonOption):
     """Show a source's sizes, caption lengths, duplicates, bad files."""
 
     source: str  # As data.train.
     _: KW_ONLY
     samples: Count = 5000  # Pairs to read, drawn evenly.
     every: bool = False  # Read all pairs.
-    seed: Seed = 0  # Seed of the draw.
-    json: bool = False  # Print the findings as JSON.
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -50,7 +48,7 @@ class Inspect(Recipes):
             from protoclip.data.tables import describe_bad_lines
 
         count_tokens, context_length = tokens_of(self.model)
-        pairs, notes = open_source(of_source(self.source, self.data), seed=self.seed)
+        pairs, notes = open_source(of_source(self.source, self.data))
         if fault := describe_bad_lines(pairs, self.data.max_bad_share):
             say(f"warning: {fault}")
         report = inspect(
@@ -58,7 +56,6 @@ class Inspect(Recipes):
             count_tokens=count_tokens,
             context_length=context_length,
             samples=None if self.every else self.samples,
-            seed=self.seed,
             workers=None if self.data.workers == "auto" else self.data.workers,
             max_pixels=self.data.max_image_pixels,
             notes=[*idle(typed(self)), *notes],

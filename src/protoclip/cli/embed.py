@@ -6,15 +6,14 @@ The vectors are computed and written in `encode/embed.py`.
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.parsing import OfPairs
+from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import EncodingOptions, PairsOptions
 from protoclip.config import Count
 from protoclip.rules import require_data_paths, require_model, require_place
 
 
 @dataclass(frozen=True)
-class Embed(OfPairs):
+class Embed(PairsOptions, EncodingOptions):
     """Write a model's vectors of a data set as Parquet.
 
     One vector for each image and each caption, for search engines;
@@ -30,13 +29,14 @@ class Embed(OfPairs):
     num_samples: Count | None = None  # Samples of a stream to read.
     batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
     overwrite: bool = False  # Replace a file of other settings.
 
     def __call__(self) -> None:
         data = self.data_config(
-            class_column=self.class_column, workers=self.workers, max_bad_share=self.max_bad_share
+            train=self.data,
+            class_column=self.class_column,
+            workers=self.workers,
+            max_bad_share=self.max_bad_share,
         )
         require_model("", self.model)
         require_data_paths(data)

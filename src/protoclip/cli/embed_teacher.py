@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.parsing import Recipes
+from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import BatchOption, EncodingOptions, JsonOption, Recipes
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_model, require_place
@@ -17,7 +16,7 @@ from protoclip.terminal import quote_word, say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedTeacher(Recipes):
+class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
     """Write a frozen model's features of a data set.
 
     After an interruption the same command continues.
@@ -28,11 +27,7 @@ class EmbedTeacher(Recipes):
     modality: Literal["auto", "text", "image"] = "auto"  # auto prefers images.
     pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
     width: Count | None = None  # Reduce the features to this width by PCA.
-    batch_size: Count = 256  # Captions or images at once.
-    device: str = "auto"  # As run.device.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
     num_samples: Count | None = None  # Samples of a stream to read.
-    json: bool = False  # Print the facts as JSON.
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:

@@ -8,9 +8,8 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
-from protoclip.config import Count, DataConfig
+from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import BatchOption, EncodingOptions, JsonOption, TableOptions
 from protoclip.files import locked, to_json
 from protoclip.rules import (
     require_data_set,
@@ -20,12 +19,9 @@ from protoclip.rules import (
 )
 from protoclip.terminal import say
 
-# Settings of `data` beside those that `open_data` takes by name.
-OF_DATA = ("image_column", "caption_column", "id_column", "allow_links")
-
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
     """Judge models on data, with 95% intervals.
 
     Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
@@ -41,20 +37,11 @@ class Evaluate:
     tasks: tuple[str, ...] | None = None  # Of those above; unset, the first three.
     split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.
-    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
-    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
-    id_column: str | None = None  # Column of sample ids; else detected.
-    root: str | None = None  # Folder of the images, for data that need one.
-    allow_links: bool = False  # Follow symbolic links that leave the root.
     templates: str | None = None  # Prompts: openai, simple, or a file of them.
     compare_to: str | None = None  # Model to which differences are shown.
     out: str | None = None  # Folder for one JSON file a record.
     overwrite: bool = False  # Replace files in it that evaluate did not write.
-    json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another task is quick.
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
-    batch_size: Count = 256  # Images or texts encoded at once.
     workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     fast_resize: bool = False  # Quicker; pixels differ by rounding.
 
@@ -112,7 +99,7 @@ class Evaluate:
             templates = self.templates and collectives.raise_on_all_ranks(
                 lambda: read_templates(str(self.templates))
             )
-            config = DataConfig(**{name: getattr(self, name) for name in OF_DATA})
+            config = replace(self.data_config(), root=None)  # which is given by itself
             names = self.data or [collectives.raise_on_all_ranks(lambda: usual_data(references))]
             data = collectives.raise_on_all_ranks(
                 lambda: [

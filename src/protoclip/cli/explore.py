@@ -7,13 +7,13 @@ import errno
 import os
 import socket
 from contextlib import ExitStack, closing
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
+from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import BatchOption, ChosenOptions
 from protoclip.config import Count, DataConfig
 from protoclip.files import locked
 from protoclip.rules import (
@@ -32,12 +32,10 @@ if TYPE_CHECKING:
 
 USUAL_PORT = 8000
 NEEDED = ("bokeh", "jinja2", "starlette", "uvicorn")
-# Options that are settings of `data` by the same names.
-OF_DATA = ("image_column", "caption_column", "id_column", "root", "only", "without")
 
 
 @dataclass(frozen=True)
-class Explore:
+class Explore(ChosenOptions, BatchOption):
     """Look at what a model, or two, makes of pairs, in a browser.
 
     A map, prototypes, odd pairs, near-duplicates, and search by text and
@@ -48,20 +46,12 @@ class Explore:
     _: KW_ONLY
     data: str | None = None  # Pairs, as data.train; else the first run's own.
     class_column: str | None = None  # Column of a table that holds the class.
-    image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
-    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
-    id_column: str | None = None  # Column of sample ids; else detected.
-    root: str | None = None  # Folder that holds all images of a table.
-    allow_links: bool = False  # As data.allow_links.
-    only: str | None = None  # As data.only.
-    without: str | None = None  # As data.without.
     map: Literal["auto", "pca", "umap"] = "auto"  # auto: umap where umap-learn is installed.
     groups: Count | None = None  # Prototypes of each modality; else a tenth of the pairs.
     port: Annotated[int, 0, 65535] | None = None  # Port; unset, the first free one from 8000 on.
     host: str = "127.0.0.1"  # Address to serve on.
     static: str | None = None  # Write read-only pages to this folder instead.
     atlas: str | None = None  # Write embedding-atlas's table to this file instead.
-    batch_size: Count = 256  # Images or texts encoded at once.
     workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
     cache: bool = True  # Keep features and the map for the next start.
 
@@ -192,9 +182,8 @@ class Explore:
         """What the options say; of data that is not named, what the first run's settings say."""
         from protoclip.explore.explorer import run_config
 
-        options = {name: getattr(self, name) for name in OF_DATA}
-        given: dict[str, Any] = {k: value for k, value in options.items() if value is not None}
-        given |= {"allow_links": True} if self.allow_links else {}
+        options = {entry.name: getattr(self, entry.name) for entry in fields(ChosenOptions)}
+        given: dict[str, Any] = {k: v for k, v in options.items() if v not in (None, False)}
         if self.data is not None:
             # A table's class column need not be named like one, and may be missing in a mixture.
             named = DataConfig(train=self.data, class_column=self.class_column)

@@ -7,13 +7,14 @@ import sys
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.cli.imports import quick_imports
+from protoclip.cli.spec import JsonOption
 from protoclip.files import to_json
 from protoclip.rules import require_model, require_place
 from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(JsonOption):
     """Write a model as a folder that other libraries load.
 
     They are open_clip, transformers, timm and ONNX Runtime. Each loads what was
@@ -30,7 +31,6 @@ class Export:
     allow_links: bool = False  # As data.allow_links, for captions.
     overwrite: bool = False  # Replace a folder that export wrote.
     yes: bool = False  # Upload without showing the model card and asking.
-    json: bool = False  # Print what was written as JSON.
 
     def __call__(self) -> None:
         require_model("", self.model)

@@ -4,14 +4,15 @@ The run is in `training/run.py`, and its defaults in `training/defaults.py`.
 """
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from protoclip.cli.imports import quick_imports
-from protoclip.cli.parsing import Recipes, merged, read_recipe
-from protoclip.cli.train import exit_if_stopped, show_results
-from protoclip.config import BatchSize, Config, NotNegative, Rank
+from protoclip.cli.recipes import merged, read_recipe
+from protoclip.cli.spec import JsonOption, Recipes
+from protoclip.cli.train import SECTIONS, exit_if_stopped, show_results
+from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.rules import (
     require_named_pairs,
@@ -25,7 +26,7 @@ from protoclip.training.defaults import FINETUNE, FINETUNE_HELP
 
 
 @dataclass(frozen=True)
-class Finetune(Config, Recipes):
+class Finetune(Config, Recipes, JsonOption):
     """Adapt a model to your own pairs without losing what it knew.
 
     What is left out follows from the start and the data; notes say how. At the
@@ -38,13 +39,8 @@ class Finetune(Config, Recipes):
 
     start: str | None = None  # Model to start from: a run, open_clip:NAME/TAG, hf:NAME, a folder.
     _: KW_ONLY
-    guard: list[str] = field(default_factory=list)  # General data to watch. May be repeated.
-    lora: Rank | None = None  # Rank of LoRA adapters; unset, all weights train.
-    keep: NotNegative | None = None  # Weight of distillation from the start, as loss.keep.
     alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
-    overfit: BatchSize | None = None  # Only learn so many pairs by heart, as run.overfit.
     resume: Literal["never", "auto"] = "never"  # auto goes on: START may be the run to go on with.
-    json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
         settings = self.settings()
@@ -91,27 +87,14 @@ class Finetune(Config, Recipes):
             exit_if_stopped(results)
 
     def settings(self) -> dict[str, Any]:
-        """What recipes and the command line set, with short options as the settings they mean.
+        """What recipes and the command line set, and START.
 
         Of a run to go on with, the settings that it began with come first.
         """
-        tree = {
-            name: self.given[name] for name in Config.__dataclass_fields__ if name in self.given
-        }
-        start = self.start
+        tree = {name: value for name, value in self.given.items() if name in SECTIONS}
         if (begun := self.begun(tree)) is not None:
-            start = None
-            tree = merged(merged(begun, tree), {"run": {"out": self.start}})
-        known = tree.get("run", {}).get("guard", ())
-        guards = self.guard and [*dict.fromkeys([*known, *self.guard])]
-        short: dict[str, dict[str, Any]] = {
-            "model": {"start": start, "lora": self.lora},
-            "run": {"guard": guards or None, "overfit": self.overfit},
-            "loss": {"keep": self.keep},
-        }
-        for section, values in short.items():
-            tree = merged(tree, {section: {k: v for k, v in values.items() if v is not None}})
-        return tree
+            return merged(merged(begun, tree), {"run": {"out": self.start}})
+        return tree if self.start is None else merged(tree, {"model": {"start": self.start}})
 
     def begun(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """The settings of the run that START is, if it is one to go on with.

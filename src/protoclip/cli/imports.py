@@ -1,4 +1,4 @@
-"""Imports of the libraries that a command needs, which are most of its start.
+"""Imports of the libraries that a command needs, which are most of its start, and its device.
 
 Each command names its libraries itself; here is what makes their import quicker.
 """
@@ -8,6 +8,10 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `--help` does without
+    import torch
 
 
 @contextmanager
@@ -30,3 +34,17 @@ def quick_imports() -> Iterator[None]:
         gc.enable()
         if "triton" in sys.modules:  # what is left of it at the end, it complains of in many lines
             atexit.register(gc.unfreeze)
+
+
+def open_device(name: str = "auto") -> "torch.device":
+    """The device that `--device` names, with torch set up for it; importing torch takes a second.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    import torch
+
+    from protoclip.distributed import collectives
+
+    torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
+    return collectives.device(name, setting="device" if name == "auto" else "--device")

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.parsing import OfPairs
+from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import DeviceOption, JsonOption, PairsOptions
 from protoclip.config import Count, Seed
 from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_model, require_source
@@ -19,7 +18,7 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match(OfPairs):
+class Match(PairsOptions, DeviceOption, JsonOption):
     """Rank pretrained halves before anything is trained.
 
     Each half encodes some pairs once. A row shows an image half with a text
@@ -33,8 +32,6 @@ class Match(OfPairs):
     seed: Seed = 0  # Seed of the draw and of the splits.
     pooling: Literal["mean", "cls", "pooler"] | None = None  # Of tokens; else by its files.
     batch_size: Count = 64  # Captions or images at once.
-    device: str = "auto"  # As run.device.
-    json: bool = False  # Print the records as JSON.
     cache: bool = True  # Keep features, so that another half is quick.
 
     def __call__(self) -> None:
@@ -43,7 +40,7 @@ class Match(OfPairs):
         for half in self.texts:
             require_model("--texts", half, "half")
         require_source("--data", self.data)
-        data = self.data_config()
+        data = self.data_config(train=self.data)
         require_data_paths(data)
         with quick_imports():
             from protoclip.cli.data import open_source, print_notes

@@ -7,8 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
-from protoclip.cli.device import open_device
-from protoclip.cli.imports import quick_imports
+from protoclip.cli.imports import open_device, quick_imports
 from protoclip.config import Positive, Seed
 from protoclip.rules import require_path, require_place
 from protoclip.terminal import say

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from protoclip.cli.imports import quick_imports
-from protoclip.cli.parsing import Recipes, merged
-from protoclip.config import BatchSize, Config
+from protoclip.cli.spec import JsonOption, Recipes
+from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.rules import check, require_paths, require_place
 from protoclip.terminal import quote_word, say, visible
@@ -21,12 +21,10 @@ SECTIONS = {section.name for section in fields(Config)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Config, Recipes):
+class Train(Config, Recipes, JsonOption):
     """Train a model and evaluate it."""
 
-    overfit: BatchSize | None = None  # Only learn so many pairs by heart, as run.overfit.
     resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
-    json: bool = False  # Print the results as JSON.
 
     def __call__(self) -> None:
         config = Config.from_dict(self.settings())
@@ -46,9 +44,8 @@ class Train(Config, Recipes):
         show_results(results, as_json=self.json)
 
     def settings(self) -> dict[str, Any]:
-        """What recipes and the command line set, with short options as the settings they mean."""
-        tree = {name: value for name, value in self.given.items() if name in SECTIONS}
-        return tree if self.overfit is None else merged(tree, {"run": {"overfit": self.overfit}})
+        """What recipes and the command line set."""
+        return {name: value for name, value in self.given.items() if name in SECTIONS}
 
 
 def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = False) -> None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from protoclip.cli.parsing import descriptions, options
+from protoclip.cli import COMMANDS
+from protoclip.cli.spec import descriptions, options
 from protoclip.config import (
     REMOVED,
     Config,
@@ -230,10 +231,12 @@ def test_a_setting_that_is_gone_is_refused_with_the_way_out(row):
     assert build(Config, without_removed(tree_of(name, value or "anything"))) == Config()
 
 
-def test_settings_stay_few():
+def test_settings_and_options_stay_few():
     """A new one earns its place by a measured gain, and may take that of another."""
     settings = len(list(options(Config))) + len(fields(SourceConfig))
     assert settings <= 116
+    own = [name for kind in COMMANDS.values() for name, _ in options(kind) if "." not in name]
+    assert len(own) <= 145
 
 
 def test_evaluation_during_training_needs_something_to_evaluate_on():

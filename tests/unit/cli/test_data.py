@@ -8,7 +8,7 @@ import open_clip
 import pytest
 
 from protoclip.cli.data import Index, Inspect, Pack, idle, tokens_of, typed
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.config import DataConfig, ModelConfig, SourceConfig, TextTowerConfig
 from protoclip.models.loading import context_length
 

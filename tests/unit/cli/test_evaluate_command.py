@@ -98,7 +98,7 @@ def test_without_data_a_run_is_judged_by_its_own(
     shutil.copytree("emoji-0", "emoji-judged")
     Path("emoji-judged/config.toml").write_text('[data]\nvalidation = "pairs.tsv"\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
-    monkeypatch.setattr(loading, "pinned", lambda name: name)
+    monkeypatch.setattr(loading, "pin_newest", lambda name: name)
     words = ["evaluate", *models.split(), "--tasks", "knn", "--no-cache"]
     if data is None:
         with pytest.raises(SystemExit):

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from protoclip.cli import COMMANDS, main
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.models.saved import read_config
 from protoclip.results import page as report_page
 from protoclip.results.page import clip, make_printable, make_thumbnail, write_report

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from protoclip.cli import COMMANDS, main
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.config import PrototypeConfig, TeacherConfig
 from protoclip.models.saved import STATE
 from protoclip.results.page import (

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from interrupting import with_changes
-from protoclip.cli.parsing import merged
+from protoclip.cli.recipes import merged
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources

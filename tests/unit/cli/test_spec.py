@@ -14,7 +14,7 @@ import pytest
 
 import protoclip
 from protoclip.cli import COMMANDS, main
-from protoclip.cli.parsing import parse
+from protoclip.cli.spec import parse
 from protoclip.config import Config, SourceConfig
 
 
@@ -39,7 +39,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("compare a --json=false", {"runs": ["a"], "json": False}),
         ("evaluate a --tasks knn --tasks zero_shot", {"tasks": ("knn", "zero_shot")}),
         ("evaluate --split=validation a", {"models": ["a"], "split": "validation"}),
-        ("data inspect --every true --seed 3 a", {"source": "a", "seed": 3}),
+        ("data inspect --every true --samples 3 a", {"source": "a", "samples": 3}),
+        ("train --seed 3 --no-evaluate", {"run.seed": 3, "run.evaluate": False}),
+        ("match --images a --texts b --data c --data.root d", {"data": "c", "root": "d"}),
         ("train --run.no-evaluate", {"run.evaluate": False}),
         ("train --run.evaluate false --json", {"run.evaluate": False, "json": True}),
         ("train --data.allow-links --resume auto", {"data.allow_links": True, "resume": "auto"}),

@@ -2,6 +2,7 @@
 
 A command is a dataclass: positional fields are positional arguments, keyword-only fields options,
 and nested dataclasses sections (`--section.name value`). The comment behind a field is its help.
+Options that several commands take are declared here, as classes that these commands inherit.
 """
 
 import ast
@@ -11,46 +12,19 @@ import os
 import re
 import shutil
 import textwrap
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from glob import iglob
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from protoclip.config import HALVES, START, Config, DataConfig, build, unknown
-from protoclip.files import read_local
-from protoclip.rules import DATA_OPTIONS, TRAIN_OR_SOURCES, require_file
+from protoclip.cli.recipes import merged, read_recipe
+from protoclip.config import Config, Count, DataConfig, build, unknown
+from protoclip.rules import TRAIN_OR_SOURCES, require_file
 
 Command = TypeVar("Command")
-# What stands for no file in `teacher.features`.
-TEACHERS_OF_A_RUN = ("emoji", START, *HALVES.values())
-# Settings that may name a file or folder beside the recipe, and the words there that name none.
-PATH_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "data.train": ("emoji",),
-    "data.sources.path": ("emoji",),
-    "data.sources.root": (),
-    "data.validation": ("emoji",),
-    "data.root": (),
-    "data.only": (),
-    "data.without": (),
-    "run.guard": ("emoji",),
-    "model.start": (),
-    "model.image.name": (),
-    "model.image.weights": ("published",),
-    "model.text.name": ("minilm",),
-    "teacher.features": TEACHERS_OF_A_RUN,
-    "teachers.features": TEACHERS_OF_A_RUN,
-    "align.features": (),
-}
-# In a guard, what may stand before a file or folder.
-PATH_PREFIXES = ("wds:", "karpathy:", "root=")
-# The settings that name models, and what may stand before and behind a file or folder there.
-MODEL_SETTINGS = ("model.start", "model.image.name", "model.text.name")
-MODEL_PATH = re.compile(r"((?:local-dir|hf|reference):)?(.*?)(,model=[^,]*)?", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +40,61 @@ class Recipes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfPairs:
-    """A command that reads pairs, and takes settings of `data` by their own names."""
+class JsonOption:
+    json: bool = False  # Print the results as JSON.
 
-    data: str  # Pairs, as data.train.
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption:
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions(DeviceOption):
+    """How a frozen model encodes."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is fp32 on a CPU.
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOption:
+    batch_size: Count = 256  # Images or texts encoded at once.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Settings of `data` by their own names: how a table is read."""
+
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
     caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; else detected.
     root: str | None = None  # Folder that holds all images of a table.
-    only: str | None = None  # As data.only.
-    without: str | None = None  # As data.without.
-    read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def data_config(self, **more: Any) -> DataConfig:
-        """These settings, and more of them."""
-        settings = {entry.name: getattr(self, entry.name) for entry in fields(OfPairs)}
-        return DataConfig(train=settings.pop("data"), **settings, **more)
+        """These settings, those of `ChosenOptions` and `PairsOptions`, and more of them."""
+        groups = [kind for kind in type(self).__mro__ if kind in (TableOptions, *OF_DATA)]
+        names = {entry.name for kind in groups for entry in fields(kind)} - {"data"}
+        return DataConfig(**{name: getattr(self, name) for name in names}, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenOptions(TableOptions):
+    """... and which samples are used."""
+
+    only: str | None = None  # As data.only.
+    without: str | None = None  # As data.without.
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOptions(ChosenOptions):
+    """... of the pairs that a command names."""
+
+    data: str  # Pairs, as data.train.
+    read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
+
+
+OF_DATA = (ChosenOptions, PairsOptions)
 
 
 def parse(kind: type[Command], words: list[str]) -> Command:
@@ -142,8 +154,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
     """The options among the words as a tree of settings, and the other words.
 
     `--no-NAME` switches a flag off. A list grows with each option, and so does a tuple of any
-    length. A command that reads data takes `--data.root` and `--root` alike, and so the columns,
-    since messages say now one and now the other.
+    length. The last part of a setting's name will do where no other ends in it (`full_name`).
 
     Raises:
         ValueError: There is no such option, or its value is missing.
@@ -161,13 +172,10 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         if value.startswith("~/"):  # which shells leave as it is behind "="
             value = os.path.expanduser(value)  # noqa: PTH111
         name = option.lstrip("-").replace("-", "_")
-        if {"data", "allow_links"} & known.keys():
-            name = name.removeprefix("data.")
-        elif name in DATA_OPTIONS and name not in known and f"data.{name}" in known:
-            name = f"data.{name}"
         if name in arguments(kind):
             raise ValueError(f"{option}: is an argument, not an option; give it without {option}")
-        flag = re.sub(r"(^|\.)no_", r"\1", name)
+        flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), known)
+        name = full_name(name, known)
         if name in known:
             values = [value] if is_joined else take_values(left, known[name])
         elif known.get(flag) is bool and not is_joined:
@@ -185,6 +193,17 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
             setting = {part: setting}
         tree = merged(tree, setting)
     return tree, rest
+
+
+def full_name(name: str, known: Collection[str]) -> str:
+    """The option that is meant: `run.seed` by `seed`, if nothing else ends in it; and `root` by
+    `data.root` in commands that take settings of `data` by their own names."""
+    if name in known:
+        return name
+    if name.removeprefix("data.") in known and "data.train" not in known:
+        return name.removeprefix("data.")
+    meant = [each for each in known if each.endswith(f".{name}")]
+    return meant[0] if len(meant) == 1 else name
 
 
 def take_values(left: list[str], hint: Any) -> list[str]:
@@ -236,85 +255,13 @@ def with_not_finite(words: str) -> Any:
     return json.loads(re.sub(r"\b(nan|inf)\b", lambda match: names[match[0]], words))
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, checked."""
-    try:
-        tree = tomllib.loads(read_local(path, encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--config: {path}: not TOML ({error})") from error
-    try:
-        config = build(Config, tree)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if config.data.allow_links:
-        raise ValueError(
-            f"{path}: data.allow_links: a recipe cannot allow this; remove it, and say "
-            "--data.allow_links true on the command line if you trust the source"
-        )
-    for name in config.run.loggers:
-        if ":" in name:
-            raise ValueError(
-                f"{path}: run.loggers: a recipe cannot name a class ({name}); remove it, and give "
-                "--run.loggers on the command line if you trust its code"
-            )
-    return {name: located(value, path.parent, name) for name, value in tree.items()}
-
-
-def located(value: Any, folder: Path, name: str) -> Any:
-    """The value of a setting of a recipe in this folder, with its paths located.
-
-    A relative path starts at the current folder, or at the recipe's if only that has such a file.
-    """
-    if isinstance(value, dict):
-        return {key: located(inner, folder, f"{name}.{key}") for key, inner in value.items()}
-    if isinstance(value, list):
-        return [located(inner, folder, name) for inner in value]
-    if isinstance(value, str) and value.startswith("~/"):
-        value = os.path.expanduser(value)  # noqa: PTH111
-    if not isinstance(value, str) or value in PATH_SETTINGS.get(name, (value,)):
-        return value
-    if name == "run.guard":  # may have settings of its own, one of which is a folder
-        return ",".join(located_part(part, folder) for part in value.split(","))
-    if name in MODEL_SETTINGS:
-        return located_model(value, folder, name)
-    return located_path(value, folder)
-
-
-def located_model(reference: str, folder: Path, name: str) -> str:
-    parts = MODEL_PATH.fullmatch(reference)
-    assert parts is not None, "any text fits"
-    before, path, behind = (part or "" for part in parts.groups())
-    moved = f"{before}{located_path(path, folder)}{behind}"
-    if moved != reference and name == "model.image.name":
-        from protoclip.models.timm import is_image_name
-
-        return reference if is_image_name(reference) else moved
-    return moved
-
-
-def located_part(part: str, folder: Path) -> str:
-    before = next((each for each in PATH_PREFIXES if part.startswith(each)), "")
-    return before + located_path(part.removeprefix(before), folder)
-
-
-def located_path(path: str, folder: Path) -> str:
-    pattern = re.sub(r"\{.*\}", "*", path)
-    # Path.glob refuses absolute patterns.
-    here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
-    return str(folder / path) if beside and not here else path
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two trees of settings; `above` wins."""
-    both = [k for k in below.keys() & above.keys() if isinstance(below[k], dict)]
-    return {**below, **above, **{name: merged(below[name], above[name]) for name in both}}
-
-
 def help_text(command: str, kind: type[Any]) -> str:
     """What `--help` shows of a command."""
     words = [entry.name.upper() for entry in fields(kind) if not entry.kw_only]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
+    if any(entry.name == "run" for entry in fields(kind)):
+        note += "\nThe last part of a name will do if no other ends in it: --seed, --lora 8."
     lines = section_help(kind, getattr(kind, "defaults", {}))
     return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *lines])
 
@@ -327,7 +274,9 @@ def section_help(
     hints, texts = get_type_hints(kind), descriptions(kind)
     rows: dict[str, str] = {}
     sections: list[str] = []
-    for entry in sorted(fields(kind), key=is_optional):
+    own = inspect.get_annotations(kind)
+    entries = sorted(fields(kind), key=lambda entry: entry.name not in own)  # then what is shared
+    for entry in sorted(entries, key=is_optional):
         hint, default = hints[entry.name], defaults.get(f"{prefix}{entry.name}", entry.default)
         default = "on" if default is True else "off" if entry.default is True else default
         if is_dataclass(hint):
