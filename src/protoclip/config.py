@@ -307,9 +307,9 @@ class OptimConfig:
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: Open[CountOrZero] = UNSET  # Linear warm-up; else from the model.
     locked_learning_rate: Open[NotNegative] = UNSET  # Peak of the locked stage; 0: one cosine.
-    betas: Open[tuple[Decay, Decay]] = UNSET  # Of AdamW, such as 0.9 0.98; else from the model.
+    betas: Open[tuple[Decay, Decay]] = UNSET  # Of AdamW; else from the model.
     eps: Open[Positive] = UNSET  # Of AdamW; else from the model.
-    weight_decay: Open[NotNegative] = UNSET  # Of matrices and filters; else from the model.
+    weight_decay: Open[NotNegative] = UNSET  # Of matrices, filters; else from the model.
     heads_weight_decay: Open[NotNegative] = UNSET  # Of the heads; else from the model.
     clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
 

@@ -279,6 +279,7 @@ def section_help(
     for entry in sorted(entries, key=is_optional):
         hint, default = hints[entry.name], defaults.get(f"{prefix}{entry.name}", entry.default)
         default = "on" if default is True else "off" if entry.default is True else default
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         if is_dataclass(hint):
             sections += section_help(hint, defaults, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
             continue
