@@ -43,14 +43,14 @@ def analyze_runs(
         options: As `analyze_run` takes them.
 
     Raises:
-        ValueError: As `analyze_run`; or a file is somebody's, or another process writes it.
+        ValueError: As `analyze_run`; or a file is not ours, or another process writes it.
     """
     folders = [Path(run) for run in runs]
     files = choose_files(folders, out)
     for folder in folders:  # before minutes of work on the first one
         open_run(folder)
     with ExitStack() as stack:
-        for file in {each.resolve(): each for each in files}.values():
+        for file in {path.resolve(): path for path in files}.values():
             stack.enter_context(locked(file))
             if not overwrite:
                 require_ours(file, '"checkpoints"')
@@ -73,20 +73,20 @@ def analyze_runs(
 
 
 def choose_files(folders: Sequence[Path], out: str | Path | None) -> list[Path]:
-    """The file of each run; in `out` each has one of its own, named as the run's folder."""
+    """The file of each run; in the folder `out` it is named as the run's folder."""
     if out is None:
         return [folder / ANALYSIS for folder in folders]
     names, chosen = [folder.resolve().name for folder in folders], list[str]()
     for name in names:
-        # A number may make a name that another run has.
+        # A numbered name may be the name of another run.
         numbered = (f"{name}-{number}" for number in count(2))
-        free = (each for each in numbered if each not in (*chosen, *names))
+        free = (choice for choice in numbered if choice not in (*chosen, *names))
         chosen.append(next(free) if name in chosen else name)
     return [Path(out) / f"{name}.json" for name in chosen]
 
 
 def note_limits(analysis: dict[str, Any]) -> None:
-    """Say why the numbers of a run say little, where they do."""
+    """Print notes on an analysis whose numbers say little."""
     notes = [*analysis["notes"]]
     if len(analysis["checkpoints"]) == 1:
         notes.append(f"a single checkpoint, so no curves; {HINT}")
@@ -114,10 +114,10 @@ def analyze_run(
 
     Args:
         run: A run folder.
-        data: The pairs as `data.train`, and how they are read, with an `allow_links` of its own; of
-            the emoji their validation split. Unset, what the run is judged by: its held-out pairs,
-            or that split.
-        samples: Pairs to use at most, drawn evenly; of a stream the first ones.
+        data: Other pairs, as in `data.train`, and how to read them, with an `allow_links` of its
+            own; the emoji mean their validation split. Unset, the run's validation set: its
+            held-out pairs, or that split.
+        samples: Most pairs to use: drawn evenly, or the first ones of a stream.
         num_groups: Groups of each modality; else the run's number of prototypes, but at least five
             pairs to a group.
         allow_links: As in `data`, for the run's own pairs; its folder does not grant it.
@@ -136,26 +136,26 @@ def analyze_run(
     number = num_groups or min(config.prototypes.number or most, most)
     if not 2 <= number <= most:
         raise ValueError(f"{number} groups: choose from 2 to {most} with --groups")
-    entries, before = [], dict[str, Assignments]()
+    entries, previous = [], dict[str, Assignments]()
     progress = Progress(f"analyze {config.run.name}", len(checkpoints))
     for done, checkpoint in enumerate(checkpoints, 1):
         step = int(checkpoint.name.removeprefix("step-"))
         entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
         spaces = embed_checkpoint(checkpoint, pairs, project=config.uses_prototypes, device=device)
         for space, rows in spaces.items():
-            entry[space], before[space] = pairs.measure_grouping(
+            entry[space], previous[space] = pairs.measure_grouping(
                 rows,
                 number,
                 classes=pairs.classes,
-                previous=before.get(space),
+                previous=previous.get(space),
                 seed=config.run.seed,
             )
         prototypes = saved.read_prototypes(checkpoint) if "projections" in spaces else {}
         for modality, centroids in prototypes.items():
             projections = spaces["projections"][f"{modality}s"]
             sizes = group_sizes(nearest(projections, centroids)[0], len(centroids))
-            named = {f"prototypes/{name}/{modality}": size for name, size in sizes.items()}
-            entry["projections"].update(named)
+            for name, size in sizes.items():
+                entry["projections"][f"prototypes/{name}/{modality}"] = size
         entries.append(entry)
         progress.update(done)
     return {
@@ -201,8 +201,8 @@ def table_of_groupings(analyses: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for measure in sorted({key for values in measures for key in values}):
         digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
-        known = [values.get(measure) for values in measures]
-        cells = [Cell(value="" if value is None else format(value, digits)) for value in known]
+        row = [values.get(measure) for values in measures]
+        cells = [Cell(value="" if value is None else format(value, digits)) for value in row]
         rows.append(Row(heading=[measure], cells=cells))
     title = "Last checkpoint, held-out pairs"
     return Table(title=title, heading=["measure"], columns=columns, rows=rows)

@@ -1,7 +1,6 @@
-"""Models side by side: runs by what they wrote, and evaluated models by their records.
+"""Models side by side: runs by their files, and evaluated models by their records.
 
-Differences of two runs are computed in `evaluation/paired.py`, and `table.py` shows what is found
-here.
+Differences of two runs are computed in `evaluation/paired.py`, and `table.py` shows the results.
 """
 
 import os
@@ -35,25 +34,25 @@ Entry = Mapping[str, Any]  # a model, as `compare_runs` returns it
 
 
 def name_models(runs: Iterable[tuple[str, int, str]]) -> list[str]:
-    """What to call the model of each run, given the run's name, its seed and its folder.
+    """Names the model of each run, given the run's name, its seed and its folder.
 
-    Runs of one name are seeds of one model. Where a seed of a name repeats, each of its runs is a
+    Runs of one name are seeds of one model. If a seed of a name repeats, each run of that name is a
     model of its own, named with its folder.
     """
-    known = list(runs)
-    counts = Counter((name, seed) for name, seed, _ in known)
+    runs = list(runs)
+    counts = Counter((name, seed) for name, seed, _ in runs)
     repeated = {name for (name, _), count in counts.items() if count > 1}
-    return [f"{name} ({folder})" if name in repeated else name for name, _, folder in known]
+    return [f"{name} ({folder})" if name in repeated else name for name, _, folder in runs]
 
 
 def name_runs(runs: Iterable[tuple[str, int, str]]) -> list[str]:
-    """What to call each run: its model, and its seed where that has several runs."""
-    known = list(runs)
-    names = name_models(known)
+    """Names each run: by its model, and by its seed if the model has several runs."""
+    runs = list(runs)
+    names = name_models(runs)
     counts = Counter(names)
     return [
         name if counts[name] == 1 else f"{name}, seed {seed}"
-        for name, (_, seed, _) in zip(names, known, strict=True)
+        for name, (_, seed, _) in zip(names, runs, strict=True)
     ]
 
 
@@ -66,15 +65,14 @@ def compare_runs(
     A run that is given twice counts once.
 
     Args:
-        models: The model of each run, where runs differ; unset, by `name_models`.
-        read: Reads results by sample; unset, a damaged file is refused, unless there are several
-            seeds: then an interval over these is left.
+        models: The model of each run, if all runs differ; unset, by `name_models`.
+        read: Reads results by sample; unset, a damaged file is refused, except with several seeds,
+            which have an interval without it.
 
     Returns:
-        One entry a model: `name`, `seeds`, the different `machines` of its runs, and for
-        `samples_seen`, `train_seconds` and each of `metrics` a `summary`; and `trained_on`, as
-        `trained_pairs` has it. Metrics have what `intervals_of` finds, and those of later entries a
-        `difference`.
+        One entry a model: `name`, `seeds`, the different `machines` of its runs, mean and spread of
+        `samples_seen`, `train_seconds` and each of `metrics`; and `trained_on`, as `trained_pairs`
+        returns it. Metrics have an interval by `intervals_of`, and a `difference` to the first.
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())
@@ -92,7 +90,7 @@ def compare_runs(
         for key in members[0].metrics:
             if not all(key in run.metrics for run in members):
                 continue
-            metrics[key] = summary([run.metrics[key] for run in members]) | ends.get(key, {})
+            metrics[key] = summarize([run.metrics[key] for run in members]) | ends.get(key, {})
             if by_seed is not reference and any(key in run.metrics for run in reference.values()):
                 metrics[key]["difference"] = difference_of_runs(key, reference, by_seed, read)
         entries.append(
@@ -100,8 +98,8 @@ def compare_runs(
                 "name": name,
                 "seeds": list(by_seed),
                 "metrics": metrics,
-                "samples_seen": summary([run.samples_seen for run in members]),
-                "train_seconds": summary([run.train_seconds for run in members]),
+                "samples_seen": summarize([run.samples_seen for run in members]),
+                "train_seconds": summarize([run.train_seconds for run in members]),
                 "trained_on": trained_pairs(run.trained_on for run in members),
                 "machines": sorted({run.machines for run in members} - {""}),
             }
@@ -110,11 +108,11 @@ def compare_runs(
     return entries
 
 
-def summary(values: Sequence[float | None]) -> dict[str, Any]:
-    """`mean`, and of two values or more `spread`, the sample standard deviation."""
-    known = np.asarray([value for value in values if value is not None], dtype=np.float64)
-    spread = {"spread": float(known.std(ddof=1))} if len(known) > 1 else {}
-    return {"mean": float(known.mean()) if len(known) else None, **spread}
+def summarize(values: Sequence[float | None]) -> dict[str, Any]:
+    """`mean`, and from two values on `spread`, the sample standard deviation."""
+    numbers = np.asarray([value for value in values if value is not None], dtype=np.float64)
+    spread = {"spread": float(numbers.std(ddof=1))} if len(numbers) > 1 else {}
+    return {"mean": float(numbers.mean()) if len(numbers) else None, **spread}
 
 
 def differences_in(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -127,7 +125,7 @@ def differences_in(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def add_means(results: Sequence[Result]) -> list[Result]:
-    """The results of one model; and for metrics of several data sets, their mean over those."""
+    """The results of one model, and the means of metrics that several data sets have."""
     by_metric: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         for metric in result.record["metrics"]:
@@ -161,7 +159,7 @@ def add_means(results: Sequence[Result]) -> list[Result]:
             "intervals": intervals(values, influences, without),
         }
         for member in members:
-            if trained_on([member]):
+            if find_leaks([member]):
                 record["trained_on"] = member.record["trained_on"]
         record["wide"] = [name for name in record["intervals"] if rests_on_few(influences[name])]
         ids = [sample for member in members for sample in member.ids]
@@ -174,12 +172,12 @@ def add_differences(
 ) -> list[list[Result]]:
     """The results of models with their paired differences to a reference, by metric.
 
-    They are as `difference` has them; an interval needs the same samples.
+    `difference` computes them; an interval needs the same samples.
     """
-    by_key = {key_of_result(result): result for result in reference}
+    by_key = {make_key(result): result for result in reference}
 
     def add_difference(result: Result) -> Result:
-        other, record = by_key.get(key_of_result(result)), dict(result.record)
+        other, record = by_key.get(make_key(result)), dict(result.record)
         if other is not None:
             record["compared_to"] = other.record["model"]
             record["differences"] = {
@@ -189,13 +187,13 @@ def add_differences(
             }
         return replace(result, record=record)
 
-    with_all = [[*map(add_difference, results)] for results in models]
-    mark_clear(record_differences(with_all))
-    return with_all
+    compared = [[*map(add_difference, results)] for results in models]
+    mark_clear(record_differences(compared))
+    return compared
 
 
-def key_of_result(result: Result) -> tuple[Any, ...]:
-    """What two results have in common that can be compared: the task and the data."""
+def make_key(result: Result) -> tuple[Any, ...]:
+    """Task and data of a result: equal for results that can be compared."""
     record = result.record
     return record["task"], record["dataset"], *record.get("datasets", ())
 
@@ -207,7 +205,7 @@ def difference_of_results(metric: str, first: Result, second: Result) -> dict[st
     if have_influences and [*first.ids] == [*second.ids]:
         influence = second.influences[metric] - first.influences[metric]
     result = difference([gain], influence)
-    if trained_on([first, second]):
+    if find_leaks([first, second]):
         result["p"] = None
     return result
 
@@ -218,8 +216,8 @@ def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any
     return [change for record in records for change in record.get("differences", {}).values()]
 
 
-def trained_on(results: Sequence[Result]) -> dict[str, str]:
-    """What `trained_pairs` has of the data sets of some results."""
+def find_leaks(results: Sequence[Result]) -> dict[str, str]:
+    """`trained_pairs` of the data sets of some results."""
     records = [result.record for result in results]
     return trained_pairs({record["dataset"]: record.get("trained_on", {})} for record in records)
 
@@ -227,36 +225,36 @@ def trained_on(results: Sequence[Result]) -> dict[str, str]:
 def write_records(
     records: Sequence[dict[str, Any]], folder: Path, *, overwrite: bool = False
 ) -> None:
-    """One file a record, named as CLIP_benchmark names its own; `clip_benchmark build` takes them.
+    """Write a file a record, named as CLIP_benchmark names them; `clip_benchmark build` reads it.
 
     Raises:
         OSError: The folder cannot be written.
-        ValueError: One of the files is somebody else's; none is written then.
+        ValueError: One of the files is not ours; none is written then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     by_name: dict[str, dict[str, Any]] = {}
     for record in records:
-        words = words_of(record)
+        words = name_record(record)
         stem = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
         if len(encoded := stem.encode()) > LONGEST_NAME:
             start = encoded[:LONGEST_NAME].decode(errors="ignore")
             stem = f"{start}-{checksum(encoded)[:8]}"
         # `runs/x` and `runs_x` are one stem.
         earlier = by_name.get(stem) or read_record(folder / f"{stem}.json")
-        if earlier is not None and words_of(earlier) != words:
+        if earlier is not None and name_record(earlier) != words:
             stem += f"-{checksum(to_json(words).encode())[:8]}"
         name = stem
         while name in by_name:  # two models of one name
             name = f"{stem}-{len(by_name)}"
         by_name[name] = record
     for name in by_name if not overwrite else ():
-        require_ours(folder / f"{name}.json", '"intervals"')  # which CLIP_benchmark's lack
+        require_ours(folder / f"{name}.json", '"intervals"')  # CLIP_benchmark's files lack it
     for name, record in by_name.items():
         write_atomically(folder / f"{name}.json", to_json(record) + "\n")
 
 
-def words_of(record: Mapping[str, Any]) -> list[str]:
-    """What tells a record from others, as the name of its file has it."""
+def name_record(record: Mapping[str, Any]) -> list[str]:
+    """The words of a record's file name, which differ for different records."""
     words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
     return words + ([record["split"]] if record["split"] != "test" else [])
 
@@ -265,6 +263,6 @@ def read_record(file: Path) -> dict[str, Any] | None:
     """The record in a file of ours; None if there is none."""
     with suppress(ValueError, LookupError):
         record = read_json(file)
-        words_of(record)
+        name_record(record)
         return record
     return None

@@ -1,4 +1,4 @@
-"""The pairs that a run is measured and shown on, and what its model makes of them.
+"""The pairs that a run is measured and shown on, and their embeddings by its model.
 
 `checkpoints.py` measures how they are grouped, and `looks.py` shows what lies where.
 """
@@ -39,7 +39,7 @@ from protoclip.training.plan import choose_few
 T = TypeVar("T")
 PAIRS_PER_GROUP = 5  # at least, in the mean
 BATCH_SIZE = 256
-KEPT_BYTES = 1 << 31  # of decoded images
+CACHE_BYTES = 1 << 31  # of decoded images
 # Unit-norm rows, by space (features, projections) and by `images` or `texts`.
 Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
 
@@ -54,8 +54,8 @@ class Examples:
         groups: Pairs of one group fit each other, where the data say so.
         is_held_out: Whether the run was not trained on them, unless its data have `changed`.
         skipped: Number of samples that could not be read; `reason` is why one of them could not.
-        changed: In what the data of the run differ from those that it was trained on.
-        key: Of the images, as `Images.key`; empty, it is made of them.
+        changed: How the data of the run differ from those that it was trained on.
+        key: Identifies the images, as `Images.key`; if empty, it is computed from them.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Examples:
     reason: str = ""
     changed: str = ""
     key: str = ""
-    _readers: "list[KeptReader]" = field(default_factory=list, repr=False)
+    _readers: "list[CachingReader]" = field(default_factory=list, repr=False)
 
     @property
     def notes(self) -> list[str]:
-        """What to know of these pairs, in sentences without an end."""
+        """Warnings about these pairs, in sentences without a full stop."""
         lost = f"{self.skipped:,} pairs of {self.name} could not be read, such as {self.reason}"
         trained = f"its data have changed since it was trained ({self.changed}), so it may have "
         trained += f"been trained on pairs of {self.name}"
@@ -82,25 +82,25 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        """Identifies the pairs by their content, in any order, whatever they are called."""
+        """Identifies the pairs by their content, in any order and under any name."""
         facts = [
             (checksum(image), caption)
             for image, caption in zip(self.images, self.captions, strict=True)
         ]
         return checksum(to_json(sorted(facts)).encode())
 
-    def reader(self, transform: Callable[[Image.Image], Tensor]) -> "KeptReader":
+    def reader(self, transform: Callable[[Image.Image], Tensor]) -> "CachingReader":
         """Reads the images; for several models of one transform it is the same reader."""
         if not self._readers or self._readers[0].transform != transform:
             table = pa.table({"image": pa.array(self.images, pa.large_binary())})
             images = ImageTextPairs(table, name=self.name, caption_columns=())
-            self._readers[:] = [KeptReader(images, transform, self.key)]
+            self._readers[:] = [CachingReader(images, transform, self.key)]
         return self._readers[0]
 
     def measure_grouping(
         self, rows: Mapping[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
     ) -> tuple[dict[str, float], dict[str, Int[Tensor, "s n"]]]:
-        """`grouping.measure` of what a model makes of the `images` and `texts`."""
+        """`grouping.measure` of a model's rows of `images` and `texts`."""
         return measure(
             rows["images"],
             rows["texts"],
@@ -120,16 +120,16 @@ def open_examples(
     data: DataConfig | None = None,
     allow_training: bool = False,
 ) -> Examples:
-    """Pairs of a run, drawn evenly; of a stream the first ones.
+    """Pairs of a run's validation set, drawn evenly.
 
-    Those that the run is judged by: its held-out pairs or, of the emoji, the validation split.
+    It is the run's held-out pairs or, for the emoji, their validation split.
 
     Args:
-        config: Of the run.
-        samples: Pairs at most.
-        data: Other pairs, as `data.train`.
-        allow_training: Where none are held out, take pairs that the run was trained on; of a run
-            that learns few pairs by heart take these.
+        config: Settings of the run.
+        samples: Most pairs to take.
+        data: Other pairs, as `data.train`; the first ones of a stream.
+        allow_training: If none are held out, take pairs that the run was trained on; for a run
+            with `run.overfit`, those that it learned by heart.
 
     Raises:
         ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.
@@ -140,12 +140,12 @@ def open_examples(
         examples = draw_from_source(sources.pairs(sources.to_look_at(Config(data=data))), samples)
     else:
         settings = sources.to_look_at(config)
-        training, judged_by, _ = judged(settings, sources.pairs(settings))
+        training, validation, _ = judged(settings, sources.pairs(settings))
         if allow_training and config.run.overfit is not None:
-            training, judged_by = choose_few(training, config), []
-        if judged_by:
-            changed = changed_data(run, training)
-            examples = replace(draw_from_split(judged_by[0], samples), changed=changed)
+            training, validation = choose_few(training, config), []
+        if validation:
+            changed = find_changed_data(run, training)
+            examples = replace(draw_from_split(validation[0], samples), changed=changed)
         elif allow_training:
             examples = replace(draw_from_source(training, samples), is_held_out=False)
         else:
@@ -159,23 +159,23 @@ def open_examples(
 
 
 def examples_key(config: Config, checkpoints: Sequence[Path]) -> str:
-    """What decides which pairs a run is shown on: equal for runs that share their examples."""
-    model = config.model  # what it starts from may have learned some of the pairs
+    """Identifies the pairs that a run is shown on: equal for runs that share their examples."""
+    model = config.model  # its start may have been trained on some of the pairs
     starts = (model.start, model.image.name, model.text.name)
     few = config.run.overfit and (config.run.overfit, config.run.seed)
     trained_on: list[Any] = []
     with suppress(ValueError):  # damaged
-        trained_on = [saved.facts_of(each, "content").get("sources") for each in checkpoints[-1:]]
+        trained_on = [saved.facts_of(path, "content").get("sources") for path in checkpoints[-1:]]
     return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
 
 
-def changed_data(run: Path, training: Pairs | SampleStream) -> str:
-    """In what a run's data differ from those that it was trained on; empty if they are the same.
+def find_changed_data(run: Path, training: Pairs | SampleStream) -> str:
+    """How a run's data differ from those that it was trained on; empty if they are the same.
 
-    Pairs held out of others need not be those that were held out of these.
+    If they differ, pairs that are held out now may have been trained on.
     """
     if not (isinstance(training, Pairs) and len(training.left_out)):
-        return ""  # pairs of another source judge the run
+        return ""  # the validation set is another source
     with suppress(ValueError, LookupError, TypeError, AttributeError):  # its state is damaged
         return changed_since(run, training) or ""
     return ""
@@ -187,9 +187,9 @@ decode_image = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
 def read_all(
     read: Callable[[Any], T], items: Iterable[Any]
 ) -> tuple[list[T | None], dict[str, Any]]:
-    """What `read` makes of each item, by threads; None for one that cannot be read.
+    """Read items by threads, with None for one that cannot be read.
 
-    And how many these are, and why the first one is, as fields of `Examples`.
+    Also returns the number of those and the reason of the first, as fields of `Examples`.
     """
 
     def read_or_none(item: Any) -> tuple[T | None, str]:
@@ -199,10 +199,10 @@ def read_all(
             return None, str(error)
 
     with ThreadPoolExecutor() as pool:
-        made = list(pool.map(read_or_none, items))
-    reasons = [reason for _, reason in made if reason]
+        outcomes = list(pool.map(read_or_none, items))
+    reasons = [reason for _, reason in outcomes if reason]
     lost = {"skipped": len(reasons), "reason": next(iter(reasons), "")}
-    return [each for each, _ in made], lost
+    return [item for item, _ in outcomes], lost
 
 
 def draw_from_source(source: Pairs | SampleStream, samples: int) -> Examples:
@@ -227,19 +227,19 @@ def draw_from_source(source: Pairs | SampleStream, samples: int) -> Examples:
 
 
 def draw_from_split(data: EvaluationData, samples: int) -> Examples:
-    """Pairs of what a run is judged by on the way, drawn evenly."""
+    """Pairs of a run's validation set, drawn evenly."""
     split = data.splits["validation"]
     source: Any = split.images  # the data of a run always have encoded images and captions
     assert split.captions is not None
 
     def read_encoded(row: int) -> bytes:
         image: bytes = source.encoded(row)
-        decode_image(image)  # raises if it cannot be
+        decode_image(image)  # raises if it is damaged
         return image
 
     chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
     encoded, lost = read_all(read_encoded, chosen)
-    images = {row: each for row, each in zip(chosen, encoded, strict=True) if each is not None}
+    images = {row: image for row, image in zip(chosen, encoded, strict=True) if image is not None}
     rows = [*images]
     return Examples(
         name=data.name,
@@ -254,28 +254,28 @@ def draw_from_split(data: EvaluationData, samples: int) -> Examples:
     )
 
 
-class KeptReader(Reader):
-    """Decodes images only once, unless they take more memory than `KEPT_BYTES`."""
+class CachingReader(Reader):
+    """Decodes images only once, unless they take more memory than `CACHE_BYTES`."""
 
     def __init__(
         self, images: ImageTextPairs, transform: Callable[[Image.Image], Tensor], key: str
     ) -> None:
         super().__init__(images, transform)
-        self.given_key = key
-        self.decoded: dict[int, tuple[Tensor | None, int]] = {}
+        self.known_key = key
+        self.cache: dict[int, tuple[Tensor | None, int]] = {}
         self.size = 0
 
     @property
     def key(self) -> str:
-        return self.given_key or super().key
+        return self.known_key or super().key
 
     def read(self, row: int) -> tuple[Tensor | None, int]:
-        if row in self.decoded:
-            image, content = self.decoded[row]
+        if row in self.cache:
+            image, content = self.cache[row]
             return (None if self.knows(content) else image), content
         image, content = super().read(row)
-        if image is not None and self.size + image.nbytes <= KEPT_BYTES:
-            self.decoded[row] = image, content
+        if image is not None and self.size + image.nbytes <= CACHE_BYTES:
+            self.cache[row] = image, content
             self.size += image.nbytes
         return image, content
 
@@ -283,7 +283,7 @@ class KeptReader(Reader):
 def embed_checkpoint(
     checkpoint: Path, pairs: Examples, *, project: bool, device: torch.device
 ) -> Spaces:
-    """What the model of a checkpoint makes of pairs, as `embed_examples`."""
+    """Load the model of a checkpoint and embed pairs, as `embed_examples`."""
     loaded, transform, tokenizer = loading.load(checkpoint)
     assert isinstance(loaded, ProtoCLIP)
     try:
@@ -314,13 +314,13 @@ def embed_examples(
         for name, rows in vars(embeddings).items():
             if isinstance(rows, Tensor) and rows.ndim == 2:
                 parts.setdefault(name, []).append(rows.float().cpu())
-    joined = {name: torch.cat(rows) for name, rows in parts.items()}
-    if not all(rows.isfinite().all() for rows in joined.values()):
+    tensors = {name: torch.cat(rows) for name, rows in parts.items()}
+    if not all(rows.isfinite().all() for rows in tensors.values()):
         raise ValueError("the model's projections are not finite; it has diverged")
     return {
-        space: {"images": joined[f"image_{space}"], "texts": joined[f"text_{space}"]}
+        space: {"images": tensors[f"image_{space}"], "texts": tensors[f"text_{space}"]}
         for space in ("features", "projections")
-        if f"image_{space}" in joined
+        if f"image_{space}" in tensors
     }
 
 
@@ -329,7 +329,7 @@ def make_encoder(
     transform: Callable[[Image.Image], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
 ) -> Encoder:
-    """Encodes what `evaluate` and `explore` have not encoded yet, since all share a store."""
+    """An encoder on the store that `evaluate` and `explore` use, too."""
     return encoder_of(
         model,
         transform,

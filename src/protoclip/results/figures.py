@@ -1,9 +1,8 @@
-"""Figures of runs: for the page of a report, and one that goes beside a model card.
+"""Figures of runs: SVG for the page of a report, and a PNG that goes beside a model card.
 
-Those of the page are SVG whose colours follow it: matplotlib draws, and the page's CSS colours.
-
-matplotlib draws with stand-in colours, which become CSS variables. So one figure suits light, dark
-and paper, and needs no script. Names and captions are never drawn: they stay text of the page.
+matplotlib draws the SVG with stand-in colours, which become CSS variables. So one figure suits
+light, dark and paper, and needs no script. Names and captions are never drawn: they stay text of
+the page.
 """
 
 import io
@@ -53,29 +52,29 @@ VARIABLES = {INK: "--quiet", GRID: "--line", IMAGE: "--image", TEXT: "--text"}
 _numbers = count()
 
 
-def line_chart(curves: Sequence[tuple[int, Curve]]) -> Markup:
+def draw_lines(curves: Sequence[tuple[int, Curve]]) -> Markup:
     """Curves over samples seen, each with the number of its model. Seeds of a model look alike."""
     with mpl.rc_context(STYLE):
-        figure, axes = blank(3.5, 2.0)
+        figure, axes = new_figure(3.5, 2.0)
         for model, curve in curves:
             draw_curve(axes, curve, model=model, color=f"#abc0{model % COLOURS:02x}")
         axes.grid(axis="y", color=GRID, linewidth=0.6)
-        return to_svg(figure)
+        return render_svg(figure)
 
 
-def map_chart(
+def draw_map(
     images: Float[np.ndarray, "n 2"], texts: Float[np.ndarray, "n 2"], *, limit: float
 ) -> Markup:
     """Images as dots and texts as crosses; equal `limit` makes two maps comparable."""
     with mpl.rc_context(STYLE):
-        figure, axes = blank(3.5, 3.2)
+        figure, axes = new_figure(3.5, 3.2)
         for points, mark, colour in ((images, "o", IMAGE), (texts, "x", TEXT)):
             axes.plot(*points.T, mark, color=colour, ms=2.6, mew=0.6, mfc="none")
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         axes.locator_params(nbins=5)
         axes.set_xlabel("first component")
         axes.set_ylabel("second component")
-        return to_svg(figure)
+        return render_svg(figure)
 
 
 def draw_run(folder: Path) -> tuple[bytes, str] | None:
@@ -91,7 +90,7 @@ def draw_run(folder: Path) -> tuple[bytes, str] | None:
         name
         for name, (steps, _) in curves.items()
         if name.startswith("eval/") and is_headline(name)
-        if len(steps) > 1  # a run that is judged at its end alone has no curve of it
+        if len(steps) > 1  # a run that is evaluated only at its end has no curve
     ]
     charts: dict[str, dict[str, Curve]] = {}
     if "train/loss/total" in curves:
@@ -108,7 +107,7 @@ def draw_run(folder: Path) -> tuple[bytes, str] | None:
         for by_name in charts.values()
         for name, (_, values) in by_name.items()
     ]
-    return to_png(charts), "Over the samples seen: " + "; ".join(ends)
+    return render_png(charts), "Over the samples seen: " + "; ".join(ends)
 
 
 def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) -> None:
@@ -122,19 +121,19 @@ def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) ->
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def to_png(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
+def render_png(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
     """Charts side by side as a PNG on white, for a page without our style sheet.
 
     Args:
-        charts: By title, the curves by name; a chart of several curves has a key.
+        charts: For each title, the curves by name; a chart of several curves has a legend.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(charts), 2.6), dpi=150, layout="constrained")
         all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
         for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
             for number, (name, curve) in enumerate(curves.items()):
-                draw_curve(axes, curve, model=number, color=f"C{number}", label=plain(name))
-            axes.set_title(plain(title), fontsize=9)
+                draw_curve(axes, curve, model=number, color=f"C{number}", label=escape(name))
+            axes.set_title(escape(title), fontsize=9)
             axes.set_xlabel("samples seen")
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
             if len(curves) > 1:
@@ -144,7 +143,7 @@ def to_png(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
     return buffer.getvalue()
 
 
-def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     figure = Figure(figsize=(width, height), dpi=72)  # SVG's points
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
@@ -157,8 +156,8 @@ def blank(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     return figure, axes
 
 
-def plain(name: str) -> str:
-    """A name of others as matplotlib takes it for text: it reads formulas between dollars."""
+def escape(name: str) -> str:
+    """A name that matplotlib draws as it is: between dollars it would read a formula."""
     return visible(name).replace("$", r"\$")
 
 
@@ -173,22 +172,22 @@ def thin_out(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "
 
 
 def dash_number(model: int) -> int:
-    """That of the dashes of a model's curves, which tell models apart without colour too."""
+    """Index into `DASHES` for a model's curves, which tell models apart without colour too."""
     return (model + model // COLOURS) % len(DASHES)
 
 
 def dashes(model: int) -> str:
-    """The dashes of a model as SVG has them; empty for a whole line."""
+    """The dashes of a model as SVG writes them; empty for a solid line."""
     dash = DASHES[dash_number(model)]
     return "" if isinstance(dash, str) else " ".join(f"{2 * part:g}" for part in dash[1])
 
 
-def to_svg(figure: Figure) -> Markup:
-    """The figure as the inside of a page: no size of its own, ids of its own, the page's colours.
+def render_svg(figure: Figure) -> Markup:
+    """The figure as a part of the page: without a size, with unique ids, in the page's colours.
 
     The page wraps it and describes it, so it is hidden from screen readers.
     """
-    # Once and by itself: a figure that has the engine is drawn twice, and laid out each time.
+    # A figure that has the layout engine itself is drawn twice, and laid out each time.
     ConstrainedLayoutEngine().execute(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

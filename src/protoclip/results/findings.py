@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from protoclip.evaluation.validation import NAME
 from protoclip.results.compare import Entry
-from protoclip.results.table import decimals, rests_on_few_groups, split_key, with_minus
+from protoclip.results.table import decimals, rests_on_few_groups, split_key, write_minus
 
 # The measures of the sentences, by the end of their names, and how a sentence names them.
 HEADLINES = {
@@ -34,14 +34,14 @@ class Finding:
 def compare_headlines(entries: Sequence[Entry]) -> list[Finding]:
     """One sentence a headline measure: the best model against the first one.
 
-    If the first one is the best, against the one that comes next.
+    If the first one is the best, it is compared with the second best.
     """
     first = entries[0] if len(entries) > 1 else {"metrics": ()}
     findings = []
     for key in filter(is_headline, first["metrics"]):
-        known = [entry for entry in entries if key in entry["metrics"]]
-        if len(known) > 1:
-            ranked = sorted(known, key=lambda entry: -entry["metrics"][key]["mean"])
+        rivals = [entry for entry in entries if key in entry["metrics"]]
+        if len(rivals) > 1:
+            ranked = sorted(rivals, key=lambda entry: -entry["metrics"][key]["mean"])
             best = ranked[0]
             other = ranked[1] if best is first else first
             findings.append(compare_two(key, best, other, sign=-1 if best is first else 1))
@@ -49,7 +49,7 @@ def compare_headlines(entries: Sequence[Entry]) -> list[Finding]:
 
 
 def is_headline(key: str) -> bool:
-    """Whether a metric has a sentence; those of the sources of a mixture have none."""
+    """Whether a metric has a sentence; metrics of single sources of a mixture have none."""
     data, metric = split_key(key)
     return metric in HEADLINES and not data.startswith(f"{NAME}-")
 
@@ -58,7 +58,7 @@ def compare_two(key: str, best: Entry, other: Entry, *, sign: int) -> Finding:
     """A sentence on two models.
 
     Args:
-        sign: 1 if `best` has the difference to `other`, -1 if `other` has that to `best`.
+        sign: 1 if the entry of `best` holds the difference to `other`, -1 for the reverse.
     """
     data, metric = split_key(key)
     difference = (best if sign > 0 else other)["metrics"][key]["difference"]
@@ -84,7 +84,7 @@ def compare_two(key: str, best: Entry, other: Entry, *, sign: int) -> Finding:
     elif not is_better:
         sentence = f"and {other['name']} cannot be told apart on {on}: {numbers}."
     return Finding(
-        verdict="better" if is_better else "open", model=best["name"], rest=with_minus(sentence)
+        verdict="better" if is_better else "open", model=best["name"], rest=write_minus(sentence)
     )
 
 
@@ -93,7 +93,7 @@ def describe_basis(difference: Mapping[str, Any], ends: Sequence[float] | None) 
     if ends is None:
         why = "too little is known of other samples"
         if difference["other_samples"]:
-            why = "other samples judged each"
+            why = "they were evaluated on different samples"
         elif not difference["seeds"]:
             why = "the runs share no seed"
         elif rests_on_few_groups(difference):
@@ -116,5 +116,5 @@ def describe_changes(differences: Mapping[str, Mapping[str, Any]]) -> list[tuple
         numbers = [100 * end for end in (change["mean"], *(change["interval"] or ()))]
         mean, *ends = (decimals(number, 1, "+") for number in numbers)
         interval = f" [{', '.join(ends)}]" if ends else ""
-        lines.append((f"{HEADLINES[metric]} ({data})", with_minus(f"{mean}{interval}")))
+        lines.append((f"{HEADLINES[metric]} ({data})", write_minus(f"{mean}{interval}")))
     return lines

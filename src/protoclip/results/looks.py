@@ -1,6 +1,6 @@
-"""What a model makes of example pairs: prototypes, retrieval, confusions and maps.
+"""Shows a model on example pairs: its prototypes, retrieval, confusions and maps.
 
-All pairs of a source are shown by `explore/`.
+`explore/` shows all pairs of a source.
 """
 
 from collections import Counter
@@ -34,27 +34,27 @@ from protoclip.results.examples import (
     make_encoder,
 )
 
-PAIRS_PER_PROTOTYPE = 20  # in the gallery, in the mean
+PAIRS_PER_PROTOTYPE = 20  # in the gallery, on average
 FEWEST_MEMBERS = 5  # of a prototype that counts as tight or mixed
 ITERATIONS = 20  # of K-means
 PICKS = 2  # prototypes of each kind
 NEAREST_IMAGES, NEAREST_CAPTIONS = 6, 4
-QUERIES, ANSWERS = 3, 4  # right ones and wrong ones each way, and what is shown of each answer
-MOST_PROMPTS = 4000  # that a zero-shot classifier is made of
+QUERIES, ANSWERS = 3, 4  # right queries and wrong ones in each direction; answers to each query
+MOST_PROMPTS = 4000  # for a zero-shot classifier
 CONFUSED = 8  # classes in the table of confusions
 ON_MAP = 300  # pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prototype:
-    """A prototype with what lies nearest to it in both modalities.
+    """A prototype with its nearest images and captions.
 
     Attributes:
-        kind: What is true of it, as `largest, tightest`.
+        kind: Why it is shown, such as `largest, tightest`.
         size: Pairs whose image (or text) is nearest to it.
         tightness: Mean cosine of its members to it.
         together: Largest share of its pairs that share a prototype in the other modality.
-        rows: Of images among the examples.
+        rows: Examples whose images are shown.
     """
 
     kind: str
@@ -73,8 +73,8 @@ class Answer:
     captions; else `row` is None.
 
     Attributes:
-        caption: Of the query.
-        rank: Of the first right answer, from 1.
+        caption: The query, or the caption of its image.
+        rank: Rank of the first right answer, from 1.
     """
 
     row: int | None
@@ -98,10 +98,10 @@ class Confusions:
     """The classes that are confused most.
 
     Attributes:
-        pairs: Class, taken for, how often, of how many.
-        rows: For each of the classes its name, its images, and the shares of these that are taken
-            for each of the classes, and for any other one.
-        templates: Prompts of each class.
+        pairs: True class, predicted class, number of such images, number of images of the class.
+        rows: For each of the classes its name, its number of images, and the shares of them that
+            are predicted as each of the classes, and as any other one.
+        templates: Number of prompts of each class.
     """
 
     pairs: Sequence[tuple[str, str, int, int]]
@@ -124,14 +124,14 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What a run's model makes of the examples.
+    """A run's model on the examples.
 
     Attributes:
-        state: The step that the model is of, and its alpha if fine-tuning chose one.
-        space: That the prototypes are of: projections, or features.
-        number: Prototypes of each modality.
-        prototypes: By modality.
-        retrieval: By direction.
+        state: The step of the model, and its alpha if fine-tuning chose one.
+        space: Space of the prototypes: projections, or features.
+        number: Number of prototypes of each modality.
+        prototypes: Those shown, by modality.
+        retrieval: Queries and answers, by direction.
         grouping: The measures of `grouping.measure`, by space.
     """
 
@@ -155,10 +155,11 @@ def look_at(
     device: torch.device,
     firsts: dict[str, Map],
 ) -> Look:
-    """Embed the examples with a run's model, and show what lies where.
+    """Embed the examples with a run's model, and find what to show.
 
     Args:
-        firsts: Maps of these examples before training, for runs that begin alike. It is added to.
+        firsts: Maps of these examples before training, which runs of one start share. A new one is
+            added.
 
     Raises:
         ValueError: There is no checkpoint, it is damaged, or the model has diverged.
@@ -177,7 +178,7 @@ def look_at(
     spaces = embed_examples(model, transform, tokenizer, examples, project=project, device=device)
     features, space = spaces["features"], "projections" if "projections" in spaces else "features"
     count = len(examples.images)
-    most = config.prototypes.number or count  # a config.toml that was emptied names none
+    most = config.prototypes.number or count  # an edited config.toml may lack the number
     number = max(2, min(most, count // PAIRS_PER_PROTOTYPE))
     num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
     several = examples.classes is not None and examples.classes.ndim != 1  # of each image
@@ -226,10 +227,10 @@ def map_before(
     device: torch.device,
     firsts: dict[str, Map],
 ) -> list[Map]:
-    """The map before training, with the weights that the run's seed gave; else of an early step."""
+    """The map before training, with the weights of the run's seed; else that of an early step."""
     title = "Before training"
     if any(map(saved.is_aligned, checkpoints[-1:])):
-        title = "Random heads, before the closed form"  # from which training starts
+        title = "Random heads, before the closed form"  # training starts from the closed form
     start = repr((config.model, config.run.seed, title))
     if start in firsts:
         return [firsts[start]]
@@ -245,7 +246,7 @@ def map_before(
         spaces = embed_examples(model, transform, tokenizer, some, project=False, device=device)
         firsts[start] = make_map(spaces["features"], rows=every, title=title)
         return [firsts[start]]
-    except (ValueError, OSError):  # what it started from is gone
+    except (ValueError, OSError):  # its start is gone
         if len(checkpoints) < 2:
             return []
     spaces = embed_checkpoint(checkpoints[0], some, project=False, device=device)
@@ -286,19 +287,19 @@ def find_prototypes(
 
     The other modality's side of a prototype is the mean over its pairs, as in back-translation.
     """
-    spaces, found = {"image": images, "text": texts}, dict[str, list[Prototype]]()
+    spaces, chosen = {"image": images, "text": texts}, dict[str, list[Prototype]]()
     clusters = {
         m: kmeans(rows, number, iterations=ITERATIONS, seed=seed) for m, rows in spaces.items()
     }
     for modality, other in zip(MODALITIES, reversed(MODALITIES), strict=True):
-        assigned, partner = clusters[modality].assignments, clusters[other].assignments
+        assignments, partner = clusters[modality].assignments, clusters[other].assignments
         sides = {
             modality: clusters[modality].centroids,
-            other: back_translate(assigned, spaces[other], number),
+            other: back_translate(assignments, spaces[other], number),
         }
         near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in MODALITIES}
-        sizes, tightness, together = describe_groups(assigned, partner, near[modality])
-        found[modality] = []
+        sizes, tightness, together = describe_groups(assignments, partner, near[modality])
+        chosen[modality] = []
         for index, kinds in choose_prototypes(sizes, tightness, together).items():
             nearest = [captions[row] for row in best_first(near["text"][:, index])]
             prototype = Prototype(
@@ -309,28 +310,28 @@ def find_prototypes(
                 rows=best_first(near["image"][:, index])[:NEAREST_IMAGES],
                 captions=list(dict.fromkeys(nearest))[:NEAREST_CAPTIONS],
             )
-            found[modality].append(prototype)
-    return found
+            chosen[modality].append(prototype)
+    return chosen
 
 
 def describe_groups(
-    assigned: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
+    assignments: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, " k"]]:
     """Size, tightness and `together` of each prototype; 0 for an empty one."""
     number = near.shape[1]
-    shared = torch.bincount(assigned * number + partner, minlength=number * number).view(
+    shared = torch.bincount(assignments * number + partner, minlength=number * number).view(
         number, number
     )
     sizes = shared.sum(dim=1).float()
-    cosines = near.gather(1, assigned[:, None])[:, 0]
-    summed = torch.zeros(number).index_add_(0, assigned, cosines)
+    cosines = near.gather(1, assignments[:, None])[:, 0]
+    summed = torch.zeros(number).index_add_(0, assignments, cosines)
     return sizes, summed / sizes.clamp(min=1), shared.amax(dim=1) / sizes.clamp(min=1)
 
 
 def choose_prototypes(
     sizes: Float[Tensor, " k"], tightness: Float[Tensor, " k"], together: Float[Tensor, " k"]
 ) -> dict[int, list[str]]:
-    """The prototypes to show, each with all kinds that are true of it."""
+    """The prototypes to show, each with all reasons to show it."""
     enough, never = sizes >= min(FEWEST_MEMBERS, float(sizes.max())), float("-inf")
     scores = {
         "largest": sizes.masked_fill(sizes == 0, never),
@@ -362,36 +363,36 @@ def retrieve(
     content: Sequence[Hashable] | None = None,
     seed: int,
 ) -> dict[str, Retrieval]:
-    """The first right and the first wrong answers of each direction, in an order by `seed` alone.
+    """The first right and the first wrong answers of each direction.
 
-    Every image is a query, and every different caption. So two models are asked the same questions
-    in the same order.
+    Queries are all images and all different captions, in an order that depends on `seed` alone, so
+    two models are asked the same questions.
 
     Args:
         images, texts: Unit-norm rows of pairs.
-        captions, groups, content: Of each pair, as those of `captions_of`, by which an answer is
-            right or not.
+        captions, groups, content: One of each a pair; `captions_of` finds the right answers by
+            them.
     """
-    known = captions_of([(caption,) for caption in captions], [""] * len(captions), groups, content)
-    asked = list(dict.fromkeys(known.texts))  # in the order of their numbers
+    pairs = captions_of([(caption,) for caption in captions], [""] * len(captions), groups, content)
+    questions = list(dict.fromkeys(pairs.texts))  # in the order of their numbers
     row_of = {caption: row for row, caption in enumerate(captions)}
-    similarity = images[known.rows] @ texts[[row_of[text] for text in asked]].T
+    similarity = images[pairs.rows] @ texts[[row_of[text] for text in questions]].T
     fits = torch.zeros(similarity.shape, dtype=torch.bool)
-    fits[known.matches[0], known.matches[1]] = True
+    fits[pairs.matches[0], pairs.matches[1]] = True
 
-    def to_text(image: int, rank: int, top: Sequence[int]) -> Answer:
-        row = known.rows[image]
-        answers = [(asked[text], bool(fits[image, text])) for text in top]
+    def answer_with_texts(image: int, rank: int, top: Sequence[int]) -> Answer:
+        row = pairs.rows[image]
+        answers = [(questions[text], bool(fits[image, text])) for text in top]
         return Answer(row=row, caption=captions[row], rank=rank, captions=answers)
 
-    def to_image(text: int, rank: int, top: Sequence[int]) -> Answer:
-        answers = [(known.rows[image], bool(fits[image, text])) for image in top]
-        return Answer(row=None, caption=asked[text], rank=rank, rows=answers)
+    def answer_with_images(text: int, rank: int, top: Sequence[int]) -> Answer:
+        answers = [(pairs.rows[image], bool(fits[image, text])) for image in top]
+        return Answer(row=None, caption=questions[text], rank=rank, rows=answers)
 
     by_direction = {}
     for way, answer, scores, right in (
-        ("image to text", to_text, similarity, fits),
-        ("text to image", to_image, similarity.T, fits.T),
+        ("image to text", answer_with_texts, similarity, fits),
+        ("text to image", answer_with_images, similarity.T, fits.T),
     ):
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
         # Equal similarities count against the model, as in the recalls.
@@ -415,7 +416,7 @@ def retrieve(
 def classify(
     encoder: Encoder, examples: Examples, images: Float[Tensor, "n d"]
 ) -> Confusions | None:
-    """Zero-shot classification of the examples; None if they do not have one class each."""
+    """Zero-shot classification of the examples; None unless each has one class."""
     classes, names = examples.classes, list(examples.class_names)
     if classes is None or classes.ndim != 1 or len(names) < 2:
         return None
@@ -426,11 +427,11 @@ def classify(
 
 
 def count_confusions(
-    classes: Int[Tensor, " n"], taken_for: Int[Tensor, " n"], names: Sequence[str], templates: int
+    classes: Int[Tensor, " n"], predicted: Int[Tensor, " n"], names: Sequence[str], templates: int
 ) -> Confusions:
-    """The most frequent confusions, and how all classes in them are taken for each other."""
+    """The most frequent confusions, and the confusion matrix of the classes in them."""
     sizes = Counter(classes.tolist())
-    counts = Counter(zip(classes.tolist(), taken_for.tolist(), strict=True))
+    counts = Counter(zip(classes.tolist(), predicted.tolist(), strict=True))
     wrong = [pair for pair in counts if pair[0] != pair[1]]
     wrong.sort(key=lambda pair: (-counts[pair], pair))
     most = list(dict.fromkeys(number for pair in wrong for number in pair))[:CONFUSED]
@@ -445,6 +446,6 @@ def count_confusions(
             for one, other in wrong[:CONFUSED]
         ],
         rows=rows,
-        accuracy=float((classes == taken_for).double().mean()),
+        accuracy=float((classes == predicted).double().mean()),
         templates=templates,
     )

@@ -1,5 +1,4 @@
-"""The report of runs as one page: gathers what the other modules find, and renders
-`report.html.j2`."""
+"""The report of runs as one page: gathers its values, and renders `report.html.j2`."""
 
 import base64
 import io
@@ -31,7 +30,7 @@ from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in
 from protoclip.results.examples import Examples, examples_key, open_examples
-from protoclip.results.figures import COLOURS, dashes, line_chart, map_chart
+from protoclip.results.figures import COLOURS, dashes, draw_lines, draw_map
 from protoclip.results.findings import HEADLINES, compare_headlines, describe_changes
 from protoclip.results.looks import Look, Map
 from protoclip.results.read import RunFolder, read_runs
@@ -40,7 +39,7 @@ from protoclip.results.table import (
     describe_clear,
     sentence_case,
     table_of_runs,
-    with_minus,
+    write_minus,
 )
 from protoclip.terminal import OBEYED
 from protoclip.training.plan import make_plan
@@ -62,7 +61,7 @@ CHARTS: dict[str, dict[str, str]] = {
         "train/loss/prototypical/*": "Prototypical loss",
         "train/loss/distil/*": "Distance from a teacher's features",
         "train/loss/keep": "Distance from the start",
-        "train/loss/geometry": "Distance from the halves' neighbourhoods",
+        "train/loss/geometry": "Distance from the encoders' neighbourhoods",
         "train/positives": "Other pairs of a batch that match one",
     },
     "Prototypes": {
@@ -130,12 +129,12 @@ OPEN = (None, "auto")  # values that leave a setting to the plan
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     title: str
-    description: str  # for those who do not see it
+    description: str  # for screen readers
     svg: Markup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class RunView:
     """A run's look at examples, or the `problem` why there is none.
 
     Attributes:
@@ -160,19 +159,19 @@ def write_report(
     overwrite: bool = False,
     allow_links: bool = False,
 ) -> Path:
-    """Write the report of runs to one HTML file, which needs nothing else and asks for nothing.
+    """Write the report of runs to one HTML file, which needs no other file and no network.
 
     Args:
-        folders: Run folders, finished or not. The first one's name is what others are compared to.
+        folders: Run folders, finished or not. The others are compared to the model of the first.
         out: The file to write, in a folder that exists.
-        samples: Example pairs at most, that models are shown on.
+        samples: Most example pairs that models are shown on.
         minutes: After this long no further model is run on examples; the page says so.
         seed: Draws the examples.
         overwrite: Replace a file that is no report, or is read-only.
         allow_links: As in `data`, for the examples.
 
     Raises:
-        ValueError: A folder is no run, or `out` cannot be written there or is somebody's.
+        ValueError: A folder is no run, or `out` cannot be written there or is not ours.
         OSError: The file cannot be written.
     """
     out = Path(out)
@@ -212,7 +211,7 @@ def render(values: Mapping[str, Any]) -> str:
     environment.filters |= {
         "clip": clip,
         "shorten": shorten,
-        "minus": with_minus,
+        "minus": write_minus,
         "number": format_number,
         "sentence_case": sentence_case,
     }
@@ -239,7 +238,7 @@ def clip(text: Any, length: int = LONGEST) -> str:
 
 
 def shorten(name: str) -> str:
-    """At most `LONGEST` characters of a name: of a longer one both ends, since it may end in a
+    """At most `LONGEST` characters of a name; a longer one keeps both ends, since it may end in a
     folder, and folders differ at their ends."""
     half = (LONGEST - 1) // 2
     return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
@@ -247,15 +246,15 @@ def shorten(name: str) -> str:
 
 def format_number(value: float) -> str:
     """Three decimals, or one of larger numbers."""
-    return with_minus(decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
+    return write_minus(decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
 
 
-def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str, Any]:
+def make_context(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> dict[str, Any]:
     """The values of the page that follow from the runs."""
     models = list(dict.fromkeys(run.model for run in runs))
     finished = [run for run in runs if run.results is not None and run.results.metrics]
-    # The first model that has results is compared with. A damaged file of samples costs a warning
-    # and the intervals that need it.
+    # All are compared with the first model that has results. A damaged file of samples costs a
+    # warning and the intervals that need it.
     entries = compare_runs(
         [run.results for run in finished if run.results is not None],
         [run.model for run in finished],
@@ -263,7 +262,7 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str,
     )
     entries = [entry for entry in entries if entry["metrics"]]
     findings = compare_headlines(entries)
-    columns = grouping_columns(runs, shown)
+    columns = list_groupings(runs, shown)
     return {
         "title": " · ".join(models[:4]) + " · …" * (len(models) > 4),
         "version": protoclip.__version__,
@@ -280,7 +279,7 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str,
             for number, model in enumerate(models)
         ],
         "charts": draw_charts(runs, models),
-        "times": time_rows(runs),
+        "times": list_times(runs),
         "sweeps": [
             {"label": run.label, **run.sweep, "changes": describe_changes(run.differences)}
             for run in runs
@@ -300,7 +299,7 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str,
             for run in runs
             if run.skipped
         ],
-        "commands": commands_of(runs),
+        "commands": list_commands(runs),
     }
 
 
@@ -329,21 +328,20 @@ def describe_run(run: RunFolder) -> dict[str, str]:
 
 
 def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The charts under each heading, and in words what has one value in all runs.
+    """The charts under each heading, and the values that are equal in all runs, in words.
 
-    Headings that no run has anything for are left out, and so is the total loss where it is a
-    single loss in all runs.
+    Headings without values are left out, and so is the total loss if each run has a single loss.
     """
-    known = dict.fromkeys(name for run in runs for name in run.curves)
+    names = dict.fromkeys(name for run in runs for name in run.curves)
     if all(is_single_loss(run) for run in runs if TOTAL in run.curves):
-        known.pop(TOTAL, None)
+        names.pop(TOTAL, None)
     sections: dict[str, dict[str, Any]] = {}
     for heading, patterns in CHARTS.items():
         for pattern, title in patterns.items():
             before, star, after = pattern.partition("*")
             fitting = [
                 name
-                for name in known
+                for name in names
                 if name.startswith(before) and name.endswith(after)
                 if (len(name) > len(before + after) if star else name == pattern)
             ]
@@ -373,8 +371,8 @@ def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Seque
             steps, values = run.curves[metric]
             curves.append((models.index(run.model), (steps * run.batch_size, values)))
             ends.append(f"{run.label}: {values[0]:.3g} to {values[-1]:.3g}")
-    described = f"{title} over samples seen, from the first value to the last. {'; '.join(ends)}"
-    return Chart(title=title, description=described, svg=line_chart(curves))
+    words = f"{title} over samples seen, from the first value to the last. {'; '.join(ends)}"
+    return Chart(title=title, description=words, svg=draw_lines(curves))
 
 
 def seconds_by_part(run: RunFolder) -> dict[str, float]:
@@ -383,19 +381,19 @@ def seconds_by_part(run: RunFolder) -> dict[str, float]:
     return {part: float(curve[1].sum()) for part, curve in curves.items() if curve is not None}
 
 
-def time_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+def list_times(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """A row a run: seconds, and the share of all, of the parts that a run has.
 
-    Parts are logged at the end of an episode, so that one which was cut short tells of none.
+    Parts are logged at the end of an episode, so an episode that was cut short has none.
     """
     rows = []
     seconds = [seconds_by_part(run) for run in runs]
     logged = [part for part in TIMES if any(part in spent for spent in seconds)]
     for run, spent in zip(runs, seconds, strict=True):
-        if known := sum(spent.values()):
-            total = max(known, run.seconds or 0.0)
-            every = {**{part: spent.get(part, 0.0) for part in logged}, "other": total - known}
-            parts = [(part, each, each / total) for part, each in every.items()]
+        if busy := sum(spent.values()):
+            total = max(busy, run.seconds or 0.0)
+            every = {**{part: spent.get(part, 0.0) for part in logged}, "other": total - busy}
+            parts = [(part, value, value / total) for part, value in every.items()]
             at_least = run.results is None or run.seconds is None
             rows.append({"label": run.label, "total": total, "parts": parts, "at_least": at_least})
     return rows
@@ -406,7 +404,7 @@ def time_rows(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 def show_models(
     runs: Sequence[RunFolder], *, samples: int, minutes: float, seed: int, device: torch.device
-) -> list[Shown]:
+) -> list[RunView]:
     """Show the first run of each model that has a checkpoint on example pairs."""
     chosen: dict[str, RunFolder] = {}
     for run in runs:
@@ -414,7 +412,7 @@ def show_models(
             chosen[run.model] = run
     progress, started, shown = Progress("report", len(chosen)), time.monotonic(), []
     # Runs on the same data share their examples, the maps before training, and the images.
-    known: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
+    opened: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
     for done, run in enumerate(chosen.values()):
         progress.update(done, make_printable(run.label))
         try:
@@ -422,19 +420,19 @@ def show_models(
                 raise ValueError(run.problem)
             if done and time.monotonic() - started > 60 * minutes:
                 raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
-            data = examples_key(run.config, run.checkpoints)
-            if data not in known:
+            key = examples_key(run.config, run.checkpoints)
+            if key not in opened:
                 examples = open_examples(run.folder, run.config, samples, allow_training=True)
-                known[data] = examples, {}, cache(partial(data_uri, examples))
-            examples, firsts, image = known[data]
+                opened[key] = examples, {}, cache(partial(data_uri, examples))
+            examples, firsts, image = opened[key]
             look = looks.look_at(
                 examples, run.config, run.checkpoints, seed=seed, device=device, firsts=firsts
             )
         except (ValueError, OSError, RuntimeError) as error:
             problem = clip(" ".join(str(error).split()), 400)
-            shown.append(Shown(run=run, problem=problem))
+            shown.append(RunView(run=run, problem=problem))
             continue
-        shown.append(Shown(run=run, look=look, image=image, maps=draw_maps(look, run.label)))
+        shown.append(RunView(run=run, look=look, image=image, maps=draw_maps(look, run.label)))
     progress.update(len(chosen))
     return shown
 
@@ -459,19 +457,19 @@ def draw_maps(look: Look, label: str) -> list[Chart]:
     limit = max(float(abs(points).max()) for m in look.maps for points in (m.images, m.texts))
     return [
         Chart(
-            title=f"{each.title}: gap {each.gap:.2f}, {100 * each.explained:.0f}% of the variance",
-            description=f"{label}, {each.title.lower()}: {len(each.images)} images and their texts "
-            f"in two dimensions. The means of the modalities are {each.gap:.2f} apart.",
-            svg=map_chart(each.images, each.texts, limit=1.05 * limit),
+            title=f"{m.title}: gap {m.gap:.2f}, {100 * m.explained:.0f}% of the variance",
+            description=f"{label}, {m.title.lower()}: {len(m.images)} images and their texts "
+            f"in two dimensions. The means of the modalities are {m.gap:.2f} apart.",
+            svg=draw_map(m.images, m.texts, limit=1.05 * limit),
         )
-        for each in look.maps
+        for m in look.maps
     ]
 
 
-def grouping_columns(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[dict[str, Any]]:
+def list_groupings(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> list[dict[str, Any]]:
     """The measures of grouping of each run, by space: from `protoclip analyze` where it has seen
     the newest checkpoint, else from the examples."""
-    looked = {each.run.folder: each.look for each in shown}
+    views = {view.run.folder: view.look for view in shown}
     columns = []
     for run in runs:
         newest = run.checkpoints[-1].name if run.checkpoints else ""
@@ -483,7 +481,7 @@ def grouping_columns(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[
             source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
             if (run.folder / saved.MODEL).is_file():  # which fine-tuning chose at its end
                 source += f", step {last['step']:,} before WiSE-FT"
-        elif (look := looked.get(run.folder)) is not None:
+        elif (look := views.get(run.folder)) is not None:
             spaces = look.grouping
             source = f"{look.state}, {len(look.examples.images):,} pairs of {look.examples.name}"
         columns += [
@@ -497,33 +495,33 @@ def grouping_columns(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[
 
 
 def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Settings that differ between the runs, and those that all share but `train` has others.
+    """Settings that differ between the runs, and those that all share but are no defaults.
 
-    Shared ones are `(value, default of train)`; `FOLLOWS` where `train` fills them.
+    Shared ones are `(value, default of train)`; the default is `FOLLOWS` where `train` fills it.
     """
-    usual, given = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
+    usual, empty = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
     all_settings = []
     for run in runs:
         # Versions up to 1.0.0 left it open.
         source = {"prototypes.source": run.config.prototype_source} if run.config else {}
         all_settings.append({**run.settings, **source})
-    keys = sorted({key for each in all_settings for key in each} - set(NAMES_OF_RUN))
-    values = {key: [each.get(key) for each in all_settings] for key in keys}
-    differ = {key: each for key, each in values.items() if any(one != each[0] for one in each)}
-    filled = {key for key, value in usual.items() if given.get(key) in OPEN and value not in OPEN}
-    filled.add("teacher.tower")  # of a teacher, which the usual run has none of
+    keys = sorted({key for settings in all_settings for key in settings} - set(NAMES_OF_RUN))
+    rows = {key: [settings.get(key) for settings in all_settings] for key in keys}
+    differ = {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
+    filled = {key for key, value in usual.items() if empty.get(key) in OPEN and value not in OPEN}
+    filled.add("teacher.tower")  # the default run has no teacher
     shared = {
-        key: (each[0], FOLLOWS if key in filled else usual.get(key))
-        for key, each in values.items()
-        if key not in differ and each[0] != usual.get(key)
+        key: (row[0], FOLLOWS if key in filled else usual.get(key))
+        for key, row in rows.items()
+        if key not in differ and row[0] != usual.get(key)
     }
     return {"differ": differ, "shared": shared}
 
 
-def commands_of(runs: Sequence[RunFolder]) -> list[str]:
+def list_commands(runs: Sequence[RunFolder]) -> list[str]:
     """Commands that train the runs again, compare them, and measure their grouping."""
     again = [
-        f"{program_of(run)} {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
+        f"{launcher(run)} {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
         "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
         for run in runs
     ]
@@ -531,10 +529,10 @@ def commands_of(runs: Sequence[RunFolder]) -> list[str]:
     return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]
 
 
-def program_of(run: RunFolder) -> str:
+def launcher(run: RunFolder) -> str:
     """What to type before a run's command: with several ranks torchrun, on each of its hosts."""
-    known = (run.environment.get(name, "") for name in ("hosts", "ranks"))
-    hosts, ranks = (int(number) if number.isdecimal() else 1 for number in known)
+    counts = (run.environment.get(name, "") for name in ("hosts", "ranks"))
+    hosts, ranks = (int(count) if count.isdecimal() else 1 for count in counts)
     if ranks == 1:
         return "protoclip"
     nodes = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " * (hosts > 1)

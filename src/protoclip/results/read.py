@@ -1,4 +1,4 @@
-"""What a run folder holds, as far as it holds it: a report is also made of interrupted runs.
+"""Reads run folders, finished or not: a report may also be of interrupted runs.
 
 What a run itself checks before it goes on in its folder is in `training/run_folder.py`.
 """
@@ -44,14 +44,14 @@ class RunFolder:
         model, label: What to call its model, and the run itself, among the runs that are shown.
         settings: By dotted name.
         config: None if another version of the package wrote it; then `problem` says so.
-        curves: Of `metrics.jsonl`; temperatures from logit scales; and, of two checkpoints or more,
-            measures of `protoclip analyze` as `features/...`.
+        curves: Those of `metrics.jsonl`; temperatures from logit scales; and, from two checkpoints
+            on, measures of `protoclip analyze` as `features/...`.
         results: None for a run that has not finished.
         analysis: What `protoclip analyze` wrote.
         sweep: Over alpha, at the end of fine-tuning.
-        differences: Of a fine-tuned model to its start, by metric.
-        command: What makes such a run, as `finetune`.
-        seconds: Of training: in all, or until the newest checkpoint; None if that is not known.
+        differences: Differences of a fine-tuned model to its start, by metric.
+        command: The command that makes such a run, such as `finetune`.
+        seconds: Training time in all, or until the newest checkpoint; None if not known.
     """
 
     folder: Path
@@ -75,12 +75,12 @@ class RunFolder:
 
     @property
     def batch_size(self) -> int:
-        return whole(self.settings, "episodes.batch_size", 1)
+        return get_int(self.settings, "episodes.batch_size", 1)
 
     @property
     def steps(self) -> int:
         """Steps that the run was to make."""
-        size, count = (whole(self.settings, f"episodes.{key}", 0) for key in ("size", "count"))
+        size, count = (get_int(self.settings, f"episodes.{key}", 0) for key in ("size", "count"))
         return count * (size // max(1, self.batch_size))
 
     @property
@@ -102,7 +102,7 @@ def read_runs(paths: Iterable[str | Path], *, allow_links: bool = False) -> list
 
 
 def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
-    """Read a run folder, which may be somebody else's: its own settings permit nothing.
+    """Read a run folder. It may come from others, so its own settings permit nothing.
 
     Args:
         allow_links: As in `data`.
@@ -113,12 +113,12 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"{folder}: no such run folder")
-    written = folder / "config.toml"
-    if not written.is_file():
+    config_file = folder / "config.toml"
+    if not config_file.is_file():
         require_no_records(folder)
         reason = runs_inside(folder) or "not a run folder; a run has a config.toml"
         raise ValueError(f"{folder}: {reason}")
-    tree = read_toml(written)
+    tree = read_toml(config_file)
     config, problem = None, ""
     try:
         config = Config.from_dict(tree)
@@ -130,15 +130,15 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     analysis, curves = read_analysis(folder / ANALYSIS), read_curves(folder / "metrics.jsonl")
     if results is not None and not curves:
         say(f"warning: {folder / 'metrics.jsonl'}: holds no step, so the run has no curves")
-    kept, environment = saved.checkpoints(folder), describe_environment(results)
+    checkpoints, environment = saved.checkpoints(folder), describe_environment(results)
     return RunFolder(
         folder=folder,
         name=str(settings.get("run.name", folder.name)),
-        seed=whole(settings, "run.seed", 0),
+        seed=get_int(settings, "run.seed", 0),
         settings=settings,
         config=config,
         problem=problem,
-        curves=curves | temperatures(curves) | curves_of_checkpoints(analysis),
+        curves=curves | derive_temperatures(curves) | list_analysis_curves(analysis),
         results=results,
         environment=environment,
         skipped=[
@@ -146,23 +146,23 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         ],
         analysis=analysis,
         sweep=read_sweep(folder / "wise_ft.json"),
-        differences=differences_to_start(results),
-        checkpoints=kept,
-        command=command_of(folder, kept, settings, ended=results is not None),
-        seconds=environment.get("train_seconds", seconds_until(kept)),
+        differences=read_start_differences(results),
+        checkpoints=checkpoints,
+        command=infer_command(folder, checkpoints, settings, ended=results is not None),
+        seconds=environment.get("train_seconds", read_train_seconds(checkpoints)),
     )
 
 
-def seconds_until(checkpoints: Sequence[Path]) -> float | None:
-    """How long a run has trained until the newest checkpoint; None if that does not say it."""
+def read_train_seconds(checkpoints: Sequence[Path]) -> float | None:
+    """Seconds that a run has trained until the newest checkpoint; None if not known."""
     spent: Any = None
     with suppress(ValueError):
         spent = read_json(checkpoints[-1] / saved.STATE).get("seconds") if checkpoints else None
     return float(spent) if is_number(spent) else None
 
 
-def command_of(
-    folder: Path, kept: Sequence[Path], settings: Mapping[str, Any], *, ended: bool
+def infer_command(
+    folder: Path, checkpoints: Sequence[Path], settings: Mapping[str, Any], *, ended: bool
 ) -> str:
     """The command that made a run, as far as its files tell."""
     if (path := folder / "wise_ft.json").is_file():
@@ -172,13 +172,13 @@ def command_of(
                 return f"finetune --alpha {alpha}"  # which the rule would not choose
         return "finetune"
     starts = settings.get("model.start") or settings.get("model.pretrained")
-    ends = ended and "run.overfit" not in settings  # with the choice that `wise_ft.json` tells of
+    ends = ended and "run.overfit" not in settings  # such a fine-tuning has a `wise_ft.json`
     if starts and not ends and settings.get("model.frozen_batch_norm") is True:
-        return "finetune"  # which alone freezes BatchNorm unasked
-    return "align" if kept and saved.is_aligned(kept[-1]) else "train"
+        return "finetune"  # only its defaults freeze BatchNorm
+    return "align" if checkpoints and saved.is_aligned(checkpoints[-1]) else "train"
 
 
-def whole(settings: Mapping[str, Any], name: str, default: int) -> int:
+def get_int(settings: Mapping[str, Any], name: str, default: int) -> int:
     """A setting of another version, if it is a whole number there too."""
     value = settings.get(name, default)
     return value if type(value) is int else default
@@ -188,7 +188,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, without lines that are damaged.
 
     Raises:
-        ValueError: There is something that cannot be read; names it.
+        ValueError: The file exists, but cannot be read.
     """
     objects = []
     try:
@@ -219,13 +219,13 @@ def read_curves(path: Path) -> dict[str, Curve]:
     curves = {}
     for name, values in by_step.items():
         steps = sorted(values)
-        in_order = [values[step] for step in steps]
-        curves[name] = (np.array(steps, np.float64), np.array(in_order, np.float64))
+        points = [values[step] for step in steps]
+        curves[name] = (np.array(steps, np.float64), np.array(points, np.float64))
     return curves
 
 
-def temperatures(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """The temperatures of pairs and of prototypes, of which logit scales are the inverse."""
+def derive_temperatures(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """The temperatures of pairs and of prototypes: the inverse of the logit scales."""
     scales = {
         "temperature": "train/logit_scale",
         "prototype_temperature": "train/prototype_logit_scale",
@@ -237,39 +237,39 @@ def temperatures(curves: Mapping[str, Curve]) -> dict[str, Curve]:
     }
 
 
-def curves_of_checkpoints(analysis: Mapping[str, Any] | None) -> dict[str, Curve]:
+def list_analysis_curves(analysis: Mapping[str, Any] | None) -> dict[str, Curve]:
     """What `protoclip analyze` measured of the features of two checkpoints or more."""
     checkpoints = analysis["checkpoints"] if analysis else []
     curves = {}
     for key in checkpoints[-1]["features"] if len(checkpoints) > 1 else ():
-        known = [entry for entry in checkpoints if key in entry["features"]]
-        steps = np.array([entry["step"] for entry in known], np.float64)
-        values = np.array([entry["features"][key] for entry in known], np.float64)
+        entries = [entry for entry in checkpoints if key in entry["features"]]
+        steps = np.array([entry["step"] for entry in entries], np.float64)
+        values = np.array([entry["features"][key] for entry in entries], np.float64)
         curves[f"features/{key}"] = (steps, values)
     return curves
 
 
 def is_number(value: Any) -> bool:
     """Whether a value from JSON is a finite number."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and abs(value) < 1e300 and math.isfinite(value)
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return numeric and abs(value) < 1e300 and math.isfinite(value)
 
 
 def describe_environment(results: RunResults | None) -> dict[str, Any]:
     """Hardware and versions, and how the run ended; empty if it has not."""
     if results is None:
         return {}
-    given, facts = results.facts.get("environment"), results.facts
-    known: dict[str, Any] = {}
-    if isinstance(given, dict):
-        known = {str(name): str(value) for name, value in given.items()}
-    known |= {"machines": results.machines} if results.machines else {}
+    entries, facts = results.facts.get("environment"), results.facts
+    environment: dict[str, Any] = {}
+    if isinstance(entries, dict):
+        environment = {str(name): str(value) for name, value in entries.items()}
+    environment |= {"machines": results.machines} if results.machines else {}
     numbers = ("train_seconds", "samples_seen", "samples_skipped")
-    known |= {name: facts[name] for name in numbers if is_number(facts.get(name))}
-    return known | ({"precision": str(facts["precision"])} if "precision" in facts else {})
+    environment |= {name: facts[name] for name in numbers if is_number(facts.get(name))}
+    return environment | ({"precision": str(facts["precision"])} if "precision" in facts else {})
 
 
-def differences_to_start(results: RunResults | None) -> dict[str, dict[str, Any]]:
+def read_start_differences(results: RunResults | None) -> dict[str, dict[str, Any]]:
     """The finite differences of a fine-tuned model to its start; without them none."""
     differences: dict[str, dict[str, Any]] = {}
     with suppress(*MISSHAPEN):
@@ -285,15 +285,15 @@ def read_analysis(path: Path) -> dict[str, Any] | None:
     try:
         analysis = read_json(path)
         checkpoints = [
-            {"step": int(entry["step"]), **spaces_of(entry)} for entry in analysis["checkpoints"]
+            {"step": int(entry["step"]), **read_spaces(entry)} for entry in analysis["checkpoints"]
         ]
-        known = {"data": str(analysis["data"]), "pairs": int(analysis["pairs"])}
-        return {**known, "checkpoints": checkpoints} if checkpoints[-1]["features"] else None
+        source = {"data": str(analysis["data"]), "pairs": int(analysis["pairs"])}
+        return {**source, "checkpoints": checkpoints} if checkpoints[-1]["features"] else None
     except MISSHAPEN:
         return None
 
 
-def spaces_of(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def read_spaces(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The finite measures of a checkpoint in each space; `features` are always there."""
     return {
         space: {str(k): float(v) for k, v in dict(entry[space]).items() if is_number(v)}

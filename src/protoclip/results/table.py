@@ -1,6 +1,6 @@
 """The table of results: the same cells in a terminal, on the page of a report and on a model card.
 
-What stands in it is computed in `compare.py`.
+Its values are computed in `compare.py`.
 """
 
 import re
@@ -14,12 +14,12 @@ from rich.markup import escape
 
 from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.suite import Result
-from protoclip.results.compare import Entry, differences_in, record_differences, trained_on
+from protoclip.results.compare import Entry, differences_in, find_leaks, record_differences
 from protoclip.terminal import visible
 
 WIDEST = 1 << 20  # letters; no table is as wide
-COMMON = "†"  # of a difference that is not that of the means above it
-# By what an interval covers, with room for the number of samples.
+COMMON = "†"  # marks a difference that is not the difference of the means above it
+# For each thing that an interval covers, with room for the number of samples.
 INTERVALS = {
     "seeds and samples": "Several seeds: over seeds (paired, Student's t) and over {} test samples "
     "by groups, together.",
@@ -27,15 +27,15 @@ INTERVALS = {
     "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
 }
 OTHERS = (
-    "Where other samples judged the models, a difference has no interval, and is not of the models "
-    "alone."
+    "Where models were evaluated on different samples, a difference has no interval, and is not "
+    "due to the models alone."
 )
 ON_FEW = (
     "A difference has no interval where too few groups of test samples differ, or too few do not."
 )
 TRAINED_ON = (
-    "A model that was trained on some of the images that evaluate it does too well on them, so no "
-    "difference of it is marked."
+    "A model that was trained on some of the test images does too well on them, so none of its "
+    "differences is marked."
 )
 OF_COMMON = f"{COMMON}: of the seeds that both have, and not the difference of the means shown."
 NO_COMMON = "Models without a common seed: the difference of the means shown."
@@ -53,7 +53,7 @@ RETRIEVAL = "text_retrieval is from an image to its texts, which runs call image
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A metric of a model, as text; a part that is not known is empty."""
+    """A metric of a model, as text; unknown parts are empty."""
 
     value: str = ""
     interval: str = ""  # and the spread over seeds
@@ -63,14 +63,14 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """All of it, as `54.3 [50.1, 58.4]`, and on a second line `+3.4 [+2.8, +4.0]*`."""
+        """The whole cell: `54.3 [50.1, 58.4]`, and on a second line `+3.4 [+2.8, +4.0]*`."""
         first = " ".join(part for part in (self.value or "-", self.interval) if part)
         return f"{first}\n{self.difference}{'*' * self.is_clear}" if self.difference else first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What names a row, such as data set and metric, and a cell for each model."""
+    """The names of a row, such as data set and metric, and a cell for each model."""
 
     heading: Sequence[str]
     cells: Sequence[Cell]
@@ -81,9 +81,9 @@ class Table:
     """A table of results.
 
     Attributes:
-        heading: What the columns hold that name a row.
+        heading: Headings of the columns that name a row.
         columns: The heading of each other column, line by line.
-        footer: Rows that are no metrics.
+        footer: Rows below the metrics, such as costs.
         notes: Sentences below the table.
     """
 
@@ -103,7 +103,7 @@ def format_cell(
     Args:
         value: As `compare.compare_runs` has it, or None if it is not known.
         scale: 100 for percent.
-        digits: Behind the point.
+        digits: Decimals.
     """
     if value is None:
         return Cell()
@@ -133,11 +133,11 @@ def format_cell(
 
 
 def decimals(number: float, digits: int, sign: str = "") -> str:
-    """A number with that many decimals, and a `+` if `sign` is one; what rounds to 0 has no -."""
+    """A number with `digits` decimals, and a `+` if `sign` is one; never `-0.0`."""
     return f"{round(number, digits) + 0.0:{sign}.{digits}f}"
 
 
-def with_minus(text: str) -> str:
+def write_minus(text: str) -> str:
     """A text with minus signs before its numbers, where Python writes hyphens."""
     return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)
 
@@ -151,10 +151,10 @@ def sentence_case(label: str) -> str:
 
 
 def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
-    """All metrics of models, as `compare.compare_runs` found them; the first one is compared with.
+    """All metrics of models, as `compare.compare_runs` returns them; differences to the first.
 
     Args:
-        mark: What marks a clear difference.
+        mark: Marks a clear difference.
     """
     values = [value for entry in entries for value in entry["metrics"].values()]
     differences = differences_in(entries)
@@ -174,9 +174,9 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
     several = len({data for data, _ in names}) > 1
     rows = []
     for key, (data, metric) in zip(keys, names, strict=True):
-        known = [entry["metrics"].get(key) for entry in entries]
+        row = [entry["metrics"].get(key) for entry in entries]
         scale, digits = (100.0, 1) if is_share(metric) else (1.0, 3)
-        best = best_mean(known) if is_share(metric) else None
+        best = find_best_mean(row) if is_share(metric) else None
         cells = [
             format_cell(
                 value,
@@ -184,7 +184,7 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
                 digits=digits,
                 is_best=value is not None and value["mean"] == best,
             )
-            for value in known
+            for value in row
         ]
         rows.append(Row(heading=[data] * several + [label(metric, data)], cells=cells))
     return Table(
@@ -199,15 +199,15 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
             for entry in entries
         ],
         rows=rows,
-        footer=costs_of_runs(entries, several=several),
+        footer=list_costs(entries, several=several),
         notes=notes,
     )
 
 
-def best_mean(values: Sequence[Mapping[str, Any] | None]) -> float | None:
-    """The highest mean of a metric; None if all are equal, or if other samples judged a model."""
+def find_best_mean(values: Sequence[Mapping[str, Any] | None]) -> float | None:
+    """The highest mean of a metric; None if all are equal, or if the test samples differ."""
     means = [value["mean"] for value in values if value is not None]
-    # Without a value of the first model nothing says whether the same samples judged the rest.
+    # Only a value of the first model says whether the others have the same samples.
     is_comparable = values[0] is not None or len(means) < 2
     if not is_comparable or any(map(is_of_other_samples, values)) or max(means) == min(means):
         return None
@@ -215,12 +215,12 @@ def best_mean(values: Sequence[Mapping[str, Any] | None]) -> float | None:
 
 
 def is_of_other_samples(value: Mapping[str, Any] | None) -> bool:
-    """Whether other samples judged a metric of a model than that of the first one."""
+    """Whether a metric of a model comes from other samples than that of the first model."""
     return value is not None and value.get("difference", {}).get("other_samples", False)
 
 
-def costs_of_runs(entries: Sequence[Entry], *, several: bool) -> list[Row]:
-    """Samples and seconds of training, and the machines where models have others."""
+def list_costs(entries: Sequence[Entry], *, several: bool) -> list[Row]:
+    """Samples and seconds of training, and the machines if they differ."""
     seen = [entry["samples_seen"]["mean"] for entry in entries]
     seconds = [entry["train_seconds"]["mean"] for entry in entries]
     ratios = [f" ({s / seconds[0]:.2f})" if s is not None and seconds[0] else "" for s in seconds]
@@ -233,7 +233,7 @@ def costs_of_runs(entries: Sequence[Entry], *, several: bool) -> list[Row]:
     }
     machines = ["; ".join(entry["machines"]) for entry in entries]
     if len({*machines}) > 1:
-        costs["machines"] = [visible(each or "not known") for each in machines]
+        costs["machines"] = [visible(machine or "not known") for machine in machines]
     return [
         Row(heading=[""] * several + [name], cells=[Cell(value=text) for text in texts])
         for name, texts in costs.items()
@@ -262,7 +262,7 @@ def table_of_records(models: Sequence[Sequence[Result]]) -> Table:
     for results in models:
         record = results[0].record
         weights = [record["pretrained"]] * (record["pretrained"] not in ("", "none"))
-        counts = trained_on([result for result in results if "datasets" not in result.record])
+        counts = find_leaks([result for result in results if "datasets" not in result.record])
         columns.append([" ".join([record["model"], *weights]), *counts.values()])
     notes = [OF_GROUPS]
     notes += [RETRIEVAL] * any(metric.startswith("text_retrieval") for _, _, metric in rows)
@@ -273,7 +273,7 @@ def table_of_records(models: Sequence[Sequence[Result]]) -> Table:
             f"{describe_clear(record_differences(models))}; without an interval where too few "
             "groups differ, or too few do not."
         )
-        notes += [TRAINED_ON] * any(map(trained_on, models))
+        notes += [TRAINED_ON] * any(map(find_leaks, models))
     return Table(
         title=None if tasks == {"geometry"} else title,
         heading=["data", "task", "metric"],
@@ -290,29 +290,29 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def describe_clear(differences: Iterable[Mapping[str, Any]]) -> str:
-    """What `metrics.mark_clear` finds, in words."""
-    number = sum(each.get("p", each["interval"]) is not None for each in differences)
+    """What `metrics.mark_clear` marks, in words."""
+    number = sum(change.get("p", change["interval"]) is not None for change in differences)
     return f"clear by Holm's test of all {number} differences that can be tested, at 5%"
 
 
 def describe_intervals(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the intervals of differences cover, in words, and why some have none."""
+    """Sentences on what the intervals of differences cover, and why some have none."""
     lines = []
     for kind, text in INTERVALS.items():
-        covered = [
+        changes = [
             change
             for change in differences
             if change["kind"] == kind and change["interval"] is not None
         ]
-        counts = sorted(change["samples"] for change in covered if change["samples"] is not None)
-        many = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
-        lines += [text.format(many)] * bool(covered)
+        counts = sorted(change["samples"] for change in changes if change["samples"] is not None)
+        samples = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
+        lines += [text.format(samples)] * bool(changes)
     lines += [ON_FEW] * any(map(rests_on_few_groups, differences))
     return lines + [OTHERS] * any(change["other_samples"] for change in differences)
 
 
 def rests_on_few_groups(difference: Mapping[str, Any]) -> bool:
-    """Whether a difference is of known test samples, of which too few tell the models apart."""
+    """Whether too few test samples tell two models apart for an interval."""
     return difference["interval"] is None and difference["samples"] is not None
 
 
@@ -330,10 +330,10 @@ def print_table(table: Table) -> None:
         *groups, name = row.heading
         if previous not in (None, groups):
             drawn.add_section()
-        shown = [""] * len(groups) if groups == previous else groups
+        heading = [""] * len(groups) if groups == previous else groups
         previous = groups
         cells = [cell.text for cell in row.cells]
-        drawn.add_row(*map(escape, [*map(visible, [*shown, name]), *cells]))
+        drawn.add_row(*map(escape, [*map(visible, [*heading, name]), *cells]))
     drawn.add_section()
     for row in table.footer:
         drawn.add_row(*map(escape, [*row.heading, *(cell.text for cell in row.cells)]))

@@ -104,7 +104,7 @@ def test_images_are_decoded_once_for_all_checkpoints(runs, tmp_path, monkeypatch
     )
     for size in (1 << 31, 0):
         rows.clear()
-        monkeypatch.setattr(examples, "KEPT_BYTES", size)
+        monkeypatch.setattr(examples, "CACHE_BYTES", size)
         monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / str(size)))  # or none are read again
         data = DataConfig(train=str(runs / "held_out.parquet"))
         found.append(analyze_run(runs / "proto", data=data, device=cpu))

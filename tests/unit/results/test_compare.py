@@ -380,7 +380,7 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
         print_table(table_of_runs(shown))
         said = " ".join(capsys.readouterr().out.split())
         assert "over 60 test samples by groups" in said
-        assert ("Where other samples judged the models" in said) == told
+        assert ("Where models were evaluated on different samples" in said) == told
 
 
 def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):

@@ -10,8 +10,8 @@ from protoclip.results.figures import (
     MOST_POINTS,
     dash_number,
     dashes,
-    line_chart,
-    map_chart,
+    draw_lines,
+    draw_map,
     thin_out,
 )
 
@@ -24,7 +24,7 @@ def figures():
     generator = np.random.default_rng(0)
     points = generator.normal(size=(2, 30, 2))
     many = [(model, curve(9)) for model in range(20)]
-    return [line_chart(many), line_chart(many[:1]), map_chart(*points, limit=3.0)]
+    return [draw_lines(many), draw_lines(many[:1]), draw_map(*points, limit=3.0)]
 
 
 def test_colours_are_the_pages():

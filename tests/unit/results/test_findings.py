@@ -11,7 +11,7 @@ from protoclip.evaluation.paired import RunResults, make_reader
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.results.compare import compare_runs
 from protoclip.results.findings import compare_headlines
-from protoclip.results.table import sentence_case, table_of_runs, with_minus
+from protoclip.results.table import sentence_case, table_of_runs, write_minus
 
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
@@ -54,7 +54,7 @@ def test_the_best_model_is_held_against_the_first_or_the_next(shares, verdict, s
     gain = 100 * (shares[best] - shares[other])
     low, high = interval_of_difference([gain], 100 * (moved[0]["knn/acc1"] - moved[1]["knn/acc1"]))
     numbers = f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}], paired over 400 test samples."
-    assert said.endswith(with_minus(numbers))
+    assert said.endswith(write_minus(numbers))
 
 
 def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
@@ -65,7 +65,7 @@ def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
     one, _, _, two, *_ = (influences(SampleResults.read(of.samples["emoji"])) for of in seeds)
     low, high = interval_of_difference([10.0], 100 * (two["knn/acc1"] - one["knn/acc1"]))
     numbers = f"[{low:+.1f}, {high:+.1f}], paired over 3 seeds and 400 test samples."
-    assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {with_minus(numbers)}")
+    assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {write_minus(numbers)}")
 
 
 def test_a_difference_of_common_seeds_keeps_its_sign(tmp_path):
@@ -100,7 +100,9 @@ def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
     entries = compare_runs([*runs.values()])
     (found,) = compare_headlines(entries)
     assert found.verdict == "open"
-    assert found.rest.endswith("+40.0 points (no interval: other samples judged each).")
+    assert found.rest.endswith(
+        "+40.0 points (no interval: they were evaluated on different samples)."
+    )
     knn, _ = table_of_runs(entries).rows
     assert [(cell.value, cell.is_best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
 
@@ -158,5 +160,5 @@ def test_a_damaged_file_of_samples_costs_the_intervals_alone(tmp_path, capsys):
 
 
 def test_words():
-    assert with_minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
+    assert write_minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
     assert [*map(sentence_case, ("kNN", "linear probe", "a"))] == ["kNN", "Linear probe", "A"]

@@ -65,7 +65,7 @@ def two(runs, tmp_path_factory) -> Page:
 def page_of(tmp_path, *folders, **more) -> Page:
     """A page without what is inside its charts, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("line_chart", "map_chart"):
+        for name in ("draw_lines", "draw_map"):
             patch.setattr(report_page, name, lambda *given, **more: Markup("<svg></svg>"))
         return Page(write_report(folders, tmp_path / "report.html", **more))
 
@@ -203,7 +203,11 @@ def test_what_never_changes_is_said_and_not_drawn(runs, tmp_path):
     page = page_of(tmp_path, folder)
     assert page.count("figure") == 1
     assert "The same throughout: Share of empty prototypes: 0" in page.sections["curves"]
-    for told in ("a teacher's features: 1.5", "the start: 0.25", "the halves' neighbourhoods: 0.5"):
+    for told in (
+        "a teacher's features: 1.5",
+        "the start: 0.25",
+        "the encoders' neighbourhoods: 0.5",
+    ):
         assert f"Distance from {told}" in page.sections["curves"]
     assert "not shown: that needs protoclip report --checkpoints" in page.sections["curves"]
 

@@ -13,10 +13,10 @@ from protoclip.config import PrototypeConfig, TeacherConfig
 from protoclip.models.saved import STATE
 from protoclip.results.page import (
     FOLLOWS,
-    commands_of,
     compare_settings,
     describe_run,
-    time_rows,
+    list_commands,
+    list_times,
 )
 from protoclip.results.read import read_run, read_runs
 from protoclip.training.run_folder import to_toml
@@ -118,7 +118,7 @@ def test_what_fine_tuning_has_not_ended_is_fine_tuned_again(tmp_path):
         "[run]", '[run]\nsync = "s3://a"'
     )
     (folder / "config.toml").write_text(text)
-    again, *_ = commands_of([read_run(folder)])
+    again, *_ = list_commands([read_run(folder)])
     assert again == f"protoclip finetune --config {folder}/config.toml --run.out FOLDER " + (
         "--run.sync none"
     )
@@ -142,7 +142,7 @@ def test_a_run_of_several_ranks_is_started_with_as_many(environment, start, tmp_
     folder = begun(tmp_path / "run")
     results = {"name": "tiny", "seed": 0, "samples_seen": 1, "train_seconds": 1.0, "metrics": {}}
     (folder / "results.json").write_text(json.dumps({**results, "environment": environment}))
-    again, *others = commands_of([read_run(folder)])
+    again, *others = list_commands([read_run(folder)])
     assert again.startswith(f"{start} --config ")
     assert all(command.startswith("protoclip ") for command in others)
 
@@ -159,7 +159,7 @@ def test_times_of_unfinished_runs_are_at_least_those_of_the_checkpoint(tmp_path)
     (kept / STATE).write_text('{"seconds": 75.0}')
     run = read_run(folder)
     assert describe_run(run)["time"] == "at least 1m 15s"
-    (row,) = time_rows([run])
+    (row,) = list_times([run])
     assert (row["total"], row["at_least"]) == (75.0, True)
     assert ("other", 63.0, 0.84) in row["parts"]
     assert describe_run(read_run(begun(tmp_path / "new")))["time"] == "not known"
