@@ -62,7 +62,7 @@ from protoclip.training.presets import Command
 LOCK = ".lock"
 # What is meant where it is unset.
 UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
-# Defaults of earlier versions, with which their runs go on.
+# Defaults of version 1.0, with which its runs go on.
 FORMER: dict[str, Any] = {"prototypical": 1.0, "teacher": 2.0}
 # Settings that some runs have no use for, at their defaults: those of a small text tower, which a
 # text model has others than; of towers that are put together; and the one source beside several.
@@ -203,7 +203,7 @@ def pooled_as_begun(config: Config, folder: Path) -> Config:
     of_timm = model.projections_are_new and not names_model("image", model.image.name)
     if not (of_timm and model.image.pooling is None and (folder / "config.toml").is_file()):
         return config
-    pooling = as_written_today(read_settings(folder))["model.image.pooling"]
+    pooling = complete_saved(read_settings(folder))["model.image.pooling"]
     return replace(config, model=replace(model, image=replace(model.image, pooling=pooling)))
 
 
@@ -247,7 +247,7 @@ def as_begun(config: Config, folder: Path) -> Config:
     data = begun(config.data, "data", "augmentation")
     if data.read == "auto" and saved.get("data.read") == "streaming":
         data = replace(data, read="streaming")  # or align encodes all before other data are refused
-    loss, before = config.loss, as_written_today(saved)
+    loss, before = config.loss, complete_saved(saved)
     for name, former in FORMER.items():
         if getattr(loss, name) == getattr(LossConfig(), name) and before[f"loss.{name}"] == former:
             loss = replace(loss, **{name: former})
@@ -279,7 +279,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     Raises:
         ValueError: `config.toml` is damaged, or a setting differs that may not; see `FREE`.
     """
-    before = as_written_today(read_settings(folder))
+    before = complete_saved(read_settings(folder))
     now = {**UNSAID, **IDLE, **flat(tomllib.loads(config))}
     differ = {
         key: f"{key} ({told(before, key)} before, {told(now, key)} now)"
@@ -296,7 +296,7 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     few = before.get("run.overfit")
     if few is not None and few == now.get("run.overfit"):
         free |= {"episodes.size", "episodes.batch_size"}  # align may leave some of the pairs out
-        # It decides these itself, and an earlier version did so for fine-tuning too.
+        # It decides these itself, as version 1.0 did for fine-tuning too.
         free |= {key for key in before | now if key.startswith("align.")}
     if refused := {key: text for key, text in differ.items() if key not in free}:
         moved = finished and refused.keys() <= {*MOVABLE, "data.root"}
@@ -313,20 +313,12 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
     return [f"going on with {', '.join(rounding.values())}: batches stay, rounding changes{also}"]
 
 
-def as_written_today(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that any earlier version began, as this version would keep them."""
-    # What earlier versions did, without a setting for it.
-    implied: dict[str, Any] = {"loss.instance": "info_nce", "loss.strengths": "constant"}
-    implied |= UNSAID
-    if "teacher.features" in saved:
-        implied["teacher.whiten"] = 0
-    teachers = [dict(teacher) for teacher in saved.get("teachers", [])]
-    for teacher in teachers:
-        teacher.setdefault("whiten", 0)
-        teacher.setdefault("distil", 0.0)
-    settings = {**flat(tomllib.loads(to_toml(Config()))), **implied, **saved, "teachers": teachers}
-    if "model.checkpoint" in settings:  # what version 0.2 called it
-        settings["model.start"] = settings.pop("model.checkpoint")
+def complete_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run began with, with those that version 1.0 did not have, and without
+    those that are gone."""
+    teachers = [{"distil": 0.0, **teacher} for teacher in saved.get("teachers", [])]
+    usual = flat(tomllib.loads(to_toml(Config())))
+    settings = {**usual, **UNSAID, **saved, "teachers": teachers}
     for setting in ("run.wandb", "data.cache"):  # gone, and they changed no batch
         settings.pop(setting, None)
     idle = {name: value for name, (_, value) in REMOVED.items()}
