@@ -74,10 +74,6 @@ def save_xlm_roberta(folder: Path, kind: str = "XLMRoberta") -> Path:
     return folder
 
 
-def save_camembert(folder: Path) -> Path:
-    return save_xlm_roberta(folder, "Camembert")
-
-
 def save_m2m_100(folder: Path) -> Path:
     """A tiny model that translates, as NLLB; without a tokenizer."""
     sizes = {"d_model": 32, "vocab_size": 60, "max_position_embeddings": 24, "pad_token_id": 0}
@@ -93,15 +89,4 @@ def save_siglip(folder: Path) -> Path:
     config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
     transformers.SiglipModel(config).save_pretrained(folder)
     transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-def save_siglip2(folder: Path) -> Path:
-    """NaFlex: images as lists of patches."""
-    text = {**SIZES, "max_position_embeddings": 24, "vocab_size": 60, "projection_size": 32}
-    vision = {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": 16}
-    save_bert(folder)
-    config = transformers.Siglip2Config(text_config=text, vision_config=vision)
-    transformers.Siglip2Model(config).save_pretrained(folder)
-    transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(folder)
     return folder

@@ -1,10 +1,7 @@
 """Collectives over several ranks and on one, errors on one rank, and launchers."""
 
-import multiprocessing
 import os
 import re
-import shutil
-import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,8 +18,6 @@ from interrupting import quick_config, with_changes
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.waits import WAITS
 from protoclip.encode import teachers
-from protoclip.models import loading
-from protoclip.models.saved import MODEL, WEIGHTS
 from protoclip.training import throughput
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config, tiny_pairs
@@ -246,18 +241,6 @@ def test_host_and_port_that_are_given_stay_under_srun(given, place, monkeypatch)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == place
 
 
-def test_each_step_of_a_slurm_job_has_a_port_of_its_own(monkeypatch):
-    """As in a sweep that starts several on the same hosts."""
-    monkeypatch.setenv("SLURM_JOB_ID", "123456")
-    ports = set()
-    for step in range(100):
-        monkeypatch.setenv("SLURM_STEP_ID", str(step))
-        ports.add(collectives.port_of_step())
-    assert len(ports) == 100
-    assert min(ports) >= 15_000
-    assert max(ports) < 30_000
-
-
 def place(folders: list[Path], written: bool) -> str:
     """What this rank says of a file that each host has, as if it were shared."""
     path = folders[collectives.rank()] / "facts.json"
@@ -302,23 +285,6 @@ def test_hosts_that_see_other_pairs_are_refused(number, seed, tmp_path):
     for said in run_distributed(other_pairs, 2, folders, tmp_path / "run"):
         assert re.search(f"data.train: .* sees {number} pairs, and .* 48 pairs, or other", said)
     assert not (tmp_path / "run").exists()
-
-
-def newest_of(run: str) -> str:
-    """What a rank takes for the run's model, where another checkpoint comes meanwhile."""
-    found = loading.pin_newest(run)
-    if collectives.rank() == 0:
-        shutil.copytree(found, Path(found).with_name("step-999999999"))
-    return found
-
-
-def test_ranks_take_one_checkpoint_of_a_run_that_trains(tmp_path):
-    checkpoint = tmp_path / "checkpoints" / "step-000000008"
-    checkpoint.mkdir(parents=True)
-    for name in (MODEL, WEIGHTS):
-        (checkpoint / name).touch()
-    assert run_distributed(newest_of, 2, str(tmp_path)) == [str(checkpoint)] * 2
-    assert loading.pin_newest("open_clip:RN50/openai") == "open_clip:RN50/openai"
 
 
 @pytest.mark.parametrize(("visible", "name"), [(1, "cuda:0"), (4, "cuda:2")])
@@ -385,15 +351,3 @@ def test_a_rank_may_work_for_longer_than_a_step_waits(device, monkeypatch):
     assert waits["steps"] < timedelta(hours=1)
     assert waits["gloo"] > timedelta(days=1)
     assert used == ["gloo"] * 4
-
-
-def own_process() -> int:
-    return os.getpid()
-
-
-def test_ranks_that_were_killed_are_replaced():
-    """A test that kills processes harms no later one."""
-    before = run_distributed(own_process, 2)
-    os.kill(before[0], signal.SIGKILL)
-    wait_until(lambda: before[0] not in [child.pid for child in multiprocessing.active_children()])
-    assert set(before).isdisjoint(run_distributed(own_process, 2))

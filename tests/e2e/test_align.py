@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import protoclip
-from copying import Copies
 from protoclip.cli import main
 from protoclip.cli.align import Align
 from protoclip.config import Config
@@ -29,7 +28,7 @@ from protoclip.distributed.collectives import rank
 from protoclip.encode import halves
 from protoclip.encode import run as running
 from protoclip.encode.encoder import Encoder
-from protoclip.encode.rows import RowLoader, half_teachers
+from protoclip.encode.rows import RowLoader
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import features as evaluated
 from protoclip.evaluation.suite import evaluate_run
@@ -183,30 +182,6 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
             )
         number += 1
     assert number == 2
-
-
-def test_a_batch_of_rows_is_one_copy(given):
-    """With the halves as teachers and groups of positives."""
-    plan, halves_rows, model = rows_of(changed(given, loss={"positives": "shared"}))
-    teachers = half_teachers(plan.config, plan.samples, halves_rows)
-    assert len(teachers) == 2
-    loader = RowLoader(
-        pairs=plan.samples,
-        tokenizer=loading.tokenizer(plan.start),
-        transform=loading.evaluation_transform(model),
-        batch_size=16,
-        seed=0,
-        device=torch.device("meta"),
-        features_of={name: teacher.rows for name, teacher in teachers.items()},
-        halves=halves_rows,
-    )
-    episode = EpisodeSampler(len(plan.samples), 32, seed=0).episode(0)
-    batches = loader.batches(episode, with_features=True, group_by=("caption", "image"))
-    with Copies() as copies:
-        batch = next(batches)
-    assert len(copies.names) == 1
-    tensors = (batch.image, batch.text, batch.groups, *batch.features.values())
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
@@ -454,30 +429,3 @@ def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
     assert sample.endswith("/0")
     expected = hash_ids(f"caption {row}" for row in (0, 2, 8))
     assert rows.listing.texts[rows.listing.captions[:3]].tolist() == expected.tolist()
-
-
-def test_a_visit_brings_all_captions_of_an_image(given, tmp_path):
-    """From the store, the image once; some images have two captions, others theirs twice."""
-    settings = changed(given, data={"captions": "all"}, loss={"positives": "shared"})
-    plan, rows, model = rows_of(settings)
-    run = Run(plan, model, folder=tmp_path, rows=rows)
-    assert "data.captions = all: 2 of each image, which makes 32" in "".join(plan.notes)
-    batch = next(run.loader.batches_of(run.training_pass(0)))
-    assert (len(batch.image), len(batch.text), len(batch.sample_id)) == (16, 32, 32)
-    twice = [row % 3 == 0 for row in run.episode(0).rows[:16].tolist()]
-    assert (batch.text[::2] == batch.text[1::2]).all(1).tolist() == twice
-    settings = changed(settings, tmp_path / "run", align={"geometry": 1.0, "dropout": 0.5})
-    assert align(settings)["steps"] == 12
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"optim": {"layer_decay": 0.9}}, "optim.layer_decay: align leaves the halves"),
-        ({"model": {"lora": 4}}, "model.lora: align leaves the halves"),
-        ({"loss": {"keep": 1.0}}, "loss.keep: align leaves the halves"),
-    ],
-)
-def test_settings_that_align_cannot_follow(more, message, given):
-    with pytest.raises(ValueError, match=message):
-        align(changed(given, **more))

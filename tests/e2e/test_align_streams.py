@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data import access
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.encode import halves
@@ -115,9 +114,7 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
     ("sections", "line"),
     [
         ({"episodes": {"size": 1009}}, "episodes.size: 1009 is no multiple of .* \\(256\\)"),
-        ({"episodes": {"size": 16, "count": 1, "warm_up": 2}}, "episodes.count: 1 is less than"),
         ({"prototypes": {"number": 65}}, "prototypes.number: 65 needs to be between"),
-        ({"teacher": {"number": 65}}, "image_half.number: 65 needs to be between"),
     ],
 )
 def test_what_no_data_make_possible_is_refused_before_a_pass(
@@ -214,16 +211,12 @@ def test_shards_may_move(given, shards, store, tmp_path, monkeypatch):
     assert len(names) == 30
 
 
-@pytest.mark.parametrize(("most", "seconds", "failed"), [(2, 600.0, 2), (32, 0.0, 1)])
-def test_a_store_that_fails_for_long_ends_a_pass(
-    most, seconds, failed, given, shards, store, bucket, monkeypatch
-):
+def test_a_store_that_fails_for_long_ends_a_pass(given, shards, store, bucket, monkeypatch):
     """The same call reads all shards that were lost."""
     settings = of(given, f"{bucket}/a/{{0..2}}.tar")
     with monkeypatch.context() as patch:
-        patch.setattr(streamed, "MAX_FAILED", most)
-        patch.setattr(access, "PATIENCE_SECONDS", seconds)
-        line = rf"{failed} shards in a row .*s3://bucket/a/.\.tar: no such.* again \(.*\)$"
+        patch.setattr(streamed, "MAX_FAILED", 2)
+        line = r"2 shards in a row .*s3://bucket/a/.\.tar: no such.* again \(.*\)$"
         with pytest.raises(ValueError, match=line):
             rows_of(settings)
     for number, path in enumerate(sorted((shards / "plain").glob("*.tar"))):

@@ -17,7 +17,6 @@ from protoclip import cli
 from protoclip.encode.embed import read_facts
 from protoclip.encode.store import Store
 from protoclip.models.start import find_start
-from protoclip.training import wise_ft
 from protoclip.training.run import align
 from tiny_align import of_source
 from tiny_hugging_face import save_mpnet
@@ -69,28 +68,6 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
     said = capsys.readouterr().err
     assert "the data of" not in said
     assert "27 of 96 pairs are held out" in said
-
-
-@pytest.mark.parametrize("locked", [[], ["image"]])
-def test_wise_ft_keeps_features_of_the_start_and_of_what_it_chose_alone(
-    locked, ended, given, tmp_path, monkeypatch
-):
-    """A folder a half: a locked one is the same at every alpha, and stays."""
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(wise_ft, "ALPHAS", (0.0, 0.25, 0.5, 0.75, 1.0))
-    protoclip.finetune(
-        {
-            "model": {"start": str(ended), "locked": locked},
-            "data": {**given["data"], "workers": 0},
-            "run": {"device": "cpu", "precision": "fp32", "out": str(tmp_path / "tuned")},
-            "episodes": {"size": 16, "count": 1, "batch_size": 8},
-            "optim": {"learning_rate": 1e-2},
-            "loss": {"teacher": 0.0, "prototypical": 0.0},
-        },
-        alpha=0.5,
-    )
-    folders = [path for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()]
-    assert len(folders) == 4 - len(locked)
 
 
 @pytest.mark.parametrize(

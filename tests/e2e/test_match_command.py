@@ -12,8 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from protoclip.cli import main
-from protoclip.data import pack
-from protoclip.data.pairs import ImageTextPairs
 from protoclip.encode.encoder import Encoder
 from testing import tiny_pairs
 
@@ -100,20 +98,3 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
     (one, *_) = json.loads(capsys.readouterr().out)
     assert (one["images_per_second"], one["captions_per_second"], one["skipped"]) == (None, None, 1)
     assert sum(encoded.values()) == 2 * (2 * 2 + 2 * 4)
-
-
-def test_a_stream_gives_its_first_pairs(tmp_path, tiny_run, capsys):
-    """Those that a table has, in another order, and each once."""
-    table = tiny_pairs(64)
-    captions = [f"{text} {row}" for row, text in enumerate(table["caption"].to_pylist())]
-    table = table.set_column(1, "caption", pa.array(captions))
-    pack.pack(ImageTextPairs(table, name="tiny"), tmp_path / "shards", samples_per_shard=32)
-    pq.write_table(table, tmp_path / "pairs.parquet")
-    common = ["--images", str(tiny_run), "--texts", str(tiny_run), "--json"]
-    found = []
-    for words in (["shards", "--read", "streaming", "--pairs", "90"], ["pairs.parquet"]):
-        main(["match", "--data", f"{tmp_path}/{words[0]}", *words[1:], *common])
-        found += json.loads(capsys.readouterr().out)
-    streamed, read = found
-    assert streamed["pairs"] == read["pairs"] == 64
-    assert 30 <= streamed["apart"] == read["apart"] < 64

@@ -219,28 +219,6 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_told(tmp_path):
         pass
 
 
-def test_nobody_else_has_the_folder_until_the_results_are_written(
-    tiny_parquet, tmp_path, monkeypatch
-):
-    """Another process would remove what is being written."""
-    config, results, said = quick_config(tiny_parquet, tmp_path / "run"), run.Run.results, []
-
-    def watched(this, **settings):
-        with (
-            pytest.raises(ValueError, match="another process writes here") as error,
-            claimed(tmp_path / "run", resume=True),
-        ):
-            pass
-        said.append(str(error.value))
-        return results(this, **settings)
-
-    monkeypatch.setattr(run.Run, "results", watched)
-    run.train(config)
-    assert said
-    with claimed(tmp_path / "run", resume=True):
-        pass
-
-
 def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
     """Asked to go on, it returns its results and trains nothing."""
     before = (tiny_run / "results.json").read_text()

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from protoclip.rules import check
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import flat
-from testing import tiny_config, tiny_pairs
+from testing import tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,30 +148,6 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
     assert first["train/logit_bias"] == trained.towers.logit_bias.item()
 
 
-def test_a_run_says_its_loss_and_how_many_pairs_match(tmp_path, monkeypatch, capsys):
-    """All of a batch of 16, if all captions are equal. Progress shows no loss of a stage that has
-    ended, such as that with prototypes, beside the next one's name."""
-    table = tiny_pairs(96)
-    path = tmp_path / "pairs.parquet"
-    pq.write_table(table.set_column(1, "caption", pa.array(["one"] * len(table))), path)
-    data = {"validation": 0.0}
-    changes = {"data": data, "loss": {"positives": "shared", "prototypical": 0.0}}
-    changes["loss"]["instance"] = "sigmoid"
-    changes |= {"run": {"log_every": 3}, "episodes": {"locked_image": 1}}
-    config = short(tiny_config(str(path), out=""), tmp_path / "run", count=2, **changes)
-    shown = []
-    monkeypatch.setattr(run.Progress, "update", lambda _, done, detail="": shown.append(detail))
-    run.train(config)
-    details = [detail.split(", ")[1:] for detail in shown if detail.startswith("episode ")]
-    assert [stage for stage, *_ in details] == ["contrastive"] * 4 + ["locked image"] * 4
-    assert [len(loss) for _, *loss in details] == [0, 0, 1, 1, 0, 1, 1, 1]
-    assert (
-        "note: loss.instance = sigmoid: the logits start with scale 10" in capsys.readouterr().err
-    )
-    lines = metrics_of(tmp_path / "run", "train/loss/sigmoid")
-    assert {line.get("train/positives") for line in lines} == {15.0}
-
-
 def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, capsys):
     """Each teacher has its own prototypes and losses."""
     generator = np.random.default_rng(0)
@@ -265,8 +240,7 @@ def test_the_reference_is_one_recipe_away(seen):
 
 def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, capsys):
     """Three arms, one table, results.json, a report; `evaluate` repeats a run's metrics, and
-    `compare` shows differences. A second call trains what is not finished, and no other seed. It
-    may name the folder in another way, and one that holds a lock alone is empty."""
+    `compare` shows differences."""
     original, small = demo.arms, tiny_config(out="")
 
     def arms(*, seed: int, out: str) -> dict[str, Config]:
@@ -310,27 +284,6 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     assert found["difference"]["mean"] == pytest.approx(found["mean"] - value)
     assert found["difference"]["kind"] == "samples"
     assert found["difference"]["n"] == len(few_emoji().splits["test"].images)
-
-    finished = Path("demo/protoclip/results.json")
-    text, trained = finished.read_text(), []
-    finished.unlink()
-
-    def train(config: Config, **more: object) -> dict[str, Any]:
-        trained.append(config.run.name)
-        finished.write_text(text)
-        return {}
-
-    monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(demo, "write_report", lambda *_, **__: True)  # which takes seconds
-    demo.demo(Path("demo"))
-    assert trained == ["ProtoCLIP"]
-    with pytest.raises(ValueError, match=r"run.seed \(0 before, 5 now\); .* folder with --out"):
-        demo.demo(Path("demo"), seed=5)
-    shutil.rmtree("demo/protoclip")
-    Path("demo/protoclip").mkdir()
-    Path("demo/protoclip/.lock").touch()
-    demo.demo(tmp_path / "demo")
-    assert trained == ["ProtoCLIP", "ProtoCLIP"]
 
 
 def test_the_quick_demonstration(tmp_path, monkeypatch, capsys):
@@ -404,7 +357,3 @@ def test_the_python_of_the_pages_works(page, code, tiny_run, tiny_parquet, tmp_p
         protoclip.embed("runs/mine-0", tiny_parquet, "vectors.parquet")
     exec(compile(code, page, "exec"), {})
     assert page != "training.md" or Path("runs/small/results.json").is_file()
-
-
-def test_the_pages_with_python_have_some():
-    assert all(python_of(page) for page in PYTHON)

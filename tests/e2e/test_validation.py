@@ -20,14 +20,11 @@ from interrupting import stop_after, with_changes
 from protoclip.cli import main
 from protoclip.config import (
     Config,
-    DataConfig,
     ImageTowerConfig,
     ModelConfig,
-    RunConfig,
     TextTowerConfig,
 )
 from protoclip.data import sources
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.evaluation import validation
 from protoclip.evaluation.metrics import METRICS, TASKS
@@ -37,7 +34,6 @@ from protoclip.evaluation.validation import judged, trained_guards
 from protoclip.results.compare import compare_runs
 from protoclip.results.findings import compare_headlines
 from protoclip.results.table import TRAINED_ON, print_table, table_of_runs
-from protoclip.rules import check
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 
@@ -278,26 +274,6 @@ def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_p
         assert bool(notes) == (name == "others")
 
 
-def test_a_run_whose_held_out_pairs_are_not_known_judges_no_model(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    table, judging = Path("pairs.parquet"), Path("judging.parquet")
-    for name, share in (("all", 0.0), ("held", 0.1), ("other", str(judging))):
-        for path, letter in ((table, "a"), (judging, "b")):
-            shutil.copy(folder / f"{letter}.parquet", path)
-        config = config_for(folder, tmp_path / name, train=str(table), validation=share)
-        train(with_changes(config, SHORT))
-    with pytest.raises(ValueError, match=r"^all: this run held out no pairs; name other data"):
-        validation.open_data("all")
-    for path, name in ((judging, "other"), (table, "held")):
-        validation.open_data(name)
-        pq.write_table(pq.read_table(path).slice(1), path)
-        with pytest.raises(ValueError, match=rf"^{name}: its data have changed .*; bring them"):
-            validation.open_data(name)
-        path.unlink()
-        with pytest.raises(ValueError, match=rf"^{name}: the pairs .*{path}: no such file.*; bri"):
-            validation.open_data(name)
-
-
 def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):
     """Versions up to 1.0.0 called `photos/test` just `test`."""
     guard = tmp_path / "photos" / "test.parquet"
@@ -310,17 +286,6 @@ def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):
             settings = replace(config, run=replace(config.run, **{setting: metric}))
             assert [data.name for data in validation.guards(settings, [])] == [name]
     assert [data.name for data in validation.guards(config, [])] == ["photos-test"]
-
-
-def test_a_guard_is_not_called_as_the_held_out_pairs_are(folder, tmp_path):
-    """By which the best checkpoint may be chosen."""
-    guard = tmp_path / "photos" / "validation.parquet"
-    guard.parent.mkdir()
-    shutil.copy(folder / "b.parquet", guard)
-    best = {"guard": [str(guard)], "keep_best": "eval/validation/retrieval/image_to_text@1"}
-    config = with_changes(config_for(folder, tmp_path), {"run": best})
-    held_out = judged(config, sources.pairs(config)).data
-    assert [data.name for data in validation.guards(config, held_out)] == ["photos-validation"]
 
 
 def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
@@ -380,30 +345,3 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
     pq.write_table(tables[1], one)
     notes = held_out_of(after("first", train=str(both)))[2]
     assert "have changed since it was trained (other captions)" in notes[0]
-
-
-def test_a_share_of_no_pair_cannot_judge_a_run(folder, tmp_path):
-    """One line says so before anything is written."""
-    message = r"only 0 of 200 could .* or 0, with run\.evaluate_every = 0$"
-    with pytest.raises(ValueError, match=message):
-        train(config_for(folder, tmp_path / "run", validation=0.001))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_stream_that_nothing_judges_is_told_a_way_that_works(folder, tmp_path):
-    """Without a validation on the way 0 is enough, and a note says so."""
-    pairs = ImageTextPairs(pq.read_table(folder / "a.parquet"), name="a", id_column=None)
-    pack(pairs, tmp_path / "shards")
-    data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
-    config = Config(data=data, run=RunConfig(evaluate_every=50))
-    stream = sources.pairs(config)
-    with pytest.raises(ValueError, match=r"not held out; .*, or 0, with run\.evaluate_every = 0$"):
-        judged(config, stream)
-    tuning = replace(config, model=ModelConfig(start="run"))  # or finetune would ask for it next
-    with pytest.raises(ValueError, match=r"evaluate_every = 0, and for finetune --alpha 1$"):
-        judged(tuning, stream)
-    config = Config(data=replace(data, validation=0.0), run=RunConfig(evaluate_every=0))
-    assert check(config) == []
-    assert judged(config, stream).data == []
-    (note,) = judged(Config(data=data), stream).notes
-    assert note.endswith("name a source to judge the run by, or 0")

@@ -2,11 +2,9 @@
 
 import io
 import itertools
-import pydoc
 import re
 import tarfile
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import fsspec
@@ -20,9 +18,6 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import loader, sources
 from protoclip.data import stream as streams
 from protoclip.data.access import (
-    fingerprint,
-    list_urls,
-    open_file,
     read_file,
     reason_of,
 )
@@ -123,18 +118,6 @@ def put_evaluation_data(store: Any) -> list[bytes]:
     return [data for name, data in files.items() if name.endswith("png")]
 
 
-def test_evaluation_data_is_copied_once_and_indexed(store):
-    """In CLIP_benchmark's layout."""
-    put_evaluation_data(store)
-    for _ in range(2):
-        data = open_data(f"wds:{store.url}/wds_pets")
-        split = data.splits["test"]
-        assert data.name == "pets"
-        assert split.labels.tolist() == [0, 1, 0]
-        assert len(split.images) == 3
-    assert store.requests.count("GET /bucket/wds_pets/test/0.tar") == 1
-
-
 def test_workers_read_what_one_process_reads(store, tmp_path):
     """Forked, after this process has used the store; the same run bit for bit."""
     put_table(store, 48)
@@ -150,32 +133,6 @@ def test_workers_read_what_one_process_reads(store, tmp_path):
         assert run.train(config)["steps"] == 2
     assert_equal_ends(tmp_path / "0", tmp_path / "2", 2)
     assert not (tmp_path / "2" / "skipped.jsonl").exists()
-
-
-def test_what_is_there_now_counts(store):
-    """Not what a listing before said of it."""
-    url = store.put("shards/a.tar", b"short")
-    assert list_urls(f"{store.url}/shards/*.tar") == [url]
-    before = fingerprint(url)
-    store.put("shards/a.tar", b"longer than it was")
-    other = store.put("shards/b.tar", b"")
-    assert read_file(url) == b"longer than it was"
-    with open_file(url) as file:
-        assert file.read() == b"longer than it was"
-    assert fingerprint(url) != before
-    assert list_urls(f"{store.url}/shards/*.tar") == [url, other]
-
-
-def test_ten_thousand_shards_are_listed(store, monkeypatch):
-    """In pages of a thousand, sorted."""
-    read_time = "moto.core.serialize.parse_to_aware_datetime"  # takes moto a third of its time
-    monkeypatch.setattr(read_time, lru_cache(pydoc.locate(read_time)))
-    for number in range(10_000):
-        store.put(f"many/{number:05}.tar", b"")
-    store.requests.clear()
-    shards = expand_shards(f"{store.url}/many/*.tar")
-    assert shards == [f"{store.url}/many/{number:05}.tar" for number in range(10_000)]
-    assert store.requests == ["GET /bucket"] * 10
 
 
 READS: dict[str, Callable[[str], Any]] = {
@@ -226,11 +183,6 @@ def test_a_public_bucket_is_read_without_credentials(store, monkeypatch):
     assert len(opened(f"{store.url}/table/pairs.csv")) == 12
 
 
-def test_a_bucket_that_is_not_there_is_named(store):
-    with pytest.raises(ValueError, match=r"s3://other/a\.csv: The specified bucket does not exist"):
-        opened("s3://other/a.csv")
-
-
 def test_a_server_that_fails_for_a_while_loses_no_sample(store):
     """While a table, its images, a listing, shards and evaluation data are read."""
     images, shards, faults = put_table(store), put_shards(store), ("500", "503", "reset", "cut")
@@ -247,17 +199,6 @@ def test_a_server_that_fails_for_a_while_loses_no_sample(store):
     assert [split.images.encoded(row) for row in range(3)] == judged
     assert split.labels.tolist() == [0, 1, 0]
     assert store.times == 0
-
-
-@pytest.mark.parametrize("fault", ["500", "503", "reset"])
-def test_a_server_that_goes_on_failing_is_one_line(store, hasty, fault):
-    put_table(store)
-    put_shards(store)
-    store.fail(fault)
-    reasons = {"500": "internal error|Internal Server", "503": "reduce|SlowDown|Unavailable"}
-    reason = reasons.get(fault, "Connection")
-    for what in ("table", "list", "image"):
-        assert re.search(reason, failure(what, store.url), re.IGNORECASE)
 
 
 @pytest.mark.parametrize("kind", ["table", "stream"])

@@ -61,23 +61,6 @@ def test_a_run_goes_on_from_s3_with_an_empty_disk(
     assert there - {".protoclip"} == here - {".lock"}
 
 
-def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):
-    """As of an empty variable; s3fs writes to a folder without a name, and lists nothing there."""
-    url = f"{store.url}//runs//a"
-    twice = with_changes(config, {"run": {"sync": url}})
-    run.train(twice)
-    assert complete(store) == [1, 2]
-    elsewhere = with_out(twice, str(tmp_path / "elsewhere"))
-    run.train(elsewhere, resume="auto")
-    assert f"step-000000002 fetched from {url}" in capsys.readouterr().err
-
-
-def test_a_store_that_does_not_list_what_it_took_ends_a_run(store, config, monkeypatch):
-    monkeypatch.setattr("s3fs.S3FileSystem.find", lambda *_, **__: [])
-    with pytest.raises(ValueError, match="what was written there is not listed; check name"):
-        run.train(config)
-
-
 def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
     for given, reason in (({"found": False}, "Unable to locate"), ({"right": False}, "signature")):
         keys(**given)
@@ -88,13 +71,6 @@ def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
         assert "\n" not in str(error.value)
         assert "check name, credentials" in str(error.value)
     assert not Path(config.run.out or "").exists()
-
-
-def test_a_server_that_fails_for_a_while_costs_no_copy(store, config, capsys):
-    store.fail("500", "503", "reset", "slow", on="PUT", times=4, after=4)
-    assert run.train(config)["steps"] == 2
-    assert said(capsys) == []
-    assert complete(store) == [1, 2]
 
 
 def test_a_server_that_goes_on_failing_costs_warnings(store, hasty, config, tmp_path, capsys):

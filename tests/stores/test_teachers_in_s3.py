@@ -1,6 +1,5 @@
 """Features of a teacher in an S3 bucket: fetched once, whole, and anew when they change."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +43,6 @@ def test_a_teacher_folder_is_fetched_once_and_anew_when_it_changes(store, tmp_pa
     assert rows_of(read_teacher(url)) == [[0, 2], [4, 6], [8, 10]]
 
 
-def test_a_teacher_of_an_earlier_version_has_no_checksums(store, tmp_path):
-    url = put_teacher(store, tmp_path / "made", checked=False)
-    assert rows_of(read_teacher(url)) == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_a_copy_that_is_damaged_is_fetched_anew_when_it_is_deleted(store, tmp_path):
-    url = put_teacher(store, tmp_path / "made")
-    copy = Path(read_teacher(url).name.rpartition(" copied to ")[2])
-    for name in ("features.npy", "index.npy"):
-        content = bytearray((copy / name).read_bytes())
-        content[-1] ^= 1
-        (copy / name).write_bytes(content)
-        again = f"; delete {copy}, and give the command again, which fetches {url} anew$"
-        with pytest.raises(ValueError, match=rf"damaged \(.* differs.*\){again}"):
-            rows_of(read_teacher(url))
-    shutil.rmtree(copy)
-    assert rows_of(read_teacher(url)) == [[0, 1], [2, 3], [4, 5]]
-
-
 def test_a_file_of_features_is_fetched_with_its_ids(store, tmp_path):
     np.save(tmp_path / "mine.npy", np.eye(3, dtype=np.float32))
     url = store.put("mine.npy", (tmp_path / "mine.npy").read_bytes())
@@ -70,15 +50,6 @@ def test_a_file_of_features_is_fetched_with_its_ids(store, tmp_path):
         read_teacher(url)
     store.put("mine.ids.txt", "\n".join(IDS).encode())
     assert rows_of(read_teacher(url)) == np.eye(3).tolist()
-
-
-def test_what_is_fetched_in_part_is_never_taken(store, hasty, tmp_path):
-    url = put_teacher(store, tmp_path / "made")
-    store.fail("reset", on="GET /bucket/teacher/features.npy")
-    with pytest.raises(ValueError, match=rf"^{url}/features\.npy: [^\n]+$"):
-        read_teacher(url)
-    store.fail()
-    assert rows_of(read_teacher(url))[0] == [0, 1]
 
 
 def test_what_changes_while_it_is_fetched_is_not_taken(store, tmp_path, monkeypatch):

@@ -1,12 +1,8 @@
 """Python's cyclic collector rests while a command imports."""
 
-import atexit
-import gc
 import os
 import subprocess
 import sys
-
-from protoclip.cli.imports import quick_imports
 
 CODE = """
 import gc
@@ -22,26 +18,6 @@ print(len(seen), gc.isenabled(), gc.get_freeze_count() > 100_000)
 def test_nothing_is_collected_while_a_command_imports():
     found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["0", "True", "True"]
-
-
-def test_what_complains_of_what_is_left_at_the_end_finds_nothing(monkeypatch):
-    """Triton, which comes with PyTorch for cards."""
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, "torch", raising=False)
-        patch.setitem(sys.modules, "triton", sys)
-        ends: list[object] = []
-        patch.setattr(atexit, "register", ends.append)
-        with quick_imports():
-            pass
-        gc.unfreeze()
-    assert ends == [gc.unfreeze]
-
-
-def test_a_process_that_has_pytorch_goes_on_collecting():
-    before = gc.get_freeze_count()
-    with quick_imports():
-        assert gc.isenabled()
-    assert gc.get_freeze_count() == before
 
 
 def test_an_environment_that_breaks_libraries_is_named_or_does_not_matter():

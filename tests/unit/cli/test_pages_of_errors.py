@@ -33,13 +33,6 @@ def test_every_page_is_there() -> None:
         (["train", "--data.train", "nothing"], "docs/data.md"),
         (["export", "x"], "docs/models.md#export"),
         (["train", "--optim.betas", "2", "1"], "docs/training.md#the-model-and-what-follows"),
-        (
-            ["train", "--run.stop_by", "retrieval", "--run.evaluate_every", "0"],
-            "docs/evaluation.md",
-        ),
-        (["report", "x", "--out", "run.toml"], "docs/report.md"),
-        (["compare", "runs/none", "runs/gone"], "docs/evaluation.md"),  # no setting, but a command
-        (["embed-teacher", "--teacher", "x", "--out", "y"], "docs/teachers.md"),
         (["train", "--teacher.whiten", "-1"], "docs/teachers.md"),
         (["trian"], ""),
         (["train", "--model.text.name", "no/model"], "docs/align.md#without-a-network"),
@@ -59,11 +52,8 @@ def test_an_error_names_the_page_that_explains_it(
     ("command", "says"),
     [
         ("train", "set episodes.micro_batch_size"),
-        ("align", "set episodes.micro_batch_size"),
         ("embed", "out of memory: lower --batch_size, and give the command again"),
-        ("evaluate", "out of memory: lower --batch_size, and give the command again"),
         ("report", "out of memory: lower --samples, and give the command again"),
-        ("demo", "out of memory: end other programs, and give the command again"),
     ],
 )
 def test_a_command_without_memory_names_what_it_can_lower(command, says, capsys):

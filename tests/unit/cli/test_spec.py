@@ -214,19 +214,6 @@ def test_help_fits_the_terminal(command, monkeypatch, capsys):
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_help_in_a_narrow_terminal_stands_below_the_names(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    at = lines.index("  --run.precision")
-    assert lines[at + 1 : at + 3] == [
-        "      auto is bf16 if supported.",
-        "      [auto|fp32|bf16|fp16]",
-    ]
-    assert max(map(len, lines[6:])) <= 40
-
-
 def test_the_version_is_the_packages(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

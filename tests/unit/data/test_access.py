@@ -142,11 +142,7 @@ def test_a_root_that_is_a_url_holds_its_table(bucket):
             r"^pipe:cat \{0.*tar: pipe: sources are gone; name shards by",
         ),
         ("reference://x::data:a,b", "'reference://' is not read; use a local file or one of"),
-        ("memory://a.tar", "'memory://' is not read"),
-        ("s3://bucket/a.tar::tar://b", "chained with '::'"),
-        # A URL that ends in "/" is that of its shards.
         ("https://host/cc3m/", "a web server does not say what it holds"),
-        ("https://host/cc3m", r"neither a table nor tar shards; .* as in \.\.\./\*\.tar"),
     ],
 )
 def test_a_source_that_may_not_be_read_is_one_line(source, message):
@@ -323,13 +319,11 @@ def test_a_connection_is_tried_three_times(server, error, monkeypatch):
     ("name", "reason", "requests"),
     [
         ("404", "HTTP 404", 1),
-        ("403", "HTTP 403 Forbidden", 1),
         ("503", "HTTP 503 Service Unavailable, 3 times", 3),
         ("hang", "no answer in time, 3 times", 3),
         ("cut", "received 1000 bytes, expected 256000.*, 3 times", 3),
-        ("trickle", "not read within 1 s", 1),  # though no silence in it is long
+        ("trickle", "not read within 1 s", 1),
         ("to:file:///etc/passwd", "unsupported protocol 'file://'", 1),
-        ("to:ftp://127.0.0.1/a", "unsupported protocol 'ftp://'", 1),
     ],
 )
 def test_what_will_not_pass_is_an_error(server, name, reason, requests, monkeypatch):
@@ -377,18 +371,3 @@ def test_a_fingerprint_follows_the_content(tmp_path, bucket, serve):
     assert [len(prints) for prints in found.values()] == [3, 3, 3]
     assert len(set(found[str(path)])) == 3
     assert len(set(found[url])) == 2  # the server tells nothing but the size
-
-
-def test_a_signature_in_a_query_changes_no_fingerprint(server):
-    """Where an ETag tells the content; elsewhere the query may choose the file."""
-    for name, different in (("tagged", 1), ("plain", 2)):
-        prints = {fingerprint(f"{server}/{name}?signature={key}") for key in "ab"}
-        assert len(prints) == different
-
-
-def test_a_relative_root_is_where_the_process_is_now(tmp_path, monkeypatch):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.jpg").write_bytes(b"x")
-        monkeypatch.chdir(tmp_path / name)
-        assert in_table(".", "x.jpg", allow_links=False) == str(tmp_path / name / "x.jpg")

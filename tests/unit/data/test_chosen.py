@@ -16,8 +16,7 @@ from tars import numbered, write_tar
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
-from protoclip.data.inspect import inspect
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
+from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import episodes
 from protoclip.data.split import read_chosen, read_ids
 from protoclip.encode.encoder import embed_teacher
@@ -92,13 +91,10 @@ def captions_in(pairs: Pairs | SampleStream) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.csv", "sample_id\n1\nb/c\n"),
         ("a.csv", 'x,sample_id\n,1\n"q,q",b/c\n'),
         ("a.csv", "\ufeffcaption;sample_id\r\n;1\r\n;b/c\r\n\r\n"),
         ("a.tsv", "key\n1\nb/c"),
-        ("a.json", '[1, "b/c"]'),
         ("a.json", '[{"sample_id": 1, "x": 2}, {"sample_id": "b/c"}]'),
-        ("a.txt", '["1", "b/c", "1"]'),
     ],
 )
 def test_forms_of_a_list(name, text, tmp_path):
@@ -120,17 +116,11 @@ def test_a_list_without_a_header_loses_no_id(top, tmp_path):
     ("text", "reason"),
     [
         (b"", "it holds no id"),
-        (b"sample_id\n", "it holds no id"),
-        (b"[]", "it holds no id"),
         (b"a,b\n1,2\n", "it has no column sample_id, only a, b"),
         (b"x,sample_id\n1,2\n3\n", "line 3 has no sample_id"),
-        (b'sample_id\n"open\n', "unexpected end of data"),
         (b'[{"id": 1}]', "entry 1 has no sample_id"),
-        (b"[true]", "entry 1 has no sample_id"),
-        (b'{"sample_id": "1"}', "it needs to be a list of ids"),
         (b"[1,", "it is not JSON"),
         (b"sample_id\n\xff\n", "it is not UTF-8"),
-        (None, "no such file"),
     ],
 )
 def test_what_is_no_list_is_named(text, reason, tmp_path):
@@ -158,20 +148,6 @@ def test_every_source_is_filtered(source, top, tmp_path):
     ]
     again = pickle.loads(pickle.dumps(pairs))
     assert captions_in(again) == captions_in(pairs)
-
-
-@pytest.mark.parametrize("source", IDS)
-def test_keys_and_images_are_those_of_the_chosen(source, top, tmp_path):
-    whole = opened(train=str(top / source))
-    some = opened(train=str(top / source), without=listed(tmp_path, [id_of(source, 0)]))
-    assert isinstance(whole, ImageTextPairs)
-    assert isinstance(some, ImageTextPairs)
-    assert whole.key != some.key
-    assert np.array_equal(some.image_sizes(), whole.image_sizes()[1:])
-    names, all_names = some.image_names(), whole.image_names()
-    if all_names is not None:
-        assert names is not None
-        assert names.to_pylist() == all_names.to_pylist()[1:]
 
 
 def test_nothing_left_is_one_line(top, tmp_path):
@@ -289,34 +265,12 @@ def test_few_chosen_samples_in_many_shards_are_found(tmp_path):
     assert ids(streamed(tmp_path, only=only), 3) == ["17/017"] * 3
 
 
-def test_a_broken_shard_of_a_filtered_stream_is_reported(tmp_path):
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "0.tar").write_bytes(b"no tar")
-    write_tar(tmp_path / "shards" / "1.tar", numbered(1, 2))
-    items = streamed(tmp_path, only=listed(tmp_path, ["1/002"])).samples()
-    found = list(itertools.islice(items, 2))
-    assert {item.sample_id for item in found} == {"0", "1/002"}
-    assert sum(isinstance(item, BadSample) for item in found) == 1
-
-
 def test_a_mixture_of_streams_is_filtered(top, tmp_path):
     entries = [SourceConfig(path=str(top / "shards"), name=name, weight=1.0) for name in "ab"]
     only = listed(tmp_path, ["a/0/001", "b/2/009"])
     stream = opened(sources=entries, read="streaming", only=only)
     assert set(ids(stream, 40)) == {"a/0/001", "b/2/009"}
     assert any("not counted" in note for note in sources.notes(stream))
-
-
-@pytest.mark.parametrize("read", ["auto", "streaming"])
-def test_inspect_reads_the_chosen(read, top, tmp_path):
-    only = listed(tmp_path, ["0/001", "2/009"])
-    found = inspect(
-        opened(train=str(top / "shards"), read=read, only=only),
-        count_tokens=lambda texts: [1 for _ in texts],
-        context_length=4,
-        workers=1,
-    )
-    assert found["read"] == 2
 
 
 def test_teacher_features_of_the_chosen(tmp_path):
@@ -335,11 +289,3 @@ def test_teacher_features_of_the_chosen(tmp_path):
     assert facts["rows"] == 5
     found = read_teacher(tmp_path / "out").lookup(list(pairs.sample_ids()))
     assert np.array_equal(found.numpy(), np.eye(20, dtype=np.float32)[15:])
-
-
-def test_ids_are_sorted_once(tmp_path):
-    """Not at each checkpoint."""
-    (tmp_path / "ids.json").write_text('["b", "a"]')
-    chosen = read_chosen(DataConfig(only=str(tmp_path / "ids.json")))
-    assert chosen is not None
-    assert chosen.keys is chosen.keys

@@ -13,10 +13,8 @@ from PIL import Image, ImageFilter, ImageOps
 from protoclip.data import decode as module
 from protoclip.data.decode import (
     Box,
-    crop_decoded,
     crop_image,
     decode,
-    decode_all,
     decode_crop,
     dimensions,
     resize,
@@ -106,32 +104,6 @@ def test_orientation_is_obeyed(orientation, form):
     opened = crop_image(Image.open(io.BytesIO(data)), fixed((3, 5, 187, 190)), 120)
     ours = decode_crop(data, fixed((3, 5, 187, 190)), 120, max_pixels=PIXELS)
     assert np.abs(opened.astype(int) - ours).max() <= (4 if form == "JPEG" else 0)
-
-
-def test_orientation_behind_the_pixels_of_a_png_is_obeyed():
-    """Where readers that know only the header would not see it, cached or not."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    before = encoded(photo(48, 32), "PNG", exif=exif)
-    start = before.index(b"eXIf") - 4
-    end = start + 12 + int.from_bytes(before[start : start + 4], "big")
-    last = before.index(b"IEND") - 4
-    behind = before[:start] + before[end:last] + before[start:end] + before[last:]
-    assert behind.index(b"eXIf") > behind.index(b"IDAT")
-    assert dimensions(behind, max_pixels=PIXELS) == (32, 48)
-    assert (decode(behind, max_pixels=PIXELS) == decode(before, max_pixels=PIXELS)).all()
-    box = fixed((3, 5, 27, 29))
-    kept = decode_all(behind, 24, max_pixels=PIXELS)
-    assert kept is not None
-    crop = decode_crop(before, box, 24, max_pixels=PIXELS)
-    assert (crop_decoded(kept, box, 24) == crop).all()
-    assert (decode_crop(behind, box, 24, max_pixels=PIXELS) == crop).all()
-
-
-@pytest.mark.filterwarnings("ignore")  # PIL's, of the EXIF data
-def test_broken_exif_data_do_not_spoil_an_image():
-    data = encoded(photo(32, 32), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\0\0")
-    assert decode(data, max_pixels=PIXELS).shape == (32, 32, 3)
 
 
 def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:

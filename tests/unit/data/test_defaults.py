@@ -1,13 +1,10 @@
 """How many processes decode, by the cores that a rank may use and by what there is to decode."""
 
 import os
-from dataclasses import replace
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
+from protoclip.config import Config, DataConfig
 from protoclip.data import defaults, sources
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
@@ -94,29 +91,3 @@ def test_a_container_may_have_fewer_cores_than_its_host(tmp_path, monkeypatch):
     for name, value in (("quota", "100000"), ("period", "100000")):
         (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(value, encoding="utf-8")
     assert cores.quota() == 1
-
-
-def test_settings_that_a_source_has_no_use_for_are_said(tmp_path):
-    def notes(data: DataConfig, **episodes: Any) -> list[str]:
-        samples = sources.pairs(Config(data=data, episodes=EpisodeConfig(**episodes)))
-        return sources.notes(samples)
-
-    assert notes(DataConfig()) == []
-    emoji = DataConfig(class_column="a", read="streaming", shuffle_buffer=7)
-    assert notes(emoji) == [
-        "emoji: are bundled, and do not use class_column, read",
-        "data.shuffle_buffer: no effect, since nothing is streamed",
-    ]
-    path = str(tmp_path / "pairs.parquet")
-    pq.write_table(tiny_pairs(20), path)
-    # In a mixture the columns of `data` are for the sources that have columns.
-    both = [SourceConfig(path="emoji"), SourceConfig(path=path)]
-    assert notes(DataConfig(sources=both, image_column="image")) == []
-    both[0] = replace(both[0], image_column="image")
-    assert notes(DataConfig(sources=both)) == ["emoji: are bundled, and do not use image_column"]
-    pack(sources.pairs(Config(data=DataConfig(train=path))), tmp_path / "shards")
-    stream = DataConfig(train=str(tmp_path / "shards"), read="streaming", shuffle_buffer=7)
-    assert notes(stream) == []
-    assert notes(stream, replacement=False) == [
-        "episodes.replacement: no effect, since a stream is read in order"
-    ]

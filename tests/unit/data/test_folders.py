@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, call
 
 import datasets
 import pyarrow as pa
@@ -191,20 +190,6 @@ def test_metadata_name_the_images(tmp_path, kind):
     assert (pairs.sample_captions(0)[0], pairs.encoded(0)) == ("猫", b"A")
 
 
-def test_reading_captions_shows_progress(tmp_path, monkeypatch):
-    write(tmp_path, {"a.jpg": b"A", "a.txt": "a", "b.jpg": b"B", "b.txt": "b"})
-    shown = Mock(started=0.0, last_shown=1.0)  # it took a while
-    monkeypatch.setattr(folders, "Progress", Mock(return_value=shown))
-    opened(tmp_path)
-    assert shown.update.call_args_list == [call(0), call(1), call(2)]
-
-
-def test_columns_of_metadata_are_found_as_those_of_a_table(tmp_path):
-    write(tmp_path, {"a.jpg": b"A", "metadata.csv": "FileName,title\na.jpg,hello\n"})
-    pairs = opened(tmp_path)
-    assert (pairs.sample_captions(0)[0], pairs.encoded(0)) == ("hello", b"A")
-
-
 def dataset(captions: list[str]) -> datasets.Dataset:
     images = [{"bytes": f"image of {text}".encode(), "path": None} for text in captions]
     features = {"image": datasets.Image(), "text": datasets.Value("string")}
@@ -251,20 +236,11 @@ def test_a_folder_of_parquet_files(tmp_path):
 
 FAULTS = {
     "empty": ({}, "holds no sample; no pair is left: put a caption beside each image"),
-    "no captions": (
-        {"a.jpg": b"A", "b.jpg": b"B"},
-        r"2 images without a caption \('a.jpg'\).*: put a caption beside each image",
-    ),
     "classes without captions": (
         {"a/a.jpg": b"A", "b/b.jpg": b"B"},
         r"all in metadata.jsonl; its folders look like classes, and images are classified without "
         r"captions by protoclip evaluate MODEL --data \S*/data$",
     ),
-    "splits of classes": (
-        {"train/a/a.jpg": b"A", "val/b/b.jpg": b"B"},
-        r"without a caption \('train/a/a.jpg'\).*; its folders look like classes",
-    ),
-    "one class": ({"a/a.jpg": b"A", "b/c/c.jpg": b"B"}, r"or all in metadata.jsonl$"),
     "a table beside the images": (
         {"a.jpg": b"A", "captions.csv": "filename,caption\na.jpg,a\n"},
         r"is left: \S*/captions.csv looks like a table of captions: name it instead of the folder",
@@ -277,20 +253,13 @@ FAULTS = {
         {"metadata.csv": "name,text\na.jpg,a\n"},
         r"metadata\.csv: no column with images; .*; it has 'name', 'text'",
     ),
-    "metadata that are none": ({"metadata.jsonl": "\0\1"}, "left out 1 lines with a zero byte"),
     "broken state": ({"state.json": "{", "dataset_info.json": {}}, "state.json: damaged"),
-    "shard missing": (
-        {"state.json": {"_data_files": [{"filename": "data.arrow"}]}, "dataset_info.json": {}},
-        "data.arrow: no such file",
-    ),
     # A saved dataset holds its own files; others are not opened on its word.
     "shard elsewhere": (
         {"state.json": {"_data_files": [{"filename": "../a.arrow"}]}, "dataset_info.json": {}},
         "names '../a.arrow'",
     ),
-    "split elsewhere": ({"dataset_dict.json": {"splits": ["../other"]}}, "names '../other'"),
     "split above": ({"dataset_dict.json": {"splits": [".."]}}, "names '..'"),
-    "Parquet that is none": ({"a.parquet": "text"}, r"a.parquet: cannot be read .*Parquet"),
 }
 
 

@@ -108,10 +108,6 @@ def loader_of(config: Config) -> EpisodeLoader:
     )
 
 
-def seen_colours(images: torch.Tensor) -> list[tuple[int, ...]]:
-    return [tuple(pixel) for pixel in (images.mean((2, 3)) * 255).round().int().tolist()]
-
-
 @pytest.mark.parametrize("kinds", MIXTURES, ids="+".join)
 @pytest.mark.parametrize("cache", [0.0, 4.0])
 def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
@@ -170,26 +166,6 @@ def test_equal_bad_samples_of_two_sources_are_two(tmp_path):
     loader = replace(loader_of(config), on_read=lambda number, found: bad.extend(found))
     list(loader.batches(Episode(index=0, rows=torch.arange(2 * NUMBER))))
     assert {sample.sample_id for sample in bad} == {"a/0003", "b/0003"}
-
-
-def test_names_are_taken_from_the_path_or_asked_for(tmp_path):
-    """Shards go by their folder's name; one name for two, and a path, are refused in a line."""
-    config = mixture(("shards", "shards"), tmp_path)
-    a, b = (replace(source, name=None) for source in config.data.sources)
-
-    def opened(*given: SourceConfig) -> list[str]:
-        samples = sources.pairs(replace(config, data=replace(config.data, sources=list(given))))
-        assert isinstance(samples, Pairs)
-        return [samples.sample_id(0), samples.sample_id(NUMBER)]
-
-    assert opened(a, b) == ["a/00000/0000", "b/00000/0000"]
-    for wrong, message in (
-        (replace(a, path=f"{a.path}/00000.tar", name="a"), "two are named 'a', .* name = "),
-        (replace(b, path=f"{b.path}/*.tar"), r"'.*/\*\.tar' holds a '/', .* name = "),
-        (replace(b, name="web/b"), "'web/b' holds a '/'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            opened(a, wrong)
 
 
 def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path):

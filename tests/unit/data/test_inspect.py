@@ -11,8 +11,6 @@ import pytest
 from PIL import Image
 
 from protoclip.data.inspect import (
-    NONE_READ,
-    NONE_THERE,
     UNCOUNTED,
     evenly_spaced,
     inspect,
@@ -122,32 +120,6 @@ def test_what_to_do_with_so_many_pairs_is_a_row_of_the_page(row, pairs, commands
     assert all(command in advice and command in line.split("|")[2] for command in commands)
 
 
-def test_numbers_alone_are_left_out_of_reasons():
-    table = pa.table({"image": [encoded(9, 9)] * 3, "caption": [b"\xff", b"\xfe", b"a"]})
-    report = look(ImageTextPairs(table, name="p"))
-    assert report["reasons"] == {"the caption is not UTF-8": 2}
-
-
-def test_pairs_whose_images_lie_elsewhere_are_told_so(tmp_path):
-    table = pa.table({"image": ["1.jpg", "2.jpg"], "caption": ["a", "b"]})
-    report = look(ImageTextPairs(table, name="p", root=str(tmp_path)))
-    assert report["reasons"] == {"no such file": 2}
-    assert report["next"] == NONE_THERE
-
-
-def test_paths_of_windows_are_told_and_advise_nothing_else(tmp_path):
-    (tmp_path / "1.jpg").write_bytes(encoded(9, 9))
-    table = pa.table({"image": ["a\\1.jpg", "b\\2.jpg"], "caption": ["a", "b"]})
-    report = look(ImageTextPairs(table, name="p", root=str(tmp_path)))
-    assert report["reasons"] == {"no such file; its path has backslashes, write /": 2}
-    assert report["next"] == NONE_READ
-
-
-def test_the_last_line_says_what_to_do(mixed, capsys):
-    show(look(mixed))
-    assert " ".join(capsys.readouterr().out.splitlines()[-1].split()) == f"next {way(10)}"
-
-
 def test_findings_are_shown_as_lines(mixed, capsys):
     """With their numbers; what a terminal would obey is escaped."""
     show(look(mixed, max_pixels=1_000_000, notes=["a \x1b[31mred note"]))
@@ -208,12 +180,3 @@ def test_streamed_shards_are_read_once(shards, workers, capsys):
         assert found["next"] == advice
         assert found["repeated_caption_copies"] == found["repeated_image_copies"] == 0
         assert capsys.readouterr().err.count("inspect") == 1
-
-
-def test_the_kinds_of_reasons_are_bounded(monkeypatch):
-    """What comes after the first is counted together."""
-    monkeypatch.setattr("protoclip.data.inspect.REASONS", 2)
-    images = pa.array([b"x", b"", b"y", encoded(9, 9), encoded(9, 9)[:-9]], pa.binary())
-    table = pa.table({"image": images, "caption": ["x", "x", "x", "", "x"]})
-    reasons = look(ImageTextPairs(table, name="bad"))["reasons"]
-    assert reasons == {"not an image": 2, "other": 2, "empty file": 1}

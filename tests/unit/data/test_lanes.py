@@ -217,20 +217,6 @@ def test_a_bad_sample_is_replaced_by_the_first_spare_one_that_is_left():
     assert looked_at == [*"abfghc"]
 
 
-@pytest.mark.parametrize(("ranks", "most"), [(1, 1280), (2, 640), (8, 320), (512, 320)])
-def test_what_a_rank_is_sent_is_bounded(ranks, most):
-    """One that shares a lane has part of the samples of others, and no more than of a stretch."""
-    stream = opened("a", [100] * 4)
-    with patch.object(streams, "read_shard", partial(items_of, sizes=[100] * 4)):
-        sent = []
-        for rank in {0, ranks // 2, ranks - 1}:
-            shares = shares_of_batches(stream, 0, batch_size=1024, rank=rank, world_size=ranks)
-            stretches = next(shares)
-            sent.append(sum(len([*one.before, *one.samples, *one.spare]) for one in stretches))
-            assert all(len(one.spare) == 64 for one in stretches)
-    assert max(sent) <= most
-
-
 def test_a_stream_goes_on_amid_an_episode_without_reading_its_beginning():
     """And with the whole episode, if that is asked for."""
     opened_shards = list[str]()
@@ -318,16 +304,6 @@ def test_all_passes_over_a_stream_replace_bad_samples_alike():
     assert [ids for ids, _ in extracted] == trained
     for ranks in (1, 2, 8):
         assert [ids for ids, _ in all_ranks(2, ranks, 1)[0]] == trained[1:]
-
-
-def test_workers_replace_bad_samples_of_a_stream_alike():
-    """Where a rank asks what the samples of another one are, too."""
-    ours, alone = (replace(loader(DamagedStream(1), 1, 2), workers=number) for number in (2, 0))
-    pairs = zip(ours.batches(WHOLE), alone.batches(WHOLE), strict=True)
-    for one, other in pairs:
-        assert one.sample_id == other.sample_id
-        assert torch.equal(one.image, other.image)
-    ours.close()
 
 
 @contextmanager

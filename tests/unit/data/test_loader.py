@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -23,14 +22,11 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from interrupting import with_changes
 from protoclip.config import Config, DataConfig
 from protoclip.data.captions import CaptionDraw, caption_draw
-from protoclip.data.lanes import spare_positions
 from protoclip.data.loader import Batch, EpisodeLoader, Pass
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.skipped import SkipLog
-from protoclip.data.stream import ShardStream
 from protoclip.data.transforms import EvaluationTransform, light_transform
-from protoclip.data.view import whole
 from protoclip.models.tokenizers import RememberingTokenizer, open_clip_tokenizer
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
@@ -239,16 +235,6 @@ def test_batches_bring_features_of_their_samples(workers):
         list(source.batches(episode_of(32), with_features=True))
 
 
-def test_one_iteration_at_a_time():
-    """An older one fails, and does not go on with the batches of the newer."""
-    source = loader(1)
-    older = source.batches(episode_of(64))
-    next(older)
-    next(source.batches(episode_of(64)))
-    with pytest.raises(AssertionError, match="another iteration"):
-        next(older)
-
-
 def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch):
     """Every tensor of a batch is pinned; ids and bad samples come through."""
     assert not loader(2)._loader.pin_memory
@@ -335,20 +321,6 @@ def test_what_replaces_a_bad_sample_follows_from_its_place(batches):
     assert alone.sample_id[5] == found[0][0][5]
 
 
-@pytest.mark.parametrize("size", [16, 31, 32, 48, 63, 64, 160])
-def test_spare_positions_are_other_ones_as_long_as_there_are(size):
-    """Of other batches at first, so that a batch does not show a pair twice."""
-    positions = np.arange(size)
-    spare = spare_positions(positions, 8, batch=16, size=size)
-    assert spare.shape == (8, size)
-    for position in positions:
-        # The last batch may not be full; what would stand behind it is at the beginning.
-        assert len({position, *spare[:, position]}) >= (9 if size % 16 == 0 else 8)
-    if size % 16 == 0 and size > 16:
-        assert (spare // 16 != positions // 16).all()
-    assert np.array_equal(spare[:, 5:9], spare_positions(positions[5:9], 8, batch=16, size=size))
-
-
 def test_a_batch_of_bad_samples_ends_the_run():
     with pytest.raises(ValueError, match="tiny: a batch found only bad samples"):
         list(loader(0, with_bad(set(range(96)))).batches(episode_of(64)))
@@ -397,22 +369,6 @@ def row_numbers(sample_ids: Sequence[str]) -> torch.Tensor:
     return torch.tensor([[float(name.partition("/")[2])] for name in sample_ids])
 
 
-def test_the_most_captions_are_those_of_the_fullest_pair_or_of_a_share():
-    """Over list columns and single ones, of the rows in use, of all sources of a view."""
-    columns = {
-        "caption": [["a", "b"], ["a"], None, ["a", "b", "c"]],
-        "title": ["t", None, "t", "t"],
-    }
-    table = tiny_pairs(4).drop_columns("caption")
-    table = pa.table({"image": table["image"], **columns})
-    pairs = ImageTextPairs(table, name="p", caption_columns=("caption", "title"))
-    assert (pairs.most_captions(), pairs.most_captions(0.99)) == (4, 3)
-    few = pairs.subset(np.array([0, 1, 2]))
-    view = whole([few, ImageTextPairs(tiny_pairs(), name="q")])
-    assert few.most_captions() == view.most_captions() == 3
-    assert few.most_captions(0.99) == view.most_captions(0.99) == 1
-
-
 @pytest.mark.parametrize(
     ("asked", "most", "number", "said"),
     [
@@ -437,13 +393,6 @@ def test_a_visit_brings_no_more_captions_than_an_image_has(asked, most, number, 
     assert said in note
 
 
-def test_a_draw_picks_a_sentence_of_a_caption():
-    draw = CaptionDraw(sentences=True)
-    captions = ["One 1.5 m wall. Is it red?  No!", "no end"]
-    shown = [draw.of(captions, value)[0] for value in np.linspace(0, 0.999, 60).tolist()]
-    assert shown == ["One 1.5 m wall."] * 10 + ["Is it red?"] * 10 + ["No!"] * 10 + ["no end"] * 30
-
-
 def test_the_state_is_json_and_prepares_a_stream():
     source = loader(0, NumberedStream())
     state = json.loads(json.dumps(source.state_dict(3, 2, size=64)))
@@ -458,19 +407,6 @@ def test_the_state_is_json_and_prepares_a_stream():
             other.load_state_dict(saved)
 
 
-def test_a_source_that_fails_leaves_the_workers_in_order(tmp_path, capfd):
-    """Also if it fails while they start: one line, and another iteration may follow."""
-    for number in range(3):
-        (tmp_path / f"{number}.tar").write_bytes(b"junk" * 1000)
-    source = loader(2, ShardStream(str(tmp_path / "{0..2}.tar"), seed=0))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"\A.*3 shards in a row without a sample.*\Z"):
-            list(source.batches(episode_of(64)))
-        assert all(worker.is_alive() for worker in source._loader._iterator._workers)
-    del source
-    assert capfd.readouterr().err == ""
-
-
 def kill(texts: list[str]) -> torch.Tensor:
     """Stands in for a tokenizer; it runs in the workers."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -481,21 +417,6 @@ def test_a_killed_worker_is_an_error_and_no_hang():
     """As the system kills a process when memory runs out."""
     with pytest.raises(ValueError, match=r"data\.workers: a worker process was killed"):
         list(replace(loader(2), tokenizer=kill).batches(episode_of(64)))
-
-
-def test_a_process_ends_amid_an_iteration():
-    """Workers obey the SIGTERM of their parent, which `multiprocessing` sends before it waits."""
-
-    def leave() -> None:
-        global unfinished
-        unfinished = loader(2).batches(episode_of(64))
-        next(unfinished)
-
-    process = multiprocessing.get_context("fork").Process(target=leave)
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 0
 
 
 def test_remembered_tokens_are_those_of_the_tokenizer():
@@ -533,16 +454,6 @@ def test_skips_are_written_once_a_sample(tmp_path):
     written = [json.loads(line) for line in lines if "torn" not in line]
     assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
     assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
-
-
-def test_what_more_ranks_skipped_is_known_to_fewer(tmp_path):
-    first = SkipLog(tmp_path / "skipped.2.jsonl", max_share=1.0, at_least=1)
-    first.add(10, [bad("a"), bad("b")])
-    again = SkipLog(tmp_path / "skipped.jsonl", max_share=1.0, at_least=1)
-    again.add(10, [bad("a"), bad("c")])
-    assert again.known == {"a", "b", "c"}
-    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["sample_id"] for line in lines] == ["c"]
 
 
 def test_a_full_disk_costs_the_list_of_skips_and_not_the_run(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.view import AllBut, MixedStreams, PairsView, by_source
 from testing import tiny_pairs
@@ -90,12 +89,3 @@ def test_the_state_of_a_mixed_stream_holds_that_of_each_stream():
     for other in (mixture("ac"), mixture(weights=(0.6, 0.4)), mixture(seed=1)):
         with pytest.raises(ValueError, match="the names, the weights or the seed are not those"):
             other.load_state_dict(state)
-
-
-def test_the_key_of_a_view_is_made_of_all_rows_at_once(monkeypatch):
-    """It is the key that it was when it asked for one row after the other."""
-    pairs = ImageTextPairs(tiny_pairs(6), name="a")
-    view = PairsView([(pairs, AllBut(6, np.array([1, 4])))])
-    monkeypatch.setattr(AllBut, "__getitem__", None)
-    assert view.key == digest({"of": pairs.key, "rows": [0, 2, 3, 5]})
-    assert PairsView([(pairs, AllBut(6))]).key == pairs.key

@@ -123,16 +123,3 @@ def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path):
         assert pairs.column("kind").tolist() == ["caf\ufffd", "x"]
         assert pairs.key
         assert held_out_rows([pairs], share=0.5, folder=tmp_path / reason).size <= 1
-
-
-def test_a_name_counts_where_the_image_is_empty(tmp_path):
-    """Wherever it is asked: a struct may hold no bytes, or nothing at all."""
-    (tmp_path / "x.png").write_bytes(b"image")
-    structs = [{"bytes": content, "path": "x.png"} for content in (b"other", b"", None)]
-    table = pa.table({"image": pa.array(structs), "caption": ["a", "b", "c"]})
-    pairs = ImageTextPairs(table, name="a", root=str(tmp_path), id_column=None)
-    names = pairs.image_names()
-    assert names is not None
-    assert [pairs.image_name(row) for row in range(3)] == [None, "x.png", "x.png"]
-    assert names.to_pylist() == [None, b"x.png", b"x.png"]
-    assert pairs.image_sizes().tolist() == [len(pairs.encoded(row)) for row in range(3)]

@@ -13,7 +13,6 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import (
     EpisodeSampler,
     episodes,
-    evenly_spaced,
     permute,
     transform_draws,
 )
@@ -146,8 +145,3 @@ def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
     )
     with pytest.raises(ValueError, match=r"^data\.sources: no pair of 'of 2' is left .* weight;"):
         episodes(config, samples)
-
-
-def test_no_rows_are_evenly_spaced_without_a_warning():
-    with np.errstate(divide="raise"):
-        assert evenly_spaced(0, 0, seed=0) == evenly_spaced(5, 0, seed=0) == []

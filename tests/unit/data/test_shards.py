@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from tars import facts, index, numbered, write_tar
 
 from protoclip.data import shards, sources
 from protoclip.data.pairs import BadSample
-from protoclip.data.shards import expand_shards, number_of_names, shard_stem
+from protoclip.data.shards import expand_shards, number_of_names
 from protoclip.data.stream import read_shard
 
 IMAGE = b"image"
@@ -72,20 +71,6 @@ def test_what_a_sample_takes_from_its_json(tmp_path, keys, meta, text, expected)
     assert both(path, keys) == [(meta.get("sample_id", "a/x"), IMAGE, expected)]
 
 
-@pytest.mark.parametrize(
-    ("shard", "stem"),
-    [
-        ("/data/00012.tar", "00012"),
-        ("s3://bucket/x.tar.d/train.v2.tar.gz", "train.v2"),
-        ("https://h/get?file=a.tar&x=1", "a"),
-        ("https://host/00001.tgz?token=abc", "00001"),
-    ],
-)
-def test_ids_start_with_the_stem_of_the_shard(shard, stem):
-    """Copying or unpacking a shard keeps its ids."""
-    assert shard_stem(shard) == stem
-
-
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_of_every_form(tmp_path, form):
     """Long ones, some that are not UTF-8, and some that lead elsewhere, where nothing appears."""
@@ -134,26 +119,6 @@ def test_incomplete_samples_are_bad_not_missing(tmp_path, monkeypatch, files, re
         monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 200)
     path = write_tar(tmp_path / "a.tar", files | {"y.jpg": b"1" * 200, "y.txt": b"c"})
     assert both(path) == [("a/x", reason), ("a/y", b"1" * 200, ("c",))]
-
-
-def test_an_index_notes_what_is_lost(tmp_path):
-    write_tar(tmp_path / "0.tar", numbered(1, 2))
-    cut = write_tar(tmp_path / "1.tar", numbered(0, 1, 2))
-    cut.write_bytes(cut.read_bytes()[: cut.read_bytes().index(b"001.txt") + 520])
-    assert index(tmp_path).notes == [
-        f"1 of 2 shards break off, such as {cut}: unexpected end of data in 001.txt after 1 "
-        "samples; the rest of the shard is lost",
-    ]
-
-
-def test_an_index_notes_images_whose_names_have_a_further_dot(tmp_path):
-    """They are no samples of their own; beside an image of that name they are something else."""
-    files = [*numbered(0).items(), ("000.seg.png", b"x"), ("dog.1.jpg", b"x"), ("dog.2.png", b"x")]
-    write_tar(tmp_path / "0.tar", [*files, ("1.depth.png", b"x"), ("1.png", b"x")])
-    assert index(tmp_path).notes == [
-        f"2 image(s) are left out, such as {tmp_path}/0.tar: dog.*.jpg: the name of a sample ends "
-        "at its first dot; rename them, as in 000-1.jpg"
-    ]
 
 
 def test_every_cut_keeps_what_is_whole(tmp_path):
@@ -275,12 +240,6 @@ def test_names_are_counted_before_they_are_made(pattern):
     assert not names or number_of_names(pattern) == len(names)
 
 
-@pytest.mark.parametrize("braces", ["{0..1000000}", "{a..z}" * 5, "{0..%s}" % ("9" * 5000)])
-def test_too_many_names_are_refused_at_once(braces):
-    with pytest.raises(ValueError, match=r"the braces stand for [\d,]+ shards; name fewer$"):
-        expand_shards(f"{braces}.tar")
-
-
 def test_only_new_and_changed_shards_are_indexed(tmp_path, monkeypatch):
     read: list[str] = []
     original = shards.read_samples
@@ -298,22 +257,6 @@ def test_only_new_and_changed_shards_are_indexed(tmp_path, monkeypatch):
     write_tar(tmp_path / "1.tar", numbered(50))
     assert indexed(tmp_path)[1][2] == ("caption 50",)
     assert read[3:] == ["1", "3"]
-
-
-def test_many_shards_are_indexed_in_parallel(tmp_path):
-    """Rows come in the order of the shards. The pairs go to a worker as a path, with few files."""
-    for number in range(12):
-        write_tar(tmp_path / f"{number:02d}.tar", numbered(number))
-    files = Path("/proc/self/fd")
-    before = len(list(files.iterdir())) if files.exists() else 0
-    pairs = index(tmp_path / "{00..11}.tar")
-    assert not files.exists() or len(list(files.iterdir())) <= before + 2
-    assert [pairs.sample_captions(row)[0] for row in range(12)] == [
-        f"caption {n}" for n in range(12)
-    ]
-    assert len(pickle.dumps(pairs)) < 1000
-    copy = pickle.loads(pickle.dumps(pairs))
-    assert [copy.sample(row) for row in range(12)] == [pairs.sample(row) for row in range(12)]
 
 
 def test_shards_without_a_sample(tmp_path):
@@ -386,12 +329,6 @@ def test_a_linked_shard_is_named_as_its_link(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a-00000.tar").symlink_to(tmp_path / "blobs" / "4e07.tar")
     assert both(tmp_path / "c" / "a-00000.tar") == [("a-00000/000", *sample)]
-
-
-def test_braces_may_be_long(tmp_path):
-    write_tar(tmp_path / "00007.tar", numbered(0))
-    with pytest.raises(ValueError, match="no such file"):
-        expand_shards(f"{tmp_path}/{{{','.join(f'{n:05}' for n in range(100))}}}.tar")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):

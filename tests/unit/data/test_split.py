@@ -4,7 +4,6 @@ import errno
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,6 @@ from protoclip.data.captions import normalise_texts, normalised
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.split import count_shared, held_out_rows
 from protoclip.data.view import PairsView, mixed_pairs, without
-from protoclip.evaluation.datasets import have_class
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
@@ -121,25 +119,6 @@ def flat(shade: int) -> bytes:
 def test_many_captions_are_normalised_as_one_is(captions):
     texts = normalise_texts(pa.array(captions, pa.large_string()).cast(pa.large_binary()))
     assert texts.to_pylist() == [c if c is None else normalised(c).encode() for c in captions]
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        ["a", None, " ", "a", "\x1c"],
-        [1, None, 2, 1, 0],
-        pa.array(["a", None, ""]).dictionary_encode(),
-    ],
-)
-def test_rows_with_a_class_are_found_a_block_at_a_time(labels, monkeypatch):
-    """So that no rank makes a Python object for each row."""
-    monkeypatch.setattr("protoclip.data.pairs.BLOCK", 2)
-    columns = {"image": ["a"] * len(labels), "caption": ["a"] * len(labels), "label": labels}
-    pairs = ImageTextPairs(pa.table(columns), name="web", class_column="label")
-    assert have_class(pairs).tolist() == [bool(pairs.class_of(row)) for row in range(len(pairs))]
-    some = pairs.subset(np.array([1, 2]))
-    assert have_class(some).tolist() == [bool(some.class_of(row)) for row in range(2)]
-    assert [*some.sample_ids()] == [some.sample_id(row) for row in range(2)]
 
 
 def test_no_more_than_5000_pairs_are_held_out_by_default(tmp_path):
@@ -255,52 +234,6 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
     assert len(held_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
 
 
-def test_a_column_that_is_called_offset_hides_no_image(tmp_path):
-    """With a size it would be that of an image in a shard."""
-    images = [f"{row // 2}.jpg" for row in range(40)]
-    columns = {"image": images, "caption": [f"a {row}" for row in range(40)], "offset": range(40)}
-    pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
-    rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
-    assert len(rows)
-    assert not {images[row] for row in rows} & {images[r] for r in range(40) if r not in rows}
-
-
-@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
-def test_columns_called_offset_and_size_beside_images_are_a_shops(kind, tmp_path):
-    images = [b"image %d" % (row // 2) for row in range(40)]
-    columns = {"image": images, "caption": [f"a {row}" for row in range(40)]}
-    numbers = pa.array([*map(str, range(40))]).cast(kind)
-    table = pa.table({**columns, "offset": numbers, "size": numbers})
-    pairs = ImageTextPairs(table, name="web", id_column=None)
-    assert pairs.encoded(3) == images[3]
-    rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
-    assert len(rows)
-    assert not {images[row] for row in rows} & {images[r] for r in range(40) if r not in rows}
-
-
-def test_the_choice_depends_on_the_names_that_ids_begin_with(tmp_path):
-    """Wherever it is kept."""
-    tables = [source(200, name, captions=10**9, images=10**9).table for name in "ab"]
-
-    def chosen(names: str, folder: str) -> list[int]:
-        named = [ImageTextPairs(t, name=n) for t, n in zip(tables, names, strict=True)]
-        pairs = mixed_pairs(named).sources
-        return held_out_rows(pairs, share=0.2, folder=tmp_path / folder).tolist()
-
-    assert chosen("ab", "one") != chosen("uv", "one")
-    assert chosen("uv", "one") == chosen("uv", "other")
-
-
-def test_names_below_a_url_are_the_urls(tmp_path):
-    names, captions = [f"{n}.jpg" for n in range(12)], [f"a {n}" for n in range(12)]
-    whole = pa.table({"image": [f"s3://b/{name}" for name in names], "caption": captions})
-    judging = ImageTextPairs(whole, name="a", id_column=None)
-    table = pa.table({"image": names, "caption": captions})
-    training = ImageTextPairs(table, name="b", id_column=None, root="s3://b")
-    none = np.array([], np.int64)
-    assert count_shared([judging], [(training, none)], folder=tmp_path) == (12, 12, 12)
-
-
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     judging = source(300, "other", captions=4000, images=10**9)
     training = source(2000, "web", captions=4000, images=10**9, seed=1)
@@ -313,51 +246,6 @@ def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     assert found == (320, 20, with_caption)
     held = np.arange(5)  # of what is trained on
     assert count_shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
-
-
-def test_of_many_images_only_those_that_look_equal_are_read_whole(tmp_path, monkeypatch):
-    """All have the same size; of the others a page is read at most."""
-    monkeypatch.setattr(split, "COMPARED", 299)
-    draw, read = np.random.default_rng(0), list[tuple[int, bool]]()
-    images = [draw.bytes(20_000) for _ in range(300)]
-    images[280:] = images[:20]
-    captions = [str(row) for row in range(300)]
-    table = pa.table({"image": pa.array(images, pa.binary()), "caption": captions})
-
-    class Counted(ImageTextPairs):
-        def encoded(self, row: int, part: slice | None = None) -> bytes:
-            data = super().encoded(row, part)
-            read.append((row, len(data) == 20_000))
-            assert len(data) <= 4096 or part is None
-            return data
-
-    pairs = Counted(table, name="web", id_column=None)
-    rows = {*held_out_rows([pairs], share=0.2, folder=tmp_path).tolist()}
-    assert all((row + 280 in rows) == (row in rows) for row in range(20))
-    assert 40 < len(rows) <= 60
-    whole = {row for row, is_whole in read if is_whole}
-    assert whole
-    assert not whole & {*range(20, 280)}
-
-
-def test_images_of_every_binary_type_are_measured():
-    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
-        images = pa.array([b"a", b"abc"]).cast(kind)
-        pairs = ImageTextPairs(pa.table({"image": images, "caption": ["a", "b"]}), name="t")
-        assert pairs.image_sizes().tolist() == [1, 3]
-
-
-def test_sizes_without_a_sign_and_names_with_a_zero_byte(tmp_path):
-    """Legal in a Parquet file."""
-    (tmp_path / "many").write_bytes(b"firstsecond")
-    ranges = {"offset": pa.array([0, 5], pa.uint64()), "size": pa.array([5, 6], pa.uint64())}
-    for columns, sizes in (
-        ({"image": ["many"] * 2, **ranges}, [5, 6]),
-        ({"image": ["a\0b", "many"]}, [-1, 11]),
-    ):
-        table = pa.table({**columns, "caption": ["a", "b"]})
-        pairs = ImageTextPairs(table, name="a", root=str(tmp_path), id_column=None)
-        assert pairs.image_sizes().tolist() == sizes
 
 
 def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
@@ -373,28 +261,3 @@ def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
     assert np.array_equal(held_out_rows([pairs], share=0.1, folder=tmp_path), rows)
     with pytest.raises(ValueError, match=r"cannot be written \(Perm.*; set PROTOCLIP_CACHE to an"):
         held_out_rows([pairs], share=0.2, folder=tmp_path)
-
-
-def test_data_that_cannot_be_read_are_no_fault_of_the_cache(tmp_path, monkeypatch):
-    pairs = source(200, "web", captions=10**9, images=10**9)
-    broken = OSError(errno.EIO, "Input/output error", "pairs.parquet")
-    monkeypatch.setattr(split, "_choose", Mock(side_effect=broken))
-    with pytest.raises(OSError, match=r"Input/output error: 'pairs\.parquet'"):
-        held_out_rows([pairs], share=0.1, folder=tmp_path)
-
-
-def test_what_was_counted_while_images_could_not_be_read_is_not_kept(tmp_path, monkeypatch):
-    both = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        for row in range(12):
-            (tmp_path / name / f"{row}.jpg").write_bytes(b"%04d" % row)
-        table = pa.table({"image": [f"{row}.jpg" for row in range(12)], "caption": [name] * 12})
-        both.append(ImageTextPairs(table, name=name, root=str(tmp_path / name), id_column=None))
-    before = [(both[0], np.array([], np.int64))]
-    with monkeypatch.context() as patch:
-        for read in ("read_file", "read_range"):
-            failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
-            patch.setattr(f"protoclip.data.pairs.{read}", failing)
-        assert count_shared([both[1]], before, folder=tmp_path) == (12, 0, 0)
-    assert count_shared([both[1]], before, folder=tmp_path) == (12, 12, 0)

@@ -210,24 +210,6 @@ def test_a_stream_without_a_good_sample_ends(tmp_path, monkeypatch, files, optio
         take(stream(tmp_path, shuffle=1, **options), 1000)
 
 
-def test_failing_shards_among_good_ones_go_on(folder):
-    """Many in a row, over several passes, are no reason to stop while one can be read."""
-    for shard in range(1, 5):
-        (folder / f"{shard}.tar").write_bytes(b"garbage")
-    found = take(stream(folder, shuffle=1, lanes=3), 60, lane=1)
-    assert good(found) == {f"0/00{n}" for n in range(5)}
-
-
-def test_a_break_says_about_how_many_samples_are_lost(folder):
-    """As many as the shard before had, and where that is known."""
-    source = stream(folder)
-    (before,) = bad([*source.read(str(folder / "5.tar"))])
-    assert len([*source.read(str(folder / "2.tar"))]) == 7
-    (after,) = source.read(str(folder / "5.tar"))
-    assert before == ("5", "no such file; all of the shard is lost")
-    assert after.reason == "no such file; all (about 7 samples) of the shard is lost"
-
-
 def settle(count: int) -> bool:
     """Whether this many reading threads are left, within a minute."""
     end = time.monotonic() + 60

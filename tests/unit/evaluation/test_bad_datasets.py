@@ -52,20 +52,13 @@ KARPATHY = '{"images": [{"filename": "a.jpg", "split": "test", "sentences": [{"r
 A, B = "test/a/1.png", "test/b/2.png"
 BAD = [
     (lambda _: {"reference": "cifar10"}, r"^cifar10: no such file, .*clip-benchmark/wds_vtab-cif"),
-    (lambda _: {"reference": "tfds:mnist"}, r"^tfds:mnist: no such file, and no reference to a"),
     (lambda t: {"reference": f"{t}/photos"}, r"photos: no such file"),
-    (
-        lambda t: {"reference": f"wds:{t}/wds_gtsrb"},
-        r"no such folder; gtsrb is to be had from wds:",
-    ),
     (lambda t: {"reference": f"wds:{t}"}, r"no split in CLIP_benchmark's layout, such as test/nsh"),
     (lambda t: {"reference": "emoji", "split": "dev"}, r"split: 'dev' is none of train, validatio"),
     (lambda t: wds_with(t, splits=("train",)), r"has no split 'test', only train$"),
     (lambda t: wds_with(t, **{"test/nshards": "many"}), r"nshards.txt: holds 'many', not a numb"),
     (lambda t: wds_with(t, without=["classnames.txt"]), r"has no class names; write them into cl"),
     (lambda t: wds_with(t, classnames="cat"), r"sample '0/s00': class 1, but the class names go"),
-    (lambda t: wds_with(t, beside=[b"0", b"-1", b"0"]), r"sample '0/s01': class -1, but"),
-    (lambda t: wds_with(t, beside=[b"0", b"0_1", b"0"]), r"'0/s01': b'0_1' is not a class number$"),
     (
         lambda t: wds_with(t, "npy", beside=[npy(0, 1), npy(0, np.nan), npy(1, 0)]),
         r"sample '0/s01': its .npy holds something else than numbers",
@@ -75,17 +68,10 @@ BAD = [
         r"0.tar: sample 'a' has two images; keys must differ, and",
     ),
     (
-        lambda t: tar_with(t, {"a.cls": b"0", "a.png": png(1), "b.cls": b"1", "./a.cls": b"1"}),
-        r"0.tar: sample 'b' has no image",
-    ),
-    (
         lambda t: tar_with(t, {"a.cls": b"0", "a.png": png(1)}, packed=True),
         r"0.tar: is compressed; unpack it once \(gunzip\)$",
     ),
-    (lambda _: {"reference": "wds:"}, r"^'wds:' is not complete; give wds:FOLDER_OR_URL$"),
-    (lambda t: wds_with(t, beside=[b"0"] * 3, classnames="cat"), r"fewer than two classes \(cat\)"),
     (lambda t: wds_with(t, "npy", classnames="a\nb\nc"), r"'0/s00': shape \(2,\) in its .npy, but"),
-    (lambda t: wds_with(t, "npy", beside=[b"0"] * 3), r"sample '0/s00': "),
     (lambda t: wds_with(t, "txt", beside=[b"a", b" ", b"c"]), r"sample '0/s01': empty caption$"),
     (lambda t: wds_with(t, dataset_type="video"), r"dataset_type.txt: 'video' is none of classif"),
     (
@@ -94,44 +80,27 @@ BAD = [
     ),
     (lambda t: tar_with(t, {"a.txt": b"0", "a.png": b"1"}), r"0.tar: sample 'a' has no .cls; dat"),
     (lambda t: tar_with(t, {"\x1b[2J.cls": b"0"}), r"sample '\\x1b\[2J' has no image"),
-    (lambda t: wds_with(t, dataset_type="\x1b[2J"), r"dataset_type.txt: '\\x1b\[2j' is none of"),
-    (lambda t: tar_with(t, {"a.cls": b"0"}), r"0.tar: sample 'a' has no image \(gif"),
     (
         lambda t: tar_with(t, {"a.cls": b"0", "b.png": b"1"}, cut=1024),
         r"unexpected end of data after 0",
     ),
-    (
-        lambda t: tar_with(t, {"a.cls": b"0", "a.png": b"1", "b.png": b"1" * 999}, cut=2900),
-        r"0.tar: .* in b.p",
-    ),
     (lambda t: tar_with(t, {}), r"test: holds no sample$"),
-    (lambda t: folder_of(t, "train/a/1.png", "train/b/2.png"), r"no split 'test', only train$"),
-    (lambda t: folder_of(t, A), r"has fewer than two classes \(a\)$"),
-    (lambda t: folder_of(t, "train/a/1.png", "train/b/1.png", "test/c.txt"), r"no split 'test'"),
     (
         lambda t: folder_of(t, A, B, "test/a/\udce9.png"),
         r"a/\\udce9.png: its name is not UTF-8; ren",
-    ),
-    (
-        lambda t: folder_of(t, A, B, "test/\udce9/3.png"),
-        r"test/\\udce9: its name is not UTF-8; ren",
     ),
     (
         lambda t: folder_of(t, A, B, "classnames.txt"),
         r"classnames\.txt: cannot be read as UTF-8 \(",
     ),
     (lambda t: table_with(t), r"no column with captions; write ,caption_column=NAME behind it"),
-    (lambda t: table_with(t, caption=[None, "", " "]), r"no image has a caption$"),
     (lambda t: table_with(t, "kind", caption=list("abc")), r"no column 'kind'; it has 'image', 'c"),
     (
         lambda t: table_with(t, "k", k=[1, None, 2]),
         r"'t.parquet/1' has no class; fill it in, or leave its row out$",
     ),
-    (lambda t: table_with(t, "k", k=["a", "b", " "]), r"'t.parquet/2' has no class; "),
     (lambda t: as_class_label(t, [1, -1, 0])[0], r"'pets.parquet/1' has no class; fill it in"),
-    (lambda t: as_class_label(t, [1, 0, None])[0], r"'pets.parquet/2' has no class; fill it in"),
     (lambda t: table_with(t, "k", k=[0.5, 1.0, 2]), r"'k' holds double, not classes; set class_c"),
-    (lambda t: table_with(t, "k", k=["a"] * 3), r"has fewer than two classes \(a\)$"),
     (
         lambda t: table_with(t, image=[1, 2, 3], caption=list("abc")),
         r"holds int64, not images; set",
@@ -141,33 +110,15 @@ BAD = [
         r"is no table and has no columns; leave out class_column, or write it behind its table al",
     ),
     (
-        lambda t: folder_of(t, "test/a/1.png", "test/b/2.png") | {"class_column": "k"},
-        r"^.*: is no table and has no columns",
-    ),
-    (lambda _: {"reference": "emoji,image_column=k"}, r"^emoji: is no .*; leave out image_column"),
-    (lambda _: {"reference": "wds:x,class_column=k"}, r"^wds:x: is no table and has no columns"),
-    (
         lambda _: {"reference": "https://example.com/{0..3}.tar"},
         r"tar: evaluation reads in any order; copy the shards, or",
     ),
     (lambda t: json_with(t, "[]"), r"c.json: is neither Karpathy's JSON .* nor COCO's captions"),
-    (lambda t: json_with(t, '{"images": [{"filename": "a"}]}'), r"COCO's captions \(no 'split'\)$"),
     (lambda t: json_with(t, KARPATHY), r"a.jpg: no such image; set root to the folder"),
-    (lambda t: {"reference": f"karpathy:{t}/dataset_flickr30k.json"}, r"file; flickr30k is to be"),
     (lambda t: {"reference": "torchvision:Dogs", "root": str(t)}, r"not a known .*; known are CIF"),
-    # Its classes are called by the codes of countries.
-    (lambda _: {"reference": "torchvision:Country211"}, r"not a known .*; country211 is to be had"),
     (
         lambda t: {"reference": "torchvision:CIFAR10"},
         r"root is not set; .*CIFAR10\('FOLDER', download=True\) may .*; cifar10 is to be had from",
-    ),
-    (
-        lambda t: {"reference": "torchvision:MNIST"},
-        r"MNIST\('FOLDER', download=True\) may fetch it$",
-    ),
-    (
-        lambda t: {"reference": "torchvision:CIFAR10", "root": str(t)},
-        r"its test split is not in .*not found.*CIFAR10\(.*; cifar10 is to be had from wds:https:",
     ),
 ]
 

@@ -6,8 +6,6 @@ import shutil
 
 import datasets as hugging_face
 import open_clip
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from timm.data.imagenet_info import ImageNetInfo
@@ -178,33 +176,6 @@ def test_a_table_may_have_captions_and_classes(tmp_path):
     assert data.notes == [f"{empty}: no image has a caption, so only the classes are used"]
 
 
-def test_a_pattern_is_named_after_its_folder(tmp_path):
-    (tmp_path / "my shop").mkdir()
-    write_table(tmp_path / "my shop" / "0.parquet", caption=["a", "b", "c"])
-    assert open_data(f"{tmp_path}/my shop/*.parquet").name == "my-shop"
-
-
-def test_a_split_alone_is_named_with_its_folder(tmp_path):
-    """`test` would look like a split of any data set."""
-    photos = tmp_path / "my photos"
-    photos.mkdir()
-    write_table(photos / "test.parquet", caption=["a", "b", "c"])
-    assert open_data(str(photos / "test.parquet")).name == "my-photos-test"
-    as_folder(tmp_path)
-    (tmp_path / "pets").rename(photos / "Val")
-    assert open_data(str(photos / "Val")).name == "my photos-Val"
-
-
-def test_an_image_with_several_classes_in_its_rows_is_told(tmp_path):
-    columns = {"caption": ["a", "b", "c"], "kind": ["cat", "dog", "dog"]}
-    for images, number in ((["0.png", "0.png", "1.png"], 1), (["0.png", "1.png", "1.png"], 0)):
-        path = tmp_path / f"{number}.parquet"
-        pq.write_table(pa.table({"image": images, **columns}), path)
-        notes = open_data(str(path), class_column="kind").notes
-        told = "1 image(s) have other classes in other rows, of which the first counts; give each"
-        assert sum(f"{path}: {told}" in note for note in notes) == number
-
-
 def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
     """Which win over those for all."""
     path = write_table(tmp_path / "t.parquet", caption=["a", "b", "c"], kind=[7, 8, 9])
@@ -346,28 +317,6 @@ def test_torchvision_sets(tmp_path):
     for row, why in ((2, "cannot identify"), (3, "is a pipe, not a file")):
         with pytest.raises(BadSample, match=f"eurosat/test/{row}.*{why}"):
             split.images.image(row)
-
-
-def test_the_classes_of_caltech256_have_no_numbers(tmp_path):
-    for name in ("001.ak47", "145.motorbikes-101"):
-        write(tmp_path / "caltech256/256_ObjectCategories" / name / "a.jpg", b"")
-    data = open_data("torchvision:Caltech256", root=str(tmp_path))
-    assert list(data.class_names) == ["ak47", "motorbikes"]
-
-
-def test_torchvision_sets_in_memory(tmp_path):
-    """The labels of USPS go from 1 to 10, its pixels from -1 to 1."""
-    import bz2
-
-    for name, digits in (("usps.t.bz2", (3, 10)), ("usps.bz2", (1,))):
-        rows = (f"{digit} " + " ".join(f"{i}:-1" for i in range(1, 257)) for digit in digits)
-        write(tmp_path / name, bz2.compress("\n".join(rows).encode()))
-    data = open_data("torchvision:USPS", root=str(tmp_path))
-    assert data.splits["test"].labels.tolist() == [2, 9]
-    assert data.splits["train"].labels.tolist() == [0]
-    assert data.class_names[9] == "9"
-    assert data.splits["test"].images.image(0).mode == "RGB"
-    assert data.splits["test"].images.key != data.splits["train"].images.key
 
 
 @pytest.mark.usefixtures("all_emoji")

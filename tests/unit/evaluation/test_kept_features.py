@@ -2,7 +2,6 @@
 
 import copy
 import io
-import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +16,9 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
-from protoclip.encode import store as stores
 from protoclip.encode.encoder import image_encoder
 from protoclip.encode.run import encode, units_of_rank
-from protoclip.encode.store import Store
 from protoclip.evaluation.features import Encoder, Reader
-from protoclip.files import locked
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed
 
@@ -182,125 +178,6 @@ def test_an_image_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_pa
     found = run_distributed(some_images, ranks, tmp_path)
     assert all(torch.equal(features, Guessing().table[[3, 4, 1, 1]]) for _, features in found)
     assert sum(calls for calls, _ in found) == ranks + 1  # that of each key, and one image
-
-
-def test_features_in_the_order_of_the_store_are_mapped(tmp_path, monkeypatch):
-    """What lies elsewhere is copied."""
-    expected = Guessing().table[: len(NUMBERS)]
-    encoder(cache=tmp_path).images(Solid("x", NUMBERS), stage="x")
-    found = encoder(cache=tmp_path).images(Solid("y", NUMBERS[::-1]), stage="y")
-    assert torch.equal(found.features, expected.flip(0))
-    monkeypatch.setattr(Store, "read", None)
-    found = encoder(cache=tmp_path).images(Solid("z", NUMBERS[2:9]), stage="z")
-    assert torch.equal(found.features, expected[2:9])
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_call_that_was_killed_goes_on(ranks, tmp_path):
-    """After the images that were kept by then, eight at a time."""
-    for calls, features in run_distributed(killed_and_begun_again, ranks, tmp_path):
-        assert torch.equal(features, Guessing().table[: len(NUMBERS)])
-        # One is that of the key. Of six batches four had been encoded, and were kept.
-        assert calls == 1 + 2 // ranks
-
-
-def killed_and_begun_again(cache):
-    class Dying(Solid):
-        def image(self, row):
-            if row >= 18:
-                raise RuntimeError("out of luck")
-            return super().image(row)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "BLOCK_ROWS", 8)
-        with pytest.raises(RuntimeError, match="out of luck"):
-            encoder(cache=cache).images(Dying("x", NUMBERS), stage="x")
-    own = encoder(cache=cache)
-    features = own.images(Solid("x", NUMBERS), stage="x").features
-    return own.model.calls["image"], features
-
-
-def replace(path, content):
-    path.unlink()  # a map of the old content stays as it is
-    path.write_bytes(content)
-
-
-def asked_twice(cache):
-    """What is encoded of some texts after others, and their features."""
-    encoder(cache=cache).texts([f"number {n}" for n in (1, 2, 2, 3)], stage="x")
-    own = encoder(cache=cache)
-    features = own.texts([f"number {n}" for n in (3, 4, 1, 4)], stage="x")
-    return own.model.calls["text"], features
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_text_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_path):
-    """Also by several ranks, and where what was kept is damaged since."""
-    expected = Guessing().text_table[[3, 4, 1, 4]]
-    found = run_distributed(asked_twice, ranks, tmp_path)
-    assert all(torch.equal(features, expected) for _, features in found)
-    assert sum(calls for calls, _ in found) == ranks + 1  # that of each key, and one text
-    for path in tmp_path.rglob("*.features"):
-        replace(path, path.read_bytes()[:-1])
-    assert torch.equal(asked_twice(tmp_path)[1], expected)
-
-
-def test_a_list_of_texts_is_found_by_its_name(tmp_path):
-    """Without reading the texts, as long as all of them are kept."""
-    texts = [f"number {n}" for n in (1, 2, 1)]
-    first = encoder(cache=tmp_path).texts(texts, stage="x", content="mine")
-    again = encoder(cache=tmp_path).texts(iter(()), stage="x", content="mine")
-    assert torch.equal(first, again)
-    for path in tmp_path.rglob("*.[rfj]*"):
-        replace(path, b"")
-    assert torch.equal(encoder(cache=tmp_path).texts(texts, stage="x", content="mine"), first)
-
-
-@pytest.mark.parametrize("bad", [{2}, {*NUMBERS}])
-def test_images_that_were_bad_for_a_moment_are_encoded_once_they_are_good(bad, tmp_path):
-    """As those behind URLs, whose key stays the same without a network."""
-    images = Solid("x", NUMBERS, bad)
-    own = encoder(Knowing(), cache=tmp_path)
-    if len(bad) < len(NUMBERS):
-        assert len(own.images(images, stage="x").bad) == len(bad)
-    else:
-        with pytest.raises(ValueError, match="no image can be used"):
-            own.images(images, stage="x")
-    images.bad = set()
-    for _ in range(2):
-        again = encoder(Knowing(), cache=tmp_path)
-        found = again.images(images, stage="x")
-        assert (len(found.features), found.bad) == (len(NUMBERS), [])
-    assert again.model.calls["image"] == 1  # of the key alone
-
-
-@pytest.mark.parametrize("damage", ["shorter", "empty", "without rows"])
-def test_damaged_features_are_computed_anew(damage, tmp_path):
-    """tests/unit/test_flipped_bytes.py damages them in other ways."""
-    images = Solid("x", NUMBERS)
-    expected = encoder(cache=tmp_path).images(images, stage="x").features
-    (path,) = tmp_path.glob("*/*.features")
-    whole = path.read_bytes()
-    if damage != "without rows":
-        replace(path, whole[: 50 if damage == "shorter" else 0])
-    else:
-        path.with_suffix(".rows").unlink()
-    for _ in range(2):
-        own = encoder(Guessing(), cache=tmp_path)
-        assert torch.equal(own.images(images, stage="x").features, expected)
-    assert own.model.calls["image"] == 1
-    assert len(list(tmp_path.glob("*/*.features"))) <= 2
-
-
-def test_while_another_process_adds_to_the_store_nothing_is_written(tmp_path, capsys):
-    images = Solid("x", NUMBERS)
-    encoder(cache=tmp_path).images(images, stage="x")
-    (folder,) = (path.parent for path in tmp_path.rglob("*.rows"))
-    shutil.rmtree(folder)
-    with locked(folder):
-        found = encoder(cache=tmp_path).images(images, stage="x")
-    assert len(found.features) == len(NUMBERS)
-    assert (list(folder.glob("*.rows")), capsys.readouterr().err) == ([], "")
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):

@@ -1,20 +1,14 @@
 """What is measured of two halves, against slow restatements in float64 and known values."""
 
-import sys
-
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from torch import nn
 
-from protoclip.data.pairs import ImageTextPairs, Sample
-from protoclip.encode.encoder import image_encoder, text_encoder
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import match, retrieval
 from protoclip.evaluation.grouping import nearest_others
 from testing import tiny_pairs
-
-CPU = torch.device("cpu")
 
 
 def rows(number, width, seed):
@@ -176,52 +170,3 @@ def test_equal_images_and_captions_are_read_once():
     assert drawn.text_of_pair[2] == drawn.text_of_pair[3]
     fewer = match.draw(ImageTextPairs(table, name="tiny"), 20, 1)
     assert len(fewer.image_of_pair) in (19, 20)
-
-
-def test_too_few_pairs_are_refused_with_the_reason_of_the_first_that_cannot_be_read():
-    table = pa.table({"image": tiny_pairs(60)["image"], "caption": [""] * 60})
-    pairs = ImageTextPairs(table, name="tiny")
-    drawn = match.draw(pairs, 60, 0)
-    with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample '.*caption"):
-        match.require_enough(drawn, pairs, 60)
-    # An image that is there may still be none, which is seen when a half encodes it.
-    pairs = ImageTextPairs(
-        pa.table({"image": [b"none"] * 60, "caption": [f"a {row}" for row in range(60)]}), name="t"
-    )
-    drawn = match.draw(pairs, 60, 0)
-    half = match.encode(
-        "half",
-        image_encoder(nn.Identity(), CPU, lambda x: x, lambda image: torch.ones(2)),
-        pairs,
-        *(drawn.images, drawn.ids, drawn.contents, 8),
-    )
-    drawn = match.keep(drawn, half.features.isfinite().all(dim=1), reason=half.reason)
-    with pytest.raises(ValueError, match=r"and 60 that cannot be read \(sample 't/0' .*image"):
-        match.require_enough(drawn, pairs, 60)
-
-
-def test_a_half_of_the_wrong_kind_is_refused_before_anything_is_read():
-    class Unread(ImageTextPairs):
-        def sample(self, row):
-            raise AssertionError
-
-    pairs = Unread(tiny_pairs(60), name="tiny")
-    with pytest.raises(ValueError, match=r"^--images: minilm reads text only$"):
-        match.match(["minilm"], ["minilm"], pairs, device=CPU)
-    with pytest.raises(ValueError, match=r"^--texts: timm:test_vit reads image only$"):
-        match.match([], ["timm:test_vit"], pairs, device=CPU)
-
-
-def test_features_that_are_not_finite_are_refused():
-    broken = text_encoder(
-        nn.Identity(), CPU, lambda texts: torch.ones(len(texts), 2), lambda x: x / 0
-    )
-    texts = [Sample(sample_id="0", image=b"", captions=("a",), where="")]
-    pairs = ImageTextPairs(tiny_pairs(1), name="tiny")
-    with pytest.raises(ValueError, match=r"^broken: its features are not finite"):
-        match.encode("broken", broken, pairs, texts, ["0"], ["a"], 8)
-
-
-def test_a_library_that_is_missing_is_told_of_when_the_half_is_opened(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers.utils.hub", None)
-    assert match.usual_pooling("hf:a/b") == "mean"

@@ -102,20 +102,3 @@ def test_images_texts_and_both(folder):
     cosines = torch.nn.functional.cosine_similarity(of_images[:, None], of_texts[None], dim=2)
     torch.testing.assert_close(model.similarity(of_images, of_texts.numpy()), cosines)
     torch.testing.assert_close(model.similarity_pairwise(of_images, of_texts), cosines.diag())
-
-
-def test_its_name_and_revision(folder):
-    meta = MtebModel(folder, device="cpu").mteb_model_meta
-    assert meta.name.startswith("protoclip/")
-    assert meta.name.count("/") == 1
-    assert meta.revision == MtebModel(folder, device="cpu").mteb_model_meta.revision
-    assert meta.n_parameters == sum(p.numel() for p in protoclip.load(folder)[0].parameters())
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [({"audio": [1]}, "cannot read audio, only image and text"), ({"id": [1]}, "neither image")],
-)
-def test_what_it_cannot_read_is_one_line(batch, message, folder):
-    with pytest.raises(ValueError, match=message):
-        encode(MtebModel(folder, device="cpu"), batch)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 
 import numpy as np
 import pytest
@@ -104,18 +103,6 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
     assert {"acc1", "acc5", "mean_per_class_recall", "image_retrieval_recall@5"} <= names
 
 
-def test_a_long_name_of_a_model_makes_a_name_that_any_disk_takes(tmp_path):
-    """After all was judged; two that begin alike stay apart."""
-    record = judged("runs/x", Guessing(), tasks=["retrieval"])[0].record
-    long = [record | {"model": 80 * "模型" + end} for end in ("a", "b")]
-    write_records(long, tmp_path)
-    names = [file.name for file in tmp_path.iterdir()]
-    assert len(names) == 2
-    assert max(len(name.encode()) for name in names) < 220
-    found = [json.loads(file.read_text())["model"] for file in tmp_path.iterdir()]
-    assert sorted(found) == [each["model"] for each in long]
-
-
 def test_models_of_alike_names_keep_their_records(tmp_path):
     """Written together or one after the other, as often as one likes."""
     record = judged("runs/demo/clip", Guessing(), tasks=["retrieval"])[0].record
@@ -126,25 +113,6 @@ def test_models_of_alike_names_keep_their_records(tmp_path):
     assert sorted(kept) == ["runs/demo/clip", "runs/demo_clip"]
     stem = "a_none_runs_demo_clip_en_zeroshot_retrieval"
     assert json.loads((tmp_path / f"{stem}.json").read_text()) == record
-
-
-@pytest.mark.parametrize("terminal", ["0", "1"])
-def test_no_metric_is_cut(terminal, monkeypatch, capsys):
-    """Outside a terminal a row is a line, however wide; on a narrow one a long name folds."""
-    monkeypatch.setenv("TTY_COMPATIBLE", terminal)
-    monkeypatch.setenv("COLUMNS", "60")
-    model = "models/a/b/" + "long" * 30
-    first = judged(model, Guessing(), tasks=["retrieval"])
-    print_table(table_of_records([first]))
-    shown = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
-    assert "…" not in shown
-    lines = [line for line in shown.splitlines() if line.startswith(("│", "┃"))]
-    if terminal == "1":
-        assert max(map(len, shown.splitlines())) <= 60
-        columns = zip(*(re.split("[│┃]", line)[1:-1] for line in lines), strict=True)
-        shown = "\n".join("".join(map(str.strip, column)) for column in columns)
-    for word in (model, "zeroshot_retrieval", *first[0].record["metrics"]):
-        assert word in shown
 
 
 def test_the_table_has_a_column_for_each_model(capsys):

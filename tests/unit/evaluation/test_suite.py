@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from unittest.mock import Mock
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -21,12 +20,12 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, measured, suite
 from protoclip.evaluation.datasets import of_pairs
-from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
+from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import METRICS, TASKS, columns_of
 from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.samples import SampleResults
-from protoclip.evaluation.task_features import stage_of, task_features
+from protoclip.evaluation.task_features import task_features
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 
@@ -117,15 +116,6 @@ def test_metrics_follow_from_the_results_of_samples():
         assert samples.values(name).mean() == metrics[f"eval/tiny/{name}"], name
 
 
-def test_results_of_samples_say_what_an_image_shows():
-    """By its content and the name of its class, which another image of its id would not share."""
-    _, samples = measure(Guessing(), TINY)
-    names = TINY.splits["test"].labels.tolist()
-    assert [*samples.images["class_name"]] == [TINY.class_names[number] for number in names]
-    assert samples.images["content"].dtype == np.int64
-    assert len(set(samples.images["content"].tolist())) > 1
-
-
 def test_every_module_gets_its_mode_back():
     """A locked tower in a training model stays in evaluation mode, also after an error."""
     model = Watched().train()
@@ -143,31 +133,6 @@ def test_every_module_gets_its_mode_back():
     assert [module.training for module in model.modules()] == modes
 
 
-def test_an_encoder_of_halves_shows_no_progress_either():
-    """Of a sweep over weights, whose own progress says how far it is."""
-    given = {"model": Knowing(), "transform": transform, "tokenizer": tokenizer, "show": True}
-    encoder = JoinedEncoder(**given, frozen=Encoder(**given))
-    for show in (False, True):
-        shown = encoder.showing(show)
-        assert isinstance(shown, JoinedEncoder)
-        assert (shown.show, shown.frozen.show) == (show, show)
-
-
-def test_progress_says_what_is_encoded_and_what_for():
-    """Training images that probes learn from are no part of what is measured."""
-    stages = [
-        stage_of(TINY, ("knn", "linear_probe"), name, "test")
-        for name in ("train", "validation", "test")
-    ]
-    assert stages == [
-        "tiny: images that knn and linear_probe learn from (train)",
-        "tiny: images that set the probe's strength (validation)",
-        "tiny images: test",
-    ]
-    stage = stage_of(TINY, ("retrieval", "knn"), "train", "test")
-    assert stage == "tiny: images that knn learn from (train)"
-
-
 def test_retrieval_is_among_distinct_captions():
     """Images of a group share candidates; equal captions of two groups are two candidates, and
     right for both."""
@@ -181,24 +146,6 @@ def test_retrieval_is_among_distinct_captions():
     assert {*zip(*found.matches.tolist(), strict=True)} == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)}
     alone = captions_of([["a", "a"], ["a"], ["b", "a"]], ["x", "y", "z"], None, "pqp")
     assert (alone.rows, alone.texts, alone.groups.tolist()) == ([0, 1], [*"aaab"], [0, 0, 1, 0])
-
-
-def test_captions_of_an_image_are_compared_as_often_as_there_are_some():
-    """Not each with each: a placeholder may have very many."""
-    compared = 0
-
-    class Text(str):
-        __slots__ = ()
-        __hash__ = str.__hash__
-
-        def __eq__(self, other: object) -> bool:
-            nonlocal compared
-            compared += 1
-            return str.__eq__(self, other)
-
-    known = captions_of([[Text(f"caption {number}") for number in range(300)]], ["x"])
-    assert len(known.texts) == 300
-    assert compared < 10 * 300
 
 
 def test_concepts_of_equal_name_are_one_class():

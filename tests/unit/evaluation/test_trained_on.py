@@ -15,9 +15,6 @@ from protoclip.data.view import without
 from protoclip.evaluation.datasets import open_data
 from protoclip.evaluation.validation import (
     count_trained,
-    guards,
-    has_held_out_metrics,
-    trained_guards,
 )
 from protoclip.files import to_json
 from protoclip.training.plan import make_plan
@@ -55,33 +52,8 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     assert bool(count) == (folder == ".")
 
 
-@pytest.mark.parametrize("data", [{"train": "own.parquet"}, {"sources": [{"path": "own.parquet"}]}])
-def test_a_guard_that_is_trained_on_is_told(data, tables):
-    """It chooses alpha, and ends runs."""
-    named = ["own.parquet", "copy.parquet", "other.parquet", "emoji"]
-    config = Config.from_dict({"data": data, "run": {"guard": named}})
-    notes = trained_guards(config, guards(config, []), sources.pairs(config))
-    assert [note.split(": ")[:2] for note in notes] == [["run.guard", name] for name in named[:2]]
-
-
 def test_a_run_tells_of_such_a_guard_before_it_trains(tables):
     config = tiny_config("own.parquet", out="run")
     config = replace(config, run=replace(config.run, guard=["copy.parquet"]))
     notes = make_plan(config).notes
     assert [note for note in notes if note.startswith("run.guard: copy.parquet: is what the run")]
-
-
-@pytest.mark.parametrize(
-    ("results", "known"),
-    [
-        ('{"metrics": {"eval/validation/retrieval/image_to_text@1": 0.5}}', True),
-        ('{"metrics": {"eval/emoji/zero_shot/acc1": 0.5}}', False),
-        ('{"metrics": {}}', False),
-        ("{", False),
-        (None, False),
-    ],
-)
-def test_results_on_held_out_pairs_are_named_where_there_are_some(results, known, tmp_path):
-    if results is not None:
-        (tmp_path / "results.json").write_text(results)
-    assert has_held_out_metrics(tmp_path) == known

@@ -241,41 +241,6 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
     assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("save", "given", "message"),
-    [
-        (save_siglip, {"image": ImageTowerConfig(size=33)}, "model.image.size: 33 is no multiple"),
-        (
-            save_dual_encoder,
-            {"image": ImageTowerConfig(size=64)},
-            "model.image.size: 64 cannot be had; the images of this model have 32 pixels",
-        ),
-        (
-            save_dual_encoder,
-            {"text": TextTowerConfig(context_length=25)},
-            "model.text.context_length: 25 is too large; this model reads at most 24",
-        ),
-        (save_siglip, {"embed_dim": 8}, "model.embed_dim: 8 does not go with model.start"),
-    ],
-)
-def test_sizes_that_cannot_be(save, given, message, tmp_path):
-    start = f"hf:{save(tmp_path / 'start')}"
-    with pytest.raises(ValueError, match=message):
-        loading.model(
-            resolve_settings(Config(model=ModelConfig(start=start, **given))).config.model, seed=0
-        )
-
-
-def test_a_dual_encoder_with_the_sigmoid_loss(pairs, tmp_path):
-    """It trains; no model of transformers holds its bias, so it does not come out as one."""
-    given = ModelConfig(start=f"hf:{save_dual_encoder(tmp_path / 'start')}", heads=HEADS)
-    config = training(pairs, tmp_path / "run", given)
-    run.train(replace(config, loss=replace(config.loss, instance="sigmoid")))
-    assert protoclip.load(tmp_path / "run")[0].towers.logit_bias < 0
-    with pytest.raises(ValueError, match="not as hf: no model of transformers with such towers"):
-        protoclip.export(tmp_path / "run", tmp_path / "out", ["hf"])
-
-
 def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     """Those of its last episode that had any, with the nearest captions of its data."""
     data = tmp_path / "pairs.parquet"

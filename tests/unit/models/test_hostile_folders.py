@@ -107,10 +107,6 @@ def other_reference(folder: Path, content: Any) -> str:
     return f"reference:{folder / 'epoch.pt'},model=RN50"
 
 
-def by_number(folder: Path) -> str:
-    return other_reference(folder, {0: torch.ones(1)})
-
-
 def of_numbers(folder: Path) -> str:
     return other_reference(folder, {"state_dict": {"module.image_projection_head.0.weight": 1}})
 
@@ -129,10 +125,6 @@ def of_other_shapes(folder: Path) -> str:
     return misshape(save_open_clip(folder / "model"))
 
 
-def siglip_of_other_shapes(folder: Path) -> str:
-    return misshape(save_siglip(folder / "model"))
-
-
 def adapter(folder: Path) -> str:
     """A good model, beside which lies what peft writes, but pickled."""
     pytest.importorskip("peft")  # without it transformers looks for no adapters
@@ -149,11 +141,9 @@ WRONG: dict[Callable[[Path], str], str] = {
     pickled_hugging_face: "pytorch_model.bin is pickled and could run code; convert it to safetens",
     pickled_open_clip: "open_clip_pytorch_model.bin is pickled and could run code; convert it to",
     reference_code: "holds more than tensors, which could run code and is not read; save its",
-    by_number: "holds more than tensors by name",
     of_numbers: "holds more than tensors by name",
     adapter: "cannot be opened (",
     of_other_shapes: "does not fit open_clip_config.json: 6 tensors are missing, unknown or of",
-    siglip_of_other_shapes: "does not fit config.json: 7 tensors are missing, unknown or of",
 }
 
 
@@ -202,15 +192,6 @@ def test_weights_of_a_half_that_are_a_pickle(tmp_path, capsys):
         in capsys.readouterr().err.splitlines()[-1]
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.pt"]
-
-
-def test_weights_of_a_half_that_are_a_table(tmp_path, capsys):
-    (tmp_path / "image.csv").write_text("image,caption\n1.jpg,a\n")
-    options = f"--model.image.name test_vit --model.image.weights {tmp_path}/image.csv"
-    with pytest.raises(SystemExit):
-        main(f"train {options} --run.out {tmp_path}/out".split())
-    said = "image.csv: is no file of weights, neither safetensors nor PyTorch's (docs/models.md)"
-    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_pickle_is_hostile(tmp_path):

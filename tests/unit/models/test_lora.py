@@ -1,6 +1,5 @@
 """LoRA: which layers get adapters, that all of them train, and that they merge."""
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +32,7 @@ TOWERS = {
     "ViT": "4 linear and 2 fused attention",
     "ResNet": "19 convolutional",
     "test_vit": "24 linear",
-    "test_vit2": "32 linear",
     "test_resnet": "15 convolutional",
-    "test_convnext": "8 linear",
-    "test_efficientnet": "15 convolutional",
     # Of its fused queries, keys and values it reads the weight alone.
     "eva02_tiny_patch14_224": "36 linear",
 }
@@ -139,15 +135,6 @@ def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     }
 
 
-def test_a_locked_tower_whose_layers_are_called_alike_gets_no_adapters(monkeypatch):
-    """open_clip calls the layers of both towers `transformer.resblocks...`, one behind `visual`."""
-    model = loading.model(config_of("ViT", monkeypatch), seed=0)
-    with_adapters(model, locked=["image"])
-    adapted = [name for name, _ in lora.adapted_layers(model)]
-    assert len(adapted) == 3
-    assert not [name for name in adapted if "visual" in name]
-
-
 def test_a_convolutional_tower_of_transformers_has_its_convolutions_adapted(tmp_path):
     """Its projection into the joint space is linear, and is no layer of it."""
     save_dual_encoder(tmp_path)
@@ -159,14 +146,3 @@ def test_a_convolutional_tower_of_transformers_has_its_convolutions_adapted(tmp_
     transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
     note = with_adapters(loading.model(ModelConfig(start=f"hf:{tmp_path}"), seed=0))
     assert "1 linear and 15 convolutional layers of the image tower" in note
-
-
-def test_what_cannot_have_adapters_is_a_line(monkeypatch):
-    model = loading.model(tiny_model(), seed=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(lora, "kind_of", lambda layer: None)
-        with pytest.raises(ValueError, match=r"^model.lora: peft can adapt no layer of the image"):
-            with_adapters(model)
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"^model.lora: pip install 'protoclip\[finetune\]' first"):
-        with_adapters(model)

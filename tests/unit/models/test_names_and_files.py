@@ -1,29 +1,23 @@
 """What a name stands for, and what a model needs beside its weights, whatever else lies around."""
 
-import errno
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from tempfile import gettempdir
-from unittest.mock import Mock
 
-import huggingface_hub
 import open_clip
 import pyarrow.parquet as pq
-import pytest
 import torch
 
 import protoclip
-from protoclip.config import Config, EpisodeConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.models import opening, transformers
+from protoclip.config import EpisodeConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
+from protoclip.models import transformers
 from protoclip.models.resolve import names_model, resolve_start
 from protoclip.models.saved import find_checkpoint
-from protoclip.models.text_models import MINILM, text_files
-from protoclip.training import presets, run
-from protoclip.training.throughput import forward_flops
+from protoclip.models.text_models import MINILM
+from protoclip.training import run
 from testing import tiny_config, tiny_model, tiny_pairs
-from tiny_hugging_face import SIZES, save_bert, save_dual_encoder, save_siglip
+from tiny_hugging_face import save_bert, save_siglip
 from tiny_starts import HEADS, VIT
 
 
@@ -88,45 +82,3 @@ def test_a_folder_that_is_written_anew_is_read_anew(tmp_path, monkeypatch):
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.1, 0.1, 0.1]}))
     second = transformers.describe_towers(reference, name)
     assert second["preprocess_cfg"]["mean"] == [0.1] * 3 != first["preprocess_cfg"]["mean"]
-
-
-def test_flops_are_counted_of_models_of_transformers(tmp_path):
-    start = resolve_start(ModelConfig(start=f"hf:{save_siglip(tmp_path / 'model')}"))
-    forward = forward_flops(start)
-    assert min(forward.image, forward.text) > 0
-
-
-def test_flops_are_counted_of_a_dual_encoder(tmp_path):
-    """Those of its text, whose padding counts, by hand: of a layer, the pooler and a projection."""
-    start = resolve_start(ModelConfig(start=f"hf:{save_dual_encoder(tmp_path / 'model')}"))
-    tokens, width, inner, joint = 24, SIZES["hidden_size"], SIZES["intermediate_size"], 16
-    layer = 4 * width**2 + 2 * width * inner + 2 * tokens * width  # multiplications a token
-    forward = forward_flops(start)
-    assert forward.text == 2 * (tokens * layer + width**2 + width * joint)
-    assert forward.image > 0
-
-
-def test_the_hub_is_asked_once_for_what_a_run_knows_of_a_text_model(tmp_path, monkeypatch):
-    """What `align` says of formats before it trains asks nothing again."""
-    cached = tmp_path / "hub" / "models--me--asked-once"
-    save_bert(cached / "snapshots" / "abc")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("abc")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    asked: list[str] = []
-    monkeypatch.setattr(opening, "hub_answer", lambda question, **_: asked.append(*question.args))
-    text = TextTowerConfig(name="me/asked-once", context_length=16)
-    image = ImageTowerConfig(name="test_resnet")
-    start = resolve_start(ModelConfig(image=image, text=text))
-    assert set(asked) == {"me/asked-once"}
-    asked.clear()
-    assert presets.on_exports(Config(model=start.model), start)
-    assert asked == []
-
-
-def test_a_full_disk_for_temporary_files_is_named():
-    """What writes them leaves the name out."""
-    full = OSError(errno.ENOSPC, "No space left on device")
-    reads = Mock(tokenizer=Mock(save_pretrained=Mock(side_effect=full)))
-    with pytest.raises(OSError, match=f"No space left on device: '{gettempdir()}"):
-        text_files(None, reads)

@@ -12,7 +12,6 @@ from protoclip.config import (
     ImageTowerConfig,
     ModelConfig,
     ParallelConfig,
-    TextTowerConfig,
 )
 from protoclip.data.captions import without_padding
 from protoclip.models import loading
@@ -100,12 +99,6 @@ def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
         loading.model(odd, seed=0)
 
 
-def test_a_tower_that_reads_one_size_alone_is_refused_at_another():
-    config = replace(tiny_model(), image=ImageTowerConfig(name="levit_128s", size=64))
-    with pytest.raises(ValueError, match="cannot read images of 64 pixels; its own are of 224"):
-        loading.model(config, seed=0)
-
-
 def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
     model = loading.model(given, seed=0).train()
@@ -135,38 +128,6 @@ def test_image_towers_that_cannot_compute_again_are_refused_before_data(model, m
     config = Config(model=model, data=DataConfig(train="no such file"), parallel=again)
     with pytest.raises(ValueError, match=f"^parallel.activation_checkpointing: {message}"):
         make_plan(config)
-
-
-def test_settings_for_several_ranks_have_no_effect_on_one():
-    """And say so."""
-    for parallel, name in (
-        (ParallelConfig(strategy="fsdp"), "strategy"),
-        (ParallelConfig(sync_batch_norm=True), "sync_batch_norm"),
-    ):
-        config = Config(model=tiny_model(), parallel=parallel)
-        _, notes = loading.training_model(config, torch.device("cpu"))
-        assert notes == [f"parallel.{name}: no effect, since there is one rank"]
-
-
-def test_a_run_says_what_it_trains():
-    """And what to name for a larger model, if it is a small one."""
-    model = loading.model(tiny_model(), seed=0)
-    said = loading.describe_training(
-        tiny_model(), model, loading.tokenizer(tiny_model()), aligns=False
-    )
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert said == (
-        "trains test_resnet and a text transformer of 1 layer, at 32 pixels and 8 tokens, "
-        f"{millions:.3g} million parameters with the heads; for a larger model name one, such as "
-        "--model.name ViT-S-16 or RN50"
-    )
-    named = replace(tiny_model(), name="RN50", text=TextTowerConfig())
-    said = loading.describe_training(named, model, loading.tokenizer(named), aligns=False)
-    assert said.startswith("trains RN50, at 32 pixels and 77 tokens, ")
-    said = loading.describe_training(
-        tiny_model(), model, loading.tokenizer(tiny_model()), aligns=True
-    )
-    assert said.startswith("trains what lies between test_resnet and a text transformer of 1 layer")
 
 
 @pytest.mark.parametrize("kind", ["small text tower", "halves"])

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock
 
 import huggingface_hub
 import numpy as np
@@ -26,12 +26,9 @@ from protoclip.data.captions import without_padding
 from protoclip.data.transforms import (
     EvaluationTransform,
     LibraryTransform,
-    OfMiddle,
     PillowTransform,
     SquashTransform,
 )
-from protoclip.models import opening
-from protoclip.models.open_clip import image_transform
 from protoclip.models.protoclip import ProtoCLIP, projection_head
 from protoclip.models.resolve import resolve_start
 from protoclip.models.transformers import preprocessing_of, transform_of
@@ -300,34 +297,14 @@ def test_what_squashes_images_is_known_by_its_settings(settings, kind):
         assert_same_inside(ours(IMAGES[1]), theirs(IMAGES[1]))
 
 
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-def test_libraries_get_the_middle_of_a_long_image(mode):
-    """Unless they squash it, whose ends count."""
-    settings = {"size": 64, "resize_mode": mode, "interpolation": "bilinear"}
-    size = {"shortest": {"shortest_edge": 64}, "squash": {"height": 64, "width": 64}}
-    transforms = [image_transform(SimpleNamespace(visual=Mock(preprocess_cfg=settings)))]
-    if mode in size:
-        square = {"height": 64, "width": 64}
-        processor = transformers.CLIPImageProcessor(size=size[mode], crop_size=square, resample=2)
-        transforms.append(transform_of(processor))
-    for transform in transforms:
-        assert isinstance(transform, LibraryTransform)
-        assert isinstance(transform.apply, OfMiddle) is (mode != "squash")
-        assert transform(Image.new("RGB", (10, 6000))).shape == (3, 64, 64)
-
-
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
         ("nothing", "nothing: no such run or checkpoint folder; other models are written open_cl"),
         ("open_clip:RN5O/openai", "has no model 'RN5O'; the closest: RN50, "),
-        ("open_clip:ViT-B/32", "has no model 'ViT-B'; the closest: ViT-B-32, ViT-B-16"),
         ("open_clip:RN50/mine", "has no weights 'mine' for RN50; it has openai, yfcc15m, cc12m"),
         ("reference:x.pt", "name its model too, as in reference:FILE,model=RN50"),
-        ("reference:x.pt,model=RN5", "open_clip has no model 'RN5'; the closest: RN50"),
-        ("reference:x.pt,model=RN50", "no such file"),
         ("local-dir:{folder}", "no folder with open_clip_config.json"),
-        ("hf:{folder}/x", "no such folder"),
         ("hf:{folder}", "no weights here, such as model.safetensors"),
     ],
 )
@@ -408,13 +385,3 @@ def test_what_the_hub_answers_is_one_line_within_seconds(
     assert "\n" not in str(error.value)
     assert time.monotonic() - start < 25
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
-
-
-def test_a_fault_of_a_model_is_not_blamed_on_the_network(monkeypatch):
-    """Without an answer of the hub an earlier download is opened, and may be the wrong model."""
-    monkeypatch.setattr(opening, "hub_answer", lambda *_, **__: None)
-    with (
-        pytest.raises(ValueError, match="hf:a/b: cannot be opened \\(reads text only\\)"),
-        opening.readable_errors("hf:a/b", "a/b"),
-    ):
-        raise ValueError("reads text only")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +21,6 @@ from protoclip.evaluation.metrics import (
     rests_on_few,
 )
 from protoclip.evaluation.samples import SampleResults, decided_by_candidates, influences
-from protoclip.files import to_json
 from protoclip.results import table
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import format_cell, print_table, table_of_runs
@@ -255,27 +253,6 @@ def test_intervals_are_as_wide_as_new_test_sets_differ():
         assert width == pytest.approx(np.std(of_repeats, ddof=1), rel=0.12), name
 
 
-def test_results_of_any_tasks_are_kept(tmp_path):
-    """Without texts, or with some columns; what is there has influences."""
-    whole, path = results(0), tmp_path / "own-test.parquet"
-    names = ("sample_id", "group", "knn_correct", "image_to_text_rank")
-    SampleResults(images={name: whole.images[name] for name in names}).write(path)
-    read = SampleResults.read(path)
-    assert (*read.images,) == ("sample_id", "group", "image_to_text_rank", "knn_correct")
-    assert read.means() == [*(f"retrieval/image_to_text@{k}" for k in (1, 5, 10)), "knn/acc1"]
-    found = influences(read)
-    assert [*found] == read.means()
-    np.testing.assert_array_equal(found["knn/acc1"], influences(whole)["knn/acc1"])
-
-
-def test_damaged_results_of_samples_are_refused(tmp_path):
-    path = tmp_path / "results" / "emoji-test.parquet"
-    results(0).write(path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"emoji-test.parquet: not the results[^\n]*$"):
-        SampleResults.read(path)
-
-
 def made(folder, name: str, seed: int, accuracy: object, samples: SampleResults | None = None):
     """A finished run's folder, as `train` leaves it."""
     folder.mkdir()
@@ -314,38 +291,6 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "†: of the seeds that both have, and not the difference of the means shown." in said
     assert table.SPREAD in said
-
-
-def test_only_a_difference_of_some_seeds_is_marked(tmp_path, capsys):
-    """Of equal seeds, or of none in common, it is that of the means."""
-    a, b, c = (
-        [made(tmp_path / f"{name}{seed}", name, seed, 0.3 + seed / 10) for seed in seeds]
-        for name, seeds in (("a", (0, 1)), ("b", (0, 1)), ("c", (2, 3)))
-    )
-    for folders, number in (((*a, *b), 2), ((*a, b[0]), 1), ((*a, *c), 0)):
-        entries = compared(*folders)
-        difference = entries[1]["metrics"]["eval/emoji/knn/acc1"]["difference"]
-        assert (difference["seeds"], difference["of_some"]) == (number, number == 1)
-        print_table(table_of_runs(entries))
-        said = " ".join(capsys.readouterr().out.split())
-        assert ("†" in said) == (number == 1)
-        assert ("without a common seed" in said) == (number == 0)
-
-
-def test_equal_models_have_no_interval_and_no_minus_0(tmp_path, capsys):
-    """The table says why; small numbers of either sign are shown as 0."""
-    folders = [made(tmp_path / name, name, 0, 0.4, results(0)) for name in ("a", "b")]
-    entries = compared(*folders)
-    print_table(table_of_runs(entries))
-    said = " ".join(capsys.readouterr().out.split())
-    assert table.ON_FEW in said
-    assert "test samples by groups" not in said
-    value = entries[1]["metrics"]["eval/emoji/knn/acc1"]
-    shown = format_cell(value, scale=100.0, digits=1).text
-    assert re.fullmatch(r"40\.0 \[[\d., ]+\]\n\+0\.0", shown)
-    value["difference"] |= {"mean": -1e-9, "interval": [-0.1, -1e-9], "beyond": True}
-    shown = format_cell(value, scale=100.0, digits=1).text
-    assert shown.endswith("\n+0.0 [-10.0, +0.0]*")
 
 
 def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
@@ -438,55 +383,3 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     assert found["interval"] == pytest.approx([0.2, 0.2])
     assert (found["n"], found["samples"], found["kind"]) == (2, None, "seeds")
     assert capsys.readouterr().err.count("emoji-test.parquet: not the results") == 1
-
-
-def test_seconds_of_unlike_machines_are_told_apart(tmp_path, capsys):
-    """With the machines of each, where they differ; of an earlier version the device is known."""
-    folders = [made(tmp_path / name, name, 0, 0.4) for name in ("a", "b", "c")]
-    machines = ["1 host, 2 ranks on a CPU", "1 host, 1 rank on a [card]"]
-    kept = ({"device": "a CPU", "machines": machines[:1]}, {"machines": machines}, {"device": "x"})
-    for folder, environment in zip(folders, kept, strict=True):
-        path = folder / "results.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "environment": environment}))
-    first, second, third = entries = compared(*folders)
-    print_table(table_of_runs([first, first]))
-    assert "machines" not in capsys.readouterr().out
-    assert second["machines"] == [", then ".join(machines)]
-    assert third["machines"] == ["x"]
-    print_table(table_of_runs(entries))
-    said = capsys.readouterr().out
-    assert "machines" in said
-    assert "[card]" in said
-
-
-def test_a_run_counts_once(tmp_path):
-    """However it is named; runs of equal name and seed elsewhere stay apart."""
-    one, two = (made(tmp_path / folder, "x", 0, 0.4) for folder in ("one", "two"))
-    (entry,) = compared(one, one, tmp_path / "two" / ".." / "one")
-    assert (entry["name"], entry["seeds"]) == ("x", [0])
-    names = [entry["name"] for entry in compared(one, two)]
-    assert names == [f"x ({one})", f"x ({two})"]
-
-
-@pytest.mark.parametrize("odd", [math.nan, None, -1e308])
-def test_odd_numbers_in_results_are_shown_or_left_out(tmp_path, odd, capsys):
-    """None of them is a traceback, in the table or as JSON, with one seed or several."""
-    folders = [made(tmp_path / f"a{seed}", "a[b]\x1b", seed, 1e308) for seed in (0, 1)]
-    folders += [made(tmp_path / f"b{seed}", "b", seed, odd) for seed in (0, 1)]
-    for entries in (compared(*folders), compared(folders[0], folders[2])):
-        print_table(table_of_runs(entries))
-        shown = capsys.readouterr().out
-        assert r"a[b]\x1b" in shown
-        assert "\x1b]" not in shown
-        assert json.loads(to_json(entries))[1]["name"] == "b"
-
-
-def test_data_sets_are_told_apart(tmp_path, capsys):
-    """By name, as soon as there are two."""
-    path = made(tmp_path / "a", "a", 0, 0.5) / "results.json"
-    print_table(table_of_runs(compared(path.parent)))
-    assert "emoji" not in capsys.readouterr().out
-    more = '"eval/own/knn/acc1": 0.25, "eval/emoji/knn'
-    path.write_text(path.read_text().replace('"eval/emoji/knn', more))
-    print_table(table_of_runs(compared(path.parent)))
-    assert re.search(r"own .* kNN .* 25.0 [^\0]*emoji .* kNN .* 50.0", capsys.readouterr().out)

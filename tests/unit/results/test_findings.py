@@ -1,13 +1,12 @@
 """The sentences and the table say what `compare` has found."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from protoclip.evaluation.metrics import interval, interval_of_difference
-from protoclip.evaluation.paired import RunResults, make_reader
+from protoclip.evaluation.paired import RunResults
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.results.compare import compare_runs
 from protoclip.results.findings import compare_headlines
@@ -68,29 +67,11 @@ def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
     assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {write_minus(numbers)}")
 
 
-def test_a_difference_of_common_seeds_keeps_its_sign(tmp_path):
-    """Where another seed makes a model the best in the mean, the common ones decide."""
-    runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.4))]
-    runs.append(run(tmp_path, "B", 0.9, seed=1))
-    (found,) = compare_headlines(compare_runs(runs))
-    assert (found.verdict, found.model) == ("open", "B")
-    numbers = "65.0 against 50.0 percent, \u221210.0 points over the seeds of both [\u2212"
-    assert numbers in found.rest
-
-
 def test_without_a_paired_interval_nothing_is_better(tmp_path):
     entries = compare_runs([run(tmp_path, "A", 0.5), run(tmp_path, "B", 0.9, seed=1)])
     (found,) = compare_headlines(entries)
     assert found.verdict == "open"
     assert "(no interval: the runs share no seed" in found.rest
-
-
-def test_equal_models_are_told_so_without_an_interval(tmp_path):
-    """And without a minus sign before the 0, whichever is held against the other."""
-    equal = run(tmp_path, "A", 0.5)
-    (found,) = compare_headlines(compare_runs([equal, replace(equal, name="B", folder="B")]))
-    few = "too few groups of test samples differ, or too few do not"
-    assert found.rest.endswith(f"50.0 against 50.0 percent, +0.0 points (no interval: {few}).")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -105,24 +86,6 @@ def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
     )
     knn, _ = table_of_runs(entries).rows
     assert [(cell.value, cell.is_best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
-
-
-def test_sources_of_a_mixture_have_no_sentences_of_their_own(tmp_path):
-    """Other data sets have, whatever they are called."""
-    runs = [run(tmp_path, name, share) for name, share in (("A", 0.5), ("B", 0.9))]
-    names = ("validation", "validation-a", "my-shop")
-    runs = [
-        replace(of, metrics={f"eval/{name}/knn/acc1": of.metrics[KNN] for name in names})
-        for of in runs
-    ]
-    said = [of.rest for of in compare_headlines(compare_runs(runs))]
-    assert len(said) == 2
-    assert "nearest-neighbour classification (validation):" in said[0]
-    assert "nearest-neighbour classification (my-shop):" in said[1]
-
-
-def test_one_model_or_none_gives_no_sentence(tmp_path):
-    assert compare_headlines([]) == compare_headlines(compare_runs([run(tmp_path, "A", 0.5)])) == []
 
 
 def test_the_table_has_values_intervals_and_differences(tmp_path):
@@ -140,23 +103,6 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
     assert second.difference.startswith("+25.0† [")
     assert [cell.value for cell in gap.cells] == ["0.500", "0.250"]
     assert (gap.cells[1].difference, gap.cells[1].is_best) == ("-0.250†", False)
-
-
-def test_a_damaged_file_of_samples_costs_the_intervals_alone(tmp_path, capsys):
-    """Of that run, and those of differences to it; there is one warning."""
-    runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.75)}
-    path = runs["A"].samples["emoji"]
-    path.write_bytes(path.read_bytes()[:100])
-    read = make_reader(refuse=False)
-    entries = compare_runs([*runs.values()], [*runs], read)
-    knn, _ = table_of_runs(entries).rows
-    first, second = knn.cells
-    assert (first.value, first.interval, second.difference) == ("50.0", "", "+25.0")
-    assert second.interval.startswith("[")
-    assert "too little is known of other samples" in compare_headlines(entries)[0].rest
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: {path}: not the results of an evaluation")
-    assert said.count("warning") == 1
 
 
 def test_words():

@@ -1,22 +1,16 @@
 """What examples show: prototypes, retrieval, confusions and maps of made-up features."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from protoclip.config import Config, DataConfig
 from protoclip.results import looks
-from protoclip.results.examples import Examples, open_examples
 from protoclip.results.looks import (
     count_confusions,
     find_prototypes,
     make_map,
     retrieve,
 )
-from testing import tiny_config, tiny_pairs
 
 
 def clumps(sizes, *, spread=0.0, seed=0):
@@ -51,23 +45,6 @@ def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypat
     assert len(set(largest.captions)) == looks.NEAREST_CAPTIONS
 
 
-def test_no_prototype_is_shown_twice_and_small_ones_are_not_tight():
-    """Of few prototypes one is several things, and says all of them."""
-    given = [9.0, 8, 7, 5], [0.3, 0.9, 0.8, 0.2], [0.1, 1, 0.9, 0.5]
-    assert looks.choose_prototypes(*map(torch.tensor, given)) == {
-        0: ["largest", "most mixed"],
-        1: ["largest", "tightest"],
-        2: ["tightest"],
-        3: ["most mixed"],
-    }
-    images, _ = clumps([9, 8, 7, 2], spread=0.02)
-    found = find_prototypes(images, images, number=4, captions=["a"] * 26, seed=0)
-    for prototypes in found.values():
-        assert len(prototypes) <= 4
-        assert all(of.size >= 5 for of in prototypes if of.kind != "largest")
-        assert [of.size for of in prototypes].count(9) == 1
-
-
 def test_retrieval_examples_are_right_or_wrong_by_group():
     """Rows 0 and 1 are one group, and each other's right answers; row 3's text is misplaced."""
     images = torch.eye(8)[:5]
@@ -100,20 +77,6 @@ def test_an_image_of_several_rows_is_one_query_and_one_answer():
     assert (wrong.caption, len(wrong.rows)) == ("d", 3)
 
 
-def test_all_models_are_asked_in_the_same_order():
-    generator = torch.Generator().manual_seed(0)
-    captions = [f"{row}" for row in range(40)]
-    asked = []
-    for _ in range(2):
-        images, texts = F.normalize(torch.randn(2, 40, 8, generator=generator), dim=2)
-        found = retrieve(images, texts, captions=captions, groups=[*range(40)], seed=3)
-        asked.append([of.row for of in found["image to text"].wrong])
-    order = np.random.default_rng(3).permutation(40).tolist()
-    for rows in asked:
-        assert rows == sorted(rows, key=order.index)
-        assert len(rows) == looks.QUERIES
-
-
 def test_confusions_are_the_most_frequent_ones_with_the_shares_of_their_classes():
     classes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     taken_for = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3, 2, 2])
@@ -137,29 +100,3 @@ def test_the_map_shows_images_on_the_left_and_the_gap():
         assert (found.texts[:, 0] > 0).all()
         assert found.gap == pytest.approx(2**0.5, abs=0.02)
         assert found.explained > 0.9
-
-
-def test_runs_that_begin_alike_share_the_map_before_training(monkeypatch):
-    rows = np.arange(4)
-    pairs = Examples(
-        name="tiny",
-        images=tiny_pairs(4)["image"].to_pylist(),
-        captions=tiny_pairs(4)["caption"].to_pylist(),
-    )
-    settings = {"rows": rows, "device": torch.device("cpu"), "firsts": {}}
-    config = tiny_config(out="unused")
-    (first,) = looks.map_before(config, [], pairs, **settings)
-    other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
-    assert looks.map_before(other, [], pairs, **settings)[0] is not first
-
-    def fail(*arguments, **settings):
-        raise AssertionError("made again")
-
-    monkeypatch.setattr(looks.loading, "model", fail)
-    assert looks.map_before(config, [], pairs, **settings)[0] is first
-
-
-def test_missing_data_is_an_error_in_one_line(tmp_path):
-    config = Config(data=DataConfig(train=str(tmp_path / "gone.parquet")))
-    with pytest.raises(ValueError, match=r"^[^\n]*$"):
-        open_examples(tmp_path, config, 10, allow_training=True)
