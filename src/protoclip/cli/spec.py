@@ -11,10 +11,12 @@ import json
 import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -312,5 +314,21 @@ def aligned(rows: Mapping[str, str]) -> Iterator[str]:
 
 def descriptions(kind: type[Any]) -> dict[str, str]:
     """The comments behind the fields of a class and of its parents."""
-    sources = [inspect.getsource(owner) for owner in kind.__mro__[:-1]]
-    return dict(re.findall(r"^    (\w+): .*  # (.+)$", "".join(sources), re.MULTILINE))
+    texts: dict[str, str] = {}
+    for owner in reversed(kind.__mro__[:-1]):
+        texts |= read_comments(owner.__module__).get(owner.__name__, {})
+    return texts
+
+
+@cache
+def read_comments(module: str) -> dict[str, dict[str, str]]:
+    """The comments behind the fields of a module's classes; `inspect` would parse it for each."""
+    by_class: dict[str, dict[str, str]] = {}
+    texts: dict[str, str] = {}
+    for line in inspect.getsource(sys.modules[module]).splitlines():
+        if line[:1].strip():  # a class, or something else, whose lines count for none
+            found = re.match(r"class (\w+)", line)
+            texts = by_class.setdefault(found[1] if found else "", {})
+        elif found := re.match(r"    (\w+): .*  # (.+)$", line):
+            texts[found[1]] = found[2]
+    return by_class
