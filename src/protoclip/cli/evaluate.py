@@ -42,7 +42,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
     out: str | None = None  # Folder for one JSON file a record.
     overwrite: bool = False  # Replace files in it that evaluate did not write.
     cache: bool = True  # Keep features, so that another task is quick.
-    workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
+    workers: Annotated[int, 0, 4096] | None = None  # Threads that read images; unset, one a core.
     fast_resize: bool = False  # Quicker; pixels differ by rounding.
 
     def __call__(self) -> None:

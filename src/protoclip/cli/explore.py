@@ -52,7 +52,7 @@ class Explore(ChosenOptions, BatchOption):
     host: str = "127.0.0.1"  # Address to serve on.
     static: str | None = None  # Write read-only pages to this folder instead.
     atlas: str | None = None  # Write embedding-atlas's table to this file instead.
-    workers: Annotated[int, 0, 4096] | None = None  # Processes that read images; unset, one a core.
+    workers: Annotated[int, 0, 4096] | None = None  # Threads that read images; unset, one a core.
     cache: bool = True  # Keep features and the map for the next start.
 
     def __call__(self) -> None:

@@ -124,7 +124,7 @@ def evaluate(
         split: The split that is measured.
         templates: Prompts in place of the data's own: `openai`, `simple`, a text file, or a list.
         batch_size: Images or texts encoded at once.
-        workers: Processes that read images; unset, one a core if there are many images.
+        workers: Threads that read images; unset, one a core.
         cache: Folder in which features are kept; unset, none are.
         model_name: What records call the model.
         pretrained: What they call its weights.
