@@ -74,15 +74,6 @@ def save_xlm_roberta(folder: Path, kind: str = "XLMRoberta") -> Path:
     return folder
 
 
-def save_m2m_100(folder: Path) -> Path:
-    """A tiny model that translates, as NLLB; without a tokenizer."""
-    sizes = {"d_model": 32, "vocab_size": 60, "max_position_embeddings": 24, "pad_token_id": 0}
-    for part in ("encoder", "decoder"):
-        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 40}
-    transformers.M2M100Model(transformers.M2M100Config(**sizes)).save_pretrained(folder)
-    return folder
-
-
 def save_siglip(folder: Path) -> Path:
     text = {**SIZES, "max_position_embeddings": 24, "vocab_size": 60, "projection_size": 32}
     save_bert(folder)

@@ -19,7 +19,6 @@ from protoclip.encode import halves
 from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
 from protoclip.files import locked
-from protoclip.training import align as aligning
 from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
@@ -108,22 +107,6 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
     left_out.write_text(json.dumps([next(iter(rows_of(plain)[0].samples.sample_ids()))]))
     fewer = of(given, shards / "mixed/*.tar*", data={"without": str(left_out)})
     assert len(by_id(fewer)) == 95
-
-
-@pytest.mark.parametrize(
-    ("sections", "line"),
-    [
-        ({"episodes": {"size": 1009}}, "episodes.size: 1009 is no multiple of .* \\(256\\)"),
-        ({"prototypes": {"number": 65}}, "prototypes.number: 65 needs to be between"),
-    ],
-)
-def test_what_no_data_make_possible_is_refused_before_a_pass(
-    sections, line, given, shards, store, monkeypatch
-):
-    settings = {**of(given, shards / "plain"), "episodes": {"size": 64}}
-    monkeypatch.setattr(aligning, "encode_stream", None)
-    with pytest.raises(ValueError, match=line):
-        rows_of(changed(settings, **sections))
 
 
 def test_a_stream_goes_on_after_an_interruption(given, shards, store, monkeypatch):

@@ -32,7 +32,7 @@ from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.training import wise_ft
 from protoclip.training.judge import Judge
-from protoclip.training.run import Run, finetune, train
+from protoclip.training.run import finetune, train
 from protoclip.training.wise_ft import ALPHAS, interpolated
 from testing import run_distributed, tiny_config
 
@@ -337,19 +337,6 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     assert all(torch.equal(weights(out)[name], w) for name, w in weights(finished).items())
 
 
-def test_results_that_could_not_be_written_are_made_again(top, copied, monkeypatch):
-    """Between another model and its results the run has none of the old ones; the sweep is kept."""
-    alpha = next(alpha for alpha in FEW if alpha != read(copied / "results.json")["alpha"])
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "results", lambda run, **_: (_ for _ in ()).throw(OSError(28, "full")))
-        with pytest.raises(OSError, match="full"):
-            finetune(settings(top, copied), alpha=alpha, resume="auto")
-    assert not (copied / "results.json").exists()
-    with monkeypatch.context() as patch:
-        interrupt_sweep(patch, lambda: pytest.fail("judged again"))
-        assert finetune(settings(top, copied), alpha=alpha, resume="auto")["alpha"] == alpha
-
-
 def guarded(top: Path, out: Path) -> Config:
     """A run of four episodes by a metric that does not improve."""
     sections = {
@@ -446,18 +433,9 @@ def test_ranks_sweep_one_model(top, tmp_path):
     ("options", "message"),
     [
         (
-            "finetune {start} --data.train {own} --guard {top}/own.parquet,class_column=",
-            "run.guard: '{top}/own.parquet,class_column=' is not complete; give REF,class_col",
-        ),
-        (
             "finetune {start} --data.train {own} --guard {general} --guard {clash}",
             "run.guard: {clash}: two data sets of this run are called 'general'",
         ),
-        (
-            "finetune open_clip:RN50 --data.train {own}",
-            "model.start: open_clip:RN50: names no weights; write open_clip:RN50/TAG",
-        ),
-        ("train --run.guard emoji", "two data sets of this run are called 'emoji'"),
         (
             "train --run.evaluate_every 1 --run.stop_by eval/emoji/acc1",
             "run.stop_by: no metric 'eval/emoji/acc1'; the closest are eval/emoji/knn/acc1",

@@ -25,7 +25,7 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data import sources
-from protoclip.data.pairs import ImageTextPairs, Pairs
+from protoclip.data.pairs import Pairs
 from protoclip.evaluation import validation
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.paired import read_results
@@ -104,26 +104,6 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").open()]
     assert sum("eval/validation/knn/acc1" in line for line in lines) == 2
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
-
-
-def test_probes_learn_from_all_pairs_that_have_a_class(monkeypatch):
-    """Up to a limit, that those without a class do not use up, alone and in other sources."""
-    monkeypatch.setattr(validation, "MOST_LEARNED", 50)
-
-    def source(name: str, kinds: list[str | None]) -> ImageTextPairs:
-        columns = {
-            "path": [f"{row}.jpg" for row in range(len(kinds))],
-            "caption": ["x"] * len(kinds),
-        }
-        table = pa.table({**columns, "kind": pa.array(kinds, pa.string())})
-        return ImageTextPairs(table, name=name, class_column="kind" if any(kinds) else None)
-
-    few = source("few", [None if row % 10 else "ab"[row % 20 > 0] for row in range(400)])
-    many, none = source("many", ["a"] * 400), source("none", [None] * 4000)
-    ((_, rows),) = validation.probe_rows([few, none], np.array([5, 10]))
-    assert rows.tolist() == [row for row in range(0, 400, 10) if row != 10]
-    by_source = validation.probe_rows([few, many], np.array([], np.int64))
-    assert [len(rows) for _, rows in by_source] == [5, 46]
 
 
 def stop_at_2(config: Config) -> None:

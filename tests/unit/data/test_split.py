@@ -103,18 +103,6 @@ def test_a_pair_is_held_out_with_its_copy_in_another_form(again, tmp_path):
     assert rows == {(row + 60) % 120 for row in rows}
 
 
-def test_images_of_one_colour_are_no_copies(tmp_path):
-    columns = {"image": [flat(shade) for shade in range(100)], "caption": [*map(str, range(100))]}
-    pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
-    assert len(held_out_rows([pairs], share=0.3, folder=tmp_path)) == 30
-
-
-def flat(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16), (shade, shade, shade)).save(file, "PNG")
-    return file.getvalue()
-
-
 @given(st.lists(st.one_of(st.none(), st.text(), st.text(" \t\x1cAbÉé\u0301ﬁ™", max_size=5))))
 def test_many_captions_are_normalised_as_one_is(captions):
     texts = normalise_texts(pa.array(captions, pa.large_string()).cast(pa.large_binary()))

@@ -402,13 +402,6 @@ def test_ids_that_are_row_numbers_are_told(tmp_path):
     assert note.startswith("plain.csv: has no column of sample ids, so they are row numbers: keep")
 
 
-def test_a_quoted_field_may_be_as_long_as_a_line(tmp_path):
-    text = "a " * 100_000
-    (tmp_path / "t.csv").write_text(f'image,caption,key\n0.jpg,"{text}",b\n')
-    data = DataConfig(train=str(tmp_path / "t.csv"), id_column="key")
-    assert sources.pairs(Config(data=data)).sample_captions(0) == (text.strip(),)
-
-
 def test_hidden_files_are_passed_over(tmp_path):
     """Such as macOS leaves beside files on a disk that cannot hold what it notes."""
     (tmp_path / "._a.csv").write_bytes(b"\0\5\26\7")

@@ -103,18 +103,6 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
     assert {"acc1", "acc5", "mean_per_class_recall", "image_retrieval_recall@5"} <= names
 
 
-def test_models_of_alike_names_keep_their_records(tmp_path):
-    """Written together or one after the other, as often as one likes."""
-    record = judged("runs/demo/clip", Guessing(), tasks=["retrieval"])[0].record
-    other = record | {"model": "runs/demo_clip"}
-    for given in ([record], [other], [record, other], [other], [record]):
-        write_records(given, tmp_path)
-    kept = [json.loads(file.read_text())["model"] for file in tmp_path.iterdir()]
-    assert sorted(kept) == ["runs/demo/clip", "runs/demo_clip"]
-    stem = "a_none_runs_demo_clip_en_zeroshot_retrieval"
-    assert json.loads((tmp_path / f"{stem}.json").read_text()) == record
-
-
 def test_the_table_has_a_column_for_each_model(capsys):
     """A row for each metric; what a model lacks is a dash; differences on a second line."""
     first = judged("one[b]", Guessing(6), tasks=["knn"])

@@ -34,7 +34,7 @@ from protoclip.models.opening import PICKLED
 from protoclip.models.resolve import resolve_start
 from protoclip.models.tokenizers import clip_tokenizer
 from testing import tiny_model
-from tiny_hugging_face import save_bert, save_dual_encoder, save_m2m_100, save_siglip
+from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
 TEXTS += ["it’s “x”", "a &amp; b", "m&#39;s &amp;lt;b", "ﬁ Ｔ &#150; ﾊﾟ"]
@@ -62,14 +62,12 @@ NAMED: dict[str, dict[str, Any]] = {
     "resnet": {**CLIP, "vision_cfg": RESNET},
     "resnet50": {**CLIP, "vision_cfg": RESNET50},
     "timm": {**CLIP, "vision_cfg": TIMM},
-    "timm-mlp": {**CLIP, "vision_cfg": {**TIMM, "timm_proj": "mlp"}},
     "sig": SIGLIP,
     "hf-text": {
         **CLIP,
         "vision_cfg": TIMM,
         "text_cfg": {"hf_proj_type": "linear", "context_length": 12},
     },
-    "hf-text-m2m": {**CLIP, "text_cfg": {"hf_proj_type": "linear", "context_length": 12}},
     "coca": {
         **CLIP,
         "vision_cfg": {**VIT, "attentional_pool": True, "output_tokens": True},
@@ -126,23 +124,12 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {"hf": NO_IMAGE_TOWER.format("ModifiedResNet")},
     ),
     "timm": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "test_vit"}, {}),
-    "timm-mlp": (
-        {"open_clip": "CLIP"},
-        {
-            "hf": NO_IMAGE_TOWER.format("TimmModel"),
-            "timm": "its projection is no linear layer",
-        },
-    ),
     "sig": (
         {"open_clip": "CustomTextCLIP", "timm": "test_vit"},
         {"hf": NO_IMAGE_TOWER.format("TimmModel")},
     ),
     "hf-text": (
         {"open_clip": "CustomTextCLIP", "timm": "test_vit"},
-        {"hf": NO_TEXT_MODEL},
-    ),
-    "hf-text-m2m": (  # as NLLB-CLIP
-        {"open_clip": "CustomTextCLIP", "timm": "vit_base_patch32_clip_224"},
         {"hf": NO_TEXT_MODEL},
     ),
 }
@@ -178,8 +165,6 @@ def reference(
         clip_tokenizer.cache_clear()  # of all words
         if kind.startswith("hf-text"):
             bert = str(save_bert(base / "bert"))
-            if kind == "hf-text-m2m":  # with BERT's tokenizer
-                save_m2m_100(base / "bert")
             text = {**NAMED[kind]["text_cfg"], "hf_model_name": bert, "hf_tokenizer_name": bert}
             config = {**NAMED[kind], "text_cfg": text}
             monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, kind, config)

@@ -100,10 +100,6 @@ def with_text_tower(folder: Path, train: str) -> str:
 
 KINDS: dict[str, tuple[Callable[[Path, str], str], list[str]]] = {
     "small timm pair": (small_run, ["open_clip", "hf"]),
-    "QuickGELU": (
-        lambda folder, _: str(save_open_clip(folder, {**CLIP, "quick_gelu": True})),
-        ["open_clip", "hf"],
-    ),
     "RN50": (
         lambda folder, _: str(save_open_clip(folder, {**CLIP, "vision_cfg": RESNET})),
         ["open_clip"],

@@ -7,12 +7,10 @@ import numpy as np
 from protoclip.results.figures import (
     COLOURS,
     DASHES,
-    MOST_POINTS,
     dash_number,
     dashes,
     draw_lines,
     draw_map,
-    thin_out,
 )
 
 
@@ -49,14 +47,6 @@ def test_ids_are_of_one_figure_and_nothing_is_fetched():
         assert not re.findall(r'(?:href|src)="(?!#)|url\((?!#)|<script|<style|<metadata', svg)
         assert svg.startswith('<svg aria-hidden="true"')
         assert "width" not in svg[: svg.index(">")]
-
-
-def test_long_curves_are_thinned_to_means():
-    short = curve(MOST_POINTS)
-    assert thin_out(short) is short
-    x, y = thin_out(curve(10 * MOST_POINTS))
-    assert len(x) == len(y) == MOST_POINTS
-    np.testing.assert_allclose(y[0], np.sin(np.arange(10)).mean())
 
 
 def test_models_look_different_without_colour():
