@@ -10,7 +10,7 @@ from protoclip.config import Config, DataConfig, RunConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
 from protoclip.encode import parts
-from protoclip.export.run import appearing
+from protoclip.export.run import stage_folder
 from protoclip.training.plan import resolve_settings
 from protoclip.training.run_folder import claimed, look
 from testing import tiny_pairs
@@ -29,7 +29,7 @@ def run(out: Path) -> None:
 
 
 def exported(out: Path) -> None:
-    with appearing(out / "model"):
+    with stage_folder(out / "model"):
         pass
 
 

@@ -132,9 +132,9 @@ class Explore(ChosenOptions, BatchOption):
 
     def shows_data_of(self, model: str) -> bool:
         """Whether the pairs are of the data that a model's run was trained on, or of a part."""
-        from protoclip.explore.explorer import run_config
+        from protoclip.explore.explorer import read_run_config
 
-        config = run_config(model)
+        config = read_run_config(model)
         return config is not None and places_of(self.settings()) <= places_of(config.data)
 
     def layout(self) -> Literal["pca", "umap"]:
@@ -180,7 +180,7 @@ class Explore(ChosenOptions, BatchOption):
 
     def settings(self) -> DataConfig:
         """What the options say; of data that is not named, what the first run's settings say."""
-        from protoclip.explore.explorer import run_config
+        from protoclip.explore.explorer import read_run_config
 
         options = {entry.name: getattr(self, entry.name) for entry in fields(ChosenOptions)}
         given: dict[str, Any] = {k: v for k, v in options.items() if v not in (None, False)}
@@ -188,7 +188,7 @@ class Explore(ChosenOptions, BatchOption):
             # A table's class column need not be named like one, and may be missing in a mixture.
             named = DataConfig(train=self.data, class_column=self.class_column)
             return replace(named, **given)
-        config = run_config(self.models[0]) if Path(self.models[0]).exists() else None
+        config = read_run_config(self.models[0]) if Path(self.models[0]).exists() else None
         if config is None:
             raise ValueError(
                 f"{self.models[0]}: is no run that says which data it was trained on; name some "

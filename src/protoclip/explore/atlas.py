@@ -45,14 +45,14 @@ Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 OTHER: dict[str, Modality] = {"image": "text", "text": "image"}
 
-# Part of the name of every file. Change it when what is kept changes.
+# Part of the name of every file. Change it when the content changes.
 FORM = 10
 MAP_PAIRS = 10_000  # drawn on the map; more would lie over each other, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
 OTHERS = 1024  # pairs that each pair's loss is computed against
-# Images may be near-duplicates from this cosine on, and are from this likeness of their pixels on;
-# each of some images is compared with all of them.
+# Images may be near-duplicates from this cosine on, and are from this likeness of their pixels on.
+# At most this many images are compared with each other.
 LEAST_SIMILAR, LEAST_ALIKE, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 0.8, 500, 20_000
 HASHED_PAIRS = 5 * COMPARED_ROWS  # to find as many different images; each costs a look or a read
 EPOCHS = 200  # of UMAP
@@ -61,19 +61,19 @@ NEAR, SOFTNESS = 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 EQUAL = 1e-3  # share of a row's norm by which copies of an image may differ in half precision
-# Copies of a row are looked for among its 64 next ones along a line. On 16 random lines together,
-# two rows are hardly ever 8 times as far apart as they are.
+# Copies of a row are looked for among its 64 next ones along a line. Projected to 16 random lines,
+# the distance of two rows hardly ever becomes 8 times as large.
 ALONG, LINES, APART = 64, 16, 8
-LEAST_IMAGES = 100  # of pairs that heads are fitted to; fewer say nothing of others
+LEAST_IMAGES = 100  # for fitting heads; with fewer they tell nothing about other pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
     """Features of pairs, of any norm.
 
-    `rows` are those of the pairs that could be read, `captioned` of all that have a caption. Those
-    of a model are of one width; two halves have one each. `captions` are all captions, pair after
-    pair, `counts` of each, and `text` is the first; unset, there is one.
+    `rows` are the pairs that could be read, `captioned` all pairs with a caption. A model's
+    features have one width; two encoders have a width each. `captions` are all captions, pair after
+    pair, and `counts` their numbers; `text` is the first one, and the only one if these are unset.
     """
 
     captioned: Int[Tensor, " c"]
@@ -92,21 +92,21 @@ class Atlas:
         captioned: Rows of the data that have a caption `(c,)`.
         rows: The pairs, as rows of the data: those whose image can be read too.
         drawn: Which of these are drawn on the map `(m,)`.
-        image_map_position, text_map_position: Where on the map each lies `(n, 2)`.
-        image_prototype, text_prototype: Its prototype in its own modality.
-        image_similarity, text_similarity: Cosine to the prototype's centroid.
+        image_map_position, text_map_position: Positions on the map `(n, 2)`.
+        image_prototype, text_prototype: Prototypes in the own modality.
+        image_similarity, text_similarity: Cosines to the prototype's centroid.
         distance: One minus the cosine of image and text, in [0, 2].
         loss: InfoNCE of the pair among others, in nats.
-        unseen: Whether distance and loss are by heads that have not seen the pair, and not by the
-            model itself.
+        unseen: Whether distance and loss come from heads that have not seen the pair, instead of
+            the model itself.
         duplicates: Pairs of near-duplicate images `(p, 2)`, the most alike first;
-            `duplicate_likeness` is the correlation of their pixels, and 1 for copies alone.
-        number: Prototypes of each modality.
-        space: What was clustered, `projections` or `features`.
-        layout: How the map was made, `pca` or `umap`.
-        compared: Images among which near-duplicates were looked for.
+            `duplicate_likeness` is the correlation of their pixels, and 1 only for copies.
+        number: Number of prototypes of each modality.
+        space: The space that was clustered, `projections` or `features`.
+        layout: The method of the map, `pca` or `umap`.
+        compared: Number of images among which near-duplicates were looked for.
         run_prototypes: For each modality, how many prototypes the run itself has, and how many of
-            them are dead, which means nearest to no pair.
+            them are dead: nearest to no pair.
     """
 
     captioned: Array
@@ -162,7 +162,7 @@ def make_atlas(
     pairs: ExploredPairs | None = None,
     *,
     heads: Heads | None = None,
-    halves: Features | None = None,
+    encoder_features: Features | None = None,
     aligned: bool = False,
     scale: float = USUAL_SCALE,
     layout: Layout = "pca",
@@ -173,16 +173,16 @@ def make_atlas(
     """Map and group pairs.
 
     Args:
-        pairs: What the features are of. Their images decide which are near-duplicates; unset, each
-            pair has its own, and near-duplicates are by cosine alone.
+        pairs: The pairs of the features. Their images decide which are near-duplicates; unset, each
+            pair has its own image, and near-duplicates are found by cosine alone.
         heads: Projection heads by modality, whose outputs are clustered; unset, features are.
-        halves: What the frozen halves of the model make of the same pairs. Then near-duplicates
-            are looked for among these.
+        encoder_features: Features of the same pairs by the model's frozen encoders, if it has two.
+            Then near-duplicates are looked for among these.
         aligned: Whether the model was aligned on these pairs. Then distance and loss are
-            `unseen_disagreement` of the halves, where there are enough pairs.
+            `cross_fit_disagreement` of the encoders, if there are enough pairs.
         scale: Inverse temperature of the model's own loss.
-        number: Prototypes of each modality; see `num_prototypes`.
-        run_prototypes: Those of the run itself, by modality, of which the dead are counted.
+        number: Prototypes of each modality; unset, `num_prototypes`.
+        run_prototypes: Prototypes of the run itself, by modality; the dead ones are counted.
 
     Raises:
         ValueError: Fewer than two pairs, or more prototypes than pairs.
@@ -199,20 +199,22 @@ def make_atlas(
     for modality in MODALITIES:
         rows = getattr(features, modality)
         head = None if heads is None else heads[modality]
-        assigned, similarity = cluster_rows(rows, head, number=number, seed=seed)
-        groups[f"{modality}_prototype"] = assigned.int().numpy()
+        assignments, similarity = cluster_rows(rows, head, number=number, seed=seed)
+        groups[f"{modality}_prototype"] = assignments.int().numpy()
         groups[f"{modality}_similarity"] = similarity.numpy()
         if run_prototypes and modality in run_prototypes:
-            own = run_prototypes[modality]
-            used = torch.cat([nearest(part, own)[0] for part in project_rows(rows, head)])
-            dead[modality] = [len(own), len(own) - len(torch.unique(used))]
+            centroids = run_prototypes[modality]
+            used = torch.cat([nearest(part, centroids)[0] for part in project_rows(rows, head)])
+            dead[modality] = [len(centroids), len(centroids) - len(torch.unique(used))]
     say(f"computing: map{', by UMAP, which is compiled first' if layout == 'umap' else ''}")
-    positions = map_positions(features, drawn, layout=layout, seed=seed)
+    positions = place_pairs(features, drawn, layout=layout, seed=seed)
     say("computing: agreement of pairs")
-    unseen = unseen_disagreement(halves, seed=seed) if halves and aligned else None
-    distance, loss = unseen or disagreement(features, scale=scale, seed=seed)
+    unseen = None
+    if encoder_features and aligned:
+        unseen = cross_fit_disagreement(encoder_features, seed=seed)
+    distance, loss = unseen or measure_disagreement(features, scale=scale, seed=seed)
     say("computing: near-duplicates")
-    duplicates, likeness, compared = find_duplicates(halves or features, pairs, seed=seed)
+    duplicates, likeness, compared = find_duplicates(encoder_features or features, pairs, seed=seed)
     return Atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
@@ -240,7 +242,7 @@ def normalize(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def project_rows(
     rows: Float[Tensor, "n d"], head: Callable[[Tensor], Tensor] | None
 ) -> Iterator[Float[Tensor, "b p"]]:
-    """Unit-norm rows of the space that is clustered, some thousands at a time."""
+    """Unit-norm rows of the space to cluster, in chunks."""
     for part in torch.split(rows, CHUNK):
         yield normalize(part if head is None else head(part.float()))
 
@@ -252,23 +254,23 @@ def cluster_rows(
     fitted = torch.tensor(evenly_spaced(len(rows), min(len(rows), FITTED_ROWS), seed))
     sample = torch.cat(list(project_rows(rows[fitted], head)))
     centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
-    assigned, similarity = [], []
+    assignments, similarity = [], []
     for part in project_rows(rows, head):
         numbers = nearest(part, centroids)[0]
-        assigned.append(numbers)
+        assignments.append(numbers)
         similarity.append((part * normalize(centroids)[numbers]).sum(1))
-    return torch.cat(assigned), torch.cat(similarity)
+    return torch.cat(assignments), torch.cat(similarity)
 
 
-def map_positions(
+def place_pairs(
     features: Features, drawn: Int[Tensor, " m"], *, layout: Layout, seed: int
 ) -> dict[Modality, Array]:
-    """Where images and texts lie on one map of both, fitted to the pairs that are drawn.
+    """Positions of images and texts on one map, fitted to the pairs that are drawn.
 
-    The features of images and of texts lie in two clouds apart, so a map of all of them shows the
-    gap and not what they mean. Therefore each modality is centred at its own mean first, and the
-    map is fitted to pairs: to the mean of a pair's image and text. An image then lies where the
-    pairs of the images nearest to it lie, itself the first; and likewise a text.
+    The features of images and of texts lie in two separate clouds, so a map of all of them would
+    show the gap and not their meaning. Therefore each modality is centred at its own mean first,
+    and the map is fitted to the mean of each pair's image and text. An image then lies where the
+    pairs of the nearest images lie, its own pair first; and likewise a text.
     """
     means = {m: normalize(getattr(features, m)[drawn]).mean(0) for m in MODALITIES}
 
@@ -283,7 +285,7 @@ def map_positions(
         solver = "randomized" if fitted.shape[1] > 50 else "full"
         flat = PCA(2, svd_solver=solver, random_state=0).fit(fitted.numpy())
     else:
-        on_map = torch.from_numpy(umap_positions(fitted, seed=seed))
+        on_map = torch.from_numpy(place_by_umap(fitted, seed=seed))
 
     positions = {}
     for modality in MODALITIES:
@@ -300,15 +302,15 @@ def map_positions(
     return positions
 
 
-def umap_positions(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
-    """Two coordinates of each unit-norm row by UMAP. A terminal shows how far it is.
+def place_by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
+    """Two coordinates of each unit-norm row by UMAP, with a progress bar on a terminal.
 
-    The exact neighbours are computed here: UMAP's search takes longer to compile than all the rest
-    takes.
+    The exact neighbours are computed here, since UMAP's search takes longer to compile than all the
+    rest takes.
     """
-    if bool((rows == rows[0]).all()):  # UMAP would scale by their spread
+    if bool((rows == rows[0]).all()):  # UMAP would divide by their spread
         return np.zeros((len(rows), 2), np.float32)
-    if len(rows) == 2:  # of which UMAP makes no graph
+    if len(rows) == 2:  # too few for UMAP's graph
         return np.array([[-1, 0], [1, 0]], np.float32)
     import umap
 
@@ -316,7 +318,7 @@ def umap_positions(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
     neighbours = [(part @ rows.T).topk(few, dim=1) for part in torch.split(rows, CHUNK)]
     cosine = torch.cat([part.values for part in neighbours])
     near = torch.cat([part.indices for part in neighbours])
-    # UMAP expects each row as its first neighbour, also among equal rows.
+    # UMAP expects each row as its own first neighbour, also among equal rows.
     itself = torch.arange(len(rows)).unsqueeze(1)
     order = torch.argsort((near != itself).int(), dim=1, stable=True)
     near, distance = near.gather(1, order), (1 - cosine.gather(1, order)).clamp(min=0)
@@ -331,13 +333,13 @@ def umap_positions(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
         n_jobs=1,
         tqdm_kwds={"disable": not sys.stderr.isatty(), "leave": False},
     )
-    with warnings.catch_warnings():  # that UMAP cannot map other rows later
+    with warnings.catch_warnings():  # UMAP warns that it cannot map other rows later
         warnings.simplefilter("ignore")
         on_map: Array = reducer.fit_transform(rows.numpy()).astype(np.float32)
     return on_map
 
 
-def disagreement(
+def measure_disagreement(
     features: Features, *, scale: float, seed: int
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """One minus the cosine of each pair's image and text, and its InfoNCE among other pairs.
@@ -362,38 +364,38 @@ def disagreement(
     return torch.cat(distance), torch.cat(loss)
 
 
-def unseen_disagreement(
-    halves: Features, *, seed: int
+def cross_fit_disagreement(
+    features: Features, *, seed: int
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None:
-    """The same by heads in closed form that were fitted to pairs of other images; the loss is among
-    pairs that these heads have not seen either.
+    """`measure_disagreement` by heads in closed form that were fitted to pairs of other images; the
+    loss is among pairs that these heads have not seen either.
 
     A model that was trained on a wrong pair has learned it, and finds that it fits. Pairs of one
-    caption may be apart: those with other images tell what it means.
+    caption need not be in one fold: the pairs with other images tell what the caption means.
 
     Returns:
         None if there are too few images to fit heads.
     """
-    images = equal_rows(halves.image)
+    images = number_equal_rows(features.image)
     if len(torch.unique(images)) < LEAST_IMAGES:
         return None
     distance, loss = torch.zeros(2, len(images))
-    captions = halves.text if halves.captions is None else halves.captions
-    counts = torch.ones_like(images) if halves.counts is None else halves.counts
+    captions = features.text if features.captions is None else features.captions
+    counts = torch.ones_like(images) if features.counts is None else features.counts
     progress, done = Progress("agreement of pairs", len(images)), 0
-    for rows, image, text in out_of_fold(halves.image, captions, counts, images, seed=seed):
+    for rows, image, text in out_of_fold(features.image, captions, counts, images, seed=seed):
         fold = Features(captioned=rows, rows=rows, image=image, text=text)
-        distance[rows], loss[rows] = disagreement(fold, scale=USUAL_SCALE, seed=seed)
+        distance[rows], loss[rows] = measure_disagreement(fold, scale=USUAL_SCALE, seed=seed)
         done += len(rows)
         progress.update(done)
     return distance, loss
 
 
-def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
-    """A number for each row from 0 on, in order of appearance, the same for equal rows.
+def number_equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
+    """Numbers rows from 0 on, in order of appearance; equal rows share a number.
 
-    Copies of an image may differ in the last bits, if they were encoded in other batches. Along a
-    line they are still near each other, with few other rows in between.
+    Copies of an image may differ in the last bits if they were encoded in different batches. Along
+    a line they are still close, with few other rows in between.
     """
     rows, width = features.float(), features.shape[1]
     along = rows @ torch.randn(width, LINES, generator=torch.Generator().manual_seed(0))
@@ -411,14 +413,14 @@ def equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
 
 
 def connect(pairs: Array, number: int) -> Array:
-    """The group `(number,)` of each number; pairs `(p, 2)` join them, also through others."""
+    """The group `(number,)` of each number: its component in a graph of the edges `(p, 2)`."""
     graph = coo_array((np.ones(len(pairs), np.int8), tuple(pairs.T)), (number, number))
     groups: Array = connected_components(graph, directed=False)[1]
     return groups
 
 
-def all_but_first(pairs: Iterable[Sequence[int]]) -> set[int]:
-    """The numbers that pairs join, directly or through others, except the lowest of each group.
+def find_repeats(pairs: Iterable[Sequence[int]]) -> set[int]:
+    """All numbers in pairs, except the lowest of each connected group.
 
     >>> sorted(all_but_first([(0, 2), (1, 2), (5, 7)]))
     [1, 2, 7]
@@ -432,10 +434,10 @@ def all_but_first(pairs: Iterable[Sequence[int]]) -> set[int]:
 def find_duplicates(
     features: Features, pairs: ExploredPairs | None, *, seed: int
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
-    """Near-duplicate images, how alike they are, and among how many images they were looked for.
+    """Near-duplicate images, how alike they are, and how many images were compared.
 
-    Where several pairs show an image, it is compared once, as that of the first of them. An encoder
-    may not tell left from right, so pixels decide about what it proposes.
+    An image that several pairs show is compared once, as the image of the first of them. An encoder
+    may not tell left from right, so pixels decide on its proposals.
     """
     total, data_rows = len(features.rows), features.rows.numpy()
     images = np.array(evenly_spaced(total, min(total, HASHED_PAIRS), seed))
@@ -444,7 +446,7 @@ def find_duplicates(
         images = images[np.sort(first)]
     images = images[evenly_spaced(len(images), min(len(images), COMPARED_ROWS), seed)]
     compared = torch.from_numpy(images)
-    near, values = near_duplicates(features.image[compared])
+    near, values = find_similar_rows(features.image[compared])
     near = compared[near]
     if pairs is not None:
         both = data_rows[near.numpy()].tolist()
@@ -455,12 +457,12 @@ def find_duplicates(
     return near, values, len(compared)
 
 
-def near_duplicates(
+def find_similar_rows(
     features: Float[Tensor, "n d"], *, batch: int = 512
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"]]:
-    """Pairs of rows of a cosine from 0.97 on, the most similar first, at most 500.
+    """At most 500 pairs of rows with a cosine of 0.97 or more, the most similar first.
 
-    Each row stands with its nearest other row only.
+    Each row is paired with its nearest other row only.
     """
     rows, pairs, values = normalize(features), [], []
     for numbers in torch.split(torch.arange(len(rows)), batch):
@@ -482,8 +484,8 @@ class Prototype:
 
     Attributes:
         tightness: Mean cosine of its members to its centroid.
-        agreement: Share of its members whose partners are together in one prototype of the other
-            modality, `partner`.
+        agreement: Share of its members whose other side is in `partner`, the most frequent
+            prototype of the other modality.
     """
 
     number: int
@@ -496,11 +498,11 @@ class Prototype:
 
 def list_prototypes(atlas: Atlas, modality: Modality) -> list[Prototype]:
     """The prototypes of a modality by number, empty ones included."""
-    assigned = atlas.prototype(modality)
-    sizes = np.bincount(assigned, minlength=atlas.number)
-    sums = np.bincount(assigned, atlas.similarity(modality), minlength=atlas.number)
-    together = count_together(assigned, atlas.prototype(OTHER[modality]), atlas.number)
-    # The first entry of each row is its largest, and of equal ones that of the lowest column.
+    assignments = atlas.prototype(modality)
+    sizes = np.bincount(assignments, minlength=atlas.number)
+    sums = np.bincount(assignments, atlas.similarity(modality), minlength=atlas.number)
+    together = count_together(assignments, atlas.prototype(OTHER[modality]), atlas.number)
+    # The first entry of each row is its largest; among equal ones, that of the lowest column.
     order = np.lexsort((together.col, -together.data, together.row))
     rows, first = np.unique(together.row[order], return_index=True)
     partners, shared = np.zeros((2, atlas.number), np.int64)
@@ -519,20 +521,20 @@ def list_prototypes(atlas: Atlas, modality: Modality) -> list[Prototype]:
 
 
 def count_together(one: Array, other: Array, number: int) -> coo_array:
-    """How many pairs are in each two groups `(number, number)`."""
+    """How many pairs are in each combination of groups `(number, number)`."""
     ones = np.ones(len(one), np.int64)
     return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
-    """What one model groups differently from another, in one modality.
+class Movements:
+    """The pairs that one model groups differently from another, in one modality.
 
-    Groups of both are matched one to one so that the most pairs stay.
+    Groups of both are matched one to one, so that as many pairs as possible stay.
 
     Attributes:
-        pairs: Positions in the two atlases of the pairs that moved `(p, 2)`, those of the largest
-            movements first.
+        pairs: Positions in the two atlases of the pairs that moved `(p, 2)`, the largest movements
+            first.
         groups: The group of each in the first model and in the second `(p, 2)`.
         flows: The movements, the largest first: number of pairs, group in the first model, and in
             the second `(f, 3)`.
@@ -545,18 +547,18 @@ class Moved:
     common: int
 
 
-def find_moved(first: Atlas, second: Atlas, modality: str) -> Moved:
+def find_movements(first: Atlas, second: Atlas, modality: str) -> Movements:
     """The pairs that two models on the same data put into groups that do not match."""
     _, one, other = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
     number = max(first.number, second.number)
     before, after = first.prototype(modality)[one], second.prototype(modality)[other]
-    changed = change_groups(before, after, number)
+    changed = find_changes(before, after, number)
     pairs = np.stack([one, other], axis=1)[changed]
     groups = np.stack([before, after], axis=1)[changed].astype(np.int64)
     ways, way, counts = np.unique(groups @ (number, 1), return_inverse=True, return_counts=True)
     order = np.lexsort((way, -counts[way]))
     flows = np.stack([counts, ways // number, ways % number], axis=1)
-    return Moved(
+    return Movements(
         pairs=pairs[order],
         groups=groups[order],
         flows=flows[np.argsort(-counts, kind="stable")],
@@ -571,11 +573,11 @@ def share_moved_by_seed(
     """The share of pairs whose group changes if K-means has another seed, in [0, 1]."""
     head = None if heads is None else heads[modality]
     again, _ = cluster_rows(getattr(features, modality), head, number=atlas.number, seed=1)
-    return float(change_groups(atlas.prototype(modality), again.numpy(), atlas.number).mean())
+    return float(find_changes(atlas.prototype(modality), again.numpy(), atlas.number).mean())
 
 
-def change_groups(before: Array, after: Array, number: int) -> Array:
-    """Whether each pair `(n,)` leaves its group, if groups are matched so that the most stay."""
+def find_changes(before: Array, after: Array, number: int) -> Array:
+    """Whether each pair `(n,)` leaves its group, with groups matched so that the most stay."""
     together = count_together(before, after, number).toarray()
     rows, columns = linear_sum_assignment(together, maximize=True)
     match = np.empty(number, np.int64)
@@ -585,7 +587,7 @@ def change_groups(before: Array, after: Array, number: int) -> Array:
 
 
 def write_atlas(path: Path, atlas: Atlas) -> None:
-    """Write an atlas, and beside it its numbers and the checksum of the file."""
+    """Write an atlas, and beside it a JSON file of its facts and the checksum."""
     values = {entry.name: getattr(atlas, entry.name) for entry in fields(atlas)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     facts = {name: value for name, value in values.items() if name not in arrays}
@@ -609,5 +611,5 @@ def read_atlas(path: Path) -> Atlas | None:
 
 
 def atlas_path(folder: Path, *parts: object) -> Path:
-    """The file of an atlas that is made of these parts."""
+    """The file of the atlas that these parts identify."""
     return folder / f"{checksum(json.dumps([FORM, *map(str, parts)]).encode())}.npz"

@@ -1,4 +1,4 @@
-"""A model over pairs: opens both, and answers what is near to a text, an image or a pair."""
+"""A model over pairs: opens both, and finds what is near to a text, an image or a pair."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -48,27 +48,27 @@ from protoclip.models.start import find_start
 from protoclip.terminal import say
 from protoclip.training.run_folder import flat, positives_of
 
-SEARCH_PIXELS = 50_000_000  # of an image that is searched for; decoding takes 20 bytes a pixel
-MAX_QUERY = 1000  # characters of a text that is searched for
+SEARCH_PIXELS = 50_000_000  # of a query image; decoding takes 20 bytes a pixel
+MAX_QUERY = 1000  # characters of a query text
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
-CHUNK_ELEMENTS = 20_000_000  # similarities that are held at a time
+CHUNK_ELEMENTS = 20_000_000  # similarities in memory at a time
 
-# Words of captions that answers are explained by, and how many an answer names at most. A word is
-# near to something if its cosine is this many standard deviations above that of words on average.
+# Words of captions that explain answers, and how many an answer names at most. A word is near to
+# something if its cosine is this many standard deviations above the mean of all words.
 MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
-# Pairs that are looked at for each image that is asked for, until enough images are among them.
+# Pairs to look at for each requested image, until enough different images are among them.
 PAIRS_PER_IMAGE = (2, 16, 128, 1024)
-SHARING, TIMES_MORE = 16, 8  # pairs of an image that are looked for at first; how many more then
-SAME_IMAGE = 0.999  # cosine above which two pairs may show one image, whose features are rounded
+SHARING, TIMES_MORE = 16, 8  # pairs of an image to look for at first, and the factor of each retry
+SAME_IMAGE = 0.999  # cosine above which two pairs may show one image; features are rounded
 
-# A pair's position in the atlas, and its cosine to what was asked.
+# A pair's position in the atlas, and its cosine to the query.
 Near = list[tuple[int, float]]
 NearestRows = tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]  # similarities, and rows
 
 
 class UnreadableImage(ValueError):
-    """An image that is searched for cannot be decoded."""
+    """A query image cannot be decoded."""
 
 
 class Neighbours:
@@ -132,11 +132,10 @@ class Explorer:
 
     Attributes:
         name: The model's reference.
-        encoded: Features of the pairs in the atlas; unset, they are opened when a question needs
-            them.
+        encoded: Features of the pairs in the atlas; unset, they are opened when a query needs them.
         heads: As `make_atlas` takes them.
-        teachers: Those of the run that trained it, and what was learned of each.
-        positives: What equal pairs were to that run: its `loss.positives`.
+        teachers: Teachers of the run that trained the model, and what it learned from each.
+        positives: How that run treated equal pairs: its `loss.positives`.
     """
 
     name: str
@@ -162,7 +161,7 @@ class Explorer:
         return {m: Neighbours(getattr(self.features, m)) for m in MODALITIES}
 
     def space(self, modality: str) -> Neighbours:
-        """The features of a modality, to be searched."""
+        """The features of a modality, ready to be searched."""
         with self._lock:
             return self._spaces[modality]
 
@@ -183,7 +182,7 @@ class Explorer:
             return self._words
 
     def prepare(self) -> None:
-        """Open features and words in a thread, so that the first question need not wait."""
+        """Open features and words in a thread, so that the first query need not wait."""
 
         def open_both() -> None:
             self.space("image")
@@ -196,19 +195,19 @@ class Explorer:
         return int(self.atlas.rows[position])
 
     def position(self, row: int) -> int | None:
-        """Where in the atlas a row of the data is; None if it is not there."""
+        """The position of a row of the data in the atlas; None if it is not there."""
         position = int(np.searchsorted(self.atlas.rows, row))
         return position if row in self.atlas.rows[position : position + 1] else None
 
     def image_key(self, position: int) -> str:
-        """Names the image of a pair in the atlas; pairs that show the same one have one name."""
+        """Identifies the image of a pair in the atlas; equal for pairs that show one image."""
         return self.pairs.image_key(self.row(position))
 
     def search_text(self, text: str, number: int = 24) -> Answer:
-        """The pairs nearest to a text, of which the first 1,000 characters count.
+        """The pairs nearest to the first 1,000 characters of a text.
 
-        An article before everything else is left out: what is looked for is the same without it,
-        and a small model whose captions have hardly an article is led astray by one.
+        A leading article is dropped: it does not change the meaning, and misleads a small model
+        whose captions have hardly any.
 
         Raises:
             ValueError: The text is empty.
@@ -239,7 +238,7 @@ class Explorer:
         return self._explain(query, self.near(query, number))
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
-        """What is nearest to a pair's image or text; its own image and text are left out."""
+        """The images and texts nearest to a pair's image or text, except its own."""
         query = self.space(modality).rows(torch.tensor([position]))
         answer = self.near(query, number + 1)
         key = self.image_key(position)
@@ -248,12 +247,12 @@ class Explorer:
         return replace(answer, images=images[:number], texts=texts[:number])
 
     def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
-        """The nearest images, each once however many pairs show it, and the nearest texts."""
+        """The nearest different images, and the nearest texts."""
         for times in PAIRS_PER_IMAGE:
             showing: dict[str, Near] = {}
             for near in self._near_pairs(query, "image", times * number):
                 showing.setdefault(self.image_key(near[0]), []).append(near)
-            # Pairs of one image follow each other, so only those of the last one may be missing.
+            # Pairs of one image are neighbours in the list, so only the last image may lack some.
             if len(showing) > number:
                 break
         images: Near = []
@@ -269,7 +268,7 @@ class Explorer:
         return list(zip(rows[0].tolist(), similarity[0].tolist(), strict=True))
 
     def _explain(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
-        """An answer with the words that are near to the query, and near to each result too."""
+        """Add the words near to the query, and those also near to each result."""
         words, features = self.words()
         if not words:
             return answer
@@ -291,16 +290,16 @@ class Explorer:
             shared[modality] = near_words(torch.minimum(standardize(rows.float()), to_query))
         return replace(answer, words=near_words(to_query)[0], shared=shared)
 
-    def sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
+    def find_sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
         """For each of these pairs, all others that show the same image."""
         space, key_of, sharing = self.space("image"), cache(self.image_key), dict[int, list[int]]()
         waiting, number = torch.tensor(positions).long(), SHARING
         while len(waiting):
-            # Few at a time where each has very many.
-            for some in torch.split(waiting, max(1, CHUNK_ELEMENTS // number)):
-                similarity, rows = space.search(space.rows(some), number)
+            # Smaller batches for more results each.
+            for batch in torch.split(waiting, max(1, CHUNK_ELEMENTS // number)):
+                similarity, rows = space.search(space.rows(batch), number)
                 same = similarity >= SAME_IMAGE
-                for position, near, is_same in zip(some.tolist(), rows, same, strict=True):
+                for position, near, is_same in zip(batch.tolist(), rows, same, strict=True):
                     if not is_same[-1] or number >= len(space):  # then there are no more
                         others = sorted({*near[is_same].tolist()} - {position})
                         key = key_of(position)
@@ -322,13 +321,13 @@ def open_explorer(
     workers: int | None = None,
     cache: bool = True,
 ) -> Explorer:
-    """Open a model over pairs; features and the atlas come from the cache, or are made and kept.
+    """Open a model over pairs; features and the atlas come from the cache, or are made for it.
 
     Args:
         reference: As `protoclip.load` takes it.
         number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
-        trained_on: Whether the pairs are of the data that the model was trained on. If it was by
-            `align`, heads that have not seen a pair tell then how odd it is.
+        trained_on: Whether the model was trained on these data. If `align` made it, heads that have
+            not seen a pair then tell how odd it is.
 
     Raises:
         ValueError: There is no such model, no image can be read, too few pairs, or more prototypes
@@ -337,7 +336,7 @@ def open_explorer(
     require_groups(number, len(pairs))
     model, transform, tokenizer = loading.load(reference)
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
-    config = None if checkpoint is None else run_config(reference)
+    config = None if checkpoint is None else read_run_config(reference)
     encoder = encoder_of(
         loading.to_device(model, device),
         transform,
@@ -357,12 +356,12 @@ def open_explorer(
     atlas, encoded = None if path is None else read_current_atlas(path, pairs), None
     if atlas is None:
         say("computing: features")
-        encoded, halves = encode_to_map(encoder, pairs, aligned=aligned)
+        encoded, encoder_features = encode_to_map(encoder, pairs, aligned=aligned)
         atlas = make_atlas(
             encoded,
             pairs,
             heads=heads,
-            halves=halves,
+            encoder_features=encoder_features,
             aligned=aligned,
             scale=loss_scale(model),
             layout=layout,
@@ -386,7 +385,7 @@ def open_explorer(
     )
 
 
-def run_config(reference: str) -> Config | None:
+def read_run_config(reference: str) -> Config | None:
     """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
     run = run_of(reference)
     return None if run is None else read_config(run)
@@ -396,7 +395,7 @@ def projection_heads(model: Any, config: Config | None) -> Heads | None:
     """The trained projection heads; None for a model without, and for a run that trains none.
 
     Args:
-        config: The settings of the run, if the model is of one.
+        config: The settings of the model's run, if it has one.
     """
     if not isinstance(model, ProtoCLIP) or (config is not None and not config.uses_prototypes):
         return None
@@ -415,7 +414,7 @@ def loss_scale(model: Any) -> float:
 
 
 def read_current_atlas(path: Path, pairs: ExploredPairs) -> Atlas | None:
-    """The atlas that is kept, unless an image that could not be read then can be now."""
+    """The cached atlas; None if there is none, or if an unreadable image has become readable."""
     atlas = read_atlas(path)
     if atlas is None:
         return None
@@ -430,20 +429,20 @@ def read_current_atlas(path: Path, pairs: ExploredPairs) -> Atlas | None:
 def encode_to_map(
     encoder: Encoder, pairs: ExploredPairs, *, aligned: bool
 ) -> tuple[Features, Features | None]:
-    """The features of all pairs that can be read; and where a model joins two halves, those of the
-    halves: if it was aligned on these pairs, of all their captions."""
+    """The features of all pairs that can be read, and for a model of two frozen encoders also
+    theirs; with all captions if the model was aligned on these pairs."""
     rows = pairs.find_captioned()
     if not isinstance(encoder, JoinedEncoder):
         return encode_pairs(encoder, pairs, rows), None
-    halves = encode_pairs(encoder.frozen, pairs, rows)
+    features = encode_pairs(encoder.frozen, pairs, rows)
     if aligned:
-        halves = add_captions(encoder.frozen, pairs, halves)
-    image, text = encoder.joint(halves.image, halves.text)
-    return replace(halves, image=image, text=text, captions=None, counts=None), halves
+        features = add_captions(encoder.frozen, pairs, features)
+    image, text = encoder.joint(features.image, features.text)
+    return replace(features, image=image, text=text, captions=None, counts=None), features
 
 
 def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
-    """Features of those rows, which have captions, whose image can be read."""
+    """Features of those rows whose image can be read; all have captions."""
     if not len(rows):
         raise ValueError(f"{pairs.name}: no pair has a caption")
     images = encoder.images(pairs.images(rows), stage="images")
@@ -451,7 +450,7 @@ def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features
     texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
     is_read = torch.ones(len(rows), dtype=torch.bool)
     is_read[[row for row, _ in images.bad]] = False
-    if len(images.content) == len(images.features):  # what `align` has encoded comes without
+    if len(images.content) == len(images.features):  # features from `align` have no hashes
         pairs.keep_content(rows[is_read.numpy()], images.content.numpy())
     return Features(
         captioned=torch.from_numpy(rows),
@@ -462,10 +461,10 @@ def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features
 
 
 def select_rows(features: Features, rows: Rows) -> Features:
-    """Those of these rows; when an atlas was made, the image of another may have been unreadable.
+    """Features of the rows of an atlas, which may be fewer than can be read now.
 
     Raises:
-        ValueError: The image of one of them cannot be read any more.
+        ValueError: The image of a row cannot be read any more.
     """
     wanted = torch.from_numpy(np.asarray(rows, np.int64))
     numbers = torch.searchsorted(features.rows, wanted).clamp(max=len(features.rows) - 1)
@@ -479,7 +478,7 @@ def select_rows(features: Features, rows: Rows) -> Features:
 
 
 def add_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:
-    """The same with all captions of each pair."""
+    """Features with all captions of each pair."""
     others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()]
     if not any(others):
         return features

@@ -70,8 +70,8 @@ TOOLTIP = """
 
 
 def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
-    """What the page draws, for JSON: the plot, the names of groups, the coarse ones first, and for
-    each way of colouring its legend."""
+    """The map for the page, as JSON: the plot, the names of groups, the coarse ones first, and the
+    legend of each way of colouring."""
     drawn = atlas.drawn
     rows = atlas.rows[drawn]
     listed = rows.tolist()
@@ -131,16 +131,16 @@ def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
 def add_categories(
     data: dict[str, Any], ways: dict[str, Any], name: str, values: list[str]
 ) -> dict[str, int]:
-    """A way of colouring by categories: the most frequent have colours of their own. Returns the
-    place of each category's colour in the palette."""
+    """Add a way of colouring by categories; the most frequent have colours of their own. Returns
+    the index of each category's colour in the palette."""
     distinct = [value for value, _ in Counter(values).most_common()]
     last = len(PALETTE) - 1
     rank = {value: min(number, last) for number, value in enumerate(distinct)}
     data[f"by {name}"] = np.array([rank[value] for value in values], np.uint8)
-    named = distinct if len(distinct) <= len(PALETTE) else distinct[:last]
-    labels = [shorten(value, 40) or "none" for value in named]
-    if len(named) < len(distinct):
-        labels.append(f"{len(distinct) - len(named)} others")
+    largest = distinct if len(distinct) <= len(PALETTE) else distinct[:last]
+    labels = [shorten(value, 40) or "none" for value in largest]
+    if len(largest) < len(distinct):
+        labels.append(f"{len(distinct) - len(largest)} others")
     ways[name] = {"kind": "categories", "labels": labels, "colours": PALETTE}
     return rank
 
@@ -155,7 +155,7 @@ def plot_points(data: dict[str, Any], positions: Array) -> Any:
         sizing_mode="stretch_both",
         min_height=320,
         toolbar_location="above",
-        toolbar_sticky=False,  # or tools give way to the width of a title that there is not
+        toolbar_sticky=False,  # else tools make room for a title, which the plot lacks
         lod_threshold=4000,
         background_fill_alpha=0,
         border_fill_alpha=0,
@@ -210,7 +210,7 @@ def point_size(number: int) -> float:
 
 
 def first_range(values: Array) -> Range1d:
-    """What the map shows first: all points except a few that lie far off."""
+    """The first view of the map: all points except a few that lie far off."""
     low, high = np.quantile(values, [OUTER, 1 - OUTER]).tolist()
     margin = 0.06 * (high - low) or 1.0
     return Range1d(low - margin, high + margin)

@@ -1,8 +1,8 @@
-"""The pages of an explorer: a table says which there are, and what each one needs.
+"""The pages of an explorer; the table `PAGES` lists them with their needs.
 
 Pages link to each other by relative names, so a server and a folder of files hold the same ones
 (`serve.py`). Captions, ids and names are text: Jinja escapes them, and `shorten` cuts them and
-makes visible what would turn or break a line.
+makes characters visible that would turn or break a line.
 """
 
 import csv
@@ -33,10 +33,10 @@ from protoclip.explore.atlas import (
     MODALITIES,
     OTHER,
     Modality,
-    Moved,
+    Movements,
     Prototype,
-    all_but_first,
-    find_moved,
+    find_movements,
+    find_repeats,
     list_prototypes,
     share_moved_by_seed,
 )
@@ -47,9 +47,9 @@ from protoclip.models.saved import run_of
 from protoclip.terminal import visible
 
 PAGE_SIZE = 60  # pairs, or prototypes, on a page
-ALIKE = 0.95  # likeness from which near-duplicates are listed, unless one asks for others
+ALIKE = 0.95  # default likeness from which near-duplicates are listed
 FLOWS = 40  # movements between groups that are listed
-READ_CAPTIONS = 2000  # of pairs that moved, and of those that stayed, to name what moved
+READ_CAPTIONS = 2000  # captions of pairs that moved, and of those that stayed, to describe moves
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512  # pixels
@@ -71,15 +71,15 @@ class Card:
     facts: Sequence[str] = ()
     prototype: tuple[str, int, str] | None = None  # modality, number, name
     others: Sequence["Card"] = ()  # pairs with the same image
-    file: str = ""  # name of the file that is the image; empty for an image in the data
-    is_again: bool = False  # whether an image that is alike comes earlier in the data
+    file: str = ""  # name of the image's file; empty for an image in the data
+    is_again: bool = False  # whether a near-duplicate comes earlier in the data
 
 
 class Pages:
     """The pages of one explorer, or of two on the same pairs.
 
     Attributes:
-        live: A server answers questions; else pages are files, and show less.
+        live: A server answers queries; else pages are files, and show less.
         sites: The pages of each model.
         thumbnail: An image of the data, by row, shrunk to a side, as WebP.
     """
@@ -91,7 +91,7 @@ class Pages:
         self.thumbnail = lru_cache(maxsize=4096)(self.pairs.thumbnail)
 
     def prepare(self) -> None:
-        """Draw the maps, and open in threads what other pages need."""
+        """Draw the maps, and prepare other pages in threads."""
         for site in self.sites:
             _ = site.map
             site.explorer.prepare()
@@ -99,19 +99,19 @@ class Pages:
 
     @cached_property
     def model_names(self) -> list[str]:
-        """The models for headings: of a path the last part, unless both have the same."""
+        """The models for headings: the last part of a path, unless both have the same."""
         whole = [explorer.name for explorer in self.explorers]
         short = [*map(last_part, whole)]
         return [shorten(name, 60) for name in (short if len({*short}) == len(short) else whole)]
 
     @cached_property
-    def moved(self) -> dict[str, Moved]:
+    def movements(self) -> dict[str, Movements]:
         """For each modality, the pairs that the two models group differently."""
         first, second = (explorer.atlas for explorer in self.explorers)
-        return {modality: find_moved(first, second, modality) for modality in MODALITIES}
+        return {modality: find_movements(first, second, modality) for modality in MODALITIES}
 
     @cached_property
-    def moved_by_seed(self) -> dict[str, float]:
+    def share_by_seed(self) -> dict[str, float]:
         """The share of pairs whose group in the first model another seed of K-means changes."""
         first = self.explorers[0]
         return {
@@ -120,20 +120,19 @@ class Pages:
         }
 
     @cached_property
-    def moved_words(self) -> dict[str, str]:
-        """The words that set captions of what moved apart from those of what stayed."""
+    def movement_words(self) -> dict[str, str]:
+        """The words that distinguish captions of moved pairs from those of pairs that stayed."""
         (first, second), words = self.explorers, {}
         common = np.flatnonzero(np.isin(first.atlas.rows, second.atlas.rows))
         for modality in MODALITIES:
-            gone = self.moved[modality].pairs[:, 0]
+            gone = self.movements[modality].pairs[:, 0]
             parts = [
                 part[evenly_spaced(len(part), min(len(part), READ_CAPTIONS), 0)]
                 for part in (gone, np.setdiff1d(common, gone))
             ]
             captions = [self.pairs.caption(first.row(at)) for part in parts for at in part.tolist()]
-            words[str(modality)] = name_groups(captions, np.repeat([0, 1], [*map(len, parts)]), 2)[
-                0
-            ]
+            groups = np.repeat([0, 1], [*map(len, parts)])
+            words[str(modality)] = name_groups(captions, groups, 2)[0]
         return words
 
     def front(self) -> str:
@@ -142,7 +141,7 @@ class Pages:
 
 
 def last_part(reference: str) -> str:
-    """The last part of a path, after that of its run for a checkpoint; other names are whole."""
+    """The last part of a path, with the run's name for a checkpoint; other names unchanged."""
     path = Path(reference).absolute()
     if not path.exists():
         return reference
@@ -151,7 +150,7 @@ def last_part(reference: str) -> str:
 
 
 class Site:
-    """The pages of one model. Methods that `PAGES` names make a page each."""
+    """The pages of one model. Each method in `PAGES` makes a page."""
 
     def __init__(self, pages: Pages, number: int) -> None:
         self.pages, self.number, self.live = pages, number, pages.live
@@ -159,7 +158,7 @@ class Site:
         self.atlas = self.explorer.atlas
 
     def values(self, name: str) -> Sequence[Any]:
-        """What a name in a page's path may be."""
+        """The possible values of a name in a page's path."""
         values: dict[str, Sequence[Any]] = {
             "modality": MODALITIES,
             "measure": ("distance", "loss"),
@@ -169,15 +168,15 @@ class Site:
         }
         return values[name]
 
-    # What pages are made of.
+    # The parts of pages.
 
     @cached_property
     def map(self) -> Markup:
         """The map as JSON for a page, in which no text ends a tag."""
         from protoclip.explore.map import make_map
 
-        made = json.dumps(make_map(self.atlas, self.pairs))
-        return Markup(made.replace("<", "\\u003c"))
+        text = json.dumps(make_map(self.atlas, self.pairs))
+        return Markup(text.replace("<", "\\u003c"))
 
     @cached_property
     def prototypes(self) -> dict[str, list[Prototype]]:
@@ -185,12 +184,12 @@ class Site:
 
     @cached_property
     def _members(self) -> dict[str, tuple[Rows, Rows]]:
-        """For each modality all pairs by prototype, the nearest first; and where each begins."""
+        """For each modality all pairs by prototype, the nearest first; and each one's start."""
         members = {}
         for modality in MODALITIES:
-            assigned = self.atlas.prototype(modality)
-            order = np.lexsort((-self.atlas.similarity(modality), assigned))
-            starts = np.searchsorted(assigned[order], np.arange(self.atlas.number + 1))
+            assignments = self.atlas.prototype(modality)
+            order = np.lexsort((-self.atlas.similarity(modality), assignments))
+            starts = np.searchsorted(assignments[order], np.arange(self.atlas.number + 1))
             members[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
         return members
 
@@ -206,12 +205,12 @@ class Site:
         for modality in MODALITIES:
             near = [self.members(modality, group)[:NAMED_BY].tolist() for group in range(number)]
             captions = [self.pairs.caption(self.explorer.row(at)) for at in chain(*near)]
-            assigned = np.repeat(np.arange(number), [*map(len, near)])
-            names[str(modality)] = name_groups(captions, assigned, number)
+            assignments = np.repeat(np.arange(number), [*map(len, near)])
+            names[str(modality)] = name_groups(captions, assignments, number)
         return names
 
     def name(self, modality: str, number: int) -> str:
-        """The words that set a prototype's captions apart; empty if there are none."""
+        """The words that distinguish a prototype's captions; empty if there are none."""
         return shorten(self._names[modality][number], 60)
 
     @cached_property
@@ -223,7 +222,7 @@ class Site:
 
     @cached_property
     def _copies(self) -> set[str]:
-        """Images in the data of which each row that holds one counts as an image of its own."""
+        """Keys of images whose copies in other rows count as images of their own."""
         twins = [[*map(self.explorer.image_key, both)] for both in self.atlas.duplicates.tolist()]
         return {one for one, other in twins if one == other}
 
@@ -241,8 +240,8 @@ class Site:
         )
 
     def answer_cards(self, modality: str, answer: Answer, *, explain: bool = False) -> list[Card]:
-        """The images or texts of an answer, each with its cosine, and why it is among them. An
-        image stands once, with the pairs that show it."""
+        """The images or texts of an answer, each with its cosine and perhaps an explanation. An
+        image appears once, with all pairs that show it."""
         is_image = modality == "image"
         cards = []
         for place, (position, value) in enumerate(answer.images if is_image else answer.texts):
@@ -260,8 +259,8 @@ class Site:
             cards.append(card)
         return cards
 
-    def by_image(self, modality: str, positions: Iterable[int]) -> list[list[int]]:
-        """Pairs, those that show one image together; of texts each by itself."""
+    def group_by_image(self, modality: str, positions: Iterable[int]) -> list[list[int]]:
+        """Groups of pairs that show one image; for texts a group each."""
         if modality == "text":
             return [[position] for position in positions]
         showing: dict[str, list[int]] = {}
@@ -270,7 +269,7 @@ class Site:
         return [*showing.values()]
 
     def different_images(self, positions: Iterable[int], number: int) -> list[int]:
-        """The first of these pairs, one for each image; looks at no more images than needed."""
+        """The first pair of each image, at most `number`; looks at no more images than needed."""
         first: dict[str, int] = {}
         for position in positions:
             if len(first) == number:
@@ -279,7 +278,7 @@ class Site:
         return [*first.values()]
 
     def render(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
-        """A page from its template; `here` is where the other model shows the same."""
+        """A page from its template; `here` is the other model's page of the same."""
         template = templates().get_template(name)
         text: str = template.render(
             title=title,
@@ -306,7 +305,7 @@ class Site:
         )
 
     def prototype_list(self, modality: Modality, by: str = "size", page: int = 1) -> str:
-        """Prototypes by a measure, the largest first; behind a `-` the smallest first."""
+        """Prototypes by a measure, the largest first; with a `-` before it the smallest first."""
         measure, sign = by.removeprefix("-"), 1 if by.startswith("-") else -1
         prototypes = self.prototypes[modality]
         order = np.argsort([sign * getattr(one, measure) for one in prototypes], kind="stable")
@@ -338,7 +337,7 @@ class Site:
         similarity, other = self.atlas.similarity(modality), OTHER[modality]
         cards = [
             self.card(first, f"cosine to centroid {similarity[first]:.3f}", others=others)
-            for first, *others in self.by_image(modality, part.tolist())
+            for first, *others in self.group_by_image(modality, part.tolist())
         ]
         return self.render(
             "prototype.html",
@@ -378,13 +377,13 @@ class Site:
         )
 
     def duplicates(self, least: float = ALIKE, page: int = 1) -> str:
-        """The images that are at least so much alike, each with all its pairs."""
+        """The near-duplicates of a likeness of `least` or more, each with all its pairs."""
         atlas = self.atlas
         listed = np.flatnonzero(atlas.duplicate_likeness >= least)
         part, pages = take_page(listed, page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
-        sharing = self.explorer.sharing([*chain(*twins)]) if twins else {}
-        again = all_but_first(atlas.duplicates[listed].tolist())  # also by those of other pages
+        sharing = self.explorer.find_sharing([*chain(*twins)]) if twins else {}
+        again = find_repeats(atlas.duplicates[listed].tolist())  # on all pages
         rows = []
         for value, both in zip(atlas.duplicate_likeness[part].tolist(), twins, strict=True):
             cards = []
@@ -404,9 +403,9 @@ class Site:
             pages=pages,
         )
 
-    def moved(self, modality: Modality, page: int = 1) -> str:
-        """What two models group differently."""
-        moved, (first, second) = self.pages.moved[modality], self.pages.sites
+    def movement_page(self, modality: Modality, page: int = 1) -> str:
+        """The pairs that two models group differently."""
+        moved, (first, second) = self.pages.movements[modality], self.pages.sites
         flows = [
             (count, (one, first.name(modality, one)), (two, second.name(modality, two)))
             for count, one, two in moved.flows[:FLOWS].tolist()
@@ -416,7 +415,7 @@ class Site:
         groups = dict(zip(positions, moved.groups[part].tolist(), strict=True))
         cards = [
             self.card(first, "group {} became {}".format(*groups[first]), others=others)
-            for first, *others in self.by_image(modality, positions)
+            for first, *others in self.group_by_image(modality, positions)
         ]
         return self.render(
             "moved.html",
@@ -424,16 +423,16 @@ class Site:
             here=f"moved-{modality}.html",
             modality=modality,
             moved=moved,
-            by_seed=self.pages.moved_by_seed[modality],
+            by_seed=self.pages.share_by_seed[modality],
             flows=flows,
-            words=shorten(self.pages.moved_words[modality], 120),
+            words=shorten(self.pages.movement_words[modality], 120),
             cards=cards,
             page=page,
             pages=pages,
         )
 
     def pair(self, position: int) -> str:
-        """One pair, and what is near to it."""
+        """One pair, and the images and captions near to it."""
         row = self.explorer.row(position)
         source, index = self.pairs.locate(row)
         try:
@@ -442,8 +441,8 @@ class Site:
             captions = [shorten(str(error))]
         near = {str(m): self.explorer.nearest(position, m) for m in MODALITIES}
         sections = [
-            (title, self.answer_cards(modality, near[asked]))
-            for title, modality, asked in (
+            (title, self.answer_cards(modality, near[query]))
+            for title, modality, query in (
                 ("Images near this image", "image", "image"),
                 ("Captions near this image", "text", "image"),
                 ("Captions near this caption", "text", "text"),
@@ -455,7 +454,7 @@ class Site:
             "pair.html",
             "Pair",
             here="index.html" if other is None else f"pair-{other}.html",
-            card=self.card(position, others=self.explorer.sharing([position])[position]),
+            card=self.card(position, others=self.explorer.find_sharing([position])[position]),
             captions=captions,
             origin=shorten(source.where(index), 200),
             source=shorten(source.name, 60),
@@ -467,14 +466,14 @@ class Site:
         )
 
     def search(self, text: str = "") -> str:
-        """What is nearest to a text."""
+        """The images and captions nearest to a text."""
         try:
             return self.answer(text, self.explorer.search_text(text))
         except ValueError as error:
             return self.message("Search", f"Nothing was searched for: {error}.")
 
     def search_image(self, encoded: bytes) -> str:
-        """What is nearest to an image, which is not kept."""
+        """The images and captions nearest to an image, which is not stored."""
         try:
             answer = self.explorer.search_image(encoded)
         except UnreadableImage as error:
@@ -507,10 +506,10 @@ class Page:
     """A page that each model has.
 
     Attributes:
-        path: Its name, with names of values in braces, which `Site.values` lists.
-        make: Makes it of a site and these values.
-        query: Names of what a server reads from an address beside them.
-        is_file: Whether it can be a file; else it needs the model, or is one of too many.
+        path: Its name, with the names of values in braces; `Site.values` lists the values.
+        make: Makes it from a site and these values.
+        query: Names of further values that a server reads from the address.
+        is_file: Whether it can be a file; else it needs the model, or would be one of too many.
         compares: Whether it needs two models.
     """
 
@@ -520,12 +519,12 @@ class Page:
     is_file: bool = True
     compares: bool = False
 
-    def write(self, site: Site) -> Iterator[tuple[str, str]]:
-        """The files of this page, each with its name."""
+    def make_files(self, site: Site) -> Iterator[tuple[str, str]]:
+        """The files of this page: name and content."""
         names = re.findall(r"{(\w+)}", self.path)
         for values in product(*map(site.values, names)):
-            given = dict(zip(names, values, strict=True))
-            yield self.path.format(**given), self.make(site, **given)
+            arguments = dict(zip(names, values, strict=True))
+            yield self.path.format(**arguments), self.make(site, **arguments)
 
 
 PAGES = (
@@ -535,7 +534,7 @@ PAGES = (
     Page(path="ids-{modality}-{number}.{form}", make=Site.ids),
     Page(path="odd-{measure}.html", make=Site.odd, query=("page",)),
     Page(path="duplicates.html", make=Site.duplicates, query=("least", "page")),
-    Page(path="moved-{modality}.html", make=Site.moved, query=("page",), compares=True),
+    Page(path="moved-{modality}.html", make=Site.movement_page, query=("page",), compares=True),
     Page(path="pair-{position}.html", make=Site.pair, is_file=False),
     Page(path="search.html", make=Site.search, query=("text",), is_file=False),
 )

@@ -1,6 +1,6 @@
-"""The pairs that are explored: rows of one or several sources, with captions, classes, images.
+"""The pairs to explore: rows of one or several sources, with captions, classes, images.
 
-Sources are opened in `data/sources.py`; what a model makes of the pairs is in `atlas.py`.
+Sources are opened in `data/sources.py`; `atlas.py` maps and groups the pairs.
 """
 
 import io
@@ -31,7 +31,7 @@ DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
 
 
 def shorten(text: str, limit: int = CAPTION_LENGTH) -> str:
-    """Cut a text of a user to one line, and make visible what turns or breaks lines."""
+    """Cut a user's text to one line, and make visible what would turn or break lines."""
     cut = visible(" ".join(text[: 2 * limit].split()))
     return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
 
@@ -39,8 +39,8 @@ def shorten(text: str, limit: int = CAPTION_LENGTH) -> str:
 class ExploredPairs(PairsView):
     """All rows of sources, as training sees them, with their sample ids.
 
-    A text is the first caption of its pair. An image that a table or shard holds is read once to
-    tell equal ones apart from others; the hash of its content is kept by row.
+    A text is the first caption of its pair. Images in tables and shards are read once to find equal
+    ones, by the hash of their content.
     """
 
     def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:
@@ -96,7 +96,7 @@ class ExploredPairs(PairsView):
         return visible(path).rpartition("/")[2]  # without a query, which may be a secret
 
     def image_key(self, row: int) -> str:
-        """Names the image of a pair, equally for pairs that show the same one: by its file, or by
+        """Identifies the image of a pair, equal for pairs that show one image: by its file, or by
         its content if the data hold it."""
         source, number = self.locate(row)
         if source.image_file(number) is None:
@@ -115,8 +115,8 @@ class ExploredPairs(PairsView):
     def hash_images(self, rows: Rows) -> Hashes:
         """Hashes `(n,)` that are equal for rows of one image, and differ for an image and its copy.
 
-        Each file has its own. So has each image in a table or a shard, unless at least half of the
-        rows share theirs: then there is a row a caption, and equal content is one image.
+        Each file has its own hash. So has each image in a table or a shard, unless at least half of
+        the rows share theirs: then the data have a row a caption, and equal content is one image.
         """
         keys = hash_ids(self.image_key(int(row)) for row in rows)
         _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
@@ -126,7 +126,7 @@ class ExploredPairs(PairsView):
         return hash_ids(str(source.image_key(number)) for source, number in places)
 
     def correlate_images(self, one: int, other: int) -> float:
-        """The correlation of two images' pixels, both shrunk to a square: 1 for equal pixels alone,
+        """The correlation of two images' pixels, both shrunk to a square: 1 only for equal pixels,
         and 0 if an image cannot be read."""
         try:
             pixels = [
@@ -145,8 +145,8 @@ class ExploredPairs(PairsView):
         return min(MOST_ALIKE, float(rows[0] @ rows[1] / max(norms, 1e-6)))
 
     def thumbnail(self, row: int, side: int) -> bytes:
-        """The image as WebP, at most `side` pixels a side, without whatever else its file held;
-        grey if it cannot be read."""
+        """The image as WebP without metadata, at most `side` pixels a side; grey if it cannot be
+        read."""
         try:
             with DECODING:
                 encoded = self.encoded(row)
@@ -163,7 +163,7 @@ class ExploredPairs(PairsView):
 def explore_pairs(
     samples: Pairs | SampleStream, *, class_column: str | None = None
 ) -> ExploredPairs:
-    """The pairs of a source or mixture. Sources without the column of classes have none.
+    """The pairs of a source or mixture. Sources without the class column have no classes.
 
     Raises:
         ValueError: It is a stream, which cannot be read in any order, or no source has the column.

@@ -45,7 +45,7 @@ from protoclip.progress import Progress
 from protoclip.rules import require_empty
 from protoclip.terminal import visible
 
-MAX_BODY_BYTES = 20_000_000  # of an image that is searched for
+MAX_BODY_BYTES = 20_000_000  # of a query image
 MAX_PATH = 200
 MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
 NAME_AND_PORT = re.compile(r"(\[.*\]|[^:]*)(?::\d*)?")  # of a Host header
@@ -67,9 +67,9 @@ BATCH = 2048  # pairs of a table that are written at once
 
 
 def make_server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
-    """What answers, once it is run with a socket, until the process is interrupted."""
+    """The server; run it with a socket, and it answers until the process is interrupted."""
     settings = uvicorn.Config(
-        Guard(application(pages), host=host, token=token),
+        Guard(make_application(pages), host=host, token=token),
         log_level="error",
         access_log=False,
         server_header=False,
@@ -83,8 +83,8 @@ def make_server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
     return uvicorn.Server(settings)
 
 
-def application(pages: Pages) -> Starlette:
-    """Answers requests for the pages of `PAGES`, and for what they show."""
+def make_application(pages: Pages) -> Starlette:
+    """Answers requests for the pages of `PAGES`, their images and their assets."""
 
     def front(request: Request) -> Response:
         return respond(pages.front(), "html")
@@ -126,7 +126,7 @@ def application(pages: Pages) -> Starlette:
     async def search_image(request: Request) -> Response:
         site, body, size = find_site(request), bytearray(), 0
         try:
-            # What is too much is read and dropped: a client that still sends reads no answer.
+            # Read and drop what is too much: a client that is still sending reads no answer.
             async for chunk in request.stream():
                 size += len(chunk)
                 body += chunk if size <= MAX_BODY_BYTES else b""
@@ -140,7 +140,7 @@ def application(pages: Pages) -> Starlette:
         return PlainTextResponse("Not Found", 404)
 
     def no_answer(request: Request, error: Exception) -> Response:
-        """One line, and no traceback, where data or features cannot be read any more."""
+        """One line, and no traceback, if data or features cannot be read any more."""
         return PlainTextResponse(f"This cannot be shown: {visible(str(error))}", 500)
 
     routes = [
@@ -156,7 +156,7 @@ def application(pages: Pages) -> Starlette:
 
 
 def require(is_found: bool) -> None:
-    """Answer that there is no such page, unless there is."""
+    """Answer 404 unless the page exists."""
     if not is_found:
         raise HTTPException(404)
 
@@ -186,10 +186,10 @@ READERS: dict[str, Callable[[str], Any]] = {  # of values behind the `?` of an a
 
 
 def respond(body: str | bytes, kind: str) -> Response:
-    """A body of that kind. Images and assets may be kept by the browser, until the cookie changes:
-    the next server has another, and may show other data at the same address."""
+    """A response of that kind. The browser may cache images and assets until the cookie changes:
+    the next server has another cookie, and may show other data at the same address."""
     if isinstance(body, str):
-        body = body.encode("utf-8", "replace")  # names of files may hold halves of characters
+        body = body.encode("utf-8", "replace")  # names of files may hold lone surrogates
     if kind == "html":
         return Response(body, media_type="text/html; charset=utf-8")
     keeps = kind in ("webp", "css", "js")
@@ -198,16 +198,15 @@ def respond(body: str | bytes, kind: str) -> Response:
 
 
 def cookie_name(token: str) -> str:
-    """A name of its own for each server, since browsers share cookies between ports."""
+    """A different name for each server, since browsers share cookies between ports."""
     return f"protoclip-{checksum(token.encode())[:8]}"
 
 
 class Guard:
-    """Lets through requests to this host that bring the token, in the URL or as a cookie.
+    """Lets through requests to this host with the token, in the URL or as a cookie.
 
-    A foreign Host header, which a rebound name brings, is refused. So are requests that another
-    site makes, unless they only open a page. Every answer forbids scripts, frames and requests of
-    other origins.
+    A foreign Host header, as in DNS rebinding, is refused. So are requests by another site, unless
+    they only open a page. Every answer forbids scripts, frames and requests of other origins.
     """
 
     def __init__(self, inner: ASGIApp, *, host: str, token: str) -> None:
@@ -232,7 +231,7 @@ class Guard:
         await (self.refuse(scope) or self.inner)(scope, receive, send_with_headers)
 
     def refuse(self, scope: Scope) -> Response | None:
-        """The answer to a request that is not let through; or to one that brings the token."""
+        """The answer to a request that is refused, or that brings the token; else None."""
         headers, request = Headers(scope=scope), Request(scope)
         if len(scope["path"]) > MAX_PATH:
             return PlainTextResponse("Too long.", 414)
@@ -246,7 +245,7 @@ class Guard:
         ):
             return PlainTextResponse("Another site may not ask this.", 403)
         if self.is_token(request.query_params.get("token", "")):
-            answer = RedirectResponse(without_token(scope), 303)
+            answer = RedirectResponse(remove_token(scope), 303)
             answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
             return answer
         if not self.is_token(request.cookies.get(self.cookie, "")):
@@ -267,17 +266,17 @@ class Guard:
             return False
         return True
 
-    def is_token(self, given: str) -> bool:
-        return secrets.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+    def is_token(self, text: str) -> bool:
+        return secrets.compare_digest(text.encode("utf-8", "replace"), self.token.encode())
 
 
-def without_token(scope: Scope) -> str:
+def remove_token(scope: Scope) -> str:
     """The address of a request, on this server, without its token."""
     # Two slashes, of either kind, would begin the name of another host.
     path = "/" + quote(scope["path"].lstrip("/"))
-    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    left = urlencode([(name, value) for name, value in query if name != "token"])
-    return f"{path}?{left}" if left else path
+    parts = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    query = urlencode([(name, value) for name, value in parts if name != "token"])
+    return f"{path}?{query}" if query else path
 
 
 def write_static(explorers: list[Explorer], folder: Path) -> int:
@@ -321,7 +320,7 @@ def static_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
     for site in pages.sites:
         for page in PAGES:
             if page.is_file and (len(pages.sites) > 1 or not page.compares):
-                for name, text in page.write(site):
+                for name, text in page.make_files(site):
                     yield f"{site.number}/{name}", text
 
 
@@ -360,7 +359,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
             captions = map(pairs.caption_or_reason, rows)
             ids = [*map(pairs.sample_id, rows)]
             columns: dict[str, Any] = {
-                # A table holds no halves of characters.
+                # A table holds no lone surrogates.
                 "text": [caption.encode("utf-8", "replace").decode() for caption in captions],
                 "sample_id": ids,
                 "image_row": rows,

@@ -1,7 +1,6 @@
 """What goes along with the weights: the model card, and the prototypes of a run.
 
-Weights are written by the file of each format, and the card's figure is drawn in
-`results/figures.py`.
+The file of each format writes the weights, and `results/figures.py` draws the card's figure.
 """
 
 import json
@@ -50,13 +49,13 @@ from protoclip.terminal import line, say, visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat, named_by, positives_of
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
-# Pairs whose captions are looked at, captions at a time, and captions that a prototype gets.
+# Most pairs whose captions are read, and the number of captions of a prototype.
 PAIRS, NEAREST = 20_000, 5
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "loss", "optim")
-# The licences that the hub knows; it refuses a card that names another one.
-# What the card of each export says; a folder without it is not replaced by another export.
+# Every card has these words; an export does not replace a folder without them.
 EXPORTED = "An image tower and a text tower with one joint space, exported from"
+# The licences that the hub knows; it refuses a card that names another one.
 LICENCES = """
 afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc
@@ -118,7 +117,7 @@ similarity = image_features @ text_features.T""",
     "onnx": """
 import onnxruntime
 image_features, text_features = (
-    session.run(None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()})[0]
+    session.run(None, {node.name: inputs[node.name].numpy() for node in session.get_inputs()})[0]
     for session in (
         onnxruntime.InferenceSession(f"{folder}/onnx/{name}_model.onnx")
         for name in ("vision", "text")
@@ -142,16 +141,16 @@ inputs = {"pixel_values": preprocess(image)[None], "input_ids": tokens}""",
 
 
 def write_prototypes(source: Source, folder: Path) -> str | None:
-    """Write the prototypes of the episode that a checkpoint was saved in, or of the last with any.
+    """Write the prototypes of a checkpoint: those of its episode, or of the last with any.
 
     `prototypes.safetensors` holds for image, text and each teacher `SPACE.centroids` `(k, p)` and
     `SPACE.sizes` `(k,)`, the number of members; and `image_head.*` and `text_head.*`, the heads
-    that turn features into the space of the centroids. For image and teachers, whose spaces are
-    others than the captions', `SPACE.in_text` `(k, p)` is the mean of the text centroids of a
-    prototype's members. `prototypes.json` says the same in words.
+    that turn features into the space of the centroids. For image and teachers, whose spaces differ
+    from the captions', `SPACE.in_text` `(k, p)` is the mean of the text centroids of a prototype's
+    members. `prototypes.json` describes these tensors.
 
     Returns:
-        Why there are none; None if they are written.
+        The reason why there are none; None if they are written.
     """
     checkpoint = source.checkpoint
     alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
@@ -167,13 +166,13 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
         return "the checkpoint holds none"
     tensors: dict[str, Tensor] = {}
     for space, (centroids, assignments) in clusters.items():
-        known = assignments >= 0
+        valid = assignments >= 0
         tensors[f"{space}.centroids"] = centroids
-        tensors[f"{space}.sizes"] = torch.bincount(assignments[known], minlength=len(centroids))
+        tensors[f"{space}.sizes"] = torch.bincount(assignments[valid], minlength=len(centroids))
         if space != "text" and "text" in clusters:
-            of_members = clusters["text"][0][clusters["text"][1]]
+            text_centroids = clusters["text"][0][clusters["text"][1]]
             tensors[f"{space}.in_text"] = back_translate(
-                assignments[known], of_members[known], len(centroids)
+                assignments[valid], text_centroids[valid], len(centroids)
             )
     if isinstance(source.model, ProtoCLIP):
         for name in ("image_head", "text_head"):
@@ -201,12 +200,12 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
 def add_captions(source: Source, folder: Path, *, allow_links: bool = False) -> str | None:
     """Add the captions nearest to each prototype to `prototypes.json`, by the model itself.
 
-    Nothing brings images and captions close by their projections, so those of an image prototype
-    are the captions nearest to its `in_text`. They are chosen among those of at most `PAIRS` of the
-    run's pairs, evenly spread; a prototype without members has none.
+    No loss brings the projections of images and captions together, so an image prototype gets the
+    captions nearest to its `in_text`. They come from at most `PAIRS` of the run's pairs, evenly
+    spread; a prototype without members gets none.
 
     Returns:
-        Why there are none; None if they are written, or if there are no text prototypes.
+        The reason why there are none; None if they are written, or without text prototypes.
     """
     path = folder / f"{PROTOTYPES}.json"
     facts = read_json(path) if path.is_file() else {"spaces": {}}
@@ -216,7 +215,7 @@ def add_captions(source: Source, folder: Path, *, allow_links: bool = False) -> 
     if run is None:
         return "the checkpoint is not in the folder of its run"
     try:
-        captions = captions_of(run, allow_links=allow_links)
+        captions = read_captions(run, allow_links=allow_links)
     except (ValueError, OSError) as error:
         return f"the run's data cannot be opened ({line(str(error))})"
     if not captions:
@@ -235,7 +234,7 @@ def add_captions(source: Source, folder: Path, *, allow_links: bool = False) -> 
     return None
 
 
-def captions_of(run: Path, *, allow_links: bool) -> list[str]:
+def read_captions(run: Path, *, allow_links: bool) -> list[str]:
     """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
     config = read_config(run)
     config = replace(config, data=replace(config.data, allow_links=allow_links))
@@ -267,12 +266,12 @@ def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     return torch.nn.functional.normalize(projected, dim=1)
 
 
-def front_matter(license: str, libraries: Sequence[str]) -> str:
-    """What the hub reads of a card; a licence without an identifier there is `other`, by name."""
-    known = license.lower() in LICENCES.split()
+def write_front_matter(license: str, libraries: Sequence[str]) -> str:
+    """The card's part for the hub; a licence without an identifier there is `other`, by name."""
+    is_listed = license.lower() in LICENCES.split()
     return ModelCardData(
-        license=license.lower() if known else "other",
-        license_name=None if known else visible(license),
+        license=license.lower() if is_listed else "other",
+        license_name=None if is_listed else visible(license),
         library_name=(*libraries, "onnx")[0],
         pipeline_tag="zero-shot-image-classification",
         tags=["clip", "protoclip", *libraries[1:]],
@@ -295,33 +294,33 @@ def write_card(
     libraries = [names[kind] for kind in facts["formats"] if kind in names]
     missing = facts["prototypes"]
     lines = [
-        *["---", front_matter(facts["license"], libraries), "---", ""],
+        *["---", write_front_matter(facts["license"], libraries), "---", ""],
         *[f"# {escape_markdown(str(name))}", ""],
         f"{EXPORTED} `{visible(source.reference)}` by protoclip {protoclip.__version__}.",
         "",
         f"Images become tensors of shape {source.image_shape}, and captions "
         f"{source.context_length} tokens.",
-        *["", "## Load", "", *load_lines(facts, hub_name)],
+        *["", "## Load", "", *describe_loading(facts, hub_name)],
         *[ELSEWHERE] * bool(libraries),
-        *["## Data and settings", "", *settings_lines(settings, source.checkpoint)],
-        *["", "## Metrics", "", *metrics_lines(run, source.checkpoint, settings, folder)],
+        *["## Data and settings", "", *describe_settings(settings, source.checkpoint)],
+        *["", "## Metrics", "", *describe_metrics(run, source.checkpoint, settings, folder)],
         *["", "## Prototypes", ""],
         f"None: {missing}." if missing else "`prototypes.safetensors`, `prototypes.json`.",
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def load_lines(facts: Mapping[str, Any], hub_name: str | None) -> list[str]:
+def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str]:
     """The formats, and a few lines of code for each reader."""
     differences, rows = facts["differences"], []
     for name, kind in {**facts["formats"], "protoclip": "`protoclip.load`"}.items():
         if name in differences:
             values = [differences[name][modality] for modality in ("image", "text")]
             rows.append([name, kind, *("-" if v is None else f"{v:.1e}" for v in values)])
-    located = f"folder = {json.dumps(Path(facts['folder']).name)}"
+    code = f"folder = {json.dumps(Path(facts['folder']).name)}"
     if hub_name is not None:
-        located = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
-        located = f"import huggingface_hub\n{located}"
+        code = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
+        code = f"import huggingface_hub\n{code}"
     return [
         "Features were compared with those of the original model, on images and captions of the",
         "emoji data. The largest difference is relative to the mean norm of the features.",
@@ -329,32 +328,32 @@ def load_lines(facts: Mapping[str, Any], hub_name: str | None) -> list[str]:
         *markdown_lines(["format", "what it is", "image features", "text features"], rows),
         *(f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()),
         "",
-        *examples(list(differences), located),
+        *write_examples(list(differences), code),
         *[MOVED, ""] * bool(facts["names_its_path"] and hub_name is None),
     ]
 
 
-def examples(formats: Sequence[str], located: str) -> Iterator[str]:
-    """A few lines of code for each reader."""
+def write_examples(formats: Sequence[str], find_folder: str) -> Iterator[str]:
+    """A few lines of code for each reader, after the code that finds the folder."""
     for name in formats:
         code = EXAMPLES[name]
         if name == "onnx":
-            code = PREPARE[next((each for each in PREPARE if each in formats), "")] + code
-        yield f"```python{COMMON.format(folder=located)}{code}\n```\n"
+            code = PREPARE[next((kind for kind in PREPARE if kind in formats), "")] + code
+        yield f"```python{COMMON.format(folder=find_folder)}{code}\n```\n"
 
 
-def settings_lines(settings: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
-    """What a model was made of: start or halves, weights, teachers, data, positives, settings."""
+def describe_settings(settings: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
+    """What a model was made of: start or towers, weights, teachers, data, positives, settings."""
     if not settings:
         return ["Not known: the model does not come from a run folder."]
-    known, rows = flat(settings), list[tuple[str, str]]()
-    if start := known.get("model.start") or known.get("model.name"):
-        tag = f", weights `{visible(str(tag))}`" if (tag := known.get("model.pretrained")) else ""
+    values, rows = flat(settings), list[tuple[str, str]]()
+    if start := values.get("model.start") or values.get("model.name"):
+        tag = f", weights `{visible(str(tag))}`" if (tag := values.get("model.pretrained")) else ""
         rows.append(("start", f"`{visible(str(start))}`{tag}"))
     else:
-        for half in ("image", "text"):
-            name = known.get(f"model.{half}.name") or f"new, `model.{half}` below"
-            rows.append((f"{half} half", visible(str(name))))
+        for tower in ("image", "text"):
+            name = values.get(f"model.{tower}.name") or f"new, `model.{tower}` below"
+            rows.append((f"{tower} tower", visible(str(name))))
     alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
     if alpha is not None:
         way = f"{alpha:g} of the way from the start to the end of fine-tuning"
@@ -363,9 +362,9 @@ def settings_lines(settings: Mapping[str, Any], checkpoint: Path | None) -> list
         ("teachers", "teachers", "features", "teacher.features"),
         ("data", "data.sources", "path", "data.train"),
     ):
-        names = [f"`{visible(name)}`" for name in named_by(known, many, key, one)]
+        names = [f"`{visible(name)}`" for name in named_by(values, many, key, one)]
         rows.append((what, ", ".join(names) or "none"))
-    rows.append(("positives", f"`{visible(positives_of(known))}`"))
+    rows.append(("positives", f"`{visible(positives_of(values))}`"))
     shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
     lines = [*markdown_lines(["made of", ""], rows), ""]
     lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
@@ -375,12 +374,12 @@ def settings_lines(settings: Mapping[str, Any], checkpoint: Path | None) -> list
     return lines
 
 
-def metrics_lines(
+def describe_metrics(
     run: Path | None, checkpoint: Path | None, settings: Mapping[str, Any], folder: Path
 ) -> list[str]:
-    """The metrics of a finished run, and a figure of how it learned, if this is its end.
+    """The metrics of a finished run and its learning curves, if the checkpoint is its last.
 
-    Damaged results cost a warning, and the numbers or their intervals: the weights are whole.
+    Damaged results cost a warning, and the numbers or their intervals: the weights are intact.
     """
     lines = ["None: there are no results of this checkpoint."]
     if run is None or checkpoint is None or checkpoint.resolve() != find_checkpoint(run.resolve()):
@@ -394,17 +393,17 @@ def metrics_lines(
         from protoclip.results.figures import draw_run
 
         with suppress(ValueError):
-            if (drawn := draw_run(run)) is not None:
-                (folder / FIGURE).write_bytes(drawn[0])
-                lines += ["", f"![{escape_markdown(drawn[1])}]({FIGURE})"]
+            if (figure := draw_run(run)) is not None:
+                (folder / FIGURE).write_bytes(figure[0])
+                lines += ["", f"![{escape_markdown(figure[1])}]({FIGURE})"]
     return lines
 
 
 def table_of_metrics(results: RunResults, settings: Mapping[str, Any]) -> list[str]:
-    """The metrics of a run with their intervals, beside those of what it fine-tuned, if it did."""
+    """The metrics of a run with their intervals, beside those of its start if it fine-tuned one."""
     (entry,) = compare_runs([results], read=make_reader(refuse=False))
-    known = results.facts.get("start_metrics")
-    before = known if isinstance(known, dict) else {}
+    metrics = results.facts.get("start_metrics")
+    before = metrics if isinstance(metrics, dict) else {}
     rows = []
     for name, value in entry["metrics"].items():
         cell, start = format_cell(value, scale=1.0, digits=4), before.get(name)
@@ -413,7 +412,7 @@ def table_of_metrics(results: RunResults, settings: Mapping[str, Any]) -> list[s
     if not rows:
         return []
     return [
-        *[judged_on(settings), ""],
+        *[name_validation(settings), ""],
         *markdown_lines(["metric", *["start"] * bool(before), "value", "95% interval"], rows),
         "",
         "Intervals are over groups of test samples, and wide where few are wrong, or few right; "
@@ -421,14 +420,14 @@ def table_of_metrics(results: RunResults, settings: Mapping[str, Any]) -> list[s
     ]
 
 
-def judged_on(settings: Mapping[str, Any]) -> str:
-    """What the metrics of a run are of. Data that a setting names may be trained on too."""
-    known = flat(settings)
-    guards = known.get("run.guard")
-    named = [known.get("data.validation"), *(guards if isinstance(guards, list) else [])]
+def name_validation(settings: Mapping[str, Any]) -> str:
+    """Names the data of a run's metrics. Data that a setting names may be trained on, too."""
+    values = flat(settings)
+    guards = values.get("run.guard")
+    names = [values.get("data.validation"), *(guards if isinstance(guards, list) else [])]
     # A share is held out, and the emoji have splits of their own.
-    named = [each for each in named if isinstance(each, str) and each != "emoji"]
-    if not named:
+    names = [name for name in names if isinstance(name, str) and name != "emoji"]
+    if not names:
         return "On data that the run did not train on:"
-    shown = ", ".join(f"`{visible(each)}`" for each in named)
-    return f"On the data that judged the run; {shown} may share pairs with its training data:"
+    listed = ", ".join(f"`{visible(name)}`" for name in names)
+    return f"On the validation data of the run; {listed} may share pairs with its training data:"

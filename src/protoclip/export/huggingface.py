@@ -1,8 +1,7 @@
 """A folder for `transformers`, with the files that transformers.js and sentence-transformers read.
 
 A model that has the architecture of OpenAI's CLIP becomes a `CLIPModel`. A timm tower becomes a
-`VisionTextDualEncoderModel`, with the same text model. What was a model of `transformers` and was
-trained as one stays of its class.
+`VisionTextDualEncoderModel`, with the same text model. A model of `transformers` keeps its class.
 """
 
 from collections import defaultdict
@@ -33,14 +32,14 @@ RESAMPLE = {
 SIGLIP2_LENGTH = 64  # tokens to which its processor pads captions, whatever its tokenizer has
 
 
-def write(source: Source, folder: Path) -> str:
+def write_model(source: Source, folder: Path) -> str:
     """Write model, tokenizer and image processor; returns the model's class.
 
     Raises:
         Unavailable: No model of `transformers` computes the same.
     """
     if isinstance(source.towers, HuggingFaceTowers):
-        model, tokenizer, processor = opened(source)
+        model, tokenizer, processor = open_parts(source)
     else:
         model = build(source)
         tokenizer, processor = clip_tokenizer(source), image_processor(source)
@@ -54,7 +53,7 @@ def write(source: Source, folder: Path) -> str:
     return type(model).__name__
 
 
-def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
     """What `transformers` computes from the folder, of captions as the card's code calls it."""
     from transformers import AutoProcessor
 
@@ -68,10 +67,10 @@ def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
         )
 
 
-def opened(source: Source) -> tuple[Any, Any, Any]:
-    """The parts of a model that is Hugging Face's already.
+def open_parts(source: Source) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor of a model that is Hugging Face's already.
 
-    A run of one prepares images as the run is evaluated.
+    A run of such a model prepares images as in the run's evaluation.
     """
     model = source.towers.library_model()
     if hasattr(source.towers, "logit_bias") and not hasattr(model, "logit_bias"):
@@ -94,7 +93,7 @@ def opened(source: Source) -> tuple[Any, Any, Any]:
 def build(source: Source) -> Any:
     """A model of `transformers` with the weights of open_clip's towers.
 
-    It is for towers that `models/formats.py` does not rule out.
+    Only for towers that `models/formats.py` does not rule out.
     """
     from transformers import CLIPConfig, CLIPModel, VisionTextDualEncoderModel
     from transformers import VisionTextDualEncoderConfig as DualConfig
@@ -112,7 +111,7 @@ def build(source: Source) -> Any:
         }
         shared |= {"vision_config": settings, "text_config": text_settings(source)}
         model: Any = CLIPModel(CLIPConfig(**shared))
-        weights, projection = renamed(visual), visual.proj.T
+        weights, projection = rename_weights(visual), visual.proj.T
     else:
         name, arguments = trunk_arguments(source)
         settings = {"model_type": "timm_wrapper", "architecture": name, "model_args": arguments}
@@ -123,7 +122,7 @@ def build(source: Source) -> Any:
         projection = visual.head.proj.weight
     text = getattr(source.towers, "text", source.towers)
     model.vision_model.load_state_dict(weights)
-    model.text_model.load_state_dict(renamed(text))
+    model.text_model.load_state_dict(rename_weights(text))
     with torch.no_grad():
         model.visual_projection.weight.copy_(projection)
         model.text_projection.weight.copy_(matrix(text.text_projection).T)
@@ -132,7 +131,7 @@ def build(source: Source) -> Any:
 
 
 def text_settings(source: Source) -> dict[str, Any]:
-    """Settings of the `CLIPTextModel` that a text tower is.
+    """Settings of the `CLIPTextModel` that equals a text tower.
 
     Raises:
         Unavailable: The tokenizer is not CLIP's.
@@ -163,11 +162,11 @@ def transformer_settings(transformer: Any, norm: Any) -> dict[str, Any]:
     }
 
 
-def renamed(tower: nn.Module) -> dict[str, Tensor]:
-    """The weights of a tower by Hugging Face's names, with queries, keys and values apart."""
+def rename_weights(tower: nn.Module) -> dict[str, Tensor]:
+    """The weights of a tower by Hugging Face's names, with separate queries, keys and values."""
     weights: dict[str, Tensor] = {}
     for key, value in tower.state_dict().items():
-        if not key.startswith(tuple(NAMES)):  # the projection, and what is not of this tower
+        if not key.startswith(tuple(NAMES)):  # the projection, and weights of the other tower
             continue
         for ours, theirs in NAMES.items():
             key = key.replace(ours, theirs)
@@ -199,9 +198,9 @@ def clip_tokenizer(source: Source) -> Any:
 
 
 def normalizer_of(clean: Callable[[str], str], usual: Any) -> Any:
-    """The usual normalizer of captions, behind rules for what `clean` does and it does not.
+    """The usual normalizer of captions, after rules for what only `clean` does.
 
-    They replace characters, and the usual entities of HTML, by what `clean` makes of each.
+    The rules replace characters, and the usual entities of HTML, as `clean` does.
     """
     from tokenizers import Regex, normalizers
 
@@ -217,15 +216,15 @@ def normalizer_of(clean: Callable[[str], str], usual: Any) -> Any:
         text = f".{character}."
         if (cleaned := clean(text)) != usual.normalize_str(text):
             patterns[cleaned[1:-1]].append(character)
-    rules = [normalizers.Replace(Regex("|".join(each)), text) for text, each in patterns.items()]
+    rules = [normalizers.Replace(Regex("|".join(old)), new) for new, old in patterns.items()]
     return normalizers.Sequence([*rules, usual])
 
 
 def image_processor(source: Source) -> Any:
     from transformers import CLIPImageProcessor
 
-    given, side = source.preprocessing, source.image_size
-    mode, interpolation = given["resize_mode"], given["interpolation"]
+    settings, side = source.preprocessing, source.image_size
+    mode, interpolation = settings["resize_mode"], settings["interpolation"]
     if mode not in ("shortest", "squash") or interpolation not in RESAMPLE:
         raise Unavailable(f"no image processor resizes images as it does ({mode}, {interpolation})")
     square = {"height": side, "width": side}
@@ -235,8 +234,8 @@ def image_processor(source: Source) -> Any:
         crop_size=square,
         do_center_crop=mode == "shortest",
         resample=RESAMPLE[interpolation],
-        image_mean=list(given["mean"]),
-        image_std=list(given["std"]),
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
     )
 
 

@@ -38,7 +38,7 @@ class TextGraph(nn.Module):
     def forward(
         self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b d"]:
-        """With a mask for a text tower that must not read padding."""
+        """Takes a mask if the text tower must not read padding."""
         if attention_mask is None:
             return self.towers.encode_text(input_ids, **self.settings)  # type: ignore[no-any-return]
         return self.towers.text(  # type: ignore[no-any-return]
@@ -46,7 +46,7 @@ class TextGraph(nn.Module):
         )
 
 
-def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
+def write_graphs(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
     """Write `vision_model.onnx` and `text_model.onnx`; returns the opset.
 
     The batch has any size; images and captions have the model's sizes.
@@ -57,7 +57,7 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
     towers, length = source.towers, source.context_length
     kind = towers.kind if isinstance(towers, HuggingFaceTowers) else ""
     if kind == "siglip2":
-        raise Unavailable("it reads images as patches, in a number of its own for each")
+        raise Unavailable("it reads images as patches, whose number differs by image")
     size = source.image_size
     tokens = torch.ones(2, length, dtype=torch.long)
     inputs = {"input_ids": tokens}
@@ -66,12 +66,14 @@ def write(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
     (folder / FOLDER).mkdir()
     image, text = ImageGraph(source.model), TextGraph(source.model)
-    save(image, images, "image_embeds", folder / FOLDER / "vision_model.onnx", opset)
-    save(text, inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
+    write_graph(image, images, "image_embeds", folder / FOLDER / "vision_model.onnx", opset)
+    write_graph(text, inputs, "text_embeds", folder / FOLDER / "text_model.onnx", opset)
     return f"opset {opset}"
 
 
-def save(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int) -> None:
+def write_graph(
+    module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int
+) -> None:
     torch.onnx.export(
         module.eval(),
         tuple(inputs.values()),
@@ -86,22 +88,21 @@ def save(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, 
     )
 
 
-def features(
+def embed_samples(
     folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]
 ) -> Features:
-    """What ONNX Runtime computes from the folder; padding has token -1 where it is masked."""
+    """Features that ONNX Runtime computes from the folder; masked padding has token -1."""
     import onnxruntime
 
-    def run(name: str, inputs: dict[str, Tensor]) -> Tensor:
+    def run_graph(name: str, inputs: dict[str, Tensor]) -> Tensor:
         graph = str(folder / FOLDER / name)
         session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        known = [entry.name for entry in session.get_inputs()]
-        arrays = {key: inputs[key].numpy() for key in known}
+        arrays = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
         return torch.from_numpy(session.run(None, arrays)[0])
 
     mask = tokens >= 0
     text = {"input_ids": tokens.clamp(min=0), "attention_mask": mask.long()}
     return Features(
-        image=run("vision_model.onnx", {"pixel_values": images.contiguous()}),
-        text=run("text_model.onnx", text),
+        image=run_graph("vision_model.onnx", {"pixel_values": images.contiguous()}),
+        text=run_graph("text_model.onnx", text),
     )

@@ -19,7 +19,7 @@ from protoclip.models.open_clip import FILES
 from protoclip.models.opening import OPEN_CLIP_CONFIG
 
 
-def write(source: Source, folder: Path) -> str:
+def write_model(source: Source, folder: Path) -> str:
     """Write `open_clip_config.json` and `open_clip_model.safetensors`; returns the model's class.
 
     Raises:
@@ -41,9 +41,9 @@ def write(source: Source, folder: Path) -> str:
 
 
 def point_to(folder: Path, address: str) -> bool:
-    """Let a Hugging Face text tower that has no name on the hub be looked up at `address`.
+    """Let open_clip find a Hugging Face text tower that has no name on the hub at `address`.
 
-    open_clip reads its configuration from there: the path of the folder itself, or its hub name.
+    It reads the tower's configuration there: the path of the folder itself, or its hub name.
     Returns whether there is such a tower.
     """
     path = folder / OPEN_CLIP_CONFIG
@@ -60,8 +60,8 @@ def point_to(folder: Path, address: str) -> bool:
 
 
 @contextmanager
-def pointing_to(folder: Path, address: str) -> Iterator[None]:
-    """`point_to`, which stays if the block ends without an error."""
+def point_or_restore(folder: Path, address: str) -> Iterator[None]:
+    """`point_to`, undone if the block raises."""
     path = folder / OPEN_CLIP_CONFIG
     before = path.read_bytes() if path.is_file() else None
     point_to(folder, address)
@@ -73,8 +73,8 @@ def pointing_to(folder: Path, address: str) -> Iterator[None]:
         raise
 
 
-def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
-    """What open_clip computes from the folder."""
+def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+    """Features that open_clip computes from the folder."""
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()

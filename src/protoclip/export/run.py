@@ -31,10 +31,10 @@ from protoclip.models.formats import find_obstacle
 from protoclip.terminal import line, say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
-    "open_clip": open_clip.write,
-    "hf": huggingface.write,
-    "timm": timm.write,
-    "onnx": onnx.write,
+    "open_clip": open_clip.write_model,
+    "hf": huggingface.write_model,
+    "timm": timm.write_model,
+    "onnx": onnx.write_graphs,
 }
 # What a format needs beside the package itself.
 NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
@@ -71,14 +71,14 @@ def export(
         allow_links: As in `data`, for the captions nearest to prototypes.
         overwrite: Replace the folder of an earlier export, with all that is in it. It stays as it
             is until the new one is complete.
-        agrees: Is given the text of the model card before the upload, which it may refuse.
+        agrees: Takes the text of the model card, and returns whether to upload it.
 
     Returns:
         `folder`; `formats`, what was written by format; `differences`, the largest difference of
         `image` and `text` features by format, relative to their mean norm; `left_out`, the reason
         by format; `prototypes` and `captions`, why there are no prototypes or no captions
         nearest to them, or None; `license`; `names_its_path`, whether open_clip finds the text
-        tower by the folder's path, so not any more once it has moved; `url`, if it was uploaded.
+        tower by the folder's path, so no longer once it has moved; `url`, if it was uploaded.
 
     Raises:
         ValueError: The reference, the folder or a format is wrong, the model can have none of the
@@ -86,30 +86,30 @@ def export(
             uploading fails; the folder stays then.
     """
     folder, formats = Path(folder), [formats] if isinstance(formats, str) else formats
-    put_back(folder)
+    restore_backup(folder)
     require_apart(str(reference), folder)
     require_new(folder, overwrite=overwrite)
-    check(formats, opset, push_to_hub)
+    check_arguments(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
-    with locked(folder), appearing(folder, overwrite=overwrite) as temporary:
-        facts = write(source, temporary, formats, opset=opset, beside=folder.parent)
+    with locked(folder), stage_folder(folder, overwrite=overwrite) as temporary:
+        facts = write_formats(source, temporary, formats, opset=opset, beside=folder.parent)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
-        # The name that the folder will have, once every library has read it.
+        # Only now, since the libraries read the folder under its temporary name.
         facts["names_its_path"] = open_clip.point_to(temporary, str(folder.absolute()))
         facts["prototypes"] = card.write_prototypes(source, temporary)
         facts["captions"] = card.add_captions(source, temporary, allow_links=allow_links)
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
-            share_alike(temporary)
+            share_permissions(temporary)
     if push_to_hub is not None and agrees((folder / card.CARD).read_text(encoding="utf-8")):
-        with open_clip.pointing_to(folder, push_to_hub):
+        with open_clip.point_or_restore(folder, push_to_hub):
             facts["url"] = upload(folder, push_to_hub)
     return facts
 
 
 @contextmanager
-def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def stage_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder that becomes `folder` when the block ends without an error.
 
     With `overwrite` it takes the place of an earlier export.
@@ -117,13 +117,13 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: The folder exists by the end, and is not to be replaced.
     """
-    given, folder = folder, folder.resolve()  # a link to a folder stays a link
+    name, folder = folder, folder.resolve()  # a link to a folder stays a link
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.protoclip")
     try:
-        # What processes that were killed have left.
+        # Leftovers of killed processes.
         ours = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.protoclip", re.ASCII)
-        for left in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name)]:
-            shutil.rmtree(left, ignore_errors=True)
+        for path in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name)]:
+            shutil.rmtree(path, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         if not folder.exists():
@@ -131,7 +131,7 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         elif overwrite and is_export(folder):
             replace(folder, temporary)
         else:
-            raise ValueError(f"{given}: exists by now; choose another folder")
+            raise ValueError(f"{name}: exists by now; choose another folder")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -139,10 +139,10 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def replace(folder: Path, new: Path) -> None:
     """Give a folder's name to a new one beside it, and remove the old one.
 
-    If this ends half-way, the old one has its name, or stays beside: for `put_back`, or until
-    another one is replaced.
+    If this is cut short, the old one has its name, or stays beside it until `restore_backup` or the
+    next `replace`.
     """
-    old = aside(folder)
+    old = backup_path(folder)
     shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
     folder.rename(old)
     try:
@@ -153,28 +153,28 @@ def replace(folder: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def put_back(folder: Path) -> None:
+def restore_backup(folder: Path) -> None:
     """Give an export its name again, if a process was killed when `replace` had set it aside."""
     real = folder.resolve()
-    if not real.exists() and aside(real).is_dir():
-        with locked(folder):  # whoever holds it may be about to give the name to the new one
+    if not real.exists() and backup_path(real).is_dir():
+        with locked(folder):  # the holder of the lock may be about to rename the new one
             if not real.exists():
-                aside(real).rename(real)
+                backup_path(real).rename(real)
 
 
-def aside(folder: Path) -> Path:
-    """Where an export is while another one takes its place."""
+def backup_path(folder: Path) -> Path:
+    """Where `replace` keeps the old export."""
     return folder.with_name(f".{folder.name}.replaced.protoclip")
 
 
-def share_alike(folder: Path) -> None:
-    """Let those read weights who may read the card: safetensors gives them to their owner alone."""
+def share_permissions(folder: Path) -> None:
+    """Give weights the permissions of the card: safetensors lets only their owner read them."""
     mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)
 
 
-def check(formats: Sequence[str], opset: int, name: str | None) -> None:
+def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> None:
     """Refuse wrong arguments, before anything is loaded."""
     if not formats:
         raise ValueError(f"formats: none; choose of {', '.join(FORMATS)}")
@@ -200,14 +200,14 @@ def check(formats: Sequence[str], opset: int, name: str | None) -> None:
         raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
 
 
-def write(
+def write_formats(
     source: Source, folder: Path, formats: Sequence[str], *, opset: int, beside: Path
 ) -> dict[str, Any]:
-    """Write each format; returns what they are, and why others are left out.
+    """Write each format; returns what was written, and why others are left out.
 
-    What goes wrong is told by where the folder is made: `beside`, as the user named it.
+    Messages name `beside`, where the user wants the folder, and not the temporary one.
     """
-    graphs: Callable[[Source, Path], str] = partial(onnx.write, opset=opset)
+    graphs: Callable[[Source, Path], str] = partial(onnx.write_graphs, opset=opset)
     writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -235,17 +235,17 @@ def check_features(
     source: Source, folder: Path, formats: list[str]
 ) -> dict[str, dict[str, float | None]]:
     """The largest differences of features by format; raises `ValueError` if one is too large."""
-    images, captions = samples(source)
+    images, captions = make_samples(source)
     tokens = source.tokenizer(captions)
     expected = Features(
         image=source.model.encode_image(images), text=source.model.encode_text(tokens)
     )
     readers: dict[str, Callable[[], Features]] = {
-        "open_clip": lambda: open_clip.features(folder, images, captions),
-        "hf": lambda: huggingface.features(folder, images, captions),
-        "timm": lambda: timm.features(folder, images, captions),
-        "onnx": lambda: onnx.features(folder, images, tokens),
-        "protoclip": lambda: reloaded_features(folder, images, captions),
+        "open_clip": lambda: open_clip.embed_samples(folder, images, captions),
+        "hf": lambda: huggingface.embed_samples(folder, images, captions),
+        "timm": lambda: timm.embed_samples(folder, images, captions),
+        "onnx": lambda: onnx.embed_samples(folder, images, tokens),
+        "protoclip": lambda: embed_samples(folder, images, captions),
     }
     loads = bool({"open_clip", "hf"} & set(formats))
     differences: dict[str, dict[str, float | None]] = {}
@@ -271,14 +271,12 @@ def check_features(
     return differences
 
 
-def reloaded_features(
-    folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]
-) -> Features:
+def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
     model, _, tokenizer = loading.load(folder)
     return Features(image=model.encode_image(images), text=model.encode_text(tokenizer(captions)))
 
 
-def samples(source: Source) -> tuple[Tensor, list[str]]:
+def make_samples(source: Source) -> tuple[Tensor, list[str]]:
     """Images as the model reads them, and captions; one is longer than any context."""
     table = emoji_table("test").slice(0, SAMPLES)
     opened = [Image.open(BytesIO(data)) for data in table["image"].to_pylist()]
@@ -297,23 +295,23 @@ def difference(computed: Tensor | None, expected: Tensor) -> float | None:
 def upload(folder: Path, name: str) -> str:
     """Upload a folder to the Hugging Face hub, and return its address there."""
     api = huggingface_hub.HfApi()
-    kept = f"{folder} is written"
+    done = f"{folder} is written"
     who = hub_answer(lambda timeout: api.whoami())
     if who is None:
-        raise ValueError(f"{name}: the hub does not answer; {kept}; check the network, HF_ENDPOINT")
+        raise ValueError(f"{name}: the hub does not answer; {done}; check the network, HF_ENDPOINT")
     try:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=address.repo_id)
     except Exception as error:
-        raise ValueError(f"{name}: not uploaded ({line(str(error))}); {kept}") from error
+        raise ValueError(f"{name}: not uploaded ({line(str(error))}); {done}") from error
     ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     others = list[str]()
-    with suppress(Exception):  # what it holds is for a warning alone
+    with suppress(Exception):  # only the warning below needs it
         others = sorted({*api.list_repo_files(address.repo_id)} - ours - {".gitattributes"})
     if others:
         say(
-            f"warning: {name} also holds what is not of this export, such as {visible(others[0])} "
-            f"({len(others)} in all); readers may take it for a part, so delete it there"
+            f"warning: {name} also holds files of no part of this export, such as "
+            f"{visible(others[0])} ({len(others)} in all); readers may use them, so delete them"
         )
     return str(address)
 
@@ -333,7 +331,7 @@ def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
 
 
 def require_apart(reference: str, folder: str | Path) -> None:
-    """Refuse a folder that is a local model, or holds it: the model would go with the folder."""
+    """Refuse a folder that is or holds the model, which would be removed with the folder."""
     if not Path(folder).exists():
         return
     model = Path(re.sub(r"^(hf|local-dir|reference):|,model=[^,]*$", "", reference))

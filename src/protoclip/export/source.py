@@ -1,6 +1,6 @@
-"""The model that is exported, and what every format asks of it.
+"""The model to export, and the properties that every format needs.
 
-Nothing is written here, and `models/start.py` finds the model that a reference names.
+`models/start.py` finds the model that a reference names.
 """
 
 import logging
@@ -71,7 +71,7 @@ class Source:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How images are prepared by open_clip's towers, in open_clip's words."""
+        """How images are prepared for the towers, in open_clip's words."""
         if isinstance(self.transform, EvaluationTransform):
             squashes = isinstance(self.transform, SquashTransform)
             return {
@@ -99,7 +99,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a library computes of the samples that a format is checked on."""
+    """Features that a library computes of the samples that check a format."""
 
     image: Float[Tensor, "n d"] | None = None
     text: Float[Tensor, "m d"] | None = None
@@ -136,7 +136,7 @@ def open_source(reference: str, *, license: str = "unknown") -> Source:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Use other libraries without the hub, and without what they log, warn of and count."""
+    """Use other libraries without the hub, their logs, their warnings and their progress bars."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, logging.root.manager.disable

@@ -1,7 +1,7 @@
 """The image tower alone, in the folder `timm`: `timm.create_model("local-dir:FOLDER/timm")`.
 
-Its output are the image features: where timm's model has no layer for it, the projection into the
-joint space becomes its classifier.
+Its outputs are the image features: if timm's model has no layer for the projection into the joint
+space, that becomes its classifier.
 """
 
 import copy
@@ -33,10 +33,10 @@ RESNETS = {
 }
 
 
-def write(source: Source, folder: Path) -> str:
+def write_model(source: Source, folder: Path) -> str:
     """Write `config.json` and `model.safetensors`; returns timm's name of the model.
 
-    It is for towers that `models/formats.py` does not rule out.
+    Only for towers that `models/formats.py` does not rule out.
 
     Raises:
         Unavailable: timm has no such model.
@@ -44,28 +44,28 @@ def write(source: Source, folder: Path) -> str:
     config, visual = source.open_clip_config, source.towers.visual
     if isinstance(visual, TimmModel):
         name, arguments = trunk_arguments(source)
-        model = with_projection(source, name, arguments)
+        model = add_projection(source, name, arguments)
     else:
-        name, arguments = native_arguments(source)
-        model = built(name, {**arguments, "num_classes": int(config["embed_dim"])})
+        name, arguments = find_arguments(source)
+        model = build_model(name, {**arguments, "num_classes": int(config["embed_dim"])})
         convert: Any = byobnet if isinstance(visual, ModifiedResNet) else vision_transformer
         weights = {f"visual.{key}": value for key, value in visual.state_dict().items()}
         weights = convert.checkpoint_filter_fn(weights, model)
         if wrong := misfits(model, weights):
             raise Unavailable(f"it is not timm's {name}, by {len(wrong)} tensors as {wrong[0]}")
         model.load_state_dict(weights)
-    given, side = source.preprocessing, source.image_size
-    if given["resize_mode"] not in CROP_MODES:
-        raise Unavailable(f"timm does not resize images as it does ({given['resize_mode']})")
+    settings, side = source.preprocessing, source.image_size
+    if settings["resize_mode"] not in CROP_MODES:
+        raise Unavailable(f"timm does not resize images as it does ({settings['resize_mode']})")
     # timm's own entries are about the weights that it publishes.
     data = {
         **{"tag": "", "origin_url": "", "license": source.license},
         **{"input_size": [3, side, side], "test_input_size": [3, side, side], "test_crop_pct": 1.0},
-        "mean": list(given["mean"]),
-        "std": list(given["std"]),
-        "interpolation": given["interpolation"],
+        "mean": list(settings["mean"]),
+        "std": list(settings["std"]),
+        "interpolation": settings["interpolation"],
         "crop_pct": 1.0,
-        "crop_mode": CROP_MODES[given["resize_mode"]],
+        "crop_mode": CROP_MODES[settings["resize_mode"]],
     }
     save_for_hf(
         model.eval(),
@@ -78,18 +78,18 @@ def write(source: Source, folder: Path) -> str:
     return name
 
 
-def features(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
-    """What timm computes from the folder; there is no text tower."""
+def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+    """Image features that timm computes from the folder; there is no text tower."""
     model: Any = timm.create_model(f"local-dir:{folder / FOLDER}", pretrained=True).eval()
     with torch.inference_mode():
         return Features(image=model(images))
 
 
 def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
-    """The name and arguments by which timm builds the trunk of an image tower.
+    """The name and arguments with which timm builds the trunk of an image tower.
 
     Raises:
-        Unavailable: No arguments do: open_clip changed the model after it was built.
+        Unavailable: There are none, since open_clip changed the model after it was built.
     """
     vision, trunk = source.open_clip_config["vision_cfg"], source.towers.visual.trunk
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
@@ -104,7 +104,7 @@ def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     for more in ({}, {"fc_norm": False}):
         arguments = {**base, **more}
         try:
-            model = built(name, {**arguments, "num_classes": trunk.num_classes})
+            model = build_model(name, {**arguments, "num_classes": trunk.num_classes})
         except TypeError:
             continue
         if not misfits(model, trunk.state_dict()):
@@ -112,13 +112,13 @@ def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     raise Unavailable(f"timm does not build {name} as open_clip changed it")
 
 
-def with_projection(source: Source, name: str, arguments: Mapping[str, Any]) -> Any:
+def add_projection(source: Source, name: str, arguments: Mapping[str, Any]) -> Any:
     """The trunk with the projection as its classifier."""
     visual = source.towers.visual
     if not len(visual.head):
         return visual.trunk
     projection = visual.head.proj
-    model = built(name, {**arguments, "num_classes": projection.out_features})
+    model = build_model(name, {**arguments, "num_classes": projection.out_features})
     classifier = model.get_classifier()
     model.load_state_dict(visual.trunk.state_dict(), strict=False)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def with_projection(source: Source, name: str, arguments: Mapping[str, Any]) -> 
     return model
 
 
-def native_arguments(source: Source) -> tuple[str, dict[str, Any]]:
+def find_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     """timm's name and arguments of an image tower that is open_clip's own."""
     visual, side = source.towers.visual, source.image_size
     if isinstance(visual, ModifiedResNet):
@@ -151,5 +151,5 @@ def native_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     }
 
 
-def built(name: str, arguments: Mapping[str, Any]) -> Any:
+def build_model(name: str, arguments: Mapping[str, Any]) -> Any:
     return timm.create_model(name, pretrained=False, **copy.deepcopy(dict(arguments)))

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from protoclip.explore import atlas as atlases
 from protoclip.explore.atlas import (
     Features,
-    all_but_first,
-    equal_rows,
-    find_moved,
+    find_movements,
+    find_repeats,
+    find_similar_rows,
     make_atlas,
-    near_duplicates,
-    umap_positions,
+    number_equal_rows,
+    place_by_umap,
 )
 from protoclip.explore.explorer import Neighbours
 from protoclip.explore.pairs import ExploredPairs
@@ -114,13 +114,13 @@ def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
     learned = torch.randn(240, WIDTH, generator=draws)
     model = Features(captioned=rows, rows=rows, image=learned, text=learned)
     halves = replace(model, image=image[of_pair].half(), text=text.half())
-    atlas = make_atlas(model, number=CLUSTERS, halves=halves, aligned=True)
+    atlas = make_atlas(model, number=CLUSTERS, encoder_features=halves, aligned=True)
     assert atlas.unseen
     assert "agreement of pairs: 100%" in capsys.readouterr().err
     for measure in (atlas.distance, atlas.loss):
         assert {*np.argsort(-measure)[: len(wrong)]} == {*wrong.tolist()}
     monkeypatch.setattr(atlases, "LEAST_IMAGES", 181)
-    own = make_atlas(model, number=CLUSTERS, halves=halves, aligned=True)
+    own = make_atlas(model, number=CLUSTERS, encoder_features=halves, aligned=True)
     assert not own.unseen
     assert own.distance.max() < 1e-6
 
@@ -154,7 +154,7 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_rows_have_a_map() -> None:
     """UMAP itself makes none."""
     rows = torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.8, 0.0]])
-    assert not np.equal(*umap_positions(rows, seed=0)).all()
+    assert not np.equal(*place_by_umap(rows, seed=0)).all()
 
 
 def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
@@ -193,8 +193,8 @@ def test_moved_pairs_are_those_of_other_groups() -> None:
     """Another numbering of the groups moves nothing; swapped captions move."""
     first = make_atlas(clustered(), number=CLUSTERS)
     second = make_atlas(clustered(swapped=(5, 30)), number=CLUSTERS, seed=7)
-    assert len(find_moved(first, second, "image").pairs) == 0
-    found = find_moved(first, second, "text")
+    assert len(find_movements(first, second, "image").pairs) == 0
+    found = find_movements(first, second, "text")
     assert sorted(found.pairs[:, 0].tolist()) == [5, 30]
     assert found.common == CLUSTERS * EACH
 
@@ -202,7 +202,7 @@ def test_moved_pairs_are_those_of_other_groups() -> None:
 def test_the_largest_movements_come_first(atlas: atlases.Atlas) -> None:
     """Pairs of one movement follow each other."""
     before, after = np.random.default_rng(0).integers(0, CLUSTERS, (2, len(atlas)), dtype=np.int32)
-    found = find_moved(
+    found = find_movements(
         replace(atlas, text_prototype=before), replace(atlas, text_prototype=after), "text"
     )
     assert np.array_equal(found.groups[:, 0], before[found.pairs[:, 0]])
@@ -235,11 +235,11 @@ def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
     rows = torch.randn(60, 16, generator=generator)
     rows[40] = 2 * rows[3]
     rows[41] = rows[5] + 0.01 * torch.randn(16, generator=generator)
-    pairs, values = near_duplicates(rows, batch=7)
+    pairs, values = find_similar_rows(rows, batch=7)
     assert pairs.tolist() == [[3, 40], [5, 41]]
     assert values[0] >= values[1] > 0.99
     same = torch.ones(5, 4)
-    pairs, _ = near_duplicates(same)
+    pairs, _ = find_similar_rows(same)
     assert len(pairs) >= 3
     assert (pairs[:, 0] < pairs[:, 1]).all()
 
@@ -248,7 +248,7 @@ def test_of_a_chain_of_near_duplicates_the_first_is_left() -> None:
     """However the pairs are ordered, and whichever of the chain the others are nearest to."""
     chains = [(0, 4), (2, 4), (4, 9), (3, 5), (5, 7), (6, 7), (8, 11)]
     for order in permutations(chains, 7):
-        again = all_but_first(order)
+        again = find_repeats(order)
         assert again == {2, 4, 9, 5, 7, 6, 11}
 
 
@@ -270,7 +270,7 @@ def test_copies_of_an_image_are_one_whatever_their_last_bits():
     copies = torch.nextafter(rows.float(), torch.tensor(9.0)).half()
     copies[:, 0] *= 1.001
     both = torch.cat([rows, copies])[torch.randperm(80, generator=torch.Generator().manual_seed(1))]
-    numbers = equal_rows(both)
+    numbers = number_equal_rows(both)
     assert numbers[0] == 0
     assert numbers.bincount().tolist() == [2] * 40
-    assert torch.equal(numbers, equal_rows(both.float()))
+    assert torch.equal(numbers, number_equal_rows(both.float()))

@@ -145,10 +145,10 @@ def test_what_moved_shows_an_image_once_with_all_its_captions(twice: Path) -> No
     swaps = {row: (row + 6) % 40 for row in range(12)}
     both = Pages(explorers(DataConfig(train=str(twice)), {}, swaps))
     for modality, pairs_of_an_image in (("image", 2), ("text", 1)):
-        moved, page = both.moved[modality].pairs, both.sites[0].moved(modality)
+        moved, page = both.movements[modality].pairs, both.sites[0].movement_page(modality)
         assert page.count('class="card"') == len(moved) / pairs_of_an_image
         assert page.count("data-id=") == len(moved)
-    assert len(both.moved["image"].pairs) > 0
+    assert len(both.movements["image"].pairs) > 0
 
 
 def test_a_tick_is_for_every_pair_of_an_image_however_many(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_tick_is_for_every_pair_of_an_image_however_many(tmp_path: Path) -> No
         atlas=Mock(spec=Atlas, rows=np.arange(len(names))),
         encoded=features,
     )
-    shown = many.sharing([0, 1500, 1501])
+    shown = many.find_sharing([0, 1500, 1501])
     assert shown == {0: [*range(1, 1500)], 1500: [1502], 1501: []}
 
 
@@ -178,7 +178,7 @@ def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_pat
     rows.append({**rows[3], "sample_id": "copy"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
-    assert one.sharing([3, 4, 20]) == {3: [20], 4: [], 20: [3]}
+    assert one.find_sharing([3, 4, 20]) == {3: [20], 4: [], 20: [3]}
     assert [3, 20] in one.atlas.duplicates.tolist()
     assert "data-more" not in Pages([one]).sites[0].duplicates()
 

@@ -33,7 +33,7 @@ def test_names_apart_repeat_a_word_of_a_larger_group_only_where_most_captions_ha
     groups = np.repeat([0, 1, 2, 3, 4], [60, 8, 9, 6, 3])
     found = ["tree", "cat, animal", "big, animal", "animal", "red, animal"]
     assert name_groups(captions, groups, 5) == found
-    assert name_groups(captions, groups, 5, apart=True) == ["tree", "cat", *found[2:]]
+    assert name_groups(captions, groups, 5, distinct=True) == ["tree", "cat", *found[2:]]
 
 
 def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first() -> None:

@@ -54,14 +54,14 @@ def test_the_card_of_a_run(tmp_path):
     assert "\nOn data that the run did not train on:\n" in card
     named = {"data": {"validation": "a.tsv"}, "run": {"guard": ["emoji", "b.tsv"]}}
     shared = "`a.tsv`, `b.tsv` may share pairs with its training data:"
-    assert cards.judged_on(named) == f"On the data that judged the run; {shared}"
+    assert cards.name_validation(named) == f"On the validation data of the run; {shared}"
     assert "| `eval/emoji/clustering/ami` | 0.2500 | - |" in card
     # Damaged results cost numbers, not the export.
     (made / "results" / "emoji-test.parquet").write_bytes(b"cut")
     given = made, find_checkpoint(made), {}, tmp_path
-    assert f"| `eval/emoji/zero_shot/acc5` | {accuracy:.4f} | - |" in cards.metrics_lines(*given)
+    assert f"| `eval/emoji/zero_shot/acc5` | {accuracy:.4f} | - |" in cards.describe_metrics(*given)
     (made / "results.json").write_text("{")
-    assert cards.metrics_lines(*given) == ["None: there are no results of this checkpoint."]
+    assert cards.describe_metrics(*given) == ["None: there are no results of this checkpoint."]
     names = run_examples(tmp_path / "out")
     assert [*names] == [*formats, "protoclip"]
     expected = names["protoclip"]["similarity"]

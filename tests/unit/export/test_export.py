@@ -27,7 +27,7 @@ import protoclip
 from protoclip.cli import main
 from protoclip.config import ImageTowerConfig, ModelConfig
 from protoclip.export import huggingface, onnx, run
-from protoclip.export.card import examples
+from protoclip.export.card import write_examples
 from protoclip.export.source import open_source
 from protoclip.files import read_json
 from protoclip.models.opening import PICKLED
@@ -286,7 +286,7 @@ def test_what_transformers_js_reads(reference, tmp_path):
     # The card of a folder without `transformers`' format prepares images and captions by open_clip.
     protoclip.export(reference("run"), tmp_path / "plain", ["open_clip"])
     shutil.copytree(folder / "onnx", tmp_path / "plain" / "onnx")
-    *_, block = blocks_of("".join(examples(["open_clip", "onnx"], 'folder = "plain"')))
+    *_, block = blocks_of("".join(write_examples(["open_clip", "onnx"], 'folder = "plain"')))
     for left in (names["onnx"], run_code(tmp_path / "plain", block)):
         images, texts = (torch.from_numpy(left[f"{each}_features"]) for each in ("image", "text"))
         assert_close(torch.nn.functional.normalize(images), names["hf"]["outputs"].image_embeds)
@@ -363,8 +363,8 @@ def test_a_hugging_face_model_comes_out_again(save, formats, capsys, tmp_path):
     if "onnx" in formats:
         images = torch.stack([transform(image) for image in IMAGES[:2]])
         tokens = tokenizer(TEXTS[:2])
-        both = onnx.features(tmp_path / "out", images, tokens)
-        one = onnx.features(tmp_path / "out", images[:1], tokens[:1])
+        both = onnx.embed_samples(tmp_path / "out", images, tokens)
+        one = onnx.embed_samples(tmp_path / "out", images[:1], tokens[:1])
         assert_close(one.image, both.image[:1])
         assert_close(one.text, both.text[:1])
     with pytest.raises(ValueError, match="not as open_clip: its towers are Hugging Face's"):
@@ -375,14 +375,14 @@ def spoil_features(source: Any, folder: Path) -> str:
     with torch.no_grad():
         source.towers.visual.proj.mul_(1.001)
     try:
-        return huggingface.write(source, folder)
+        return huggingface.write_model(source, folder)
     finally:
         with torch.no_grad():
             source.towers.visual.proj.div_(1.001)
 
 
 def spoil_files(source: Any, folder: Path) -> str:
-    kind = huggingface.write(source, folder)
+    kind = huggingface.write_model(source, folder)
     (folder / "model.safetensors").write_bytes(b"")
     return kind
 
@@ -426,7 +426,7 @@ def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monk
         ValueError, match=r"out: exists; choose another folder, or give --overwrite$"
     ):
         protoclip.export(reference("run"), out, ["timm"])
-    with pytest.raises(OSError, match="full"), run.appearing(out, overwrite=True):
+    with pytest.raises(OSError, match="full"), run.stage_folder(out, overwrite=True):
         raise OSError("full")
     rename = Path.rename
 
@@ -437,7 +437,7 @@ def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", fails)
-        with pytest.raises(OSError, match="busy"), run.appearing(out, overwrite=True):
+        with pytest.raises(OSError, match="busy"), run.stage_folder(out, overwrite=True):
             pass
     assert [*tmp_path.iterdir()] == [out]
     assert (out / gone).is_file()
@@ -450,7 +450,7 @@ def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, monk
     (out / ".git").mkdir()
     with pytest.raises(ValueError, match=r"out: exists, and holds \.git, which is never removed"):
         protoclip.export(reference("run"), out, ["timm"], overwrite=True)
-    with pytest.raises(ValueError, match="exists by now"), run.appearing(out, overwrite=True):
+    with pytest.raises(ValueError, match="exists by now"), run.stage_folder(out, overwrite=True):
         pass
     (out / ".git").rmdir()
     killed.mkdir()

@@ -13,7 +13,7 @@ import torch
 import protoclip
 from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
 from protoclip.config import Config, TeacherConfig
-from protoclip.explore.explorer import run_config
+from protoclip.explore.explorer import read_run_config
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.results.page import describe_run
@@ -88,7 +88,7 @@ def test_everyone_is_told_of_its_teachers(alone, tmp_path):
     assert f"Taught by {told}." in card
     assert "[[teachers]]" in card
     assert describe_run(read_run(alone))["teachers"] == told
-    assert run_config(str(alone)).uses_of_teachers == told
+    assert read_run_config(str(alone)).uses_of_teachers == told
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
