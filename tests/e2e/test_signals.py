@@ -20,8 +20,7 @@ from protoclip import cli, signals
 from protoclip.config import Config
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.encode import encoder as encode
-from protoclip.encode import parts
+from protoclip.encode import store
 from protoclip.models import saved
 from protoclip.models.saved import checkpoints
 from protoclip.training import checkpoint, run
@@ -266,37 +265,38 @@ def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_parquet, tmp_pat
 def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, monkeypatch, capfd):
     """Here of two processes, of which the last one hears it."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(encode.PART_ROWS, "image", 16)
+    monkeypatch.setattr(store, "BLOCK_ROWS", 16)
     settings = changed(tiny_alignment(tmp_path / "halves"), tmp_path / "run")
     recipe = tmp_path / "align.toml"
     recipe.write_text(to_toml(Config.from_dict(settings)), encoding="utf-8")
-    write, written = parts.write_atomically, []
+    add, added = store.Store.add, []
 
-    def signalled(path: Path, *rest: object, **more: object) -> None:
-        write(path, *rest, **more)  # type: ignore[arg-type]
-        written.append(path)
-        if len(written) == 2 and collectives.rank() == 1:
+    def signalled(this: store.Store, hashes: store.Hashes, features: store.Features) -> None:
+        add(this, hashes, features)
+        added.append(len(hashes))
+        if len(added) == 1 and collectives.rank() == 1:
             to_group("SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write_atomically", signalled)
+        patch.setattr(store.Store, "add", signalled)
         words = ["align", "--config", str(recipe)]
         ended = codes(started(lambda: cli.main(words), 2))
-    assert ended == [128 + signal.SIGTERM] * 2, capfd.readouterr().err
-    assert "Traceback" not in capfd.readouterr().err
-    begun = {path.name for path in (tmp_path / "cache").rglob("parts/*.npz")}
-    assert 0 < len(begun) < 6
+    said = capfd.readouterr().err
+    assert ended == [128 + signal.SIGTERM] * 2, said
+    assert "Traceback" not in said
+    rows_files = [*(tmp_path / "cache").rglob(f"*{store.ROWS_END}")]
+    begun = sum(path.stat().st_size for path in rows_files) // store.ROW.itemsize
+    assert begun > 0
     assert not (tmp_path / "run").exists()
 
-    def noted(path: Path, *rest: object, **more: object) -> None:
-        write(path, *rest, **more)  # type: ignore[arg-type]
-        written.append(path)
+    def counted(this: store.Store, hashes: store.Hashes, features: store.Features) -> None:
+        add(this, hashes, features)
+        added.append(len(hashes))
 
-    monkeypatch.setattr(parts, "write_atomically", noted)
+    monkeypatch.setattr(store.Store, "add", counted)
     cli.main(words)
-    images = [path.name for path in written if path.parent.name == "parts"][
-        :-1
-    ]  # captions come last
-    assert sorted({*images} | begun) == [f"{number:06d}.npz" for number in range(6)]
-    assert begun.isdisjoint(images), (begun, written)
-    assert (tmp_path / "run" / "results.json").exists()
+    total = (
+        sum(path.stat().st_size for path in (tmp_path / "cache").rglob(f"*{store.ROWS_END}"))
+        // store.ROW.itemsize
+    )
+    assert begun + sum(added) == total

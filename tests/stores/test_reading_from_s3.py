@@ -242,6 +242,7 @@ def test_what_cannot_be_read_ends_a_run_before_long(store, hasty, monkeypatch, t
     with pytest.raises(ValueError, match=rf"none can be used, such as sample .*; {go_on}$"):
         run.train(config)
     monkeypatch.setattr(loader.access, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(sources, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(ValueError, match=rf"^data.train: pairs.csv: 1 pairs took .*{go_on}$"):
         run.train(config)
     monkeypatch.setattr(plan, "require_usable", lambda *_: None)  # as if it failed later

@@ -32,7 +32,7 @@ from protoclip.data.access import (
 from protoclip.data.content import FORM, Facts, hash_of, length_parts
 from protoclip.data.decode import decode
 from protoclip.data.index import index_folder
-from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
+from protoclip.files import checksum, in_turn, read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible, without_secrets
 
 # How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
@@ -319,7 +319,10 @@ class ImageTextPairs(Pairs):
         facts = self._hash_rows()
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, to_json(sealed(facts)))
+            with in_turn(path):
+                for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
+                write_atomically(path, to_json(sealed(facts)))
         return facts
 
     def _hash_rows(self) -> Facts:
