@@ -40,7 +40,7 @@ from torch import Tensor
 from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import best_linear_probe
-from protoclip.evaluation.measured import Measured
+from protoclip.evaluation.measured import Measurements
 from protoclip.evaluation.metrics import (
     MULTILABEL,
     RECALLS,
@@ -53,9 +53,9 @@ from protoclip.evaluation.metrics import (
 from protoclip.evaluation.retrieval import best_relevant_rank, crowding
 from protoclip.evaluation.samples import (
     SampleResults,
-    by_group,
-    decided_by_candidates,
+    find_crowded,
     influences,
+    sum_by_group,
 )
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
@@ -139,7 +139,7 @@ def make_world(seed: int, *, seeds: int = 0) -> World:
 
 def draw_test_set(
     world: World, population: Population, models: list[Towers], *seed: int
-) -> list[Measured]:
+) -> list[Measurements]:
     """The results of some models on one test set."""
     draw = np.random.default_rng(seed)
     number = population.concepts
@@ -198,7 +198,7 @@ def draw_test_set(
         scores = image @ model.names.T
         metrics = {name: samples.mean(name) for name in samples.means()}
         metrics[MULTILABEL] = mean_average_precision(scores, present)
-        found.append(Measured(metrics=metrics, samples=samples, scores=(scores, present)))
+        found.append(Measurements(metrics=metrics, samples=samples, scores=(scores, present)))
         found[-1].samples.images["features"] = image  # type: ignore[index]
     return found
 
@@ -230,7 +230,7 @@ def ami_by_group(samples: SampleResults) -> tuple[float, Floats, bool]:
     )
     number = len(names)
     parts = (without.mean() - without) * (number - 1) / number
-    return found["ami"], by_group(parts, np.arange(number), number), False
+    return found["ami"], sum_by_group(parts, np.arange(number), number), False
 
 
 def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]]) -> list[str]:
@@ -265,12 +265,10 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
     return lines
 
 
-def with_influences(measured: list[Measured]) -> list[Metrics]:
+def with_influences(measured: list[Measurements]) -> list[Metrics]:
     """Of each model its metrics that have influences, with these."""
     moved = [of.influences() for of in measured]
-    decided = [
-        decided_by_candidates(of.samples, by) for of, by in zip(measured, moved, strict=True)
-    ]
+    decided = [find_crowded(of.samples, by) for of, by in zip(measured, moved, strict=True)]
     return [
         {key: (of.metrics[key], by[key], key in few) for key in by}
         for of, by, few in zip(measured, moved, decided, strict=True)

@@ -141,7 +141,7 @@ def few_emoji() -> datasets.EvaluationData:
         split: ImageTextPairs(table.take(list(range(0, table.num_rows, 25))), name=f"emoji/{split}")
         for split, table in tables.items()
     }
-    return datasets.of_pairs("emoji", parts)
+    return datasets.make_concept_data("emoji", parts)
 
 
 def quick_config(train: str, out: Path, **changes: Any) -> Config:

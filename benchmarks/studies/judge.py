@@ -30,8 +30,8 @@ from protoclip.evaluation.knn import knn_predict
 from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS
-from protoclip.evaluation.samples import by_group
-from protoclip.evaluation.suite import chosen_tasks
+from protoclip.evaluation.samples import sum_by_group
+from protoclip.evaluation.suite import choose_tasks
 from protoclip.evaluation.task_features import task_features
 from protoclip.evaluation.validation import judged
 from protoclip.evaluation.zero_shot import zero_shot_ranks
@@ -159,7 +159,7 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
 
 def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Judged:
     """The metrics of those tasks that the data can serve."""
-    (chosen,) = chosen_tasks([data], split, None, TASKS)
+    (chosen,) = choose_tasks([data], split, None, TASKS)
     own = [task for task in tasks if task in chosen]
     features = task_features(encoder, data, own, split=split)
     found = measure(features, data, own, split=split)
@@ -279,5 +279,5 @@ def grouped_means(
     for name, of_samples in values.items():
         right = of_samples.double().numpy()
         parts = (right - right.mean()) / len(right)
-        found[name] = np.concatenate([[right.mean()], by_group(parts, group, len(names))])
+        found[name] = np.concatenate([[right.mean()], sum_by_group(parts, group, len(names))])
     return [f"{data}: {name}" for name in names], found

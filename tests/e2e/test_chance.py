@@ -23,7 +23,7 @@ def relative_rank(model, transform, tokenizer, pairs: ImageTextPairs) -> float:
     with torch.no_grad():
         found = model.encode_image(images, normalize=True)
         wanted = model.encode_text(tokenizer(texts), normalize=True)
-    ranks = zero_shot_ranks(found, wanted, datasets.positions(own, texts)[::3])
+    ranks = zero_shot_ranks(found, wanted, datasets.find_positions(own, texts)[::3])
     return float(ranks.double().mean()) / (len(texts) - 1)
 
 

@@ -79,7 +79,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
                 autocast=encoding(self.precision, device),
             )
             name, pretrained = names_of(reference)
-            measured = suite.results(
+            measured = suite.compute_results(
                 encoder,
                 data,
                 self.tasks,

@@ -1,6 +1,6 @@
 """How well K-means clusters of the features agree with the classes.
 
-K-means is in `prototypes/kmeans.py`; how images and texts are grouped is told by `grouping.py`.
+K-means is in `prototypes/kmeans.py`; `grouping.py` measures how images and texts are grouped.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ def clustering(
 
     Returns:
         `cluster`, the cluster of each row; `ami`, the adjusted mutual information (Vinh et al.
-        2010, arithmetic mean), and `ari`, the adjusted Rand index (Hubert and Arabie 1985): 1 for
-        clusters that are the classes, 0 by chance.
+        2010, arithmetic mean), and `ari`, the adjusted Rand index (Hubert and Arabie 1985): 1 if
+        clusters equal the classes, 0 by chance.
     """
     # Here, since training imports this file, and scikit-learn takes two seconds to import.
     from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score

@@ -1,16 +1,16 @@
-"""What data sets are called, in records and in the names of metrics."""
+"""Names of data sets, in records and in the names of metrics."""
 
 import re
 from pathlib import Path
 
 from protoclip.terminal import without_secrets
 
-#: What a folder or table of one split is called, which does not tell data sets apart.
+#: Names of folders or tables of one split, which do not distinguish data sets.
 SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 
 
 def plain(name: str) -> str:
-    """A name with letters, digits and hyphens alone; of a pattern, nothing.
+    """A name of letters, digits and hyphens only; empty for a pattern.
 
     >>> plain("my shop"), plain("*")
     ('my-shop', '')
@@ -18,8 +18,8 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w-]+", "-", name).strip("-")
 
 
-def with_folder(name: str, folder: str) -> str:
-    """A name, with that of the folder above it where it is a split's.
+def add_folder(name: str, folder: str) -> str:
+    """A name, with the name of the folder above it if it is a split's.
 
     >>> with_folder("test", "photos"), with_folder("shop", "photos")
     ('photos-test', 'shop')
@@ -27,20 +27,20 @@ def with_folder(name: str, folder: str) -> str:
     return f"{folder}-{name}" if folder and name.lower() in SPLITS else name
 
 
-def of_folder(folder: Path) -> str:
-    """What a folder of classes is called."""
+def name_folder(folder: Path) -> str:
+    """The name of a folder of classes."""
     real = folder.resolve()
-    return with_folder(real.name, real.parent.name)
+    return add_folder(real.name, real.parent.name)
 
 
-def of_pairs(name: str, reference: str) -> str:
-    """What a source of pairs is called: by its own name, or that of the folder above it."""
-    above = [folder.name for folder in Path(without_secrets(reference).rstrip("/")).parents]
-    parts = [plain(Path(name.rstrip("/")).stem), *map(plain, above[:2])]
-    named = [*filter(None, parts), "", ""]
-    return with_folder(named[0], named[1]) or "data"
+def name_pairs(name: str, reference: str) -> str:
+    """The name of a source of pairs: its own, or that of the folder above it."""
+    folders = [folder.name for folder in Path(without_secrets(reference).rstrip("/")).parents]
+    parts = [plain(Path(name.rstrip("/")).stem), *map(plain, folders[:2])]
+    names = [*filter(None, parts), "", ""]
+    return add_folder(names[0], names[1]) or "data"
 
 
-def of_run(run: Path, split: str) -> str:
-    """What the pairs that a run held out are called, as other models are judged on them."""
+def name_run_data(run: Path, split: str) -> str:
+    """The name of a run's held-out pairs, for evaluating other models on them."""
     return f"{plain(run.resolve().name) or 'run'}-{split}"

@@ -1,6 +1,6 @@
 """Data sets that models are evaluated on, and the references that name them.
 
-Files of others are read in `readers.py`, and pairs to train on are opened in `data/sources.py`.
+`readers.py` reads the files of others, and `data/sources.py` opens pairs to train on.
 """
 
 import inspect
@@ -35,9 +35,9 @@ from protoclip.evaluation.readers import (
     LazySplits,
     ShardFolder,
     TorchvisionImages,
-    class_number,
+    parse_class,
 )
-from protoclip.evaluation.zero_shot import read_templates, templates_in
+from protoclip.evaluation.zero_shot import parse_templates, read_templates
 from protoclip.files import read_local
 from protoclip.rules import COLUMN_OPTIONS, DATA_HINT, with_options
 from protoclip.terminal import visible
@@ -46,7 +46,7 @@ SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validati
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 SYNSETS = "LOC_synset_mapping.txt"  # as Kaggle ships it with ImageNet
 WNID = re.compile(r"n\d{8}")
-#: torchvision's classification sets with usual class names, and how it calls their splits.
+#: torchvision's classification sets with usual class names, and its names of their splits.
 TORCHVISION = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST"), "train test"),
     **dict.fromkeys(("Food101", "StanfordCars", "STL10", "SVHN", "USPS"), "train test"),
@@ -60,7 +60,7 @@ HUB = "wds:https://huggingface.co/datasets/clip-benchmark/wds_"
 CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
 # Kinds of data whose classes and captions are not in columns.
 WITHOUT_COLUMNS = ("emoji", "wds", "torchvision", "karpathy")
-#: What data sets can be downloaded from. Keys are lower case without signs; docs/evaluation.md has
+#: Where data sets can be downloaded. Keys are lower case letters and digits; docs/evaluation.md has
 #: more.
 DOWNLOADS = {
     **{
@@ -97,12 +97,12 @@ class Images(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The images of one split, and what is known of each."""
+    """The images of one split, with their labels and captions."""
 
     images: Images
-    #: Class numbers; of multilabel data, which classes are present.
+    #: Class numbers; for multilabel data, which classes are present.
     labels: Int[Tensor, " n"] | Bool[Tensor, "n k"] | None = None
-    #: One or more of each image.
+    #: One or more for each image.
     captions: Sequence[tuple[str, ...]] | None = None
     #: Images of one group share their captions. Unset, each image is its own group.
     groups: Sequence[int] | None = None
@@ -119,15 +119,15 @@ class EvaluationData:
     language: str = "en"
     #: Split -> a name for every image. Only the emoji have them, beside the classes.
     image_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    #: How many `pairs` evaluate a run, and of how many of these it was trained on the `images`.
+    #: The number of `pairs`, and of those whose `images` a run was trained on.
     trained_on: Mapping[str, int] = field(default_factory=dict)
     #: What the user should know, such as samples that were left out.
     notes: Sequence[str] = ()
-    #: Splits whose bad images were named, which is done once, however often a split is measured.
-    told: set[str] = field(default_factory=set, compare=False, repr=False)
+    #: Splits whose bad images were named, which is done once even if a split is measured again.
+    warned_splits: set[str] = field(default_factory=set, compare=False, repr=False)
 
 
-def positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
+def find_positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
     """The index of each value in a list of distinct ones."""
     position = {value: index for index, value in enumerate(among)}
     return torch.tensor([position[value] for value in values], dtype=torch.long)
@@ -141,14 +141,14 @@ def emoji() -> EvaluationData:
     for split in SPLITS:
         key = digest({"file": file, "split": split})
         pairs[split] = ImageTextPairs(emoji_table(split), name=f"emoji/{split}", table_key=key)
-    return of_pairs("emoji", pairs)
+    return make_concept_data("emoji", pairs)
 
 
-def of_pairs(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
+def make_concept_data(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
     """A data set of concepts, given the pairs of each split.
 
     Columns of the pairs: `concept`, whose images share their captions; `label`, the concept's
-    name; and `subgroup`, a coarser class that all splits share.
+    name; and `subgroup`, a coarser class that all splits have.
     """
     classes = sorted({value for split in pairs.values() for value in split.column("subgroup")})
     splits: dict[str, Split] = {}
@@ -156,9 +156,9 @@ def of_pairs(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
         concepts = images.column("concept")
         splits[split] = Split(
             images=images,
-            labels=positions(images.column("subgroup"), classes),
+            labels=find_positions(images.column("subgroup"), classes),
             captions=[images.sample_captions(row) for row in range(len(images))],
-            groups=positions(concepts, sorted(set(concepts))).tolist(),
+            groups=find_positions(concepts, sorted(set(concepts))).tolist(),
         )
     return EvaluationData(
         name=name,
@@ -179,7 +179,7 @@ def open_data(
     """Open the data set that a reference names. Only the given split is read at once.
 
     * `emoji`: the bundled emoji.
-    * A table, a folder of pairs, local tar shards or `hf:OWNER/NAME`, read as `data.train` is:
+    * A table, a folder of pairs, local tar shards or `hf:OWNER/NAME`, read like `data.train`:
       captions. With a `class_column` of a table, classes, and captions if there are any.
     * A folder with `train|val|test/CLASS/*.jpg`, or with `CLASS/*.jpg`: classes.
     * A folder in CLIP_benchmark's layout, or `wds:FOLDER_OR_URL`: classes, one or more an image; or
@@ -187,15 +187,15 @@ def open_data(
     * `torchvision:NAME`: classes.
     * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
-    Behind a reference may stand `,class_column=NAME`, other columns of a table and `,root=FOLDER`,
-    which win over the arguments and settings of these names. One source of pairs is the split that
-    is asked for. Where ImageNet is read from folders or by torchvision, its validation images,
-    which everyone measures, are the `test` split.
+    A reference may end in `,class_column=NAME`, other columns of a table and `,root=FOLDER`, which
+    win over the arguments and settings of these names. One source of pairs is taken as the
+    requested split. From folders or torchvision, ImageNet's validation images are the `test` split,
+    since everyone measures on them.
 
     Args:
-        root: Where the images of tables, of `karpathy:` and of `torchvision:` lie.
+        root: Folder of the images of tables, of `karpathy:` and of `torchvision:`.
         class_column: Column of a table with classes: texts or whole numbers.
-        split: The split to be measured: `test`, `validation` or `train`.
+        split: The split to measure: `test`, `validation` or `train`.
         config: Columns, `allow_links` and the cache folder of the data.
 
     Raises:
@@ -207,8 +207,8 @@ def open_data(
     reference, options = with_options(reference)
     class_column = options.get("class_column", class_column)
     settings = replace(config or DataConfig(), sources=[], read="auto")
-    given: dict[str, Any] = {"root": root or settings.root, **options}
-    settings = replace(settings, **given)
+    values: dict[str, Any] = {"root": root or settings.root, **options}
+    settings = replace(settings, **values)
     named = next((name for name in COLUMN_OPTIONS if name in options), None)
     named = named or ("class_column" if class_column is not None else None)
     kind, _, location = reference.partition(":")
@@ -254,15 +254,15 @@ def no_columns(reference: str, option: str = "class_column") -> ValueError:
 
 
 def download_hint(reference: str) -> str:
-    """What stands behind a message on a data set that can be downloaded; or nothing."""
+    """The end of a message on a data set that can be downloaded; empty for others."""
     last = reference.rstrip("/").rpartition("/")[2].rpartition(":")[2].lower()
     plain = re.sub(r"[^a-z0-9]", "", last)
-    known = max((name for name in DOWNLOADS if name in plain), key=len, default="")
-    return f"; {known} is to be had from {DOWNLOADS[known]}" if known else ""
+    name = max((name for name in DOWNLOADS if name in plain), key=len, default="")
+    return f"; download {name} from {DOWNLOADS[name]}" if name else ""
 
 
-def fetching(name: str, root: str) -> str:
-    """What downloads a set of torchvision, and what else there is to download."""
+def fetch_hint(name: str, root: str) -> str:
+    """How to download a set of torchvision, or another copy of it."""
     return f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{download_hint(name)}"
 
 
@@ -270,11 +270,10 @@ def _names(text: str) -> list[str]:
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
-def with_split(reference: str, split: str) -> str:
-    """A reference with the split that is read of it, if it is of the hub and names none."""
-    of_hub = reference.startswith("hf:") and not is_url(reference)
-    is_open = of_hub and ",split=" not in reference
-    return f"{reference},split={split}" if is_open else reference
+def add_split(reference: str, split: str) -> str:
+    """A reference with the split to read, if it is on the hub and names none."""
+    on_hub = reference.startswith("hf:") and not is_url(reference)
+    return f"{reference},split={split}" if on_hub and ",split=" not in reference else reference
 
 
 def _exists(path: str) -> bool:
@@ -285,17 +284,17 @@ def _open_pairs(
     reference: str, config: DataConfig, split: str, class_column: str | None
 ) -> EvaluationData:
     """Captions, classes or both, of one source of pairs."""
-    path = with_split(reference, split)
+    path = add_split(reference, split)
     config = replace(config, class_column=class_column or config.class_column)
     try:
         pairs = open_source(config, SourceConfig(path=path))
-    except ValueError as error:  # settings of `data` are those of other pairs, if there are any
+    except ValueError as error:  # the settings of `data` belong to other pairs
         way_out = r"write ,\1=NAME behind it"
         raise ValueError(re.sub(r"set (\w+_column) to one\b", way_out, str(error))) from error
     if not isinstance(pairs, ImageTextPairs):
         raise ValueError(
-            f"{reference}: evaluation reads in any order; copy the shards, or name the folder of "
-            "CLIP_benchmark's layout that they lie in with wds:"
+            f"{reference}: evaluation reads in any order; copy the shards, or if they lie in a "
+            "folder of CLIP_benchmark's layout, name that with wds:"
         )
     if class_column is not None and pairs.class_column is None:
         raise no_columns(reference)
@@ -303,7 +302,7 @@ def _open_pairs(
     images: Any = pairs
     rows, captions = list(range(len(pairs))), None
     if pairs.caption_columns:
-        rows, captions = captions_of_rows(pairs, rows)
+        rows, captions = collect_captions(pairs, rows)
         if not rows and pairs.class_column is None:
             raise ValueError(f"{reference}: no image has a caption")
         if not rows:
@@ -317,18 +316,18 @@ def _open_pairs(
         images = PairsView([(pairs, rows)])
     labels, classes = None, list[str]()
     if pairs.class_column is not None:
-        texts = classes_of_rows(pairs, rows)
-        classes = pairs.class_labels or in_order(texts)
-        labels = positions(texts, classes)
-        if several := images_of_several_classes(pairs) if len(rows) < len(pairs) else 0:
+        texts = read_classes(pairs, rows)
+        classes = pairs.class_labels or sort_names(texts)
+        labels = find_positions(texts, classes)
+        if several := count_ambiguous_images(pairs) if len(rows) < len(pairs) else 0:
             notes.append(
-                f"{reference}: {several:,} image(s) have other classes in other rows, of "
-                "which the first counts; give each image one class"
+                f"{reference}: {several:,} image(s) have different classes in different rows, and "
+                "the first counts; give each image one class"
             )
     only = Split(images=images, labels=labels, captions=captions)
-    names, templates = named(classes)
+    names, templates = name_classes(classes)
     return EvaluationData(
-        name=data_names.of_pairs(pairs.name, reference),
+        name=data_names.name_pairs(pairs.name, reference),
         splits={split: only},
         class_names=names,
         templates=templates,
@@ -336,7 +335,7 @@ def _open_pairs(
     )
 
 
-def captions_of_rows(
+def collect_captions(
     pairs: ImageTextPairs, rows: Iterable[int]
 ) -> tuple[list[int], list[tuple[str, ...]]]:
     """The first row of each image that has captions, and the captions of all its rows."""
@@ -349,15 +348,15 @@ def captions_of_rows(
         except BadSample:
             continue
         image = (names[row].as_py() if names is not None else None) or row
-        of_image = captions.setdefault(image, Counter())
+        counts = captions.setdefault(image, Counter())
         for text, number in Counter(texts).items():  # a copy of a pair adds nothing
-            of_image[text] = max(of_image[text], number)
+            counts[text] = max(counts[text], number)
         first.setdefault(image, row)
     return list(first.values()), [tuple(captions[image].elements()) for image in first]
 
 
-def images_of_several_classes(pairs: ImageTextPairs) -> int:
-    """How many images have other classes in other rows."""
+def count_ambiguous_images(pairs: ImageTextPairs) -> int:
+    """How many images have different classes in different rows."""
     classes = pairs.kept(pairs.checked.column(str(pairs.class_column)))
     names = pairs.image_names()
     if names is None or "list" in str(classes.type):
@@ -368,13 +367,13 @@ def images_of_several_classes(pairs: ImageTextPairs) -> int:
     return int(np.count_nonzero(counts.to_numpy() > 1))
 
 
-def class_values(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
-    """What the class column holds in these rows."""
+def read_class_cells(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
+    """The cells of the class column in these rows."""
     column = pairs.kept(pairs.checked.column(str(pairs.class_column)))
     values = cells_of(column.take(pa.array(rows, pa.int64())))
     if not pairs.class_labels:
         return values
-    return [None if isinstance(each, int) and each < 0 else each for each in values]  # not known
+    return [None if isinstance(cell, int) and cell < 0 else cell for cell in values]  # unknown
 
 
 def has_no_class(value: Any) -> bool:
@@ -383,18 +382,18 @@ def has_no_class(value: Any) -> bool:
 
 
 def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
-    """Whether each row names a class. Of equal values in a block one is looked at."""
+    """Whether each row names a class; equal values in a block are looked at once."""
     masks = []
     for part in pairs.in_blocks():
         values = part.kept(part.table.column(str(part.class_column))).combine_chunks()
         codes = values.dictionary_encode().indices.fill_null(-1)
         _, first, number = np.unique(codes, return_index=True, return_inverse=True)
-        has_class = [not has_no_class(value) for value in class_values(part, first.tolist())]
+        has_class = [not has_no_class(value) for value in read_class_cells(part, first.tolist())]
         masks.append(np.array(has_class, bool)[number])
     return np.concatenate(masks)
 
 
-def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
+def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """The class of each of these rows, by name.
 
     The table names the numbers of a `ClassLabel`. Any other value is the name itself.
@@ -402,7 +401,7 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     Raises:
         ValueError: A row has no class, or a number without a name.
     """
-    values = class_values(pairs, rows)
+    values = read_class_cells(pairs, rows)
     for row, value in zip(rows, values, strict=True):
         if has_no_class(value):
             raise ValueError(
@@ -411,52 +410,52 @@ def classes_of_rows(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
             )
     if names := pairs.class_labels:
         images = PairsView([(pairs, rows)])
-        return [names[n] for n in readers.parse_each(images, values, class_number, len(names))]
+        return [names[n] for n in readers.parse_each(images, values, parse_class, len(names))]
     return list(map(str, values))
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def sort_names(names: Iterable[str]) -> list[str]:
     """The distinct names, sorted; numbers by their value, and equal ones by their digits."""
     distinct = sorted(set(names))
     return sorted(distinct, key=int) if all(map(str.isdecimal, distinct)) else distinct
 
 
 def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
-    classes = in_order(name for path in splits.values() for name in classes_in(path))
-    listed = _names(_beside(folder, readers.CLASS_NAMES))
+    classes = sort_names(name for path in splits.values() for name in classes_in(path))
+    listed = _names(_read_beside(folder, readers.CLASS_NAMES))
     if listed and len(listed) != len(classes):
         raise ValueError(
             f"{folder / readers.CLASS_NAMES}: names {len(listed)} classes, but there are "
             f"{len(classes)} folders"
         )
     imagenet = None if listed else imagenet_names(classes, numbers=True)
-    synsets = dict(line.partition(" ")[::2] for line in _names(_beside(folder, SYNSETS)))
+    synsets = dict(line.partition(" ")[::2] for line in _names(_read_beside(folder, SYNSETS)))
     # A synset has several names; the first one is the usual one.
-    known = {wnid: names.partition(",")[0] for wnid, names in synsets.items()}
-    names = imagenet or [known.get(c, c).replace("_", " ") for c in classes]
+    usual = {wnid: names.partition(",")[0] for wnid, names in synsets.items()}
+    names = imagenet or [usual.get(c, c).replace("_", " ") for c in classes]
     if imagenet and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     templates = list(DEFAULT_TEMPLATES)
-    if text := _beside(folder, readers.TEMPLATES):
-        templates = templates_in(text, str(folder / readers.TEMPLATES))
+    if text := _read_beside(folder, readers.TEMPLATES):
+        templates = parse_templates(text, str(folder / readers.TEMPLATES))
     elif imagenet:
         templates = read_templates("openai")
     in_ids = folder.resolve().name
 
-    def read(split: str) -> Split:
+    def read_split(split: str) -> Split:
         name = f"{in_ids}/{split}"
         images, labels = readers.read_class_folder(splits[split], classes, name=name)
         return Split(images=images, labels=labels)
 
     return EvaluationData(
-        name=data_names.of_folder(folder),
-        splits=LazySplits(read, splits, first=first, of=str(folder)),
+        name=data_names.name_folder(folder),
+        splits=LazySplits(read_split, splits, first=first, source=str(folder)),
         class_names=listed or names,
         templates=templates,
     )
 
 
-def _beside(folder: Path, name: str) -> str:
+def _read_beside(folder: Path, name: str) -> str:
     path = folder / name
     try:
         return read_local(path) if path.is_file() else ""
@@ -465,11 +464,10 @@ def _beside(folder: Path, name: str) -> str:
 
 
 def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str] | None:
-    """The names that CLIP uses, if the classes are ImageNet's; else None.
+    """CLIP's class names, if the classes are ImageNet's; else None.
 
-    ImageNet's classes, or some of them, are recognised by WordNet ids; all thousand by names too:
-    CLIP's, or WordNet's such as "tench, Tinca tinca" or "tench". With `numbers`, 0 to 999 are
-    ImageNet's.
+    WordNet ids identify all or some of ImageNet's classes; names only all thousand: CLIP's, or
+    WordNet's such as "tench, Tinca tinca" or "tench". With `numbers`, 0 to 999 are ImageNet's.
     """
     is_numbers = numbers and list(classes) == [str(number) for number in range(1000)]
     are_ids = bool(classes) and all(map(WNID.fullmatch, classes))
@@ -489,12 +487,12 @@ def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str
 
     # Lists differ in a few names, such as those of the two cranes.
     usual = zip(firsts(info.label_descriptions()), firsts(classes), strict=True)
-    known = is_numbers or list(classes) == clip or sum(a == b for a, b in usual) > 950
-    return clip if known else None
+    matches = is_numbers or list(classes) == clip or sum(a == b for a, b in usual) > 950
+    return clip if matches else None
 
 
-def named(classes: list[str]) -> tuple[list[str], Sequence[str]]:
-    """Names of classes, and prompts: CLIP's for ImageNet's; others are called what they are."""
+def name_classes(classes: list[str]) -> tuple[list[str], Sequence[str]]:
+    """Names of classes, and prompts: CLIP's for ImageNet; other classes keep their names."""
     if names := imagenet_names(classes):
         return names, read_templates("openai")
     return classes, DEFAULT_TEMPLATES if classes else ("{c}",)
@@ -508,28 +506,28 @@ def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
         raise ValueError(f"{error}{download_hint(location)}") from None
     kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()
     if kind not in readers.BESIDE_IMAGE:
-        known = ", ".join(readers.BESIDE_IMAGE)
+        kinds = ", ".join(readers.BESIDE_IMAGE)
         shown = visible(kind[:30])
-        raise ValueError(f"{location}/{readers.DATASET_TYPE}: '{shown}' is none of {known}")
+        raise ValueError(f"{location}/{readers.DATASET_TYPE}: '{shown}' is none of {kinds}")
     names, templates = _names(shards.texts.get(readers.CLASS_NAMES, "")), ["{c}"]
     if kind != "retrieval":
         if not names:
             raise ValueError(
                 f"{location}: has no class names; write them into {readers.CLASS_NAMES}, one a line"
             )
-        names, usual = named(names)
+        names, usual = name_classes(names)
         text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
-        templates = templates_in(text, f"{location}/{readers.TEMPLATES}")
+        templates = parse_templates(text, f"{location}/{readers.TEMPLATES}")
 
-    def read(split: str) -> Split:
+    def read_split(split: str) -> Split:
         pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
         parse_each = partial(readers.parse_each, pairs, contents)
         if kind == "retrieval":
-            return Split(images=pairs, captions=parse_each(readers.captions))
+            return Split(images=pairs, captions=parse_each(readers.parse_captions))
         if kind == "multilabel":
-            present = np.stack(parse_each(readers.present_classes, len(names)))
+            present = np.stack(parse_each(readers.parse_presence, len(names)))
             return Split(images=pairs, labels=torch.from_numpy(present))
-        numbers = parse_each(readers.class_number, len(names))
+        numbers = parse_each(readers.parse_class, len(names))
         return Split(images=pairs, labels=torch.tensor(numbers, dtype=torch.long))
 
     plain = Path(location).resolve().name
@@ -538,7 +536,7 @@ def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
         plain = url.path.rpartition("/")[2] or url.hostname or ""  # no user, no password
     return EvaluationData(
         name=plain.removeprefix("wds_"),
-        splits=LazySplits(read, shards.folders, first=split, of=location),
+        splits=LazySplits(read_split, shards.folders, first=split, source=location),
         class_names=names if kind != "retrieval" else (),
         templates=templates,
     )
@@ -555,16 +553,16 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
         problem = f"{root}: no such folder" if root else "root is not set"
         raise ValueError(
             f"{reference}: {problem}; root is the folder that torchvision keeps it in; "
-            f"{fetching(name, 'FOLDER')}"
+            f"{fetch_hint(name, 'FOLDER')}"
         )
 
-    of_torchvision = {SPLIT_ALIASES.get(each, each): each for each in TORCHVISION[name].split(" ")}
-    if "test" not in of_torchvision:  # all there is, or what everyone measures on
-        of_torchvision["test"] = of_torchvision.pop("validation", "")
+    splits = {SPLIT_ALIASES.get(value, value): value for value in TORCHVISION[name].split(" ")}
+    if "test" not in splits:  # the only split, or the one that everyone measures on
+        splits["test"] = splits.pop("validation", "")
 
     @cache
     def samples(split: str) -> Any:
-        make, value = getattr(torchvision.datasets, name), of_torchvision[split]
+        make, value = getattr(torchvision.datasets, name), splits[split]
         settings: dict[str, Any] = {"split": value} if value else {}
         if "train" in inspect.signature(make).parameters:
             settings = {"train": value == "train"}
@@ -573,33 +571,33 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"{reference}: its {split} split is not in {root} ({reason_of(error)}); "
-                f"{fetching(name, root)}"
+                f"{fetch_hint(name, root)}"
             ) from None
         except Exception as error:  # damaged files make torchvision raise anything
             raise ValueError(
                 f"{reference}: the files of its {split} split in {root} are damaged "
-                f"({reason_of(error)}); delete them, and fetch them again: {fetching(name, root)}"
+                f"({reason_of(error)}); delete them, and fetch them again: {fetch_hint(name, root)}"
             ) from None
 
     names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))
     if names is None:  # the sets without names are of digits
         names = [str(digit) for digit in range(10)]
-    # Of a tuple of synonyms the first is the usual one; MNIST writes "7 - seven".
-    names = [str(each if isinstance(each, str) else each[0]) for each in names]
-    names = [re.sub(r"^(\d) - .*", r"\1", each).replace("_", " ") for each in names]
+    # The first of several synonyms is the usual one; MNIST writes "7 - seven".
+    names = [str(entry if isinstance(entry, str) else entry[0]) for entry in names]
+    names = [re.sub(r"^(\d) - .*", r"\1", entry).replace("_", " ") for entry in names]
     if name == "Caltech256":  # which writes "001.ak47" and "145.motorbikes-101"
-        names = [re.sub(r"^\d{3}\.|-101$", "", each) for each in names]
+        names = [re.sub(r"^\d{3}\.|-101$", "", entry) for entry in names]
     ids = getattr(samples("test"), "wnids", None)  # ImageNet's, which has cranes of two kinds
     imagenet = imagenet_names(ids) if ids else None
 
-    def read(split: str) -> Split:
+    def read_split(split: str) -> Split:
         images = TorchvisionImages(samples(split), name=f"{name.lower()}/{split}")
-        numbers = readers.parse_each(images, images.labels(), readers.class_number, len(names))
+        numbers = readers.parse_each(images, images.labels(), readers.parse_class, len(names))
         return Split(images=images, labels=torch.tensor(numbers, dtype=torch.long))
 
     return EvaluationData(
         name=name.lower(),
-        splits=LazySplits(read, of_torchvision, first=split, of=reference),
+        splits=LazySplits(read_split, splits, first=split, source=reference),
         class_names=imagenet or names,
         templates=read_templates("openai") if imagenet else DEFAULT_TEMPLATES,
     )
@@ -612,14 +610,16 @@ def _open_captions(file: str, root: str | None, split: str) -> EvaluationData:
         raise ValueError(f"{error}{download_hint(file)}") from None
     folder = root or str(Path(file).parent)
 
-    def read(split: str) -> Split:
+    def read_split(split: str) -> Split:
         files = list(captions[split])
         if files and not Path(join(folder, files[0])).is_file():
             raise ValueError(
                 f"{join(folder, files[0])}: no such image; set root to the folder that the paths "
                 f"in {file} start from"
             )
-        images = readers.image_files(files, root=folder, name=f"{name}/{split}")
+        images = readers.open_image_files(files, root=folder, name=f"{name}/{split}")
         return Split(images=images, captions=list(captions[split].values()))
 
-    return EvaluationData(name=name, splits=LazySplits(read, captions, first=split, of=file))
+    return EvaluationData(
+        name=name, splits=LazySplits(read_split, captions, first=split, source=file)
+    )

@@ -1,7 +1,6 @@
 """Geometry of the joint space: modality gap, alignment, uniformity and effective rank.
 
-These only measure: the loss on neighbourhoods is in `losses/geometry.py`, and measures of groups
-are in `grouping.py`.
+The loss on neighbourhoods is in `losses/geometry.py`, and measures of groups are in `grouping.py`.
 """
 
 import math
@@ -53,8 +52,8 @@ def effective_rank(features: Float[Tensor, "n d"]) -> float:
 def uniformity(features: Float[Tensor, "n d"]) -> float:
     """Log of the mean of `exp(-2 |x - x'|^2)` over pairs of different rows (Wang and Isola 2020).
 
-    In [-8, 0] for two unit-norm rows or more: 0 when all coincide, lower when they spread. Not a
-    number for a single row.
+    In [-8, 0] for two unit-norm rows or more: 0 when all coincide, lower when they spread. NaN for
+    a single row.
     """
     count, features = len(features), features.float()
     if count < 2:

@@ -1,8 +1,8 @@
 """How images and texts are grouped: pure functions of the two modalities' representations.
 
 The paper starts from the grouping that InfoNCE causes (arXiv 2206.10996): it aligns the image and
-the text of a pair, and groups similar images only by way of their texts, and similar texts by way
-of their images.
+the text of a pair, and groups similar images only through their texts, and similar texts through
+their images.
 """
 
 from collections.abc import Hashable, Sequence
@@ -25,7 +25,7 @@ ITERATIONS = 20  # of K-means
 # the mean over this many clusterings.
 CLUSTERINGS = 5
 
-Assignments = dict[str, Int[Tensor, "s n"]]  # of each clustering
+Assignments = dict[str, Int[Tensor, "s n"]]  # by modality, for each clustering
 
 
 def agreement(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
@@ -52,8 +52,8 @@ def nearest_others(
 def neighbours_in_group(nearest: Int[Tensor, "n k"], groups: Int[Tensor, " n"]) -> float:
     """Share of each row's `nearest_others` that are in the row's group; in [0, 1].
 
-    With the texts' groups and the images' neighbours: how often do the texts of an image and of its
-    neighbour fall into one group?
+    With the texts' groups and the images' neighbours: how often are the texts of an image and of
+    its neighbour in one group?
     """
     return float((groups[nearest] == groups[:, None]).float().mean(dim=1).mean())
 
@@ -65,12 +65,12 @@ def same_group_by_chance(groups: Int[Tensor, " n"]) -> float:
 
 
 def spread(features: Float[Tensor, "n d"]) -> float:
-    """Variance of unit-norm rows, 1 - |mean|^2: 0 if all are one point, near 1 if all around."""
+    """Variance of unit-norm rows, 1 - |mean|^2: 0 if all are equal, near 1 if in all directions."""
     return 1 - float(features.double().mean(dim=0).square().sum())
 
 
 def group_sizes(groups: Int[Tensor, " n"], number: int) -> dict[str, float]:
-    """Sizes of `number` groups, and how many of these are `dead`, that is without a member."""
+    """Sizes of `number` groups, and how many of them are `dead`: without a member."""
     sizes = torch.bincount(groups, minlength=number).double()
     return {
         "number": float(number),
@@ -98,14 +98,14 @@ def measure(
     Args:
         images, texts: Unit-norm rows of pairs.
         num_groups: Groups of each modality.
-        captions, concepts, content: Of each pair; the last two as the `groups` and `content` of
-            `retrieval.captions_of`, by which `recall@10` is what `evaluate` gives.
+        captions, concepts, content: One of each a pair. With the last two as `groups` and `content`
+            of `retrieval.captions_of`, `recall@10` equals that of `evaluate`.
         classes: Adds `classes/...`, the agreement of the groups with them.
         previous: Groups of an earlier checkpoint; adds `stability/...`, the agreement with them.
 
     Returns:
-        Measures by name, as docs/grouping.md lists them: of groups the mean over five clusterings.
-        And the group of each row, by modality and clustering.
+        Measures by name, as docs/grouping.md lists them; those of groups are means over five
+        clusterings. And the group of each row, by modality and clustering.
     """
     spaces, partner = {"image": images, "text": texts}, {"image": "text", "text": "image"}
     seeds = range(seed, seed + CLUSTERINGS)
@@ -118,30 +118,29 @@ def measure(
     measures = {"agreement": mean(map(agreement, groups["image"], groups["text"]))}
 
     for modality, other in partner.items():
-        rows, of_rows, of_partners = spaces[modality], groups[modality], groups[other]
+        rows, clusterings, others = spaces[modality], groups[modality], groups[other]
         nearest = nearest_others(rows)
         values = {
-            "neighbours": mean(neighbours_in_group(nearest, of) for of in of_partners),
-            "neighbours_by_chance": mean(map(same_group_by_chance, of_partners)),
+            "neighbours": mean(neighbours_in_group(nearest, group) for group in others),
+            "neighbours_by_chance": mean(map(same_group_by_chance, others)),
             "effective_rank": effective_rank(rows),
             "spread": spread(rows),
         }
         if classes is not None:
-            values["classes"] = mean(agreement(of, classes) for of in of_rows)
+            values["classes"] = mean(agreement(group, classes) for group in clusterings)
         if previous is not None:
-            values["stability"] = mean(map(agreement, of_rows, previous[modality]))
-        sizes = [group_sizes(of, num_groups) for of in of_rows]
-        values |= {f"groups/{name}": mean(of[name] for of in sizes) for name in sizes[0]}
+            values["stability"] = mean(map(agreement, clusterings, previous[modality]))
+        sizes = [group_sizes(group, num_groups) for group in clusterings]
+        values |= {f"groups/{name}": mean(size[name] for size in sizes) for name in sizes[0]}
         measures |= {f"{name}/{modality}": value for name, value in values.items()}
-    known = retrieval.captions_of(
+    pairs = retrieval.captions_of(
         [(caption,) for caption in captions], [""] * len(captions), concepts, content
     )
     row_of = {caption: row for row, caption in enumerate(captions)}
-    of_texts = texts[[row_of[caption] for caption in known.texts]]
-    ranks = retrieval.retrieval_ranks(images[known.rows], of_texts, known)
-    for modality, of_modality in zip(MODALITIES, ranks, strict=True):
-        measures[f"recall@10/{modality}_to_{partner[modality]}"] = retrieval.recall_at(
-            of_modality, 10
-        )
+    text_rows = texts[[row_of[caption] for caption in pairs.texts]]
+    both_ranks = retrieval.retrieval_ranks(images[pairs.rows], text_rows, pairs)
+    for modality, ranks in zip(MODALITIES, both_ranks, strict=True):
+        recall = retrieval.recall_at(ranks, 10)
+        measures[f"recall@10/{modality}_to_{partner[modality]}"] = recall
     measures |= modality_gap(images, texts)
     return measures, groups

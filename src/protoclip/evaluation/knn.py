@@ -1,7 +1,6 @@
 """Weighted nearest-neighbour classification of frozen features.
 
-Nearest centroids are found in `prototypes/nearest.py`, and neighbours to look at in
-`explore/explorer.py`.
+`prototypes/nearest.py` finds nearest centroids, and `explore/explorer.py` neighbours to look at.
 """
 
 import torch

@@ -38,8 +38,8 @@ class LinearProbe:
         return float((self.predict(features) == labels).double().mean())
 
     def ranks(self, features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """How many others are at least as probable as the class of each row; if it is unseen k, or
-        5 of fewer classes, so that it is not among the first five."""
+        """How many other classes are at least as probable as the class of each row. An unseen class
+        has rank k, or 5 if k is smaller, so that it is not among the first five."""
         logits, wanted = self.logits(features), labels.to(self.classes)
         position = torch.searchsorted(self.classes, wanted).clamp(max=len(self.classes) - 1)
         ranks = (logits >= logits.gather(1, position.unsqueeze(1))).sum(dim=1) - 1
@@ -55,11 +55,12 @@ def best_linear_probe(
     *,
     seed: int = 0,
 ) -> LinearProbe:
-    """A fit to all rows, of the L2 strength that is best on validation after a fit to the others.
+    """A fit to all rows, with the L2 strength that is best on validation rows after a fit to the
+    others.
 
-    So CLIP does it (Radford et al. 2021, section A.3), and CLIP_benchmark. Of equally good
-    strengths it is the strongest. Without validation rows they are a fifth of the training rows,
-    drawn by the seed. If the others are of one class, the strongest is taken.
+    CLIP (Radford et al. 2021, section A.3) and CLIP_benchmark do the same. Among equally good
+    strengths the strongest wins. Without validation rows, a fifth of the training rows is used,
+    drawn by the seed. If the other rows have one class, the strongest is taken.
     """
     features, labels = train_features, train_labels
     if validation_features is not None and validation_labels is not None:
@@ -86,7 +87,7 @@ def fit_linear_probes(
 ) -> list[LinearProbe]:
     """Minimise `mean cross-entropy + regularisation / 2 * |weights|^2` for each strength.
 
-    It runs on the features' device, in float64 where this has it, which MPS has not.
+    It runs on the features' device, in float64 except on MPS, which lacks it.
 
     Contrastive features lie in a narrow cone, where scikit-learn's L-BFGS is slow or stops early
     (measured in benchmarks/results/linear_probe_x86-2core_202611.md). So features are centred,
@@ -105,13 +106,13 @@ def fit_linear_probes(
     rows = features - centre
     covariance = rows.T @ rows / len(rows)
     # MPS has no eigenvectors either. The matrix is small.
-    variances, axes = (of.to(rows) for of in torch.linalg.eigh(covariance.cpu().double()))
+    variances, axes = (part.to(rows) for part in torch.linalg.eigh(covariance.cpu().double()))
     rows = rows @ axes
     weights = rows.new_zeros(len(classes), rows.shape[1])
     bias = (torch.bincount(targets).to(rows) / len(targets)).log()
     probes = []
     for strength in regularisations:
-        for dtype in dict.fromkeys((torch.float32, wide)):  # float64 where float32 gets stuck
+        for dtype in dict.fromkeys((torch.float32, wide)):  # float64 if float32 gets stuck
             weights, bias, gradient = minimise(
                 rows.to(dtype), targets, weights, bias, variances.clamp(min=0), strength
             )

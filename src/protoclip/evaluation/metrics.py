@@ -1,7 +1,7 @@
-"""The metrics: one table of what each is called and computed from, and differences of two models.
+"""The metrics: one table with their names and columns, and intervals of differences.
 
-The functions that compute them are in the files of their tasks; `samples` has the influences that
-intervals follow from.
+The functions that compute them are in the files of their tasks; `samples` computes the influences
+that intervals need.
 """
 
 from bisect import bisect_left
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-LEVEL = 0.05  # of intervals, and of the test that decides what is clear
+LEVEL = 0.05  # of intervals, and of the test for clear differences
 FEWEST = 5  # groups that an interval may rest on
 KS = (1, 5, 10)  # of recall@k of retrieval
 
@@ -23,17 +23,17 @@ class Metric:
     """One metric.
 
     A mean over samples has the `column` of their results: a sample is right if that is true, or is
-    a rank below `k` (ranks count from zero). With `by` the mean is first taken over the samples of
-    each class, which that column has. `crowding` is the column of the candidates with what each
-    takes from the mean. These means and the mean average precision have intervals.
+    a rank below `k` (ranks count from zero). With `by` the mean is taken first over the samples of
+    each class in that column. `crowding` is the column of what each candidate takes from the mean.
+    These means and the mean average precision have intervals.
 
     Attributes:
         task: The task of `evaluate` that measures it.
-        name: Ours, which stands behind `eval/<data set>/`.
-        key: Its name in records of the task: CLIP_benchmark's, where that has one.
-        label: What people call it.
-        emoji_label: What people call it on the emoji, if that differs.
-        in_runs: Whether a run's own evaluation gives it.
+        name: Our name, after `eval/<data set>/`.
+        key: Its name in records of the task: CLIP_benchmark's if there is one.
+        label: Its name for people.
+        emoji_label: Its name for people on the emoji, if that differs.
+        in_runs: Whether a run's own evaluation has it.
     """
 
     task: str
@@ -49,13 +49,13 @@ class Metric:
     crowding: str | None = None
 
     @property
-    def of_texts(self) -> bool:
+    def has_text_samples(self) -> bool:
         """Whether the samples are texts, and not images."""
         return self.column == "text_to_image_rank"
 
     @property
     def has_interval(self) -> bool:
-        """Whether an interval is known that holds the truth."""
+        """Whether an interval is known that covers the true value."""
         return self.column is not None or self.name == MULTILABEL
 
     @property
@@ -101,13 +101,13 @@ METRICS: dict[str, Metric] = {
         ),
         *(
             Metric(
-                *("retrieval", f"retrieval/{way}@{k}", f"{of}_retrieval_recall@{k}"),
+                *("retrieval", f"retrieval/{way}@{k}", f"{answer}_retrieval_recall@{k}"),
                 f"{way.replace('_', '-')} recall@{k}",
                 column=f"{way}_rank",
                 k=k,
                 crowding=f"{way}_crowding_{k}",
             )
-            for way, of in (("image_to_text", "text"), ("text_to_image", "image"))
+            for way, answer in (("image_to_text", "text"), ("text_to_image", "image"))
             for k in KS
         ),
         Metric(
@@ -142,23 +142,24 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
-#: Columns with what an image is, beside its id, which another image may share in another table.
+#: Columns that identify an image besides its id, which another image may have in another table.
 SHOWN = ("content", "class_name")
 RECALLS = [name for name, metric in METRICS.items() if metric.task == "retrieval"]
 TASKS = tuple(dict.fromkeys(metric.task for metric in METRICS.values()))
 
 
-def columns_of(*, texts: bool) -> list[str]:
-    """The columns of results of images, or of texts: what they are, and what metrics need."""
+def list_columns(*, texts: bool) -> list[str]:
+    """The columns of results of images, or of texts: their identity, and what metrics need."""
     columns = dict.fromkeys(["group"] if texts else ["group", *SHOWN])
     for metric in METRICS.values():
-        names = [metric.column, metric.by] if metric.of_texts == texts else [metric.crowding]
+        is_side = metric.has_text_samples == texts
+        names = [metric.column, metric.by] if is_side else [metric.crowding]
         columns |= dict.fromkeys(filter(None, names))
     return list(columns)
 
 
 def label(name: str, data: str) -> str:
-    """What people call a metric of a data set; one of another version by its own name."""
+    """A metric's name for people on a data set; the key itself for metrics of other versions."""
     if name not in METRICS:
         return name.replace("_", " ")
     metric = METRICS[name]
@@ -166,26 +167,26 @@ def label(name: str, data: str) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is shown in percent; one of another version is not."""
+    """Whether a metric is shown in percent; metrics of other versions are not."""
     return name in METRICS and METRICS[name].is_share
 
 
 def interval(metric: float | Sequence[float], influence: Floats) -> list[float]:
-    """The 95% interval of a metric between 0 and 1, by its influences, or of its mean over seeds.
+    """The 95% interval of a metric between 0 and 1, or of its mean over seeds, by its influences.
 
-    Wilson's interval for a share of as many samples as would leave the same variance. If that
-    `rests_on_few`, it is of as many as there are groups at most, and so rather too wide. It is not
-    symmetric, and holds the truth near 0 and 1 too.
+    This is Wilson's interval for the number of samples that would give the same variance. If the
+    variance `rests_on_few`, that number is at most the number of groups, so the interval is rather
+    too wide. It is not symmetric, and covers the true value near 0 and 1 too.
 
     Args:
-        metric, influence: Of one model, or of each of its seeds.
+        metric, influence: One of a model, or one of each of its seeds.
     """
-    values, of_seeds = np.atleast_1d(metric).tolist(), np.atleast_2d(influence)
-    mean, number = float(np.mean(values)), of_seeds.shape[1]
+    values, influences = np.atleast_1d(metric).tolist(), np.atleast_2d(influence)
+    mean, number = float(np.mean(values)), influences.shape[1]
     z = quantile_of_t(number - 1)
-    spread, variance = mean * (1 - mean), (half_width(values, of_seeds) / z) ** 2
+    spread, variance = mean * (1 - mean), (half_width(values, influences) / z) ** 2
     size = spread / variance if spread > 0 and variance > 0 else number
-    if rests_on_few(of_seeds.mean(axis=0)):
+    if rests_on_few(influences.mean(axis=0)):
         size = min(size, number)
     centre = mean + z**2 / (2 * size)
     half = z * np.sqrt(spread / size + z**2 / (4 * size**2))
@@ -199,28 +200,28 @@ def intervals(
     """The 95% interval of each metric that has influences.
 
     Args:
-        without: Metrics that get none, as `samples.decided_by_candidates` has them.
+        without: Metrics that get none, as `samples.find_crowded` returns them.
     """
-    given = [name for name in metrics if name in influence and name not in without]
-    return {name: interval(metrics[name], influence[name]) for name in given}
+    names = [name for name in metrics if name in influence and name not in without]
+    return {name: interval(metrics[name], influence[name]) for name in names}
 
 
 def rests_on_few(parts: Floats) -> bool:
     """Whether fewer than `FEWEST` groups make up most of a sum of squares, or it is 0.
 
-    Of influences that sum is the variance, which is not known then.
+    For influences the sum is the variance, which is unknown then.
     """
     squares = float(np.square(parts).sum())
-    # Of k equal parts the ratio of both sides is k; rounding must not make 5 less.
+    # With k equal parts the ratio of both sides is k; rounding must not make 5 less.
     return squares**2 <= (FEWEST - 1e-6) * float(np.power(parts, 4).sum())
 
 
 def differs_in_few(gain: float, influence: Floats) -> bool:
     """Whether fewer than `FEWEST` groups make up most of a difference, or none differ.
 
-    An influence is less the mean, which hides from few groups that most of them do not differ. With
-    the mean it is what a group adds to the difference: about 0 where both models are equally right,
-    and exactly if all groups weigh the same.
+    Influences are centred, which hides that most groups do not differ. With the mean added back,
+    each is what a group adds to the difference: about 0 if both models are equally right, and
+    exactly 0 if all groups weigh the same.
     """
     number = len(influence)
     added = influence * np.sqrt((number - 1) / number) + gain / number
@@ -234,8 +235,8 @@ def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[
         gains, influence: As `interval_of_difference` takes them.
 
     Returns:
-        `mean`; `interval`, its 95% interval, or None; `p`, the level at which that would end at 0,
-        None without an interval; and `beyond`, which `mark_clear` decides.
+        `mean`; `interval`, its 95% interval, or None; `p`, the level at which the interval would
+        end at 0, None without an interval; and `beyond`, which `mark_clear` decides.
     """
     ends = interval_of_difference(gains, influence)
     p = None if ends is None else p_value(gains, influence)
@@ -243,16 +244,16 @@ def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[
 
 
 def mark_clear(differences: Iterable[dict[str, Any]]) -> None:
-    """Decide which differences are `beyond` chance, given all that are compared: Holm's test.
+    """Decide by Holm's test which of all compared differences are `beyond` chance.
 
-    Of models that are equally good it finds a difference in at most 5 of 100 comparisons, however
-    many models and metrics are compared.
+    If the models are equally good, it finds any difference in at most 5 of 100 comparisons, for any
+    number of models and metrics.
     """
-    tested = sorted((of for of in differences if of["p"] is not None), key=lambda of: of["p"])
-    for number, each in enumerate(tested):
-        if each["p"] * (len(tested) - number) > LEVEL:
+    tests = sorted((d for d in differences if d["p"] is not None), key=lambda d: d["p"])
+    for number, test in enumerate(tests):
+        if test["p"] * (len(tests) - number) > LEVEL:
             break
-        each["beyond"] = True
+        test["beyond"] = True
 
 
 def p_value(gains: Sequence[float], influence: Floats | None) -> float:
@@ -270,18 +271,18 @@ def interval_of_difference(
 ) -> list[float] | None:
     """The 95% interval of the mean of some gains: over their seeds, over samples, or over both.
 
-    Both half-widths add as those of independent errors do. `benchmarks/intervals.py` counts how
-    often they hold the truth.
+    Both half-widths add like those of independent errors. `benchmarks/intervals.py` counts how
+    often the intervals cover the true value.
 
     Args:
-        gains: The difference of each pair of runs of equal seed; a single one says nothing of
+        gains: The difference of each pair of runs of equal seed; a single one tells nothing about
             other seeds.
-        influence: The difference of each group's influence `(pairs, groups)`, or `(groups,)` of a
+        influence: The difference of each group's influence `(pairs, groups)`, or `(groups,)` for a
             single pair, if all runs were measured on the same samples.
 
     Returns:
-        `None` where neither seeds nor samples are known, or fewer than `FEWEST` groups make up most
-        of it, as when two models are right on nearly everything, or are the same.
+        None if neither seeds nor samples are known, or if fewer than `FEWEST` groups make up most
+        of the difference, as when two models are right on nearly everything, or are the same.
     """
     if len(gains) == 1 and influence is None:
         return None
@@ -295,7 +296,7 @@ def interval_of_difference(
 def half_width(
     gains: Sequence[float], influence: Floats | None = None, level: float = LEVEL
 ) -> float:
-    """Half of an interval over seeds, where there are several, and over samples."""
+    """Half of an interval over seeds, if there are several, and over samples."""
     halves = [half_of_seeds(gains, level)] if len(gains) > 1 else []
     halves += [half_of_samples(influence, level)] if influence is not None else []
     return float(np.hypot.reduce(halves))
@@ -310,23 +311,22 @@ def half_of_seeds(gains: Sequence[float], level: float = LEVEL) -> float:
 def half_of_samples(influence: Floats, level: float = LEVEL) -> float:
     """Half an interval over samples: Student's t with one degree of freedom less than groups.
 
-    What each seed makes of a sample by chance moves the gains of seeds already. It is left to
-    `half_of_seeds`, so that it does not count twice.
+    The variation between seeds is in `half_of_seeds`, so it is subtracted here.
 
     Args:
         influence: As `interval_of_difference` takes it.
     """
-    of_pairs = np.atleast_2d(influence)
-    number, groups = of_pairs.shape
-    mean = of_pairs.mean(axis=0)
+    pairs = np.atleast_2d(influence)
+    number, groups = pairs.shape
+    mean = pairs.mean(axis=0)
     variance = np.square(mean).sum()
     if number > 1:
-        variance -= np.square(of_pairs - mean).sum() / (number - 1) / number
+        variance -= np.square(pairs - mean).sum() / (number - 1) / number
     return float(quantile_of_t(groups - 1, level) * np.sqrt(np.maximum(variance, 0)))
 
 
 def quantile_of_t(degrees: int, level: float = LEVEL) -> float:
-    """What Student's t, of either sign, exceeds in this share of cases."""
+    """The value that Student's t exceeds in magnitude with probability `level`."""
     from scipy.special import stdtrit  # here, since training imports this file
 
     return float(stdtrit(degrees, 1 - level / 2))

@@ -22,15 +22,15 @@ from protoclip.evaluation.features import Encoder
 from protoclip.models import loading
 
 Vectors = Tensor | npt.NDArray[Any]
-#: What mteb's batches may hold and a model of images and texts cannot read.
+#: Parts of mteb's batches that a model of images and texts cannot read.
 UNREADABLE = ("audio", "video")
 
 
 class MtebModel:
     """Any model that `protoclip.load` takes, for `mteb.evaluate(MtebModel(REFERENCE), tasks)`.
 
-    mteb has one prompt a class, no ensemble, and its own linear probe: its numbers are not to be
-    compared with those of CLIP's papers, or of `protoclip evaluate`.
+    mteb has one prompt a class, no ensemble, and its own linear probe: do not compare its numbers
+    with those of CLIP's papers or of `protoclip evaluate`.
 
     Args:
         reference: As `protoclip.load` takes it.
@@ -59,12 +59,12 @@ class MtebModel:
     ) -> Float[Tensor, "n d"]:
         """Features of any norm, on the CPU.
 
-        Of an image with a text it is the sum of both, as of the CLIP models that mteb has.
+        An image with a text gives the sum of both, as for the CLIP models of mteb.
 
         Args:
             inputs: Batches with a list of PIL images as `image`, of texts as `text`, or both.
-            task_metadata, hf_split, hf_subset, prompt_type, settings: What mteb says of the task.
-                The model needs none of it.
+            task_metadata, hf_split, hf_subset, prompt_type, settings: mteb's facts about the task,
+                which the model does not need.
 
         Raises:
             ValueError: A batch has neither, or holds sound or video.
@@ -85,7 +85,7 @@ class MtebModel:
     def mteb_model_meta(self) -> Any:
         """Names the model by its reference, and its revision by a digest of weights and transform.
 
-        So mteb never takes the kept results of other weights for this model's.
+        So mteb never takes stored results of other weights for this model's.
         """
         from mteb.models import ModelMeta
 
@@ -105,7 +105,7 @@ class MtebModel:
             raise ValueError(f"{self.reference}: cannot read {unreadable[0]}, only image and text")
         features = []
         if "image" in batch:
-            encoded = self.encoder.images(GivenImages(batch["image"]), stage=self.reference)
+            encoded = self.encoder.images(MemoryImages(batch["image"]), stage=self.reference)
             if encoded.bad:
                 raise ValueError(encoded.bad[0][1])
             features.append(encoded.features)
@@ -116,23 +116,23 @@ class MtebModel:
         return torch.stack(features).sum(dim=0)
 
 
-class GivenImages:
+class MemoryImages:
     """Images in memory, in any of Pillow's modes."""
 
     name, key = "batch", ""
 
     def __init__(self, images: Sequence[Image.Image]) -> None:
-        self.given = images
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.given)
+        return len(self.images)
 
     def sample_id(self, row: int) -> str:
         return str(row)
 
     def image(self, row: int) -> Image.Image:
         """The image as RGB, upright and on white where it is transparent."""
-        return upright(self.given[row])
+        return upright(self.images[row])
 
 
 def unit(vectors: Vectors) -> Float[Tensor, "*n d"]:

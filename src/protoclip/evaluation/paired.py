@@ -1,7 +1,7 @@
-"""Runs that are finished: what they wrote of their results, and how their metrics differ.
+"""Finished runs: reads their results, and computes how their metrics differ.
 
-Differences are paired by seed, and by test sample where the same samples judged both runs. They are
-shown by `results/compare.py`.
+Differences are paired by seed, and by test sample if both runs have the same. `results/compare.py`
+shows them.
 """
 
 import json
@@ -19,14 +19,14 @@ from protoclip.evaluation.metrics import METRICS, SHOWN, Floats, difference, int
 from protoclip.evaluation.samples import (
     Columns,
     SampleResults,
-    decided_by_candidates,
+    find_crowded,
     influences,
 )
 from protoclip.files import has_changed, read_json, read_local
 from protoclip.terminal import say
 
 FEW = 3  # runs that are named
-SEARCHES = ("retrieval", "geometry")  # tasks that images and texts judge together
+SEARCHES = ("retrieval", "geometry")  # tasks on images and texts together
 Counts = Mapping[str, Mapping[str, int]]
 WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
 Reader = Callable[[Path], WithInfluences | None]
@@ -39,8 +39,9 @@ class RunResults:
     Attributes:
         metrics: Finite values, by `eval/<data set>/<task>/<metric>`.
         samples: The files with the results of each test sample, by data set.
-        trained_on: By data set, of how many of its `pairs` the run was trained on `images`.
-        facts: All that `results.json` holds.
+        trained_on: For each data set, the number of its `pairs`, and of those whose `images` the
+            run was trained on.
+        facts: The content of `results.json`.
     """
 
     name: str
@@ -55,11 +56,11 @@ class RunResults:
 
     @property
     def machines(self) -> str:
-        """What the run trained on, one after the other; versions up to 1.0.0 wrote the device."""
+        """The machines of the run, in order; versions up to 1.0.0 wrote the device."""
         environment = self.facts.get("environment")
-        known = environment if isinstance(environment, dict) else {}
-        listed = known.get("machines")
-        names = listed if isinstance(listed, list) else [known.get("device")]
+        facts = environment if isinstance(environment, dict) else {}
+        machines = facts.get("machines")
+        names = machines if isinstance(machines, list) else [facts.get("device")]
         return ", then ".join(str(name) for name in names if name)
 
 
@@ -76,7 +77,7 @@ def read_results(run: str | Path) -> RunResults:
         if path.parent.exists():
             reason = "is a file, not a run folder"
         if path.parent.is_dir():
-            reason = runs_inside(path.parent) or "no results.json; the run has not finished"
+            reason = name_runs_inside(path.parent) or "no results.json; the run has not finished"
         raise ValueError(f"{path.parent}: {reason}")
     try:
         facts = json.loads(read_local(path))
@@ -115,7 +116,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def find_samples(folder: Path) -> dict[str, Path]:
-    """The files with the results of each sample, by data set; of two splits those of `test`."""
+    """The files with the results of each sample, by data set; `test` wins over `validation`."""
     return {
         file.name.removesuffix(f"-{split}.parquet"): file
         for split in ("validation", "test")
@@ -124,8 +125,8 @@ def find_samples(folder: Path) -> dict[str, Path]:
 
 
 def require_no_records(path: Path) -> None:
-    """Refuse what `protoclip evaluate --out` wrote, a file or the folder: it has no results by
-    sample, so that models could not be compared by it."""
+    """Refuse a file or folder by `protoclip evaluate --out`: it lacks the results by sample that a
+    comparison needs."""
     files = path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json")
     if any(map(is_record, files)):
         raise ValueError(
@@ -142,19 +143,19 @@ def is_record(file: Path) -> bool:
         return False
 
 
-def runs_inside(folder: Path) -> str:
+def name_runs_inside(folder: Path) -> str:
     """Says which runs a folder holds, if it is none itself; empty if it holds none."""
-    inside = sorted(str(config.parent) for config in folder.glob("*/config.toml"))
-    if not inside or (folder / "config.toml").is_file():
+    runs = sorted(str(config.parent) for config in folder.glob("*/config.toml"))
+    if not runs or (folder / "config.toml").is_file():
         return ""
-    named = shlex.join(inside[:FEW]) + " ..." * (len(inside) > FEW)
-    return f"not a run folder; it holds runs: name them, as {named}"
+    names = shlex.join(runs[:FEW]) + " ..." * (len(runs) > FEW)
+    return f"not a run folder; it holds runs: name them, as {names}"
 
 
 def make_reader(*, refuse: bool) -> Reader:
-    """A function that reads a file of `RunResults.samples`, each once.
+    """A function that reads files of `RunResults.samples`, each once.
 
-    A damaged file raises `ValueError`, or, without `refuse`, costs a warning and gives None.
+    A damaged file raises `ValueError`; without `refuse`, it prints a warning and returns None.
     """
 
     @cache
@@ -171,55 +172,56 @@ def make_reader(*, refuse: bool) -> Reader:
     return read_samples
 
 
-def intervals_of(runs: Sequence[RunResults], read: Reader) -> dict[str, dict[str, Any]]:
+def compute_intervals(runs: Sequence[RunResults], read: Reader) -> dict[str, dict[str, Any]]:
     """The 95% `interval` of metrics of a model over samples and seeds, and whether it is `wide`.
 
-    Only of metrics that the same samples judged in all of its runs.
+    Only for metrics that all of its runs computed on the same samples.
     """
     by_key = dict[str, dict[str, Any]]()
     for data in {*runs[0].samples}.intersection(*(run.samples for run in runs)):
-        judged = [read(run.samples[data]) for run in runs]
-        known = [each for each in judged if each is not None]
-        decided = {metric for each in known for metric in decided_by_candidates(*each)}
-        for metric in METRICS.keys() - decided:
+        files = [read(run.samples[data]) for run in runs]
+        readable = [file for file in files if file is not None]
+        crowded = {metric for file in readable for metric in find_crowded(*file)}
+        for metric in METRICS.keys() - crowded:
             key = f"eval/{data}/{metric}"
             values = [run.metrics[key] for run in runs if key in run.metrics]
-            moved = [
+            rows = [
                 influence[metric]
-                for samples, influence in known
-                if metric in influence and same_samples(samples, known[0][0], metric)
+                for samples, influence in readable
+                if metric in influence and have_same_samples(samples, readable[0][0], metric)
             ]
-            if len(values) == len(moved) == len(runs) and len({*map(len, moved)}) == 1:
-                wide = rests_on_few(np.mean(moved, axis=0))
-                by_key[key] = {"interval": interval(values, np.stack(moved)), "wide": wide}
+            if len(values) == len(rows) == len(runs) and len({*map(len, rows)}) == 1:
+                wide = rests_on_few(np.mean(rows, axis=0))
+                by_key[key] = {"interval": interval(values, np.stack(rows)), "wide": wide}
     return by_key
 
 
-def trained_pairs(counts: Iterable[Counts]) -> dict[str, str]:
-    """In words, how many pairs of a data set models were trained on, where they were on some."""
+def describe_leaks(counts: Iterable[Counts]) -> dict[str, str]:
+    """In words, how many pairs of each data set a model was trained on, if it was on any."""
     return {
         data: f"trained on {number['images']:,} of {number['pairs']:,} pairs of {data}"
-        for each in counts
-        for data, number in each.items()
+        for run_counts in counts
+        for data, number in run_counts.items()
         if number.get("images")
     }
 
 
 class Common(NamedTuple):
-    """What judged two runs by a metric.
+    """The samples of two runs for a metric.
 
     Attributes:
-        samples: The results by sample of the first one.
-        same: Whether the same samples judged the second one.
-        moved: How much more each group moves the second one `(groups,)`, where that is known.
+        samples: The results by sample of the first run.
+        same: Whether the second run has the same samples.
+        change: The influence of each group on the second run less that on the first `(groups,)`,
+            if known.
     """
 
     samples: SampleResults
     same: bool
-    moved: Floats | None
+    change: Floats | None
 
 
-def difference_of_runs(
+def compare_metric(
     key: str,
     first: Mapping[int, RunResults],
     second: Mapping[int, RunResults],
@@ -234,84 +236,84 @@ def difference_of_runs(
 
     Returns:
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,
-        if the metric can have one; `kind`, what that covers, `seeds`, `samples` or `seeds and
-        samples`, or None; `seeds`, the number of common seeds; `samples`, that of test samples, if
-        it covers them; `n`, the one of both that stands first in `kind`; `p` and `beyond`, as
-        `difference` has them; `of_some`, whether either model has other seeds too, which count in
-        its mean alone; and `other_samples`, whether other samples are known to have judged the
-        runs.
+        if the metric can have one; `kind`, what the interval covers, `seeds`, `samples` or `seeds
+        and samples`, or None; `seeds`, the number of common seeds; `samples`, that of test samples,
+        if covered; `n`, the first of both numbers that `kind` names; `p` and `beyond`, as in
+        `difference`; `of_some`, whether either model has more seeds, which count only in its mean;
+        and `other_samples`, whether the runs are known to have different samples.
     """
-    one, two = values_by_seed(key, first), values_by_seed(key, second)
+    one, two = list_by_seed(key, first), list_by_seed(key, second)
     seeds = [seed for seed in two if seed in one]
     pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
-    judged = [find_common(key, first[left], second[right], read) for left, right in pairs]
-    common = [each for each in judged if each is not None]
-    others = not all(each.same for each in common)
+    results = [find_common(key, first[left], second[right], read) for left, right in pairs]
+    commons = [common for common in results if common is not None]
+    others = not all(common.same for common in commons)
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
         no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "of_some": False}
         return {**difference([gain]), **no_seeds, "other_samples": others}
     _, data, name = key.split("/", 2) if key.count("/") > 1 else ("", "", key)
     gains = [float(two[seed] - one[seed]) for seed in seeds]
-    # How much each group of samples moves the difference of each pair of runs `(pairs, groups)`:
-    # known if the same samples, with known results, judged all of them.
-    moved, influence = [each.moved for each in common if each.moved is not None], None
-    if len(moved) == len(seeds) and all(
-        same_samples(each.samples, common[0].samples, name) for each in common
+    # The influence of each group of samples on the difference of each pair of runs `(pairs,
+    # groups)`: known if all runs have results of the same samples.
+    changes = [common.change for common in commons if common.change is not None]
+    influence = None
+    if len(changes) == len(seeds) and all(
+        have_same_samples(common.samples, commons[0].samples, name) for common in commons
     ):
-        influence = np.stack(moved)
+        influence = np.stack(changes)
     metric = METRICS.get(name)
-    # On other samples, as of other data, it is not the models alone that differ.
+    # On different samples, the models are not the only difference.
     if others or (metric is not None and not metric.has_interval):
         gains, influence = [float(np.mean(gains))], None  # one gain alone has no interval
-    samples = None if influence is None else len(common[0].samples.rows(name)["sample_id"])
-    covered_by = {"seeds": len(gains)} if len(gains) > 1 else {}
+    samples = None if influence is None else len(commons[0].samples.rows(name)["sample_id"])
+    counts = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
-        covered_by["samples"] = samples
+        counts["samples"] = samples
     result = difference(gains, influence)
-    if data in trained_pairs(run.trained_on for run in (*first.values(), *second.values())):
-        result["p"] = None  # it is not of the models alone either
+    if data in describe_leaks(run.trained_on for run in (*first.values(), *second.values())):
+        result["p"] = None  # here, too, the models are not the only difference
     return {
         **result,
-        "n": next(iter(covered_by.values()), len(seeds)),
+        "n": next(iter(counts.values()), len(seeds)),
         "seeds": len(seeds),
         "samples": samples,
-        "kind": " and ".join(covered_by) or None,
+        "kind": " and ".join(counts) or None,
         "of_some": len(seeds) < max(len(one), len(two)),
         "other_samples": others,
     }
 
 
-def values_by_seed(key: str, runs: Mapping[int, RunResults]) -> dict[int, np.float64]:
-    """The values of a metric, of the runs that have it."""
+def list_by_seed(key: str, runs: Mapping[int, RunResults]) -> dict[int, np.float64]:
+    """The values of a metric for the runs that have it."""
     return {s: np.float64(run.metrics[key]) for s, run in runs.items() if key in run.metrics}
 
 
 def find_common(key: str, one: RunResults, two: RunResults, read: Reader) -> Common | None:
-    """What judged two runs by a metric; None unless both have results by sample."""
+    """The samples of two runs for a metric; None unless both have results by sample."""
     if key.count("/") < 2:
         return None
     _, data, metric = key.split("/", 2)
     if metric not in METRICS or data not in one.samples or data not in two.samples:
         return None
-    of_one, of_two = read(one.samples[data]), read(two.samples[data])
-    if of_one is None or of_two is None:
+    left, right = read(one.samples[data]), read(two.samples[data])
+    if left is None or right is None:
         return None
-    (samples, influence), (other_samples, other_influence) = of_one, of_two
-    if not same_samples(samples, other_samples, metric):
-        return Common(samples, same=False, moved=None)
+    (samples, influence), (other_samples, other_influence) = left, right
+    if not have_same_samples(samples, other_samples, metric):
+        return Common(samples, same=False, change=None)
     if metric not in influence.keys() & other_influence.keys():
-        return Common(samples, same=True, moved=None)
+        return Common(samples, same=True, change=None)
     if len(influence[metric]) != len(other_influence[metric]):  # groups of texts that only one has
-        return Common(samples, same=False, moved=None)
-    return Common(samples, same=True, moved=other_influence[metric] - influence[metric])
+        return Common(samples, same=False, change=None)
+    return Common(samples, same=True, change=other_influence[metric] - influence[metric])
 
 
-def same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:
-    """Whether the same samples, in the same groups, judge both by a metric.
+def have_same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:
+    """Whether both have the same samples in the same groups for a metric.
 
-    What a query is searched among decides as much as the queries. Images of one id are the same if
-    they show the same and, where classes judge, have the same class; as far as both say so.
+    The candidates of a search matter as much as the queries. Images of one id are the same if their
+    content is equal, and also their class for classification; as far as both files have these.
     """
     sides, shown = [(one.rows(metric), two.rows(metric))], [*SHOWN]
     if METRICS[metric].task in SEARCHES:
@@ -319,12 +321,12 @@ def same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:
         shown.remove("class_name")
     for left, right in sides:
         both = [name for name in shown if name in left and name in right]
-        if sorted_samples(left, both) != sorted_samples(right, both):
+        if sort_samples(left, both) != sort_samples(right, both):
             return False
     return True
 
 
-def sorted_samples(rows: Columns, shown: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Samples, each with its group and these columns, in a fixed order."""
+def sort_samples(rows: Columns, shown: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Samples with their group and these columns, in a fixed order."""
     groups = rows.get("group", rows["sample_id"])
     return sorted(zip(rows["sample_id"], groups, *(rows[name] for name in shown), strict=True))

@@ -1,8 +1,7 @@
-"""Readers of other people's evaluation data, in the layouts in which they give it out.
+"""Readers of public evaluation data: images, labels and captions.
 
-These are CLIP_benchmark's tars, folders of classes, caption files of COCO and Flickr30k, and
-torchvision's data sets. They give images, labels and captions; `datasets.py` makes data sets of
-them.
+They read CLIP_benchmark's tars, folders of classes, caption files of COCO and Flickr30k, and
+torchvision's data sets; `datasets.py` makes data sets of them.
 """
 
 import hashlib
@@ -42,7 +41,7 @@ from protoclip.terminal import visible
 T = TypeVar("T")
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
-#: By the type of the data, the file beside an image that says what is in it.
+#: For each type of data, the extension of the file beside an image that labels it.
 BESIDE_IMAGE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 MAX_BESIDE_BYTES = 1 << 20
 ROWS = pa.schema(
@@ -53,7 +52,7 @@ ROWS = pa.schema(
             "offset": pa.int64(),
             "size": pa.int64(),
         },  # in which tar, and where
-        "content": pa.binary(),  # of the file beside it
+        "content": pa.binary(),  # the file beside it
     }
 )
 # Part of the key of an index. Change it when the rows change.
@@ -74,7 +73,7 @@ class ShardFolder:
 
     @classmethod
     def open(cls, location: str, *, cache: Path) -> "ShardFolder":
-        """Read the describing files; raises `ValueError` if none tells of a split."""
+        """Read the files that describe it; raises `ValueError` if there is no split."""
         if page := HUB_PAGE.fullmatch(location.rstrip("/")):
             location = f"{page[1]}/resolve/{page[2] or 'main'}"
         location = location.rstrip("/")
@@ -86,11 +85,11 @@ class ShardFolder:
         folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
         names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE]
         names += [f"{folder}/{NUM_SHARDS}" for folder in folders]
-        known = cache / "layout.json"
-        if is_url(location) and known.is_file():
-            texts = read_json(known)
+        copy = cache / "layout.json"
+        if is_url(location) and copy.is_file():
+            texts = read_json(copy)
             if not all(isinstance(text, str) for text in texts.values()):
-                raise ValueError(f"{known}: damaged (not what was written); delete it")
+                raise ValueError(f"{copy}: damaged (not what was written); delete it")
         else:
             texts = {name: text for name in names if (text := _text(f"{location}/{name}"))}
         if not any(name.endswith(NUM_SHARDS) for name in texts):
@@ -99,8 +98,8 @@ class ShardFolder:
                 "test/0.tar"
             )
         if is_url(location):
-            known.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, json.dumps(texts))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(copy, json.dumps(texts))
         return cls(location=location, texts=texts, cache=cache)
 
     @property
@@ -219,18 +218,18 @@ def _shard_rows(path: Path, extension: str) -> Iterator[dict[str, Any]]:
 def parse_each(
     images: Any, contents: Iterable[Any], parse: Callable[[Any, int], T], num_classes: int = 0
 ) -> list[T]:
-    """What is known of each image; raises `ValueError`, which names a sample that is wrong."""
-    parsed: list[T] = []
+    """The parsed content for each image; raises `ValueError`, which names a faulty sample."""
+    values: list[T] = []
     for row, content in enumerate(contents):
         try:
-            parsed.append(parse(content, num_classes))
+            values.append(parse(content, num_classes))
         except (ValueError, EOFError, MemoryError) as error:
             sample = f"{images.name}: sample '{images.sample_id(row)}'"
             raise ValueError(visible(f"{sample}: {reason_of(error)}")) from None
-    return parsed
+    return values
 
 
-def class_number(content: Any, num_classes: int) -> int:
+def parse_class(content: Any, num_classes: int) -> int:
     """The content of a `.cls` file, or a number."""
     try:
         text = content.decode() if isinstance(content, bytes) else str(content)
@@ -244,7 +243,7 @@ def class_number(content: Any, num_classes: int) -> int:
     return number
 
 
-def present_classes(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
+def parse_presence(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
     """The content of an `.npy` file."""
     vector = np.load(io.BytesIO(content), allow_pickle=False)
     if vector.shape != (num_classes,):
@@ -254,7 +253,7 @@ def present_classes(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
     return np.asarray(vector > 0)
 
 
-def captions(content: bytes, _: int) -> tuple[str, ...]:
+def parse_captions(content: bytes, _: int) -> tuple[str, ...]:
     """The content of a `.txt` file."""
     return clean_captions(content.decode().splitlines())
 
@@ -266,20 +265,20 @@ def read_class_folder(
     names: list[str] = []
     labels: list[int] = []
     for number, class_ in enumerate(classes):
-        of_class = folder / class_
-        files = sorted(filter(is_image, of_class.iterdir())) if of_class.is_dir() else []
+        path = folder / class_
+        files = sorted(filter(is_image, path.iterdir())) if path.is_dir() else []
         names += [f"{class_}/{name_of(path)}" for path in files]
         labels += [number] * len(files)
-    return image_files(names, root=str(folder), name=name), torch.tensor(labels)
+    return open_image_files(names, root=str(folder), name=name), torch.tensor(labels)
 
 
-def image_files(names: Sequence[str], *, root: str, name: str) -> ImageTextPairs:
+def open_image_files(names: Sequence[str], *, root: str, name: str) -> ImageTextPairs:
     """Images in files below a folder, without captions."""
     return ImageTextPairs(
         pa.table({"sample_id": list(names), "path": list(names)}),
         name=name,
         root=root,
-        allow_links=True,  # the user named the folder, and what is in it
+        allow_links=True,  # the user named the folder
         caption_columns=(),
     )
 
@@ -298,7 +297,7 @@ def files_key(paths: Iterator[Path]) -> str:
 
 
 def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, ...]]]]:
-    """The name of a data set, and by split and image file its captions.
+    """The name of a data set, and its captions by split and image file.
 
     Reads Karpathy's files (`dataset_coco.json`, `dataset_flickr30k.json`), whose `restval` counts
     as `train`, and COCO's own (`captions_val2017.json`), which is one `test` split.
@@ -315,9 +314,9 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
             captions: dict[str, list[str]] = {}
             for entry in content["annotations"]:
                 captions.setdefault(files[entry["image_id"]], []).append(entry["caption"])
-            for path, of_image in captions.items():
+            for path, texts in captions.items():
                 with suppress(ValueError):
-                    splits.setdefault("test", {})[path] = clean_captions(of_image)
+                    splits.setdefault("test", {})[path] = clean_captions(texts)
             return name, splits
         for image in content["images"]:
             split = {"restval": "train", "val": "validation"}.get(image["split"], image["split"])
@@ -325,8 +324,8 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
                 raise TypeError(f"split: {split!r} is no name")
             path = "/".join(filter(None, (image.get("filepath"), image["filename"])))
             with suppress(ValueError):  # an image without a caption cannot be retrieved
-                texts = clean_captions(sentence["raw"] for sentence in image["sentences"])
-                splits.setdefault(split, {})[path] = texts
+                sentences = clean_captions(sentence["raw"] for sentence in image["sentences"])
+                splits.setdefault(split, {})[path] = sentences
     except OSError as error:
         raise ValueError(f"{file}: {reason_of(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -335,9 +334,9 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
             f"{file}: is neither Karpathy's JSON (images, each with filename, split and sentences) "
             f"nor COCO's captions ({missing})"
         ) from None
-    # Its name stands in those of metrics, between slashes.
-    given = re.sub(r"[^\w-]+", "-", str(content.get("dataset") or "")).strip("-")
-    return given or name, splits
+    # The name becomes a part of metric names, between slashes.
+    title = re.sub(r"[^\w-]+", "-", str(content.get("dataset") or "")).strip("-")
+    return title or name, splits
 
 
 class TorchvisionImages:
@@ -357,7 +356,7 @@ class TorchvisionImages:
         """The image, upright and as RGB; raises `BadSample`."""
         try:
             if len(self._files) == len(self):
-                require_regular(self._files[row])  # opening a pipe would wait for ever
+                require_regular(self._files[row])  # opening a pipe would block
             return upright(self.samples[row][0])
         except Exception as error:  # damaged files make readers raise anything
             raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
@@ -381,30 +380,30 @@ def _torchvision_key(samples: Any) -> str:
 
 
 def _files_of(samples: Any) -> list[str | Path]:
-    """The image files of a torchvision data set, where it lists them."""
+    """The image files of a torchvision data set, if it lists them."""
     for attribute in ("_image_files", "_images", "_samples", "samples"):
-        listed = getattr(samples, attribute, None)
-        files = [each[0] if isinstance(each, tuple) else each for each in listed or ()]
+        entries = getattr(samples, attribute, None) or ()
+        files = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
         if files and all(isinstance(file, (str, Path)) for file in files):
             return files
     return []
 
 
 class LazySplits(Mapping[str, Any]):
-    """Splits that are opened when they are first asked for: `train` may be large or remote.
+    """Splits that are opened when they are first needed: `train` may be large or remote.
 
     Raises `ValueError` if the `first` one, which is opened at once, is missing or empty.
     """
 
     def __init__(
-        self, read: Callable[[str], Any], names: Iterable[str], *, first: str, of: str
+        self, read: Callable[[str], Any], names: Iterable[str], *, first: str, source: str
     ) -> None:
         self._read, self._names, self._opened = read, sorted(names), dict[str, Any]()
         if first not in self._names:
             present = ", ".join(self._names) or "none"
-            raise ValueError(f"{of}: has no split '{first}', only {present}")
+            raise ValueError(f"{source}: has no split '{first}', only {present}")
         if len(self[first].images) == 0:
-            raise ValueError(f"{of}: its split '{first}' is empty")
+            raise ValueError(f"{source}: its split '{first}' is empty")
 
     def __getitem__(self, split: str) -> Any:
         if split not in self._names:
@@ -417,7 +416,7 @@ class LazySplits(Mapping[str, Any]):
         return split in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._opened, *self._names]))  # the opened ones first
+        return iter(dict.fromkeys([*self._opened, *self._names]))  # opened ones first
 
     def __len__(self) -> int:
         return len(self._names)

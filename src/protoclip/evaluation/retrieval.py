@@ -1,8 +1,8 @@
 """Retrieval: which image and which text belong together, ranks among candidates, recall at k.
 
-One definition for evaluation, validation and `analyze`. An image is one image however often it
-stands in the data, by its content, and has the captions of all its copies, each as often as one
-copy has it. A text is right for an image that has a caption equal to it.
+One definition for evaluation, validation and `analyze`. Rows of equal content are one image, with
+the captions of all its copies, each as often as one copy has it. A text is right for an image that
+has an equal caption.
 """
 
 from collections import Counter
@@ -17,16 +17,16 @@ from torch import Tensor
 from protoclip.evaluation.metrics import KS
 
 CHUNK = 4_000_000  # similarities held in memory at once
-CROWD = 20  # candidates of a cluster that may stand before a match together; more are rare
+CROWD = 20  # candidates of a cluster that may rank before a match together; more are rare
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
     """Images and the texts to retrieve.
 
-    `rows` are those of the images, one each. A text has the `groups` of its images. An image and a
-    text of `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, from 0
-    in the order of the texts, and `matches` are an image and a number that is right for it.
+    `rows` holds a row for each image. A text has the `groups` of its images. An image and a text of
+    `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, from 0 in the
+    order of the texts, and `matches` holds images and the numbers that are right for them.
     """
 
     rows: list[int]
@@ -45,16 +45,16 @@ def captions_of(
     groups: Sequence[int] | None = None,
     content: Sequence[Hashable] | None = None,
 ) -> Captions:
-    """The images in rows and their texts: the captions of an image, or each of its group, once.
+    """The images in rows, and their texts: the captions of each image, or each group's once.
 
     Args:
-        captions, ids: Of each row.
+        captions, ids: One of each a row.
         groups: Images of one group share their captions; then each row is one image.
             Unset, rows of equal content are one image, with the captions of all of them.
-        content: Identifies what a row shows. Unset, all rows differ.
+        content: Identifies the image of a row. Unset, all rows differ.
     """
     keys = range(len(ids)) if content is None else content
-    # 1. Rows to images, each of which has the row where it comes first.
+    # 1. Rows to images; an image has the row of its first appearance.
     image_by: dict[Hashable, int] = {}
     rows: list[int] = []
     image_of: list[int] = []
@@ -64,11 +64,11 @@ def captions_of(
             image_by[identity] = len(rows)
             rows.append(row)
         image_of.append(image_by[identity])
-    # 2. Each group's texts. CLIP_benchmark counts a caption as often as an image has it; a copy of
-    # the image adds none.
+    # 2. Each group's texts. CLIP_benchmark counts a caption as often as an image has it; copies of
+    # the image add none.
     group_of = image_of if groups is None else groups
     number_of: dict[str, int] = {}
-    position: dict[tuple[int, str, int], int] = {}  # by group, text, and how often it came before
+    position: dict[tuple[int, str, int], int] = {}  # by group, text, and its earlier occurrences
     text_ids: list[str] = []
     pairs: dict[tuple[int, int], None] = {}
     for image, group, texts in zip(image_of, group_of, captions, strict=True):
@@ -127,8 +127,8 @@ def best_relevant_rank(
 ) -> Int[Tensor, " n"]:
     """How many irrelevant candidates come before each query's best relevant one, in [0, m).
 
-    A candidate is relevant to the queries of its group; with `matches`, to those of the groups that
-    its group matches. Similarity is the inner product. Ties and NaN count against the query, so
+    A candidate is relevant to the queries of its group; with `matches`, to queries of the groups
+    that match its group. Similarity is the inner product. Ties and NaN count against the query, so
     that constant features do not score perfectly. Recall at k is the share of ranks below k
     (Karpathy and Fei-Fei 2015).
 
@@ -146,12 +146,12 @@ def best_relevant_rank(
         groups, partners = query_groups.numpy(), candidate_groups.numpy()
         first, second = matches.numpy()
         shape = (max(groups.max(), first.max()) + 1, max(partners.max(), second.max()) + 1)
-        matched = csr_array((np.ones(len(first), np.int8), (first, second)), shape)
-        known = np.isin(np.arange(shape[1]), partners).astype(np.int64)
-        has_one = torch.from_numpy((matched @ known)[groups] > 0)
+        table = csr_array((np.ones(len(first), np.int8), (first, second)), shape)
+        present = np.isin(np.arange(shape[1]), partners).astype(np.int64)
+        has_one = torch.from_numpy((table @ present)[groups] > 0)
 
         def relevant_to(rows: slice) -> Bool[Tensor, "r m"]:
-            return torch.from_numpy(matched[groups[rows]].toarray()[:, partners] > 0)
+            return torch.from_numpy(table[groups[rows]].toarray()[:, partners] > 0)
 
     if orphans := int((~has_one).sum()):
         raise ValueError(f"{orphans} of {len(queries)} queries have no candidate of their group")
@@ -179,17 +179,17 @@ def crowding(
     query_clusters: Int[Tensor, " n"],
     candidate_clusters: Int[Tensor, " m"],
 ) -> dict[int, Float[Tensor, " m"]]:
-    """By `k`, what each candidate takes from recall at k by standing before others' matches.
+    """For each `k`, what each candidate takes from recall at k by ranking before others' matches.
 
-    That is less what is to be expected, so its sum is 0. Some candidates are near to many queries
-    (Radovanovic et al. 2010), and whether a test set has them moves its recall. What the candidates
-    of a cluster take is the share of queries that would be right without them. Each share has noise
-    of its own, which is in the recall of the queries already; so shares are shrunk towards their
-    mean by the part of their variance that is not noise.
+    Values are centred, so their sum is 0. Some candidates are near to many queries (Radovanovic et
+    al. 2010), and a test set with them has a lower recall. The candidates of a cluster take the
+    share of queries that would be right without them. The noise of each share is in the recall of
+    the queries already, so shares are shrunk towards their mean, in proportion to the part of their
+    variance that is not noise.
 
     Args:
-        ranks: As `best_relevant_rank` gives them.
-        query_clusters, candidate_clusters: Numbers of what is drawn together, from 0.
+        ranks: As `best_relevant_rank` returns them.
+        query_clusters, candidate_clusters: Numbers from 0; a cluster is drawn as a whole.
     """
     sizes = torch.bincount(candidate_clusters).double()
     number = len(sizes)
@@ -198,7 +198,7 @@ def crowding(
     right_without: dict[int, list[Tensor]] = {k: [torch.zeros(0, dtype=torch.long)] for k in KS}
     for rows in torch.split(near, max(1, CHUNK // max(len(candidates), most**2))):
         similarity = queries[rows].float() @ candidates.float().T
-        # The best relevant candidate stands behind as many as the rank says.
+        # The best relevant candidate comes right after `rank` others.
         nearest, cluster_of_query = similarity.topk(most).indices, query_clusters[rows].unsqueeze(1)
         cluster, rank = candidate_clusters[nearest], ranks[rows].unsqueeze(1)
         before = (torch.arange(most) <= rank) & (cluster != cluster_of_query)
@@ -211,9 +211,9 @@ def crowding(
     for k, pairs in right_without.items():
         pair, count = torch.unique(torch.cat(pairs), return_counts=True)
         share = torch.bincount(pair % number, count.double(), minlength=number) / len(queries)
-        taken = share[sizes > 0].mean() - share
+        loss = share[sizes > 0].mean() - share
         noise = float((count.double() / len(queries)).square().sum())
-        variance = float(taken[sizes > 0].square().sum())
-        taken *= max(0.0, 1 - noise / variance) if variance else 0.0
-        by_k[k] = (taken / sizes)[candidate_clusters]
+        variance = float(loss[sizes > 0].square().sum())
+        loss *= max(0.0, 1 - noise / variance) if variance else 0.0
+        by_k[k] = (loss / sizes)[candidate_clusters]
     return by_k

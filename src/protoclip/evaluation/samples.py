@@ -1,4 +1,4 @@
-"""The results of each test sample: kept on disk, and the influence of each group on each metric.
+"""The results of each test sample: stored on disk, and the influence of each group on each metric.
 
 An *influence* is how far a group of samples moves a metric; the sum of their squares is the
 metric's variance over other test sets. Influences of means and differences of metrics are means and
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from protoclip.evaluation.metrics import METRICS, Floats, columns_of
+from protoclip.evaluation.metrics import METRICS, Floats, list_columns
 from protoclip.files import SEAL, checksum, replacing, require_regular, to_json
 
 Columns = Mapping[str, npt.NDArray[Any]]
@@ -36,7 +36,7 @@ class Groups(NamedTuple):
 class SampleResults:
     """Results of each image and each caption of a split, by column; both have `sample_id`.
 
-    Images and captions that hang together, such as an image and its captions, have one `group`.
+    Images and captions that belong together, such as an image and its captions, have one `group`.
     Images also have the columns `metrics.SHOWN`; files of versions up to 1.0.0 lack them.
     """
 
@@ -45,10 +45,10 @@ class SampleResults:
 
     def rows(self, metric: str) -> Columns:
         """The results that a metric is computed from."""
-        return self.texts if METRICS[metric].of_texts else self.images
+        return self.texts if METRICS[metric].has_text_samples else self.images
 
     def means(self) -> list[str]:
-        """The metrics that are means over samples, and whose columns are there."""
+        """The metrics that are means over samples and whose columns exist."""
         return [
             name
             for name, metric in METRICS.items()
@@ -57,8 +57,8 @@ class SampleResults:
         ]
 
     def groups(self) -> "Groups":
-        """The groups of images and texts; without a column of them each sample is a group."""
-        columns = [of.get("group", of["sample_id"]) for of in (self.images, self.texts)]
+        """The groups of images and texts; without a `group` column each sample is a group."""
+        columns = [side.get("group", side["sample_id"]) for side in (self.images, self.texts)]
         names, numbers = np.unique(np.concatenate(columns), return_inverse=True)
         return Groups(names, *np.split(numbers, [len(columns[0])]))
 
@@ -90,7 +90,7 @@ class SampleResults:
 
     @classmethod
     def read(cls, path: Path) -> "SampleResults":
-        """Read what `write` wrote; raises a `ValueError` if the file is damaged."""
+        """Read a file of `write`; raises a `ValueError` if it is damaged."""
         try:
             require_regular(path)
             table, parts = pq.read_table(path), []
@@ -99,7 +99,7 @@ class SampleResults:
                 raise KeyError("not what this version wrote: its checksum differs")
             for kind, texts in (("image", False), ("text", True)):
                 rows = table.filter(pc.equal(table["kind"], kind))
-                names = [name for name in columns_of(texts=texts) if name in rows.column_names]
+                names = [name for name in list_columns(texts=texts) if name in rows.column_names]
                 rows = rows.select(["sample_id", *names])
                 if gaps := [name for name in rows.column_names if rows[name].null_count]:
                     raise KeyError(f"column {gaps[0]} has gaps")
@@ -109,8 +109,7 @@ class SampleResults:
                 f"{path}: not the results of an evaluation; delete it to compare without it "
                 f"({' '.join(str(error).split())})"
             ) from error
-        images, of_texts = parts
-        return cls(images=images, texts=of_texts)
+        return cls(images=parts[0], texts=parts[1])
 
 
 def content_checksum(table: pa.Table) -> str:
@@ -134,54 +133,55 @@ def influences(results: SampleResults) -> dict[str, Floats]:
         parts = (values - values.mean()) / len(values)
         if by is not None:
             parts = deviations(values, rows[by], group)
-        by_metric[metric] = by_group(parts, group, len(groups.names))
-        by_metric[metric] += of_candidates(results, metric, groups)
+        by_metric[metric] = sum_by_group(parts, group, len(groups.names))
+        by_metric[metric] += sum_crowding(results, metric, groups)
     return by_metric
 
 
-def of_candidates(results: SampleResults, metric: str, groups: Groups) -> Floats:
-    """What each group's candidates take from a recall; zeros for any other metric."""
+def sum_crowding(results: SampleResults, metric: str, groups: Groups) -> Floats:
+    """What the candidates of each group take from a recall; zeros for other metrics."""
     candidates, group = results.texts, groups.texts
-    if METRICS[metric].of_texts:
+    if METRICS[metric].has_text_samples:
         candidates, group = results.images, groups.images
     if (crowding := METRICS[metric].crowding) not in candidates:
         return np.zeros(len(groups.names))
-    return by_group(candidates[str(crowding)].astype(np.float64), group, len(groups.names))
+    return sum_by_group(candidates[str(crowding)].astype(np.float64), group, len(groups.names))
 
 
-def decided_by_candidates(results: SampleResults, influence: Mapping[str, Floats]) -> set[str]:
-    """The metrics whose candidates make up most of the variance, by their `influences`.
+def find_crowded(results: SampleResults, influence: Mapping[str, Floats]) -> set[str]:
+    """The metrics whose variance comes mostly from candidates, by their `influences`.
 
-    Such a recall of one model rests on a few candidates that are near to very many queries, and a
-    test set that happens to lack them does not show it. Two models share most of it.
+    Such a recall depends on a few candidates that are near to very many queries, and its variance
+    cannot be seen in a test set that happens to lack them. Two models share most of it.
     """
     groups = results.groups()
     return {
         metric
         for metric in results.means()
         if metric in influence
-        and 2 * np.square(of_candidates(results, metric, groups)).sum()
+        and 2 * np.square(sum_crowding(results, metric, groups)).sum()
         > np.square(influence[metric]).sum()
     }
 
 
 def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats:
-    """What each sample adds to a mean over classes of their means, less what was to be expected.
+    """What each sample adds to a mean of class means, less its expectation.
 
-    A class within a single group says nothing of its own spread: it is held against the others.
+    A class within a single group tells nothing about its spread, so it is compared with the other
+    classes.
     """
-    _, of_class = np.unique(classes, return_inverse=True)
-    pairs = np.unique(np.stack([of_class, group]), axis=1)
-    sizes, number = np.bincount(of_class), np.bincount(pairs[0])
-    means = np.bincount(of_class, values) / sizes
-    several = number[of_class] > 1
-    correction = np.sqrt(number / np.maximum(number - 1, 1))[of_class]
-    within = (values - means[of_class]) * correction
-    among = (means - means.mean())[of_class]
-    return np.where(several, within, among) / (sizes[of_class] * len(sizes))
+    _, numbers = np.unique(classes, return_inverse=True)
+    pairs = np.unique(np.stack([numbers, group]), axis=1)
+    sizes, number = np.bincount(numbers), np.bincount(pairs[0])
+    means = np.bincount(numbers, values) / sizes
+    several = number[numbers] > 1
+    correction = np.sqrt(number / np.maximum(number - 1, 1))[numbers]
+    within = (values - means[numbers]) * correction
+    among = (means - means.mean())[numbers]
+    return np.where(several, within, among) / (sizes[numbers] * len(sizes))
 
 
-def by_group(parts: Floats, group: Ints, number: int) -> Floats:
-    """The influence of each of `number` groups on a metric, of what its samples add to that."""
+def sum_by_group(parts: Floats, group: Ints, number: int) -> Floats:
+    """The influence of each of `number` groups on a metric, from what its samples add to it."""
     sums = np.bincount(group, parts, minlength=number).astype(np.float64)
     return sums * math.sqrt(number / (number - 1))

@@ -1,6 +1,6 @@
-"""Judge any model on any data: which tasks the data can serve, and a record of each.
+"""Evaluate any model on any data: the tasks that the data can serve, and a record of each.
 
-`task_features` encodes what they need, and `measured` has what is computed from it.
+`task_features` encodes what they need, and `measured` computes metrics from it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation.measured import measure
 from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals, rests_on_few
-from protoclip.evaluation.samples import decided_by_candidates
+from protoclip.evaluation.samples import find_crowded
 from protoclip.evaluation.task_features import (
     QUICK,
     TaskFeatures,
@@ -35,7 +35,7 @@ from protoclip.terminal import say
 Data = str | Path | Mapping[str, Any] | EvaluationData
 # Settings of `[data]` that say how a data set is read; the others are for training.
 OF_DATA = ("train", *DATA_OPTIONS, "allow_links")
-# Those that are run unless others are asked for; the rest learn, mostly from `train`.
+# The default tasks; the others learn something, mostly from `train`.
 DEFAULT = (*QUICK, "geometry")
 # CLIP_benchmark's names of tasks, where they differ from ours.
 RECORD_TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
@@ -47,9 +47,9 @@ class Result:
 
     Attributes:
         record: As `evaluate` returns it.
-        influences: Of each metric that has an interval, the influence of each group of samples.
+        influences: The influence of each group of samples on each metric that has an interval.
         ids: The measured samples. Two results with equal ids have the same groups.
-        without: Metrics that have no interval of their own; a difference may have one.
+        without: Metrics that have no interval themselves; a difference may have one.
     """
 
     record: dict[str, Any]
@@ -58,30 +58,30 @@ class Result:
     without: Collection[str] = ()
 
 
-Given = ParamSpec("Given")
-Answer = TypeVar("Answer")
+Parameters = ParamSpec("Parameters")
+Value = TypeVar("Value")
 
 
-def needs_model(judge: Callable[Given, Answer]) -> Callable[Given, Answer]:
+def require_model(function: Callable[Parameters, Value]) -> Callable[Parameters, Value]:
     """Refuse the name of a model, which `embed` and `export` take, with the way out.
 
-    Python's error of missing arguments, which would come first, names none.
+    Otherwise Python's error on missing arguments would come first, which names no way out.
     """
 
-    @wraps(judge)
-    def judged(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+    @wraps(function)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Value:
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, str | Path):
             raise ValueError(
                 "model: evaluate takes a model, its transform and tokenizer: "
                 f"protoclip.evaluate(*protoclip.load({shown(str(model))}), data)"
             )
-        return judge(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    return judged
+    return wrapper
 
 
-@needs_model
+@require_model
 def evaluate(
     model: Model,
     image_transform: Transform,
@@ -98,7 +98,7 @@ def evaluate(
     pretrained: str = "none",
     show: bool = False,
 ) -> list[dict[str, Any]]:
-    """Judge a model on data: one record for each data set and task.
+    """Evaluate a model on data: one record for each data set and task.
 
     | task | metrics in the record |
     |---|---|
@@ -121,13 +121,13 @@ def evaluate(
         tasks: One or several; unset, those of `zero_shot`, `retrieval` and `geometry` that the data
             can serve. The others encode `train` or fit something, and a note says how many images
             they encode.
-        split: The split that is measured.
+        split: The split to measure.
         templates: Prompts in place of the data's own: `openai`, `simple`, a text file, or a list.
         batch_size: Images or texts encoded at once.
         workers: Threads that read images; unset, one a core.
-        cache: Folder in which features are kept; unset, none are.
-        model_name: What records call the model.
-        pretrained: What they call its weights.
+        cache: Folder for features; unset, they are not stored.
+        model_name: The name of the model in records.
+        pretrained: The name of its weights in records.
         show: Show progress.
 
     Returns:
@@ -151,22 +151,22 @@ def evaluate(
     )
     is_several = isinstance(data, Iterable) and not isinstance(data, str | Mapping)
     references: Any = data if is_several and not way_to_file(data) else [data]
-    opened = raise_on_all_ranks(lambda: [opened_data(each, split) for each in references])
-    announce(opened, split, tasks)
-    judged = results(
+    data_sets = raise_on_all_ranks(lambda: [open_any(entry, split) for entry in references])
+    announce(data_sets, split, tasks)
+    results = compute_results(
         encoder,
-        opened,
+        data_sets,
         tasks,
         split=split,
         templates=templates,
         model_name=model_name,
         pretrained=pretrained,
     )
-    return [result.record for result in judged]
+    return [result.record for result in results]
 
 
-def opened_data(data: Any, split: str) -> EvaluationData:
-    """A data set as `evaluate` takes it, opened."""
+def open_any(data: Any, split: str) -> EvaluationData:
+    """Open a data set of any kind that `evaluate` takes."""
     if isinstance(data, EvaluationData):
         return data
     if isinstance(data, str | Path):
@@ -185,7 +185,7 @@ def opened_data(data: Any, split: str) -> EvaluationData:
     )
 
 
-def results(
+def compute_results(
     encoder: Encoder,
     data: Sequence[EvaluationData],
     tasks: Sequence[str] | None = None,
@@ -195,9 +195,9 @@ def results(
     model_name: str = "model",
     pretrained: str = "none",
 ) -> list[Result]:
-    """`evaluate`, with the influences of samples, by which two models can be compared."""
+    """`evaluate`, with the influences of samples that comparing two models needs."""
     # Opens, perhaps downloads, the train splits that tasks need.
-    chosen = raise_on_all_ranks(lambda: chosen_tasks(data, split, tasks))
+    chosen = raise_on_all_ranks(lambda: choose_tasks(data, split, tasks))
     if isinstance(templates, str):
         templates = raise_on_all_ranks(partial(read_templates, templates))
     check_templates(templates or (), "templates")  # before anything is encoded
@@ -206,24 +206,24 @@ def results(
             "templates: no effect, since zero_shot alone reads them, which runs on no data here; "
             "leave them out"
         )
-    judged = []
+    results = []
     for data_set, tasks in zip(data, chosen, strict=True):
         if not tasks:
             continue
         features = task_features(encoder, data_set, tasks, split=split, templates=templates)
-        tasks = still_served(tasks, features, data_set, split)
-        measured = measure(features, data_set, tasks, split=split, show=encoder.show)
-        influences, part = measured.influences(), features.parts[split]
-        decided = decided_by_candidates(measured.samples, influences)
+        tasks = drop_unserved(tasks, features, data_set, split)
+        measures = measure(features, data_set, tasks, split=split, show=encoder.show)
+        influences, part = measures.influences(), features.parts[split]
+        crowded = find_crowded(measures.samples, influences)
         for task in tasks:
             keys = {
                 name: METRICS[name].key
-                for name in measured.metrics
+                for name in measures.metrics
                 if METRICS[name].task == task and is_defined(name, data_set, split)
             }
-            values = {key: measured.metrics[name] for name, key in keys.items()}
-            of_task = {key: influences[name] for name, key in keys.items() if name in influences}
-            without = {key for name, key in keys.items() if name in decided}
+            values = {key: measures.metrics[name] for name, key in keys.items()}
+            by_key = {key: influences[name] for name, key in keys.items() if name in influences}
+            without = {key for name, key in keys.items() if name in crowded}
             record: dict[str, Any] = {
                 "dataset": data_set.name,
                 "model": model_name,
@@ -234,30 +234,30 @@ def results(
                 "split": split,
                 "samples": len(part.ids),
                 "bad_share": len(part.bad) / len(data_set.splits[split].images),
-                "intervals": intervals(values, of_task, without),
+                "intervals": intervals(values, by_key, without),
             }
-            record["wide"] = [key for key in record["intervals"] if rests_on_few(of_task[key])]
+            record["wide"] = [key for key in record["intervals"] if rests_on_few(by_key[key])]
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
-            judged.append(Result(record=record, influences=of_task, ids=part.ids, without=without))
-    if not judged:
+            results.append(Result(record=record, influences=by_key, ids=part.ids, without=without))
+    if not results:
         raise ValueError(
             f"{', '.join(data_set.name for data_set in data)}: no task can be served by the images "
             "that can be used; mend the others"
         )
-    return judged
+    return results
 
 
-def run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
+def choose_run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
     """The tasks of a run's evaluation on a data set."""
-    return quick_tasks(data, split) if quick else chosen_tasks([data], split, None, TASKS)[0]
+    return quick_tasks(data, split) if quick else choose_tasks([data], split, None, TASKS)[0]
 
 
-def metric_names(
+def list_metrics(
     data: EvaluationData, split: str = "validation", *, quick: bool = False
 ) -> list[str]:
     """The keys of a run's evaluation on a data set, in the order of `METRICS`."""
-    tasks = run_tasks(data, split, quick=quick)
+    tasks = choose_run_tasks(data, split, quick=quick)
     labels = data.splits[split].labels
     missing = {MULTILABEL}
     if labels is not None and labels.ndim == 2:
@@ -265,12 +265,12 @@ def metric_names(
     if split not in data.image_names:
         missing |= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
     names = [name for name, metric in METRICS.items() if metric.task in tasks]
-    names = of_run([name for name in names if name not in missing], data, split)
+    names = select_run_metrics([name for name in names if name not in missing], data, split)
     return [f"eval/{data.name}/{name}" for name in names]
 
 
-def of_run(names: Collection[str], data: EvaluationData, split: str) -> list[str]:
-    """Those of these metrics that a run's evaluation gives, in their order."""
+def select_run_metrics(names: Collection[str], data: EvaluationData, split: str) -> list[str]:
+    """The metrics among these that a run's evaluation has, in the order of `METRICS`."""
     return [
         name
         for name, metric in METRICS.items()
@@ -279,13 +279,13 @@ def of_run(names: Collection[str], data: EvaluationData, split: str) -> list[str
 
 
 def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
-    """Whether the data have enough classes for a metric: the best five of fewer say nothing."""
+    """Whether the data have enough classes for a metric: acc5 needs more than five classes."""
     if not metric.endswith("acc5"):
         return True
-    if METRICS[metric].task == "linear_probe":  # which knows the classes that it learned from
+    if METRICS[metric].task == "linear_probe":  # it predicts the classes of `train`
         labels = data.splits["train"].labels
         return labels is not None and len(set(labels.tolist())) >= 5
-    return not 0 < number_of_classes(data, split) < 5
+    return not 0 < count_classes(data, split) < 5
 
 
 def evaluate_run(
@@ -301,9 +301,9 @@ def evaluate_run(
 
     | key after `eval/<data>/` | what |
     |---|---|
-    | `zero_shot/acc{1,5}` | an image's class, or of emoji the concept, among all names |
-    | `zero_shot_subgroup/acc{1,5}` | of emoji, its class among the class names |
-    | `zero_shot/mean_average_precision` | of images with several classes |
+    | `zero_shot/acc{1,5}` | an image's class, or an emoji's concept, among all names |
+    | `zero_shot_subgroup/acc{1,5}` | an emoji's class among the class names |
+    | `zero_shot/mean_average_precision` | for images with several classes |
     | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's captions |
     | `linear_probe/acc1`, `knn/acc1` | its class, learned from the image features of `train` |
     | `clustering/{ami,ari}` | K-means of the image features against the classes |
@@ -312,41 +312,41 @@ def evaluate_run(
     Keys that the data cannot serve are left out. Accuracies are fractions from 0 to 1.
 
     Args:
-        encoder: Of the run's model, which is in evaluation mode meanwhile.
-        split: What is measured. The linear probe's strength is chosen on `validation`; if that is
-            measured, or missing, on a fifth of `train`.
-        quick: Zero-shot and retrieval alone, which encode no image but those measured.
-        samples_to: Folder for the results of each sample; only a warning if it cannot be written.
+        encoder: Encoder of the run's model, which is in evaluation mode meanwhile.
+        split: The split to measure. The linear probe's strength is chosen on `validation`; if that
+            is measured, or missing, on a fifth of `train`.
+        quick: Zero-shot and retrieval alone, which encode only the measured images.
+        samples_to: Folder for the results of each sample; a warning if it cannot be written.
     """
     data = data or datasets.emoji()
-    tasks = raise_on_all_ranks(lambda: run_tasks(data, split, quick=quick))
+    tasks = raise_on_all_ranks(lambda: choose_run_tasks(data, split, quick=quick))
     features = task_features(encoder.showing(show), data, tasks, split=split)
-    tasks = still_served(tasks, features, data, split)
-    measured = measure(features, data, tasks, split=split, show=show)
+    tasks = drop_unserved(tasks, features, data, split)
+    measures = measure(features, data, tasks, split=split, show=show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:
-            measured.samples.write(path)
+            measures.samples.write(path)
         except OSError as error:
             say(f"warning: {path}: not written ({error})")
-    names = of_run(measured.metrics, data, split)
-    return {f"eval/{data.name}/{name}": measured.metrics[name] for name in names}
+    names = select_run_metrics(measures.metrics, data, split)
+    return {f"eval/{data.name}/{name}": measures.metrics[name] for name in names}
 
 
 # Which tasks can the data serve?
 
 
-def chosen_tasks(
+def choose_tasks(
     data: Sequence[EvaluationData],
     split: str,
     tasks: Sequence[str] | None,
     usual: Collection[str] = DEFAULT,
 ) -> list[list[str]]:
-    """The tasks of each data set: those asked for that it can serve; without a wish, the usual.
+    """The tasks of each data set: the requested ones that it can serve, or else the usual ones.
 
     Raises:
         ValueError: There is no such task or split, no data set can serve a task, or two data sets
-            have one name, by which records tell them apart.
+            have one name, which records need to tell them apart.
     """
     for task in tasks or ():
         if task not in TASKS:
@@ -360,8 +360,8 @@ def chosen_tasks(
         )
     for data_set in data:
         if split not in data_set.splits:
-            known = ", ".join(data_set.splits)
-            raise ValueError(f"{data_set.name}: no split '{split}'; it has {known}")
+            splits = ", ".join(data_set.splits)
+            raise ValueError(f"{data_set.name}: no split '{split}'; it has {splits}")
         if not len(data_set.splits[split].images):
             raise ValueError(f"{data_set.name}: its split '{split}' holds no image")
     lacking = {task: [lacks(data_set, split, task) for data_set in data] for task in tasks or usual}
@@ -376,12 +376,12 @@ def chosen_tasks(
     return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
 
 
-def still_served(
+def drop_unserved(
     tasks: Sequence[str], features: TaskFeatures, data: EvaluationData, split: str
 ) -> list[str]:
-    """The tasks without a linear probe whose usable images are of one class; rank 0 warns of it."""
-    learned = [part.labels for name, part in features.parts.items() if name != split]
-    classes = {number for labels in learned if labels is not None for number in labels.tolist()}
+    """The tasks, without the linear probe if usable images have one class; rank 0 warns of it."""
+    columns = [part.labels for name, part in features.parts.items() if name != split]
+    classes = {number for labels in columns if labels is not None for number in labels.tolist()}
     if "linear_probe" not in tasks or len(classes) > 1:
         return [*tasks]
     if rank() == 0:
@@ -393,12 +393,12 @@ def still_served(
 
 
 def announce(data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | None) -> None:
-    """Say how many images are encoded for the tasks that are run if asked for.
+    """Say how many images are encoded for tasks that do not run by default.
 
     Raises:
-        ValueError: As `chosen_tasks`, on every rank.
+        ValueError: As `choose_tasks`, on every rank.
     """
-    chosen = raise_on_all_ranks(lambda: chosen_tasks(data, split, tasks))
+    chosen = raise_on_all_ranks(lambda: choose_tasks(data, split, tasks))
     for data_set, tasks in zip(data, chosen, strict=True):
         learning = [task for task in tasks if task not in DEFAULT]
         if learning and rank() == 0:
@@ -409,8 +409,8 @@ def announce(data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | 
             say(f"note: {data_set.name}: {', '.join(learning)}: images to encode: {numbers}")
 
 
-def number_of_classes(data: EvaluationData, split: str) -> int:
-    """Of the classes, or of the emoji's concepts, that an image is told from; 0 without labels."""
+def count_classes(data: EvaluationData, split: str) -> int:
+    """The number of classes, or of the emoji's concepts, to choose from; 0 without labels."""
     labels = data.splits[split].labels
     if split in data.image_names:
         return len(set(data.image_names[split]))

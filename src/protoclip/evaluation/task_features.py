@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.distributed.collectives import rank
-from protoclip.evaluation.datasets import EvaluationData, positions
+from protoclip.evaluation.datasets import EvaluationData, find_positions
 from protoclip.evaluation.features import Bad, Encoded, Encoder
 from protoclip.evaluation.retrieval import Captions, captions_of
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
@@ -137,8 +137,8 @@ def task_features(
         stage = stage_of(data, tasks, name, split)
         encoded = encoder.images(data.splits[name].images, stage=stage)
         parts[name] = part_of(data, name, encoded)
-        if rank() == 0 and encoded.bad and name not in data.told:
-            data.told.add(name)
+        if rank() == 0 and encoded.bad and name not in data.warned_splits:
+            data.warned_splits.add(name)
             say_bad(stage, encoded.bad, len(data.splits[name].images))
     texts = {}
     part = parts[split]
@@ -156,7 +156,7 @@ def task_features(
         if part.labels is not None and data.class_names:
             distinct = [*dict.fromkeys(data.class_names)]
             of_distinct = classifier(distinct, templates or data.templates)
-            texts["classes"] = of_distinct[positions(data.class_names, distinct)]
+            texts["classes"] = of_distinct[find_positions(data.class_names, distinct)]
     return TaskFeatures(parts=parts, texts=texts, device=encoder.device)
 
 

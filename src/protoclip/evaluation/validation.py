@@ -32,13 +32,13 @@ from protoclip.evaluation.datasets import (
     EvaluationData,
     Images,
     Split,
-    captions_of_rows,
-    classes_of_rows,
+    add_split,
+    collect_captions,
+    find_positions,
     have_class,
-    in_order,
-    named,
-    positions,
-    with_split,
+    name_classes,
+    read_classes,
+    sort_names,
 )
 from protoclip.evaluation.task_features import quick_tasks
 from protoclip.files import read_json, read_toml
@@ -261,7 +261,7 @@ def held_out_by(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData
         )
         notes = [told, *divided.notes]
     splits = {split if name == NAME else name: part for name, part in first.splits.items()}
-    return replace(first, name=data_names.of_run(run, NAME), splits=splits, notes=notes)
+    return replace(first, name=data_names.name_run_data(run, NAME), splits=splits, notes=notes)
 
 
 def settings_of(run: Path, allowed: DataConfig) -> Config:
@@ -420,9 +420,9 @@ def data_sets(
     """
     parts = [(source, rows) for source, rows in held_out if len(rows)]
     with_classes = [part for part in (*parts, *training) if part[0].class_column is not None]
-    present = [classes_of_rows(source, rows.tolist()) for source, rows in with_classes]
-    names = in_order(chain.from_iterable(present))
-    shown, templates = named(names)
+    present = [read_classes(source, rows.tolist()) for source, rows in with_classes]
+    names = sort_names(chain.from_iterable(present))
+    shown, templates = name_classes(names)
 
     def data_set(name: str, of: Sequence[tuple[ImageTextPairs, Rows]]) -> EvaluationData:
         known = [source.name for source, _ in of]
@@ -461,11 +461,11 @@ def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -
     captions: list[tuple[str, ...]] = []
     labels = []
     for source, given in parts:
-        rows, texts = captions_of_rows(source, given.tolist())
+        rows, texts = collect_captions(source, given.tolist())
         images.append((source, rows))
         captions += texts
         if source.class_column is not None and len(names) > 1:
-            labels.append(positions(classes_of_rows(source, rows), names))
+            labels.append(find_positions(read_classes(source, rows), names))
     return Split(
         images=PairsView(images),
         captions=captions,
@@ -571,6 +571,6 @@ def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
 def one_spelling(data: str, split: str) -> str:
     """Data as a whole path; of the hub with its split, and with options in one order."""
     if data.startswith("hf:") and not is_url(data):
-        name, *options = with_split(data, split).split(",")
+        name, *options = add_split(data, split).split(",")
         return ",".join([name, *sorted(options)])
     return os.path.realpath(without_secrets(data))

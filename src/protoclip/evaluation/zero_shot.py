@@ -1,6 +1,6 @@
 """Zero-shot classification: images against the encoded names of classes.
 
-Names and their usual templates come from `datasets.py`, and `task_features.py` has them encoded.
+Names and their usual templates come from `datasets.py`, and `task_features.py` encodes them.
 """
 
 from collections.abc import Sequence
@@ -30,22 +30,22 @@ def read_templates(reference: str) -> list[str]:
     if reference in ("openai", "simple"):
         import open_clip
 
-        known = {
+        lists = {
             "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
             "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
         }
-        return [template("{c}") for template in known[reference]]
+        return [template("{c}") for template in lists[reference]]
     try:
         text = read_local(reference)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
         ) from None
-    return templates_in(text, reference)
+    return parse_templates(text, reference)
 
 
-def templates_in(text: str, source: str) -> list[str]:
-    """The prompts of a text, one a line; raises `ValueError`, which names its source."""
+def parse_templates(text: str, source: str) -> list[str]:
+    """The prompts of a text, one a line; raises `ValueError`, which names the source."""
     templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
     if not templates:
         raise ValueError(f"{source}: holds no prompt")
@@ -54,7 +54,7 @@ def templates_in(text: str, source: str) -> list[str]:
 
 
 def check_templates(templates: Sequence[str], source: str) -> None:
-    """Raises `ValueError`, which names their source, if a template has no place for the class."""
+    """Raise `ValueError`, which names the source, if a template has no place for the class."""
     for template in templates:
         if "{c}" not in template:
             shown = visible(template[:60])
@@ -83,16 +83,16 @@ def zero_shot_ranks(
 ) -> Int[Tensor, " n"]:
     """How many wrong classes are at least as similar to each image as its own (Radford et al. 2021)
 
-    Classes are the encoded names of classes; ranks are in [0, k). Of several classes that have one
-    of the `names` the first comes first, so images of the others are wrong at 1 and may be right at
-    5: what `topk` makes of equal similarities in CLIP's code, and in the mean in open_clip's and
-    CLIP_benchmark's. CLIP's own list calls two classes of ImageNet missile, and two sunglasses.
+    Classes are the encoded names of classes; ranks are in [0, k). If several classes have one name,
+    the first of them wins, so images of the others are wrong at 1 and may be right at 5. So `topk`
+    orders equal similarities in CLIP's code, and on average in open_clip's and CLIP_benchmark's.
+    CLIP's own list calls two classes of ImageNet missile, and two sunglasses.
     """
-    number: dict[str, list[int]] = {}
-    for each, name in enumerate(range(len(classes)) if names is None else names):
-        number.setdefault(str(name), []).append(each)
+    by_name: dict[str, list[int]] = {}
+    for index, name in enumerate(range(len(classes)) if names is None else names):
+        by_name.setdefault(str(name), []).append(index)
     first, before = torch.zeros(2, len(classes), dtype=torch.long)
-    for alike in number.values():
+    for alike in by_name.values():
         first[alike], before[alike] = alike[0], torch.arange(len(alike))
     ranks: Tensor = best_relevant_rank(images, classes, first[labels], first) + before[labels]
     return ranks
@@ -101,7 +101,7 @@ def zero_shot_ranks(
 def average_precisions(
     scores: Float[np.ndarray, "n k"], present: Bool[np.ndarray, "n k"]
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
-    """The average precision of each class; and what it would be without each of the images.
+    """The average precision of each class, and its value without each of the images.
 
     Average precision is the sum over thresholds of the precision there times the recall gained, as
     in scikit-learn. It is 0 for a class that no image has, and NaN without the only image.
@@ -113,7 +113,7 @@ def average_precisions(
     order = np.argsort(-scores, axis=0, kind="stable")
     ranked = np.take_along_axis(scores, order, axis=0)
     relevant = np.take_along_axis(present, order, axis=0).astype(np.float64)
-    # Equal scores share a threshold: the precision there is that after the last of them.
+    # Equal scores share a threshold: its precision is counted after the last of them.
     rows, edge = np.arange(len(ranked))[:, None], np.ones((1, ranked.shape[1]), bool)
     steps = ranked[1:] != ranked[:-1]
     first = np.maximum.accumulate(np.where(np.concatenate([edge, steps]), rows, 0))
@@ -123,21 +123,21 @@ def average_precisions(
     total = relevant.sum(axis=0)
     values = (relevant * hits / (last + 1)).sum(axis=0) / np.maximum(total, 1)
 
-    # Without an image, the precision at thresholds above it stays, and that at others changes.
-    def before(of: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
-        sums = np.concatenate([np.zeros((1, of.shape[1])), of.cumsum(axis=0)])
+    # Leaving out an image changes only the precision at its own threshold and lower ones.
+    def sum_above(terms: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+        sums = np.concatenate([np.zeros((1, terms.shape[1])), terms.cumsum(axis=0)])
         return np.take_along_axis(sums, first, axis=0)
 
     fewer = np.maximum(last, 1)
-    above, parts, ones = (relevant * of for of in (hits / (last + 1), hits / fewer, 1 / fewer))
-    of_itself = relevant * (hits - 1) / fewer
-    below = parts.sum(axis=0) - before(parts) - relevant * (ones.sum(axis=0) - before(ones))
-    left = total - relevant
-    without = (before(above) + below - of_itself) / np.maximum(left, 1)
-    without = np.where((left == 0) & (total > 0), np.nan, without)
-    in_order = np.empty_like(without)
-    np.put_along_axis(in_order, order, without, axis=0)
-    return values, in_order
+    above, parts, ones = (relevant * a for a in (hits / (last + 1), hits / fewer, 1 / fewer))
+    own_part = relevant * (hits - 1) / fewer
+    below = parts.sum(axis=0) - sum_above(parts) - relevant * (ones.sum(axis=0) - sum_above(ones))
+    rest = total - relevant
+    reduced = (sum_above(above) + below - own_part) / np.maximum(rest, 1)
+    reduced = np.where((rest == 0) & (total > 0), np.nan, reduced)
+    by_image = np.empty_like(reduced)
+    np.put_along_axis(by_image, order, reduced, axis=0)
+    return values, by_image
 
 
 def mean_average_precision(scores: Float[Tensor, "n k"], present: Bool[Tensor, "n k"]) -> float:
@@ -148,12 +148,12 @@ def mean_average_precision(scores: Float[Tensor, "n k"], present: Bool[Tensor, "
 def mean_average_precision_parts(
     scores: Float[Tensor, "n k"], present: Bool[Tensor, "n k"]
 ) -> Float[np.ndarray, " n"]:
-    """What each image adds to the mean average precision, less what was to be expected.
+    """What each image adds to the mean average precision, less its expectation.
 
-    By leaving out one at a time. A class of one image is held against the other classes.
+    This leaves out one image at a time. A class of one image is compared with the other classes.
     """
-    values, without = average_precisions(scores.double().numpy(), present.numpy())
-    number, alone = len(without), np.isnan(without)
-    means = np.nanmean(np.where(alone.all(axis=0), 0.0, without), axis=0)
-    parts = np.where(alone, values - values.mean(), (means - without) * (number - 1) / number)
+    values, reduced = average_precisions(scores.double().numpy(), present.numpy())
+    number, alone = len(reduced), np.isnan(reduced)
+    means = np.nanmean(np.where(alone.all(axis=0), 0.0, reduced), axis=0)
+    parts = np.where(alone, values - values.mean(), (means - reduced) * (number - 1) / number)
     return np.asarray(parts.mean(axis=1))

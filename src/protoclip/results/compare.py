@@ -18,10 +18,10 @@ from protoclip.evaluation.metrics import difference, intervals, mark_clear, rest
 from protoclip.evaluation.paired import (
     Reader,
     RunResults,
-    difference_of_runs,
-    intervals_of,
+    compare_metric,
+    compute_intervals,
+    describe_leaks,
     make_reader,
-    trained_pairs,
 )
 from protoclip.evaluation.suite import Result
 from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
@@ -71,8 +71,8 @@ def compare_runs(
 
     Returns:
         One entry a model: `name`, `seeds`, the different `machines` of its runs, mean and spread of
-        `samples_seen`, `train_seconds` and each of `metrics`; and `trained_on`, as `trained_pairs`
-        returns it. Metrics have an interval by `intervals_of`, and a `difference` to the first.
+        `samples_seen`, `train_seconds` and each of `metrics`; and `trained_on`, as `describe_leaks`
+        returns it. Metrics have what `compute_intervals` finds, and a `difference` to the first.
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())
@@ -86,13 +86,13 @@ def compare_runs(
     entries = []
     for name, by_seed in groups.items():
         members = [*by_seed.values()]
-        ends, metrics = intervals_of(members, read), dict[str, Any]()
+        ends, metrics = compute_intervals(members, read), dict[str, Any]()
         for key in members[0].metrics:
             if not all(key in run.metrics for run in members):
                 continue
             metrics[key] = summarize([run.metrics[key] for run in members]) | ends.get(key, {})
             if by_seed is not reference and any(key in run.metrics for run in reference.values()):
-                metrics[key]["difference"] = difference_of_runs(key, reference, by_seed, read)
+                metrics[key]["difference"] = compare_metric(key, reference, by_seed, read)
         entries.append(
             {
                 "name": name,
@@ -100,7 +100,7 @@ def compare_runs(
                 "metrics": metrics,
                 "samples_seen": summarize([run.samples_seen for run in members]),
                 "train_seconds": summarize([run.train_seconds for run in members]),
-                "trained_on": trained_pairs(run.trained_on for run in members),
+                "trained_on": describe_leaks(run.trained_on for run in members),
                 "machines": sorted({run.machines for run in members} - {""}),
             }
         )
@@ -217,9 +217,9 @@ def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any
 
 
 def find_leaks(results: Sequence[Result]) -> dict[str, str]:
-    """`trained_pairs` of the data sets of some results."""
+    """`describe_leaks` of the data sets of some results."""
     records = [result.record for result in results]
-    return trained_pairs({record["dataset"]: record.get("trained_on", {})} for record in records)
+    return describe_leaks({record["dataset"]: record.get("trained_on", {})} for record in records)
 
 
 def write_records(

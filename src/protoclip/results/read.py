@@ -18,9 +18,9 @@ import numpy.typing as npt
 from protoclip.config import Config
 from protoclip.evaluation.paired import (
     RunResults,
+    name_runs_inside,
     read_results,
     require_no_records,
-    runs_inside,
 )
 from protoclip.files import has_changed, read_json, read_local, read_toml
 from protoclip.models import saved
@@ -116,7 +116,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     config_file = folder / "config.toml"
     if not config_file.is_file():
         require_no_records(folder)
-        reason = runs_inside(folder) or "not a run folder; a run has a config.toml"
+        reason = name_runs_inside(folder) or "not a run folder; a run has a config.toml"
         raise ValueError(f"{folder}: {reason}")
     tree = read_toml(config_file)
     config, problem = None, ""

@@ -56,7 +56,7 @@ from protoclip.encode.store import StoredFeatures
 from protoclip.encode.whiten import Whitens
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
-from protoclip.evaluation.suite import metric_names
+from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import guards, judged, trained_guards
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
@@ -577,10 +577,10 @@ def check_metrics(
     config: Config, held_out: Sequence[EvaluationData], watched: Sequence[EvaluationData]
 ) -> None:
     """Refuse a metric that no evaluation of this run gives, or of which higher is not better."""
-    known = [name for data in held_out for name in metric_names(data)]
+    known = [name for data in held_out for name in list_metrics(data)]
     for data in watched:
         split = "validation" if "validation" in data.splits else "test"
-        known += metric_names(data, split, quick=True)
+        known += list_metrics(data, split, quick=True)
     better = [name for name in known if is_share(name.split("/", 2)[2])]
     for setting in ("keep_best", "stop_by"):
         metric = getattr(config.run, setting)

@@ -19,7 +19,7 @@ from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_fi
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import RECALLS, mark_clear
-from protoclip.evaluation.paired import RunResults, difference_of_runs, find_samples, make_reader
+from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.files import (
     checksum,
     read_json,
@@ -208,7 +208,7 @@ def differences(
         for metrics, part in ((start, folder / START), (chosen, folder))
     )
     made = {
-        name: difference_of_runs(name, of_start, of_chosen, read)
+        name: compare_metric(name, of_start, of_chosen, read)
         for name in chosen
         if name in start and math.isfinite(start[name]) and math.isfinite(chosen[name])
     }

@@ -110,7 +110,9 @@ def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     """Those of data under the names in messages, which are those of `train`."""
     exact, used = PillowTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3), []
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), exact, tokenizer))
-    monkeypatch.setattr(suite, "results", lambda encoder, *_, **__: used.append(encoder) or [])
+    monkeypatch.setattr(
+        suite, "compute_results", lambda encoder, *_, **__: used.append(encoder) or []
+    )
     words = "--data a --data.allow_links true --data.image_column x --caption_column y --root /"
     words += " --device cpu --fast-resize --precision bf16 --json"
     main(["evaluate", "knowing", *words.split()])

@@ -118,7 +118,7 @@ BAD = [
     (lambda t: {"reference": "torchvision:Dogs", "root": str(t)}, r"not a known .*; known are CIF"),
     (
         lambda t: {"reference": "torchvision:CIFAR10"},
-        r"root is not set; .*CIFAR10\('FOLDER', download=True\) may .*; cifar10 is to be had from",
+        r"root is not set; .*CIFAR10\('FOLDER', download=True\) may .*; download cifar10 from",
     ),
 ]
 
@@ -131,7 +131,7 @@ def test_all_data_sets_of_the_documentation_are_known_where_they_are_missing():
     found = re.findall(r"`(wds:|torchvision:|karpathy:)(?:HUB/)?([^`]+)`", table)
     assert len(found) == 25
     for kind, name in (*found, ("wds:", "birdsnap"), ("wds:", "ucf101")):
-        with pytest.raises(ValueError, match=r"is to be had from (wds:)?https://"):
+        with pytest.raises(ValueError, match=r"download \S+ from (wds:)?https://"):
             open_data(f"{kind}{name}")
 
 

@@ -23,7 +23,7 @@ from written import (
 
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import Images, emoji, in_order, open_data
+from protoclip.evaluation.datasets import Images, emoji, open_data, sort_names
 from protoclip.evaluation.zero_shot import read_templates
 
 
@@ -346,5 +346,5 @@ def test_classes_are_in_one_order_whatever_it_was_before():
     """Numbers by their value, equal ones by their digits."""
     for names in (["1", "01", "10", "2"], ["2", "01", "1", "10"], ["001", "1", "01"]):
         given = [*names, *names[::-1]]
-        assert in_order(given) == sorted(names, key=lambda name: (int(name), name))
-    assert in_order(["10", "b", "2"]) == ["10", "2", "b"]
+        assert sort_names(given) == sorted(names, key=lambda name: (int(name), name))
+    assert sort_names(["10", "b", "2"]) == ["10", "2", "b"]

@@ -68,7 +68,7 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     assert [*records["linear_probe"]["metrics"]] == ["lp_acc1", "lp_mean_per_class_recall"]
     encoder = encoder_of(Knowing(), transform, tokenizer)
     of_run = suite.evaluate_run(encoder, split="test", data=few, show=False)
-    assert [*of_run] == suite.metric_names(few, "test")
+    assert [*of_run] == suite.list_metrics(few, "test")
     names = [name.removeprefix("eval/x/") for name in of_run]
     assert [name for name in names if "shot" in name] == ["zero_shot/acc1"]
     # A probe tells apart what it learned, however many classes have a name.
@@ -126,7 +126,7 @@ def test_the_train_split_is_opened_for_tasks_that_learn_alone():
 
     data = EvaluationData(
         name="x",
-        splits=LazySplits(read, splits, first="test", of="x"),
+        splits=LazySplits(read, splits, first="test", source="x"),
         class_names=solid_data().class_names,
     )
     assert list(judge(Knowing(), data)) == [

@@ -19,10 +19,10 @@ from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, measured, suite
-from protoclip.evaluation.datasets import of_pairs
+from protoclip.evaluation.datasets import make_concept_data
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import METRICS, TASKS, columns_of
+from protoclip.evaluation.metrics import METRICS, TASKS, list_columns
 from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.samples import SampleResults
 from protoclip.evaluation.task_features import task_features
@@ -54,7 +54,7 @@ def pairs(split):
 
 
 PAIRS = {split: pairs(split) for split in CONCEPTS}
-TINY = of_pairs("tiny", PAIRS)
+TINY = make_concept_data("tiny", PAIRS)
 
 
 class Watched(Knowing):
@@ -95,7 +95,7 @@ def measure(model, data, split="test", batch_size=256):
 def test_a_model_that_knows_everything_has_full_marks(split):
     """Under exactly the promised keys, as plain floats."""
     metrics, _ = measure(Watched(), TINY, split, batch_size=10)
-    assert list(metrics) == suite.metric_names(TINY, split)
+    assert list(metrics) == suite.list_metrics(TINY, split)
     assert len(metrics) == 18
     assert {type(value) for value in metrics.values()} == {float}
     assert [*metrics.values()][:14] == pytest.approx([1.0] * 14)
@@ -110,8 +110,8 @@ def test_metrics_follow_from_the_results_of_samples():
     assert list(samples.images["sample_id"]) == list(PAIRS["test"].sample_ids())
     assert len(set(samples.texts["sample_id"])) == 36
     assert samples.texts["sample_id"][0] == "tiny/test/0: plain 7"
-    assert samples.images.keys() == {"sample_id", *columns_of(texts=False)}
-    assert samples.texts.keys() == {"sample_id", *columns_of(texts=True)}
+    assert samples.images.keys() == {"sample_id", *list_columns(texts=False)}
+    assert samples.texts.keys() == {"sample_id", *list_columns(texts=True)}
     for name in {*RUN_METRICS} & {*samples.means()}:
         assert samples.values(name).mean() == metrics[f"eval/tiny/{name}"], name
 
@@ -154,7 +154,7 @@ def test_concepts_of_equal_name_are_one_class():
     same = pa.array(["name 7"] * (2 * STYLES) + table["label"].to_pylist()[2 * STYLES :])
     renamed = table.set_column(table.column_names.index("label"), "label", same)
     test = ImageTextPairs(renamed, name="twins/test")
-    twins = of_pairs("twins", {**PAIRS, "test": test})
+    twins = make_concept_data("twins", {**PAIRS, "test": test})
     metrics, _ = measure(Knowing(), twins)
     # Concept 8 shares the name of 7, which does not speak of it.
     assert metrics["eval/twins/zero_shot/acc1"] == pytest.approx(17 / 18)

@@ -10,7 +10,7 @@ import yaml
 from exported import assert_close, run_examples, save_run
 
 import protoclip
-from protoclip.evaluation.metrics import columns_of
+from protoclip.evaluation.metrics import list_columns
 from protoclip.evaluation.samples import SampleResults
 from protoclip.export import card as cards
 from protoclip.files import to_json
@@ -26,7 +26,7 @@ def test_the_card_of_a_run(tmp_path):
         '[teacher]\nfeatures = "me/teacher"\n'
     )
     images: dict[str, Any] = {
-        name: generator.integers(0, 9, 200) for name in columns_of(texts=False)
+        name: generator.integers(0, 9, 200) for name in list_columns(texts=False)
     }
     ids = np.array([f"{number:03}" for number in range(200)])
     images["group"] = ids

@@ -34,7 +34,7 @@ from protoclip.config import (
 )
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
 from protoclip.evaluation.features import Encoder, Reader
-from protoclip.evaluation.mteb import GivenImages
+from protoclip.evaluation.mteb import MemoryImages
 from protoclip.export.card import project
 from protoclip.export.source import open_source
 from protoclip.files import file_checksum
@@ -295,7 +295,7 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
         )
 
 
-class EncodedImage(GivenImages):
+class EncodedImage(MemoryImages):
     """One image by the bytes of its file."""
 
     def __init__(self, file: bytes) -> None:

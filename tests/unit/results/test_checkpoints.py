@@ -42,7 +42,7 @@ def test_analysis_of_a_run(runs, monkeypatch):
     pairs = ImageTextPairs(tiny_pairs(80, seed=2), name="tiny")
     captions = [pairs.sample_captions(row) for row in range(80)]
     names = sorted({texts[0] for texts in captions})
-    labels = datasets.positions((texts[0] for texts in captions), names)
+    labels = datasets.find_positions((texts[0] for texts in captions), names)
     split = Split(images=pairs, captions=captions, labels=labels)
     emoji = EvaluationData(name="emoji", splits={"validation": split}, class_names=names)
     monkeypatch.setattr(datasets, "emoji", lambda: emoji)

@@ -12,15 +12,15 @@ from protoclip.evaluation import paired
 from protoclip.evaluation.metrics import (
     METRICS,
     SHOWN,
-    columns_of,
     difference,
     interval,
     interval_of_difference,
     intervals,
+    list_columns,
     mark_clear,
     rests_on_few,
 )
-from protoclip.evaluation.samples import SampleResults, decided_by_candidates, influences
+from protoclip.evaluation.samples import SampleResults, find_crowded, influences
 from protoclip.results import table
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import format_cell, print_table, table_of_runs
@@ -44,7 +44,7 @@ def results(seed: int, *, images: int = 60, texts: int = 40, skill: float = 0.0)
         return (generator.integers(12, size=number) * (1 - skill)).astype(np.int64)
 
     ids = (np.array([f"{kind} {row}" for row in range(60)], object) for kind in ("image", "text"))
-    of_images, of_texts = columns_of(texts=False), columns_of(texts=True)
+    of_images, of_texts = list_columns(texts=False), list_columns(texts=True)
     return SampleResults(
         images={"sample_id": next(ids)[:images]} | {n: column(n, images) for n in of_images},
         texts={"sample_id": next(ids)[:texts]} | {n: column(n, texts) for n in of_texts},
@@ -97,7 +97,7 @@ def test_a_recall_that_candidates_decide_has_no_interval(taken):
     texts = {**columns, "text_to_image_rank": group % 2}
     results, name = SampleResults(images=images, texts=texts), "retrieval/text_to_image@1"
     found = influences(results)
-    decided = decided_by_candidates(results, found)
+    decided = find_crowded(results, found)
     assert decided == ({name} if taken == 0.1 else set())
     assert (name in intervals({name: 0.5}, found, decided)) == (taken == 0.01)
     assert interval_of_difference([0.1], found[name]) is not None
@@ -339,15 +339,15 @@ def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):
         return replace(two, images=images | {k: of for k, of in columns.items() if of is not None})
 
     other_class = changed(class_name=two.images["class_name"][::-1])
-    assert paired.same_samples(one, two, metric)
-    assert not paired.same_samples(one, changed(content=two.images["content"] + 1), metric)
-    assert not paired.same_samples(one, changed(content=two.images["content"] + 1), search)
-    assert not paired.same_samples(one, other_class, metric)
-    assert paired.same_samples(one, other_class, search)
-    assert paired.same_samples(one, changed(content=None, class_name=None), metric)
+    assert paired.have_same_samples(one, two, metric)
+    assert not paired.have_same_samples(one, changed(content=two.images["content"] + 1), metric)
+    assert not paired.have_same_samples(one, changed(content=two.images["content"] + 1), search)
+    assert not paired.have_same_samples(one, other_class, metric)
+    assert paired.have_same_samples(one, other_class, search)
+    assert paired.have_same_samples(one, changed(content=None, class_name=None), metric)
     path = tmp_path / "a.parquet"
     other_class.write(path)
-    assert not paired.same_samples(one, SampleResults.read(path), metric)
+    assert not paired.have_same_samples(one, SampleResults.read(path), metric)
 
 
 def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
