@@ -28,7 +28,7 @@ import pyarrow as pa
 from protoclip.data import split
 from protoclip.data.content import content
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.split import PAGE, SHARE, held_out_rows
+from protoclip.data.split import PAGE, SHARE, hold_out_rows
 from protoclip.evaluation.validation import probe_rows
 
 MEDIAN, SPREAD = 21_000, 0.5  # bytes of an image, and the deviation of their logarithm
@@ -148,11 +148,11 @@ def main() -> None:
         pairs.read.clear()
         with watched() as seen:
             start = time.process_time()
-            rows = held_out_rows([pairs], share=SHARE, folder=Path(temporary) / "kept")
+            rows = hold_out_rows([pairs], share=SHARE, folder=Path(temporary) / "kept")
             seconds = time.process_time() - start
         with patch.object(split._Copies, "_hash_images", lambda self, rows, page: -1 - rows):
             start = time.process_time()
-            held_out_rows([pairs], share=SHARE, folder=Path(temporary) / "unread")
+            hold_out_rows([pairs], share=SHARE, folder=Path(temporary) / "unread")
             choosing = time.process_time() - start
     taken, held = of_classes(arguments.rows)
     pages, images, mean = pairs.read["pages"], pairs.read["images"], sizes.mean()

@@ -45,7 +45,7 @@ from torchvision import transforms
 from protoclip.data.access import read_file
 from protoclip.data.decode import MemoryCache, crop, decode_crop
 from protoclip.data.loader import EpisodeLoader
-from protoclip.data.pack import stored_image
+from protoclip.data.pack import convert_image
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.sampler import Episode
 from protoclip.data.stream import ShardStream
@@ -291,7 +291,7 @@ def main() -> None:
         small = paths[SIDES[0]]
         packed = [path.with_name(f"packed_{path.name}") for path in small]
         for path, target in zip(small, packed, strict=True):
-            target.write_bytes(stored_image(path.read_bytes(), PACKED_SIDE)[1])
+            target.write_bytes(convert_image(path.read_bytes(), PACKED_SIDE)[1])
         memory = MemoryCache(max_bytes=10**10)
         variants: dict[str, dict[str, object]] = {
             "protoclip, finished on the same core": {},

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.sources import open_source
-from protoclip.data.split import held_out_rows
+from protoclip.data.split import hold_out_rows
 
 
 def taken(table: pa.Table, root: str, judge: int) -> tuple[pa.Table, pa.Table]:
@@ -29,7 +29,7 @@ def taken(table: pa.Table, root: str, judge: int) -> tuple[pa.Table, pa.Table]:
         path = Path(folder) / "pairs.parquet"
         pq.write_table(table, path)
         pairs = open_source(DataConfig(root=root), SourceConfig(path=str(path)))
-        rows = held_out_rows([pairs], share=judge / table.num_rows, most=judge, folder=Path(folder))
+        rows = hold_out_rows([pairs], share=judge / table.num_rows, most=judge, folder=Path(folder))
     left = np.setdiff1d(np.arange(table.num_rows), rows)
     return table.take(rows), table.take(left)
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from protoclip.distributed import collectives, parallel
 from protoclip.models import batch_norm, loading
-from protoclip.models.precision import measured_convolutions
+from protoclip.models.precision import measure_convolutions
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed, tiny_config
 
@@ -22,11 +22,11 @@ CARD, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.mark.parametrize(("device", "expected"), [(CARD, True), (CPU, False)])
 def test_convolutions_are_measured_on_a_card_alone(device, expected, monkeypatch):
-    with measured_convolutions(device):
+    with measure_convolutions(device):
         assert torch.backends.cudnn.benchmark is expected
     assert not torch.backends.cudnn.benchmark
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    with measured_convolutions(device):
+    with measure_convolutions(device):
         assert not torch.backends.cudnn.benchmark
 
 

@@ -35,7 +35,7 @@ from protoclip.models.saved import (
     checkpoints,
     damage,
     find_checkpoint,
-    in_shards,
+    has_shards,
     read_tensors,
 )
 from protoclip.training import checkpoint
@@ -66,7 +66,7 @@ def all_of(step: Path) -> dict[str, Tensor]:
     names = [
         name
         for name in (WEIGHTS, OPTIMIZER, RESUME)
-        if (step / name).is_file() or in_shards(step / name)
+        if (step / name).is_file() or has_shards(step / name)
     ]
     parts = {name: read_tensors(step / name) for name in names}
     return {f"{part}/{name}": value for part in parts for name, value in parts[part].items()}

@@ -16,7 +16,7 @@ from protoclip.config import Config
 from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
-from protoclip.data.split import held_out_rows
+from protoclip.data.split import hold_out_rows
 from protoclip.encode.store import FULL, Store, hash_ids, write_folder
 from protoclip.encode.teachers import read_teacher
 from protoclip.evaluation.features import Listed, read_list, write_list
@@ -108,7 +108,7 @@ def held_out(folder: Path) -> Read:
     pairs = ImageTextPairs(tiny_pairs(60), name="tiny")
     distinct = pairs.table.set_column(1, "caption", pa.array([str(row) for row in range(60)]))
     pairs = ImageTextPairs(distinct, name="tiny")
-    return lambda: held_out_rows([pairs], share=0.2, folder=folder).tolist()
+    return lambda: hold_out_rows([pairs], share=0.2, folder=folder).tolist()
 
 
 def kept_features(folder: Path) -> Read:

@@ -175,12 +175,12 @@ def fail(error: Exception, command: str) -> NoReturn:
     elif isinstance(error, OSError):
         message = described(error)
     else:
-        from protoclip.data.loader import killed_worker
+        from protoclip.data.loader import describe_killed_worker
         from protoclip.training.guard import out_of_memory
 
         message, code = out_of_memory(error, less_memory(command)), 1
         if message is None and isinstance(error, RuntimeError):
-            message = killed_worker(error)
+            message = describe_killed_worker(error)
         if message is None and not together:
             raise error
         if message is None:

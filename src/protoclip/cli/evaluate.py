@@ -55,7 +55,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             from protoclip.evaluation.encoders import encoder_of
             from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
-            from protoclip.models.precision import encoding
+            from protoclip.models.precision import autocast_encoding
             from protoclip.results import compare
             from protoclip.results.table import print_table, table_of_records
 
@@ -76,7 +76,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
                 workers=self.workers,
                 cache=cache_folder() / "features" if self.cache else None,
                 show=True,
-                autocast=encoding(self.precision, device),
+                autocast=autocast_encoding(self.precision, device),
             )
             name, pretrained = names_of(reference)
             measured = suite.compute_results(

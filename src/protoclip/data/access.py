@@ -80,14 +80,14 @@ def require_allowed(location: str, *, protocols: tuple[str, ...] = WEB + STORES)
             "URL again, as when the run began"
         )
     if is_remote and protocol.lower() not in protocols:
-        known = ", ".join(protocols)
-        raise ValueError(f"'{protocol}://' is not read; use a local file or one of {known}")
+        names = ", ".join(protocols)
+        raise ValueError(f"'{protocol}://' is not read; use a local file or one of {names}")
     # An IPv6 address contains "::".
     if is_remote and "::" in re.sub(r"^\[[^\[\]]*\]", "", rest):
         raise ValueError("URLs chained with '::' are not read")
 
 
-def in_table(root: str, name: str, *, allow_links: bool) -> str:
+def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
     """The path or URL that a table's cell names; raises `ValueError` if it may not name it."""
     if is_web(join(root, name)):
         raise ValueError(NO_WEB_IMAGES)
@@ -183,13 +183,13 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 def within(seconds: float, action: Callable[[], T]) -> T:
     """The result of an action, or `TimeoutError`; its thread then goes on by itself."""
-    coming = begun(action, name="protoclip-read")
+    coming = start_thread(action, name="protoclip-read")
     if not wait([coming], timeout=seconds).done:
         raise TimeoutError(f"not read within {seconds:g} s")
     return coming.result()
 
 
-def begun(action: Callable[[], T], *, name: str) -> "Future[T]":
+def start_thread(action: Callable[[], T], *, name: str) -> "Future[T]":
     """Begin an action in a thread of this name; what it returns or raises comes later.
 
     The thread is a daemon, or a read that hangs would keep the process from ending.
@@ -240,9 +240,9 @@ def fingerprint(path: str) -> str:
     try:
         require_allowed(path)
         if is_url(path):
-            known = {name: v for name, v in url_facts(path).items() if name.lower() in URL_FACTS}
-            has_etag = any(name.lower() == "etag" for name in known)
-            return digest({"url": path.partition("?")[0] if has_etag else path, **known})
+            facts = {name: v for name, v in url_facts(path).items() if name.lower() in URL_FACTS}
+            has_etag = any(name.lower() == "etag" for name in facts)
+            return digest({"url": path.partition("?")[0] if has_etag else path, **facts})
         with open_local(path) as file:
             status = os.fstat(file.fileno())
             ends = file.read(1 << 16)
@@ -296,8 +296,8 @@ def too_slow(what: str, last: object) -> str:
 def reason_of(error: BaseException) -> str:
     """`first_line`, and what to do where a store's client finds no credentials, or wrong ones."""
     refused = isinstance(error, PermissionError) and error.errno is None  # not by the system
-    told = first_line(error)
-    return f"{told}; {KEYS}" if refused or type(error).__name__ in WITHOUT_KEYS else told
+    reason = first_line(error)
+    return f"{reason}; {KEYS}" if refused or type(error).__name__ in WITHOUT_KEYS else reason
 
 
 def first_line(error: BaseException) -> str:
@@ -360,11 +360,11 @@ class WebFile(io.RawIOBase):
         self.answered.add(request.url.host)
         self.response.raise_for_status()
         self.chunks: Iterator[bytes] = self.response.iter_raw()
-        known = self.position if self.response.status_code != 206 else 0
-        while known > 0:  # the server ignores `Range` and begins again at the start
+        skip = self.position if self.response.status_code != 206 else 0
+        while skip > 0:  # the server ignores `Range` and begins again at the start
             chunk = next(self.chunks)
-            self.chunks = chain([chunk[known:]] if chunk[known:] else [], self.chunks)
-            known -= len(chunk)
+            self.chunks = chain([chunk[skip:]] if chunk[skip:] else [], self.chunks)
+            skip -= len(chunk)
         return self.response
 
     def _repeat(self, action: Callable[[], T]) -> T:

@@ -99,13 +99,13 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
     return draw, [note] if number > 1 or beyond else []
 
 
-def without_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"]:
+def trim_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"]:
     """Tokens without their last columns, if every row repeats its last token there: padding.
 
     One of them stays. Most captions are far shorter than what a text tower can read, and padding
     costs as much as words. For towers that ignore it (`TowerPair.ignores_padding`).
 
-    >>> without_padding(torch.tensor([[7, 5, 9, 0, 0, 0], [7, 9, 0, 0, 0, 0]])).tolist()
+    >>> trim_padding(torch.tensor([[7, 5, 9, 0, 0, 0], [7, 9, 0, 0, 0, 0]])).tolist()
     [[7, 5, 9, 0], [7, 9, 0, 0]]
     """
     changes = (tokens[:, 1:] != tokens[:, :-1]).any(0).nonzero()
@@ -118,8 +118,8 @@ def number_of(content: bytes | str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def normalised(caption: str) -> str:
-    """A caption without what makes no other text of it: case, spacing, and its Unicode form."""
+def normalise(caption: str) -> str:
+    """A caption without differences of case, spacing, and Unicode form."""
     return " ".join(unicodedata.normalize("NFKC", caption).casefold().split())
 
 
@@ -128,7 +128,7 @@ def normalise_texts(captions: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     texts = pc.ascii_lower(captions.view(pa.large_string())).view(pa.large_binary())
     needs_more = pc.match_substring_regex(captions, "[^ -~]|  |^ | $").fill_null(False)
     others = [
-        normalised(t.decode("utf-8", "replace")).encode()
+        normalise(t.decode("utf-8", "replace")).encode()
         for t in captions.filter(needs_more).to_pylist()
     ]
     return pc.replace_with_mask(texts, needs_more, pa.array(others, pa.large_binary()))
@@ -140,7 +140,7 @@ def keys_of(by: tuple[Key, ...], sample: Sample, captions: list[str]) -> list[li
     columns: list[list[int]] = []
     for key in by:
         if key == "caption":
-            columns.append([number_of(normalised(caption)) for caption in captions])
+            columns.append([number_of(normalise(caption)) for caption in captions])
         else:
             columns.append([number_of(sample.image)] * len(captions))
     return [list(keys) for keys in zip(*columns, strict=True)]

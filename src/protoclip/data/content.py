@@ -56,11 +56,11 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
     if len(before) != len(now):
         return f"{len(before)} sources before, {len(now)} now"
     for number, (old, new) in enumerate(zip(before, now, strict=True)):
-        of = f" of '{new.get('name', number)}'" if len(now) > 1 else ""
+        owner = f" of '{new.get('name', number)}'" if len(now) > 1 else ""
         if is_stream(old) and "rows" in new:
-            return f"a stream{of} before, pairs in any order now; set data.read = streaming"
+            return f"a stream{owner} before, pairs in any order now; set data.read = streaming"
         if "rows" in old and is_stream(new):
-            return f"pairs in any order{of} before, a stream now"
+            return f"pairs in any order{owner} before, a stream now"
         for name, word in WORDS.items():
             one, other = old.get(name), new.get(name)
             if one is None or other is None or one == other:
@@ -70,8 +70,8 @@ def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, A
             if name == "sample" and all(a == b for a, b in zip(one, other, strict=True) if a and b):
                 continue
             if name in ("name", "rows"):
-                return f"{word}{of}: {one} before, {other} now"
-            return f"other {word}{of}"
+                return f"{word}{owner}: {one} before, {other} now"
+            return f"other {word}{owner}"
     return None
 
 

@@ -45,7 +45,7 @@ def some_samples(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]
             yield from (item for item in items if isinstance(item, Sample))
 
 
-def fitting_image_size(shorter_sides: Iterable[int]) -> int:
+def choose_image_size(shorter_sides: Iterable[int]) -> int:
     """The largest size of small towers that crops of half of the images have, in pixels."""
     sides = list(shorter_sides)
     cropped = CROPPED * float(np.median(sides)) if sides else 0.0
@@ -54,7 +54,7 @@ def fitting_image_size(shorter_sides: Iterable[int]) -> int:
     )
 
 
-def fitting_context_length(lengths: Iterable[int]) -> int:
+def choose_context_length(lengths: Iterable[int]) -> int:
     """The smallest caption length of small towers that cuts at most one caption of 20, in tokens.
 
     `lengths` count the tokens of captions, start and end included.
@@ -66,7 +66,7 @@ def fitting_context_length(lengths: Iterable[int]) -> int:
     return SMALL_CONTEXT_LENGTHS[-1]
 
 
-def fitting_augmentation(image_size: int, *, is_untrained: bool) -> Literal["light", "clip"]:
+def choose_augmentation(image_size: int, *, is_untrained: bool) -> Literal["light", "clip"]:
     """The augmentation of towers that start untrained at this size, in pixels, or of others.
 
     Crops alone keep colours, which captions name: above 40 pixels they find the pairs of
@@ -93,8 +93,8 @@ def number_of_workers(
     elif isinstance(samples, Pairs) and fits_in_memory(data, samples, image_size=image_size):
         number, why = 0, "since all decoded images fit in data.cache_gb"
     lost = number > 0 and data.cache_gb not in (0, DataConfig().cache_gb)
-    said = ", which keep no images in memory, so data.cache_gb has no effect" if lost else ""
-    return number, f"data.workers = {number}, {why}{said}"
+    note = ", which keep no images in memory, so data.cache_gb has no effect" if lost else ""
+    return number, f"data.workers = {number}, {why}{note}"
 
 
 def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool:
@@ -102,8 +102,8 @@ def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool
     sizes = []
     for sample in some_samples(samples, DECODED):
         with suppress(ValueError):
-            kept = decode.decode_all(sample.image, image_size, max_pixels=data.max_image_pixels)
-            if kept is None:  # a JPEG that is decoded at a fraction of its size, every time
+            pixels = decode.decode_all(sample.image, image_size, max_pixels=data.max_image_pixels)
+            if pixels is None:  # a JPEG that is decoded at a fraction of its size, every time
                 return False
-            sizes.append(kept.pixels.nbytes)
+            sizes.append(pixels.pixels.nbytes)
     return not sizes or float(np.mean(sizes)) * len(samples) <= data.cache_gb * 1e9

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import digest, files_like, in_table, read_file
+from protoclip.data.access import digest, files_like, read_file, resolve_cell
 from protoclip.data.index import ROWS, batches, build_index, index_folder
 from protoclip.data.lines import TEXT_SUFFIXES, LeftOut, fault_of
 from protoclip.data.pairs import ImageTextPairs, file_status
@@ -25,9 +25,9 @@ from protoclip.data.tables import (
     METADATA,
     caption_columns,
     captions_in,
+    note_unused,
     open_files,
     pairs_of,
-    unused,
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
@@ -61,15 +61,15 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
 
     Raises `ValueError` if it is none of these, holds several splits, or a damaged table.
     """
-    given = Path(data.train)
-    if (given / "config.toml").is_file() and (given / "checkpoints").is_dir():
+    location = Path(data.train)
+    if (location / "config.toml").is_file() and (location / "checkpoints").is_dir():
         raise ValueError(
-            f"{given}: is a run and no data; name what it was trained on (`data` in its "
+            f"{location}: is a run and no data; name what it was trained on (`data` in its "
             "config.toml). The pairs that it held out judge other models, with protoclip evaluate "
             "MODEL --data, and with run.guard"
         )
-    name = name or given.resolve().name
-    folder, files = tables(given)
+    name = name or location.resolve().name
+    folder, files = tables(location)
     if not files:
         return open_images(folder, data, name=name)
     saved = (folder / "state.json").is_file()
@@ -112,7 +112,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them, or without where none is needed."""
     left_out, keys, links = LeftOut(str(folder)), caption_columns(data), data.allow_links
     unread = LeftOut(str(folder))  # apart, since the index does not change with these
-    lacking = left_out if data.needs_captions else LeftOut("")  # which nobody is told then
+    lacking = left_out if data.needs_captions else LeftOut("")  # not reported then
     text_tables: list[str] = []
     images = list(_walk(folder, left_out, unread, text_tables))
     if unread.notes and not images:
@@ -138,9 +138,9 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
         facts["left_out"] = left_out.notes
 
     # The index changes with a caption, but not with the content of an image.
-    known = [(image, file, file and file_status(str(folder / file))) for image, file in images]
+    stamps = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     facts = {"commands": False, "links": links}  # as versions had it that ran commands
-    key = digest({**facts, "folder": str(folder.resolve()), "known": known, "keys": keys})
+    key = digest({**facts, "folder": str(folder.resolve()), "known": stamps, "keys": keys})
     has_captions = any(file for _, file in images)
     table = folder / text_tables[0] if images and text_tables else None
     way_out = _advise(folder, table, may_be_classes=bool(images) and not has_captions, data=data)
@@ -148,14 +148,14 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
-    pairs.notes += [*unread.notes, *unused(data)]
+    pairs.notes += [*unread.notes, *note_unused(data)]
     if table is not None and not has_captions:
         pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")
     return pairs
 
 
 def _advise(folder: Path, table: Path | None, *, may_be_classes: bool, data: DataConfig) -> str:
-    """What to do where no image of a folder has captions, in a line."""
+    """Advice if no image of a folder has captions, in a line."""
     if table is not None:
         return f"{table} looks like a table of captions: name it instead of the folder"
     if split := shard_split(folder, first="train"):
@@ -238,7 +238,7 @@ def _captions(
         lacking.add("images without a caption", image)
         return []
     try:
-        path = in_table(str(folder), file, allow_links=allow_links)
+        path = resolve_cell(str(folder), file, allow_links=allow_links)
     except ValueError:
         left_out.add("captions that are links out of it; see --data.allow_links", image)
         return None

@@ -164,7 +164,7 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
 
 
 def unwritable(folder: Path, error: OSError) -> ValueError:
-    """What to say of a folder, as of the cache, that nothing can be written to."""
+    """An error for a folder, such as the cache, that cannot be written to."""
     is_cache = folder.is_relative_to(cache_folder())
     way_out = "set PROTOCLIP_CACHE to another" if is_cache else "choose another place"
     return ValueError(f"{folder}: cannot be written ({error.strerror or error}); {way_out}")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from protoclip.data.access import MISSING
 from protoclip.data.decode import decode, dimensions, open_image
-from protoclip.data.defaults import fitting_context_length
+from protoclip.data.defaults import choose_context_length
 from protoclip.data.loader import items_of, read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.stream import ShardStream
@@ -91,7 +91,7 @@ def inspect(
             read_of_parts.append(len(samples_of_part))
             progress.update(done)
 
-    known = _tally(samples_of_parts(), context_length)
+    facts = _tally(samples_of_parts(), context_length)
     number = len(source) if isinstance(source, Pairs) else None
     pairs = sum(read_of_parts) if number is None else number
     ended = (
@@ -101,25 +101,27 @@ def inspect(
     return {
         "source": source.name,
         "pairs": number,
-        **known,
+        **facts,
         "notes": list(notes),
-        "next": (way(pairs) if is_counted else UNCOUNTED) if known["read"] else mending(known),
+        "next": (size_hint(pairs) if is_counted else UNCOUNTED)
+        if facts["read"]
+        else fix_hint(facts),
     }
 
 
-def mending(known: Mapping[str, Any]) -> str:
-    """What to do where no pair could be read, in a line."""
-    return NONE_THERE if {*known["reasons"]} == {MISSING} else NONE_READ
+def fix_hint(facts: Mapping[str, Any]) -> str:
+    """Advice if no pair could be read, in a line."""
+    return NONE_THERE if {*facts["reasons"]} == {MISSING} else NONE_READ
 
 
-def way(pairs: int) -> str:
-    """What to do with so many pairs, in a line."""
+def size_hint(pairs: int) -> str:
+    """Advice for this number of pairs, in a line."""
     advice = next((advice for most, advice in WAYS.items() if pairs <= most), MORE)
     return f"{advice} (docs/which_way.md)"
 
 
 class _Part(NamedTuple):
-    """Rows of pairs, or a shard of a stream; of these at most so many samples (None: all)."""
+    """Rows of pairs, or a shard of a stream, with at most `most` samples (None: all)."""
 
     source: Any
     items: Any
@@ -129,7 +131,7 @@ class _Part(NamedTuple):
 def _divide(
     source: Pairs | SampleStream, samples: int | None, seed: int
 ) -> tuple[list[_Part], bool]:
-    """What to look at, in parts, and whether all of the source is in them."""
+    """The parts to look at, and whether they cover the source."""
     if isinstance(source, Pairs):
         some = samples is not None and samples < len(source)
         rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
@@ -194,7 +196,7 @@ def _hash(content: bytes) -> int:
 def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) -> dict[str, Any]:
     """What samples are, counted: those that were `read`, and the `unreadable` ones.
 
-    Memory is bounded but for the hashes of contents.
+    Memory is bounded, except for the hashes of contents.
     """
     read, unreadable = 0, list[str]()
     counts: dict[str, Counter[Any]] = defaultdict(Counter)
@@ -220,7 +222,7 @@ def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) ->
         for name, values in facts.items():
             counts[name].update(values)
     if context_length is None:
-        context_length = fitting_context_length(tokens.elements())
+        context_length = choose_context_length(tokens.elements())
     report = {
         "read": read,
         "unreadable": reasons.total(),
@@ -232,16 +234,16 @@ def _tally(samples: Iterable[_Facts | BadSample], context_length: int | None) ->
         "context_length": context_length,
         "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
     }
-    for kind, each in hashes.items():
-        different = len(np.unique(np.array(each, dtype=np.uint64)))
+    for kind, numbers in hashes.items():
+        different = len(np.unique(np.array(numbers, dtype=np.uint64)))
         common = counts[kind].most_common(EXAMPLES)
-        report[f"repeated_{kind}_copies"] = len(each) - different
+        report[f"repeated_{kind}_copies"] = len(numbers) - different
         report[f"repeated_{kind}_examples"] = [f"{n} x {names[c]}" for c, n in common if n > 1]
     return report
 
 
 def percentiles(counts: Counter[Any]) -> dict[str, int | float]:
-    """For each percentage, the least value that so many percent of all values do not exceed."""
+    """For each percentage, the least value that this share of all values does not exceed."""
     values = sorted(counts)
     below = np.cumsum([counts[value] for value in values])
     numbers = {p: int(np.searchsorted(100 * below, p * below[-1])) for p in PERCENTILES if values}
@@ -259,7 +261,7 @@ def show(report: dict[str, Any], *, by_captions: bool = False) -> None:
             continue
         if isinstance(value, dict):
             mark = "%" if name in MEASURED else ""
-            value = ", ".join(f"{key}{mark}: {each:,}" for key, each in value.items())
+            value = ", ".join(f"{key}{mark}: {count:,}" for key, count in value.items())
         if name == "context_length" and by_captions:
             value = f"{value} tokens, by these captions; --model.text.name takes a model's"
         label = name.replace("_", " ")

@@ -33,10 +33,10 @@ SPARE_SAMPLES, MIN_SPARE = 0.25, 8
 MAX_STRETCH = 256
 
 
-def overlapping(part: int, parts: int, others: int) -> range:
+def list_overlaps(part: int, parts: int, others: int) -> range:
     """Which of `others` equal parts of a batch share samples with one of its `parts`.
 
-    >>> overlapping(1, 2, 3)
+    >>> list_overlaps(1, 2, 3)
     range(1, 3)
     """
     return range(part * others // parts, -(-(part + 1) * others // parts))
@@ -59,7 +59,7 @@ class Stretch:
     lane: tuple[int, str] = (0, "")
 
     def candidates(self, is_good: Callable[[Item], bool]) -> Iterator[Iterator[Item]]:
-        """Of each of this rank's samples: itself, and then what may replace it.
+        """For each of this rank's samples: itself, and then its replacements.
 
         To be used one after the other. Who asks for a further candidate says that the last was bad.
         `is_good` is asked about samples of other ranks, once one of this rank's is bad. No more
@@ -88,7 +88,7 @@ def shares_of_batches(
     number = -(-per_lane // MAX_STRETCH)
     bounds = [per_lane * index // number for index in range(number + 1)]
     read = per_lane + number * max(MIN_SPARE, int(SPARE_SAMPLES * per_lane / number))
-    lanes = overlapping(rank, world_size, stream.lanes)
+    lanes = list_overlaps(rank, world_size, stream.lanes)
     readers = {lane: stream.samples(batch * per_lane, lane) for lane in lanes}
     ahead: dict[int, list[Item]] = {lane: [] for lane in lanes}
     while True:
@@ -142,7 +142,7 @@ def spare_positions(
 
 
 def row_candidates(rows: Sequence[int], size: int) -> Iterator[Iterator[int]]:
-    """Of each of `size` positions: its row, its spare ones, then those of others, each once.
+    """For each of `size` positions: its row, its spare rows, then those of others, each once.
 
     To be used one after the other. Who asks for a further candidate says that the last was bad.
 
@@ -157,6 +157,6 @@ def row_candidates(rows: Sequence[int], size: int) -> Iterator[Iterator[int]]:
             if index not in taken and rows[index] not in failed:
                 taken.add(index)
                 yield rows[index]
-                failed.add(rows[index])  # or nobody would have asked for another
+                failed.add(rows[index])  # since another one is asked for
 
     return map(of, range(size))

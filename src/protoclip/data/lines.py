@@ -55,7 +55,7 @@ class LeftOut:
         self.counts[what] += 1
         if what == NOT_UTF8:  # mostly that of Windows; lone surrogates would say less
             self.to_utf8 = self.to_utf8 or way_to_utf8(self.path, example)
-            example = _encoded(example).decode("cp1252", "replace")
+            example = _encode(example).decode("cp1252", "replace")
         self.examples.setdefault(what, f"'{line(example, 60)}'")
         if number and self.counts[what] <= 6:
             self.lines[what].append(str(number) if self.counts[what] < 6 else "...")
@@ -83,13 +83,13 @@ def lines_of(path: str) -> Iterator[Iterator[str]]:
             if size:
                 progress.update(min(raw.tell(), size - 1))
 
-        yield _limited(text, path, show)
+        yield _limit_lines(text, path, show)
         if progress.last_shown > progress.started:  # it took long enough to be shown
             progress.update(size)
 
 
-def _limited(text: io.TextIOWrapper, path: str, show: Callable[[], None]) -> Iterator[str]:
-    """Lines; of one that is too long, its start."""
+def _limit_lines(text: io.TextIOWrapper, path: str, show: Callable[[], None]) -> Iterator[str]:
+    """The lines; only the start of one that is too long."""
     empty = 0
     for number in count():
         if not (line := text.readline(MAX_LINE)):
@@ -120,14 +120,14 @@ def fault_of(text: str) -> str:
     return ""
 
 
-def _encoded(text: str) -> bytes:
+def _encode(text: str) -> bytes:
     """The bytes of a line as they are in the file."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def way_to_utf8(path: str, text: str) -> str:
     """How a file becomes UTF-8, judged by a line of it that is not."""
-    encoded = _encoded(text)
+    encoded = _encode(text)
     is_plain = not is_url(path) and suffixes_of(path)[-1] not in COMPRESSED
     if is_plain and b"\0" not in encoded and not NO_LATIN.search(encoded):
         with suppress(UnicodeDecodeError):
@@ -163,7 +163,7 @@ def _csv_rows(
         what = "lines with another number of fields than the header"
         if '"' in text:
             ahead.extend(islice(lines, MAX_QUOTED_LINES - 1 - len(ahead)))
-            row, more = _quoted_row([text, *ahead], separator, width)
+            row, more = _parse_quoted_row([text, *ahead], separator, width)
             what = what if row else "lines with an open quote"
         text += "".join(ahead.popleft() for _ in range(more))
         fault = fault_of(text)
@@ -175,7 +175,7 @@ def _csv_rows(
         number += 1 + more
 
 
-def _quoted_row(lines: list[str], separator: str, width: int) -> tuple[list[str], int]:
+def _parse_quoted_row(lines: list[str], separator: str, width: int) -> tuple[list[str], int]:
     """The fields of the first row (none: a quote is left open), and how many more lines it has."""
     readers = [csv.reader(lines, delimiter=separator, strict=True)]
     if lines[0].count('"') % 2 == 0:

@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoclip import signals
 from protoclip.config import Config
 from protoclip.data import access, lanes
-from protoclip.data.captions import ONE, CaptionDraw, Key, keys_of, number_of, without_padding
+from protoclip.data.captions import ONE, CaptionDraw, Key, keys_of, number_of, trim_padding
 from protoclip.data.decode import MemoryCache, crop
 from protoclip.data.defaults import number_of_workers
 from protoclip.data.lanes import (
     MIN_SPARE,
     SPARE_BATCHES,
     Stretch,
-    overlapping,
+    list_overlaps,
     row_candidates,
     shares_of_batches,
     spare_positions,
@@ -104,7 +104,7 @@ class Pass:
         return self.without_rows() == other.without_rows()
 
     def without_rows(self) -> "Pass":
-        """The same without what follows from the episode's number, to send it to a worker."""
+        """A copy without the rows, which a worker derives from the episode's number."""
         episode = replace(self.episode, rows=NO_ROWS)
         return replace(self, episode=episode)
 
@@ -149,7 +149,7 @@ def flatten(tensors: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, T
 
 
 def nest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `flatten` was given."""
+    """The fields that `flatten` took apart."""
     fields = dict[str, Any]()
     for name, tensor in tensors.items():
         field_name, is_nested, key = name.partition(": ")
@@ -200,9 +200,9 @@ class _Reader(Dataset[_Made]):
                 return _Made(bad)
         draws = torch.from_numpy(request.transform_draws)
         text = self.tokenizer(captions)
-        read = without_padding(text).contiguous() if self.cut_padding else text
-        each = self.captions.number
-        position = torch.from_numpy(pair_numbers(request.position, each))
+        read = trim_padding(text).contiguous() if self.cut_padding else text
+        repeats = self.captions.number
+        position = torch.from_numpy(pair_numbers(request.position, repeats))
         tensors: dict[str, Any] = {"position": position, "text": read}
         # A CPU applies a transform to a few images at a time, and so takes the draws themselves.
         tensors |= {"draws": draws} if self.on_cpu else {"changes": transform.changes(draws)}
@@ -210,21 +210,23 @@ class _Reader(Dataset[_Made]):
             tensors["groups"] = torch.tensor(groups)
         if wanted.with_features:
             try:
-                rows = {name: of(ids) for name, of in self.features_of.items()}
+                rows = {name: find(ids) for name, find in self.features_of.items()}
             except ValueError as error:  # a worker's traceback would come with it
                 return _Made(bad, error=str(error), sample_ids=ids)
-            tensors["features"] = {n: known.repeat_interleave(each, 0) for n, known in rows.items()}
+            tensors["features"] = {
+                n: part.repeat_interleave(repeats, 0) for n, part in rows.items()
+            }
         return _Made(
             bad,
             sample_ids=ids,
             images=torch.from_numpy(np.stack(images)),
             packed=Packed.of(flatten(tensors)),
             captions=[row.tobytes() for row in text.numpy()],
-            lanes=frozenset(each.lane for each in request.stretches),
+            lanes=frozenset(stretch.lane for stretch in request.stretches),
         )
 
     def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
-        """Of each position, what is tried there until it is good."""
+        """For each position, the samples to try until one is good."""
         if not request.stretches:
             return row_candidates(request.rows, len(request.position))
         transform, draws = request.wanted.transform, request.transform_draws[0]
@@ -237,12 +239,12 @@ class _Reader(Dataset[_Made]):
                 return True
             return False
 
-        return chain.from_iterable(each.candidates(is_good) for each in request.stretches)
+        return chain.from_iterable(stretch.candidates(is_good) for stretch in request.stretches)
 
 
-def pair_numbers(position: npt.NDArray[np.int64], each: int) -> npt.NDArray[np.int64]:
-    """The numbers of the pairs of images that each bring so many captions."""
-    return (position[:, None] * each + np.arange(each)).ravel()
+def pair_numbers(position: npt.NDArray[np.int64], number: int) -> npt.NDArray[np.int64]:
+    """The numbers of the pairs, if each image brings `number` captions."""
+    return (position[:, None] * number + np.arange(number)).ravel()
 
 
 def read_sample(pairs: Pairs | SampleStream, item: Item) -> Sample:
@@ -432,7 +434,7 @@ class EpisodeLoader:
         if isinstance(self.pairs, SampleStream):
             first = episode * (size // self.pairs.lanes)
             following = first + batch * (self.batch_size * self.world_size // self.pairs.lanes)
-            lanes = overlapping(self.rank, self.world_size, self.pairs.lanes)
+            lanes = list_overlaps(self.rank, self.world_size, self.pairs.lanes)
             # Both are known then: a pass that extracts features begins with the episode.
             state["stream"] = [
                 self.pairs.state_dict(sample, lane)
@@ -552,12 +554,12 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
             items = iter(loader)
         yield from items
     except RuntimeError as error:
-        if (killed := killed_worker(error)) is None:
+        if (killed := describe_killed_worker(error)) is None:
             raise
         raise ValueError(killed) from None
 
 
-def killed_worker(error: RuntimeError) -> str | None:
+def describe_killed_worker(error: RuntimeError) -> str | None:
     """One line, if the error says that a worker process was killed.
 
     PyTorch raises it where the next item is awaited, or, by a signal, anywhere else.

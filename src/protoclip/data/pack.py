@@ -44,7 +44,7 @@ KEPT = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What `pack` left in its folder: names of shards, and numbers of samples."""
+    """The manifest that `pack` wrote: names of shards, and numbers of samples."""
 
     shards: list[str]
     samples: int
@@ -83,7 +83,7 @@ def pack(
     }
     if max_pixels != MAX_IMAGE_PIXELS:
         settings[LIMIT] = max_pixels
-    facts = [each.fingerprint(images=False) for each in source.sources]
+    facts = [part.fingerprint(images=False) for part in source.sources]
     key, skipped = digest({"sources": facts}), out / SKIPPED
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def pack(
 
 
 def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """What an earlier run left, up to the first shard that is missing."""
+    """The manifest of an earlier run, up to its first missing shard."""
     manifest: dict[str, Any] = {"settings": settings, "key": key, "complete": False, "shards": []}
     if (out / MANIFEST).exists():
         written = read_json(out / MANIFEST)
@@ -130,9 +130,9 @@ def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, A
             f"{out}: holds {what} of another origin, such as {visible(other)}; choose a new folder"
         )
     unsaid = {LIMIT: MAX_IMAGE_PIXELS}
-    known, given = {**unsaid, **manifest["settings"]}, {**unsaid, **settings}
-    for name, value in given.items():
-        if (before := known.get(name)) != value:
+    earlier, current = {**unsaid, **manifest["settings"]}, {**unsaid, **settings}
+    for name, value in current.items():
+        if (before := earlier.get(name)) != value:
             reason = f"was packed with {name} = {shown(before)}, not {shown(value)}"
             raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
     if manifest["key"] != key:
@@ -227,7 +227,7 @@ def _files(
     # With `data.caption_column` the captions of a `.json` are read.
     facts = {"sample_id": sample.sample_id, "caption": sample.captions}
     try:
-        kind, image = stored_image(sample.image, side, max_pixels)
+        kind, image = convert_image(sample.image, side, max_pixels)
         files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
         several = len(sample.captions) > 1
         return files if several else {**files, "txt": sample.captions[0].encode()}
@@ -235,7 +235,7 @@ def _files(
         return BadSample(sample.sample_id, sample.where, str(error))
 
 
-def stored_image(
+def convert_image(
     encoded: bytes, side: int | None, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> tuple[str, bytes]:
     """The extension and content of an image, its shorter side at most `side`."""

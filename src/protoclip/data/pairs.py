@@ -22,12 +22,12 @@ from PIL import Image
 
 from protoclip.data.access import (
     digest,
-    in_table,
     is_url,
     join,
     read_file,
     read_range,
     reason_of,
+    resolve_cell,
 )
 from protoclip.data.content import FORM, Facts, hash_of, length_parts
 from protoclip.data.decode import decode
@@ -105,7 +105,7 @@ class Pairs:
 
     @property
     def sources(self) -> Sequence[Any]:
-        """Those that a view or mixture is made of; of others these pairs alone."""
+        """The sources of a view or mixture; otherwise these pairs alone."""
         return [self]
 
     @property
@@ -150,7 +150,7 @@ class SampleStream:
 
     @property
     def sources(self) -> Sequence[Any]:
-        """Those that a mixture is made of; of others this stream alone."""
+        """The sources of a mixture; otherwise this stream alone."""
         return [self]
 
     @property
@@ -223,7 +223,7 @@ class ImageTextPairs(Pairs):
 
     @property
     def bad_lines(self) -> Sequence[Mapping[str, Any]]:
-        """Of each text file with bad lines, by fault: how many of how many, and a way out."""
+        """For each text file with bad lines, by fault: how many of how many, and a way out."""
         facts = getattr(self._source, "facts", {})
         return [*facts.get("bad_lines", ())]
 
@@ -360,7 +360,7 @@ class ImageTextPairs(Pairs):
         return int(self.table.num_rows) if self.rows is None else len(self.rows)
 
     def kept(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Of a value for each row of the table, those of the rows that are pairs."""
+        """From a value for each row of the table, those of the rows that are pairs."""
         if self.rows is None:
             return column
         pieces, start = [], 0
@@ -392,7 +392,7 @@ class ImageTextPairs(Pairs):
             return
         for part in self.in_blocks():
             ids = part.kept(part.table.column(self.id_column)).to_pylist()
-            yield from (f"{self.prefix}{each}" for each in ids)
+            yield from (f"{self.prefix}{sample_id}" for sample_id in ids)
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         """The captions without empty ones; raises `BadSample` if one is needed and none left."""
@@ -447,11 +447,11 @@ class ImageTextPairs(Pairs):
         links = self.allow_links
         try:
             if self.in_ranges:
-                path = in_table(self.root, image, allow_links=links) if self.root else image
+                path = resolve_cell(self.root, image, allow_links=links) if self.root else image
                 size = self.value("size", row)
                 first, end, _ = (part or slice(None)).indices(size)
                 return read_range(path, self.value("offset", row) + first, end - first)
-            path = in_table(self.root, image, allow_links=links)
+            path = resolve_cell(self.root, image, allow_links=links)
             if part is not None and not is_url(path):
                 return read_range(path, part.start, part.stop - part.start)
             return read_file(path)[part or slice(None)]
@@ -567,8 +567,8 @@ class ImageTextPairs(Pairs):
         cell = self._cell(self.image_column, row)
         if isinstance(cell, pa.StructScalar):
             cells = [cell[name] for name in ("bytes", "path") if name in cell]
-            cells = [each for each in cells if hasattr(each, "as_buffer")]  # bytes or a text
-            cell = next((each for each in cells if each.as_buffer()), pa.scalar(None))
+            cells = [value for value in cells if hasattr(value, "as_buffer")]  # bytes or a text
+            cell = next((value for value in cells if value.as_buffer()), pa.scalar(None))
         if part is not None and "binary" in str(cell.type) and cell.is_valid:
             return bytes(memoryview(cell.as_buffer())[part])  # the rest stays on the disk
         image: bytes | str | None = legible(cell, errors)
@@ -632,18 +632,18 @@ def local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:
 
 
 def legible(cell: pa.Scalar, errors: str = "replace") -> Any:
-    """What a cell holds; `errors` is what becomes of a text that is not UTF-8."""
+    """The content of a cell; `errors` says how to treat a text that is not UTF-8."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:
         if isinstance(cell, pa.ListScalar):
-            return [legible(each, errors) for each in cell]
+            return [legible(item, errors) for item in cell]
         text = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
         return str(text.as_buffer(), "utf-8", errors)
 
 
 def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """What the cells of a column hold, as `legible` has it."""
+    """The contents of a column's cells, read as by `legible`."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:

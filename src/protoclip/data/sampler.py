@@ -123,7 +123,7 @@ class EpisodeSampler:
 
     @property
     def counts(self) -> Rows:
-        """Of how many rows of each source an episode is made without replacement."""
+        """How many rows of each source an episode takes without replacement."""
         ends: Rows = np.rint(self.episode_size * self.bounds).astype(np.int64)
         return np.diff(ends, prepend=0)
 

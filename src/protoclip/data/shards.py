@@ -264,8 +264,8 @@ def _sample(
             record = json.loads(texts["json"])
     plain = "txt" in texts and caption_keys is None
     captions = [texts["txt"]] if plain else captions_in(record, caption_keys or ())
-    given = record.get("sample_id") if isinstance(record, dict) else None
-    parts = (given,) if given and isinstance(given, str) else (stem, key)
+    name = record.get("sample_id") if isinstance(record, dict) else None
+    parts = (name,) if name and isinstance(name, str) else (stem, key)
     images = (file for kind, file in files.items() if kind in IMAGES)
     image = next((image for image in images if image.size <= MAX_MEMBER_BYTES), None)
     return ShardSample(sample_id=_sample_id(*parts), captions=captions, image=image)
@@ -281,18 +281,18 @@ def expand_shards(pattern: str) -> list[str]:
     Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
     braces stand for more than a million names, or two shards would give their samples the same ids.
     """
-    told = without_secrets(pattern)
+    label = without_secrets(pattern)
     if (number := number_of_names(pattern)) > MAX_SHARDS:
-        raise ValueError(f"{told}: the braces stand for {number:,} shards; name fewer")
+        raise ValueError(f"{label}: the braces stand for {number:,} shards; name fewer")
     try:
         # Unlike a `Path`, it may be of any length.
         exists = os.path.exists(pattern)  # noqa: PTH110
         names = [pattern] if exists else list(braceexpand(pattern))
     except ValueError:
-        raise ValueError(f"{told}: the braces do not pair up") from None
+        raise ValueError(f"{label}: the braces do not pair up") from None
     shards = sorted({shard for name in names for shard in _expand(name)})
     if not shards:
-        raise ValueError(f"{told}: no tar shard matches")
+        raise ValueError(f"{label}: no tar shard matches")
     stems: dict[str, str] = {}
     for shard in shards:
         other = stems.setdefault(shard_stem(shard), shard)
@@ -373,10 +373,10 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     def keys_in(form: str) -> list[str]:
         settings = {"form": form, "captions": captions}
         facts = [
-            {"shard": each} if stem == shard_stem(path) else {"shard": each, "stem": stem}
-            for each, stem, path in zip(prints, stems, paths, strict=True)
+            {"shard": value} if stem == shard_stem(path) else {"shard": value, "stem": stem}
+            for value, stem, path in zip(prints, stems, paths, strict=True)
         ]
-        shard_keys = [digest({**settings, **each}) for each in facts]
+        shard_keys = [digest({**settings, **value}) for value in facts]
         return [*shard_keys, digest({**settings, "shards": shard_keys})]
 
     *_, key = keys_in(ROWS_FORM)

@@ -28,13 +28,13 @@ from protoclip.data.split import Chosen, read_chosen
 from protoclip.data.stream import ShardStream
 from protoclip.data.tables import (
     caption_columns,
-    changed,
     describe_bad_lines,
+    list_changed,
+    note_unused,
     open_hub,
     open_table,
-    unused,
 )
-from protoclip.data.view import MixedStreams, PairsView, mixed_pairs
+from protoclip.data.view import MixedStreams, PairsView, mix_pairs
 from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
@@ -89,7 +89,7 @@ def _join(
     if data.shuffle_buffer != DataConfig().shuffle_buffer:
         why = "since nothing is streamed"
         tables[0].notes = [*tables[0].notes, f"data.shuffle_buffer: no effect, {why}"]
-    return tables[0] if len(tables) == 1 else mixed_pairs(tables)
+    return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
 def _join_streams(
@@ -141,8 +141,8 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
         )
 
 
-def to_look_at(config: Config) -> Config:
-    """Settings that open the pairs of a run which is over: no encoding is refused any more."""
+def allow_bad(config: Config) -> Config:
+    """Settings that open the pairs of a finished run, with any share of bad samples."""
     return replace(config, data=replace(config.data, max_bad_share=1.0))
 
 
@@ -152,7 +152,7 @@ def entries(data: DataConfig) -> list[SourceConfig]:
 
 
 def notes(samples: Pairs | SampleStream) -> list[str]:
-    """What was noticed when the samples were opened, such as lines that were left out."""
+    """Notes from opening the samples, such as lines that were left out."""
     tables = [source for source in samples.sources if isinstance(source, ImageTextPairs)]
     noticed = [
         f"{table.name}: has no column of sample ids, so they are row numbers: keep the order of "
@@ -160,7 +160,7 @@ def notes(samples: Pairs | SampleStream) -> list[str]:
         for table in tables
         if table.id_column is None
     ]
-    by_number = [each.name for each in tables if len(each) and each.class_of(0).isdecimal()]
+    by_number = [pairs.name for pairs in tables if len(pairs) and pairs.class_of(0).isdecimal()]
     if len(by_number) > 1:
         noticed.append(
             f"{' and '.join(by_number)}: have numbers as classes, and equal numbers count as one "
@@ -189,15 +189,15 @@ def open_source(
     """One source; what its entry leaves unset is taken from `data`."""
     path, mixed = entry.path, len(data.sources) > 1
     settings = ("image_column", "caption_column", "id_column", "class_column", "root")
-    given = {each: value for each in settings if (value := getattr(entry, each)) is not None}
-    data = replace(data, train=path, sources=[], **given)
-    told = without_secrets(path)
+    values = {key: value for key in settings if (value := getattr(entry, key)) is not None}
+    data = replace(data, train=path, sources=[], **values)
+    label = without_secrets(path)
     # In a mixture tar shards are named after their folder, as other sources are.
     exists = os.path.exists(path)  # noqa: PTH110 (unlike a `Path`, it may be of any length)
     name = entry.name or (Path(path).resolve().name if mixed and exists else None)
     if path == "emoji":
-        asked = replace(DataConfig(), train=path, **given) if mixed else data
-        lacking = changed(asked, EMOJI_LACK)
+        asked = replace(DataConfig(), train=path, **values) if mixed else data
+        lacking = list_changed(asked, EMOJI_LACK)
         notes = [f"emoji: are bundled, and do not use {lacking}"] if lacking else []
         return ImageTextPairs(emoji_table("train"), name=name or "emoji", notes=notes)
     for setting, location in (("data.root: ", data.root or ""), ("", path)):
@@ -209,12 +209,12 @@ def open_source(
     if not _is_shards(path):
         if streaming:
             raise ValueError(
-                f"{told}: only tar shards can be streamed; name them as in .../*.tar, or set "
+                f"{label}: only tar shards can be streamed; name them as in .../*.tar, or set "
                 'data.read = "auto"'
             )
         if not local and not PurePath(re.split("[?#]", path)[0]).suffix:
             raise ValueError(
-                f"{told}: neither a table nor tar shards; name a table's file, or shards as in "
+                f"{label}: neither a table nor tar shards; name a table's file, or shards as in "
                 ".../*.tar"
             )
         opener = open_folder if local and Path(path).is_dir() else open_table
@@ -232,5 +232,5 @@ def open_source(
             needs_captions=data.needs_captions,
         )
     )
-    shards.notes += unused(data)
+    shards.notes += note_unused(data)
     return shards

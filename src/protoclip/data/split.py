@@ -42,7 +42,7 @@ from protoclip.data.pairs import (
     evenly_spaced,
     file_status,
 )
-from protoclip.data.view import Rows, by_source, whole
+from protoclip.data.view import Rows, split_by_source, whole
 from protoclip.distributed.cores import cores
 from protoclip.files import checksum, in_turn, open_local, replacing
 from protoclip.progress import Progress
@@ -77,7 +77,7 @@ FLAT = 4  # of 255: images of less contrast are compared by their bytes alone
 FORM, FORM_1_0 = 4, 3
 
 
-def held_out_rows(
+def hold_out_rows(
     sources: Sources, *, share: float, most: int = MOST, folder: Path, before: Sequence[Before] = ()
 ) -> Rows:
     """The rows to hold out of sources that follow each other, sorted.
@@ -182,7 +182,7 @@ def image_names_of(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
     return np.arange(len(source)), names.combine_chunks()
 
 
-def repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
+def count_repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
     """How many of the rows have the image of another one, which counts once.
 
     Images in files, or behind URLs, are compared by name, and others by their bytes, of which
@@ -206,8 +206,8 @@ def repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
             with suppress(BadSample):
                 if (key := look(row)) is not None:
                     equal.setdefault(key, []).append(row)
-        kept = [same for same in equal.values() if len(same) > 1]
-        alike, groups = [row for same in kept for row in same], len(kept)
+        repeats = [same for same in equal.values() if len(same) > 1]
+        alike, groups = [row for same in repeats for row in same], len(repeats)
     return len(alike) - groups
 
 
@@ -254,34 +254,34 @@ class _Copies:
     def match_texts(self, rows: Rows, read: Texts) -> _Match:
         """Rows with an equal caption or name of an image file."""
         owners, texts, first = [np.array([], np.int64)], [pa.array([], pa.large_binary())], 0
-        for source, some in by_source(self.sources, rows):
+        for source, some in split_by_source(self.sources, rows):
             positions, of_source = read(source.subset(some))
             owners.append(first + some[positions])
             texts.append(of_source)
             first += len(source)
         of_rows = pa.concat_arrays(texts)
-        known = pc.unique(of_rows)
-        known = known.filter(pc.greater(pc.binary_length(known), 0))
+        vocabulary = pc.unique(of_rows)
+        vocabulary = vocabulary.filter(pc.greater(pc.binary_length(vocabulary), 0))
 
         def find() -> Iterator[tuple[Rows, Rows]]:
             first, progress = 0, Progress("comparing texts of pairs", len(self.pairs))
             for source in self.sources:
                 for part in source.in_blocks():
                     positions, texts = read(part)
-                    keys = _positions(texts, known)
+                    keys = _positions(texts, vocabulary)
                     is_known = keys >= 0
                     yield keys[is_known], first + positions[is_known]
                     first += len(part)
                     if progress.total > BLOCK:
                         progress.update(first)
 
-        keys = _positions(of_rows, known)
+        keys = _positions(of_rows, vocabulary)
         is_known = keys >= 0
         return _Match(
-            number=len(known),
+            number=len(vocabulary),
             rows=np.concatenate(owners)[is_known],
             keys=keys[is_known],
-            matches=find() if len(known) else (),
+            matches=find() if len(vocabulary) else (),
         )
 
     def match_contents(self, rows: Rows) -> _Match:
@@ -354,7 +354,7 @@ class _Copies:
 
         progress = Progress("comparing thumbnails", len(looks))
         for first in range(0, len(looks), BLOCK):
-            _in_threads(look, range(first, min(first + BLOCK, len(looks))), threads=cores())
+            _run_threads(look, range(first, min(first + BLOCK, len(looks))), threads=cores())
             progress.update(min(first + BLOCK, len(looks)))
         return looks
 
@@ -375,7 +375,7 @@ class _Copies:
             except BadSample:
                 self.unread.add(row)
 
-        _in_threads(read, range(len(rows)), threads=THREADS)
+        _run_threads(read, range(len(rows)), threads=THREADS)
         return hashes
 
 
@@ -420,7 +420,7 @@ def _draw(sources: Sources, number: int) -> Rows:
     rows, hashes, first = np.array([], np.int64), np.array([], np.uint64), 0
     for position, source in enumerate(sources):
         beginning = hashlib.blake2b(b"%d/" % position, digest_size=8)
-        ids = (each.encode("utf-8", "surrogatepass") for each in source.sample_ids())
+        ids = (name.encode("utf-8", "surrogatepass") for name in source.sample_ids())
         while block := [*islice(ids, BLOCK)]:
             digests = []
             for sample_id in block:
@@ -467,13 +467,13 @@ def _components(rows: Rows, edges: Rows) -> Rows:
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
 
 
-def _positions(texts: pa.LargeBinaryArray, known: pa.LargeBinaryArray) -> Rows:
+def _positions(texts: pa.LargeBinaryArray, vocabulary: pa.LargeBinaryArray) -> Rows:
     """Where each text is among those that are known; -1 if it is none of them."""
-    positions = pc.index_in(texts, known).fill_null(-1)
+    positions = pc.index_in(texts, vocabulary).fill_null(-1)
     return np.asarray(positions.to_numpy(zero_copy_only=False), np.int64)
 
 
-def _in_threads(work: Callable[[int], None], numbers: range, threads: int) -> None:
+def _run_threads(work: Callable[[int], None], numbers: range, threads: int) -> None:
     """Do the work on each number; many threads are for work that waits for a disk."""
 
     def work_on(first: int) -> None:
@@ -492,13 +492,13 @@ def _compute_once(
     before: Sequence[Before],
     compute: Callable[[_Copies], Rows],
 ) -> Rows:
-    """What was computed for the same facts before, or is now, by one process.
+    """Rows that were computed earlier for the same facts, or are now, by one process.
 
-    It is not kept if images could not be read, since a disk may fail for a while.
+    They are not cached if images could not be read, since a disk may fail for a while.
     """
     path, former = (folder / f"{digest({**facts, 'form': form})}.npz" for form in (FORM, FORM_1_0))
-    for kept in (path, former):
-        if (rows := _read_rows(kept)) is not None:  # also from a cache that is read-only
+    for cached in (path, former):
+        if (rows := _read_rows(cached)) is not None:  # also from a cache that is read-only
             return rows
     copies = _Copies(sources, before)
     of_data: OSError | None = None  # which is not the cache's
@@ -526,8 +526,8 @@ def _compute_once(
 def _read_rows(path: Path) -> Rows | None:
     """Rows that were kept; None if they are missing or damaged, which the checksum in it shows."""
     try:
-        with np.load(path) as kept:
-            rows: Rows = kept["rows"]
+        with np.load(path) as arrays:
+            rows: Rows = arrays["rows"]
             return rows
     except Exception:  # what NumPy and `zipfile` raise for a damaged file has no common class
         return None
@@ -545,25 +545,25 @@ class IdList:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What is used of the samples: those that `only` names, if set, but none of `without`."""
+    """Selects the samples to use: those in `only`, if set, except those in `without`."""
 
     only: IdList | None = None
     without: IdList | None = None
 
     @property
     def lists(self) -> list[IdList]:
-        return [each for each in (self.only, self.without) if each is not None]
+        return [entry for entry in (self.only, self.without) if entry is not None]
 
     @property
     def settings(self) -> str:
-        return " and ".join(f"data.{each.setting}" for each in self.lists)
+        return " and ".join(f"data.{entry.setting}" for entry in self.lists)
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """Identifies the ids of each setting, in whatever order and form a file holds them."""
         return {
-            f"data.{each.setting}": checksum(json.dumps(sorted(each.ids)).encode())
-            for each in self.lists
+            f"data.{entry.setting}": checksum(json.dumps(sorted(entry.ids)).encode())
+            for entry in self.lists
         }
 
     def keeps(self, sample_id: str) -> bool:
@@ -572,7 +572,7 @@ class Chosen:
         return self.only is None or sample_id in self.only.ids
 
     def apply(self, sources: Sequence[ImageTextPairs]) -> list[ImageTextPairs]:
-        """What is left of each source. The first one's notes say what was left out.
+        """The selected rows of each source. The first one's notes say what was left out.
 
         With several sources, ids begin with the name of their source. Raises `ValueError` if no
         sample is left at all.
@@ -591,15 +591,15 @@ class Chosen:
                 f"'{example}'"
             )
         notes = [f"{self.settings}: {used:,} of {total:,} samples are used"]
-        for each in self.lists:
-            unknown = set(each.ids)
+        for entry in self.lists:
+            unknown = set(entry.ids)
             for pairs in named:
                 unknown.difference_update(pairs.sample_ids())
-            number = len(each.ids) - (each.header in unknown)  # a header is no id
-            if unknown := unknown - {each.header}:
+            number = len(entry.ids) - (entry.header in unknown)  # a header is no id
+            if unknown := unknown - {entry.header}:
                 notes.append(
-                    f"data.{each.setting}: {each.path}: {len(unknown):,} of {number:,} ids are of "
-                    f"no sample, such as '{visible(min(unknown)[:60])}'"
+                    f"data.{entry.setting}: {entry.path}: {len(unknown):,} of {number:,} ids are "
+                    f"of no sample, such as '{visible(min(unknown)[:60])}'"
                 )
         left[0].notes = [*left[0].notes, *notes]
         return left
@@ -646,7 +646,7 @@ def _json_ids(text: str) -> set[str]:
         raise ValueError(f"it is not JSON ({reason_of(error)})") from None
     if not isinstance(entries, list):
         raise ValueError("it needs to be a list of ids, or of objects with a sample_id")
-    ids = [each.get(COLUMN) if isinstance(each, dict) else each for each in entries]
+    ids = [entry.get(COLUMN) if isinstance(entry, dict) else entry for entry in entries]
     for number, value in enumerate(ids, 1):
         # A column of ids may hold whole numbers.
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
@@ -657,7 +657,7 @@ def _json_ids(text: str) -> set[str]:
 def _csv_ids(text: str) -> tuple[set[str], str]:
     """The ids, and the header if it may be an id too."""
     first = next((line for line in text.splitlines() if line.strip()), "")
-    separator = next((each for each in "\t,;" if each in first), ",")
+    separator = next((mark for mark in "\t,;" if mark in first), ",")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows = (row for row in lines if any(cell.strip() for cell in row))
     header = [cell.strip() for cell in next(rows, [])]

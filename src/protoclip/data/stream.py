@@ -18,11 +18,11 @@ from typing import Any
 from protoclip.data.access import (
     GO_ON,
     PATIENCE_SECONDS,
-    begun,
     digest,
     is_url,
     open_file,
     reason_of,
+    start_thread,
 )
 from protoclip.data.content import Facts
 from protoclip.data.pairs import LOST, BadSample, Sample, SampleStream, clean_captions
@@ -94,7 +94,7 @@ class ShardStream(SampleStream):
         """
         stopped = Event()
         blocks = self._blocks(lane, self._block_before(first, lane), stopped)
-        read_ahead = partial(begun, lambda: next(blocks), name="protoclip-read-ahead")
+        read_ahead = partial(start_thread, lambda: next(blocks), name="protoclip-read-ahead")
         ahead = read_ahead()
         try:
             while True:
@@ -242,14 +242,14 @@ def read_shard(
             for sample in read_samples(file, stem, caption_keys, stream=True):
                 if sample.fault or keeps(sample.sample_id):
                     repeated = sample.sample_id in seen
-                    yield _checked(sample, shard, repeated, needs_captions)
+                    yield _check_sample(sample, shard, repeated, needs_captions)
                 seen.add(sample.sample_id)
     except Exception as error:  # file systems and decompressors have their own errors
         part = f" after {len(seen)} samples; the rest" if seen else "; all"
         yield BadSample(stem, shard, f"{reason_of(error)}{part} {LOST}")
 
 
-def _checked(sample: ShardSample, shard: str, repeated: bool, needs_captions: bool) -> Item:
+def _check_sample(sample: ShardSample, shard: str, repeated: bool, needs_captions: bool) -> Item:
     again = "the same sample id as one before it in the shard" if repeated else ""
     reason = sample.fault or again
     image = sample.image.data if sample.image else None
@@ -299,5 +299,5 @@ def facts_that_may_move(facts: Facts, source: Any) -> Facts:
         return facts
     names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
     is_on_disk = not any(map(is_url, source.shards))
-    kept = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
-    return {**kept, "names": names}
+    known_facts = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
+    return {**known_facts, "names": names}

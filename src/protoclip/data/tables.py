@@ -60,7 +60,7 @@ IMAGE_COLUMNS = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "filepath", "file_path"),
     *("image_path", "img_path", "file_name", "filename", "file", "path", "image_url", "url"),
 )
-# Of tables of an image folder Hugging Face `datasets` reads `file_name`, and so do we first.
+# In tables of an image folder, Hugging Face `datasets` reads `file_name`, so it comes first.
 METADATA_IMAGE_COLUMNS = tuple(dict.fromkeys(("file_name", *IMAGE_COLUMNS)))
 CAPTION_COLUMNS = (
     *("caption", "captions", "title", "text", "texts", "txt"),
@@ -129,7 +129,7 @@ def open_files(
             if saved:
                 loaded = datasets.load_from_disk(root)
             else:
-                files = [_local_copy(*each, data) for each in zip(paths, prints, strict=True)]
+                files = [_local_copy(*pair, data) for pair in zip(paths, prints, strict=True)]
                 cache, files = str(folder / "datasets"), [*map(glob.escape, files)]
                 loaded = datasets.load_dataset(
                     builder, data_files=files, split="train", cache_dir=cache
@@ -148,13 +148,13 @@ def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     form = re.compile(r"hf:(\w[\w.-]*/(\w[\w.-]*))((?:,(?:config|split)=[^,]*)*)")
     if (parts := form.fullmatch(label)) is None:
         raise ValueError(f"{label}: write hf:OWNER/NAME[,config=NAME][,split=SPLIT]")
-    given = dict(part.split("=", 1) for part in parts[3].split(",")[1:])
+    names = dict(part.split("=", 1) for part in parts[3].split(",")[1:])
     # If the hub answers with an error, `load_dataset` says what is wrong.
     online = hub_answer(partial(HfApi().dataset_info, parts[1])) is not None
-    options = {"split": given.get("split", "train"), "cache_dir": str(folder / "datasets")}
+    options = {"split": names.get("split", "train"), "cache_dir": str(folder / "datasets")}
     try:
         with _library(offline=not online) as datasets, faults(label, Exception):
-            loaded = datasets.load_dataset(parts[1], given.get("config"), **options)
+            loaded = datasets.load_dataset(parts[1], names.get("config"), **options)
     except ValueError as error:
         if online:
             raise
@@ -234,7 +234,7 @@ def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
 
 
 def describe_bad_lines(samples: Any, most: float) -> str:
-    """What to say of a text file of which a larger share is bad; empty if there is none."""
+    """A note on a text file with a larger share of bad lines; empty if there is none."""
     for file in getattr(samples, "bad_lines", ()):
         if (number := file["lines"]) > most * file["of"]:
             return (
@@ -250,18 +250,18 @@ def caption_columns(data: DataConfig) -> list[str]:
     return [named] if isinstance(named, str) else named
 
 
-def unused(data: DataConfig) -> list[str]:
+def note_unused(data: DataConfig) -> list[str]:
     """A note of the settings that only a table has a use for, if some are given."""
-    given = changed(data, ("image_column", "id_column", "root", "class_column"))
+    names = list_changed(data, ("image_column", "id_column", "root", "class_column"))
     return (
-        [f"{without_secrets(data.train)}: has no columns, and does not use {given}"]
-        if given
+        [f"{without_secrets(data.train)}: has no columns, and does not use {names}"]
+        if names
         else []
     )
 
 
-def changed(data: DataConfig, settings: Iterable[str]) -> str:
-    """Those of these settings that differ from their defaults."""
+def list_changed(data: DataConfig, settings: Iterable[str]) -> str:
+    """The settings among these that differ from their defaults."""
     return ", ".join(s for s in settings if getattr(data, s) != getattr(DataConfig(), s))
 
 
@@ -307,7 +307,7 @@ def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, A
     for kind, columns in (("image", images), ("caption", captions)):
         if not columns and (kind == "image" or data.needs_caption_column):
             lack = f"no column with {kind}s; set {kind}_column to one, or add it"
-            raise missing(label, schema.names, lack)
+            raise missing_error(label, schema.names, lack)
     chosen: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
     chosen["id_column"] = ids[0] if ids else None
     chosen["class_column"] = classes[0] if classes else None
@@ -331,7 +331,7 @@ def _choose_columns(
         present = []
     for column in sorted({*used, *present}):
         if schema.names.count(column) > 1:
-            raise missing(label, schema.names, f"more than one column '{column}'")
+            raise missing_error(label, schema.names, f"more than one column '{column}'")
     if not used:
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1:
@@ -343,11 +343,11 @@ def _choose_columns(
         used = (fit or (present if kind in ("image", "caption") else []))[:1]
     for column in used:
         if column not in schema.names:
-            raise missing(label, schema.names, f"no column '{column}'")
+            raise missing_error(label, schema.names, f"no column '{column}'")
         if not _holds(what, type_ := schema.field(column).type):
             held = line(str(type_), 60)
             lack = f"column '{column}' holds {held}, not {what}; set {kind}_column to another"
-            raise missing(label, schema.names, lack)
+            raise missing_error(label, schema.names, lack)
     return used
 
 
@@ -407,10 +407,10 @@ def _text_batches(
     facts["left_out"], facts["bad_lines"] = [], []
     columns: dict[str, Any] = {}
     for path in paths:
-        told = without_secrets(path)
-        left_out = LeftOut(told)
+        shown = without_secrets(path)
+        left_out = LeftOut(shown)
         unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with faults(told, *unreadable), lines_of(path) as lines:
+        with faults(shown, *unreadable), lines_of(path) as lines:
             read = read_json if {".jsonl", ".ndjson"} & {*suffixes_of(path)} else read_csv
             names, rows = read(path, lines, left_out)
             if not names and left_out.counts:
@@ -418,13 +418,13 @@ def _text_batches(
                 raise ValueError(f"{left_out.notes[0]}; nothing else is in it")
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
-                columns, facts["notes"] = choose(told, schema, data)
+                columns, facts["notes"] = choose(shown, schema, data)
             single = [columns[f"{which}_column"] for which in ("image", "id", "class")]
             captions = columns["caption_columns"]
             for name in filter(None, [*single, *captions]):
                 if name not in names:
                     first = without_secrets(paths[0])
-                    raise missing(told, names, f"no column '{name}', which {first} has")
+                    raise missing_error(shown, names, f"no column '{name}', which {first} has")
             fields = [pa.field(name, pa.string()) for name in ("image", "sample_id", "class")]
             schema = pa.schema([f for f, name in zip(fields, single, strict=True) if name])
             if captions:
@@ -438,12 +438,12 @@ def _text_batches(
             left_out.advice[NOT_UTF8] = left_out.to_utf8
         facts["left_out"] += left_out.notes
         if left := left_out.counts.total():
-            facts["left_out"].append(f"{told}: {used:,} of {used + left:,} rows are used")
+            facts["left_out"].append(f"{shown}: {used:,} of {used + left:,} rows are used")
         for number, are, way_out in (
             (left_out.counts[NOT_UTF8], "are not UTF-8", left_out.to_utf8),
             (left_out.surplus, "have too many fields", "quote the captions, or use tabs"),
         ):
-            bad = {"file": told, "lines": number, "of": used + left}
+            bad = {"file": shown, "lines": number, "of": used + left}
             facts["bad_lines"].append({**bad, "are": are, "way_out": way_out})
 
 
@@ -456,7 +456,7 @@ def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]
     return [*row, texts] if captions else row
 
 
-def missing(label: str, names: Sequence[str], what: str) -> ValueError:
-    """What to say of a table that lacks something, given the columns that it has."""
+def missing_error(label: str, names: Sequence[str], what: str) -> ValueError:
+    """An error for a table that lacks something; it lists the columns that exist."""
     present = ", ".join(f"'{name}'" for name in names)
     return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")

@@ -29,7 +29,7 @@ Images = Float[Tensor, "b 3 h w"]
 Draws = Float[Tensor, "b r"]
 Changes = Mapping[str, Tensor]  # rows of images to change, and by how much
 
-LONG = 100  # of an image that is so many times as long as it is wide, the middle alone is resized
+LONG = 100  # times as long as wide: of such an image only the middle is resized
 CPU_CHUNK = 4  # images that a CPU finishes at a time, so that they stay in its cache
 
 
@@ -265,7 +265,7 @@ def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTran
 def _finish(
     transform: "Transform | PillowTransform", images: Bytes, draws: Draws
 ) -> Float[Tensor, "b 3 h w"]:
-    """What the transform makes of a batch, on its device, by draws on the CPU."""
+    """Apply the transform to a batch, on its device, with draws from the CPU."""
     if images.device.type != "cpu":
         changes = transform.changes(draws)
         return transform.apply(images, {k: v.to(images.device) for k, v in changes.items()})

@@ -48,8 +48,8 @@ class AllBut:
 RowNumbers = Sequence[int] | Rows | AllBut
 
 
-def as_array(rows: RowNumbers) -> Rows:
-    """The numbers at once, which is far faster than one after the other."""
+def to_array(rows: RowNumbers) -> Rows:
+    """All numbers in one array, which is far faster than one after the other."""
     return rows.at(np.arange(len(rows))) if isinstance(rows, AllBut) else np.asarray(rows, np.int64)
 
 
@@ -80,10 +80,10 @@ class PairsView(Pairs):
     def key(self) -> str:
         """Changes with the pairs; empty if a source does not tell. All of a source have its key."""
         source, rows = self.parts[0]
-        if len(self.parts) == 1 and np.array_equal(as_array(rows), np.arange(len(source))):
+        if len(self.parts) == 1 and np.array_equal(to_array(rows), np.arange(len(source))):
             return str(source.key)
         keys = [
-            digest({"of": source.key, "rows": as_array(rows).tolist()}) if source.key else ""
+            digest({"of": source.key, "rows": to_array(rows).tolist()}) if source.key else ""
             for source, rows in self.parts
         ]
         return keys[0] if len(keys) == 1 else digest({"parts": keys})
@@ -161,7 +161,7 @@ def whole(sources: Sequence[Any], name: str | None = None) -> PairsView:
     return PairsView([(source, AllBut(len(source))) for source in sources], name)
 
 
-def by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
+def split_by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
     """Rows numbered over sources, as each source and the numbers that its rows have there."""
     starts = np.cumsum([0, *map(len, sources)])
     return [
@@ -170,21 +170,21 @@ def by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
     ]
 
 
-def without(pairs: Pairs, left_out: Rows) -> PairsView:
+def drop_rows(pairs: Pairs, left_out: Rows) -> PairsView:
     """A source or view without some of its rows, which ascend; a view leaves out what it did, too.
 
     Of its sources a view has all rows, or all but a few.
     """
     # Rows of the view are rows of its sources without those that it leaves out already.
     in_sources = AllBut(sum(map(len, pairs.sources)), pairs.left_out).at(left_out)
-    parts = by_source(pairs.sources, np.union1d(pairs.left_out, in_sources))
+    parts = split_by_source(pairs.sources, np.union1d(pairs.left_out, in_sources))
     return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)
 
 
 PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 
 
-def _joined_name(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
+def _join_names(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
     """The name of a mixture; raises if ids `<name>/<id in the source>` could be equal."""
     names = [source.name for source in sources]
     for name in names:
@@ -205,24 +205,24 @@ def under(name: str, item: Sample | BadSample) -> Sample | BadSample:
     return BadSample(sample_id, item.where, item.reason)
 
 
-def mixed_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
+def mix_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
     """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
 
     Raises `ValueError` for two sources of one name, or a name with a `/`.
     """
-    return whole([source.in_mixture() for source in sources], _joined_name(sources))
+    return whole([source.in_mixture() for source in sources], _join_names(sources))
 
 
 class MixedStreams(SampleStream):
     """Streams in a seeded order, each with its exact share of every thousand samples.
 
-    Sample ids are as in `mixed_pairs`. Raises `ValueError` as that, or if a weight is too small.
+    Sample ids are as in `mix_pairs`. Raises `ValueError` as that, or if a weight is too small.
     """
 
     def __init__(
         self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
     ) -> None:
-        self.name, self._streams, self.seed = _joined_name(streams), list(streams), seed
+        self.name, self._streams, self.seed = _join_names(streams), list(streams), seed
         self.notes = [note for stream in streams for note in stream.notes]
         bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
         self._shares = np.diff(bounds, prepend=0)

@@ -51,7 +51,7 @@ from protoclip.encode.parts import (
 from protoclip.encode.projected import KeptHalves, kept_halves
 from protoclip.files import locked, replacing, require_ours, require_regular, to_json
 from protoclip.models import loading
-from protoclip.models.precision import Precision, encoding, of_encoding
+from protoclip.models.precision import Precision, autocast_encoding, resolve_encoding
 from protoclip.rules import check
 from protoclip.terminal import say, without_secrets
 
@@ -145,13 +145,13 @@ def embed(
             "part_rows": PART_ROWS,
         }
         begun = rank0_first(lambda: begun_precision(begun_facts(out, working), settings, precision))
-        asked = precision if begun is None else of_encoding(begun, device)
+        asked = precision if begun is None else resolve_encoding(begun, device)
         kept = kept_halves(
             *(newest, model, transform, tokenizer, samples, device, asked),
             max_pixels=max_pixels,
         )
         settings["precision"] = begun or kept.precision
-        images.autocast = texts.autocast = encoding(kept.precision, device)
+        images.autocast = texts.autocast = autocast_encoding(kept.precision, device)
         has_classes = any(getattr(each, "class_column", None) for each in samples.sources)
         workers = config.data.workers
         encode = partial(

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.data.access import is_url
-from protoclip.data.captions import without_padding
+from protoclip.data.captions import trim_padding
 from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import Item, read_sample
@@ -52,7 +52,13 @@ from protoclip.models import loading
 from protoclip.models.batch_norm import layers_of
 from protoclip.models.frozen import Pooling, open_frozen_encoder
 from protoclip.models.loading import to_device
-from protoclip.models.precision import Autocast, Precision, encoding, of_encoding, on_card
+from protoclip.models.precision import (
+    Autocast,
+    Precision,
+    autocast_encoding,
+    autocast_on_card,
+    resolve_encoding,
+)
 from protoclip.models.tokenizers import TELLING
 from protoclip.terminal import without_secrets
 
@@ -155,7 +161,7 @@ def text_encoder(
 
     def encode(texts: list[str]) -> Tensor:
         batch = tokenizer(texts)
-        return forward((without_padding(batch) if cuts_padding else batch).to(device))
+        return forward((trim_padding(batch) if cuts_padding else batch).to(device))
 
     return Encoder(
         module=module,
@@ -211,7 +217,7 @@ def open_encoder(
 ) -> Encoder:
     """Open a frozen model on a device; the arguments are those of `open_frozen_encoder`."""
     opened = open_frozen_encoder(teacher, modality=modality, pooling=pooling, setting=setting)
-    module, autocast = freeze(opened.module, device), on_card("auto", device)
+    module, autocast = freeze(opened.module, device), autocast_on_card("auto", device)
     if opened.prepare is None:
         return text_encoder(
             module, device, opened.collate, opened.forward, facts=pooling, autocast=autocast
@@ -292,8 +298,8 @@ def embed_teacher(
             "part_rows": PART_ROWS[encoder.reads],
         }
         begun = rank0_first(lambda: begun_precision(store.read_facts(out), settings, precision))
-        settings["precision"] = begun or of_encoding(precision, device)
-        encoder.autocast = encoding(settings["precision"], device)
+        settings["precision"] = begun or resolve_encoding(precision, device)
+        encoder.autocast = autocast_encoding(settings["precision"], device)
         return finish(encoder, samples, out, settings, batch_size, threads)
 
 

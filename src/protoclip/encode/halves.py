@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from protoclip.config import Config
-from protoclip.data.captions import without_padding
+from protoclip.data.captions import trim_padding
 from protoclip.data.decode import decode_crop
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs, Sample
@@ -80,7 +80,7 @@ def text_half(halves: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autocas
 
     def forward(texts: list[str]) -> Tensor:
         tokens = tokenizer(texts)
-        tokens = without_padding(tokens) if halves.ignores_padding else tokens
+        tokens = trim_padding(tokens) if halves.ignores_padding else tokens
         return halves.encode_text(tokens.to(device_of(halves)))
 
     return Encoder(

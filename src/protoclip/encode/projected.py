@@ -29,7 +29,7 @@ from protoclip.encode.rows import image_key
 from protoclip.encode.store import Numbers, Store, hash_ids
 from protoclip.encode.whiten import Features
 from protoclip.files import checksum
-from protoclip.models.precision import Autocast, Precision, autocast, of_encoding, resolve
+from protoclip.models.precision import Autocast, Precision, autocast, resolve, resolve_encoding
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.saved import checkpoints, facts_of, read_config, run_of
@@ -137,7 +137,7 @@ def kept_halves(
     larger ones than `max_pixels`. Warns if the store is damaged, which is not read then.
     Collective.
     """
-    usual = of_encoding(asked, device)
+    usual = resolve_encoding(asked, device)
     run = run_of(reference)
     joins = isinstance(model, ProtoCLIP) and model.joins_encoders
     reads_as_align = isinstance(transform, EvaluationTransform) and isinstance(samples, Pairs)

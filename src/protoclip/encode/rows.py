@@ -20,13 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, Config
-from protoclip.data.captions import Key, normalised, number_of
+from protoclip.data.captions import Key, normalise, number_of
 from protoclip.data.index import ArrowIndex, build_index, index_folder
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, flatten, nest, pair_numbers
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.sampler import caption_draws
-from protoclip.data.view import AllBut, PairsView, as_array
+from protoclip.data.view import AllBut, PairsView, to_array
 from protoclip.encode import store
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.encode.whiten import Features, Whitens
@@ -117,7 +117,7 @@ def write_listing(pairs: Pairs, root: Path) -> Path:
     parts: Any = pairs.parts if isinstance(pairs, PairsView) else [(pairs, AllBut(len(pairs)))]
     facts: list[Any] = [2, str(Path.cwd())]  # the format, and where relative paths start
     for source, rows in parts:
-        numbers = rows.left_out if isinstance(rows, AllBut) else as_array(rows)
+        numbers = rows.left_out if isinstance(rows, AllBut) else to_array(rows)
         facts += [source.key, len(source), len(rows), checksum(numbers.tobytes())]
 
     def build(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
@@ -203,7 +203,7 @@ class HalfRows:
 
         def same_text() -> Numbers:
             texts = map(self.texts, self.listing.captions[captions].tolist())
-            return np.array([number_of(normalised(text)) for text in texts])
+            return np.array([number_of(normalise(text)) for text in texts])
 
         def same_image() -> Numbers:
             features = self.image_rows(rows).numpy()

@@ -29,7 +29,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import MAX_FAILED, Item, ShardStream, shard_facts
-from protoclip.data.view import mixed_pairs
+from protoclip.data.view import mix_pairs
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     raise_on_all_ranks,
@@ -111,7 +111,7 @@ def encode_stream(
         assert isinstance(source, ShardStream)  # there are no other streams
         reading = StreamPass(source, half, root, max_bad_share)
         tables.append(reading.pairs(batch_size, threads))
-    return tables[0] if len(tables) == 1 else mixed_pairs(tables)
+    return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
 @dataclass

@@ -21,7 +21,7 @@ def plain(name: str) -> str:
 def add_folder(name: str, folder: str) -> str:
     """A name, with the name of the folder above it if it is a split's.
 
-    >>> with_folder("test", "photos"), with_folder("shop", "photos")
+    >>> add_folder("test", "photos"), add_folder("shop", "photos")
     ('photos-test', 'shop')
     """
     return f"{folder}-{name}" if folder and name.lower() in SPLITS else name

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from protoclip.data.captions import without_padding
+from protoclip.data.captions import trim_padding
 from protoclip.data.decode import decode, decode_crop
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
@@ -37,7 +37,7 @@ from protoclip.encode.run import Round, encode, units_of_rank
 from protoclip.encode.store import DAMAGED, FULL, Hashes, Store, hash_ids
 from protoclip.evaluation.datasets import Images
 from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
-from protoclip.models.precision import Autocast, on_card
+from protoclip.models.precision import Autocast, autocast_on_card
 from protoclip.models.protoclip import evaluation_mode
 from protoclip.progress import Progress
 
@@ -85,7 +85,7 @@ class Encoder:
         cache: Folder of the store in which features are kept; `None` for none.
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
-            `on_card`.
+            `autocast_on_card`.
     """
 
     model: Model
@@ -104,7 +104,7 @@ class Encoder:
     @cached_property
     def context(self) -> Autocast:
         """Makes the context of a forward pass."""
-        return self.autocast or on_card("auto", self.device)
+        return self.autocast or autocast_on_card("auto", self.device)
 
     @cached_property
     def towers(self) -> dict[str, FrozenEncoder]:
@@ -264,7 +264,7 @@ class Encoder:
     def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
         """What the text tower reads of texts, on the CPU."""
         tokens = self.tokenizer(texts)
-        return without_padding(tokens) if getattr(self.model, "ignores_padding", False) else tokens
+        return trim_padding(tokens) if getattr(self.model, "ignores_padding", False) else tokens
 
     def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
         units, number = units_of_rank(texts, self.batch_size), len(texts)

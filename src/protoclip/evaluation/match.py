@@ -32,7 +32,7 @@ from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
 from protoclip.files import checksum
 from protoclip.models.frozen import Pooling
-from protoclip.models.text_models import MINILM, pooling_of
+from protoclip.models.text_models import MINILM, find_pooling
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement
@@ -101,7 +101,7 @@ def usual_pooling(name: str) -> Pooling:
     # `open_encoder` tells what is wrong with a half, or is not installed.
     with suppress(ValueError, ImportError):
         if name == MINILM or name.startswith("hf:"):
-            return pooling_of(name)
+            return find_pooling(name)
     return "mean"
 
 

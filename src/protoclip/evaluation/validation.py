@@ -24,8 +24,8 @@ from protoclip.data.content import Facts, content, difference
 from protoclip.data.index import index_folder
 from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, held_out_rows
-from protoclip.data.view import NONE, PairsView, Rows, as_array, by_source, whole, without
+from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, hold_out_rows
+from protoclip.data.view import NONE, PairsView, Rows, drop_rows, split_by_source, to_array, whole
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import data_names, datasets
 from protoclip.evaluation.datasets import (
@@ -125,7 +125,7 @@ def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float)
     training, notes, total = plain_sources(samples), list[str](), len(samples)
     before = trained_before(config, notes)
     learned = f"{' and '.join(before)} learned from the others"
-    rows = held_out_rows(
+    rows = hold_out_rows(
         training, share=share, folder=index_folder(), before=[*chain(*before.values())]
     )
     if len(rows) < least_held_out(config):
@@ -152,10 +152,10 @@ def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float)
         f"{steps if len(rows) <= FEW else ''}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    parts = by_source(training, rows)
+    parts = split_by_source(training, rows)
     counts = {"pairs": len(rows), "images": 0}
     data = data_sets(parts, probe_rows(training, rows), counts)
-    return Judged(without(samples, rows), data, notes)
+    return Judged(drop_rows(samples, rows), data, notes)
 
 
 def starts_of(config: Config) -> dict[Path, str]:
@@ -268,7 +268,7 @@ def settings_of(run: Path, allowed: DataConfig) -> Config:
     """The settings of a run, with this `allow_links`, to look at its pairs."""
     settings = read_config(run)
     data = replace(settings.data, allow_links=allowed.allow_links)
-    return sources.to_look_at(replace(settings, data=data))
+    return sources.allow_bad(replace(settings, data=data))
 
 
 def pairs_of_run(
@@ -284,10 +284,10 @@ def pairs_of_run(
         trained, before = plain_sources(samples), [*chain(*earlier.values())]
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
-            held = held_out_rows(trained, share=share, folder=index_folder(), before=before)
+            held = hold_out_rows(trained, share=share, folder=index_folder(), before=before)
         if len(held) < least_held_out(settings):
             held = NONE
-        if rank() == 0 and (differs := changed_since(run, without(samples, held))):
+        if rank() == 0 and (differs := changed_since(run, drop_rows(samples, held))):
             notes.append(
                 f"{setting}: the data of {run} have changed since it was trained ({differs}), so "
                 "pairs that it was trained on may judge this run"
@@ -295,7 +295,7 @@ def pairs_of_run(
     except (OSError, ValueError) as error:
         notes.append(f"{setting}: what {run} was trained on is not known ({error})")
         return []
-    return by_source(trained, held) + before
+    return split_by_source(trained, held) + before
 
 
 def changed_since(
@@ -396,7 +396,7 @@ def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
 def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
     with_class = []  # a row without one may train, and teaches no probe
-    for source, left_out in by_source(of, held_out):
+    for source, left_out in split_by_source(of, held_out):
         if source.class_column is not None:
             has_class = have_class(source)
             has_class[left_out] = False
@@ -492,7 +492,7 @@ def count_trained(
         view = images if isinstance(images, PairsView) else whole([images])
         are_pairs = all(isinstance(source, ImageTextPairs) for source in view.sources)
         if are_pairs and not any(is_url(name) or name.startswith(ELSEWHERE) for name in names):
-            judging = [source.subset(np.unique(as_array(rows))) for source, rows in view.parts]
+            judging = [source.subset(np.unique(to_array(rows))) for source, rows in view.parts]
             if trained := pairs_of_run(run, Config(data=allowed), "", [], frozenset()):
                 looked, same, _ = count_shared(judging, trained, folder=index_folder())
                 return {"pairs": looked, "images": same}

@@ -422,7 +422,7 @@ def connect(pairs: Array, number: int) -> Array:
 def find_repeats(pairs: Iterable[Sequence[int]]) -> set[int]:
     """All numbers in pairs, except the lowest of each connected group.
 
-    >>> sorted(all_but_first([(0, 2), (1, 2), (5, 7)]))
+    >>> sorted(find_repeats([(0, 2), (1, 2), (5, 7)]))
     [1, 2, 7]
     """
     numbers, places = np.unique(np.array(list(pairs), np.int64).reshape(-1, 2), return_inverse=True)

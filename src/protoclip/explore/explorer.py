@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.config import Config
-from protoclip.data.access import begun
+from protoclip.data.access import start_thread
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample
@@ -188,7 +188,7 @@ class Explorer:
             self.space("image")
             self.words()
 
-        begun(open_both, name="protoclip-features")  # the first question says what is wrong
+        start_thread(open_both, name="protoclip-features")  # the first question says what is wrong
 
     def row(self, position: int) -> int:
         """The row in the data of a pair in the atlas."""

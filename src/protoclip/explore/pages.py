@@ -25,7 +25,7 @@ import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from protoclip.data.access import begun
+from protoclip.data.access import start_thread
 from protoclip.data.pairs import BadSample
 from protoclip.data.sampler import evenly_spaced
 from protoclip.explore.atlas import (
@@ -95,7 +95,7 @@ class Pages:
         for site in self.sites:
             _ = site.map
             site.explorer.prepare()
-            begun(partial(site.name, "image", 0), name="protoclip-names")  # makes all names
+            start_thread(partial(site.name, "image", 0), name="protoclip-names")  # makes all names
 
     @cached_property
     def model_names(self) -> list[str]:

@@ -18,7 +18,7 @@ from PIL import Image
 from protoclip.data.access import digest
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.view import AllBut, PairsView, RowNumbers, Rows, by_source
+from protoclip.data.view import AllBut, PairsView, RowNumbers, Rows, split_by_source
 from protoclip.encode.store import Hashes, hash_ids
 from protoclip.evaluation.features import hash_of
 from protoclip.evaluation.validation import plain_sources
@@ -86,7 +86,7 @@ class ExploredPairs(PairsView):
 
     def images(self, rows: Rows) -> PairsView:
         """The images of some rows, as `Encoder.images` takes them."""
-        parts = by_source(self.sources, rows)
+        parts = split_by_source(self.sources, rows)
         return PairsView([(source, some.tolist()) for source, some in parts if len(some)])
 
     def file_name(self, row: int) -> str:

@@ -241,7 +241,7 @@ def read_captions(run: Path, *, allow_links: bool) -> list[str]:
     for entry in sources.entries(config.data):
         if is_url(entry.path) or entry.path.startswith("hf:"):
             raise ValueError(f"{without_secrets(entry.path)} is not on this machine")
-    pairs = sources.pairs(sources.to_look_at(config))
+    pairs = sources.pairs(sources.allow_bad(config))
     if not isinstance(pairs, Pairs):
         raise ValueError("a stream has no order to draw from")
     captions: dict[str, None] = {}

@@ -84,9 +84,9 @@ def synchronise(module: nn.Module, device: torch.device) -> int:
     """
     layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     # Compare `forward` and not the class: subclasses that keep it compute the same.
-    known = {_BatchNorm.forward: SyncBatchNorm, BatchNormAct2d.forward: SyncBatchNormAct}
+    classes = {_BatchNorm.forward: SyncBatchNorm, BatchNormAct2d.forward: SyncBatchNormAct}
     for part in layers:
-        if not isinstance(part, SYNCHRONISED) and type(part).forward not in known:
+        if not isinstance(part, SYNCHRONISED) and type(part).forward not in classes:
             raise ValueError(
                 f"parallel.sync_batch_norm: {type(part).__name__} layers cannot be synchronised; "
                 "set it to false and parallel.strategy to ddp, or choose other towers"
@@ -99,7 +99,7 @@ def synchronise(module: nn.Module, device: torch.device) -> int:
         return len(layers)
     for part in layers:
         if not isinstance(part, SYNCHRONISED):
-            part.__class__ = known[type(part).forward]
+            part.__class__ = classes[type(part).forward]
     return len(layers)
 
 
@@ -122,11 +122,11 @@ class Statistics:
         """Keep what they are now if the step was taken, else put back what they were before it."""
         for number, group in enumerate(self._groups):
             # Few kernels for many layers, and none that the host waits for.
-            kept = torch.where(taken, flatten_buffers(group), self._kept[number])
-            parts = torch.split(kept, [buffer.numel() for buffer in group])
+            values = torch.where(taken, flatten_buffers(group), self._kept[number])
+            parts = torch.split(values, [buffer.numel() for buffer in group])
             pairs = zip(parts, group, strict=True)
             torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in pairs])
-            self._kept[number] = kept
+            self._kept[number] = values
 
 
 def flatten_buffers(buffers: list[Tensor]) -> Tensor:

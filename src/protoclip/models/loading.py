@@ -50,7 +50,7 @@ def load(reference: str | Path) -> Loaded:
 
 
 def pin_newest(reference: str) -> str:
-    """What a reference names now: of a run the checkpoint that is the newest for rank 0.
+    """Resolve a reference; a run becomes its newest checkpoint, as rank 0 sees it.
 
     A run that still trains may write another before the next rank looks. Collective.
     """
@@ -67,12 +67,12 @@ def require_model(reference: str) -> None:
     find_start(reference).check()
 
 
-def start_of(given: ModelConfig | Start) -> Start:
+def start_of(source: ModelConfig | Start) -> Start:
     """The start itself, or that of a `[model]` section, which is looked up then."""
-    return given if isinstance(given, Start) else resolve_start(given)
+    return source if isinstance(source, Start) else resolve_start(source)
 
 
-def model(given: ModelConfig | Start, *, seed: int, notes: list[str] | None = None) -> ProtoCLIP:
+def model(source: ModelConfig | Start, *, seed: int, notes: list[str] | None = None) -> ProtoCLIP:
     """The model of a start, with its weights, or with new ones where it has none.
 
     New weights depend on the seed alone; the global random state is not changed. Adds a note on
@@ -81,7 +81,7 @@ def model(given: ModelConfig | Start, *, seed: int, notes: list[str] | None = No
     Raises:
         ValueError: There is no such model, or its weights are damaged or of another model.
     """
-    start = start_of(given)
+    start = start_of(source)
     with torch.random.fork_rng(devices=[]):
         # Seed the CPU's generator only: `torch.manual_seed` would seed every GPU too.
         torch.default_generator.manual_seed(seed)
@@ -92,13 +92,13 @@ def model(given: ModelConfig | Start, *, seed: int, notes: list[str] | None = No
     return built
 
 
-def tokenizer(given: ModelConfig | Start) -> Tokenizer:
-    return start_of(given).tokenizer()
+def tokenizer(source: ModelConfig | Start) -> Tokenizer:
+    return start_of(source).tokenizer()
 
 
-def context_length(given: ModelConfig | Start) -> int:
+def context_length(source: ModelConfig | Start) -> int:
     """Number of tokens that the model's captions are cut to."""
-    return int(tokenizer(given)(["a"]).shape[1])
+    return int(tokenizer(source)(["a"]).shape[1])
 
 
 def training_model(
@@ -264,8 +264,8 @@ def training_transform(
     built: ProtoCLIP, augmentation: Literal["auto", "light", "clip"]
 ) -> TrainingTransform:
     """The transform of an augmentation that the plan has decided."""
-    given = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
-    return given(**image_input(built.towers))
+    make = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
+    return make(**image_input(built.towers))
 
 
 def text_files(start: Start, built: ProtoCLIP, reads: Tokenizer) -> dict[str, bytes]:

@@ -136,7 +136,7 @@ def kind_of(layer: nn.Module) -> str | None:
     return None
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def list_adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers of a model that have adapters, by name."""
     if any(ADDED in name for name, _ in model.named_parameters()):
         from peft.tuners.lora import LoraLayer
@@ -151,8 +151,8 @@ def plain_name(name: str) -> str:
     return name.replace(WRAPPED, ".")
 
 
-def without_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names of the plain model, as they are: not merged."""
+def drop_adapters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of the plain model, without the adapters: not merged."""
     return {plain_name(name): value for name, value in weights.items() if ADDED not in name}
 
 
@@ -169,9 +169,9 @@ def merge_adapters(
         The merged weights, and by their names in `model` W, A and B of each adapted layer. Without
         adapters these are `weights`, and nothing.
     """
-    plain = without_adapters(weights)
+    plain = drop_adapters(weights)
     rest: dict[str, Tensor] = {}
-    for name, layer in adapted_layers(model) if weights else ():
+    for name, layer in list_adapted_layers(model) if weights else ():
         matrix = f"{name}{WRAPPED}{getattr(layer, 'parameter_name', 'weight')}"
         added = [key for key in weights if key.startswith(f"{name}{ADDED}")]
         rest |= {key: weights[key] for key in (matrix, *added)}

@@ -32,23 +32,23 @@ TIMM_TRANSFORMERS = ("vit", "eva", "swin", "deit", "beit", "cait", "xcit", "hier
 TIMM_CONVOLUTIONAL = ("fastvit", "repvit")
 
 
-def named_config(name: str, setting: str = "model.name") -> dict[str, Any]:
+def find_config(name: str, setting: str = "model.name") -> dict[str, Any]:
     """open_clip's configuration of a model; raises `ValueError` if there is no such model."""
-    known = {known.lower(): known for known in open_clip.list_models()}
-    if name not in known.values():
-        near = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.3)
-        closest = ", ".join(known[one] for one in near) or "none"
+    names = {names.lower(): names for names in open_clip.list_models()}
+    if name not in names.values():
+        near = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.3)
+        closest = ", ".join(names[one] for one in near) or "none"
         raise ValueError(f"{setting}: open_clip has no model '{name}'; the closest: {closest}")
     config: dict[str, Any] = open_clip.get_model_config(name)
     return config
 
 
-def published_weights(name: str, tag: str, setting: str = "model.pretrained") -> dict[str, Any]:
+def find_weights(name: str, tag: str, setting: str = "model.pretrained") -> dict[str, Any]:
     """What open_clip knows of a model's weights; raises `ValueError` if there are none."""
     published: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
     if not published:
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(f"{setting}: open_clip has no weights '{tag}' for {name}; it has {known}")
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(f"{setting}: open_clip has no weights '{tag}' for {name}; it has {tags}")
     return published
 
 

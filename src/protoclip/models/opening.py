@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.access import hub_answer
-from protoclip.models.lora import without_adapters
+from protoclip.models.lora import drop_adapters
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.tokenizers import Tokenizer
 from protoclip.terminal import line
@@ -35,8 +35,8 @@ class Misfit(ValueError):
     """Weights are of another model than the one that they are for."""
 
 
-def seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-    """What `build` makes with new weights of seed 0; the global random state is not changed."""
+def build_seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """Build with new weights of seed 0; the global random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return build(*arguments, **settings)
@@ -44,7 +44,7 @@ def seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
 
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """The tensors that only the model or only the weights have, or that differ in shape."""
-    expected = without_adapters(model.state_dict())
+    expected = drop_adapters(model.state_dict())
     wrong = expected.keys() ^ weights.keys()
     both = expected.keys() & weights.keys()
     return sorted(wrong | {name for name in both if expected[name].shape != weights[name].shape})
@@ -78,7 +78,7 @@ def require_weights(reference: str, file: Path) -> None:
             head = opened.read(99)
     except OSError:  # its reader says more
         return
-    # Those of a zip archive but NumPy's, of a pickle, and of a header in JSON behind its length.
+    # A zip archive except NumPy's, a pickle, and a header in JSON behind its length.
     is_torch = head.startswith((b"PK", b"\x80")) and b".npy" not in head
     if not (is_torch or head[8:9] == b"{"):
         raise ValueError(f"{reference}: is no file of weights, neither safetensors nor PyTorch's")

@@ -38,26 +38,26 @@ def autocast(precision: Precision, device: torch.device) -> Autocast:
     return partial(torch.autocast, device.type, dtype=dtype)
 
 
-def on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
-    """The same of what is computed without training: as in training on a card, else in fp32."""
+def autocast_on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
+    """Autocast without training: as in training on a card, else fp32."""
     return autocast(resolve(name, device), device) if device.type == "cuda" else nullcontext
 
 
-def encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
-    """The same of encoding by a frozen model."""
-    return autocast(of_encoding(name, device), device)
+def autocast_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
+    """Autocast for encoding with a frozen model."""
+    return autocast(resolve_encoding(name, device), device)
 
 
-def of_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """The precision that `auto` means in encoding: that of `on_card`."""
+def resolve_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """The precision that `auto` means in encoding: that of `autocast_on_card`."""
     return resolve(name, device) if name != "auto" or device.type == "cuda" else "fp32"
 
 
 @contextmanager
-def measured_convolutions(device: torch.device) -> Iterator[None]:
+def measure_convolutions(device: torch.device) -> Iterator[None]:
     """On a card, cuDNN tries its convolutions on each new shape and takes the fastest.
 
-    That is for shapes that stay. Who asked PyTorch for determinism gets that.
+    This pays if shapes stay. PyTorch's determinism is left as the user set it.
     """
     before = torch.backends.cudnn.benchmark
     if device.type == "cuda" and not torch.backends.cudnn.deterministic:

@@ -103,7 +103,7 @@ def write(weight: Float[Tensor, "q d"], values: Float[Tensor, "p k"]) -> None:
 
 
 class AlignedModel(ProtoCLIP):
-    """What trains of a model between frozen encoders: it takes their features as its input.
+    """The trained part of a model between frozen encoders: its inputs are their features.
 
     Args:
         whole: The model, whose parameters this one shares.
@@ -146,10 +146,10 @@ class FrozenEncoders(nn.Module):
 
     def __init__(self, towers: Any) -> None:
         super().__init__()
-        self.visual: Any = getattr(towers.visual, "trunk", None) or unprojected(towers.visual)
+        self.visual: Any = getattr(towers.visual, "trunk", None) or remove_projection(towers.visual)
         text = towers.text
         self.pooler = getattr(text, "pooler", None)  # of Hugging Face's text models
-        self.text: Any = unprojected(text) if self.pooler is None else text.transformer
+        self.text: Any = remove_projection(text) if self.pooler is None else text.transformer
         self.padding = 0 if self.pooler is None else int(text.config.pad_token_id)
         self.ignores_padding = self.pooler is not None  # as `TowerPair.ignores_padding`
 
@@ -169,7 +169,7 @@ class FrozenEncoders(nn.Module):
         return to_float(self.pooler(states, mask))
 
 
-def unprojected(tower: nn.Module) -> nn.Module:
+def remove_projection(tower: nn.Module) -> nn.Module:
     """A tower of open_clip's own that ends before its projection; it shares the weights."""
     shared = {id(one): one for one in chain(tower.parameters(), tower.buffers())}
     encoder = deepcopy(tower, shared)

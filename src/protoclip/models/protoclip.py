@@ -128,7 +128,7 @@ class TowerPair(nn.Module):
     ) -> Float[Tensor, "b d"]:
         """Text features in the joint space; of unit norm if `normalize` is set.
 
-        Tokens may be what `data.captions.without_padding` leaves, where `ignores_padding` holds.
+        Tokens may be what `data.captions.trim_padding` leaves, where `ignores_padding` holds.
         """
         towers: Any = self.towers
         if causal(towers) and tokens.shape[1] < len(towers.positional_embedding):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from protoclip.config import ModelConfig
 from protoclip.models import open_clip as open_clip_models
 from protoclip.models import timm
-from protoclip.models.open_clip import named_config, published_weights
+from protoclip.models.open_clip import find_config, find_weights
 from protoclip.models.opening import HUGGING_FACE_CONFIG, OPEN_CLIP_CONFIG, examples_of, misfits
 from protoclip.models.protoclip import (
     PROJECTIONS,
@@ -28,7 +28,7 @@ from protoclip.models.protoclip import (
 from protoclip.models.start import KINDS, OpenClipStart, Start, TransformersStart, find_start
 from protoclip.models.text_models import (
     MINILM,
-    pooling_of,
+    find_pooling,
     read_text_weights,
     require_text_tower,
     text_config,
@@ -50,7 +50,7 @@ INSTEAD = {
 }
 
 
-def resolve_start(given: ModelConfig) -> Start:
+def resolve_start(section: ModelConfig) -> Start:
     """The start of a `[model]` section, with all that follows from it and notes for the user.
 
     Settings that are at their default follow; sizes may be given, and heads if the start has none.
@@ -58,27 +58,27 @@ def resolve_start(given: ModelConfig) -> Start:
     Raises:
         ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
-    reference, name = given.start, given.name
-    image = replace(given.image, name=given.image.name.removeprefix("timm:"))  # as `align` has it
-    given = replace(given, image=image)
+    reference, name = section.start, section.name
+    image = replace(section.image, name=section.image.name.removeprefix("timm:"))  # as in `align`
+    section = replace(section, image=image)
     if reference is None and name is None:
-        is_model = names_model("image", given.image.name)
+        is_model = names_model("image", section.image.name)
         if not is_model:
-            given = replace(given, image=timm.with_pooling(given.image))
-        if is_model or names_model("text", given.text.name):
-            joined = join_towers(given)
+            section = replace(section, image=timm.add_pooling(section.image))
+        if is_model or names_model("text", section.text.name):
+            joined = join_towers(section)
             return replace(joined, notes=joined.notes + note_resizing(joined, "model.image.name"))
-        return small_start(given)
+        return small_start(section)
     if reference is None:
         assert name is not None
-        return named_start(name, given)
+        return find_named_start(name, section)
     if name is not None and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     try:
         start = find_start(reference)
         if isinstance(start, TransformersStart):
             start = start.trainable()
-        model = follow_start(replace(given, start=reference), start)
+        model = follow_start(replace(section, start=reference), start)
         if isinstance(start, OpenClipStart) and start.file is None:
             model = replace(model, start=None)  # its name and tag say it all
         refuse_coca(f"model.start: {reference}", start)
@@ -90,14 +90,14 @@ def resolve_start(given: ModelConfig) -> Start:
     return replace(start, model=model, setting=f"model.start: {reference}", notes=notes)
 
 
-def named_start(name: str, given: ModelConfig) -> OpenClipStart:
+def find_named_start(name: str, section: ModelConfig) -> OpenClipStart:
     """The start of a section that names a model of open_clip, and maybe a tag."""
-    tag = given.pretrained
-    named_config(name)
-    published = {} if tag is None else published_weights(name, tag)
+    tag = section.pretrained
+    find_config(name)
+    published = {} if tag is None else find_weights(name, tag)
     start = OpenClipStart(
         reference=f"open_clip:{name}/{tag}",
-        model=given,
+        model=section,
         own=ModelConfig(name=name, pretrained=tag),
         resize_mode=published.get("resize_mode") or "shortest",
         setting=f"model.name: {name}" if tag is None else f"model.pretrained: {name}/{tag}",
@@ -106,41 +106,41 @@ def named_start(name: str, given: ModelConfig) -> OpenClipStart:
     return replace(start, notes=note_resizing(start, "model.name"))
 
 
-def follow_start(given: ModelConfig, start: Start) -> ModelConfig:
+def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
     """The settings that follow from a start, at the given sizes, with its heads if it has any.
 
     Raises:
         ValueError: A setting is given that differs from the start's.
     """
     own, has_heads = start.own, start.has_heads
-    defaults, own_by_name = by_name(ModelConfig()), by_name(own)
-    for name, value in by_name(given).items():
+    defaults, own_by_name = flatten_section(ModelConfig()), flatten_section(own)
+    for name, value in flatten_section(section).items():
         free = name in ("start", *SIZES, *TRAINING)
         free = free or (name.startswith("heads.") and not has_heads)
         if not free and value not in (defaults[name], own_by_name[name]):
             raise ValueError(
-                f"model.{name}: {value} does not go with model.start = {given.start}, which has "
+                f"model.{name}: {value} does not go with model.start = {section.start}, which has "
                 f"{own_by_name[name]}; leave it out"
             )
-    size = given.image.size or own.image.size
-    length = given.text.context_length or own.text.context_length
+    size = section.image.size or own.image.size
+    length = section.text.context_length or own.text.context_length
     return replace(
         own,
-        start=given.start,
+        start=section.start,
         image=replace(own.image, size=size),
         text=replace(own.text, context_length=length),
-        heads=own.heads if has_heads else given.heads,
-        **{name: getattr(given, name) for name in TRAINING},
+        heads=own.heads if has_heads else section.heads,
+        **{name: getattr(section, name) for name in TRAINING},
     )
 
 
-def by_name(section: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_section(section: Any, prefix: str = "") -> dict[str, Any]:
     """The values of a section of settings, by dotted name."""
     values: dict[str, Any] = {}
     for entry in dataclasses.fields(section):
         name, value = prefix + entry.name, getattr(section, entry.name)
         inner = dataclasses.is_dataclass(value)
-        values |= by_name(value, f"{name}.") if inner else {name: value}
+        values |= flatten_section(value, f"{name}.") if inner else {name: value}
     return values
 
 
@@ -198,13 +198,13 @@ class SmallTowers(Start):
         return []  # the towers were built with their weights
 
 
-def small_start(given: ModelConfig) -> SmallTowers:
+def small_start(section: ModelConfig) -> SmallTowers:
     """The start of a section that describes the towers, with each tower's way of pooling."""
-    given = replace(given, image=timm.with_pooling(given.image))
-    name = given.text.name
-    if name is not None and given.text.pooling is None:
-        given = replace(given, text=replace(given.text, pooling=pooling_of(name)))
-    return SmallTowers(reference=given.image.name, model=given, own=given)
+    section = replace(section, image=timm.add_pooling(section.image))
+    name = section.text.name
+    if name is not None and section.text.pooling is None:
+        section = replace(section, text=replace(section.text, pooling=find_pooling(name)))
+    return SmallTowers(reference=section.image.name, model=section, own=section)
 
 
 def names_model(modality: Modality, name: str | None) -> bool:
@@ -290,13 +290,13 @@ class JoinedTowers(Start):
         return of_tower
 
 
-def join_towers(given: ModelConfig) -> JoinedTowers:
+def join_towers(section: ModelConfig) -> JoinedTowers:
     """The start of a section of which a tower, or both, is of another model.
 
     Raises:
         ValueError: There is no such model, or its tower cannot be joined with another.
     """
-    image, text = start_of_tower("image", given), start_of_tower("text", given)
+    image, text = start_of_tower("image", section), start_of_tower("text", section)
     image_gelu, vision_cfg = tower_config("image", image)
     text_gelu, text_cfg = tower_config("text", text)
     activations = {image_gelu, text_gelu} - {None}
@@ -309,8 +309,8 @@ def join_towers(given: ModelConfig) -> JoinedTowers:
     towers = image.build(on_meta=True).towers
     mean, std = image_normalisation(towers)
     native_size, native_length = image_size(towers), int(text_cfg["context_length"])
-    size = given.image.size or native_size
-    length = given.text.context_length or native_length
+    size = section.image.size or native_size
+    length = section.text.context_length or native_length
     notes = []
     if size != native_size:
         notes.append(f"model.image.size = {size}: the image half was made for {native_size} pixels")
@@ -319,19 +319,19 @@ def join_towers(given: ModelConfig) -> JoinedTowers:
             f"model.text.context_length = {length}: the text half was made for {native_length}"
         )
     config: dict[str, Any] = {
-        "embed_dim": given.embed_dim,
+        "embed_dim": section.embed_dim,
         "custom_text": True,
         **({"quick_gelu": True} if activations == {True} else {}),
         "vision_cfg": {**vision_cfg, "image_size": native_size},
         "text_cfg": text_cfg,
     }
-    open_clip_models.require_fitting_size(given.image.size, vision_cfg, image.reference)
+    open_clip_models.require_fitting_size(section.image.size, vision_cfg, image.reference)
     # Sizes of a tower that starts untrained follow from the data.
-    model = given
-    if not isinstance(image, SmallTowers) or given.image.weights is not None:
-        model = replace(model, image=replace(given.image, size=size))
-    if not isinstance(text, SmallTowers) or given.text.name is not None:
-        model = replace(model, text=replace(given.text, context_length=length))
+    model = section
+    if not isinstance(image, SmallTowers) or section.image.weights is not None:
+        model = replace(model, image=replace(section.image, size=size))
+    if not isinstance(text, SmallTowers) or section.text.name is not None:
+        model = replace(model, text=replace(section.text, context_length=length))
     return JoinedTowers(
         reference=f"{image.reference} and {text.reference}",
         model=model,
@@ -347,13 +347,13 @@ def join_towers(given: ModelConfig) -> JoinedTowers:
     )
 
 
-def start_of_tower(modality: Modality, given: ModelConfig) -> Start:
+def start_of_tower(modality: Modality, section: ModelConfig) -> Start:
     """The start that a tower is taken from: a whole model, or small towers of which it is one."""
-    name = given.image.name if modality == "image" else given.text.name
+    name = section.image.name if modality == "image" else section.text.name
     if not names_model(modality, name):
         if modality == "image":
-            return small_start(ModelConfig(image=given.image))
-        small = small_start(ModelConfig(text=given.text))
+            return small_start(ModelConfig(image=section.image))
+        small = small_start(ModelConfig(text=section.text))
         small = replace(small, reference=name or "a small text transformer")
         if name is not None and Path(folder := text_source(name)).is_dir():
             small = replace(small, text_files=Path(folder), tokenizer_source=folder)
@@ -372,9 +372,9 @@ def start_of_tower(modality: Modality, given: ModelConfig) -> Start:
     except ValueError as error:
         reason = str(error).removeprefix("model.start: ")
         raise ValueError(f"model.{modality}.name: {reason}") from error
-    if modality == "image" and given.image.weights is not None:
+    if modality == "image" and section.image.weights is not None:
         raise ValueError(f"model.image.weights: {name} has weights of its own; leave it out")
-    if modality == "image" and given.image.pooling is not None:
+    if modality == "image" and section.image.pooling is not None:
         raise ValueError(f"model.image.pooling: {name} has a pooling of its own; leave it out")
     return start
 

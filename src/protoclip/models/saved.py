@@ -81,7 +81,7 @@ class SavedModel:
 def model_json(
     model: ModelConfig, towers: Mapping[str, Any] | None, *, squashes: bool = False
 ) -> dict[str, Any]:
-    """The content of `model.json`: all that builds a model again, but for its weights."""
+    """The content of `model.json`: all that builds a model again, except its weights."""
     settings = asdict(model) | {"projection": model.projection}
     content: dict[str, Any] = {"protoclip": protoclip.__version__, "model": settings}
     if towers is not None:
@@ -99,7 +99,7 @@ def read_model(reference: str | Path) -> SavedModel:
     """
     folder = find_checkpoint(reference)
     text = folder / TEXT_FILES
-    # Hidden files, which systems add to what is copied, are nobody's.
+    # Systems add hidden files to copied folders.
     names = sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("[!.]*"))
     require_intact(folder, MODEL, *names)
     content = read_json(folder / MODEL)
@@ -168,15 +168,15 @@ def find_checkpoint(path: str | Path) -> Path:
         raise ValueError(f"{path}: no such run or checkpoint folder")
     for candidate in (path, *reversed(checkpoints(path))):
         weights = candidate / WEIGHTS
-        if (candidate / MODEL).is_file() and (weights.is_file() or in_shards(weights)):
+        if (candidate / MODEL).is_file() and (weights.is_file() or has_shards(weights)):
             return candidate
     raise ValueError(f"{path}: no checkpoint here, which has {MODEL} and {WEIGHTS}")
 
 
 def run_of(path: str | Path) -> Path | None:
     """The folder of the run that a run or checkpoint folder is of; None if it is of no run."""
-    given = Path(path)
-    for folder in (given, given.resolve()):  # a link may lead to a checkpoint
+    start = Path(path)
+    for folder in (start, start.resolve()):  # a link may lead to a checkpoint
         above = [folder.parent.parent] if folder.parent.name == "checkpoints" else []
         for run in (folder, *above):
             if (run / SETTINGS).is_file():
@@ -211,7 +211,7 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
         return f"{CHECKSUMS} is damaged"
     needed = {WEIGHTS, MODEL, RESUME, STATE}
     # A sharded model that has not trained yet has no moments.
-    if in_shards(folder / OPTIMIZER) or not in_shards(folder / WEIGHTS):
+    if has_shards(folder / OPTIMIZER) or not has_shards(folder / WEIGHTS):
         needed.add(OPTIMIZER)
     for name in names or sorted(needed | expected.keys()):
         try:
@@ -229,18 +229,18 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     return None
 
 
-def in_shards(path: Path) -> bool:
+def has_shards(path: Path) -> bool:
     """Whether a folder of shards stands in place of this safetensors file."""
     return path.suffix == ".safetensors" and not path.is_file() and path.with_suffix("").is_dir()
 
 
 def files_of(folder: Path, name: str, listed: Collection[str]) -> list[str]:
     """A file, or in its place all shards that are in the folder, or are listed as written."""
-    if not in_shards(folder / name):
+    if not has_shards(folder / name):
         return [name]
     stem = Path(name).stem
     here = {f"{stem}/{path.name}" for path in shards.files(folder / stem)}
-    return sorted(here | {each for each in listed if each.startswith(f"{stem}/")})
+    return sorted(here | {entry for entry in listed if entry.startswith(f"{stem}/")})
 
 
 def require_intact(folder: Path, *names: str) -> None:
@@ -255,7 +255,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     Raises:
         ValueError: The file is damaged.
     """
-    if in_shards(path):
+    if has_shards(path):
         return shards.read(path.with_suffix(""), prefix)
     with open_tensors(path) as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -264,7 +264,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 def tensor_names(path: Path) -> set[str]:
     """Names of the tensors in a safetensors file, or in its shards; raises as `read_tensors`."""
-    if in_shards(path):
+    if has_shards(path):
         return {*shards.meta_tensors(path.with_suffix(""))}
     with open_tensors(path) as file:
         return {*file.keys()}
@@ -342,9 +342,9 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
             "it; start a new run from its weights with --model.start, in another folder"
         )
     tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / RESUME).items()}
-    with reading_state(folder):
+    with explain_state_errors(folder):
         state = {**join_tensors(facts, tensors), "model": {}, "optimizer": {}}
-    if in_shards(folder / WEIGHTS) and is_sharded(model):
+    if has_shards(folder / WEIGHTS) and is_sharded(model):
         state |= read_parts(folder, model)
     elif rank() == 0:
         state["model"] = read_weights(folder, model)
@@ -356,7 +356,7 @@ def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """This rank's parts of weights and moments that a sharded model saved."""
     require_fit(folder, model, shards.meta_tensors(folder / Path(WEIGHTS).stem))
     stored = shards.meta_tensors(folder / Path(OPTIMIZER).stem)
-    with reading_state(folder):
+    with explain_state_errors(folder):
         weights, moments = parts_to_fill(model, stored)
     for name, parts in {WEIGHTS: weights, OPTIMIZER: moments}.items():
         if parts:
@@ -365,7 +365,7 @@ def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 @contextmanager
-def reading_state(folder: Path) -> Iterator[None]:
+def explain_state_errors(folder: Path) -> Iterator[None]:
     """Turn what a state of another form raises into a `ValueError` with the way out."""
     try:
         yield
@@ -380,7 +380,7 @@ def reading_state(folder: Path) -> Iterator[None]:
 
 def facts_of(folder: Path, name: str) -> dict[str, Any]:
     """A section of a checkpoint's state, without its tensors."""
-    with reading_state(folder):
+    with explain_state_errors(folder):
         return dict(read_json(folder / STATE).get(name, {}))
 
 
@@ -447,7 +447,7 @@ def write_checkpoint(
 
     `text_files` are written as they are, to a folder of their own.
     """
-    temporary = unfinished(folder)
+    temporary = unfinished_path(folder)
     try:
         checksums = write_files(temporary, tensors, facts, text_files or {})
         publish_folder(temporary, folder, checksums)
@@ -472,7 +472,7 @@ def write_parts(
 
     If one rank cannot write, all raise, and there is no checkpoint.
     """
-    staging = unfinished(folder)
+    staging = unfinished_path(folder)
     with in_background():
         try:
             temporary, checksums = rank0_first(
@@ -488,7 +488,7 @@ def write_parts(
             raise
 
 
-def unfinished(folder: Path) -> Path:
+def unfinished_path(folder: Path) -> Path:
     """Where this process writes a folder until it is whole; see `UNFINISHED_FOLDER`."""
     return folder.with_name(f".{folder.name}.{os.getpid()}")
 
@@ -517,20 +517,20 @@ def write_files(
     for name, part in tensors.items():
         write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
     for name, content in facts.items():
-        write(name, as_file(content))
+        write(name, to_bytes(content))
     return checksums
 
 
 def publish_folder(temporary: Path, folder: Path, checksums: Mapping[str, str]) -> None:
     """Write the checksums of a folder, and give it its name."""
-    write_atomically(temporary / CHECKSUMS, as_file(checksums), durable=True)
+    write_atomically(temporary / CHECKSUMS, to_bytes(checksums), durable=True)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     sync_folder(folder.parent)
 
 
-def as_file(content: Mapping[str, Any]) -> bytes:
+def to_bytes(content: Mapping[str, Any]) -> bytes:
     return (to_json(content, indent=2) + "\n").encode()
 
 
@@ -566,7 +566,7 @@ def remove_checkpoint(folder: Path) -> None:
     Raises:
         OSError: It cannot be removed, or not all of it.
     """
-    gone = unfinished(folder)
+    gone = unfinished_path(folder)
     with suppress(FileNotFoundError):  # somebody else has removed it
         folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -574,7 +574,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what processes that were killed had begun to write; nobody else writes to the run."""
+    """Remove unfinished files of killed processes; no other process writes to the run."""
     for folder in (run, run / "checkpoints"):
         for left in folder.glob(".*"):
             if UNFINISHED_FOLDER.fullmatch(left.name):

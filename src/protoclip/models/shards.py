@@ -60,7 +60,7 @@ def write(folder: Path, parts: Mapping[str, Tensor]) -> dict[str, str]:
     """
     writer = Writer(folder)
     once = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    with collectives.in_background() as group, raising_first_cause():
+    with collectives.in_background() as group, raise_first_cause():
         save(dict(parts), storage_writer=writer, planner=once, process_group=group)
     return writer.checksums
 
@@ -71,7 +71,7 @@ def meta_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: A file is damaged, or a part of a tensor is in none.
     """
-    with reading(folder) as reader:
+    with open_reader(folder) as reader:
         for path in files(folder):
             require_regular(path)
         stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
@@ -101,7 +101,7 @@ def fill(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: A file is damaged, or holds no such tensor, or one of another shape.
     """
-    with reading(folder) as reader, warnings.catch_warnings():
+    with open_reader(folder) as reader, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it reads without a group
         load(dict(tensors), storage_reader=reader, no_dist=True)
 
@@ -112,10 +112,10 @@ def files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[HuggingFaceStorageReader]:
+def open_reader(folder: Path) -> Iterator[HuggingFaceStorageReader]:
     """A reader of a folder; what it raises is one line."""
     try:
-        with raising_first_cause():
+        with raise_first_cause():
             yield HuggingFaceStorageReader(str(folder))
     except UNREADABLE as error:
         raise ValueError(
@@ -124,7 +124,7 @@ def reading(folder: Path) -> Iterator[HuggingFaceStorageReader]:
 
 
 @contextmanager
-def raising_first_cause() -> Iterator[None]:
+def raise_first_cause() -> Iterator[None]:
     """Raise what the first rank met that failed, in place of torch's collection of tracebacks."""
     try:
         yield

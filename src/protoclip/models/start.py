@@ -26,8 +26,8 @@ from protoclip.models import text_models, timm, transformers
 from protoclip.models.open_clip import (
     TowerKind,
     build_towers,
-    named_config,
-    published_weights,
+    find_config,
+    find_weights,
     text_repository,
     tower_kind,
 )
@@ -37,13 +37,13 @@ from protoclip.models.opening import (
     OPEN_CLIP_CONFIG,
     ImageTransform,
     Loaded,
+    build_seeded,
     examples_of,
     hub_name,
     misfits,
     readable_errors,
     require_safetensors,
     require_weights,
-    seeded,
 )
 from protoclip.models.protoclip import (
     ProtoCLIP,
@@ -112,7 +112,7 @@ class Start:
 
     def open_pair(self) -> TowerPair:
         """The model at its own sizes with its weights; new ones are those of seed 0."""
-        pair: TowerPair = seeded(replace(self, model=self.own).new_pair)
+        pair: TowerPair = build_seeded(replace(self, model=self.own).new_pair)
         self.read_weights(pair)
         return pair
 
@@ -205,8 +205,8 @@ class Start:
             return deepcopy(dict(described))
         if name is None:
             return describe_small_towers(self.model, self.text_source)
-        config = named_config(name)
-        published = {} if tag is None else published_weights(name, tag)
+        config = find_config(name)
+        published = {} if tag is None else find_weights(name, tag)
         if published.get("quick_gelu"):  # which the name of the model does not say
             config["quick_gelu"] = True
         return {"model_cfg": config, "preprocess_cfg": published}
@@ -252,8 +252,8 @@ class Start:
         if (config := self.open_clip_config) is not None:
             size = size or config["vision_cfg"].get("image_size", 224)
             length = length or config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-        given = self.model.image.size, self.model.text.context_length
-        return given[0] not in (None, size) or given[1] not in (None, length)
+        sizes = self.model.image.size, self.model.text.context_length
+        return sizes[0] not in (None, size) or sizes[1] not in (None, length)
 
     @property
     def tower_kind(self) -> TowerKind | None:
@@ -339,8 +339,8 @@ def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any
     config = {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": described}
     if image.weights is None:
         return {"model_cfg": config}
-    known = timm.timm_settings(image.name)
-    return {"model_cfg": config, "preprocess_cfg": {"mean": known.mean, "std": known.std}}
+    settings = timm.timm_settings(image.name)
+    return {"model_cfg": config, "preprocess_cfg": {"mean": settings.mean, "std": settings.std}}
 
 
 def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
@@ -354,9 +354,9 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
     Raises:
         ValueError: `source` is of another architecture.
     """
-    expected, given = built.state_dict(), source.state_dict()
+    expected, state = built.state_dict(), source.state_dict()
     changed = {
-        key for key in given.keys() & expected.keys() if given[key].shape != expected[key].shape
+        key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape
     }
     size, size_before = (image_size(pair.towers) for pair in (built, source))
     if size != size_before:
@@ -379,7 +379,7 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
             f"{size} pixels"
         )
     if texts := [key for key in changed if not key.startswith("towers.visual.")]:
-        length, length_before = len(expected[texts[0]]), len(given[texts[0]])
+        length, length_before = len(expected[texts[0]]), len(state[texts[0]])
         notes.append(
             f"model.text.context_length: position embeddings of {name} interpolated, from "
             f"{length_before} to {length} tokens"
@@ -455,7 +455,7 @@ class OpenClipStart(Start):
         if not self.has_weights:
             return
         name, tag = self.own.name or OPEN_CLIP_CONFIG, self.own.pretrained
-        published = {} if tag is None else published_weights(name, tag)
+        published = {} if tag is None else find_weights(name, tag)
         repository = str(published.get("hf_hub", "").rpartition("/")[0])
         with readable_errors(self.label, repository):
             file = self.file or Path(open_clip.download_pretrained(published))
@@ -480,9 +480,9 @@ class OpenClipStart(Start):
 def open_clip_start(reference: str, name: str) -> OpenClipStart:
     """`NAME/TAG`, `NAME/FILE` for weights in a file, or `NAME` for an untrained model."""
     name, _, tag = name.partition("/")
-    named_config(name, reference)
+    find_config(name, reference)
     file = Path(tag) if Path(tag).is_file() else None
-    published = published_weights(name, tag, reference) if tag and file is None else {}
+    published = find_weights(name, tag, reference) if tag and file is None else {}
     model = ModelConfig(name=name, pretrained=None if file else tag or None)
     return OpenClipStart(
         reference=reference,
@@ -553,7 +553,7 @@ class TransformersStart(Start):
         return loaded
 
     def open_pair(self) -> TowerPair:
-        return transformers.as_open_clip(self.reference, self.name, self._open_library_model())
+        return transformers.to_open_clip(self.reference, self.name, self._open_library_model())
 
     def fill(self, built: ProtoCLIP) -> list[str]:
         return adopt(built, self.open_pair(), name=str(self.model.start))
@@ -572,15 +572,15 @@ class TransformersStart(Start):
 
     def _open_library_model(self) -> Loaded:
         with readable_errors(self.reference, hub_name(self.name)):
-            loaded: Loaded = seeded(transformers.open_model, self.name)
+            loaded: Loaded = build_seeded(transformers.open_model, self.name)
         return loaded
 
     def _ignored_mask(self, kind: str) -> list[str]:
-        """What `transformers.ignored_mask` has to say, or nothing."""
+        """What `transformers.note_ignored_mask` has to say, or nothing."""
         if kind not in transformers.UNMASKED_KINDS:
             return []
         with readable_errors(self.reference, hub_name(self.name)):
-            note = transformers.ignored_mask(self.name)
+            note = transformers.note_ignored_mask(self.name)
         return [] if note is None else [note]
 
 
@@ -618,12 +618,12 @@ class ReferenceStart(OpenClipStart):
         pair.load_state_dict(weights)
 
 
-def reference_start(reference: str, given: str) -> ReferenceStart:
+def reference_start(reference: str, location: str) -> ReferenceStart:
     """`FILE,model=NAME`; the code gives QuickGELU to all towers that are not timm's."""
-    file, separator, name = given.rpartition(",model=")
+    file, separator, name = location.rpartition(",model=")
     if not separator:
         raise ValueError(f"{reference}: name its model too, as in reference:FILE,model=RN50")
-    config = named_config(name, reference)
+    config = find_config(name, reference)
     if not Path(file).is_file():
         raise ValueError(f"{reference}: no such file")
     if "timm_model_name" not in config["vision_cfg"]:

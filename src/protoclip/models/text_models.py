@@ -67,7 +67,7 @@ def text_config(name: str, source: str) -> Any:
 
 def read_text_config(name: str, source: str) -> Any:
     """As `text_config`, read now."""
-    with reading(name, source):
+    with explain_errors(name, source):
         return transformers_config(source)
 
 
@@ -84,12 +84,12 @@ def transformers_config(name: str) -> Any:
     return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
-def reading(name: str, source: str) -> AbstractContextManager[None]:
+def explain_errors(name: str, source: str) -> AbstractContextManager[None]:
     """Reads a text model from its folder or the hub; what fails is a line."""
     return readable_errors(f"model.text.name: {name}", hub_name(source))
 
 
-def pooling_of(name: str) -> Literal["mean", "cls"]:
+def find_pooling(name: str) -> Literal["mean", "cls"]:
     """How a text model's tokens become one feature, by its own files; the mean if these are silent.
 
     Raises:
@@ -99,7 +99,7 @@ def pooling_of(name: str) -> Literal["mean", "cls"]:
 
     source = text_source(name)
     text_config(name, source)  # says what cannot be had, before the hub is waited for again
-    with reading(name, source):
+    with explain_errors(name, source):
         file = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return "mean"
@@ -158,7 +158,7 @@ def require_text_tower(name: str, source: str, *, context_length: int) -> None:
 
 def read_text_weights(name: str, source: str) -> dict[str, Tensor]:
     """The weights of a Hugging Face text model without its pooling layer; safetensors only."""
-    with reading(name, source):
+    with explain_errors(name, source):
         state: dict[str, Tensor] = read_library_model(source, add_pooling_layer=False).state_dict()
     return state
 

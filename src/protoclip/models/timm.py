@@ -36,7 +36,7 @@ def is_image_name(name: str) -> bool:
 
 
 def require_image_name(name: str) -> None:
-    """Refuse what is no timm model, with or without the tag of its weights."""
+    """Refuse a name that is no timm model, with or without the tag of its weights."""
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ValueError(f"model.image.name: {name}: no such folder")
     if not timm.is_model_pretrained(name) and name not in timm.list_models():
@@ -49,11 +49,11 @@ def require_image_name(name: str) -> None:
 def near_image_names(name: str) -> list[str]:
     """Names of timm models near one that there is not: those that begin with it or hold it, or else
     those that begin alike."""
-    words, known = re.sub(r"[ -]", "_", name.partition(".")[0].lower()), timm.list_models()
-    first = [model for model in known if model.startswith(words)]
-    inside = [model for model in known if words in model and model not in first]
-    alike = [model for model in known if model.startswith(name[:6])]
-    return first[:3] + inside[:2] or (alike or known)[:3]
+    words, names = re.sub(r"[ -]", "_", name.partition(".")[0].lower()), timm.list_models()
+    first = [model for model in names if model.startswith(words)]
+    inside = [model for model in names if words in model and model not in first]
+    alike = [model for model in names if model.startswith(name[:6])]
+    return first[:3] + inside[:2] or (alike or names)[:3]
 
 
 def timm_settings(name: str) -> PretrainedCfg:
@@ -62,7 +62,7 @@ def timm_settings(name: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
-def with_pooling(image: ImageTowerConfig) -> ImageTowerConfig:
+def add_pooling(image: ImageTowerConfig) -> ImageTowerConfig:
     """An image tower with its pooling: as its weights need, and the mean where it has none."""
     if image.pooling == "own":
         return image
@@ -120,7 +120,7 @@ def read_image_weights(name: str, weights: str, size: int, pool: str) -> dict[st
     if weights == PUBLISHED:
         if not published.has_weights:
             raise ValueError(f"{reference}: timm has no weights for {name}; name a file")
-        with readable_errors(*published_by(name)):
+        with readable_errors(*describe_published(name)):
             model = timm.create_model(name, pretrained=True)
     else:
         missing = f"no such file; weights are '{PUBLISHED}' or a file"
@@ -128,10 +128,10 @@ def read_image_weights(name: str, weights: str, size: int, pool: str) -> dict[st
         model = timm.create_model(name)
         require_weights(reference, Path(weights))
         with readable_errors(reference):
-            given = load_state_dict(weights, weights_only=True)
+            values = load_state_dict(weights, weights_only=True)
         classifier = classifier_names(model)
         dropped = {key for key in model.state_dict() if key.startswith(classifier)}
-        trunk = {key: value for key, value in given.items() if not key.startswith(classifier)}
+        trunk = {key: value for key, value in values.items() if not key.startswith(classifier)}
         if wrong := [key for key in misfits(model, trunk) if key not in dropped]:
             raise ValueError(f"{reference}: does not fit {name}: {examples_of(wrong)}")
         model.load_state_dict(trunk, strict=False)
@@ -141,8 +141,8 @@ def read_image_weights(name: str, weights: str, size: int, pool: str) -> dict[st
     return state
 
 
-def published_by(name: str) -> tuple[str, str, str]:
-    """What errors call timm's weights of a model, where the hub has them, and what else helps."""
+def describe_published(name: str) -> tuple[str, str, str]:
+    """How errors name timm's weights of a model, where the hub has them, and other help."""
     reference = f"model.image.weights: {PUBLISHED} weights of {name}"
     repository = timm_settings(name).hf_hub_id or ""
     return reference, repository, "give a file: --model.image.weights FILE"
@@ -156,7 +156,7 @@ def require_image_weights(model: ModelConfig) -> None:
     """
     if model.start is not None or model.image.weights != PUBLISHED:
         return  # a start brings its weights, also where it was made of published ones
-    reference, repository, way_out = published_by(model.image.name)
+    reference, repository, way_out = describe_published(model.image.name)
     if not repository:
         return
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")

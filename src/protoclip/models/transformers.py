@@ -70,7 +70,7 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     model = read_library_model(name)
     processor = image_processor(name)
     transform, built = transform_of(processor), HuggingFaceTowers(model.float())
-    built.visual.prepare(preprocessing_of(processor, transform))
+    built.visual.prepare(describe_preprocessing(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
 
 
@@ -106,7 +106,7 @@ def open_tokenizer(name: str, config: Any, *, context_length: int | None = None)
     return RememberingTokenizer(reads)
 
 
-def ignored_mask(name: str) -> str | None:
+def note_ignored_mask(name: str) -> str | None:
     """What to tell a user of a SigLIP whose tokenizer returns a mask, which is not read.
 
     None if it returns none. What its files do not say is as its class has it, with a mask.
@@ -155,7 +155,7 @@ class ImageTower(Tower):
         self.image_std: tuple[float, ...] | None = None
 
     def prepare(self, images: Mapping[str, Any]) -> None:
-        """Remember what `preprocessing_of` returned."""
+        """Remember what `describe_preprocessing` returned."""
         self.image_size = images["size"]
         self.image_mean, self.image_std = tuple(images["mean"]), tuple(images["std"])
 
@@ -360,7 +360,7 @@ def transform_of(processor: Any) -> ImageTransform:
     return LibraryTransform(settings=f"{name}({' '.join(text.split())})", apply=apply)
 
 
-def preprocessing_of(processor: Any, transform: ImageTransform) -> dict[str, Any]:
+def describe_preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:
     """How images become tensors, in open_clip's words; `size` is None if they are not square."""
     _, *sides = transform(Image.new("RGB", (64, 48))).shape
     settings = json.loads(processor.to_json_string())
@@ -402,7 +402,7 @@ def unpack_patches(packed: Float[Tensor, "b 3 n q"]) -> dict[str, Tensor]:
 
 
 def describe_towers(reference: str, name: str) -> dict[str, Any]:
-    """What describes the towers of a model in `model.json`, by its folder or hub name.
+    """The description of a model's towers for `model.json`, by its folder or hub name.
 
     A `CLIPModel` is described as in an `open_clip_config.json`, and trained as a model of
     open_clip. Others stay models of `transformers`.
@@ -421,7 +421,7 @@ def read_description(reference: str, name: str) -> dict[str, Any]:
         config = transformers_config(name)
         if config.model_type in kinds:
             processor = image_processor(name)
-            images = preprocessing_of(processor, transform_of(processor))
+            images = describe_preprocessing(processor, transform_of(processor))
     if config.model_type not in kinds:
         raise ValueError(
             f"{setting}: models of kind {config.model_type} cannot be trained here; "
@@ -468,7 +468,7 @@ def read_description(reference: str, name: str) -> dict[str, Any]:
 ask_description_once = cache(read_description)
 
 
-def as_open_clip(reference: str, name: str, loaded: Loaded) -> TowerPair:
+def to_open_clip(reference: str, name: str, loaded: Loaded) -> TowerPair:
     """A `CLIPModel` as the same model of open_clip; others as they are.
 
     Raises:

@@ -137,9 +137,9 @@ def open_examples(
     if data is not None and data.is_emoji:
         examples = draw_from_split(datasets.emoji(), samples)
     elif data is not None:
-        examples = draw_from_source(sources.pairs(sources.to_look_at(Config(data=data))), samples)
+        examples = draw_from_source(sources.pairs(sources.allow_bad(Config(data=data))), samples)
     else:
-        settings = sources.to_look_at(config)
+        settings = sources.allow_bad(config)
         training, validation, _ = judged(settings, sources.pairs(settings))
         if allow_training and config.run.overfit is not None:
             training, validation = choose_few(training, config), []

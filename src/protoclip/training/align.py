@@ -18,7 +18,7 @@ from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.view import without
+from protoclip.data.view import drop_rows
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks
 from protoclip.encode.canonical import canonical_projections, second_moments
@@ -111,7 +111,7 @@ def encode(
         for tower in (towers.visual, towers.text):
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
                 collectives.broadcast(parameter.data)
-    kept: Pairs = without(samples, left_out) if len(left_out) else samples
+    kept: Pairs = drop_rows(samples, left_out) if len(left_out) else samples
     episodes = config.episodes
     if config.run.overfit is not None:  # each pair that is left, in one batch
         episodes = replace(episodes, size=left, batch_size=left)

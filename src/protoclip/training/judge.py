@@ -18,7 +18,7 @@ from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.models import loading
-from protoclip.models.precision import on_card
+from protoclip.models.precision import autocast_on_card
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.tokenizers import Tokenizer
 from protoclip.training.plan import Plan
@@ -47,7 +47,7 @@ class Judge:
             batch_size=min(most, config.episodes.micro_batch_size or most),
             workers=workers,
             show=True,
-            autocast=on_card(config.run.precision, next(model.parameters()).device),
+            autocast=autocast_on_card(config.run.precision, next(model.parameters()).device),
         )
         self._keeps = not aligns and computes_as_opened(config, model)
         self.encoder = self._make(

@@ -36,12 +36,12 @@ from protoclip.data.access import digest
 from protoclip.data.captions import ONE, CaptionDraw, caption_draw
 from protoclip.data.content import Facts, content
 from protoclip.data.decode import dimensions
-from protoclip.data.defaults import fitting_augmentation
+from protoclip.data.defaults import choose_augmentation
 from protoclip.data.pairs import BadSample, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import facts_that_may_move
-from protoclip.data.view import PairsView, without
+from protoclip.data.view import PairsView, drop_rows
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -394,7 +394,7 @@ def choose_few(samples: Pairs | SampleStream, config: Config) -> Pairs:
     if world_size() > 1:
         raise ValueError("run.overfit: is for one process; start it without torchrun")
     chosen = evenly_spaced(len(samples), number, config.run.seed)
-    few: Pairs = without(samples, np.setdiff1d(np.arange(len(samples)), chosen))
+    few: Pairs = drop_rows(samples, np.setdiff1d(np.arange(len(samples)), chosen))
     return few
 
 
@@ -521,7 +521,7 @@ def filled(config: Config, start: Start, samples: Pairs | SampleStream) -> tuple
     config, said = with_episodes(config, samples)
     kind = start.tower_kind
     is_untrained = kind is None and config.run.overfit is None  # which transforms none
-    suits = fitting_augmentation(model.image.size or 0, is_untrained=is_untrained)
+    suits = choose_augmentation(model.image.size or 0, is_untrained=is_untrained)
     if data.augmentation == "auto" and suits != "light":
         above = f"above {SMALL_IMAGE_SIZES[0]} pixels"
         notes.append(f"data.augmentation = {suits}, for small towers {above}")

@@ -40,10 +40,10 @@ from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
 from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
-from protoclip.models.precision import autocast, grad_scaler, measured_convolutions, resolve
+from protoclip.models.precision import autocast, grad_scaler, measure_convolutions, resolve
 from protoclip.models.projections import AlignedModel, require_same_encoders
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import checkpoints, read_checkpoint, reading_state
+from protoclip.models.saved import checkpoints, explain_state_errors, read_checkpoint
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
@@ -179,7 +179,7 @@ def perform_phases(
         collectives.require_shared(run.folder / "config.toml", by="--run.out", written=True)
         run.prepare_teachers()
         choice = None
-        with signals.handled(run.stop), run.seeded(), measured_convolutions(device):
+        with signals.handled(run.stop), run.seeded(), measure_convolutions(device):
             run.restore_or_begin(checkpoint)
             with run.closing():
                 run.train_episodes()
@@ -612,7 +612,7 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        with reading_state(checkpoint):
+        with explain_state_errors(checkpoint):
             size = self.load_state_dict(state)
         # Not written again: a process that is killed meanwhile would leave neither.
         self.writer.go_on_from(checkpoint, self.trainer.step)

@@ -40,7 +40,7 @@ from protoclip.files import (
     read_toml,
     write_atomically,
 )
-from protoclip.models.resolve import by_name, names_model
+from protoclip.models.resolve import flatten_section, names_model
 from protoclip.models.saved import (
     MODEL,
     SETTINGS,
@@ -68,7 +68,7 @@ FORMER: dict[str, Any] = {"prototypical": 1.0, "teacher": 2.0}
 # text model has others than; of towers that are put together; and the one source beside several.
 SMALL_TEXT = ("model.text.width", "model.text.heads", "model.text.layers")
 PARTS = ("model.embed_dim", "model.image.name", *SMALL_TEXT)
-IDLE = {name: by_name(Config())[name] for name in (*PARTS, "data.train")}
+IDLE = {name: flatten_section(Config())[name] for name in (*PARTS, "data.train")}
 # Settings that may change when a run goes on; all others decide which samples a step sees, or what
 # is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
 FREE = (

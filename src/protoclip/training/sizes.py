@@ -12,13 +12,13 @@ from protoclip.data.captions import BETWEEN_SENTENCES
 from protoclip.data.decode import dimensions
 from protoclip.data.defaults import (
     LOOKED_AT,
-    fitting_context_length,
-    fitting_image_size,
+    choose_context_length,
+    choose_image_size,
     some_samples,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.data.split import repeated_images
+from protoclip.data.split import count_repeated_images
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.start import Start
@@ -107,7 +107,7 @@ def size_and_length(
             sides.append(min(dimensions(sample.image, max_pixels=max_image_pixels)))
             lengths += count_tokens(list(sample.captions))
     reason = f"by {len(sides)} of the samples" if sides else "since no sample could be looked at"
-    return fitting_image_size(sides), fitting_context_length(lengths), reason
+    return choose_image_size(sides), choose_context_length(lengths), reason
 
 
 def captions_cut(
@@ -170,7 +170,7 @@ def repeated(samples: Pairs) -> list[tuple[int, int]]:
     """Of each source, how many pairs are looked at, and how many have the image of another one.
 
     They are in blocks of neighbours, since rows of one image follow each other in tables with a row
-    a caption. Equal files of different names count as different (`split.repeated_images`).
+    a caption. Equal files of different names count as different (`split.count_repeated_images`).
     """
     counts = []
     for source in samples.sources:
@@ -178,5 +178,5 @@ def repeated(samples: Pairs) -> list[tuple[int, int]]:
         if isinstance(source, ImageTextPairs):
             for first in evenly_spaced(len(source), min(len(source), BLOCKS), seed=0):
                 rows.update(range(first, min(len(source), first + BLOCK_ROWS)))
-        counts.append((len(rows), repeated_images(source, sorted(rows)) if rows else 0))
+        counts.append((len(rows), count_repeated_images(source, sorted(rows)) if rows else 0))
     return counts

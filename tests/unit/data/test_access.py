@@ -21,10 +21,10 @@ from protoclip.data import sources
 from protoclip.data.access import (
     MAX_FILE_BYTES,
     fingerprint,
-    in_table,
     open_file,
     read_file,
     read_range,
+    resolve_cell,
     visible,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs
@@ -114,24 +114,24 @@ def test_a_range_has_no_more_bytes_than_a_file(place):
 def test_the_user_says_what_a_table_may_name(place, tmp_path):
     """Links that lead out, but not `..`; any path below a root, which may itself be a link."""
     secret = str(place.parent / "secret.jpg")
-    assert read_file(in_table(str(place), "link.jpg", allow_links=True)) == b"secret"
+    assert read_file(resolve_cell(str(place), "link.jpg", allow_links=True)) == b"secret"
     for cell in ("../secret.jpg", "folder/../../secret.jpg"):
         with pytest.raises(ValueError, match="lies outside"):
-            in_table(str(place), cell, allow_links=True)
-    assert in_table("/", secret, allow_links=False) == secret
-    assert in_table(str(place.parent), secret, allow_links=False) == secret
+            resolve_cell(str(place), cell, allow_links=True)
+    assert resolve_cell("/", secret, allow_links=False) == secret
+    assert resolve_cell(str(place.parent), secret, allow_links=False) == secret
     (tmp_path / "short").symlink_to(place)
     for cell in ("good.jpg", f"{place}/good.jpg", f"{tmp_path}/short/good.jpg"):
-        assert in_table(str(tmp_path / "short"), cell, allow_links=False) == f"{place}/good.jpg"
+        assert resolve_cell(str(tmp_path / "short"), cell, allow_links=False) == f"{place}/good.jpg"
 
 
 def test_a_root_that_is_a_url_holds_its_table(bucket):
     """Names below it and other URLs; no local path, no way up."""
-    assert in_table(bucket, "a/b.jpg", allow_links=False) == f"{bucket}/a/b.jpg"
-    assert in_table(bucket, "gs://other/b.jpg", allow_links=False) == "gs://other/b.jpg"
+    assert resolve_cell(bucket, "a/b.jpg", allow_links=False) == f"{bucket}/a/b.jpg"
+    assert resolve_cell(bucket, "gs://other/b.jpg", allow_links=False) == "gs://other/b.jpg"
     for cell in ("/etc/passwd", "../other/b.jpg", "a/../../b.jpg"):
         with pytest.raises(ValueError, match=f"lies outside of {bucket}"):
-            in_table(bucket, cell, allow_links=False)
+            resolve_cell(bucket, cell, allow_links=False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from protoclip.data.content import content, difference
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream, facts_that_may_move
-from protoclip.data.view import mixed_pairs, without
+from protoclip.data.view import drop_rows, mix_pairs
 from testing import tiny_pairs
 
 
@@ -83,7 +83,7 @@ def test_equal_images_under_other_ids_and_file_names(tmp_path):
     assert difference(of(plain), of(plain)) is None
     assert difference(of(plain), of(plain, "other")) == "other sample ids, or their order"
     one, other = (
-        content(mixed_pairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")]))
+        content(mix_pairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")]))
         for table in (TINY, TINY[:9])
     )
     assert difference(one, other) == "number of rows of 'b': 40 before, 9 now"
@@ -141,8 +141,8 @@ def test_tables_on_disk(tmp_path):
 
 def test_pairs_of_which_some_are_held_out_now_are_others():
     """Whether they are may follow from settings that a run may change; unknown is no difference."""
-    pairs = mixed_pairs([ImageTextPairs(TINY, name="a")])
-    whole, part = content(pairs), content(without(pairs, np.array([3, 5])))
+    pairs = mix_pairs([ImageTextPairs(TINY, name="a")])
+    whole, part = content(pairs), content(drop_rows(pairs, np.array([3, 5])))
     assert difference(whole, part) == difference(part, whole)
     assert difference(whole, part) == (
         "other pairs that are held out, as by another run.guard or run.evaluate_every"

@@ -15,11 +15,11 @@ from protoclip.data.inspect import (
     evenly_spaced,
     inspect,
     show,
-    way,
+    size_hint,
 )
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.stream import ShardStream
-from protoclip.data.view import mixed_pairs
+from protoclip.data.view import mix_pairs
 from testing import tiny_pairs
 
 
@@ -87,7 +87,7 @@ def test_facts_are_those_of_the_data(mixed):
         "repeated_image_examples": ["2 x mixed/0"],
         "repeated_caption_copies": 2,
         "repeated_caption_examples": ["3 x one two three"],
-        "next": way(10),
+        "next": size_hint(10),
     }
 
 
@@ -113,8 +113,8 @@ ROWS = [
 @pytest.mark.parametrize(("row", "pairs", "commands"), ROWS)
 def test_what_to_do_with_so_many_pairs_is_a_row_of_the_page(row, pairs, commands):
     """Which the advice names; both name these commands."""
-    advice, _, page = way(pairs[0]).partition(" (")
-    assert way(pairs[1]) == way(pairs[0]) != way(pairs[1] + 1) or row == "more"
+    advice, _, page = size_hint(pairs[0]).partition(" (")
+    assert size_hint(pairs[1]) == size_hint(pairs[0]) != size_hint(pairs[1] + 1) or row == "more"
     lines = (Path(__file__).parents[3] / page.rstrip(")")).read_text(encoding="utf-8").splitlines()
     line = next(line for line in lines if line.startswith(f"| {row} |"))
     assert all(command in advice and command in line.split("|")[2] for command in commands)
@@ -135,7 +135,7 @@ def test_findings_are_shown_as_lines(mixed, capsys):
 
 def test_processes_find_what_one_finds(mixed):
     """Two sources in one, some of them bad: the same facts in the same order."""
-    source = mixed_pairs([ImageTextPairs(tiny_pairs(80), name="tiny"), mixed])
+    source = mix_pairs([ImageTextPairs(tiny_pairs(80), name="tiny"), mixed])
     one, two = (look(source, workers=workers, max_pixels=1_000_000) for workers in (1, 2))
     assert one["read"] + one["unreadable"] == 80 + 10
     assert one == two
@@ -171,9 +171,9 @@ def shards(tmp_path: Path) -> ShardStream:
 def test_streamed_shards_are_read_once(shards, workers, capsys):
     """One pass where all are asked for; else the starts of several shards; never a sample twice."""
     for samples, read, advice in (
-        (None, 210, way(210)),
+        (None, 210, size_hint(210)),
         (128, 128, UNCOUNTED),
-        (999, 210, way(210)),
+        (999, 210, size_hint(210)),
     ):
         found = look(shards, samples=samples, workers=workers)
         assert (found["pairs"], found["read"], found["unreadable"]) == (None, read, 0)

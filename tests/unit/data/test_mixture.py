@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.view import AllBut, MixedStreams, PairsView, by_source
+from protoclip.data.view import AllBut, MixedStreams, PairsView, split_by_source
 from testing import tiny_pairs
 
 
@@ -54,7 +54,7 @@ def test_a_view_gives_the_rows_of_its_sources():
     assert [*view.sample_ids()] == [view.sample_id(row) for row in range(5)] == ids
     assert [view.encoded(row) for row in range(5)] == [s.encoded(row) for s, row in expected]
     assert view.left_out.tolist() == [1, 3]
-    found = by_source([one, two], np.array([0, 4, 5, 9]))
+    found = split_by_source([one, two], np.array([0, 4, 5, 9]))
     assert [(source, rows.tolist()) for source, rows in found] == [(one, [0, 4]), (two, [0, 4])]
 
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.split import held_out_rows
+from protoclip.data.split import hold_out_rows
 from protoclip.evaluation.datasets import read_class_cells
 from testing import tiny_pairs
 
@@ -122,4 +122,4 @@ def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path):
         assert read_class_cells(pairs, [1, 0]) == ["x", "caf\ufffd"]
         assert pairs.column("kind").tolist() == ["caf\ufffd", "x"]
         assert pairs.key
-        assert held_out_rows([pairs], share=0.5, folder=tmp_path / reason).size <= 1
+        assert hold_out_rows([pairs], share=0.5, folder=tmp_path / reason).size <= 1

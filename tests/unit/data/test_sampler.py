@@ -16,7 +16,7 @@ from protoclip.data.sampler import (
     permute,
     transform_draws,
 )
-from protoclip.data.view import mixed_pairs, without
+from protoclip.data.view import drop_rows, mix_pairs
 from testing import tiny_pairs
 
 
@@ -129,16 +129,16 @@ def test_a_weight_that_brings_no_pair_into_any_episode_is_refused():
         episodes=EpisodeConfig(size=8, replacement=False),
     )
     with pytest.raises(ValueError, match=r"^data\.sources: the weight of 'few' is too small"):
-        episodes(config, mixed_pairs(parts))
+        episodes(config, mix_pairs(parts))
     config = replace(config, episodes=replace(config.episodes, replacement=True))
-    assert len(episodes(config, mixed_pairs(parts))(0).rows) == 8
+    assert len(episodes(config, mix_pairs(parts))(0).rows) == 8
 
 
 @pytest.mark.parametrize("replacement", [True, False])
 def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
     """All of it is held out. A permutation of nothing would never end."""
     parts = [ImageTextPairs(tiny_pairs(size), name=f"of {size}") for size in (8, 2)]
-    samples = without(mixed_pairs(parts), np.array([8, 9]))
+    samples = drop_rows(mix_pairs(parts), np.array([8, 9]))
     config = Config(
         data=DataConfig(sources=[SourceConfig(path=part.name, weight=1.0) for part in parts]),
         episodes=EpisodeConfig(size=8, replacement=replacement),

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from protoclip.data import split
-from protoclip.data.captions import normalise_texts, normalised
+from protoclip.data.captions import normalise, normalise_texts
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.split import count_shared, held_out_rows
-from protoclip.data.view import PairsView, mixed_pairs, without
+from protoclip.data.split import count_shared, hold_out_rows
+from protoclip.data.view import PairsView, drop_rows, mix_pairs
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
@@ -45,8 +45,8 @@ def contents(pairs: ImageTextPairs | PairsView, rows: Iterable[int]) -> tuple[se
 )
 def test_no_caption_and_no_image_is_on_both_sides(captions, images, tmp_path):
     pairs = source(1000, "web", captions=captions, images=images)
-    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
-    rest = without(pairs, rows)
+    rows = hold_out_rows([pairs], share=0.1, folder=tmp_path)
+    rest = drop_rows(pairs, rows)
     assert 0 < len(rows) <= 100
     assert len(rows) > 65 or captions < 5000 or images < 5000
     assert len(rows) + len(rest) == 1000
@@ -66,9 +66,9 @@ def test_copies_of_an_image_are_held_out_together(copies, tmp_path):
         }
     )
     pairs = ImageTextPairs(table, name="web")
-    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
+    rows = hold_out_rows([pairs], share=0.1, folder=tmp_path)
     assert len(rows) == 100
-    rest = without(pairs, rows)
+    rest = drop_rows(pairs, rows)
     assert not contents(pairs, rows.tolist())[1] & contents(rest, range(len(rest)))[1]
 
 
@@ -98,7 +98,7 @@ def test_a_pair_is_held_out_with_its_copy_in_another_form(again, tmp_path):
     for name, column in columns.items():
         column += map(again.get(name, other[name]), range(60))
     pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
-    rows = {*held_out_rows([pairs], share=0.3, folder=tmp_path).tolist()}
+    rows = {*hold_out_rows([pairs], share=0.3, folder=tmp_path).tolist()}
     assert len(rows) == 36
     assert rows == {(row + 60) % 120 for row in rows}
 
@@ -106,43 +106,43 @@ def test_a_pair_is_held_out_with_its_copy_in_another_form(again, tmp_path):
 @given(st.lists(st.one_of(st.none(), st.text(), st.text(" \t\x1cAbÉé\u0301ﬁ™", max_size=5))))
 def test_many_captions_are_normalised_as_one_is(captions):
     texts = normalise_texts(pa.array(captions, pa.large_string()).cast(pa.large_binary()))
-    assert texts.to_pylist() == [c if c is None else normalised(c).encode() for c in captions]
+    assert texts.to_pylist() == [c if c is None else normalise(c).encode() for c in captions]
 
 
 def test_no_more_than_5000_pairs_are_held_out_by_default(tmp_path):
     pairs = source(5600, "web", captions=10**12, images=10**12)
-    assert len(held_out_rows([pairs], share=0.95, folder=tmp_path)) == 5000
+    assert len(hold_out_rows([pairs], share=0.95, folder=tmp_path)) == 5000
 
 
 def test_captions_that_many_pairs_share_are_not_held_out(tmp_path):
     pairs = source(3000, "web", captions=5, images=100_000)
-    assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 0
+    assert len(hold_out_rows([pairs], share=0.1, folder=tmp_path)) == 0
 
 
 def test_the_choice_is_kept_and_hardly_changes_when_pairs_are_added(tmp_path):
     pairs = source(2000, "web", captions=10**9, images=10**9)
-    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
-    assert np.array_equal(rows, held_out_rows([pairs], share=0.1, folder=tmp_path / "other"))
+    rows = hold_out_rows([pairs], share=0.1, folder=tmp_path)
+    assert np.array_equal(rows, hold_out_rows([pairs], share=0.1, folder=tmp_path / "other"))
     longer = source(2100, "web", captions=10**9, images=10**9)
-    again = held_out_rows([longer], share=0.1, folder=tmp_path)
+    again = hold_out_rows([longer], share=0.1, folder=tmp_path)
     assert len(np.intersect1d(rows, again)) > 0.9 * len(rows)
     kept = {len(np.load(file)["rows"]): file for file in tmp_path.glob("*.npz")}[len(rows)]
     np.savez(kept, rows=rows[:7])
-    assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 7
+    assert len(hold_out_rows([pairs], share=0.1, folder=tmp_path)) == 7
     content = kept.read_bytes()
     kept.write_bytes(content.replace(rows[:7].tobytes(), rows[1:8].tobytes()))
-    assert np.array_equal(rows, held_out_rows([pairs], share=0.1, folder=tmp_path))
+    assert np.array_equal(rows, hold_out_rows([pairs], share=0.1, folder=tmp_path))
 
 
 def test_a_choice_of_version_1_0_stays(tmp_path, monkeypatch):
     """So its runs go on with the pairs that they held out, though another rule chose them."""
     pairs = source(200, "web", captions=10**9, images=10**9)
     monkeypatch.setattr(split, "FORM", split.FORM_1_0)
-    held_out_rows([pairs], share=0.1, folder=tmp_path)
+    hold_out_rows([pairs], share=0.1, folder=tmp_path)
     (kept,) = tmp_path.glob("*.npz")
     np.savez(kept, rows=np.arange(7))
     monkeypatch.undo()
-    assert len(held_out_rows([pairs], share=0.1, folder=tmp_path)) == 7
+    assert len(hold_out_rows([pairs], share=0.1, folder=tmp_path)) == 7
 
 
 def test_a_chain_of_pairs_is_held_out_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -152,14 +152,14 @@ def test_a_chain_of_pairs_is_held_out_whole_or_not_at_all(tmp_path, monkeypatch)
         captions = [[f"{row // 4} {row % 4}", f"{row // 4} {row % 4 + 1}"] for row in range(400)]
         columns = {"image": [b"%d" % row for row in range(400)], "caption": captions}
         pairs = ImageTextPairs(pa.table(columns), name="web", id_column=None)
-        rows = held_out_rows([pairs], share=0.1, folder=tmp_path / str(passes))
+        rows = hold_out_rows([pairs], share=0.1, folder=tmp_path / str(passes))
         assert len(rows) >= number
         assert {*rows.tolist()} == {4 * (row // 4) + n for row in rows.tolist() for n in range(4)}
 
 
 def test_at_most_so_many_are_held_out(tmp_path):
     pairs = source(2000, "web", captions=10**9, images=10**9)
-    assert len(held_out_rows([pairs], share=0.5, most=30, folder=tmp_path)) == 30
+    assert len(hold_out_rows([pairs], share=0.5, most=30, folder=tmp_path)) == 30
 
 
 def test_equal_files_and_equal_urls_stay_together(tmp_path):
@@ -169,7 +169,7 @@ def test_equal_files_and_equal_urls_stay_together(tmp_path):
     names += [f"https://example.org/{row // 2}" for row in range(40)]
     table = pa.table({"image": names, "caption": [str(row) for row in range(80)]})
     pairs = ImageTextPairs(table, name="files", root=str(tmp_path), id_column=None)
-    rows = held_out_rows([pairs], share=0.5, folder=tmp_path)
+    rows = hold_out_rows([pairs], share=0.5, folder=tmp_path)
     assert len(rows) > 4
     assert set(rows.tolist()) == {row ^ 1 for row in rows.tolist()}
 
@@ -177,9 +177,9 @@ def test_equal_files_and_equal_urls_stay_together(tmp_path):
 def test_the_rest_of_a_mixture_keeps_ids_and_order(tmp_path):
     one = source(500, "a", captions=10**9, images=10**9)
     two = source(300, "b", captions=10**9, images=10**9, seed=1)
-    mixed = mixed_pairs([one, two])
-    rows = held_out_rows([one, two], share=0.2, folder=tmp_path)
-    rest, left = without(mixed, rows), set(rows.tolist())
+    mixed = mix_pairs([one, two])
+    rows = hold_out_rows([one, two], share=0.2, folder=tmp_path)
+    rest, left = drop_rows(mixed, rows), set(rows.tolist())
     ids = [sample_id for row, sample_id in enumerate(mixed.sample_ids()) if row not in left]
     assert [*rest.sample_ids()] == [rest.sample_id(row) for row in range(len(rest))] == ids
     assert [rest.sample(row).sample_id for row in range(len(rest))] == ids
@@ -193,11 +193,11 @@ def test_what_the_start_was_trained_on_is_not_held_out(number, tmp_path):
     added, some of these too. What the start held out still is."""
     grown = source(1000, "web", captions=number, images=number)
     pairs = grown.subset(np.arange(700))
-    first = held_out_rows([pairs], share=0.02, folder=tmp_path)
+    first = hold_out_rows([pairs], share=0.02, folder=tmp_path)
     before = [(pairs, first)]
-    again = held_out_rows([pairs], share=0.05, folder=tmp_path, before=before)
+    again = hold_out_rows([pairs], share=0.05, folder=tmp_path, before=before)
     assert np.array_equal(again, first)
-    rows = held_out_rows([grown], share=0.05, folder=tmp_path, before=before)
+    rows = hold_out_rows([grown], share=0.05, folder=tmp_path, before=before)
     assert (rows >= 700).any()
     if number > 2000:  # else a new pair may have an image of these, and is trained on
         assert np.array_equal(rows[rows < 700], first)
@@ -217,9 +217,9 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
         table = pa.table({"image": [f"{row}.jpg" for row in range(40)], "caption": captions})
         both.append(ImageTextPairs(table, name=name, root=str(tmp_path / name), id_column=None))
     before = [(both[0], np.array([], np.int64))]
-    assert len(held_out_rows([both[1]], share=0.5, folder=tmp_path, before=before)) == 20
+    assert len(hold_out_rows([both[1]], share=0.5, folder=tmp_path, before=before)) == 20
     assert count_shared([both[1]], before, folder=tmp_path) == (40, 0, 0)
-    assert len(held_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
+    assert len(hold_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
 
 
 def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
@@ -244,8 +244,8 @@ def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     pairs = source(200, "web", captions=10**9, images=10**9)
-    rows = held_out_rows([pairs], share=0.1, folder=tmp_path)
+    rows = hold_out_rows([pairs], share=0.1, folder=tmp_path)
     monkeypatch.setattr(split, "in_turn", refused)
-    assert np.array_equal(held_out_rows([pairs], share=0.1, folder=tmp_path), rows)
+    assert np.array_equal(hold_out_rows([pairs], share=0.1, folder=tmp_path), rows)
     with pytest.raises(ValueError, match=r"cannot be written \(Perm.*; set PROTOCLIP_CACHE to an"):
-        held_out_rows([pairs], share=0.2, folder=tmp_path)
+        hold_out_rows([pairs], share=0.2, folder=tmp_path)

@@ -236,14 +236,14 @@ def test_no_thread_outlives_its_iterator(folder, end):
 def test_memory_is_that_of_two_blocks(folder, monkeypatch):
     """Samples are freed as they are handed out."""
     made: list[weakref.ref] = []
-    original = streams._checked
+    original = streams._check_sample
 
     def remember(*args, **options):
         sample = original(*args, **options)
         made.append(weakref.ref(sample))
         return sample
 
-    monkeypatch.setattr(streams, "_checked", remember)
+    monkeypatch.setattr(streams, "_check_sample", remember)
     items = stream(folder, shuffle=10).samples()
     most = 0
     for _ in range(100):

@@ -125,13 +125,13 @@ def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     model = loading.model(config, seed=0)
     note = with_adapters(model, locked=["image"], new_projections=True)
     assert "image tower" not in note
-    adapted = [name for name, _ in lora.adapted_layers(model)]
+    adapted = [name for name, _ in lora.list_adapted_layers(model)]
     assert len(adapted) == 6
     assert not [name for name in adapted if "visual" in name or name.endswith("text.proj")]
     model = loading.model(config, seed=0)
     with_adapters(model)
     assert {"towers.visual.head.proj", "towers.text.proj"} <= {
-        n for n, _ in lora.adapted_layers(model)
+        n for n, _ in lora.list_adapted_layers(model)
     }
 
 

@@ -13,7 +13,7 @@ from protoclip.config import (
     ModelConfig,
     ParallelConfig,
 )
-from protoclip.data.captions import without_padding
+from protoclip.data.captions import trim_padding
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import write_checkpoint
@@ -150,7 +150,7 @@ def test_padding_that_no_caption_of_a_batch_needs_changes_nothing(kind, tmp_path
     given = halves(tmp_path, size=32) if kind == "halves" else tiny_model()
     model = loading.model(given, seed=0).eval()
     tokens = loading.tokenizer(given)(["a dog", "red"])
-    short = without_padding(tokens)
+    short = trim_padding(tokens)
     assert model.ignores_padding
     assert short.shape[1] < tokens.shape[1]
     weights = [one for name, one in model.named_parameters() if ".visual." not in name]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import protoclip
 from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data import access
-from protoclip.data.captions import without_padding
+from protoclip.data.captions import trim_padding
 from protoclip.data.transforms import (
     EvaluationTransform,
     LibraryTransform,
@@ -31,7 +31,7 @@ from protoclip.data.transforms import (
 )
 from protoclip.models.protoclip import ProtoCLIP, projection_head
 from protoclip.models.resolve import resolve_start
-from protoclip.models.transformers import preprocessing_of, transform_of
+from protoclip.models.transformers import describe_preprocessing, transform_of
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import CLIP, save_open_clip
 
@@ -271,7 +271,7 @@ def test_a_hugging_face_model(kind, tmp_path):
         assert loaded[0].ignores_padding == (not kind.startswith("siglip"))
         if loaded[0].ignores_padding:
             tokens = loaded[2](["a dog", "red"])
-            short = without_padding(tokens)
+            short = trim_padding(tokens)
             assert short.shape[1] < 24
             encode = loaded[0].encode_text
             torch.testing.assert_close(encode(short), encode(tokens))
@@ -290,7 +290,7 @@ def test_what_squashes_images_is_known_by_its_settings(settings, kind):
     """Of the last kind a run keeps neither; it crops."""
     processor = transformers.CLIPImageProcessor(**settings)
     theirs = transform_of(processor)
-    said = preprocessing_of(processor, theirs)
+    said = describe_preprocessing(processor, theirs)
     assert (said["resize_mode"] == "squash") is (kind is SquashTransform)
     if kind is not None:
         ours = kind(size=said["size"], mean=tuple(said["mean"]), std=tuple(said["std"]))

@@ -37,7 +37,7 @@ from protoclip.data.content import content
 from protoclip.data.index import ArrowIndex
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import episodes
-from protoclip.data.split import BEGINNING, repeated_images
+from protoclip.data.split import BEGINNING, count_repeated_images
 from protoclip.data.view import PairsView
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
@@ -236,13 +236,13 @@ def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
     same_start = bytes(BEGINNING)
     images = pa.array([image, same_start, same_start + b"1", None, image], pa.binary())
     table = pa.table({"image": images, "caption": ["a"] * 5})
-    assert repeated_images(ImageTextPairs(table, name="a"), range(5)) == 1
+    assert count_repeated_images(ImageTextPairs(table, name="a"), range(5)) == 1
     shard = bytes(10) + image + image + b"1"
     (tmp_path / "shard").write_bytes(shard)
     size = len(image)
     ranges = {"offset": [10, 10 + size, 10 + size], "size": [size, size, size + 1]}
     table = pa.table({"image": ["shard"] * 3, "caption": ["a"] * 3, **ranges})
-    assert repeated_images(ImageTextPairs(table, name="a", root=str(tmp_path)), range(3)) == 1
+    assert count_repeated_images(ImageTextPairs(table, name="a", root=str(tmp_path)), range(3)) == 1
 
 
 def test_a_batch_larger_than_the_data_is_what_has_to_be_lowered():
