@@ -42,7 +42,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans
 from protoclip.prototypes.features import QueuedFeatures
-from protoclip.training.clustering import EpisodePrototypes
+from protoclip.training.clustering import Clusterings, EpisodePrototypes
 from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.stages import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
@@ -207,15 +207,21 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     )
     counting = Counting(ranks, batch, sizes.width)
 
-    def cluster(space: str, rows: Tensor, positions: Tensor | None) -> kmeans.KMeans:
-        with counting.under("kmeans"):
-            return kmeans.kmeans(
-                rows,
-                sizes.prototypes,
-                iterations=sizes.iterations,
-                seed=0,
-                positions=positions,
-            )
+    class Counted(Clusterings):
+        """Clusters of a fixed number, counted."""
+
+        def __init__(self) -> None:
+            self.fixed = {}
+
+        def __call__(self, space: str, rows: Tensor, positions: Tensor | None) -> kmeans.KMeans:
+            with counting.under("kmeans"):
+                return kmeans.kmeans(
+                    rows,
+                    sizes.prototypes,
+                    iterations=sizes.iterations,
+                    seed=0,
+                    positions=positions,
+                )
 
     group = {"params": [*model.parameters()], "scale": 1.0}  # of the learning rate
     optimizer, scaler = torch.optim.AdamW([group], fused=True), torch.amp.GradScaler(enabled=False)
@@ -224,7 +230,7 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
         stage=lambda episode: PROTOTYPICAL,
         prototypes=EpisodePrototypes(
             source=source,
-            cluster=cluster,  # type: ignore[arg-type]
+            cluster=Counted(),
             # Hard ones, since soft targets take memory and send nothing.
             make_targets=partial(
                 make_targets, target_temperatures=dict.fromkeys(("image", "text", "teacher"), 0.0)
