@@ -232,8 +232,8 @@ def test_an_aligned_run_is_exported_with_its_text_files(given, models, tmp_path)
     shutil.rmtree(moved)
     protoclip.export(tmp_path / "run", tmp_path / "out", ("open_clip",))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"\n| image half | {models['run']} |\n" in card
-    assert f"\n| text half | {moved} |\n" in card
+    assert f"\n| image tower | {models['run']} |\n" in card
+    assert f"\n| text tower | {moved} |\n" in card
     model, _, tokenizer = protoclip.load(tmp_path / "run")
     theirs, _, _ = protoclip.load(tmp_path / "out")
     with torch.inference_mode():

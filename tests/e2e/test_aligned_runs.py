@@ -140,13 +140,13 @@ def test_vectors_do_not_need_the_store_that_align_filled(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_sees", lambda *_: False)
         assert embedded("hosts") == ({"images": 0, "captions": 0}, [])
-    stores = cache.glob("features/*/*.features")
-    # The images are wider than the captions, and those that evaluated the run are fewer.
-    file = max(stores, key=lambda path: (path.stem.partition("-")[2], path.stat().st_size))
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    stores = {path: int(path.stem.partition("-")[2]) for path in cache.rglob("*.features")}
+    for path, width in stores.items():
+        if width == max(stores.values()):  # images, which are wider than captions
+            path.write_bytes(bytes(path.stat().st_size))
     of_damaged, (warning,) = embedded("damaged")
     assert of_damaged == {**kept, "images": 0}
-    assert warning.startswith(f"warning: {file}: damaged")
+    assert ".features: damaged" in warning
     assert warning.endswith("delete it; until then embed encodes anew what it holds")
     for name in ("hosts", "damaged"):
         one, other = (

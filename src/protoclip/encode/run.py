@@ -29,6 +29,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.distributed.cores import cores
 from protoclip.encode.store import Hashes, Store
+from protoclip.models import lora
 
 BLOCK_ROWS = 2**11  # that are encoded before they are written
 T = TypeVar("T")
@@ -92,7 +93,9 @@ def encode(
     Raises:
         ValueError: A unit cannot be read, or for long no remote image could be; on all ranks.
     """
-    is_sharded = parallel.is_sharded(encoder.module)
+    # Attention with adapters changes the order of its parameters in each pass, and by their order
+    # ranks send them to each other.
+    all_pass = parallel.is_sharded(encoder.module) or lora.has_adapters(encoder.module)
     coming = read_ahead(units, prepare, threads)
     try:
         while True:
@@ -105,7 +108,7 @@ def encode(
             hashes, features = np.empty(0, np.uint64), torch.zeros(0, 0)
             if has_new:
                 inputs = [given for _, given in new]
-                if is_sharded:  # a rank that fails in it ends, since others wait there
+                if all_pass:  # a rank that fails in it ends, since others wait there
                     made = encoder.encode(inputs or [blank()])[: len(new)]  # type: ignore[misc]
                 else:
                     made = raise_on_all_ranks(partial(encode_any, encoder, inputs, batch_size))

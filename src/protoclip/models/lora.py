@@ -146,6 +146,10 @@ def list_adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, part
 
 
+def has_adapters(model: object) -> bool:
+    return isinstance(model, nn.Module) and any(ADDED in n for n, _ in model.named_parameters())
+
+
 def plain_name(name: str) -> str:
     """The name that a parameter has in the model without adapters."""
     return name.replace(WRAPPED, ".")
