@@ -1,12 +1,13 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
 import errno
+import io
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,10 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 import protoclip
 from protoclip import cli
-from protoclip.config import DataConfig, SourceConfig
+from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data import sources as sources_of
 from protoclip.encode import encoder as encoding
 from protoclip.encode import halves
 from protoclip.encode.rows import FOLDER
@@ -26,6 +30,8 @@ from protoclip.encode.run import Round
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import Encoder
 from protoclip.explore import atlas
+from protoclip.explore.explorer import open_explorer
+from protoclip.explore.pairs import explore_pairs
 from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
@@ -325,3 +331,26 @@ def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, stor
     assert len(rows_of(bad)[1]) == 95
     with pytest.raises(PermissionError):
         rows_of(given)
+
+
+def test_only_copies_are_near_duplicates_where_shapes_lie_elsewhere(given, tmp_path):
+    """The encoder pools over places, so that left and right are nearly equal to it."""
+    run = {"run": {"out": str(tmp_path / "run")}}
+    align(changed(given, **run, episodes={"size": 16, "count": 1, "batch_size": 8}))
+    rows = []
+    for colour, left, top in product(((220, 30, 30), (30, 60, 220)), (3, 10, 17), (3, 10, 17)):
+        image = Image.new("RGB", (24, 24), "white")
+        image.paste(colour, (left, top, left + 5, top + 5))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        rows.append({"image": buffer.getvalue(), "caption": f"a square at {left}, {top}"})
+    image.save(buffer := io.BytesIO(), "BMP")
+    rows += [rows[3], {"image": buffer.getvalue(), "caption": "equal pixels in another file"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shapes.parquet")
+    pairs = explore_pairs(
+        sources_of.pairs(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet")))
+    )
+    settings = {"device": torch.device("cpu"), "workers": 0}
+    found = open_explorer(str(tmp_path / "run"), pairs, **settings).atlas
+    assert sorted(found.duplicates.tolist()) == [[3, 18], [17, 19]]
+    assert found.duplicate_likeness.tolist() == [1, 1]

@@ -103,3 +103,20 @@ def test_a_fetch_that_is_cut_short_is_one_line_and_is_done_again(store, hasty, c
     assert checkpoints(tmp_path / "elsewhere") == []
     store.fail()
     assert run.train(elsewhere, resume="auto")["steps"] == 2
+
+
+def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):
+    """As of an empty variable; s3fs writes to a folder without a name, and lists nothing there."""
+    url = f"{store.url}//runs//a"
+    twice = with_changes(config, {"run": {"sync": url}})
+    run.train(twice)
+    assert complete(store) == [1, 2]
+    elsewhere = with_out(twice, str(tmp_path / "elsewhere"))
+    run.train(elsewhere, resume="auto")
+    assert f"step-000000002 fetched from {url}" in capsys.readouterr().err
+
+
+def test_a_store_that_does_not_list_what_it_took_ends_a_run(store, config, monkeypatch):
+    monkeypatch.setattr("s3fs.S3FileSystem.find", lambda *_, **__: [])
+    with pytest.raises(ValueError, match="what was written there is not listed; check name"):
+        run.train(config)

@@ -27,6 +27,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, Sampl
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.skipped import SkipLog
 from protoclip.data.transforms import EvaluationTransform, light_transform
+from protoclip.data.view import whole
 from protoclip.models.tokenizers import RememberingTokenizer, open_clip_tokenizer
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
@@ -481,3 +482,19 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     assert message.count("truncated") == 3
     assert "(0.jpg): truncated; sample '1'" in message
     assert "skipped.jsonl" in message
+
+
+def test_the_most_captions_are_those_of_the_fullest_pair_or_of_a_share():
+    """Over list columns and single ones, of the rows in use, of all sources of a view."""
+    columns = {
+        "caption": [["a", "b"], ["a"], None, ["a", "b", "c"]],
+        "title": ["t", None, "t", "t"],
+    }
+    table = tiny_pairs(4).drop_columns("caption")
+    table = pa.table({"image": table["image"], **columns})
+    pairs = ImageTextPairs(table, name="p", caption_columns=("caption", "title"))
+    assert (pairs.most_captions(), pairs.most_captions(0.99)) == (4, 3)
+    few = pairs.subset(np.array([0, 1, 2]))
+    view = whole([few, ImageTextPairs(tiny_pairs(), name="q")])
+    assert few.most_captions() == view.most_captions() == 3
+    assert few.most_captions(0.99) == view.most_captions(0.99) == 1

@@ -252,3 +252,13 @@ def test_memory_is_that_of_two_blocks(folder, monkeypatch):
     items.close()
     assert len(made) >= 100
     assert 10 <= most <= 22  # with one that is being read and one that is in use
+
+
+def test_a_break_says_about_how_many_samples_are_lost(folder):
+    """As many as the shard before had, and where that is known."""
+    source = stream(folder)
+    (before,) = bad([*source.read(str(folder / "5.tar"))])
+    assert len([*source.read(str(folder / "2.tar"))]) == 7
+    (after,) = source.read(str(folder / "5.tar"))
+    assert before == ("5", "no such file; all of the shard is lost")
+    assert after.reason == "no such file; all (about 7 samples) of the shard is lost"
