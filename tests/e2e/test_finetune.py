@@ -262,7 +262,7 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     (record,) = json.loads(capsys.readouterr().out)
     expected = protoclip.evaluate(*protoclip.load(copied), f"{top}/own.parquet", ["retrieval"])
     assert record["metrics"] == expected[0]["metrics"]
-    main(["analyze", str(copied), "--json", "--out", str(tmp_path)])
+    main(["analyze", str(copied), "--json"])
     (analysis,) = json.loads(capsys.readouterr().out)
     assert [entry["step"] for entry in analysis["checkpoints"]] == [4]
     main(["compare", str(copied), str(copied), "--json"])

@@ -32,8 +32,7 @@ from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.validation import judged, trained_guards
 from protoclip.results.compare import compare_runs
-from protoclip.results.findings import compare_headlines
-from protoclip.results.table import TRAINED_ON, print_table, table_of_runs
+from protoclip.results.table import TRAINED_ON, compare_headlines, print_table, table_of_runs
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 

@@ -98,7 +98,7 @@ def in_child(words: list[str], streams: dict[int, str], paths: list[Path]) -> An
         ("data inspect pairs.parquet --data.workers 1 --json", ">/dev/full", 2),
         ("data inspect nothing.csv", "2>&-", 2),
         ("embed-teacher --teacher run --data.train pairs.parquet --out {}/t", ">&- 2>&-", 0),
-        ("analyze run --data pairs.parquet --samples 16 --out {}", "2|", 0),
+        ("analyze run --data pairs.parquet --samples 16", "2|", 0),
     ],
 )
 def test_only_a_result_that_is_lost_is_an_error(words, streams, code, home, tmp_path):

@@ -42,11 +42,9 @@ class Report:
 
         device = open_device()
         if self.checkpoints:
-            from protoclip.results.checkpoints import analyze_runs
+            from protoclip.results.examples import analyze_runs
 
-            analyze_runs(
-                self.runs, overwrite=self.overwrite, allow_links=self.allow_links, device=device
-            )
+            analyze_runs(self.runs, allow_links=self.allow_links, device=device)
         path = write_report(
             self.runs,
             self.out,

@@ -27,7 +27,7 @@ from protoclip.data.access import is_url
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.paired import RunResults, make_reader, read_results
+from protoclip.evaluation.paired import RunResults, read_results
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
 from protoclip.models.protoclip import ProtoCLIP
@@ -401,7 +401,7 @@ def describe_metrics(
 
 def table_of_metrics(results: RunResults, settings: Mapping[str, Any]) -> list[str]:
     """The metrics of a run with their intervals, beside those of its start if it fine-tuned one."""
-    (entry,) = compare_runs([results], read=make_reader(refuse=False))
+    (entry,) = compare_runs([results])
     metrics = results.facts.get("start_metrics")
     before = metrics if isinstance(metrics, dict) else {}
     rows = []

@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import numpy as np
 
 from protoclip.evaluation.metrics import difference, intervals, mark_clear, rests_on_few
 from protoclip.evaluation.paired import (
-    Reader,
     RunResults,
     compare_metric,
     compute_intervals,
@@ -24,7 +22,7 @@ from protoclip.evaluation.paired import (
     make_reader,
 )
 from protoclip.evaluation.suite import Result
-from protoclip.files import checksum, read_json, require_ours, to_json, write_atomically
+from protoclip.files import checksum, require_ours, to_json, write_atomically
 
 LONGEST_NAME = 180  # bytes of a file's name, without its ending
 Entry = Mapping[str, Any]  # a model, as `compare_runs` returns it
@@ -58,16 +56,15 @@ def name_runs(runs: Iterable[tuple[str, int, str]]) -> list[str]:
 
 @np.errstate(over="ignore", invalid="ignore")
 def compare_runs(
-    runs: Sequence[RunResults], models: Sequence[str] | None = None, read: Reader | None = None
+    runs: Sequence[RunResults], models: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Group runs by model, and compare each model with the first.
 
-    A run that is given twice counts once.
+    A run that is given twice counts once. A damaged file of results by sample costs a warning, and
+    the intervals that need it.
 
     Args:
         models: The model of each run, if all runs differ; unset, by `name_models`.
-        read: Reads results by sample; unset, a damaged file is refused, except with several seeds,
-            which have an interval without it.
 
     Returns:
         One entry a model: `name`, `seeds`, the different `machines` of its runs, mean and spread of
@@ -81,9 +78,7 @@ def compare_runs(
     for model, run in zip(models, runs, strict=True):
         groups.setdefault(model, {})[run.seed] = run
     reference = next(iter(groups.values()), {})
-    several = any(len(members) > 1 for members in groups.values())
-    read = read or make_reader(refuse=not several)
-    entries = []
+    read, entries = make_reader(refuse=False), []
     for name, by_seed in groups.items():
         members = [*by_seed.values()]
         ends, metrics = compute_intervals(members, read), dict[str, Any]()
@@ -232,37 +227,17 @@ def write_records(
         ValueError: One of the files is not ours; none is written then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_name: dict[str, dict[str, Any]] = {}
+    by_name, seen = dict[str, dict[str, Any]](), Counter[str]()
     for record in records:
-        words = name_record(record)
+        words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
+        words += [record["split"]] * (record["split"] != "test")
         stem = re.sub(r"[^\w.+-]+", "_", "_".join(words)).strip("._")
         if len(encoded := stem.encode()) > LONGEST_NAME:
             start = encoded[:LONGEST_NAME].decode(errors="ignore")
             stem = f"{start}-{checksum(encoded)[:8]}"
-        # `runs/x` and `runs_x` are one stem.
-        earlier = by_name.get(stem) or read_record(folder / f"{stem}.json")
-        if earlier is not None and name_record(earlier) != words:
-            stem += f"-{checksum(to_json(words).encode())[:8]}"
-        name = stem
-        while name in by_name:  # two models of one name
-            name = f"{stem}-{len(by_name)}"
-        by_name[name] = record
+        seen[stem] += 1
+        by_name[stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"] = record
     for name in by_name if not overwrite else ():
         require_ours(folder / f"{name}.json", '"intervals"')  # CLIP_benchmark's files lack it
     for name, record in by_name.items():
         write_atomically(folder / f"{name}.json", to_json(record) + "\n")
-
-
-def name_record(record: Mapping[str, Any]) -> list[str]:
-    """The words of a record's file name, which differ for different records."""
-    words = [record[key] for key in ("dataset", "pretrained", "model", "language", "task")]
-    return words + ([record["split"]] if record["split"] != "test" else [])
-
-
-def read_record(file: Path) -> dict[str, Any] | None:
-    """The record in a file of ours; None if there is none."""
-    with suppress(ValueError, LookupError):
-        record = read_json(file)
-        name_record(record)
-        return record
-    return None

@@ -1,16 +1,16 @@
-"""The pairs that a run is measured and shown on, and their embeddings by its model.
+"""The pairs that a run is measured and shown on, and how its checkpoints group them.
 
-`checkpoints.py` measures how they are grouped, and `looks.py` shows what lies where.
+`looks.py` shows what lies where, and the measures are in `evaluation/grouping.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -23,23 +23,34 @@ from protoclip.data import sources
 from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.loader import read_image
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.pairs import (
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+    SampleStream,
+)
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import Encoder, Reader
-from protoclip.evaluation.grouping import measure
-from protoclip.evaluation.validation import changed_since, is_asked, judged
-from protoclip.files import checksum, to_json
+from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.validation import changed_since, judged
+from protoclip.files import checksum, to_json, write_atomically
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.progress import Progress
+from protoclip.prototypes.nearest import nearest
+from protoclip.results.compare import name_runs
+from protoclip.results.read import ANALYSIS
+from protoclip.results.table import Cell, Row, Table
+from protoclip.terminal import say
 from protoclip.training.plan import choose_few
 
-T = TypeVar("T")
 PAIRS_PER_GROUP = 5  # at least, in the mean
-BATCH_SIZE = 256
-CACHE_BYTES = 1 << 31  # of decoded images
+FEW = 100  # pairs; with fewer a note says that numbers say little
+HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
 # Unit-norm rows, by space (features, projections) and by `images` or `texts`.
 Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
 
@@ -53,9 +64,8 @@ class Examples:
         classes: The class of each pair, where the data have classes; then with `class_names`.
         groups: Pairs of one group fit each other, where the data say so.
         is_held_out: Whether the run was not trained on them, unless its data have `changed`.
-        skipped: Number of samples that could not be read; `reason` is why one of them could not.
+        skipped: Number of samples that could not be read, one of them for this `reason`.
         changed: How the data of the run differ from those that it was trained on.
-        key: Identifies the images, as `Images.key`; if empty, it is computed from them.
     """
 
     name: str
@@ -69,8 +79,6 @@ class Examples:
     skipped: int = 0
     reason: str = ""
     changed: str = ""
-    key: str = ""
-    _readers: "list[CachingReader]" = field(default_factory=list, repr=False)
 
     @property
     def notes(self) -> list[str]:
@@ -83,24 +91,21 @@ class Examples:
     @property
     def digest(self) -> str:
         """Identifies the pairs by their content, in any order and under any name."""
-        facts = [
-            (checksum(image), caption)
-            for image, caption in zip(self.images, self.captions, strict=True)
-        ]
-        return checksum(to_json(sorted(facts)).encode())
+        pairs = zip(map(checksum, self.images), self.captions, strict=True)
+        return checksum(to_json(sorted(pairs)).encode())
 
-    def reader(self, transform: Callable[[Image.Image], Tensor]) -> "CachingReader":
-        """Reads the images; for several models of one transform it is the same reader."""
-        if not self._readers or self._readers[0].transform != transform:
-            table = pa.table({"image": pa.array(self.images, pa.large_binary())})
-            images = ImageTextPairs(table, name=self.name, caption_columns=())
-            self._readers[:] = [CachingReader(images, transform, self.key)]
-        return self._readers[0]
+    @cached_property
+    def pairs(self) -> ImageTextPairs:
+        """The images, as an encoder takes them."""
+        table = pa.table({"image": pa.array(self.images, pa.large_binary())})
+        return ImageTextPairs(table, name=self.name, caption_columns=())
 
     def measure_grouping(
-        self, rows: Mapping[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
+        self, rows: dict[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
     ) -> tuple[dict[str, float], dict[str, Int[Tensor, "s n"]]]:
         """`grouping.measure` of a model's rows of `images` and `texts`."""
+        from protoclip.evaluation.grouping import measure  # scikit-learn takes a second
+
         return measure(
             rows["images"],
             rows["texts"],
@@ -110,6 +115,9 @@ class Examples:
             content=self.images,
             **more,
         )
+
+
+# Where pairs come from
 
 
 def open_examples(
@@ -122,12 +130,11 @@ def open_examples(
 ) -> Examples:
     """Pairs of a run's validation set, drawn evenly.
 
-    It is the run's held-out pairs or, for the emoji, their validation split.
-
     Args:
         config: Settings of the run.
         samples: Most pairs to take.
-        data: Other pairs, as `data.train`; the first ones of a stream.
+        data: Other pairs, as `data.train`; the first ones of a stream, the validation split of the
+            emoji.
         allow_training: If none are held out, take pairs that the run was trained on; for a run
             with `run.overfit`, those that it learned by heart.
 
@@ -137,204 +144,274 @@ def open_examples(
     if data is not None and data.is_emoji:
         examples = draw_from_split(datasets.emoji(), samples)
     elif data is not None:
-        examples = draw_from_source(sources.pairs(sources.allow_bad(Config(data=data))), samples)
+        examples = draw_examples(sources.pairs(sources.allow_bad(Config(data=data))), samples)
     else:
         settings = sources.allow_bad(config)
         training, validation, _ = judged(settings, sources.pairs(settings))
         if allow_training and config.run.overfit is not None:
             training, validation = choose_few(training, config), []
         if validation:
-            changed = find_changed_data(run, training)
-            examples = replace(draw_from_split(validation[0], samples), changed=changed)
+            changed = None
+            if isinstance(training, Pairs) and len(training.left_out):
+                # Pairs that are held out of changed data may have been trained on.
+                changed = changed_since(run, training)
+            examples = replace(draw_from_split(validation[0], samples), changed=changed or "")
         elif allow_training:
-            examples = replace(draw_from_source(training, samples), is_held_out=False)
+            examples = replace(draw_examples(training, samples), is_held_out=False)
         else:
             raise ValueError(f"{run}: no pairs are held out; name some with --data")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:
+        needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
         raise ValueError(
-            f"{examples.name}: {len(examples.images)} pairs are too few; needs "
-            + "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
+            f"{examples.name}: {len(examples.images)} pairs are too few; needs {needed}"
         )
     return examples
 
 
-def examples_key(config: Config, checkpoints: Sequence[Path]) -> str:
-    """Identifies the pairs that a run is shown on: equal for runs that share their examples."""
-    model = config.model  # its start may have been trained on some of the pairs
-    starts = (model.start, model.image.name, model.text.name)
-    few = config.run.overfit and (config.run.overfit, config.run.seed)
-    trained_on: list[Any] = []
-    with suppress(ValueError):  # damaged
-        trained_on = [saved.facts_of(path, "content").get("sources") for path in checkpoints[-1:]]
-    return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
+def draw_from_split(data: EvaluationData, samples: int) -> Examples:
+    """Pairs of a validation split, with classes and groups where it has some."""
+    split = data.splits["validation"]
+    source: Any = split.images  # the data of a run always have encoded images and captions
+    return replace(
+        draw_examples(source, samples, classes=split.labels, groups=split.groups),
+        name=data.name,
+        class_names=() if split.labels is None else data.class_names,
+        templates=data.templates,
+    )
 
 
-def find_changed_data(run: Path, training: Pairs | SampleStream) -> str:
-    """How a run's data differ from those that it was trained on; empty if they are the same.
-
-    If they differ, pairs that are held out now may have been trained on.
-    """
-    if not (isinstance(training, Pairs) and len(training.left_out)):
-        return ""  # the validation set is another source
-    with suppress(ValueError, LookupError, TypeError, AttributeError):  # its state is damaged
-        return changed_since(run, training) or ""
-    return ""
-
-
-decode_image = partial(decode, max_pixels=MAX_IMAGE_PIXELS)
-
-
-def read_all(
-    read: Callable[[Any], T], items: Iterable[Any]
-) -> tuple[list[T | None], dict[str, Any]]:
-    """Read items by threads, with None for one that cannot be read.
-
-    Also returns the number of those and the reason of the first, as fields of `Examples`.
-    """
-
-    def read_or_none(item: Any) -> tuple[T | None, str]:
-        try:
-            return read(item), ""
-        except ValueError as error:  # BadSample too
-            return None, str(error)
-
-    with ThreadPoolExecutor() as pool:
-        outcomes = list(pool.map(read_or_none, items))
-    reasons = [reason for _, reason in outcomes if reason]
-    lost = {"skipped": len(reasons), "reason": next(iter(reasons), "")}
-    return [item for item, _ in outcomes], lost
-
-
-def draw_from_source(source: Pairs | SampleStream, samples: int) -> Examples:
+def draw_examples(
+    source: Pairs | SampleStream,
+    samples: int,
+    *,
+    classes: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+) -> Examples:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
-        items: Iterable[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    else:
-        items = islice(source.samples(), samples)
-    samples_read, lost = read_all(lambda item: read_image(source, item, decode_image)[0], items)
-    good: dict[str, Sample] = {}  # a stream starts again at its end
-    for sample in samples_read:
-        if sample is not None:
-            good.setdefault(sample.sample_id, sample)
-    whole = isinstance(source, Pairs) and len(good) == len(source)
+        items: list[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
+    else:  # a stream starts again at its end
+        items = [*{item.sample_id: item for item in islice(source.samples(), samples)}.values()]
+
+    def read_sample(item: Any) -> Sample | BadSample:
+        try:
+            return read_image(source, item, lambda data: decode(data, max_pixels=MAX_IMAGE_PIXELS))[
+                0
+            ]
+        except BadSample as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        drawn = list(pool.map(read_sample, items))
+    good = {number: one for number, one in enumerate(drawn) if isinstance(one, Sample)}
+    bad = [str(one) for one in drawn if isinstance(one, BadSample)]
+    rows = [items[number] for number in good]
     return Examples(
         name=source.name,
         images=[sample.image for sample in good.values()],
         captions=[sample.captions[0] for sample in good.values()],
-        key=getattr(source, "key", "") if whole else "",
-        **lost,
+        classes=None if classes is None else classes[rows],
+        groups=None if groups is None else [groups[row] for row in rows],
+        skipped=len(bad),
+        reason=next(iter(bad), ""),
     )
 
 
-def draw_from_split(data: EvaluationData, samples: int) -> Examples:
-    """Pairs of a run's validation set, drawn evenly."""
-    split = data.splits["validation"]
-    source: Any = split.images  # the data of a run always have encoded images and captions
-    assert split.captions is not None
+def make_thumbnail(encoded: bytes, side: int) -> bytes:
+    """An image as WebP without metadata, at most `side` pixels a side.
 
-    def read_encoded(row: int) -> bytes:
-        image: bytes = source.encoded(row)
-        decode_image(image)  # raises if it is damaged
-        return image
-
-    chosen = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    encoded, lost = read_all(read_encoded, chosen)
-    images = {row: image for row, image in zip(chosen, encoded, strict=True) if image is not None}
-    rows = [*images]
-    return Examples(
-        name=data.name,
-        images=[*images.values()],
-        captions=[split.captions[row][0] for row in rows],
-        classes=None if split.labels is None else split.labels[rows],
-        class_names=() if split.labels is None else data.class_names,
-        templates=data.templates,
-        groups=None if split.groups is None else [split.groups[row] for row in rows],
-        key=source.key if rows == [*range(len(source))] else "",
-        **lost,
-    )
+    Raises:
+        ValueError: It cannot be decoded.
+    """
+    image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=side))
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
 
 
-class CachingReader(Reader):
-    """Decodes images only once, unless they take more memory than `CACHE_BYTES`."""
-
-    def __init__(
-        self, images: ImageTextPairs, transform: Callable[[Image.Image], Tensor], key: str
-    ) -> None:
-        super().__init__(images, transform)
-        self.known_key = key
-        self.cache: dict[int, tuple[Tensor | None, int]] = {}
-        self.size = 0
-
-    @property
-    def key(self) -> str:
-        return self.known_key or super().key
-
-    def read(self, row: int) -> tuple[Tensor | None, int]:
-        if row in self.cache:
-            image, content = self.cache[row]
-            return (None if self.knows(content) else image), content
-        image, content = super().read(row)
-        if image is not None and self.size + image.nbytes <= CACHE_BYTES:
-            self.cache[row] = image, content
-            self.size += image.nbytes
-        return image, content
+# Embeddings
 
 
-def embed_checkpoint(
-    checkpoint: Path, pairs: Examples, *, project: bool, device: torch.device
-) -> Spaces:
-    """Load the model of a checkpoint and embed pairs, as `embed_examples`."""
-    loaded, transform, tokenizer = loading.load(checkpoint)
-    assert isinstance(loaded, ProtoCLIP)
-    try:
-        return embed_examples(loaded, transform, tokenizer, pairs, project=project, device=device)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from error
+def open_encoder(reference: Path, device: torch.device) -> Encoder:
+    """The model of a checkpoint, on the store that `evaluate` and `explore` use, too."""
+    return make_encoder(*loading.load(reference), device=device)
+
+
+def make_encoder(model: Any, transform: Any, tokenizer: Any, *, device: torch.device) -> Encoder:
+    model = loading.to_device(model, device).eval()
+    return encoder_of(model, transform, tokenizer, workers=0, cache=cache_folder() / "features")
 
 
 @torch.inference_mode()
-def embed_examples(
-    model: ProtoCLIP,
-    transform: Callable[[Image.Image], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    pairs: Examples,
-    *,
-    project: bool,
-    device: torch.device,
-) -> Spaces:
-    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
-    model = loading.to_device(model, device).eval()
-    encoder = make_encoder(model, transform, tokenizer)
-    images = encoder.images(pairs.reader(transform), stage="images").features
-    texts = encoder.texts(pairs.captions, stage="texts")
-    parts: dict[str, list[Tensor]] = {}
-    batches = zip(torch.split(images, BATCH_SIZE), torch.split(texts, BATCH_SIZE), strict=True)
-    for image, text in batches:
-        embeddings = model.embeddings(image.to(device), text.to(device), project)
-        for name, rows in vars(embeddings).items():
-            if isinstance(rows, Tensor) and rows.ndim == 2:
-                parts.setdefault(name, []).append(rows.float().cpu())
-    tensors = {name: torch.cat(rows) for name, rows in parts.items()}
-    if not all(rows.isfinite().all() for rows in tensors.values()):
+def embed_examples(encoder: Encoder, examples: Examples, *, project: bool) -> Spaces:
+    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`.
+
+    Raises:
+        ValueError: The model has diverged.
+    """
+    model = encoder.model
+    assert isinstance(model, ProtoCLIP)
+    images = encoder.images(examples.pairs, stage="images").features.to(encoder.device)
+    texts = encoder.texts(examples.captions, stage="texts").to(encoder.device)
+    embeddings = model.embeddings(images, texts, project)
+    spaces = {
+        space: {
+            f"{modality}s": getattr(embeddings, f"{modality}_{space}").float().cpu()
+            for modality in ("image", "text")
+        }
+        for space in ("features", *["projections"] * project)
+    }
+    if not all(rows.isfinite().all() for space in spaces.values() for rows in space.values()):
         raise ValueError("the model's projections are not finite; it has diverged")
+    return spaces
+
+
+# `protoclip analyze`
+
+
+def analyze_runs(runs: Sequence[str | Path], **options: Any) -> list[dict[str, Any]]:
+    """Measure the checkpoints of runs, and write `analysis.json` into the folder of each.
+
+    Args:
+        options: As `analyze_run` takes them.
+
+    Raises:
+        ValueError: As `analyze_run`.
+    """
+    folders = [Path(run) for run in runs]
+    for folder in folders:  # before minutes of work on the first one
+        open_run(folder)
+    analyses = []
+    for folder in folders:
+        analysis = analyze_run(folder, **options)
+        write_atomically(folder / ANALYSIS, to_json(analysis, indent=2) + "\n")
+        notes, pairs = [*analysis["notes"]], analysis["pairs"]
+        if len(analysis["checkpoints"]) == 1:
+            notes.append(f"a single checkpoint, so no curves; {HINT}")
+        if pairs < FEW:
+            notes.append(f"only {pairs} pairs, whose groups say little; --data names others")
+        for note in notes:
+            say(f"note: {folder}: {note}")
+        say(f"written to {folder / ANALYSIS}")
+        analyses.append(analysis)
+    if len({(analysis["digest"], analysis["groups"]) for analysis in analyses}) > 1:
+        say("note: the runs differ in data or in the number of groups; see --data and --groups")
+    return analyses
+
+
+def analyze_run(
+    run: Path,
+    *,
+    data: DataConfig | None = None,
+    samples: int = 5000,
+    num_groups: int | None = None,
+    allow_links: bool = False,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Measure every checkpoint of a run on held-out pairs.
+
+    Features always; projections too if the run trains its heads. `prototypes/...` are the sizes of
+    the run's own prototypes, where a checkpoint has some: how many held-out samples are nearest to
+    each. `grouping.measure` describes the other values.
+
+    Args:
+        run: A run folder.
+        data: As `open_examples` takes it, with an `allow_links` of its own.
+        samples: Most pairs to use.
+        num_groups: Groups of each modality; else the run's number of prototypes, but at least five
+            pairs to a group.
+        allow_links: As in `data`, for the run's own pairs; its folder does not grant it.
+
+    Returns:
+        A JSON value. Its `digest` is equal for equal pairs; versions up to 1.0.0 wrote none.
+
+    Raises:
+        ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
+            too few.
+    """
+    from protoclip.evaluation.grouping import group_sizes
+
+    config, checkpoints = open_run(run)
+    config = replace(config, data=replace(config.data, allow_links=allow_links))
+    examples = open_examples(run, config, samples, data=data)
+    most = len(examples.images) // PAIRS_PER_GROUP
+    number = num_groups or min(config.prototypes.number or most, most)
+    if not 2 <= number <= most:
+        raise ValueError(f"{number} groups: choose from 2 to {most} with --groups")
+    entries, previous = [], dict[str, Any]()
+    progress = Progress(f"analyze {config.run.name}", len(checkpoints))
+    for done, checkpoint in enumerate(checkpoints, 1):
+        step = step_of(checkpoint)
+        entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
+        encoder = open_encoder(checkpoint, device)
+        spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
+        for space, rows in spaces.items():
+            entry[space], previous[space] = examples.measure_grouping(
+                rows,
+                number,
+                classes=examples.classes,
+                previous=previous.get(space),
+                seed=config.run.seed,
+            )
+        prototypes = saved.read_prototypes(checkpoint) if "projections" in spaces else {}
+        for modality, centroids in prototypes.items():
+            assignments, _ = nearest(spaces["projections"][f"{modality}s"], centroids)
+            for name, size in group_sizes(assignments, len(centroids)).items():
+                entry["projections"][f"prototypes/{name}/{modality}"] = size
+        entries.append(entry)
+        progress.update(done)
     return {
-        space: {"images": tensors[f"image_{space}"], "texts": tensors[f"text_{space}"]}
-        for space in ("features", "projections")
-        if f"image_{space}" in tensors
+        "name": config.run.name,
+        "seed": config.run.seed,
+        "folder": str(run),
+        "data": examples.name,
+        "pairs": len(examples.images),
+        "digest": examples.digest,
+        "skipped": examples.skipped,
+        "notes": examples.notes,
+        "groups": number,
+        "checkpoints": entries,
     }
 
 
-def make_encoder(
-    model: ProtoCLIP,
-    transform: Callable[[Image.Image], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-) -> Encoder:
-    """An encoder on the store that `evaluate` and `explore` use, too."""
-    return encoder_of(
-        model,
-        transform,
-        tokenizer,
-        batch_size=BATCH_SIZE,
-        workers=0,
-        cache=cache_folder() / "features",
+def open_run(run: Path) -> tuple[Config, list[Path]]:
+    """The settings of a run and its checkpoints, oldest first.
+
+    Raises:
+        ValueError: This is no run, or it has no checkpoint.
+    """
+    if not (run / saved.SETTINGS).is_file():
+        raise ValueError(f"{run}: not a run folder, which has a {saved.SETTINGS}")
+    config, checkpoints = saved.read_config(run), saved.checkpoints(run)
+    if not checkpoints:
+        raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
+    return config, checkpoints
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def table_of_groupings(analyses: Sequence[dict[str, Any]]) -> Table:
+    """The measures of the last checkpoints: one row a measure, one column a run and space."""
+    names = name_runs((one["name"], one["seed"], one["folder"]) for one in analyses)
+    columns = {
+        (name, f"{space}, step {last['step']}"): last[space]
+        for analysis, name in zip(analyses, names, strict=True)
+        for last in analysis["checkpoints"][-1:]
+        for space in ("features", "projections")
+        if space in last
+    }
+    rows = []
+    for measure in sorted({key for values in columns.values() for key in values}):
+        digits = ".4g" if measure.startswith(("groups/", "prototypes/")) else ".3f"
+        values = [column.get(measure) for column in columns.values()]
+        texts = ["" if value is None else format(value, digits) for value in values]
+        rows.append(Row(heading=[measure], cells=[Cell(value=text) for text in texts]))
+    return Table(
+        title="Last checkpoint, held-out pairs",
+        heading=["measure"],
+        columns=[*columns],
+        rows=rows,
     )

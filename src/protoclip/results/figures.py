@@ -22,9 +22,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from protoclip.evaluation.metrics import label
-from protoclip.results.findings import is_headline
 from protoclip.results.read import Curve, read_run
-from protoclip.results.table import split_key
+from protoclip.results.table import is_headline, split_key
 from protoclip.terminal import visible
 
 COLOURS = 8  # of models, in report.css
@@ -83,23 +82,20 @@ def draw_run(folder: Path) -> tuple[bytes, str] | None:
     None if the run logged no steps. Raises `ValueError` if the folder is damaged.
     """
     run = read_run(folder)
-    curves: Mapping[str, Curve] = {
-        name: (steps * run.batch_size, values) for name, (steps, values) in run.curves.items()
+    charts: dict[str, dict[str, Curve]] = {LOSS: {}, HELD_OUT: {}}
+    for name, (steps, values) in run.curves.items():
+        curve = steps * run.config.episodes.batch_size, values
+        data, metric = split_key(name)
+        if name == "train/loss/total":
+            charts[LOSS][LOSS] = curve
+        # A run that is evaluated only at its end has no curve.
+        elif name.startswith("eval/") and is_headline(name) and len(steps) > 1:
+            charts[HELD_OUT][f"{data}: {label(metric, data)}"] = curve
+    charts = {
+        title: dict([*by_name.items()][:MOST_CURVES])
+        for title, by_name in charts.items()
+        if by_name
     }
-    measures = [
-        name
-        for name, (steps, _) in curves.items()
-        if name.startswith("eval/") and is_headline(name)
-        if len(steps) > 1  # a run that is evaluated only at its end has no curve
-    ]
-    charts: dict[str, dict[str, Curve]] = {}
-    if "train/loss/total" in curves:
-        charts[LOSS] = {LOSS: curves["train/loss/total"]}
-    if measures:
-        charts[HELD_OUT] = {}
-        for name in measures[:MOST_CURVES]:
-            data, metric = split_key(name)
-            charts[HELD_OUT][f"{data}: {label(metric, data)}"] = curves[name]
     if not charts:
         return None
     ends = [

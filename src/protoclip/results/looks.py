@@ -7,31 +7,32 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from sklearn.decomposition import PCA
+from scipy.sparse import coo_array
 from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
-from protoclip.evaluation.grouping import MODALITIES
 from protoclip.evaluation.retrieval import captions_of
 from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import loading, saved
-from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.examples import (
     PAIRS_PER_GROUP,
     Examples,
-    embed_checkpoint,
     embed_examples,
     make_encoder,
+    open_encoder,
+    step_of,
 )
 
 PAIRS_PER_PROTOTYPE = 20  # in the gallery, on average
@@ -43,83 +44,8 @@ QUERIES, ANSWERS = 3, 4  # right queries and wrong ones in each direction; answe
 MOST_PROMPTS = 4000  # for a zero-shot classifier
 CONFUSED = 8  # classes in the table of confusions
 ON_MAP = 300  # pairs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prototype:
-    """A prototype with its nearest images and captions.
-
-    Attributes:
-        kind: Why it is shown, such as `largest, tightest`.
-        size: Pairs whose image (or text) is nearest to it.
-        tightness: Mean cosine of its members to it.
-        together: Largest share of its pairs that share a prototype in the other modality.
-        rows: Examples whose images are shown.
-    """
-
-    kind: str
-    size: int
-    tightness: float
-    together: float
-    rows: Sequence[int]
-    captions: Sequence[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """A query, and the nearest answers with whether each is right, best first.
-
-    Images are rows of the examples. From image to text the query is an image, and its answers are
-    captions; else `row` is None.
-
-    Attributes:
-        caption: The query, or the caption of its image.
-        rank: Rank of the first right answer, from 1.
-    """
-
-    row: int | None
-    caption: str
-    rank: int
-    rows: Sequence[tuple[int, bool]] = ()
-    captions: Sequence[tuple[str, bool]] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieval:
-    """Right and wrong answers of one direction, and the share of right ones."""
-
-    right: Sequence[Answer]
-    wrong: Sequence[Answer]
-    share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confusions:
-    """The classes that are confused most.
-
-    Attributes:
-        pairs: True class, predicted class, number of such images, number of images of the class.
-        rows: For each of the classes its name, its number of images, and the shares of them that
-            are predicted as each of the classes, and as any other one.
-        templates: Number of prompts of each class.
-    """
-
-    pairs: Sequence[tuple[str, str, int, int]]
-    rows: Sequence[tuple[str, int, Sequence[float]]]
-    accuracy: float
-    templates: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Map:
-    """Both modalities in two dimensions, which explain a share of the variance; `gap` as in
-    `modality_gap`."""
-
-    title: str
-    images: Float[np.ndarray, "n 2"]
-    texts: Float[np.ndarray, "n 2"]
-    explained: float
-    gap: float
+OTHER = {"image": "text", "text": "image"}
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +65,10 @@ class Look:
     state: str
     space: str
     number: int
-    prototypes: Mapping[str, Sequence[Prototype]]
-    retrieval: Mapping[str, Retrieval]
-    confusions: Confusions | None
-    maps: Sequence[Map]
+    prototypes: "Mapping[str, Sequence[ShownPrototype]]"
+    retrieval: "Mapping[str, Retrieval]"
+    confusions: "Confusions | None"
+    maps: "Sequence[Map]"
     grouping: Mapping[str, Mapping[str, float]]
 
 
@@ -153,13 +79,8 @@ def look_at(
     *,
     seed: int,
     device: torch.device,
-    firsts: dict[str, Map],
 ) -> Look:
     """Embed the examples with a run's model, and find what to show.
-
-    Args:
-        firsts: Maps of these examples before training, which runs of one start share. A new one is
-            added.
 
     Raises:
         ValueError: There is no checkpoint, it is damaged, or the model has diverged.
@@ -172,92 +93,92 @@ def look_at(
     chosen = saved.find_checkpoint(newest.parents[1])
     if chosen == newest.parents[1]:
         state += f", alpha {read_json(chosen / saved.MODEL).get('alpha', 1):g}"
-    model, transform, tokenizer = loading.load(chosen)
-    assert isinstance(model, ProtoCLIP)
-    project = config.uses_prototypes
-    spaces = embed_examples(model, transform, tokenizer, examples, project=project, device=device)
-    features, space = spaces["features"], "projections" if "projections" in spaces else "features"
+    encoder = open_encoder(chosen, device)
+    spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
+    features, space = spaces["features"], [*spaces][-1]
     count = len(examples.images)
-    most = config.prototypes.number or count  # an edited config.toml may lack the number
+    most = config.prototypes.number or count
     number = max(2, min(most, count // PAIRS_PER_PROTOTYPE))
     num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
-    several = examples.classes is not None and examples.classes.ndim != 1  # of each image
-    classes = None if several else examples.classes
-    encoder, captions = make_encoder(model, transform, tokenizer), examples.captions
-    drawn = np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP])
-    end = make_map(features, rows=torch.from_numpy(drawn), title=f"After {state}")
+    has_one_class = examples.classes is not None and examples.classes.ndim == 1
+    drawn = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP]))
     return Look(
         examples=examples,
         state=state,
         space=space,
         number=number,
-        prototypes=find_prototypes(**spaces[space], number=number, captions=captions, seed=seed),
+        prototypes=find_prototypes(
+            **spaces[space], number=number, captions=examples.captions, seed=seed
+        ),
         retrieval=retrieve(
             **features,
-            captions=captions,
+            captions=examples.captions,
             groups=examples.groups,
             content=examples.images,
             seed=seed,
         ),
-        confusions=classify(encoder, examples, features["images"]),
+        confusions=classify(encoder, examples, features["images"]) if has_one_class else None,
         maps=[
-            *map_before(config, checkpoints, examples, rows=drawn, device=device, firsts=firsts),
-            end,
+            *map_before(config, checkpoints[-1], examples, rows=drawn.tolist(), device=device),
+            make_map(features, rows=drawn, title=f"After {state}"),
         ],
         grouping={
-            name: examples.measure_grouping(rows, num_groups, classes=classes, seed=seed)[0]
+            name: examples.measure_grouping(
+                rows, num_groups, classes=examples.classes if has_one_class else None, seed=seed
+            )[0]
             for name, rows in spaces.items()
         },
     )
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 # Maps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Both modalities in two dimensions, which explain a share of the variance; `gap` as in
+    `modality_gap`."""
+
+    title: str
+    images: Float[np.ndarray, "n 2"]
+    texts: Float[np.ndarray, "n 2"]
+    explained: float
+    gap: float
 
 
 def map_before(
     config: Config,
-    checkpoints: Sequence[Path],
+    checkpoint: Path,
     examples: Examples,
     *,
-    rows: Int[np.ndarray, " m"],
+    rows: Sequence[int],
     device: torch.device,
-    firsts: dict[str, Map],
 ) -> list[Map]:
-    """The map before training, with the weights of the run's seed; else that of an early step."""
-    title = "Before training"
-    if any(map(saved.is_aligned, checkpoints[-1:])):
-        title = "Random heads, before the closed form"  # training starts from the closed form
-    start = repr((config.model, config.run.seed, title))
-    if start in firsts:
-        return [firsts[start]]
+    """The map before training, with the weights of the run's seed; none if its start is gone."""
+    # Aligning starts from the closed form.
+    is_aligned = saved.is_aligned(checkpoint)
+    title = "Random heads, before the closed form" if is_aligned else "Before training"
     some = Examples(
         name=examples.name,
         images=[examples.images[row] for row in rows],
         captions=[examples.captions[row] for row in rows],
     )
-    every = torch.arange(len(rows))
     try:
-        model = loading.model(config.model, seed=config.run.seed).eval()
+        model = loading.model(config.model, seed=config.run.seed)
         transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
-        spaces = embed_examples(model, transform, tokenizer, some, project=False, device=device)
-        firsts[start] = make_map(spaces["features"], rows=every, title=title)
-        return [firsts[start]]
-    except (ValueError, OSError):  # its start is gone
-        if len(checkpoints) < 2:
-            return []
-    spaces = embed_checkpoint(checkpoints[0], some, project=False, device=device)
-    title = f"After step {step_of(checkpoints[0]):,}"
-    return [make_map(spaces["features"], rows=every, title=title)]
+    except (ValueError, OSError):
+        return []
+    encoder = make_encoder(model, transform, tokenizer, device=device)
+    features = embed_examples(encoder, some, project=False)["features"]
+    return [make_map(features, rows=torch.arange(len(rows)), title=title)]
 
 
 def make_map(
     features: Mapping[str, Float[Tensor, "n d"]], *, rows: Int[Tensor, " m"], title: str
 ) -> Map:
     """The two directions in which images and texts together vary most (PCA)."""
+    from sklearn.decomposition import PCA  # scikit-learn takes a second
+
     images, texts = features["images"][rows], features["texts"][rows]
     pca = PCA(n_components=2, random_state=0)
     points = pca.fit_transform(torch.cat([images, texts]).double().numpy())
@@ -275,6 +196,72 @@ def make_map(
 # Prototypes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prototype:
+    """One group of a modality.
+
+    Attributes:
+        tightness: Mean cosine of its members to its centroid.
+        agreement: Share of its members whose other side is in `partner`, the most frequent
+            prototype of the other modality.
+    """
+
+    number: int
+    modality: str
+    size: int
+    tightness: float
+    agreement: float
+    partner: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPrototype:
+    """A prototype with its nearest images, as rows of the examples, and captions; `kind` is why it
+    is shown, such as `largest, tightest`."""
+
+    prototype: Prototype
+    kind: str
+    rows: Sequence[int]
+    captions: Sequence[str]
+
+
+def list_prototypes(
+    modality: str, assignments: Array, partners: Array, similarity: Array, number: int
+) -> list[Prototype]:
+    """The prototypes of a modality by number, empty ones included.
+
+    Args:
+        assignments, partners: The prototype of each pair in this modality and in the other `(n,)`.
+        similarity: The cosine of each pair to its centroid `(n,)`.
+        number: Prototypes of each modality.
+    """
+    sizes = np.bincount(assignments, minlength=number)
+    tightness = np.bincount(assignments, similarity, minlength=number) / np.maximum(1, sizes)
+    together = count_together(assignments, partners, number)
+    # The first entry of each row is its largest; among equal ones, that of the lowest column.
+    order = np.lexsort((together.col, -together.data, together.row))
+    rows, first = np.unique(together.row[order], return_index=True)
+    partner, shared = np.zeros((2, number), np.int64)
+    partner[rows], shared[rows] = together.col[order][first], together.data[order][first]
+    return [
+        Prototype(
+            number=index,
+            modality=modality,
+            size=int(sizes[index]),
+            tightness=float(tightness[index]),
+            agreement=float(shared[index] / max(1, sizes[index])),
+            partner=int(partner[index]),
+        )
+        for index in range(number)
+    ]
+
+
+def count_together(one: Array, other: Array, number: int) -> coo_array:
+    """How many pairs are in each combination of groups `(number, number)`."""
+    ones = np.ones(len(one), np.int64)
+    return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
+
+
 def find_prototypes(
     images: Float[Tensor, "n p"],
     texts: Float[Tensor, "n p"],
@@ -282,67 +269,55 @@ def find_prototypes(
     number: int,
     captions: Sequence[str],
     seed: int,
-) -> dict[str, list[Prototype]]:
+) -> dict[str, list[ShownPrototype]]:
     """Prototypes of each modality by K-means: the largest, the tightest, and the most mixed.
 
     The other modality's side of a prototype is the mean over its pairs, as in back-translation.
     """
-    spaces, chosen = {"image": images, "text": texts}, dict[str, list[Prototype]]()
+    spaces, chosen = {"image": images, "text": texts}, dict[str, list[ShownPrototype]]()
     clusters = {
         m: kmeans(rows, number, iterations=ITERATIONS, seed=seed) for m, rows in spaces.items()
     }
-    for modality, other in zip(MODALITIES, reversed(MODALITIES), strict=True):
-        assignments, partner = clusters[modality].assignments, clusters[other].assignments
+    for modality, other in OTHER.items():
+        groups = clusters[modality].assignments
         sides = {
             modality: clusters[modality].centroids,
-            other: back_translate(assignments, spaces[other], number),
+            other: back_translate(groups, spaces[other], number),
         }
-        near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in MODALITIES}
-        sizes, tightness, together = describe_groups(assignments, partner, near[modality])
+        near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in spaces}
+        prototypes = list_prototypes(
+            modality,
+            groups.numpy(),
+            clusters[other].assignments.numpy(),
+            near[modality].gather(1, groups[:, None])[:, 0].numpy(),
+            number,
+        )
         chosen[modality] = []
-        for index, kinds in choose_prototypes(sizes, tightness, together).items():
+        for index, kinds in choose_prototypes(prototypes).items():
             nearest = [captions[row] for row in best_first(near["text"][:, index])]
-            prototype = Prototype(
+            shown = ShownPrototype(
+                prototype=prototypes[index],
                 kind=", ".join(kinds),
-                size=int(sizes[index]),
-                tightness=float(tightness[index]),
-                together=float(together[index]),
                 rows=best_first(near["image"][:, index])[:NEAREST_IMAGES],
                 captions=list(dict.fromkeys(nearest))[:NEAREST_CAPTIONS],
             )
-            chosen[modality].append(prototype)
+            chosen[modality].append(shown)
     return chosen
 
 
-def describe_groups(
-    assignments: Int[Tensor, " n"], partner: Int[Tensor, " n"], near: Float[Tensor, "n k"]
-) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Size, tightness and `together` of each prototype; 0 for an empty one."""
-    number = near.shape[1]
-    shared = torch.bincount(assignments * number + partner, minlength=number * number).view(
-        number, number
-    )
-    sizes = shared.sum(dim=1).float()
-    cosines = near.gather(1, assignments[:, None])[:, 0]
-    summed = torch.zeros(number).index_add_(0, assignments, cosines)
-    return sizes, summed / sizes.clamp(min=1), shared.amax(dim=1) / sizes.clamp(min=1)
-
-
-def choose_prototypes(
-    sizes: Float[Tensor, " k"], tightness: Float[Tensor, " k"], together: Float[Tensor, " k"]
-) -> dict[int, list[str]]:
+def choose_prototypes(prototypes: Sequence[Prototype]) -> dict[int, list[str]]:
     """The prototypes to show, each with all reasons to show it."""
-    enough, never = sizes >= min(FEWEST_MEMBERS, float(sizes.max())), float("-inf")
-    scores = {
-        "largest": sizes.masked_fill(sizes == 0, never),
-        "tightest": tightness.masked_fill(~enough | (sizes == 0), never),
-        "most mixed": (-together).masked_fill(~enough | (sizes == 0), never),
+    by_size = sorted((one for one in prototypes if one.size), key=lambda one: -one.size)
+    large = [one for one in by_size if one.size >= min(FEWEST_MEMBERS, by_size[0].size)]
+    orders = {
+        "largest": by_size,
+        "tightest": sorted(large, key=lambda one: -one.tightness),
+        "most mixed": sorted(large, key=lambda one: one.agreement),
     }
     chosen: dict[int, list[str]] = {}
-    for kind, values in scores.items():
-        for index in best_first(values)[:PICKS]:
-            if values[index] > never:
-                chosen.setdefault(index, []).append(kind)
+    for kind, order in orders.items():
+        for one in order[:PICKS]:
+            chosen.setdefault(one.number, []).append(kind)
     return chosen
 
 
@@ -352,6 +327,33 @@ def best_first(scores: Float[Tensor, " n"]) -> list[int]:
 
 
 # Retrieval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A query, and the nearest answers with whether each is right, best first.
+
+    Images are rows of the examples. From image to text the query is the image `row`, and its
+    answers are captions; else `row` is None, and the answers are rows.
+
+    Attributes:
+        caption: The query, or the caption of its image.
+        rank: Rank of the first right answer, from 1.
+    """
+
+    row: int | None
+    caption: str
+    rank: int
+    answers: Sequence[tuple[Any, bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Right and wrong answers of one direction, and the share of right ones."""
+
+    right: Sequence[Answer]
+    wrong: Sequence[Answer]
+    share: float
 
 
 def retrieve(
@@ -379,46 +381,61 @@ def retrieve(
     similarity = images[pairs.rows] @ texts[[row_of[text] for text in questions]].T
     fits = torch.zeros(similarity.shape, dtype=torch.bool)
     fits[pairs.matches[0], pairs.matches[1]] = True
-
-    def answer_with_texts(image: int, rank: int, top: Sequence[int]) -> Answer:
-        row = pairs.rows[image]
-        answers = [(questions[text], bool(fits[image, text])) for text in top]
-        return Answer(row=row, caption=captions[row], rank=rank, captions=answers)
-
-    def answer_with_images(text: int, rank: int, top: Sequence[int]) -> Answer:
-        answers = [(pairs.rows[image], bool(fits[image, text])) for image in top]
-        return Answer(row=None, caption=questions[text], rank=rank, rows=answers)
-
     by_direction = {}
-    for way, answer, scores, right in (
-        ("image to text", answer_with_texts, similarity, fits),
-        ("text to image", answer_with_images, similarity.T, fits.T),
+    for way, scores, right in (
+        ("image to text", similarity, fits),
+        ("text to image", similarity.T, fits.T),
     ):
+        asks_image = way == "image to text"
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
         # Equal similarities count against the model, as in the recalls.
         ranks = ((scores >= best) & ~right).sum(dim=1) + 1
-        order = np.random.default_rng(seed).permutation(len(scores)).tolist()
-        right_ones, wrong_ones = (
-            [
-                answer(query, int(ranks[query]), best_first(scores[query])[:ANSWERS])
-                for query in [query for query in order if (ranks[query] == 1) == is_right][:QUERIES]
-            ]
-            for is_right in (True, False)
-        )
+        shown: dict[bool, list[Answer]] = {True: [], False: []}
+        for query in np.random.default_rng(seed).permutation(len(scores)).tolist():
+            if len(some := shown[bool(ranks[query] == 1)]) < QUERIES:
+                row = pairs.rows[query] if asks_image else None
+                some.append(
+                    Answer(
+                        row=row,
+                        caption=questions[query] if row is None else captions[row],
+                        rank=int(ranks[query]),
+                        answers=[
+                            (questions[n] if asks_image else pairs.rows[n], bool(right[query, n]))
+                            for n in best_first(scores[query])[:ANSWERS]
+                        ],
+                    )
+                )
         share = float((ranks == 1).double().mean())
-        by_direction[way] = Retrieval(right=right_ones, wrong=wrong_ones, share=share)
+        by_direction[way] = Retrieval(right=shown[True], wrong=shown[False], share=share)
     return by_direction
 
 
 # Confusions
 
 
+@dataclass(frozen=True, kw_only=True)
+class Confusions:
+    """The classes that are confused most.
+
+    Attributes:
+        pairs: True class, predicted class, number of such images, number of images of the class.
+        rows: For each of the classes its name, its number of images, and the shares of them that
+            are predicted as each of the classes, and as any other one.
+        templates: Number of prompts of each class.
+    """
+
+    pairs: Sequence[tuple[str, str, int, int]]
+    rows: Sequence[tuple[str, int, Sequence[float]]]
+    accuracy: float
+    templates: int
+
+
 def classify(
     encoder: Encoder, examples: Examples, images: Float[Tensor, "n d"]
 ) -> Confusions | None:
-    """Zero-shot classification of the examples; None unless each has one class."""
+    """Zero-shot classification of examples that have one class each; None for a single class."""
     classes, names = examples.classes, list(examples.class_names)
-    if classes is None or classes.ndim != 1 or len(names) < 2:
+    if classes is None or len(names) < 2:
         return None
     templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
     texts = encoder.texts(prompts(names, templates), stage="class names")

@@ -1,52 +1,51 @@
 """The report of runs as one page: gathers its values, and renders `report.html.j2`."""
 
 import base64
-import io
 import shlex
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 import protoclip
 from protoclip.config import Config
-from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.evaluation.metrics import METRICS
-from protoclip.evaluation.paired import make_reader
-from protoclip.files import locked, require_ours, write_atomically
+from protoclip.evaluation.validation import is_asked
+from protoclip.files import require_ours, write_atomically
 from protoclip.models import saved
 from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in
-from protoclip.results.examples import Examples, examples_key, open_examples
+from protoclip.results.examples import Examples, make_thumbnail, open_examples
 from protoclip.results.figures import COLOURS, dashes, draw_lines, draw_map
-from protoclip.results.findings import HEADLINES, compare_headlines, describe_changes
-from protoclip.results.looks import Look, Map
+from protoclip.results.looks import Look
 from protoclip.results.read import RunFolder, read_runs
 from protoclip.results.table import (
+    HEADLINES,
+    compare_headlines,
     decimals,
+    describe_changes,
     describe_clear,
+    make_environment,
     sentence_case,
+    shorten,
     table_of_runs,
     write_minus,
 )
-from protoclip.terminal import OBEYED
+from protoclip.terminal import visible
 from protoclip.training.plan import make_plan
 from protoclip.training.run_folder import flat, named_by, positives_of, to_toml
 
 HERE = Path(__file__).parent
-LONGEST = 160  # characters of a caption, a name or a setting
+LONGEST = 160  # characters of a name
 FEW = 10  # bad samples that are named
 THUMBNAIL = 96  # pixels
 TOTAL, SINGLE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
@@ -120,8 +119,7 @@ GROUPING = {
     "recall@10/image_to_text": "Recall@10, image to text",
     "recall@10/text_to_image": "Recall@10, text to image",
 }
-# Settings that say where and not how a run was made.
-NAMES_OF_RUN = ("run.out", "run.name", "run.sync")
+NAMES_OF_RUN = ("run.out", "run.name", "run.sync")  # settings that say where, not how
 FOLLOWS = "from the data or model"  # instead of a default
 OPEN = (None, "auto")  # values that leave a setting to the plan
 
@@ -135,11 +133,8 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run's look at examples, or the `problem` why there is none.
-
-    Attributes:
-        image: Gives the image of an example as a data URI, by row.
-    """
+    """A run's look at examples, or the `problem` why there is none; `image` gives the image of an
+    example as a data URI, by row."""
 
     run: RunFolder
     problem: str = ""
@@ -163,7 +158,6 @@ def write_report(
 
     Args:
         folders: Run folders, finished or not. The others are compared to the model of the first.
-        out: The file to write, in a folder that exists.
         samples: Most example pairs that models are shown on.
         minutes: After this long no further model is run on examples; the page says so.
         seed: Draws the examples.
@@ -171,77 +165,38 @@ def write_report(
         allow_links: As in `data`, for the examples.
 
     Raises:
-        ValueError: A folder is no run, or `out` cannot be written there or is not ours.
+        ValueError: A folder is no run, or `out` is not ours.
         OSError: The file cannot be written.
     """
     out = Path(out)
-    if out.is_dir():
-        raise ValueError(f"--out: {out} is a folder; name a file, such as {out / 'report.html'}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: no folder {out.parent}; make it first")
-    if not folders:
-        raise ValueError("runs: none given; name one run folder or more")
-    with locked(out):
-        if not overwrite:
-            require_ours(out, MARK)
-        runs = [
-            replace(run, model=shorten(run.model), label=shorten(run.label))
-            for run in read_runs(folders, allow_links=allow_links)
-        ]
-        device = device or torch.device("cpu")
-        shown = show_models(runs, samples=samples, minutes=minutes, seed=seed, device=device)
-        command = shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])
-        command += f" --samples {samples} --seed {seed} --minutes {minutes}"
-        command += " --allow_links" * allow_links
-        values = make_context(runs, shown) | {"seed": seed, "command": command}
-        write_atomically(out, render(values))
-    return out
-
-
-def render(values: Mapping[str, Any]) -> str:
-    """The page. Every value passes `make_printable`, and is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=make_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        require_ours(out, MARK)
+    runs = [
+        replace(run, model=shorten(run.model, LONGEST), label=shorten(run.label, LONGEST))
+        for run in read_runs(folders, allow_links=allow_links)
+    ]
+    device = device or torch.device("cpu")
+    shown = show_models(runs, samples=samples, minutes=minutes, seed=seed, device=device)
+    command = shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])
+    command += f" --samples {samples} --seed {seed} --minutes {minutes}"
+    command += " --allow_links" * allow_links
+    environment = make_environment(HERE, finalize=make_visible)
     environment.filters |= {
-        "clip": clip,
-        "shorten": shorten,
         "minus": write_minus,
         "number": format_number,
         "sentence_case": sentence_case,
     }
+    values = make_context(runs, shown) | {"seed": seed, "command": command}
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
-    page: str = environment.get_template("report.html.j2").render(style=style, **values)
-    return page
+    page = environment.get_template("report.html.j2").render(style=style, **values)
+    write_atomically(out, page)
+    return out
 
 
-def make_printable(value: Any) -> Any:
-    """Text without control characters, marks that turn the text's direction, and half characters.
-
-    Joiners stay, since many scripts and emoji need them.
-    """
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    text = value.encode("utf-8", "replace").decode("utf-8")
-    return OBEYED.sub("", text.replace("\n", " ").replace("\t", " "))
-
-
-def clip(text: Any, length: int = LONGEST) -> str:
-    """At most `length` characters of a text."""
-    whole = str(text)
-    return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
-
-
-def shorten(name: str) -> str:
-    """At most `LONGEST` characters of a name; a longer one keeps both ends, since it may end in a
-    folder, and folders differ at their ends."""
-    half = (LONGEST - 1) // 2
-    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+def make_visible(value: Any) -> Any:
+    """Text in which marks that turn or end it are escapes."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def format_number(value: float) -> str:
@@ -252,17 +207,10 @@ def format_number(value: float) -> str:
 def make_context(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> dict[str, Any]:
     """The values of the page that follow from the runs."""
     models = list(dict.fromkeys(run.model for run in runs))
-    finished = [run for run in runs if run.results is not None and run.results.metrics]
-    # All are compared with the first model that has results. A damaged file of samples costs a
-    # warning and the intervals that need it.
-    entries = compare_runs(
-        [run.results for run in finished if run.results is not None],
-        [run.model for run in finished],
-        make_reader(refuse=False),
-    )
-    entries = [entry for entry in entries if entry["metrics"]]
-    findings = compare_headlines(entries)
-    columns = list_groupings(runs, shown)
+    results = [(run.results, run.model) for run in runs if run.results and run.results.metrics]
+    # All are compared with the first model that has results.
+    entries = compare_runs([run for run, _ in results], [model for _, model in results])
+    findings, columns = compare_headlines(entries), list_groupings(runs, shown)
     return {
         "title": " · ".join(models[:4]) + " · …" * (len(models) > 4),
         "version": protoclip.__version__,
@@ -283,7 +231,7 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> dict[st
         "sweeps": [
             {"label": run.label, **run.sweep, "changes": describe_changes(run.differences)}
             for run in runs
-            if run.sweep is not None
+            if run.sweep and run.sweep["points"]
         ],
         "grouping": columns,
         "measures": {
@@ -305,20 +253,22 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> dict[st
 
 def describe_run(run: RunFolder) -> dict[str, str]:
     """A row of the table of runs."""
-    seen = run.environment.get("samples_seen", run.last_step * run.batch_size)
+    seen = run.last_step * run.config.episodes.batch_size
     spent = max(run.seconds or 0.0, sum(seconds_by_part(run).values()))
-    steps = f"{run.last_step:,} steps" if run.curves else "but metrics.jsonl holds no step"
-    state = f"finished, {steps}"
-    if run.results is None:
-        state = f"not finished: step {run.last_step:,} of {run.steps:,}"
-    time = duration(spent) if run.results else f"at least {duration(spent)}"
+    state, time = (
+        f"not finished: step {run.last_step:,} of {run.steps:,}",
+        f"at least {duration(spent)}",
+    )
+    if run.results is not None:
+        seen, time = int(run.results.samples_seen or seen), duration(spent)
+        state = f"finished, {run.last_step:,} steps"
     return {
         "label": run.label,
         "state": state,
-        "seen": f"{int(seen):,}",
+        "seen": f"{seen:,}",
         "time": time if spent else "not known",
         "data": ", ".join(named_by(run.settings, "data.sources", "path", "data.train")),
-        "teachers": run.config.uses_of_teachers if run.config is not None else "",
+        "teachers": run.config.uses_of_teachers,
         "positives": positives_of(run.settings),
         "folder": str(run.folder),
     }
@@ -333,7 +283,11 @@ def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, d
     Headings without values are left out, and so is the total loss if each run has a single loss.
     """
     names = dict.fromkeys(name for run in runs for name in run.curves)
-    if all(is_single_loss(run) for run in runs if TOTAL in run.curves):
+    if all(
+        any(np.array_equal(run.curves[TOTAL], run.curves.get(name, ())) for name in SINGLE)
+        for run in runs
+        if TOTAL in run.curves
+    ):
         names.pop(TOTAL, None)
     sections: dict[str, dict[str, Any]] = {}
     for heading, patterns in CHARTS.items():
@@ -347,7 +301,7 @@ def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, d
             ]
             for name in sorted(fitting):
                 rest = name[len(before) : len(name) - len(after)].replace("_", " ")
-                full = clip(f"{title}, {rest}" if len(fitting) > 1 else title)
+                full = shorten(f"{title}, {rest}" if len(fitting) > 1 else title, LONGEST)
                 section = sections.setdefault(heading, {"drawn": [], "same": []})
                 values = [run.curves[name][1] for run in runs if name in run.curves]
                 if len(unique := np.unique(np.concatenate(values))) == 1:
@@ -357,19 +311,14 @@ def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, d
     return sections
 
 
-def is_single_loss(run: RunFolder) -> bool:
-    """Whether the total loss of a run is that of images and texts alone."""
-    curves = run.curves
-    return any(np.array_equal(curves[name], curves[TOTAL]) for name in SINGLE if name in curves)
-
-
 def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Sequence[str]) -> Chart:
     """A metric of all runs that have it, over samples seen."""
     curves, ends = [], []
     for run in runs:
         if metric in run.curves:
             steps, values = run.curves[metric]
-            curves.append((models.index(run.model), (steps * run.batch_size, values)))
+            samples = steps * run.config.episodes.batch_size
+            curves.append((models.index(run.model), (samples, values)))
             ends.append(f"{run.label}: {values[0]:.3g} to {values[-1]:.3g}")
     words = f"{title} over samples seen, from the first value to the last. {'; '.join(ends)}"
     return Chart(title=title, description=words, svg=draw_lines(curves))
@@ -386,8 +335,7 @@ def list_times(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
     Parts are logged at the end of an episode, so an episode that was cut short has none.
     """
-    rows = []
-    seconds = [seconds_by_part(run) for run in runs]
+    rows, seconds = [], [seconds_by_part(run) for run in runs]
     logged = [part for part in TIMES if any(part in spent for spent in seconds)]
     for run, spent in zip(runs, seconds, strict=True):
         if busy := sum(spent.values()):
@@ -411,45 +359,43 @@ def show_models(
         if run.model not in chosen or (run.checkpoints and not chosen[run.model].checkpoints):
             chosen[run.model] = run
     progress, started, shown = Progress("report", len(chosen)), time.monotonic(), []
-    # Runs on the same data share their examples, the maps before training, and the images.
-    opened: dict[str, tuple[Examples, dict[str, Map], Callable[[int], str]]] = {}
+    # Runs on the same data share their examples and the images.
+    opened: dict[str, tuple[Examples, Callable[[int], str]]] = {}
     for done, run in enumerate(chosen.values()):
-        progress.update(done, make_printable(run.label))
+        progress.update(done, run.label)
         try:
-            if run.config is None:
-                raise ValueError(run.problem)
             if done and time.monotonic() - started > 60 * minutes:
                 raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
-            key = examples_key(run.config, run.checkpoints)
+            key = examples_key(run)
             if key not in opened:
                 examples = open_examples(run.folder, run.config, samples, allow_training=True)
-                opened[key] = examples, {}, cache(partial(data_uri, examples))
-            examples, firsts, image = opened[key]
-            look = looks.look_at(
-                examples, run.config, run.checkpoints, seed=seed, device=device, firsts=firsts
-            )
+                opened[key] = examples, make_images(examples)
+            examples, image = opened[key]
+            look = looks.look_at(examples, run.config, run.checkpoints, seed=seed, device=device)
+            view = RunView(run=run, look=look, image=image, maps=draw_maps(look, run.label))
         except (ValueError, OSError, RuntimeError) as error:
-            problem = clip(" ".join(str(error).split()), 400)
-            shown.append(RunView(run=run, problem=problem))
-            continue
-        shown.append(RunView(run=run, look=look, image=image, maps=draw_maps(look, run.label)))
+            view = RunView(run=run, problem=shorten(str(error), 400))
+        shown.append(view)
     progress.update(len(chosen))
     return shown
 
 
-def data_uri(examples: Examples, row: int) -> str:
-    """A small image of the examples, as the page holds it."""
-    encoded = base64.b64encode(make_thumbnail(examples.images[row])).decode()
-    return f"data:image/webp;base64,{encoded}"
+def examples_key(run: RunFolder) -> str:
+    """Identifies the pairs that a run is shown on: equal for runs that share their examples."""
+    config, model = run.config, run.config.model
+    starts = (model.start, model.image.name, model.text.name)  # trained on some pairs, perhaps
+    few = config.run.overfit and (config.run.overfit, config.run.seed)
+    trained_on = [saved.facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
+    return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
 
 
-def make_thumbnail(encoded: bytes) -> bytes:
-    """A small WebP of an image."""
-    image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=THUMBNAIL))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=80)
-    return buffer.getvalue()
+def make_images(examples: Examples) -> Callable[[int], str]:
+    @cache
+    def make_data_uri(row: int) -> str:
+        encoded = base64.b64encode(make_thumbnail(examples.images[row], THUMBNAIL)).decode()
+        return f"data:image/webp;base64,{encoded}"
+
+    return make_data_uri
 
 
 def draw_maps(look: Look, label: str) -> list[Chart]:
@@ -469,19 +415,19 @@ def draw_maps(look: Look, label: str) -> list[Chart]:
 def list_groupings(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> list[dict[str, Any]]:
     """The measures of grouping of each run, by space: from `protoclip analyze` where it has seen
     the newest checkpoint, else from the examples."""
-    views = {view.run.folder: view.look for view in shown}
+    looks_of = {view.run.folder: view.look for view in shown}
     columns = []
     for run in runs:
         newest = run.checkpoints[-1].name if run.checkpoints else ""
         last = run.analysis["checkpoints"][-1] if run.analysis else {}
-        spaces: Mapping[str, Mapping[str, float]] = {}
+        spaces: Mapping[str, Mapping[str, float | None]] = {}
         source = ""
         if run.analysis and (not newest or newest == f"step-{last['step']:09}"):
             spaces = {space: last[space] for space in ("features", "projections") if space in last}
             source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
             if (run.folder / saved.MODEL).is_file():  # which fine-tuning chose at its end
                 source += f", step {last['step']:,} before WiSE-FT"
-        elif (look := views.get(run.folder)) is not None:
+        elif (look := looks_of.get(run.folder)) is not None:
             spaces = look.grouping
             source = f"{look.state}, {len(look.examples.images):,} pairs of {look.examples.name}"
         columns += [
@@ -500,13 +446,10 @@ def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
     Shared ones are `(value, default of train)`; the default is `FOLLOWS` where `train` fills it.
     """
     usual, empty = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
-    all_settings = []
-    for run in runs:
-        # Versions up to 1.0.0 left it open.
-        source = {"prototypes.source": run.config.prototype_source} if run.config else {}
-        all_settings.append({**run.settings, **source})
-    keys = sorted({key for settings in all_settings for key in settings} - set(NAMES_OF_RUN))
-    rows = {key: [settings.get(key) for settings in all_settings] for key in keys}
+    # Versions up to 1.0.0 left the source of prototypes open.
+    settings = [{**run.settings, "prototypes.source": run.config.prototype_source} for run in runs]
+    keys = sorted({key for each in settings for key in each} - set(NAMES_OF_RUN))
+    rows = {key: [each.get(key) for each in settings] for key in keys}
     differ = {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
     filled = {key for key, value in usual.items() if empty.get(key) in OPEN and value not in OPEN}
     filled.add("teacher.tower")  # the default run has no teacher
@@ -521,19 +464,20 @@ def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
 def list_commands(runs: Sequence[RunFolder]) -> list[str]:
     """Commands that train the runs again, compare them, and measure their grouping."""
     again = [
-        f"{launcher(run)} {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
-        "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
+        f"{find_launcher(run)} {run.command} --config "
+        f"{shlex.quote(str(run.folder / 'config.toml'))} --run.out FOLDER"
+        + " --run.sync none"
+        * ("run.sync" in run.settings)  # it holds this run
         for run in runs
     ]
     folders = shlex.join(str(run.folder) for run in runs)
     return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]
 
 
-def launcher(run: RunFolder) -> str:
+def find_launcher(run: RunFolder) -> str:
     """What to type before a run's command: with several ranks torchrun, on each of its hosts."""
-    counts = (run.environment.get(name, "") for name in ("hosts", "ranks"))
-    hosts, ranks = (int(count) if count.isdecimal() else 1 for count in counts)
+    hosts, ranks = (int(run.environment.get(name, 1)) for name in ("hosts", "ranks"))
     if ranks == 1:
         return "protoclip"
     nodes = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " * (hosts > 1)
-    return f"torchrun {nodes}--nproc-per-node {-(-ranks // max(1, hosts))} -m protoclip"
+    return f"torchrun {nodes}--nproc-per-node {ranks // hosts} -m protoclip"

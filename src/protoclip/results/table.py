@@ -1,12 +1,13 @@
-"""The table of results: the same cells in a terminal, on the page of a report and on a model card.
+"""Results for people: one table for terminal, page and model card, and sentences on who is better.
 
-Its values are computed in `compare.py`.
+The values are computed in `compare.py`.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import rich.table
 from rich.console import Console
@@ -14,41 +15,43 @@ from rich.markup import escape
 
 from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.suite import Result
+from protoclip.evaluation.validation import NAME
 from protoclip.results.compare import Entry, differences_in, find_leaks, record_differences
 from protoclip.terminal import visible
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 WIDEST = 1 << 20  # letters; no table is as wide
 COMMON = "†"  # marks a difference that is not the difference of the means above it
-# For each thing that an interval covers, with room for the number of samples.
-INTERVALS = {
-    "seeds and samples": "Several seeds: over seeds (paired, Student's t) and over {} test samples "
-    "by groups, together.",
-    "seeds": "Without results by sample: over seeds alone; it does not cover other samples.",
-    "samples": "One seed: over {} test samples by groups; it does not cover other seeds.",
-}
 OTHERS = (
     "Where models were evaluated on different samples, a difference has no interval, and is not "
     "due to the models alone."
-)
-ON_FEW = (
-    "A difference has no interval where too few groups of test samples differ, or too few do not."
 )
 TRAINED_ON = (
     "A model that was trained on some of the test images does too well on them, so none of its "
     "differences is marked."
 )
 OF_COMMON = f"{COMMON}: of the seeds that both have, and not the difference of the means shown."
-NO_COMMON = "Models without a common seed: the difference of the means shown."
 BRACKETS = (
     "In brackets: 95% intervals over groups of test samples, and over seeds if there are several; "
     "wide where few groups are wrong, or few right."
 )
-OF_GROUPS = (
-    "In brackets: 95% intervals over groups of samples; wide where few groups are wrong, or few "
-    "right."
+NO_INTERVAL = (
+    "A difference has no interval where too few groups of test samples tell the models apart, or "
+    "they have no seed in common."
 )
 SPREAD = "±: sample standard deviation over seeds."
 RETRIEVAL = "text_retrieval is from an image to its texts, which runs call image_to_text."
+# The measures that sentences compare, by the end of their names, and how a sentence names them.
+HEADLINES = {
+    "zero_shot/acc1": "zero-shot classification",
+    "retrieval/image_to_text@1": "finding the caption of an image",
+    "retrieval/text_to_image@1": "finding an image for a caption",
+    "linear_probe/acc1": "the linear probe",
+    "knn/acc1": "nearest-neighbour classification",
+    "clustering/ami": "grouping images by class (AMI)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +110,9 @@ def format_cell(
     """
     if value is None:
         return Cell()
-
-    def show_interval(ends: Sequence[float], sign: str = "") -> str:
-        low, high = (decimals(end * scale, digits, sign) for end in ends)
-        return f"[{low}, {high}]"
-
     around = []
     if value.get("interval") is not None:
-        around.append(show_interval(value["interval"]) + " wide" * value["wide"])
+        around.append(format_interval(value["interval"], scale, digits) + " wide" * value["wide"])
     if "spread" in value:
         around.append(f"± {decimals(value['spread'] * scale, digits)}")
     difference, change = "", value.get("difference")
@@ -122,7 +120,7 @@ def format_cell(
         difference = decimals(change["mean"] * scale, digits, "+")
         difference += COMMON * change.get("of_some", False)
         if change["interval"] is not None:
-            difference += f" {show_interval(change['interval'], '+')}"
+            difference += f" {format_interval(change['interval'], scale, digits, '+')}"
     return Cell(
         value=decimals(value["mean"] * scale, digits),
         interval=" ".join(around),
@@ -135,6 +133,11 @@ def format_cell(
 def decimals(number: float, digits: int, sign: str = "") -> str:
     """A number with `digits` decimals, and a `+` if `sign` is one; never `-0.0`."""
     return f"{round(number, digits) + 0.0:{sign}.{digits}f}"
+
+
+def format_interval(ends: Sequence[float], scale: float, digits: int, sign: str = "") -> str:
+    low, high = (decimals(end * scale, digits, sign) for end in ends)
+    return f"[{low}, {high}]"
 
 
 def write_minus(text: str) -> str:
@@ -165,10 +168,10 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
             "Second line: difference to the first, with its 95% interval; "
             f"{mark} if that is {describe_clear(differences)}."
         )
-    notes += describe_intervals(differences)
+    notes += [NO_INTERVAL] * any(change["interval"] is None for change in differences)
+    notes += [OTHERS] * any(change["other_samples"] for change in differences)
     notes += [TRAINED_ON] * any(entry["trained_on"] for entry in entries)
     notes += [OF_COMMON] * any(change["of_some"] for change in differences)
-    notes += [NO_COMMON] * any(change["seeds"] == 0 for change in differences)
     keys = dict.fromkeys(key for entry in entries for key in entry["metrics"])
     names = [split_key(key) for key in keys]
     several = len({data for data, _ in names}) > 1
@@ -206,17 +209,14 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
 
 def find_best_mean(values: Sequence[Mapping[str, Any] | None]) -> float | None:
     """The highest mean of a metric; None if all are equal, or if the test samples differ."""
-    means = [value["mean"] for value in values if value is not None]
+    known = [value for value in values if value is not None]
+    means = [value["mean"] for value in known]
     # Only a value of the first model says whether the others have the same samples.
     is_comparable = values[0] is not None or len(means) < 2
-    if not is_comparable or any(map(is_of_other_samples, values)) or max(means) == min(means):
+    others = any(value.get("difference", {}).get("other_samples", False) for value in known)
+    if not is_comparable or others or max(means) == min(means):
         return None
     return float(max(means))
-
-
-def is_of_other_samples(value: Mapping[str, Any] | None) -> bool:
-    """Whether a metric of a model comes from other samples than that of the first model."""
-    return value is not None and value.get("difference", {}).get("other_samples", False)
 
 
 def list_costs(entries: Sequence[Entry], *, several: bool) -> list[Row]:
@@ -264,15 +264,15 @@ def table_of_records(models: Sequence[Sequence[Result]]) -> Table:
         weights = [record["pretrained"]] * (record["pretrained"] not in ("", "none"))
         counts = find_leaks([result for result in results if "datasets" not in result.record])
         columns.append([" ".join([record["model"], *weights]), *counts.values()])
-    notes = [OF_GROUPS]
+    notes = [BRACKETS]
     notes += [RETRIEVAL] * any(metric.startswith("text_retrieval") for _, _, metric in rows)
     records = [result.record for results in models for result in results]
     if first := next(filter(None, (record.get("compared_to") for record in records)), None):
         notes.append(
             f"Second line: paired difference to {visible(first)}, * if it is "
-            f"{describe_clear(record_differences(models))}; without an interval where too few "
-            "groups differ, or too few do not."
+            f"{describe_clear(record_differences(models))}."
         )
+        notes.append(NO_INTERVAL)
         notes += [TRAINED_ON] * any(map(find_leaks, models))
     return Table(
         title=None if tasks == {"geometry"} else title,
@@ -295,25 +295,101 @@ def describe_clear(differences: Iterable[Mapping[str, Any]]) -> str:
     return f"clear by Holm's test of all {number} differences that can be tested, at 5%"
 
 
-def describe_intervals(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences on what the intervals of differences cover, and why some have none."""
+# Sentences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One sentence: `model`, then `rest`; `verdict` is `better`, or `open`."""
+
+    verdict: str
+    model: str
+    rest: str
+
+
+def compare_headlines(entries: Sequence[Entry]) -> list[Finding]:
+    """One sentence a headline measure: the best model against the first one.
+
+    If the first one is the best, it is compared with the second best.
+    """
+    findings = []
+    for key in filter(is_headline, entries[0]["metrics"] if entries else ()):
+        rivals = [entry for entry in entries if key in entry["metrics"]]
+        if len(rivals) > 1:
+            best, second, *_ = sorted(rivals, key=lambda entry: -entry["metrics"][key]["mean"])
+            if best is entries[0]:
+                findings.append(compare_two(key, best, second, sign=-1))
+            else:
+                findings.append(compare_two(key, best, entries[0], sign=1))
+    return findings
+
+
+def is_headline(key: str) -> bool:
+    """Whether a metric has a sentence; metrics of single sources of a mixture have none."""
+    data, metric = split_key(key)
+    return metric in HEADLINES and not data.startswith(f"{NAME}-")
+
+
+def compare_two(key: str, best: Entry, other: Entry, *, sign: int) -> Finding:
+    """A sentence on two models.
+
+    Args:
+        sign: 1 if the entry of `best` holds the difference to `other`, -1 for the reverse.
+    """
+    data, metric = split_key(key)
+    difference = (best if sign > 0 else other)["metrics"][key]["difference"]
+    mean, ends = sign * difference["mean"], difference["interval"]
+    if ends is not None:
+        ends = sorted(sign * end for end in ends)
+    is_better = bool(difference["beyond"]) and ends is not None and ends[0] > 0
+    one, two = (100 * entry["metrics"][key]["mean"] for entry in (best, other))
+    on = HEADLINES[metric] + (f" ({data})" if data != "emoji" else "")
+    points = f"{decimals(100 * mean, 1, '+')} points"
+    if abs(100 * mean - (one - two)) >= 0.05:
+        points += " over the seeds of both"
+    numbers = f"{one:.1f} against {two:.1f} percent, {points} {describe_basis(difference, ends)}"
+    leaks = [
+        f"{entry['name']} was {entry['trained_on'][data]}"
+        for entry in (best, other)
+        if data in entry["trained_on"]
+    ]
+    verdict, reason = f"and {other['name']} cannot be told apart on {on}", ""
+    if leaks:
+        verdict, reason = f"and {other['name']} cannot be compared on {on}", " and ".join(leaks)
+    elif is_better:
+        verdict = f"is better than {other['name']} on {on}"
+    return Finding(
+        verdict="better" if is_better else "open",
+        model=best["name"],
+        rest=write_minus(f"{verdict}: {numbers}{reason and f'; {reason}'}."),
+    )
+
+
+def describe_basis(difference: Mapping[str, Any], ends: Sequence[float] | None) -> str:
+    """The interval of a difference, and over what it is paired."""
+    if ends is None:
+        why = "too few groups of test samples are known to differ"
+        if difference["other_samples"]:
+            why = "they were evaluated on different samples"
+        elif not difference["seeds"]:
+            why = "the runs share no seed"
+        return f"(no interval: {why})"
+    near = any(abs(end) < 0.0005 for end in ends)
+    digits = 2 if near and difference["beyond"] else 1  # "+0.0" is not beyond 0
+    over = [f"{difference['seeds']} seeds"] if difference["seeds"] > 1 else []
+    if difference["samples"] is not None:
+        over.append(f"{difference['samples']:,} test samples")
+    return f"{format_interval(ends, 100, digits, '+')}, paired over {' and '.join(over)}"
+
+
+def describe_changes(differences: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Each headline measure, and by how many points fine-tuning changed it."""
     lines = []
-    for kind, text in INTERVALS.items():
-        changes = [
-            change
-            for change in differences
-            if change["kind"] == kind and change["interval"] is not None
-        ]
-        counts = sorted(change["samples"] for change in changes if change["samples"] is not None)
-        samples = " to ".join(f"{n:,}" for n in dict.fromkeys(counts[:1] + counts[-1:]))
-        lines += [text.format(samples)] * bool(changes)
-    lines += [ON_FEW] * any(map(rests_on_few_groups, differences))
-    return lines + [OTHERS] * any(change["other_samples"] for change in differences)
-
-
-def rests_on_few_groups(difference: Mapping[str, Any]) -> bool:
-    """Whether too few test samples tell two models apart for an interval."""
-    return difference["interval"] is None and difference["samples"] is not None
+    for key in filter(is_headline, differences):
+        data, metric = split_key(key)
+        cell = format_cell({"mean": 0.0, "difference": differences[key]}, scale=100, digits=1)
+        lines.append((f"{HEADLINES[metric]} ({data})", write_minus(cell.difference)))
+    return lines
 
 
 # Where tables are shown
@@ -358,3 +434,29 @@ def print_rich(table: rich.table.Table) -> None:
 def markdown_lines(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table of a model card, line by line; the cells are Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows)]
+
+
+# What pages share
+
+
+def shorten(value: object, limit: int = 300) -> str:
+    """Cut a user's text to one line, and make visible what would turn or break lines."""
+    text = str(value)
+    cut = visible(" ".join(text[: 2 * limit].split()))
+    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
+
+
+def make_environment(folder: Path, **options: Any) -> "Environment":
+    """The templates in a folder, which show every text escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # extras install it
+
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
+    environment.filters["shorten"] = shorten
+    return environment

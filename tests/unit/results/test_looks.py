@@ -32,11 +32,12 @@ def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypat
     captions = [f"clump {number} row {row}" for row, number in enumerate(which.tolist())]
     found = find_prototypes(images, texts, number=4, captions=captions, seed=0)
     largest, tightest, mixed = found["image"]
-    assert [of.kind for of in found["image"]] == ["largest", "tightest", "most mixed"]
-    assert [of.size for of in found["image"]] == [12, 9, 7]
-    assert tightest.tightness == pytest.approx(1)
-    assert largest.tightness < 0.99
-    assert (largest.together, mixed.together) == (1, pytest.approx(2 / 7))
+    assert [shown.kind for shown in found["image"]] == ["largest", "tightest", "most mixed"]
+    assert [shown.prototype.size for shown in found["image"]] == [12, 9, 7]
+    assert tightest.prototype.tightness == pytest.approx(1)
+    assert largest.prototype.tightness < 0.99
+    assert largest.prototype.agreement == 1
+    assert mixed.prototype.agreement == pytest.approx(2 / 7)
     for prototype, number in ((largest, 0), (tightest, 1)):
         assert {captions[row][:7] for row in prototype.rows} == {f"clump {number}"}
     # Texts of clump 0 are those of its own rows, and a quarter of the mixed ones.
@@ -54,27 +55,27 @@ def test_retrieval_examples_are_right_or_wrong_by_group():
     )
     to_text = found["image to text"]
     assert to_text.share == pytest.approx(0.6)
-    assert sorted(of.row for of in to_text.right) == [0, 1, 2]
-    assert sorted(of.row for of in to_text.wrong) == [3, 4]
-    by_row = {of.row: of for of in (*to_text.right, *to_text.wrong)}
-    assert by_row[0].captions[0] == ("b", True)
-    assert by_row[3].captions[0] == ("e", False)
+    assert sorted(shown.row for shown in to_text.right) == [0, 1, 2]
+    assert sorted(shown.row for shown in to_text.wrong) == [3, 4]
+    by_row = {shown.row: shown for shown in (*to_text.right, *to_text.wrong)}
+    assert by_row[0].answers[0] == ("b", True)
+    assert by_row[3].answers[0] == ("e", False)
     assert by_row[3].rank == 5  # equal similarities count against the model
-    to_image = {of.caption: of for of in found["text to image"].right}
+    to_image = {shown.caption: shown for shown in found["text to image"].right}
     assert sorted(to_image) == ["a", "b", "c"]
-    assert to_image["a"].rows[0] == (1, True)
+    assert to_image["a"].answers[0] == (1, True)
 
 
 def test_an_image_of_several_rows_is_one_query_and_one_answer():
     """As `evaluate` counts: each of its captions is right."""
     images, texts = torch.eye(8)[[0, 0, 1, 1, 3]], torch.eye(8)[[0, 0, 1, 2, 3]]
-    shown = retrieve(images, texts, captions=[*"abcde"], content=[*"ppqqr"], seed=0)
-    shares = {way: of.share for way, of in shown.items()}
+    found = retrieve(images, texts, captions=[*"abcde"], content=[*"ppqqr"], seed=0)
+    shares = {way: shown.share for way, shown in found.items()}
     assert shares == {"image to text": 1.0, "text to image": pytest.approx(0.8)}
-    queries = [of.row for of in shown["image to text"].right]
+    queries = [shown.row for shown in found["image to text"].right]
     assert sorted(queries) == [0, 2, 4]
-    (wrong,) = shown["text to image"].wrong
-    assert (wrong.caption, len(wrong.rows)) == ("d", 3)
+    (wrong,) = found["text to image"].wrong
+    assert (wrong.caption, len(wrong.answers)) == ("d", 3)
 
 
 def test_confusions_are_the_most_frequent_ones_with_the_shares_of_their_classes():

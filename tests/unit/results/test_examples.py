@@ -1,12 +1,15 @@
 """The checkpoints of a tiny run, measured by `protoclip analyze`."""
 
+import io
 import json
 import math
 import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from interrupting import with_changes
 from protoclip.cli import main
@@ -14,8 +17,13 @@ from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.results.checkpoints import analyze_run
-from protoclip.results.examples import Examples, embed_checkpoint
+from protoclip.results.examples import (
+    Examples,
+    analyze_run,
+    embed_examples,
+    make_thumbnail,
+    open_encoder,
+)
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config, tiny_pairs
@@ -78,7 +86,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     )
     cpu = torch.device("cpu")
     first, last = (
-        embed_checkpoint(path, held_out, project=False, device=cpu)["features"]
+        embed_examples(open_encoder(path, cpu), held_out, project=False)["features"]
         for path in sorted((runs / "proto" / "checkpoints").iterdir())[::2]
     )
     model, transform, tokenizer = protoclip.load(runs / "proto")
@@ -92,13 +100,23 @@ def test_features_are_those_of_the_checkpoint(runs):
     assert (first["texts"] - texts).abs().max() > 1e-3
 
 
-def test_the_command_writes_a_file_for_each_run(runs, tmp_path, capsys):
+def test_the_command_writes_a_file_for_each_run(runs, capsys):
     folders, data = [str(runs / "proto"), str(runs / "clip")], str(runs / "held_out.parquet")
-    main(["analyze", *folders, "--data", data, "--out", str(tmp_path), "--json"])
+    main(["analyze", *folders, "--data", data, "--json"])
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert [analysis["name"] for analysis in found] == ["tiny", "CLIP"]
-    assert json.loads((tmp_path / "clip.json").read_text()) == found[1]
+    assert json.loads((runs / "clip" / "analysis.json").read_text()) == found[1]
     assert "projections" not in found[1]["checkpoints"][0]  # CLIP's heads are not trained
     assert f"{runs / 'clip'}: a single checkpoint" in shown.err
     assert f"{runs / 'clip'}: only {found[1]['pairs']} pairs" in shown.err
+
+
+def test_thumbnails_are_small_webp_however_thin_the_image():
+    sides = {(800, 400): (96, 48), (2000, 4): (96, 1), (1, 400): (1, 96), (80, 40): (80, 40)}
+    for size, expected in sides.items():
+        buffer = io.BytesIO()
+        Image.new("RGB", size, "red").save(buffer, format="PNG")
+        shown = Image.open(io.BytesIO(make_thumbnail(buffer.getvalue(), 96)))
+        assert (shown.format, shown.size) == ("WEBP", expected)
+        assert np.asarray(shown).mean((0, 1))[0] > 200

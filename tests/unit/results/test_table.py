@@ -9,8 +9,13 @@ from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.paired import RunResults
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.results.compare import compare_runs
-from protoclip.results.findings import compare_headlines
-from protoclip.results.table import sentence_case, table_of_runs, write_minus
+from protoclip.results.table import (
+    compare_headlines,
+    sentence_case,
+    shorten,
+    table_of_runs,
+    write_minus,
+)
 
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
@@ -108,3 +113,17 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
 def test_words():
     assert write_minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
     assert [*map(sentence_case, ("kNN", "linear probe", "a"))] == ["kNN", "Linear probe", "A"]
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("a  b\n c", "a b c"),
+        ("x" * 10**6, "x" * 299 + "…"),
+        ("\u202eabc", "\\u202eabc"),
+        ("\ud800", "\\ud800"),
+        ("a" * 300, "a" * 300),
+    ],
+)
+def test_texts_are_shown_on_one_line_and_cut(text, result):
+    assert shorten(text) == result
