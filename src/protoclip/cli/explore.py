@@ -4,9 +4,8 @@ What the pages show, and how they are served, is in `explore/`.
 """
 
 import errno
-import os
 import socket
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from protoclip.cli.imports import open_device, quick_imports
 from protoclip.cli.spec import BatchOption, ChosenOptions
 from protoclip.config import Count, DataConfig
-from protoclip.files import locked
 from protoclip.rules import (
     require_empty,
     require_file,
@@ -72,7 +70,6 @@ class Explore(ChosenOptions, BatchOption):
         if self.static is not None:
             require_place("--static", self.static, is_folder=True)
             require_empty("--static", Path(self.static))
-            require_replaceable("--static", Path(self.static))
         if self.atlas is not None:
             require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
             if Path(self.atlas).exists():  # it may hold somebody's pairs
@@ -81,33 +78,26 @@ class Explore(ChosenOptions, BatchOption):
             raise ValueError(
                 f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
             )
+        # At once, since libraries, model and pairs take a while.
+        opening = f"opening {' and '.join(self.models)}{f' on {self.data}' if self.data else ''}"
         if self.static is None and self.atlas is None:
             with closing(listen(self.host, self.port)) as listening:  # before slow imports
-                self.say_what_is_opened()
+                say(opening)
                 self.serve(self.explorers(), listening)
             return
-        with ExitStack() as stack:
-            for output in filter(None, (self.static, self.atlas)):
-                stack.enter_context(locked(Path(output)))
-            self.say_what_is_opened()
-            with quick_imports():
-                from protoclip.explore.atlas import MAP_PAIRS
-                from protoclip.explore.serve import write_static, write_table
+        say(opening)
+        explorers = self.explorers()
+        from protoclip.explore.atlas import MAP_PAIRS
+        from protoclip.explore.serve import write_static, write_table
 
-            explorers = self.explorers()
-            if self.static is not None:
-                number = write_static(explorers, Path(self.static))
-                say(f"{number} pages written to {self.static}")
-            if self.atlas is not None:
-                rows = write_table(explorers[0], Path(self.atlas))
-                say(f"{rows:,} rows written to {self.atlas}; look at them with")
-                image = " --image image" if rows <= 2 * MAP_PAIRS else ""
-                print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
-
-    def say_what_is_opened(self) -> None:
-        """At once, since libraries, model and pairs take a while."""
-        data = f" on {self.data}" if self.data else ""
-        say(f"opening {' and '.join(self.models)}{data}")
+        if self.static is not None:
+            number = write_static(explorers, Path(self.static))
+            say(f"{number} pages written to {self.static}")
+        if self.atlas is not None:
+            rows = write_table(explorers[0], Path(self.atlas))
+            say(f"{rows:,} rows written to {self.atlas}; look at them with")
+            image = " --image image" if rows <= 2 * MAP_PAIRS else ""
+            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
 
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""
@@ -134,8 +124,12 @@ class Explore(ChosenOptions, BatchOption):
         """Whether the pairs are of the data that a model's run was trained on, or of a part."""
         from protoclip.explore.explorer import read_run_config
 
+        def places(data: DataConfig) -> set[Path]:
+            paths = [source.path for source in data.sources] or [data.train]
+            return {Path(path).resolve() for path in paths}
+
         config = read_run_config(model)
-        return config is not None and places_of(self.settings()) <= places_of(config.data)
+        return config is not None and places(self.settings()) <= places(config.data)
 
     def layout(self) -> Literal["pca", "umap"]:
         """How the map is made. Says so where a better one could be."""
@@ -166,11 +160,8 @@ class Explore(ChosenOptions, BatchOption):
         from protoclip.cli.data import open_source, print_notes
         from protoclip.explore.pairs import explore_pairs
 
-        data = self.settings()
-        if self.class_column is not None and data.sources:
-            data = with_classes(data, self.class_column)
         try:
-            samples, notes = open_source(data)
+            samples, notes = open_source(self.settings())
         except (ValueError, OSError) as error:
             if self.data is not None:
                 raise
@@ -210,16 +201,15 @@ def listen(host: str, port: int | None) -> socket.socket:
     while True:
         try:
             listening = socket.create_server((host, number), family=family, backlog=256)
-        except (OSError, OverflowError, UnicodeError) as error:
+        except (OSError, UnicodeError) as error:
             code = getattr(error, "errno", None)
             if port is None and code == errno.EADDRINUSE:
-                number += 1  # one beyond the last is refused otherwise
+                number += 1
                 continue
-            of_port = isinstance(error, OverflowError) or code in (errno.EADDRINUSE, errno.EACCES)
+            setting = "--port" if code in (errno.EADDRINUSE, errno.EACCES) else "--host"
             reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
             raise ValueError(
-                f"{'--port' if of_port else '--host'}: cannot listen on {host} port {number} "
-                f"({reason}); choose another"
+                f"{setting}: cannot listen on {host} port {number} ({reason}); choose another"
             ) from None
         if port is None and number != USUAL_PORT:
             say(f"note: port {USUAL_PORT} is taken; pages will be on port {number}")
@@ -231,36 +221,3 @@ def address(listening: socket.socket, host: str, token: str) -> str:
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     name = f"[{name}]" if ":" in name else name
     return f"http://{name}:{listening.getsockname()[1]}/?token={token}"
-
-
-def with_classes(data: DataConfig, column: str) -> DataConfig:
-    """A mixture whose classes are in a column that some of its sources may lack."""
-    from protoclip.data.sources import open_source
-
-    data, sources = replace(data, class_column=None), []
-    for entry in data.sources:
-        named = replace(entry, class_column=column)
-        try:
-            has_it = getattr(open_source(data, named), "class_column", None) is not None
-        except ValueError:  # what else may be wrong with it is said when all are opened
-            has_it = False
-        sources.append(named if has_it else replace(entry, class_column=None))
-    return replace(data, sources=sources)
-
-
-def require_replaceable(setting: str, folder: Path) -> None:
-    """Refuse a folder whose place a new one cannot take, such as a volume of a container."""
-    real = folder.resolve()
-    if real.is_dir() and (
-        real.is_mount() or real == Path.cwd() or not os.access(real.parent, os.W_OK | os.X_OK)
-    ):
-        raise ValueError(
-            f"{setting}: {folder}: cannot be replaced as a whole; name a new folder in it"
-        )
-
-
-def places_of(data: DataConfig) -> set[Path]:
-    """Where pairs come from."""
-    return {
-        Path(path).resolve() for path in [source.path for source in data.sources] or [data.train]
-    }

@@ -1,18 +1,20 @@
-"""How a model maps and groups pairs: positions on the map, prototypes, and how far pairs agree.
+"""How a model maps, groups and names pairs, and how far images and captions agree.
 
 Everything is computed once and kept in the cache, so that the next start shows it at once.
 """
 
 import json
 import sys
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -23,30 +25,23 @@ from torch import Tensor
 
 from protoclip.data.sampler import evenly_spaced
 from protoclip.encode.canonical import out_of_fold
+from protoclip.encode.store import DAMAGED
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.files import (
-    checksum,
-    file_checksum,
-    read_sealed,
-    replacing,
-    sealed,
-    to_json,
-    write_atomically,
-)
+from protoclip.files import checksum, replacing, to_json
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.nearest import nearest
+from protoclip.results.looks import OTHER, Array, Prototype, count_together, list_prototypes
 from protoclip.terminal import say
 
 Layout = Literal["pca", "umap"]
 Modality = Literal["image", "text"]
 Heads = Mapping[str, Callable[[Tensor], Tensor]]
-Array = npt.NDArray[Any]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
-OTHER: dict[str, Modality] = {"image": "text", "text": "image"}
+BY_MODALITY = ("map_position", "prototype", "similarity")  # fields of an atlas
 
 # Part of the name of every file. Change it when the content changes.
-FORM = 10
+FORM = 11
 MAP_PAIRS = 10_000  # drawn on the map; more would lie over each other, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -54,17 +49,17 @@ OTHERS = 1024  # pairs that each pair's loss is computed against
 # Images may be near-duplicates from this cosine on, and are from this likeness of their pixels on.
 # At most this many images are compared with each other.
 LEAST_SIMILAR, LEAST_ALIKE, MOST_DUPLICATES, COMPARED_ROWS = 0.97, 0.8, 500, 20_000
-HASHED_PAIRS = 5 * COMPARED_ROWS  # to find as many different images; each costs a look or a read
 EPOCHS = 200  # of UMAP
 # An image or text lies at the weighted mean of this many near ones; the nearest weighs most.
 NEAR, SOFTNESS = 8, 0.03
 CHUNK = 4096
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
-EQUAL = 1e-3  # share of a row's norm by which copies of an image may differ in half precision
-# Copies of a row are looked for among its 64 next ones along a line. Projected to 16 random lines,
-# the distance of two rows hardly ever becomes 8 times as large.
-ALONG, LINES, APART = 64, 16, 8
 LEAST_IMAGES = 100  # for fitting heads; with fewer they tell nothing about other pairs
+COARSE, FINER, LEVELS = 12, 3, 3  # 12 groups of the map, then 36, then 108
+PAIRS_PER_GROUP = 8  # on average at least, so that a group's words are not those of one caption
+WORDS, LEAST = 3, 0.4  # in a name; each scores at least this share of the first word's score
+READ = 300  # characters of a caption
+PART_NEAR_MIDDLE = 4  # of a group's pairs, a quarter may be its example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +67,16 @@ class Features:
     """Features of pairs, of any norm.
 
     `rows` are the pairs that could be read, `captioned` all pairs with a caption. A model's
-    features have one width; two encoders have a width each. `captions` are all captions, pair after
-    pair, and `counts` their numbers; `text` is the first one, and the only one if these are unset.
+    features have one width; two encoders have a width each. `content` are hashes of the encoded
+    images, if known. `captions` are all captions, pair after pair, and `counts` their numbers;
+    `text` is the first one, and the only one if these are unset.
     """
 
     captioned: Int[Tensor, " c"]
     rows: Int[Tensor, " n"]
     image: Float[Tensor, "n d"]
     text: Float[Tensor, "n e"]
+    content: Int[Tensor, " n"] | None = None
     captions: Float[Tensor, "m e"] | None = None
     counts: Int[Tensor, " n"] | None = None
 
@@ -91,10 +88,10 @@ class Atlas:
     Attributes:
         captioned: Rows of the data that have a caption `(c,)`.
         rows: The pairs, as rows of the data: those whose image can be read too.
-        drawn: Which of these are drawn on the map `(m,)`.
-        image_map_position, text_map_position: Positions on the map `(n, 2)`.
-        image_prototype, text_prototype: Prototypes in the own modality.
-        image_similarity, text_similarity: Cosines to the prototype's centroid.
+        images: The image of each pair, as the position of the first pair that shows it.
+        drawn: Which of the pairs are drawn on the map `(m,)`.
+        map_position: Positions on the map, by modality `(n, 2)`.
+        prototype, similarity: Prototypes in each modality, and cosines to their centroids.
         distance: One minus the cosine of image and text, in [0, 2].
         loss: InfoNCE of the pair among others, in nats.
         unseen: Whether distance and loss come from heads that have not seen the pair, instead of
@@ -111,13 +108,11 @@ class Atlas:
 
     captioned: Array
     rows: Array
+    images: Array
     drawn: Array
-    image_map_position: Array
-    text_map_position: Array
-    image_prototype: Array
-    text_prototype: Array
-    image_similarity: Array
-    text_similarity: Array
+    map_position: Mapping[str, Array]
+    prototype: Mapping[str, Array]
+    similarity: Mapping[str, Array]
     distance: Array
     loss: Array
     duplicates: Array
@@ -132,22 +127,11 @@ class Atlas:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def prototype(self, modality: str) -> Array:
-        values: Array = getattr(self, f"{modality}_prototype")
-        return values
-
-    def similarity(self, modality: str) -> Array:
-        values: Array = getattr(self, f"{modality}_similarity")
-        return values
-
-    def map_position(self, modality: str) -> Array:
-        values: Array = getattr(self, f"{modality}_map_position")
-        return values
-
-
-def num_prototypes(pairs: int) -> int:
-    """A tenth of the pairs, from 2 to 1,000."""
-    return min(max(2, min(pairs // PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES)), pairs)
+    def list_prototypes(self, modality: str) -> list[Prototype]:
+        """The prototypes of a modality by number, empty ones included."""
+        groups, partners = self.prototype[modality], self.prototype[OTHER[modality]]
+        similarity = self.similarity[modality]
+        return list_prototypes(modality, groups, partners, similarity, self.number)
 
 
 def require_groups(number: int | None, pairs: int) -> None:
@@ -173,15 +157,15 @@ def make_atlas(
     """Map and group pairs.
 
     Args:
-        pairs: The pairs of the features. Their images decide which are near-duplicates; unset, each
-            pair has its own image, and near-duplicates are found by cosine alone.
+        pairs: The pairs of the features; unset, each pair has its own image, and near-duplicates
+            are found by cosine alone.
         heads: Projection heads by modality, whose outputs are clustered; unset, features are.
         encoder_features: Features of the same pairs by the model's frozen encoders, if it has two.
             Then near-duplicates are looked for among these.
         aligned: Whether the model was aligned on these pairs. Then distance and loss are
             `cross_fit_disagreement` of the encoders, if there are enough pairs.
         scale: Inverse temperature of the model's own loss.
-        number: Prototypes of each modality; unset, `num_prototypes`.
+        number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
         run_prototypes: Prototypes of the run itself, by modality; the dead ones are counted.
 
     Raises:
@@ -191,17 +175,18 @@ def make_atlas(
     if total < 2:
         raise ValueError(f"{total} pair can be read; exploring needs two or more")
     require_groups(number, total)
-    number = number or num_prototypes(total)
+    usual = max(2, min(total // PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES))
+    number = number or min(usual, total)
     drawn = torch.tensor(evenly_spaced(total, min(total, MAP_PAIRS), seed))
     say("computing: prototypes")
-    groups: dict[str, Array] = {}
+    prototype, similarity = dict[str, Array](), dict[str, Array]()
     dead: dict[str, list[int]] = {}
     for modality in MODALITIES:
         rows = getattr(features, modality)
         head = None if heads is None else heads[modality]
-        assignments, similarity = cluster_rows(rows, head, number=number, seed=seed)
-        groups[f"{modality}_prototype"] = assignments.int().numpy()
-        groups[f"{modality}_similarity"] = similarity.numpy()
+        assignments, cosines = cluster_rows(rows, head, number=number, seed=seed)
+        prototype[modality] = assignments.int().numpy()
+        similarity[modality] = cosines.numpy()
         if run_prototypes and modality in run_prototypes:
             centroids = run_prototypes[modality]
             used = torch.cat([nearest(part, centroids)[0] for part in project_rows(rows, head)])
@@ -209,18 +194,26 @@ def make_atlas(
     say(f"computing: map{', by UMAP, which is compiled first' if layout == 'umap' else ''}")
     positions = place_pairs(features, drawn, layout=layout, seed=seed)
     say("computing: agreement of pairs")
+    images = np.arange(total)
+    if pairs is not None:
+        content = None if features.content is None else features.content.numpy()
+        images = pairs.number_images(features.rows.numpy(), content)
     unseen = None
-    if encoder_features and aligned:
-        unseen = cross_fit_disagreement(encoder_features, seed=seed)
+    if encoder_features and aligned and len(np.unique(images)) >= LEAST_IMAGES:
+        unseen = cross_fit_disagreement(encoder_features, torch.from_numpy(images), seed=seed)
     distance, loss = unseen or measure_disagreement(features, scale=scale, seed=seed)
     say("computing: near-duplicates")
-    duplicates, likeness, compared = find_duplicates(encoder_features or features, pairs, seed=seed)
+    duplicates, likeness, compared = find_duplicates(
+        encoder_features or features, pairs, images, seed=seed
+    )
     return Atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
+        images=images,
         drawn=drawn.numpy(),
-        image_map_position=positions["image"],
-        text_map_position=positions["text"],
+        map_position=positions,
+        prototype=prototype,
+        similarity=similarity,
         distance=distance.numpy(),
         loss=loss.numpy(),
         duplicates=duplicates.numpy(),
@@ -231,7 +224,6 @@ def make_atlas(
         compared=compared,
         run_prototypes=dead,
         unseen=unseen is not None,
-        **groups,
     )
 
 
@@ -264,7 +256,7 @@ def cluster_rows(
 
 def place_pairs(
     features: Features, drawn: Int[Tensor, " m"], *, layout: Layout, seed: int
-) -> dict[Modality, Array]:
+) -> dict[str, Array]:
     """Positions of images and texts on one map, fitted to the pairs that are drawn.
 
     The features of images and of texts lie in two separate clouds, so a map of all of them would
@@ -287,7 +279,7 @@ def place_pairs(
     else:
         on_map = torch.from_numpy(place_by_umap(fitted, seed=seed))
 
-    positions = {}
+    positions = dict[str, Array]()
     for modality in MODALITIES:
         parts = []
         for rows in torch.split(getattr(features, modality), CHUNK):
@@ -308,10 +300,6 @@ def place_by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
     The exact neighbours are computed here, since UMAP's search takes longer to compile than all the
     rest takes.
     """
-    if bool((rows == rows[0]).all()):  # UMAP would divide by their spread
-        return np.zeros((len(rows), 2), np.float32)
-    if len(rows) == 2:  # too few for UMAP's graph
-        return np.array([[-1, 0], [1, 0]], np.float32)
     import umap
 
     few = min(15, len(rows))
@@ -365,20 +353,14 @@ def measure_disagreement(
 
 
 def cross_fit_disagreement(
-    features: Features, *, seed: int
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]] | None:
+    features: Features, images: Int[Tensor, " n"], *, seed: int
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """`measure_disagreement` by heads in closed form that were fitted to pairs of other images; the
     loss is among pairs that these heads have not seen either.
 
     A model that was trained on a wrong pair has learned it, and finds that it fits. Pairs of one
     caption need not be in one fold: the pairs with other images tell what the caption means.
-
-    Returns:
-        None if there are too few images to fit heads.
     """
-    images = number_equal_rows(features.image)
-    if len(torch.unique(images)) < LEAST_IMAGES:
-        return None
     distance, loss = torch.zeros(2, len(images))
     captions = features.text if features.captions is None else features.captions
     counts = torch.ones_like(images) if features.counts is None else features.counts
@@ -389,27 +371,6 @@ def cross_fit_disagreement(
         done += len(rows)
         progress.update(done)
     return distance, loss
-
-
-def number_equal_rows(features: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
-    """Numbers rows from 0 on, in order of appearance; equal rows share a number.
-
-    Copies of an image may differ in the last bits if they were encoded in different batches. Along
-    a line they are still close, with few other rows in between.
-    """
-    rows, width = features.float(), features.shape[1]
-    along = rows @ torch.randn(width, LINES, generator=torch.Generator().manual_seed(0))
-    most, order = EQUAL * rows.norm(dim=1), torch.argsort(along[:, 0])
-    edges = [torch.zeros(2, 0, dtype=torch.long)]
-    for step in range(1, min(ALONG, len(rows) - 1) + 1):
-        one, other = order[:-step], order[step:]
-        near = (along[other] - along[one]).norm(dim=1) <= APART * most[other]
-        for pairs in torch.split(torch.stack([one[near], other[near]]), CHUNK, dim=1):
-            equal = (rows[pairs[0]] - rows[pairs[1]]).norm(dim=1) <= most[pairs[1]]
-            edges.append(pairs[:, equal])
-    groups = connect(torch.cat(edges, dim=1).numpy().T, len(rows))
-    numbers: dict[int, int] = {}
-    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups.tolist()])
 
 
 def connect(pairs: Array, number: int) -> Array:
@@ -432,24 +393,20 @@ def find_repeats(pairs: Iterable[Sequence[int]]) -> set[int]:
 
 
 def find_duplicates(
-    features: Features, pairs: ExploredPairs | None, *, seed: int
+    features: Features, pairs: ExploredPairs | None, images: Array, *, seed: int
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"], int]:
     """Near-duplicate images, how alike they are, and how many images were compared.
 
     An image that several pairs show is compared once, as the image of the first of them. An encoder
     may not tell left from right, so pixels decide on its proposals.
     """
-    total, data_rows = len(features.rows), features.rows.numpy()
-    images = np.array(evenly_spaced(total, min(total, HASHED_PAIRS), seed))
-    if pairs is not None:
-        first = np.unique(pairs.hash_images(data_rows[images]), return_index=True)[1]
-        images = images[np.sort(first)]
-    images = images[evenly_spaced(len(images), min(len(images), COMPARED_ROWS), seed)]
-    compared = torch.from_numpy(images)
+    different = np.unique(images)
+    some = different[evenly_spaced(len(different), min(len(different), COMPARED_ROWS), seed)]
+    compared = torch.from_numpy(some)
     near, values = find_similar_rows(features.image[compared])
     near = compared[near]
     if pairs is not None:
-        both = data_rows[near.numpy()].tolist()
+        both = features.rows[near].tolist()
         values = torch.tensor([pairs.correlate_images(*rows) for rows in both])
         order = values.argsort(descending=True, stable=True)
         order = order[values[order] >= LEAST_ALIKE]
@@ -478,52 +435,7 @@ def find_similar_rows(
     return all_pairs[order], all_values[order]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prototype:
-    """One group of a modality.
-
-    Attributes:
-        tightness: Mean cosine of its members to its centroid.
-        agreement: Share of its members whose other side is in `partner`, the most frequent
-            prototype of the other modality.
-    """
-
-    number: int
-    modality: str
-    size: int
-    tightness: float
-    agreement: float
-    partner: int
-
-
-def list_prototypes(atlas: Atlas, modality: Modality) -> list[Prototype]:
-    """The prototypes of a modality by number, empty ones included."""
-    assignments = atlas.prototype(modality)
-    sizes = np.bincount(assignments, minlength=atlas.number)
-    sums = np.bincount(assignments, atlas.similarity(modality), minlength=atlas.number)
-    together = count_together(assignments, atlas.prototype(OTHER[modality]), atlas.number)
-    # The first entry of each row is its largest; among equal ones, that of the lowest column.
-    order = np.lexsort((together.col, -together.data, together.row))
-    rows, first = np.unique(together.row[order], return_index=True)
-    partners, shared = np.zeros((2, atlas.number), np.int64)
-    partners[rows], shared[rows] = together.col[order][first], together.data[order][first]
-    return [
-        Prototype(
-            number=number,
-            modality=modality,
-            size=int(sizes[number]),
-            tightness=float(sums[number] / max(1, sizes[number])),
-            agreement=float(shared[number] / max(1, sizes[number])),
-            partner=int(partners[number]),
-        )
-        for number in range(atlas.number)
-    ]
-
-
-def count_together(one: Array, other: Array, number: int) -> coo_array:
-    """How many pairs are in each combination of groups `(number, number)`."""
-    ones = np.ones(len(one), np.int64)
-    return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
+# Two models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -551,7 +463,7 @@ def find_movements(first: Atlas, second: Atlas, modality: str) -> Movements:
     """The pairs that two models on the same data put into groups that do not match."""
     _, one, other = np.intersect1d(first.rows, second.rows, assume_unique=True, return_indices=True)
     number = max(first.number, second.number)
-    before, after = first.prototype(modality)[one], second.prototype(modality)[other]
+    before, after = first.prototype[modality][one], second.prototype[modality][other]
     changed = find_changes(before, after, number)
     pairs = np.stack([one, other], axis=1)[changed]
     groups = np.stack([before, after], axis=1)[changed].astype(np.int64)
@@ -573,7 +485,7 @@ def share_moved_by_seed(
     """The share of pairs whose group changes if K-means has another seed, in [0, 1]."""
     head = None if heads is None else heads[modality]
     again, _ = cluster_rows(getattr(features, modality), head, number=atlas.number, seed=1)
-    return float(find_changes(atlas.prototype(modality), again.numpy(), atlas.number).mean())
+    return float(find_changes(atlas.prototype[modality], again.numpy(), atlas.number).mean())
 
 
 def find_changes(before: Array, after: Array, number: int) -> Array:
@@ -586,27 +498,184 @@ def find_changes(before: Array, after: Array, number: int) -> Array:
     return changed
 
 
+# Words of captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A group of the map.
+
+    Attributes:
+        level: 0 is the coarsest.
+        coarse: The name of the coarse group that most of its pairs are in.
+        x, y: The median of its points.
+        example: Among pairs near the middle whose caption has the first word of the name, the one
+            whose image and caption agree best.
+        size: Number of pairs.
+    """
+
+    level: int
+    name: str
+    coarse: str
+    x: float
+    y: float
+    example: int
+    size: int
+
+
+def frequent_words(captions: Sequence[str], most: int) -> list[str]:
+    """The words that most captions have, the most frequent first, without English stop words."""
+    words, has = count_words(captions)
+    order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:most]
+    return [str(word) for word in words[order]]
+
+
+def count_words(captions: Sequence[str]) -> tuple[Array, Any]:
+    """The words of captions `(w,)`, and a sparse matrix of which captions have which `(n, w)`."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(binary=True, stop_words="english", token_pattern=word_pattern())
+    try:
+        has = counter.fit_transform([caption[:READ] for caption in captions])
+    except ValueError:  # no caption has a word
+        return np.array([], str), np.zeros((len(captions), 0), np.int64)
+    return counter.get_feature_names_out(), has
+
+
+@cache
+def word_pattern() -> str:
+    """Matches words that begin with a letter, so that no number is a name. Many scripts write
+    vowels as marks, which are no part of a word for `re`."""
+    marks = [c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c).startswith("M")]
+    return rf"(?u)\b[^\W\d_][\w{''.join(marks)}]+"
+
+
+def name_groups(
+    captions: Sequence[str], assignments: Array, number: int, *, distinct: bool = False
+) -> list[str]:
+    """One to three words for each group, by class-based TF-IDF; empty where no word is found.
+
+    A word scores the share of the group's captions that have it, times log(1 + A / f): f captions
+    have the word, and a group has A captions on average. A word of a single caption names a group
+    only if its captions share no word.
+
+    Args:
+        assignments: The group of each caption `(n,)`, in `0..number - 1`.
+        distinct: Prefer words that no larger group has in its name, or that most captions of the
+            group have.
+    """
+    words, has = count_words(captions)
+    if not len(words):
+        return [""] * number
+    frequency = np.asarray(has.sum(0)).ravel()
+    rarity = np.log1p(len(captions) / number / frequency)
+    names, used = [""] * number, set[str]()
+    sizes = np.bincount(assignments, minlength=number)
+    for group in np.argsort(-sizes, kind="stable").tolist():
+        members = np.flatnonzero(assignments == group)
+        holders = np.asarray(has[members].sum(0)).ravel()
+        score = holders / max(1, len(members)) * rarity
+        if (shared := holders > 1).any():  # else rare words of one caption would come first
+            score = score * shared
+        best = np.lexsort((-frequency, -score))[: 4 * WORDS]
+        good = best[score[best] > LEAST * score[best[0]]]
+        new = [
+            word
+            for word in good
+            if 2 * holders[word] > len(members) or not is_form_of(words[word], used)
+        ]
+        chosen: list[str] = []
+        for word in words[new if distinct and new else good].tolist():
+            if not is_form_of(word, chosen):
+                chosen.append(word)
+        used.update(chosen[:WORDS])
+        names[group] = ", ".join(chosen[:WORDS])
+    return names
+
+
+def is_form_of(word: str, others: Collection[str]) -> bool:
+    """Whether a word is another one with an ending, or vice versa."""
+    return any(word.startswith(other) or other.startswith(word) for other in others)
+
+
+def group_map(
+    map_positions: Array, captions: Sequence[str], distance: Array
+) -> tuple[list[Group], list[str]]:
+    """Groups of pairs that lie together, coarse and large ones first; and the name of each pair's
+    coarse group.
+
+    Args:
+        map_positions: Positions of image and text of each pair `(n, 2, 2)`.
+        distance: Distance between the features of image and text of each pair `(n,)`.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    middles = map_positions.mean(1)
+    most = min(max(1, len(middles) // PAIRS_PER_GROUP), len(np.unique(middles, axis=0)))
+    numbers = sorted({min(most, COARSE * FINER**level) for level in range(LEVELS)})
+    groups: list[Group] = []
+    coarse: list[str] = []
+    for level, number in enumerate(numbers):
+        with warnings.catch_warnings():  # of fewer groups than asked for, because of copies
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            assignments = KMeans(number, n_init=1, random_state=0).fit_predict(middles)
+        names = name_groups(captions, assignments, number, distinct=level == 0)
+        coarse = coarse or [names[group] for group in assignments]
+        sizes = np.bincount(assignments, minlength=number)
+        for group in np.argsort(-sizes, kind="stable").tolist():
+            members = np.flatnonzero(assignments == group)
+            if not len(members):  # fewer middles differ in K-means' precision
+                continue
+            middle = np.median(map_positions[members].reshape(-1, 2), axis=0)
+            word = names[group].partition(",")[0]
+            holders = [row for row in members.tolist() if word in captions[row].lower()]
+            candidates = np.array(holders) if holders else members  # `lower` may change the word
+            from_middle = np.linalg.norm(map_positions[candidates, 0] - middle, axis=1)
+            central = candidates[np.argsort(from_middle, kind="stable")]
+            central = central[: -(-len(central) // PART_NEAR_MIDDLE)]
+            groups.append(
+                Group(
+                    level=level,
+                    name=names[group],
+                    coarse=Counter(coarse[row] for row in members.tolist()).most_common(1)[0][0],
+                    x=float(middle[0]),
+                    y=float(middle[1]),
+                    example=int(central[distance[central].argmin()]),
+                    size=len(members),
+                )
+            )
+    return groups, coarse
+
+
+# Files
+
+
 def write_atlas(path: Path, atlas: Atlas) -> None:
-    """Write an atlas, and beside it a JSON file of its facts and the checksum."""
-    values = {entry.name: getattr(atlas, entry.name) for entry in fields(atlas)}
-    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-    facts = {name: value for name, value in values.items() if name not in arrays}
+    """Write an atlas as arrays, of which `facts` holds the rest as JSON."""
+    arrays, facts = dict[str, Array](), dict[str, Any]()
+    for name, value in vars(atlas).items():
+        if name in BY_MODALITY:
+            arrays |= {f"{name} {modality}": rows for modality, rows in value.items()}
+        elif isinstance(value, np.ndarray):
+            arrays[name] = value
+        else:
+            facts[name] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as scratch, scratch.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    facts["file"] = file_checksum(path)
-    write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
+        np.savez(file, facts=np.array(to_json(facts)), **arrays)  # type: ignore[arg-type]
 
 
 def read_atlas(path: Path) -> Atlas | None:
     """An atlas that `write_atlas` wrote; None if it is missing or damaged."""
     try:
-        facts = read_sealed(path.with_suffix(".json"))
-        if facts.pop("file") != file_checksum(path):
-            return None
-        with np.load(path) as arrays:
-            return Atlas(**arrays, **facts)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError):
+        with np.load(path) as arrays:  # which compares the checksums that the file holds
+            values: dict[str, Any] = dict(arrays)
+        values |= json.loads(str(values.pop("facts")))
+        for name in BY_MODALITY:
+            values[name] = {m: values.pop(f"{name} {m}") for m in MODALITIES}
+        return Atlas(**values)
+    except DAMAGED:
         return None
 
 

@@ -1,19 +1,19 @@
 """A model over pairs: opens both, and finds what is near to a text, an image or a pair."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,13 +33,13 @@ from protoclip.explore.atlas import (
     Heads,
     Layout,
     atlas_path,
+    frequent_words,
     make_atlas,
     normalize,
     read_atlas,
     require_groups,
     write_atlas,
 )
-from protoclip.explore.names import frequent_words
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
@@ -51,62 +51,35 @@ from protoclip.training.run_folder import flat, positives_of
 SEARCH_PIXELS = 50_000_000  # of a query image; decoding takes 20 bytes a pixel
 MAX_QUERY = 1000  # characters of a query text
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
-CHUNK_ELEMENTS = 20_000_000  # similarities in memory at a time
+ROWS = 1 << 16  # in memory at a time
 
 # Words of captions that explain answers, and how many an answer names at most. A word is near to
 # something if its cosine is this many standard deviations above the mean of all words.
 MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
 
-# Pairs to look at for each requested image, until enough different images are among them.
-PAIRS_PER_IMAGE = (2, 16, 128, 1024)
-SHARING, TIMES_MORE = 16, 8  # pairs of an image to look for at first, and the factor of each retry
-SAME_IMAGE = 0.999  # cosine above which two pairs may show one image; features are rounded
-
 # A pair's position in the atlas, and its cosine to the query.
 Near = list[tuple[int, float]]
-NearestRows = tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]  # similarities, and rows
-
-
-class UnreadableImage(ValueError):
-    """A query image cannot be decoded."""
 
 
 class Neighbours:
-    """Finds the rows whose features are nearest to a query.
+    """Finds the pairs whose features are nearest to a query.
 
     Args:
         features: Rows of any norm, which may be mapped into memory.
+        positions: The pair of each row `(n,)`.
     """
 
-    def __init__(self, features: Float[Tensor, "n d"]) -> None:
-        self.features = features
-        norms = [chunk.norm(dim=1) for chunk in torch.split(features, 1 << 16)]
+    def __init__(self, features: Float[Tensor, "n d"], positions: Rows) -> None:
+        self.features, self.positions = features, positions
+        norms = [rows.float().norm(dim=1) for rows in torch.split(features, ROWS)]
         self.norms = torch.cat(norms).clamp(min=1e-12)
 
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def rows(self, rows: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """Unit-norm features of some rows."""
-        return self.features[rows] / self.norms[rows].unsqueeze(1)
-
-    def search(self, queries: Float[Tensor, "b d"], number: int) -> NearestRows:
-        """The `number` nearest rows of each query, the nearest first; fewer if there are fewer."""
-        queries, number = F.normalize(queries.float(), dim=1), min(number, len(self))
-        best: NearestRows | None = None
-        size = max(number, CHUNK_ELEMENTS // max(1, len(queries)))
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            similarity = queries @ self.features[part].float().T / self.norms[part]
-            near = similarity.topk(min(number, similarity.shape[1]), dim=1)
-            values, rows = near.values, near.indices + start
-            if best is not None:
-                values, rows = torch.cat([best[0], values], 1), torch.cat([best[1], rows], 1)
-                top = values.topk(min(number, values.shape[1]), dim=1)
-                values, rows = top.values, rows.gather(1, top.indices)
-            best = values, rows
-        assert best is not None
-        return best
+    def search(self, query: Float[Tensor, " d"], number: int) -> Near:
+        """The nearest pairs, the nearest first; fewer if there are fewer."""
+        query = F.normalize(query.float(), dim=0)
+        cosines = torch.cat([rows.float() @ query for rows in torch.split(self.features, ROWS)])
+        best = (cosines / self.norms).topk(min(number, len(cosines)))
+        return list(zip(self.positions[best.indices].tolist(), best.values.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +87,13 @@ class Answer:
     """The images and the captions nearest to a query.
 
     Attributes:
-        sharing: For each image, by its position, the other pairs found that show the same one.
+        images: Of each image the first pair that shows it.
         words: The words of captions that are nearest to the query.
         shared: For each image and each text by modality, the words near both to it and the query.
     """
 
     images: Near
     texts: Near
-    sharing: Mapping[int, Sequence[int]] = field(default_factory=dict)
     words: Sequence[str] = ()
     shared: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
@@ -146,7 +118,7 @@ class Explorer:
     heads: Heads | None = None
     teachers: str = ""
     positives: str = ""
-    _lock: Any = field(default_factory=Lock, repr=False)
+    _lock: Any = field(default_factory=RLock, repr=False)  # for the model and what is made once
 
     @cached_property
     def features(self) -> Features:
@@ -154,39 +126,42 @@ class Explorer:
             return self.encoded
         # The atlas has their rows, which spares reading all captions.
         features = encode_pairs(self.encoder, self.pairs, self.atlas.captioned)
-        return select_rows(features, self.atlas.rows)
+        rows = torch.from_numpy(self.atlas.rows)
+        numbers = torch.searchsorted(features.rows, rows).clamp(max=len(features.rows) - 1)
+        if not torch.equal(features.rows[numbers], rows):
+            raise ValueError(
+                "images of the map cannot be read any more; mend them, or make it anew with "
+                "--no-cache"
+            )
+        return replace(
+            features, rows=rows, image=features.image[numbers], text=features.text[numbers]
+        )
 
     @cached_property
-    def _spaces(self) -> dict[str, Neighbours]:
-        return {m: Neighbours(getattr(self.features, m)) for m in MODALITIES}
-
-    def space(self, modality: str) -> Neighbours:
-        """The features of a modality, ready to be searched."""
-        with self._lock:
-            return self._spaces[modality]
+    def spaces(self) -> dict[str, Neighbours]:
+        """The features of each different image, and of each text, ready to be searched."""
+        images, texts = np.unique(self.atlas.images), np.arange(len(self.atlas))
+        features = self.features.image
+        return {
+            "image": Neighbours(features[images] if len(images) < len(texts) else features, images),
+            "text": Neighbours(self.features.text, texts),
+        }
 
     @cached_property
-    def _words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
-        captions = []
-        for row in self.atlas.rows[self.atlas.drawn].tolist():
-            with suppress(BadSample):
-                captions.append(self.pairs.caption(row))
-        words = frequent_words(captions, MOST_WORDS)
+    def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
+        """The most frequent words of captions, and their features, of unit norm."""
+        rows = self.atlas.rows[self.atlas.drawn].tolist()
+        words = frequent_words([self.pairs.caption(row) for row in rows], MOST_WORDS)
         if not words:
             return [], torch.zeros(0, 0)
         return words, normalize(self.encoder.texts(words, stage="words of captions"))
-
-    def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
-        """The most frequent words of captions, and their features, of unit norm."""
-        with self._lock:
-            return self._words
 
     def prepare(self) -> None:
         """Open features and words in a thread, so that the first query need not wait."""
 
         def open_both() -> None:
-            self.space("image")
-            self.words()
+            with self._lock:
+                _ = self.spaces, self.words
 
         start_thread(open_both, name="protoclip-features")  # the first question says what is wrong
 
@@ -199,9 +174,10 @@ class Explorer:
         position = int(np.searchsorted(self.atlas.rows, row))
         return position if row in self.atlas.rows[position : position + 1] else None
 
-    def image_key(self, position: int) -> str:
-        """Identifies the image of a pair in the atlas; equal for pairs that show one image."""
-        return self.pairs.image_key(self.row(position))
+    def pairs_of_image(self, position: int) -> list[int]:
+        """The other pairs that show the image of a pair."""
+        images = self.atlas.images
+        return [at for at in np.flatnonzero(images == images[position]).tolist() if at != position]
 
     def search_text(self, text: str, number: int = 24) -> Answer:
         """The pairs nearest to the first 1,000 characters of a text.
@@ -215,66 +191,43 @@ class Explorer:
         text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
         if not text:
             raise ValueError("an empty text finds nothing; write some words")
-        text = ARTICLE.sub("", text)
-        encoder = self.encoder
-        with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
-            tokens = encoder.tokens([text]).to(encoder.device)
-            with encoder.context():
-                query = encoder.model.encode_text(tokens).float().cpu()
-        return self._explain(query, self.near(query, number))
+        with self._lock:
+            tokens = self.encoder.tokens([ARTICLE.sub("", text)])
+            return self._answer(self.encoder.model.encode_text, tokens, number)
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
-        """The pairs nearest to an image; raises `UnreadableImage` if it cannot be decoded."""
-        encoder = self.encoder
-        # One at a time, since an image may be large.
-        with self._lock, evaluation_mode(encoder.model), torch.inference_mode():
-            try:
-                image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
-            except ValueError as error:
-                raise UnreadableImage(str(error)) from None
-            pixels = encoder.transform(image).unsqueeze(0).to(encoder.device)
-            with encoder.context():
-                query = encoder.model.encode_image(pixels).float().cpu()
-        return self._explain(query, self.near(query, number))
+        """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
+        image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
+        pixels = self.encoder.transform(image).unsqueeze(0)
+        return self._answer(self.encoder.model.encode_image, pixels, number)
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """The images and texts nearest to a pair's image or text, except its own."""
-        query = self.space(modality).rows(torch.tensor([position]))
-        answer = self.near(query, number + 1)
-        key = self.image_key(position)
-        images = [near for near in answer.images if self.image_key(near[0]) != key]
+        with self._lock:
+            answer = self.near(getattr(self.features, modality)[position], number + 1)
+        own = int(self.atlas.images[position])
+        images = [near for near in answer.images if near[0] != own]
         texts = [near for near in answer.texts if near[0] != position]
-        return replace(answer, images=images[:number], texts=texts[:number])
+        return Answer(images=images[:number], texts=texts[:number])
 
-    def near(self, query: Float[Tensor, "1 d"], number: int) -> Answer:
+    def near(self, query: Float[Tensor, " d"], number: int) -> Answer:
         """The nearest different images, and the nearest texts."""
-        for times in PAIRS_PER_IMAGE:
-            showing: dict[str, Near] = {}
-            for near in self._near_pairs(query, "image", times * number):
-                showing.setdefault(self.image_key(near[0]), []).append(near)
-            # Pairs of one image are neighbours in the list, so only the last image may lack some.
-            if len(showing) > number:
-                break
-        images: Near = []
-        sharing: dict[int, list[int]] = {}
-        for pairs in [*showing.values()][:number]:
-            first, *others = sorted(position for position, _ in pairs)
-            images.append((first, pairs[0][1]))
-            sharing[first] = others
-        return Answer(images=images, texts=self._near_pairs(query, "text", number), sharing=sharing)
+        images, texts = (self.spaces[modality].search(query, number) for modality in MODALITIES)
+        return Answer(images=images, texts=texts)
 
-    def _near_pairs(self, query: Float[Tensor, "1 d"], modality: str, number: int) -> Near:
-        similarity, rows = self.space(modality).search(query, number)
-        return list(zip(rows[0].tolist(), similarity[0].tolist(), strict=True))
-
-    def _explain(self, query: Float[Tensor, "1 d"], answer: Answer) -> Answer:
-        """Add the words near to the query, and those also near to each result."""
-        words, features = self.words()
+    @torch.inference_mode()
+    def _answer(self, encode: Callable[..., Tensor], query: Tensor, number: int) -> Answer:
+        """What is near to a query, the words near to it, and those also near to each result."""
+        encoder = self.encoder
+        with self._lock:
+            with evaluation_mode(encoder.model), encoder.context():
+                features = encode(query.to(encoder.device)).float().cpu()
+            answer, (words, of_words) = self.near(features[0], number), self.words
         if not words:
             return answer
 
         def standardize(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
-            cosine = normalize(rows) @ features.T
+            cosine = normalize(rows) @ of_words.T
             return (cosine - cosine.mean(1, keepdim=True)) / (cosine.std(1, keepdim=True) + 1e-6)
 
         def near_words(nearness: Float[Tensor, "n w"]) -> list[list[str]]:
@@ -284,29 +237,11 @@ class Explorer:
                 for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
 
-        to_query, shared = standardize(query), {}
+        to_query, shared = standardize(features), {}
         for modality, near in (("image", answer.images), ("text", answer.texts)):
-            rows = self.space(modality).rows(torch.tensor([row for row, _ in near]).long())
-            shared[modality] = near_words(torch.minimum(standardize(rows.float()), to_query))
+            rows = getattr(self.features, modality)[[position for position, _ in near]]
+            shared[modality] = near_words(torch.minimum(standardize(rows), to_query))
         return replace(answer, words=near_words(to_query)[0], shared=shared)
-
-    def find_sharing(self, positions: Sequence[int]) -> dict[int, list[int]]:
-        """For each of these pairs, all others that show the same image."""
-        space, key_of, sharing = self.space("image"), cache(self.image_key), dict[int, list[int]]()
-        waiting, number = torch.tensor(positions).long(), SHARING
-        while len(waiting):
-            # Smaller batches for more results each.
-            for batch in torch.split(waiting, max(1, CHUNK_ELEMENTS // number)):
-                similarity, rows = space.search(space.rows(batch), number)
-                same = similarity >= SAME_IMAGE
-                for position, near, is_same in zip(batch.tolist(), rows, same, strict=True):
-                    if not is_same[-1] or number >= len(space):  # then there are no more
-                        others = sorted({*near[is_same].tolist()} - {position})
-                        key = key_of(position)
-                        sharing[position] = [other for other in others if key_of(other) == key]
-            waiting = torch.tensor([row for row in waiting.tolist() if row not in sharing])
-            number *= TIMES_MORE
-        return sharing
 
 
 def open_explorer(
@@ -450,31 +385,14 @@ def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features
     texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
     is_read = torch.ones(len(rows), dtype=torch.bool)
     is_read[[row for row, _ in images.bad]] = False
-    if len(images.content) == len(images.features):  # features from `align` have no hashes
-        pairs.keep_content(rows[is_read.numpy()], images.content.numpy())
+    has_hashes = len(images.content) == len(images.features)  # features from `align` have none
     return Features(
         captioned=torch.from_numpy(rows),
         rows=torch.from_numpy(rows)[is_read],
         image=images.features,
         text=texts if bool(is_read.all()) else texts[is_read],
+        content=images.content if has_hashes else None,
     )
-
-
-def select_rows(features: Features, rows: Rows) -> Features:
-    """Features of the rows of an atlas, which may be fewer than can be read now.
-
-    Raises:
-        ValueError: The image of a row cannot be read any more.
-    """
-    wanted = torch.from_numpy(np.asarray(rows, np.int64))
-    numbers = torch.searchsorted(features.rows, wanted).clamp(max=len(features.rows) - 1)
-    if lost := int((features.rows[numbers] != wanted).sum()):
-        raise ValueError(
-            f"{lost} images of the map cannot be read any more; mend them, or make it anew with "
-            "--no-cache"
-        )
-    image, text = features.image[numbers], features.text[numbers]
-    return replace(features, rows=wanted, image=image, text=text)
 
 
 def add_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:

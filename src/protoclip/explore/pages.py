@@ -1,4 +1,4 @@
-"""The pages of an explorer; the table `PAGES` lists them with their needs.
+"""The pages of an explorer, and its map; the table `PAGES` lists the pages with their needs.
 
 Pages link to each other by relative names, so a server and a folder of files hold the same ones
 (`serve.py`). Captions, ids and names are text: Jinja escapes them, and `shorten` cuts them and
@@ -11,9 +11,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
-from importlib.resources import files
 from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
@@ -21,31 +20,49 @@ from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
-import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from bokeh.core.properties import field
+from bokeh.embed import json_item
+from bokeh.models import (
+    BoxSelectTool,
+    ColumnDataSource,
+    HoverTool,
+    LassoSelectTool,
+    LinearColorMapper,
+    PanTool,
+    Range1d,
+    ResetTool,
+    TapTool,
+    WheelZoomTool,
+)
+from bokeh.palettes import Viridis256
+from bokeh.plotting import figure
+from jinja2 import Environment
 from markupsafe import Markup
 
 from protoclip.data.access import start_thread
-from protoclip.data.pairs import BadSample
 from protoclip.data.sampler import evenly_spaced
+from protoclip.data.view import Rows
 from protoclip.explore.atlas import (
     LEAST_ALIKE,
     MODALITIES,
-    OTHER,
+    Atlas,
     Modality,
     Movements,
-    Prototype,
     find_movements,
     find_repeats,
-    list_prototypes,
+    group_map,
+    name_groups,
     share_moved_by_seed,
 )
-from protoclip.explore.explorer import Answer, Explorer, UnreadableImage
-from protoclip.explore.names import name_groups
-from protoclip.explore.pairs import ID_LENGTH, shorten
+from protoclip.explore.explorer import Answer, Explorer
+from protoclip.explore.pairs import ExploredPairs
 from protoclip.models.saved import run_of
+from protoclip.results.looks import OTHER, Array, Prototype
+from protoclip.results.table import make_environment, shorten
 from protoclip.terminal import visible
 
+HERE = Path(__file__).parent
+ID_LENGTH = 120  # characters of a sample id
 PAGE_SIZE = 60  # pairs, or prototypes, on a page
 ALIKE = 0.95  # default likeness from which near-duplicates are listed
 FLOWS = 40  # movements between groups that are listed
@@ -53,11 +70,44 @@ READ_CAPTIONS = 2000  # captions of pairs that moved, and of those that stayed, 
 MEMBERS, CAPTIONS = 4, 3  # of a prototype in the list
 NAMED_BY = 20  # members nearest to the centroid, whose captions name a prototype
 THUMBNAIL_SIDE, LARGE_SIDE = 160, 512  # pixels
-Rows = npt.NDArray[np.int64]
-
-
-class NoSuchPage(LookupError):
-    """A page beyond the last one."""
+MAP_CAPTION_LENGTH, NAME_LENGTH = 120, 40
+OUTER = 0.01  # share of the points at each side that the first view may leave out
+MOST_SIZE = 8  # pixels across a point
+# Colours of points, which differ on light and dark ground; and of text on the light and the dark
+# ground of `explore.css`, as dark or as bright as a contrast of 4.5 needs (WCAG 2).
+COLOURS = (
+    ("#3b82f6", "#3472d8", "#3b82f6"),
+    ("#e8590c", "#cc4e0b", "#e8590c"),
+    ("#2f9e44", "#278539", "#2f9e44"),
+    ("#d6336c", "#d6336c", "#db4b7e"),
+    ("#9c36b5", "#9c36b5", "#b262c5"),
+    ("#0c8599", "#0c8296", "#1f8fa1"),
+    ("#b08900", "#907000", "#b08900"),
+    ("#e03131", "#e03131", "#e44a4a"),
+    ("#5f3dc4", "#5f3dc4", "#8c73d5"),
+    ("#66a80f", "#50830c", "#66a80f"),
+    ("#1098ad", "#0d8091", "#1098ad"),
+    ("#f06595", "#bb4f74", "#f06595"),
+    ("#845ef7", "#7f5aed", "#8b68f7"),
+    ("#20c997", "#158564", "#20c997"),
+    ("#fd7e14", "#b65b0e", "#fd7e14"),
+    ("#4c6ef5", "#496aeb", "#5777f6"),
+    ("#a61e4d", "#a61e4d", "#c16282"),
+    ("#087f5b", "#087f5b", "#2b9172"),
+    ("#c2255c", "#c2255c", "#d15983"),
+    ("#868e96", "#71777e", "#868e96"),
+)
+PALETTE = [colour for colour, _, _ in COLOURS]  # later categories share the last one
+# Bokeh escapes what it puts in the place of a column's name.
+TOOLTIP = """
+<div class="tooltip">
+  <img src="../images/@row{0}.webp" width="160" alt="">
+  <div class="caption">@caption</div>
+  <div>distance @distance{0.000}, loss @loss{0.00}</div>
+  <div>@id</div>
+  <div class="more"></div>
+</div>
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,22 +223,20 @@ class Site:
     @cached_property
     def map(self) -> Markup:
         """The map as JSON for a page, in which no text ends a tag."""
-        from protoclip.explore.map import make_map
-
         text = json.dumps(make_map(self.atlas, self.pairs))
         return Markup(text.replace("<", "\\u003c"))
 
     @cached_property
     def prototypes(self) -> dict[str, list[Prototype]]:
-        return {modality: list_prototypes(self.atlas, modality) for modality in MODALITIES}
+        return {modality: self.atlas.list_prototypes(modality) for modality in MODALITIES}
 
     @cached_property
     def _members(self) -> dict[str, tuple[Rows, Rows]]:
         """For each modality all pairs by prototype, the nearest first; and each one's start."""
         members = {}
         for modality in MODALITIES:
-            assignments = self.atlas.prototype(modality)
-            order = np.lexsort((-self.atlas.similarity(modality), assignments))
+            assignments = self.atlas.prototype[modality]
+            order = np.lexsort((-self.atlas.similarity[modality], assignments))
             starts = np.searchsorted(assignments[order], np.arange(self.atlas.number + 1))
             members[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
         return members
@@ -220,12 +268,6 @@ class Site:
             for measure in ("distance", "loss")
         }
 
-    @cached_property
-    def _copies(self) -> set[str]:
-        """Keys of images whose copies in other rows count as images of their own."""
-        twins = [[*map(self.explorer.image_key, both)] for both in self.atlas.duplicates.tolist()]
-        return {one for one, other in twins if one == other}
-
     def card(self, position: int, *facts: str, others: Iterable[int] = ()) -> Card:
         """A pair, and below it others that show the same image."""
         row = self.explorer.row(position)
@@ -233,7 +275,7 @@ class Site:
             position=position,
             row=row,
             sample_id=self.pairs.sample_id(row),
-            caption=shorten(self.pairs.caption_or_reason(row)),
+            caption=shorten(self.pairs.caption(row)),
             facts=facts,
             others=[self.card(other) for other in others],
             file=shorten(self.pairs.file_name(row), ID_LENGTH),
@@ -242,40 +284,26 @@ class Site:
     def answer_cards(self, modality: str, answer: Answer, *, explain: bool = False) -> list[Card]:
         """The images or texts of an answer, each with its cosine and perhaps an explanation. An
         image appears once, with all pairs that show it."""
-        is_image = modality == "image"
-        cards = []
+        is_image, cards = modality == "image", []
+        shared = answer.shared.get(modality, ())
         for place, (position, value) in enumerate(answer.images if is_image else answer.texts):
-            others = answer.sharing.get(position, ()) if is_image else ()
-            card = self.card(position, f"cosine {value:.3f}", others=others)
+            others = self.explorer.pairs_of_image(position) if is_image else ()
+            both = ", ".join(shorten(word, 40) for word in shared[place]) if shared else ""
+            facts = [f"cosine {value:.3f}"] + [f"both near {both}"] * bool(both)
+            card = self.card(position, *facts, others=others)
             if explain:
-                words = answer.shared[modality][place] if answer.shared else ()
-                both = ", ".join(shorten(word, 40) for word in words)
-                number = int(self.atlas.prototype(modality)[position])
-                card = replace(
-                    card,
-                    facts=[*card.facts, *([f"both near {both}"] if both else [])],
-                    prototype=(modality, number, self.name(modality, number)),
-                )
+                number = int(self.atlas.prototype[modality][position])
+                card = replace(card, prototype=(modality, number, self.name(modality, number)))
             cards.append(card)
         return cards
 
     def group_by_image(self, modality: str, positions: Iterable[int]) -> list[list[int]]:
         """Groups of pairs that show one image; for texts a group each."""
-        if modality == "text":
-            return [[position] for position in positions]
-        showing: dict[str, list[int]] = {}
+        showing: dict[int, list[int]] = {}
         for position in positions:
-            showing.setdefault(self.explorer.image_key(position), []).append(position)
+            image = position if modality == "text" else int(self.atlas.images[position])
+            showing.setdefault(image, []).append(position)
         return [*showing.values()]
-
-    def different_images(self, positions: Iterable[int], number: int) -> list[int]:
-        """The first pair of each image, at most `number`; looks at no more images than needed."""
-        first: dict[str, int] = {}
-        for position in positions:
-            if len(first) == number:
-                break
-            first.setdefault(self.explorer.image_key(position), position)
-        return [*first.values()]
 
     def render(self, name: str, title: str, *, here: str = "index.html", **values: Any) -> str:
         """A page from its template; `here` is the other model's page of the same."""
@@ -314,7 +342,7 @@ class Site:
         for number in part.tolist():
             near = self.members(modality, number)[:NAMED_BY].tolist()
             cards = [self.card(position) for position in near]
-            images = {*self.different_images(near, MEMBERS)}
+            images = {first for first, *_ in self.group_by_image("image", near)[:MEMBERS]}
             captions = [*dict.fromkeys(card.caption for card in cards)][:CAPTIONS]
             shown = [card for card in cards if card.position in images]
             rows.append((prototypes[number], shown, captions))
@@ -334,7 +362,7 @@ class Site:
         """The members of a prototype, in both modalities."""
         members, name = self.members(modality, number), self.name(modality, number)
         part, pages = take_page(members, page)
-        similarity, other = self.atlas.similarity(modality), OTHER[modality]
+        similarity, other = self.atlas.similarity[modality], OTHER[modality]
         cards = [
             self.card(first, f"cosine to centroid {similarity[first]:.3f}", others=others)
             for first, *others in self.group_by_image(modality, part.tolist())
@@ -344,7 +372,7 @@ class Site:
             f"{modality.capitalize()} prototype {number}" + (name and f": {name}"),
             one=self.prototypes[modality][number],
             other=other,
-            partners=Counter(self.atlas.prototype(other)[members].tolist()).most_common(12),
+            partners=Counter(self.atlas.prototype[other][members].tolist()).most_common(12),
             cards=cards,
             page=page,
             pages=pages,
@@ -382,16 +410,11 @@ class Site:
         listed = np.flatnonzero(atlas.duplicate_likeness >= least)
         part, pages = take_page(listed, page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
-        sharing = self.explorer.find_sharing([*chain(*twins)]) if twins else {}
         again = find_repeats(atlas.duplicates[listed].tolist())  # on all pages
         rows = []
         for value, both in zip(atlas.duplicate_likeness[part].tolist(), twins, strict=True):
-            cards = []
-            for position in both:
-                is_copy = self.explorer.image_key(position) in self._copies
-                card = self.card(position, others=() if is_copy else sharing[position])
-                cards.append(replace(card, is_again=position in again))
-            rows.append((value, cards))
+            cards = [self.card(at, others=self.explorer.pairs_of_image(at)) for at in both]
+            rows.append((value, [replace(c, is_again=c.position in again) for c in cards]))
         return self.render(
             "duplicates.html",
             "Near-duplicates",
@@ -435,10 +458,7 @@ class Site:
         """One pair, and the images and captions near to it."""
         row = self.explorer.row(position)
         source, index = self.pairs.locate(row)
-        try:
-            captions = [shorten(text) for text in source.sample_captions(index)]
-        except BadSample as error:
-            captions = [shorten(str(error))]
+        captions = [shorten(text) for text in source.sample_captions(index)]
         near = {str(m): self.explorer.nearest(position, m) for m in MODALITIES}
         sections = [
             (title, self.answer_cards(modality, near[query]))
@@ -454,14 +474,14 @@ class Site:
             "pair.html",
             "Pair",
             here="index.html" if other is None else f"pair-{other}.html",
-            card=self.card(position, others=self.explorer.find_sharing([position])[position]),
+            card=self.card(position, others=self.explorer.pairs_of_image(position)),
             captions=captions,
             origin=shorten(source.where(index), 200),
             source=shorten(source.name, 60),
             group=shorten(self.pairs.class_of(row), 80),
             distance=float(self.atlas.distance[position]),
             loss=float(self.atlas.loss[position]),
-            prototypes={m: int(self.atlas.prototype(m)[position]) for m in MODALITIES},
+            prototypes={m: int(self.atlas.prototype[m][position]) for m in MODALITIES},
             sections=sections,
         )
 
@@ -476,7 +496,7 @@ class Site:
         """The images and captions nearest to an image, which is not stored."""
         try:
             answer = self.explorer.search_image(encoded)
-        except UnreadableImage as error:
+        except ValueError as error:
             return self.message("Search", f"This is no image that can be read: {error}")
         return self.answer(None, answer)
 
@@ -541,10 +561,8 @@ PAGES = (
 
 
 def take_page(rows: Rows, page: int, size: int = PAGE_SIZE) -> tuple[Rows, int]:
-    """The rows of a page, counted from 1, and how many there are; `NoSuchPage` beyond the last."""
+    """The rows of a page, counted from 1, and how many pages there are."""
     pages = max(1, -(-len(rows) // size))
-    if page > pages:
-        raise NoSuchPage(f"page {page} of {pages}")
     return rows[(page - 1) * size : page * size], pages
 
 
@@ -561,25 +579,167 @@ def format_ids(ids: Sequence[str], form: str) -> str:
 
 @lru_cache
 def templates() -> Environment:
-    """The templates, with `shorten` and `short_id` as filters."""
-    environment = Environment(
-        loader=PackageLoader("protoclip.explore"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"shorten": shorten, "short_id": partial(shorten, limit=ID_LENGTH)}
+    environment = make_environment(HERE / "templates")
+    environment.filters["short_id"] = partial(shorten, limit=ID_LENGTH)
     return environment
 
 
 @lru_cache
 def assets() -> dict[str, bytes]:
     """Style and scripts, by name: ours, and Bokeh's out of its package."""
-    bokeh = find_spec("bokeh")  # not imported, which takes time
+    bokeh = find_spec("bokeh")
     assert bokeh is not None
     assert bokeh.origin is not None
-    folder = files("protoclip.explore") / "assets"
-    ours = {name: (folder / name).read_bytes() for name in ("explore.css", "explore.js")}
-    bokeh_js = Path(bokeh.origin).parent / "server" / "static" / "js" / "bokeh.min.js"
-    return {**ours, "bokeh.min.js": bokeh_js.read_bytes()}
+    ours = [HERE / "assets" / name for name in ("explore.css", "explore.js")]
+    static = Path(bokeh.origin).parent / "server" / "static" / "js"
+    return {path.name: path.read_bytes() for path in (*ours, static / "bokeh.min.js")}
+
+
+# The map
+
+
+def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
+    """The map for the page, as JSON: the plot, the names of groups, the coarse ones first, and the
+    legend of each way of colouring."""
+    drawn = atlas.drawn
+    rows = atlas.rows[drawn]
+    listed = rows.tolist()
+    ids = [pairs.sample_id(row) for row in listed]
+    captions = [pairs.caption(row) for row in listed]
+    data: dict[str, Any] = {
+        "image_x": atlas.map_position["image"][drawn, 0],
+        "image_y": atlas.map_position["image"][drawn, 1],
+        "text_x": atlas.map_position["text"][drawn, 0],
+        "text_y": atlas.map_position["text"][drawn, 1],
+        "row": rows.astype(np.int32),
+        "position": drawn.astype(np.int32),
+        "caption": [shorten(caption, MAP_CAPTION_LENGTH) for caption in captions],
+        "id": [shorten(sample_id, ID_LENGTH) for sample_id in ids],
+        "distance": atlas.distance[drawn].astype(np.float32),
+        "loss": atlas.loss[drawn].astype(np.float32),
+    }
+    positions = np.stack([atlas.map_position[modality][drawn] for modality in MODALITIES], axis=1)
+    groups, group_names = group_map(positions, captions, data["distance"])
+    ways: dict[str, Any] = {}
+    colour_of = add_categories(data, ways, "group", group_names)
+    ways["group"]["inks"] = [inks for _, *inks in COLOURS]
+    ways["modality"] = {"kind": "modality", "labels": ["images", "texts"]}
+    for modality in MODALITIES:
+        numbers = atlas.prototype[modality][drawn].tolist()
+        add_categories(data, ways, f"{modality} prototype", [*map(str, numbers)])
+    if pairs.has_classes:
+        add_categories(data, ways, "class", [*map(pairs.class_of, listed)])
+    if len(pairs.sources) > 1:
+        add_categories(data, ways, "source", [*map(pairs.source_name, listed)])
+    for measure in ("distance", "loss"):
+        values = data[measure]
+        low, high = np.quantile(values, [0.01, 0.99])
+        share = np.clip((values - low) / max(1e-9, high - low), 0, 1)
+        data[f"by {measure}"] = (255 * share).astype(np.uint8)
+        ways[measure] = {
+            "kind": "range",
+            "labels": [f"{low:.3g}", f"{high:.3g}"],
+            "colours": list(Viridis256[::32]),
+        }
+    names = [
+        {
+            **asdict(group),
+            "name": shorten(group.name, NAME_LENGTH),
+            "colour": colour_of[group.coarse],
+        }
+        for group in groups
+    ]
+    return {
+        "plot": json_item(plot_points(data, positions)),
+        "ways": ways,
+        "ids": ids,
+        "groups": names,
+    }
+
+
+def add_categories(
+    data: dict[str, Any], ways: dict[str, Any], name: str, values: list[str]
+) -> dict[str, int]:
+    """Add a way of colouring by categories; the most frequent have colours of their own. Returns
+    the index of each category's colour in the palette."""
+    distinct = [value for value, _ in Counter(values).most_common()]
+    last = len(PALETTE) - 1
+    rank = {value: min(number, last) for number, value in enumerate(distinct)}
+    data[f"by {name}"] = np.array([rank[value] for value in values], np.uint8)
+    largest = distinct if len(distinct) <= len(PALETTE) else distinct[:last]
+    labels = [shorten(value, 40) or "none" for value in largest]
+    if len(largest) < len(distinct):
+        labels.append(f"{len(distinct) - len(largest)} others")
+    ways[name] = {"kind": "categories", "labels": labels, "colours": PALETTE}
+    return rank
+
+
+def plot_points(data: dict[str, Any], positions: Array) -> Any:
+    """A plot of columns `data`, with the models by name that `explore.js` colours."""
+    source = ColumnDataSource(data, name="pairs")
+    plot = figure(
+        x_range=first_range(positions[..., 0]),
+        y_range=first_range(positions[..., 1]),
+        tools="",
+        sizing_mode="stretch_both",
+        min_height=320,
+        toolbar_location="above",
+        toolbar_sticky=False,  # else tools make room for a title, which the plot lacks
+        lod_threshold=4000,
+        background_fill_alpha=0,
+        border_fill_alpha=0,
+        outline_line_color=None,
+        name="map",
+    )
+    plot.axis.visible = False
+    plot.grid.visible = False
+    glyphs: Any = [
+        plot.scatter(
+            f"{modality}_x",
+            f"{modality}_y",
+            source=source,
+            name=f"{modality}s",
+            marker=marker,
+            size=point_size(len(positions)),
+            fill_color=colour,
+            line_color=None,
+            fill_alpha=0.7,
+            nonselection_fill_alpha=0.08,
+            selection_fill_alpha=1.0,
+        )
+        for modality, marker, colour in (
+            ("image", "circle", PALETTE[0]),
+            ("text", "triangle", PALETTE[1]),
+        )
+    ]
+    zoom = WheelZoomTool()
+    plot.add_tools(
+        PanTool(),
+        zoom,
+        BoxSelectTool(continuous=False, renderers=glyphs),
+        LassoSelectTool(continuous=False, renderers=glyphs),
+        TapTool(renderers=glyphs),
+        HoverTool(tooltips=TOOLTIP, renderers=glyphs, limit=1),
+        ResetTool(),
+    )
+    plot.toolbar.active_scroll = zoom
+    plot.toolbar.logo = None
+    for name, palette in (("categories", PALETTE), ("range", list(Viridis256))):
+        mapper = LinearColorMapper(palette=palette, low=0, high=len(palette) - 1, name=name)
+        # A mapper reaches the page with a glyph that uses it.
+        nothing = ColumnDataSource({"x": [], "y": [], "fill": []})
+        glyph = plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper))
+        glyph.visible = False
+    return plot
+
+
+def point_size(number: int) -> float:
+    """Pixels across a point, so that any number of pairs covers as much of the map."""
+    return float(min(MOST_SIZE, 340 / max(1, number) ** 0.5))
+
+
+def first_range(values: Array) -> Range1d:
+    """The first view of the map: all points except a few that lie far off."""
+    low, high = np.quantile(values, [OUTER, 1 - OUTER]).tolist()
+    margin = 0.06 * (high - low) or 1.0
+    return Range1d(low - margin, high + margin)

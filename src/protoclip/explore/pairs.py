@@ -4,12 +4,9 @@ Sources are opened in `data/sources.py`; `atlas.py` maps and groups the pairs.
 """
 
 import io
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import chain
-from threading import BoundedSemaphore
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,36 +15,22 @@ from PIL import Image
 from protoclip.data.access import digest
 from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.view import AllBut, PairsView, RowNumbers, Rows, split_by_source
-from protoclip.encode.store import Hashes, hash_ids
+from protoclip.data.view import AllBut, PairsView, Rows, split_by_source
+from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import hash_of
 from protoclip.evaluation.validation import plain_sources
 from protoclip.progress import Progress
+from protoclip.results.examples import make_thumbnail
 from protoclip.terminal import visible
 
-CAPTION_LENGTH, ID_LENGTH = 300, 120  # characters that pages show
 COMPARED_SIDE, MOST_ALIKE = 16, 0.999  # of two images whose pixels are compared
-DECODING = BoundedSemaphore(4)  # images at a time, since each may be large
-
-
-def shorten(text: str, limit: int = CAPTION_LENGTH) -> str:
-    """Cut a user's text to one line, and make visible what would turn or break lines."""
-    cut = visible(" ".join(text[: 2 * limit].split()))
-    return cut if len(cut) <= limit and len(text) <= 2 * limit else f"{cut[: limit - 1]}…"
 
 
 class ExploredPairs(PairsView):
     """All rows of sources, as training sees them, with their sample ids.
 
-    A text is the first caption of its pair. Images in tables and shards are read once to find equal
-    ones, by the hash of their content.
+    A text is the first caption of its pair.
     """
-
-    def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:
-        super().__init__(parts, name)
-        # Arrays, since a dict of a million rows takes a hundred megabytes.
-        self._content = np.zeros(len(self), np.int64)
-        self._has_content = np.zeros(len(self), bool)
 
     @cached_property
     def key(self) -> str:
@@ -64,13 +47,6 @@ class ExploredPairs(PairsView):
     def caption(self, row: int) -> str:
         """The first caption; raises `BadSample` if there is none."""
         return self.sample_captions(row)[0]
-
-    def caption_or_reason(self, row: int) -> str:
-        """The first caption, or why there is none."""
-        try:
-            return self.caption(row)
-        except BadSample as error:
-            return str(error)
 
     def find_captioned(self) -> Rows:
         """The rows that have a caption."""
@@ -95,35 +71,36 @@ class ExploredPairs(PairsView):
         path = source.image_file(number) or ""
         return visible(path).rpartition("/")[2]  # without a query, which may be a secret
 
-    def image_key(self, row: int) -> str:
-        """Identifies the image of a pair, equal for pairs that show one image: by its file, or by
-        its content if the data hold it."""
-        source, number = self.locate(row)
-        if source.image_file(number) is None:
-            if not self._has_content[row]:
-                with suppress(BadSample):
-                    self.keep_content(row, hash_of(source.encoded(number)))
-            if self._has_content[row]:
-                return str(self._content[row])
-        return str(source.image_key(number))
+    def number_images(self, rows: Rows, content: npt.NDArray[np.int64] | None) -> Rows:
+        """The image of each row `(n,)`, as the position of the first of the rows that shows it.
 
-    def keep_content(self, rows: int | Rows, hashes: int | npt.NDArray[np.int64]) -> None:
-        """Keep hashes (`hash_of`) of encoded images that were read."""
-        self._content[rows] = hashes
-        self._has_content[rows] = True  # last, since other threads may ask meanwhile
+        A file is one image, and its copy in another file a second one. So is each image in a table
+        or a shard, unless at least half of the rows share theirs: then the data have a row a
+        caption, and equal content is one image.
 
-    def hash_images(self, rows: Rows) -> Hashes:
-        """Hashes `(n,)` that are equal for rows of one image, and differ for an image and its copy.
-
-        Each file has its own hash. So has each image in a table or a shard, unless at least half of
-        the rows share theirs: then the data have a row a caption, and equal content is one image.
+        Args:
+            content: Hashes of the encoded images, if known; else images that are in no file of
+                their own are read.
         """
-        keys = hash_ids(self.image_key(int(row)) for row in rows)
-        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        if (counts[inverse] > 1).mean() >= 0.5:
-            return keys
-        places = (self.locate(int(row)) for row in rows)
-        return hash_ids(str(source.image_key(number)) for source, number in places)
+        by_place, by_content = list[str](), list[str]()
+        for position, row in enumerate(rows.tolist()):
+            source, number = self.locate(row)
+            key = str(source.image_key(number))
+            by_place.append(key)
+            if source.image_file(number) is None:
+                known = (
+                    content[position] if content is not None else hash_of(source.encoded(number))
+                )
+                key = str(known)
+            by_content.append(key)
+        for keys in (by_content, by_place):
+            _, first, images, counts = np.unique(
+                hash_ids(keys), return_index=True, return_inverse=True, return_counts=True
+            )
+            if (counts[images] > 1).mean() >= 0.5:
+                break
+        numbers: Rows = first[images]
+        return numbers
 
     def correlate_images(self, one: int, other: int) -> float:
         """The correlation of two images' pixels, both shrunk to a square: 1 only for equal pixels,
@@ -133,7 +110,7 @@ class ExploredPairs(PairsView):
                 decode(self.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=COMPARED_SIDE)
                 for row in (one, other)
             ]
-        except (BadSample, ValueError, OSError):
+        except (ValueError, OSError):
             return 0.0
         if np.array_equal(pixels[0], pixels[1]):
             return 1.0
@@ -145,19 +122,12 @@ class ExploredPairs(PairsView):
         return min(MOST_ALIKE, float(rows[0] @ rows[1] / max(norms, 1e-6)))
 
     def thumbnail(self, row: int, side: int) -> bytes:
-        """The image as WebP without metadata, at most `side` pixels a side; grey if it cannot be
-        read."""
+        """The image as `make_thumbnail` makes it; grey if it cannot be read."""
         try:
-            with DECODING:
-                encoded = self.encoded(row)
-                pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=side)
-                image = Image.fromarray(pixels)
-                image.thumbnail((side, side))  # a very long, thin image keeps a pixel
-        except (BadSample, ValueError, OSError):
-            image = Image.new("RGB", (side, side), "#868e96")
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=80)
-        return buffer.getvalue()
+            return make_thumbnail(self.encoded(row), side)
+        except (ValueError, OSError):
+            Image.new("RGB", (side, side), "#868e96").save(buffer := io.BytesIO(), "WEBP")
+            return buffer.getvalue()
 
 
 def explore_pairs(

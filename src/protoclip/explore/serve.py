@@ -4,7 +4,6 @@ Every answer is made from a row number, a page number or a text; nothing that a 
 ever opened as a file. `docs/explore.md` has the rules.
 """
 
-import ipaddress
 import re
 import secrets
 import socket
@@ -22,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,7 +33,6 @@ from protoclip.explore.pages import (
     LARGE_SIDE,
     PAGES,
     THUMBNAIL_SIDE,
-    NoSuchPage,
     Page,
     Pages,
     Site,
@@ -48,7 +46,7 @@ from protoclip.terminal import visible
 MAX_BODY_BYTES = 20_000_000  # of a query image
 MAX_PATH = 200
 MAX_CONNECTIONS = 500  # below the usual limit of open files, 1,024
-NAME_AND_PORT = re.compile(r"(\[.*\]|[^:]*)(?::\d*)?")  # of a Host header
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MEASURES = ("number", "size", "tightness", "agreement")  # by which prototypes are sorted
 TYPES = {"css": "text/css", "js": "text/javascript", "csv": "text/csv", "json": "application/json"}
 HEADERS = {
@@ -63,7 +61,9 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
-BATCH = 2048  # pairs of a table that are written at once
+
+
+# Served
 
 
 def make_server(pages: Pages, *, host: str, token: str) -> uvicorn.Server:
@@ -96,7 +96,7 @@ def make_application(pages: Pages) -> Starlette:
 
     def image(request: Request) -> Response:
         row, size = request.path_params["row"], request.path_params.get("size", "")
-        require(0 <= row < len(pages.pairs) and size in ("", "large"))
+        require(row < len(pages.pairs) and size in ("", "large"))
         side = LARGE_SIDE if size else THUMBNAIL_SIDE
         return respond(pages.thumbnail(row, side), "webp")
 
@@ -112,32 +112,21 @@ def make_application(pages: Pages) -> Starlette:
             values = {name: v for name, v in request.path_params.items() if name != "site"}
             require(all(value in site.values(name) for name, value in values.items()))
             require(len(pages.sites) > 1 or not page.compares)
-            values |= {
-                name: READERS[name](text)
-                for name, text in request.query_params.items()
-                if name in page.query
-            }
             kind = values.get("form", "html")
+            queries = request.query_params.items()
+            values |= {name: READERS[name](text) for name, text in queries if name in page.query}
             return respond(page.make(site, **values), kind)
 
         path = re.sub("{(number|position)}", r"{\1:int}", page.path)
         return Route(f"/{{site:int}}/{path}", answer, methods=["GET"])
 
     async def search_image(request: Request) -> Response:
-        site, body, size = find_site(request), bytearray(), 0
-        try:
-            # Read and drop what is too much: a client that is still sending reads no answer.
-            async for chunk in request.stream():
-                size += len(chunk)
-                body += chunk if size <= MAX_BODY_BYTES else b""
-        except ClientDisconnect:
-            raise HTTPException(400) from None
-        if size > MAX_BODY_BYTES:
+        site, body = find_site(request), bytearray()
+        async for chunk in request.stream():  # all of it: a client that is sending reads no answer
+            body += chunk[: MAX_BODY_BYTES + 1 - len(body)]
+        if len(body) > MAX_BODY_BYTES:
             raise HTTPException(413, f"an image may have at most {MAX_BODY_BYTES:,} bytes")
         return respond(await run_in_threadpool(site.search_image, bytes(body)), "html")
-
-    def no_page(request: Request, error: Exception) -> Response:
-        return PlainTextResponse("Not Found", 404)
 
     def no_answer(request: Request, error: Exception) -> Response:
         """One line, and no traceback, if data or features cannot be read any more."""
@@ -151,8 +140,8 @@ def make_application(pages: Pages) -> Starlette:
         *map(route, PAGES),
         Route("/{site:int}/search-image", search_image, methods=["POST"]),
     ]
-    handlers: Any = dict.fromkeys((OSError, ValueError, MemoryError), no_answer)
-    return Starlette(routes=routes, exception_handlers={**handlers, NoSuchPage: no_page})
+    handlers: Any = dict.fromkeys((OSError, ValueError), no_answer)
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 def require(is_found: bool) -> None:
@@ -162,10 +151,8 @@ def require(is_found: bool) -> None:
 
 
 def read_page_number(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 8 else 0
-    if number < 1:
-        raise HTTPException(400, "page: needs to be a whole number from 1")
-    return number
+    require(re.fullmatch("[1-9][0-9]{0,6}", text) is not None)
+    return int(text)
 
 
 def read_measure(text: str) -> str:
@@ -212,11 +199,10 @@ class Guard:
     def __init__(self, inner: ASGIApp, *, host: str, token: str) -> None:
         self.inner, self.token = inner, token
         self.cookie = cookie_name(token)
-        loopback = {"localhost", "127.0.0.1", "::1"}
-        self.hosts = {*loopback, host.lower()}
-        if host.lower() not in loopback:
+        self.hosts = {*LOOPBACK, host.lower()}
+        if host.lower() not in LOOPBACK:
             self.hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        self.any_address = host in ("0.0.0.0", "::")
+        self.any_host = host in ("0.0.0.0", "::")  # then the token alone guards
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -235,7 +221,8 @@ class Guard:
         headers, request = Headers(scope=scope), Request(scope)
         if len(scope["path"]) > MAX_PATH:
             return PlainTextResponse("Too long.", 414)
-        if not self.names_this_server(headers.get("host", "")):
+        name = re.sub(r":\d*$", "", headers.get("host", "").lower()).strip("[]")
+        if name not in self.hosts and not self.any_host:
             return PlainTextResponse("This host name is not served here.", 421)
         is_foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         mode = headers.get("sec-fetch-mode", "navigate")
@@ -252,20 +239,6 @@ class Guard:
             return PlainTextResponse("Open the address that protoclip explore printed.", 403)
         return None
 
-    def names_this_server(self, host: str) -> bool:
-        """Whether a Host header names this server."""
-        parts = NAME_AND_PORT.fullmatch(host.lower().strip())
-        name = parts[1].strip("[]") if parts else ""
-        if name in self.hosts:
-            return True
-        if not self.any_address:
-            return False
-        try:
-            ipaddress.ip_address(name)  # no name leads to an address
-        except ValueError:
-            return False
-        return True
-
     def is_token(self, text: str) -> bool:
         return secrets.compare_digest(text.encode("utf-8", "replace"), self.token.encode())
 
@@ -277,6 +250,9 @@ def remove_token(scope: Scope) -> str:
     parts = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     query = urlencode([(name, value) for name, value in parts if name != "token"])
     return f"{path}?{query}" if query else path
+
+
+# Written
 
 
 def write_static(explorers: list[Explorer], folder: Path) -> int:
@@ -292,27 +268,28 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     pages, number = Pages(explorers, live=False), 0
     rows = {row for site in pages.sites for row in site.atlas.rows[site.atlas.drawn].tolist()}
     real = folder.resolve()  # a link is left as it is
-    real.parent.mkdir(parents=True, exist_ok=True)
-    with naming(folder), TemporaryDirectory(dir=real.parent, prefix=f".{real.name}.") as scratch:
-        whole = Path(scratch, "pages")
-        for name, content in static_files(pages):
-            if isinstance(content, str):
-                rows.update(map(int, SHOWN_IMAGE.findall(content)))
-                content = content.encode("utf-8", "replace")
-            (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            (whole / name).write_bytes(content)
-            number += name.endswith(".html")
-        progress = Progress("images", len(rows))
-        (whole / "images").mkdir()
-        for done, row in enumerate(sorted(rows), 1):
-            image = pages.thumbnail(row, THUMBNAIL_SIDE)
-            (whole / "images" / f"{row}.webp").write_bytes(image)
-            progress.update(done)
-        whole.rename(real)
+    with naming(folder):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=real.parent, prefix=f".{real.name}.") as scratch:
+            whole = Path(scratch, "pages")
+            for name, content in make_files(pages):
+                if isinstance(content, str):
+                    rows.update(map(int, SHOWN_IMAGE.findall(content)))
+                    content = content.encode("utf-8", "replace")
+                (whole / name).parent.mkdir(parents=True, exist_ok=True)
+                (whole / name).write_bytes(content)
+                number += name.endswith(".html")
+            progress = Progress("images", len(rows))
+            (whole / "images").mkdir()
+            for done, row in enumerate(sorted(rows), 1):
+                image = pages.thumbnail(row, THUMBNAIL_SIDE)
+                (whole / "images" / f"{row}.webp").write_bytes(image)
+                progress.update(done)
+            whole.rename(real)
     return number
 
 
-def static_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
+def make_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
     """The files by name, without images."""
     yield "index.html", pages.front()
     for name, asset in assets().items():
@@ -331,55 +308,36 @@ def write_table(explorer: Explorer, path: Path) -> int:
     (small, as WebP; only of at most 10,000 pairs), `sample_id` and its values in the atlas.
     """
     atlas, pairs = explorer.atlas, explorer.pairs
-    with_images = len(atlas) <= MAP_PAIRS
-    image_type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    schema = pa.schema(
-        {
-            "id": pa.string(),
-            "modality": pa.string(),
-            "x": pa.float32(),
-            "y": pa.float32(),
-            "text": pa.string(),
-            "sample_id": pa.string(),
-            "image_row": pa.int64(),
-            "source": pa.string(),
-            "class": pa.string(),
-            "prototype": pa.int32(),
-            "distance": pa.float32(),
-            "loss": pa.float32(),
-            **({"image": image_type} if with_images else {}),
-        }
-    )
-    progress = Progress("table", len(atlas))
+    rows = atlas.rows.tolist()
+    ids = [*map(pairs.sample_id, rows)]
+    # A table holds no lone surrogates.
+    captions = [pairs.caption(row).encode("utf-8", "replace").decode() for row in rows]
+    images: dict[str, Any] = {}
+    if len(atlas) <= MAP_PAIRS:
+        small = ({"bytes": pairs.thumbnail(row, THUMBNAIL_SIDE), "path": None} for row in rows)
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        images["image"] = pa.array(small, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch, pq.ParquetWriter(scratch, schema) as writer:
-        for start in range(0, len(atlas), BATCH):
-            part = slice(start, start + BATCH)
-            rows = atlas.rows[part].tolist()
-            captions = map(pairs.caption_or_reason, rows)
-            ids = [*map(pairs.sample_id, rows)]
-            columns: dict[str, Any] = {
-                # A table holds no lone surrogates.
-                "text": [caption.encode("utf-8", "replace").decode() for caption in captions],
+    points = [
+        pa.table(
+            {
+                "id": [f"{modality}:{sample_id}" for sample_id in ids],
+                "modality": [modality] * len(rows),
+                "x": atlas.map_position[modality][:, 0],
+                "y": atlas.map_position[modality][:, 1],
+                "text": captions,
                 "sample_id": ids,
                 "image_row": rows,
                 "source": [*map(pairs.source_name, rows)],
                 "class": [*map(pairs.class_of, rows)],
-                "distance": atlas.distance[part].astype(np.float32),
-                "loss": atlas.loss[part].astype(np.float32),
+                "prototype": atlas.prototype[modality],
+                "distance": atlas.distance.astype(np.float32),
+                "loss": atlas.loss.astype(np.float32),
+                **images,
             }
-            if with_images:
-                images = (pairs.thumbnail(row, THUMBNAIL_SIDE) for row in rows)
-                columns["image"] = [{"bytes": image, "path": None} for image in images]
-            for modality in MODALITIES:
-                x, y = atlas.map_position(modality)[part].astype(np.float32).T
-                columns |= {
-                    "id": [f"{modality}:{sample_id}" for sample_id in ids],
-                    "modality": [modality] * len(rows),
-                    "x": x,
-                    "y": y,
-                    "prototype": atlas.prototype(modality)[part].astype(np.int32),
-                }
-                writer.write_table(pa.table(columns, schema=schema))
-            progress.update(start + len(rows))
+        )
+        for modality in MODALITIES
+    ]
+    with replacing(path) as scratch:
+        pq.write_table(pa.concat_tables(points), scratch)
     return 2 * len(atlas)

@@ -1,4 +1,4 @@
-"""The map, prototypes, agreement and neighbours, against what they mean."""
+"""The map, prototypes, agreement, neighbours and names, against what they mean."""
 
 from dataclasses import replace
 from itertools import groupby, permutations
@@ -16,9 +16,9 @@ from protoclip.explore.atlas import (
     find_movements,
     find_repeats,
     find_similar_rows,
+    group_map,
     make_atlas,
-    number_equal_rows,
-    place_by_umap,
+    name_groups,
 )
 from protoclip.explore.explorer import Neighbours
 from protoclip.explore.pairs import ExploredPairs
@@ -51,17 +51,9 @@ def gap_apart() -> Features:
 
 def partners_nearer(atlas: atlases.Atlas) -> float:
     """The share of texts that lie nearer to an image than its own, on average; 0.5 by chance."""
-    apart = np.linalg.norm(
-        atlas.image_map_position[:, None] - atlas.text_map_position[None], axis=2
-    )
+    image, text = (atlas.map_position[modality] for modality in atlases.MODALITIES)
+    apart = np.linalg.norm(image[:, None] - text[None], axis=2)
     return float((apart < np.diag(apart)[:, None]).mean())
-
-
-def subset(features: Features, rows: list[int]) -> Features:
-    """The features of some pairs."""
-    return replace(
-        features, rows=features.rows[rows], image=features.image[rows], text=features.text[rows]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +64,12 @@ def atlas() -> atlases.Atlas:
 def test_prototypes_are_the_groups_and_agree(atlas: atlases.Atlas) -> None:
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
     for modality in atlases.MODALITIES:
-        found = atlases.list_prototypes(atlas, modality)
+        found = atlas.list_prototypes(modality)
         assert sum(one.size for one in found) == CLUSTERS * EACH
         assert all(one.tightness > 0.95 for one in found)
         assert sum(round(one.agreement * one.size) for one in found) == CLUSTERS * EACH - 2
     for number in range(CLUSTERS):
-        inside = groups[atlas.image_prototype == number]
+        inside = groups[atlas.prototype["image"] == number]
         assert len(set(inside)) == 1
 
 
@@ -114,13 +106,16 @@ def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
     learned = torch.randn(240, WIDTH, generator=draws)
     model = Features(captioned=rows, rows=rows, image=learned, text=learned)
     halves = replace(model, image=image[of_pair].half(), text=text.half())
-    atlas = make_atlas(model, number=CLUSTERS, encoder_features=halves, aligned=True)
+    pairs = Mock(spec=ExploredPairs, number_images=lambda *_: of_pair.numpy())
+    pairs.correlate_images.return_value = 0.0
+    given = {"number": CLUSTERS, "encoder_features": halves, "aligned": True}
+    atlas = make_atlas(model, pairs, **given)
     assert atlas.unseen
     assert "agreement of pairs: 100%" in capsys.readouterr().err
     for measure in (atlas.distance, atlas.loss):
         assert {*np.argsort(-measure)[: len(wrong)]} == {*wrong.tolist()}
     monkeypatch.setattr(atlases, "LEAST_IMAGES", 181)
-    own = make_atlas(model, number=CLUSTERS, encoder_features=halves, aligned=True)
+    own = make_atlas(model, pairs, **given)
     assert not own.unseen
     assert own.distance.max() < 1e-6
 
@@ -144,17 +139,11 @@ def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(atlases, "MAP_PAIRS", most)
         atlas = make_atlas(gap_apart(), number=CLUSTERS, layout="umap")
         assert partners_nearer(atlas) < 0.3  # those of the same group are as near
-        position = atlas.image_map_position
+        position = atlas.map_position["image"]
         assert position.shape == (CLUSTERS * EACH, 2)
         means = np.stack([position[groups == group].mean(0) for group in range(CLUSTERS)])
         nearest = np.linalg.norm(position[:, None] - means, axis=2).argmin(1)
         assert (nearest == groups).mean() > 0.9
-
-
-def test_two_rows_have_a_map() -> None:
-    """UMAP itself makes none."""
-    rows = torch.tensor([[0.6, 0.8, 0.0], [-0.6, -0.8, 0.0]])
-    assert not np.equal(*place_by_umap(rows, seed=0)).all()
 
 
 def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
@@ -169,19 +158,14 @@ def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
     assert atlas.run_prototypes == {"image": [5, 1]}
 
 
-def test_too_few_pairs_is_one_line() -> None:
-    few = subset(clustered(), [0])
-    with pytest.raises(ValueError, match="1 pair can be read"):
-        make_atlas(few)
-
-
 def test_an_atlas_is_kept_and_damage_is_noticed(atlas: atlases.Atlas, tmp_path: Path) -> None:
     path = atlases.atlas_path(tmp_path, "a", 1)
     atlases.write_atlas(path, atlas)
     again = atlases.read_atlas(path)
     assert again is not None
-    assert np.array_equal(again.loss, atlas.loss)
-    assert again.number == atlas.number
+    for name, value in vars(atlas).items():
+        assert np.array_equal(getattr(again, name), value) or name in atlases.BY_MODALITY
+    assert np.array_equal(again.prototype["text"], atlas.prototype["text"])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -203,7 +187,9 @@ def test_the_largest_movements_come_first(atlas: atlases.Atlas) -> None:
     """Pairs of one movement follow each other."""
     before, after = np.random.default_rng(0).integers(0, CLUSTERS, (2, len(atlas)), dtype=np.int32)
     found = find_movements(
-        replace(atlas, text_prototype=before), replace(atlas, text_prototype=after), "text"
+        replace(atlas, prototype={"text": before}),
+        replace(atlas, prototype={"text": after}),
+        "text",
     )
     assert np.array_equal(found.groups[:, 0], before[found.pairs[:, 0]])
     assert np.array_equal(found.groups[:, 1], after[found.pairs[:, 1]])
@@ -221,13 +207,14 @@ def exact(rows: torch.Tensor, queries: torch.Tensor, number: int) -> torch.Tenso
 
 @pytest.mark.parametrize("chunk", [20, 10**6])
 def test_search_is_exact_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protoclip.explore.explorer.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("protoclip.explore.explorer.ROWS", chunk)
     generator = torch.Generator().manual_seed(0)
-    rows, queries = torch.randn(97, 8, generator=generator), torch.randn(3, 8, generator=generator)
-    similarity, found = Neighbours(rows).search(queries, 7)
-    assert torch.equal(found, exact(rows, queries, 7))
-    assert (similarity.diff(dim=1) <= 0).all()
-    assert Neighbours(rows).search(queries, 500)[1].shape == (3, 97)
+    rows, query = torch.randn(97, 8, generator=generator), torch.randn(8, generator=generator)
+    found = Neighbours(rows, np.arange(97) + 3).search(query, 7)
+    positions, cosines = zip(*found, strict=True)
+    assert [position - 3 for position in positions] == exact(rows, query[None], 7)[0].tolist()
+    assert list(cosines) == sorted(cosines, reverse=True)
+    assert len(Neighbours(rows, np.arange(97)).search(query, 500)) == 97
 
 
 def test_near_duplicates_are_pairs_of_the_most_similar() -> None:
@@ -256,21 +243,95 @@ def test_an_image_of_several_pairs_is_no_near_duplicate_of_itself() -> None:
     """But of its copy in another file."""
     found = clustered()
     image = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
-    image_files = np.tile(np.arange(20), 3).astype(np.uint64)
-    image_files[[3, 43]] = 20  # the copy of file 3, which is still that of row 23
-    pairs = Mock(spec=ExploredPairs, hash_images=image_files.__getitem__)
+    shown = np.tile(np.arange(20), 3)
+    shown[23] = 23  # the copy of an image in another file
+    pairs = Mock(spec=ExploredPairs, number_images=lambda *_: shown)
     pairs.correlate_images.return_value = 1.0
     atlas = make_atlas(replace(found, image=image), pairs)
     assert atlas.duplicates.tolist() == [[3, 23]]
     assert atlas.compared == 21
 
 
-def test_copies_of_an_image_are_one_whatever_their_last_bits():
-    rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).half()
-    copies = torch.nextafter(rows.float(), torch.tensor(9.0)).half()
-    copies[:, 0] *= 1.001
-    both = torch.cat([rows, copies])[torch.randperm(80, generator=torch.Generator().manual_seed(1))]
-    numbers = number_equal_rows(both)
-    assert numbers[0] == 0
-    assert numbers.bincount().tolist() == [2] * 40
-    assert torch.equal(numbers, number_equal_rows(both.float()))
+# Names
+
+CAPTIONS = ["a small icon of a red heart", "a small icon of a moon", "a small icon of a pale moon"]
+
+
+def test_names_are_the_words_that_set_a_group_apart() -> None:
+    """Not those that all have, and the plural is no second word."""
+    captions = [*CAPTIONS, "a small icon of red hearts, or of a heart"] * 5
+    found = name_groups(captions, np.array([0, 1, 1, 0] * 5), 2)
+    heart, moon = (name.split(", ") for name in found)
+    assert {"red", "heart"} <= set(heart)
+    assert moon[0] == "moon"
+    assert not {"hearts", "of", "or"} & {*heart, *moon}
+
+
+def test_words_of_one_caption_name_no_group_that_shares_words() -> None:
+    """They are rare, so they would come before those that the captions share."""
+    captions = ["adhd dog", "blanket dog", "zebra dog", "tree", "leaf tree", "oak"]
+    found = name_groups(captions, np.repeat([0, 1], 3), 2)
+    assert found == ["dog", "tree"]
+    assert name_groups(["a red fox", "blue"], np.array([0, 1]), 2) == ["fox, red", "blue"]
+
+
+def test_names_apart_repeat_a_word_of_a_larger_group_only_where_most_captions_have_it() -> None:
+    """Or where there is no other."""
+    captions = ["tree"] * 57 + ["red tree"] * 3 + ["animal", "cat"] * 4 + ["big animal"] * 9
+    captions += ["animal", "", ""] * 2 + ["red animal"] * 3
+    groups = np.repeat([0, 1, 2, 3, 4], [60, 8, 9, 6, 3])
+    found = ["tree", "cat, animal", "big, animal", "animal", "red, animal"]
+    assert name_groups(captions, groups, 5) == found
+    assert name_groups(captions, groups, 5, distinct=True) == ["tree", "cat", *found[2:]]
+
+
+def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first() -> None:
+    draw = np.random.default_rng(0)
+    kinds = draw.choice(3, 300, p=[0.5, 0.3, 0.2])
+    corners = np.array([[0, 0], [50, 0], [0, 50]])
+    positions = corners[kinds][:, None] + draw.normal(size=(300, 2, 2))
+    groups, coarse = group_map(positions, [CAPTIONS[kind] for kind in kinds], np.zeros(300))
+    assert [group.level for group in groups] == sorted(group.level for group in groups)
+    for level in {group.level for group in groups}:
+        sizes = [group.size for group in groups if group.level == level]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sum(sizes) == 300
+    for group in groups:
+        kind = np.linalg.norm(corners - (group.x, group.y), axis=1).argmin()
+        assert np.linalg.norm(corners[kind] - (group.x, group.y)) < 4
+        assert kinds[group.example] == kind
+        assert ("heart" in group.coarse) == (kind == 0)
+        assert group.level or group.coarse == group.name
+    assert len(coarse) == 300
+    assert all("heart" in name for name, kind in zip(coarse, kinds, strict=True) if kind == 0)
+
+
+def test_a_group_is_shown_by_a_pair_near_its_middle_that_fits_its_caption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not by one without the word, or one far from the middle, however well they fit."""
+    positions = np.repeat(np.linspace(0, 1, 12)[:, None, None], 2, axis=1).repeat(2, axis=2)
+    captions = ["a moon"] * 12
+    captions[5] = "a heart"
+    distance = np.linspace(0.2, 0.9, 12)
+    distance[[0, 5, 7]] = 0.0, 0.0, 0.1
+    monkeypatch.setattr("protoclip.explore.atlas.PAIRS_PER_GROUP", 12)
+    (group,), _ = group_map(positions, captions, distance)
+    assert (group.name, group.example) == ("moon", 7)
+
+
+def test_copies_that_differ_in_rounding_are_no_groups() -> None:
+    """K-means counts in fewer digits than they differ in, so some of its groups are empty."""
+    draw = np.random.default_rng(0)
+    positions = np.repeat(draw.normal(size=(30, 2, 2)), 20, axis=0).astype(np.float32)
+    moved = np.nextafter(positions, np.float32(9))
+    apart = np.where(draw.random(positions.shape) < 0.3, moved, positions)
+    groups, _ = group_map(apart, ["a moon", "a heart"] * 300, np.zeros(600))
+    assert groups
+    assert all(group.size for group in groups)
+
+
+def test_words_keep_their_marks() -> None:
+    """Hindi writes vowels as marks; `re` alone would tear its words apart."""
+    found = name_groups(["कुत्ता घास", "बिल्ली घर"] * 3, np.array([0, 1] * 3), 2)
+    assert set(found[0].split(", ")) == {"कुत्ता", "घास"}

@@ -4,18 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from worded import WordModel, loaded
 
 from protoclip.cli import main
 from protoclip.cli.explore import Explore, listen
-from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.explore.explorer import Explorer
 from protoclip.training.run_folder import to_toml
-from testing import tiny_config, tiny_pairs
+from testing import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -25,9 +24,6 @@ from testing import tiny_config, tiny_pairs
         ("a b c --data emoji", "3 models: give one or two"),
         ("a b --data emoji --atlas x.parquet", "--atlas: takes one model"),
         ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
-        ("hf:x --data nothing.csv", "nothing.csv: no such file"),
-        ("x --data emoji --port 70000", "port: 70000 is too large; at most 65535"),
-        ("x --data emoji --map tsne", "map: 'tsne' is not one of auto, pca, umap"),
         ("hf:x --data {}/plain.csv --port 0", "no column with captions"),
     ],
 )
@@ -107,36 +103,3 @@ def test_a_run_is_explored_on_its_own_data(tmp_path: Path) -> None:
     streamed = replace(config, data=replace(config.data, read="streaming"))
     (tmp_path / "run" / "config.toml").write_text(to_toml(streamed))
     assert Explore(models=[str(tmp_path / "run")]).settings() == config.data  # read="auto"
-
-
-def test_classes_of_a_mixture_may_be_in_some_of_its_sources(tmp_path: Path) -> None:
-    for name, head in (("a", "image,caption"), ("b", "image,caption,kind")):
-        (tmp_path / f"{name}.csv").write_text(f"{head}\nx.png,a cat{',cat' * (name == 'b')}\n")
-    table = tiny_pairs(4)
-    for name in "cd":
-        pq.write_table(table, tmp_path / f"{name}.parquet")
-        table = table.append_column("kind", pa.array(["red"] * 4))
-    paths = [tmp_path / name for name in ("a.csv", "b.csv", "c.parquet", "d.parquet")]
-    entries = [SourceConfig(path=str(path), name=path.stem) for path in paths]
-    config = Config(data=DataConfig(sources=entries))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(to_toml(config))
-    pairs = Explore(models=[str(tmp_path / "run")], class_column="kind").pairs()
-    assert [pairs.class_of(row) for row in range(10)] == ["", "cat", *4 * [""], *4 * ["red"]]
-    assert [pairs.sample_id(row) for row in (0, 1, 2, 6)] == ["a/0", "b/0", "c/tiny/0", "d/tiny/0"]
-    with pytest.raises(ValueError, match="no column 'nothing'; it has "):
-        Explore(models=[str(tmp_path / "run")], class_column="nothing").pairs()
-
-
-def test_a_folder_that_no_other_can_take_the_place_of_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the work: the current folder, and a volume of a container."""
-    error = r"^--static: {}: cannot be replaced as a whole; name a new folder in it$"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        with pytest.raises(ValueError, match=error.format(r"\.")):
-            Explore(models=["hf:x"], data="emoji", static=".")()
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
-    with pytest.raises(ValueError, match=error.format(tmp_path)):
-        Explore(models=["hf:x"], data="emoji", static=str(tmp_path))()

@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +13,11 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from worded import WordModel, distinct_pairs, explorers
 
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
-from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation.features import Encoder
 from protoclip.explore import explorer as explorer_module
-from protoclip.explore.atlas import Atlas, Features
 from protoclip.explore.explorer import Explorer, open_explorer, projection_heads
 from protoclip.explore.pages import Pages
 from protoclip.explore.pairs import ExploredPairs, explore_pairs
@@ -91,7 +86,7 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(twice: Pa
     positions = [position for position, _ in found.images]
     assert len({position // 2 for position in positions}) == len(positions) == 10
     assert len(found.texts) == 10
-    assert found.sharing == {position: [position + 1] for position in positions}
+    assert all(one.pairs_of_image(position) == [position + 1] for position in positions)
     near = one.nearest(6, "image", 10)
     assert 3 not in {position // 2 for position, _ in near.images}
     assert 7 in dict(one.nearest(6, "text", 40).texts)
@@ -115,31 +110,6 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(twice: Pa
             assert len({*images}) == len(images)
 
 
-def test_images_in_a_table_are_read_once_to_be_encoded_and_compared(
-    twice: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing but their content says that images in a table are equal; it is hashed meanwhile."""
-    read, reads, compared = ImageTextPairs.encoded, list[int](), list[int]()
-    correlate = ExploredPairs.correlate_images
-
-    def count_reads(pairs: ImageTextPairs, row: int, part: slice | None = None) -> bytes:
-        reads.append(row)
-        return read(pairs, row, part)
-
-    def count_compared(pairs: ExploredPairs, *rows: int) -> float:
-        compared.extend(rows)
-        return correlate(pairs, *rows)
-
-    monkeypatch.setattr(ImageTextPairs, "encoded", count_reads)
-    monkeypatch.setattr(ExploredPairs, "correlate_images", count_compared)
-    (one,) = explorers(DataConfig(train=str(twice)), cache=False)
-    # By `WordModel`, to be encoded, and to be compared.
-    assert sorted(reads) == sorted([*range(40), *range(40), *compared])
-    pairs = explore_pairs(one.pairs.sources[0])  # of which nothing was encoded
-    assert len({pairs.image_key(row) for row in 2 * [*range(40)]}) == 20
-    assert len(reads) == 80 + len(compared) + (40 if twice.suffix == ".parquet" else 0)
-
-
 def test_what_moved_shows_an_image_once_with_all_its_captions(twice: Path) -> None:
     """Each text is one."""
     swaps = {row: (row + 6) % 40 for row in range(12)}
@@ -151,34 +121,12 @@ def test_what_moved_shows_an_image_once_with_all_its_captions(twice: Path) -> No
     assert len(both.movements["image"].pairs) > 0
 
 
-def test_a_tick_is_for_every_pair_of_an_image_however_many(tmp_path: Path) -> None:
-    """More than are looked for at first, among images whose features differ and do not."""
-    for name, colour in (("none", "red"), ("alike", "blue"), ("other", "green")):
-        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
-    names = ["none.png"] * 1500 + ["alike.png", "other.png", "alike.png"]
-    columns = {"path": names, "caption": [f"word {number}" for number in range(len(names))]}
-    source = ImageTextPairs(pa.table(columns), name="t", root=str(tmp_path))
-    images = torch.ones(len(names), 4)
-    images[-2] = torch.tensor([1.0, 0, 0, 0])
-    rows = torch.arange(len(names))
-    features = Features(captioned=rows, rows=rows, image=images, text=images)
-    many = Explorer(
-        name="m",
-        pairs=explore_pairs(source),
-        encoder=Mock(spec=Encoder),
-        atlas=Mock(spec=Atlas, rows=np.arange(len(names))),
-        encoded=features,
-    )
-    shown = many.find_sharing([0, 1500, 1501])
-    assert shown == {0: [*range(1, 1500)], 1500: [1502], 1501: []}
-
-
 def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_path: Path) -> None:
     rows = distinct_pairs(20)
     rows.append({**rows[3], "sample_id": "copy"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
-    assert one.find_sharing([3, 4, 20]) == {3: [20], 4: [], 20: [3]}
+    assert [one.pairs_of_image(position) for position in (3, 4, 20)] == [[], [], []]
     assert [3, 20] in one.atlas.duplicates.tolist()
     assert "data-more" not in Pages([one]).sites[0].duplicates()
 
@@ -192,7 +140,7 @@ def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
 def test_answers_say_which_words_are_near(one: Explorer) -> None:
     """Those near to the query; and of each result, those near to it and to the query."""
     answer = one.search_text("a red square", 5)
-    assert {"red", "square"} <= {*answer.words} <= {*one.words()[0]}
+    assert {"red", "square"} <= {*answer.words} <= {*one.words[0]}
     for modality, near in (("image", answer.images), ("text", answer.texts)):
         assert len(answer.shared[modality]) == len(near) == 5
         assert {"red", "square"} <= {*answer.shared[modality][0]}
@@ -244,14 +192,15 @@ def test_the_next_start_encodes_nothing(
     monkeypatch.setattr(explorer_module, "make_atlas", fail)
     monkeypatch.setattr(explorer_module, "encode_pairs", fail)
     (after,) = explorers(DataConfig(train=str(table)))
-    assert np.array_equal(before.atlas.image_map_position, after.atlas.image_map_position)
+    before_map, after_map = (one.atlas.map_position["image"] for one in (before, after))
+    assert np.array_equal(before_map, after_map)
     # Features are opened without reading a caption or an image.
     monkeypatch.undo()
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     for name in ("caption", "encoded", "find_captioned"):
         monkeypatch.setattr(ExploredPairs, name, fail)
     for modality in ("image", "text"):
-        first, again = before.space(modality).features, after.space(modality).features
+        first, again = (one.spaces[modality].features for one in (before, after))
         assert torch.equal(first, again)
 
 
@@ -268,11 +217,6 @@ def test_a_stream_and_a_missing_class_column_are_refused(table: Path) -> None:
     assert (pairs.class_of(0) != "", pairs.class_of(len(pairs) - 1)) == (True, "")
     with pytest.raises(ValueError, match="no column 'nothing'; it has "):
         explore_pairs(samples, class_column="nothing")
-
-
-def test_more_prototypes_than_pairs_are_refused_before_anything_is_encoded(one: Explorer) -> None:
-    with pytest.raises(ValueError, match=r"^--groups: 61 is too large; at most 60 for these"):
-        open_explorer("no model", one.pairs, device=torch.device("cpu"), number=61)
 
 
 @pytest.mark.parametrize(("prototypical", "space"), [(1.0, "projections"), (0.0, "features")])
