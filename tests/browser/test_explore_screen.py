@@ -36,7 +36,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     circle = 10 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     crowd = np.random.default_rng(0).uniform(-3, 3, (CROWDED, 2))
     positions = np.concatenate([circle, crowd]).astype(np.float32)
-    atlas = replace(one.atlas, image_map_position=positions, text_map_position=positions)
+    atlas = replace(one.atlas, map_position={"image": positions, "text": positions})
     return Pages([replace(one, atlas=atlas)])
 
 

@@ -155,35 +155,24 @@ class Pages:
         return [shorten(name, 60) for name in (short if len({*short}) == len(short) else whole)]
 
     @cached_property
-    def movements(self) -> dict[str, Movements]:
-        """For each modality, the pairs that the two models group differently."""
-        first, second = (explorer.atlas for explorer in self.explorers)
-        return {modality: find_movements(first, second, modality) for modality in MODALITIES}
-
-    @cached_property
-    def share_by_seed(self) -> dict[str, float]:
-        """The share of pairs whose group in the first model another seed of K-means changes."""
-        first = self.explorers[0]
-        return {
-            modality: share_moved_by_seed(first.atlas, first.features, first.heads, modality)
-            for modality in MODALITIES
-        }
-
-    @cached_property
-    def movement_words(self) -> dict[str, str]:
-        """The words that distinguish captions of moved pairs from those of pairs that stayed."""
-        (first, second), words = self.explorers, {}
+    def movements(self) -> dict[str, tuple[Movements, float, str]]:
+        """For each modality, the pairs that the two models group differently; the share of pairs
+        whose group in the first model another seed of K-means changes; and the words that
+        distinguish captions of moved pairs from those of pairs that stayed."""
+        (first, second), movements = self.explorers, {}
         common = np.flatnonzero(np.isin(first.atlas.rows, second.atlas.rows))
         for modality in MODALITIES:
-            gone = self.movements[modality].pairs[:, 0]
+            moved = find_movements(first.atlas, second.atlas, modality)
+            share = share_moved_by_seed(first.atlas, first.features, first.heads, modality)
+            gone = moved.pairs[:, 0]
             parts = [
                 part[evenly_spaced(len(part), min(len(part), READ_CAPTIONS), 0)]
                 for part in (gone, np.setdiff1d(common, gone))
             ]
             captions = [self.pairs.caption(first.row(at)) for part in parts for at in part.tolist()]
             groups = np.repeat([0, 1], [*map(len, parts)])
-            words[str(modality)] = name_groups(captions, groups, 2)[0]
-        return words
+            movements[str(modality)] = moved, share, name_groups(captions, groups, 2)[0]
+        return movements
 
     def front(self) -> str:
         """The page that leads to the first model's map."""
@@ -230,21 +219,11 @@ class Site:
     def prototypes(self) -> dict[str, list[Prototype]]:
         return {modality: self.atlas.list_prototypes(modality) for modality in MODALITIES}
 
-    @cached_property
-    def _members(self) -> dict[str, tuple[Rows, Rows]]:
-        """For each modality all pairs by prototype, the nearest first; and each one's start."""
-        members = {}
-        for modality in MODALITIES:
-            assignments = self.atlas.prototype[modality]
-            order = np.lexsort((-self.atlas.similarity[modality], assignments))
-            starts = np.searchsorted(assignments[order], np.arange(self.atlas.number + 1))
-            members[str(modality)] = order.astype(np.int64), starts.astype(np.int64)
-        return members
-
     def members(self, modality: str, number: int) -> Rows:
         """The members of a prototype, those nearest to its centroid first."""
-        order, starts = self._members[modality]
-        return order[starts[number] : starts[number + 1]]
+        members = np.flatnonzero(self.atlas.prototype[modality] == number)
+        order = np.argsort(-self.atlas.similarity[modality][members], kind="stable")
+        return members[order]
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
@@ -260,13 +239,6 @@ class Site:
     def name(self, modality: str, number: int) -> str:
         """The words that distinguish a prototype's captions; empty if there are none."""
         return shorten(self._names[modality][number], 60)
-
-    @cached_property
-    def _oddest(self) -> dict[str, Rows]:
-        return {
-            measure: np.argsort(-getattr(self.atlas, measure), kind="stable").astype(np.int64)
-            for measure in ("distance", "loss")
-        }
 
     def card(self, position: int, *facts: str, others: Iterable[int] = ()) -> Card:
         """A pair, and below it others that show the same image."""
@@ -385,7 +357,8 @@ class Site:
 
     def odd(self, measure: str, page: int = 1) -> str:
         """The pairs that agree least."""
-        part, pages = take_page(self._oddest[measure], page)
+        oddest = np.argsort(-getattr(self.atlas, measure), kind="stable")
+        part, pages = take_page(oddest, page)
         cards = [
             self.card(
                 position,
@@ -428,7 +401,8 @@ class Site:
 
     def movement_page(self, modality: Modality, page: int = 1) -> str:
         """The pairs that two models group differently."""
-        moved, (first, second) = self.pages.movements[modality], self.pages.sites
+        moved, by_seed, words = self.pages.movements[modality]
+        first, second = self.pages.sites
         flows = [
             (count, (one, first.name(modality, one)), (two, second.name(modality, two)))
             for count, one, two in moved.flows[:FLOWS].tolist()
@@ -446,9 +420,9 @@ class Site:
             here=f"moved-{modality}.html",
             modality=modality,
             moved=moved,
-            by_seed=self.pages.share_by_seed[modality],
+            by_seed=by_seed,
             flows=flows,
-            words=shorten(self.pages.movement_words[modality], 120),
+            words=shorten(words, 120),
             cards=cards,
             page=page,
             pages=pages,

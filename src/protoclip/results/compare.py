@@ -67,9 +67,8 @@ def compare_runs(
         models: The model of each run, if all runs differ; unset, by `name_models`.
 
     Returns:
-        One entry a model: `name`, `seeds`, the different `machines` of its runs, mean and spread of
-        `samples_seen`, `train_seconds` and each of `metrics`; and `trained_on`, as `describe_leaks`
-        returns it. Metrics have what `compute_intervals` finds, and a `difference` to the first.
+        One entry a model. Metrics have what `compute_intervals` finds, and a `difference` to the
+        first.
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())
@@ -165,10 +164,7 @@ def add_means(results: Sequence[Result]) -> list[Result]:
 def add_differences(
     models: Sequence[Sequence[Result]], reference: Sequence[Result]
 ) -> list[list[Result]]:
-    """The results of models with their paired differences to a reference, by metric.
-
-    `difference` computes them; an interval needs the same samples.
-    """
+    """The results of models with their paired differences to a reference, by metric."""
     by_key = {make_key(result): result for result in reference}
 
     def add_difference(result: Result) -> Result:

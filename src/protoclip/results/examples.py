@@ -43,7 +43,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.nearest import nearest
 from protoclip.results.compare import name_runs
-from protoclip.results.read import ANALYSIS
+from protoclip.results.read import ANALYSIS, RunFolder, read_run
 from protoclip.results.table import Cell, Row, Table
 from protoclip.terminal import say
 from protoclip.training.plan import choose_few
@@ -121,18 +121,15 @@ class Examples:
 
 
 def open_examples(
-    run: Path,
-    config: Config,
+    run: RunFolder,
     samples: int,
     *,
     data: DataConfig | None = None,
     allow_training: bool = False,
 ) -> Examples:
-    """Pairs of a run's validation set, drawn evenly.
+    """At most `samples` pairs of a run's validation set, drawn evenly.
 
     Args:
-        config: Settings of the run.
-        samples: Most pairs to take.
         data: Other pairs, as `data.train`; the first ones of a stream, the validation split of the
             emoji.
         allow_training: If none are held out, take pairs that the run was trained on; for a run
@@ -146,20 +143,20 @@ def open_examples(
     elif data is not None:
         examples = draw_examples(sources.pairs(sources.allow_bad(Config(data=data))), samples)
     else:
-        settings = sources.allow_bad(config)
+        settings = sources.allow_bad(run.config)
         training, validation, _ = judged(settings, sources.pairs(settings))
-        if allow_training and config.run.overfit is not None:
-            training, validation = choose_few(training, config), []
+        if allow_training and settings.run.overfit is not None:
+            training, validation = choose_few(training, settings), []
         if validation:
             changed = None
             if isinstance(training, Pairs) and len(training.left_out):
                 # Pairs that are held out of changed data may have been trained on.
-                changed = changed_since(run, training)
+                changed = changed_since(run.folder, training)
             examples = replace(draw_from_split(validation[0], samples), changed=changed or "")
         elif allow_training:
             examples = replace(draw_examples(training, samples), is_held_out=False)
         else:
-            raise ValueError(f"{run}: no pairs are held out; name some with --data")
+            raise ValueError(f"{run.folder}: no pairs are held out; name some with --data")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:
         needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
         raise ValueError(
@@ -218,11 +215,7 @@ def draw_examples(
 
 
 def make_thumbnail(encoded: bytes, side: int) -> bytes:
-    """An image as WebP without metadata, at most `side` pixels a side.
-
-    Raises:
-        ValueError: It cannot be decoded.
-    """
+    """An image as WebP without metadata, at most `side` pixels a side."""
     image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -245,11 +238,7 @@ def make_encoder(model: Any, transform: Any, tokenizer: Any, *, device: torch.de
 
 @torch.inference_mode()
 def embed_examples(encoder: Encoder, examples: Examples, *, project: bool) -> Spaces:
-    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`.
-
-    Raises:
-        ValueError: The model has diverged.
-    """
+    """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = encoder.model
     assert isinstance(model, ProtoCLIP)
     images = encoder.images(examples.pairs, stage="images").features.to(encoder.device)
@@ -271,19 +260,9 @@ def embed_examples(encoder: Encoder, examples: Examples, *, project: bool) -> Sp
 
 
 def analyze_runs(runs: Sequence[str | Path], **options: Any) -> list[dict[str, Any]]:
-    """Measure the checkpoints of runs, and write `analysis.json` into the folder of each.
-
-    Args:
-        options: As `analyze_run` takes them.
-
-    Raises:
-        ValueError: As `analyze_run`.
-    """
-    folders = [Path(run) for run in runs]
-    for folder in folders:  # before minutes of work on the first one
-        open_run(folder)
+    """`analyze_run` of each run, written as `analysis.json` into its folder."""
     analyses = []
-    for folder in folders:
+    for folder in map(Path, runs):
         analysis = analyze_run(folder, **options)
         write_atomically(folder / ANALYSIS, to_json(analysis, indent=2) + "\n")
         notes, pairs = [*analysis["notes"]], analysis["pairs"]
@@ -301,7 +280,7 @@ def analyze_runs(runs: Sequence[str | Path], **options: Any) -> list[dict[str, A
 
 
 def analyze_run(
-    run: Path,
+    folder: Path,
     *,
     data: DataConfig | None = None,
     samples: int = 5000,
@@ -309,22 +288,13 @@ def analyze_run(
     allow_links: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Measure every checkpoint of a run on held-out pairs.
-
-    Features always; projections too if the run trains its heads. `prototypes/...` are the sizes of
-    the run's own prototypes, where a checkpoint has some: how many held-out samples are nearest to
-    each. `grouping.measure` describes the other values.
+    """Measure every checkpoint of a run on held-out pairs, as docs/grouping.md describes it.
 
     Args:
-        run: A run folder.
-        data: As `open_examples` takes it, with an `allow_links` of its own.
-        samples: Most pairs to use.
+        data, samples: As `open_examples` takes them.
         num_groups: Groups of each modality; else the run's number of prototypes, but at least five
             pairs to a group.
-        allow_links: As in `data`, for the run's own pairs; its folder does not grant it.
-
-    Returns:
-        A JSON value. Its `digest` is equal for equal pairs; versions up to 1.0.0 wrote none.
+        allow_links: As in `data`, for the run's own pairs.
 
     Raises:
         ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
@@ -332,9 +302,11 @@ def analyze_run(
     """
     from protoclip.evaluation.grouping import group_sizes
 
-    config, checkpoints = open_run(run)
-    config = replace(config, data=replace(config.data, allow_links=allow_links))
-    examples = open_examples(run, config, samples, data=data)
+    run = read_run(folder, allow_links=allow_links)
+    config, checkpoints = run.config, run.checkpoints
+    if not checkpoints:
+        raise ValueError(f"{folder}: no checkpoint to analyse; {HINT}")
+    examples = open_examples(run, samples, data=data)
     most = len(examples.images) // PAIRS_PER_GROUP
     number = num_groups or min(config.prototypes.number or most, most)
     if not 2 <= number <= most:
@@ -364,7 +336,7 @@ def analyze_run(
     return {
         "name": config.run.name,
         "seed": config.run.seed,
-        "folder": str(run),
+        "folder": str(folder),
         "data": examples.name,
         "pairs": len(examples.images),
         "digest": examples.digest,
@@ -373,20 +345,6 @@ def analyze_run(
         "groups": number,
         "checkpoints": entries,
     }
-
-
-def open_run(run: Path) -> tuple[Config, list[Path]]:
-    """The settings of a run and its checkpoints, oldest first.
-
-    Raises:
-        ValueError: This is no run, or it has no checkpoint.
-    """
-    if not (run / saved.SETTINGS).is_file():
-        raise ValueError(f"{run}: not a run folder, which has a {saved.SETTINGS}")
-    config, checkpoints = saved.read_config(run), saved.checkpoints(run)
-    if not checkpoints:
-        raise ValueError(f"{run}: no checkpoint to analyse; {HINT}")
-    return config, checkpoints
 
 
 def step_of(checkpoint: Path) -> int:

@@ -6,7 +6,6 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from torch import Tensor
 
-from protoclip.config import Config
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.retrieval import captions_of
@@ -34,6 +32,7 @@ from protoclip.results.examples import (
     open_encoder,
     step_of,
 )
+from protoclip.results.read import RunFolder
 
 PAIRS_PER_PROTOTYPE = 20  # in the gallery, on average
 FEWEST_MEMBERS = 5  # of a prototype that counts as tight or mixed
@@ -50,44 +49,25 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """A run's model on the examples.
-
-    Attributes:
-        state: The step of the model, and its alpha if fine-tuning chose one.
-        space: Space of the prototypes: projections, or features.
-        number: Number of prototypes of each modality.
-        prototypes: Those shown, by modality.
-        retrieval: Queries and answers, by direction.
-        grouping: The measures of `grouping.measure`, by space.
-    """
+    """A run's model on the examples."""
 
     examples: Examples
-    state: str
-    space: str
-    number: int
-    prototypes: "Mapping[str, Sequence[ShownPrototype]]"
-    retrieval: "Mapping[str, Retrieval]"
+    state: str  # its step, and its alpha if fine-tuning chose one
+    space: str  # of the prototypes: projections, or features
+    number: int  # of prototypes in each modality
+    prototypes: "Mapping[str, Sequence[ShownPrototype]]"  # by modality
+    retrieval: "Mapping[str, Retrieval]"  # by direction
     confusions: "Confusions | None"
     maps: "Sequence[Map]"
-    grouping: Mapping[str, Mapping[str, float]]
+    grouping: Mapping[str, Mapping[str, float]]  # measures by space
 
 
-def look_at(
-    examples: Examples,
-    config: Config,
-    checkpoints: Sequence[Path],
-    *,
-    seed: int,
-    device: torch.device,
-) -> Look:
-    """Embed the examples with a run's model, and find what to show.
-
-    Raises:
-        ValueError: There is no checkpoint, it is damaged, or the model has diverged.
-    """
-    if not checkpoints:
+def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.device) -> Look:
+    """Embed the examples with a run's model, and find what to show."""
+    config = run.config
+    if not run.checkpoints:
         raise ValueError("it has no checkpoint")
-    newest = saved.find_checkpoint(checkpoints[-1])
+    newest = saved.find_checkpoint(run.checkpoints[-1])
     state = f"step {step_of(newest):,}"
     # Fine-tuning chooses weights between its start and its end.
     chosen = saved.find_checkpoint(newest.parents[1])
@@ -119,7 +99,7 @@ def look_at(
         ),
         confusions=classify(encoder, examples, features["images"]) if has_one_class else None,
         maps=[
-            *map_before(config, checkpoints[-1], examples, rows=drawn.tolist(), device=device),
+            *map_before(run, examples, rows=drawn.tolist(), device=device),
             make_map(features, rows=drawn, title=f"After {state}"),
         ],
         grouping={
@@ -147,17 +127,12 @@ class Map:
 
 
 def map_before(
-    config: Config,
-    checkpoint: Path,
-    examples: Examples,
-    *,
-    rows: Sequence[int],
-    device: torch.device,
+    run: RunFolder, examples: Examples, *, rows: Sequence[int], device: torch.device
 ) -> list[Map]:
     """The map before training, with the weights of the run's seed; none if its start is gone."""
-    # Aligning starts from the closed form.
-    is_aligned = saved.is_aligned(checkpoint)
-    title = "Random heads, before the closed form" if is_aligned else "Before training"
+    config, title = run.config, "Before training"
+    if saved.is_aligned(run.checkpoints[-1]):  # training starts from the closed form
+        title = "Random heads, before the closed form"
     some = Examples(
         name=examples.name,
         images=[examples.images[row] for row in rows],
@@ -198,30 +173,23 @@ def make_map(
 
 @dataclass(frozen=True, kw_only=True)
 class Prototype:
-    """One group of a modality.
-
-    Attributes:
-        tightness: Mean cosine of its members to its centroid.
-        agreement: Share of its members whose other side is in `partner`, the most frequent
-            prototype of the other modality.
-    """
+    """One group of a modality."""
 
     number: int
     modality: str
     size: int
-    tightness: float
-    agreement: float
-    partner: int
+    tightness: float  # mean cosine of its members to its centroid
+    agreement: float  # share of its members whose other side is in `partner`
+    partner: int  # the most frequent prototype of the other modality
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPrototype:
-    """A prototype with its nearest images, as rows of the examples, and captions; `kind` is why it
-    is shown, such as `largest, tightest`."""
+    """A prototype with its nearest images and captions."""
 
     prototype: Prototype
-    kind: str
-    rows: Sequence[int]
+    kind: str  # why it is shown, such as `largest, tightest`
+    rows: Sequence[int]  # of the examples
     captions: Sequence[str]
 
 
@@ -333,17 +301,13 @@ def best_first(scores: Float[Tensor, " n"]) -> list[int]:
 class Answer:
     """A query, and the nearest answers with whether each is right, best first.
 
-    Images are rows of the examples. From image to text the query is the image `row`, and its
-    answers are captions; else `row` is None, and the answers are rows.
-
-    Attributes:
-        caption: The query, or the caption of its image.
-        rank: Rank of the first right answer, from 1.
+    From image to text the query is the image `row` of the examples, and its answers are captions;
+    else `row` is None, and the answers are rows.
     """
 
     row: int | None
-    caption: str
-    rank: int
+    caption: str  # the query, or that of its image
+    rank: int  # of the first right answer, from 1
     answers: Sequence[tuple[Any, bool]]
 
 
@@ -365,15 +329,10 @@ def retrieve(
     content: Sequence[Hashable] | None = None,
     seed: int,
 ) -> dict[str, Retrieval]:
-    """The first right and the first wrong answers of each direction.
+    """The first right and the first wrong answers of each direction, as `captions_of` decides.
 
     Queries are all images and all different captions, in an order that depends on `seed` alone, so
     two models are asked the same questions.
-
-    Args:
-        images, texts: Unit-norm rows of pairs.
-        captions, groups, content: One of each a pair; `captions_of` finds the right answers by
-            them.
     """
     pairs = captions_of([(caption,) for caption in captions], [""] * len(captions), groups, content)
     questions = list(dict.fromkeys(pairs.texts))  # in the order of their numbers
@@ -415,19 +374,14 @@ def retrieve(
 
 @dataclass(frozen=True, kw_only=True)
 class Confusions:
-    """The classes that are confused most.
+    """The classes that are confused most."""
 
-    Attributes:
-        pairs: True class, predicted class, number of such images, number of images of the class.
-        rows: For each of the classes its name, its number of images, and the shares of them that
-            are predicted as each of the classes, and as any other one.
-        templates: Number of prompts of each class.
-    """
-
+    # True class, predicted class, number of such images, number of images of the class.
     pairs: Sequence[tuple[str, str, int, int]]
+    # Class, number of its images, shares of them by predicted class, and of any other one.
     rows: Sequence[tuple[str, int, Sequence[float]]]
     accuracy: float
-    templates: int
+    templates: int  # prompts of each class
 
 
 def classify(

@@ -368,10 +368,10 @@ def show_models(
                 raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
             key = examples_key(run)
             if key not in opened:
-                examples = open_examples(run.folder, run.config, samples, allow_training=True)
+                examples = open_examples(run, samples, allow_training=True)
                 opened[key] = examples, make_images(examples)
             examples, image = opened[key]
-            look = looks.look_at(examples, run.config, run.checkpoints, seed=seed, device=device)
+            look = looks.look_at(run, examples, seed=seed, device=device)
             view = RunView(run=run, look=look, image=image, maps=draw_maps(look, run.label))
         except (ValueError, OSError, RuntimeError) as error:
             view = RunView(run=run, problem=shorten(str(error), 400))

@@ -40,10 +40,7 @@ class RunFolder:
         settings: By dotted name, as `config.toml` has them.
         curves: Those of `metrics.jsonl`; temperatures from logit scales; and, from two checkpoints
             on, measures of `protoclip analyze` as `features/...`.
-        results: None for a run that has not finished.
-        environment: Hardware and versions; empty for a run that has not finished.
-        skipped: The samples that it left out.
-        analysis: What `protoclip analyze` wrote.
+        results, environment: None and empty for a run that has not finished.
         sweep: Over alpha, at the end of fine-tuning.
         seconds: Training time in all, or until the newest checkpoint; None if not known.
         model, label: What to call its model, and the run itself, among the runs that are shown.

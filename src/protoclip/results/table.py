@@ -38,8 +38,8 @@ BRACKETS = (
     "wide where few groups are wrong, or few right."
 )
 NO_INTERVAL = (
-    "A difference has no interval where too few groups of test samples tell the models apart, or "
-    "they have no seed in common."
+    "A difference has no interval where too few groups of test samples tell the models apart, they "
+    "have no seed in common, or the metric needs several."
 )
 SPREAD = "±: sample standard deviation over seeds."
 RETRIEVAL = "text_retrieval is from an image to its texts, which runs call image_to_text."
@@ -81,21 +81,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of results.
-
-    Attributes:
-        heading: Headings of the columns that name a row.
-        columns: The heading of each other column, line by line.
-        footer: Rows below the metrics, such as costs.
-        notes: Sentences below the table.
-    """
+    """A table of results."""
 
     title: str | None
-    heading: Sequence[str]
-    columns: Sequence[Sequence[str]]
+    heading: Sequence[str]  # of the columns that name a row
+    columns: Sequence[Sequence[str]]  # headings of the others, line by line
     rows: Sequence[Row]
-    footer: Sequence[Row] = ()
-    notes: Sequence[str] = ()
+    footer: Sequence[Row] = ()  # such as costs
+    notes: Sequence[str] = ()  # sentences below
 
 
 def format_cell(

@@ -1,6 +1,7 @@
 """The same model over the same data, or some of them, is encoded once, whoever asks first."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,6 +25,7 @@ from protoclip.explore.pairs import explore_pairs
 from protoclip.models import batch_norm, loading
 from protoclip.results import looks
 from protoclip.results.examples import open_examples
+from protoclip.results.read import read_run
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
 
@@ -60,10 +62,10 @@ def explore(run: Path, data: str) -> None:
 
 
 def report(run: Path, data: str) -> None:
-    config = Config(data=DataConfig(train=data, validation=0.0))
-    examples = open_examples(run, config, PAIRS, allow_training=True)
-    checkpoints = sorted((run / "checkpoints").iterdir())
-    looks.look_at(examples, tiny_config(out=""), checkpoints, seed=0, device=CPU)
+    folder = read_run(run)
+    other = replace(folder.config, data=DataConfig(train=data, validation=0.0))
+    examples = open_examples(replace(folder, config=other), PAIRS, allow_training=True)
+    looks.look_at(folder, examples, seed=0, device=CPU)
 
 
 @pytest.mark.parametrize("first", [evaluate, analyze, explore, report])

@@ -115,10 +115,10 @@ def test_what_moved_shows_an_image_once_with_all_its_captions(twice: Path) -> No
     swaps = {row: (row + 6) % 40 for row in range(12)}
     both = Pages(explorers(DataConfig(train=str(twice)), {}, swaps))
     for modality, pairs_of_an_image in (("image", 2), ("text", 1)):
-        moved, page = both.movements[modality].pairs, both.sites[0].movement_page(modality)
+        moved, page = both.movements[modality][0].pairs, both.sites[0].movement_page(modality)
         assert page.count('class="card"') == len(moved) / pairs_of_an_image
         assert page.count("data-id=") == len(moved)
-    assert len(both.movements["image"].pairs) > 0
+    assert len(both.movements["image"][0].pairs) > 0
 
 
 def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_path: Path) -> None:

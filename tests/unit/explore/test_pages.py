@@ -138,7 +138,7 @@ def test_prototypes_are_sorted_over_all_pages(
 def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list[Explorer]) -> None:
     """How many moved, from where to where by name, and the words of what moved."""
     pages = Pages(two)
-    moved = pages.movements["image"]
+    moved, share_by_seed, words = pages.movements["image"]
     (paragraph,) = re.findall(
         r'<p id="difference">(.*?)</p>', ask(port, "/1/moved-image.html")[2].decode(), re.DOTALL
     )
@@ -150,16 +150,16 @@ def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list
     count, one, other = moved.flows[0].tolist()
     names = pages.sites[0].name("image", one), pages.sites[1].name("image", other)
     assert f"{count} from {one}: {names[0]} to {other}: {names[1]}" in said
-    assert f"more often than others: {pages.movement_words['image']}." in said
-    assert pages.movement_words["image"]
-    share_by_seed = 100 * pages.share_by_seed["image"]
+    assert words
+    assert f"more often than others: {words}." in said
     assert share_by_seed > 0
-    assert f"Another seed of K-means alone moves {share_by_seed:.1f}% in the first model." in said
+    by_seed = f"{100 * share_by_seed:.1f}%"
+    assert f"Another seed of K-means alone moves {by_seed} in the first model." in said
     same = Pages([two[0], two[0]])
     assert "group the images of all 60 pairs alike." in " ".join(
         same.sites[0].movement_page("image").split()
     )
-    assert same.movement_words["image"] == ""
+    assert same.movements["image"][2] == ""
 
 
 def test_links_of_every_page_lead_somewhere(port: int) -> None:
