@@ -31,8 +31,8 @@ Entry = Mapping[str, Any]  # a model, as `compare_runs` returns it
 # Runs
 
 
-def name_models(runs: Iterable[tuple[str, int, str]]) -> list[str]:
-    """Names the model of each run, given the run's name, its seed and its folder.
+def name_runs(runs: Iterable[tuple[str, int, str]]) -> list[tuple[str, str]]:
+    """Names the model of each run, and the run itself, given its name, its seed and its folder.
 
     Runs of one name are seeds of one model. If a seed of a name repeats, each run of that name is a
     model of its own, named with its folder.
@@ -40,17 +40,11 @@ def name_models(runs: Iterable[tuple[str, int, str]]) -> list[str]:
     runs = list(runs)
     counts = Counter((name, seed) for name, seed, _ in runs)
     repeated = {name for (name, _), count in counts.items() if count > 1}
-    return [f"{name} ({folder})" if name in repeated else name for name, _, folder in runs]
-
-
-def name_runs(runs: Iterable[tuple[str, int, str]]) -> list[str]:
-    """Names each run: by its model, and by its seed if the model has several runs."""
-    runs = list(runs)
-    names = name_models(runs)
-    counts = Counter(names)
+    models = [f"{name} ({folder})" if name in repeated else name for name, _, folder in runs]
+    several = {model for model, count in Counter(models).items() if count > 1}
     return [
-        name if counts[name] == 1 else f"{name}, seed {seed}"
-        for name, (_, seed, _) in zip(names, runs, strict=True)
+        (model, f"{model}, seed {seed}" if model in several else model)
+        for model, (_, seed, _) in zip(models, runs, strict=True)
     ]
 
 
@@ -64,7 +58,7 @@ def compare_runs(
     the intervals that need it.
 
     Args:
-        models: The model of each run, if all runs differ; unset, by `name_models`.
+        models: The model of each run, if all runs differ; unset, by `name_runs`.
 
     Returns:
         One entry a model. Metrics have what `compute_intervals` finds, and a `difference` to the
@@ -72,7 +66,8 @@ def compare_runs(
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())
-        models = name_models((run.name, run.seed, run.folder) for run in runs)
+        names = name_runs((run.name, run.seed, run.folder) for run in runs)
+        models = [model for model, _ in names]
     groups: dict[str, dict[int, RunResults]] = {}
     for model, run in zip(models, runs, strict=True):
         groups.setdefault(model, {})[run.seed] = run

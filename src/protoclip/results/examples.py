@@ -355,8 +355,8 @@ def table_of_groupings(analyses: Sequence[dict[str, Any]]) -> Table:
     """The measures of the last checkpoints: one row a measure, one column a run and space."""
     names = name_runs((one["name"], one["seed"], one["folder"]) for one in analyses)
     columns = {
-        (name, f"{space}, step {last['step']}"): last[space]
-        for analysis, name in zip(analyses, names, strict=True)
+        (label, f"{space}, step {last['step']}"): last[space]
+        for analysis, (_, label) in zip(analyses, names, strict=True)
         for last in analysis["checkpoints"][-1:]
         for space in ("features", "projections")
         if space in last

@@ -7,7 +7,7 @@ the page.
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -83,27 +83,38 @@ def draw_run(folder: Path) -> tuple[bytes, str] | None:
     """
     run = read_run(folder)
     charts: dict[str, dict[str, Curve]] = {LOSS: {}, HELD_OUT: {}}
+    ends = []
     for name, (steps, values) in run.curves.items():
-        curve = steps * run.config.episodes.batch_size, values
         data, metric = split_key(name)
-        if name == "train/loss/total":
-            charts[LOSS][LOSS] = curve
         # A run that is evaluated only at its end has no curve.
-        elif name.startswith("eval/") and is_headline(name) and len(steps) > 1:
-            charts[HELD_OUT][f"{data}: {label(metric, data)}"] = curve
-    charts = {
-        title: dict([*by_name.items()][:MOST_CURVES])
-        for title, by_name in charts.items()
-        if by_name
-    }
+        is_measure = name.startswith("eval/") and is_headline(name) and len(steps) > 1
+        if name == "train/loss/total":
+            title, shown = LOSS, LOSS
+        elif is_measure and len(charts[HELD_OUT]) < MOST_CURVES:
+            title, shown = HELD_OUT, f"{data}: {label(metric, data)}"
+        else:
+            continue
+        charts[title][shown] = steps * run.config.episodes.batch_size, values
+        ends.append(f"{shown} from {values[0]:.3g} to {values[-1]:.3g}")
+    charts = {title: curves for title, curves in charts.items() if curves}
     if not charts:
         return None
-    ends = [
-        f"{name} from {values[0]:.3g} to {values[-1]:.3g}"
-        for by_name in charts.values()
-        for name, (_, values) in by_name.items()
-    ]
-    return render_png(charts), "Over the samples seen: " + "; ".join(ends)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(charts), 2.6), dpi=150, layout="constrained")
+        all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
+        for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
+            for number, (name, curve) in enumerate(curves.items()):
+                # Between dollars matplotlib would read a formula.
+                escaped = visible(name).replace("$", r"\$")
+                draw_curve(axes, curve, model=number, color=f"C{number}", label=escaped)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel("samples seen")
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            if len(curves) > 1:
+                axes.legend(fontsize=7)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue(), "Over the samples seen: " + "; ".join(ends)
 
 
 def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) -> None:
@@ -117,28 +128,6 @@ def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) ->
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def render_png(charts: Mapping[str, Mapping[str, Curve]]) -> bytes:
-    """Charts side by side as a PNG on white, for a page without our style sheet.
-
-    Args:
-        charts: For each title, the curves by name; a chart of several curves has a legend.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(charts), 2.6), dpi=150, layout="constrained")
-        all_axes = figure.subplots(1, len(charts), squeeze=False)[0]
-        for axes, (title, curves) in zip(all_axes, charts.items(), strict=True):
-            for number, (name, curve) in enumerate(curves.items()):
-                draw_curve(axes, curve, model=number, color=f"C{number}", label=escape(name))
-            axes.set_title(escape(title), fontsize=9)
-            axes.set_xlabel("samples seen")
-            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-            if len(curves) > 1:
-                axes.legend(fontsize=7)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def new_figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     figure = Figure(figsize=(width, height), dpi=72)  # SVG's points
     FigureCanvasSVG(figure)
@@ -150,11 +139,6 @@ def new_figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     for spine in axes.spines.values():
         spine.set_color(INK)
     return figure, axes
-
-
-def escape(name: str) -> str:
-    """A name that matplotlib draws as it is: between dollars it would read a formula."""
-    return visible(name).replace("$", r"\$")
 
 
 def thin_out(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:

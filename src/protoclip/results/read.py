@@ -23,7 +23,7 @@ from protoclip.evaluation.paired import (
 )
 from protoclip.files import read_json, read_local, read_toml
 from protoclip.models import saved
-from protoclip.results.compare import name_models, name_runs
+from protoclip.results.compare import name_runs
 from protoclip.training.run_folder import as_kept, flat
 
 Numbers = npt.NDArray[np.float64]
@@ -96,7 +96,7 @@ def read_runs(paths: Iterable[str | Path], *, allow_links: bool = False) -> list
     facts = [(run.config.run.name, run.config.run.seed, str(run.folder)) for run in runs]
     return [
         replace(run, model=model, label=label)
-        for run, model, label in zip(runs, name_models(facts), name_runs(facts), strict=True)
+        for run, (model, label) in zip(runs, name_runs(facts), strict=True)
     ]
 
 
