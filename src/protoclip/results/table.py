@@ -372,7 +372,7 @@ def describe_basis(difference: Mapping[str, Any], ends: Sequence[float] | None) 
     over = [f"{difference['seeds']} seeds"] if difference["seeds"] > 1 else []
     if difference["samples"] is not None:
         over.append(f"{difference['samples']:,} test samples")
-    return f"{format_interval(ends, 100, digits, '+')}, paired over {' and '.join(over)}"
+    return f"{format_interval(ends, 100.0, digits, '+')}, paired over {' and '.join(over)}"
 
 
 def describe_changes(differences: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -380,7 +380,7 @@ def describe_changes(differences: Mapping[str, Mapping[str, Any]]) -> list[tuple
     lines = []
     for key in filter(is_headline, differences):
         data, metric = split_key(key)
-        cell = format_cell({"mean": 0.0, "difference": differences[key]}, scale=100, digits=1)
+        cell = format_cell({"mean": 0.0, "difference": differences[key]}, scale=100.0, digits=1)
         lines.append((f"{HEADLINES[metric]} ({data})", write_minus(cell.difference)))
     return lines
 

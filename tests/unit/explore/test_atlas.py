@@ -164,7 +164,8 @@ def test_an_atlas_is_kept_and_damage_is_noticed(atlas: atlases.Atlas, tmp_path: 
     again = atlases.read_atlas(path)
     assert again is not None
     for name, value in vars(atlas).items():
-        assert np.array_equal(getattr(again, name), value) or name in atlases.BY_MODALITY
+        if name not in atlases.BY_MODALITY:
+            assert np.array_equal(getattr(again, name), value)
     assert np.array_equal(again.prototype["text"], atlas.prototype["text"])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
