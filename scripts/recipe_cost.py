@@ -18,8 +18,8 @@ from protoclip.cli.spec import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
 from protoclip.models.resolve import resolve_start
 from protoclip.models.text_models import NAMED_CONTEXT_LENGTH
-from protoclip.training import optim, plan, sizes, throughput
-from protoclip.training.stages import stage_of
+from protoclip.training import plan, presets, throughput
+from protoclip.training.optim import find_stage
 from protoclip.training.throughput import PEAK, Forward
 
 
@@ -51,7 +51,7 @@ def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:
     episodes, parallel, prototypes = cost.episodes, cost.parallel, cost.prototypes
     batch, part = episodes.batch_size // cost.cards, episodes.micro_batch_size
     forwards = 1 + parallel.activation_checkpointing + (part is not None and part < batch)
-    stages = [stage_of(cost, index) for index in range(episodes.count)]
+    stages = [find_stage(cost, index) for index in range(episodes.count)]
     training = extraction = clustering = 0.0
     spaces = [prototypes.number] * (2 if cost.groups_modalities else 0)
     spaces += [teacher.number for teacher in cost.grouping_teachers.values()]
@@ -90,7 +90,7 @@ def images_decoded(cost: Cost) -> int:
     episodes = cost.episodes
     passes = episodes.count
     if cost.prototype_source == "extract":
-        passes += sum(stage_of(cost, i).needs_prototypes for i in range(episodes.count))
+        passes += sum(find_stage(cost, i).needs_prototypes for i in range(episodes.count))
     return passes * episodes.size
 
 
@@ -104,9 +104,7 @@ def read(words: Sequence[str]) -> Cost:
     config, start = outlined.config, outlined.start
     if not config.episodes.size and not cost.pairs:
         raise ValueError("--pairs: the recipe leaves episodes.size to the data; give their number")
-    size = config.episodes.size or sizes.episode_size(cost.pairs, config.episodes.batch_size)
-    count = sizes.number_of_episodes(cost.pairs, size, config.episodes.batch_size)
-    config = plan.with_sizes(config, size, count, size // sizes.PAIRS_A_PROTOTYPE)
+    config, _ = presets.fill_episodes(config, cost.pairs)
     if start.is_small:
         pixels, length = start.sizes["image_size"], start.sizes["context_length"]
         image, text = config.model.image, config.model.text
@@ -116,10 +114,10 @@ def read(words: Sequence[str]) -> Cost:
             text=replace(text, context_length=length),
         )
         config = replace(config, model=model)
-    prototypes = plan.fill(config.prototypes, {"source": config.prototype_source})
+    prototypes = presets.fill(config.prototypes, {"source": config.prototype_source})
     config = replace(config, prototypes=prototypes)
-    values = optim.defaults(config, start.tower_kind)
-    return replace(cost, **vars(replace(config, optim=plan.fill(config.optim, values))))
+    values = presets.choose_optimizer(config, start.tower_kind)
+    return replace(cost, **vars(replace(config, optim=presets.fill(config.optim, values))))
 
 
 def report(words: Sequence[str]) -> list[str]:

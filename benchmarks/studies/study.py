@@ -79,7 +79,7 @@ from protoclip.models.resolve import resolve_start
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.progress import Progress, duration
 from protoclip.rules import check
-from protoclip.training import run, run_folder, sizes
+from protoclip.training import presets, run, run_folder
 from protoclip.training.plan import make_plan
 from protoclip.training.run import align, finetune
 
@@ -313,7 +313,7 @@ def config_of(task: Task) -> Config:
     try:
         config = Config.from_dict(settings_of(task))
         if arm.command == "train":
-            usual = config.episodes.count or sizes.EPISODES
+            usual = config.episodes.count or presets.EPISODES
             count = max(1, round(arm.schedule * usual))
             config = replace(config, episodes=replace(config.episodes, count=count))
         check(config)

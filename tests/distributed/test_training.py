@@ -36,8 +36,8 @@ from protoclip.losses.prototypical import prepare
 from protoclip.models import batch_norm, loading
 from protoclip.models.saved import RESUME, find_checkpoint, read_tensors
 from protoclip.prototypes.features import EpisodeFeatures, ExtractedFeatures
+from protoclip.training.optim import PROTOTYPICAL, enter_stage
 from protoclip.training.run import train
-from protoclip.training.stages import PROTOTYPICAL, enter_stage
 from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_config, tiny_model, tiny_pairs
 

@@ -38,11 +38,10 @@ from protoclip.models.projections import AlignedModel
 from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
-from protoclip.training.clustering import Clusterings
 from protoclip.training.presets import choose_before_data
 from protoclip.training.run import Run, align
 from protoclip.training.throughput import machines
-from protoclip.training.trainer import Trainer
+from protoclip.training.trainer import Clusterings, Trainer
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
@@ -354,7 +353,7 @@ def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
             return kmeans(*given, **settings)
 
         with monkeypatch.context() as patch:
-            patch.setattr("protoclip.training.clustering.kmeans", made)
+            patch.setattr("protoclip.training.trainer.kmeans", made)
             return call(self, space, *rows)
 
     monkeypatch.setattr(Clusterings, "__call__", noted)

@@ -21,8 +21,8 @@ from protoclip.cli.spec import parse
 from protoclip.config import Config, ModelConfig
 from protoclip.rules import check
 from protoclip.training import trainer
-from protoclip.training.sizes import EPISODES
-from protoclip.training.stages import stage_of
+from protoclip.training.optim import find_stage
+from protoclip.training.presets import EPISODES
 from scripts_as_modules import script
 from testing import tiny_pairs
 from tiny_hugging_face import save_bert
@@ -237,7 +237,7 @@ def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
     visited = train(pairs, settings, tmp_path / "run", command)
     count = config.episodes.count or EPISODES
     whole = replace(config, episodes=replace(config.episodes, count=count))
-    expected = [stage_of(whole, index).name for index in range(count)]
+    expected = [find_stage(whole, index).name for index in range(count)]
     assert len(visited) == 3
     assert [*dict.fromkeys(visited)] == [*dict.fromkeys(expected)]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -245,6 +245,6 @@ def test_what_cannot_be_read_ends_a_run_before_long(store, hasty, monkeypatch, t
     monkeypatch.setattr(sources, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(ValueError, match=rf"^data.train: pairs.csv: 1 pairs took .*{go_on}$"):
         run.train(config)
-    monkeypatch.setattr(plan, "require_usable", lambda *_: None)  # as if it failed later
+    monkeypatch.setattr(plan.sources, "require_usable", lambda *_: None)  # as if it failed later
     with pytest.raises(ValueError, match=f"^1 samples of a batch took .*{go_on}$"):
         run.train(config)

@@ -183,7 +183,7 @@ def open_source(
     config = Config(data=replace(data, max_bad_share=max_bad_share), run=RunConfig(seed=seed))
     check(config)
     samples = sources.pairs(config)
-    return samples, sources.notes(samples)
+    return samples, sources.list_notes(samples)
 
 
 def open_indexed(data: DataConfig, purpose: str) -> "Pairs":

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from protoclip.data.access import MISSING
 from protoclip.data.decode import decode, dimensions, open_image
-from protoclip.data.defaults import choose_context_length
 from protoclip.data.loader import items_of, read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.stream import ShardStream
+from protoclip.data.summary import choose_context_length
 from protoclip.distributed.cores import cores
 from protoclip.progress import Progress
 from protoclip.terminal import visible

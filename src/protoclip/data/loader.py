@@ -25,7 +25,6 @@ from protoclip.config import Config
 from protoclip.data import access, lanes
 from protoclip.data.captions import ONE, CaptionDraw, Key, keys_of, number_of, trim_padding
 from protoclip.data.decode import MemoryCache, crop
-from protoclip.data.defaults import number_of_workers
 from protoclip.data.lanes import (
     MIN_SPARE,
     SPARE_BATCHES,
@@ -38,6 +37,7 @@ from protoclip.data.lanes import (
 from protoclip.data.packed import Packed
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
+from protoclip.data.summary import choose_workers
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
 
@@ -588,7 +588,7 @@ def loader(
 ) -> EpisodeLoader:
     """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
     share = share_of(config.episodes.batch_size)
-    workers, note = number_of_workers(config.data, samples, image_size=transform.size)
+    workers, note = choose_workers(config.data, samples, image_size=transform.size)
     # Workers share no memory: what one of them keeps, the others decode again.
     keeps = config.data.cache_gb > 0 and not workers
     return kind(

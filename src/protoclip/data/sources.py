@@ -7,8 +7,9 @@ that models are judged on are opened in `evaluation/datasets.py`.
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
@@ -20,6 +21,7 @@ from protoclip.data.access import (
     require_allowed,
     too_slow,
 )
+from protoclip.data.decode import dimensions
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream, evenly_spaced
@@ -141,6 +143,28 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
         )
 
 
+def require_usable(data: DataConfig, samples: Pairs) -> None:
+    """Refuse pairs to train on if too many are in sources of which no sample can be used.
+
+    Raises:
+        ValueError: They are more than `data.max_bad_share` allows.
+    """
+
+    def read(source: Pairs, rows: Sequence[int], number: int) -> object:
+        image = source.sample(int(rows[number])).image
+        return dimensions(image, max_pixels=data.max_image_pixels)
+
+    reasons, bad = list[ValueError](), 0
+    for source, rows in samples.parts:
+        try:
+            require_readable(f"data.train: {source.name}", len(rows), partial(read, source, rows))
+        except ValueError as error:
+            reasons.append(error)
+            bad += len(rows)
+    if bad > data.max_bad_share * len(samples):
+        raise reasons[0]
+
+
 def allow_bad(config: Config) -> Config:
     """Settings that open the pairs of a finished run, with any share of bad samples."""
     return replace(config, data=replace(config.data, max_bad_share=1.0))
@@ -151,7 +175,7 @@ def entries(data: DataConfig) -> list[SourceConfig]:
     return data.sources or [SourceConfig(path=data.train)]
 
 
-def notes(samples: Pairs | SampleStream) -> list[str]:
+def list_notes(samples: Pairs | SampleStream) -> list[str]:
     """Notes from opening the samples, such as lines that were left out."""
     tables = [source for source in samples.sources if isinstance(source, ImageTextPairs)]
     noticed = [

@@ -1,6 +1,6 @@
 """How many processor cores a rank may use.
 
-How many worker processes a run starts on them is decided in `data/defaults.py`.
+How many worker processes a run starts on them is decided in `data/summary.py`.
 """
 
 import os

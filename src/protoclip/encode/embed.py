@@ -116,7 +116,7 @@ def embed(
     config = build(Config, {"data": section})
     check(config)
     samples: Any = raise_on_all_ranks(lambda: sources.pairs(config, needs_captions=False))
-    for note in sources.notes(samples) if rank() == 0 else ():
+    for note in sources.list_notes(samples) if rank() == 0 else ():
         say(f"note: {note}")
     is_stream = isinstance(samples, SampleStream)
     ids = raise_on_all_ranks(

@@ -1,6 +1,6 @@
 """BatchNorm over the batches of all ranks, which normalise as one batch would.
 
-Which layers keep their statistics in a stage is decided in `training/stages.py`.
+Which layers keep their statistics in a stage is decided in `training/optim.py`.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The model: two towers, and in ProtoCLIP two projection heads and two temperatures.
 
-A start builds it (`start.py`), and `training/stages.py` decides which parts of it train.
+A start builds it (`start.py`), and `training/optim.py` decides which parts of it train.
 """
 
 import copy

@@ -1,22 +1,23 @@
-"""The optimizer, its learning rate by step, and the defaults of `[optim]` for a model.
-
-Which parameters train is decided in `stages.py`; steps are taken in `trainer.py`.
-"""
+"""The stages of a run, its optimizer, and the learning rate by step."""
 
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from timm.models import group_parameters
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.config import SMALL_IMAGE_SIZES, Config, locked_rate
+from protoclip.config import Config, ModelConfig
+from protoclip.distributed import parallel
+from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP
 from protoclip.models.transformers import HuggingFaceTowers
 
+HEADS = ("image_head.", "text_head.", "prototype_logit_scale")
 LOCKED_WARM_UP = 2  # steps
-SLOW_HEADS = 0.01  # of the towers' learning rate
 # The layers of open_clip's own towers and of Hugging Face's: embeddings (or the stem), then the
 # numbered blocks (or stages). What matches neither is behind the last block.
 LAYERS = {
@@ -27,64 +28,106 @@ LAYERS = {
 }
 
 
-def defaults(config: Config, kind: str | None) -> dict[str, Any]:
-    """The settings of `[optim]` that depend on the model.
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training. The function `trains` says which parameters train in it.
 
-    Small towers that start untrained, of no `kind`, get values that suit the bundled emoji, and
-    half of their rate above 40 pixels, which suits photographs (docs/LOG.md). Other models,
-    transformers or convolutional, get values between the recipes known for such models.
-    With extraction their heads learn as fast as the towers, as in the paper, and with a queue
-    slowly. As batch, peak rate, warm-up of all steps, decay:
-
-    - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
-    - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
-    - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
-    - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
-      of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
+    Attributes:
+        needs_prototypes: The heads train, by the prototypical losses.
+        projects: The heads run. In the warm-up they do so without a loss, so that their BatchNorm
+            statistics fit the features of the first clustering.
+        locks_image: The image tower and the heads stay as they are.
+        locked: Towers (`image`, `text`) that stay as they are, BatchNorm statistics included.
+        lora: Of the other towers only adapters train.
+        new_projections: Projections into the joint space are new, and train in spite of that.
+        frozen_batch_norm: BatchNorms of the towers keep their statistics; gains and biases train.
     """
-    episodes, given = config.episodes, config.optim
-    if kind is None:
-        rate = 2e-3 if (config.model.image.size or 0) <= SMALL_IMAGE_SIZES[0] else 1e-3
-        return {
-            "learning_rate": rate,
-            "warm_up_steps": 50,
-            "locked_learning_rate": locked_rate(given.learning_rate or rate),
-            "betas": (0.9, 0.98),
-            "eps": 1e-6,
-            "weight_decay": 0.2,
-            "heads_weight_decay": 0.2 if given.weight_decay is None else given.weight_decay,
-            "heads_lr_scale": SLOW_HEADS,
-        }
-    is_transformer, batch = kind == "transformer", episodes.batch_size
-    steps = episodes.count * (episodes.size // batch)
-    rate = 5e-4 * min(1.0, batch / 512)
-    return {
-        "learning_rate": rate,
-        "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
-        "locked_learning_rate": locked_rate(given.learning_rate or rate),
-        "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
-        "eps": 1e-6 if is_transformer else 1e-8,
-        "weight_decay": 0.2 if is_transformer else 0.1,
-        "heads_weight_decay": 0.0,
-        # Fast heads leave behind the projections that wait in a queue (docs/LOG.md).
-        "heads_lr_scale": 1.0 if config.prototypes.source == "extract" else SLOW_HEADS,
-    }
+
+    name: str
+    needs_prototypes: bool = False
+    projects: bool = False
+    locks_image: bool = False
+    locked: tuple[str, ...] = ()
+    lora: bool = False
+    new_projections: bool = False
+    frozen_batch_norm: bool = False
 
 
-def rise(warm_up: int, total: int) -> int:
-    """Steps until the peak: at most half of all, so that short runs reach it too."""
-    return min(warm_up, total // 2)
+CONTRASTIVE = Stage(name="contrastive")
+WARM_UP = Stage(name="warm-up", projects=True)
+PROTOTYPICAL = Stage(name="prototypical", needs_prototypes=True, projects=True)
+LOCKED_IMAGE = Stage(name="locked image", locks_image=True)
+
+
+def find_stage(config: Config, episode: int) -> Stage:
+    """The stage of an episode, counted from 0: warm-up, prototypical, and last with a locked image
+    tower (LiT, Zhai et al. 2022). Without prototypes the first two are one, as in CLIP."""
+    if episode >= config.episodes.count - config.locked_episodes:
+        stage = LOCKED_IMAGE
+    elif not config.uses_prototypes:
+        stage = CONTRASTIVE
+    else:
+        stage = WARM_UP if episode < config.episodes.warm_up else PROTOTYPICAL
+    return limit_stage(stage, config.model)
+
+
+def limit_stage(stage: Stage, model: ModelConfig) -> Stage:
+    """The stage with the limits that `[model]` sets in every stage: what is locked or frozen."""
+    return replace(
+        stage,
+        locked=tuple(model.locked),
+        lora=model.lora is not None,
+        new_projections=model.projections_are_new,
+        frozen_batch_norm=model.frozen_batch_norm,
+    )
+
+
+def trains(name: str, stage: Stage) -> bool:
+    """Whether a parameter of `ProtoCLIP`, by its name, trains in a stage.
+
+    The towers' logit scale and bias always do.
+    """
+    if name.startswith(HEADS):
+        return stage.needs_prototypes
+    assert name.startswith("towers."), f"{name} is of no tower"
+    if name.startswith("towers.logit_"):
+        return True
+    tower = "image" if name.startswith("towers.visual.") else "text"
+    if tower == "image" and stage.locks_image:
+        return False
+    if stage.new_projections and name.removeprefix("towers.").startswith(PROJECTIONS):
+        return True
+    return tower not in stage.locked and (not stage.lora or ".lora_" in name)
+
+
+def enter_stage(model: ProtoCLIP, stage: Stage) -> None:
+    """Freeze what does not train in a stage, and set the mode of every module."""
+    parallel.reshard(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name, stage))
+    model.train()
+    if stage.locks_image:
+        model.image_head.eval()
+        model.text_head.eval()
+    for name, part in model.towers.named_children():
+        tower = "image" if name == "visual" else "text"
+        if tower in stage.locked or (tower == "image" and stage.locks_image):
+            part.eval()
+    if stage.frozen_batch_norm:
+        for module in model.towers.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float:
     """Rise linearly from peak / warm_up to peak, then follow half a cosine that is 0 at `total`."""
-    warm_up = rise(warm_up, total)
+    warm_up = min(warm_up, total // 2)  # so that short runs reach the peak too
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up))) / 2
 
 
-def schedule(config: Config) -> Callable[[int], float]:
+def make_schedule(config: Config) -> Callable[[int], float]:
     """The learning rate by step: one cosine, and a second one for the locked-image stage.
 
     The reference cools the text tower's rate to nearly zero before the locked-image stage starts.
@@ -110,11 +153,11 @@ def steps_of_cosines(config: Config) -> tuple[int, int]:
 
 
 def steps_to_peak(config: Config) -> int:
-    """Steps until the full rate, of which a short run has fewer than `warm_up_steps`."""
-    return rise(config.optim.warm_up_steps, steps_of_cosines(config)[0])
+    """Steps until the full rate: at most half of all."""
+    return min(config.optim.warm_up_steps, steps_of_cosines(config)[0] // 2)
 
 
-def optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     """Fused AdamW. Weight decay applies to matrices and filters, not to gains, biases, scales.
 
     Towers and heads have parameter groups of their own where the configuration gives them a
@@ -174,11 +217,10 @@ def layer_distances(model: Any) -> dict[str, int]:
     if trunk is None:
         parts.append(("visual.", towers.visual, LAYERS, 0))
     else:
-        matcher = stages_of(trunk)
+        matcher = group_by_stages(trunk)
         # What no group has, as the norm behind the last stage of a ConvNeXt, is behind it already.
-        beyond = (
-            1 if behind and all(is_in(matcher, name) for name, _ in trunk.named_parameters()) else 0
-        )
+        has_all = all(is_in_group(name, matcher) for name, _ in trunk.named_parameters())
+        beyond = int(bool(behind) and has_all)
         parts.append((prefix_of_trunk, trunk, matcher, beyond))
     distances: dict[str, int] = {}
     for prefix, part, matcher, beyond in parts:
@@ -196,7 +238,7 @@ def layer_distances(model: Any) -> dict[str, int]:
     return distances
 
 
-def stages_of(trunk: Any) -> Any:
+def group_by_stages(trunk: Any) -> Any:
     """How timm groups the parameters of a trunk by stages; raises `ValueError` if it does not."""
     try:
         return trunk.group_matcher(coarse=True)
@@ -206,12 +248,13 @@ def stages_of(trunk: Any) -> Any:
         ) from error
 
 
-def is_in(matcher: Any, name: str) -> bool:
+def is_in_group(name: str, matcher: Any) -> bool:
     """Whether a group of timm's has a parameter; a matcher that is a function has them all."""
     if not isinstance(matcher, Mapping):
         return True
-    groups = [each if isinstance(each, list | tuple) else [each] for each in matcher.values()]
-    patterns = [part[0] if isinstance(part, list | tuple) else part for of in groups for part in of]
+    groups = [group if isinstance(group, list | tuple) else [group] for group in matcher.values()]
+    parts = [part for group in groups for part in group]
+    patterns = [part[0] if isinstance(part, list | tuple) else part for part in parts]
     return any(re.match(pattern, name) for pattern in patterns)
 
 

@@ -1,21 +1,33 @@
-"""What a command chooses for settings that are not given: `align`, `finetune`, and `run.overfit`.
+"""Settings that are chosen where none is given: by `align`, `finetune`, and all commands.
 
-Here unset means that the user did not give a setting, be it at its default: a question of the
-command, which is answered before the plan. In `plan.py` unset is a setting without a value. The
-values that depend on nothing else are in `defaults.py`.
+To a command a setting is unset if the user did not give it, be it at its default. What no command
+chooses is filled where it has no value, or `auto`. The values that depend on nothing else are in
+`defaults.py`.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import timm
 
-from protoclip.config import HALVES, START, Config, TeacherConfig, shown, tree_of
+from protoclip.config import (
+    HALVES,
+    SMALL_IMAGE_SIZES,
+    START,
+    Config,
+    TeacherConfig,
+    locked_rate,
+    shown,
+    tree_of,
+)
 from protoclip.data.loader import share_of
 from protoclip.data.pairs import Pairs, SampleStream
+from protoclip.data.summary import Summary, choose_context_length, count_captions
+from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.halves import features_folder
 from protoclip.encode.rows import open_listing, write_listing
@@ -24,6 +36,7 @@ from protoclip.models.formats import closed_formats
 from protoclip.models.resolve import names_model
 from protoclip.models.start import Start
 from protoclip.models.timm import PUBLISHED
+from protoclip.models.tokenizers import TokenCounter, open_clip_tokenizer
 from protoclip.rules import (
     check_amounts,
     check_sizes,
@@ -32,11 +45,18 @@ from protoclip.rules import (
     require_store,
 )
 from protoclip.terminal import say
-from protoclip.training import optim, sizes
 from protoclip.training.defaults import ALIGN, FINETUNE
 
 Command = Literal["train", "align", "finetune"]
+Section = TypeVar("Section")
 WORK = {"align": "aligning", "finetune": "fine-tuning"}
+LARGEST_EPISODE = 2**17  # the paper has 200,000 pairs
+EPISODES, PASSES, FEWEST_STEPS = 35, 20, 280  # the fewest of `train`; docs/results.md has these
+MOST_STEPS = 100_000  # of any command that trains
+PAIRS_A_PROTOTYPE, FEWEST_PROTOTYPES = 10, 8  # the paper has 10
+# A crop has about this share of an image's shorter side, and need not be enlarged.
+CROPPED = 0.8
+SLOW_HEADS = 0.01  # of the towers' learning rate
 OVERFIT_STEPS = 500  # after which `run.overfit` gives the pairs up
 ALIGN_PASSES = 30  # over the data
 ALIGN_LARGEST_BATCH = 1024
@@ -45,9 +65,8 @@ NEEDS = (
     "needs two pretrained halves, as in --model.image.name timm:vit_small_patch14_dinov2.lvd142m "
     "--model.text.name minilm"
 )
-# finetune
 FINETUNE_PASSES = 5  # over the images
-LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
+FINETUNE_LARGEST_EPISODE, LARGEST_BATCH, SMALLEST_BATCH = 200_000, 512, 16
 NEARLY_ALL = 0.99  # share of pairs with an image of their own, below which a note says so
 LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
 
@@ -104,37 +123,19 @@ def read_given(command: Command, settings: Any) -> dict[str, Any]:
         ValueError: They hold no settings, or wrong ones, or lack what the command needs.
     """
     tree = Config.from_dict(settings) if isinstance(settings, Config) else tree_of(settings)
-    given = given_in(tree, Config())
+    given = list_given(tree, Config())
     config = Config.from_dict(given)
     if command == "finetune":
         require_start(config)
         require_named_pairs(given, WORK[command])
-    if config.run.overfit is None:
-        return given
-    decided = overfit_settings(config)
-    if command == "align":
-        decided["align"] = {"dropout": 0.0, "geometry": 0.0}
-    return given | {name: {**given.get(name, {}), **values} for name, values in decided.items()}
-
-
-def given_in(section: Any, usual: Any) -> dict[str, Any]:
-    """All settings of a mapping; of a dataclass those that are not as in `usual`."""
-    is_mapping, given = isinstance(section, Mapping), dict[str, Any]()
-    for name, value in (section if is_mapping else vars(section)).items():
-        default = getattr(usual, str(name), None)
-        if is_mapping or value != default:
-            is_section = isinstance(value, Mapping) or hasattr(value, "__dataclass_fields__")
-            given[name] = given_in(value, default) if is_section else value
-    return given
-
-
-def overfit_settings(config: Config) -> dict[str, dict[str, Any]]:
-    """What `run.overfit` decides: one batch of all pairs a step, by the instance loss alone, and
-    nothing that keeps a model from learning by heart. The rate and the model stay."""
     number, validation = config.run.overfit, config.data.validation
+    if number is None:
+        return given
     if validation is not None and validation != 0 and rank() == 0:
         say("note: data.validation: no effect, since run.overfit holds no pairs out")
-    return {
+    # One batch of all pairs a step, by the instance loss alone, and nothing that keeps a model from
+    # learning by heart. The rate and the model stay.
+    decided: dict[str, dict[str, Any]] = {
         "run": {
             **{"log_every": 1, "evaluate": False, "evaluate_every": 0, "guard": []},
             **{"keep_best": None, "stop_by": None},
@@ -147,6 +148,20 @@ def overfit_settings(config: Config) -> dict[str, dict[str, Any]]:
         "loss": {"info_nce": 1.0, "prototypical": 0.0, "teacher": 0.0, "keep": 0.0},
         "optim": {"warm_up_steps": 10},
     }
+    if command == "align":
+        decided["align"] = {"dropout": 0.0, "geometry": 0.0}
+    return given | {name: {**given.get(name, {}), **values} for name, values in decided.items()}
+
+
+def list_given(section: Any, usual: Any) -> dict[str, Any]:
+    """All settings of a mapping; of a dataclass those that are not as in `usual`."""
+    is_mapping, given = isinstance(section, Mapping), dict[str, Any]()
+    for name, value in (section if is_mapping else vars(section)).items():
+        default = getattr(usual, str(name), None)
+        if is_mapping or value != default:
+            is_section = isinstance(value, Mapping) or hasattr(value, "__dataclass_fields__")
+            given[name] = list_given(value, default) if is_section else value
+    return given
 
 
 def choose_before_data(
@@ -177,7 +192,8 @@ def choose_with_data(
     choices: Choices,
     config: Config,
     start: Start,
-    training: Pairs | SampleStream,
+    samples: Pairs | SampleStream,
+    summary: Summary,
     *,
     is_judged: bool,
 ) -> tuple[Config, list[str]]:
@@ -191,18 +207,18 @@ def choose_with_data(
             choose.
     """
     choices.config = config
-    if choices.command == "finetune" and choices.alpha is None and not is_judged:
+    if choices.command == "train":
+        return config, []
+    if choices.command == "align":
+        assert isinstance(samples, Pairs)  # a stream has passed by now
+        notes = choose_to_align_pairs(choices, start, samples)
+        return choices.config, choices.notes + notes
+    if choices.alpha is None and not is_judged:
         raise ValueError(
             "alpha: nothing judges the models between start and end; hold out pairs "
             "(data.validation), name a guard, or give an alpha"
         )
-    if choices.command == "align":
-        assert isinstance(training, Pairs)  # a stream has passed by now
-        notes = choose_to_align_pairs(choices, start, training)
-    elif choices.command == "finetune":
-        notes = choose_to_finetune_on(choices, start, training)
-    else:
-        return config, []
+    notes = choose_to_finetune_on(choices, start, summary)
     return choices.config, choices.notes + notes
 
 
@@ -293,7 +309,7 @@ def choose_to_align_pairs(choices: Choices, start: Start, pairs: Pairs) -> list[
     # An image that several rows show is one sample with all their captions.
     path = write_listing(pairs, features_folder(config))
     rows = len(open_listing(path).rows)
-    notes = on_exports(config, start)
+    notes = note_exports(config, start)
     read_once = ("data.augmentation", "data.cache_gb", "data.shuffle_buffer")
     idle = dict.fromkeys(read_once, "each image is read once")
     idle["model.frozen_batch_norm"] = "the halves are frozen"
@@ -303,18 +319,18 @@ def choose_to_align_pairs(choices: Choices, start: Start, pairs: Pairs) -> list[
     if config.model.text.pooling is not None and names_model("text", config.model.text.name):
         notes.append("model.text.pooling: no effect, since the text half has one of its own")
     size = config.episodes.size
-    batch = choose("episodes.batch_size", align_batch(size or rows, divides=size is not None))
+    batch = choose("episodes.batch_size", choose_align_batch(size or rows, divides=bool(size)))
     # In larger ones the prototypes of a teacher would grow with the pairs.
-    most = min(rows, sizes.LARGEST_EPISODE)
+    most = min(rows, LARGEST_EPISODE)
     size = choose("episodes.size", max(batch, most // batch * batch))
     if size <= rows:
         choose("episodes.replacement", False)
-    count = choose("episodes.count", sizes.episodes_with(ALIGN_PASSES * rows, size, batch))
+    count = choose("episodes.count", count_episodes(ALIGN_PASSES * rows, size, batch))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     return notes
 
 
-def on_exports(config: Config, start: Start) -> list[str]:
+def note_exports(config: Config, start: Start) -> list[str]:
     """Notes on formats of `protoclip export` that cannot hold the run."""
     built = start.build(on_meta=True)
     if loading.gets_logit_bias(config, start):
@@ -327,12 +343,12 @@ def on_exports(config: Config, start: Start) -> list[str]:
     ]
 
 
-def align_batch(pairs: int, *, divides: bool) -> int:
+def choose_align_batch(pairs: int, *, divides: bool) -> int:
     """Pairs of a batch, by the number of all; if it `divides` that, one that does if possible."""
     batch = 2
     while batch < ALIGN_LARGEST_BATCH and 4 * batch <= pairs:
         batch *= 2
-    return sizes.batch_near(batch, dividing=pairs if divides else None)
+    return choose_batch(batch, dividing=pairs if divides else None)
 
 
 def require_possible(choices: Choices, config: Config) -> None:
@@ -343,7 +359,8 @@ def require_possible(choices: Choices, config: Config) -> None:
     """
     episodes = config.episodes
     if episodes.size is not None and not choices.is_given("episodes.batch_size"):
-        episodes = replace(episodes, batch_size=align_batch(episodes.size, divides=True))
+        batch = choose_align_batch(episodes.size, divides=True)
+        episodes = replace(episodes, batch_size=batch)
     if not choices.is_given("episodes.count"):  # the pairs decide; here it is what stages need
         episodes = replace(episodes, count=episodes.warm_up + config.locked_episodes)
     check_amounts(replace(config, episodes=episodes))
@@ -370,33 +387,41 @@ def choose_to_finetune(choices: Choices) -> None:
         choices.choose("optim.layer_decay", 0.7)
 
 
-def finetune_rate(start: Start, *, is_lora: bool) -> float:
-    """The peak learning rate: FLYP's (arXiv 2212.00638), or ten times as much for LoRA, which moves
-    few weights.
-
-    Small towers that were trained from scratch learn on at the rate at which they learned. At
-    FLYP's they learn nothing in a few passes (docs/LOG.md).
-    """
-    if start.tower_kind is None:
-        return 1e-3
-    return 1e-4 if is_lora else 1e-5
-
-
-def choose_to_finetune_on(
-    choices: Choices, start: Start, training: Pairs | SampleStream
-) -> list[str]:
+def choose_to_finetune_on(choices: Choices, start: Start, summary: Summary) -> list[str]:
     """Episodes, the rate and the losses, by the pairs: an episode is a pass over the images.
+
+    So a table with a row a caption takes as long as one with a row an image. The peak learning rate
+    is FLYP's (arXiv 2212.00638), or ten times as much for LoRA, which moves few weights. Small
+    towers that were trained from scratch learn on at the rate at which they learned: at FLYP's they
+    learn nothing in a few passes (docs/LOG.md).
 
     Returns a note where pairs show fewer images.
     """
-    config, choose = choices.config, choices.choose
-    rows, images = None, None
-    if isinstance(training, Pairs):
-        rows = len(training)
-        if not (choices.is_given("episodes.size") and choices.is_given("episodes.count")):
-            images = images_in(training)
-    batch, size, count = finetune_episodes(choices, rows, images)
-    choose("optim.learning_rate", finetune_rate(start, is_lora=config.model.lora is not None))
+    choose, rows, given = choices.choose, summary.rows, choices.config.episodes
+    has_amounts = given.size is not None and choices.is_given("episodes.count")
+    if rows is None and not has_amounts:
+        raise ValueError(
+            "episodes.size: a stream has no length; give episodes.size and episodes.count"
+        )
+    images = 0
+    if rows is not None and not has_amounts:
+        # All passes together see each pair, and there are enough steps.
+        enough = min(rows, SMALLEST_BATCH * LEAST_STEPS)
+        images = max(summary.images or rows, math.ceil(rows / FINETUNE_PASSES), enough)
+    wanted = given.size or min(FINETUNE_LARGEST_EPISODE, images)
+    batch = SMALLEST_BATCH
+    while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
+        batch *= 2
+    usual = choose_batch(min(batch, wanted), dividing=given.size)
+    batch = choose("episodes.batch_size", usual)
+    size = choose("episodes.size", max(batch, wanted // batch * batch))
+    if rows is not None and size <= rows:
+        choose("episodes.replacement", False)
+    usual = count_episodes(FINETUNE_PASSES * images, size, batch) if images else 1
+    count = choose("episodes.count", usual)
+    config = choices.config
+    rate = 1e-3 if start.tower_kind is None else 1e-5 if config.model.lora is None else 1e-4
+    choose("optim.learning_rate", rate)
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     features = None
     if config.loss.teacher > 0 and not config.teachers:
@@ -410,40 +435,172 @@ def choose_to_finetune_on(
         if features == START:
             choose("teacher.whiten", 0)
             choose("episodes.warm_up", 0)  # its features are good from the beginning
-        choose("optim.heads_lr_scale", 1.0 if start.heads_are_new else optim.SLOW_HEADS)
+        choose("optim.heads_lr_scale", 1.0 if start.heads_are_new else SLOW_HEADS)
     if rows and images and images < NEARLY_ALL * rows:
         return [f"{rows:,} pairs show fewer images, so a pass over these is {images:,} pairs"]
     return []
 
 
-def images_in(pairs: Pairs) -> int:
-    """How many images a pass counts: so many that all passes together see each pair, and that there
-    are enough steps, where these pairs show fewer."""
-    rows = len(pairs)
-    enough = min(rows, SMALLEST_BATCH * LEAST_STEPS)
-    return max(sizes.number_of_images(pairs), math.ceil(rows / FINETUNE_PASSES), enough)
+# What every run fills
 
 
-def finetune_episodes(
-    choices: Choices, rows: int | None, images: int | None
-) -> tuple[int, int, int]:
-    """Pairs in a batch and in an episode, and episodes: some passes over this number of images.
+def fill(section: Section, values: Mapping[str, Any]) -> Section:
+    """A section of the settings, with these values for what it leaves unset, or `auto`."""
+    unset = {n: value for n, value in values.items() if getattr(section, n) in (None, "auto")}
+    return replace(section, **unset)  # type: ignore[type-var]
 
-    So a table with a row a caption takes as long as one with a row an image.
+
+def fill_settings(
+    config: Config, start: Start, samples: Pairs | SampleStream, summary: Summary
+) -> tuple[Config, list[str]]:
+    """Every unset setting by the training pairs and the model, and a note on each decision.
+
+    Small towers that start untrained get the largest image size that crops of half of the images
+    have, and the smallest caption length that cuts at most one caption of 20. Above 40 pixels they
+    get crops alone, which keep colours: captions name these, and only drawings of 40 pixels need
+    more augmentation (docs/results.md). Other models get the paper's.
     """
-    choose, given = choices.choose, choices.config.episodes
-    if rows is None and not (given.size and choices.is_given("episodes.count")):
-        raise ValueError(
-            "episodes.size: a stream has no length; give episodes.size and episodes.count"
-        )
-    wanted = given.size or min(LARGEST_EPISODE, images or 0)
-    batch = SMALLEST_BATCH
-    while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
-        batch *= 2
-    usual = sizes.batch_near(min(batch, wanted), dividing=given.size)
-    batch = choose("episodes.batch_size", usual)
-    size = choose("episodes.size", max(batch, wanted // batch * batch))
-    if rows is not None and size <= rows:
-        choose("episodes.replacement", False)
-    count = 1 if images is None else sizes.episodes_with(FINETUNE_PASSES * images, size, batch)
-    return batch, size, choose("episodes.count", count)
+    notes, model, data = list[str](), config.model, config.data
+    sides = summary.sides
+    reason = f"by {len(sides)} of the samples" if sides else "since no sample could be looked at"
+    if model.leaves_image_size_open:
+        largest = CROPPED * float(np.median(sides)) if sides else 0.0
+        size = max([SMALL_IMAGE_SIZES[0], *(s for s in SMALL_IMAGE_SIZES if s <= largest)])
+        model = replace(model, image=replace(model.image, size=size))
+        notes.append(f"model.image.size = {size}, {reason}")
+    if model.leaves_context_length_open:
+        lengths = TokenCounter(open_clip_tokenizer({}))(summary.captions_of_images)
+        length = choose_context_length(lengths)
+        model = replace(model, text=replace(model.text, context_length=length))
+        notes.append(f"model.text.context_length = {length}, {reason}")
+    start = replace(start, model=model)
+    if start.is_small:  # towers that timm or `transformers` knows have sizes
+        size, length = start.sizes["image_size"], start.sizes["context_length"]
+        image, text = replace(model.image, size=size), replace(model.text, context_length=length)
+        model = replace(model, image=image, text=text)
+    prototypes = fill(config.prototypes, {"source": config.prototype_source})
+    config = replace(config, model=model, prototypes=prototypes)
+    pairs = samples if isinstance(samples, Pairs) else None
+    config, said = fill_episodes(config, summary.rows, pairs)
+    kind = start.tower_kind
+    is_small = kind is not None or (model.image.size or 0) <= SMALL_IMAGE_SIZES[0]
+    augmentation = "light" if is_small or config.run.overfit is not None else "clip"
+    if data.augmentation == "auto" and augmentation != "light":
+        above = f"above {SMALL_IMAGE_SIZES[0]} pixels"
+        notes.append(f"data.augmentation = {augmentation}, for small towers {above}")
+    values = choose_optimizer(config, kind)
+    if kind is not None:
+        name = model.name or model.start or model.image.name
+        said += [
+            f"optim.{setting} = {value}, from {name} at batch {config.episodes.batch_size}"
+            for setting, value in values.items()
+            if getattr(config.optim, setting) is None
+            and (setting != "locked_learning_rate" or config.locked_episodes)
+        ]
+        if model.has_start and config.optim.learning_rate is None:
+            said.append("optim.learning_rate suits new weights; protoclip finetune has lower ones")
+    data, optim = fill(data, {"augmentation": augmentation}), fill(config.optim, values)
+    return replace(config, data=data, optim=optim), notes + said
+
+
+def fill_episodes(
+    config: Config, rows: int | None, pairs: Pairs | None = None
+) -> tuple[Config, list[str]]:
+    """The size and number of episodes, and the numbers of prototypes; and notes on these.
+
+    An episode is the largest power of two that `rows` pairs fill, at most 131,072, in whole
+    batches; so many for a stream, whose length is None. There are 35 episodes, or more for 20
+    passes over the pairs or for 280 steps. A prototype stands for ten pairs, as in the paper, but
+    there are no more than different captions among `pairs`: captions may name few classes.
+    """
+    notes, batch, size = list[str](), config.episodes.batch_size, config.episodes.size
+    if size is None:
+        most = LARGEST_EPISODE if rows is None else 2 ** int(math.log2(max(1, rows)))
+        size = max(1, min(LARGEST_EPISODE, most) // batch) * batch
+        of = "a stream" if rows is None else f"{rows:,} pairs"
+        notes.append(f"episodes.size = {size}, for {of}")
+    least = max(EPISODES * size, PASSES * (rows or 0), FEWEST_STEPS * batch)
+    stages = config.episodes.warm_up + config.locked_episodes
+    count = max(count_episodes(least, size, batch), stages + 1)
+    chosen = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
+    chosen |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
+    number = min(size, max(FEWEST_PROTOTYPES, size // PAIRS_A_PROTOTYPE))
+    unset = [f"{name}.number" for name, given in chosen.items() if given is None]
+    if unset and pairs is not None:  # captions are read for a number that is used
+        number = count_captions(pairs, size, most=number)
+    number = max(2, number)
+    if unset:
+        few = number < size // PAIRS_A_PROTOTYPE
+        reason = "since captions repeat" if few else "a tenth of an episode"
+        notes.append(f"{' and '.join(unset)} = {number}, {reason}")
+    config = replace(
+        config,
+        episodes=fill(config.episodes, {"size": size, "count": count}),
+        prototypes=fill(config.prototypes, {"number": number}),
+        teacher=fill(config.teacher, {"number": number}),
+        teachers=[fill(teacher, {"number": number}) for teacher in config.teachers],
+    )
+    return config, notes
+
+
+def count_episodes(pairs: int, size: int, batch: int) -> int:
+    """How many episodes have this number of pairs together, or as many as `MOST_STEPS` allow."""
+    return max(1, min(round(pairs / size), MOST_STEPS * batch // size))
+
+
+def choose_batch(usual: int, *, dividing: int | None) -> int:
+    """A batch of about the usual size, which ranks share evenly, with at least two pairs each.
+
+    It divides the number `dividing`, if one can that is at least half as large: in small batches
+    there is little to tell apart.
+    """
+    ranks = collectives.world_size()
+    usual = max(2 * ranks, usual // ranks * ranks)
+    if dividing is None:
+        return usual
+    even = range(usual, max(ranks, usual // 2 - 1), -ranks)
+    return next((size for size in even if dividing % size == 0), usual)
+
+
+def choose_optimizer(config: Config, kind: str | None) -> dict[str, Any]:
+    """The settings of `[optim]` that depend on the model.
+
+    Small towers that start untrained, of no `kind`, get values that suit the bundled emoji, and
+    half of their rate above 40 pixels, which suits photographs (docs/LOG.md). Other models,
+    transformers or convolutional, get values between the recipes known for such models.
+    With extraction their heads learn as fast as the towers, as in the paper, and with a queue
+    slowly. As batch, peak rate, warm-up of all steps, decay:
+
+    - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
+    - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
+    - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
+    - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
+      of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
+    """
+    episodes, given = config.episodes, config.optim
+    if kind is None:
+        rate = 2e-3 if (config.model.image.size or 0) <= SMALL_IMAGE_SIZES[0] else 1e-3
+        return {
+            "learning_rate": rate,
+            "warm_up_steps": 50,
+            "locked_learning_rate": locked_rate(given.learning_rate or rate),
+            "betas": (0.9, 0.98),
+            "eps": 1e-6,
+            "weight_decay": 0.2,
+            "heads_weight_decay": 0.2 if given.weight_decay is None else given.weight_decay,
+            "heads_lr_scale": SLOW_HEADS,
+        }
+    is_transformer, batch = kind == "transformer", episodes.batch_size
+    steps = episodes.count * (episodes.size // batch)
+    rate = 5e-4 * min(1.0, batch / 512)
+    return {
+        "learning_rate": rate,
+        "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
+        "locked_learning_rate": locked_rate(given.learning_rate or rate),
+        "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
+        "eps": 1e-6 if is_transformer else 1e-8,
+        "weight_decay": 0.2 if is_transformer else 0.1,
+        "heads_weight_decay": 0.0,
+        # Fast heads leave behind the projections that wait in a queue (docs/LOG.md).
+        "heads_lr_scale": 1.0 if config.prototypes.source == "extract" else SLOW_HEADS,
+    }

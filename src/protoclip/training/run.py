@@ -36,9 +36,6 @@ from protoclip.encode.rows import HalfRows, RowLoader, half_teachers
 from protoclip.encode.start import embed_start
 from protoclip.encode.whiten import Whitens
 from protoclip.files import sealed, to_json, write_atomically
-from protoclip.losses.balance import Balance
-from protoclip.losses.objective import loss_weights
-from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
 from protoclip.models.precision import autocast, grad_scaler, measure_convolutions, resolve
 from protoclip.models.projections import AlignedModel, require_same_encoders
@@ -47,13 +44,11 @@ from protoclip.models.saved import checkpoints, explain_state_errors, read_check
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
-from protoclip.training import optim, sync, throughput, wise_ft
+from protoclip.training import sync, throughput, wise_ft
 from protoclip.training.checkpoint import CheckpointWriter
-from protoclip.training.clustering import Clusterings, EpisodePrototypes
-from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.judge import EarlyStop, Judge
 from protoclip.training.log import MetricsLog
-from protoclip.training.plan import Plan, contents, encode_pairs, make_plan, resolve_settings
+from protoclip.training.plan import Plan, encode_pairs, list_contents, make_plan, resolve_settings
 from protoclip.training.presets import Command, choose_before_data, read_given
 from protoclip.training.run_folder import (
     Begun,
@@ -67,9 +62,7 @@ from protoclip.training.run_folder import (
     pooled_as_begun,
     to_toml,
 )
-from protoclip.training.stages import stage_of
 from protoclip.training.symptoms import Symptoms
-from protoclip.training.trainer import Trainer
 
 
 def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
@@ -295,33 +288,19 @@ class Run:
             self.teachers.update(half_teachers(config, samples, rows))
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
-        weights = loss_weights(config, geometry=config.align.geometry * (rows is not None))
-        balance = Balance() if config.sets_strengths else None
         self.autocast = autocast(precision, device)
-        optimizer, scaler = optim.optimizer(config, self.trained), grad_scaler(precision, device)
-        self.trainer = Trainer(
-            model=self.trained,
-            stage=partial(stage_of, config),
-            prototypes=EpisodePrototypes(
-                source=self.feature_source(),
-                cluster=Clusterings(config, captions=plan.captions.number),
-                make_targets=target_maker(config),
-                groups_modalities=bool(weights.prototypical) or balance is not None,
-            ),
-            weights=weights,
-            balance=balance,
+        self.trainer = make_trainer(
+            config,
+            self.trained,
+            source=self.make_feature_source(),
+            captions=plan.captions.number,
             start=self.start if config.loss.keep else None,
-            guard=NonFiniteGuard(optimizer, scaler, folder / f"diverged{suffix}.json"),
-            schedule=optim.schedule(config),
-            clip_norm=config.optim.clip_norm,
+            scaler=grad_scaler(precision, device),
             autocast=self.autocast,
-            micro_batch_size=config.episodes.micro_batch_size,
-            batches=config.episodes.size // config.episodes.batch_size,
-            batch_size=config.episodes.batch_size,
+            report=folder / f"diverged{suffix}.json",
             throughput=throughput.measures(
                 plan.start if rows is None else None, device, precision, plan.captions.number
             ),
-            recalls=config.run.overfit is not None,
         )
         self.judge = Judge(
             plan,
@@ -351,7 +330,7 @@ class Run:
         Says all notes of the run, of which these are on the built model. On rank 0.
         """
         plan, aligns = self.plan, self.rows is not None
-        self.content = contents(plan, self.teachers, self.start or start)
+        self.content = list_contents(plan, self.teachers, self.start or start)
         model_in_words = loading.describe_training(
             plan.config.model, self.model, self.loader.tokenizer, aligns=aligns
         )
@@ -402,7 +381,7 @@ class Run:
             if self.log is not None:
                 self.log.close()
 
-    def feature_source(self) -> ExtractedFeatures:
+    def make_feature_source(self) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
         config, trains = self.config, self.loader.transform
         evaluating = config.prototypes.extract_transform == "evaluation"

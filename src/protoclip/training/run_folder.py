@@ -56,8 +56,8 @@ from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.defaults import CHOSEN
-from protoclip.training.plan import Outline, Plan, fill
-from protoclip.training.presets import Command
+from protoclip.training.plan import Outline, Plan
+from protoclip.training.presets import Command, fill
 
 LOCK = ".lock"
 # What is meant where it is unset.
@@ -405,7 +405,7 @@ def check_checkpoint(
     Args:
         arithmetic: Device and precision by setting.
         chosen: What identifies the lists of sample ids, by setting.
-        content: What identifies the pairs, those to train on called `name`; see `plan.contents`.
+        content: What identifies the pairs, those to train on called `name`; of `list_contents`.
     """
     for setting, before in facts_of(checkpoint, "arithmetic").items():
         named = flat(asdict(config))[setting] != "auto"

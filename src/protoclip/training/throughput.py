@@ -113,7 +113,7 @@ def counts_by_rank(model: ProtoCLIP, config: Config) -> bool:
     if synchronised and config.episodes.micro_batch_size is None:
         return False  # see `loading.parallelise`
     if config.model.frozen_batch_norm:
-        return False  # see `stages.enter_stage`
+        return False  # see `optim.enter_stage`
     return any(
         isinstance(layer, _BatchNorm)
         for name, layer in model.towers.named_modules()

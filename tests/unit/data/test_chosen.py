@@ -171,7 +171,7 @@ def test_a_mixture_is_filtered_by_ids_with_the_source_name(top, tmp_path):
     pairs = opened(**mixture(top), only=listed(tmp_path, ["a/id 3", "b/7", "id 4"]))
     assert list(pairs.sample_ids()) == ["a/id 3", "b/7"]
     assert captions_in(pairs) == ["caption 3", "caption 7"]
-    assert "1 of 3 ids are of no sample, such as 'id 4'" in sources.notes(pairs)[-1]
+    assert "1 of 3 ids are of no sample, such as 'id 4'" in sources.list_notes(pairs)[-1]
 
 
 def test_a_source_without_samples_needs_to_have_no_weight(top, tmp_path):
@@ -270,7 +270,7 @@ def test_a_mixture_of_streams_is_filtered(top, tmp_path):
     only = listed(tmp_path, ["a/0/001", "b/2/009"])
     stream = opened(sources=entries, read="streaming", only=only)
     assert set(ids(stream, 40)) == {"a/0/001", "b/2/009"}
-    assert any("not counted" in note for note in sources.notes(stream))
+    assert any("not counted" in note for note in sources.list_notes(stream))
 
 
 def test_teacher_features_of_the_chosen(tmp_path):

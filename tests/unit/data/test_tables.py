@@ -398,7 +398,7 @@ def test_ids_that_are_row_numbers_are_told(tmp_path):
     (tmp_path / "plain.csv").write_text("image,caption\n0.jpg,a\n")
     (tmp_path / "keyed.csv").write_text("image,caption,key\n0.jpg,a,b\n")
     parts = [SourceConfig(path=str(tmp_path / f"{name}.csv")) for name in ("plain", "keyed")]
-    (note,) = sources.notes(sources.pairs(Config(data=DataConfig(sources=parts))))
+    (note,) = sources.list_notes(sources.pairs(Config(data=DataConfig(sources=parts))))
     assert note.startswith("plain.csv: has no column of sample ids, so they are row numbers: keep")
 
 

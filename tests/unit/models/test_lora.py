@@ -13,7 +13,7 @@ from torch import Tensor
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.models import loading, lora
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited
+from protoclip.training.optim import PROTOTYPICAL, enter_stage, limit_stage
 from testing import tiny_model
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import halves
@@ -89,7 +89,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     assert expected in note
     assert all(map(torch.equal, features(model), before))
     base = {k: v.clone() for k, v in model.state_dict().items() if lora.ADDED not in k}
-    enter_stage(model, limited(PROTOTYPICAL, replace(config, lora=4)))
+    enter_stage(model, limit_stage(PROTOTYPICAL, replace(config, lora=4)))
     model.eval()  # BatchNorm statistics stay
     for parameter_name, parameter in model.named_parameters():
         if ".lora_B." in parameter_name:

@@ -11,7 +11,7 @@ from protoclip import KMeans, back_translate, kmeans
 from protoclip.config import Config
 from protoclip.losses.prototypical import make_targets
 from protoclip.prototypes.targets import agreement, cluster_spaces
-from protoclip.training.clustering import Clusterings
+from protoclip.training.trainer import Clusterings
 
 
 def test_back_translation_is_the_mean_over_each_assignment(generator):

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from numbered import Numbered
 
+from protoclip.data.summary import Summary
 from protoclip.models.start import Start
 from protoclip.training import presets
 from protoclip.training.presets import choose_before_data, choose_with_data
@@ -46,10 +47,10 @@ def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     """The prototypes of a teacher are a tenth of an episode."""
     monkeypatch.setattr(presets, "write_listing", lambda *_: None)
     monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows)))
-    monkeypatch.setattr(presets, "on_exports", lambda *_: [])
+    monkeypatch.setattr(presets, "note_exports", lambda *_: [])
     choices = choose_before_data("align", {"model": HALVES, **PAIRS})
     config, _ = choose_with_data(
-        choices, choices.config, Mock(Start), Numbered(rows, 1), is_judged=False
+        choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_judged=False
     )
     assert (config.episodes.size, config.episodes.count) == (size, count)
 

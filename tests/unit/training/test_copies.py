@@ -24,10 +24,9 @@ from protoclip.models.precision import grad_scaler
 from protoclip.models.protoclip import ProtoCLIP, TowerPair
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.training.clustering import Clusterings, EpisodePrototypes
 from protoclip.training.guard import NonFiniteGuard
-from protoclip.training.stages import PROTOTYPICAL
-from protoclip.training.trainer import Trainer
+from protoclip.training.optim import PROTOTYPICAL
+from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
 from testing import tiny_model, tiny_pairs
 
 META, NUMBER, BATCH, PROTOTYPES = torch.device("meta"), 32, 16, 5

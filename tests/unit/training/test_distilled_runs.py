@@ -18,7 +18,7 @@ from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.results.page import describe_run
 from protoclip.results.read import read_run
-from protoclip.training import clustering, run, trainer
+from protoclip.training import run, trainer
 from protoclip.training.run import train
 from testing import tiny_pairs
 
@@ -62,7 +62,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that learns relations and nothing else of its teachers."""
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clustering, "cluster_spaces", None)  # nothing may be clustered
+        patch.setattr(trainer, "cluster_spaces", None)  # nothing may be clustered
         train(distilled(data, out, **ALONE))
     return out
 

@@ -34,11 +34,17 @@ from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.rules import check
-from protoclip.training.optim import defaults, layer_distances, optimizer
-from protoclip.training.plan import fill
+from protoclip.training.optim import (
+    PROTOTYPICAL,
+    enter_stage,
+    find_stage,
+    layer_distances,
+    limit_stage,
+    make_optimizer,
+)
+from protoclip.training.presets import choose_optimizer, fill
 from protoclip.training.run import train
 from protoclip.training.run_folder import check_settings, flat, to_toml
-from protoclip.training.stages import PROTOTYPICAL, enter_stage, limited, stage_of
 from testing import tiny_config, tiny_model, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -195,9 +201,9 @@ def test_layer_decay_lowers_the_rate_of_early_layers():
         tiny_config(out="unused"),
         optim=OptimConfig(layer_decay=0.5, image_lr_scale=0.1, heads_lr_scale=0.3),
     )
-    config = replace(config, optim=fill(config.optim, defaults(config, None)))
+    config = replace(config, optim=fill(config.optim, choose_optimizer(config, None)))
     model = loading.model(config.model, seed=0)
-    groups = {id(p): g for g in optimizer(config, model).param_groups for p in g["params"]}
+    groups = {id(p): g for g in make_optimizer(config, model).param_groups for p in g["params"]}
     scales = {name: groups[id(p)]["scale"] for name, p in model.named_parameters()}
     assert scales["towers.visual.head.proj.weight"] == pytest.approx(0.1)
     assert scales["towers.visual.trunk.layer1.0.conv1.weight"] == pytest.approx(0.1 / 16)
@@ -212,7 +218,7 @@ def test_layer_decay_lowers_the_rate_of_early_layers():
 def test_frozen_batch_norm_keeps_statistics_and_trains_the_rest():
     """Of the towers alone: the heads are new, and need statistics of their own."""
     model = loading.model(tiny_model(), seed=0)
-    enter_stage(model, limited(PROTOTYPICAL, replace(tiny_model(), frozen_batch_norm=True)))
+    enter_stage(model, limit_stage(PROTOTYPICAL, replace(tiny_model(), frozen_batch_norm=True)))
     before = {name: value.clone() for name, value in model.named_buffers()}
     out = model(*BATCH)
     (out.image_projections.sum() + out.text_projections.sum()).backward()
@@ -241,7 +247,7 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
     config = replace(tiny_config(out="unused"), model=settings)
     model = loading.model(tiny_model(), seed=0)
     for episode in range(4):
-        stage = stage_of(config, episode)
+        stage = find_stage(config, episode)
         enter_stage(model, stage)
         before = {name: value.clone() for name, value in model.towers.named_buffers()}
         model(*BATCH)

@@ -9,27 +9,40 @@ from numbered import Numbered
 
 from protoclip.cli.finetune import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
-from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import open_source
+from protoclip.data.summary import Summary, summarize
 from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.models.start import Start
 from protoclip.rules import check
-from protoclip.training import run, sizes
-from protoclip.training.plan import with_episodes
-from protoclip.training.presets import choose_before_data, choose_with_data
+from protoclip.training import run
+from protoclip.training.presets import (
+    Choices,
+    choose_before_data,
+    choose_with_data,
+    fill_episodes,
+)
 from protoclip.training.run_folder import add_begun
+
+LOOKS: dict[str, Any] = {
+    **{"max_image_pixels": 10**9, "looks_at_images": False, "compares_images": True}
+}
 
 
 def planned(
     given: dict[str, Any], number: int | None = 40_000, different: int = 10**9
 ) -> tuple[Config, list[str]]:
     """The settings with which fine-tuning on so many pairs begins, and its notes."""
-    samples = Mock(SampleStream) if number is None else Numbered(number, different)
+    samples: Any = [] if number is None else Numbered(number, different)
     choices = choose_before_data("finetune", given)
     start = Mock(Start, heads_are_new=":" in str(choices.config.model.start))
-    config, notes = choose_with_data(choices, choices.config, start, samples, is_judged=True)
-    return with_episodes(config, samples)[0], notes
+    config, notes = choose(choices, start, samples)
+    return fill_episodes(config, number, None if number is None else samples)[0], notes
+
+
+def choose(choices: Choices, start: Start, samples: Any) -> tuple[Config, list[str]]:
+    summary = summarize(samples, **LOOKS) if len(samples) else Mock(Summary, rows=None)
+    return choose_with_data(choices, choices.config, start, samples, summary, is_judged=True)
 
 
 def settings(rows: int | None = 40_000, **sections: dict[str, Any]) -> Config:
@@ -73,7 +86,7 @@ def test_passes_count_images_where_each_has_several_rows(captions, images, expec
     (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
     pairs = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
     choices = choose_before_data("finetune", {"model": {"start": "open_clip:RN50/openai"}})
-    config, notes = choose_with_data(choices, choices.config, Mock(Start), pairs, is_judged=True)
+    config, notes = choose(choices, Mock(Start), pairs)
     found = config.episodes
     assert (found.batch_size, found.size, found.count) == expected
     assert found.replacement is False
@@ -86,7 +99,7 @@ def test_images_are_counted_by_source(tmp_path):
     (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
     five = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
     mixture = PairsView([(five, range(10_000)), (Numbered(5_000, 10**9), range(5_000))])
-    assert sizes.number_of_images(mixture) == pytest.approx(7_000, rel=0.01)
+    assert summarize(mixture, **LOOKS).images == pytest.approx(7_000, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,7 @@ def test_small_towers_learn_at_a_rate_of_their_own(lora, begun, rate, tmp_path):
     choices = choose_before_data("finetune", add_begun("finetune", given, tmp_path))
     start = Mock(Start, heads_are_new=False, tower_kind=None)
     pairs = Numbered(400, 10**9)
-    config, _ = choose_with_data(choices, choices.config, start, pairs, is_judged=True)
+    config, _ = choose(choices, start, pairs)
     assert config.optim.learning_rate == rate
 
 

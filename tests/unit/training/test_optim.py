@@ -19,20 +19,18 @@ from protoclip.models import loading
 from protoclip.models.precision import autocast, grad_scaler, resolve
 from protoclip.training.optim import (
     LAYERS,
-    defaults,
-    layer_distances,
-    optimizer,
-    schedule,
-    set_learning_rate,
-    warm_up_cosine,
-)
-from protoclip.training.plan import fill, resolve_settings
-from protoclip.training.stages import (
     LOCKED_IMAGE,
     PROTOTYPICAL,
     enter_stage,
-    stage_of,
+    find_stage,
+    layer_distances,
+    make_optimizer,
+    make_schedule,
+    set_learning_rate,
+    warm_up_cosine,
 )
+from protoclip.training.plan import resolve_settings
+from protoclip.training.presets import choose_optimizer, fill
 from testing import tiny_config, tiny_model
 
 
@@ -40,7 +38,7 @@ def short(**optim: object) -> Config:
     """A run of 100 steps of a small model, with its optimizer's defaults."""
     episodes = EpisodeConfig(size=50 * 16, count=2, batch_size=16, locked_image=1)
     config = replace(tiny_config(out="unused"), episodes=episodes, optim=OptimConfig(**optim))
-    return replace(config, optim=fill(config.optim, defaults(config, None)))
+    return replace(config, optim=fill(config.optim, choose_optimizer(config, None)))
 
 
 @pytest.mark.parametrize("heads_decay", [0.2, 0.3])
@@ -50,7 +48,7 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
     config = short(**scales, heads_weight_decay=heads_decay)
     model = loading.model(config.model, seed=0)
     model.add_logit_bias()
-    adamw = optimizer(config, model)
+    adamw = make_optimizer(config, model)
     set_learning_rate(adamw, 2.0)
     groups = {id(p): group for group in adamw.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(groups)
@@ -71,12 +69,12 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
 def test_the_locked_stage_has_its_own_cosine_unless_its_rate_is_zero():
     """It starts low, reaches its own peak and comes down. Else one cosine covers the whole run."""
     config = short(warm_up_steps=10, locked_learning_rate=5e-4)
-    rates = [schedule(config)(step) for step in range(100)]
+    rates = [make_schedule(config)(step) for step in range(100)]
     assert rates[49] < 1e-5
     assert rates[50] == pytest.approx(2.5e-4)
     assert max(rates[50:]) == pytest.approx(5e-4)
     assert rates[99] < 1e-5
-    one = schedule(replace(config, optim=replace(config.optim, locked_learning_rate=0.0)))
+    one = make_schedule(replace(config, optim=replace(config.optim, locked_learning_rate=0.0)))
     rates = [one(step) for step in range(100)]
     assert rates[55] == pytest.approx(1e-3)
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
@@ -112,10 +110,10 @@ def test_the_schedule_is_linear_then_cosine():
 def test_the_order_of_the_stages():
     """Warm-up, prototypical, locked image. Without prototypes it is CLIP, with the same lock."""
     config = Config(episodes=EpisodeConfig(count=4, warm_up=1, locked_image=1))
-    stages = [stage_of(config, index).name for index in range(4)]
+    stages = [find_stage(config, index).name for index in range(4)]
     assert stages == ["warm-up", "prototypical", "prototypical", "locked image"]
     clip = replace(config, loss=LossConfig(prototypical=0.0))
-    stages = [stage_of(clip, index).name for index in range(4)]
+    stages = [find_stage(clip, index).name for index in range(4)]
     assert stages == ["contrastive"] * 3 + ["locked image"]
 
 

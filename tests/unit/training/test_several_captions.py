@@ -13,7 +13,7 @@ from protoclip.losses.objective import LossWeights, objective
 from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.features import ExtractedFeatures
-from protoclip.training.stages import PROTOTYPICAL
+from protoclip.training.optim import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
 from testing import tiny_model
 

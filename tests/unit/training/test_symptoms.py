@@ -12,7 +12,7 @@ from interrupting import with_changes
 from protoclip.config import Config, EpisodeConfig, OptimConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.training.optim import schedule
+from protoclip.training.optim import make_schedule
 from protoclip.training.run import train
 from protoclip.training.symptoms import (
     OBSERVED,
@@ -144,6 +144,6 @@ def test_a_short_run_reaches_its_full_rate_half_way():
         optim = OptimConfig(learning_rate=1e-3, warm_up_steps=warm_up)
         config = Config(episodes=episodes, optim=optim)
         assert Symptoms.of(config, pairs, 4).warm_up == expected
-        rate = schedule(config)
+        rate = make_schedule(config)
         assert rate(expected - 1) == pytest.approx(1e-3)
         assert rate(expected - 2) < 0.9999e-3

@@ -11,7 +11,7 @@ from interrupting import with_changes
 from protoclip.models import loading
 from protoclip.models.protoclip import PROJECTIONS
 from protoclip.training import throughput
-from protoclip.training.stages import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
+from protoclip.training.optim import LOCKED_IMAGE, PROTOTYPICAL, enter_stage
 from protoclip.training.throughput import FirstSteps, Forward, Throughput, passes, peak
 from testing import tiny_config, tiny_model
 

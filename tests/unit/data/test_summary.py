@@ -5,7 +5,7 @@ import os
 import pytest
 
 from protoclip.config import Config, DataConfig
-from protoclip.data import defaults, sources
+from protoclip.data import sources, summary
 from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import cores
@@ -35,9 +35,9 @@ def pairs() -> ImageTextPairs:
 def test_images_that_fit_in_memory_are_decoded_in_this_process(
     settings, cores, number, pairs, monkeypatch
 ):
-    monkeypatch.setattr(defaults, "cores", lambda: cores)
+    monkeypatch.setattr(summary, "cores", lambda: cores)
     data = DataConfig(**settings)
-    found, note = defaults.number_of_workers(data, pairs, image_size=40)
+    found, note = summary.choose_workers(data, pairs, image_size=40)
     assert found == number
     assert (note is None) == ("workers" in settings)
     assert note is None or note.startswith(f"data.workers = {number}, ")
@@ -50,9 +50,9 @@ def test_a_stream_is_decoded_by_all_cores(pairs, tmp_path, monkeypatch):
     pack(pairs, tmp_path / "shards")
     data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
     stream = sources.pairs(Config(data=data))
-    monkeypatch.setattr(defaults, "cores", lambda: 8)
-    assert defaults.number_of_workers(data, stream, image_size=40)[0] == 8
-    looked = [sample.sample_id for sample in defaults.some_samples(stream, 5)]
+    monkeypatch.setattr(summary, "cores", lambda: 8)
+    assert summary.choose_workers(data, stream, image_size=40)[0] == 8
+    looked = [sample.sample_id for sample in summary.read_some(stream, 5)]
     assert looked == [pairs.sample_id(row) for row in range(5)]
 
 

@@ -1,0 +1,178 @@
+"""What a look at some pairs of a run tells: sizes, captions, repeated images, what fits in memory.
+
+`training/presets.py` chooses settings by it, and `training/plan.py` has notes on it.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from protoclip.config import SMALL_CONTEXT_LENGTHS, DataConfig
+from protoclip.data import decode
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+    SampleStream,
+    evenly_spaced,
+)
+from protoclip.data.sources import list_notes
+from protoclip.data.split import count_repeated_images
+from protoclip.data.stream import ShardStream
+from protoclip.distributed.cores import cores
+
+LOOKED_AT, DECODED = 256, 32  # samples of a source that are looked at, and that are decoded
+READERS = 16  # threads; the images may be behind URLs
+COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
+BLOCKS, BLOCK_ROWS = 10, 200  # of a source, whose images are compared
+ENOUGH = 0.95  # share of captions that are not to be cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What is known of the pairs to train on.
+
+    Attributes:
+        rows: How many there are; None for a stream, whose length is not known.
+        captions: Some captions of some pairs; none of a stream.
+        sides, captions_of_images: The shorter side of some images in pixels, and their captions;
+            empty unless asked for.
+        compared, repeated: Pairs whose images were compared, and how many of these have the image
+            of another one; 0 unless asked for.
+        images: About how many images the pairs show; None unless asked for.
+        notes: What the user should know, such as lines that were left out.
+    """
+
+    rows: int | None
+    captions: list[str]
+    sides: list[int]
+    captions_of_images: list[str]
+    compared: int
+    repeated: int
+    images: int | None
+    notes: list[str]
+
+
+def summarize(
+    samples: Pairs | SampleStream,
+    *,
+    max_image_pixels: int,
+    looks_at_images: bool,
+    compares_images: bool,
+) -> Summary:
+    """Look at some pairs, or at the first ones of a stream, whose images are not compared.
+
+    Images are compared in blocks of neighbours, since rows of one image follow each other in tables
+    with a row a caption. Equal files of different names count as different.
+    """
+    captions, sides, captions_of_images = list[str](), list[int](), list[str]()
+    rows = len(samples) if isinstance(samples, Pairs) else None
+    if isinstance(samples, Pairs):
+        for row in evenly_spaced(len(samples), min(len(samples), COUNTED), seed=0):
+            with suppress(BadSample):
+                captions += islice(samples.sample_captions(row), CAPTIONS_A_PAIR)
+    for sample in read_some(samples, LOOKED_AT) if looks_at_images else ():
+        with suppress(ValueError):  # a bad image
+            sides.append(min(decode.dimensions(sample.image, max_pixels=max_image_pixels)))
+            captions_of_images += sample.captions
+    compared, repeated, images, total = 0, 0, 0.0, 0
+    for source in samples.sources if compares_images and rows is not None else ():
+        neighbours = set[int]()
+        if isinstance(source, ImageTextPairs):
+            for first in evenly_spaced(len(source), min(len(source), BLOCKS), seed=0):
+                neighbours.update(range(first, min(len(source), first + BLOCK_ROWS)))
+        again = count_repeated_images(source, sorted(neighbours)) if neighbours else 0
+        compared, repeated = compared + len(neighbours), repeated + again
+        images += len(source) * (1 - again / max(1, len(neighbours)))
+        total += len(source)
+    return Summary(
+        rows=rows,
+        captions=captions,
+        sides=sides,
+        captions_of_images=captions_of_images,
+        compared=compared,
+        repeated=repeated,
+        images=round(rows * images / total) if rows and total else None,
+        notes=list_notes(samples),
+    )
+
+
+def count_captions(samples: Pairs, size: int, *, most: int) -> int:
+    """How many first captions differ among `size` evenly drawn pairs; reads on up to `most`."""
+    captions = set[str]()
+    for row in evenly_spaced(len(samples), min(len(samples), size), seed=0):
+        with suppress(BadSample):
+            captions.add(samples.sample_captions(row)[0])
+        if len(captions) == most:
+            break
+    return len(captions)
+
+
+def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
+    """Up to `number` samples that can be read: evenly spaced pairs, or the first of streams."""
+    if isinstance(samples, Pairs):
+
+        def read(row: int) -> Sample | None:
+            with suppress(BadSample):
+                return samples.sample(row)
+            return None
+
+        rows = evenly_spaced(len(samples), min(number, len(samples)), seed=0)
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from filter(None, pool.map(read, rows))
+        return
+    streams = samples.sources
+    for stream in streams:
+        if isinstance(stream, ShardStream):
+            items = islice(stream.read(stream.shards[0]), -(-number // len(streams)))
+            yield from (item for item in items if isinstance(item, Sample))
+
+
+def choose_context_length(lengths: Iterable[int]) -> int:
+    """The smallest caption length of small towers that cuts at most one caption of 20, in tokens.
+
+    `lengths` count the tokens of captions, start and end included.
+    """
+    counts = np.fromiter(lengths, np.int64)
+    for length in SMALL_CONTEXT_LENGTHS:
+        if not len(counts) or (counts <= length).mean() >= ENOUGH:
+            return length
+    return SMALL_CONTEXT_LENGTHS[-1]
+
+
+def choose_workers(
+    data: DataConfig, samples: Pairs | SampleStream, *, image_size: int
+) -> tuple[int, str | None]:
+    """The worker processes of this rank, and a note if `data.workers` leaves them open.
+
+    One for each core of the rank's share. None where this process can keep all decoded images:
+    worker processes share no memory, so they would decode each image again in every pass.
+    """
+    if data.workers != "auto":
+        return data.workers, None
+    number = cores()
+    why = "the cores of this host over its ranks"
+    if number == 1:
+        number, why = 0, "since this rank has one core"
+    elif isinstance(samples, Pairs) and fits_in_memory(data, samples, image_size=image_size):
+        number, why = 0, "since all decoded images fit in data.cache_gb"
+    lost = number > 0 and data.cache_gb not in (0, DataConfig().cache_gb)
+    note = ", which keep no images in memory, so data.cache_gb has no effect" if lost else ""
+    return number, f"data.workers = {number}, {why}{note}"
+
+
+def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool:
+    """Whether the cache in this process's memory would hold all images, by some of them."""
+    sizes = []
+    for sample in read_some(samples, DECODED):
+        with suppress(ValueError):
+            pixels = decode.decode_all(sample.image, image_size, max_pixels=data.max_image_pixels)
+            if pixels is None:  # a JPEG that is decoded at a fraction of its size, every time
+                return False
+            sizes.append(pixels.pixels.nbytes)
+    return not sizes or float(np.mean(sizes)) * len(samples) <= data.cache_gb * 1e9
