@@ -368,8 +368,9 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
     part, share = config.episodes.micro_batch_size, config.episodes.batch_size // world_size()
     if part is not None and part >= share:
         notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
-    config, said = external.with_towers(config, plan.teachers)
-    notes += said
+    if config.external_teachers:
+        config, said = external.with_towers(config, plan.teachers)
+        notes += said
     if not aligns:  # it draws whole captions, and those of the pairs that it could encode
         captions, said = caption_draw(config, samples)
         notes += said

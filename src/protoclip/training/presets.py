@@ -533,12 +533,15 @@ def fill_episodes(
         few = number < size // PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
         notes.append(f"{' and '.join(unset)} = {number}, {reason}")
+    values: dict[str, Any] = {"number": number}
+    if not config.external_teachers:
+        values["distil"] = 0.0
     config = replace(
         config,
         episodes=fill(config.episodes, {"size": size, "count": count}),
         prototypes=fill(config.prototypes, {"number": number}),
-        teacher=fill(config.teacher, {"number": number}),
-        teachers=[fill(teacher, {"number": number}) for teacher in config.teachers],
+        teacher=fill(config.teacher, values),
+        teachers=[fill(teacher, values) for teacher in config.teachers],
     )
     return config, notes
 

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tomli_w
 import torch
 import transformers
 
@@ -44,7 +42,6 @@ from protoclip.training.optim import (
 )
 from protoclip.training.presets import choose_optimizer, fill
 from protoclip.training.run import train
-from protoclip.training.run_folder import check_settings, flat, to_toml
 from testing import tiny_config, tiny_model, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -310,31 +307,6 @@ def test_a_start_cannot_embed_a_stream(pairs, starts, tmp_path):
     with pytest.raises(ValueError, match=r"^teacher.features: start needs pairs that can be read"):
         train(with_changes(config, changes))
     assert not (tmp_path / "run").exists()
-
-
-def test_settings_that_an_earlier_version_lacks_are_at_their_default(tmp_path):
-    config = with_changes(tiny_config(out="unused"), {"loss": {"positives": "pair"}})
-    before = flat_out(config)
-    (tmp_path / "config.toml").write_text(before)
-    check_settings(tmp_path, to_toml(config))
-    with pytest.raises(ValueError, match=r"loss.keep \(0.0 before, 1.0 now\)"):
-        check_settings(tmp_path, to_toml(with_changes(config, {"loss": {"keep": 1.0}})))
-    with pytest.raises(ValueError, match=r"loss.positives \(pair before, shared now\)"):
-        check_settings(tmp_path, to_toml(with_changes(config, {"loss": {"positives": "shared"}})))
-
-
-def flat_out(config: Config) -> str:
-    """`config.toml` without settings that came later."""
-    tree = tomllib.loads(to_toml(config))
-    for section, names in {
-        "model": ("locked", "frozen_batch_norm"),
-        "loss": ("keep", "positives"),
-        "optim": ("layer_decay",),
-    }.items():
-        for name in names:
-            del tree[section][name]
-    assert "model.locked" in flat(tomllib.loads(to_toml(config)))
-    return tomli_w.dumps(tree)
 
 
 # Runs.
