@@ -139,7 +139,6 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monke
     said = shown.err
     for chosen in ("optim.heads_lr_scale", "episodes.warm_up"):
         assert f"{chosen}: no effect" not in said
-    assert "data.augmentation: no effect, since each image is read once" in said
 
 
 def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_path):

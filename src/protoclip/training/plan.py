@@ -1,17 +1,10 @@
 """The plan of a run: all that is decided before it starts, each thing once.
 
 It reads the start, opens data and teachers, holds out the validation set, and fills all settings
-that are unset. Later code may assume that every setting is filled. These stay open:
-
-- What a run goes without: `model.lora`, `run.sync`, `run.stop_by`, `data.only` and their like.
-- What the machine decides, for a run may go on on another one: `run.device`, `run.precision`,
-  `data.workers`; and places that follow from others: `run.out`, `align.features`.
-- How sources are read, by what is in them: `data.read` and the columns of tables.
-- `data.validation`: pairs that are asked for have to be held out, and without being asked a run
-  goes on without any if they are few (evaluation/validation.py).
-
-It says every note but those on the built model and its loader, on the pairs that `align` could
-encode, on the devices, and on what a run goes on from.
+that are unset, so later code may assume that every setting is filled. Open stay what a run goes
+without (`model.lora`, `run.stop_by`), what the machine decides (`run.device`, `run.precision`,
+`data.workers`), how sources are read, and `data.validation`: pairs that are asked for have to be
+held out, and without being asked a run goes on without any if they are few.
 """
 
 import difflib
@@ -75,12 +68,7 @@ from protoclip.models.timm import require_image_weights
 from protoclip.models.tokenizers import TokenCounter
 from protoclip.progress import three_digits
 from protoclip.rules import check, never_trained, require_paths
-from protoclip.training.presets import (
-    Choices,
-    choose_with_data,
-    fill_settings,
-    require_possible,
-)
+from protoclip.training.presets import Choices, choose_with_data, fill_settings
 
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
@@ -179,7 +167,6 @@ def make_plan(given: Config | Outline) -> Plan:
         seen = all_gather_object(raise_on_all_ranks(lambda: describe_data(plan)))
         raise_on_all_ranks(lambda: require_same_data(seen))
     if outline.aligns and not isinstance(plan.samples, Pairs):
-        rank0_first(lambda: require_possible(plan.choices, plan.config))
         plan = replace(plan, samples=encode_stream_pairs(plan, plan.samples))
     config, captions, notes = rank0_first(lambda: decide(outline, plan))
     start = replace(plan.start, model=config.model)
@@ -303,38 +290,33 @@ def check_metrics(
         raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {', '.join(close)}")
 
 
-def describe_data(plan: Plan) -> tuple[str, str, str, dict[str, Facts]]:
-    """What tells a rank's data from those of others: its host, how many pairs, a digest of some of
-    them and of those that are held out, and the facts of teachers by name."""
-    samples, host = plan.samples, socket.gethostname()
-    facts = {name: teacher.content for name, teacher in plan.teachers.items()}
+def describe_data(plan: Plan) -> tuple[str, str, dict[str, Facts]]:
+    """What tells a rank's data from those of others: its host, a digest of how many pairs there
+    are, of some of them and of those that are held out, and the facts of teachers by name."""
+    samples, facts = plan.samples, dict[str, Any]()
     if isinstance(samples, SampleStream):
-        shards = [shard_stem(shard) for source in samples.sources for shard in source.shards]
-        return host, f"{len(shards):,} shards", digest({"shards": shards}), facts
-    pairs = list[tuple[str, tuple[str, ...]]]()
-    for row in evenly_spaced(len(samples), min(SEEN, len(samples)), seed=0):
-        captions: tuple[str, ...] = ()
-        with suppress(BadSample):
-            captions = samples.sample_captions(row)
-        pairs.append((samples.sample_id(row), captions))
-    key = digest({"pairs": pairs, "left_out": samples.left_out.tolist()})
-    return host, f"{len(samples):,} pairs", key, facts
+        facts["shards"] = [shard_stem(shard) for s in samples.sources for shard in s.shards]
+    else:
+        facts = {"rows": len(samples), "left_out": samples.left_out.tolist(), "pairs": []}
+        for row in evenly_spaced(len(samples), min(SEEN, len(samples)), seed=0):
+            facts["pairs"].append(samples.sample_id(row))
+            with suppress(BadSample):
+                facts["pairs"] += samples.sample_captions(row)
+    teachers = {name: teacher.content for name, teacher in plan.teachers.items()}
+    return socket.gethostname(), digest(facts), teachers
 
 
-def require_same_data(seen: Sequence[tuple[str, str, str, Mapping[str, Facts]]]) -> None:
+def require_same_data(seen: Sequence[tuple[str, str, Mapping[str, Facts]]]) -> None:
     """Refuse a host whose pairs or teachers are others than those of rank 0, given `describe_data`
     of all ranks."""
-    (first, pairs, key, expected), (host, others, other, found) = seen[0], seen[rank()]
-    if (pairs, key) != (others, other):
-        raise ValueError(
-            f"data.train: {host} sees {others}, and {first} {pairs}, or other ones; let all hosts "
-            "read the same data"
-        )
-    for name, features in found.items():
-        if features != expected[name]:
+    (first, pairs, teachers), (host, others, others_teachers) = seen[0], seen[rank()]
+    for setting, one, other in (
+        ("data.train", pairs, others),
+        ("teacher.features", teachers, others_teachers),
+    ):
+        if one != other:
             raise ValueError(
-                f"teacher.features: {host} has other features of {name} than {first}; let all "
-                "hosts read the same files"
+                f"{setting}: {host} sees others than {first}; let all hosts read the same files"
             )
 
 
@@ -476,12 +458,6 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
     left = len(samples) - len(left_out)
     if not left:
         raise ValueError(f"{samples.name}: no pair can be used; {notes[-1]}")
-    some = np.array(evenly_spaced(left, min(left, 1000), seed=0))
-    compared = {"images": rows.image_rows(some), "captions": rows.mean_text_rows(some)}
-    equal = [what for what, features in compared.items() if bool((features == features[0]).all())]
-    if len(equal) == 2:
-        raise ValueError(f"{samples.name}: fewer than two pairs differ; name other pairs, or more")
-    notes += [f"all {what} are equal, so no pair can be told from another" for what in equal]
     episodes = config.episodes
     if config.run.overfit is not None:  # each pair that is left, in one batch
         episodes = replace(episodes, size=left, batch_size=left)

@@ -8,11 +8,9 @@ chooses is filled where it has no value, or `auto`. The values that depend on no
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import timm
 
 from protoclip.config import (
     HALVES,
@@ -31,14 +29,11 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.halves import features_folder
 from protoclip.encode.rows import open_listing, write_listing
-from protoclip.models import loading
-from protoclip.models.formats import closed_formats
 from protoclip.models.resolve import names_model
 from protoclip.models.start import Start
 from protoclip.models.timm import PUBLISHED
 from protoclip.models.tokenizers import TokenCounter, open_clip_tokenizer
 from protoclip.rules import (
-    check_amounts,
     check_sizes,
     require_named_pairs,
     require_start,
@@ -211,8 +206,8 @@ def choose_with_data(
         return config, []
     if choices.command == "align":
         assert isinstance(samples, Pairs)  # a stream has passed by now
-        notes = choose_to_align_pairs(choices, start, samples)
-        return choices.config, choices.notes + notes
+        choose_to_align_pairs(choices, samples)
+        return choices.config, choices.notes
     if choices.alpha is None and not is_judged:
         raise ValueError(
             "alpha: nothing judges the models between start and end; hold out pairs "
@@ -263,18 +258,8 @@ def choose_to_align(choices: Choices) -> None:
 
 
 def refuse_for_align(config: Config) -> None:
-    """Refuse what is no text half, and settings of towers that train."""
+    """Refuse settings of towers that train."""
     model, parallel = config.model, config.parallel
-    text = model.text.name or ""
-    if Path(text.removeprefix("hf:")).is_file():
-        raise ValueError(
-            f"model.text.name: {text}: is a file; name a folder, or a text model of the hub"
-        )
-    if text.startswith("timm:") or timm.is_model(text):
-        raise ValueError(
-            f"model.text.name: {text}: is an image model of timm; name it by model.image.name, and "
-            "a text model here, such as minilm"
-        )
     towers_train = {
         "model.locked": model.locked,
         "model.lora": model.lora,
@@ -300,24 +285,12 @@ def refuse_for_align(config: Config) -> None:
         )
 
 
-def choose_to_align_pairs(choices: Choices, start: Start, pairs: Pairs) -> list[str]:
-    """Episodes, by the pairs: an episode is a pass, up to the largest one.
-
-    Returns notes on settings without effect, and on formats that cannot hold the run.
-    """
+def choose_to_align_pairs(choices: Choices, pairs: Pairs) -> None:
+    """Episodes, by the pairs: an episode is a pass, up to the largest one."""
     config, choose = choices.config, choices.choose
     # An image that several rows show is one sample with all their captions.
     path = write_listing(pairs, features_folder(config))
     rows = len(open_listing(path).rows)
-    notes = note_exports(config, start)
-    read_once = ("data.augmentation", "data.cache_gb", "data.shuffle_buffer")
-    idle = dict.fromkeys(read_once, "each image is read once")
-    idle["model.frozen_batch_norm"] = "the halves are frozen"
-    notes += [
-        f"{name}: no effect, since {why}" for name, why in idle.items() if choices.is_given(name)
-    ]
-    if config.model.text.pooling is not None and names_model("text", config.model.text.name):
-        notes.append("model.text.pooling: no effect, since the text half has one of its own")
     size = config.episodes.size
     batch = choose("episodes.batch_size", choose_align_batch(size or rows, divides=bool(size)))
     # In larger ones the prototypes of a teacher would grow with the pairs.
@@ -327,20 +300,6 @@ def choose_to_align_pairs(choices: Choices, start: Start, pairs: Pairs) -> list[
         choose("episodes.replacement", False)
     count = choose("episodes.count", count_episodes(ALIGN_PASSES * rows, size, batch))
     choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
-    return notes
-
-
-def note_exports(config: Config, start: Start) -> list[str]:
-    """Notes on formats of `protoclip export` that cannot hold the run."""
-    built = start.build(on_meta=True)
-    if loading.gets_logit_bias(config, start):
-        built.add_logit_bias()
-    config_of_towers = start.open_clip_config
-    assert config_of_towers is not None  # two halves are towers of open_clip
-    return [
-        f"the run cannot be exported as {name}: {reason}"
-        for name, reason in closed_formats(built.towers, config_of_towers).items()
-    ]
 
 
 def choose_align_batch(pairs: int, *, divides: bool) -> int:
@@ -349,21 +308,6 @@ def choose_align_batch(pairs: int, *, divides: bool) -> int:
     while batch < ALIGN_LARGEST_BATCH and 4 * batch <= pairs:
         batch *= 2
     return choose_batch(batch, dividing=pairs if divides else None)
-
-
-def require_possible(choices: Choices, config: Config) -> None:
-    """Refuse what no data make possible, before a stream passes for hours.
-
-    Raises:
-        ValueError: Given amounts do not fit.
-    """
-    episodes = config.episodes
-    if episodes.size is not None and not choices.is_given("episodes.batch_size"):
-        batch = choose_align_batch(episodes.size, divides=True)
-        episodes = replace(episodes, batch_size=batch)
-    if not choices.is_given("episodes.count"):  # the pairs decide; here it is what stages need
-        episodes = replace(episodes, count=episodes.warm_up + config.locked_episodes)
-    check_amounts(replace(config, episodes=episodes))
 
 
 # `finetune`: a model that is adapted to pairs

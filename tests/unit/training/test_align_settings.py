@@ -3,8 +3,6 @@
 from typing import Any
 from unittest.mock import Mock
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from numbered import Numbered
 
@@ -13,8 +11,6 @@ from protoclip.models.start import Start
 from protoclip.training import presets
 from protoclip.training.presets import choose_before_data, choose_with_data
 from protoclip.training.run_folder import add_begun
-from testing import tiny_pairs
-from tiny_align import changed, rows_of, tiny_alignment
 
 HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
 PAIRS = {"data": {"train": "pairs.tsv"}}
@@ -47,29 +43,8 @@ def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     """The prototypes of a teacher are a tenth of an episode."""
     monkeypatch.setattr(presets, "write_listing", lambda *_: None)
     monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows)))
-    monkeypatch.setattr(presets, "note_exports", lambda *_: [])
     choices = choose_before_data("align", {"model": HALVES, **PAIRS})
     config, _ = choose_with_data(
         choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_judged=False
     )
     assert (config.episodes.size, config.episodes.count) == (size, count)
-
-
-@pytest.mark.parametrize(
-    ("images", "captions", "said"),
-    [(1, 1, "fewer than two pairs differ"), (1, 9, "all images are"), (9, 1, "all captions are")],
-)
-def test_pairs_without_a_difference_are_told(images, captions, said, tmp_path):
-    """Their files have names of their own."""
-    settings, table = tiny_alignment(tmp_path), tiny_pairs(9)
-    columns = {"image": table["image"].to_pylist(), "caption": table["caption"].to_pylist()}
-    for name, number in (("image", images), ("caption", captions)):
-        columns[name] = [columns[name][row % number] for row in range(9)]
-    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
-    few = {"size": 8, "count": 1, "batch_size": 2}
-    settings = changed(settings, episodes=few, loss={"prototypical": 0.0, "teacher": 0.0})
-    if images == captions:
-        with pytest.raises(ValueError, match=said):
-            rows_of(settings)
-    else:
-        assert any(said in note for note in rows_of(settings)[0].notes)
