@@ -106,14 +106,13 @@ def judged_by_other(config: Config, samples: Pairs | SampleStream, name: str) ->
         notes += overlap(name, (looked, images, captions))
         counts = {"pairs": looked, "images": images}
     parts = [(source, np.arange(len(source))) for source in judging]
-    return Judged(samples, make_data_sets(parts, probe_rows(training, NONE), counts), notes)
+    return Judged(samples, data_sets(parts, probe_rows(training, NONE), counts), notes)
 
 
 def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float) -> Judged:
     """The samples without those that are held out to evaluate on, and these."""
     # Without pairs to evaluate on, an evaluation on the way would be refused next.
-    on_the_way = config.run.evaluate_every > 0 and not config.run.guard
-    nothing = "0, with run.evaluate_every = 0" if on_the_way else "0"
+    nothing = "0, with run.evaluate_every = 0" if judges_on_the_way(config) else "0"
     nothing += ", and for finetune --alpha 1" * (config.model.start is not None)
 
     def without_any(reason: str) -> Judged:
@@ -129,7 +128,7 @@ def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float)
     rows = hold_out_rows(
         training, share=share, folder=index_folder(), before=[*chain(*before.values())]
     )
-    if len(rows) < (2 if is_asked(config) else LEAST):
+    if len(rows) < least_held_out(config):
         larger = "a larger share, " if len(rows) or share * total < 1 else ""
         return without_any(
             f"no pairs are held out, since only {len(rows)} of {total:,} could be: "
@@ -155,8 +154,21 @@ def judged_by_share(config: Config, samples: Pairs | SampleStream, share: float)
     )
     parts = split_by_source(training, rows)
     counts = {"pairs": len(rows), "images": 0}
-    data = make_data_sets(parts, probe_rows(training, rows), counts)
+    data = data_sets(parts, probe_rows(training, rows), counts)
     return Judged(drop_rows(samples, rows), data, notes)
+
+
+def starts_of(config: Config) -> dict[Path, str]:
+    """The runs whose weights a run starts from, whole or as halves, and the setting of each."""
+    model = config.model
+    named = {"model.image.name": model.image.name, "model.text.name": model.text.name}
+    if model.start is not None:
+        named = {"model.start": model.start}
+    runs = dict[Path, str]()
+    for setting, name in named.items():
+        if name is not None and (run := run_of(name)) is not None:
+            runs.setdefault(run, setting)
+    return runs
 
 
 def trained_before(
@@ -168,13 +180,7 @@ def trained_before(
     of it, and so may judge this run too. Runs say what they were trained on; what other models saw
     is not known. Those `visited` on the way here are passed over: a folder may name itself.
     """
-    model, starts = config.model, dict[Path, tuple[Path, str]]()
-    named = {"model.image.name": model.image.name, "model.text.name": model.text.name}
-    if model.start is not None:
-        named = {"model.start": model.start}
-    for setting, name in named.items():
-        if name is not None and (run := run_of(name)) is not None:
-            starts.setdefault(run.resolve(), (run, setting))
+    starts = {run.resolve(): (run, setting) for run, setting in starts_of(config).items()}
     by_setting = {
         setting: pairs_of_run(run, config, setting, notes, visited | {real})
         for real, (run, setting) in starts.items()
@@ -279,7 +285,7 @@ def pairs_of_run(
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
             held = hold_out_rows(trained, share=share, folder=index_folder(), before=before)
-        if len(held) < (2 if is_asked(settings) else LEAST):
+        if len(held) < least_held_out(settings):
             held = NONE
         if rank() == 0 and (differs := changed_since(run, drop_rows(samples, held))):
             notes.append(
@@ -308,9 +314,18 @@ def changed_since(
 
 
 def is_asked(config: Config) -> bool:
-    """Whether the settings ask for pairs to judge the run by, at its end or as it trains."""
-    on_the_way = config.run.evaluate_every > 0 and not config.run.guard
-    return config.data.validation is not None or on_the_way
+    """Whether the settings ask for something to judge the run by."""
+    return config.data.validation is not None or judges_on_the_way(config)
+
+
+def least_held_out(config: Config) -> int:
+    """Fewer pairs than these are not held out."""
+    return 2 if is_asked(config) else LEAST
+
+
+def judges_on_the_way(config: Config) -> bool:
+    """Whether the run validates as it trains, by nothing but pairs that are held out."""
+    return config.run.evaluate_every > 0 and not config.run.guard
 
 
 def overlap(name: str, counts: tuple[int, int, int]) -> list[str]:
@@ -378,14 +393,10 @@ def plain_sources(samples: Pairs | SampleStream) -> list[ImageTextPairs]:
     return [copy.copy(source) for source in pairs]
 
 
-def probe_rows(
-    tables: Sequence[ImageTextPairs], held_out: Rows
-) -> list[tuple[ImageTextPairs, Rows]]:
+def probe_rows(of: Sequence[ImageTextPairs], held_out: Rows) -> list[tuple[ImageTextPairs, Rows]]:
     """Rows with classes, drawn evenly from what is not held out, for kNN and the linear probe."""
     with_class = []  # a row without one may train, and teaches no probe
-    if all(source.class_column is None for source in tables):
-        return []
-    for source, left_out in split_by_source(tables, held_out):
+    for source, left_out in split_by_source(of, held_out):
         if source.class_column is not None:
             has_class = have_class(source)
             has_class[left_out] = False
@@ -397,7 +408,7 @@ def probe_rows(
     return parts
 
 
-def make_data_sets(
+def data_sets(
     held_out: Sequence[tuple[ImageTextPairs, Rows]],
     training: Sequence[tuple[ImageTextPairs, Rows]],
     trained_on: Mapping[str, int],
@@ -410,17 +421,18 @@ def make_data_sets(
     parts = [(source, rows) for source, rows in held_out if len(rows)]
     with_classes = [part for part in (*parts, *training) if part[0].class_column is not None]
     present = [read_classes(source, rows.tolist()) for source, rows in with_classes]
-    names = sort_names(chain.from_iterable(present)) if present else []
-    shown, templates = name_classes(names) if names else ([], ("{c}",))
+    names = sort_names(chain.from_iterable(present))
+    shown, templates = name_classes(names)
 
-    def data_set(name: str, chosen: Sequence[tuple[ImageTextPairs, Rows]]) -> EvaluationData:
-        splits = {NAME: join_parts(chosen, names)}
+    def data_set(name: str, of: Sequence[tuple[ImageTextPairs, Rows]]) -> EvaluationData:
+        known = [source.name for source, _ in of]
+        splits = {NAME: joined(of, names)}
         has_classes = splits[NAME].labels is not None
         fitting = [part for part in training if part[0].class_column is not None]
-        if same := [part for part in fitting if [part[0].name] == [s.name for s, _ in chosen]]:
+        if same := [part for part in fitting if [part[0].name] == known]:
             fitting = same
         if has_classes and fitting:
-            splits["train"] = join_parts(fitting, names)
+            splits["train"] = joined(fitting, names)
         return EvaluationData(
             name=name,
             splits=splits,
@@ -443,7 +455,7 @@ def make_data_sets(
     return with_captions
 
 
-def join_parts(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:
+def joined(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:
     """Rows of several sources as one split; it has classes if all of them have."""
     images: list[tuple[ImageTextPairs, list[int]]] = []
     captions: list[tuple[str, ...]] = []
