@@ -63,6 +63,7 @@ from protoclip.training.run_folder import (
     to_toml,
 )
 from protoclip.training.symptoms import Symptoms
+from protoclip.training.trainer import make_trainer
 
 
 def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
