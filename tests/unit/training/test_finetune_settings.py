@@ -9,6 +9,7 @@ from numbered import Numbered
 
 from protoclip.cli.finetune import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import open_source
 from protoclip.data.summary import Summary, summarize
 from protoclip.data.view import PairsView
@@ -33,7 +34,7 @@ def planned(
     given: dict[str, Any], number: int | None = 40_000, different: int = 10**9
 ) -> tuple[Config, list[str]]:
     """The settings with which fine-tuning on so many pairs begins, and its notes."""
-    samples: Any = [] if number is None else Numbered(number, different)
+    samples: Any = Mock(SampleStream) if number is None else Numbered(number, different)
     choices = choose_before_data("finetune", given)
     start = Mock(Start, heads_are_new=":" in str(choices.config.model.start))
     config, notes = choose(choices, start, samples)
@@ -41,7 +42,8 @@ def planned(
 
 
 def choose(choices: Choices, start: Start, samples: Any) -> tuple[Config, list[str]]:
-    summary = summarize(samples, **LOOKS) if len(samples) else Mock(Summary, rows=None)
+    is_stream = isinstance(samples, SampleStream)
+    summary = Mock(Summary, rows=None) if is_stream else summarize(samples, **LOOKS)
     return choose_with_data(choices, choices.config, start, samples, summary, is_judged=True)
 
 
