@@ -6,7 +6,7 @@ The public API is what this file lists. Names load their modules on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 if TYPE_CHECKING:
     from protoclip.config import Config as Config
