@@ -49,6 +49,13 @@ REMOVED: dict[str, tuple[str, Any]] = {
     "align.head": ("is gone; heads are linear", "auto"),
     "align.init": ("is gone; heads start in closed form", "cca"),
     "align.views": ("is gone; each image is encoded once", 1),
+    "run.patience": (
+        "is gone; run.stop_by waits for three evaluations, which run.evaluate_every spaces",
+        3,
+    ),
+    "data.max_image_pixels": ("is gone; shrink images of more than 178,956,970", 178_956_970),
+    "teacher.hard_targets": ("is gone; targets of a teacher are hard, as in the paper", True),
+    "teacher.target_temperature": ("is gone; targets of a teacher are hard", 0.01),
 }
 # What other programs call settings, as they are called here.
 ELSEWHERE = {
@@ -108,7 +115,6 @@ class RunConfig:
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
     guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
-    patience: Count = 3  # Evaluations without a gain that stop_by waits for.
     evaluate: bool = True  # Evaluate on the test split at the end.
     overfit: BatchSize | None = None  # Only learn so many pairs by heart, to see if it can.
 
@@ -145,11 +151,11 @@ class DataConfig:
     augmentation: Literal["auto", "light", "clip"] = "auto"  # clip only crops; auto by size.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
     cache_gb: Annotated[float, 0, 1e6] = 4.0  # Gigabytes of decoded images to keep; 0: none.
-    max_image_pixels: Annotated[int, 1, 2**40] = 178_956_970  # Skip images with more pixels.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
     allow_links: bool = False  # Follow links out of data.root. No recipe sets it.
 
-    # No field, since it is no setting: whoever reads the data says it, by `ImagesConfig`.
+    # No settings. Larger images are bad samples; `ImagesConfig` needs no captions.
+    max_image_pixels = 178_956_970
     needs_captions = True
 
     @property
@@ -281,8 +287,6 @@ class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
     features: str | None = None  # Folder of embed-teacher, file, emoji or start.
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
-    target_temperature: Positive = 0.01  # Temperature of the soft targets.
-    hard_targets: bool = True  # One-hot targets, as in the paper.
     whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
     distil: Open[NotNegative] = UNSET  # Weight of its features; train: 1.
     tower: Literal["image", "text"] | None = None  # That learns them; else of its modality.

@@ -34,7 +34,7 @@ from protoclip.files import kind_of
 
 TRAIN_OR_SOURCES = "data.sources: takes the place of data.train; leave one of them out"
 SIZES = ("width", "heads", "layers")  # of small text towers
-OF_GROUPS = ("whiten", "hard_targets", "number", "target_temperature")  # of teachers
+OF_GROUPS = ("whiten", "number")  # of teachers
 # What names something else than a local file or folder, as the beginning of a reference.
 DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
 MODEL_KINDS = ("open_clip:", "hf:", "local-dir:", "reference:", "timm:")
@@ -287,7 +287,6 @@ def causes(config: Config) -> list[tuple[str, bool, str]]:
     named = (model.name is not None, f"model.name is {model.name}")
     text_named = (model.text.name is not None, f"model.text.name is {model.text.name}")
     return [
-        ("run.patience", config.run.stop_by is None, "run.stop_by is not set"),
         ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
         ("data.class_column", data.validation == 0, "data.validation is 0"),
         ("data.augmentation", crops, "run.overfit transforms images as an evaluation does"),
@@ -337,11 +336,9 @@ def teachers_without_effect(config: Config) -> list[str]:
         if teacher.features is None:
             notes.append("teacher.*: no effect, since teacher.features is not set")
             continue
-        hard, no_distillation = teacher.hard_targets, teacher.distil == 0
         rows = [
             *((setting, no_loss, "loss.teacher is 0") for setting in OF_GROUPS),
-            ("target_temperature", hard and not no_loss, f"{teacher.name}.hard_targets is set"),
-            ("tower", no_distillation, f"{teacher.name}.distil is 0"),
+            ("tower", teacher.distil == 0, f"{teacher.name}.distil is 0"),
         ]
         notes += [
             f"{teacher.name}.{setting}: no effect, since {why}"

@@ -111,7 +111,7 @@ def test_what_cannot_work_is_refused_before_anything_is_encoded(given, tmp_path,
 def test_a_guard_keeps_the_best_and_ends_the_run(given, tmp_path):
     pq.write_table(tiny_pairs(16, seed=7), tmp_path / "other.parquet")
     metric = "eval/other/retrieval/image_to_text@1"
-    watched = {"guard": [str(tmp_path / "other.parquet")], "evaluate_every": 1, "patience": 1}
+    watched = {"guard": [str(tmp_path / "other.parquet")], "evaluate_every": 1}
     results = align(
         changed(
             given,

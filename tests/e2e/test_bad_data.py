@@ -38,7 +38,6 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "page.jpg": (b"<html><body>404 Not Found</body></html>", "not an image"),
     "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "missing.jpg": (None, "no such file"),
-    "large.png": (encoded("PNG", 300), "data.max_image_pixels"),
     "http://127.0.0.1:9/none.jpg": (None, "img2dataset"),
     "/etc/hostname": (None, "lies outside of"),
 }
@@ -74,8 +73,9 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
 
     sections = {
         "data": {
-            **{"id_column": "id", "validation": 0.0},
-            **{"max_bad_share": 0.5, "max_image_pixels": 10_000},
+            "id_column": "id",
+            "validation": 0.0,
+            "max_bad_share": 0.5,
         },
         # Without replacement, so that two turns over the data meet every sample.
         "episodes": {"size": 64, "batch_size": 32, "count": 3, "replacement": False},

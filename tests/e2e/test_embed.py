@@ -393,10 +393,3 @@ def test_shards_give_each_sample_once(read, tiny_run, shards, tmp_path):
         with torch.inference_mode():
             text = model.encode_text(tokenizer(row["captions"]), normalize=True)
         np.testing.assert_allclose(row["text_vectors"], text, atol=5e-4)
-
-
-def test_larger_images_than_the_data_may_have_are_bad(tiny_run, tiny_parquet, tmp_path):
-    data = DataConfig(train=str(tiny_parquet), max_image_pixels=100)
-    with pytest.raises(ValueError, match="no sample could be read"):
-        protoclip.embed(tiny_run, data, tmp_path / "out.parquet")
-    assert "data.max_image_pixels (100)" in (tmp_path / "out.skipped.jsonl").read_text()

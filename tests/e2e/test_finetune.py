@@ -30,7 +30,7 @@ from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
-from protoclip.training import wise_ft
+from protoclip.training import judge, wise_ft
 from protoclip.training.judge import Judge
 from protoclip.training.run import finetune, train
 from protoclip.training.wise_ft import ALPHAS, interpolated
@@ -342,7 +342,7 @@ def guarded(top: Path, out: Path) -> Config:
     sections = {
         "run": {
             **{"guard": [f"{top}/general.parquet,class_column=kind"], "evaluate_every": 1},
-            **{"stop_by": CONSTANT, "patience": 2, "keep_best": CONSTANT},
+            **{"stop_by": CONSTANT, "keep_best": CONSTANT},
         },
         "data": {"validation": 0.2},
         "episodes": {"size": 32},
@@ -357,13 +357,13 @@ def stopped_early(top: Path) -> Path:
 
 
 def test_a_run_stops_early_by_its_guard(stopped_early):
-    """It ends as a finished one: two evaluations after that of the start, with results."""
+    """It ends as a finished one: three evaluations after that of the start, with results."""
     results = read(stopped_early / "results.json")
     evaluated = [line for line in lines(stopped_early) if GUARD in line]
-    assert [(line["step"], line["episode"]) for line in evaluated] == [(0, 0), (2, 1), (4, 2)]
-    assert results["steps"] == 4
+    assert [line["step"] for line in evaluated] == [0, 2, 4, 6]
+    assert results["steps"] == 6
     assert results["early_stop"]["reason"] == (
-        f"stopped early after step 4: no better {CONSTANT} in 2 evaluations; its best value is "
+        f"stopped early after step 6: no better {CONSTANT} in 3 evaluations; its best value is "
         "1.0000, of step 0"
     )
     assert results["metrics"][GUARD] == evaluated[-1][GUARD]
@@ -408,6 +408,7 @@ def test_early_stopping_is_exact_after_an_interruption(top, stopped_early, tmp_p
 def on_a_rank(given: dict[str, Any], alpha: float | None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wise_ft, "ALPHAS", FEW)
+        patch.setattr(judge, "PATIENCE", 1)
         results = finetune(given, alpha=alpha, resume="auto")
     return {name: value for name, value in results.items() if name != "train_seconds"}
 
@@ -417,7 +418,7 @@ def test_ranks_sweep_one_model(top, tmp_path):
     """A sharded one. All ranks return one result, whose weights lie between start and end; and
     another alpha."""
     given = settings(top, tmp_path / "run", parallel={"strategy": "fsdp"})
-    given["run"] |= {"stop_by": CONSTANT, "patience": 1}
+    given["run"] |= {"stop_by": CONSTANT}
     one, other = run_distributed(on_a_rank, 2, given, None)
     assert one == other
     assert (one["steps"], one["early_stop"]["best_step"]) == (2, 0)

@@ -159,7 +159,7 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
         path = str(tmp_path / f"{name}.parquet")
         pq.write_table(pa.table(table), path)
         given = {"name": name, "features": path, "number": 4}
-        teachers.append(TeacherConfig(**given, hard_targets=name == "all"))
+        teachers.append(TeacherConfig(**given))
     config = replace(tiny_config(tiny_parquet, out=""), teachers=teachers)
     loss = {"strengths": "constant", "prototypical": 1.0, "teacher": 0.5}
     run.train(short(config, tmp_path / "run", loss=loss))

@@ -57,7 +57,6 @@ class Inspect(Recipes, JsonOption):
             context_length=context_length,
             samples=None if self.every else self.samples,
             workers=None if self.data.workers == "auto" else self.data.workers,
-            max_pixels=self.data.max_image_pixels,
             notes=[*idle(typed(self)), *notes],
         )
         report["next"] = fault or report["next"]
@@ -95,7 +94,6 @@ class Pack(Recipes):
             Path(self.out),
             samples_per_shard=self.samples_per_shard,
             resize=self.resize,
-            max_pixels=self.data.max_image_pixels,
         )
         number = len(packed.shards)
         shards = f"{number:,} shard{'s' * (number != 1)}"
@@ -114,7 +112,7 @@ class Index(Recipes):
     def __call__(self) -> None:
         require_paths(self.source, self.data)
         started, before = time.monotonic(), kept_indexes()
-        print_notes(idle(typed(self), also=["workers", "max_bad_share", "max_image_pixels"]))
+        print_notes(idle(typed(self), also=["workers", "max_bad_share"]))
         pairs = open_indexed(of_source(self.source, self.data), "index")
         number, took = f"{len(pairs):,} pairs", duration(time.monotonic() - started)
         if kept_indexes() == before:

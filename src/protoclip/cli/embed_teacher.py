@@ -43,7 +43,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:
-                also = ["max_image_pixels"] + ["workers"] * (self.modality == "text")
+                also = ["workers"] * (self.modality == "text")
                 print_notes([*idle(typed(self), also=also), *notes])
             facts = embed_teacher(
                 self.teacher,

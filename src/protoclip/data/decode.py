@@ -213,8 +213,7 @@ def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
     if width < 1 or height < 1:
         raise ValueError("an image without pixels")
     if width * height > max_pixels:
-        limit = f"data.max_image_pixels ({max_pixels})"
-        raise ValueError(f"{width} x {height} pixels are more than {limit}")
+        raise ValueError(f"{width} x {height} pixels are more than the limit ({max_pixels})")
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in encoded:
         # The orientation stands behind the pixels, so PIL knows it once it has read these.
         try:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.config import Config, PrototypeConfig, TeacherConfig
+from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
 from protoclip.prototypes.kmeans import KMeans, segment_mean
@@ -150,14 +150,11 @@ class Target:
 
 def target_maker(config: Config) -> Callable[..., dict[tuple[str, str], Target]]:
     """`make_targets` with the settings of a run."""
-    spaces: dict[str, PrototypeConfig | TeacherConfig] = {**config.grouping_teachers}
-    spaces |= {"image": config.prototypes, "text": config.prototypes}
+    own = 0.0 if config.prototypes.hard_targets else config.prototypes.target_temperature
     return partial(
         make_targets,
-        target_temperatures={
-            name: 0.0 if space.hard_targets else space.target_temperature
-            for name, space in spaces.items()
-        },
+        target_temperatures=dict.fromkeys(config.grouping_teachers, 0.0)
+        | {"image": own, "text": own},
         back_translation=config.prototypes.back_translation,
         mask_empty=config.prototypes.mask_empty,
     )

@@ -23,6 +23,8 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.tokenizers import Tokenizer
 from protoclip.training.plan import Plan
 
+PATIENCE = 3  # evaluations without a better value that end a run
+
 Split = Literal["validation", "test"]
 
 
@@ -106,14 +108,12 @@ class EarlyStop:
 
     Attributes:
         metric: Higher is better; a value that is not finite is no better than any other.
-        patience: Evaluations in a row without a better value that end the run.
         best, best_step: The best value so far, and the step that it is of.
         step: The step of the last evaluation.
         waited: Evaluations since the best one.
     """
 
     metric: str
-    patience: int
     best: float | None = None
     best_step: int = 0
     step: int = 0
@@ -129,7 +129,7 @@ class EarlyStop:
 
     @property
     def is_due(self) -> bool:
-        return self.waited >= self.patience
+        return self.waited >= PATIENCE
 
     @property
     def reason(self) -> str:

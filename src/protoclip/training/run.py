@@ -253,7 +253,7 @@ class Run:
         self.stopped_by: str | None = None  # the signal that asks to stop after this step
         self.early_stop: EarlyStop | None = None
         if config.run.stop_by is not None:
-            self.early_stop = EarlyStop(metric=config.run.stop_by, patience=config.run.patience)
+            self.early_stop = EarlyStop(metric=config.run.stop_by)
         device, suffix = next(model.parameters()).device, f".{rank()}" if rank() else ""
         precision = resolve(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}

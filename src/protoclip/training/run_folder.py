@@ -316,12 +316,20 @@ def check_settings(folder: Path, config: str, *, finished: bool = False) -> list
 def complete_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run began with, with those that version 1.0 did not have, and without
     those that are gone."""
-    teachers = [{"distil": 0.0, **teacher} for teacher in saved.get("teachers", [])]
+    idle = {name: value for name, (_, value) in REMOVED.items()}
+    teachers = [
+        {"distil": 0.0}
+        | {
+            key: value
+            for key, value in teacher.items()
+            if (f"teacher.{key}", value) not in idle.items()
+        }
+        for teacher in saved.get("teachers", [])
+    ]
     usual = flat(tomllib.loads(to_toml(Config())))
     settings = {**usual, **UNSAID, **saved, "teachers": teachers}
     for setting in ("run.wandb", "data.cache"):  # gone, and they changed no batch
         settings.pop(setting, None)
-    idle = {name: value for name, (_, value) in REMOVED.items()}
     return {key: value for key, value in settings.items() if (key, value) not in idle.items()}
 
 

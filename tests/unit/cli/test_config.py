@@ -213,7 +213,7 @@ def test_a_setting_that_is_gone_is_refused_with_the_way_out(row):
 def test_settings_and_options_stay_few():
     """A new one earns its place by a measured gain, and may take that of another."""
     settings = len(list(options(Config))) + len(fields(SourceConfig))
-    assert settings <= 116
+    assert settings <= 112
     own = [name for kind in COMMANDS.values() for name, _ in options(kind) if "." not in name]
     assert len(own) <= 145
 
@@ -254,7 +254,6 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
         (TEACHER, "prototypes.extract_transform", "training", "come from the queue"),
         ({}, "loss.teacher", 3.0, "no teacher has features"),
         ({}, "teacher.whiten", 0, "teacher.*: no effect, since teacher.features is not set"),
-        (TEACHER, "teacher.target_temperature", 0.1, "since teacher.hard_targets is set"),
         (CLIP, "loss.strengths", "constant", "since no loss uses prototypes"),
         ({"data": UNJUDGED}, "data.class_column", "class", "since data.validation is 0"),
         (NO_PAIRS, "loss.positives", "shared", "since loss.info_nce is 0"),

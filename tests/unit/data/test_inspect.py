@@ -76,7 +76,7 @@ def test_facts_are_those_of_the_data(mixed):
         "reasons": {
             "truncated": 1,
             "not an image": 1,
-            "N x N pixels are more than data.max_image_pixels": 1,
+            "N x N pixels are more than the limit": 1,
             "empty caption": 1,
         },
         "formats": {"JPEG": 4, "PNG": 1, "WEBP": 1},

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from protoclip.training import judge
 from protoclip.training.judge import EarlyStop
 
 
@@ -18,22 +19,25 @@ from protoclip.training.judge import EarlyStop
         ([math.nan, 0.5, 0.4], 1, 2, (0.5, 1)),  # the start alone does not end a run
     ],
 )
-def test_it_stops_after_some_evaluations_without_a_better_value(values, patience, stops_at, best):
-    stop = EarlyStop(metric="eval/a/knn/acc1", patience=patience)
+def test_it_stops_after_some_evaluations_without_a_better_value(
+    values, patience, stops_at, best, monkeypatch
+):
+    monkeypatch.setattr(judge, "PATIENCE", patience)
+    stop = EarlyStop(metric="eval/a/knn/acc1")
     stopped_at = None
     for step, value in enumerate(values):
         stop.observe(step, value)
         if stop.is_due:
             stopped_at = step
             break
-        again = EarlyStop(metric="eval/a/knn/acc1", patience=patience)
+        again = EarlyStop(metric="eval/a/knn/acc1")
         again.load_state_dict(stop.state_dict())
         stop = again
     assert (stopped_at, stop.best, stop.best_step) == (stops_at, *best)
 
 
 def test_the_reason_names_step_metric_and_best_value():
-    stop = EarlyStop(metric="eval/a/knn/acc1", patience=2)
+    stop = EarlyStop(metric="eval/a/knn/acc1")
     for step, value in ((0, 0.25), (8, 0.125), (16, 0.25)):
         stop.observe(step, value)
     assert stop.reason == (
