@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import protoclip
 from protoclip import config
-from protoclip.cli import COMMANDS
-from protoclip.cli.pages import SECTIONS
+from protoclip.cli import COMMANDS, page_of
 from protoclip.cli.spec import descriptions, help_text
 from protoclip.config import shown
 
@@ -90,8 +89,8 @@ def section(kind: type[Any], prefix: str) -> Iterator[str]:
     head = ("| setting | what | type | default | limits |", "|---|---|---|---|---|")
     if prefix:
         yield from ("", f"{'##' if prefix.count('.') < 2 else '###'} [{title}]", "")
-        if title in SECTIONS:
-            yield from (f"Explained in [{SECTIONS[title]}](../{SECTIONS[title]}).", "")
+        if "." not in title:
+            yield from (f"Explained in [{page_of(title)}](../{page_of(title)}).", "")
         yield from (*head, *rows)
     for entry in dataclasses.fields(kind):
         hint = hints[entry.name]

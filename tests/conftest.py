@@ -11,7 +11,7 @@ import checked
 # numba starts OpenMP's threads for all of the process, and a fork of it would wait for them.
 os.environ["NUMBA_NUM_THREADS"] = "1"
 checked.install()  # before the first import from the package
-gc.disable()  # until all is imported; see `protoclip.cli.imports`
+gc.disable()  # until all is imported; see `quick_imports` in `protoclip.cli.spec`
 
 
 def pytest_configure(config: pytest.Config) -> None:

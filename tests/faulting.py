@@ -1,8 +1,8 @@
 """Commands under which something breaks: one fault, at a chosen moment, and what must be left.
 
 A call of a command is a forked process. A fault strikes when the call opens, renames, makes or
-removes a file or folder for the n-th time, as Python's audit events tell. Full disks and memory
-that runs out are limits of the system, so they also meet what libraries write by themselves.
+removes a file or folder for the n-th time, as Python's audit events tell. A full disk is a limit of
+the system, so it also meets what libraries write by themselves.
 """
 
 import importlib
@@ -40,28 +40,18 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir"
 # What goes wrong from the moment on, or once.
 KINDS = {
     "full disk": "nothing more can be written",
-    "quota": "no file can grow beyond some kilobytes",
-    "read-only": "the folder is read-only",
     "permission": "the folder cannot be entered",
-    "disk error": "files cannot be read, nor synchronised",
     "file vanishes": "a file is gone before it is read",
-    "clock jumps": "years ahead or back",
-    "memory": "no more address space than some megabytes",
     "worker killed": "SIGKILL to a process that reads images",
-    "paused": "SIGSTOP, and SIGCONT a moment later",
-    "slow reads": "each read waits",
     "killed": "SIGKILL",
 }
 COMMANDS = ("train", "embed-teacher", "data pack", "evaluate", "export", "report")  # `drawn`'s
-HARMLESS = ("clock jumps", "paused", "slow reads")  # nothing may come of these
-NAMED = ("full disk", "quota", "read-only", "permission", "disk error")  # the line has the path
+NAMED = ("full disk", "permission")  # the line has the path
 # Images may not be there for these, so that a call may leave pairs out, and say how many.
-WITHOUT_IMAGES = ("permission", "disk error", "file vanishes")
+WITHOUT_IMAGES = ("permission", "file vanishes")
 NO_CAPTIONS = "note: no captions of prototypes"  # an export without the run's data says so
 LISTS_OF_BAD = ("/skipped.jsonl", "/results.json")
 HAS_WORKERS = ("train", "evaluate")
-# How a library may end a process that gets no memory; the limit on computing ends it otherwise.
-WITHOUT_MEMORY = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +136,6 @@ class Injector:
     gone: str = ""
     hunts: bool = False
     busy: bool = False
-    slow: int = 0
     process: int = field(default_factory=os.getpid)
     inherited: Container[int | None] = ()  # processes that a fork only seems to have
 
@@ -159,26 +148,19 @@ class Injector:
             return
         self.busy = True
         try:
-            self.meet(event, paths[0], reads=event == "open" and is_reading(arguments))
+            self.meet(paths[0], reads=event == "open" and is_reading(arguments))
         finally:
             self.busy = False
 
-    def meet(self, event: str, path: str, *, reads: bool) -> None:
+    def meet(self, path: str, *, reads: bool) -> None:
         own = os.getpid() == self.process
         self.count += own
         if own and not self.struck and 0 < self.at <= self.count:
             self.struck = self.strike(path, reads=reads)
         if not self.struck:
             return
-        if self.kind == "read-only" and not reads and event not in ("os.listdir", "os.scandir"):
-            raise OSError(30, "Read-only file system", path)
         if self.kind == "permission":
             raise PermissionError(13, "Permission denied", path)
-        if self.kind == "disk error" and reads:
-            raise OSError(5, "Input/output error", path)
-        if self.kind == "slow reads" and self.slow:
-            self.slow -= 1
-            time.sleep(0.02)
 
     def strike(self, path: str, *, reads: bool) -> bool:
         """Do what the kind says; returns False to wait for a moment at which it can be done."""
@@ -186,22 +168,11 @@ class Injector:
         match self.kind:
             case "full disk":
                 limit(resource.RLIMIT_FSIZE, 0)
-            case "quota":
-                limit(resource.RLIMIT_FSIZE, generator.randrange(500_000))
-            case "disk error":
-                os.fsync = failing_sync
             case "file vanishes":
                 if not reads or not Path(path).is_file():
                     return False
                 Path(path).unlink()
                 self.gone = Path(path).relative_to(self.folder).as_posix()
-            case "clock jumps":
-                shift, real = generator.choice([-5e8, -4e3, 4e3, 5e8]), time.time
-                time.time = lambda: real() + shift
-            case "memory":
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                used = pages * resource.getpagesize()
-                limit(resource.RLIMIT_AS, used + generator.randrange(20_000_000))
             case "worker killed":
                 # Workers open files, and this process may open none while they do.
                 if not self.hunts:
@@ -209,10 +180,6 @@ class Injector:
                     pause = generator.uniform(0, 0.05)
                     Thread(target=self.kill_worker, args=(pause,), daemon=True).start()
                 return False
-            case "paused":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            case "slow reads":
-                self.slow = 30
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
         return True
@@ -232,10 +199,6 @@ def is_reading(arguments: tuple[Any, ...]) -> bool:
     """Whether an `open` event is that of a file to be read."""
     flags = arguments[2] if len(arguments) > 2 else 0
     return isinstance(flags, int) and flags & os.O_ACCMODE == os.O_RDONLY
-
-
-def failing_sync(_: int) -> None:
-    raise OSError(5, "Input/output error")
 
 
 def limit(which: int, value: int) -> None:
@@ -259,12 +222,9 @@ def call(words: Sequence[str], injector: Injector) -> Outcome:
         os.set_blocking(pipe, False)
     ends, text, status = time.monotonic() + PATIENCE, b"", 0
     while True:
-        done, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED)
+        done, status = os.waitpid(process, os.WNOHANG)
         text += read_all(heard)
-        if done and os.WIFSTOPPED(status):
-            time.sleep(0.1)
-            os.kill(process, signal.SIGCONT)
-        elif done:
+        if done:
             break
         if time.monotonic() > ends:
             os.kill(process, signal.SIGKILL)
@@ -469,7 +429,7 @@ class Scene:
         wrong += [what for path, what in invalid(self.folder) if path != first.gone]
         # A page says itself which examples it cannot show.
         shows_less = command == "report" and fault.kind in WITHOUT_IMAGES
-        no_captions = NO_CAPTIONS in first.said and first.code == 0 and fault.kind not in HARMLESS
+        no_captions = NO_CAPTIONS in first.said and first.code == 0
         without = ("exported/prototypes.json",) if no_captions else ()
         # A worker that is killed after its last batch ends nothing, and a finished run stays.
         kept = workers if first.code == 0 else 0
@@ -490,7 +450,7 @@ class Scene:
                 differ = [text for text in differ if not text.endswith(LISTS_OF_BAD)]
             wrong += [f"the next call: {text}" for text in differ]
         wrong += [what for _, what in invalid(self.folder, torn=False)]
-        killed = first.code < 0 or fault.kind in ("read-only", "permission")  # cannot remove it
+        killed = first.code < 0 or fault.kind == "permission"  # cannot remove it
         wrong += [f"left behind: {name}" for name in leftovers(self.folder, killed=killed)]
         return first, second, [text for text in wrong if text]
 
@@ -498,10 +458,6 @@ class Scene:
         """What is wrong with the end of a call under a fault."""
         if fault.kind == "killed" and ended.code == -signal.SIGKILL:
             return ""
-        if fault.kind == "memory" and ended.code in WITHOUT_MEMORY:
-            return ""
-        if fault.kind in HARMLESS and ended.code != 0:
-            return f"{fault.kind}: {ended.last}"
         if ended.left_out and fault.kind not in WITHOUT_IMAGES:
             return f"leaves out {ended.left_out} pairs"
         if ended.code and fault.kind in NAMED and str(self.folder) not in ended.last:

@@ -63,7 +63,7 @@ import numpy as np
 import torch
 from judge import ALL, DECIDING, Metrics, judge
 
-from protoclip.cli.recipes import merged
+from protoclip.cli.spec import merge_trees
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
@@ -228,7 +228,7 @@ def at_size(study: Study, size: int) -> Study:
         return "size" in arm.settings.get("model", {}).get("image", {})
 
     arms = [*filter(sets_one, study.arms.values())] or study.arms.values()
-    changed = {arm.name: replace(arm, settings=merged(arm.settings, given)) for arm in arms}
+    changed = {arm.name: replace(arm, settings=merge_trees(arm.settings, given)) for arm in arms}
     return replace(study, arms={**study.arms, **changed})
 
 
@@ -240,7 +240,7 @@ def starting_at(study: Study, start: str | None) -> Study:
     if start is not None and not without:
         raise ValueError(f"--start: no arm of {study.name} fine-tunes a run that is given")
     given = {"model": {"start": start}}
-    changed = {arm.name: replace(arm, settings=merged(arm.settings, given)) for arm in without}
+    changed = {arm.name: replace(arm, settings=merge_trees(arm.settings, given)) for arm in without}
     return replace(study, arms={**study.arms, **changed})
 
 
@@ -252,7 +252,7 @@ def photographs(
     given = {"train": captions, **({"root": root} if root else {})}
     return Pretraining(
         name="photographs",
-        settings=merged(settings, {"data": given}),
+        settings=merge_trees(settings, {"data": given}),
         teacher=teacher,
         image_teacher=image_teacher,
     )
@@ -276,8 +276,8 @@ def settings_of(task: Task) -> dict[str, Any]:
     """What a run's data set and arm set, without the folder and the weights that it starts from."""
     arm, data = task.arm, task.data
     of_data = {"data": data.settings.get("data", {})}
-    shared = merged({"loss": LOSS}, data.settings) if arm.command == "train" else of_data
-    tree = merged(shared, arm.settings)
+    shared = merge_trees({"loss": LOSS}, data.settings) if arm.command == "train" else of_data
+    tree = merge_trees(shared, arm.settings)
     for name in arm.unset:
         tree = leaving_out(tree, name.split("."))
 
@@ -295,7 +295,7 @@ def settings_of(task: Task) -> dict[str, Any]:
 
     tree["teacher"] = resolved(tree.get("teacher", {}))
     tree["teachers"] = [resolved(teacher) for teacher in tree.get("teachers", [])]
-    return merged(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
+    return merge_trees(tree, {"run": {"name": arm.name, "seed": task.seed, "evaluate": False}})
 
 
 def leaving_out(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def train(task: Task) -> dict[str, Any]:
         given = {"run": {"out": str(folder)}}
         if before is not None:
             given["model"] = {"start": str(before)}
-        return finished(finetune(merged(settings_of(task), given), alpha=1.0, resume="auto"))
+        return finished(finetune(merge_trees(settings_of(task), given), alpha=1.0, resume="auto"))
     if arm.start is not None or arm.displaces:
         start = folder.with_suffix(".start")
         if not (start / MODEL).is_file():

@@ -19,11 +19,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
-PERCENT = re.compile(r" *(\d+(?:\.\d+)?) *%")
-SIMPLE = (NoneType, int, float, datetime.date, datetime.time)
+SIMPLE = (str, NoneType, int, float, datetime.date, datetime.time)
 START = "start"  # `teacher.features` of the frozen start
 HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of halves to align
-NO_START = "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # ... and module:Class
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
@@ -31,11 +29,6 @@ NO_COMMANDS = "pipe: sources are gone; name shards by s3://, gs://, hf:// or htt
 # Settings, and values of settings, that are gone: what to do instead, and the value that changed
 # nothing. Run folders hold that value, so it is ignored.
 REMOVED: dict[str, tuple[str, Any]] = {
-    "run.resume": (
-        'is no setting; give resume="auto" to train, align or finetune, or --resume auto on the '
-        "command line",
-        None,
-    ),
     "run.wandb": ("is gone; name wandb in run.loggers, and set WANDB_MODE=offline", "off"),
     "data.allow_commands": (NO_COMMANDS, False),
     "data.cache": ("is gone; data.cache_gb = 0 keeps no decoded images", "ram"),
@@ -423,21 +416,26 @@ class Config:
     @property
     def distilled_teachers(self) -> dict[str, TeacherConfig]:
         """Those of them whose features a tower learns."""
-        return {name: each for name, each in self.external_teachers.items() if each.distil}
+        return {name: x for name, x in self.external_teachers.items() if x.distil}
 
     @property
     def uses_of_teachers(self) -> str:
         """The external teachers, and what is learned of each: `minilm (groups and relations)`."""
-        told = []
-        for name in self.external_teachers:
-            uses = ["groups"] if name in self.grouping_teachers else []
-            uses += ["relations"] if name in self.distilled_teachers else []
-            told.append(f"{name} ({' and '.join(uses)})")
-        return ", ".join(told)
+        uses = {"groups": self.grouping_teachers, "relations": self.distilled_teachers}
+        return ", ".join(
+            f"{name} ({' and '.join(use for use, names in uses.items() if name in names)})"
+            for name in self.external_teachers
+        )
 
 
 Settings = Config | Mapping[str, Any]  # of a run: built, or as a recipe holds them
 Section = TypeVar("Section")
+WANTED = {
+    int: "no whole number",
+    float: "no number",
+    str: "no text",
+    bool: "neither true nor false",
+}
 
 
 def tree_of(settings: Any) -> Mapping[str, Any]:
@@ -449,16 +447,9 @@ def tree_of(settings: Any) -> Mapping[str, Any]:
     if isinstance(settings, Config):
         return vars(settings)
     if not isinstance(settings, Mapping):
-        value = plain(settings)
-        if isinstance(value, str) and value.endswith(".toml"):
-            raise ValueError(
-                f"settings: {shown(value)} is the name of a recipe; give what it holds, "
-                f'tomllib.load(open({shown(value)}, "rb"))'
-            )
-        pairs = shown(value)[1:-1] if isinstance(value, str) else "pairs.csv"
         raise ValueError(
-            f"settings: {shown(value)} is no Config and no dictionary; give "
-            f'{{"data": {{"train": "{pairs}"}}}}, or of a recipe what tomllib reads'
+            f"settings: {shown(to_plain(settings))} is no Config and no dictionary; give "
+            '{"data": {"train": "pairs.csv"}}, or what tomllib reads of a recipe'
         )
     return settings
 
@@ -475,21 +466,19 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
     Raises:
         ValueError: A setting is unknown, missing, of the wrong type or out of range.
     """
-    hints = hints_of(kind)  # type: ignore[arg-type] # classes can be hashed
-    section, given = without_number(prefix), {}
+    hints, given = hints_of(kind), {}  # type: ignore[arg-type] # classes can be hashed
     for name, value in tree.items():
+        _, idle = REMOVED.get(without_number(f"{prefix}{name}"), ("", None))
         if name in hints:
             given[name] = value
-        elif names_setting(kind, str(name)):
-            raise ValueError(f"{prefix}{name}: write it nested: {nested(prefix + name)}")
-        elif REMOVED.get(f"{section}{name}", ("", None))[1] != value or value is None:
-            raise ValueError(unknown(f"{prefix}{name}", [prefix + known for known in hints]))
+        elif value is None or value != idle:
+            raise ValueError(describe_unknown(f"{prefix}{name}", [prefix + x for x in hints]))
     settings = dataclasses.fields(kind)  # type: ignore[arg-type]
     for entry in sorted(settings, key=lambda entry: bool(entry.kw_only)):  # arguments first
-        has_default = not (entry.default is MISSING and entry.default_factory is MISSING)
-        if not has_default and entry.name not in given:
+        if entry.default is entry.default_factory is MISSING and entry.name not in given:
             raise ValueError(f"{prefix}{entry.name}: is missing; give one")
-    return kind(**{name: read(prefix + name, value, hints[name]) for name, value in given.items()})
+    values = {name: read_value(prefix + name, x, hints[name]) for name, x in given.items()}
+    return kind(**values)
 
 
 def without_removed(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -504,25 +493,12 @@ def without_removed(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     return settings
 
 
-def names_setting(kind: Any, name: str) -> bool:
-    """Whether a section, or one in it, has a setting of this name, such as `data.train`."""
-    first, dot, rest = name.partition(".")
-    inner = hints_of(kind).get(first) if hasattr(kind, "__dataclass_fields__") else None
-    return names_setting(inner, rest) if dot else inner is not None
-
-
-def nested(name: str) -> str:
-    """`data.train` as a dictionary holds it."""
-    first, dot, rest = name.partition(".")
-    return f'{{"{first}": {nested(rest) if dot else "..."}}}'
-
-
 def without_number(name: str) -> str:
     """`teachers[0].number` as `teacher.number`."""
     return re.sub(r"s\[\d+\]", "", name)
 
 
-def unknown(name: str, known: list[str]) -> str:
+def describe_unknown(name: str, known: list[str]) -> str:
     """What to say about a setting that does not exist."""
     for setting in (without_number(name), f"data.{name}"):  # `data` is left out by some commands
         if setting in REMOVED:
@@ -534,60 +510,50 @@ def unknown(name: str, known: list[str]) -> str:
     return f"{name}: no such setting; {hint}"
 
 
-def read(name: str, value: Any, hint: Any) -> Any:
+def read_value(name: str, value: Any, hint: Any) -> Any:
     """A setting's value; raises `ValueError` if it does not fit the annotation."""
-    value, origin, inner = plain(value), get_origin(hint), get_args(hint)
+    value, origin, inner = to_plain(value), get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return within(name, read(name, value, inner[0]), *inner[1:])
+        return check_limits(name, read_value(name, value, inner[0]), *inner[1:])
     if origin in (Union, UnionType):
-        return read_one_of(name, value, [kind for kind in inner if kind is not NoneType])
+        return read_union(name, value, [kind for kind in inner if kind is not NoneType])
     if origin is Literal:
-        if not (isinstance(value, str) and value in inner):  # an array has no one answer
-            if (removed := f"{name} = {value}") in REMOVED:
-                raise ValueError(f"{name}: {shown(value)} {REMOVED[removed][0]}")
-            raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(inner)}")
-        return value
+        if isinstance(value, str) and value in inner:  # an array has no one answer
+            return value
+        if (removed := f"{name} = {value}") in REMOVED:
+            raise ValueError(f"{name}: {shown(value)} {REMOVED[removed][0]}")
+        raise ValueError(f"{name}: {shown(value)} is not one of {', '.join(inner)}")
     if origin in (list, tuple):
         fixed = origin is tuple and inner[-1] is not Ellipsis
         if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
             count = f"{len(inner)} values" if fixed else "a list"
             raise ValueError(f"{name}: {shown(value)} is not {count}")
-        return origin(read(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(value))
+        return origin(read_value(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         tree = vars(value) if isinstance(value, hint) else value  # type: ignore[arg-type]
         if not isinstance(tree, Mapping):
-            way = way_to_file(value) or "; give its settings by name"
-            raise ValueError(f"{name}: {shown(value)} is no section{way}")
+            raise ValueError(f"{name}: {shown(value)} is no section; give its settings by name")
         return build(hint, tree, f"{name}.")  # type: ignore[arg-type]
-    if hint is float:
-        refuse_percent(name, value)
     if hint is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(f"{name}: a number of {len(str(value))} digits is too large") from None
+        value = float(value)
     if type(value) is not hint:
-        wants = {int: "no whole number", float: "no number"}
-        wants[str] = f"no text{way_to_file(value)}"
-        raise ValueError(f"{name}: {shown(value)} is {wants.get(hint, 'neither true nor false')}")
+        raise ValueError(f"{name}: {shown(value)} is {WANTED[hint]}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is not finite")
     return value
 
 
-def read_one_of(name: str, value: Any, kinds: list[Any]) -> Any:
+def read_union(name: str, value: Any, kinds: list[Any]) -> Any:
     """The value of a setting that may be of several types, or None."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if value is None or (isinstance(value, str) and value in words):
         return value
     kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
-    if any(float in type_of(kind) for kind in kinds):  # even if a text would do, such as a path
-        refuse_percent(name, value)
     if words and isinstance(value, str) and type_of(kinds[0])[1] is int:
         raise ValueError(f"{name}: {shown(value)} is no number, and none of {', '.join(words)}")
     wanted = float if type(value) is int else type(value)
-    kind = next((each for each in kinds if wanted in type_of(each)), kinds[-1])
-    return read(name, value, kind)
+    kind = next((kind for kind in kinds if wanted in type_of(kind)), kinds[-1])
+    return read_value(name, value, kind)
 
 
 def type_of(hint: Any) -> tuple[Any, ...]:
@@ -595,23 +561,19 @@ def type_of(hint: Any) -> tuple[Any, ...]:
     return hint, get_args(hint)[0] if get_origin(hint) is Annotated else get_origin(hint)
 
 
-def within(name: str, value: Any, least: int | float, most: int | float) -> Any:
+def check_limits(name: str, value: Any, least: int | float, most: int | float) -> Any:
     """A number, if it is from `least` to `most`; raises `ValueError` if not."""
     if value < least == ABOVE_0:
-        hint = "; for hard targets set hard_targets = true" if "temperature" in name else ""
-        raise ValueError(f"{name}: {value} needs to be above 0{hint}")
+        raise ValueError(f"{name}: {value} needs to be above 0")
     if value < least:
-        was_open = value == 0 and name.endswith(("episodes.size", ".number"))
-        hint = "; leave it out, and it follows from the data" if was_open else ""
-        raise ValueError(f"{name}: {value} is too small; at least {least}{hint}")
+        raise ValueError(f"{name}: {value} is too small; at least {least}")
     if value > most:
         limit = "below 1" if most == BELOW_1 else f"at most {most}"
-        limit += ", as a share of the pairs" if name == "data.validation" else ""
         raise ValueError(f"{name}: {value} is too large; {limit}")
     return value
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A value as TOML would hold it: paths as text, and NumPy's numbers as those of Python."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -628,29 +590,12 @@ def shown(value: Any) -> str:
     """A value as a recipe would hold it, on one line, for messages; of others their type."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str):
-        return repr(value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}...")
     if isinstance(value, list | tuple):
         text = f"[{', '.join(map(shown, value))}]"
     elif isinstance(value, Mapping):
         text = f"{{{', '.join(f'{key} = {shown(item)}' for key, item in value.items())}}}"
     elif isinstance(value, SIMPLE):
-        text = str(value)
+        text = repr(value) if isinstance(value, str) else str(value)
     else:
-        name = type(value).__name__
-        text = f"{'an' if name[0] in 'AEIOaeion' else 'a'} {name}"  # an ndarray
+        text = type(value).__name__
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
-
-
-def refuse_percent(name: str, value: Any) -> None:
-    """Refuse a share that is written as a percentage."""
-    if isinstance(value, str) and (percent := PERCENT.fullmatch(value)):
-        raise ValueError(f"{name}: {shown(value)}: write a share as {float(percent[1]) / 100:g}")
-
-
-def way_to_file(value: Any) -> str:
-    """What to say of a table in memory, such as a DataFrame, where a file is meant; or nothing."""
-    for write in ("to_parquet", "write_parquet"):  # of pandas and of polars
-        if hasattr(value, write):
-            return f"; save it (df.{write}) and give the file's name"
-    return ""

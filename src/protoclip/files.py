@@ -35,31 +35,21 @@ def kind_of(status: os.stat_result) -> str:
 
 def open_local(path: str | Path) -> io.BufferedReader:
     """A regular file; raises `ValueError` for what may block or has no end, or `OSError`."""
-    require_regular(path)  # opening a device may do something
-    # A pipe that takes the file's place in between does not block either.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
-    try:
-        require_regular(file.fileno())
-    except ValueError:
-        file.close()
-        raise
-    return file
+    require_regular(path)
+    return Path(path).open("rb")
 
 
-def require_regular(path: str | Path | int) -> None:
+def require_regular(path: str | Path) -> None:
     """Refuse what is no regular file, before a library opens it; raises as `open_local`."""
-    if (kind := kind_of(os.stat(path))) != "a file":  # noqa: PTH116 (it may be open already)
+    if (kind := kind_of(Path(path).stat())) != "a file":
         raise ValueError(f"is {kind}, not a file")
 
 
 def open_to_append(path: Path) -> io.FileIO:
     """A file to add to, made if need be. Raises `OSError` for a link, which may lead anywhere."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a link; put the file itself in its place", str(path))
-    return open(path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666))
+    return path.open("ab", buffering=0)
 
 
 def read_local(path: str | Path, *, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -101,10 +91,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends without an error.
 
     Raises:
-        OSError: The file cannot be written, or what is there is a device or a pipe; names `path`.
+        OSError: The file cannot be written; names `path`.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):  # root could replace /dev/null
-        raise FileExistsError(errno.EEXIST, "Is a device or a pipe", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see `UNFINISHED`
     try:
         with naming(path):
@@ -125,21 +113,17 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") -> None:
-    """Refuse to replace a file without the mark of what writes it, or one that is read-only.
+    """Refuse to replace a file without the mark of what writes it.
 
     Raises:
         ValueError: It is somebody's; names it.
     """
     if not path.exists():
         return
-    try:
-        with open_local(path) as file:
-            is_ours = mark.encode() in file.read(1 << 20)
-    except (OSError, ValueError):
-        is_ours = False
-    if not (is_ours and path.stat().st_mode & 0o222):
-        what = "is read-only" if is_ours else "exists, and was not made by this command"
-        raise ValueError(f"{path}: {what}; choose another, {way_out}")
+    with suppress(OSError, ValueError), open_local(path) as file:
+        if mark.encode() in file.read(1 << 20):
+            return
+    raise ValueError(f"{path}: exists, and was not made by this command; choose another, {way_out}")
 
 
 @contextmanager
@@ -148,7 +132,7 @@ def locked(
 ) -> Iterator[None]:
     """Keep other processes from writing a folder or file, which need not exist yet.
 
-    Another one may be done within so many seconds of `wait`.
+    Waits for another process for `wait` seconds.
 
     Raises:
         ValueError: Another process writes it; tells to wait, or this way out.
@@ -166,7 +150,7 @@ def locked(
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{folder}: another process writes here{holder(path)}; wait for it, or {way_out}"
+                f"{folder}: another process writes here; wait for it, or {way_out}"
             ) from None
     try:
         yield
@@ -186,8 +170,7 @@ def in_turn(path: Path) -> Iterator[None]:
         lock.acquire(timeout=QUIET_SECONDS)
     except Timeout:
         if not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
-            lock_file = Path(lock.lock_file)
-            say(f"note: waiting for another process to be done with {path}{holder(lock_file)}")
+            say(f"note: waiting for another process to be done with {path}")
         lock.acquire()
     try:
         yield
@@ -195,30 +178,14 @@ def in_turn(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def holder(lock: Path) -> str:
-    """Who holds a lock file, where the file says it: on file systems that know no locks.
-
-    There the file of a process that was killed stays, and no other host can tell.
-    """
-    try:
-        process, host = lock.read_text(encoding="utf-8").splitlines()[:2]
-    except (OSError, ValueError):
-        return ""
-    return f" (process {process} of {host}; if that has ended, delete {lock})"
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename in this folder survive a power failure, where the system can."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def checksum(data: bytes) -> str:

@@ -7,10 +7,9 @@ These are values that do not go together, and typos in paths. The limits of sing
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -19,26 +18,20 @@ from typing import Any
 from protoclip.config import (
     HALVES,
     LOGGERS,
-    NO_START,
     START,
     UNSET,
     Config,
     DataConfig,
     EpisodeConfig,
-    ModelConfig,
-    TeacherConfig,
     build,
-    locked_rate,
 )
 from protoclip.files import kind_of
 
-TRAIN_OR_SOURCES = "data.sources: takes the place of data.train; leave one of them out"
 SIZES = ("width", "heads", "layers")  # of small text towers
-OF_GROUPS = ("whiten", "number")  # of teachers
 # What names something else than a local file or folder, as the beginning of a reference.
 DATA_KINDS = ("pipe:", "hf:", "wds:", "torchvision:", "karpathy:")
 MODEL_KINDS = ("open_clip:", "hf:", "local-dir:", "reference:", "timm:")
-# What may stand behind a data set that judges a model, as in `pairs.tsv,root=images`.
+# What may stand behind a data set that evaluates a model, as in `pairs.tsv,root=images`.
 COLUMN_OPTIONS = ("image_column", "caption_column", "id_column", "class_column")
 DATA_OPTIONS = (*COLUMN_OPTIONS, "root")
 DATA_HINT = "emoji, a table or folder of pairs, tar shards, hf:OWNER/NAME, a folder of classes, "
@@ -55,6 +48,9 @@ INSTEAD = {
 }
 
 
+# Values that do not go together
+
+
 def check(config: Config, *, is_whole: bool = True) -> list[str]:
     """Refuse wrong values and combinations; return notes on settings without effect.
 
@@ -65,87 +61,92 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
         ValueError: In one line that names the setting and the way out.
     """
     build(Config, vars(config))
-    run, text = config.run, config.model.text
-    if text.width % text.heads:
-        raise ValueError(f"model.text.heads: {text.heads} does not divide model.text.width")
-    share = config.data.validation
-    if isinstance(share, float) and config.data.is_emoji:
-        raise ValueError("data.validation: the emoji have held-out splits; leave it out")
-    if run.evaluate_every and share == 0 and not run.guard:
-        raise ValueError(
-            "run.evaluate_every: data.validation is 0, so no pairs are held out; set this to 0 "
-            "too, or name a guard (run.guard)"
-        )
-    if run.keep_best is not None and not run.evaluate_every:
-        raise ValueError("run.keep_best: needs run.evaluate_every; set it, or leave this out")
-    if run.stop_by is not None and not run.evaluate_every:
-        raise ValueError("run.stop_by: needs run.evaluate_every; set it, or leave this out")
-    for name in run.loggers:
-        if name not in LOGGERS and not all(name.partition(":")):
-            known = ", ".join(LOGGERS)
-            raise ValueError(f"run.loggers: '{name}' is none of {known}, and no module:Class")
-    if config.model.pretrained is not None and not config.model.name:
-        raise ValueError("model.pretrained: needs model.name, the open_clip model they are for")
-    check_halves(config.model)
-    check_fine_tuning(config)
-    check_sources(config.data)
-    check_positives(config)
-    check_teachers(config)
+    refuse(combinations(config))
     if is_whole:
         check_amounts(config)
     return without_effect(config)
 
 
+def refuse(rows: Mapping[str, object]) -> None:
+    """Raise the first message whose condition holds."""
+    for message, is_wrong in rows.items():
+        if is_wrong:
+            raise ValueError(message)
+
+
+def combinations(config: Config) -> dict[str, object]:
+    """The message of each combination that is refused, and whether it is there."""
+    run, data, model, loss = config.run, config.data, config.model, config.loss
+    text, lora, parallel = model.text, model.lora is not None, config.parallel
+    emoji_share = data.is_emoji and isinstance(data.validation, float)
+    unheld = run.evaluate_every and data.validation == 0 and not run.guard
+    choice = "run.keep_best" if run.keep_best is not None else "run.stop_by"
+    chooses = run.keep_best is not None or run.stop_by is not None
+    loggers = [name for name in run.loggers if name not in LOGGERS and not all(name.partition(":"))]
+    half = "model.image.weights" if model.image.weights is not None else "model.text.name"
+    has_half = model.image.weights is not None or text.name is not None
+    both_locked = {*model.locked} == {"image", "text"} and not model.projections_are_new
+    keeps = "loss.keep" if loss.keep else f"teacher.features = {START}"
+    both_sources = data.sources and data.train != DataConfig().train
+    weights = {source.weight is None for source in data.sources}
+    clash = data.several_captions and loss.positives == "pair" and loss.info_nce
+    both_teachers = config.teachers and config.teacher.features is not None
+    names = [teacher.name for teacher in config.teachers]
+    taken = [name for name in names if names.count(name) > 1]
+    taken += [n for n in (*names, config.teacher.name) if n in ("image", "text") or "_from_" in n]
+    bare = [teacher.name for teacher in config.teachers if teacher.features is None]
+    return {
+        f"model.text.heads: {text.heads} does not divide model.text.width": text.width % text.heads,
+        "data.validation: the emoji have held-out splits; leave it out": emoji_share,
+        "run.evaluate_every: no pairs are held out; set it to 0, or name a run.guard": unheld,
+        f"{choice}: needs run.evaluate_every; set it, or leave this out": chooses
+        and not run.evaluate_every,
+        f"run.loggers: {loggers} are none of {', '.join(LOGGERS)}, and no module:Class": loggers,
+        "model.pretrained: needs model.name, the open_clip model they are for": model.pretrained
+        and not model.name,
+        f"{half}: does not go with model.name; leave one of them out": has_half and model.name,
+        "model.locked: with both towers locked nothing is left to train": both_locked,
+        "model.lora: needs parallel.strategy = ddp": lora and parallel.strategy == "fsdp",
+        "model.lora: does not go with parallel.compile": lora and parallel.compile,
+        f"{keeps}: needs model.start, the model to keep to; set it": config.uses_start
+        and not model.has_start,
+        "data.sources: takes the place of data.train; leave one of them out": both_sources,
+        "data.sources: give every source a weight, or none": len(weights) > 1,
+        "loss.positives: pair takes an image's other captions for negatives; choose shared": clash,
+        "teachers: take the place of teacher; leave one of them out": both_teachers,
+        f"teachers: {taken} cannot be their names; give each teacher one of its own": taken,
+        f"teachers: {bare} have no features; name their files": bare,
+    }
+
+
 def check_amounts(config: Config) -> None:
     """Refuse sizes that do not fit each other, and weights that leave nothing to train."""
-    episodes = config.episodes
-    size, stages = episodes.size, episodes.warm_up + config.locked_episodes
+    episodes, loss = config.episodes, config.loss
     check_sizes(episodes)
-    if episodes.count and stages > episodes.count:
-        raise ValueError(
-            f"episodes.count: {episodes.count} is less than episodes.warm_up + "
-            f"episodes.locked_image ({stages}); raise it above that, or lower these"
-        )
+    count, stages = episodes.count, episodes.warm_up + config.locked_episodes
     numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
     numbers |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
     for name, number in numbers.items():
-        if size and number and not 2 <= number <= size:
-            raise ValueError(
-                f"{name}.number: {number} needs to be between 2 and episodes.size ({size})"
-            )
-    always, distils = config.loss.info_nce or config.loss.keep, bool(config.distilled_teachers)
-    if not (always or config.uses_prototypes or distils):
-        raise ValueError("loss: all weights are 0, so there is nothing to train; raise one")
-    if not always and (config.locked_episodes if distils else stages):
-        raise ValueError(
-            "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; "
-            "raise it, or set episodes.warm_up = 0 and episodes.locked_image = 0"
-        )
-
-
-def never_trained(config: Config) -> list[str]:
-    """Notes on what no episode trains; numbers of episodes are filled in, and fit each other."""
-    episodes, locked = config.episodes, config.locked_episodes
-    stages = {"episodes.warm_up": episodes.warm_up, "episodes.locked_image": locked}
-    taking = " and ".join(name for name, number in stages.items() if number)
-    notes = []
-    if config.uses_prototypes and episodes.warm_up + locked == episodes.count:
-        notes.append(
-            f"no episode uses prototypes, since episodes.count ({episodes.count}) has none beside "
-            f"{taking}; raise it, or lower what takes them"
-        )
-    if locked == episodes.count and (
-        "image" not in config.model.locked or config.model.projections_are_new
-    ):
-        notes.append(
-            "nothing of the image side trains, since episodes.locked_image takes all of "
-            "episodes.count; raise it, or set episodes.locked_image = 0"
-        )
-    return notes
+        if episodes.size and number and not 2 <= number <= episodes.size:
+            limits = f"between 2 and episodes.size ({episodes.size})"
+            raise ValueError(f"{name}.number: {number} needs to be {limits}")
+    always, distils = loss.info_nce or loss.keep, bool(config.distilled_teachers)
+    needs_loss = config.locked_episodes if distils else stages
+    refuse(
+        {
+            f"episodes.count: {count} is less than episodes.warm_up + episodes.locked_image "
+            f"({stages}); raise it above that, or lower these": count and stages > count,
+            "loss: all weights are 0, so there is nothing to train; raise one": not always
+            and not config.uses_prototypes
+            and not distils,
+            "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; raise it, "
+            "or set episodes.warm_up and episodes.locked_image to 0": not always and needs_loss,
+        }
+    )
 
 
 def check_sizes(episodes: EpisodeConfig) -> None:
-    """Refuse an episode that is not so many whole batches."""
+    """Refuse an episode that is not a multiple of the batch."""
     size, batch_size = episodes.size, episodes.batch_size
     if size and size % batch_size:
         nearest = max(size - size % batch_size, batch_size)
@@ -155,34 +156,12 @@ def check_sizes(episodes: EpisodeConfig) -> None:
         )
 
 
-def check_halves(model: ModelConfig) -> None:
-    """Refuse weights of single towers beside those of a whole model."""
-    halves = {"model.image.weights": model.image.weights, "model.text.name": model.text.name}
-    for setting, value in halves.items():
-        if value is not None and model.name is not None:
-            raise ValueError(f"{setting}: does not go with model.name; leave one of them out")
-
-
-def check_fine_tuning(config: Config) -> None:
-    """Refuse what leaves nothing to train, or needs a start where there is none."""
-    model, both_locked = config.model, {*config.model.locked} == {"image", "text"}
-    if both_locked and not model.projections_are_new:
-        raise ValueError("model.locked: with both towers locked nothing is left to train")
-    if model.lora is not None and both_locked:
-        raise ValueError("model.lora: both towers are locked (model.locked); leave one of them out")
-    if model.lora is not None and config.parallel.strategy == "fsdp":
-        raise ValueError("model.lora: does not go with parallel.strategy = fsdp; choose ddp")
-    if model.lora is not None and config.parallel.compile:
-        raise ValueError("model.lora: does not go with parallel.compile; leave one of them out")
-    if config.uses_start and model.start is None and model.pretrained is None:
-        setting = "loss.keep" if config.loss.keep else f"teacher.features = {START}"
-        raise ValueError(f"{setting}: needs model.start, the model to keep to; set it")
-
-
 def require_start(config: Config) -> None:
     """Refuse settings that name no model to fine-tune."""
     if not config.model.has_start:
-        raise ValueError(NO_START)
+        raise ValueError(
+            "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
+        )
 
 
 def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
@@ -190,167 +169,100 @@ def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
 
     The bundled emoji, on which `train` trains a first model, are hardly what a model is for.
     """
-    data, start = given.get("data", {}), given.get("model", {}).get("start")
-    if data.get("train") or data.get("sources"):
-        return
-    is_tuned = False
-    with suppress(OSError, ValueError):  # it may be no folder at all
-        settings = (Path(start or "") / "config.toml").read_text(encoding="utf-8")
-        is_tuned = start is not None and was_fine_tuned(tomllib.loads(settings))
-    again = f", or go on with {start} by --resume auto" if is_tuned else ""
-    raise ValueError(
-        f"data.train: {work} needs pairs of yours; name them, such as --data.train pairs.tsv"
-        f" (emoji are the bundled ones){again}"
-    )
-
-
-def was_fine_tuned(settings: Mapping[str, Any]) -> bool:
-    """Whether the settings of a run are those of fine-tuning: it had a start itself."""
-    model = settings.get("model", {})
-    return model.get("start") is not None or model.get("pretrained") is not None
-
-
-def check_sources(data: DataConfig) -> None:
-    if data.sources and data.train != DataConfig().train:
-        raise ValueError(TRAIN_OR_SOURCES)
-    if len({source.weight is None for source in data.sources}) > 1:
-        raise ValueError("data.sources: give every source a weight, or none")
-
-
-def check_positives(config: Config) -> None:
-    several, loss = config.data.several_captions, config.loss
-    if several and loss.positives == "pair" and loss.info_nce:
+    data = given.get("data", {})
+    if not (data.get("train") or data.get("sources")):
         raise ValueError(
-            f"loss.positives: pair takes captions of one image, of which data.captions = "
-            f"{config.data.captions} brings several, for negatives; leave it out, or choose shared"
+            f"data.train: {work} needs pairs of yours; name them, such as --data.train pairs.tsv "
+            "(emoji are the bundled ones), or go on with a run by --resume auto"
         )
 
 
-def check_teachers(config: Config) -> None:
-    if config.teachers and config.teacher.features is not None:
-        raise ValueError("teachers: take the place of teacher; leave one of them out")
-    names = [teacher.name for teacher in config.teachers]
-    for name in [*names, config.teacher.name]:
-        if name in ("image", "text") or "_from_" in name or names.count(name) > 1:
-            raise ValueError(f"teachers: '{name}' is taken; give each teacher a name of its own")
-    for teacher in config.teachers:
-        if teacher.features is None:
-            raise ValueError(f"teachers: '{teacher.name}' has no features; name their file")
+# What has no effect
 
 
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and changes nothing in this run."""
-    reasons: dict[str, str] = {}
+    usual, reasons = Config(), dict[str, str]()
     for setting, is_idle, why in causes(config):
-        value_in = attrgetter(setting.removesuffix(".*"))
-        if is_idle and value_in(config) != value_in(Config()):
+        if is_idle and differs(setting, config, usual):
             reasons.setdefault(setting, why)
     notes = [f"{setting}: no effect, since {why}" for setting, why in reasons.items()]
-    notes += teachers_without_effect(config)
     if config.locked_episodes < config.episodes.locked_image:
         notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
     return notes
 
 
-def causes(config: Config) -> list[tuple[str, bool, str]]:
+def differs(setting: str, config: Config, usual: Config) -> bool:
+    """Whether a setting, or one of a section (`prototypes.*`), is not at its default.
+
+    In a section those that a plan fills do not count.
+    """
+    path = setting.removesuffix(".*")
+    value, default = attrgetter(path)(config), attrgetter(path)(usual)
+    if not is_dataclass(default):
+        return bool(value != default)
+    names = [entry.name for entry in fields(default)]
+    set_names = [name for name in names if getattr(default, name) is not UNSET]
+    return any(getattr(value, name) != getattr(default, name) for name in set_names)
+
+
+def causes(config: Config) -> list[tuple[str, object, str]]:
     """Each setting that may have no effect, whether it has none here, and why.
 
     A setting may have several rows; the first one that holds counts.
     """
-    data, episodes, loss, model = config.data, config.episodes, config.loss, config.model
-    clip, no_prototypical = not config.uses_prototypes, loss.prototypical == 0
-    queue = config.prototype_source == "queue" and not clip and episodes.warm_up > 0
-    hard = config.prototypes.hard_targets and not no_prototypical
+    if config.run.overfit is not None:  # it sets the weights itself
+        return []
+    data, loss, model, teacher = config.data, config.loss, config.model, config.teacher
+    clip = (not config.uses_prototypes, "no loss uses prototypes")
+    queue = config.prototype_source == "queue" and not clip[0] and config.episodes.warm_up > 0
     in_workers = data.cache_gb > 0 and data.workers not in (0, "auto")
-    has_teacher = bool(config.teachers or config.teacher.features)
-    locked = [] if model.projections_are_new else model.locked
-    # A tenth is what the plan fills in, and so what a run's own settings hold, unasked.
-    tenth = config.optim.locked_learning_rate == locked_rate(config.optim.learning_rate or 0.0)
-    overfits = config.run.overfit is not None
-    crops = overfits and data.augmentation == "clip"  # the plan fills in light
-    linear_heads = not clip and model.heads.hidden_layers == 0
-    no_features = not config.grouping_teachers and loss.teacher > 0
-    no_locked_stage = not config.locked_episodes and not tenth
-
-    def weight_is_0(setting: str) -> str:
-        """Why, where it is this weight; run.overfit sets them all to 0 but InfoNCE's."""
-        if overfits:
-            return "run.overfit learns by the instance loss alone"
-        return f"{setting} is 0"
-
-    unused = (clip, "no loss uses prototypes")
-    # Without any prototypes the row of `prototypes.*` says it.
-    no_target = (no_prototypical and not clip, "loss.prototypical is 0")
-    no_groups = (not config.groups_modalities and not clip, "loss.prototypical is 0")
-    no_teacher = (not config.external_teachers and has_teacher, weight_is_0("loss.teacher"))
+    no_features = loss.teacher > 0 and not config.grouping_teachers
+    no_groups = (teacher.features and not loss.teacher, "loss.teacher is 0")
+    no_teacher = not (loss.teacher or teacher.distil)
     no_instance = (loss.info_nce == 0, "loss.info_nce is 0")
+    locked = "image" in model.locked and not model.projections_are_new
     named = (model.name is not None, f"model.name is {model.name}")
     text_named = (model.text.name is not None, f"model.text.name is {model.text.name}")
     return [
         ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
-        ("data.class_column", data.validation == 0, "data.validation is 0"),
-        ("data.augmentation", crops, "run.overfit transforms images as an evaluation does"),
-        ("model.heads.*", *unused),
-        ("model.heads.hidden_dim", linear_heads, "model.heads.hidden_layers is 0"),
-        ("prototypes.*", clip, weight_is_0("loss.prototypical")),
-        ("prototypes.number", *no_groups),
-        ("prototypes.hard_targets", *no_target),
-        ("prototypes.back_translation", *no_target),
-        ("prototypes.target_temperature", *no_target),
-        ("prototypes.target_temperature", hard, "prototypes.hard_targets is set"),
+        ("model.heads.*", *clip),
+        ("prototypes.*", clip[0], "loss.prototypical is 0"),
+        ("prototypes.target_temperature", config.prototypes.hard_targets, "targets are hard"),
         ("prototypes.extract_transform", queue, "prototypes come from the queue"),
-        ("episodes.warm_up", *unused),
-        ("optim.heads_lr_scale", *unused),
-        ("optim.heads_weight_decay", *unused),
-        ("teacher.*", *no_teacher),
-        ("teachers.*", *no_teacher),
+        ("episodes.warm_up", *clip),
+        ("teacher.*", not teacher.features, "teacher.features is not set"),
+        ("teacher.*", no_teacher, "loss.teacher is 0"),
+        ("teacher.whiten", *no_groups),
+        ("teacher.number", *no_groups),
+        ("teacher.tower", teacher.distil == 0, "teacher.distil is 0"),
         ("loss.teacher", no_features, "no teacher has features"),
-        ("loss.strengths", *unused),
+        ("loss.strengths", *clip),
         ("loss.strengths", *no_instance),
         ("loss.instance", *no_instance),
         ("loss.positives", *no_instance),
-        ("optim.locked_learning_rate", no_locked_stage, "there is no locked-image stage"),
-        ("optim.image_lr_scale", "image" in locked, "the image tower is locked"),
+        ("optim.image_lr_scale", locked, "the image tower is locked"),
         ("model.embed_dim", *named),
         ("model.image.name", *named),
         ("model.image.pooling", *named),
-        ("model.text.pooling", model.text.name is None, "model.text.name is not set"),
+        ("model.text.pooling", not text_named[0], "model.text.name is not set"),
         *((f"model.text.{size}", *named) for size in SIZES),
         *((f"model.text.{size}", *text_named) for size in SIZES),
     ]
 
 
-def teachers_without_effect(config: Config) -> list[str]:
-    """Notes on teachers, or settings of theirs, that change nothing."""
-    notes = []
-    usual, no_loss = TeacherConfig(), config.loss.teacher == 0
-    alone = replace(asked(config.teacher), number=usual.number, name=usual.name)
-    if config.teachers and alone != usual:
-        notes.append("teacher.*: no effect, since teachers take its place")
-    for teacher in config.teachers or [config.teacher]:
-        untouched = TeacherConfig(name=teacher.name)
-        if asked(teacher) == untouched or (no_loss and not teacher.distil):
-            continue
-        if config.run.overfit is not None:  # no teacher has a weight then
-            continue
-        if teacher.features is None:
-            notes.append("teacher.*: no effect, since teacher.features is not set")
-            continue
-        rows = [
-            *((setting, no_loss, "loss.teacher is 0") for setting in OF_GROUPS),
-            ("tower", teacher.distil == 0, f"{teacher.name}.distil is 0"),
-        ]
-        notes += [
-            f"{teacher.name}.{setting}: no effect, since {why}"
-            for setting, is_idle, why in rows
-            if is_idle and getattr(teacher, setting) != getattr(untouched, setting)
-        ]
-    return notes
+def never_trained(config: Config) -> list[str]:
+    """A note if no episode uses prototypes; numbers of episodes are filled in."""
+    count, others = config.episodes.count, config.episodes.warm_up + config.locked_episodes
+    if not config.uses_prototypes or others < count:
+        return []
+    return [
+        f"no episode uses prototypes, since episodes.warm_up and episodes.locked_image take all of "
+        f"episodes.count ({count}); raise it, or lower these"
+    ]
 
 
-def asked(teacher: TeacherConfig) -> TeacherConfig:
-    """A teacher without the `distil` of 0 that the plan fills in, unasked."""
-    return replace(teacher, distil=teacher.distil or UNSET)
+# Paths
 
 
 def require_paths(config: Config) -> None:
@@ -383,16 +295,11 @@ def require_data_paths(data: DataConfig) -> None:
     require_file("data.without", data.without)
 
 
-def is_no_path(reference: str) -> bool:
-    """Whether data are named otherwise than by a path, whatever files there are."""
-    return reference == "emoji" or reference.startswith(DATA_KINDS)
-
-
-def require_source(setting: str, path: str) -> None:
+def require_source(setting: str, path: str, what: str = "no such file") -> None:
     """Refuse a source of data that is a local path, without a pattern, and does not exist."""
     is_pattern = any(sign in path for sign in "*{?[")
-    if not is_no_path(path) and not is_pattern:
-        require_path(setting, path, "no such file")
+    if path != "emoji" and not path.startswith(DATA_KINDS) and not is_pattern:
+        require_path(setting, path, what)
 
 
 def require_data_set(setting: str, reference: str) -> None:
@@ -400,43 +307,21 @@ def require_data_set(setting: str, reference: str) -> None:
 
     A word that is no path passes: its reader says where such a data set is to be had.
     """
-    reference, options = with_options(reference, setting)
+    reference, options = with_options(reference)
     require_folder(f"{setting}: root", options.get("root"))
-    is_pattern = any(sign in reference for sign in "*{?[")
-    is_word = re.fullmatch(r"[\w-]+", reference) and not suggestion(reference)
-    if not (is_no_path(reference) or is_pattern or is_word):
+    if not re.fullmatch(r"[\w-]+", reference) or suggestion(reference):
         what = f"no such file, and no reference to a data set ({DATA_HINT})"
-        require_path(setting, reference, what)
+        require_source(setting, reference, what)
 
 
-def with_options(reference: str, setting: str = "") -> tuple[str, dict[str, str]]:
-    """A data set that judges a model, and the options behind it, by name.
+def with_options(reference: str) -> tuple[str, dict[str, str]]:
+    """A data set that evaluates a model, and the options behind it, by name.
 
-    Raises:
-        ValueError: There is no such option, or it has no value.
+    Other words behind it are its own: names on the hub have options too.
     """
     name, *options = re.split(r",(?=\w+=)", reference)
-    if name in DATA_KINDS:
-        what = {"wds:": "FOLDER_OR_URL", "hf:": "OWNER/NAME", "karpathy:": "FILE.json"}
-        raise ValueError(
-            f"{f'{setting}: ' * bool(setting)}'{reference}' is not complete; give "
-            f"{name}{what.get(name, 'NAME')}"
-        )
     known = [option for option in options if option.partition("=")[0] in DATA_OPTIONS]
-    others = [option for option in options if option not in known]
-    # Names on the hub have options of their own, and a file may be called as if it had some.
-    start = f"{setting}: " if setting else ""
-    if (options and not name) or any(option.endswith("=") for option in known):
-        raise ValueError(f"{start}'{reference}' is not complete; give REF,class_column=NAME")
-    name = ",".join([name, *others])
-    is_free = re.match(r"hf:|.*(://|[*{?[])", name)
-    path = re.sub(r"^(wds|karpathy):", "", name)
-    if others and not is_free and not os.path.exists(path):  # noqa: PTH110 (Path raises)
-        raise ValueError(
-            f"{start}'{reference}': no option '{others[0].partition('=')[0]}' and no such file; "
-            f"behind a data set may stand {', '.join(COLUMN_OPTIONS)} (,class_column=NAME) and "
-            ",root=FOLDER"
-        )
+    name = ",".join([name, *(option for option in options if option not in known)])
     return name, dict(option.split("=", 1) for option in known)
 
 
@@ -471,21 +356,13 @@ def require_path(setting: str, path: str, what: str) -> None:
         raise ValueError(f"{setting or 'an argument'}: is empty; name a file or folder")
     if "://" in path:
         return
-    if "\0" in path:
-        raise ValueError(f"{start}: a path holds no zero byte; leave it out")
     try:
         kind = kind_of(Path(path).expanduser().stat())
     except FileNotFoundError:
-        if Path(path).is_symlink():
-            what, path = f"is a link to {Path(path).readlink()}, which is not there", ""
         raise ValueError(f"{start}: {what}{suggestion(path)}") from None
-    except NotADirectoryError:
-        above = next(folder for folder in Path(path).parents if folder.exists())
-        raise ValueError(f"{start}: {what}; {above} is a file, not a folder") from None
-    # RuntimeError: of a user without a home. UnicodeError: no file has half of a character.
-    except (OSError, RuntimeError, UnicodeError) as error:
-        error = getattr(error, "strerror", None) or error
-        raise ValueError(f"{start}: cannot be opened ({error}); check the path") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{start}: cannot be opened ({reason}); check the path") from None
     if kind not in ("a file", "a folder"):  # may block, or have no end
         raise ValueError(f"{start}: is {kind}, not a file; name a file that can be read again")
 
@@ -507,19 +384,14 @@ def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "")
     target, start = Path(path), f"{setting}: {path}"
     if "://" in path:
         raise ValueError(f"{start}: is a URL; name a place on a disk")
-    if target.is_symlink() and not target.exists():
-        raise ValueError(f"{start}: is a link that leads nowhere; choose another place")
     if target.is_dir() and not is_folder:
         raise ValueError(f"{start}: is a folder; name a file in it")
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        raise ValueError(f"{start}: is a device or a pipe; choose another place")
     if not path.lower().endswith(suffix):
         raise ValueError(f"{start}: needs a name that ends in {suffix}")
     above = target if is_folder else target.parent
     above = next(folder for folder in (above, *above.parents) if folder.exists())
     if not above.is_dir():
-        what = "" if above == target else f"{above} "
-        raise ValueError(f"{start}: {what}is a file, not a folder; choose another place")
+        raise ValueError(f"{start}: {above} is a file, not a folder; choose another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(
             f"{start}: {above} may not be written to; check its permissions, or choose another "
@@ -542,8 +414,7 @@ def suggestion(path: str) -> str:
         missing = Path(path)
         while not missing.parent.exists():  # a folder above may be the one that is misspelt
             missing = missing.parent
-        names = [each.name for each in islice(missing.parent.iterdir(), 10_000)]
-        names = [each for each in names if each.isascii() and each.isprintable()]
+        names = [entry.name for entry in islice(missing.parent.iterdir(), 10_000)]
         for close in difflib.get_close_matches(missing.name, names, n=1):
             near = missing.with_name(close) / Path(path).relative_to(missing)
             return f"; did you mean {near}?" if near.exists() else ""

@@ -4,9 +4,7 @@ Such a text holds no secret of a URL, and nothing that a terminal obeys. Lines o
 `progress.py`.
 """
 
-import errno
 import io
-import os
 import re
 import shlex
 import sys
@@ -96,42 +94,28 @@ class Stream(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            written = super().write(data)
-            if written is None:  # a pipe that is full, and that somebody set not to wait
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return super().write(data)
         except OSError as error:
             self.error = self.error or error
             return memoryview(data).nbytes
-        return written
 
 
 def protect_streams() -> Stream | None:
     """Make `sys.stdout` and `sys.stderr` streams that raise nothing; returns the first one's.
 
-    Leaves alone what a caller put in their place. The system would give the number of a standard
-    stream that is closed to the next file that is opened, so that text meant for the stream went
-    into that file; here the number is taken.
+    They escape characters that their encoding lacks. What a caller put in their place stays.
     """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # not writable either, so that writing fails as before
-            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
-    made: list[Stream | None] = []
+    streams: dict[str, Stream] = {}
     for name, number in (("stdout", 1), ("stderr", 2)):
-        before, stream = getattr(sys, name), None
-        if before is getattr(sys, f"__{name}__"):
-            if before is None:  # it was closed, and by now its number may be another file's
-                number = os.open(os.devnull, os.O_RDONLY)
-            stream = Stream(number, "w", closefd=False)
-            text = io.TextIOWrapper(
-                io.BufferedWriter(stream),
-                encoding=getattr(before, "encoding", "utf-8"),
-                line_buffering=before is None or before.line_buffering or before.write_through,
-            )
-            setattr(sys, name, text)
-        made.append(stream)
-        if isinstance(text := getattr(sys, name), io.TextIOWrapper):
-            # Rather escape a character that the encoding lacks than end.
-            text.reconfigure(errors="backslashreplace")
-    return made[0]
+        before = getattr(sys, name)
+        if before is None or before is not getattr(sys, f"__{name}__"):
+            continue
+        streams[name] = Stream(number, "w", closefd=False)
+        text = io.TextIOWrapper(
+            io.BufferedWriter(streams[name]),
+            encoding=before.encoding,
+            errors="backslashreplace",
+            line_buffering=before.line_buffering or before.write_through,
+        )
+        setattr(sys, name, text)
+    return streams.get("stdout")

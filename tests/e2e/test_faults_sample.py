@@ -20,7 +20,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 @pytest.mark.parametrize("fault", drawn(12, seed=2), ids=str)
 def test_a_fault_loses_nothing_and_the_next_call_goes_on(fault: Fault, scene: Scene) -> None:
     """It ends in a success or in one line, all files are valid, and the next call makes the same
-    as one that nothing disturbed. The sample has each kind once and each command twice."""
+    as one that nothing disturbed. The sample has each kind and each command twice."""
     first, second, wrong = scene.suffer(fault)
     assert not wrong, f"{first.said}\n{second.said}"
 

@@ -14,16 +14,16 @@ PACKAGE = ROOT / "src" / "protoclip"
 # `protoclip demo --quick` of one group of emoji, two episodes and a small batch, in seconds.
 DEMO = """
 from dataclasses import replace
-from protoclip.cli import main, quick
+from protoclip.cli import demo, main
 
-original = quick.configuration
+original = demo.quick_config
 
-def configuration(out, *, seed):
-    config = original(out, seed=seed)
+def quick_config(*paths, seed):
+    config = original(*paths, seed=seed)
     return replace(config, episodes=replace(config.episodes, size=32, count=2, batch_size=16))
 
-quick.configuration = configuration
-quick.GROUPS = ("activities",)
+demo.quick_config = quick_config
+demo.GROUPS = ("activities",)
 main(["demo", "--quick"])
 """
 SCRIPT = """

@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -214,17 +213,6 @@ def image(draw: st.DrawFn) -> bytes:
     return draw(mutated(out.getvalue()) | st.just(out.getvalue()))
 
 
-@st.composite
-def id_list(draw: st.DrawFn) -> bytes:
-    """A list of sample ids as JSON or CSV."""
-    ids = draw(st.lists(st.sampled_from(["id0", "id1", "id9"]) | text, max_size=4))
-    records = [{"sample_id": each} for each in ids]
-    found = [json.dumps(ids), json.dumps(records), "\n".join(["sample_id", *ids]), "\n".join(ids)]
-    content = draw(st.sampled_from(found)).encode()
-    edits = edited(records).map(lambda tree: json.dumps(tree).encode())
-    return draw(st.just(content) | mutated(content) | edits)
-
-
 # Tar shards
 
 MEMBERS = (
@@ -271,11 +259,3 @@ def tar(draw: st.DrawFn) -> bytes:
             add(name, data, draw(st.sampled_from(KINDS)) if draw(st.booleans()) else KINDS[0])
     data = out.getvalue()
     return draw(mutated(data)) if draw(st.booleans()) else data
-
-
-# Names of files
-
-names = st.one_of(
-    text.filter(lambda name: "/" not in name and "\0" not in name).map(lambda name: name.encode()),
-    st.binary(max_size=20).map(lambda name: name.replace(b"/", b"_").replace(b"\0", b"_")),
-).map(lambda name: os.fsdecode((name if name.strip(b".") else b"n" + name)[:200]))

@@ -232,17 +232,6 @@ def test_the_table_is_large_and_has_no_row_twice():
     assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
 
 
-def test_a_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
-    """Libraries would end the process with 'FATAL ERROR'."""
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--help"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == f"{ERROR}the current folder was deleted; cd to another one\n"
-
-
 # A typo in each path that a command reads or writes. (`none` would unset a setting.)
 TYPOS = """\
 train --data.train gone.tsv
@@ -255,7 +244,6 @@ train --run.guard gone.tsv
 train --run.out test_hostile.py/new
 train --config gone.toml
 align --data.train gone.tsv
-align --align.features test_hostile.py --data.train test_hostile.py
 finetune gone
 finetune . --guard gone.tsv
 evaluate gone

@@ -139,59 +139,12 @@ def test_any_image(content, words):
         run_on(words, data, out, data)
 
 
-@given(content=near_valid.id_list(), setting=st.sampled_from(["only", "without"]))
-@examples(25)
-def test_any_list_of_ids(images, content, setting):
-    with place(images) as (data, out):
-        (data / "pairs.csv").write_text("image,caption,key\n0.png,one,id0\n1.png,two,id1\n")
-        (data / "ids").write_bytes(content)
-        words = ("data", "index", "{}", f"--data.{setting}", str(data / "ids"))
-        run_on(words, data / "pairs.csv", out, data)
-
-
-@given(
-    name=near_valid.names,
-    what=st.sampled_from(["table", "image", "folder", "tar", "recipe", "packed"]),
-)
-@examples(25)
-def test_any_file_name(images, name, what):
-    """Of a table, an image, a folder, a recipe, and of what a command writes."""
-    with place(images) as (data, out):
-        (data / "pairs.csv").write_text("image,caption\n0.png,one\n1.png,two\n")
-        words, source = SOURCES[0], data / "pairs.csv"
-        try:
-            if what == "table":
-                source = (data / "pairs.csv").rename(data / f"{name}.csv")
-            elif what == "tar":
-                source = data / f"{name}.tar"
-                source.write_bytes(TAR)
-            elif what == "recipe":
-                (data / name).write_text('[data]\nimage_column = "image"\n')
-                words = (*words, "--config", str(data / name))
-            elif what == "packed":
-                words = ("data", "pack", "{}", f"{{out}}/{name}")
-            else:
-                source = data / "folder" / (name if what == "folder" else "")
-                source.mkdir(parents=True)
-                image = "0" if what == "folder" else name
-                (source / f"{image}.png").write_bytes(near_valid.IMAGES[0])
-                (source / f"{image}.txt").write_text("a caption")
-        except OSError:  # the file system has no such name
-            return
-        run_on(words, source, out, data)
-
-
-TAR = b""
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _packed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Imports what commands import lazily, and makes a good tar."""
-    global TAR
+def _imported(images: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Imports what commands import lazily."""
     folder = tmp_path_factory.mktemp("packed")
     (images / "good.csv").write_text("image,caption\n0.png,one\n1.png,two\n")
     call(["data", "pack", f"{images}/good.csv", f"{folder}/out"], writes=[folder])
-    TAR = (folder / "out" / "00000.tar").read_bytes()
     (images / "good.csv").unlink()
 
 

@@ -5,14 +5,11 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from filelock import FileLock
 
 from protoclip import files
 from protoclip.files import (
     has_changed,
-    holder,
     in_turn,
-    locked,
     read_sealed,
     sealed,
     to_json,
@@ -46,22 +43,6 @@ def test_an_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(OSError, match=r"Read-only file system: '[^']*/a\.json'$"):
         write_atomically(tmp_path / "a.json", "{}")
-
-
-def test_who_holds_a_lock_is_named_where_its_file_says_it(tmp_path: Path) -> None:
-    """As on a file system without locks, where that of a process that was killed stays."""
-    lock = tmp_path / ".run.lock"
-    assert holder(lock) == ""
-    lock.touch()
-    assert holder(lock) == ""
-    lock.write_text("4321\nnode7\n")
-    assert holder(lock) == f" (process 4321 of node7; if that has ended, delete {lock})"
-    held = FileLock(lock)
-    with held, pytest.raises(ValueError, match="another process writes here") as error:  # noqa: PT012
-        lock.write_text("4321\nnode7\n")
-        with locked(tmp_path / "run"):
-            pass
-    assert "process 4321 of node7" in str(error.value)
 
 
 def test_who_waits_for_a_file_says_so(

@@ -7,6 +7,7 @@ and `spec.py` turns words into its settings.
 import errno
 import inspect
 import os
+import re
 import signal
 import sys
 import time
@@ -28,9 +29,8 @@ from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.finetune import Finetune
 from protoclip.cli.match import Match
-from protoclip.cli.pages import with_page
 from protoclip.cli.report import Report
-from protoclip.cli.spec import aligned, help_text, parse
+from protoclip.cli.spec import SECTIONS, align_rows, help_text, parse
 from protoclip.cli.train import Train
 from protoclip.terminal import Stream, protect_streams, say
 
@@ -52,20 +52,36 @@ COMMANDS: dict[str, type[Any]] = {
     "data pack": Pack,
     "data index": Index,
 }
+# The pages of `docs/` that explain a command or a section of settings, where they are called
+# otherwise.
+PAGES = {
+    "train": "training.md",
+    "finetune": "models.md#fine-tune",
+    "evaluate": "evaluation.md",
+    "compare": "evaluation.md",
+    "analyze": "grouping.md",
+    "export": "models.md#export",
+    "demo": "results.md#the-demonstration",
+    "embed-teacher": "teachers.md",
+    "run": "training.md",
+    "model": "models.md",
+    "episodes": "data.md#episodes",
+    "prototypes": "method.md",
+    "teacher": "teachers.md",
+    "loss": "method.md#the-sum",
+    "optim": "training.md#the-model-and-what-follows-from-it",
+    "parallel": "scaling.md",
+}
+SETTING = re.compile(r"(?:--)?(?:([a-z]+)\.[a-z_.]+(?=[:\[\s])|([a-z]+): )")
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the command again",
     errno.EDQUOT: "make room, and give the command again",
-    errno.EFBIG: "the limit on the size of files (ulimit -f) is too low",
     errno.EMFILE: "the limit on open files (ulimit -n) is too low",
     errno.EACCES: "check its permissions, or choose another place",
     errno.EPERM: "check its permissions, or choose another place",
     errno.EROFS: "choose another place",
-    errno.EEXIST: "choose another place",
     errno.ENOTDIR: "a file is in the way; choose another place",
-    errno.EISDIR: "name a file",
     errno.ENOENT: "check the path",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "choose another place",
 }
 # Commands whose result is what they print, as that of any command with --json.
 PRINT_RESULTS = ("evaluate", "compare", "match", "data inspect")
@@ -78,37 +94,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
     output = protect_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # The command may stand behind options: `protoclip --json compare a b`.
-    starts = {
-        start: name
-        for name in COMMANDS
-        for start in range(len(words))
-        if words[start : start + len(name.split())] == name.split()
-    }
-    name = starts[min(starts)] if starts else ""
-    for part in name.split():
-        words.remove(part)
+    name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), "")
+    words = words[len(name.split()) :]
     try:
-        if sys.flags.optimize > 1:
-            raise ValueError("PYTHONOPTIMIZE: 2, or -OO, removes what libraries read; set it to 1")
-        try:
-            os.getcwd()  # noqa: PTH109
-        except FileNotFoundError:  # or libraries would end the process
-            raise OSError("the current folder was deleted; cd to another one") from None
-        if not {"-h", "--help"}.isdisjoint(words) and (name or words[0].startswith("-")):
+        if {"-h", "--help"} & {*words} and (name or words[0].startswith("-")):
             print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
             require_printed(output)
             sys.exit(0)
         if words in (["--version"], ["-V"]) and not name:
             print(f"protoclip {__version__}", flush=True)
-            require_printed(output)
             sys.exit(0)
         if not name:
-            said = " ".join(takewhile(lambda word: not word.startswith("-"), words))
-            family = [known for known in COMMANDS if known.split()[0] == said and known != said]
-            if family:
-                raise ValueError(f"{said}: choose one of {', '.join(family)}")
-            raise ValueError(f"no command{f' {said!r};' if said else ':'} {meant(words)}")
+            raise ValueError(describe_unknown_command(words))
         command = parse(COMMANDS[name], words)
         command()
         sys.stdout.flush()
@@ -121,19 +118,21 @@ def main(arguments: list[str] | None = None) -> None:
         fail(error, name)
 
 
-def meant(words: list[str]) -> str:
-    """What to say to words that begin with no command, but perhaps with nearly one."""
-    for length in (2, 1):
-        known = [name for name in COMMANDS if len(name.split()) == length]
-        if close := get_close_matches(" ".join(words[:length]), known, n=1):
-            return f"did you mean {close[0]}?"
-    return f"choose one of {', '.join(COMMANDS)}"
+def describe_unknown_command(words: list[str]) -> str:
+    """What to say of words that begin with no command, but perhaps with nearly one."""
+    text = " ".join(takewhile(lambda word: not word.startswith("-"), words))
+    if family := [name for name in COMMANDS if name.startswith(f"{text} ") and text]:
+        return f"{text}: choose one of {', '.join(family)}"
+    close = [get_close_matches(" ".join(words[:length]), COMMANDS, n=1) for length in (2, 1)]
+    known = ", ".join(COMMANDS)
+    hint = next((f"did you mean {found[0]}?" for found in close if found), f"choose one of {known}")
+    return f"no command {text!r}; {hint}" if text else f"no command: {hint}"
 
 
 def overview() -> str:
     rows = {name: (inspect.getdoc(kind) or "").splitlines()[0] for name, kind in COMMANDS.items()}
     hint = "protoclip COMMAND --help lists its options, protoclip --version the version."
-    return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *aligned(rows), "", hint])
+    return "\n".join(["usage: protoclip COMMAND [OPTIONS]", "", *align_rows(rows), "", hint])
 
 
 def require_printed(output: Stream | None) -> None:
@@ -149,17 +148,10 @@ def require_printed(output: Stream | None) -> None:
         )
 
 
-def described(error: OSError) -> str:
-    """An error of the system, with the file and a way out."""
-    if error.filename is None or error.errno not in WAYS_OUT:
-        return str(error)
-    return f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
-
-
 def fail(error: Exception, command: str) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again.
 
-    The line names the page that explains the setting, or the command. Of several ranks with the
+    The line names the page that explains the setting, or the command. If several ranks have the
     same error, rank 0 reports it.
     """
     rank, together, silent, code = 0, False, False, 2
@@ -173,7 +165,8 @@ def fail(error: Exception, command: str) -> NoReturn:
         # A worker process puts a traceback before the message.
         message = with_page(str(error).strip().rpartition("\nValueError: ")[2], command)
     elif isinstance(error, OSError):
-        message = described(error)
+        if error.filename is not None and error.errno in WAYS_OUT:
+            message = f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
     else:
         from protoclip.data.loader import describe_killed_worker
         from protoclip.training.guard import out_of_memory
@@ -193,6 +186,29 @@ def fail(error: Exception, command: str) -> NoReturn:
     if not silent:
         say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
     leave(code)
+
+
+def with_page(message: str, command: str) -> str:
+    """The message of an error, with the page of the setting that it begins with, or the command.
+
+    >>> with_page("data.train: cc12m: no such file", "train")
+    'data.train: cc12m: no such file (docs/data.md)'
+    >>> with_page("runs/mine: no run folder", "report")
+    'runs/mine: no run folder (docs/report.md)'
+    >>> with_page("all the input array dimensions must match", "train")
+    'all the input array dimensions must match'
+    """
+    if not command or ": " not in message or ".md" in message:
+        return message
+    named = SETTING.match(message)
+    section = (named[1] or named[2]) if named else ""
+    return f"{message} (docs/{page_of(section if section in SECTIONS else command)})"
+
+
+def page_of(name: str) -> str:
+    """The page of `docs/` on a command or a section of settings."""
+    first = name.split()[0]
+    return PAGES.get(first, f"{first}.md")
 
 
 def less_memory(command: str) -> str | None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.train import Train, show_results
+from protoclip.cli.spec import quick_imports
+from protoclip.cli.train import Train, check_paths, show_results
 from protoclip.config import Config
-from protoclip.rules import require_paths, require_place, require_store
 from protoclip.training.defaults import ALIGN, ALIGN_HELP
 
 
@@ -28,13 +27,7 @@ class Align(Train):
 
     def __call__(self) -> None:
         settings = self.settings()
-        config = Config.from_dict(settings)
-        if self.resume == "never":
-            require_paths(config)
-        if config.run.out is not None:
-            require_place("run.out", config.run.out, is_folder=True)
-        if config.align.features is not None:
-            require_store("align.features", config.align.features)
+        check_paths(Config.from_dict(settings), resume=self.resume)
         with quick_imports():
             import torch
 

@@ -1,11 +1,9 @@
 """`protoclip analyze`: what `report --checkpoints` measures, as a table, and of other pairs too."""
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
-from protoclip.cli.imports import open_device, quick_imports
-from protoclip.cli.spec import JsonOption
-from protoclip.config import Count, DataConfig
+from protoclip.cli.spec import JsonOption, open_device, quick_imports
+from protoclip.config import Count, DataConfig, build
 from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_path, require_source, with_options
 
@@ -30,10 +28,10 @@ class Analyze(JsonOption):
             require_path("", run, "no such run folder")
         data = None
         if self.data is not None:
-            reference, given = with_options(self.data, "--data")
+            reference, options = with_options(self.data)
             require_source("--data", reference)
-            options: dict[str, Any] = {**given}
-            data = DataConfig(train=reference, allow_links=self.allow_links, **options)
+            given = {"train": reference, "allow_links": self.allow_links, **options}
+            data = build(DataConfig, given)
             require_data_paths(data)
         with quick_imports():
             from protoclip.results.examples import analyze_runs, table_of_groupings

@@ -5,28 +5,21 @@ The work is done in `data/inspect.py`, `data/pack.py` and, for an index, `data/s
 
 import runpy
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.spec import JsonOption, Recipes
-from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig, build
+from protoclip.cli.spec import JsonOption, Recipes, quick_imports
+from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
 from protoclip.files import to_json
-from protoclip.progress import duration
 from protoclip.rules import check, require_data_paths, require_model, require_place, require_source
 from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
-
-
-# Settings of `data` that training alone has a use for.
-OF_TRAINING = ("validation", "augmentation", "cache_gb", "captions")
 
 
 @dataclass(frozen=True)
@@ -41,23 +34,23 @@ class Inspect(Recipes, JsonOption):
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __call__(self) -> None:
-        require_paths(self.source, self.data)
+        data = data_of(self.source, self.data)
         require_model("model.start", self.model.start)
         with quick_imports():
             from protoclip.data.inspect import inspect, show
             from protoclip.data.tables import describe_bad_lines
 
         count_tokens, context_length = tokens_of(self.model)
-        pairs, notes = open_source(of_source(self.source, self.data))
-        if fault := describe_bad_lines(pairs, self.data.max_bad_share):
+        pairs, notes = open_source(data)
+        if fault := describe_bad_lines(pairs, data.max_bad_share):
             say(f"warning: {fault}")
         report = inspect(
             pairs,
             count_tokens=count_tokens,
             context_length=context_length,
             samples=None if self.every else self.samples,
-            workers=None if self.data.workers == "auto" else self.data.workers,
-            notes=[*idle(typed(self)), *notes],
+            workers=None if data.workers == "auto" else data.workers,
+            notes=notes,
         )
         report["next"] = fault or report["next"]
         if self.json:
@@ -81,13 +74,12 @@ class Pack(Recipes):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:
-        require_paths(self.source, self.data)
+        data = data_of(self.source, self.data)
         require_place("out", self.out, is_folder=True)
         from protoclip.data.pack import pack
 
-        print_notes(idle(typed(self), also=["workers", "max_bad_share"]))
-        pairs = open_indexed(of_source(self.source, self.data), "end to pack")
-        if self.data.class_column:
+        pairs = open_indexed(data, "end to pack")
+        if data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
         packed = pack(
             pairs,
@@ -110,36 +102,21 @@ class Index(Recipes):
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self) -> None:
-        require_paths(self.source, self.data)
-        started, before = time.monotonic(), kept_indexes()
-        print_notes(idle(typed(self), also=["workers", "max_bad_share"]))
-        pairs = open_indexed(of_source(self.source, self.data), "index")
-        number, took = f"{len(pairs):,} pairs", duration(time.monotonic() - started)
-        if kept_indexes() == before:
-            print(f"{number}, nothing new to index; a look took {took}")
-        else:
-            print(f"{number} indexed, in {took}")
+        data, started = data_of(self.source, self.data), time.monotonic()
+        from protoclip.progress import duration
+
+        pairs = open_indexed(data, "index")
+        print(f"{len(pairs):,} pairs indexed, in {duration(time.monotonic() - started)}")
 
 
-def kept_indexes() -> set[tuple[Path, int]]:
-    """The indexes in the cache, each with the time when it was written."""
-    from protoclip.data.index import index_folder
+def data_of(source: str, data: DataConfig) -> DataConfig:
+    """The settings for a source, which takes the place of those of a recipe.
 
-    kept = set()
-    for path in index_folder().rglob("*.arrow"):
-        with suppress(FileNotFoundError):  # another process replaces them
-            kept.add((path, path.stat().st_mtime_ns))
-    return kept
-
-
-def require_paths(source: str, data: DataConfig) -> None:
-    """Refuse a source, and paths in the settings, that do not exist."""
+    Raises:
+        ValueError: The source, or a path in the settings, does not exist.
+    """
     require_source("", source)
-    require_data_paths(of_source("emoji", data))
-
-
-def of_source(source: str, data: DataConfig) -> DataConfig:
-    """The settings for one source, which takes the place of those that a recipe names."""
+    require_data_paths(replace(data, train="emoji", sources=[]))
     return replace(data, train=source, sources=[])
 
 
@@ -194,20 +171,6 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
         raise ValueError(f"{data.train}: a stream has no {purpose}; {way_out}")
     print_notes(notes)
     return samples
-
-
-def typed(command: Recipes) -> DataConfig:
-    """The settings of `data` on the command line. A recipe's are for training, whoever reads it."""
-    return build(DataConfig, command.typed.get("data", {}))
-
-
-def idle(data: DataConfig, *, also: Sequence[str] = ()) -> list[str]:
-    """Notes on settings that a command of data has no use for; `also` those that others have."""
-    notes, known = [], DataConfig()
-    for names, why in ((OF_TRAINING, "used by training alone, so "), (also, "")):
-        named = [f"data.{name}" for name in names if getattr(data, name) != getattr(known, name)]
-        notes += [f"{', '.join(named)}: {why}no effect here"] if named else []
-    return notes
 
 
 def print_notes(notes: list[str]) -> None:

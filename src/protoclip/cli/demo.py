@@ -1,24 +1,38 @@
-"""`protoclip demo`: CLIP, ProtoCLIP, and ProtoCLIP with an external teacher, side by side.
+"""`protoclip demo`: CLIP and ProtoCLIP, also with a teacher, side by side; and `--quick`.
 
-`quick.py` has `--quick`.
+The quick one trains a small model on emoji by six artists in about a minute. It is evaluated and
+shown on the drawings of a seventh.
 """
 
+import os
+import sys
 import time
+import webbrowser
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from protoclip.cli.demo_runs import is_finished, write_report
+from protoclip.cli import explore, report
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
-from protoclip.files import require_ours, to_json, write_atomically
-from protoclip.progress import duration
+from protoclip.files import replacing, require_ours, to_json, write_atomically
 from protoclip.rules import require_place
-from protoclip.terminal import visible
+from protoclip.terminal import quote_word, say, visible
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
 EXAMPLES = 600  # pairs in the report, which takes ten seconds so
+ARTIST = "twemoji"  # whose drawings the quick demonstration holds out
+# Of Unicode's groups. People, hands and symbols are left out: many look almost alike.
+GROUPS = (
+    *("smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"),
+    "flags",
+)
+QUICK_EPISODES = 8  # four passes
+QUICK_EXAMPLES = 300
+FIRST = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +48,44 @@ class Demo:
         require_place("--out", out, is_folder=True)
         import torch
 
-        from protoclip.cli.quick import quick
-
         torch.set_flush_denormal(True)
-        (quick if self.quick else demo)(out, seed=self.seed)
+        (quick if self.quick else demo)(Path(out), seed=self.seed)
+
+
+def demo(out: Path = Path("runs/demo"), *, seed: int = 0) -> list[dict[str, Any]]:
+    """Train and evaluate the three arms; return their comparison, as written to `results.json`.
+
+    Finished arms of an earlier call are kept; an interrupted one continues.
+
+    Raises:
+        ValueError: The folder holds something else than this demonstration.
+    """
+    from protoclip.evaluation.paired import read_results
+    from protoclip.progress import duration
+    from protoclip.results.compare import compare_runs
+    from protoclip.results.table import print_table, table_of_runs
+    from protoclip.training.run import train
+
+    started = time.monotonic()
+    require_ours(out / "results.json", '"seeds"', "with --out")
+    folders = []
+    for config in arms(seed=seed, out=str(out)).values():
+        results = train(config, resume="auto")
+        exit_if_stopped(results)
+        folders.append(Path(results["folder"]))
+    entries = compare_runs([read_results(folder) for folder in folders])
+    write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
+    print_table(table_of_runs(entries))
+    print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
+    has_report = write_report(folders, out / "report.html", samples=EXAMPLES)
+    print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
+    shown = visible(str(out))
+    if has_report:
+        print(f"  {shown}/report.html           the runs to look at, in a browser")
+    print(f"  {shown}/results.json          this table")
+    print(f"  {shown}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
+    print(f"  tensorboard --logdir {shown}  curves")
+    return entries
 
 
 def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
@@ -63,41 +111,121 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     }
 
 
-def demo(out: str | Path = "runs/demo", *, seed: int = 0) -> list[dict[str, Any]]:
-    """Train and evaluate the three arms; return their comparison, as written to `results.json`.
+def quick(out: Path = Path("runs/quick"), *, seed: int = 0) -> dict[str, Any]:
+    """Train, evaluate and show a small model; return its results, as `train` does.
 
-    Finished arms of an earlier call are kept; an interrupted one continues.
+    What is finished is kept, and an interrupted run continues.
 
     Raises:
         ValueError: The folder holds something else than this demonstration.
     """
-    from protoclip.evaluation.paired import read_results
-    from protoclip.results import MARK
-    from protoclip.results.compare import compare_runs
-    from protoclip.results.table import print_table, table_of_runs
-    from protoclip.training import run
+    import pyarrow.parquet as pq
 
-    started, out = time.monotonic(), Path(out)
-    require_ours(out / "results.json", '"seeds"', "with --out")
-    require_ours(out / "report.html", MARK, "with --out")
-    configs = arms(seed=seed, out=str(out))
-    folders = {name: Path(config.run.out or "") for name, config in configs.items()}
-    for name, config in configs.items():
-        if is_finished(config):
-            shown = visible(str(folders[name]))
-            print(f"{name}: finished earlier, kept ({shown}; remove it to train again)")
+    from protoclip.progress import duration
+    from protoclip.training.run import train
+
+    started, explorer, page = time.monotonic(), out / "explorer", out / "report.html"
+    seen, unseen = write_pairs(out)
+    results = train(quick_config(out, seen, unseen, seed=seed), resume="auto")
+    exit_if_stopped(results)
+    has_report = write_report([out / "model"], page, samples=QUICK_EXAMPLES)
+    explores = all(find_spec(name) for name in explore.NEEDED)
+    if explores and not explorer.exists():
+        explore.Explore(
+            models=[str(out / "model")],
+            data=str(unseen),
+            class_column="group",
+            map="pca",  # umap compiles for as long as all of this takes
+            static=str(explorer),
+        )()
+    number = pq.read_metadata(unseen).num_rows
+    known = "of emoji that it knows from other artists"
+    print(f"Of {number} drawings by an artist new to the model, {known}, percent:")
+    for way, what in (("image_to_text", "caption"), ("text_to_image", "image")):
+        recall = 100 * results["metrics"][f"eval/validation/retrieval/{way}@{FIRST}"]
+        print(f"  the right {what:<7} is among the first {FIRST}: {recall:.1f}")
+    print(f"  by chance it is: {100 * FIRST / number:.1f}")
+    print(f"Done in {duration(time.monotonic() - started)}. Where to look, in a browser:")
+    if has_report:
+        print(f"  {visible(str(page))}   how it learned, and what it finds")
+    if not explores:
+        print("  pip install 'protoclip[explore]', and the same command makes a map of them")
+        return results
+    index, model = explorer / "index.html", quote_word(str(out / "model"))
+    print(f"  {visible(str(index))}   a map of these drawings")
+    data = quote_word(str(unseen))
+    print(f"  protoclip explore {model} --data {data}   a clearer map, and search")
+    # Without a display a browser in text mode would take the terminal.
+    display = (
+        sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    )
+    if display and sys.stdout.isatty():
+        webbrowser.open(index.resolve().as_uri())
+    return results
+
+
+def quick_config(out: Path, seen: Path, unseen: Path, *, seed: int) -> Config:
+    """The run: ProtoCLIP with the emoji's teacher, as small as shows something.
+
+    Colour tells many emoji apart, so nothing but crops changes the images.
+    """
+    from protoclip.data.emoji import emoji_teacher_path
+
+    return Config.from_dict(
+        {
+            "run": {"name": "quick", "seed": seed, "out": str(out / "model"), "save_minutes": 0.0},
+            "data": {"train": str(seen), "validation": str(unseen), "augmentation": "clip"},
+            "model": {
+                "embed_dim": 128,
+                "image": {"name": "test_byobnet", "size": 32},
+                "text": {"layers": 1, "context_length": 16},
+                "heads": {"hidden_dim": 256},
+            },
+            "teacher": {"features": str(emoji_teacher_path()), "tower": "text"},
+            "loss": {"prototypical": 0.0, "positives": "shared"},
+            "episodes": {
+                **{"size": 2048, "count": QUICK_EPISODES, "batch_size": 128},
+                "locked_image": 0,
+            },
+        }
+    )
+
+
+def write_pairs(out: Path) -> tuple[Path, Path]:
+    """Write the pairs to learn and those to evaluate on, as tables that any command reads."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    from protoclip.data.emoji import emoji_table
+
+    table = emoji_table("train")
+    table = table.filter(pc.is_in(table["group"], pa.array(GROUPS)))
+    is_held_out = pc.equal(table["style"], ARTIST)
+    seen, unseen = table.filter(pc.invert(is_held_out)), table.filter(is_held_out)
+    unseen = unseen.filter(pc.is_in(unseen["concept"], seen["concept"].unique()))
+    out.mkdir(parents=True, exist_ok=True)
+    paths = out / "seen.parquet", out / "unseen.parquet"
+    for path, pairs in zip(paths, (seen, unseen), strict=True):
+        if path.exists():  # of an earlier call
             continue
-        exit_if_stopped(run.train(config, resume="auto"))
-    entries = compare_runs([read_results(folder) for folder in folders.values()])
-    write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
-    print_table(table_of_runs(entries))
-    print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
-    report = write_report(folders.values(), out / "report.html", samples=EXAMPLES)
-    print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
-    shown = visible(str(out))
-    if report:
-        print(f"  {shown}/report.html           the runs to look at, in a browser")
-    print(f"  {shown}/results.json          this table")
-    print(f"  {shown}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
-    print(f"  tensorboard --logdir {shown}  curves")
-    return entries
+        # With the kind in the caption ("banana, food fruit"), groups on the map have clear names.
+        kinds = pc.replace_substring(pairs["subgroup"], "-", " ")
+        captions = pc.binary_join_element_wise(pairs["label"], kinds, ", ")
+        pairs = pairs.select(["sample_id", "image", "group"]).append_column("caption", captions)
+        with replacing(path) as scratch:
+            pq.write_table(pairs, scratch)
+    return paths
+
+
+def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:
+    """Write the report of runs; whether its libraries are there."""
+    try:
+        report.require()
+    except ValueError as error:
+        say(f"note: no report.html: {error}")
+        return False
+    from protoclip.results import page
+
+    page.write_report(list(folders), path, samples=samples)
+    return True

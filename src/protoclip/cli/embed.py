@@ -6,8 +6,7 @@ The vectors are computed and written in `encode/embed.py`.
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
-from protoclip.cli.imports import open_device, quick_imports
-from protoclip.cli.spec import EncodingOptions, PairsOptions
+from protoclip.cli.spec import EncodingOptions, PairsOptions, open_device, quick_imports
 from protoclip.config import Count
 from protoclip.rules import require_data_paths, require_model, require_place
 

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from protoclip.cli.imports import open_device, quick_imports
-from protoclip.cli.spec import BatchOption, EncodingOptions, JsonOption, Recipes
+from protoclip.cli.spec import (
+    BatchOption,
+    EncodingOptions,
+    JsonOption,
+    Recipes,
+    open_device,
+    quick_imports,
+)
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_model, require_place
@@ -35,7 +41,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
         require_model("--teacher", self.teacher, "teacher")
         require_place("--out", self.out, is_folder=True)
         with quick_imports():
-            from protoclip.cli.data import idle, open_source, print_notes, typed
+            from protoclip.cli.data import open_source, print_notes
             from protoclip.distributed import collectives
             from protoclip.encode.encoder import embed_teacher
 
@@ -43,8 +49,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:
-                also = ["workers"] * (self.modality == "text")
-                print_notes([*idle(typed(self), also=also), *notes])
+                print_notes(notes)
             facts = embed_teacher(
                 self.teacher,
                 samples,

@@ -3,21 +3,29 @@
 Tasks are run in `evaluation/suite.py`; records are printed and written by `results/`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from protoclip.cli.imports import open_device, quick_imports
-from protoclip.cli.spec import BatchOption, EncodingOptions, JsonOption, TableOptions
-from protoclip.files import locked, to_json
-from protoclip.rules import (
-    require_data_set,
-    require_folder,
-    require_model,
-    require_place,
+from protoclip.cli.spec import (
+    BatchOption,
+    EncodingOptions,
+    JsonOption,
+    TableOptions,
+    open_device,
+    quick_imports,
 )
+from protoclip.files import locked, to_json
+from protoclip.rules import require_data_set, require_folder, require_model, require_place
 from protoclip.terminal import say
+
+if TYPE_CHECKING:
+    import torch
+
+    from protoclip.evaluation.datasets import EvaluationData
+    from protoclip.evaluation.suite import Result
 
 
 @dataclass(frozen=True)
@@ -46,101 +54,62 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
     fast_resize: bool = False  # Quicker; pixels differ by rounding.
 
     def __call__(self) -> None:
-        self.require_paths()
+        self.check_paths()
         with quick_imports():
-            from protoclip.data.index import cache_folder
-            from protoclip.data.transforms import PillowTransform
             from protoclip.distributed import collectives
             from protoclip.evaluation import suite, validation
-            from protoclip.evaluation.encoders import encoder_of
-            from protoclip.evaluation.zero_shot import read_templates
             from protoclip.models import loading
-            from protoclip.models.precision import autocast_encoding
             from protoclip.results import compare
             from protoclip.results.table import print_table, table_of_records
 
-        device = open_device(self.device)
-
-        def judge(reference: str) -> list[suite.Result]:
-            newest = loading.pin_newest(reference)
-            model, transform, tokenizer = collectives.raise_on_all_ranks(
-                lambda: loading.load(newest)
-            )
-            if self.fast_resize and isinstance(transform, PillowTransform):
-                transform = replace(transform, fast=True)
-            encoder = encoder_of(
-                loading.to_device(model, device),
-                transform,
-                tokenizer,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                cache=cache_folder() / "features" if self.cache else None,
-                show=True,
-                autocast=autocast_encoding(self.precision, device),
-            )
-            name, pretrained = names_of(reference)
-            measured = suite.compute_results(
-                encoder,
-                data,
-                self.tasks,
-                split=self.split,
-                templates=templates,
-                model_name=name,
-                pretrained=pretrained,
-            )
-            for record in (result.record for result in measured):
-                record |= counts.get((reference, record["dataset"]), {})
-            return measured
-
+        device, on_all_ranks = open_device(self.device), collectives.raise_on_all_ranks
         with collectives.process_group(device):
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
-            # A later one would else be refused after the first was judged.
-            collectives.raise_on_all_ranks(lambda: [*map(loading.require_model, references)])
-            templates = self.templates and collectives.raise_on_all_ranks(
-                lambda: read_templates(str(self.templates))
-            )
+            # A later one would else be refused after the first was evaluated.
+            on_all_ranks(lambda: [*map(loading.require_model, references)])
+            names = self.data or [on_all_ranks(lambda: usual_data(references))]
             config = replace(self.data_config(), root=None)  # which is given by itself
-            names = self.data or [collectives.raise_on_all_ranks(lambda: usual_data(references))]
-            data = collectives.raise_on_all_ranks(
-                lambda: [
-                    validation.open_data(
-                        reference,
-                        root=self.root,
-                        class_column=self.class_column,
-                        split=self.split,
-                        config=config,
-                    )
-                    for reference in names
-                ]
+            open_data = partial(
+                validation.open_data,
+                root=self.root,
+                class_column=self.class_column,
+                split=self.split,
+                config=config,
             )
-            notes = [f"note: {note}" for of in data for note in of.notes]
-            counts = dict[tuple[str, str], dict[str, Any]]()  # of a model and a data set
+            data = on_all_ranks(lambda: [*map(open_data, names)])
+            notes = [f"note: {note}" for opened in data for note in opened.notes]
+            counts = dict[tuple[str, str], dict[str, Any]]()  # by model and data set
             for reference in references if collectives.rank() == 0 else ():
                 for name, opened in zip(names, data, strict=True):
                     count = validation.count_trained(reference, name, opened, self.split, config)
                     counts[reference, opened.name] = {"trained_on": count} if count else {}
-                    notes += warnings_of(reference, name, count)
+                    notes += warn_of_training_pairs(reference, name, count)
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
             suite.announce(data, self.split, self.tasks)  # before models are loaded
-            judged = {reference: compare.add_means(judge(reference)) for reference in references}
+            by_model = {}
+            for reference in references:
+                results = self.evaluate(reference, data, device)
+                for record in (result.record for result in results):
+                    record |= counts.get((reference, record["dataset"]), {})
+                by_model[reference] = compare.add_means(results)
         if collectives.launched()[0] > 0:
             return
         if self.compare_to is not None:
-            first = judged.pop(self.compare_to)
-            compared = compare.add_differences([*judged.values()], first)
-            judged = {self.compare_to: first} | dict(zip(judged, compared, strict=True))
-        all_records = [result.record for of_model in judged.values() for result in of_model]
+            first = by_model.pop(self.compare_to)
+            compared = compare.add_differences([*by_model.values()], first)
+            by_model = {self.compare_to: first} | dict(zip(by_model, compared, strict=True))
+        records = [result.record for results in by_model.values() for result in results]
         if self.json:
-            print(to_json(all_records, indent=2))
+            print(to_json(records, indent=2))
         else:
-            print_table(table_of_records([*judged.values()]))
+            print_table(table_of_records([*by_model.values()]))
         if self.out is not None:
-            of_sets = [record for record in all_records if "datasets" not in record]
+            of_sets = [record for record in records if "datasets" not in record]
             with locked(Path(self.out) / "records", wait=2.0):  # others write theirs in less
                 compare.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
-    def require_paths(self) -> None:
+    def check_paths(self) -> None:
         """Refuse paths that do not exist."""
         for model in (*self.models, *filter(None, [self.compare_to])):
             require_model("", model)
@@ -150,9 +119,48 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         if self.out is not None:
             require_place("--out", self.out, is_folder=True)
 
+    def evaluate(
+        self, reference: str, data: "Sequence[EvaluationData]", device: "torch.device"
+    ) -> "list[Result]":
+        """The results of one model on all data sets."""
+        from protoclip.data.index import cache_folder
+        from protoclip.data.transforms import PillowTransform
+        from protoclip.distributed.collectives import raise_on_all_ranks
+        from protoclip.evaluation import suite
+        from protoclip.evaluation.encoders import encoder_of
+        from protoclip.models import loading
+        from protoclip.models.precision import autocast_encoding
 
-def warnings_of(reference: str, name: str, count: Mapping[str, int]) -> list[str]:
-    """A warning of data, by their name, of which a model was trained on some pairs."""
+        newest = loading.pin_newest(reference)
+        model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
+        if self.fast_resize and isinstance(transform, PillowTransform):
+            transform = replace(transform, fast=True)
+        encoder = encoder_of(
+            loading.to_device(model, device),
+            transform,
+            tokenizer,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            cache=cache_folder() / "features" if self.cache else None,
+            show=True,
+            autocast=autocast_encoding(self.precision, device),
+        )
+        name, tag = reference, "none"
+        if reference.startswith("open_clip:"):
+            name, _, tag = reference.removeprefix("open_clip:").partition("/")
+        return suite.compute_results(
+            encoder,
+            data,
+            self.tasks,
+            split=self.split,
+            templates=self.templates,
+            model_name=name,
+            pretrained=tag or "none",
+        )
+
+
+def warn_of_training_pairs(reference: str, name: str, count: Mapping[str, int]) -> list[str]:
+    """A warning of data, by their name, if a model was trained on some of the pairs."""
     from protoclip.evaluation.validation import has_held_out_metrics
     from protoclip.models.saved import run_of
 
@@ -169,30 +177,22 @@ def warnings_of(reference: str, name: str, count: Mapping[str, int]) -> list[str
 
 
 def usual_data(models: Collection[str]) -> str:
-    """What judges models if no data are named: the pairs that a single run held out, or the emoji
-    that all of them were trained on.
+    """What evaluates models if no data are named: the pairs that a single run held out, or the
+    emoji that all of them were trained on.
 
     Raises:
-        ValueError: They are other models, of which nobody can say what they are for.
+        ValueError: They are other models, which say nothing of their data.
     """
     from protoclip.models.saved import read_config, run_of
 
     runs = [run for run in map(run_of, models) if run is not None]
     if len(runs) == len(models):
         data = [read_config(run).data for run in runs]
-        if all(each.is_emoji and each.validation in (None, "emoji") for each in data):
+        if all(entry.is_emoji and entry.validation in (None, "emoji") for entry in data):
             return "emoji"
         if len(runs) == 1:
             return str(runs[0])
     raise ValueError(
-        "--data: is missing; name what to judge on, such as a table of pairs, or a run for the "
+        "--data: is missing; name what to evaluate on, such as a table of pairs, or a run for the "
         "pairs that it held out"
     )
-
-
-def names_of(reference: str) -> tuple[str, str]:
-    """What records call a model: its name, and the tag of its weights if it has one."""
-    if reference.startswith("open_clip:"):
-        name, _, tag = reference.removeprefix("open_clip:").partition("/")
-        return name, tag or "none"
-    return reference, "none"

@@ -11,13 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from protoclip.cli.imports import open_device, quick_imports
-from protoclip.cli.spec import BatchOption, ChosenOptions
+from protoclip.cli.spec import BatchOption, ChosenOptions, open_device, quick_imports
 from protoclip.config import Count, DataConfig
 from protoclip.rules import (
+    require_data_paths,
     require_empty,
-    require_file,
-    require_folder,
     require_model,
     require_place,
     require_source,
@@ -64,9 +62,7 @@ class Explore(ChosenOptions, BatchOption):
             require_model("", model)
         if self.data is not None:
             require_source("--data", self.data)
-        require_file("data.only", self.only)
-        require_file("data.without", self.without)
-        require_folder("--root", self.root)
+        require_data_paths(DataConfig(only=self.only, without=self.without, root=self.root))
         if self.static is not None:
             require_place("--static", self.static, is_folder=True)
             require_empty("--static", Path(self.static))
@@ -136,12 +132,9 @@ class Explore(ChosenOptions, BatchOption):
         has_umap = find_spec("umap") is not None
         if self.map == "umap" and not has_umap:
             raise ValueError("--map: umap needs umap-learn; pip install 'protoclip[explore]'")
-        if self.map != "auto":
-            return self.map
-        if has_umap:
-            return "umap"
-        say("note: the map is by PCA; pip install umap-learn for one of neighbourhoods")
-        return "pca"
+        if self.map == "auto" and not has_umap:
+            say("note: the map is by PCA; pip install umap-learn for one of neighbourhoods")
+        return "umap" if self.map != "pca" and has_umap else "pca"
 
     def serve(self, explorers: "list[Explorer]", listening: socket.socket) -> None:
         import secrets
@@ -176,9 +169,7 @@ class Explore(ChosenOptions, BatchOption):
         options = {entry.name: getattr(self, entry.name) for entry in fields(ChosenOptions)}
         given: dict[str, Any] = {k: v for k, v in options.items() if v not in (None, False)}
         if self.data is not None:
-            # A table's class column need not be named like one, and may be missing in a mixture.
-            named = DataConfig(train=self.data, class_column=self.class_column)
-            return replace(named, **given)
+            return replace(DataConfig(train=self.data, class_column=self.class_column), **given)
         config = read_run_config(self.models[0]) if Path(self.models[0]).exists() else None
         if config is None:
             raise ValueError(

@@ -6,8 +6,7 @@ The folder is written and read back in `export/run.py`.
 import sys
 from dataclasses import KW_ONLY, dataclass
 
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.spec import JsonOption
+from protoclip.cli.spec import JsonOption, quick_imports
 from protoclip.files import to_json
 from protoclip.rules import require_model, require_place
 from protoclip.terminal import say, visible

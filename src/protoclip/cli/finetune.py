@@ -8,19 +8,11 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.recipes import merged, read_recipe
-from protoclip.cli.spec import JsonOption, Recipes
-from protoclip.cli.train import SECTIONS, exit_if_stopped, show_results
+from protoclip.cli.spec import JsonOption, Recipes, merge_trees, quick_imports, read_recipe
+from protoclip.cli.train import check_paths, exit_if_stopped, show_results
 from protoclip.config import Config
 from protoclip.files import to_json
-from protoclip.rules import (
-    require_named_pairs,
-    require_paths,
-    require_place,
-    require_start,
-    was_fine_tuned,
-)
+from protoclip.rules import require_named_pairs, require_start
 from protoclip.terminal import quote_word, say, visible
 from protoclip.training.defaults import FINETUNE, FINETUNE_HELP
 
@@ -46,11 +38,8 @@ class Finetune(Config, Recipes, JsonOption):
         settings = self.settings()
         config = Config.from_dict(settings)
         require_start(config)
-        if self.resume == "never":  # a finished run needs its data no more
-            require_paths(config)
+        check_paths(config, resume=self.resume)
         require_named_pairs(settings, "fine-tuning")
-        if config.run.out is not None:
-            require_place("run.out", config.run.out, is_folder=True)
         with quick_imports():
             import torch
 
@@ -72,11 +61,7 @@ class Finetune(Config, Recipes, JsonOption):
             print(to_json({**results, "wise_ft": record}, indent=2))
         elif not stopped:
             show_sweep(record)
-            try:
-                show_metrics(results)
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                reason = f"results.json is not what finetune writes ({error!r})"
-                raise ValueError(f"{folder}: {reason}; train in another folder") from error
+            show_metrics(results)
             print(f"written to {visible(str(folder))}")
         if stopped:
             alpha = "" if self.alpha is None else f" --alpha {self.alpha}"
@@ -89,29 +74,18 @@ class Finetune(Config, Recipes, JsonOption):
     def settings(self) -> dict[str, Any]:
         """What recipes and the command line set, and START.
 
-        Of a run to go on with, the settings that it began with come first.
+        Settings of a fine-tuned run to go on with come first, if no other data are named.
         """
-        tree = {name: value for name, value in self.given.items() if name in SECTIONS}
-        if (begun := self.begun(tree)) is not None:
-            return merged(merged(begun, tree), {"run": {"out": self.start}})
-        return tree if self.start is None else merged(tree, {"model": {"start": self.start}})
-
-    def begun(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The settings of the run that START is, if it is one to go on with.
-
-        It is, if that run was fine-tuned itself and no data are named to fine-tune it on again.
-        """
-        named = {"train", "sources"} & given.get("data", {}).keys()
-        if self.resume == "never" or self.start is None or named:
-            return None
-        path = Path(self.start) / "config.toml"
-        if not path.is_file():
-            return None
-        settings = read_recipe(path)
-        if not was_fine_tuned(settings):
-            return None
-        say(f"note: going on with {self.start} by its own settings")
-        return settings
+        given = super().settings()
+        if self.start is None:
+            return given
+        recipe = Path(self.start) / "config.toml"
+        if self.resume == "auto" and not {"train", "sources"} & given.get("data", {}).keys():
+            began = read_recipe(recipe) if recipe.is_file() else {}
+            if {"start", "pretrained"} & began.get("model", {}).keys():
+                say(f"note: going on with {self.start} by its own settings")
+                return merge_trees(merge_trees(began, given), {"run": {"out": self.start}})
+        return merge_trees(given, {"model": {"start": self.start}})
 
 
 def show_sweep(record: Mapping[str, Any]) -> None:

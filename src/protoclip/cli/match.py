@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from protoclip.cli.imports import open_device, quick_imports
-from protoclip.cli.spec import DeviceOption, JsonOption, PairsOptions
+from protoclip.cli.spec import DeviceOption, JsonOption, PairsOptions, open_device, quick_imports
 from protoclip.config import Count, Seed
 from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_model, require_source
@@ -62,12 +61,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
             device=device,
         )
         if skipped := records[0]["skipped"]:
-            what = (
-                "pair could not be read, and is"
-                if skipped == 1
-                else "pairs could not be read, and are"
-            )
-            say(f"note: {source.name}: {skipped:,} {what} left out")
+            say(f"note: {source.name}: {skipped:,} pairs could not be read, and are left out")
         if (number := records[0]["apart"]) < FEW:
             say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
         if self.json:
@@ -85,14 +79,8 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
 
     first = records[0]
     table = Table("image half", "text half", title="Pretrained halves, the best pair first")
-    for name in (
-        "recall@10",
-        "mutual\n10-NN",
-        "linear\nCKA",
-        "groups\nagree",
-        "widths",
-        "images/s\ncaptions/s",
-    ):
+    measures = ("recall@10", "mutual\n10-NN", "linear\nCKA", "groups\nagree", "widths")
+    for name in (*measures, "images/s\ncaptions/s"):
         table.add_column(name, justify="right")
     for record in records:
         rates = (record["images_per_second"], record["captions_per_second"])

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from typing import Annotated
 
-from protoclip.cli.imports import open_device, quick_imports
+from protoclip.cli.spec import open_device, quick_imports
 from protoclip.config import Positive, Seed
 from protoclip.rules import require_path, require_place
 from protoclip.terminal import say
@@ -29,7 +29,7 @@ class Report:
     minutes: Positive = 10.0  # After this long no further model is run on examples.
     seed: Seed = 0  # Draws the examples.
     checkpoints: bool = False  # First measure grouping at all checkpoints, as analyze does.
-    overwrite: bool = False  # Replace a file that is no report, or is read-only.
+    overwrite: bool = False  # Replace a file that is no report.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def __call__(self) -> None:

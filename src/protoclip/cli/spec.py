@@ -6,6 +6,8 @@ Options that several commands take are declared here, as classes that these comm
 """
 
 import ast
+import atexit
+import gc
 import inspect
 import json
 import os
@@ -13,20 +15,48 @@ import re
 import shutil
 import sys
 import textwrap
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
+from glob import iglob
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from protoclip.cli.recipes import merged, read_recipe
-from protoclip.config import Config, Count, DataConfig, build, unknown
-from protoclip.rules import TRAIN_OR_SOURCES, require_file
+from protoclip.config import HALVES, START, Config, Count, DataConfig, build, describe_unknown
+from protoclip.files import read_local
+from protoclip.rules import require_file
+
+if TYPE_CHECKING:  # `--help` does without
+    import torch
 
 Command = TypeVar("Command")
+SECTIONS = {section.name for section in fields(Config)}
+# Settings that may name a file or folder beside the recipe, and words there that name none.
+PATH_SETTINGS = (
+    *("data.train", "data.sources.path", "data.sources.root", "data.validation", "data.root"),
+    *("data.only", "data.without", "run.guard", "model.start", "model.image.name"),
+    *("model.image.weights", "model.text.name", "teacher.features", "teachers.features"),
+    "align.features",
+)
+NO_PATHS = ("emoji", "published", "minilm", START, *HALVES.values())
+# What may stand before a path; behind it may stand options, as in `pairs.tsv,root=images`.
+PATH_PREFIX = re.compile("local-dir:|hf:|reference:|wds:|karpathy:|root=")
+
+
+# Options that commands share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +65,12 @@ class Recipes:
 
     config: list[str] = field(default_factory=list)  # Recipe: settings as TOML. May be repeated.
 
-    # What recipes and the command line set, as they say it, and what the command line alone does;
-    # the rest has defaults.
+    # What recipes and the command line set, as they say it; the rest has defaults.
     given: ClassVar[Mapping[str, Any]] = {}
-    typed: ClassVar[Mapping[str, Any]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """The sections of a run that recipes and the command line set."""
+        return {name: value for name, value in self.given.items() if name in SECTIONS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +107,9 @@ class TableOptions:
 
     def data_config(self, **more: Any) -> DataConfig:
         """These settings, those of `ChosenOptions` and `PairsOptions`, and more of them."""
-        groups = [kind for kind in type(self).__mro__ if kind in (TableOptions, *OF_DATA)]
-        names = {entry.name for kind in groups for entry in fields(kind)} - {"data"}
+        kinds = (TableOptions, ChosenOptions, PairsOptions)
+        names = {entry.name for kind in kinds if isinstance(self, kind) for entry in fields(kind)}
+        names -= {"data"}
         return DataConfig(**{name: getattr(self, name) for name in names}, **more)
 
 
@@ -96,7 +129,46 @@ class PairsOptions(ChosenOptions):
     read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
 
 
-OF_DATA = (ChosenOptions, PairsOptions)
+# What a command needs to start
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import within it what a command needs; that takes a sixth less time.
+
+    PyTorch and the libraries around it make half a million objects that stay. Python's cyclic
+    collector would go through them again and again while they come, and later at each full
+    collection. So it rests here, and leaves them alone afterwards. In a process that has PyTorch
+    already it goes on, since what else is there may be garbage.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        if "triton" in sys.modules:  # what is left of it at the end, it complains of in many lines
+            atexit.register(gc.unfreeze)
+
+
+def open_device(name: str = "auto") -> "torch.device":
+    """The device that `--device` names, with torch set up for it; importing torch takes a second.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    import torch
+
+    from protoclip.distributed import collectives
+
+    torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
+    return collectives.device(name, setting="device" if name == "auto" else "--device")
+
+
+# From words to a command
 
 
 def parse(kind: type[Command], words: list[str]) -> Command:
@@ -106,38 +178,27 @@ def parse(kind: type[Command], words: list[str]) -> Command:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
     hints = get_type_hints(kind)
-    given, rest = read_options(kind, words)
-    for name in arguments(kind):
+    typed, rest = read_options(kind, words)
+    for name in positional(kind):
         if rest and get_origin(hints[name]) is list:
-            given[name], rest = rest, []
+            typed[name], rest = rest, []
         elif rest:
-            given[name], *rest = rest
+            typed[name], *rest = rest
     if rest:
         raise ValueError(f"{rest[0]}: unexpected argument")
-    tree: dict[str, Any] = {}
-    for path in given.get("config", []):
+    given: dict[str, Any] = {}
+    for path in typed.get("config", []):
         require_file("--config", path)
         recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
-        tree = merged(tree, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
-    if named_twice(tree, given):
-        raise ValueError(TRAIN_OR_SOURCES)
-    tree = merged(tree, given)
-    command = build(kind, tree)
+        given = merge_trees(given, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
+    given = merge_trees(given, typed)
+    command = build(kind, given)
     if isinstance(command, Recipes):
-        object.__setattr__(command, "given", tree)  # commands are frozen
-        object.__setattr__(command, "typed", given)
+        object.__setattr__(command, "given", given)  # commands are frozen
     return command
 
 
-def named_twice(recipes: Mapping[str, Any], typed: Mapping[str, Any]) -> bool:
-    """Whether the command line names pairs beside a recipe's mixture. Once both are one, the emoji,
-    which are the default of `data.train`, would count as not named."""
-    data = typed.get("data")
-    names = isinstance(data, Mapping) and "train" in data
-    return names and bool(recipes.get("data", {}).get("sources"))
-
-
-def arguments(kind: type[Any]) -> list[str]:
+def positional(kind: type[Any]) -> list[str]:
     """The fields of a command that are given without their names."""
     return [entry.name for entry in fields(kind) if not entry.kw_only]
 
@@ -168,13 +229,11 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         if not word.startswith("-"):
             rest.append(word)
             continue
-        if word == "--":
-            raise ValueError("--: has no meaning here; leave it out")
         option, is_joined, value = word.partition("=")
         if value.startswith("~/"):  # which shells leave as it is behind "="
             value = os.path.expanduser(value)  # noqa: PTH111
         name = option.lstrip("-").replace("-", "_")
-        if name in arguments(kind):
+        if name in positional(kind):
             raise ValueError(f"{option}: is an argument, not an option; give it without {option}")
         flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), known)
         name = full_name(name, known)
@@ -183,7 +242,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         elif known.get(flag) is bool and not is_joined:
             name, values = flag, ["false"]
         else:
-            raise ValueError(unknown(name, [*known]))
+            raise ValueError(describe_unknown(name, [*known]))
         if not values or (list in origins(known[name]) and values == [""]):
             raise ValueError(f"{option}: needs a value")
         given[name] = [*given.get(name, ()), *values] if grows(known[name]) else values
@@ -193,7 +252,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         setting = value_of(values if several else values[0], known[name])
         for part in reversed(name.split(".")):
             setting = {part: setting}
-        tree = merged(tree, setting)
+        tree = merge_trees(tree, setting)
     return tree, rest
 
 
@@ -204,7 +263,7 @@ def full_name(name: str, known: Collection[str]) -> str:
         return name
     if name.removeprefix("data.") in known and "data.train" not in known:
         return name.removeprefix("data.")
-    meant = [each for each in known if each.endswith(f".{name}")]
+    meant = [option for option in known if option.endswith(f".{name}")]
     return meant[0] if len(meant) == 1 else name
 
 
@@ -238,28 +297,89 @@ def value_of(words: Any, hint: Any) -> Any:
         values = [value_of(word, hint) for word in words]
         alone = len(values) == 1 and (isinstance(values[0], list) or str in inner[1:])
         return values[0] if alone else values
-    if not isinstance(words, str) or hint is str or get_origin(hint) is Literal:
+    if hint is str or get_origin(hint) is Literal:
         return words
     if hint is bool and words.lower() in ("true", "false"):
         return words.lower() == "true"
     if words.lower() in ("none", "null") and NoneType in inner:
         return None
     if str not in inner or float in inner or words.startswith("["):
-        for reader in (json.loads, ast.literal_eval, float, with_not_finite):
+        for reader in (json.loads, ast.literal_eval, float):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 return reader(words)
     return words
 
 
-def with_not_finite(words: str) -> Any:
-    """A list in which numbers that are not finite are written as in TOML and Python."""
-    names = {"nan": "NaN", "inf": "Infinity"}
-    return json.loads(re.sub(r"\b(nan|inf)\b", lambda match: names[match[0]], words))
+# Recipes
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, checked, with the paths that only lie beside it located."""
+    try:
+        tree = tomllib.loads(read_local(path, encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--config: {path}: not TOML ({error})") from error
+    try:
+        config = build(Config, tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if config.data.allow_links:
+        raise ValueError(
+            f"{path}: data.allow_links: a recipe cannot allow this; remove it, and say "
+            "--data.allow_links true on the command line if you trust the source"
+        )
+    for name in config.run.loggers:
+        if ":" in name:
+            raise ValueError(
+                f"{path}: run.loggers: a recipe cannot name a class ({name}); remove it, and give "
+                "--run.loggers on the command line if you trust its code"
+            )
+    return {name: locate(value, path.parent, name) for name, value in tree.items()}
+
+
+def locate(value: Any, folder: Path, name: str) -> Any:
+    """The value of a setting of a recipe in this folder, with its paths located.
+
+    A relative path starts at the current folder, or at the recipe's if only that has such a file.
+    """
+    if isinstance(value, dict):
+        return {key: locate(inner, folder, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [locate(inner, folder, name) for inner in value]
+    if not isinstance(value, str) or name not in PATH_SETTINGS or value in NO_PATHS:
+        return value
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)  # noqa: PTH111
+    located = ",".join(locate_path(part, folder) for part in re.split(r",(?=\w+=)", value))
+    if located != value and name == "model.image.name":
+        from protoclip.models.timm import is_image_name
+
+        return value if is_image_name(value) else located
+    return located
+
+
+def locate_path(path: str, folder: Path) -> str:
+    prefix = PATH_PREFIX.match(path)
+    before = prefix[0] if prefix else ""
+    path = path.removeprefix(before)
+    pattern = re.sub(r"\{.*\}", "*", path)
+    # Path.glob refuses absolute patterns.
+    here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
+    return before + (str(folder / path) if beside and not here else path)
+
+
+def merge_trees(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of settings; `above` wins."""
+    both = [k for k in below.keys() & above.keys() if isinstance(below[k], dict)]
+    return {**below, **above, **{name: merge_trees(below[name], above[name]) for name in both}}
+
+
+# Help
 
 
 def help_text(command: str, kind: type[Any]) -> str:
     """What `--help` shows of a command."""
-    words = [entry.name.upper() for entry in fields(kind) if not entry.kw_only]
+    words = [name.upper() for name in positional(kind)]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
     if any(entry.name == "run" for entry in fields(kind)):
@@ -290,7 +410,7 @@ def section_help(
         shown = "|".join([str(default), *(c for c in choices if c != default)])
         silent = default is None or default is False or default is MISSING
         rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
-    return iter(["", *aligned(rows), *sections])
+    return iter(["", *align_rows(rows), *sections])
 
 
 def is_optional(entry: Field[Any]) -> tuple[bool, bool]:
@@ -298,18 +418,13 @@ def is_optional(entry: Field[Any]) -> tuple[bool, bool]:
     return bool(entry.kw_only), not entry.default is entry.default_factory is MISSING
 
 
-def aligned(rows: Mapping[str, str]) -> Iterator[str]:
-    """Names, and texts beside them, or below in a narrow terminal, in its width."""
-    column, width = max(map(len, rows), default=0) + 4, shutil.get_terminal_size().columns
-    is_narrow = width < column + 30
-    indent = " " * (6 if is_narrow else column)
+def align_rows(rows: Mapping[str, str]) -> Iterator[str]:
+    """Names, and texts beside them, in the width of the terminal."""
+    column = max(map(len, rows), default=0) + 4
+    width = max(shutil.get_terminal_size().columns, column + 30)
     for name, text in rows.items():
-        line = text if is_narrow else f"  {name}".ljust(column) + text
-        first = indent if is_narrow else ""
-        yield from [f"  {name}"] * is_narrow
-        yield from textwrap.wrap(
-            line, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-        )
+        line, indent = f"  {name}".ljust(column) + text, " " * column
+        yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def descriptions(kind: type[Any]) -> dict[str, str]:

@@ -3,21 +3,17 @@
 The model is trained in `training/run.py`.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from protoclip.cli.imports import quick_imports
-from protoclip.cli.spec import JsonOption, Recipes
+from protoclip.cli.spec import JsonOption, Recipes, quick_imports
 from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.rules import check, require_paths, require_place
 from protoclip.terminal import quote_word, say, visible
-
-SECTIONS = {section.name for section in fields(Config)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +25,22 @@ class Train(Config, Recipes, JsonOption):
     def __call__(self) -> None:
         config = Config.from_dict(self.settings())
         check(config)
-        # A finished run needs its data no more, and of several ranks one shall tell a mistake.
-        if self.resume == "never" and "RANK" not in os.environ:
-            require_paths(config)
-        if config.run.out is not None:
-            require_place("run.out", config.run.out, is_folder=True)
+        check_paths(config, resume=self.resume)
         with quick_imports():
             import torch
 
-            from protoclip.training import run
+            from protoclip.training.run import train
 
         torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        results = run.train(config, resume=self.resume)
-        show_results(results, as_json=self.json)
+        show_results(train(config, resume=self.resume), as_json=self.json)
 
-    def settings(self) -> dict[str, Any]:
-        """What recipes and the command line set."""
-        return {name: value for name, value in self.given.items() if name in SECTIONS}
+
+def check_paths(config: Config, *, resume: str) -> None:
+    """Refuse typos in paths before slow imports; a finished run needs its data no more."""
+    if resume == "never":
+        require_paths(config)
+    if config.run.out is not None:
+        require_place("run.out", config.run.out, is_folder=True)
 
 
 def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = False) -> None:

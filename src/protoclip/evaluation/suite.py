@@ -3,14 +3,14 @@
 `task_features` encodes what they need, and `measured` computes metrics from it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from protoclip.config import DataConfig, build, shown, way_to_file
+from protoclip.config import DataConfig, build, shown
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
@@ -149,8 +149,7 @@ def evaluate(
         cache=cache,
         show=show,
     )
-    is_several = isinstance(data, Iterable) and not isinstance(data, str | Mapping)
-    references: Any = data if is_several and not way_to_file(data) else [data]
+    references: Any = data if isinstance(data, list | tuple) else [data]
     data_sets = raise_on_all_ranks(lambda: [open_any(entry, split) for entry in references])
     announce(data_sets, split, tasks)
     results = compute_results(
@@ -172,8 +171,9 @@ def open_any(data: Any, split: str) -> EvaluationData:
     if isinstance(data, str | Path):
         return open_data(str(data), split=split)
     if not isinstance(data, Mapping):
-        way = way_to_file(data) or "; give a reference, or a [data] section as a dictionary"
-        raise ValueError(f"data: {shown(data)} is no data set{way}")
+        raise ValueError(
+            f"data: {shown(data)} is no data set; give a file, or a [data] section as a dictionary"
+        )
     settings = build(DataConfig, data, "data.")
     if others := [name for name in data if name not in OF_DATA]:
         raise ValueError(

@@ -161,7 +161,7 @@ def write_report(
         samples: Most example pairs that models are shown on.
         minutes: After this long no further model is run on examples; the page says so.
         seed: Draws the examples.
-        overwrite: Replace a file that is no report, or is read-only.
+        overwrite: Replace a file that is no report.
         allow_links: As in `data`, for the examples.
 
     Raises:

@@ -35,7 +35,6 @@ from protoclip.files import (
     SEAL,
     UNFINISHED,
     has_changed,
-    holder,
     read_json,
     read_toml,
     write_atomically,
@@ -345,8 +344,7 @@ def claimed(folder: Path, *, resume: bool) -> Iterator[None]:
         lock = FileLock(folder / LOCK, timeout=0).acquire()
     except (FileExistsError, Timeout):
         raise ValueError(
-            f"{folder}: another process writes here{holder(folder / LOCK)}; wait for it, or choose "
-            "another with --run.out"
+            f"{folder}: another process writes here; wait for it, or choose another with --run.out"
         ) from None
     with lock:
         remove_unfinished(folder)

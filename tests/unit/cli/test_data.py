@@ -6,7 +6,7 @@ import sys
 import open_clip
 import pytest
 
-from protoclip.cli.data import Index, idle, tokens_of
+from protoclip.cli.data import Index, tokens_of
 from protoclip.config import DataConfig, ModelConfig, SourceConfig, TextTowerConfig
 from protoclip.models.loading import context_length
 
@@ -28,23 +28,10 @@ def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
     assert length == (None if model == ModelConfig() else context_length(model))
 
 
-def test_settings_of_training_have_no_effect_on_data() -> None:
-    """One note names them; those that say what is read draw none."""
-    data = DataConfig(class_column="kind", cache_gb=0.0, augmentation="clip")
-    assert idle(data) == [
-        "data.augmentation, data.cache_gb: used by training alone, so no effect here"
-    ]
-    assert idle(DataConfig(class_column="kind")) == []
-    assert idle(DataConfig(workers=2, captions=2), also=["workers"]) == [
-        "data.captions: used by training alone, so no effect here",
-        "data.workers: no effect here",
-    ]
-
-
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:
     """Whose paths need not be there."""
     Index("emoji", data=DataConfig(sources=[SourceConfig(path="gone.tsv")]))()
-    assert " pairs, nothing new to index; " in capsys.readouterr().out
+    assert " pairs indexed, in " in capsys.readouterr().out
 
 
 def test_inspect_loads_no_model() -> None:

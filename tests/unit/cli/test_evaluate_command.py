@@ -31,7 +31,7 @@ def made_up(monkeypatch):
         opened.append((reference, settings))
         return solid_data(reference)
 
-    monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
+    monkeypatch.setattr(Evaluate, "check_paths", lambda self: None)
     monkeypatch.setattr(loading, "require_model", lambda name: None)
     monkeypatch.setattr(loading, "load", lambda name: (models[name](), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
@@ -99,7 +99,7 @@ def test_without_data_a_run_is_judged_by_its_own(
     if data is None:
         with pytest.raises(SystemExit):
             main(words)
-        line = "protoclip: error: --data: is missing; name what to judge on, such as a table of"
+        line = "protoclip: error: --data: is missing; name what to evaluate on, such as a table of"
         assert capsys.readouterr().err.startswith(line)
     else:
         main(words)
@@ -133,7 +133,7 @@ def test_a_run_folder_stays_as_it_is(made_up, tmp_path, monkeypatch, capsys):
     own.parent.mkdir()
     for file in (own, tmp_path / "results.json"):
         file.write_text("{}")
-    monkeypatch.setattr(Evaluate, "require_paths", lambda self: None)
+    monkeypatch.setattr(Evaluate, "check_paths", lambda self: None)
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     main(["evaluate", str(tmp_path), "--data", "a", "--no-cache"])
     shown = capsys.readouterr().out

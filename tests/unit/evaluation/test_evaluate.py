@@ -359,8 +359,8 @@ def test_the_name_of_a_model_is_refused_with_the_way_out(given):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (pd.DataFrame({"image": ["a.jpg"]}), "a DataFrame is no data set; save it (df.to_parquet)"),
-        (DataConfig(), "a DataConfig is no data set; give a reference, or a [data] section as a d"),
+        (pd.DataFrame({"image": ["a.jpg"]}), "DataFrame is no data set; give a file"),
+        (DataConfig(), "DataConfig is no data set; give a file"),
     ],
 )
 def test_what_is_no_data_set_is_refused_by_its_type(data, message, several):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from interrupting import with_changes
-from protoclip.cli.recipes import merged
+from protoclip.cli.spec import merge_trees
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
@@ -167,7 +167,7 @@ def test_what_a_run_has_no_use_for_is_no_setting_of_it(given, idle, tmp_path):
     assert not unused.keys() & flat(tomllib.loads(text)).keys()
     (tmp_path / "config.toml").write_text(text)
     check_settings(tmp_path, text)
-    earlier = merged(tomllib.loads(text), idle)
+    earlier = merge_trees(tomllib.loads(text), idle)
     (tmp_path / "config.toml").write_text(tomli_w.dumps(earlier))
     check_settings(tmp_path, text)
     assert as_kept(earlier) == tomllib.loads(text)
