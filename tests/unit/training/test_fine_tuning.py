@@ -267,7 +267,6 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
     ("changes", "message"),
     [
         ({"model": {"lora": 0}}, "model.lora: 0 is too small; at least 1"),
-        ({"model": {"lora": 2, "locked": ["image", "text"]}}, "model.lora: both towers are locked"),
         (
             {"model": {"start": "run", "locked": ["text", "image"]}},
             "model.locked: with both towers locked nothing is left to train",
@@ -276,7 +275,7 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
         ({"teacher": {"features": "start"}}, "teacher.features = start: needs model.start"),
         (
             {"model": {"lora": 2}, "parallel": {"strategy": "fsdp"}},
-            "model.lora: does not go with parallel.strategy = fsdp",
+            "model.lora: needs parallel.strategy = ddp",
         ),
         (
             {"model": {"lora": 2}, "parallel": {"compile": True}},

@@ -215,15 +215,10 @@ def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes):
 
 
 def test_without_a_start_or_pairs_or_a_length(tmp_path: Path):
-    """The emoji are no default. Of a run that was fine-tuned the way to go on is said."""
+    """The emoji are no default."""
     with pytest.raises(ValueError, match=r"^model\.start: fine-tuning needs a model to start"):
         run.finetune({"data": {"train": str(tmp_path)}})
-    with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
+    with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .* --resume auto$"):
         run.finetune({"model": {"start": str(tmp_path)}, "data": {"workers": 0}})
-    with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .*bundled ones\)$"):
-        run.finetune({"model": {"start": "hf:" + 300 * "x"}, "data": {"sources": []}})
-    (tmp_path / "config.toml").write_text('model.start = "hf:a"')
-    with pytest.raises(ValueError, match=r"or go on with .* by --resume auto$"):
-        run.finetune({"model": {"start": str(tmp_path)}}, alpha=0.3)
     with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):
         settings(None, episodes={"size": 64})
