@@ -6,7 +6,6 @@ Such a text holds no secret of a URL, and nothing that a terminal obeys. Lines o
 
 import io
 import re
-import shlex
 import sys
 from contextlib import suppress
 from typing import Any
@@ -54,20 +53,6 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def quote_word(text: str) -> str:
-    r"""A text as one word of a shell, for a command that a message gives.
-
-    What `visible` would escape is written as bash and zsh read it.
-
-    >>> quote_word("my runs"), quote_word("new\nline")
-    ("'my runs'", "$'new\\u000aline'")
-    """
-    if not OBEYED.search(text):
-        return shlex.quote(text)
-    escaped = text.replace("\\", r"\\").replace("'", r"\'")
-    return "$'" + OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", escaped) + "'"
 
 
 def line(text: str, limit: int = 200) -> str:

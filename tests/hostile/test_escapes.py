@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ from audited import OBEYED, Ended, call
 from interrupting import with_changes
 from protoclip.config import Config
 from protoclip.files import to_json
-from protoclip.terminal import quote_word, visible
+from protoclip.terminal import visible
 from protoclip.training import run_folder
 from testing import tiny_config, tiny_pairs
 
@@ -33,15 +32,6 @@ def test_visible_escapes_what_terminals_obey_and_no_more():
     assert {code for code in codes if visible(chr(code)) != chr(code)} == obeyed
     assert visible("a\x1b\n\u2028\ud800") == r"a\x1b\n\u2028\ud800"
     assert visible(visible(ODD)) == visible(ODD) == SHOWN
-
-
-@pytest.mark.parametrize("folder", ["a run", ODD, "new\nline", "it's\n\\n", "\x85"])
-def test_an_odd_folder_in_advice_is_what_a_shell_reads(folder):
-    """Nothing of it is escaped again where the line is shown."""
-    words = quote_word(folder)
-    assert visible(words) == words
-    printed = subprocess.run(["bash", "-c", f"printf %s {words}"], capture_output=True)
-    assert printed.stdout.decode() == folder
 
 
 def test_json_holds_the_same_without_raw_characters():

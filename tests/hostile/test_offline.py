@@ -24,11 +24,6 @@ def some_name(host: Any, port: Any, *given: Any, **more: Any) -> Any:
     return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
 
 
-def slow_name(host: Any, *given: Any, **more: Any) -> Any:
-    time.sleep(PAUSE)
-    return no_name(host)
-
-
 def refuse(self: socket.socket, address: Any) -> None:
     raise ConnectionRefusedError(111, "Connection refused")
 
@@ -50,11 +45,9 @@ def blocked() -> float:
 # How names are looked up, how one connects, and the reason that is then given for a URL.
 NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
     "no names": (no_name, refuse, "[Errno -3] Temporary failure in name resolution"),
-    "names are looked up for ever": (slow_name, refuse, "not read within 3 s"),
-    "connections are refused": (some_name, refuse, "[Errno 111] Connection refused"),
     "nobody answers": (some_name, wait, "no answer in time"),
 }
-SLOW = ("names are looked up for ever", "nobody answers")
+SLOW = ("nobody answers",)
 NO_HUB = "the hub does not answer"
 # A command, and what its line says.
 NEEDS: dict[str, str] = {

@@ -99,8 +99,6 @@ def build() -> None:
     pq.write_table(pa.table({"image": ["a"], "caption": [1]}), "numbers.parquet")
     twice = pa.table([["a"], ["b"], ["c"]], names=["image", "caption", "caption"])
     pq.write_table(twice, "twice.parquet")
-    extra = pa.array([[("a", 1)]] * PAIRS, pa.map_(pa.string(), pa.int64()))
-    pq.write_table(table.append_column("extra", extra), "cells.parquet")
     write_images(table)
     write_tar(table)
     write_odd_images()
@@ -109,7 +107,6 @@ def build() -> None:
     Path("align.toml").write_text(ALIGN)
     with torch.random.fork_rng():
         halves(Path("halves"), "test_resnet", size=32)
-    Path("ids.csv").write_text("sample_id\ntiny/0\ntiny/1\n")
     Path("notes.txt").write_text("keep me\n")
     called("train --config tiny.toml --run.out run --run.evaluate true --data.validation 0.4")
     called("train --config tiny.toml --run.out short")

@@ -5,6 +5,7 @@ shown on the drawings of a seventh.
 """
 
 import os
+import shlex
 import sys
 import time
 import webbrowser
@@ -19,7 +20,7 @@ from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import replacing, require_ours, to_json, write_atomically
 from protoclip.rules import require_place
-from protoclip.terminal import quote_word, say, visible
+from protoclip.terminal import say, visible
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
@@ -151,9 +152,9 @@ def quick(out: Path = Path("runs/quick"), *, seed: int = 0) -> dict[str, Any]:
     if not explores:
         print("  pip install 'protoclip[explore]', and the same command makes a map of them")
         return results
-    index, model = explorer / "index.html", quote_word(str(out / "model"))
+    index, model = explorer / "index.html", shlex.quote(str(out / "model"))
     print(f"  {visible(str(index))}   a map of these drawings")
-    data = quote_word(str(unseen))
+    data = shlex.quote(str(unseen))
     print(f"  protoclip explore {model} --data {data}   a clearer map, and search")
     # Without a display a browser in text mode would take the terminal.
     display = (

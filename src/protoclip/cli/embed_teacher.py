@@ -3,6 +3,7 @@
 The features are computed and written in `encode/encoder.py`.
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from protoclip.cli.spec import (
 from protoclip.config import Count, DataConfig
 from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_model, require_place
-from protoclip.terminal import quote_word, say, visible
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,4 +73,4 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
             shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
             print(f"{name:<24} {shown}")
         out = visible(self.out)
-        say(f"written to {out}; train with --teacher.features {quote_word(out)}")
+        say(f"written to {out}; train with --teacher.features {shlex.quote(out)}")

@@ -3,6 +3,7 @@
 The run is in `training/run.py`, and its defaults in `training/defaults.py`.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from protoclip.cli.train import check_paths, exit_if_stopped, show_results
 from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.rules import require_named_pairs, require_start
-from protoclip.terminal import quote_word, say, visible
+from protoclip.terminal import say, visible
 from protoclip.training.defaults import FINETUNE, FINETUNE_HELP
 
 
@@ -67,7 +68,7 @@ class Finetune(Config, Recipes, JsonOption):
             alpha = "" if self.alpha is None else f" --alpha {self.alpha}"
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; "
-                f"protoclip finetune {quote_word(str(folder))} --resume auto{alpha} goes on"
+                f"protoclip finetune {shlex.quote(str(folder))} --resume auto{alpha} goes on"
             )
             exit_if_stopped(results)
 

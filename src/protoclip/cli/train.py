@@ -3,6 +3,7 @@
 The model is trained in `training/run.py`.
 """
 
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from protoclip.cli.spec import JsonOption, Recipes, quick_imports
 from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.rules import check, require_paths, require_place
-from protoclip.terminal import quote_word, say, visible
+from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = 
         )
         exit_if_stopped(results)
     elif not as_json:
-        command = f"protoclip explore {quote_word(results['folder'])}"
+        command = f"protoclip explore {shlex.quote(results['folder'])}"
         look = f"; look at its pairs with {command}" if explores else ""
         print(f"written to {visible(results['folder'])}{look}")
 

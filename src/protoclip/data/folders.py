@@ -7,6 +7,7 @@ evaluation in `evaluation/readers.py`.
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from protoclip.data.tables import (
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
-from protoclip.terminal import line, quote_word, visible
+from protoclip.terminal import line, visible
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -166,7 +167,7 @@ def _advise(folder: Path, table: Path | None, *, may_be_classes: bool, data: Dat
     if may_be_classes and looks_like_classes(folder):
         advice += (
             "; its folders look like classes, and images are classified without captions by "
-            f"protoclip evaluate MODEL --data {quote_word(str(folder))}"
+            f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
         )
     return advice
 

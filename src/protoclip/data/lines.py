@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import re
+import shlex
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from typing import Any
 
 from protoclip.data.access import is_url, open_file
 from protoclip.progress import Progress
-from protoclip.terminal import line, quote_word
+from protoclip.terminal import line
 
 COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 LONGEST_HEADER = 100_000  # characters
@@ -132,7 +133,7 @@ def way_to_utf8(path: str, text: str) -> str:
     if is_plain and b"\0" not in encoded and not NO_LATIN.search(encoded):
         with suppress(UnicodeDecodeError):
             encoded.decode("cp1252")
-            command = f"iconv -f cp1252 -t utf-8 {quote_word(path)} > NEW"
+            command = f"iconv -f cp1252 -t utf-8 {shlex.quote(path)} > NEW"
             return f"convert it (it looks like Windows-1252: {command})"
     return "save it as UTF-8"
 
