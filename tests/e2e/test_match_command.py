@@ -85,7 +85,7 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
         assert (one["image_width"], one["text_width"]) == widths
     (of_run,) = (one for one in records if one["image"] == one["text"])
     assert of_run["recall@10"] > 1.5 * of_run["recall@10/by_chance"]
-    assert "pairs.parquet: 1 pair could not be read, and is left out" in out.err
+    assert "pairs.parquet: 1 of the pairs cannot be read; left out" in out.err
     encoded.clear()
     main(words)
     again = capsys.readouterr().out

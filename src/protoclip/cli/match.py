@@ -61,7 +61,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
             device=device,
         )
         if skipped := records[0]["skipped"]:
-            say(f"note: {source.name}: {skipped:,} pairs could not be read, and are left out")
+            say(f"note: {source.name}: {skipped:,} of the pairs cannot be read; left out")
         if (number := records[0]["apart"]) < FEW:
             say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
         if self.json:
