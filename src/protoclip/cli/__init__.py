@@ -72,7 +72,7 @@ PAGES = {
     "optim": "training.md#the-model-and-what-follows-from-it",
     "parallel": "scaling.md",
 }
-SETTING = re.compile(r"(?:--)?(?:([a-z]+)\.[a-z_.]+(?=[:\[\s])|([a-z]+): )")
+SETTING = re.compile(r"(?:--)?([a-z]+)\.[a-z_.]+(?=[:\[\s])|([a-z]+): ")
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the command again",
     errno.EDQUOT: "make room, and give the command again",

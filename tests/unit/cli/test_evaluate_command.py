@@ -177,7 +177,7 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
         ("none --data a --data a", "data: two data sets are called 'a'; evaluate them one after"),
         ("knowing --data a --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
         ("knowing --tasks", "--tasks: needs a value"),
-        ("knowing --templates none.txt", "none.txt: no file of prompts"),
+        ("knowing --data a --templates none.txt", "none.txt: no file of prompts"),
     ],
 )
 def test_bad_input_is_one_line(words, message, made_up, capsys):
