@@ -232,7 +232,7 @@ def causes(config: Config) -> list[tuple[str, object, str]]:
         ("prototypes.extract_transform", queue, "prototypes come from the queue"),
         ("episodes.warm_up", *clip),
         ("teacher.*", not teacher.features, "teacher.features is not set"),
-        ("teacher.*", no_teacher, "loss.teacher is 0"),
+        ("teacher.features", no_teacher, "loss.teacher is 0"),
         ("teacher.whiten", *no_groups),
         ("teacher.number", *no_groups),
         ("teacher.tower", teacher.distil == 0, "teacher.distil is 0"),
