@@ -39,8 +39,9 @@ from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.view import AllBut
-from protoclip.encode.halves import Items, encode_missing, image_half, read_listed_image
-from protoclip.encode.rows import HalfRows, open_listing, write_listing
+from protoclip.encode.encoder import image_side
+from protoclip.encode.rows import PairRows, open_listing, write_listing
+from protoclip.encode.run import encode_missing, read_image
 from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
@@ -83,25 +84,23 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
-    halves = FrozenEncoders(model.towers).eval().requires_grad_(False)
+    encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
     transform = loading.evaluation_transform(model)
-    encoder = image_half(halves, transform, max_pixels=2**30, autocast=nullcontext)
+    encoder = image_side(encoders, transform, max_pixels=2**30, autocast=nullcontext)
     pairs = ImageTextPairs(tiny_pairs(IMAGES, side=64), name="pairs", table_key="benchmark")
-    rows = np.arange(IMAGES)
-    samples = [read_listed_image(pairs, rows, row) for row in range(IMAGES)]
+    samples = [read_image(pairs, row) for row in range(IMAGES)]
     decoded = [encoder.prepare(sample) for sample in samples]
     by_id = {sample.sample_id: made for sample, made in zip(samples, decoded, strict=True)}
     encoder.prepare = lambda sample: by_id[sample.sample_id]
     hashes, number = hash_ids(by_id), iter(range(100))
-    items = Items(hashes=hashes, order=rows, sample=samples.__getitem__, name="pairs")
 
     def forward() -> None:
         for first in range(0, IMAGES, ENCODED_AT_ONCE):
             encoder.encode(decoded[first : first + ENCODED_AT_ONCE])
 
     def whole() -> None:
-        out = folder / f"store{next(number)}"
-        encode_missing(encoder, items, out, ENCODED_AT_ONCE, None)
+        store = Store(folder / f"store{next(number)}")
+        encode_missing(store, encoder, hashes, samples.__getitem__, batch_size=ENCODED_AT_ONCE)
 
     forward()
     alone, stored = [], []
@@ -215,7 +214,7 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
     for half in (image, text):
         half.forget_order()
     assert min(each.min() for each in numbers) >= 0
-    halves = HalfRows(
+    encoded = PairRows(
         listing=listing,
         image=image,
         image_numbers=numbers[0],
@@ -231,9 +230,9 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
     for _ in range(DRAWS):
         chosen = generator.integers(0, rows, DRAWN)
         start = time.perf_counter()
-        halves.image_rows(chosen)
+        encoded.image_rows(chosen)
         draws = generator.random(DRAWN, dtype=np.float32)
-        halves.text_rows(halves.drawn_captions(chosen, draws))
+        encoded.text_rows(encoded.draw_captions(chosen, draws))
         seconds += time.perf_counter() - start
         most = max(most, anonymous())
     start, before_episode = time.process_time(), anonymous()

@@ -34,7 +34,7 @@ from protoclip.config import HeadConfig, ModelConfig
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.encode.whiten import Whitens
+from protoclip.encode.teachers import TeacherFeatures
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import batch_norm, loading
@@ -134,7 +134,7 @@ class Counting(TorchDispatchMode):
             counts[f"bytes/{part}"] += received
 
 
-class Teacher(Whitens):
+class Teacher(TeacherFeatures):
     def __init__(self, width: int) -> None:
         self.width = width
 

@@ -37,7 +37,6 @@ from protoclip.data.loader import Batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
-from protoclip.encode.teachers import teachers
 from protoclip.losses.objective import objective
 from protoclip.models import loading
 from protoclip.models.precision import resolve
@@ -154,7 +153,7 @@ def episode_seconds(
     model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, timed_batches() as waits:
-        opened = teachers(config, samples, print)
+        opened = open_teachers(config, samples, print)
         start = resolve_start(config.model)
         plan = Plan(config=config, start=start, samples=samples, teachers=opened)
         built = run.Run(plan, model, folder=Path(folder))

@@ -27,7 +27,7 @@ from typing import Any
 from interrupting import quick_config
 from protoclip import cli
 from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
-from protoclip.encode import encoder as encode
+from protoclip.encode import run as encode
 from protoclip.models.saved import checkpoints, damage
 from protoclip.training import checkpoint, run_folder
 from remains import invalid, is_hidden, leftovers, packed_in, snapshot, without_times
@@ -267,7 +267,7 @@ def in_child(words: Sequence[str], injector: Injector, said: int, tell: int) -> 
             os.dup2(said, stream)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        checkpoint.LAST_RETRIES, encode.PART_ROWS = (0.0,), {"text": 8, "image": 8}
+        checkpoint.LAST_RETRIES, encode.BLOCK_ROWS, encode.TEXTS_AT_ONCE = (0.0,), 8, 8
         os.environ["PROTOCLIP_CACHE"] = f"{injector.folder}/cache"
         limit(resource.RLIMIT_CPU, PROCESSOR_SECONDS)
         injector.process = os.getpid()

@@ -25,7 +25,7 @@ from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.distributed.collectives import rank
-from protoclip.encode import halves
+from protoclip.encode import rows as encoded_rows
 from protoclip.encode import run as running
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.rows import RowLoader
@@ -150,7 +150,7 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     path = str(tmp_path / "pairs.parquet")
     pq.write_table(table.set_column(1, "caption", pa.array(captions)), path)
     given = changed(given, data={"train": path}, loss={"positives": "shared"})
-    plan, halves_rows, model = rows_of(given)
+    plan, encoded, model = rows_of(given)
     settings: dict[str, Any] = {
         "pairs": plan.samples,
         "tokenizer": loading.tokenizer(plan.start),
@@ -161,7 +161,7 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     }
     episode = EpisodeSampler(len(plan.samples), 32, seed=0).episode(0)
     by = {"group_by": ("caption", "image")}
-    rows = RowLoader(**settings, halves=halves_rows).batches(episode, **by)
+    rows = RowLoader(**settings, encoded=encoded).batches(episode, **by)
     pixels = EpisodeLoader(**settings).batches(episode, **by)
     on_rows = AlignedModel(model).eval()
     model.eval()
@@ -239,9 +239,9 @@ def encode_into(folder: Path, settings: dict[str, Any], kill: str = "") -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(folder))
-        patch.setattr(halves, "TEXTS_AT_ONCE", 2)
+        patch.setattr(running, "TEXTS_AT_ONCE", 2)
         patch.setattr(running, "BLOCK_ROWS", 4)
-        patch.setattr(halves, "images_at_once", lambda _: 4)
+        patch.setattr(encoded_rows, "images_at_once", lambda _: 4)
         patch.setattr(Encoder, "encode", noted)
         rows_of(settings)
 
@@ -356,8 +356,8 @@ def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
             return call(self, space, *rows)
 
     monkeypatch.setattr(Clusterings, "__call__", noted)
-    plan, halves, model = rows_of(changed(given, episodes={"warm_up": 0}))
-    first, second = (Run(plan, model, folder=tmp_path, rows=halves) for _ in range(2))
+    plan, rows, model = rows_of(changed(given, episodes={"warm_up": 0}))
+    first, second = (Run(plan, model, folder=tmp_path, rows=rows) for _ in range(2))
     for run in (first, second):
         run.prepare_teachers()
         run.machines = [machines(torch.device("cpu"))]

@@ -4,9 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import weakref
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,9 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import access, sources
 from protoclip.data import pairs as data_pairs
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.tables import open_table
 from protoclip.encode import embed as module
-from protoclip.encode import parts
-from protoclip.encode.halves import read_listed_image
-from protoclip.encode.parts import claim, difference_in, require_same
-from protoclip.encode.run import read_ahead
+from protoclip.encode import run as running
+from protoclip.encode.encoder import Encoder
 from protoclip.evaluation.datasets import open_data
 from testing import run_distributed, tiny_pairs
 from tiny_hugging_face import save_dual_encoder
@@ -47,31 +41,31 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
     kinds = [None if row == 3 else caption.split()[1] for row, caption in enumerate(captions)]
     several = [[caption, f"{row} times"][: 1 + row % 2] for row, caption in enumerate(captions)]
-    images[7], several[41] = b"no image", [" "]
+    images[57], several[41] = b"no image", [" "]
     path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
     columns = {"image": images, "caption": several, "sample_id": table["sample_id"], "kind": kinds}
     pq.write_table(pa.table(columns), path)
     return path
 
 
-def embedded(run: Path, pairs: Path, out: Path, *, kill_at: int | None = None) -> list[int]:
-    """Embed in parts of ten samples and batches of four; the sizes of the parts that were made.
+def embedded(run: Path, pairs: Path, out: Path, *, kill_at: int | None = None) -> int:
+    """Embed in batches of four, of which two make a block, and row groups of ten; the number of
+    images that were encoded. At the batch `kill_at` of images the process is killed."""
+    sizes, encode = [], Encoder.encode
 
-    At the part `kill_at` the process is killed, once its images are encoded.
-    """
-    sizes, encode_texts = [], module.encode_texts
-
-    def watched(encoder: Any, texts: Any, batch_size: int) -> Any:
-        if len(sizes) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sizes.append(len(texts))
-        return encode_texts(encoder, texts, batch_size)
+    def watched(encoder: Encoder, inputs: list[Any]) -> Any:
+        if encoder.reads == "image" and inputs is not encoder.examples and len(inputs) > 1:
+            if len(sizes) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sizes.append(len(inputs))
+        return encode(encoder, inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PART_ROWS", 10)
-        patch.setattr(module, "encode_texts", watched)
+        patch.setattr(module, "GROUP_ROWS", 10)
+        patch.setattr(running, "BLOCK_ROWS", 8)
+        patch.setattr(Encoder, "encode", watched)
         protoclip.embed(run, DataConfig(train=str(pairs), class_column="kind"), out, batch_size=4)
-    return sizes
+    return sum(sizes)
 
 
 def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
@@ -86,7 +80,7 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
         f"written to {out}; 59 rows, vectors of width 16",
     ]
     bad = (tmp_path / "vectors.skipped.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(entry)["sample_id"] for entry in bad] == ["tiny/7"]
+    assert [json.loads(entry)["sample_id"] for entry in bad] == ["tiny/57"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("vectors.parquet", "vectors.skipped.jsonl"),
     ]
@@ -94,8 +88,8 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     types = [pa.string(), HALF, pa.list_(HALF), pa.list_(pa.string()), pa.string(), pa.string()]
     names = ["sample_id", "image_vector", "text_vectors", "captions", "image", "class"]
     assert (found.column_names, found.schema.types) == (names, types)
-    given = [row for number, row in enumerate(given) if number != 7]
-    given[40]["caption"] = None  # it was a space
+    given = [row for number, row in enumerate(given) if number != 57]
+    given[41]["caption"] = None  # it was a space
     for ours, its in (("sample_id", "sample_id"), ("captions", "caption"), ("class", "kind")):
         assert found[ours].to_pylist() == [row[its] for row in given]
     assert found["image"].null_count == len(found)  # they are in the table
@@ -204,29 +198,8 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
         open_data(str(table))
 
 
-def test_memory_holds_the_vectors_of_two_parts_at_most(tiny_run, pairs, tmp_path, monkeypatch):
-    """Of the one that is made or read, and of the one before."""
-    alive, counts = list[weakref.ref](), list[int]()
-
-    def counted(arrays_of: Callable[[Any], Any], make: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **settings: Any) -> Any:
-            made = make(*given, **settings)
-            alive.extend(map(weakref.ref, arrays_of(made).values()))
-            counts.append(sum(reference() is not None for reference in alive))
-            return made
-
-        return call
-
-    encode, read = module.encode_pairs, module.read_part
-    monkeypatch.setattr(module, "encode_pairs", counted(lambda part: part.arrays, encode))
-    monkeypatch.setattr(module, "read_part", counted(lambda part: part[1], read))
-    parts = embedded(tiny_run, pairs, tmp_path / "vectors.parquet")
-    assert len(counts) == 2 * len(parts) == 12
-    assert max(counts) == 2 * 2  # images and captions have an array each
-
-
 def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parquet, tmp_path):
-    """On a CPU `auto` is fp32. Files of versions that had no choice are of `auto`."""
+    """On a CPU `auto` is fp32, or that of what is there."""
     vectors, features = [], []
     for precision in ("auto", "bf16"):
         file, folder = tmp_path / f"{precision}.parquet", tmp_path / precision
@@ -239,58 +212,37 @@ def test_the_precision_of_vectors_and_of_teachers_is_chosen(tiny_run, tiny_parqu
         assert 1e-3 < np.abs(exact.astype(np.float32) - rounded).max() < 0.05
     with pytest.raises(ValueError, match=r"was made with precision bf16, not fp32; choose another"):
         protoclip.embed(tiny_run, tiny_parquet, tmp_path / "bf16.parquet", precision="fp32")
+    protoclip.embed(tiny_run, tiny_parquet, tmp_path / "bf16.parquet")
+    main(f"embed-teacher {words} --device cpu".split())
     assert module.read_facts(tmp_path / "auto.parquet")["precision"] == "fp32"
-    before = {"width": 16}
-    assert difference_in(before, {**before, "precision": "auto"}) is None
-    assert parts.begun_precision({}, before, "auto") is None
-    for older in (before, {**before, "precision": "auto"}):  # these do not say what it was
-        assert parts.begun_precision(older, before, "auto") == "auto"
-        assert parts.begun_precision(older, before, "fp32") is None
-        assert parts.begun_precision(older, {"width": 8}, "auto") is None
-    assert parts.begun_precision({**before, "precision": "fp16"}, before, "auto") == "fp16"
-    assert parts.begun_precision({**before, "precision": "odd"}, before, "auto") is None
-    other = {**before, "precision": "fp32"}
-    assert difference_in(before, other) == "precision"
-    with pytest.raises(ValueError, match=r"^out: was made with precision auto, not fp32; choose"):
-        require_same(before, other, name=Path("out"), way_out="choose another")
-    claim(tmp_path / "begun", before, name=tmp_path)
-    assert not module.is_of_others(tmp_path / "begun", {**before, "precision": "auto"})
-    assert module.is_of_others(tmp_path / "begun", other)
 
 
-def test_a_killed_pass_goes_on_after_its_last_part(tiny_run, pairs, tmp_path, capsys):
-    """After SIGKILL in the third of six parts the first two are not encoded again, and the file is,
-    byte for byte, that of a pass that was not interrupted. A finished one is left alone."""
+def test_a_killed_pass_goes_on_after_its_last_block(tiny_run, pairs, tmp_path, capsys):
+    """After SIGKILL in the third block the first two are not encoded again, and the file is, byte
+    for byte, that of a pass that was not interrupted. A finished one is left alone."""
     whole, out = tmp_path / "whole.parquet", tmp_path / "vectors.parquet"
-    sizes = embedded(tiny_run, pairs, whole)
+    assert embedded(tiny_run, pairs, whole) == 59
     fork = multiprocessing.get_context("fork")
-    arguments = {"run": tiny_run, "pairs": pairs, "out": out, "kill_at": 2}
+    arguments = {"run": tiny_run, "pairs": pairs, "out": out, "kill_at": 5}
     process = fork.Process(target=embedded, kwargs=arguments)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     parts = tmp_path / ".vectors.parquet.parts"
     assert not out.exists()
-    assert len(list((parts / "parts").glob("*.npz"))) == 2
-    # A kill while the parts are joined leaves the first two; the others are not ours.
-    left = [f".vectors.{end}.99.tmp" for end in ("parquet", "skipped.jsonl", "parquet.new")]
-    for name in (*left, ".whole.parquet.99.tmp"):
-        (tmp_path / name).write_bytes(b"half of a file")
-    assert embedded(tiny_run, pairs, out) == sizes[2:]
-    kept = sorted(path.name for path in tmp_path.glob(".*.tmp"))
-    assert kept == [".vectors.parquet.new.99.tmp", ".whole.parquet.99.tmp"]
+    (parts / out.name).write_bytes(b"half of a file")  # as a kill at the end leaves it
+    assert embedded(tiny_run, pairs, out) == 59 - 16
     assert out.read_bytes() == whole.read_bytes()
     assert pq.ParquetFile(out).num_row_groups == 6
-    parts.mkdir()  # as a kill leaves it that comes at the very end
-    assert embedded(tiny_run, pairs, out) == []
+    assert not parts.exists()
+    assert embedded(tiny_run, pairs, out) == 0
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{out}: is finished; 59 rows")
     assert out.read_bytes() == whole.read_bytes()
-    assert not parts.exists()
 
 
 def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, monkeypatch):
-    """The pass ends before the part is written, and the same call goes on. What is bad on the disk,
-    missing in the store, or no image there, stays bad."""
+    """The pass ends, and the same call goes on. What is bad on the disk, missing in the store, or
+    no image there, stays bad."""
     table, store, out = tiny_pairs(20), fsspec.filesystem("s3"), tmp_path / "vectors.parquet"
     images = dict(enumerate(table["image"].to_pylist()))
     paths = ["none.png" if row == 3 else f"{bucket}/{row}.png" for row in images]
@@ -312,14 +264,7 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
         line = r"^1 samples in a row took .*s3://bucket/15\.png.*; check the .* again \(.*\)$"
         with pytest.raises(ValueError, match=line):
             embedded(tiny_run, path, out)
-        # As `align` reads them.
-        source, rows = open_table(DataConfig(train=str(path))), np.arange(20)
-        with pytest.raises(ValueError, match=line):
-            list(
-                read_ahead([range(20)], lambda row: (row, read_listed_image(source, rows, row)), 2)
-            )
-    assert len(list((tmp_path / ".vectors.parquet.parts" / "parts").glob("*.npz"))) == 1
-    assert embedded(tiny_run, path, out) == [10]
+    assert embedded(tiny_run, path, out) < 17
     found = pq.read_table(out)
     assert len(found) == 17
     assert found["image"] == found["class"]  # each row leads to its image
@@ -328,15 +273,14 @@ def test_a_store_that_fails_for_long_costs_no_row(tiny_run, tmp_path, bucket, mo
 def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):
     """Up to the last digit of a vector, since ranks are processes of their own."""
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    sizes = embedded(tiny_run, pairs, one)
-    made = run_distributed(embedded, 2, tiny_run, pairs, two)
-    assert made == [sizes[::2], sizes[1::2]]
+    assert embedded(tiny_run, pairs, one) == 59
+    assert sorted(run_distributed(embedded, 2, tiny_run, pairs, two)) == [28, 31]
     tables = [pq.read_table(path).to_pydict() for path in (one, two)]
     assert tables[0].keys() == tables[1].keys()
     for name, column in tables[0].items():
         if "vector" in name:
             nulls = [[row for row, each in enumerate(t[name]) if each is None] for t in tables]
-            assert nulls[0] == nulls[1] == ([40] if name == "text_vectors" else [])
+            assert nulls[0] == nulls[1] == ([41] if name == "text_vectors" else [])
             flat = [np.concatenate([np.ravel(v) for v in t[name] if v is not None]) for t in tables]
             np.testing.assert_allclose(*flat, atol=1e-3)
         else:
@@ -345,12 +289,8 @@ def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):
     assert skipped[0] == skipped[1]
 
 
-def stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def test_a_file_of_something_else_is_kept(tiny_run, pairs, tmp_path):
-    """It is replaced with --overwrite alone, and so are parts that were begun."""
+    """It is replaced with --overwrite alone."""
     out = tmp_path / "vectors.parquet"
     pq.write_table(pa.table({"mine": [1]}), out)
     with pytest.raises(ValueError, match=r"exists, and was not made by this command; .*overwrite"):
@@ -360,32 +300,18 @@ def test_a_file_of_something_else_is_kept(tiny_run, pairs, tmp_path):
     by_class = DataConfig(train=str(pairs), class_column="kind")
     with pytest.raises(ValueError, match=r"made with class_column None, not kind; .*--overwrite"):
         protoclip.embed(tiny_run, by_class, out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "join_parts", stop)
-        with pytest.raises(KeyboardInterrupt):
-            protoclip.embed(tiny_run, by_class, out, overwrite=True)
-    assert "class" not in pq.read_schema(out).names
-    part = tmp_path / ".vectors.parquet.parts" / "parts" / "000000.npz"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    with pytest.raises(ValueError, match=r"000000.npz: damaged .*; delete .*\.parts, and give the"):
-        protoclip.embed(tiny_run, by_class, out, overwrite=True)
-    out.unlink()
     other = DataConfig(train=str(pairs), caption_column="kind")
-    with pytest.raises(ValueError, match=r"was made with class_column kind, not None"):
+    with pytest.raises(ValueError, match=r"was made with other data; choose another --out"):
         protoclip.embed(tiny_run, other, out)
-    with pytest.raises(ValueError, match=r"was made with other data, or before these were changed"):
-        protoclip.embed(tiny_run, replace(other, class_column="kind"), out)
     protoclip.embed(tiny_run, other, out, overwrite=True)
     assert pq.read_table(out)["captions"].to_pylist()[0] == ["blue"]
 
 
 @pytest.mark.parametrize("read", ["auto", "streaming"])
 def test_shards_give_each_sample_once(read, tiny_run, shards, tmp_path):
-    """A stream comes in another order, and gives samples again."""
+    """Also as a stream."""
     data = DataConfig(train=shards, read=read, shuffle_buffer=20)
-    number = 150 if read == "streaming" else None
-    out = protoclip.embed(tiny_run, data, tmp_path / "v.parquet", num_samples=number)
+    out = protoclip.embed(tiny_run, data, tmp_path / "v.parquet")
     found = {row["sample_id"].split("/")[-1]: row for row in pq.read_table(out).to_pylist()}
     assert len(found) == pq.read_metadata(out).num_rows == 96
     model, _, tokenizer = protoclip.load(tiny_run)

@@ -9,9 +9,7 @@ import torch
 import protoclip
 from protoclip.data.emoji import emoji_table, emoji_teacher_path
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.encode.encoder import embed_teacher
-from protoclip.encode.parts import begun_precision
-from protoclip.encode.teachers import read_teacher
+from protoclip.encode.teachers import embed_teacher, read_teacher
 
 CPU = torch.device("cpu")
 
@@ -32,8 +30,6 @@ def test_both_towers_of_a_run_are_teachers(tiny_run, tiny_parquet, tmp_path):
         assert made["precision"] == "fp32"  # which `auto` is on a CPU
         found.append(read_teacher(out).lookup(table["sample_id"].to_pylist()))
     assert facts == [(95, 16, 1, "image"), (96, 16, 0, "text")]
-    begun = {"precision": "auto"}  # as versions up to 1.0.0
-    assert begun_precision(begun, {}, "auto") == "auto"
     assert found[0].isnan().all(1).nonzero().tolist() == [[7]]
     model, transform, tokenizer = protoclip.load(tiny_run)
     for row in (0, 41, 95):

@@ -79,7 +79,7 @@ def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("explore {}/run --static {out}/pages --workers 0 --cache false", "{out}/pages"),
         ("explore {}/run --atlas {out}/t.parquet --workers 0 --cache false", "{out}/t.parquet"),
         ("export {}/run {out}/exported --formats open_clip", "{out}"),
-        ("embed {}/run --data {}/pairs.csv --out {out}/v.parquet", "{out}/.v.parquet.parts/parts/"),
+        ("embed {}/run --data {}/pairs.csv --out {out}/v.parquet", "{out}/.v.parquet.parts/"),
         ("embed-teacher --teacher {}/run --data.train {}/pairs.csv --out {out}/f", "{out}/f"),
         ("train --config {}/recipe.toml --run.out {out}/run", "{out}/run/checkpoints/step-"),
     ],

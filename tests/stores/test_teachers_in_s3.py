@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from protoclip.encode import teachers as fetched
-from protoclip.encode.store import StoredFeatures, write_folder
-from protoclip.encode.teachers import read_teacher
+from protoclip.encode.teachers import StoredFeatures, read_teacher, write_folder
 from protoclip.files import to_json
 
 IDS = ["a", "b", "c"]

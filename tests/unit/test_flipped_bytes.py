@@ -17,8 +17,8 @@ from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
 from protoclip.data.split import hold_out_rows
-from protoclip.encode.store import FULL, Store, hash_ids, write_folder
-from protoclip.encode.teachers import read_teacher
+from protoclip.encode.store import FULL, Store, hash_ids
+from protoclip.encode.teachers import read_teacher, write_folder
 from protoclip.evaluation.features import Listed, read_list, write_list
 from protoclip.evaluation.samples import SampleResults
 from protoclip.files import read_toml

@@ -9,7 +9,7 @@ import pytest
 from protoclip.config import Config, DataConfig, RunConfig
 from protoclip.data import sources
 from protoclip.data.pack import pack
-from protoclip.encode import parts
+from protoclip.encode import teachers
 from protoclip.export.run import stage_folder
 from protoclip.training.plan import resolve_settings
 from protoclip.training.run_folder import claimed, look
@@ -36,7 +36,7 @@ def exported(out: Path) -> None:
 OURS = {
     "train": (run, ".model.99/model.json", "checkpoints/.step-1.9/x", "results/.a.parquet.9.tmp"),
     "embed-teacher": (
-        lambda out: parts.claim(out, {}, name=out),
+        lambda out: teachers.read_finished(out, {}),
         ".facts.json.99.tmp",
         "parts/.00000.npz.99.tmp",
     ),
@@ -53,8 +53,6 @@ def test_only_what_the_command_made_is_removed(command: str, tmp_path: Path) -> 
     for name in (*USERS, *ours, ".model.old.protoclip/x"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("")
-    if command == "embed-teacher":
-        (out / "facts.json").write_text("{}")
     take(out)
     assert [name for name in USERS if not (out / name).exists()] == []
     assert [name for name in ours if (out / name).exists()] == []

@@ -1,6 +1,6 @@
 """`protoclip embed-teacher`: its options, and what it prints.
 
-The features are computed and written in `encode/encoder.py`.
+The features are computed and written in `encode/teachers.py`.
 """
 
 import shlex
@@ -44,7 +44,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
         with quick_imports():
             from protoclip.cli.data import open_source, print_notes
             from protoclip.distributed import collectives
-            from protoclip.encode.encoder import embed_teacher
+            from protoclip.encode.teachers import embed_teacher
 
         device = open_device(self.device)
         with collectives.process_group(device):

@@ -1,61 +1,70 @@
 """`protoclip.embed`: the vectors of images and captions in one Parquet file, for search engines.
 
-The pass writes parts (see `parts.py`) into a hidden folder beside the file. At the end the first
-rank joins them, a row group each, so that no more than one part is in memory.
+Features go to a store in a hidden folder beside the file, by the encoder and by the image file or
+the caption: an interrupted call goes on, and nothing is found that is of something else. At the end
+the first rank writes the file from it. Of a run of `align`, the features of both sides are read
+from the store that `align` filled, where it has them, and the projections alone compute.
 """
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from protoclip import __version__
 from protoclip.config import Config, DataConfig, build
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.content import content
-from protoclip.data.loader import Item
-from protoclip.data.pairs import BadSample, SampleStream
+from protoclip.data.pairs import BadSample, Sample, SampleStream
+from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
-from protoclip.encode import store
-from protoclip.encode.encoder import Encoder, encode_texts, freeze, image_encoder, text_encoder
-from protoclip.encode.halves import images_at_once
-from protoclip.encode.parts import (
-    Part,
-    Show,
-    begun_precision,
-    claim,
-    difference_in,
-    encode_missing,
-    identity,
-    parts_of,
-    prepare_images,
-    read_note,
-    read_part,
-    require_same,
-    write_skipped,
+from protoclip.encode.encoder import (
+    Encoder,
+    freeze,
+    image_encoder,
+    image_side,
+    text_encoder,
+    text_side,
 )
-from protoclip.encode.projected import KeptHalves, kept_halves
-from protoclip.files import locked, replacing, require_ours, require_regular, to_json
+from protoclip.encode.rows import features_folder
+from protoclip.encode.run import (
+    encode_missing,
+    hash_captions,
+    hash_images,
+    image_key,
+    images_at_once,
+    read_captions,
+    read_image,
+)
+from protoclip.encode.store import DAMAGED, Hashes, Store, hash_ids
+from protoclip.encode.stream import encode_stream, read_skipped
+from protoclip.encode.teachers import find_difference, identify, write_skipped
+from protoclip.files import checksum, locked, naming, require_ours, require_regular, to_json
 from protoclip.models import loading
-from protoclip.models.precision import Precision, autocast_encoding, resolve_encoding
+from protoclip.models.precision import Precision, autocast, resolve, resolve_encoding
+from protoclip.models.projections import FrozenEncoders, Projections
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.saved import checkpoints, facts_of, read_config, run_of
 from protoclip.rules import check
 from protoclip.terminal import say, without_secrets
 
-PART_ROWS = 2048
+GROUP_ROWS = 2048  # samples of a row group
 FACTS = b"protoclip"  # key of the schema's metadata
 WAY_OUT = "choose another --out, or give --overwrite"
 HALF = pa.list_(pa.float16())
@@ -95,10 +104,9 @@ def embed(
         out: The file. One of the same model, data and settings is left as it is.
         batch_size: Images or captions encoded at once; unset, 16 on a CPU and 256 on a card.
         device: As `run.device`.
-        precision: Of forward passes. `auto` is that of what is there: of a file that was begun, or
-            of images in the store of `align`; else bf16 or fp16 on a card, as in training, and fp32
-            elsewhere. Images that are kept in another precision are encoded anew.
-        num_samples: Samples to read of a stream.
+        precision: Of forward passes. `auto` is that of a file that is there, or in which a run of
+            `align` was trained; else bf16 or fp16 on a card, as in training, and fp32 elsewhere.
+        num_samples: Samples to read of a stream; unset, all.
         overwrite: Replace a file that is of something else.
 
     Returns:
@@ -108,20 +116,16 @@ def embed(
 
     Raises:
         ValueError: The model or the data cannot be used, no sample can be read, vectors are not
-            finite, or the file or its parts are of something else.
+            finite, or the file is of something else.
     """
     reference, out = str(reference), Path(out)
-    name = without_secrets(reference)
-    section = {"train": str(data)} if isinstance(data, str | Path) else data
-    config = build(Config, {"data": section})
+    config = build(Config, {"data": {"train": str(data)} if isinstance(data, str | Path) else data})
     check(config)
     samples: Any = raise_on_all_ranks(lambda: sources.pairs(config, needs_captions=False))
     for note in sources.list_notes(samples) if rank() == 0 else ():
         say(f"note: {note}")
     is_stream = isinstance(samples, SampleStream)
-    ids = raise_on_all_ranks(
-        lambda: identity(samples, () if is_stream else samples.sample_ids(), num_samples)
-    )
+    identity = raise_on_all_ranks(lambda: identify(samples, num_samples))
     with ExitStack() as stack:
         rank0_first(lambda: stack.enter_context(locked(out)))
         rank0_first(lambda: None if overwrite else require_free(out))
@@ -129,57 +133,60 @@ def embed(
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.device(device, setting="device")
-        model = freeze(model, device)
-        max_pixels = config.data.max_image_pixels
-        images = image_encoder(model, device, model.encode_image, transform, max_pixels=max_pixels)
-        texts = text_encoder(model, device, tokenizer, model.encode_text)
-        working = out.with_name(f".{out.name}.parts")
+        model, aligned_by = freeze(model, device), find_aligned_run(newest, model)
+        usual = resolve_encoding(precision, device)
+        if aligned_by is not None and precision == "auto":
+            usual = precision_of(*aligned_by, device)
+        most = config.data.max_image_pixels
+        images = image_encoder(model, device, model.encode_image, transform, max_pixels=most)
         settings = {
-            "reference": name,
-            **ids,
+            "reference": without_secrets(reference),
+            **identity,
             "class_column": config.data.class_column,
             "data": digest(samples.state_dict(0)) if is_stream else samples.key,
             **({"content": rank0_first(lambda: content(samples))} if is_stream else {}),
             "weights": images.checksum(),
             "width": images.width,
-            "part_rows": PART_ROWS,
+            "precision": usual,
         }
-        begun = rank0_first(lambda: begun_precision(begun_facts(out, working), settings, precision))
-        asked = precision if begun is None else resolve_encoding(begun, device)
-        kept = kept_halves(
-            *(newest, model, transform, tokenizer, samples, device, asked),
-            max_pixels=max_pixels,
-        )
-        settings["precision"] = begun or kept.precision
-        images.autocast = texts.autocast = autocast_encoding(kept.precision, device)
-        has_classes = any(getattr(each, "class_column", None) for each in samples.sources)
-        workers = config.data.workers
-        encode = partial(
-            encode_pairs,
-            images,
-            texts,
-            kept,
-            samples,
-            batch_size=batch_size or images_at_once(model),
-            threads=None if workers == "auto" else workers,
-            has_classes=has_classes,
-            name=name,
-        )
-
-        def claimed() -> tuple[dict[str, Any], list[Path]]:
-            facts, parts = claim_file(out, working, settings, overwrite)
-            if kept.note and "rows" not in facts:  # nothing is encoded for a file that is finished
-                say(f"note: {kept.note}")
-            return facts, parts
-
-        finished = encode_missing(encode, samples, claimed, working, settings, label=name)
-        facts = finished or rank0_first(lambda: join_parts(out, working, settings, has_classes))
+        facts = rank0_first(lambda: read_finished(out, settings, precision, overwrite))
+        verb = f"{out}: is finished"
+        if not facts:
+            verb, working = f"written to {out}", out.with_name(f".{out.name}.parts")
+            context = autocast(usual, device)
+            if aligned_by is None or not isinstance(transform, EvaluationTransform):
+                texts = text_encoder(model, device, tokenizer, model.encode_text)
+                images.autocast = texts.autocast = context
+                sides = open_side(images, working), open_side(texts, working)
+            else:
+                encoders, heads = FrozenEncoders(model.towers).eval(), Projections(model.towers)
+                images = image_side(encoders, transform, max_pixels=most, autocast=context)
+                texts = text_side(encoders, tokenizer, autocast=context)
+                root = features_folder(aligned_by[1])
+                # Nobody knows the size of an image that was encoded before.
+                of_images = root if most >= aligned_by[1].data.max_image_pixels else None
+                sides = (
+                    open_side(images, working, of_images, heads.encode_image),
+                    open_side(texts, working, root, heads.encode_text),
+                )
+            images.name = texts.name = settings["reference"]
+            workers = config.data.workers
+            passing: dict[str, Any] = {
+                "batch_size": batch_size or images_at_once(model),
+                "threads": None if workers == "auto" else workers,
+            }
+            if is_stream:
+                store = sides[0].store
+                samples = encode_stream(
+                    samples, working, images, store, number=num_samples, **passing
+                )
+            facts = encode_file(out, working, samples, *sides, settings, **passing)
     if rank() == 0:
-        announce(out, facts, f"{out}: is finished" if finished else f"written to {out}")
+        announce(out, facts, verb)
     return out
 
 
-def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:
+def announce(out: Path, facts: Mapping[str, Any], verb: str) -> None:
     """Say how many samples a file holds, and where those are listed that it lacks."""
     if facts["bad"]:
         number = facts["rows"] + facts["bad"]
@@ -197,7 +204,7 @@ def announce(out: Path, facts: Mapping[str, Any], what: str) -> None:
             f"note: {kept['images']:,} images and {kept['captions']:,} captions were encoded by "
             "align before, and not again"
         )
-    say(f"{what}; {facts['rows']:,} rows, vectors of width {facts['width']}")
+    say(f"{verb}; {facts['rows']:,} rows, vectors of width {facts['width']}")
 
 
 def skipped_of(out: Path) -> Path:
@@ -210,16 +217,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         require_regular(path)
         return dict(json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"{}")))
-    except (*store.DAMAGED, TypeError, RecursionError):
+    except (*DAMAGED, TypeError, RecursionError):
         return {}
-
-
-def begun_facts(out: Path, working: Path) -> dict[str, Any]:
-    """What the parts are of, or the file where there are none; empty if they do not say it."""
-    with suppress(ValueError):  # damaged parts are told by `claim`, or replaced
-        if facts := store.read_facts(working):
-            return facts
-    return read_facts(out)
 
 
 def require_free(out: Path) -> None:
@@ -229,162 +228,197 @@ def require_free(out: Path) -> None:
     require_ours(skipped_of(out), '"reason"')
 
 
-def claim_file(
-    out: Path, working: Path, settings: Mapping[str, Any], overwrite: bool
-) -> tuple[dict[str, Any], list[Path]]:
-    """The facts of a file that is finished; else those of its parts, and the parts that are there.
+def read_finished(
+    out: Path,
+    settings: Mapping[str, Any],
+    precision: Literal["auto"] | Precision,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """The facts of a file that is finished; none if there is none, or one to overwrite.
 
     Raises:
-        ValueError: The file, or what is there of it, is of other settings, unless `overwrite`.
+        ValueError: The file is of other settings, unless `overwrite`.
     """
-    for path in (out, skipped_of(out)):
-        drop_unfinished(path)
+    if out.exists():
+        require_regular(out)
     facts = read_facts(out)
-    if difference_in(facts, settings) is None:
-        shutil.rmtree(working, ignore_errors=True)  # it stays if the process was killed at the end
-        return facts, []
-    if overwrite:
-        if is_of_others(working, settings):
-            shutil.rmtree(working)
-    elif out.exists():
-        require_same(facts, settings, name=out, way_out=WAY_OUT)
-    return claim(working, settings, name=out, way_out=WAY_OUT)
+    what = find_difference(facts, settings, precision)
+    if what and not overwrite:
+        raise ValueError(f"{out}: was made with {what}; {WAY_OUT}")
+    return {} if what else facts
 
 
-def drop_unfinished(path: Path) -> None:
-    """Remove what `replacing` left of this file alone when its process was killed."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp", re.ASCII)
-    for left in path.parent.iterdir():
-        if ours.fullmatch(left.name):
-            left.unlink(missing_ok=True)
+def find_aligned_run(reference: str, model: Any) -> tuple[Path, Config] | None:
+    """The run of `align` whose model this is, and its settings; None for another model."""
+    run = run_of(reference)
+    if run is not None and isinstance(model, ProtoCLIP) and model.joins_encoders:
+        with suppress(ValueError):  # settings of another version, whose model can be read
+            return run, read_config(run)
+    return None
 
 
-def is_of_others(working: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the parts in a folder are of other settings, or nobody can tell."""
-    try:
-        facts = store.read_facts(working)
-    except ValueError:
-        return True
-    return bool(facts) and difference_in(facts, settings) is not None
+def precision_of(run: Path, config: Config, device: torch.device) -> Precision:
+    """The precision in which a run was trained; `auto` may have been another one on its machine."""
+    for checkpoint in reversed(checkpoints(run)):
+        with suppress(ValueError, OSError):  # a damaged one
+            noted = facts_of(checkpoint, "arithmetic").get("run.precision")
+            if noted in get_args(Precision):
+                return cast(Precision, noted)
+    return resolve(config.run.precision, device)
 
 
-def encode_pairs(
-    images: Encoder,
-    texts: Encoder,
-    kept: KeptHalves,
-    samples: Any,
-    items: Sequence[Item],
-    show: Show,
-    *,
-    batch_size: int,
-    threads: int | None,
-    has_classes: bool,
-    name: str,
-) -> Part:
-    """The vectors of samples and of all their captions, which stand one after another.
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """How vectors of one modality are made.
 
-    A sample may have none.
+    Attributes:
+        store: What this call encodes.
+        aligned: What `align` encoded; empty for other models.
+        project: Features to vectors of any norm; None where features are the vectors.
     """
-    known, vectors = kept.images_of(samples, items, images.width)
-    named, bad, done = {**known}, [], len(known)
-    missing = [position for position in range(len(items)) if position not in known]
-    to_read, left = [items[position] for position in missing], iter(missing)
-    show(done)
-    for batch in prepare_images(samples, to_read, images.prepare, batch_size, threads):
-        made = zip(islice(left, len(batch)), (one for _, one in batch), strict=True)
-        bad += [vars(one) for _, one in batch if isinstance(one, BadSample)]
-        good = {at: one for at, one in made if not isinstance(one, BadSample)}
-        named |= {at: (sample.sample_id, sample.captions) for at, (sample, _) in good.items()}
-        if good:
-            vectors[[*good]] = images.encode([pixels for _, pixels in good.values()])
-        done += len(batch)
-        show(done)
-    positions = sorted(named)
-    ids, captions = [named[at][0] for at in positions], [named[at][1] for at in positions]
-    files = [image_name(samples, items[at]) for at in positions]
-    classes = [samples.class_of(items[at]) or None for at in positions] if has_classes else []
-    every = list(chain(*captions))
-    unknown, text_vectors = kept.texts_of(every, texts.width)
-    for numbers, features in encode_texts(texts, [every[at] for at in unknown], batch_size):
-        text_vectors[unknown[numbers]] = features
-        show(done)  # images alone are counted, but it says that the work goes on
-    owners = [sample_id for sample_id, several in zip(ids, captions, strict=True) for _ in several]
-    return Part(
-        ids=ids,
-        bad=bad,
-        arrays={
-            "image": store.to_half(vectors[positions].numpy(), ids, name=name),
-            "text": store.to_half(text_vectors.numpy(), owners, name=name),
-        },
-        values={
-            **{"captions": captions, "images": files, "classes": classes},
-            "kept": {"images": len(known), "captions": len(every) - len(unknown)},
-        },
+
+    encoder: Encoder
+    store: Store
+    aligned: Store
+    project: Callable[[Tensor], Tensor] | None = None
+
+    def encode(
+        self, hashes: Hashes, read: Callable[[int], Sample], **settings: Any
+    ) -> dict[int, BadSample]:
+        """Encode what is nowhere yet, as `encode_missing`."""
+        new = np.flatnonzero(~self.aligned.has(hashes))
+        return encode_missing(
+            self.store, self.encoder, hashes[new], lambda n: read(int(new[n])), **settings
+        )
+
+    def has(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        return self.store.has(hashes) | self.aligned.has(hashes)
+
+    @torch.inference_mode()
+    def vectors(self, hashes: Hashes) -> npt.NDArray[np.float16]:
+        """Vectors of unit norm, in half precision, by ids that are there."""
+        features = np.empty((len(hashes), self.encoder.width), np.float16)
+        for store in (self.store, self.aligned):
+            numbers = store.find(hashes)
+            if len(store):
+                features[numbers >= 0] = store.read(numbers[numbers >= 0])
+        if self.project is None:
+            return features
+        rows = torch.from_numpy(features).float().to(self.encoder.device)
+        with self.encoder.autocast():
+            projected = self.project(rows).float()
+        vectors: npt.NDArray[np.float16] = F.normalize(projected, dim=-1).half().cpu().numpy()
+        return vectors
+
+
+def open_side(
+    encoder: Encoder,
+    working: Path,
+    root: Path | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
+) -> Side:
+    """A side that encodes into a working folder, and reads what `align` has below its folder. All
+    ranks call it."""
+    key = rank0_first(encoder.key)
+    return Side(
+        encoder=encoder,
+        store=Store(working / key, setting="--out"),
+        aligned=Store(None if root is None else root / checksum(key.encode())),
+        project=project,
     )
 
 
-def image_name(samples: Any, item: Item) -> str | None:
-    """The path or URL of an image, as the data name it; None for one in the data or a stream."""
-    name = samples.image_name(item) if isinstance(item, int) else None
-    return None if name is None else without_secrets(name)
-
-
-def join_parts(
-    out: Path, working: Path, settings: Mapping[str, Any], has_classes: bool
+def encode_file(
+    out: Path,
+    working: Path,
+    samples: Any,
+    images: Side,
+    texts: Side,
+    settings: Mapping[str, Any],
+    **passing: Any,
 ) -> dict[str, Any]:
-    """Make the parts a Parquet file, and remove them."""
-    files, skipped = parts_of(working), skipped_of(out)
-    rows, bad = write_skipped(files, skipped, settings["source"])
-    if not bad:
-        skipped.unlink(missing_ok=True)  # of a file that is replaced
-    kept, without = {"images": 0, "captions": 0}, 0
-    for note in map(read_note, files):
-        without += sum(not captions for captions in note["captions"])
-        for what in kept:  # versions that read nothing from a store may have begun the file
-            kept[what] += note.get("kept", {}).get(what, 0)
-    facts = {**settings, "rows": rows, "bad": bad, "without_captions": without, "kept": kept}
-    facts["version"] = __version__
-    types = {
-        "sample_id": pa.string(),
-        "image_vector": HALF,
-        "text_vectors": pa.list_(HALF),
-        "captions": pa.list_(pa.string()),
-        "image": pa.string(),
-    }
-    types |= {"class": pa.string()} if has_classes else {}
-    schema = pa.schema(types, metadata={FACTS: to_json(facts)})
-    with replacing(out) as temporary, temporary.open("wb") as file:
-        # A dictionary of vectors, which all differ, would be made for nothing.
-        with pq.ParquetWriter(file, schema, use_dictionary=["class"]) as writer:
-            for part in files:
-                note, arrays = read_part(part)
-                if note["ids"]:
-                    writer.write_table(pa.table(columns(note, arrays), schema=schema))
-        file.flush()
-        os.fsync(file.fileno())  # before the parts go
-    shutil.rmtree(working, ignore_errors=True)  # or the next call does
-    return facts
+    """Encode images and captions that are new, and write the file; its facts. Collective."""
+    image_hashes = hash_images(samples)
+    text_hashes, counts = hash_captions(samples)
+    ends = counts.cumsum()
+
+    def read_text(number: int) -> Sample:
+        row = int(np.searchsorted(ends, number, side="right"))
+        return read_captions(samples, row, number - int(ends[row] - counts[row]))
+
+    bad = images.encode(image_hashes, partial(read_image, samples), **passing)
+    texts.encode(text_hashes, read_text, **passing)
+
+    def write() -> dict[str, Any]:
+        skipped, is_good = read_skipped(samples), images.has(image_hashes)
+        for row in np.flatnonzero(~is_good | (counts == 0)).tolist():
+            error = bad.get(int(image_hashes[row]))
+            try:
+                samples.sample_captions(row)
+            except BadSample as unreadable:
+                error, is_good[row] = unreadable, False
+            if error is not None:
+                skipped.append({**vars(error), "sample_id": samples.sample_id(row)})
+        rows = np.flatnonzero(is_good)
+        write_skipped(skipped_of(out), skipped, samples.name, good=len(rows))
+        kept = {
+            "images": int(images.aligned.has(image_hashes[rows]).sum()),
+            "captions": int(texts.aligned.has(text_hashes[np.repeat(is_good, counts)]).sum()),
+        }
+        without = int((counts[rows] == 0).sum())
+        facts = {**settings, "rows": len(rows), "bad": len(skipped), "without_captions": without}
+        facts |= {"kept": kept, "version": __version__}
+        has_classes = any(getattr(source, "class_column", None) for source in samples.sources)
+        types = {
+            "sample_id": pa.string(),
+            "image_vector": HALF,
+            "text_vectors": pa.list_(HALF),
+            "captions": pa.list_(pa.string()),
+            "image": pa.string(),
+            **({"class": pa.string()} if has_classes else {}),
+        }
+        schema = pa.schema(types, metadata={FACTS: to_json(facts)})
+        temporary = working / out.name  # which goes with the folder if the process is killed
+        with naming(out):
+            working.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                # A dictionary of vectors, which all differ, would be made for nothing.
+                with pq.ParquetWriter(file, schema, use_dictionary=["class"]) as writer:
+                    for start in range(0, len(samples), GROUP_ROWS):
+                        first, end = np.searchsorted(rows, [start, start + GROUP_ROWS])
+                        if first < end:
+                            some = rows[first:end].tolist()
+                            columns = make_columns(samples, some, images, texts)
+                            columns = {name: columns[name] for name in types}
+                            writer.write_table(pa.table(columns, schema=schema))
+                file.flush()
+                os.fsync(file.fileno())  # before the store goes
+            temporary.replace(out)
+        shutil.rmtree(working, ignore_errors=True)
+        return facts
+
+    return rank0_first(write)
 
 
-def columns(
-    note: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[np.float16]]
-) -> dict[str, pa.Array]:
-    """The rows of a part."""
-    captions = note["captions"]
-    ends = list(accumulate(map(len, captions), initial=0))
+def make_columns(samples: Any, rows: Sequence[int], images: Side, texts: Side) -> dict[str, Any]:
+    """The columns of some rows, also the class."""
+    captions = [samples.sample_captions(row) for row in rows]
+    names = [samples.image_name(row) for row in rows]
     has_none = pa.array([not several for several in captions])
+    ends = list(accumulate(map(len, captions), initial=0))
+    vectors = list_rows(texts.vectors(hash_ids(chain(*captions))))
     return {
-        "sample_id": pa.array(note["ids"], pa.string()),
-        "image_vector": lists(arrays["image"]),
-        "text_vectors": pa.ListArray.from_arrays(ends, lists(arrays["text"]), mask=has_none),
-        "captions": pa.array([several or None for several in captions], pa.list_(pa.string())),
-        # Versions that named no images may have begun the file.
-        "image": pa.array(note.get("images", [None] * len(captions)), pa.string()),
-        **({"class": pa.array(note["classes"], pa.string())} if note["classes"] else {}),
+        "sample_id": [samples.sample_id(row) for row in rows],
+        "image_vector": list_rows(images.vectors(hash_ids(image_key(samples, r) for r in rows))),
+        "text_vectors": pa.ListArray.from_arrays(ends, vectors, mask=has_none),
+        "captions": [several or None for several in captions],
+        # The data may name images by URLs with passwords.
+        "image": [None if name is None else without_secrets(name) for name in names],
+        "class": [samples.class_of(row) or None for row in rows],
     }
 
 
-def lists(vectors: npt.NDArray[np.float16]) -> pa.Array:
+def list_rows(vectors: npt.NDArray[np.float16]) -> pa.Array:
     """Each row of an array as a list."""
     number, width = vectors.shape
     starts = np.arange(number + 1, dtype=np.int32) * width

@@ -1,13 +1,14 @@
-"""The pairs of `align` as rows: their images and captions, and what two frozen halves make of them.
+"""The pairs of `align` as rows: their images and captions, and their features by two encoders.
 
-The first rank lists the different images and captions in the store of the halves, and all ranks map
-the list. While the pairs stay as they are, later starts read it, and hash no name and no caption
-again. How rows are encoded and kept is in `halves.py`.
+An image is known by its file, or by its row in data that hold it; a caption by its text. So runs
+over the same or over more data encode what is new. The first rank lists the different images and
+captions beside the stores, and all ranks map the list. While the pairs stay as they are, later
+starts read it, and hash no name and no caption again.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,19 +22,126 @@ from torch import Tensor
 
 from protoclip.config import HALVES, Config
 from protoclip.data.captions import Key, normalise, number_of
-from protoclip.data.index import ArrowIndex, build_index, index_folder
+from protoclip.data.index import ArrowIndex, build_index, cache_folder, index_folder
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, flatten, nest, pair_numbers
 from protoclip.data.packed import Packed
-from protoclip.data.pairs import BadSample, Pairs
+from protoclip.data.pairs import Pairs, Sample
 from protoclip.data.sampler import caption_draws
+from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import AllBut, PairsView, to_array
-from protoclip.encode import store
+from protoclip.distributed.collectives import (
+    raise_on_all_ranks,
+    rank,
+    rank0_first,
+    require_shared,
+)
+from protoclip.encode import teachers
+from protoclip.encode.encoder import Encoder, image_side, text_side
+from protoclip.encode.linear_maps import (
+    BLOCK,
+    SAMPLE,
+    Features,
+    SecondMoments,
+    add_moments,
+    moments_of_images,
+)
+from protoclip.encode.run import (
+    encode_missing,
+    hash_captions,
+    hash_images,
+    image_key,
+    images_at_once,
+    read_captions,
+    read_image,
+)
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
-from protoclip.encode.whiten import Features, Whitens
+from protoclip.encode.teachers import TeacherFeatures
 from protoclip.files import checksum, to_json
+from protoclip.models.precision import Autocast
+from protoclip.models.projections import FrozenEncoders
+from protoclip.models.tokenizers import Tokenizer
 
-BLOCK = 2**14  # pairs whose captions are in memory at once
 FOLDER = "listings"
+SETTING = "align.features"  # says where the stores are
+
+
+def features_folder(config: Config) -> Path:
+    """Where the features of a run's encoders are."""
+    given = config.align.features
+    return cache_folder() / "features" if given is None else Path(given)
+
+
+def open_side(encoder: Encoder, root: Path) -> Store:
+    """The store of a side of `align`, by the key of its encoder. Collective."""
+    key = rank0_first(encoder.key)  # unlike hosts may compute other last digits
+    return Store(root / checksum(key.encode()), setting=SETTING)
+
+
+def encode_sides(
+    encoders: FrozenEncoders,
+    pairs: Pairs,
+    *,
+    tokenizer: Tokenizer,
+    transform: EvaluationTransform,
+    root: Path,
+    max_pixels: int,
+    autocast: Autocast,
+    threads: int | None = None,
+) -> "PairRows":
+    """Encode what is not in the stores yet, and open them. All ranks call it.
+
+    Args:
+        encoders: On their device, in evaluation mode.
+        root: Folder of the stores.
+
+    Raises:
+        ValueError: The folder cannot be used, or is damaged; or no image can be read.
+    """
+    at_once = images_at_once(encoders)
+    # The first rank decides for all: files may have other times on other hosts.
+    path = rank0_first(lambda: write_listing(pairs, root))
+    require_shared(path.with_suffix(".json"), by=SETTING)
+    listing = raise_on_all_ranks(lambda: open_listing(path))
+
+    encoder = image_side(encoders, transform, max_pixels=max_pixels, autocast=autocast)
+    images, hashes = open_side(encoder, root), listing.images
+    if rank() and not images.has(hashes).all():  # files have to be named as on the first rank
+        hashes = hash_ids(image_key(pairs, int(row)) for row in listing.rows)
+
+    def read_listed_image(number: int) -> Sample:
+        return read_image(pairs, int(listing.rows[number]))
+
+    encode_missing(images, encoder, hashes, read_listed_image, batch_size=at_once, threads=threads)
+    image_numbers = images.find(listing.images).astype(np.int32)
+    images.forget_order()
+    bad = (np.diff(listing.first) == 0) | (image_numbers < 0)
+
+    encoder = text_side(encoders, tokenizer, autocast=autocast)
+    texts, by_row = open_side(encoder, root), np.argsort(listing.text_rows, kind="stable")
+
+    def read_text(number: int) -> Sample:
+        return read_captions(
+            pairs, int(listing.text_rows[number]), int(listing.text_places[number])
+        )
+
+    encode_missing(
+        texts,
+        encoder,
+        listing.texts[by_row],
+        lambda number: read_text(int(by_row[number])),
+        batch_size=4 * at_once,
+    )
+    text_numbers = texts.find(listing.texts).astype(np.int32)
+    texts.forget_order()
+    return PairRows(
+        listing=listing,
+        image=images,
+        image_numbers=image_numbers,
+        text=texts,
+        text_numbers=text_numbers,
+        texts=lambda number: read_text(number).captions[0],
+        good=AllBut(len(bad), np.flatnonzero(bad)),
+    )
 
 
 class Listing(NamedTuple):
@@ -59,39 +167,102 @@ class Listing(NamedTuple):
     text_places: Numbers
 
 
-def located(pairs: Pairs, row: int) -> tuple[Any, int]:
-    """The source that holds a row, and its number there."""
-    return pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
+@dataclass(frozen=True, kw_only=True)
+class PairRows:
+    """The features of some pairs, which are images with all their captions.
 
+    Attributes:
+        listing: The images and captions of the pairs that were given.
+        image: The images.
+        image_numbers: The rows of the listed images in this store; -1 for a bad one.
+        text: The captions.
+        text_numbers: The rows of the listed texts in this store.
+        texts: Reads each text of the listing, by its number.
+        good: Which of the listed images these pairs are: those that can be read, with a caption.
+    """
 
-def image_key(pairs: Pairs, row: int) -> str:
-    """Names the image of a row, whatever else the run reads of its source."""
-    source, number = located(pairs, row)
-    return str(source.image_key(number))
+    listing: Listing
+    image: Store
+    image_numbers: npt.NDArray[np.int32]
+    text: Store
+    text_numbers: npt.NDArray[np.int32]
+    texts: Callable[[int], str]
+    good: AllBut
 
+    def __len__(self) -> int:
+        return len(self.good)
 
-def hashes_of_images(pairs: Pairs) -> Hashes:
-    """Equal for rows that name the same image file."""
-    return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
+    def image_rows(self, rows: Numbers) -> Tensor:
+        """The image features of rows `(b, q)`."""
+        return torch.from_numpy(self.image.read(self.image_numbers[self.good.at(rows)]))
 
+    def text_rows(self, captions: Numbers) -> Tensor:
+        """The features of listed captions `(c, q)`."""
+        return torch.from_numpy(self.text.read(self.text_numbers[self.listing.captions[captions]]))
 
-def hashes_of_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
-    """Of all captions, row after row; and how many each row has, which may be none."""
-    parts, counts = [], np.zeros(len(pairs), np.int64)
-    for start in range(0, len(pairs), BLOCK):
-        texts: list[str] = []
-        for row in range(start, min(start + BLOCK, len(pairs))):
-            with suppress(BadSample):
-                captions = pairs.sample_captions(row)
-                counts[row] = len(captions)
-                texts += captions
-        parts.append(hash_ids(texts))
-    return np.concatenate(parts), counts
+    def most_captions(self, share: float = 1.0) -> int:
+        """How many captions this share of the rows has at most."""
+        return int(np.quantile(np.diff(self.listing.first), share, method="lower"))
+
+    def counts(self, rows: Numbers) -> tuple[Numbers, Numbers]:
+        """Where the captions of each row begin, and how many they are."""
+        images = self.good.at(rows)
+        first = self.listing.first[images]
+        return first, self.listing.first[images + 1] - first
+
+    def draw_captions(
+        self, rows: Numbers, draws: npt.NDArray[np.float32], number: int = 1
+    ) -> Numbers:
+        """Listed captions: `number` of every row, by draws in [0, 1), as `CaptionDraw` does."""
+        first, counts = self.counts(rows)
+        drawn = (draws * counts).astype(np.int64)[:, None] + np.arange(number)
+        return (first[:, None] + drawn % counts[:, None]).ravel()
+
+    def groups(
+        self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]
+    ) -> Numbers:
+        """The keys of rows with the drawn captions `(b, k)`, as batches of images have them."""
+        keys = []
+        for key in by:
+            if key == "caption":
+                texts = map(self.texts, self.listing.captions[captions].tolist())
+                keys.append([number_of(normalise(text)) for text in texts])
+            else:
+                features = self.image_rows(rows).numpy()
+                keys.append([number_of(row.tobytes()) for row in features])
+        return np.stack([np.array(numbers) for numbers in keys], axis=1)
+
+    def all_captions(self, rows: Numbers) -> Numbers:
+        """All listed captions of these rows, row after row."""
+        first, counts = self.counts(rows)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        captions: Numbers = np.repeat(first, counts) + within
+        return captions
+
+    def mean_text_rows(self, rows: Numbers) -> Tensor:
+        """The mean over the captions of each row `(b, q)`."""
+        _, counts = self.counts(rows)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        features = self.text_rows(self.all_captions(rows))
+        sums = torch.zeros(len(rows), self.text.width)
+        sums.index_add_(0, torch.from_numpy(owner), features.float())
+        return (sums / torch.from_numpy(counts)[:, None]).half()
+
+    def second_moments(self, device: torch.device) -> SecondMoments:
+        """Those of the plain images and of all their captions, of `SAMPLE` images at most."""
+        chosen = np.arange(0, len(self), -(-len(self) // SAMPLE))
+        parts = []
+        for rows in np.array_split(chosen, -(-len(chosen) // BLOCK)):
+            counts = torch.from_numpy(self.counts(rows)[1])
+            x = self.image_rows(rows).to(device)
+            y = self.text_rows(self.all_captions(rows)).to(device)
+            parts.append(moments_of_images(x, y, counts))
+        return add_moments(parts)
 
 
 def list_pairs(pairs: Pairs) -> Listing:
-    images = hashes_of_images(pairs)
-    captions, counts = hashes_of_captions(pairs)
+    images = hash_images(pairs)
+    captions, counts = hash_captions(pairs)
     _, rows, image = np.unique(images, return_index=True, return_inverse=True)
     first_rows, rows = rows[image], np.sort(rows)
     shown = np.searchsorted(rows, first_rows)
@@ -142,113 +313,23 @@ def open_listing(path: Path) -> Listing:
     return Listing(**cells)
 
 
-SAMPLE = 2**14  # pairs that a whitening is fitted to
+class SideTeacher(TeacherFeatures):
+    """A side of `align` as an external teacher: it groups pairs by their features.
 
-
-@dataclass(frozen=True, kw_only=True)
-class HalfRows:
-    """What both halves know of some pairs, which are images with all their captions.
-
-    Attributes:
-        listing: The images and captions of the pairs that were given.
-        image: The images.
-        image_numbers: The rows of the listed images in this store; -1 for a bad one.
-        text: The captions.
-        text_numbers: The rows of the listed texts in this store.
-        texts: Reads each text of the listing, by its number.
-        good: Which of the listed images these pairs are: those that can be read, with a caption.
-    """
-
-    listing: Listing
-    image: Store
-    image_numbers: npt.NDArray[np.int32]
-    text: Store
-    text_numbers: npt.NDArray[np.int32]
-    texts: Callable[[int], str]
-    good: AllBut
-
-    def __len__(self) -> int:
-        return len(self.good)
-
-    def image_rows(self, rows: Numbers) -> Tensor:
-        """The image features of rows `(b, q)`."""
-        return torch.from_numpy(self.image.read(self.image_numbers[self.good.at(rows)]))
-
-    def text_rows(self, captions: Numbers) -> Tensor:
-        """The features of listed captions `(c, q)`."""
-        return torch.from_numpy(self.text.read(self.text_numbers[self.listing.captions[captions]]))
-
-    def most_captions(self, share: float = 1.0) -> int:
-        """How many captions this share of the rows has at most."""
-        return int(np.quantile(np.diff(self.listing.first), share, method="lower"))
-
-    def counts(self, rows: Numbers) -> tuple[Numbers, Numbers]:
-        """Where the captions of each row begin, and how many they are."""
-        images = self.good.at(rows)
-        first = self.listing.first[images]
-        return first, self.listing.first[images + 1] - first
-
-    def drawn_captions(
-        self, rows: Numbers, draws: npt.NDArray[np.float32], each: int = 1
-    ) -> Numbers:
-        """Listed captions: `each` of every row, by draws in [0, 1), as `CaptionDraw` does."""
-        first, counts = self.counts(rows)
-        drawn = (draws * counts).astype(np.int64)[:, None] + np.arange(each)
-        return (first[:, None] + drawn % counts[:, None]).ravel()
-
-    def groups(
-        self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]
-    ) -> Numbers:
-        """The keys of rows with the drawn captions `(b, k)`, as batches of images have them."""
-
-        def same_text() -> Numbers:
-            texts = map(self.texts, self.listing.captions[captions].tolist())
-            return np.array([number_of(normalise(text)) for text in texts])
-
-        def same_image() -> Numbers:
-            features = self.image_rows(rows).numpy()
-            return np.array([number_of(row.tobytes()) for row in features])
-
-        keys: dict[Key, Callable[[], Numbers]] = {
-            "caption": same_text,
-            "image": same_image,
-        }
-        return np.stack([keys[key]() for key in by], axis=1)
-
-    def all_captions(self, rows: Numbers) -> Numbers:
-        """All listed captions of these rows, row after row."""
-        first, counts = self.counts(rows)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        captions: Numbers = np.repeat(first, counts) + within
-        return captions
-
-    def mean_text_rows(self, rows: Numbers) -> Tensor:
-        """The mean over the captions of each row `(b, q)`."""
-        _, counts = self.counts(rows)
-        owner = np.repeat(np.arange(len(rows)), counts)
-        features = self.text_rows(self.all_captions(rows))
-        sums = torch.zeros(len(rows), self.text.width)
-        sums.index_add_(0, torch.from_numpy(owner), features.float())
-        return (sums / torch.from_numpy(counts)[:, None]).half()
-
-
-class HalfTeacher(Whitens):
-    """A frozen half as an external teacher: it groups pairs by the features that it makes of them.
-
-    These never change, so all are whitened at once, and kept in memory: 128 bytes a pair.
+    These never change, so all are whitened at once, and stay in memory: 128 bytes a pair.
 
     Args:
-        of: The features of rows.
-        index: Sample ids and rows, as `store.build_index` gives them.
+        read: The features of rows.
+        index: Sample ids and rows, as `teachers.index_pairs` gives them.
     """
 
-    def __init__(self, of: Callable[[Numbers], Tensor], index: Hashes, width: int) -> None:
-        self.of, self.width = of, width
+    def __init__(self, read: Callable[[Numbers], Tensor], index: Hashes, width: int) -> None:
+        self.read, self.width = read, width
         self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples, all of which are known."""
-        return self.of(self.row_of_hash[np.searchsorted(self.hashes, hash_ids(sample_ids))])
+        return self.read(self.row_of_hash[np.searchsorted(self.hashes, hash_ids(sample_ids))])
 
     def whiten(self, width: int) -> None:
         super().whiten(width)
@@ -256,40 +337,41 @@ class HalfTeacher(Whitens):
             return
         rows = np.arange(len(self.hashes))
         blocks = np.array_split(rows, -(-len(rows) // BLOCK))
-        kept = torch.cat([self.whitened(self.of(block)).half() for block in blocks])
-        self.of, self.width, self.whitening = kept.__getitem__, kept.shape[1], None
+        whitened = torch.cat([self.whitened(self.read(block)).half() for block in blocks])
+        self.read, self.width, self.whitening = whitened.__getitem__, whitened.shape[1], None
 
     def sample(self) -> Features:
-        step = max(1, len(self.hashes) // SAMPLE)
-        rows: Features = self.of(np.sort(self.row_of_hash[::step])).numpy()
+        step = max(1, len(self.hashes) // teachers.SAMPLE)
+        rows: Features = self.read(np.sort(self.row_of_hash[::step])).numpy()
         return rows
 
 
-def half_teachers(config: Config, pairs: Pairs, halves: HalfRows) -> dict[str, HalfTeacher]:
-    """The frozen halves that group the pairs of a run, by the names of its teachers."""
-    teachers = config.external_teachers
-    if {teacher.features for teacher in teachers.values()}.isdisjoint(HALVES.values()):
-        return {}
-    index = store.build_index(hash_ids(pairs.sample_ids()), pairs.sample_id, name=pairs.name)
-    of = {
-        HALVES["image_half"]: (halves.image_rows, halves.image.width),
-        HALVES["text_half"]: (halves.mean_text_rows, halves.text.width),
+def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, SideTeacher]:
+    """The sides that group the pairs of a run, by the names of its teachers."""
+    chosen = {
+        name: teacher.features
+        for name, teacher in config.external_teachers.items()
+        if teacher.features in HALVES.values()
     }
+    if not chosen:
+        return {}
+    index = teachers.index_pairs(pairs)
+    image = SideTeacher(encoded.image_rows, index, encoded.image.width)
+    text = SideTeacher(encoded.mean_text_rows, index, encoded.text.width)
     return {
-        name: HalfTeacher(of[teacher.features][0], index, of[teacher.features][1])
-        for name, teacher in teachers.items()
-        if teacher.features in of
+        name: copy(image if features == HALVES["image_half"] else text)
+        for name, features in chosen.items()
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowLoader(EpisodeLoader):
-    """An `EpisodeLoader` whose images and captions are rows that the halves made of them.
+    """An `EpisodeLoader` whose images and captions are rows that the encoders made of them.
 
     Every pair is good, and nothing is decoded, so it needs no workers.
     """
 
-    halves: HalfRows
+    encoded: PairRows
 
     def batches_of(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass: a pure function of it, with any number of ranks."""
@@ -301,23 +383,25 @@ class RowLoader(EpisodeLoader):
             numbers = np.arange(begin, min(begin + stride, size))
             position = np.array_split(numbers, self.world_size)[self.rank]
             rows = all_rows[position]
-            each = self.captions.number
-            drawn = self.halves.drawn_captions(rows, captions[position], each)
-            hashes = self.halves.listing.texts[self.halves.listing.captions[drawn]]
-            image = self.halves.image_rows(rows)
-            of_pairs = np.repeat(rows, each)
-            sample_ids = [self.pairs.sample_id(int(row)) for row in of_pairs]
+            number = self.captions.number
+            drawn = self.encoded.draw_captions(rows, captions[position], number)
+            hashes = self.encoded.listing.texts[self.encoded.listing.captions[drawn]]
+            image = self.encoded.image_rows(rows)
+            pair_rows = np.repeat(rows, number)
+            sample_ids = [self.pairs.sample_id(int(row)) for row in pair_rows]
             tensors: dict[str, Any] = {
-                "position": torch.from_numpy(pair_numbers(position, each)),
+                "position": torch.from_numpy(pair_numbers(position, number)),
                 "image": image,
-                "text": self.halves.text_rows(drawn),
+                "text": self.encoded.text_rows(drawn),
             }
             if wanted.with_features:
-                tensors["features"] = {n: of(sample_ids) for n, of in self.features_of.items()}
+                tensors["features"] = {
+                    name: read(sample_ids) for name, read in self.features_of.items()
+                }
             if wanted.group_by:
-                groups = self.halves.groups(self.pairs, of_pairs, drawn, wanted.group_by)
+                groups = self.encoded.groups(self.pairs, pair_rows, drawn, wanted.group_by)
                 tensors["groups"] = torch.from_numpy(groups)
             self.on_read(len(rows), [])
             fields = nest(Packed.of(flatten(tensors)).send(self.device))
-            captions_of = [each.tobytes() for each in hashes]
-            yield Batch(sample_id=sample_ids, captions=captions_of, **fields)
+            keys = [one.tobytes() for one in hashes]
+            yield Batch(sample_id=sample_ids, captions=keys, **fields)

@@ -1,51 +1,216 @@
 """The one loop in which frozen models encode: items are read ahead, and bad ones passed over.
 
-Ranks take turns in the units of a pass, so a unit has the same items, and its features the same
-bits, for any number of ranks.
+`encode_missing` fills a store with what it lacks of some items, for whoever reads it then. Ranks
+take turns in the units of a pass, so a unit has the same items, and its features the same bits, for
+any number of ranks.
 """
 
+import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.data import access
-from protoclip.data.pairs import BadSample
+from protoclip.data.pairs import BadSample, Pairs, Sample
+from protoclip.data.view import PairsView
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import (
     all_gather,
+    all_gather_object,
     any_rank,
     raise_on_all_ranks,
     rank,
+    rank0_first,
     world_size,
 )
 from protoclip.distributed.cores import cores
-from protoclip.encode.store import Hashes, Store
+from protoclip.encode.encoder import Encoder, device_of
+from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
+from protoclip.files import checksum, locked
 from protoclip.models import lora
+from protoclip.progress import Progress
 
 BLOCK_ROWS = 2**11  # that are encoded before they are written
+TURNS = 2**7  # of the loop after which what was encoded is written, however little it is
+TEXTS_AT_ONCE = 2**13  # items of texts among which those of similar length are encoded together
+ROWS_AT_ONCE = 2**14  # whose captions are in memory
+WAIT = 60.0  # seconds for another process that writes to the store
 T = TypeVar("T")
 Made = TypeVar("Made")
 Prepared = tuple[int, Any]  # the hash of an item's id, and the model's input; None if it is known
 Outcome = int | BadSample  # the hash of an item's id, or what is wrong with the item
 
 
-@runtime_checkable
-class Encodes(Protocol):
-    """What the loop needs of a frozen model."""
+def encode_missing(
+    store: Store,
+    encoder: Encoder,
+    hashes: Hashes,
+    read: Callable[[int], Sample],
+    *,
+    batch_size: int,
+    threads: int | None = None,
+) -> dict[int, BadSample]:
+    """Encode into a store the items that it lacks, in their order. All ranks call it.
 
-    module: Any
-    device: torch.device
+    Items are numbers, and those of equal hashes are one. The feature of a sample's texts is the
+    mean over them. One process at a time adds to a store.
 
-    def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]: ...
+    Args:
+        hashes: Of the ids of all items.
+        read: The sample that an item is; raises `BadSample`.
+        batch_size: Images or texts encoded at once.
+        threads: How many read images; unset, one a core.
+
+    Returns:
+        What is wrong with items that the store still lacks, by their hashes.
+
+    Raises:
+        ValueError: The store cannot be used, ranks see other items or weights, features are not
+            finite, or for long no remote image could be read.
+    """
+    if store.has(hashes).all():  # reading disturbs nobody
+        return {}
+    bad, done, is_text = dict[int, BadSample](), 0, encoder.reads == "text"
+
+    def prepare(number: int) -> Prepared:
+        return int(hashes[number]), prepare_sample(encoder, read(number))
+
+    def lock() -> OSError | ValueError | None:
+        way_out = f"name another by {store.setting}"
+        try:
+            stack.enter_context(locked(store.folder, way_out=way_out, wait=WAIT))  # type: ignore[arg-type]
+        except (OSError, ValueError) as error:  # what it lacks may be bad images alone
+            return error
+        return None
+
+    with ExitStack() as stack:
+        if store.folder is not None and not store.is_optional:
+            store.refusal = rank0_first(lock)
+            store.open()
+        missing = np.flatnonzero(~store.has(hashes))
+        missing = np.sort(missing[np.unique(hashes[missing], return_index=True)[1]])
+        if not len(missing):  # another process was faster
+            return {}
+        require_same_for_all_ranks(encoder, hashes)
+        progress = Progress(f"encode {encoder.reads}s with {encoder.name}", len(missing))
+
+        def count(made: Round) -> None:
+            nonlocal done
+            for number, outcome in made.items:
+                if isinstance(outcome, BadSample):
+                    bad[int(hashes[number])] = outcome
+            done += len(made.items) * world_size()
+            if rank() == 0:
+                progress.update(min(done, len(missing) - 1))
+
+        encode_into(
+            store,
+            encoder,
+            units_of_rank(missing.tolist(), TEXTS_AT_ONCE if is_text else batch_size),
+            prepare,
+            batch_size=batch_size if is_text else None,
+            threads=0 if is_text else threads,
+            after=count,
+        )
+        if rank() == 0:
+            progress.update(len(missing))
+    return dict(chain.from_iterable(each.items() for each in all_gather_object(bad)))
+
+
+def prepare_sample(encoder: Encoder, sample: Sample) -> Any:
+    """The model's input; raises `BadSample`."""
+    try:
+        return encoder.prepare(sample)
+    except ValueError as error:
+        raise BadSample(sample.sample_id, sample.where, str(error)) from error
+
+
+def require_same_for_all_ranks(encoder: Encoder, hashes: Hashes) -> None:
+    """Refuse a host that would store features of other weights, or under other names.
+
+    Embeddings of positions are left out: machines interpolate them with other last digits.
+    """
+    if world_size() == 1:
+        return
+    ranks = all_gather_object([checksum(hashes.tobytes()), encoder.checksum(without="pos")])
+
+    def compare() -> None:
+        if ranks[rank()] != ranks[0]:
+            raise ValueError(
+                f"{encoder.name}: {socket.gethostname()} sees other samples (names, sizes or times "
+                "of files count) or weights than rank 0; let all hosts read the same files, or "
+                "copy them with their times"
+            )
+
+    raise_on_all_ranks(compare)
+
+
+def images_at_once(model: torch.nn.Module) -> int:
+    """How many images a frozen model encodes at once: with more, a CPU's work leaves its caches."""
+    return 16 if device_of(model).type == "cpu" else 256
+
+
+def locate(pairs: Pairs, row: int) -> tuple[Any, int]:
+    """The source that holds a row, and its number there."""
+    return pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
+
+
+def image_key(pairs: Pairs, row: int) -> str:
+    """Names the image of a row, whatever else the run reads of its source."""
+    source, number = locate(pairs, row)
+    return str(source.image_key(number))
+
+
+def hash_images(pairs: Pairs) -> Hashes:
+    """Equal for rows that name the same image file."""
+    return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
+
+
+def hash_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
+    """The hashes of all captions, row after row; and how many each row has, which may be none."""
+    parts, counts = [], np.zeros(len(pairs), np.int64)
+    for start in range(0, len(pairs), ROWS_AT_ONCE):
+        texts: list[str] = []
+        for row in range(start, min(start + ROWS_AT_ONCE, len(pairs))):
+            with suppress(BadSample):
+                captions = pairs.sample_captions(row)
+                counts[row] = len(captions)
+                texts += captions
+        parts.append(hash_ids(texts))
+    return np.concatenate(parts), counts
+
+
+def read_image(pairs: Pairs, row: int) -> Sample:
+    """The image of a row, without captions."""
+    source, number = locate(pairs, row)
+    return Sample(
+        sample_id=source.sample_id(number),
+        image=source.encoded(number),
+        captions=(),
+        where=source.where(number),
+    )
+
+
+def read_captions(pairs: Pairs, row: int, place: int | None = None) -> Sample:
+    """The captions of a row, or the one at a place among them, without the image."""
+    captions = pairs.sample_captions(row)
+    return Sample(
+        sample_id=pairs.sample_id(row),
+        image=b"",
+        captions=captions if place is None else captions[place : place + 1],
+        where=pairs.name,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +235,7 @@ def units_of_rank(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def encode(
-    encoder: Encodes,
+    encoder: Encoder,
     units: Iterable[Sequence[T]],
     prepare: Callable[[T], Prepared],
     *,
@@ -100,8 +265,8 @@ def encode(
     try:
         while True:
             read = raise_on_all_ranks(lambda: next(coming, None))
-            found = [each for _, each in read or () if not isinstance(each, BadSample)]
-            new = [(hash_, given) for hash_, given in found if given is not None]
+            prepared = [one for _, one in read or () if not isinstance(one, BadSample)]
+            new = [(hash_, given) for hash_, given in prepared if given is not None]
             goes_on, has_new = any_rank([read is not None, bool(new)])
             if not goes_on:
                 return
@@ -111,32 +276,39 @@ def encode(
                 if all_pass:  # a rank that fails in it ends, since others wait there
                     made = encoder.encode(inputs or [blank()])[: len(new)]  # type: ignore[misc]
                 else:
-                    made = raise_on_all_ranks(partial(encode_any, encoder, inputs, batch_size))
+                    made = raise_on_all_ranks(partial(encode_some, encoder, inputs, batch_size))
                 own = np.array([hash_ for hash_, _ in new], np.uint64)
                 hashes, features = gather_rows(own, made, encoder.device)
             items = [
-                (item, each if isinstance(each, BadSample) else each[0])
-                for item, each in read or ()
+                (item, one if isinstance(one, BadSample) else one[0]) for item, one in read or ()
             ]
             yield Round(items=items, hashes=hashes, features=features)
     finally:
         coming.close()
 
 
-def encode_any(encoder: Encodes, inputs: list[Any], batch_size: int | None) -> Float[Tensor, "b q"]:
-    """Features of any number of inputs; of texts, if `batch_size` is set."""
+def encode_some(
+    encoder: Encoder, inputs: list[Any], batch_size: int | None
+) -> Float[Tensor, "b q"]:
+    """Features of any number of inputs: samples of texts, if `batch_size` is set."""
     if not inputs:
         return torch.zeros(0, 0)
     if batch_size is None:
         return encoder.encode(inputs)
-    order = sorted(range(len(inputs)), key=lambda number: -len(inputs[number]))
-    made = [
-        encoder.encode([inputs[number] for number in order[first : first + batch_size]])
+    texts = [*chain.from_iterable(inputs)]
+    order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+    batches = [
+        encoder.encode([texts[number] for number in order[first : first + batch_size]])
         for first in range(0, len(order), batch_size)
     ]
-    features = torch.empty(len(order), made[0].shape[1])
-    features[torch.tensor(order)] = torch.cat(made)
-    return features
+    made = torch.cat(batches)
+    features = torch.empty_like(made)
+    features[torch.tensor(order)] = made
+    if not encoder.unit_norm:
+        assert len(texts) == len(inputs), "several texts have no mean of a norm that counts"
+        return features
+    owner = torch.repeat_interleave(torch.tensor([len(several) for several in inputs]))
+    return F.normalize(torch.zeros(len(inputs), made.shape[1]).index_add_(0, owner, features))
 
 
 def gather_rows(
@@ -152,30 +324,6 @@ def gather_rows(
     return numbers.view(np.uint64), all_gather(features.to(device)).cpu()
 
 
-@dataclass
-class Patience:
-    """Remote images in a row that the network or the store kept back.
-
-    Attributes:
-        failed: How many there are since the last good sample.
-        since: When reading the first of them began, in seconds of the monotonic clock.
-    """
-
-    failed: int = 0
-    since: float = 0.0
-
-    def add(self, one: object, began: float, ended: float) -> None:
-        """Count what was read, or a bad sample; raises `ValueError` when it has lasted too long."""
-        if not isinstance(one, BadSample):
-            self.failed = 0
-        elif is_kept_back(one):
-            self.since = self.since if self.failed else began
-            self.failed += 1
-            if ended - self.since > access.PATIENCE_SECONDS:
-                what = f"{self.failed} samples in a row"
-                raise ValueError(access.too_slow(what, one))
-
-
 def is_kept_back(bad: BadSample) -> bool:
     """Whether a remote image may be read later: it is not missing, refused or damaged."""
     met: BaseException | None = bad
@@ -189,6 +337,8 @@ def read_ahead(
     units: Iterable[Sequence[T]], prepare: Callable[[T], Made], threads: int | None
 ) -> Generator[list[tuple[T, Made | BadSample]], None, None]:
     """Items with what `prepare` makes of them, a unit at a time; see `encode`.
+
+    Raises `ValueError` when the network or a store has kept back images for long.
 
     Who leaves before the last unit closes the iterator, or the garbage collector may do so in one
     of its threads, which cannot wait for itself.
@@ -207,9 +357,8 @@ def read_ahead(
         for unit in units:
             yield [(item, prepared(item)[0]) for item in unit]
         return
-    patience, following = Patience(), iter(units)
-    pool = ThreadPoolExecutor(threads or cores())
-    reader = ThreadPoolExecutor(1)
+    failed, since, following = 0, 0.0, iter(units)  # remote images in a row, and since when
+    pool, reader = ThreadPoolExecutor(threads or cores()), ThreadPoolExecutor(1)
 
     def begin_next() -> "list[tuple[T, Future[Any]]] | None":
         unit = next(following, None)
@@ -220,7 +369,12 @@ def read_ahead(
         while (begun := coming.result()) is not None:
             made = [(item, future.result()) for item, future in begun]
             for _, (one, began, ended) in made:
-                patience.add(one, began, ended)
+                if not isinstance(one, BadSample):
+                    failed = 0
+                elif is_kept_back(one):
+                    failed, since = failed + 1, since if failed else began
+                    if ended - since > access.PATIENCE_SECONDS:
+                        raise ValueError(access.too_slow(f"{failed} samples in a row", one))
             coming = reader.submit(begin_next)
             yield [(item, one) for item, (one, _, _) in made]
     finally:
@@ -230,41 +384,44 @@ def read_ahead(
 
 def encode_into(
     store: Store,
-    encoder: Encodes,
+    encoder: Encoder,
     units: Iterable[Sequence[T]],
     prepare: Callable[[T], Prepared],
     *,
     batch_size: int | None = None,
     threads: int | None = None,
-    after: Callable[[Round], None] = lambda made: None,
+    after: Callable[[Round], None],
     written: Callable[[], None] = lambda: None,
 ) -> None:
     """Encode items into a store, some thousand at a time. All ranks call it; see `encode`.
 
     Args:
         after: Is called by each rank after each round.
-        written: Is called by each rank when all rows so far are in the store.
+        written: Is called by all ranks when all rows so far are in the store.
     """
-    hashes, features, number = list[Hashes](), list[Tensor](), 0
+    new = list[tuple[Hashes, Tensor]]()
 
     def write() -> None:
-        nonlocal number
-        if number:
-            store.add(np.concatenate(hashes), torch.cat(features).numpy())
-        hashes.clear()
-        features.clear()
-        number = 0
-        raise_on_all_ranks(written)
+        if new:
+            features = torch.cat([rows for _, rows in new]).numpy()
+            with np.errstate(over="ignore"):
+                features = features.astype(store.dtype)
+            if not np.isfinite(features).all():  # the same bits on every rank
+                raise ValueError(
+                    f"{encoder.name}: features are not finite in {store.dtype}, or larger than "
+                    f"{np.finfo(store.dtype).max:g}; choose another model"
+                )
+            store.add(np.concatenate([hashes for hashes, _ in new]), features)
+            new.clear()
+        written()
 
     rounds = encode(encoder, units, prepare, batch_size=batch_size, threads=threads)
     with closing(rounds):
-        for made in rounds:
+        for turn, made in enumerate(rounds, 1):
             raise_on_all_ranks(partial(after, made))
             if len(made.hashes):
-                hashes.append(made.hashes)
-                features.append(made.features)
-                number += len(made.hashes)
-            if number >= BLOCK_ROWS:
+                new.append((made.hashes, made.features))
+            if turn % TURNS == 0 or sum(len(hashes) for hashes, _ in new) >= BLOCK_ROWS:
                 write()
-    write()
+        write()
     store.open()

@@ -1,15 +1,15 @@
-"""A stream that passes the frozen image half once, as `align` takes shards that it cannot keep.
+"""A stream that passes a frozen encoder once, as shards are read that no disk can keep.
 
-Each shard is read front to back. The features of its images go to the store, as those of other
-pairs do (see `halves.py`), and its ids and captions into a table there. From then on the run reads
-this table, whose pairs have no images any more.
+Each shard is read front to back. The features of its images go to a store, and its ids and captions
+into a table. Whoever asked reads this table then, whose pairs have no images any more.
 """
 
+import json
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from protoclip.data import access
-from protoclip.data.access import is_url
+from protoclip.data.access import GO_ON, is_url
 from protoclip.data.pairs import (
     LOST,
     MAX_IMAGE_PIXELS,
@@ -30,22 +29,20 @@ from protoclip.data.pairs import (
 from protoclip.data.shards import shard_stem
 from protoclip.data.stream import MAX_FAILED, Item, ShardStream, shard_facts
 from protoclip.data.view import mix_pairs
-from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
+    all_gather_object,
     raise_on_all_ranks,
     rank,
     rank0_first,
     require_shared,
     world_size,
 )
-from protoclip.encode import store
-from protoclip.encode.halves import SETTING, WAIT, ImageHalf
-from protoclip.encode.run import Prepared, Round, encode_into
+from protoclip.encode.encoder import Encoder
+from protoclip.encode.run import Prepared, Round, encode_into, prepare_sample
 from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
     checksum,
     file_checksum,
-    left_by_killed,
     locked,
     read_sealed,
     replacing,
@@ -56,26 +53,43 @@ from protoclip.files import (
 from protoclip.progress import Progress
 from protoclip.terminal import without_secrets
 
-TABLE, FOLDER, NOTES = "pairs.arrow", "streams", "shards"
+FOLDER, NOTES, TABLE, FACTS, BAD = "streams", "shards", "pairs.arrow", "facts.json", "bad.jsonl"
 SCHEMA = pa.schema(
     {"sample_id": pa.string(), "image": pa.string(), "captions": pa.list_(pa.string())}
 )
-PATIENCE = 3600.0  # seconds for another process that adds to the store of a half
-WAY_OUT = "name another folder by align.features"
-AGAIN = "and give the command again"
+WAIT = 3600.0  # seconds for another process that reads the stream or adds to the store
 
 
-class PassedPairs(ImageTextPairs):
-    """The pairs of a stream that has passed: ids, captions, and the keys of images in the store."""
+class StreamPairs(ImageTextPairs):
+    """The pairs of a stream that has passed: ids, captions, and the keys of images in the store.
 
-    def __init__(self, table: pa.Table, *, name: str, key: str, notes: Sequence[str]) -> None:
-        columns = {"caption_columns": ("captions",), "id_column": "sample_id"}
-        super().__init__(table, name=name, table_key=key, notes=notes, **columns)  # type: ignore[arg-type]
+    `bad_file` lists its samples that could not be read.
+    """
+
+    def __init__(self, folder: Path, stream: ShardStream) -> None:
+        facts, path = read_sealed(folder / FACTS), folder / TABLE
+        if not path.is_file() or file_checksum(path) != facts["table"]:
+            raise ValueError(
+                f"{path}: damaged (its checksum differs); delete {folder}, and give the command "
+                "again"
+            )
+        # What says that a stream is read in order is not true of its table.
+        notes = [note for note in stream.notes if not note.startswith("episodes.replacement")]
+        super().__init__(
+            pa.ipc.open_file(pa.memory_map(str(path))).read_all(),
+            name=stream.name,
+            table_key=facts["table"],
+            notes=notes + facts["notes"],
+            caption_columns=("captions",),
+            id_column="sample_id",
+            needs_captions=stream.needs_captions,
+        )
+        self.bad_file = folder / BAD
 
     def image_key(self, row: int) -> str:
         return str(self.value("image", row))
 
-    def image_file(self, row: int) -> None:
+    def image_name(self, row: int) -> str | None:
         return None
 
     def where(self, row: int) -> str:
@@ -85,33 +99,89 @@ class PassedPairs(ImageTextPairs):
         raise self._bad(row, "its image came with a stream, which is not kept")
 
 
+def read_skipped(pairs: Pairs) -> list[dict[str, str]]:
+    """The samples of streams that could not be read, with their ids as these pairs have them."""
+    skipped = []
+    for source in pairs.sources:
+        if isinstance(source, StreamPairs) and source.bad_file.is_file():
+            for entry in map(json.loads, source.bad_file.read_text("utf-8").splitlines()):
+                skipped.append({**entry, "sample_id": source.prefix + entry["sample_id"]})
+    return skipped
+
+
 def encode_stream(
     stream: SampleStream,
-    half: ImageHalf,
     root: Path,
+    encoder: Encoder,
+    store: Store,
     *,
     batch_size: int,
-    max_bad_share: float,
+    max_bad_share: float = 1.0,
+    max_pixels: int = MAX_IMAGE_PIXELS,
     threads: int | None = None,
+    number: int | None = None,
 ) -> Pairs:
     """The pairs of a stream of tar shards, or of a mixture of some. All ranks call it.
 
     Ranks share the shards; after an interruption the same call goes on with those that are missing.
 
     Args:
-        half: The frozen image half.
-        root: Folder of the stores.
+        root: Folder of the tables.
+        encoder: What encodes the images; one of texts leaves them unread.
+        store: Where features of images go; for captions alone one in memory.
         max_bad_share: Share of the pairs, and of the shards, that may be bad.
+        max_pixels: Larger images are bad.
+        number: How many samples of each source are read; unset, all.
 
     Raises:
         ValueError: The stores cannot be used or are damaged, or too much is bad.
     """
-    tables = []
-    for source in stream.sources:
-        assert isinstance(source, ShardStream)  # there are no other streams
-        reading = StreamPass(source, half, root, max_bad_share)
-        tables.append(reading.pairs(batch_size, threads))
+
+    def pass_source(source: ShardStream) -> StreamPairs:
+        facts = {
+            "format": 2,
+            **rank0_first(source.fingerprint),
+            "number": len(source.shards),
+            "captions": source.caption_keys,
+            "chosen": [source.prefix, source.chosen.keys] if source.chosen else None,
+            "half": store.folder and store.folder.name,
+            **({} if max_pixels == MAX_IMAGE_PIXELS else {"max_pixels": max_pixels}),
+            **({} if number is None else {"samples": number}),
+        }
+        if remote := [without_secrets(shard) for shard in source.shards if is_url(shard)]:
+            # The fingerprint knows no more of them than their file names.
+            facts["remote"] = checksum(to_json(remote).encode())
+        folder = root / FOLDER / checksum(to_json(facts).encode())
+        if (pairs := open_table(folder, source, store)) is not None:  # reading disturbs nobody
+            return pairs
+        with ExitStack() as stack:
+            for place in filter(None, (folder, store.folder)):
+                lock = locked(place, way_out=f"name another by {store.setting}", wait=WAIT)
+                rank0_first(partial(stack.enter_context, lock))
+            if (pairs := open_table(folder, source, store)) is None:
+                read_shards(source, folder, encoder, store, batch_size, threads, number)
+                rank0_first(partial(write_table, source, folder, max_bad_share, number))
+                pairs = open_table(folder, source, store)
+        assert pairs is not None
+        return pairs
+
+    # There are no other streams.
+    tables = [pass_source(source) for source in stream.sources if isinstance(source, ShardStream)]
     return tables[0] if len(tables) == 1 else mix_pairs(tables)
+
+
+def open_table(folder: Path, stream: ShardStream, store: Store) -> StreamPairs | None:
+    """The pairs, if all shards have passed and the store has their images. Collective."""
+    if not rank0_first((folder / FACTS).is_file):
+        return None
+    require_shared(folder / FACTS, by=store.setting)
+    pairs = raise_on_all_ranks(lambda: StreamPairs(folder, stream))
+
+    def has_images() -> bool:
+        shards = pairs.table.column("image").chunks  # one at a time, since names take memory
+        return bool(store.has(hash_ids(n for shard in shards for n in shard.to_pylist())).all())
+
+    return pairs if store.folder is None or rank0_first(has_images) else None
 
 
 @dataclass
@@ -120,278 +190,164 @@ class ShardNote:
 
     Attributes:
         key: Names the shard as it is now.
-        began: When its reading began, in seconds of the monotonic clock.
     """
 
     number: int
     key: str
-    began: float
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bad: list[dict[str, str]] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        facts = {"key": self.key, "ids": [*self.captions], "bad": self.bad}
-        facts["captions"] = [*self.captions.values()]
-        write_atomically(path, to_json(sealed(facts)), durable=True)
 
 
 # A sample of a shard; None at the shard's end.
 Read = tuple[ShardNote, Item | None]
 
 
-class StreamPass:
-    """One pass of the image half over a stream, which ends with a table in the store.
+def read_shards(
+    stream: ShardStream,
+    folder: Path,
+    encoder: Encoder,
+    store: Store,
+    batch_size: int,
+    threads: int | None,
+    number: int | None,
+) -> None:
+    """Read the shards that have no note, and encode the images that the store lacks. Collective."""
+    sizes = rank0_first(lambda: note_sizes(folder))
+    share = range(rank(), len(stream.shards), world_size())
+    progress = Progress("read shards", len(share))
+    ended, lost, last = list[ShardNote](), 0, -1
+    store.open()
+    store.has(hash_ids([""]))  # or threads would sort it at once
 
-    While it lasts, the folder of the table has a note of each shard that was read.
-    """
-
-    def __init__(
-        self, stream: ShardStream, half: ImageHalf, root: Path, max_bad_share: float
-    ) -> None:
-        self.stream, self.half, self.max_bad_share = stream, half, max_bad_share
-        facts = {
-            "format": 2,
-            **rank0_first(stream.fingerprint),
-            "number": len(stream.shards),
-            "captions": stream.caption_keys,
-            "chosen": [stream.prefix, stream.chosen.keys] if stream.chosen else None,
-            "half": half.folder.name,
-        }
-        if (max_pixels := half.max_pixels) != MAX_IMAGE_PIXELS:
-            facts["max_pixels"] = max_pixels  # larger images are bad
-        if remote := [without_secrets(shard) for shard in stream.shards if is_url(shard)]:
-            # The fingerprint knows no more of them than their file names.
-            facts["remote"] = checksum(to_json(remote).encode())
-        self.folder = root / FOLDER / checksum(to_json(facts).encode())
-        self.failed, self.lost, self.last = 0, 0.0, 0
-
-    def pairs(self, batch_size: int, threads: int | None) -> PassedPairs:
-        """The pairs of the stream, once all its shards are read."""
-        if (pairs := self._find()) is not None:  # disturbs nobody
-            return pairs
-        with ExitStack() as stack:
-            lock = locked(self.folder, way_out=WAY_OUT, wait=WAIT)
-            rank0_first(lambda: stack.enter_context(lock))
-            if (pairs := self._find(removes=True)) is not None:
-                return pairs
-            self._encode(batch_size, threads)
-            rank0_first(self._finish)
-            pairs = self._find()
-            assert pairs is not None
-            return pairs
-
-    def _find(self, *, removes: bool = False) -> PassedPairs | None:
-        """The pairs, if all shards have passed and the stores have their images. Collective.
-
-        Where a store lacks images, the table is removed if asked. Raises `ValueError` if more is
-        bad than is allowed now.
-        """
-        if not rank0_first(lambda: "rows" in store.read_facts(self.folder)):
-            return None
-        require_shared(self.folder / store.FACTS, by=SETTING)
-        pairs = raise_on_all_ranks(self._read)
-        images = Store(self.half.folder, setting=SETTING)
-
-        def has_images() -> bool:
-            shards = pairs.table.column("image").chunks  # one at a time, since names take memory
-            hashes = hash_ids(name for shard in shards for name in shard.to_pylist())
-            has_all = bool(images.has(hashes).all())
-            if removes and not has_all:
-                shutil.rmtree(self.folder)  # they were deleted since
-            return has_all
-
-        return pairs if rank0_first(has_images) else None
-
-    def _read(self) -> PassedPairs:
-        facts = store.read_facts(self.folder)
-        for some, number, told in facts.get("left_out", []):
-            self._require_few(some, number, told)
-        path = self.folder / TABLE
-        if not path.is_file() or file_checksum(path) != facts["table"]:
-            raise ValueError(
-                f"{path}: damaged (its checksum differs); delete {self.folder}, {AGAIN}"
-            )
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        # What says that a stream is read in order is not true of its table.
-        notes = [note for note in self.stream.notes if not note.startswith("episodes.replacement")]
-        notes += facts["notes"]
-        return PassedPairs(table, name=self.stream.name, key=facts["table"], notes=notes)
-
-    def _note(self, number: int) -> Path:
-        return self.folder / NOTES / f"{number:06d}.json"
-
-    def _encode(self, batch_size: int, threads: int | None) -> None:
-        """Read the shards that have no note, and encode the images that the stores lack."""
-        missing = rank0_first(self._missing)
-        self.last = -1
-        images, encoder = Store(self.half.folder, setting=SETTING), self.half.encoder
-        share = missing[rank() :: world_size()]
-        progress = Progress("embed a shard", len(share))
-        pending, ended = list[ShardNote](), 0
-
-        def prepare(read: Read) -> Prepared:
-            note, item = read
-            if item is None:
-                return 0, None
-            if isinstance(item, BadSample):
-                raise item
-            name = f"{note.key} {item.sample_id}"
-            hashes = hash_ids([name])
-            if images.has(hashes)[0]:
-                return int(hashes[0]), None
-            try:
-                return int(hashes[0]), encoder.prepare(item)
-            except ValueError as error:
-                raise BadSample(item.sample_id, item.where, str(error)) from error
-
-        def count(made: Round) -> None:
-            nonlocal ended
-            for (note, item), outcome in made.items:
-                if item is None:
-                    self._require_patience(note)
-                    pending.append(note)
-                    ended += 1
-                    if rank() == 0:
-                        progress.update(ended)
-                elif isinstance(outcome, BadSample):
-                    note.bad.append(vars(outcome))
-                else:
-                    assert not isinstance(item, BadSample)
-                    note.captions[item.sample_id] = item.captions
-
-        def write_notes() -> None:
-            for note in pending:
-                note.write(self._note(note.number))
-            pending.clear()
-
-        with ExitStack() as stack:
-            # A run over other data that encodes with this half is waited for.
-            lock = locked(self.half.folder, way_out=WAY_OUT, wait=PATIENCE)
-            rank0_first(lambda: stack.enter_context(lock))
-            images.open()
-            images.has(hash_ids([""]))  # or threads would sort it at once
-            encode_into(
-                images,
-                encoder,
-                self._units(share, batch_size),
-                prepare,
-                threads=threads,
-                after=count,
-                written=write_notes,
-            )
-
-    def _missing(self) -> list[int]:
-        """The shards that have no note yet. Those that broke off are read again."""
-        (self.folder / NOTES).mkdir(parents=True, exist_ok=True)
-        for left in left_by_killed(self.folder):
-            left.unlink(missing_ok=True)
-        has_note = {int(path.stem) for path in (self.folder / NOTES).glob("*.json")}
-        for number in [*has_note]:
-            if any(entry["reason"].endswith(LOST) for entry in self._read_note(number)["bad"]):
-                has_note.discard(number)
-        return [n for n in range(len(self.stream.shards)) if n not in has_note]
-
-    def _read_note(self, number: int) -> dict[str, Any]:
-        try:
-            return read_sealed(self._note(number))
-        except ValueError as error:
-            raise ValueError(f"{error}; delete {self.folder}, {AGAIN}") from error
-
-    def _units(self, shards: Sequence[int], size: int) -> Iterator[list[Read]]:
-        """The samples of shards, in units that end with their shard."""
-        for number in shards:
-            shard, began = self.stream.shards[number], time.monotonic()
-            note = ShardNote(number, key_of(shard), began)
-            unit = list[Read]()
-            for item in self.stream.read(shard):
+    def units() -> Iterator[list[Read]]:
+        """Samples of shards, in units that end with their shard."""
+        read = 0
+        for at in share:
+            if number is not None and read >= number / world_size():
+                return
+            if at in sizes:
+                read += sizes[at]
+                continue
+            note, unit = ShardNote(at, key_of(stream.shards[at])), list[Read]()
+            for item in stream.read(stream.shards[at]):
+                read += 1
                 unit.append((note, item))
-                if len(unit) == size:
+                if len(unit) == batch_size:
                     yield unit
                     unit = []
             yield [*unit, (note, None)]
 
-    def _require_patience(self, note: ShardNote) -> None:
-        """End the pass after as many lost shards in a row as end a stream.
+    def prepare(read: Read) -> Prepared:
+        note, item = read
+        if isinstance(item, BadSample):
+            raise item
+        if item is None or encoder.reads == "text":
+            return 0, None
+        hashes = hash_ids([f"{note.key} {item.sample_id}"])
+        return int(hashes[0]), None if store.has(hashes)[0] else prepare_sample(encoder, item)
 
-        Only remote ones count: then it is the network, or the store. The same command reads them
-        again. It reads no others then, so it counts only those that are neighbours in the rank's
-        share of all. Those that the store does not have end nothing that `max_bad_share` would not
-        refuse in the end.
-        """
-        shard = self.stream.shards[note.number]
-        reasons = [entry["reason"] for entry in note.bad if entry["reason"].endswith(LOST)]
-        if note.captions or not reasons or not is_url(shard):
-            self.failed, self.lost = 0, 0.0
-            return
-        if note.number != self.last + world_size():
-            self.failed, self.lost = 0, 0.0
-        self.failed, self.last = self.failed + 1, note.number
-        self.lost += time.monotonic() - note.began
-        is_allowed = reasons[-1].startswith(access.MISSING) and not self._is_too_much(
-            self.failed, len(self.stream.shards)
-        )
-        if (self.failed >= MAX_FAILED and not is_allowed) or self.lost > access.PATIENCE_SECONDS:
-            raise ValueError(
-                f"{self.stream.name}: {self.failed} shards in a row without a sample that can be "
-                f"used; the last is {without_secrets(shard)}: {reasons[-1]}; {access.GO_ON}"
-            )
+    def take(made: Round) -> None:
+        nonlocal lost, last
+        for (note, item), outcome in made.items:
+            if isinstance(outcome, BadSample):
+                note.bad.append(vars(outcome))
+            elif item is not None:
+                assert not isinstance(item, BadSample)
+                note.captions[item.sample_id] = item.captions
+            else:
+                ended.append(note)
+                if rank() == 0:
+                    progress.update(note.number // world_size() + 1)
+                if note.captions or not is_lost(note) or not is_url(stream.shards[note.number]):
+                    lost = 0
+                    continue
+                # Those that are read again need not be neighbours.
+                lost = lost + 1 if note.number == last + world_size() else 1
+                last = note.number
+                if lost >= MAX_FAILED:
+                    raise ValueError(
+                        f"{stream.name}: {lost} shards in a row without a sample that can be used; "
+                        f"the last is {note.bad[-1]['where']}: {note.bad[-1]['reason']}; {GO_ON}"
+                    )
 
-    def _is_too_much(self, bad: int, number: int) -> bool:
-        return bad > self.max_bad_share * number
+    def write_notes() -> None:
+        """Rank 0 writes, so hosts need not see each other's files."""
+        notes = [note for of_rank in all_gather_object(ended) for note in of_rank]
+        ended.clear()
 
-    def _require_few(self, some: int, number: int, told: str) -> None:
-        if self._is_too_much(some, number):
-            raise ValueError(
-                f"{self.stream.name}: {told}; that is more than data.max_bad_share "
-                f"({self.max_bad_share:g}) allows; mend or leave out what is bad, or raise it"
-            )
+        def write() -> None:
+            for note in notes:
+                facts = {"key": note.key, "ids": [*note.captions], "bad": note.bad}
+                facts["captions"] = [*note.captions.values()]
+                path = folder / NOTES / f"{note.number:06d}.json"
+                write_atomically(path, to_json(sealed(facts)), durable=True)
 
-    def _finish(self) -> None:
-        """Write the table of all shards, unless too much of the stream is bad."""
-        numbers = range(len(self.stream.shards))
-        deadline = time.monotonic() + collectives.UNSEEN
-        while not all(self._note(number).is_file() for number in numbers):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{self.folder}: not all shards are there; name a place that all hosts share "
-                    f"by {SETTING}, {AGAIN}"
-                )
-            time.sleep(0.1)
-        bad, parts = list[BadSample](), []
-        for note in map(self._read_note, numbers):  # one is in memory at a time
+        rank0_first(write)
+
+    encode_into(store, encoder, units(), prepare, threads=threads, after=take, written=write_notes)
+
+
+def note_sizes(folder: Path) -> dict[int, int]:
+    """How many samples each shard has that was read to its end."""
+    (folder / NOTES).mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for path in (folder / NOTES).glob("*.json"):
+        note = read_sealed(path)
+        if not any(entry["reason"].endswith(LOST) for entry in note["bad"]):
+            sizes[int(path.stem)] = len(note["ids"]) + len(note["bad"])
+    return sizes
+
+
+def is_lost(note: ShardNote) -> bool:
+    return any(entry["reason"].endswith(LOST) for entry in note.bad)
+
+
+def write_table(
+    stream: ShardStream, folder: Path, max_bad_share: float, number: int | None
+) -> None:
+    """Write the table of all shards, unless too much of the stream is bad."""
+    paths = sorted((folder / NOTES).glob("*.json"))
+
+    def notes() -> Iterator[dict[str, Any]]:  # one is in memory at a time
+        return map(read_sealed, paths)
+
+    hashes = [hash_ids(note["ids"]) for note in notes()]
+    first = np.unique(np.concatenate(hashes), return_index=True)[1]
+    is_new = np.zeros(sum(map(len, hashes)), bool)
+    is_new[np.sort(first)[:number]] = True
+    good, bad = int(is_new.sum()), list[BadSample]()
+    with replacing(folder / TABLE) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
+        start, repeated = 0, np.setdiff1d(np.arange(len(is_new)), first)
+        for note in notes():
+            end = start + len(note["ids"])
+            ids, captions = ([*compress(note[n], is_new[start:end])] for n in ("ids", "captions"))
+            images = [f"{note['key']} {sample_id}" for sample_id in ids]
+            columns = {"sample_id": ids, "image": images, "captions": captions}
+            table.write_table(pa.table(columns, schema=SCHEMA))
             bad += [BadSample(**entry) for entry in note["bad"]]
-            parts.append(hash_ids(note["ids"]))
-        hashes = np.concatenate(parts)
-        is_new = np.zeros(len(hashes), bool)
-        is_new[np.unique(hashes, return_index=True)[1]] = True
-        news = np.split(is_new, np.cumsum([len(part) for part in parts])[:-1])
-        for number, new in zip(numbers, news, strict=True):
-            again = [] if new.all() else compress(self._read_note(number)["ids"], ~new)
-            shard, reason = self.stream.shards[number], "the same sample id as in a shard before"
-            bad += [BadSample(sample_id, shard, reason) for sample_id in again]
-        broken = [each for each in bad if each.reason.endswith(LOST)]
-        good, left_out = int(is_new.sum()), list[tuple[int, int, str]]()
-        for some, total, what in (
-            (bad, good + len(bad), "pairs cannot be used"),
-            (broken, len(numbers), "shards were not read to their end"),
-        ):
-            if some:
-                told = f"{len(some):,} of {total:,} {what}, such as {some[0]}"
-                self._require_few(len(some), total, told)
-                left_out.append((len(some), total, told))
-        if not good:
-            raise ValueError(f"{self.stream.name}: holds no pair")
-        path = self.folder / TABLE
-        with replacing(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
-            for note, new in zip(map(self._read_note, numbers), news, strict=True):
-                ids, captions = ([*compress(note[name], new)] for name in ("ids", "captions"))
-                images = [f"{note['key']} {sample_id}" for sample_id in ids]
-                columns = {"sample_id": ids, "image": images, "captions": captions}
-                table.write_table(pa.table(columns, schema=SCHEMA))
-        said = [f"{self.stream.name}: {told}; they are left out" for *_, told in left_out]
-        facts = {"rows": good, "notes": said, "left_out": left_out, "table": file_checksum(path)}
-        write_atomically(self.folder / store.FACTS, to_json(sealed(facts)), durable=True)
-        shutil.rmtree(self.folder / NOTES, ignore_errors=True)
+            again = repeated[np.searchsorted(repeated, start) : np.searchsorted(repeated, end)]
+            reason = "the same sample id as in a shard before"
+            bad += [BadSample(note["ids"][at - start], stream.name, reason) for at in again]
+            start = end
+    broken, said = [each for each in bad if each.reason.endswith(LOST)], list[str]()
+    for some, total, what in (
+        (bad, good + len(bad), "pairs cannot be used"),
+        (broken, len(paths), "shards were not read to their end"),
+    ):
+        if some:
+            told = f"{stream.name}: {len(some):,} of {total:,} {what}, such as {some[0]}"
+            if len(some) > max_bad_share * total:
+                raise ValueError(
+                    f"{told}; that is more than data.max_bad_share ({max_bad_share:g}) allows; "
+                    "mend or leave out what is bad, or raise it"
+                )
+            said.append(f"{told}; they are left out")
+    if not good:
+        raise ValueError(f"{stream.name}: holds no pair")
+    write_atomically(folder / BAD, "".join(to_json(vars(each)) + "\n" for each in bad))
+    facts = {"rows": good, "notes": said, "table": file_checksum(folder / TABLE)}
+    write_atomically(folder / FACTS, to_json(sealed(facts)), durable=True)
+    shutil.rmtree(folder / NOTES, ignore_errors=True)
 
 
 def key_of(shard: str) -> str:

@@ -1,45 +1,697 @@
-"""The external teachers of a run: features that its settings name, whitened as they say.
+"""The external teachers of a run: features of frozen models by sample id, whitened as settings say.
 
-A teacher is a folder of the store, a user's own file, the bundled emoji's, or the frozen start,
-whose features are made when the run begins. Those in a store or on the web are copied to the cache
-first, whole or not at all.
+A teacher is a folder that `embed_teacher` wrote, a user's own file, the bundled emoji's, or the
+frozen start, whose features are made when the run begins. Those in a store or on the web are copied
+to the cache first, whole or not at all.
+
+A folder has `features.npy` (in half precision), `index.npy` (the ids' 64-bit hashes in ascending
+order, and the row of each), `checksums.npy` (a CRC-32 of each row and its id) and `facts.json`
+(what the features were made of, and checksums of the two files before). Features are memory-mapped,
+and each row is compared with its checksum when it is read.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from protoclip.config import HALVES, START, Config, TeacherConfig
 from protoclip.data.access import digest, download, fingerprint, is_url, reason_of
-from protoclip.data.content import difference
+from protoclip.data.content import Facts, content, difference
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.index import cache_folder
-from protoclip.data.pairs import ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.loader import Tokenizer
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
 from protoclip.data.sources import entries
 from protoclip.data.stream import ShardStream
-from protoclip.distributed.collectives import rank
-from protoclip.encode import store
-from protoclip.encode.store import DAMAGED, StoredFeatures, load_array, open_folder
-from protoclip.encode.whiten import Whitens
-from protoclip.files import in_turn
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    raise_on_all_ranks,
+    rank,
+    rank0_first,
+)
+from protoclip.encode.encoder import Encoder, open_encoder, text_encoder
+from protoclip.encode.linear_maps import Features, Whitening, fit_pca
+from protoclip.encode.run import (
+    encode_missing,
+    hash_captions,
+    hash_images,
+    read_captions,
+    read_image,
+)
+from protoclip.encode.store import (
+    BLOCK_ROWS,
+    DAMAGED,
+    HALF,
+    Hashes,
+    Numbers,
+    Store,
+    hash_ids,
+    release,
+    row_checksums,
+)
+from protoclip.encode.stream import encode_stream, read_skipped
+from protoclip.files import (
+    checksum,
+    file_checksum,
+    in_turn,
+    left_by_killed,
+    locked,
+    read_sealed,
+    replacing,
+    require_regular,
+    sealed,
+    to_json,
+    write_atomically,
+)
+from protoclip.models import loading
+from protoclip.models.frozen import Pooling
+from protoclip.models.precision import (
+    Autocast,
+    Precision,
+    autocast_encoding,
+    resolve_encoding,
+)
+from protoclip.models.protoclip import TowerPair
 from protoclip.terminal import say, without_secrets
 
-T = TypeVar("T")
+FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
+PARTS = "parts"  # of a folder: the store that it is made from
+SKIPPED = "skipped.jsonl"
+HASHED = ("ids", "data", "weights", "captions")  # facts that are checksums
 FIRST = 64  # samples of a stream of which a teacher should know one
 LOOKED_UP = 100_000  # samples of pairs, so that a run on many begins as soon as one on few
+SAMPLE = 2**14  # rows that a whitening is fitted to
+ROWS_A_DIRECTION = 8  # fewest rows that a whitening is fitted to
+
+
+def embed_teacher(
+    teacher: str,
+    samples: Pairs | SampleStream,
+    out: Path,
+    *,
+    modality: Literal["auto", "text", "image"] = "auto",
+    pooling: Pooling = "mean",
+    width: int | None = None,
+    batch_size: int = 256,
+    device: torch.device,
+    precision: Literal["auto"] | Precision = "auto",
+    num_samples: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Make a teacher folder for a data set, or finish one. All ranks call it.
+
+    A sample with several captions gets the mean of their features.
+
+    Args:
+        teacher: A frozen model (see `open_frozen_encoder`), or a file of features (see
+            `read_teacher`).
+        out: A new folder, or that of an earlier call with the same arguments.
+        modality: What the model reads; `auto` takes the image tower of a model with two.
+        pooling: How a Hugging Face model's tokens become one feature.
+        width: Dimensions kept by PCA; all if unset.
+        precision: Of forward passes; `auto` is that of a folder that is there, else bf16 or fp16 on
+            a card, as in training, and fp32 elsewhere.
+        num_samples: Samples to read of a stream; unset, all.
+        threads: How many read images; one a core if unset.
+
+    Returns:
+        The facts: settings, `rows`, `width`, `bad` (samples without features,
+        listed in `skipped.jsonl`), and after PCA `variance_kept`.
+
+    Raises:
+        ValueError: The teacher, the ids or the folder cannot be used.
+    """
+    settings = {
+        "teacher": without_secrets(teacher),
+        **raise_on_all_ranks(lambda: identify(samples, num_samples)),
+        "reduced_to": width,
+    }
+    if isinstance(samples, Pairs):  # duplicates are refused
+        pairs = samples
+        rank0_first(lambda: index_pairs(pairs) is None)
+    with ExitStack() as stack:
+        rank0_first(lambda: stack.enter_context(locked(out)))
+        if Path(teacher.partition("?")[0] if is_url(teacher) else teacher).suffix in FILES:
+            if not isinstance(samples, Pairs):
+                raise ValueError(
+                    f"{teacher}: a file of features needs pairs that can be read in any order, "
+                    "not a stream; leave data.read at auto"
+                )
+            return rank0_first(lambda: convert_file(local_copy(teacher), pairs, out, settings))
+        newest = loading.pin_newest(teacher)
+        encoder = raise_on_all_ranks(
+            lambda: open_encoder(newest, modality=modality, pooling=pooling, device=device)
+        )
+        encoder.name = settings["teacher"]
+        encoder.autocast = autocast_encoding(precision, device)
+        settings |= {
+            "content": rank0_first(lambda: read_content(samples, encoder.reads)),
+            "weights": encoder.checksum(),
+            "modality": encoder.reads,
+            "pooling": pooling,
+            "precision": resolve_encoding(precision, device),
+        }
+        if finished := rank0_first(lambda: read_finished(out, settings, precision)):
+            return finished
+        raise_on_all_ranks(lambda: require_width(settings, encoder.width))
+        store = Store(out / PARTS / rank0_first(encoder.key), setting="--out")
+        if isinstance(samples, SampleStream):
+            samples = encode_stream(
+                samples,
+                out / PARTS,
+                encoder,
+                store if encoder.reads == "image" else Store(None, setting="--out"),
+                batch_size=batch_size,
+                threads=threads,
+                number=num_samples,
+            )
+        return write_teacher(
+            encoder, samples, store, out, settings, batch_size=batch_size, threads=threads
+        )
+
+
+def identify(samples: Pairs | SampleStream, num_samples: int | None) -> dict[str, Any]:
+    """Facts that tell these samples from others.
+
+    Raises:
+        ValueError: A number is given for pairs that are no stream.
+    """
+    hashes = np.empty(0, np.uint64)
+    if isinstance(samples, Pairs):
+        if num_samples is not None:
+            raise ValueError(f"--num_samples: {samples.name} is no stream; all of it is encoded")
+        hashes = hash_ids(samples.sample_ids())
+    return {
+        "source": samples.name,
+        "samples": len(hashes) or num_samples,
+        "ids": checksum(hashes.tobytes()),
+    }
+
+
+def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:
+    """The facts of what a tower reads of samples, wherever they lie."""
+    unread = {"classes", *{"image": ["captions"], "text": ["images", "sample"]}[modality]}
+    return [{k: v for k, v in facts.items() if k not in unread} for facts in content(samples)]
+
+
+def read_finished(
+    folder: Path, settings: Mapping[str, Any], precision: Literal["auto"] | Precision = "auto"
+) -> dict[str, Any]:
+    """The facts of a finished teacher folder; none if it is new, or was interrupted.
+
+    Raises:
+        ValueError: It has other settings, or holds something else.
+    """
+    for left in left_by_killed(folder):
+        left.unlink(missing_ok=True)
+    facts = read_facts(folder)
+    others = [path.name for path in folder.glob("[!.]*") if path.name not in (PARTS, SKIPPED)]
+    if others and not facts:
+        raise ValueError(f"{folder}: holds {others[0]}; choose a new or empty folder with --out")
+    if "rows" not in facts:
+        return {}
+    if what := find_difference(facts, settings, precision):
+        raise ValueError(f"{folder}: was made with {what}; choose another --out, or delete it")
+    shutil.rmtree(folder / PARTS, ignore_errors=True)  # it stays where the process was killed
+    del facts["checksums"]
+    return facts
+
+
+def find_difference(
+    facts: Mapping[str, Any], settings: Mapping[str, Any], precision: Literal["auto"] | Precision
+) -> str | None:
+    """What differs between facts and settings, in words; what is unknown equals any.
+
+    Any precision will do where none is asked for.
+    """
+    for key, value in settings.items():
+        if key not in facts or (key == "precision" and precision == "auto"):
+            continue
+        old: Any = facts[key]
+        if key == "content":
+            if what := difference(old, value):
+                return what
+        elif old != value:
+            return f"other {key}" if key in HASHED else f"{key} {old}, not {value}"
+    return None
+
+
+def require_width(settings: Mapping[str, Any], full_width: int) -> None:
+    """Refuse to reduce features to a width that they do not have."""
+    width = settings["reduced_to"]
+    if width is not None and not 0 < width <= full_width:
+        teacher = settings["teacher"]
+        raise ValueError(f"--width: {width} is not between 1 and {full_width}, {teacher}'s own")
+
+
+def convert_file(
+    file: Path, samples: Pairs, out: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
+    ids = [*samples.sample_ids()]
+    stored = read_teacher(file, sample_ids=ids)
+    bad = stored.missing(ids)  # refuses features of other data
+    require_width(settings, stored.width)
+    settings = {**settings, "weights": file_checksum(file)}
+    if finished := read_finished(out, settings):
+        return finished
+    rows = stored.find(ids)
+    known = [sample_id for sample_id, row in zip(ids, rows, strict=True) if row >= 0]
+    parts = np.array_split(rows[rows >= 0], -(-len(known) // BLOCK_ROWS))
+    blocks = [partial(stored.features.__getitem__, part) for part in parts]
+    return write_reduced(out, known, blocks, {**settings, "bad": bad})
+
+
+def write_teacher(
+    encoder: Encoder,
+    samples: Pairs,
+    store: Store,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Encode what a store lacks of samples, and make it a teacher folder; its facts. Collective."""
+    if encoder.reads == "image":
+        hashes, read = hash_images(samples), partial(read_image, samples)
+    else:
+        hashes, read = hash_texts(samples), partial(read_captions, samples)
+    bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size, threads=threads)
+
+    def write() -> dict[str, Any]:
+        numbers = store.find(hashes)
+        skipped = read_skipped(samples)
+        for row in np.flatnonzero(numbers < 0).tolist():
+            skipped.append({**vars(bad[int(hashes[row])]), "sample_id": samples.sample_id(row)})
+        known = numbers[numbers >= 0]
+        write_skipped(out / SKIPPED, skipped, samples.name, good=len(known))
+        ids = hash_ids(samples.sample_ids())[numbers >= 0]
+        parts = np.array_split(known, -(-len(known) // BLOCK_ROWS))
+        blocks = [partial(store.read, part) for part in parts]
+        facts = write_reduced(out, ids, blocks, {**settings, "bad": len(skipped)})
+        shutil.rmtree(out / PARTS, ignore_errors=True)  # or the next call does
+        return facts
+
+    return rank0_first(write)
+
+
+def hash_texts(samples: Pairs) -> Hashes:
+    """Hashes of each sample's id and captions."""
+
+    def describe(row: int) -> str:
+        with suppress(BadSample):
+            return f"{samples.sample_id(row)} {samples.sample_captions(row)}"
+        return samples.sample_id(row)
+
+    return hash_ids(map(describe, range(len(samples))))
+
+
+def write_skipped(path: Path, entries: Sequence[Mapping[str, str]], name: str, good: int) -> None:
+    """List samples that cannot be read in a file; raises `ValueError` if no other one is left."""
+    if entries:
+        write_atomically(path, "".join(to_json(entry) + "\n" for entry in entries))
+    else:
+        path.unlink(missing_ok=True)
+    if not good:
+        raise ValueError(f"{name}: no sample could be read; see {path}")
+
+
+def write_reduced(
+    out: Path,
+    ids: Sequence[str] | Hashes,
+    blocks: Sequence[Callable[[], Features]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Make blocks of features a teacher folder, after PCA if asked."""
+    facts, width = dict(settings), settings["reduced_to"]
+    features: Iterable[Features] = (block() for block in blocks)
+    if width is not None:
+        mean, axes, facts["variance_kept"] = fit_pca(features, width)
+        features = ((block().astype(np.float64) - mean) @ axes.T for block in blocks)
+    return write_folder(out, ids, features, facts)
+
+
+def embed_start(
+    start: TowerPair,
+    tokenizer: Tokenizer,
+    samples: Pairs,
+    *,
+    cache: Path,
+    of_run: Path,
+    autocast: Autocast,
+) -> "StoredFeatures":
+    """Text features of the model that a run starts from, for all its samples. All ranks call it.
+
+    They are in a folder in `cache`, by the model and by the samples with their captions. Several
+    hosts, which may have a cache each, take the folder `of_run`.
+
+    Raises:
+        ValueError: The folder of the run has features of another model or of other samples.
+    """
+    device = next(start.parameters()).device
+    encoder = text_encoder(
+        start, device, tokenizer, start.encode_text, autocast=autocast, name="the start"
+    )
+
+    def key_of_captions() -> str:
+        captions, counts = hash_captions(samples)
+        return checksum(captions.tobytes() + counts.tobytes())
+
+    settings = {
+        "teacher": START,
+        "samples": len(samples),
+        "ids": rank0_first(lambda: identify(samples, None)["ids"]),
+        "reduced_to": None,
+        "weights": encoder.checksum(),
+        "modality": "text",
+        "captions": rank0_first(key_of_captions),
+    }
+    key, out = rank0_first(encoder.key), of_run
+    if len({*all_gather_object(socket.gethostname())}) == 1:
+        out = cache / checksum(f"{key} {settings['ids']} {settings['captions']}".encode())
+    with ExitStack() as stack:
+        rank0_first(lambda: out.parent.mkdir(parents=True, exist_ok=True))
+        rank0_first(lambda: stack.enter_context(in_turn(out)))
+        if not rank0_first(lambda: read_finished(out, settings)):
+            store = Store(out / PARTS / key, setting="run.out")
+            write_teacher(encoder, samples, store, out, settings, batch_size=256)
+    way_out = "delete the folder, and give the command again"
+    return raise_on_all_ranks(lambda: open_folder(out, way_out=way_out))
+
+
+class TeacherFeatures(ABC):
+    """Features by sample id, whitened when they are looked up, once `whiten` was called."""
+
+    width: int  # before whitening
+    modality: str | None = None  # `image` or `text`, where it is known what they were made of
+    whitening: Whitening | None = None
+
+    @abstractmethod
+    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
+        """Features of these samples in this order; a row of NaN for one without."""
+
+    @abstractmethod
+    def sample(self) -> Features:
+        """Some thousand of the features, evenly drawn."""
+
+    def whiten(self, width: int) -> None:
+        """Whiten what is looked up from now on, if it is wider. Collective.
+
+        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
+        ranks are clustered together.
+        """
+
+        def fit() -> Whitening | None:
+            rows = self.sample()
+            # Few different rows would lie equally far from each other along as many directions.
+            most = min(width, len(np.unique(rows, axis=0)) // ROWS_A_DIRECTION)
+            return Whitening.fit(torch.from_numpy(rows.astype(np.float32)), most) if most else None
+
+        if self.width > width:
+            self.whitening = rank0_first(fit)
+
+    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+        """These rows in float32, on their device; whitened if `whiten` was called."""
+        if self.whitening is None:
+            return rows.float()
+        if self.whitening.mean.device != rows.device:  # moved once
+            self.whitening = self.whitening.to(rows.device)
+        return self.whitening(rows.float())
+
+
+def build_index(hashes: Hashes, sample_id: Callable[[int], str], *, name: str) -> Hashes:
+    """The ids' hashes in ascending order, and the row of each `(2, n)`; refuses equal hashes."""
+    rows = np.argsort(hashes, kind="stable")
+    index = np.stack([hashes[rows], rows.astype(np.uint64)])
+    if len(equal := np.flatnonzero(index[0, 1:] == index[0, :-1])):
+        first, second = (sample_id(int(rows[equal[0] + i])) for i in (0, 1))
+        what = "duplicate sample ids" if first == second else "sample ids with the hash of another"
+        raise ValueError(f"{name}: {len(equal)} {what}, such as '{first}' and '{second}'")
+    return index
+
+
+def index_pairs(samples: Pairs) -> Hashes:
+    """The index of all samples."""
+    return build_index(hash_ids(samples.sample_ids()), samples.sample_id, name=samples.name)
+
+
+class StoredFeatures(TeacherFeatures):
+    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages.
+
+    `checksums`, if given, are `row_checksums` of the features.
+    """
+
+    way_out = "delete the folder, and run protoclip embed-teacher again"  # of damaged features
+    made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        index: Hashes,
+        features: Features,
+        checksums: npt.NDArray[np.uint32] | None = None,
+    ) -> None:
+        self.name, self.features, self.width = name, features, int(features.shape[1])
+        self.checksums = checksums
+        self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process that does not begin as a copy of this one, which maps the file."""
+        state = vars(self).copy()
+        if isinstance(self.features, np.memmap):
+            state["features"] = Path(str(self.features.filename))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self.features, Path):
+            self.features = np.load(self.features, mmap_mode="r")
+
+    @classmethod
+    def in_memory(
+        cls, *, name: str, sample_ids: Sequence[str], features: npt.NDArray[Any]
+    ) -> "StoredFeatures":
+        """Features that are not in a teacher folder.
+
+        Raises:
+            ValueError: Duplicate ids, features that are not finite real numbers, or another number
+                of ids.
+        """
+        if len(sample_ids) != len(features):
+            raise ValueError(f"{name}: {len(sample_ids)} sample ids for {len(features)} features")
+        if features.dtype.kind not in "fiu":
+            raise ValueError(f"{name}: holds {features.dtype} values; features are real numbers")
+        # A sum is finite if all its terms are, and needs no memory.
+        bad = np.flatnonzero(~np.isfinite(features.sum(1, dtype=np.float64)))
+        if len(bad):
+            raise ValueError(
+                f"{name}: {len(bad)} of {len(features)} features are not finite, such as those of "
+                f"'{sample_ids[bad[0]]}'"
+            )
+        index = build_index(hash_ids(sample_ids), sample_ids.__getitem__, name=name)
+        return cls(name=name, index=index, features=features)
+
+    def find(self, sample_ids: Iterable[str] | Hashes) -> Numbers:
+        """The row of each id, or of the id with each hash; -1 where there is none."""
+        wanted = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
+        # A search in ascending order reuses the processor's caches: ten times as fast.
+        order = np.argsort(wanted)
+        ascending = wanted[order]
+        position = np.searchsorted(self.hashes, ascending).clip(max=len(self.hashes) - 1)
+        rows = np.empty(len(wanted), dtype=np.int64)
+        rows[order] = np.where(self.hashes[position] == ascending, self.row_of_hash[position], -1)
+        return rows
+
+    def missing(self, sample_ids: Iterable[str]) -> int:
+        """The number of these samples that have no features.
+
+        Raises:
+            ValueError: None of them has features, so these are features of other data.
+        """
+        sample_ids = [*sample_ids]
+        missing = self.find(sample_ids) < 0
+        if missing.all():
+            raise ValueError(
+                f"{self.name}: no teacher features for {len(missing)} of {len(missing)} training "
+                f"samples, such as '{sample_ids[0]}'; make them for this data with protoclip "
+                "embed-teacher"
+            )
+        return int(missing.sum())
+
+    def sample(self) -> Features:
+        """Damaged rows have no part in it; `lookup` tells of them when it meets one."""
+        # Hashes are as good as random, so every so many of them are a fair sample.
+        step = max(1, len(self.hashes) // SAMPLE)
+        order = np.argsort(self.row_of_hash[::step])
+        hashes, rows = self.hashes[::step][order], self.row_of_hash[::step][order]
+        read: Features = self.features[rows]
+        if self.checksums is not None:
+            read = read[row_checksums(hashes, read) == self.checksums[rows]]
+        return read
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tells these features from others: all ids, and their rows' checksums.
+
+        Without stored checksums those of a `sample` are made.
+        """
+        step = 1 if self.checksums is not None else max(1, len(self.hashes) // SAMPLE)
+        hashes, rows = self.hashes[::step], self.row_of_hash[::step]
+        if self.checksums is not None:
+            checksums = self.checksums[rows]
+        else:
+            checksums = row_checksums(hashes, self.features[rows])
+        return {
+            "rows": len(self.hashes),
+            "ids": checksum(self.hashes.tobytes()),
+            "features": checksum(checksums.tobytes()),
+        }
+
+    def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
+        """Features of these samples, as `rows`, in float32; whitened if `whiten` was called."""
+        return self.whitened(self.rows(sample_ids))
+
+    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
+        """Features of these samples in this order; a row of NaN for one without.
+
+        They are in half precision if they are stored so, or else in float32.
+
+        Raises:
+            ValueError: One of them is not what was written.
+        """
+        hashes = hash_ids(sample_ids)
+        rows = self.find(hashes)
+        known = np.flatnonzero(rows >= 0)
+        # In the order of the file each page is read once.
+        known = known[np.argsort(rows[known], kind="stable")]
+        stored = self.features[rows[known]]
+        if self.checksums is not None:
+            checksums = row_checksums(hashes[known], stored)
+            if len(wrong := np.flatnonzero(checksums != self.checksums[rows[known]])):
+                raise ValueError(
+                    f"{self.name}: damaged (the checksum of the features of "
+                    f"'{sample_ids[known[wrong[0]]]}' differs in {FEATURES}); {self.way_out}"
+                )
+        half = self.features.dtype == np.float16
+        features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
+        features[known] = stored
+        release(self.features)
+        return torch.from_numpy(features)
+
+
+def load_array(path: Path) -> npt.NDArray[Any]:
+    """The array in an `.npy` file, memory-mapped; raises as `DAMAGED`."""
+    array = np.load(path, mmap_mode="r")
+    if not isinstance(array, np.ndarray):  # an .npz file under another name
+        raise ValueError("holds several arrays")
+    return array
+
+
+def open_folder(folder: Path, *, way_out: str = StoredFeatures.way_out) -> StoredFeatures:
+    """The features in a folder that is finished.
+
+    Raises:
+        ValueError: It is not finished, or damaged.
+    """
+    facts = read_facts(folder)
+    if "rows" not in facts:
+        raise ValueError(
+            f"{folder}: no finished teacher; if protoclip embed-teacher was stopped, the same "
+            "command again finishes it"
+        )
+    try:
+        for name in (FEATURES, INDEX):
+            require_regular(folder / name)
+        features, index = (load_array(folder / name) for name in (FEATURES, INDEX))
+        if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
+            raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
+        if features.dtype != HALF or not features.flags.c_contiguous:
+            raise ValueError(f"{FEATURES} is not in half precision, row by row")
+        for name, written in facts["checksums"].items():
+            if file_checksum(folder / name) != written:
+                raise ValueError(f"{name} is not what was written: its checksum differs")
+        checksums = load_array(folder / CHECKSUMS)
+    except DAMAGED as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise ValueError(f"{folder}: damaged ({reason}); {way_out}") from None
+    opened = StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+    opened.way_out = way_out
+    opened.modality, opened.made_of = facts.get("modality"), facts.get("content", ())
+    return opened
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What is known of a folder; empty while it is unfinished. Raises `ValueError` if damaged."""
+    path = folder / FACTS
+    return read_sealed(path) if path.is_file() else {}
+
+
+def write_folder(
+    folder: Path,
+    sample_ids: Sequence[str] | Hashes,
+    blocks: Iterable[Features],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write features, which come some rows at a time, into a folder; returns its facts.
+
+    Where ids are many, their hashes stand for them.
+
+    Raises:
+        ValueError: Features are not finite in half precision, or two ids are equal.
+    """
+    hashes = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
+    index = build_index(hashes, lambda row: str(sample_ids[row]), name=str(folder))
+    # Not through a memory map: a full disk would then crash the process.
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / FEATURES) as temporary, temporary.open("wb") as file:
+        done = width = 0
+        checksums = np.empty(len(hashes), np.uint32)
+        for features in blocks:
+            width, end = features.shape[1], done + len(features)
+            if not file.tell():
+                header = {"descr": HALF, "fortran_order": False, "shape": (len(hashes), width)}
+                np.lib.format.write_array_header_1_0(file, header)
+            with np.errstate(over="ignore"):
+                rows = np.ascontiguousarray(features, HALF)
+            if len(bad := np.flatnonzero(~np.isfinite(rows).all(1))):
+                raise ValueError(
+                    f"{folder}: {len(bad)} of {len(rows)} features are not finite in half "
+                    f"precision (at most 65504), such as those of '{sample_ids[done + bad[0]]}'"
+                )
+            file.write(rows.tobytes())
+            checksums[done:end] = row_checksums(hashes[done:end], rows)
+            done = end
+    facts = {**facts, "rows": done, "width": width, "dtype": HALF}
+    checked: dict[str, str] = {}
+    for name, array in ((INDEX, index), (CHECKSUMS, checksums)):
+        with replacing(folder / name) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+        checked[name] = file_checksum(folder / name)
+    content = to_json(sealed({**facts, "checksums": checked}), indent=2)
+    write_atomically(folder / FACTS, content + "\n", durable=True)
+    return facts
 
 
 def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> StoredFeatures:
@@ -97,71 +749,47 @@ def local_copy(path: str | Path) -> Path:
         ValueError: A file is missing, cannot be read, or changed meanwhile, or the folder is
             damaged; names the URL.
     """
-    url = str(path)
-    if not is_url(url):
+    if not is_url(str(path)):
         return Path(path)
-    files = files_behind(url)
-    prints = [fingerprint(each) for each in files.values()]
+    url, base = without_secrets(str(path)), str(path).partition("?")[0].rstrip("/")
+    name = base.rpartition("/")[2]
+    if name.endswith(".parquet"):
+        files = {name: str(path)}
+    elif name.endswith(".npy"):
+        ids = f"{name.removesuffix('.npy')}.ids.txt"
+        files = {name: str(path), ids: f"{base.removesuffix('.npy')}.ids.txt"}
+    else:
+        files = {name: f"{base}/{name}" for name in (FACTS, INDEX, CHECKSUMS, FEATURES)}
+    prints = [fingerprint(file) for file in files.values()]
     copy = cache_folder() / "teachers" / digest({"files": prints})
     copy.parent.mkdir(parents=True, exist_ok=True)
     with in_turn(copy):
         if not copy.is_dir():
-            scratch = copy.with_name(f".{copy.name}.fetched")
-            shutil.rmtree(scratch, ignore_errors=True)  # of a fetch that was killed
-            say(f"note: {without_secrets(url)} is copied to {copy}")
-            try:
-                fetch(files, scratch)
-                if store.FACTS in files:
-                    looked_at(url, scratch, store.open_folder)
-                if prints != [fingerprint(each) for each in files.values()]:
+            say(f"note: {url} is copied to {copy}")
+            # If the fetch breaks off, the next one may have another name.
+            with TemporaryDirectory(dir=copy.parent, prefix=".") as folder:
+                scratch = Path(folder, copy.name)
+                fetch_files(files, scratch)
+                if FACTS in files:
+                    try:
+                        open_folder(scratch)
+                    except ValueError as error:
+                        raise ValueError(str(error).replace(str(scratch), url)) from None
+                if prints != [fingerprint(file) for file in files.values()]:
                     raise ValueError(
-                        f"{without_secrets(url)}: changed while it was fetched; give the same "
-                        "command again"
+                        f"{url}: changed while it was fetched; give the same command again"
                     )
                 scratch.rename(copy)
-            except BaseException:  # the next one may have another name
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
-    return copy if store.FACTS in files else copy / next(iter(files))
+    return copy if FACTS in files else copy / next(iter(files))
 
 
-def files_behind(url: str) -> dict[str, str]:
-    """The URLs of a teacher folder, or of a user's file, by the names of their copies.
-
-    Raises:
-        ValueError: The facts of the folder are missing, cannot be read, or are damaged.
-    """
-    path = url.partition("?")[0].rstrip("/")
-    name = path.rpartition("/")[2]
-    if name.endswith(".parquet"):
-        return {name: url}
-    if name.endswith(".npy"):
-        stem = path.removesuffix(".npy")
-        return {name: url, f"{name.removesuffix('.npy')}.ids.txt": f"{stem}.ids.txt"}
-    names = [store.FACTS, store.INDEX, store.CHECKSUMS, store.FEATURES]
-    with TemporaryDirectory() as scratch:
-        fetch({store.FACTS: f"{path}/{store.FACTS}"}, Path(scratch))
-        facts = looked_at(path, Path(scratch), store.read_facts)
-    if "checksums" not in facts:  # earlier versions wrote none
-        names.remove(store.CHECKSUMS)
-    return {name: f"{path}/{name}" for name in names}
-
-
-def fetch(files: dict[str, str], folder: Path) -> None:
+def fetch_files(files: Mapping[str, str], folder: Path) -> None:
     """Copy files to a new folder."""
-    for name, each in files.items():
+    for name, url in files.items():
         try:
-            download(each, folder / name)
+            download(url, folder / name)
         except Exception as error:  # the clients of stores have exceptions of their own
-            raise ValueError(f"{without_secrets(each)}: {reason_of(error)}") from None
-
-
-def looked_at(url: str, folder: Path, read: Callable[[Path], T]) -> T:
-    """What is read in the copy of a folder; a `ValueError` names the URL in its place."""
-    try:
-        return read(folder)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(folder), without_secrets(url))) from None
+            raise ValueError(f"{without_secrets(url)}: {reason_of(error)}") from None
 
 
 def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
@@ -191,12 +819,13 @@ def is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in kinds)
 
 
-def teachers(
+def open_teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
 ) -> dict[str, StoredFeatures]:
-    """The external teachers by name, without the frozen start, which is not embedded yet.
+    """The external teachers by name, except the frozen start, which is embedded when the run
+    begins, and the sides of `align`.
 
-    `whiten` is the next step. Notes how many samples a teacher has no features of.
+    `whiten_teachers` is the next step. Notes how many samples a teacher has no features of.
 
     Raises:
         ValueError: There is no such teacher, it has features of none of the samples, or of others
@@ -208,14 +837,12 @@ def teachers(
     loaded: dict[str, StoredFeatures] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
-        if teacher.features == START:  # `start.embed_start` makes these, when the run begins
-            if not isinstance(samples, Pairs):
-                raise ValueError(
-                    f"teacher.features: {START} needs pairs that can be read in any order, not a "
-                    "stream; copy the shards, and leave data.read out"
-                )
-            continue
-        if teacher.features in HALVES.values():  # `align` has them
+        if teacher.features == START and not isinstance(samples, Pairs):
+            raise ValueError(
+                f"teacher.features: {START} needs pairs that can be read in any order, not a "
+                "stream; copy the shards, and leave data.read out"
+            )
+        if teacher.features in (START, *HALVES.values()):
             continue
         if teacher.features == "emoji":
             plain, features = read_parquet(emoji_teacher_path())
@@ -228,8 +855,8 @@ def teachers(
         for source in samples.sources:
             require_same_rows(stored, source)
         loaded[name] = stored
-        for said in unknown_to(name, stored, samples):
-            note(said)
+        for missing in note_unknown(name, stored, samples):
+            note(missing)
     return loaded
 
 
@@ -242,7 +869,7 @@ def require_same_rows(stored: StoredFeatures, source: Any) -> None:
     for facts in stored.made_of:
         is_of_source, images = facts.get("ids") == f"{source.name}/row", "sample" in facts
         known = (s.fingerprint(images=images) for s in (whole, source))
-        changes = [is_of_source and difference([facts], [of_one]) for of_one in known]
+        changes = [is_of_source and difference([facts], [current]) for current in known]
         if all(changes):
             raise ValueError(
                 f"teacher.features: {stored.name} was made of another table ({changes[0]}), and "
@@ -251,7 +878,7 @@ def require_same_rows(stored: StoredFeatures, source: Any) -> None:
             )
 
 
-def unknown_to(name: str, stored: StoredFeatures, samples: Pairs | SampleStream) -> list[str]:
+def note_unknown(name: str, stored: StoredFeatures, samples: Pairs | SampleStream) -> list[str]:
     """A note on the samples that a teacher has no features of; of a stream on rank 0 alone."""
     if isinstance(samples, Pairs):
         rows = evenly_spaced(len(samples), min(len(samples), LOOKED_UP), seed=0)
@@ -265,29 +892,22 @@ def unknown_to(name: str, stored: StoredFeatures, samples: Pairs | SampleStream)
             "leaves such samples out"
         )
         return [note] if missing else []
+    if rank() != 0:
+        return []
+    ids, streams = [], [each for each in samples.sources if isinstance(each, ShardStream)]
+    for stream in streams:
+        prefix = f"{stream.name}/" if len(streams) > 1 else ""
+        if not is_url(stream.shards[0]):  # what is not on this machine is not read for it
+            items = islice(stream.read(stream.shards[0]), FIRST)
+            ids += [prefix + item.sample_id for item in items if isinstance(item, Sample)]
     note = (
         f"{name}: has features of none of the first samples of {samples.name}; a teacher that was "
         "made of other data, or under other names, teaches nothing"
     )
-    return [] if rank() != 0 or knows_any(stored, samples) else [note]
+    return [note] if ids and (stored.find(ids) < 0).all() else []
 
 
-def knows_any(stored: StoredFeatures, samples: SampleStream) -> bool:
-    """Whether a teacher knows a sample at the beginning of a stream; yes if there is none to see.
-
-    What is not on this machine is not read for it.
-    """
-    streams = [each for each in samples.sources if isinstance(each, ShardStream)]
-    ids = []
-    for stream in streams:
-        prefix = f"{stream.name}/" if len(streams) > 1 else ""
-        if not is_url(stream.shards[0]):
-            items = islice(stream.read(stream.shards[0]), FIRST)
-            ids += [prefix + item.sample_id for item in items if isinstance(item, Sample)]
-    return not ids or bool((stored.find(ids) >= 0).any())
-
-
-def refuse_halves(config: Config) -> None:
+def refuse_sides(config: Config) -> None:
     """Refuse teachers that `align` alone has."""
     for teacher in config.external_teachers.values():
         if teacher.features in HALVES.values():
@@ -297,90 +917,80 @@ def refuse_halves(config: Config) -> None:
             )
 
 
-def whiten(config: Config, teachers: Mapping[str, Whitens]) -> None:
+def whiten_teachers(config: Config, teachers: Mapping[str, TeacherFeatures]) -> None:
     """Whiten each teacher as its settings say. Collective."""
     for name, teacher in config.grouping_teachers.items():
         if teacher.whiten:
             teachers[name].whiten(teacher.whiten)
 
 
-def grouping(config: Config, teachers: Mapping[str, Whitens]) -> dict[str, Whitens]:
+def select_grouping(
+    config: Config, teachers: Mapping[str, TeacherFeatures]
+) -> dict[str, TeacherFeatures]:
     """Those of the teachers whose features are clustered."""
     return {name: each for name, each in teachers.items() if name in config.grouping_teachers}
 
 
-def with_each(config: Config, change: Callable[[TeacherConfig], TeacherConfig]) -> Config:
+def change_teachers(config: Config, change: Callable[[TeacherConfig], TeacherConfig]) -> Config:
     """The settings with every teacher changed."""
     if config.teachers:
         return replace(config, teachers=[change(teacher) for teacher in config.teachers])
     return replace(config, teacher=change(config.teacher))
 
 
-def undistilled(config: Config) -> Config:
+def leave_out_distillation(config: Config) -> Config:
     """The settings with `teacher.distil` 0 where it is unset, as for other commands than `train`:
     what it brings was measured there."""
-    return with_each(config, lambda t: replace(t, distil=0.0) if t.distil is None else t)
+    return change_teachers(config, lambda t: replace(t, distil=0.0) if t.distil is None else t)
 
 
-def stays(config: Config, tower: str) -> bool:
-    """Whether the run leaves this tower as it is, its projection too."""
-    return tower in config.model.locked and not config.model.projections_are_new
+def fill_teachers(
+    config: Config, teachers: Mapping[str, TeacherFeatures]
+) -> tuple[Config, list[str]]:
+    """The settings with `teacher.distil` and `teacher.tower` of each teacher, and notes on them.
 
+    Distillation is 1 for a teacher that groups, if a tower can learn from it. Beside groups at the
+    default weights that is the best use of a teacher on four kinds of pairs, or within 0.3 points
+    of it (docs/teachers.md). The tower that learns is that of the teacher's modality.
 
-def with_distillation(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config, list[str]]:
-    """The settings with `teacher.distil`, where it is unset: 1 for a teacher that groups, if a
-    tower can learn from it. Notes that, and each teacher that does not say which tower.
-
-    Beside groups at the default weights that is the best use of a teacher on four kinds of pairs,
-    or within 0.3 points of it (docs/teachers.md).
+    Raises:
+        ValueError: A tower is not known, or the run leaves it as it is.
     """
     notes = list[str]()
 
-    def weight(teacher: TeacherConfig) -> float:
+    def is_fixed(tower: str) -> bool:
+        return tower in config.model.locked and not config.model.projections_are_new
+
+    def find_weight(teacher: TeacherConfig, tower: str | None) -> float:
         name = teacher.name
         if name not in config.grouping_teachers or teacher.features == START:
             return 0.0
-        tower = teacher.tower or teachers[name].modality
         if tower is None:
             notes.append(
                 f"{name}.distil = 0, since {teacher.features} does not say what it was made of; "
                 f"with {name}.tower, image or text, that tower learns from its features too"
             )
             return 0.0
-        if stays(config, tower):
+        if is_fixed(tower):
             notes.append(f"{name}.distil = 0, since model.locked leaves the {tower} tower as it is")
             return 0.0
         notes.append(f"{name}.distil = 1, so the {tower} tower learns from its features too")
         return 1.0
 
-    def filled(teacher: TeacherConfig) -> TeacherConfig:
-        return replace(teacher, distil=weight(teacher)) if teacher.distil is None else teacher
-
-    return with_each(config, filled), notes
-
-
-def with_towers(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config, list[str]]:
-    """The settings with the tower that learns each teacher to be distilled: that of its modality.
-
-    Notes each that is set to the other tower, and what `with_distillation` does.
-
-    Raises:
-        ValueError: A tower is not known, or the run leaves it as it is.
-    """
-    config, notes = with_distillation(config, teachers)
-
-    def filled(teacher: TeacherConfig) -> TeacherConfig:
-        name = teacher.name
-        if name not in config.distilled_teachers:
-            return teacher
-        modality = "text" if teacher.features == START else teachers[name].modality
+    def fill(teacher: TeacherConfig) -> TeacherConfig:
+        name, stored = teacher.name, teachers.get(teacher.name)
+        modality = "text" if teacher.features == START else stored and stored.modality
         tower: Any = teacher.tower or modality
+        if teacher.distil is None:
+            teacher = replace(teacher, distil=find_weight(teacher, tower))
+        if name not in config.external_teachers or not teacher.distil:
+            return teacher
         if tower not in ("image", "text"):
             raise ValueError(
                 f"teacher.tower: {teacher.features} does not say what it was made of; name the "
                 "tower that learns it, image or text"
             )
-        if stays(config, tower):
+        if is_fixed(tower):
             raise ValueError(
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"
@@ -392,12 +1002,4 @@ def with_towers(config: Config, teachers: Mapping[str, Whitens]) -> tuple[Config
             )
         return replace(teacher, tower=tower)
 
-    return with_each(config, filled), notes
-
-
-def learning_towers(config: Config) -> dict[str, str]:
-    """The tower that learns the relations of each teacher to be distilled, `image` or `text`.
-
-    The towers of `config` are filled.
-    """
-    return {name: str(teacher.tower) for name, teacher in config.distilled_teachers.items()}
+    return change_teachers(config, fill), notes

@@ -19,9 +19,9 @@ from protoclip.config import Config
 from protoclip.data.pairs import MAX_IMAGE_PIXELS
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.data.view import PairsView
-from protoclip.encode import halves
-from protoclip.encode.halves import image_half, text_half
-from protoclip.encode.rows import hashes_of_images
+from protoclip.encode.encoder import image_side, text_side
+from protoclip.encode.rows import SETTING, features_folder
+from protoclip.encode.run import hash_images
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Images
 from protoclip.evaluation.features import Encoded, Encoder, Model, Reader, Tokenizer, Transform
@@ -130,10 +130,10 @@ class HalvesEncoder(Encoder):
         assert isinstance(self.model, FrozenEncoders)
         assert isinstance(self.transform, EvaluationTransform)
         with evaluation_mode(self.model):
-            image = image_half(
+            image = image_side(
                 self.model, self.transform, max_pixels=MAX_IMAGE_PIXELS, autocast=self.context
             )
-            text = text_half(self.model, self.tokenizer, autocast=self.context)
+            text = text_side(self.model, self.tokenizer, autocast=self.context)
             keys = {"images": image.key(), "texts": text.key()}
         return {kind: self.cache / checksum(f"{key} {kind}".encode()) for kind, key in keys.items()}
 
@@ -150,7 +150,7 @@ class AlignedHalves(HalvesEncoder):
     def readable_images(self, images: "Any | Reader", *, stage: str) -> Encoded:
         if not isinstance(images, PairsView) or not isinstance(self.transform, EvaluationTransform):
             return super().readable_images(images, stage=stage)
-        stored, missing = self._stored(hashes_of_images(images), transform=self.transform)
+        stored, missing = self._stored(hash_images(images), transform=self.transform)
         rest = Encoded(features=torch.zeros(0, 0))
         if len(missing):
             rest = super().readable_images(PairsView([(images, missing)]), stage=stage)
@@ -174,12 +174,12 @@ class AlignedHalves(HalvesEncoder):
         assert isinstance(self.model, FrozenEncoders)
         context = autocast(resolve(self.config.run.precision, self.device), self.device)
         with evaluation_mode(self.model):
-            half = text_half(self.model, self.tokenizer, autocast=context)
+            half = text_side(self.model, self.tokenizer, autocast=context)
             if transform is not None:
                 most = self.config.data.max_image_pixels
-                half = image_half(self.model, transform, max_pixels=most, autocast=context)
-            folder = halves.features_folder(self.config) / checksum(half.key().encode())
-        store = Store(folder, setting=halves.SETTING)
+                half = image_side(self.model, transform, max_pixels=most, autocast=context)
+            folder = features_folder(self.config) / checksum(half.key().encode())
+        store = Store(folder, setting=SETTING)
         numbers = store.find(hashes)
         rows = store.read(numbers[numbers >= 0]).reshape(-1, half.width)
         return torch.from_numpy(rows), np.flatnonzero(numbers < 0)

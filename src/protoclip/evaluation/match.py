@@ -25,8 +25,9 @@ from torch import Tensor
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import evenly_spaced
-from protoclip.encode.canonical import canonical_projections, moments_of_pairs
-from protoclip.encode.encoder import Encoder, encode_items, open_encoder
+from protoclip.encode.encoder import Encoder, open_encoder
+from protoclip.encode.linear_maps import canonical_projections, moments_of_pairs
+from protoclip.encode.run import encode_missing
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.grouping import nearest_others
@@ -51,7 +52,6 @@ class Drawn:
 
     Attributes:
         images: How to read each image: its row, or the sample that a stream gave.
-        ids: The sample id of each image.
         contents: A checksum of each image.
         captions: The captions.
         image_of_pair, text_of_pair: The numbers of each pair's image and caption.
@@ -60,7 +60,6 @@ class Drawn:
     """
 
     images: Sequence[Item]
-    ids: Sequence[str]
     contents: Sequence[str]
     captions: Sequence[str]
     image_of_pair: Int[Tensor, " p"]
@@ -157,18 +156,16 @@ def match(
         Sample(sample_id=str(number), image=b"", captions=(caption,), where=source.name)
         for number, caption in enumerate(drawn.captions)
     ]
-    images_of = drawn.images, drawn.ids, drawn.contents
     image_halves = [
-        encode(name, encoder, source, *images_of, batch_size, cache)
+        encode(name, encoder, source, drawn.images, drawn.contents, batch_size, cache)
         for name, encoder in opened["image"].items()
     ]
     can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
     reasons = (half.reason for half in image_halves)
     drawn = keep(drawn, can_be_read, reason=next(filter(None, reasons), ""))
     require_enough(drawn, source, pairs)
-    texts_of = captions, [one.sample_id for one in captions], drawn.captions
     text_halves = [
-        encode(name, encoder, source, *texts_of, batch_size, cache)
+        encode(name, encoder, source, captions, drawn.captions, batch_size, cache)
         for name, encoder in opened["text"].items()
     ]
     return records(image_halves, text_halves, drawn, seed)
@@ -190,7 +187,7 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
 
     image_of: dict[str, int] = {}
     text_of: dict[str, int] = {}
-    images, ids, known, bad = [], [], set[str](), set[str]()
+    images, known, bad = list[Item](), set[str](), set[str]()
     of_pairs: dict[tuple[int, int], None] = {}
     reason = ""
     progress = Progress(f"read {source.name}", len(items))
@@ -206,14 +203,12 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
                 if sample_id in known:
                     raise ValueError(f"{source.name}: sample id '{sample_id}' is not unique")
                 images.append(item)
-                ids.append(sample_id)
             known.add(sample_id)
             image = image_of.setdefault(content, len(image_of))
             of_pairs[image, text_of.setdefault(caption, len(text_of))] = None
     numbers = torch.tensor([*of_pairs], dtype=torch.long).reshape(-1, 2)
     return Drawn(
         images=images,
-        ids=ids,
         contents=[*image_of],
         captions=[*text_of],
         image_of_pair=numbers[:, 0],
@@ -256,36 +251,32 @@ def encode(
     encoder: Encoder,
     source: Pairs | SampleStream,
     items: Sequence[Item],
-    ids: Sequence[str],
     contents: Sequence[str],
     batch_size: int,
     cache: Path | None = None,
 ) -> Half:
     """Let a half encode each item that is not kept; `contents` tell items apart in any data."""
-    features = torch.full((len(items), encoder.width), torch.nan)
     folder = None if cache is None else cache / encoder.key()
-    store = Store(folder, dtype=FULL, is_optional=True)
-    hashes = hash_ids(contents)
+    store, hashes = Store(folder, dtype=FULL, is_optional=True), hash_ids(contents)
     store.has_whole(hashes)  # what is damaged is forgotten
+    missing, started = len(items) - int(store.has(hashes).sum()), time.monotonic()
+
+    def read(number: int) -> Sample:
+        return read_sample(source, items[number])
+
+    bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size)
+    seconds, encoded = max(time.monotonic() - started, 1e-9), missing - len(bad)
+    features = torch.full((len(items), encoder.width), torch.nan)
     numbers = store.find(hashes)
-    known, missing = np.flatnonzero(numbers >= 0), np.flatnonzero(numbers < 0)
-    if len(known):
-        features[known] = torch.from_numpy(store.read(numbers[known]))
-    if not len(missing):
-        return Half(name=name, features=features, per_second=None)
-    progress, started = Progress(f"encode {name}", len(missing)), time.monotonic()
-    new = [items[number] for number in missing.tolist()]
-    ids_read, rows, bad = encode_items(encoder, source, new, batch_size, progress.update)
-    seconds = time.monotonic() - started
-    if not torch.isfinite(rows).all():
-        raise ValueError(f"{name}: its features are not finite; choose another model")
-    number_of = {sample_id: number for number, sample_id in enumerate(ids)}
-    number_rows = [number_of[sample_id] for sample_id in ids_read]
-    features[number_rows] = rows
-    store.add(hashes[number_rows], rows.numpy())
-    rate = len(ids_read) / max(seconds, 1e-9) if ids_read else None
-    reason = str(BadSample(**bad[0])) if bad else ""
-    return Half(name=name, features=features, per_second=rate, reason=reason)
+    if len(store):
+        features[numbers >= 0] = torch.from_numpy(store.read(numbers[numbers >= 0]))
+    reason = str(next(iter(bad.values()), ""))
+    return Half(
+        name=name,
+        features=features,
+        per_second=encoded / seconds if encoded else None,
+        reason=reason,
+    )
 
 
 def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int) -> list[Record]:

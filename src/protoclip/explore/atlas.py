@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from protoclip.data.sampler import evenly_spaced
-from protoclip.encode.canonical import out_of_fold
+from protoclip.encode.linear_maps import out_of_fold
 from protoclip.encode.store import DAMAGED
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import checksum, replacing, to_json

@@ -20,7 +20,7 @@ from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.encode.store import hash_ids
-from protoclip.encode.whiten import Whitens
+from protoclip.encode.teachers import TeacherFeatures
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, evaluation_mode
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.prototypes.nearest import nearest
@@ -61,7 +61,7 @@ class ExtractedFeatures:
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
-    teachers: dict[str, Whitens]
+    teachers: dict[str, TeacherFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
     each_pair_once: bool = True
     micro_batch_size: int | None = None

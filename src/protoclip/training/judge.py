@@ -12,7 +12,7 @@ from typing import Any, Literal
 from protoclip.config import Config
 from protoclip.data.index import cache_folder
 from protoclip.distributed import parallel
-from protoclip.encode.halves import features_folder
+from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.encoders import encoder_of
 from protoclip.evaluation.features import Encoder

@@ -42,17 +42,12 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode import teachers as external
-from protoclip.encode.canonical import canonical_projections, second_moments
-from protoclip.encode.halves import (
-    encode_halves,
-    features_folder,
-    images_at_once,
-    open_image_half,
-)
-from protoclip.encode.rows import HalfRows
-from protoclip.encode.store import StoredFeatures
+from protoclip.encode.encoder import image_side
+from protoclip.encode.linear_maps import canonical_projections
+from protoclip.encode.rows import PairRows, encode_sides, features_folder, open_side
+from protoclip.encode.run import images_at_once
 from protoclip.encode.stream import encode_stream
-from protoclip.encode.whiten import Whitens
+from protoclip.encode.teachers import StoredFeatures, TeacherFeatures
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import list_metrics
@@ -184,7 +179,7 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
         ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
     """
     is_whole = choices is None
-    config = config if is_whole else external.undistilled(config)
+    config = config if is_whole else external.leave_out_distillation(config)
     without_effect = check(config, is_whole=is_whole)
     start, given = resolve_start(config.model), config.model.start
     notes = [*(without_effect if is_whole else ()), *start.notes]
@@ -234,7 +229,9 @@ def open_data(outline: Outline) -> Plan:
     if config.run.keep_best is not None or config.run.stop_by is not None:
         check_metrics(config, held_out, watched)
     said = list[str]()
-    teachers = external.teachers(config, training, said.append) if config.external_teachers else {}
+    teachers = (
+        external.open_teachers(config, training, said.append) if config.external_teachers else {}
+    )
     if outline.aligns and isinstance(training, Pairs):
         said = []  # it tells of the pairs that it could encode
     return Plan(
@@ -351,7 +348,7 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
     if part is not None and part >= share:
         notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
     if config.external_teachers:
-        config, said = external.with_towers(config, plan.teachers)
+        config, said = external.fill_teachers(config, plan.teachers)
         notes += said
     if not aligns:  # it draws whole captions, and those of the pairs that it could encode
         captions, said = caption_draw(config, samples)
@@ -410,8 +407,8 @@ def note_cut_captions(summary: Summary, start: Start, *, sentences: bool | None)
 # projections into a joint space train on these features, as `train` trains towers on images.
 
 
-def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
-    """Encode all pairs of a plan by the frozen halves of a model. Collective.
+def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
+    """Encode all pairs of a plan by the frozen encoders of a model. Collective.
 
     The projections of the model get their start from the features, in closed form.
 
@@ -425,10 +422,10 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
     """
     samples, config = plan.samples, plan.config
     assert isinstance(samples, Pairs)
-    halves = FrozenEncoders(model.towers).eval().requires_grad_(False)
-    device = next(halves.parameters()).device
-    rows = encode_halves(
-        halves,
+    encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
+    device = next(encoders.parameters()).device
+    rows = encode_sides(
+        encoders,
         samples,
         tokenizer=loading.tokenizer(plan.start),
         transform=loading.evaluation_transform(model),
@@ -462,7 +459,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
     if config.run.overfit is not None:  # each pair that is left, in one batch
         episodes = replace(episodes, size=left, batch_size=left)
     else:  # with `run.overfit` all pairs may be known before the first step
-        moments = second_moments(rows, device)
+        moments = rows.second_moments(device)
         start_projections(model, *canonical_projections(moments))
         towers: Any = model.towers
         for tower in (towers.visual, towers.text):
@@ -477,7 +474,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, HalfRows]:
     encoded: Pairs = drop_rows(samples, left_out) if len(left_out) else samples
     notes += said_too
     for name, teacher in plan.teachers.items():
-        notes += raise_on_all_ranks(partial(external.unknown_to, name, teacher, encoded))
+        notes += raise_on_all_ranks(partial(external.note_unknown, name, teacher, encoded))
     plan = replace(
         plan,
         config=config,
@@ -515,19 +512,20 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
     config, root = plan.config, features_folder(plan.config)
     device = collectives.device(config.run.device)
     model = loading.to_device(loading.model(plan.start, seed=config.run.seed), device)
-    halves = FrozenEncoders(model.towers).eval().requires_grad_(False)
-    half = open_image_half(
-        halves,
+    encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
+    encoder = image_side(
+        encoders,
         loading.evaluation_transform(model),
-        root,
         max_pixels=config.data.max_image_pixels,
         autocast=autocast(resolve(config.run.precision, device), device),
     )
     return encode_stream(
         stream,
-        half,
         root,
-        batch_size=images_at_once(halves),
+        encoder,
+        open_side(encoder, root),
+        batch_size=images_at_once(encoders),
+        max_pixels=config.data.max_image_pixels,
         max_bad_share=config.data.max_bad_share,
         threads=count_threads(config),
     )
@@ -552,7 +550,7 @@ def explain_bad(samples: Pairs, row: int, max_pixels: int) -> str:
 
 def list_contents(
     plan: Plan,
-    teachers: Mapping[str, Whitens],
+    teachers: Mapping[str, TeacherFeatures],
     start: TowerPair | Mapping[str, Tensor],
 ) -> dict[str, list[Facts]]:
     """Fingerprints of what a run reads, by kind: `sources` of the pairs to train on, `validation`

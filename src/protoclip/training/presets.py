@@ -27,8 +27,7 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.summary import Summary, choose_context_length, count_captions
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
-from protoclip.encode.halves import features_folder
-from protoclip.encode.rows import open_listing, write_listing
+from protoclip.encode.rows import features_folder, open_listing, write_listing
 from protoclip.models.resolve import names_model
 from protoclip.models.start import Start
 from protoclip.models.timm import PUBLISHED

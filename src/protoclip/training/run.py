@@ -32,9 +32,8 @@ from protoclip.data.split import read_chosen
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.encode import teachers as external
-from protoclip.encode.rows import HalfRows, RowLoader, half_teachers
-from protoclip.encode.start import embed_start
-from protoclip.encode.whiten import Whitens
+from protoclip.encode.rows import PairRows, RowLoader, side_teachers
+from protoclip.encode.teachers import TeacherFeatures, embed_start
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.precision import autocast, grad_scaler, measure_convolutions, resolve
@@ -212,7 +211,7 @@ def look_at_folder(
             choices = choose_before_data(command, given, alpha=alpha)
             choices.config = pooled_as_begun(choices.config, folder)
     if command != "align":
-        external.refuse_halves(choices.config)
+        external.refuse_sides(choices.config)
     outline = resolve_settings(choices.config, None if command == "train" else choices)
     sync.fetch(outline, resume=resume)
     begun = look(outline, resume=resume)
@@ -241,7 +240,7 @@ class Run:
     """
 
     def __init__(
-        self, plan: Plan, model: ProtoCLIP, *, folder: Path, rows: HalfRows | None = None
+        self, plan: Plan, model: ProtoCLIP, *, folder: Path, rows: PairRows | None = None
     ) -> None:
         config, samples = plan.config, plan.samples
         self.plan, self.config, self.folder, self.model = plan, config, folder, model
@@ -279,14 +278,16 @@ class Run:
             cut_padding=model.ignores_padding and not config.parallel.compile,
             on_read=self.skips.add,
             after=self.pass_after,
-            kind=EpisodeLoader if rows is None else partial(RowLoader, halves=rows),
+            kind=EpisodeLoader if rows is None else partial(RowLoader, encoded=rows),
         )
-        self.teachers: dict[str, Whitens] = {**plan.teachers}
+        self.teachers: dict[str, TeacherFeatures] = {**plan.teachers}
         if config.distilled_teachers:
-            model.distils = external.learning_towers(config)
+            model.distils = {
+                name: str(teacher.tower) for name, teacher in config.distilled_teachers.items()
+            }
         if rows is not None:
             assert isinstance(samples, Pairs)
-            self.teachers.update(half_teachers(config, samples, rows))
+            self.teachers.update(side_teachers(config, samples, rows))
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
         self.autocast = autocast(precision, device)
@@ -392,7 +393,7 @@ class Run:
         settings: dict[str, Any] = {
             "model": self.trained,
             "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
-            "teachers": external.grouping(config, self.teachers),
+            "teachers": external.select_grouping(config, self.teachers),
             "autocast": self.autocast,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
             "micro_batch_size": config.episodes.micro_batch_size,
@@ -421,9 +422,9 @@ class Run:
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
         if not self.config.loss.keep:
             self.start = None  # a whole model, which nothing needs any more
-        external.whiten(self.config, self.teachers)
+        external.whiten_teachers(self.config, self.teachers)
         self.trainer.prototypes.source.teachers.update(
-            external.grouping(self.config, self.teachers)
+            external.select_grouping(self.config, self.teachers)
         )
 
     def training_pass(self, index: int, start: int = 0) -> Pass:

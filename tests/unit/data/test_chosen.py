@@ -19,8 +19,7 @@ from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import episodes
 from protoclip.data.split import read_chosen, read_ids
-from protoclip.encode.encoder import embed_teacher
-from protoclip.encode.teachers import read_teacher
+from protoclip.encode.teachers import embed_teacher, read_teacher
 from protoclip.evaluation.validation import judged
 from testing import tiny_pairs
 

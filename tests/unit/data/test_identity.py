@@ -22,7 +22,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.encode import teachers
-from protoclip.encode.store import StoredFeatures
+from protoclip.encode.teachers import StoredFeatures
 
 NUMBER, SIDE = 6, 32
 NAMES = ("a", "b")
@@ -180,7 +180,7 @@ def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path):
     samples = sources.pairs(config)
     assert isinstance(samples, Pairs)
     notes: list[str] = []
-    teacher = teachers.teachers(config, samples, notes.append)["teacher"]
+    teacher = teachers.open_teachers(config, samples, notes.append)["teacher"]
     assert len(notes) == 1
     assert f"no features of {2 * NUMBER} of" in notes[0]
     first = samples.sample_id(2 * NUMBER)

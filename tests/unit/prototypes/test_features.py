@@ -14,7 +14,8 @@ from interrupting import with_changes
 from protoclip import KMeans
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
-from protoclip.encode.store import StoredFeatures, hash_ids
+from protoclip.encode.store import hash_ids
+from protoclip.encode.teachers import StoredFeatures
 from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures

@@ -15,7 +15,7 @@ from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
-from protoclip.encode.store import StoredFeatures
+from protoclip.encode.teachers import StoredFeatures
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import Target

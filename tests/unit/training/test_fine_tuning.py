@@ -1,6 +1,5 @@
 """Settings of fine-tuning: what trains and how fast, and runs that stay close to their start."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,9 +25,8 @@ from protoclip.config import (
 )
 from protoclip.data import pack, sources
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.encode import encoder as encode
-from protoclip.encode.start import embed_start
-from protoclip.files import locked
+from protoclip.encode.encoder import Encoder
+from protoclip.encode.teachers import embed_start
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start
 from protoclip.rules import check
@@ -384,9 +382,10 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
         expected = start.encode_text(tokenizer([*captions]), normalize=True).mean(0)
         expected = torch.nn.functional.normalize(expected, dim=0)
         torch.testing.assert_close(row, expected, atol=2e-3, rtol=0)  # half precision
-    monkeypatch.setattr(encode, "encode_captions", None)  # nothing is encoded again
-    assert given(samples).name == found.name
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        examples, encode = 2, Encoder.encode
+        patch.setattr(Encoder, "encode", lambda s, i: encode(s, i) if len(i) == examples else None)
+        assert given(samples).name == found.name  # nothing is encoded again
     table = pq.read_table(pairs)
     captions = pa.array([[f"{text}!" for text in of] for of in table["caption"].to_pylist()])
     pq.write_table(table.set_column(1, "caption", captions), tmp_path / "changed.parquet")
@@ -399,31 +398,3 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     with torch.no_grad():
         start.towers.text_projection.mul_(2)
     assert given(samples).name not in (found.name, other.name)
-
-
-def test_a_run_beside_one_that_embeds_its_start_has_a_folder_of_its_own(pairs, starts, tmp_path):
-    """And goes on with that one."""
-    config = with_changes(tiny_config(pairs, out="unused"), {"data": {"validation": 0.0}})
-    model = ModelConfig(start=starts(tiny_model()))
-    config = replace(config, model=resolve_start(model).model)
-    start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
-    given = start, loading.tokenizer(config.model), sources.pairs(config)
-    more = {"cache": tmp_path / "features", "autocast": torch.no_grad}
-    first = embed_start(*given, of_run=tmp_path / "first", **more)
-    shutil.rmtree(first.name)
-    with locked(Path(first.name)):
-        beside = embed_start(*given, of_run=tmp_path / "run", **more)
-    assert beside.name == str(tmp_path / "run")
-    assert embed_start(*given, of_run=tmp_path / "run", **more).name == beside.name
-    moved = ImageTextPairs(pq.read_table(pairs), name="moved", caption_columns=("caption",))
-    named = given[0], given[1], moved
-    assert embed_start(*named, of_run=tmp_path / "run", **more).name == beside.name
-    captions = pa.array(["another"] * len(moved))
-    table = moved.table.set_column(moved.table.column_names.index("caption"), "caption", captions)
-    changed = given[0], given[1], ImageTextPairs(table, name="moved")
-    with pytest.raises(ValueError, match="made with other captions, or before these were changed"):
-        embed_start(*changed, of_run=tmp_path / "run", **more)
-    other = embed_start(*given, of_run=tmp_path / "other", **more)
-    assert other.name == first.name
-    ids = [*given[2].sample_ids()]
-    assert torch.equal(other.lookup(ids), beside.lookup(ids))

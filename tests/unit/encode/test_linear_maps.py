@@ -1,4 +1,4 @@
-"""Where two frozen spaces agree, and heads that start there."""
+"""PCA and whitening, where two frozen spaces agree, and heads that start there."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,15 +9,17 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
+from sklearn.decomposition import PCA
 from torch import nn
 
-from protoclip.encode.canonical import (
+from protoclip.encode.linear_maps import (
     SecondMoments,
+    Whitening,
     canonical_projections,
+    fit_pca,
     moments_of_images,
     moments_of_pairs,
     out_of_fold,
-    second_moments,
 )
 from protoclip.models.projections import AlignedModel, start_projection
 from testing import run_distributed
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 
 def test_moments_count_an_image_once_however_many_captions_it_has(tmp_path):
     _, rows, _ = rows_of(tiny_alignment(tmp_path))
-    found = second_moments(rows, CPU)
+    found = rows.second_moments(CPU)
     assert found.samples == len(rows) == 96
     image, text, cross, sums = 0.0, 0.0, 0.0, [0.0, 0.0]
     for row in range(96):
@@ -175,3 +177,37 @@ def sum_of(images, texts, rows, maps):
     """The cosine of each of these pairs under linear maps."""
     led = (of[rows].double() @ linear for of, linear in zip((images, texts), maps, strict=True))
     return F.cosine_similarity(*led, dim=1)
+
+
+def correlated(rows: int, width: int, *, rank: int | None = None) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    free = generator.normal(size=(rows, rank or width))
+    return free @ generator.normal(size=(rank or width, width)) + 9
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_pca_equals_the_svd_of_centred_rows(width):
+    """Block by block, also if one is empty."""
+    features = correlated(90, 8)
+    mean, axes, kept = fit_pca(iter(np.array_split(features, [0, 3, 40, 41])), width)
+    centred = features - features.mean(0)
+    _, scale, expected = np.linalg.svd(centred, full_matrices=False)
+    ours, theirs = (features - mean) @ axes.T, centred @ expected[:width].T
+    np.testing.assert_allclose(ours, theirs * np.sign((ours * theirs).sum(0)), atol=1e-7)
+    assert kept == pytest.approx((scale[:width] ** 2).sum() / (scale**2).sum())
+    assert (axes[np.arange(width), np.abs(axes).argmax(1)] > 0).all()
+
+
+def test_whitening_is_scikit_learns_scaled_to_unit_norm():
+    features = torch.from_numpy(correlated(500, 12)).float()
+    found = Whitening.fit(features, 5)(features)
+    white = PCA(5, whiten=True).fit_transform(features.double().numpy())
+    expected = F.normalize(torch.from_numpy(white).float())
+    # Axes have no sign of their own, so compare how similar rows are.
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-4, rtol=0)
+
+
+def test_directions_without_variance_are_left_out():
+    """Rounding errors would count as much as what the features say."""
+    features = torch.from_numpy(correlated(90, 12, rank=3)).float()
+    assert Whitening.fit(features, 8)(features).shape == (90, 3)

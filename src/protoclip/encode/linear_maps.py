@@ -1,24 +1,78 @@
-"""Where two frozen spaces agree, in closed form: canonical correlation analysis (CCA) with a ridge.
+"""Linear maps of frozen spaces, in closed form: PCA, whitening, and where two spaces agree.
 
-The projections of `align` start from it (`models/projections.py` sets them). Whitening of one space
-alone is in `whiten.py`.
+Teachers are whitened before they are clustered: directions in which features vary more count more
+in their distances, so K-means divides along these first, and hardly by what only some samples have.
+Canonical correlation analysis (CCA) with a ridge is where the projections of `align` start.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from protoclip.encode.rows import HalfRows
-
+Features = npt.NDArray[np.floating]
+LEAST_VARIANCE = 1e-6  # of the largest: directions with less are rounding errors
 BLOCK = 2**12  # images whose features are in memory at once
-SAMPLE = 2**16  # images whose features are read: thirty times the width of a wide half
+SAMPLE = 2**16  # images whose features are read: thirty times the width of a wide encoder
 FOLDS = 5  # of pairs that are scored by heads fitted to the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitening:
+    """Moves features to mean 0, keeps some directions at equal variance, and scales to unit norm.
+
+    So were features prepared for K-means in DeepCluster (Caron et al. 2018, arXiv 1807.05520).
+    """
+
+    mean: Float[Tensor, " q"]
+    axes: Float[Tensor, "q w"]
+
+    @classmethod
+    def fit(cls, features: Float[Tensor, "n q"], width: int) -> "Whitening":
+        """Whitening by the `width` directions in which these rows vary most, or by all there are.
+
+        >>> rows = torch.tensor([[9.0, 1.0], [9.0, -1.0], [-9.0, 1.0], [-9.0, -1.0]])
+        >>> (Whitening.fit(rows, 2)(rows) * 2**0.5).round().abs().tolist()[0]
+        [1.0, 1.0]
+        """
+        rows = features.double().numpy()
+        mean, axes, _ = fit_pca([rows], min(width, rows.shape[1]))
+        variances = ((rows - mean) @ axes.T).var(0)
+        kept = variances > LEAST_VARIANCE * variances.max()
+        scaled = axes[kept].T / np.sqrt(variances[kept])
+        return cls(mean=torch.from_numpy(mean).float(), axes=torch.from_numpy(scaled).float())
+
+    def to(self, device: torch.device) -> "Whitening":
+        return Whitening(mean=self.mean.to(device), axes=self.axes.to(device))
+
+    def __call__(self, features: Float[Tensor, "n q"]) -> Float[Tensor, "n w"]:
+        """These rows whitened. A row of NaN stays one."""
+        return F.normalize((features - self.mean) @ self.axes)
+
+
+def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features, float]:
+    """Exact PCA in one pass, by sums in float64.
+
+    Returns the mean `(q,)`, the axes `(width, q)` by falling variance (the largest coordinate of
+    each is positive), and the share of the variance along them.
+    """
+    count, total, outer = 0, cast(Any, 0), cast(Any, 0)
+    for block in blocks:
+        rows = block.astype(np.float64)
+        count, total, outer = count + len(rows), total + rows.sum(0), outer + rows.T @ rows
+    mean = total / count
+    variances, vectors = np.linalg.eigh(outer / count - np.outer(mean, mean))
+    axes = vectors.T[::-1][:width]
+    axes = axes * np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]
+    everything = max(float(variances.sum()), np.finfo(np.float64).tiny)
+    return mean, axes, float(np.clip(variances[-width:].sum() / everything, 0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +106,6 @@ class SecondMoments:
         return SecondMoments(**{n: getattr(self, n) - getattr(part, n) for n in names})
 
 
-def second_moments(halves: HalfRows, device: torch.device) -> SecondMoments:
-    """Second moments of the plain images and of all their captions, of `SAMPLE` images at most."""
-    chosen = np.arange(0, len(halves), -(-len(halves) // SAMPLE))
-    parts = []
-    for rows in np.array_split(chosen, -(-len(chosen) // BLOCK)):
-        counts = torch.from_numpy(halves.counts(rows)[1])
-        x = halves.image_rows(rows).to(device)
-        y = halves.text_rows(halves.all_captions(rows)).to(device)
-        parts.append(moments_of_images(x, y, counts))
-    return total_of(parts)
-
-
 def moments_of_images(
     images: Float[Tensor, "n q"], captions: Float[Tensor, "c r"], counts: Int[Tensor, " n"]
 ) -> SecondMoments:
@@ -95,7 +137,7 @@ def moments_of_pairs(images: Float[Tensor, "p q"], texts: Float[Tensor, "p r"]) 
     )
 
 
-def total_of(parts: Iterable[SecondMoments]) -> SecondMoments:
+def add_moments(parts: Iterable[SecondMoments]) -> SecondMoments:
     return reduce(SecondMoments.__add__, parts)
 
 
@@ -135,8 +177,8 @@ def out_of_fold(
             shift = (first[rows] - (many.cumsum(0) - many)).repeat_interleave(many)
             of_rows = captions[shift + torch.arange(len(shift))]
             moments.append(moments_of_images(images[rows], of_rows, many))
-        parts.append(total_of(moments))
-    total = total_of(parts)
+        parts.append(add_moments(moments))
+    total = add_moments(parts)
     for rows, part in zip(folds, parts, strict=True):
         image, text = (linear.float() for linear in canonical_projections(total - part))
         led = images[rows].float() @ image, captions[first[rows]].float() @ text
