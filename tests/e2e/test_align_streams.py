@@ -19,7 +19,7 @@ from protoclip.encode import rows
 from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
 from protoclip.files import locked
-from protoclip.training import align as aligning
+from protoclip.training import plan as planning
 from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
@@ -68,7 +68,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         encoder.prepare = and_note
         return encoder
 
-    for module in (rows, aligning):
+    for module in (rows, planning):
         monkeypatch.setattr(module, "image_side", watched)
     return names
 
