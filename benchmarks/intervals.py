@@ -37,26 +37,23 @@ import torch.nn.functional as F
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
-from protoclip.evaluation.clustering import clustering
-from protoclip.evaluation.knn import knn_predict
-from protoclip.evaluation.linear_probe import best_linear_probe
-from protoclip.evaluation.measured import Measurements
+from protoclip.evaluation.geometry import clustering
 from protoclip.evaluation.metrics import (
     MULTILABEL,
     RECALLS,
     Floats,
+    SampleResults,
     difference,
+    find_crowded,
+    influences,
     interval,
     interval_of_difference,
     mark_clear,
-)
-from protoclip.evaluation.retrieval import best_relevant_rank, crowding
-from protoclip.evaluation.samples import (
-    SampleResults,
-    find_crowded,
-    influences,
     sum_by_group,
 )
+from protoclip.evaluation.probes import best_linear_probe, knn_predict
+from protoclip.evaluation.retrieval import best_relevant_rank, crowding
+from protoclip.evaluation.suite import Measurements
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
 from protoclip.training.run_folder import environment
@@ -267,7 +264,7 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
 
 def with_influences(measured: list[Measurements]) -> list[Metrics]:
     """Of each model its metrics that have influences, with these."""
-    moved = [of.influences() for of in measured]
+    moved = [of.influences for of in measured]
     decided = [find_crowded(of.samples, by) for of, by in zip(measured, moved, strict=True)]
     return [
         {key: (of.metrics[key], by[key], key in few) for key in by}

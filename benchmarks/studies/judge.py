@@ -1,7 +1,7 @@
 """What a trained model is worth: on held-out pairs of its own data, and by transfer.
 
 Every metric is an array: its value, then the influences of groups of samples on it (see
-`protoclip.evaluation.samples`), of the same groups for every metric and model. So means and
+`protoclip.evaluation.metrics`), of the same groups for every metric and model. So means and
 differences of metrics are means and differences of arrays. Influences are NaN where there are none.
 """
 
@@ -22,18 +22,13 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.view import PairsView
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import datasets
-from protoclip.evaluation.clustering import clustering
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.knn import knn_predict
-from protoclip.evaluation.linear_probe import REGULARISATIONS, fit_linear_probes
-from protoclip.evaluation.measured import measure
-from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS
-from protoclip.evaluation.samples import sum_by_group
-from protoclip.evaluation.suite import choose_tasks
-from protoclip.evaluation.task_features import task_features
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.features import Encoder, build_encoder
+from protoclip.evaluation.geometry import clustering
+from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, sum_by_group
+from protoclip.evaluation.probes import REGULARISATIONS, fit_linear_probes, knn_predict
+from protoclip.evaluation.suite import choose_tasks, encode_data, measure
+from protoclip.evaluation.validation import split_validation
 from protoclip.evaluation.zero_shot import zero_shot_ranks
 from protoclip.files import replacing
 from protoclip.models import loading
@@ -72,7 +67,7 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
             model, transform, tokenizer = loading.load(folder)
             # What frozen halves make of transfer sets is the same whatever joins them.
             cache = cache_folder() / "features" if model.joins_encoders else None
-            encoders.append(encoder_of(model, transform, tokenizer, cache=cache))
+            encoders.append(build_encoder(model, transform, tokenizer, cache=cache))
         return encoders[0]
 
     def on_held_out() -> Judged:
@@ -159,11 +154,11 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
 
 def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Judged:
     """The metrics of those tasks that the data can serve."""
-    (chosen,) = choose_tasks([data], split, None, TASKS)
+    (chosen,) = choose_tasks([data], split, default=TASKS)
     own = [task for task in tasks if task in chosen]
-    features = task_features(encoder, data, own, split=split)
-    found = measure(features, data, own, split=split)
-    groups, influences = found.samples.groups().names, found.influences()
+    features = encode_data(encoder, data, own, split=split)
+    found = measure(features, own)
+    groups, influences = found.samples.groups().names, found.influences
     shown = [
         name
         for name, metric in METRICS.items()
@@ -185,7 +180,7 @@ def held_out(config: Config, split: str) -> EvaluationData:
     """
     if config.data.is_emoji:
         return datasets.emoji()
-    data = judged(config, sources.pairs(config)).data[0]
+    data = split_validation(config, sources.pairs(config)).data[0]
     whole = data.splits["validation"]
     images = whole.images
     assert isinstance(images, PairsView)
@@ -220,12 +215,12 @@ def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:
 
     Pretraining has seen none of them.
     """
-    features = task_features(encoder, data, ["clustering"], split=split)
+    features = encode_data(encoder, data, ["clustering"], split=split)
     part = features.parts[split]
     assert part.labels is not None
     right = by_folds(part.unit, part.labels, part.groups)
     ami = clustering(part.unit, part.labels)["ami"]
-    groups = part.sample_groups.images
+    groups = part.sample_groups[0]
     return grouped_means(right, groups, data.name, ami=ami)
 
 
@@ -234,7 +229,7 @@ def on_classes(encoder: Encoder, data: EvaluationData) -> Judged:
 
     Choices are made by this. The validation split alone is too small to tell arms apart.
     """
-    features = task_features(encoder, data, ["linear_probe", "zero_shot"], split="validation")
+    features = encode_data(encoder, data, ["linear_probe", "zero_shot"], split="validation")
     parts = [features.parts[split] for split in ("train", "validation")]
     images = torch.cat([part.unit for part in parts])
     labels = torch.cat([part.labels for part in parts if part.labels is not None])

@@ -68,11 +68,7 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
-from protoclip.evaluation.metrics import (
-    half_of_samples,
-    half_of_seeds,
-    interval_of_difference,
-)
+from protoclip.evaluation.metrics import half_of_samples, half_of_seeds, interval_of_difference
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.resolve import resolve_start

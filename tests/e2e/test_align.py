@@ -32,7 +32,7 @@ from protoclip.encode.rows import RowLoader
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import features as evaluated
 from protoclip.evaluation.suite import evaluate_run
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import split_validation
 from protoclip.models import loading
 from protoclip.models.projections import AlignedModel
 from protoclip.models.saved import read_config
@@ -186,7 +186,7 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
     results = align(changed(given, tmp_path / "run", run={"evaluate_every": 1}))
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(choose_before_data("align", given).given)
-    (data,) = judged(settings, sources.pairs(settings)).data
+    (data,) = split_validation(settings, sources.pairs(settings)).data
     encoder = evaluated.Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
     whole = evaluate_run(encoder, data=data, split="validation", show=False)
     assert {k for k in results["metrics"] if "retrieval" in k}

@@ -273,14 +273,14 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     A run whose image half is another one encodes no caption that judges.
     """
     run, encoded = tmp_path / "run", list[int]()
-    check = Encoder.check_rounds
+    check = Encoder.encode_rounds
 
-    def watched(self: Encoder, *given: Any) -> Iterator[Round]:
-        for made in check(self, *given):
+    def watched(self: Encoder, *given: Any, **more: Any) -> Iterator[Round]:
+        for made in check(self, *given, **more):
             encoded.append(len(made.hashes))
             yield made
 
-    monkeypatch.setattr(Encoder, "check_rounds", watched)
+    monkeypatch.setattr(Encoder, "encode_rounds", watched)
     for tower in ("encode_image", "encode_text"):
         # Nothing passes the whole model.
         monkeypatch.setattr(ProtoCLIP, tower, Mock(side_effect=AssertionError))

@@ -25,9 +25,8 @@ from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import difference, mark_clear
+from protoclip.evaluation.metrics import SampleResults, difference, influences, mark_clear
 from protoclip.evaluation.paired import read_results
-from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.models import loading, saved
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.training import judge, wise_ft
@@ -110,17 +109,17 @@ def words(top: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(top: Path) -> Path:
     """A run of the command; beside it what it said, its cache, and how many images it encoded."""
-    encode, images = Encoder._encode_images, list[int]()
+    encode, images = Encoder._encode_all, list[int]()
 
     def counted(self: Encoder, *given: Any) -> Any:
-        encoded, hashes = encode(self, *given)
+        encoded = encode(self, *given)
         images.append(len(encoded.content))
-        return encoded, hashes
+        return encoded
 
     files = ((top / name).open("w") for name in ("said.out", "said.err"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
-        patch.setattr(Encoder, "_encode_images", counted)
+        patch.setattr(Encoder, "_encode_all", counted)
         with next(files) as out, next(files) as err, redirect_stdout(out), redirect_stderr(err):
             main(words(top, top / "finished"))
     (top / "images.json").write_text(json.dumps(images))

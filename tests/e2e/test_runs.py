@@ -26,7 +26,7 @@ from protoclip.config import (
     TeacherConfig,
     TextTowerConfig,
 )
-from protoclip.evaluation import datasets, linear_probe
+from protoclip.evaluation import datasets, probes
 from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint
@@ -254,7 +254,7 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     monkeypatch.setattr(datasets, "emoji", few_emoji)
     monkeypatch.setattr(demo, "arms", arms)
     monkeypatch.setattr(demo, "EXAMPLES", 60)
-    monkeypatch.setattr(linear_probe, "TOLERANCE", 0.03)  # its fits are half of the test's time
+    monkeypatch.setattr(probes, "TOLERANCE", 0.03)  # its fits are half of the test's time
     monkeypatch.chdir(tmp_path)
     entries = demo.demo(Path("demo"))
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from protoclip.evaluation import validation
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import RECORD_TASKS
-from protoclip.evaluation.validation import judged, trained_guards
+from protoclip.evaluation.validation import note_trained_guards, split_validation
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import TRAINED_ON, compare_headlines, print_table, table_of_runs
 from protoclip.training.run import train
@@ -225,13 +224,10 @@ def test_models_are_judged_by_the_pairs_that_a_run_held_out(folder, tmp_path, mo
     data = validation.open_data("held")
     assert (data.name, len(data.splits["test"].images)) == ("held-validation", 20)
     assert data.notes == ["held: the 20 images that it held out judge the models"]
-    (guard,) = validation.guards(with_changes(config, {"run": {"guard": ["held"]}}), [])
+    (guard,) = validation.open_guards(with_changes(config, {"run": {"guard": ["held"]}}), [])
     assert guard.name == "held-validation"
     with pytest.raises(ValueError, match=r"^held: stands for the pairs that it held out; ask"):
         validation.open_data("held", split="train")
-    for option in ("class_column=kind", "root=images", "caption_column=text"):
-        with pytest.raises(ValueError, match=r"^held: a run's pairs are read as it read them; lea"):
-            validation.open_data(f"held,{option}")
     (checkpoint, *_) = Path("held", "checkpoints").iterdir()
     assert validation.open_data(str(checkpoint)).name == data.name
 
@@ -248,28 +244,16 @@ def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_p
         assert told == (name == "others")
         config = config_for(folder, tmp_path / "new", validation=runs[name])
         config = with_changes(config, {"run": {"guard": [str(tmp_path / "held")]}})
-        divided = judged(config, sources.pairs(config))
-        notes = trained_guards(config, validation.guards(config, divided.data), divided.training)
+        divided = split_validation(config, sources.pairs(config))
+        notes = note_trained_guards(
+            config, validation.open_guards(config, divided.data), divided.training
+        )
         assert bool(notes) == (name == "others")
-
-
-def test_a_guard_keeps_the_name_that_a_setting_has_for_it(folder, tmp_path):
-    """Versions up to 1.0.0 called `photos/test` just `test`."""
-    guard = tmp_path / "photos" / "test.parquet"
-    guard.parent.mkdir()
-    shutil.copy(folder / "b.parquet", guard)
-    config = with_changes(config_for(folder, tmp_path), {"run": {"guard": [str(guard)]}})
-    for setting in ("keep_best", "stop_by"):
-        for name in ("photos-test", "test"):
-            metric = f"eval/{name}/retrieval/image_to_text@1"
-            settings = replace(config, run=replace(config.run, **{setting: metric}))
-            assert [data.name for data in validation.guards(settings, [])] == [name]
-    assert [data.name for data in validation.guards(config, [])] == ["photos-test"]
 
 
 def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
     """The captions that judge a run, those that it trains on, and what it is told."""
-    training, data, notes = judged(config, sources.pairs(config))
+    training, data, notes = split_validation(config, sources.pairs(config))
     assert isinstance(training, Pairs)
     rows = range(len(training))
     captions = {text for row in rows for text in training.sample_captions(row)}

@@ -20,7 +20,7 @@ from protoclip.data.split import hold_out_rows
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
 from protoclip.evaluation.features import Listed, read_list, write_list
-from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.metrics import SampleResults
 from protoclip.files import read_toml
 from protoclip.training.checkpoint import newest_intact
 from protoclip.training.plan import resolve_settings
@@ -115,7 +115,7 @@ def kept_features(folder: Path) -> Read:
     hashes = hash_ids(str(row) for row in range(5))
     store = Store(folder / "a", dtype=FULL, is_optional=True)
     store.add(hashes, np.eye(5, dtype=np.float32))
-    write_list(store, "mine", Listed(hashes=hashes, content=np.arange(5), bad=[(5, "broken")]))
+    write_list(store, "mine", Listed(hashes=hashes, bad=[(5, "broken")]))
 
     def read() -> object:
         # A volume with a damaged row is removed, and its other file lies there still.
@@ -129,7 +129,7 @@ def kept_features(folder: Path) -> Read:
             for path, content in files.items():
                 path.write_bytes(content)
         features = again.read(again.find(listed.hashes))
-        return listed.content.tolist(), listed.bad, features.tolist()
+        return listed.hashes.tolist(), listed.bad, features.tolist()
 
     return read
 

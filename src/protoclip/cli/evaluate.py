@@ -58,6 +58,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         with quick_imports():
             from protoclip.distributed import collectives
             from protoclip.evaluation import suite, validation
+            from protoclip.evaluation.readers import read_templates
             from protoclip.models import loading
             from protoclip.results import compare
             from protoclip.results.table import print_table, table_of_records
@@ -86,10 +87,13 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
                     notes += warn_of_training_pairs(reference, name, count)
             for note in notes if collectives.rank() == 0 else ():
                 say(note)
-            suite.announce(data, self.split, self.tasks)  # before models are loaded
+            templates = self.templates and on_all_ranks(lambda: read_templates(str(self.templates)))
+            tasks = on_all_ranks(  # before models are loaded
+                lambda: suite.choose_tasks(data, self.split, self.tasks, templates)
+            )
             by_model = {}
             for reference in references:
-                results = self.evaluate(reference, data, device)
+                results = self.evaluate(reference, data, tasks, templates, device)
                 for record in (result.record for result in results):
                     record |= counts.get((reference, record["dataset"]), {})
                 by_model[reference] = compare.add_means(results)
@@ -120,14 +124,19 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             require_place("--out", self.out, is_folder=True)
 
     def evaluate(
-        self, reference: str, data: "Sequence[EvaluationData]", device: "torch.device"
+        self,
+        reference: str,
+        data: "Sequence[EvaluationData]",
+        tasks: Sequence[Sequence[str]],
+        templates: Sequence[str] | None,
+        device: "torch.device",
     ) -> "list[Result]":
         """The results of one model on all data sets."""
         from protoclip.data.index import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed.collectives import raise_on_all_ranks
         from protoclip.evaluation import suite
-        from protoclip.evaluation.encoders import encoder_of
+        from protoclip.evaluation.features import build_encoder
         from protoclip.models import loading
         from protoclip.models.precision import autocast_encoding
 
@@ -135,7 +144,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if self.fast_resize and isinstance(transform, PillowTransform):
             transform = replace(transform, fast=True)
-        encoder = encoder_of(
+        encoder = build_encoder(
             loading.to_device(model, device),
             transform,
             tokenizer,
@@ -151,9 +160,9 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         return suite.compute_results(
             encoder,
             data,
-            self.tasks,
+            tasks,
             split=self.split,
-            templates=self.templates,
+            templates=templates,
             model_name=name,
             pretrained=tag or "none",
         )
@@ -161,18 +170,14 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
 
 def warn_of_training_pairs(reference: str, name: str, count: Mapping[str, int]) -> list[str]:
     """A warning of data, by their name, if a model was trained on some of the pairs."""
-    from protoclip.evaluation.validation import has_held_out_metrics
-    from protoclip.models.saved import run_of
-
-    if not count.get("images") or (run := run_of(reference)) is None:
+    if not count.get("images"):
         return []
     pairs = f"{count['images']:,} of these {count['pairs']:,} pairs"
     if count["images"] == count["pairs"]:
         pairs = "these pairs"
-    known = "; its results.json has its numbers on held-out pairs" * has_held_out_metrics(run)
     return [
         f"warning: {name}: {reference} was trained on {pairs} and does better on them than on new "
-        f"ones{known}"
+        "ones"
     ]
 
 

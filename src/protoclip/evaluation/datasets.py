@@ -6,7 +6,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,21 +30,23 @@ from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
 from protoclip.data.sources import open_source
 from protoclip.data.view import PairsView
-from protoclip.evaluation import data_names, readers
+from protoclip.evaluation import readers
 from protoclip.evaluation.readers import (
     LazySplits,
     ShardFolder,
     TorchvisionImages,
     parse_class,
+    parse_templates,
+    read_templates,
 )
-from protoclip.evaluation.zero_shot import parse_templates, read_templates
 from protoclip.files import read_local
-from protoclip.rules import COLUMN_OPTIONS, DATA_HINT, with_options
-from protoclip.terminal import visible
+from protoclip.rules import DATA_HINT, with_options
+from protoclip.terminal import visible, without_secrets
 
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
+#: Names of folders or tables of one split, which do not distinguish data sets.
+SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test")
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
-SYNSETS = "LOC_synset_mapping.txt"  # as Kaggle ships it with ImageNet
 WNID = re.compile(r"n\d{8}")
 #: torchvision's classification sets with usual class names, and its names of their splits.
 TORCHVISION = {
@@ -56,27 +58,6 @@ TORCHVISION = {
     **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), ""),  # not split
 }
 SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation"}
-HUB = "wds:https://huggingface.co/datasets/clip-benchmark/wds_"
-CLOOB = "https://github.com/ml-jku/cloob#downstream-tasks"
-# Kinds of data whose classes and captions are not in columns.
-WITHOUT_COLUMNS = ("emoji", "wds", "torchvision", "karpathy")
-#: Where data sets can be downloaded. Keys are lower case letters and digits; docs/evaluation.md has
-#: more.
-DOWNLOADS = {
-    **{
-        name: f"{HUB}{name}" for name in ("country211", "gtsrb", "imagenetv2", "objectnet", "stl10")
-    },
-    **{name: f"{HUB}vtab-{name}" for name in ("cifar10", "cifar100", "flowers")},
-    **{f"imagenet{letter}": f"{HUB}imagenet-{letter}" for letter in "aor"},
-    "imagenet": f"{HUB}imagenet1k",
-    "imagenetsketch": f"{HUB}imagenet_sketch",
-    "cars": f"{HUB}cars",
-    "birdsnap": CLOOB,
-    "ucf101": CLOOB,
-    "coco": f"{HUB}mscoco_captions",
-    "captionsval2017": "https://cocodataset.org/#download",
-    "flickr30k": f"{HUB}flickr30k",
-}
 
 
 @runtime_checkable
@@ -127,47 +108,6 @@ class EvaluationData:
     warned_splits: set[str] = field(default_factory=set, compare=False, repr=False)
 
 
-def find_positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
-    """The index of each value in a list of distinct ones."""
-    position = {value: index for index, value in enumerate(among)}
-    return torch.tensor([position[value] for value in values], dtype=torch.long)
-
-
-@cache
-def emoji() -> EvaluationData:
-    """The bundled emoji, drawn in seven styles and split by concept family."""
-    file = fingerprint(str(emoji_path()))
-    pairs: dict[str, ImageTextPairs] = {}
-    for split in SPLITS:
-        key = digest({"file": file, "split": split})
-        pairs[split] = ImageTextPairs(emoji_table(split), name=f"emoji/{split}", table_key=key)
-    return make_concept_data("emoji", pairs)
-
-
-def make_concept_data(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
-    """A data set of concepts, given the pairs of each split.
-
-    Columns of the pairs: `concept`, whose images share their captions; `label`, the concept's
-    name; and `subgroup`, a coarser class that all splits have.
-    """
-    classes = sorted({value for split in pairs.values() for value in split.column("subgroup")})
-    splits: dict[str, Split] = {}
-    for split, images in pairs.items():
-        concepts = images.column("concept")
-        splits[split] = Split(
-            images=images,
-            labels=find_positions(images.column("subgroup"), classes),
-            captions=[images.sample_captions(row) for row in range(len(images))],
-            groups=find_positions(concepts, sorted(set(concepts))).tolist(),
-        )
-    return EvaluationData(
-        name=name,
-        splits=splits,
-        class_names=[value.replace("-", " ") for value in classes],
-        image_names={split: list(images.column("label")) for split, images in pairs.items()},
-    )
-
-
 def open_data(
     reference: str,
     *,
@@ -209,85 +149,44 @@ def open_data(
     settings = replace(config or DataConfig(), sources=[], read="auto")
     values: dict[str, Any] = {"root": root or settings.root, **options}
     settings = replace(settings, **values)
-    named = next((name for name in COLUMN_OPTIONS if name in options), None)
-    named = named or ("class_column" if class_column is not None else None)
     kind, _, location = reference.partition(":")
     if shard_split(Path(reference)):
         kind, location = "wds", reference
-    if named and kind in WITHOUT_COLUMNS:
-        raise no_columns(reference, named)
     if reference == "emoji":
         data = emoji()
     elif kind == "wds":
-        data = _open_wds(location, settings, split)
+        data = open_wds(location, split)
     elif kind == "torchvision":
-        data = _open_torchvision(location, settings.root, split)
+        data = open_torchvision(location, settings.root, split)
     elif kind == "karpathy":
-        data = _open_captions(location, settings.root, split)
+        data = open_captions(location, settings.root, split)
     elif folders := class_folders(Path(reference)):
-        if named:
-            raise no_columns(reference, named)
-        data = _open_class_folders(Path(reference), folders, split)
-    elif kind in ("hf", "pipe") or is_url(reference) or _exists(reference):
-        data = _open_pairs(reference, settings, split, class_column)
+        data = open_class_folders(Path(reference), folders, split)
     else:
-        raise ValueError(
-            f"{reference}: no such file, and no reference to a data set ({DATA_HINT})"
-            f"{download_hint(reference)}"
-        )
+        is_path = "*" in reference or "{" in reference or Path(reference).expanduser().exists()
+        if not (kind == "hf" or is_url(reference) or is_path):
+            raise ValueError(
+                f"{reference}: no such file, and no reference to a data set ({DATA_HINT})"
+            )
+        data = open_pairs(reference, settings, split, class_column)
     if data.splits[split].labels is not None and len(data.class_names) < 2:
-        shown = visible(", ".join(data.class_names)[:60]) or "no names"
-        raise ValueError(f"{reference}: has fewer than two classes ({shown})")
+        names = visible(", ".join(data.class_names)[:60]) or "no names"
+        raise ValueError(f"{reference}: has fewer than two classes ({names})")
     if twice := [name for name, number in Counter(data.class_names).items() if number > 1]:
-        shown = f"'{visible(twice[0])}'" + f" and {len(twice) - 1} more" * (len(twice) > 1)
-        note = f"{reference}: several classes are called {shown}; zero_shot takes each such name "
+        several = f"'{visible(twice[0])}'" + f" and {len(twice) - 1} more" * (len(twice) > 1)
+        note = f"{reference}: several classes are called {several}; zero_shot takes each such name "
         note += "for the first of its classes"
         data = replace(data, notes=[*data.notes, note])
     return data
 
 
-def no_columns(reference: str, option: str = "class_column") -> ValueError:
-    return ValueError(
-        f"{reference}: is no table and has no columns; leave out {option}, or write it behind "
-        f"its table alone (TABLE,{option}=NAME)"
-    )
-
-
-def download_hint(reference: str) -> str:
-    """The end of a message on a data set that can be downloaded; empty for others."""
-    last = reference.rstrip("/").rpartition("/")[2].rpartition(":")[2].lower()
-    plain = re.sub(r"[^a-z0-9]", "", last)
-    name = max((name for name in DOWNLOADS if name in plain), key=len, default="")
-    return f"; download {name} from {DOWNLOADS[name]}" if name else ""
-
-
-def fetch_hint(name: str, root: str) -> str:
-    """How to download a set of torchvision, or another copy of it."""
-    return f"torchvision.datasets.{name}({root!r}, download=True) may fetch it{download_hint(name)}"
-
-
-def _names(text: str) -> list[str]:
-    return [line.strip() for line in text.rstrip().splitlines()]
-
-
-def add_split(reference: str, split: str) -> str:
-    """A reference with the split to read, if it is on the hub and names none."""
-    on_hub = reference.startswith("hf:") and not is_url(reference)
-    return f"{reference},split={split}" if on_hub and ",split=" not in reference else reference
-
-
-def _exists(path: str) -> bool:
-    return "*" in path or "{" in path or Path(path).expanduser().exists()
-
-
-def _open_pairs(
+def open_pairs(
     reference: str, config: DataConfig, split: str, class_column: str | None
 ) -> EvaluationData:
     """Captions, classes or both, of one source of pairs."""
-    path = add_split(reference, split)
     config = replace(config, class_column=class_column or config.class_column)
     try:
-        pairs = open_source(config, SourceConfig(path=path))
+        pairs = open_source(config, SourceConfig(path=add_split(reference, split)))
     except ValueError as error:  # the settings of `data` belong to other pairs
         way_out = r"write ,\1=NAME behind it"
         raise ValueError(re.sub(r"set (\w+_column) to one\b", way_out, str(error))) from error
@@ -296,10 +195,7 @@ def _open_pairs(
             f"{reference}: evaluation reads in any order; copy the shards, or if they lie in a "
             "folder of CLIP_benchmark's layout, name that with wds:"
         )
-    if class_column is not None and pairs.class_column is None:
-        raise no_columns(reference)
     notes = list(pairs.notes)
-    images: Any = pairs
     rows, captions = list(range(len(pairs))), None
     if pairs.caption_columns:
         rows, captions = collect_captions(pairs, rows)
@@ -313,26 +209,31 @@ def _open_pairs(
             f"{reference}: {len(pairs)} rows are {len(rows)} images with captions; rows without a "
             "caption are left out, and rows with the same image are one"
         )
-        images = PairsView([(pairs, rows)])
     labels, classes = None, list[str]()
     if pairs.class_column is not None:
         texts = read_classes(pairs, rows)
         classes = pairs.class_labels or sort_names(texts)
         labels = find_positions(texts, classes)
-        if several := count_ambiguous_images(pairs) if len(rows) < len(pairs) else 0:
+        if len(rows) < len(pairs) and (several := count_ambiguous_images(pairs)):
             notes.append(
                 f"{reference}: {several:,} image(s) have different classes in different rows, and "
                 "the first counts; give each image one class"
             )
-    only = Split(images=images, labels=labels, captions=captions)
     names, templates = name_classes(classes)
+    images: Any = pairs if len(rows) == len(pairs) else PairsView([(pairs, rows)])
     return EvaluationData(
-        name=data_names.name_pairs(pairs.name, reference),
-        splits={split: only},
+        name=name_pairs(pairs.name, reference),
+        splits={split: Split(images=images, labels=labels, captions=captions)},
         class_names=names,
         templates=templates,
         notes=notes,
     )
+
+
+def add_split(reference: str, split: str) -> str:
+    """A reference with the split to read, if it is on the hub and names none."""
+    on_hub = reference.startswith("hf:") and not is_url(reference)
+    return f"{reference},split={split}" if on_hub and ",split=" not in reference else reference
 
 
 def collect_captions(
@@ -357,40 +258,23 @@ def collect_captions(
 
 def count_ambiguous_images(pairs: ImageTextPairs) -> int:
     """How many images have different classes in different rows."""
-    classes = pairs.kept(pairs.checked.column(str(pairs.class_column)))
     names = pairs.image_names()
-    if names is None or "list" in str(classes.type):
+    if names is None:
         return 0
-    columns = {"image": names, "class": classes.cast(pa.large_string())}
-    table = pa.table(columns).filter(pc.is_valid(names))
-    counts = table.group_by("image").aggregate([("class", "count_distinct")]).column(1)
-    return int(np.count_nonzero(counts.to_numpy() > 1))
-
-
-def read_class_cells(pairs: ImageTextPairs, rows: Sequence[int]) -> list[Any]:
-    """The cells of the class column in these rows."""
-    column = pairs.kept(pairs.checked.column(str(pairs.class_column)))
-    values = cells_of(column.take(pa.array(rows, pa.int64())))
-    if not pairs.class_labels:
-        return values
-    return [None if isinstance(cell, int) and cell < 0 else cell for cell in values]  # unknown
-
-
-def has_no_class(value: Any) -> bool:
-    """Whether a cell of the class column names none."""
-    return value is None or not str(value).strip()
+    classes = map(str, cells_of(pairs.kept(pairs.checked.column(str(pairs.class_column)))))
+    different = {*zip(names.to_pylist(), classes, strict=True)}
+    numbers = Counter(name for name, _ in different if name is not None)
+    return sum(number > 1 for number in numbers.values())
 
 
 def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
-    """Whether each row names a class; equal values in a block are looked at once."""
-    masks = []
-    for part in pairs.in_blocks():
-        values = part.kept(part.table.column(str(part.class_column))).combine_chunks()
-        codes = values.dictionary_encode().indices.fill_null(-1)
-        _, first, number = np.unique(codes, return_index=True, return_inverse=True)
-        has_class = [not has_no_class(value) for value in read_class_cells(part, first.tolist())]
-        masks.append(np.array(has_class, bool)[number])
-    return np.concatenate(masks)
+    """Whether each row names a class."""
+    cells = pairs.kept(pairs.checked.column(str(pairs.class_column)))
+    if pairs.class_labels:  # a negative number is not known
+        mask = pc.greater_equal(cells, 0)
+    else:
+        mask = pc.match_substring_regex(cells.cast(pa.large_string()), r"\S")
+    return np.asarray(pc.fill_null(mask, False))
 
 
 def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
@@ -401,17 +285,21 @@ def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     Raises:
         ValueError: A row has no class, or a number without a name.
     """
-    values = read_class_cells(pairs, rows)
-    for row, value in zip(rows, values, strict=True):
-        if has_no_class(value):
+    column, names = pairs.kept(pairs.checked.column(str(pairs.class_column))), pairs.class_labels
+    classes: list[str] = []
+    for row, value in zip(rows, cells_of(column.take(pa.array(rows, pa.int64()))), strict=True):
+        if value is None or not str(value).strip() or (names and value < 0):
             raise ValueError(
                 f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "
                 "fill it in, or leave its row out"
             )
-    if names := pairs.class_labels:
-        images = PairsView([(pairs, rows)])
-        return [names[n] for n in readers.parse_each(images, values, parse_class, len(names))]
-    return list(map(str, values))
+        if names and value >= len(names):
+            raise ValueError(
+                f"{pairs.name}: sample '{pairs.sample_id(row)}' has class {value}, but the class "
+                f"names go from 0 to {len(names) - 1}"
+            )
+        classes.append(names[value] if names else str(value))
+    return classes
 
 
 def sort_names(names: Iterable[str]) -> list[str]:
@@ -420,47 +308,43 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(distinct, key=int) if all(map(str.isdecimal, distinct)) else distinct
 
 
-def _open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
+def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
+    """Classes, by a folder for each in the folders of splits."""
+
+    def read_beside(name: str) -> list[str]:
+        path = folder / name
+        try:
+            return read_local(path).rstrip().splitlines() if path.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as UTF-8 ({reason_of(error)})") from None
+
     classes = sort_names(name for path in splits.values() for name in classes_in(path))
-    listed = _names(_read_beside(folder, readers.CLASS_NAMES))
-    if listed and len(listed) != len(classes):
+    names = [name.strip() for name in read_beside(readers.CLASS_NAMES)]
+    if names and len(names) != len(classes):
         raise ValueError(
-            f"{folder / readers.CLASS_NAMES}: names {len(listed)} classes, but there are "
+            f"{folder / readers.CLASS_NAMES}: names {len(names)} classes, but there are "
             f"{len(classes)} folders"
         )
-    imagenet = None if listed else imagenet_names(classes, numbers=True)
-    synsets = dict(line.partition(" ")[::2] for line in _names(_read_beside(folder, SYNSETS)))
-    # A synset has several names; the first one is the usual one.
-    usual = {wnid: names.partition(",")[0] for wnid, names in synsets.items()}
-    names = imagenet or [usual.get(c, c).replace("_", " ") for c in classes]
+    imagenet = None if names else imagenet_names(classes, numbers=True)
+    names = names or imagenet or [name.replace("_", " ") for name in classes]
     if imagenet and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-    templates = list(DEFAULT_TEMPLATES)
-    if text := _read_beside(folder, readers.TEMPLATES):
-        templates = parse_templates(text, str(folder / readers.TEMPLATES))
-    elif imagenet:
-        templates = read_templates("openai")
-    in_ids = folder.resolve().name
+    templates = read_templates("openai") if imagenet else list(DEFAULT_TEMPLATES)
+    if lines := read_beside(readers.TEMPLATES):
+        templates = parse_templates("\n".join(lines), str(folder / readers.TEMPLATES))
 
     def read_split(split: str) -> Split:
-        name = f"{in_ids}/{split}"
+        name = f"{folder.resolve().name}/{split}"
         images, labels = readers.read_class_folder(splits[split], classes, name=name)
         return Split(images=images, labels=labels)
 
+    real = folder.resolve()
     return EvaluationData(
-        name=data_names.name_folder(folder),
+        name=add_folder(real.name, real.parent.name),
         splits=LazySplits(read_split, splits, first=first, source=str(folder)),
-        class_names=listed or names,
+        class_names=names,
         templates=templates,
     )
-
-
-def _read_beside(folder: Path, name: str) -> str:
-    path = folder / name
-    try:
-        return read_local(path) if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 ({reason_of(error)})") from None
 
 
 def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str] | None:
@@ -469,9 +353,8 @@ def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str
     WordNet ids identify all or some of ImageNet's classes; names only all thousand: CLIP's, or
     WordNet's such as "tench, Tinca tinca" or "tench". With `numbers`, 0 to 999 are ImageNet's.
     """
-    is_numbers = numbers and list(classes) == [str(number) for number in range(1000)]
     are_ids = bool(classes) and all(map(WNID.fullmatch, classes))
-    if not (is_numbers or are_ids or len(classes) == 1000):
+    if not (are_ids or len(classes) == 1000):
         return None
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
@@ -482,13 +365,14 @@ def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str
         names = dict(zip(info.label_names(), clip, strict=True))
         return [names[wnid] for wnid in classes] if set(classes) <= names.keys() else None
 
-    def firsts(synsets: Iterable[str]) -> list[str]:
-        return [names.partition(",")[0].replace("_", " ").strip().lower() for names in synsets]
+    def usual(synset: str) -> str:
+        return synset.partition(",")[0].replace("_", " ").strip().lower()
 
     # Lists differ in a few names, such as those of the two cranes.
-    usual = zip(firsts(info.label_descriptions()), firsts(classes), strict=True)
-    matches = is_numbers or list(classes) == clip or sum(a == b for a, b in usual) > 950
-    return clip if matches else None
+    pairs = zip(info.label_descriptions(), classes, strict=True)
+    are_numbers = numbers and list(classes) == [str(number) for number in range(1000)]
+    are_names = list(classes) == clip or sum(usual(a) == usual(b) for a, b in pairs) > 950
+    return clip if are_numbers or are_names else None
 
 
 def name_classes(classes: list[str]) -> tuple[list[str], Sequence[str]]:
@@ -498,18 +382,17 @@ def name_classes(classes: list[str]) -> tuple[list[str], Sequence[str]]:
     return classes, DEFAULT_TEMPLATES if classes else ("{c}",)
 
 
-def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
-    cache = cache_folder() / "evaluation"
-    try:
-        shards = ShardFolder.open(location, cache=cache)
-    except ValueError as error:
-        raise ValueError(f"{error}{download_hint(location)}") from None
+def open_wds(location: str, split: str) -> EvaluationData:
+    """Classes, one or more an image, or captions, of a folder in CLIP_benchmark's layout."""
+    shards = ShardFolder.open(location, cache=cache_folder() / "evaluation")
     kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()
     if kind not in readers.BESIDE_IMAGE:
         kinds = ", ".join(readers.BESIDE_IMAGE)
-        shown = visible(kind[:30])
-        raise ValueError(f"{location}/{readers.DATASET_TYPE}: '{shown}' is none of {kinds}")
-    names, templates = _names(shards.texts.get(readers.CLASS_NAMES, "")), ["{c}"]
+        raise ValueError(
+            f"{location}/{readers.DATASET_TYPE}: '{visible(kind[:30])}' is none of {kinds}"
+        )
+    lines = shards.texts.get(readers.CLASS_NAMES, "").rstrip().splitlines()
+    names, templates = [line.strip() for line in lines], ["{c}"]
     if kind != "retrieval":
         if not names:
             raise ValueError(
@@ -527,59 +410,52 @@ def _open_wds(location: str, config: DataConfig, split: str) -> EvaluationData:
         if kind == "multilabel":
             present = np.stack(parse_each(readers.parse_presence, len(names)))
             return Split(images=pairs, labels=torch.from_numpy(present))
-        numbers = parse_each(readers.parse_class, len(names))
-        return Split(images=pairs, labels=torch.tensor(numbers, dtype=torch.long))
+        return Split(images=pairs, labels=torch.tensor(parse_each(parse_class, len(names))))
 
-    plain = Path(location).resolve().name
+    name = Path(location).resolve().name
     if is_url(location):
         url = urlsplit(re.sub(r"/(tree|raw|blob|resolve)/.*", "", location.rstrip("/")))
-        plain = url.path.rpartition("/")[2] or url.hostname or ""  # no user, no password
+        name = url.path.rpartition("/")[2] or url.hostname or ""  # no user, no password
     return EvaluationData(
-        name=plain.removeprefix("wds_"),
+        name=name.removeprefix("wds_"),
         splits=LazySplits(read_split, shards.folders, first=split, source=location),
         class_names=names if kind != "retrieval" else (),
         templates=templates,
     )
 
 
-def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
+def open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
+    """Classes of a set that torchvision has in the folder `root`."""
     reference = f"torchvision:{name}"
     if name not in TORCHVISION:
-        raise ValueError(
-            f"{reference}: not a known classification set; known are {', '.join(TORCHVISION)}"
-            f"{download_hint(name)}"
-        )
+        known = ", ".join(TORCHVISION)
+        raise ValueError(f"{reference}: not a known classification set; known are {known}")
+    way_out = f"torchvision.datasets.{name}({root or 'FOLDER'!r}, download=True) may fetch it"
     if root is None or not Path(root).is_dir():
         problem = f"{root}: no such folder" if root else "root is not set"
         raise ValueError(
-            f"{reference}: {problem}; root is the folder that torchvision keeps it in; "
-            f"{fetch_hint(name, 'FOLDER')}"
+            f"{reference}: {problem}; root is the folder that torchvision keeps it in; {way_out}"
         )
-
     splits = {SPLIT_ALIASES.get(value, value): value for value in TORCHVISION[name].split(" ")}
     if "test" not in splits:  # the only split, or the one that everyone measures on
         splits["test"] = splits.pop("validation", "")
 
     @cache
-    def samples(split: str) -> Any:
+    def open_samples(split: str) -> Any:
         make, value = getattr(torchvision.datasets, name), splits[split]
         settings: dict[str, Any] = {"split": value} if value else {}
         if "train" in inspect.signature(make).parameters:
             settings = {"train": value == "train"}
         try:
             return make(root, **settings)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{reference}: its {split} split is not in {root} ({reason_of(error)}); "
-                f"{fetch_hint(name, root)}"
-            ) from None
         except Exception as error:  # damaged files make torchvision raise anything
             raise ValueError(
-                f"{reference}: the files of its {split} split in {root} are damaged "
-                f"({reason_of(error)}); delete them, and fetch them again: {fetch_hint(name, root)}"
+                f"{reference}: its {split} split in {root} is missing or damaged "
+                f"({reason_of(error)}); {way_out}"
             ) from None
 
-    names = getattr(samples("test"), "classes", getattr(samples("test"), "categories", None))
+    samples = open_samples("test")
+    names = getattr(samples, "classes", getattr(samples, "categories", None))
     if names is None:  # the sets without names are of digits
         names = [str(digit) for digit in range(10)]
     # The first of several synonyms is the usual one; MNIST writes "7 - seven".
@@ -587,13 +463,13 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     names = [re.sub(r"^(\d) - .*", r"\1", entry).replace("_", " ") for entry in names]
     if name == "Caltech256":  # which writes "001.ak47" and "145.motorbikes-101"
         names = [re.sub(r"^\d{3}\.|-101$", "", entry) for entry in names]
-    ids = getattr(samples("test"), "wnids", None)  # ImageNet's, which has cranes of two kinds
+    ids = getattr(samples, "wnids", None)  # ImageNet's, which has cranes of two kinds
     imagenet = imagenet_names(ids) if ids else None
 
     def read_split(split: str) -> Split:
-        images = TorchvisionImages(samples(split), name=f"{name.lower()}/{split}")
-        numbers = readers.parse_each(images, images.labels(), readers.parse_class, len(names))
-        return Split(images=images, labels=torch.tensor(numbers, dtype=torch.long))
+        images = TorchvisionImages(open_samples(split), name=f"{name.lower()}/{split}")
+        numbers = readers.parse_each(images, images.labels(), parse_class, len(names))
+        return Split(images=images, labels=torch.tensor(numbers))
 
     return EvaluationData(
         name=name.lower(),
@@ -603,11 +479,9 @@ def _open_torchvision(name: str, root: str | None, split: str) -> EvaluationData
     )
 
 
-def _open_captions(file: str, root: str | None, split: str) -> EvaluationData:
-    try:
-        name, captions = readers.read_captions_json(file)
-    except ValueError as error:
-        raise ValueError(f"{error}{download_hint(file)}") from None
+def open_captions(file: str, root: str | None, split: str) -> EvaluationData:
+    """Captions of COCO or Flickr30k, for images in the folder `root`."""
+    name, captions = readers.read_captions_json(file)
     folder = root or str(Path(file).parent)
 
     def read_split(split: str) -> Split:
@@ -623,3 +497,160 @@ def _open_captions(file: str, root: str | None, split: str) -> EvaluationData:
     return EvaluationData(
         name=name, splits=LazySplits(read_split, captions, first=split, source=file)
     )
+
+
+@cache
+def emoji() -> EvaluationData:
+    """The bundled emoji, drawn in seven styles and split by concept family."""
+    file = fingerprint(str(emoji_path()))
+    pairs: dict[str, ImageTextPairs] = {}
+    for split in SPLITS:
+        key = digest({"file": file, "split": split})
+        pairs[split] = ImageTextPairs(emoji_table(split), name=f"emoji/{split}", table_key=key)
+    return make_concept_data("emoji", pairs)
+
+
+def make_concept_data(name: str, pairs: Mapping[str, ImageTextPairs]) -> EvaluationData:
+    """A data set of concepts, given the pairs of each split.
+
+    Columns of the pairs: `concept`, whose images share their captions; `label`, the concept's
+    name; and `subgroup`, a coarser class that all splits have.
+    """
+    classes = sorted({value for split in pairs.values() for value in split.column("subgroup")})
+    splits: dict[str, Split] = {}
+    for split, images in pairs.items():
+        concepts = images.column("concept")
+        splits[split] = Split(
+            images=images,
+            labels=find_positions(images.column("subgroup"), classes),
+            captions=[images.sample_captions(row) for row in range(len(images))],
+            groups=find_positions(concepts, sorted(set(concepts))).tolist(),
+        )
+    return EvaluationData(
+        name=name,
+        splits=splits,
+        class_names=[value.replace("-", " ") for value in classes],
+        image_names={split: list(images.column("label")) for split, images in pairs.items()},
+    )
+
+
+def find_positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:
+    """The index of each value in a list of distinct ones."""
+    position = {value: index for index, value in enumerate(among)}
+    return torch.tensor([position[value] for value in values], dtype=torch.long)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """Images and the texts to retrieve.
+
+    `rows` holds a row for each image. A text has the `groups` of its images. An image and a text of
+    `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, from 0 in the
+    order of the texts, and `matches` holds images and the numbers that are right for them.
+    """
+
+    rows: list[int]
+    texts: list[str]
+    ids: list[str]
+    groups: Int[Tensor, " t"]
+    image_of_pair: Int[Tensor, " p"]
+    text_of_pair: Int[Tensor, " p"]
+    numbers: Int[Tensor, " t"]
+    matches: Int[Tensor, "2 m"]
+
+
+def match_captions(
+    captions: Sequence[Sequence[str]],
+    ids: Sequence[str],
+    groups: Sequence[int] | None = None,
+    content: Sequence[Hashable] | None = None,
+) -> Captions:
+    """The images in rows, and their texts: the captions of each image, or each group's once.
+
+    Args:
+        captions, ids: One of each a row.
+        groups: Images of one group share their captions; then each row is one image.
+            Unset, rows of equal content are one image, with the captions of all of them.
+        content: Identifies the image of a row. Unset, all rows differ.
+    """
+    keys = range(len(ids)) if content is None else content
+    # 1. Rows to images; an image has the row of its first appearance.
+    image_by: dict[Hashable, int] = {}
+    rows: list[int] = []
+    image_of: list[int] = []
+    for row, key in enumerate(keys):
+        identity = key if groups is None else row
+        if identity not in image_by:
+            image_by[identity] = len(rows)
+            rows.append(row)
+        image_of.append(image_by[identity])
+    # 2. Each group's texts. CLIP_benchmark counts a caption as often as an image has it; copies of
+    # the image add none.
+    group_of = image_of if groups is None else groups
+    number_of: dict[str, int] = {}
+    position: dict[tuple[int, str, int], int] = {}  # by group, text, and its earlier occurrences
+    text_ids: list[str] = []
+    pairs: dict[tuple[int, int], None] = {}
+    for image, group, texts in zip(image_of, group_of, captions, strict=True):
+        before = Counter[str]()
+        for text in texts:
+            number_of.setdefault(text, len(number_of))
+            candidate = (group, text, before[text] if groups is None else 0)
+            if candidate not in position:
+                position[candidate] = len(position)
+                text_ids.append(f"{ids[rows[image]]}: {text}")
+            pairs[image, position[candidate]] = None
+            before[text] += 1
+    # 3. Matches. Images of equal content in several groups have the captions of all of them.
+    numbers_of: dict[int, dict[int, None]] = {}
+    for group, text, _ in position:
+        numbers_of.setdefault(group, {})[number_of[text]] = None
+    groups_of: dict[Hashable, dict[int, None]] = {}
+    for key, group in zip(keys, group_of, strict=True):
+        groups_of.setdefault(key, {})[group] = None
+    matches = [
+        (image, number)
+        for image, row in enumerate(rows)
+        for group in groups_of[keys[row]]
+        for number in numbers_of[group]
+    ]
+    image_of_pair, text_of_pair = torch.tensor([*pairs]).T
+    return Captions(
+        rows=rows,
+        texts=[text for _, text, _ in position],
+        ids=text_ids,
+        groups=torch.tensor([group for group, *_ in position]),
+        image_of_pair=image_of_pair,
+        text_of_pair=text_of_pair,
+        numbers=torch.tensor([number_of[text] for _, text, _ in position]),
+        matches=torch.tensor(matches).T,
+    )
+
+
+# Names
+
+
+def simplify_name(name: str) -> str:
+    """A name of letters, digits and hyphens only; empty for a pattern.
+
+    >>> simplify_name("my shop"), simplify_name("*")
+    ('my-shop', '')
+    """
+    return re.sub(r"[^\w-]+", "-", name).strip("-")
+
+
+def add_folder(name: str, folder: str) -> str:
+    """A name, with the name of the folder above it if it is a split's.
+
+    >>> add_folder("test", "photos"), add_folder("shop", "photos")
+    ('photos-test', 'shop')
+    """
+    return f"{folder}-{name}" if folder and name.lower() in SPLIT_NAMES else name
+
+
+def name_pairs(name: str, reference: str) -> str:
+    """The name of a source of pairs: its own, or that of the folder above it."""
+    folders = [folder.name for folder in Path(without_secrets(reference).rstrip("/")).parents]
+    parts = [simplify_name(Path(name.rstrip("/")).stem), *map(simplify_name, folders[:2])]
+    names = [*filter(None, parts), "", ""]
+    return add_folder(names[0], names[1]) or "data"

@@ -1,29 +1,29 @@
-"""Features of a data set's images and texts, encoded once, whoever asks.
+"""Features of a data set's images and texts: each is encoded once into the store, whoever asks.
 
-The loop is in `encode/run.py`, and what is kept on disk in `encode/store.py`. `encoders.py` says
-which encoder a model gets, and what a task needs is chosen in `task_features.py`.
+The loop is in `encode/run.py`, and the store in `encode/store.py`. `suite.py` has what is encoded.
 """
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from protoclip.data.captions import trim_padding
+from protoclip.config import Config
 from protoclip.data.decode import decode, decode_crop
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
+from protoclip.data.view import PairsView
 from protoclip.distributed.collectives import (
     all_gather_object,
     any_rank,
@@ -32,45 +32,68 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode.encoder import Encoder as FrozenEncoder
-from protoclip.encode.encoder import image_encoder, text_encoder
-from protoclip.encode.run import Round, encode, units_of_rank
-from protoclip.encode.store import DAMAGED, FULL, Hashes, Store, hash_ids
-from protoclip.evaluation.datasets import Images
+from protoclip.encode.encoder import image_encoder, image_side, text_encoder, text_side
+from protoclip.encode.rows import SETTING, features_folder
+from protoclip.encode.run import Round, encode, hash_images, units_of_rank
+from protoclip.encode.store import DAMAGED, FULL, Hashes, Numbers, Store, hash_ids
+from protoclip.evaluation.datasets import Captions, EvaluationData, Images, match_captions
 from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
-from protoclip.models.precision import Autocast, autocast_on_card
-from protoclip.models.protoclip import evaluation_mode
+from protoclip.models.precision import Autocast, autocast, autocast_on_card, resolve
+from protoclip.models.projections import FrozenEncoders, Projections
+from protoclip.models.protoclip import ProtoCLIP, evaluation_mode
 from protoclip.progress import Progress
+from protoclip.terminal import say
 
-RETRIED = 20  # bad images that are tried again before kept features are used
+RETRIED = 20  # bad images that are tried again before stored features are used
+PROJECTED = 8192  # rows at once
+LARGEST = 10  # images that equal captions join
 
+Model = Any  # a module with `encode_image` and `encode_text` into one space
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
 Bad = tuple[int, str]  # the row of an image that cannot be used, and why
 
 
-@runtime_checkable
-class Model(Protocol):
-    """What the suite needs of a model: a module with two encoders into one space."""
-
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor: ...
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    def eval(self) -> Any: ...
-    def state_dict(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Features of the good rows, of any norm, in float32 on the CPU; and the bad rows.
+    """Features of the good images, of any norm, in float32 on the CPU; and the bad ones.
 
-    Of images (not of texts) also a hash of each: of its encoded bytes, or where there are none of
-    its pixels.
+    `content` is a hash of each good image: of its encoded bytes, or else of its pixels.
     """
 
     features: Float[Tensor, "n d"]
     bad: Sequence[Bad] = ()
     content: Int[Tensor, " c"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+def build_encoder(
+    model: Model,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    *,
+    aligned_by: Config | None = None,
+    **settings: Any,
+) -> "Encoder":
+    """The encoder of a model; of one between two frozen towers, these encode, once for all heads.
+
+    Args:
+        aligned_by: The settings of the run that made the model. Then the towers encode also without
+            a `cache`. With one, what `align` has encoded for training is read too: in half
+            precision, and of images without hashes of their content.
+        settings: Those of `Encoder`. Without a `cache` nothing is stored.
+    """
+    given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, **settings}
+    has_cache = given.get("cache") is not None
+    joins = isinstance(model, ProtoCLIP) and model.joins_encoders
+    if not (joins and (has_cache or aligned_by is not None)):
+        return Encoder(model=model, **given)
+    assert isinstance(model, ProtoCLIP)
+    given_frozen = {**given, "model": FrozenEncoders(model.towers)}
+    if has_cache and aligned_by is not None:
+        return JoinedEncoder(
+            model=model, frozen=AlignedEncoder(config=aligned_by, **given_frozen), **given
+        )
+    return JoinedEncoder(model=model, frozen=Encoder(**given_frozen), **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +105,7 @@ class Encoder:
     Attributes:
         batch_size: Images or texts encoded at once.
         workers: Threads that read images; unset, one a core.
-        cache: Folder of the store in which features are kept; `None` for none.
+        cache: Folder of the store of features; `None` for none.
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
             `autocast_on_card`.
@@ -99,35 +122,54 @@ class Encoder:
 
     @cached_property
     def device(self) -> torch.device:
-        return next(iter(self.model.parameters())).device
-
-    @cached_property
-    def context(self) -> Autocast:
-        """Makes the context of a forward pass."""
-        return self.autocast or autocast_on_card("auto", self.device)
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
 
     @cached_property
     def towers(self) -> dict[str, FrozenEncoder]:
         """What encodes `images` and `texts`, of any norm."""
-        settings: dict[str, Any] = {"unit_norm": False, "autocast": self.context}
-        encode_image = partial(self.model.encode_image, normalize=False)
-        encode_text = partial(self.model.encode_text, normalize=False)
+        context = self.autocast or autocast_on_card("auto", self.device)
+        model, transform = self.model, self.transform
+        if isinstance(model, FrozenEncoders) and isinstance(transform, EvaluationTransform):
+            return {
+                "images": image_side(
+                    model, transform, max_pixels=MAX_IMAGE_PIXELS, autocast=context
+                ),
+                "texts": text_side(model, self.tokenizer, autocast=context),
+            }
+        settings: dict[str, Any] = {"unit_norm": False, "autocast": context}
+        encode_image = partial(model.encode_image, normalize=False)
+        encode_text = partial(model.encode_text, normalize=False)
         return {
-            "images": image_encoder(
-                self.model, self.device, encode_image, self.transform, **settings
-            ),
-            "texts": text_encoder(self.model, self.device, self.tokenizer, encode_text, **settings),
+            "images": image_encoder(model, self.device, encode_image, transform, **settings),
+            "texts": text_encoder(model, self.device, self.tokenizer, encode_text, **settings),
         }
 
     @cached_property
+    def _keys(self) -> dict[str, str]:
+        """Identifies each tower and what it reads by content. Two towers may be of one module."""
+        images, texts = self.towers["images"], self.towers["texts"]
+        with evaluation_mode(self.model):
+            weights = images.checksum()
+            texts_key = texts.key(weights if texts.module is images.module else None)
+            return {"images": images.key(weights), "texts": texts_key}
+
+    @property
     def key(self) -> str:
         """Identifies the model and its transforms by content."""
-        weights = self.towers["images"].checksum()
-        with evaluation_mode(self.model):
-            keys = [tower.key(weights) for tower in self.towers.values()]
-        return checksum(" ".join(keys).encode())
+        return checksum(" ".join(self._keys.values()).encode())
 
-    def images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The stores of this model's features of `images` and `texts`; none without a cache."""
+        if self.cache is None:
+            return {}
+        return {
+            kind: self.cache / checksum(f"{key} {kind}".encode())
+            for kind, key in self._keys.items()
+        }
+
+    def encode_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
         """Features of all images that can be used. With a cache each is encoded once, whoever asks.
 
         Args:
@@ -136,18 +178,18 @@ class Encoder:
         Raises:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
-        encoded = self.readable_images(images, stage=stage)
+        encoded = self.encode_readable(images, stage=stage)
         if not len(encoded.features):
             reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
         return encoded
 
-    def readable_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+    def encode_readable(self, images: "Images | Reader", *, stage: str) -> Encoded:
         """The same, where there may be none that can be used."""
         reader = images if isinstance(images, Reader) else Reader(images, self.transform)
         if self.cache is None or not reader.key:
-            return self._encode_images(reader, stage, Store(None, dtype=FULL))[0]
-        store = Store(self._folder("images"), dtype=FULL, is_optional=True)
+            return self._encode_all(reader, stage, Store(None, dtype=FULL))
+        store = Store(self.folders["images"], dtype=FULL, is_optional=True)
         listed = read_list(store, reader.key)
         if listed is not None:
             # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
@@ -156,60 +198,103 @@ class Encoder:
             if any_rank([any(reader.is_readable(row) for row, _ in some)])[0]:
                 listed = None
         while listed is None or not store.has_whole(listed.hashes):
-            reader.known = store
-            encoded, hashes = self._encode_images(reader, stage, store)
-            reader.known = None
-            listed = Listed(hashes=hashes, content=encoded.content.numpy(), bad=encoded.bad)
+            reader.store = store
+            encoded = self._encode_all(reader, stage, store)
+            reader.store = None
+            hashes = encoded.content.numpy().view(np.uint64)
+            listed = Listed(hashes=hashes, bad=encoded.bad)
             write_list(store, reader.key, listed)
-        features = store.read_or_map(store.find(listed.hashes))
-        content = torch.from_numpy(listed.content)
-        return Encoded(features=torch.from_numpy(features), bad=listed.bad, content=content)
+        return Encoded(
+            features=torch.from_numpy(store.read_or_map(store.find(listed.hashes))),
+            bad=listed.bad,
+            content=torch.from_numpy(listed.hashes.view(np.int64)),
+        )
 
-    def _encode_images(self, reader: "Reader", stage: str, store: Store) -> tuple[Encoded, Hashes]:
-        """Encode the images that the reader does not know: what they hold, and their hashes.
+    def _encode_all(self, reader: "Reader", stage: str, store: Store) -> Encoded:
+        """Encode the images that the reader's store lacks, and hash all.
 
         Features are added to the store, or returned where that has no folder.
         """
 
         def finish_and_encode(images: list[Tensor]) -> Tensor:
             batch = torch.stack(images).to(self.device, non_blocking=True)
-            return self.model.encode_image(reader.finish(batch), normalize=False)
+            return self.model.encode_image(reader.finish(batch), normalize=False)  # type: ignore[no-any-return]
 
         def prepare(row: int) -> tuple[int, Tensor | None]:
-            image, content = reader.read(row)
-            contents[row] = content
-            return hash_of_content(content), image
+            image, contents[row] = reader.read(row)
+            return contents[row] % 2**64, image
 
-        contents, bad = dict[int, int](), list[Bad]()
+        contents, bad, features = dict[int, int](), list[Bad](), list[Tensor]()
         tower = replace(self.towers["images"], forward=finish_and_encode)
-        number = len(reader.images)
-        units = units_of_rank(range(number), self.batch_size)
-        progress, features = self._progress(stage, number), list[Tensor]()
-        rounds = encode(tower, units, prepare, threads=self.workers, blank=reader.blank)
-        for made in self.check_rounds(rounds, stage, progress, number):
-            bad += [(row, str(one)) for row, one in made.items if isinstance(one, BadSample)]
-            if store.folder is None:
-                features.append(made.features)
-            else:
-                store.add_new(made.hashes, made.features.numpy())
-        ranks = all_gather_object((bad, contents))
-        good = sorted(entry for _, of_rank in ranks for entry in of_rank.items())
-        content = torch.tensor([key for _, key in good], dtype=torch.long)
-        hashes = np.array([hash_of_content(key) for _, key in good], np.uint64)
-        store.flush()
-        encoded = Encoded(
-            features=torch.cat([each for each in features if len(each)] or [torch.zeros(0, 0)]),
-            bad=sorted(entry for of_rank, _ in ranks for entry in of_rank),
-            content=content,
+        rows = range(len(reader.images))
+        rounds = self.encode_rounds(
+            tower, rows, prepare, stage, threads=self.workers, blank=reader.blank
         )
-        return encoded, hashes
+        for made in rounds:
+            bad += [(row, str(one)) for row, one in made.items if isinstance(one, BadSample)]
+            if store.folder is not None:
+                store.add_new(made.hashes, made.features.numpy())
+            elif len(made.features):
+                features.append(made.features)
+        store.flush()
+        of_ranks = all_gather_object((bad, contents))
+        content = [key for _, key in sorted(pair for _, of in of_ranks for pair in of.items())]
+        return Encoded(
+            features=torch.cat(features or [torch.zeros(0, 0)]),
+            bad=sorted(one for bad, _ in of_ranks for one in bad),
+            content=torch.tensor(content, dtype=torch.long),
+        )
 
-    def check_rounds(
-        self, rounds: Iterator[Round], stage: str, progress: Progress | None, number: int
+    def encode_texts(
+        self, texts: Iterable[str], *, stage: str, content: str = ""
+    ) -> Float[Tensor, "n d"]:
+        """Features of texts. With a cache each is encoded once, whoever asks.
+
+        Args:
+            content: Identifies the texts; then stored features are found without reading these.
+        """
+        if self.cache is None:
+            return self._encode_new(list(texts), stage)
+        store = Store(self.folders["texts"], dtype=FULL, is_optional=True)
+        listed = read_list(store, content) if content else None
+        if listed is None or not store.has_whole(listed.hashes):
+            texts = list(texts)
+            hashes = hash_ids(texts)
+            listed = Listed(hashes=hashes)
+            store.has_whole(hashes)  # which forgets what is damaged
+            is_stored = store.has(hashes)
+            missing = [text for text, known in zip(texts, is_stored, strict=True) if not known]
+            if missing := [*dict.fromkeys(missing)]:
+                store.add_new(hash_ids(missing), self._encode_new(missing, stage).numpy())
+                store.flush()
+            if content:
+                write_list(store, content, listed)
+        return torch.from_numpy(store.read_or_map(store.find(listed.hashes)))
+
+    def _encode_new(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
+        rounds = self.encode_rounds(
+            self.towers["texts"],
+            texts,
+            lambda text: (0, text),
+            stage,
+            threads=0,
+            blank=lambda: texts[0],
+        )
+        return torch.cat([made.features for made in rounds] or [torch.zeros(0, 0)])
+
+    def encode_rounds(
+        self,
+        tower: FrozenEncoder,
+        items: Sequence[Any],
+        prepare: Callable[[Any], tuple[int, Any]],
+        stage: str,
+        **settings: Any,
     ) -> Iterator[Round]:
         """Rounds of finite features, with progress."""
-        done = 0
-        with evaluation_mode(self.model), closing(rounds):  # type: ignore[type-var]
+        is_shown = self.show and rank() == 0
+        progress, done = Progress(f"evaluate: {stage}", len(items)) if is_shown else None, 0
+        rounds = encode(tower, units_of_rank(items, self.batch_size), prepare, **settings)
+        with evaluation_mode(self.model), closing(rounds):
             for made in rounds:
                 if not bool(torch.isfinite(made.features).all()):  # the same bits on every rank
                     raise ValueError(
@@ -218,87 +303,128 @@ class Encoder:
                 yield made
                 done += self.batch_size * world_size()
                 if progress:
-                    progress.update(min(done, number))
+                    progress.update(min(done, len(items)))
 
-    def texts(self, texts: Iterable[str], *, stage: str, content: str = "") -> Float[Tensor, "n d"]:
-        """Features of texts. With a cache each is encoded once, whoever asks, and kept by itself.
-
-        Args:
-            content: Identifies the texts; then kept features are found without reading these.
-        """
-        if self.cache is None:
-            return self._encode_texts([*texts], stage)
-        store = Store(self._folder("texts"), dtype=FULL, is_optional=True)
-        listed = read_list(store, content) if content else None
-        if listed is None or not store.has_whole(listed.hashes):
-            texts = [*texts]
-            hashes = hash_ids(texts)
-            listed = Listed(hashes=hashes, content=np.zeros(0, np.int64))
-            store.has_whole(hashes)  # what is damaged is forgotten
-            is_kept = store.has(hashes)
-            missing = [text for text, known in zip(texts, is_kept, strict=True) if not known]
-            if missing := [*dict.fromkeys(missing)]:
-                store.add_new(hash_ids(missing), self._encode_texts(missing, stage).numpy())
-                store.flush()
-            if content:
-                write_list(store, content, listed)
-        return torch.from_numpy(store.read_or_map(store.find(listed.hashes)))
-
-    @property
-    def folders(self) -> set[Path]:
-        """Where features of this model are kept; none without a cache."""
-        return set() if self.cache is None else {*map(self._folder, ("images", "texts"))}
-
-    def forget(self, staying: Collection[Path] = ()) -> None:
-        """Remove what is kept of this model, which no one will judge again.
-
-        Folders that are `staying` remain: models may share a half.
-        """
-
-        def remove() -> None:
-            for folder in self.folders.difference(staying):
-                shutil.rmtree(folder, ignore_errors=True)
-
-        rank0_first(remove)
-
-    def tokens(self, texts: list[str]) -> Int[Tensor, "n c"]:
-        """What the text tower reads of texts, on the CPU."""
-        tokens = self.tokenizer(texts)
-        return trim_padding(tokens) if getattr(self.model, "ignores_padding", False) else tokens
-
-    def _encode_texts(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
-        units, number = units_of_rank(texts, self.batch_size), len(texts)
-        rounds = encode(
-            self.towers["texts"], units, lambda text: (0, text), threads=0, blank=lambda: texts[0]
-        )
-        watched = self.check_rounds(rounds, stage, self._progress(stage, number), number)
-        return torch.cat([made.features for made in watched] or [torch.zeros(0, 0)])
-
-    def showing(self, show: bool) -> "Encoder":
+    def with_progress(self, show: bool) -> "Encoder":
         """The same encoder, with or without progress."""
         return replace(self, show=show)
 
-    def _progress(self, stage: str, number: int) -> Progress | None:
-        return Progress(f"evaluate: {stage}", number) if self.show and rank() == 0 else None
 
-    def _folder(self, kind: str) -> Path:
-        """Where this model's features of images, or of texts, are kept."""
-        assert self.cache is not None
-        return self.cache / checksum(f"{self.key} {kind}".encode())
+def remove_features(encoder: Encoder, keep: Collection[Path] = ()) -> None:
+    """Remove the stores of a model that is not evaluated again, except folders to `keep`.
+
+    Models may share a tower.
+    """
+
+    def remove() -> None:
+        for folder in {*encoder.folders.values()}.difference(keep):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    rank0_first(remove)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedEncoder(Encoder):
+    """The encoder of a model between two frozen towers, which projects what these encoded once.
+
+    Attributes:
+        frozen: Encodes by the towers alone.
+    """
+
+    frozen: Encoder
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        return self.frozen.folders
+
+    def with_progress(self, show: bool) -> "Encoder":
+        return replace(self, show=show, frozen=self.frozen.with_progress(show))
+
+    def encode_readable(self, images: "Images | Reader", *, stage: str) -> Encoded:
+        encoded = self.frozen.encode_readable(images, stage=stage)
+        return replace(encoded, features=self.project("image", encoded.features))
+
+    def encode_texts(
+        self, texts: Iterable[str], *, stage: str, content: str = ""
+    ) -> Float[Tensor, "n d"]:
+        return self.project("text", self.frozen.encode_texts(texts, stage=stage, content=content))
+
+    @torch.no_grad()
+    def project(self, modality: str, features: Float[Tensor, "n q"]) -> Float[Tensor, "n d"]:
+        """What the model makes of features of its `image` or `text` tower."""
+        if not len(features):  # which have no known width
+            return torch.zeros(0, 0)
+        assert isinstance(self.model, ProtoCLIP)
+        project = getattr(Projections(self.model.towers), f"encode_{modality}")
+        parts = torch.split(features, PROJECTED)
+        with evaluation_mode(self.model):
+            return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedEncoder(Encoder):
+    """The encoder of two frozen towers that reads what `align` encoded for training, where that is
+    known. Each start reads the captions, and looks at the files. `config` is the run's."""
+
+    config: Config
+
+    def encode_readable(self, images: "Any | Reader", *, stage: str) -> Encoded:
+        if not isinstance(images, PairsView) or not isinstance(self.transform, EvaluationTransform):
+            return super().encode_readable(images, stage=stage)
+        stored, missing = self._read(hash_images(images), transform=self.transform)
+        rest = Encoded(features=torch.zeros(0, 0))
+        if len(missing):
+            rest = super().encode_readable(PairsView([(images, missing)]), stage=stage)
+        bad = [(int(missing[row]), why) for row, why in rest.bad]
+        others = np.setdiff1d(missing, [row for row, _ in bad])
+        return Encoded(features=join_rows(stored, missing, others, rest.features), bad=bad)
+
+    def encode_texts(
+        self, texts: Iterable[str], *, stage: str, content: str = ""
+    ) -> Float[Tensor, "n q"]:
+        texts = list(texts)
+        stored, missing = self._read(hash_ids(texts))
+        if not len(missing):
+            return stored
+        rest = super().encode_texts([texts[row] for row in missing], stage=stage)
+        return join_rows(stored, missing, missing, rest)
+
+    def _read(
+        self, hashes: Hashes, transform: EvaluationTransform | None = None
+    ) -> tuple[Float[Tensor, "k q"], Numbers]:
+        """What a tower encoded of images by a transform, or else of texts, in order; and the
+        positions of those that it did not."""
+        assert isinstance(self.model, FrozenEncoders)
+        context = autocast(resolve(self.config.run.precision, self.device), self.device)
+        with evaluation_mode(self.model):
+            tower = text_side(self.model, self.tokenizer, autocast=context)
+            if transform is not None:
+                most = self.config.data.max_image_pixels
+                tower = image_side(self.model, transform, max_pixels=most, autocast=context)
+            folder = features_folder(self.config) / checksum(tower.key().encode())
+        store = Store(folder, setting=SETTING)
+        numbers = store.find(hashes)
+        rows = store.read(numbers[numbers >= 0]).reshape(-1, tower.width)
+        return torch.from_numpy(rows), np.flatnonzero(numbers < 0)
+
+
+def join_rows(
+    stored: Float[Tensor, "k _"], missing: Numbers, new: Numbers, features: Float[Tensor, "o _"]
+) -> Float[Tensor, "n _"]:
+    """Features in the order of their rows: stored ones, and those of `new` ones among `missing`."""
+    if not len(new):
+        return stored
+    known = np.setdiff1d(np.arange(len(stored) + len(missing)), missing)
+    order = np.argsort(np.concatenate([known, new]))
+    return torch.cat([stored, features])[torch.from_numpy(order)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """What a list of images or texts has, as it was when all of it was kept.
-
-    Attributes:
-        hashes: Of the ids by which the good ones are kept, in their order.
-        content: Of images, 64 bits for each good one.
-        bad: The bad ones.
-    """
+    """What a list of images or texts had when all of it was stored: the hashes by which the good
+    ones are stored, in their order, and the bad ones."""
 
     hashes: Hashes
-    content: npt.NDArray[np.int64]
     bad: Sequence[Bad] = ()
 
 
@@ -307,13 +433,9 @@ def read_list(store: Store, name: str) -> Listed | None:
 
     def read() -> Listed | None:
         try:
-            listed = read_sealed(path_of_list(store, name))
-            hashes, content = (bytearray.fromhex(listed[x]) for x in ("hashes", "content"))
-            return Listed(
-                hashes=np.frombuffer(hashes, np.uint64),
-                content=np.frombuffer(content, np.int64),
-                bad=[(row, why) for row, why in listed["bad"]],
-            )
+            listed = read_sealed(list_path(store, name))
+            hashes = np.frombuffer(bytearray.fromhex(listed["hashes"]), np.uint64)
+            return Listed(hashes=hashes, bad=[(row, why) for row, why in listed["bad"]])
         except DAMAGED:
             return None
 
@@ -321,17 +443,16 @@ def read_list(store: Store, name: str) -> Listed | None:
 
 
 def write_list(store: Store, name: str, listed: Listed) -> None:
-    hashes, content = (one.tobytes().hex() for one in (listed.hashes, listed.content))
-    sealing = sealed({"hashes": hashes, "content": content, "bad": listed.bad})
+    content = to_json(sealed({"hashes": listed.hashes.tobytes().hex(), "bad": listed.bad}))
 
     def write() -> None:
         with suppress(OSError):  # the store has said so
-            write_atomically(path_of_list(store, name), to_json(sealing) + "\n")
+            write_atomically(list_path(store, name), content + "\n")
 
     rank0_first(write)
 
 
-def path_of_list(store: Store, name: str) -> Path:
+def list_path(store: Store, name: str) -> Path:
     assert store.folder is not None
     return store.folder / f"{checksum(name.encode())}.json"
 
@@ -343,12 +464,12 @@ class Reader:
     images that give their encoded bytes, `EvaluationTransform` needs the crop alone.
 
     Attributes:
-        known: Has the features of images that are not needed; of these only the content is.
+        store: Has the features of images that are not needed; these are only hashed.
     """
 
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
-        self.known: Store | None = None
+        self.store: Store | None = None
         crops = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
         self.as_bytes = crops or isinstance(transform, PillowTransform)
 
@@ -358,11 +479,10 @@ class Reader:
         return self.images.key
 
     def is_readable(self, row: int) -> bool:
-        try:
+        with suppress(BadSample):
             self.read(row)
-        except BadSample:
-            return False
-        return True
+            return True
+        return False
 
     def read(self, row: int) -> tuple[Tensor | None, int]:
         """One image if it is needed, and a hash of it; raises `BadSample`."""
@@ -370,13 +490,13 @@ class Reader:
         try:
             if not hasattr(images, "encoded"):
                 image = images.image(row)
-                key = hash_of(b"%d %d " % image.size + image.tobytes())
-                if self.knows(key):
+                key = hash_bytes(b"%d %d " % image.size + image.tobytes())
+                if self.has_stored(key):
                     return None, key
             else:
                 encoded = images.encoded(row)
-                key = hash_of(encoded)
-                if self.knows(key):
+                key = hash_bytes(encoded)
+                if self.has_stored(key):
                     return None, key
                 if isinstance(transform, EvaluationTransform):
                     box = partial(transform.box, draws=np.zeros(0, np.float32))
@@ -392,10 +512,10 @@ class Reader:
             source = images.where(row) if hasattr(images, "where") else images.name
             raise BadSample(images.sample_id(row), source, str(error)) from error
 
-    def knows(self, content: int) -> bool:
-        if self.known is None:
-            return False
-        return bool(self.known.has(np.array([hash_of_content(content)], np.uint64))[0])
+    def has_stored(self, content: int) -> bool:
+        return self.store is not None and bool(
+            self.store.has(np.array([content % 2**64], np.uint64))[0]
+        )
 
     def finish(self, batch: Tensor) -> Tensor:
         """The model's input, of what `read` gave."""
@@ -413,10 +533,134 @@ class Reader:
         return self.transform(Image.new("RGB", (224, 224)))
 
 
-def hash_of_content(content: int) -> int:
-    """The hash by which an image of this content is kept."""
-    return int(hash_ids([str(content)])[0])
-
-
-def hash_of(data: bytes) -> int:
+def hash_bytes(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+# What tasks score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The images of a split that can be used: features of any norm, and what is known of each."""
+
+    features: Float[Tensor, "n d"]
+    ids: Sequence[str]
+    bad: Sequence[Bad]
+    labels: Tensor | None
+    groups: Int[Tensor, " n"]
+    content: Sequence[int]  # equal for equal images
+    captions: Captions | None
+    names: Sequence[str] | None
+
+    @cached_property
+    def unit(self) -> Float[Tensor, "n d"]:
+        return F.normalize(self.features, dim=1)
+
+    @cached_property
+    def sample_groups(self) -> tuple[list[str], list[str]]:
+        """The groups of images and of texts, each by the id of an image."""
+        return group_samples(self.ids, self.groups.tolist(), self.content, self.captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What the tasks score, on the CPU.
+
+    Attributes:
+        parts: Images by split.
+        texts: Unit-norm features of `captions`, and classifiers of `names` and `classes`.
+        device: Where what learns from them runs.
+    """
+
+    data: EvaluationData
+    split: str
+    parts: Mapping[str, Part]
+    texts: Mapping[str, Float[Tensor, "_ d"]]
+    device: torch.device | str = "cpu"
+
+    @property
+    def part(self) -> Part:
+        """The images that are measured."""
+        return self.parts[self.split]
+
+
+def encode_split(encoder: Encoder, data: EvaluationData, split: str, *, stage: str) -> Part:
+    """Encode the images of a split; rank 0 names the first bad ones."""
+    whole = data.splits[split]
+    encoded = encoder.encode_images(whole.images, stage=stage)
+    if rank() == 0 and encoded.bad and split not in data.warned_splits:
+        data.warned_splits.add(split)
+        number, total = len(encoded.bad), len(whole.images)
+        say(f"warning: {stage}: {number} of {total} images cannot be used and are left out:")
+        for _, why in encoded.bad[:10]:
+            say(f"  {why}")
+    return make_part(data, split, encoded)
+
+
+def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
+    """A split without its bad rows; of images with captions, those of equal content are one.
+
+    Where the data say which images belong together, as the emoji do, each stays as it is.
+    """
+    whole, left_out = data.splits[split], {row for row, _ in encoded.bad}
+    rows = [row for row in range(len(whole.images)) if row not in left_out]
+    ids, features = [whole.images.sample_id(row) for row in rows], encoded.features
+    groups = None if whole.groups is None else [whole.groups[row] for row in rows]
+    names, captions = data.image_names.get(split), None
+    content = encoded.content.tolist()
+    if whole.captions is not None:
+        captions = match_captions([whole.captions[row] for row in rows], ids, groups, content)
+        if len(different := captions.rows) < len(rows):
+            rows, ids = [rows[i] for i in different], [ids[i] for i in different]
+            content, features = [content[i] for i in different], features[different]
+    return Part(
+        features=features,
+        ids=ids,
+        bad=encoded.bad,
+        labels=None if whole.labels is None else whole.labels[torch.tensor(rows)],
+        groups=torch.tensor(range(len(rows)) if groups is None else groups),
+        content=content,
+        captions=captions,
+        names=None if names is None else [names[row] for row in rows],
+    )
+
+
+def group_samples(
+    ids: Sequence[str],
+    groups: Sequence[int],
+    content: Sequence[int],
+    captions: Captions | None,
+) -> tuple[list[str], list[str]]:
+    """The groups of images, given what the data say of them, and of their texts.
+
+    Images of a concept belong together, an image and its captions, equal images, and images with an
+    equal caption: rarest first, while no group grows beyond `LARGEST` images and a fiftieth of all.
+
+    Args:
+        ids, groups, content: For each image its id, a number that images of a concept share, and
+            one that equal images share.
+    """
+    group, members = [*groups], dict[int, list[int]]()
+    for image, number in enumerate(group):
+        members.setdefault(number, []).append(image)
+    images_with: dict[str | int, list[int]] = {}
+    for image, key in enumerate(content):
+        images_with.setdefault(key, []).append(image)
+    first_image: dict[int, int] = {}
+    if captions is not None:
+        pairs = zip(captions.image_of_pair.tolist(), captions.text_of_pair.tolist(), strict=True)
+        for image, text in pairs:
+            images_with.setdefault(captions.texts[text], []).append(image)
+            first_image.setdefault(text, image)
+    for images in sorted(images_with.values(), key=len):
+        numbers = {group[image] for image in images}
+        together = [image for number in numbers for image in members[number]]
+        if len(numbers) > 1 and len(together) <= max(LARGEST, len(group) // 50):
+            number = min(numbers)
+            members[number] = together
+            for image in together:
+                group[image] = number
+    image_groups = [ids[min(members[number])] for number in group]
+    text_groups = [image_groups[first_image[text]] for text in range(len(first_image))]
+    return image_groups, text_groups

@@ -1,15 +1,63 @@
-"""Geometry of the joint space: modality gap, alignment, uniformity and effective rank.
+"""How images and texts lie in the joint space, and how they are grouped there.
 
-The loss on neighbourhoods is in `losses/geometry.py`, and measures of groups are in `grouping.py`.
+The paper starts from the grouping that InfoNCE causes (arXiv 2206.10996): it aligns the image and
+the text of a pair, and groups similar images only through their texts, and similar texts through
+their images. The loss on neighbourhoods is in `losses/geometry.py`.
 """
 
 import math
+from collections.abc import Hashable, Sequence
+from statistics import mean
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.evaluation import retrieval
+from protoclip.evaluation.datasets import EvaluationData, match_captions
+from protoclip.evaluation.features import Features
+from protoclip.evaluation.metrics import TaskResult
+from protoclip.prototypes.kmeans import kmeans
+
+MODALITIES = ("image", "text")
+NEIGHBOURS = 10
+ITERATIONS = 20  # of K-means
+# Another seed of K-means moves the agreement of the modalities by one or two points, so it is
+# the mean over this many clusterings.
+CLUSTERINGS = 5
+
+Assignments = dict[str, Int[Tensor, "s n"]]  # by modality, for each clustering
+
+
+def score(features: Features) -> TaskResult:
+    """How do images and texts lie in the joint space?"""
+    part, texts = features.part, features.texts["captions"]
+    assert part.captions is not None
+    paired = texts[part.captions.text_of_pair]
+    values = modality_gap(part.unit, paired, part.captions.image_of_pair)
+    values["effective_rank_image"] = effective_rank(part.unit)
+    values["effective_rank_text"] = effective_rank(texts)
+    return TaskResult(metrics={f"modality_gap/{name}": value for name, value in values.items()})
+
+
+def find_missing_clusters(data: EvaluationData, split: str) -> str:
+    """What the data lack for clusters to be compared with classes; empty if nothing."""
+    labels = data.splits[split].labels
+    if labels is None:
+        return "labels"
+    if labels.ndim == 2:
+        return "one class an image, and these are multilabel data"
+    return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
+
+
+def score_clusters(features: Features) -> TaskResult:
+    """Do clusters of the images agree with the classes?"""
+    part = features.part
+    assert part.labels is not None
+    values = clustering(part.unit.to(features.device), part.labels)
+    return TaskResult(metrics={f"clustering/{name}": values[name] for name in ("ami", "ari")})
 
 
 def modality_gap(
@@ -68,3 +116,150 @@ def uniformity(features: Float[Tensor, "n d"]) -> float:
         kernel.diagonal(offset=start).zero_()  # leave out each row's pair with itself
         total += float(kernel.sum(dtype=torch.float64))
     return math.log(total / (count * (count - 1)))
+
+
+def clustering(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, restarts: int = 10
+) -> dict[str, Any]:
+    """Cluster the rows by K-means, with as many clusters as classes, and compare with the classes.
+
+    Starts are random rows, as in published evaluations; the lowest inertia of all restarts wins.
+
+    Returns:
+        `cluster`, the cluster of each row; `ami`, the adjusted mutual information (Vinh et al.
+        2010, arithmetic mean), and `ari`, the adjusted Rand index (Hubert and Arabie 1985): 1 if
+        clusters equal the classes, 0 by chance.
+    """
+    # Here, since training imports this file, and scikit-learn takes two seconds to import.
+    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+
+    k = len(torch.unique(labels))
+    clusters = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=0)
+    assignments = clusters.assignments.cpu()
+    partitions = labels.numpy(), assignments.numpy()
+    return {
+        "cluster": assignments,
+        "ami": float(adjusted_mutual_info_score(*partitions)),
+        "ari": float(adjusted_rand_score(*partitions)),
+    }
+
+
+def agreement(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
+    """Adjusted mutual information of two groupings: 1 if they are equal, 0 by chance.
+
+    Vinh et al. 2010, arithmetic mean.
+    """
+    # Here, since training imports this file, and scikit-learn takes two seconds to import.
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    return float(adjusted_mutual_info_score(one.numpy(), other.numpy()))
+
+
+def nearest_others(
+    features: Float[Tensor, "n d"], neighbours: int = NEIGHBOURS
+) -> Int[Tensor, "n k"]:
+    """The most similar other rows of each row, by cosine."""
+    rows, nearest = F.normalize(features.float(), dim=1), []
+    size = max(1, retrieval.CHUNK // len(rows))
+    for start in range(0, len(rows), size):
+        similarity = rows[start : start + size] @ rows.T
+        similarity.diagonal(offset=start).fill_(float("-inf"))  # a row is not its own neighbour
+        nearest.append(similarity.topk(min(neighbours, len(rows) - 1)).indices)
+    return torch.cat(nearest)
+
+
+def neighbours_in_group(nearest: Int[Tensor, "n k"], groups: Int[Tensor, " n"]) -> float:
+    """Share of each row's `nearest_others` that are in the row's group; in [0, 1].
+
+    With the texts' groups and the images' neighbours: how often are the texts of an image and of
+    its neighbour in one group?
+    """
+    return float((groups[nearest] == groups[:, None]).float().mean(dim=1).mean())
+
+
+def same_group_by_chance(groups: Int[Tensor, " n"]) -> float:
+    """Probability that two different rows are in one group: `neighbours_in_group` by chance."""
+    sizes = torch.bincount(groups).double()
+    return float((sizes * (sizes - 1)).sum() / (len(groups) * (len(groups) - 1)))
+
+
+def spread(features: Float[Tensor, "n d"]) -> float:
+    """Variance of unit-norm rows, 1 - |mean|^2: 0 if all are equal, near 1 if in all directions."""
+    return 1 - float(features.double().mean(dim=0).square().sum())
+
+
+def group_sizes(groups: Int[Tensor, " n"], number: int) -> dict[str, float]:
+    """Sizes of `number` groups, and how many of them are `dead`: without a member."""
+    sizes = torch.bincount(groups, minlength=number).double()
+    return {
+        "number": float(number),
+        "dead": float((sizes == 0).sum()),
+        "smallest": float(sizes.min()),
+        "median": float(sizes.quantile(0.5)),
+        "largest": float(sizes.max()),
+    }
+
+
+def measure(
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "n d"],
+    *,
+    num_groups: int,
+    captions: Sequence[str],
+    concepts: Sequence[int] | None = None,
+    content: Sequence[Hashable] | None = None,
+    classes: Int[Tensor, " n"] | None = None,
+    previous: Assignments | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, float], Assignments]:
+    """Group each modality by K-means; measure the groups and the space they lie in.
+
+    Args:
+        images, texts: Unit-norm rows of pairs.
+        num_groups: Groups of each modality.
+        captions, concepts, content: One of each a pair. With the last two as `groups` and `content`
+            of `match_captions`, `recall@10` equals that of `evaluate`.
+        classes: Adds `classes/...`, the agreement of the groups with them.
+        previous: Groups of an earlier checkpoint; adds `stability/...`, the agreement with them.
+
+    Returns:
+        Measures by name, as docs/grouping.md lists them; those of groups are means over five
+        clusterings. And the group of each row, by modality and clustering.
+    """
+    spaces, partner = {"image": images, "text": texts}, {"image": "text", "text": "image"}
+    seeds = range(seed, seed + CLUSTERINGS)
+    groups = {
+        modality: torch.stack(
+            [kmeans(rows, num_groups, iterations=ITERATIONS, seed=s).assignments for s in seeds]
+        )
+        for modality, rows in spaces.items()
+    }
+    measures = {"agreement": mean(map(agreement, groups["image"], groups["text"]))}
+
+    for modality, other in partner.items():
+        rows, clusterings, others = spaces[modality], groups[modality], groups[other]
+        nearest = nearest_others(rows)
+        values = {
+            "neighbours": mean(neighbours_in_group(nearest, group) for group in others),
+            "neighbours_by_chance": mean(map(same_group_by_chance, others)),
+            "effective_rank": effective_rank(rows),
+            "spread": spread(rows),
+        }
+        if classes is not None:
+            values["classes"] = mean(agreement(group, classes) for group in clusterings)
+        if previous is not None:
+            values["stability"] = mean(map(agreement, clusterings, previous[modality]))
+        sizes = [group_sizes(group, num_groups) for group in clusterings]
+        values |= {f"groups/{name}": mean(size[name] for size in sizes) for name in sizes[0]}
+        measures |= {f"{name}/{modality}": value for name, value in values.items()}
+    pairs = match_captions(
+        [(caption,) for caption in captions], [""] * len(captions), concepts, content
+    )
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    text_rows = texts[[row_of[caption] for caption in pairs.texts]]
+    both_ranks = retrieval.retrieval_ranks(images[pairs.rows], text_rows, pairs)
+    for modality, ranks in zip(MODALITIES, both_ranks, strict=True):
+        recall = retrieval.recall_at(ranks, 10)
+        measures[f"recall@10/{modality}_to_{partner[modality]}"] = recall
+    measures |= modality_gap(images, texts)
+    return measures, groups

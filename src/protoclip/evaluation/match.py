@@ -30,7 +30,8 @@ from protoclip.encode.linear_maps import canonical_projections, moments_of_pairs
 from protoclip.encode.run import encode_missing
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.evaluation import retrieval
-from protoclip.evaluation.grouping import nearest_others
+from protoclip.evaluation.datasets import match_captions
+from protoclip.evaluation.geometry import nearest_others
 from protoclip.files import checksum
 from protoclip.models.frozen import Pooling
 from protoclip.models.text_models import MINILM, find_pooling
@@ -48,60 +49,37 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Pairs of a source. Equal images are one, and equal captions.
+    """Pairs of a source. Equal images are one, and equal captions."""
 
-    Attributes:
-        images: How to read each image: its row, or the sample that a stream gave.
-        contents: A checksum of each image.
-        captions: The captions.
-        image_of_pair, text_of_pair: The numbers of each pair's image and caption.
-        skipped: Pairs that could not be read.
-        reason: Why the first of these could not.
-    """
-
-    images: Sequence[Item]
-    contents: Sequence[str]
+    images: Sequence[Item]  # the row of each, or the sample that a stream gave
+    contents: Sequence[str]  # a checksum of each image
     captions: Sequence[str]
     image_of_pair: Int[Tensor, " p"]
     text_of_pair: Int[Tensor, " p"]
-    skipped: int
-    reason: str
+    skipped: int  # pairs that could not be read
+    reason: str  # why the first of these could not
 
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """What a half makes of the images, or of the captions; NaN where one cannot be read.
-
-    Attributes:
-        per_second: How many it encoded; None if all that can be read were kept.
-        reason: Why the first that cannot be read could not.
-    """
+    """What a half makes of the images, or of the captions; NaN where one cannot be read."""
 
     name: str
     features: Float[Tensor, "n d"]
-    per_second: float | None
-    reason: str = ""
+    per_second: float | None  # how many it encoded; None if all that can be read were stored
+    reason: str = ""  # why the first that cannot be read could not
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What is known of a half alone: its features by pair, and of the apart pairs the nearest
-    others and the groups."""
+    """A half's features by pair; of the pairs that share nothing also their own, their nearest
+    others and their groups."""
 
     half: Half
-    of_pairs: Float[Tensor, "p d"]
-    apart: Float[Tensor, "n d"]
+    pairs: Float[Tensor, "p d"]
+    distinct: Float[Tensor, "n d"]
     nearest: Int[Tensor, "n k"]
     groups: Int[Tensor, " n"]
-
-
-def usual_pooling(name: str) -> Pooling:
-    """As the files of a text half say, and `align` has it; the mean of others."""
-    # `open_encoder` tells what is wrong with a half, or is not installed.
-    with suppress(ValueError, ImportError):
-        if name == MINILM or name.startswith("hf:"):
-            return find_pooling(name)
-    return "mean"
 
 
 def match(
@@ -127,7 +105,7 @@ def match(
             sample the first is taken.
         seed: Of the draw, of K-means and of the split that fits and judges.
         pooling: How a Hugging Face model's tokens become one feature; unset, as its files say.
-        cache: Folder in which features are kept by content; unset, none are.
+        cache: Folder in which features are stored by content; unset, none are.
 
     Returns:
         A record for each image half and text half, the highest `recall@10` first. docs/match.md
@@ -141,34 +119,48 @@ def match(
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
     def open_half(name: str, modality: str, way: str) -> Encoder:
-        pools, progress = pooling or usual_pooling(name), Progress(f"open {name}", 1)
+        pools, progress = pooling or find_usual_pooling(name), Progress(f"open {name}", 1)
         half = open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
         progress.update(1)
         return half
 
-    opened = {
-        modality: {name: open_half(name, modality, way) for name in dict.fromkeys(names)}
-        for modality, way, names in (("image", "--images", images), ("text", "--texts", texts))
-    }
+    image_encoders = {name: open_half(name, "image", "--images") for name in dict.fromkeys(images)}
+    text_encoders = {name: open_half(name, "text", "--texts") for name in dict.fromkeys(texts)}
     drawn = draw(source, pairs, seed)
-    require_enough(drawn, source, pairs)
+    require_enough(drawn, source)
+    image_halves = [
+        encode(name, encoder, source, drawn.images, drawn.contents, batch_size, cache)
+        for name, encoder in image_encoders.items()
+    ]
+    can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
+    is_usable = can_be_read[drawn.image_of_pair]
+    reasons = (half.reason for half in image_halves if half.reason)
+    drawn = replace(
+        drawn,
+        image_of_pair=drawn.image_of_pair[is_usable],
+        text_of_pair=drawn.text_of_pair[is_usable],
+        skipped=drawn.skipped + int((~is_usable).sum()),
+        reason=drawn.reason or next(reasons, ""),
+    )
+    require_enough(drawn, source)
     captions = [
         Sample(sample_id=str(number), image=b"", captions=(caption,), where=source.name)
         for number, caption in enumerate(drawn.captions)
     ]
-    image_halves = [
-        encode(name, encoder, source, drawn.images, drawn.contents, batch_size, cache)
-        for name, encoder in opened["image"].items()
-    ]
-    can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
-    reasons = (half.reason for half in image_halves)
-    drawn = keep(drawn, can_be_read, reason=next(filter(None, reasons), ""))
-    require_enough(drawn, source, pairs)
     text_halves = [
         encode(name, encoder, source, captions, drawn.captions, batch_size, cache)
-        for name, encoder in opened["text"].items()
+        for name, encoder in text_encoders.items()
     ]
-    return records(image_halves, text_halves, drawn, seed)
+    return measure_halves(image_halves, text_halves, drawn, seed)
+
+
+def find_usual_pooling(name: str) -> Pooling:
+    """As the files of a text half say, and `align` has it; the mean for others."""
+    # `open_encoder` tells what is wrong with a half, or is not installed.
+    with suppress(ValueError, ImportError):
+        if name == MINILM or name.startswith("hf:"):
+            return find_pooling(name)
+    return "mean"
 
 
 def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
@@ -218,31 +210,14 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     )
 
 
-def keep(drawn: Drawn, images: Bool[Tensor, " i"], *, reason: str) -> Drawn:
-    """Only the pairs of these images; the others are skipped, the first for this reason."""
-    kept = images[drawn.image_of_pair]
-    return replace(
-        drawn,
-        image_of_pair=drawn.image_of_pair[kept],
-        text_of_pair=drawn.text_of_pair[kept],
-        skipped=drawn.skipped + int((~kept).sum()),
-        reason=drawn.reason or reason,
-    )
-
-
-def require_enough(drawn: Drawn, source: Pairs | SampleStream, pairs: int) -> None:
+def require_enough(drawn: Drawn, source: Pairs | SampleStream) -> None:
     """Refuse pairs that say nothing."""
-    number = len(torch.unique(sharing(drawn.image_of_pair, drawn.text_of_pair)))
+    number = len(torch.unique(group_pairs(drawn.image_of_pair, drawn.text_of_pair)))
     if number < LEAST:
-        total, skipped = len(drawn.image_of_pair), drawn.skipped
-        read = f"{total} pair{'s' * (total != 1)}"
-        read += f", and {skipped} that cannot be read" * bool(skipped)
-        read += f" ({drawn.reason})" * bool(drawn.reason)
-        are_all = isinstance(source, Pairs) and len(source) <= pairs
-        way = "there are no more, so" if are_all else "raise --pairs, or"
+        reason = f", since {drawn.skipped} cannot be read ({drawn.reason})" * bool(drawn.reason)
         raise ValueError(
-            f"{source.name}: {read}, of which {number} share{'s' * (number == 1)} no image and no "
-            f"caption: too few, at least {LEAST} are needed; {way} name other data"
+            f"{source.name}: {number} of the drawn pairs share no image and no caption{reason}: "
+            f"too few, at least {LEAST} are needed; raise --pairs, or name other data"
         )
 
 
@@ -279,66 +254,67 @@ def encode(
     )
 
 
-def records(images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int) -> list[Record]:
+def measure_halves(
+    images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int
+) -> list[Record]:
     """Measure each image half with each text half, from their features."""
-    groups = sharing(drawn.image_of_pair, drawn.text_of_pair)
-    first = {group: pair for pair, group in reversed([*enumerate(groups.tolist())])}
-    apart = torch.tensor(sorted(first.values()))
+    groups = group_pairs(drawn.image_of_pair, drawn.text_of_pair).tolist()
+    first = {group: pair for pair, group in reversed([*enumerate(groups)])}
+    distinct = torch.tensor(sorted(first.values()))
     captions = [drawn.captions[number] for number in drawn.text_of_pair.tolist()]
-    total = len(images) + len(texts) + len(images) * len(texts)
-    progress = Progress("match", total)
-
-    def space(half: Half, of_pair: Tensor) -> Space:
-        of_pairs = half.features[of_pair]
-        rows = of_pairs[apart]
-        number = max(2, len(rows) // PAIRS_PER_GROUP)
-        return Space(
-            half=half,
-            of_pairs=of_pairs,
-            apart=rows,
-            nearest=nearest_others(rows),
-            groups=kmeans(rows, number, iterations=ITERATIONS, seed=seed).assignments,
-        )
-
+    progress = Progress("match", len(images) + len(texts) + len(images) * len(texts))
     spaces: dict[str, list[Space]] = {"image": [], "text": []}
-    for modality, halves, of_pair in (
+    for modality, halves, numbers in (
         ("image", images, drawn.image_of_pair),
         ("text", texts, drawn.text_of_pair),
     ):
         for half in halves:
-            spaces[modality].append(space(half, of_pair))
+            features = half.features[numbers]
+            rows = features[distinct]
+            number = max(2, len(rows) // PAIRS_PER_GROUP)
+            clusters = kmeans(rows, number, iterations=ITERATIONS, seed=seed)
+            space = Space(
+                half=half,
+                pairs=features,
+                distinct=rows,
+                nearest=nearest_others(rows),
+                groups=clusters.assignments,
+            )
+            spaces[modality].append(space)
             progress.update(sum(map(len, spaces.values())))
-    measured: list[Record] = []
+    records: list[Record] = []
     for image, text in product(spaces["image"], spaces["text"]):
         ways = {
             "agreement/text_from_image": agreement(image.groups, text.groups),
             "agreement/image_from_text": agreement(text.groups, image.groups),
         }
-        measured.append(
+        records.append(
             {
                 "image": image.half.name,
                 "text": text.half.name,
                 **canonical_recall(
-                    image.of_pairs, text.of_pairs, drawn.image_of_pair, captions, seed=seed
+                    image.pairs, text.pairs, drawn.image_of_pair, captions, seed=seed
                 ),
                 "mutual_neighbours": shared_neighbours(image.nearest, text.nearest),
-                "cka": linear_cka(image.apart, text.apart),
+                "cka": linear_cka(image.distinct, text.distinct),
                 "agreement": sum(ways.values()) / 2,
                 **ways,
-                "image_width": image.apart.shape[1],
-                "text_width": text.apart.shape[1],
+                "image_width": image.pairs.shape[1],
+                "text_width": text.pairs.shape[1],
                 "images_per_second": image.half.per_second,
                 "captions_per_second": text.half.per_second,
                 "pairs": len(captions),
-                "apart": len(apart),
+                "apart": len(distinct),
                 "skipped": drawn.skipped,
             }
         )
-        progress.update(len(images) + len(texts) + len(measured))
-    return sorted(measured, key=lambda record: -record[f"recall@{RECALL_AT}"])
+        progress.update(len(images) + len(texts) + len(records))
+    return sorted(records, key=lambda record: -record[f"recall@{RECALL_AT}"])
 
 
-def sharing(image_of_pair: Int[Tensor, " p"], text_of_pair: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
+def group_pairs(
+    image_of_pair: Int[Tensor, " p"], text_of_pair: Int[Tensor, " p"]
+) -> Int[Tensor, " p"]:
     """The group of each pair, from 0: pairs that share an image or a caption are in one, and so are
     those that further pairs join."""
     if not len(image_of_pair):
@@ -347,12 +323,12 @@ def sharing(image_of_pair: Int[Tensor, " p"], text_of_pair: Int[Tensor, " p"]) -
     size = int(texts.max()) + 1
     ones = np.ones(len(texts), np.int8)
     graph = coo_array((ones, (image_of_pair.numpy(), texts.numpy())), shape=(size, size))
-    of_nodes = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-    groups: Tensor = torch.unique(of_nodes[image_of_pair], return_inverse=True)[1]
+    components = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
+    groups: Tensor = torch.unique(components[image_of_pair], return_inverse=True)[1]
     return groups
 
 
-def half_of(groups: Int[Tensor, " p"], seed: int) -> Bool[Tensor, " p"]:
+def draw_half(groups: Int[Tensor, " p"], seed: int) -> Bool[Tensor, " p"]:
     """Half of the rows, drawn by group: the largest groups first, each to the smaller side."""
     sizes = torch.bincount(groups)
     order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed))
@@ -419,35 +395,32 @@ def canonical_recall(
 
     Returns:
         `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their
-        mean `recall@10`, about what that is by chance, and `judged`, the number of judged pairs.
+        mean `recall@10`, about what that is by chance, and `judged`, the number of tested pairs.
     """
     number_of: dict[str, int] = {}
     text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])
-    judged = half_of(sharing(image_of_pair, text_of_pair), seed)
-    maps = canonical_projections(moments_of_pairs(images[~judged], texts[~judged]))
-    (rows,) = judged.nonzero(as_tuple=True)
-    known = retrieval.captions_of(
+    is_tested = draw_half(group_pairs(image_of_pair, text_of_pair), seed)
+    maps = canonical_projections(moments_of_pairs(images[~is_tested], texts[~is_tested]))
+    (rows,) = is_tested.nonzero(as_tuple=True)
+    tested = match_captions(
         [(captions[pair],) for pair in rows.tolist()],
         [""] * len(rows),
         content=image_of_pair[rows].tolist(),
     )
     pair_of = {captions[pair]: pair for pair in rows.tolist()}
-    of_images, of_texts = rows[known.rows], torch.tensor([pair_of[text] for text in known.texts])
-    led_images, led_texts = (
-        F.normalize(of.double() @ projection, dim=1)
-        for of, projection in zip((images[of_images], texts[of_texts]), maps, strict=True)
+    text_rows = torch.tensor([pair_of[text] for text in tested.texts])
+    image_features, text_features = (
+        F.normalize(features.double() @ projection, dim=1)
+        for features, projection in zip(
+            (images[rows[tested.rows]], texts[text_rows]), maps, strict=True
+        )
     )
-    numbers = torch.arange(len(of_images))
-    ranks = {
-        "text_to_image": retrieval.best_relevant_rank(
-            led_texts, led_images, known.numbers, numbers, known.matches.flip(0)
-        ),
-        "image_to_text": retrieval.best_relevant_rank(
-            led_images, led_texts, numbers, known.numbers, known.matches
-        ),
+    image_ranks, text_ranks = retrieval.retrieval_ranks(image_features, text_features, tested)
+    recalls = {
+        "text_to_image": retrieval.recall_at(text_ranks, RECALL_AT),
+        "image_to_text": retrieval.recall_at(image_ranks, RECALL_AT),
     }
-    recalls = {way: retrieval.recall_at(of_way, RECALL_AT) for way, of_way in ranks.items()}
-    candidates = [len(torch.unique(of[judged])) for of in (image_of_pair, text_of_pair)]
+    candidates = [len(torch.unique(n[is_tested])) for n in (image_of_pair, text_of_pair)]
     by_chance = sum(min(1.0, RECALL_AT / number) for number in candidates) / len(candidates)
     return {
         f"recall@{RECALL_AT}": sum(recalls.values()) / len(recalls),

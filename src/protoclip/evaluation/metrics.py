@@ -1,18 +1,33 @@
-"""The metrics: one table with their names and columns, and intervals of differences.
+"""The metrics: a table of their names and columns, the results of each test sample, and intervals.
 
-The functions that compute them are in the files of their tasks; `samples` computes the influences
-that intervals need.
+An *influence* is how far a group of samples moves a metric; the sum of their squares is the
+metric's variance over other test sets. Influences of means and differences of metrics are means and
+differences of influences, so models are compared group by group. The functions that compute metrics
+are in the files of their tasks.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from protoclip.files import SEAL, checksum, replacing, require_regular, to_json
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Columns = Mapping[str, npt.NDArray[Any]]
+# For multilabel data, how well each image fits each class, and which classes it shows.
+Scores = tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]
 LEVEL = 0.05  # of intervals, and of the test for clear differences
 FEWEST = 5  # groups that an interval may rest on
 KS = (1, 5, 10)  # of recall@k of retrieval
@@ -171,6 +186,185 @@ def is_share(name: str) -> bool:
     return name in METRICS and METRICS[name].is_share
 
 
+# Results of samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What a task measured: columns with a value an image or text, and metrics that are no means.
+
+    Names are those of `METRICS`.
+    """
+
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    texts: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: Scores | None = None
+
+
+class Groups(NamedTuple):
+    """The names of groups, and the number of each image's and each text's group."""
+
+    names: npt.NDArray[Any]
+    images: Ints
+    texts: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResults:
+    """Results of each image and each caption of a split, by column; both have `sample_id`.
+
+    Images and captions that belong together, such as an image and its captions, have one `group`.
+    Images also have the columns `SHOWN`; files of version 1.0.0 lack them.
+    """
+
+    images: Columns
+    texts: Columns = field(default_factory=lambda: {"sample_id": np.array([], dtype=object)})
+
+    def rows(self, metric: str) -> Columns:
+        """The results that a metric is computed from."""
+        return self.texts if METRICS[metric].has_text_samples else self.images
+
+    def means(self) -> list[str]:
+        """The metrics that are means over samples and whose columns exist."""
+        return [
+            name
+            for name, metric in METRICS.items()
+            if metric.column is not None
+            and {metric.column, metric.by or metric.column} <= self.rows(name).keys()
+        ]
+
+    def groups(self) -> Groups:
+        """Without a `group` column, as in files of version 1.0.0, each sample is a group."""
+        columns = [side.get("group", side["sample_id"]) for side in (self.images, self.texts)]
+        names, numbers = np.unique(np.concatenate(columns), return_inverse=True)
+        return Groups(names, *np.split(numbers, [len(columns[0])]))
+
+    def values(self, metric: str) -> Floats:
+        """Whether each sample is right, 0 or 1, for one of `means`."""
+        column, k = self.rows(metric)[METRICS[metric].column or ""], METRICS[metric].k
+        return (column if k is None else column < k).astype(np.float64)
+
+    def mean(self, metric: str) -> float:
+        """One of `means`."""
+        values, by = self.values(metric), METRICS[metric].by
+        if by is None:
+            return float(values.mean())
+        _, classes = np.unique(self.images[by], return_inverse=True)
+        return float((np.bincount(classes, values) / np.bincount(classes)).mean())
+
+    def write(self, path: Path) -> None:
+        """Write a Parquet file: one row an image, then one row a text."""
+        tables = [
+            pa.table({"kind": [kind] * len(columns["sample_id"]), **columns})
+            for kind, columns in (("image", self.images), ("text", self.texts))
+            if len(columns["sample_id"])
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.concat_tables(tables, promote_options="default")
+        table = table.replace_schema_metadata({SEAL: content_checksum(table)})
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary)
+
+    @classmethod
+    def read(cls, path: Path) -> "SampleResults":
+        """Read a file of `write`; raises a `ValueError` if it is damaged."""
+        try:
+            require_regular(path)
+            table, sides = pq.read_table(path), []
+            seal = (table.schema.metadata or {}).get(SEAL.encode(), b"")
+            if seal.decode(errors="replace") != content_checksum(table):
+                raise ValueError("not what this version wrote: its checksum differs")
+            for kind, texts in (("image", False), ("text", True)):
+                rows = table.filter(pc.equal(table["kind"], kind))
+                names = [name for name in list_columns(texts=texts) if name in rows.column_names]
+                sides.append({n: rows[n].to_numpy() for n in ("sample_id", *names)})
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not the results of an evaluation; delete it to compare without it "
+                f"({' '.join(str(error).split())})"
+            ) from error
+        return cls(images=sides[0], texts=sides[1])
+
+
+def content_checksum(table: pa.Table) -> str:
+    """A checksum of a table's columns, by name."""
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return checksum(to_json(columns).encode())
+
+
+def influences(results: SampleResults) -> dict[str, Floats]:
+    """The influence of each group on each metric of `results.means()`, `(groups,)` each.
+
+    With a single group there is none, and no interval.
+    """
+    groups = results.groups()
+    if len(groups.names) < 2:
+        return {}
+    by_metric = {}
+    for metric in results.means():
+        rows, values, by = results.rows(metric), results.values(metric), METRICS[metric].by
+        group = groups.texts if rows is results.texts else groups.images
+        parts = (values - values.mean()) / len(values)
+        if by is not None:
+            parts = deviations(values, rows[by], group)
+        by_metric[metric] = sum_by_group(parts, group, len(groups.names))
+        by_metric[metric] += sum_crowding(results, metric, groups)
+    return by_metric
+
+
+def sum_crowding(results: SampleResults, metric: str, groups: Groups) -> Floats:
+    """What the candidates of each group take from a recall; zeros for other metrics."""
+    candidates, group = results.texts, groups.texts
+    if METRICS[metric].has_text_samples:
+        candidates, group = results.images, groups.images
+    if (crowding := METRICS[metric].crowding) not in candidates:
+        return np.zeros(len(groups.names))
+    return sum_by_group(candidates[str(crowding)].astype(np.float64), group, len(groups.names))
+
+
+def find_crowded(results: SampleResults, influence: Mapping[str, Floats]) -> set[str]:
+    """The metrics whose variance comes mostly from candidates, by their `influences`.
+
+    Such a recall depends on a few candidates that are near to very many queries, and its variance
+    cannot be seen in a test set that happens to lack them. Two models share most of it.
+    """
+    groups = results.groups()
+    return {
+        metric
+        for metric in results.means()
+        if metric in influence
+        and 2 * np.square(sum_crowding(results, metric, groups)).sum()
+        > np.square(influence[metric]).sum()
+    }
+
+
+def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats:
+    """What each sample adds to a mean of class means, less its expectation.
+
+    A class within a single group tells nothing about its spread, so it is compared with the other
+    classes.
+    """
+    _, numbers = np.unique(classes, return_inverse=True)
+    pairs = np.unique(np.stack([numbers, group]), axis=1)
+    sizes, number = np.bincount(numbers), np.bincount(pairs[0])
+    means = np.bincount(numbers, values) / sizes
+    several = number[numbers] > 1
+    correction = np.sqrt(number / np.maximum(number - 1, 1))[numbers]
+    within = (values - means[numbers]) * correction
+    among = (means - means.mean())[numbers]
+    return np.where(several, within, among) / (sizes[numbers] * len(sizes))
+
+
+def sum_by_group(parts: Floats, group: Ints, number: int) -> Floats:
+    """The influence of each of `number` groups on a metric, from what its samples add to it."""
+    sums = np.bincount(group, parts, minlength=number).astype(np.float64)
+    return sums * math.sqrt(number / (number - 1))
+
+
+# Intervals
+
+
 def interval(metric: float | Sequence[float], influence: Floats) -> list[float]:
     """The 95% interval of a metric between 0 and 1, or of its mean over seeds, by its influences.
 
@@ -197,11 +391,7 @@ def interval(metric: float | Sequence[float], influence: Floats) -> list[float]:
 def intervals(
     metrics: Mapping[str, float], influence: Mapping[str, Floats], without: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """The 95% interval of each metric that has influences.
-
-    Args:
-        without: Metrics that get none, as `samples.find_crowded` returns them.
-    """
+    """The 95% interval of each metric that has influences, except those `without` one."""
     names = [name for name in metrics if name in influence and name not in without]
     return {name: interval(metrics[name], influence[name]) for name in names}
 

@@ -22,8 +22,6 @@ from protoclip.evaluation.features import Encoder
 from protoclip.models import loading
 
 Vectors = Tensor | npt.NDArray[Any]
-#: Parts of mteb's batches that a model of images and texts cannot read.
-UNREADABLE = ("audio", "video")
 
 
 class MtebModel:
@@ -47,27 +45,17 @@ class MtebModel:
         model = loading.to_device(model, torch.device(device))
         self.encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
 
-    def encode(
-        self,
-        inputs: Iterable[Mapping[str, Any]],
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        **settings: Any,
-    ) -> Float[Tensor, "n d"]:
+    def encode(self, inputs: Iterable[Mapping[str, Any]], **facts: Any) -> Float[Tensor, "n d"]:
         """Features of any norm, on the CPU.
 
         An image with a text gives the sum of both, as for the CLIP models of mteb.
 
         Args:
             inputs: Batches with a list of PIL images as `image`, of texts as `text`, or both.
-            task_metadata, hf_split, hf_subset, prompt_type, settings: mteb's facts about the task,
-                which the model does not need.
+            facts: mteb's facts about the task, which the model does not need.
 
         Raises:
-            ValueError: A batch has neither, or holds sound or video.
+            ValueError: A batch has neither.
         """
         return torch.cat([self._encode(batch) for batch in inputs])
 
@@ -101,16 +89,14 @@ class MtebModel:
         return ModelMeta.create_empty(overwrites=facts)
 
     def _encode(self, batch: Mapping[str, Any]) -> Float[Tensor, "b d"]:
-        if unreadable := [kind for kind in UNREADABLE if kind in batch]:
-            raise ValueError(f"{self.reference}: cannot read {unreadable[0]}, only image and text")
         features = []
         if "image" in batch:
-            encoded = self.encoder.images(MemoryImages(batch["image"]), stage=self.reference)
+            encoded = self.encoder.encode_images(MemoryImages(batch["image"]), stage=self.reference)
             if encoded.bad:
                 raise ValueError(encoded.bad[0][1])
             features.append(encoded.features)
         if "text" in batch:
-            features.append(self.encoder.texts(batch["text"], stage=self.reference))
+            features.append(self.encoder.encode_texts(batch["text"], stage=self.reference))
         if not features:
             raise ValueError(f"{self.reference}: a batch has neither image nor text")
         return torch.stack(features).sum(dim=0)

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from protoclip.evaluation.metrics import METRICS, SHOWN, Floats, difference, interval, rests_on_few
-from protoclip.evaluation.samples import (
+from protoclip.evaluation.metrics import (
+    METRICS,
+    SHOWN,
     Columns,
+    Floats,
     SampleResults,
+    difference,
     find_crowded,
     influences,
+    interval,
+    rests_on_few,
 )
 from protoclip.files import has_changed, read_json, read_local
 from protoclip.terminal import say
@@ -56,11 +62,9 @@ class RunResults:
 
     @property
     def machines(self) -> str:
-        """The machines of the run, in order; versions up to 1.0.0 wrote the device."""
-        environment = self.facts.get("environment")
-        facts = environment if isinstance(environment, dict) else {}
-        machines = facts.get("machines")
-        names = machines if isinstance(machines, list) else [facts.get("device")]
+        """The machines of the run, in order; version 1.0.0 wrote the device."""
+        environment = self.facts.get("environment") or {}
+        names = environment.get("machines") or [environment.get("device")]
         return ", then ".join(str(name) for name in names if name)
 
 
@@ -70,35 +74,30 @@ def read_results(run: str | Path) -> RunResults:
     Raises:
         ValueError: There is no such run, or it has not finished.
     """
-    path = Path(run) / "results.json"
+    folder = Path(run)
+    path = folder / "results.json"
     if not path.exists():
-        require_no_records(path.parent)
         reason = "no such run folder"
-        if path.parent.exists():
-            reason = "is a file, not a run folder"
-        if path.parent.is_dir():
-            reason = name_runs_inside(path.parent) or "no results.json; the run has not finished"
-        raise ValueError(f"{path.parent}: {reason}")
+        if folder.is_dir():
+            reason = "no results.json; the run has not finished"
+        raise ValueError(f"{folder}: {explain_no_run(folder) or reason}")
     try:
         facts = json.loads(read_local(path))
         if not isinstance(facts["name"], str) or not isinstance(facts["seed"], int):
             raise TypeError("name or seed")
-        metrics = {key: finite_number(value) for key, value in dict(facts["metrics"]).items()}
+        metrics = {key: finite_number(value) for key, value in facts["metrics"].items()}
         results = RunResults(
             name=facts["name"],
             seed=facts["seed"],
-            folder=str(path.parent),
+            folder=str(folder),
             metrics={key: value for key, value in metrics.items() if value is not None},
-            samples=find_samples(path.parent),
+            samples=find_samples(folder),
             samples_seen=finite_number(facts["samples_seen"]),
             train_seconds=finite_number(facts["train_seconds"]),
-            trained_on={  # versions up to 1.0.0 wrote none
-                data: {key: int(finite_number(counts[key]) or 0) for key in ("pairs", "images")}
-                for data, counts in dict(facts.get("trained_on", {})).items()
-            },
+            trained_on=facts.get("trained_on", {}),  # version 1.0.0 wrote none
             facts=facts,
         )
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path}: not the results of a run ({reason}); restore it, or leave the run out"
@@ -106,6 +105,22 @@ def read_results(run: str | Path) -> RunResults:
     if has_changed(facts):  # people may edit it
         say(f"warning: {path}: not what the run wrote: its checksum differs")
     return results
+
+
+def explain_no_run(path: Path) -> str:
+    """What a file or folder is that holds no run; empty if that is not known."""
+    runs = sorted(str(config.parent) for config in path.glob("*/config.toml"))
+    if runs and not (path / "config.toml").is_file():
+        names = shlex.join(runs[:FEW]) + " ..." * (len(runs) > FEW)
+        return f"not a run folder; it holds runs: name them, as {names}"
+    for file in path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json"):
+        with suppress(ValueError):
+            if {"dataset", "task", "intervals"} <= read_json(file).keys():
+                return (
+                    "was written by protoclip evaluate, and is no run folder; to compare models by "
+                    "such records, give protoclip evaluate MODEL --compare-to OTHER --data DATA"
+                )
+    return ""
 
 
 def finite_number(value: Any) -> float | None:
@@ -122,34 +137,6 @@ def find_samples(folder: Path) -> dict[str, Path]:
         for split in ("validation", "test")
         for file in sorted((folder / "results").glob(f"*-{split}.parquet"))
     }
-
-
-def require_no_records(path: Path) -> None:
-    """Refuse a file or folder by `protoclip evaluate --out`: it lacks the results by sample that a
-    comparison needs."""
-    files = path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json")
-    if any(map(is_record, files)):
-        raise ValueError(
-            f"{path}: was written by protoclip evaluate, and is no run folder; to compare models "
-            "by such records, give protoclip evaluate MODEL --compare-to OTHER --data DATA"
-        )
-
-
-def is_record(file: Path) -> bool:
-    """Whether `protoclip evaluate` wrote a JSON file."""
-    try:
-        return {"dataset", "task", "intervals"} <= read_json(file).keys()
-    except ValueError:
-        return False
-
-
-def name_runs_inside(folder: Path) -> str:
-    """Says which runs a folder holds, if it is none itself; empty if it holds none."""
-    runs = sorted(str(config.parent) for config in folder.glob("*/config.toml"))
-    if not runs or (folder / "config.toml").is_file():
-        return ""
-    names = shlex.join(runs[:FEW]) + " ..." * (len(runs) > FEW)
-    return f"not a run folder; it holds runs: name them, as {names}"
 
 
 def make_reader(*, refuse: bool) -> Reader:
@@ -218,7 +205,7 @@ class Common(NamedTuple):
 
     samples: SampleResults
     same: bool
-    change: Floats | None
+    change: Floats | None = None
 
 
 def compare_metric(
@@ -299,14 +286,14 @@ def find_common(key: str, one: RunResults, two: RunResults, read: Reader) -> Com
     left, right = read(one.samples[data]), read(two.samples[data])
     if left is None or right is None:
         return None
-    (samples, influence), (other_samples, other_influence) = left, right
-    if not have_same_samples(samples, other_samples, metric):
-        return Common(samples, same=False, change=None)
-    if metric not in influence.keys() & other_influence.keys():
-        return Common(samples, same=True, change=None)
-    if len(influence[metric]) != len(other_influence[metric]):  # groups of texts that only one has
-        return Common(samples, same=False, change=None)
-    return Common(samples, same=True, change=other_influence[metric] - influence[metric])
+    (samples, first), (others, second) = left, right
+    if not have_same_samples(samples, others, metric):
+        return Common(samples, same=False)
+    if metric not in first.keys() & second.keys():
+        return Common(samples, same=True)
+    if len(first[metric]) != len(second[metric]):  # groups of texts that only one has
+        return Common(samples, same=False)
+    return Common(samples, same=True, change=second[metric] - first[metric])
 
 
 def have_same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:

@@ -1,10 +1,9 @@
-"""Readers of public evaluation data: images, labels and captions.
+"""Readers of public evaluation data: images, labels, captions and prompts.
 
 They read CLIP_benchmark's tars, folders of classes, caption files of COCO and Flickr30k, and
 torchvision's data sets; `datasets.py` makes data sets of them.
 """
 
-import hashlib
 import io
 import json
 import re
@@ -34,7 +33,14 @@ from protoclip.data.folders import NUM_SHARDS, SPLIT_FOLDERS, is_image, name_of
 from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
-from protoclip.files import in_turn, open_local, read_json, require_regular, write_atomically
+from protoclip.files import (
+    checksum,
+    in_turn,
+    open_local,
+    read_json,
+    read_local,
+    write_atomically,
+)
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -47,11 +53,9 @@ MAX_BESIDE_BYTES = 1 << 20
 ROWS = pa.schema(
     {
         "sample_id": pa.string(),
-        **{
-            "image": pa.string(),
-            "offset": pa.int64(),
-            "size": pa.int64(),
-        },  # in which tar, and where
+        "image": pa.string(),  # its tar
+        "offset": pa.int64(),
+        "size": pa.int64(),
         "content": pa.binary(),  # the file beside it
     }
 )
@@ -76,28 +80,25 @@ class ShardFolder:
         """Read the files that describe it; raises `ValueError` if there is no split."""
         if page := HUB_PAGE.fullmatch(location.rstrip("/")):
             location = f"{page[1]}/resolve/{page[2] or 'main'}"
-        location = location.rstrip("/")
-        if is_url(location) and "?" in location:  # a name behind it would be part of a secret
+        location, is_remote = location.rstrip("/"), is_url(location)
+        if is_remote and "?" in location:  # a name behind it would be part of a secret
             raise ValueError(f"{location}: a folder takes no query; leave it out, or copy the data")
-        if not is_url(location) and not Path(location).is_dir():
+        if not is_remote and not Path(location).is_dir():
             raise ValueError(f"{location}: no such folder")
         cache = cache / digest({"url": location})
-        folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
-        names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE]
-        names += [f"{folder}/{NUM_SHARDS}" for folder in folders]
         copy = cache / "layout.json"
-        if is_url(location) and copy.is_file():
+        if is_remote and copy.is_file():
             texts = read_json(copy)
-            if not all(isinstance(text, str) for text in texts.values()):
-                raise ValueError(f"{copy}: damaged (not what was written); delete it")
         else:
-            texts = {name: text for name in names if (text := _text(f"{location}/{name}"))}
+            folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
+            names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE, *(f"{f}/{NUM_SHARDS}" for f in folders)]
+            texts = {name: text for name in names if (text := read_text(f"{location}/{name}"))}
         if not any(name.endswith(NUM_SHARDS) for name in texts):
             raise ValueError(
                 f"{location}: no split in CLIP_benchmark's layout, such as test/{NUM_SHARDS} with "
                 "test/0.tar"
             )
-        if is_url(location):
+        if is_remote:
             copy.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(copy, json.dumps(texts))
         return cls(location=location, texts=texts, cache=cache)
@@ -115,13 +116,16 @@ class ShardFolder:
     def read_split(self, split: str, extension: str) -> tuple[ImageTextPairs, list[bytes]]:
         """The images of a split, and the content of the file beside each."""
         folder = self.folders[split]
-        index = index_shards(self._shards(folder), extension, folder=self.cache.parent / "index")
+        index = index_shards(
+            self.find_shards(folder), extension, folder=self.cache.parent / "index"
+        )
         name, key = f"{self.location}/{folder}", index.path.stem
         pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key)
         index.check()
         return pairs, index.table.column("content").to_pylist()
 
-    def _shards(self, folder: str) -> list[Path]:
+    def find_shards(self, folder: str) -> list[Path]:
+        """The tars of a split, which are downloaded if they are remote."""
         number = self.texts[f"{folder}/{NUM_SHARDS}"].strip()
         if not re.fullmatch(r"0*[1-9]\d{0,5}", number):
             path = f"{self.location}/{folder}/{NUM_SHARDS}"
@@ -132,31 +136,25 @@ class ShardFolder:
         copies = [self.cache / folder / f"{shard}.tar" for shard in range(len(shards))]
         progress = Progress(f"Downloading {self.location}/{folder}", len(copies))
         for done, (shard, copy) in enumerate(zip(shards, copies, strict=True), 1):
-            _download(shard, copy)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with in_turn(copy):  # of several ranks
+                    if not copy.exists():
+                        download(shard, copy)
+            except Exception as error:  # the clients of stores have exceptions of their own
+                raise ValueError(f"{shard}: {reason_of(error)}") from None
             progress.update(done)
         return copies
 
 
-def _text(file: str) -> str:
+def read_text(file: str) -> str:
     """The content of a text file; empty if there is none."""
     try:
         return read_file(file).decode()
     except FileNotFoundError:
         return ""
-    except Exception as error:  # the clients of stores have exceptions of their own
-        raise ValueError(f"{file}: {reason_of(error)}") from None
-
-
-def _download(url: str, copy: Path) -> None:
-    if copy.exists():
-        return
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with in_turn(copy):
-            if not copy.exists():
-                download(url, copy)
     except Exception as error:
-        raise ValueError(f"{url}: {reason_of(error)}") from None
+        raise ValueError(f"{file}: {reason_of(error)}") from None
 
 
 def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> ArrowIndex:
@@ -171,7 +169,7 @@ def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> Arro
     def build(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         for path in paths:
             try:
-                rows = list(_shard_rows(path, extension))
+                rows = list(list_rows(path, extension))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path}: {reason_of(error)}") from None
             yield pa.RecordBatch.from_pylist(rows, ROWS)
@@ -179,7 +177,7 @@ def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> Arro
     return build_index(key, build, folder=folder, label=str(paths[0].parent), way_out="")
 
 
-def _shard_rows(path: Path, extension: str) -> Iterator[dict[str, Any]]:
+def list_rows(path: Path, extension: str) -> Iterator[dict[str, Any]]:
     """A row for each sample of a tar."""
     seen = set[str]()
     with open_local(path) as file:
@@ -283,19 +281,6 @@ def open_image_files(names: Sequence[str], *, root: str, name: str) -> ImageText
     )
 
 
-def files_key(paths: Iterator[Path]) -> str:
-    """Identifies the content of files by their paths, sizes and times."""
-
-    def facts(path: Path) -> tuple[str, int, int]:
-        try:
-            status = path.stat()
-        except OSError:
-            return str(path), -1, -1
-        return str(path), status.st_size, status.st_mtime_ns
-
-    return digest({"files": [facts(path) for path in paths]})
-
-
 def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, ...]]]]:
     """The name of a data set, and its captions by split and image file.
 
@@ -339,12 +324,55 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
     return title or name, splits
 
 
+def read_templates(reference: str) -> list[str]:
+    """Prompts in which "{c}" stands for the class name.
+
+    Args:
+        reference: `openai` (the 80 of ImageNet), `simple` (seven of these), or a text file with a
+            prompt a line, where "{}" stands for the class name too.
+
+    Raises:
+        ValueError: The file cannot be read, is empty, or a line has no place for the class.
+    """
+    if reference in ("openai", "simple"):
+        import open_clip
+
+        lists = {
+            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+        }
+        return [template("{c}") for template in lists[reference]]
+    try:
+        text = read_local(reference)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
+        ) from None
+    return parse_templates(text, reference)
+
+
+def parse_templates(text: str, source: str) -> list[str]:
+    """The prompts of a text, one a line; raises `ValueError`, which names the source."""
+    templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
+    if not templates:
+        raise ValueError(f"{source}: holds no prompt")
+    check_templates(templates, source)
+    return templates
+
+
+def check_templates(templates: Sequence[str], source: str) -> None:
+    """Raise `ValueError`, which names the source, if a template has no place for the class."""
+    for template in templates:
+        if "{c}" not in template:
+            shown = visible(template[:60])
+            raise ValueError(f"{source}: '{shown}' has no place for the class; write {{c}} there")
+
+
 class TorchvisionImages:
     """The images of a torchvision data set, whose samples are pairs of a PIL image and a class."""
 
     def __init__(self, samples: Any, *, name: str) -> None:
-        self.samples, self.name = samples, name
-        self.key, self._files = _torchvision_key(samples), _files_of(samples)
+        self.samples, self.name, self.key = samples, name, identify_images(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -355,8 +383,6 @@ class TorchvisionImages:
     def image(self, row: int) -> Image.Image:
         """The image, upright and as RGB; raises `BadSample`."""
         try:
-            if len(self._files) == len(self):
-                require_regular(self._files[row])  # opening a pipe would block
             return upright(self.samples[row][0])
         except Exception as error:  # damaged files make readers raise anything
             raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
@@ -369,24 +395,22 @@ class TorchvisionImages:
         return (sample[1] for sample in getattr(self.samples, "_samples", self.samples))
 
 
-def _torchvision_key(samples: Any) -> str:
-    """Identifies the content: a digest of the pixels in memory, or the facts of the files."""
+def identify_images(samples: Any) -> str:
+    """A key of a torchvision data set: of its pixels in memory, or of its files' sizes and times.
+
+    It is empty, so that nothing is cached, if the data set has neither.
+    """
     pixels = getattr(samples, "data", None)
     if isinstance(pixels, (np.ndarray, Tensor)):
-        content = np.ascontiguousarray(np.asarray(pixels))
-        return hashlib.blake2b(content.tobytes(), digest_size=16).hexdigest()
-    files = _files_of(samples)
-    return files_key(map(Path, files)) if files else ""  # unknown: nothing is cached
-
-
-def _files_of(samples: Any) -> list[str | Path]:
-    """The image files of a torchvision data set, if it lists them."""
+        return checksum(np.ascontiguousarray(np.asarray(pixels)).tobytes())
     for attribute in ("_image_files", "_images", "_samples", "samples"):
         entries = getattr(samples, attribute, None) or ()
         files = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
         if files and all(isinstance(file, (str, Path)) for file in files):
-            return files
-    return []
+            statuses = [Path(file).stat() for file in files]
+            facts = [(status.st_size, status.st_mtime_ns) for status in statuses]
+            return digest({"files": [*map(str, files)], "facts": facts})
+    return ""
 
 
 class LazySplits(Mapping[str, Any]):
@@ -416,7 +440,7 @@ class LazySplits(Mapping[str, Any]):
         return split in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._opened, *self._names]))  # opened ones first
+        return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)

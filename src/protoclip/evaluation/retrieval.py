@@ -1,109 +1,53 @@
 """Retrieval: which image and which text belong together, ranks among candidates, recall at k.
 
-One definition for evaluation, validation and `analyze`. Rows of equal content are one image, with
-the captions of all its copies, each as often as one copy has it. A text is right for an image that
-has an equal caption.
+One definition for evaluation, validation and `analyze`. Which texts are right for an image is
+decided by `datasets.match_captions`.
 """
-
-from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.evaluation.metrics import KS
+from protoclip.evaluation.datasets import Captions, EvaluationData, find_positions
+from protoclip.evaluation.features import Features
+from protoclip.evaluation.metrics import KS, TaskResult
 
 CHUNK = 4_000_000  # similarities held in memory at once
 CROWD = 20  # candidates of a cluster that may rank before a match together; more are rare
 
 
-@dataclass(frozen=True, kw_only=True)
-class Captions:
-    """Images and the texts to retrieve.
+def find_missing(data: EvaluationData, split: str) -> str:
+    """What the data lack for a task of images and texts; empty if nothing.
 
-    `rows` holds a row for each image. A text has the `groups` of its images. An image and a text of
-    `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, from 0 in the
-    order of the texts, and `matches` holds images and the numbers that are right for them.
+    Raises:
+        ValueError: A sample has no caption.
     """
-
-    rows: list[int]
-    texts: list[str]
-    ids: list[str]
-    groups: Int[Tensor, " t"]
-    image_of_pair: Int[Tensor, " p"]
-    text_of_pair: Int[Tensor, " p"]
-    numbers: Int[Tensor, " t"]
-    matches: Int[Tensor, "2 m"]
+    part = data.splits[split]
+    for row, captions in enumerate(part.captions or ()):
+        if not captions:
+            raise ValueError(f"{data.name}: sample '{part.images.sample_id(row)}' has no caption")
+    return "" if part.captions is not None else "captions"
 
 
-def captions_of(
-    captions: Sequence[Sequence[str]],
-    ids: Sequence[str],
-    groups: Sequence[int] | None = None,
-    content: Sequence[Hashable] | None = None,
-) -> Captions:
-    """The images in rows, and their texts: the captions of each image, or each group's once.
-
-    Args:
-        captions, ids: One of each a row.
-        groups: Images of one group share their captions; then each row is one image.
-            Unset, rows of equal content are one image, with the captions of all of them.
-        content: Identifies the image of a row. Unset, all rows differ.
-    """
-    keys = range(len(ids)) if content is None else content
-    # 1. Rows to images; an image has the row of its first appearance.
-    image_by: dict[Hashable, int] = {}
-    rows: list[int] = []
-    image_of: list[int] = []
-    for row, key in enumerate(keys):
-        identity = key if groups is None else row
-        if identity not in image_by:
-            image_by[identity] = len(rows)
-            rows.append(row)
-        image_of.append(image_by[identity])
-    # 2. Each group's texts. CLIP_benchmark counts a caption as often as an image has it; copies of
-    # the image add none.
-    group_of = image_of if groups is None else groups
-    number_of: dict[str, int] = {}
-    position: dict[tuple[int, str, int], int] = {}  # by group, text, and its earlier occurrences
-    text_ids: list[str] = []
-    pairs: dict[tuple[int, int], None] = {}
-    for image, group, texts in zip(image_of, group_of, captions, strict=True):
-        before = Counter[str]()
-        for text in texts:
-            number_of.setdefault(text, len(number_of))
-            candidate = (group, text, before[text] if groups is None else 0)
-            if candidate not in position:
-                position[candidate] = len(position)
-                text_ids.append(f"{ids[rows[image]]}: {text}")
-            pairs[image, position[candidate]] = None
-            before[text] += 1
-    # 3. Matches. Images of equal content in several groups have the captions of all of them.
-    numbers_of: dict[int, dict[int, None]] = {}
-    for group, text, _ in position:
-        numbers_of.setdefault(group, {})[number_of[text]] = None
-    groups_of: dict[Hashable, dict[int, None]] = {}
-    for key, group in zip(keys, group_of, strict=True):
-        groups_of.setdefault(key, {})[group] = None
-    matches = [
-        (image, number)
-        for image, row in enumerate(rows)
-        for group in groups_of[keys[row]]
-        for number in numbers_of[group]
-    ]
-    image_of_pair, text_of_pair = torch.tensor([*pairs]).T
-    return Captions(
-        rows=rows,
-        texts=[text for _, text, _ in position],
-        ids=text_ids,
-        groups=torch.tensor([group for group, *_ in position]),
-        image_of_pair=image_of_pair,
-        text_of_pair=text_of_pair,
-        numbers=torch.tensor([number_of[text] for _, text, _ in position]),
-        matches=torch.tensor(matches).T,
+def score(features: Features) -> TaskResult:
+    """Which captions fit an image, and which images a caption?"""
+    part, texts = features.part, features.texts["captions"]
+    assert part.captions is not None
+    image_ranks, text_ranks = retrieval_ranks(part.unit, texts, part.captions)
+    names = sorted({*part.sample_groups[0]})
+    image_groups, text_groups = (find_positions(side, names) for side in part.sample_groups)
+    texts_take = crowding(part.unit, texts, image_ranks, image_groups, text_groups)
+    images_take = crowding(texts, part.unit, text_ranks, text_groups, image_groups)
+    return TaskResult(
+        images={
+            "image_to_text_rank": image_ranks,
+            **{f"text_to_image_crowding_{k}": taken for k, taken in images_take.items()},
+        },
+        texts={
+            "text_to_image_rank": text_ranks,
+            **{f"image_to_text_crowding_{k}": taken for k, taken in texts_take.items()},
+        },
     )
 
 

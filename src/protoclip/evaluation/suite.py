@@ -1,44 +1,84 @@
 """Evaluate any model on any data: the tasks that the data can serve, and a record of each.
 
-`task_features` encodes what they need, and `measured` computes metrics from it.
+A file for each task says what it needs of data and scores features. A new task goes into `MISSING`
+and `SCORES` here, and its metrics into `metrics.METRICS`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial, wraps
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch.nn.functional as F
 
 from protoclip.config import DataConfig, build, shown
-from protoclip.distributed.collectives import raise_on_all_ranks, rank
-from protoclip.evaluation import datasets
-from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import Encoder, Model, Tokenizer, Transform
-from protoclip.evaluation.measured import measure
-from protoclip.evaluation.metrics import METRICS, MULTILABEL, TASKS, Floats, intervals, rests_on_few
-from protoclip.evaluation.samples import find_crowded
-from protoclip.evaluation.task_features import (
-    QUICK,
-    TaskFeatures,
-    lacks,
-    quick_tasks,
-    splits_of,
-    task_features,
+from protoclip.distributed.collectives import (
+    all_gather_object,
+    raise_on_all_ranks,
+    rank,
+    world_size,
 )
+from protoclip.evaluation import datasets, geometry, probes, retrieval, zero_shot
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.features import (
+    Encoder,
+    Features,
+    Model,
+    Tokenizer,
+    Transform,
+    build_encoder,
+    encode_split,
+)
+from protoclip.evaluation.metrics import (
+    METRICS,
+    MULTILABEL,
+    TASKS,
+    Floats,
+    SampleResults,
+    Scores,
+    TaskResult,
+    find_crowded,
+    influences,
+    intervals,
+    rests_on_few,
+    sum_by_group,
+)
+from protoclip.evaluation.readers import check_templates, read_templates
 from protoclip.evaluation.validation import open_data
-from protoclip.evaluation.zero_shot import check_templates, read_templates
+from protoclip.progress import Progress
 from protoclip.rules import DATA_OPTIONS
 from protoclip.terminal import say
 
 Data = str | Path | Mapping[str, Any] | EvaluationData
-# Settings of `[data]` that say how a data set is read; the others are for training.
-OF_DATA = ("train", *DATA_OPTIONS, "allow_links")
+#: For each task, what the data lack for it.
+MISSING: dict[str, Callable[[EvaluationData, str], str]] = {
+    "zero_shot": zero_shot.find_missing,
+    "retrieval": retrieval.find_missing,
+    "linear_probe": probes.find_missing,
+    "knn": probes.find_missing,
+    "clustering": geometry.find_missing_clusters,
+    "geometry": retrieval.find_missing,
+}
+SCORES: dict[str, Callable[[Features], TaskResult]] = {
+    "zero_shot": zero_shot.score,
+    "retrieval": retrieval.score,
+    "linear_probe": probes.score_linear_probe,
+    "knn": probes.score_knn,
+    "clustering": geometry.score_clusters,
+    "geometry": geometry.score,
+}
+# Tasks that are cheap enough to be done often: they encode no training images and fit nothing.
+QUICK = ("zero_shot", "retrieval")
 # The default tasks; the others learn something, mostly from `train`.
 DEFAULT = (*QUICK, "geometry")
 # CLIP_benchmark's names of tasks, where they differ from ours.
 RECORD_TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
+# Settings of `[data]` that say how a data set is read; the others are for training.
+READ_SETTINGS = ("train", *DATA_OPTIONS, "allow_links")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,30 +98,24 @@ class Result:
     without: Collection[str] = ()
 
 
-Parameters = ParamSpec("Parameters")
-Value = TypeVar("Value")
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """Metrics by our own names, and the results of each sample; `scores` are of multilabel data."""
+
+    metrics: Mapping[str, float]
+    samples: SampleResults
+    scores: Scores | None
+
+    @cached_property
+    def influences(self) -> dict[str, Floats]:
+        """The influence of each group of samples on each metric that has an interval."""
+        by_metric, groups = influences(self.samples), self.samples.groups()
+        if self.scores is not None and len(groups.names) > 1:
+            parts = zero_shot.mean_average_precision_parts(*self.scores)
+            by_metric[MULTILABEL] = sum_by_group(parts, groups.images, len(groups.names))
+        return by_metric
 
 
-def require_model(function: Callable[Parameters, Value]) -> Callable[Parameters, Value]:
-    """Refuse the name of a model, which `embed` and `export` take, with the way out.
-
-    Otherwise Python's error on missing arguments would come first, which names no way out.
-    """
-
-    @wraps(function)
-    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Value:
-        model = kwargs.get("model", args[0] if args else None)
-        if isinstance(model, str | Path):
-            raise ValueError(
-                "model: evaluate takes a model, its transform and tokenizer: "
-                f"protoclip.evaluate(*protoclip.load({shown(str(model))}), data)"
-            )
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@require_model
 def evaluate(
     model: Model,
     image_transform: Transform,
@@ -119,8 +153,7 @@ def evaluate(
         data: Data sets, or references to them as `datasets.open_data` takes, or paths, or `[data]`
             sections as mappings, whose `train` is a reference.
         tasks: One or several; unset, those of `zero_shot`, `retrieval` and `geometry` that the data
-            can serve. The others encode `train` or fit something, and a note says how many images
-            they encode.
+            can serve. The others encode `train` or fit something.
         split: The split to measure.
         templates: Prompts in place of the data's own: `openai`, `simple`, a text file, or a list.
         batch_size: Images or texts encoded at once.
@@ -133,14 +166,18 @@ def evaluate(
     Returns:
         Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
         also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
-        `intervals` (95%, by metric) and, of a zero-shot classification, `templates`.
+        `intervals` (95%, by metric) and, for zero-shot classification, `templates`.
 
     Raises:
         ValueError: No data set can serve a task, data are faulty, features are not finite, or a
             reference stands for the model; `protoclip.load` opens it.
     """
-    tasks = [tasks] if isinstance(tasks, str) else tasks
-    encoder = encoder_of(
+    if isinstance(model, str | Path):
+        raise ValueError(
+            "model: evaluate takes a model, its transform and tokenizer: "
+            f"protoclip.evaluate(*protoclip.load({shown(str(model))}), data)"
+        )
+    encoder = build_encoder(
         model,
         image_transform,
         tokenizer,
@@ -150,14 +187,21 @@ def evaluate(
         show=show,
     )
     references: Any = data if isinstance(data, list | tuple) else [data]
-    data_sets = raise_on_all_ranks(lambda: [open_any(entry, split) for entry in references])
-    announce(data_sets, split, tasks)
+
+    def open_all() -> tuple[list[EvaluationData], list[list[str]], Sequence[str] | None]:
+        data_sets = [open_any(reference, split) for reference in references]
+        prompts = read_templates(templates) if isinstance(templates, str) else templates
+        check_templates(prompts or (), "templates")
+        names = [tasks] if isinstance(tasks, str) else tasks
+        return data_sets, choose_tasks(data_sets, split, names, prompts), prompts
+
+    data_sets, chosen, prompts = raise_on_all_ranks(open_all)
     results = compute_results(
         encoder,
         data_sets,
-        tasks,
+        chosen,
         split=split,
-        templates=templates,
+        templates=prompts,
         model_name=model_name,
         pretrained=pretrained,
     )
@@ -175,54 +219,102 @@ def open_any(data: Any, split: str) -> EvaluationData:
             f"data: {shown(data)} is no data set; give a file, or a [data] section as a dictionary"
         )
     settings = build(DataConfig, data, "data.")
-    if others := [name for name in data if name not in OF_DATA]:
+    if others := [name for name in data if name not in READ_SETTINGS]:
         raise ValueError(
-            f"data.{others[0]}: has no effect on evaluation, which takes {', '.join(OF_DATA)}; "
-            "leave it out"
+            f"data.{others[0]}: has no effect on evaluation, which takes "
+            f"{', '.join(READ_SETTINGS)}; leave it out"
         )
     return open_data(
         settings.train, class_column=settings.class_column, split=split, config=settings
     )
 
 
-def compute_results(
-    encoder: Encoder,
+def choose_tasks(
     data: Sequence[EvaluationData],
+    split: str,
     tasks: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
     *,
-    split: str = "test",
-    templates: str | Sequence[str] | None = None,
-    model_name: str = "model",
-    pretrained: str = "none",
-) -> list[Result]:
-    """`evaluate`, with the influences of samples that comparing two models needs."""
-    # Opens, perhaps downloads, the train splits that tasks need.
-    chosen = raise_on_all_ranks(lambda: choose_tasks(data, split, tasks))
-    if isinstance(templates, str):
-        templates = raise_on_all_ranks(partial(read_templates, templates))
-    check_templates(templates or (), "templates")  # before anything is encoded
-    if templates and not any("zero_shot" in tasks for tasks in chosen):
+    default: Collection[str] = DEFAULT,
+) -> list[list[str]]:
+    """The tasks of each data set: the requested ones that it can serve, or else the default ones.
+
+    Opens, and perhaps downloads, the train splits that tasks need.
+
+    Raises:
+        ValueError: There is no such task or split, no data set can serve a task, two data sets
+            have one name, which records need to tell them apart, or no task reads the `templates`.
+    """
+    for task in tasks or ():
+        if task not in TASKS:
+            close = get_close_matches(task, TASKS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose of {', '.join(TASKS)}"
+            raise ValueError(f"tasks: no task '{task}'; {hint}")
+    names = [data_set.name for data_set in data]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"data: two data sets are called '{repeated[0]}'; evaluate them one after the other"
+        )
+    for data_set in data:
+        if split not in data_set.splits:
+            splits = ", ".join(data_set.splits)
+            raise ValueError(f"{data_set.name}: no split '{split}'; it has {splits}")
+    missing = {
+        task: [MISSING[task](data_set, split) for data_set in data] for task in tasks or default
+    }
+    shown_names = ", ".join(names)
+    for task, reasons in missing.items():
+        if tasks and all(reasons):
+            raise ValueError(
+                f"{shown_names}: {task} needs {reasons[0]}; choose other data or --tasks"
+            )
+    if all(all(reasons) for reasons in missing.values()):
+        why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in missing.items())
+        others = "; --tasks names others" if default is DEFAULT else ""
+        raise ValueError(f"{shown_names}: can serve no task ({why}{others})")
+    chosen = [[task for task in missing if not missing[task][n]] for n in range(len(data))]
+    if templates and not any("zero_shot" in some for some in chosen):
         raise ValueError(
             "templates: no effect, since zero_shot alone reads them, which runs on no data here; "
             "leave them out"
         )
+    return chosen
+
+
+def compute_results(
+    encoder: Encoder,
+    data: Sequence[EvaluationData],
+    tasks: Sequence[Sequence[str]],
+    *,
+    split: str = "test",
+    templates: Sequence[str] | None = None,
+    model_name: str = "model",
+    pretrained: str = "none",
+) -> list[Result]:
+    """`evaluate`, with the influences of samples that comparing two models needs.
+
+    Args:
+        tasks: Those of each data set, by `choose_tasks`.
+    """
     results = []
-    for data_set, tasks in zip(data, chosen, strict=True):
-        if not tasks:
+    for data_set, some in zip(data, tasks, strict=True):
+        if not some:
             continue
-        features = task_features(encoder, data_set, tasks, split=split, templates=templates)
-        tasks = drop_unserved(tasks, features, data_set, split)
-        measures = measure(features, data_set, tasks, split=split, show=encoder.show)
-        influences, part = measures.influences(), features.parts[split]
-        crowded = find_crowded(measures.samples, influences)
-        for task in tasks:
+        features = encode_data(encoder, data_set, some, split=split, templates=templates)
+        measured, part = measure(features, some, show=encoder.show), features.part
+        crowded = find_crowded(measured.samples, measured.influences)
+        for task in some:
             keys = {
                 name: METRICS[name].key
-                for name in measures.metrics
+                for name in measured.metrics
                 if METRICS[name].task == task and is_defined(name, data_set, split)
             }
-            values = {key: measures.metrics[name] for name, key in keys.items()}
-            by_key = {key: influences[name] for name, key in keys.items() if name in influences}
+            values = {key: measured.metrics[name] for name, key in keys.items()}
+            by_key = {
+                key: measured.influences[name]
+                for name, key in keys.items()
+                if name in measured.influences
+            }
             without = {key for name, key in keys.items() if name in crowded}
             record: dict[str, Any] = {
                 "dataset": data_set.name,
@@ -240,52 +332,88 @@ def compute_results(
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
             results.append(Result(record=record, influences=by_key, ids=part.ids, without=without))
-    if not results:
-        raise ValueError(
-            f"{', '.join(data_set.name for data_set in data)}: no task can be served by the images "
-            "that can be used; mend the others"
-        )
     return results
 
 
-def choose_run_tasks(data: EvaluationData, split: str, *, quick: bool) -> list[str]:
-    """The tasks of a run's evaluation on a data set."""
-    return quick_tasks(data, split) if quick else choose_tasks([data], split, None, TASKS)[0]
+def encode_data(
+    encoder: Encoder,
+    data: EvaluationData,
+    tasks: Collection[str],
+    *,
+    split: str,
+    templates: Sequence[str] | None = None,
+) -> Features:
+    """Encode what the tasks need, and no other images and texts."""
+    parts = {}
+    for name in list_splits(data, tasks, split):
+        stage = f"{data.name} images: {name}"
+        if name == "validation" != split:
+            stage = f"{data.name}: images that set the probe's strength ({name})"
+        elif name != split:
+            learning = " and ".join(task for task in ("knn", "linear_probe") if task in tasks)
+            stage = f"{data.name}: images that {learning} learn from ({name})"
+        parts[name] = encode_split(encoder, data, name, stage=stage)
+    texts, part = {}, parts[split]
+    if part.captions is not None and not {"retrieval", "geometry"}.isdisjoint(tasks):
+        captions = encoder.encode_texts(part.captions.texts, stage=f"{data.name} captions")
+        texts["captions"] = F.normalize(captions, dim=1)
+    if "zero_shot" in tasks:
+        texts |= zero_shot.encode_classes(encoder, data, part, templates)
+    return Features(data=data, split=split, parts=parts, texts=texts, device=encoder.device)
 
 
-def list_metrics(
-    data: EvaluationData, split: str = "validation", *, quick: bool = False
-) -> list[str]:
-    """The keys of a run's evaluation on a data set, in the order of `METRICS`."""
-    tasks = choose_run_tasks(data, split, quick=quick)
-    labels = data.splits[split].labels
-    missing = {MULTILABEL}
-    if labels is not None and labels.ndim == 2:
-        missing = {f"zero_shot/acc{k}" for k in (1, 5)}
-    if split not in data.image_names:
-        missing |= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
-    names = [name for name, metric in METRICS.items() if metric.task in tasks]
-    names = select_run_metrics([name for name in names if name not in missing], data, split)
-    return [f"eval/{data.name}/{name}" for name in names]
+def list_splits(data: EvaluationData, tasks: Collection[str], split: str) -> list[str]:
+    """The splits whose images the tasks need; opens no other."""
+    needed = ["train"] * bool({"linear_probe", "knn"} & {*tasks})
+    if "linear_probe" in tasks and split != "validation":
+        validation = data.splits.get("validation")
+        needed += ["validation"] * (validation is not None and validation.labels is not None)
+    return [*needed, split]
 
 
-def select_run_metrics(names: Collection[str], data: EvaluationData, split: str) -> list[str]:
-    """The metrics among these that a run's evaluation has, in the order of `METRICS`."""
-    return [
-        name
-        for name, metric in METRICS.items()
-        if name in names and metric.in_runs and is_defined(name, data, split)
-    ]
+def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> Measurements:
+    """The metrics of the tasks, which ranks share, and the results of each sample."""
+    data, part = features.data, features.part
+
+    def score_share() -> list[TaskResult]:
+        share, results = tasks[rank() :: world_size()], []
+        progress = Progress(f"evaluate: {data.name} metrics", len(share))
+        for done, task in enumerate(share, 1):
+            results.append(SCORES[task](features))
+            if show and rank() == 0:
+                progress.update(done)
+        return results
+
+    results = [r for share in all_gather_object(raise_on_all_ranks(score_share)) for r in share]
+    images: dict[str, npt.NDArray[Any]] = {
+        "sample_id": np.array(part.ids, object),
+        "group": np.array(part.sample_groups[0], object),
+        "content": np.array(part.content, np.int64),
+    }
+    if part.labels is not None and part.labels.ndim == 1:
+        # Class numbers depend on the other classes, so names are better, if there are any.
+        names = dict(enumerate(data.class_names))
+        labels = [names.get(number, str(number)) for number in part.labels.tolist()]
+        images["class_name"] = np.array(labels, object)
+    texts: dict[str, npt.NDArray[Any]] = {}
+    for result in results:
+        images |= {name: column.numpy() for name, column in result.images.items()}
+        texts |= {name: column.numpy() for name, column in result.texts.items()}
+    if texts and part.captions is not None:
+        texts["sample_id"] = np.array(part.captions.ids, object)
+        texts["group"] = np.array(part.sample_groups[1], object)
+    samples = SampleResults(images=images, texts=texts) if texts else SampleResults(images=images)
+    values = {name: samples.mean(name) for name in samples.means()}
+    for result in results:
+        values |= result.metrics
+    return Measurements(
+        metrics={name: values[name] for name in METRICS if name in values},
+        samples=samples,
+        scores=next((result.scores for result in results if result.scores is not None), None),
+    )
 
 
-def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
-    """Whether the data have enough classes for a metric: acc5 needs more than five classes."""
-    if not metric.endswith("acc5"):
-        return True
-    if METRICS[metric].task == "linear_probe":  # it predicts the classes of `train`
-        labels = data.splits["train"].labels
-        return labels is not None and len(set(labels.tolist())) >= 5
-    return not 0 < count_classes(data, split) < 5
+# The evaluation of a run
 
 
 def evaluate_run(
@@ -299,119 +427,65 @@ def evaluate_run(
 ) -> dict[str, float]:
     """A run's own evaluation, on the bundled emoji if no other data are given.
 
-    | key after `eval/<data>/` | what |
-    |---|---|
-    | `zero_shot/acc{1,5}` | an image's class, or an emoji's concept, among all names |
-    | `zero_shot_subgroup/acc{1,5}` | an emoji's class among the class names |
-    | `zero_shot/mean_average_precision` | for images with several classes |
-    | `retrieval/{image_to_text,text_to_image}@{1,5,10}` | among the split's captions |
-    | `linear_probe/acc1`, `knn/acc1` | its class, learned from the image features of `train` |
-    | `clustering/{ami,ari}` | K-means of the image features against the classes |
-    | `modality_gap/{gap,alignment,uniformity_image,uniformity_text}` | geometry of the pairs |
-
-    Keys that the data cannot serve are left out. Accuracies are fractions from 0 to 1.
-
     Args:
         encoder: Encoder of the run's model, which is in evaluation mode meanwhile.
         split: The split to measure. The linear probe's strength is chosen on `validation`; if that
             is measured, or missing, on a fifth of `train`.
         quick: Zero-shot and retrieval alone, which encode only the measured images.
         samples_to: Folder for the results of each sample; a warning if it cannot be written.
+
+    Returns:
+        Metrics of the tasks that the data can serve, such as `eval/emoji/zero_shot/acc1`;
+        docs/metrics.md explains them. Accuracies are fractions from 0 to 1.
     """
     data = data or datasets.emoji()
-    tasks = raise_on_all_ranks(lambda: choose_run_tasks(data, split, quick=quick))
-    features = task_features(encoder.showing(show), data, tasks, split=split)
-    tasks = drop_unserved(tasks, features, data, split)
-    measures = measure(features, data, tasks, split=split, show=show)
+    default = QUICK if quick else TASKS
+    (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
+    features = encode_data(encoder.with_progress(show), data, tasks, split=split)
+    measured = measure(features, tasks, show=show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:
-            measures.samples.write(path)
+            measured.samples.write(path)
         except OSError as error:
             say(f"warning: {path}: not written ({error})")
-    names = select_run_metrics(measures.metrics, data, split)
-    return {f"eval/{data.name}/{name}": measures.metrics[name] for name in names}
+    names = select_run_metrics(measured.metrics, data, split)
+    return {f"eval/{data.name}/{name}": measured.metrics[name] for name in names}
 
 
-# Which tasks can the data serve?
-
-
-def choose_tasks(
-    data: Sequence[EvaluationData],
-    split: str,
-    tasks: Sequence[str] | None,
-    usual: Collection[str] = DEFAULT,
-) -> list[list[str]]:
-    """The tasks of each data set: the requested ones that it can serve, or else the usual ones.
-
-    Raises:
-        ValueError: There is no such task or split, no data set can serve a task, or two data sets
-            have one name, which records need to tell them apart.
-    """
-    for task in tasks or ():
-        if task not in TASKS:
-            close = get_close_matches(task, TASKS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose of {', '.join(TASKS)}"
-            raise ValueError(f"tasks: no task '{task}'; {hint}")
-    names = [data_set.name for data_set in data]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-            f"data: two data sets are called '{repeated[0]}'; evaluate them one after the other"
-        )
-    for data_set in data:
-        if split not in data_set.splits:
-            splits = ", ".join(data_set.splits)
-            raise ValueError(f"{data_set.name}: no split '{split}'; it has {splits}")
-        if not len(data_set.splits[split].images):
-            raise ValueError(f"{data_set.name}: its split '{split}' holds no image")
-    lacking = {task: [lacks(data_set, split, task) for data_set in data] for task in tasks or usual}
-    shown = ", ".join(names)
-    for task, reasons in lacking.items():
-        if tasks and all(reasons):
-            raise ValueError(f"{shown}: {task} needs {reasons[0]}; choose other data or --tasks")
-    if all(all(reasons) for reasons in lacking.values()):
-        why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in lacking.items())
-        others = "" if tasks or {*usual} >= {*TASKS} else "; --tasks names others"
-        raise ValueError(f"{shown}: can serve no task ({why}{others})")
-    return [[task for task in lacking if not lacking[task][number]] for number in range(len(data))]
-
-
-def drop_unserved(
-    tasks: Sequence[str], features: TaskFeatures, data: EvaluationData, split: str
+def list_metrics(
+    data: EvaluationData, split: str = "validation", *, quick: bool = False
 ) -> list[str]:
-    """The tasks, without the linear probe if usable images have one class; rank 0 warns of it."""
-    columns = [part.labels for name, part in features.parts.items() if name != split]
-    classes = {number for labels in columns if labels is not None for number in labels.tolist()}
-    if "linear_probe" not in tasks or len(classes) > 1:
-        return [*tasks]
-    if rank() == 0:
-        say(
-            f"warning: {data.name}: linear_probe is left out: the images of 'train' that can be "
-            "used are of one class"
-        )
-    return [task for task in tasks if task != "linear_probe"]
-
-
-def announce(data: Sequence[EvaluationData], split: str, tasks: Sequence[str] | None) -> None:
-    """Say how many images are encoded for tasks that do not run by default.
-
-    Raises:
-        ValueError: As `choose_tasks`, on every rank.
-    """
-    chosen = raise_on_all_ranks(lambda: choose_tasks(data, split, tasks))
-    for data_set, tasks in zip(data, chosen, strict=True):
-        learning = [task for task in tasks if task not in DEFAULT]
-        if learning and rank() == 0:
-            numbers = ", ".join(
-                f"{len(data_set.splits[name].images):,} of {name}"
-                for name in splits_of(data_set, tasks, split)
-            )
-            say(f"note: {data_set.name}: {', '.join(learning)}: images to encode: {numbers}")
-
-
-def count_classes(data: EvaluationData, split: str) -> int:
-    """The number of classes, or of the emoji's concepts, to choose from; 0 without labels."""
+    """The keys of a run's evaluation on a data set, in the order of `METRICS`."""
+    (tasks,) = choose_tasks([data], split, default=QUICK if quick else TASKS)
     labels = data.splits[split].labels
+    absent = {MULTILABEL}
+    if labels is not None and labels.ndim == 2:
+        absent = {f"zero_shot/acc{k}" for k in (1, 5)}
+    if split not in data.image_names:
+        absent |= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
+    names = [name for name, metric in METRICS.items() if metric.task in tasks]
+    names = select_run_metrics([name for name in names if name not in absent], data, split)
+    return [f"eval/{data.name}/{name}" for name in names]
+
+
+def select_run_metrics(names: Collection[str], data: EvaluationData, split: str) -> list[str]:
+    """The metrics among these that a run's evaluation has, in the order of `METRICS`."""
+    return [
+        name
+        for name, metric in METRICS.items()
+        if name in names and metric.in_runs and is_defined(name, data, split)
+    ]
+
+
+def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
+    """Whether the data have enough classes for a metric: acc5 needs five or more."""
+    if not metric.endswith("acc5"):
+        return True
+    if METRICS[metric].task == "linear_probe":  # it predicts the classes of `train`
+        labels = data.splits["train"].labels
+        return labels is not None and len(set(labels.tolist())) >= 5
     if split in data.image_names:
-        return len(set(data.image_names[split]))
-    return 0 if labels is None else len(data.class_names) or len(set(labels.tolist()))
+        return len(set(data.image_names[split])) >= 5
+    labels = data.splits[split].labels
+    return labels is None or len(data.class_names or set(labels.tolist())) >= 5

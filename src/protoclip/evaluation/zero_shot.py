@@ -1,7 +1,4 @@
-"""Zero-shot classification: images against the encoded names of classes.
-
-Names and their usual templates come from `datasets.py`, and `task_features.py` encodes them.
-"""
+"""Zero-shot classification: images against the encoded names of classes."""
 
 from collections.abc import Sequence
 
@@ -11,57 +8,81 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.data.access import reason_of
+from protoclip.evaluation.datasets import EvaluationData, find_positions
+from protoclip.evaluation.features import Encoder, Features, Part
+from protoclip.evaluation.metrics import MULTILABEL, TaskResult
+from protoclip.evaluation.readers import check_templates
 from protoclip.evaluation.retrieval import best_relevant_rank
-from protoclip.files import read_local
-from protoclip.terminal import visible
 
 
-def read_templates(reference: str) -> list[str]:
-    """Prompts in which "{c}" stands for the class name.
-
-    Args:
-        reference: `openai` (the 80 of ImageNet), `simple` (seven of these), or a text file with a
-            prompt a line, where "{}" stands for the class name too.
+def find_missing(data: EvaluationData, split: str) -> str:
+    """What the data lack for the task; empty if nothing.
 
     Raises:
-        ValueError: The file cannot be read, is empty, or a line has no place for the class.
+        ValueError: A label is not the number of a class.
     """
-    if reference in ("openai", "simple"):
-        import open_clip
-
-        lists = {
-            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-        }
-        return [template("{c}") for template in lists[reference]]
-    try:
-        text = read_local(reference)
-    except (OSError, ValueError) as error:
+    labels, number = data.splits[split].labels, len(data.class_names)
+    if split in data.image_names:
+        return ""
+    if labels is None:
+        return "labels"
+    if not number:
+        return "class names"
+    if labels.ndim == 1 and bool((wrong := (labels < 0) | (labels >= number)).any()):
+        row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
-        ) from None
-    return parse_templates(text, reference)
+            f"{data.name}: sample '{data.splits[split].images.sample_id(row)}' has class "
+            f"{int(labels[row])}, but there are names for classes 0 to {number - 1}"
+        )
+    return ""
 
 
-def parse_templates(text: str, source: str) -> list[str]:
-    """The prompts of a text, one a line; raises `ValueError`, which names the source."""
-    templates = [line.strip().replace("{}", "{c}") for line in text.splitlines() if line.strip()]
-    if not templates:
-        raise ValueError(f"{source}: holds no prompt")
-    check_templates(templates, source)
-    return templates
+def encode_classes(
+    encoder: Encoder, data: EvaluationData, part: Part, templates: Sequence[str] | None
+) -> dict[str, Float[Tensor, "_ d"]]:
+    """A feature for each of the `names` of images, and for each of the `classes`.
+
+    Args:
+        templates: Prompts in place of the data's own.
+    """
+
+    def encode(names: Sequence[str], templates: Sequence[str]) -> Float[Tensor, "k d"]:
+        texts = fill_templates(names, templates)
+        features = encoder.encode_texts(texts, stage=f"{data.name} class names")
+        return zero_shot_classifier(features.view(len(names), len(templates), -1))
+
+    texts = {}
+    if part.names is not None:
+        texts["names"] = encode(sorted(set(part.names)), templates or ["{c}"])
+    if part.labels is not None and data.class_names:
+        distinct = [*dict.fromkeys(data.class_names)]
+        classes = encode(distinct, templates or data.templates)
+        texts["classes"] = classes[find_positions(data.class_names, distinct)]
+    return texts
 
 
-def check_templates(templates: Sequence[str], source: str) -> None:
-    """Raise `ValueError`, which names the source, if a template has no place for the class."""
-    for template in templates:
-        if "{c}" not in template:
-            shown = visible(template[:60])
-            raise ValueError(f"{source}: '{shown}' has no place for the class; write {{c}} there")
+def score(features: Features) -> TaskResult:
+    """Which of all names, such as the emoji's concepts, and which class belongs to an image?"""
+    part, texts, class_names = features.part, features.texts, features.data.class_names
+    images: dict[str, Tensor] = {}
+    if part.names is not None:
+        names = find_positions(part.names, sorted(set(part.names)))
+        ranks = zero_shot_ranks(part.unit, texts["names"], names)
+        images = {"zero_shot_rank": ranks, "zero_shot_class": names}
+    if "classes" not in texts:
+        return TaskResult(images=images)
+    assert part.labels is not None
+    if part.labels.ndim == 2:
+        scores = part.unit @ texts["classes"].T
+        precision = mean_average_precision(scores, part.labels)
+        return TaskResult(metrics={MULTILABEL: precision}, scores=(scores, part.labels))
+    ranks = zero_shot_ranks(part.unit, texts["classes"], part.labels, class_names)
+    if part.names is not None:
+        return TaskResult(images={**images, "zero_shot_subgroup_rank": ranks})
+    return TaskResult(images={"zero_shot_rank": ranks, "zero_shot_class": part.labels})
 
 
-def prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+def fill_templates(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Each class name in each template, class after class; raises as `check_templates`."""
     check_templates(templates, "templates")
     return [template.replace("{c}", name) for name in class_names for template in templates]

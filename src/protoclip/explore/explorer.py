@@ -1,7 +1,7 @@
 """A model over pairs: opens both, and finds what is near to a text, an image or a pair."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -23,8 +23,7 @@ from protoclip.data.decode import decode
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample
 from protoclip.data.view import Rows
-from protoclip.evaluation.encoders import JoinedEncoder, encoder_of
-from protoclip.evaluation.features import RETRIED, Encoder
+from protoclip.evaluation.features import RETRIED, Encoder, JoinedEncoder, build_encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,
     MODALITIES,
@@ -154,7 +153,7 @@ class Explorer:
         words = frequent_words([self.pairs.caption(row) for row in rows], MOST_WORDS)
         if not words:
             return [], torch.zeros(0, 0)
-        return words, normalize(self.encoder.texts(words, stage="words of captions"))
+        return words, normalize(self.encoder.encode_texts(words, stage="words of captions"))
 
     def prepare(self) -> None:
         """Open features and words in a thread, so that the first query need not wait."""
@@ -191,15 +190,12 @@ class Explorer:
         text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
         if not text:
             raise ValueError("an empty text finds nothing; write some words")
-        with self._lock:
-            tokens = self.encoder.tokens([ARTICLE.sub("", text)])
-            return self._answer(self.encoder.model.encode_text, tokens, number)
+        return self._answer("texts", ARTICLE.sub("", text), number)
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
         image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
-        pixels = self.encoder.transform(image).unsqueeze(0)
-        return self._answer(self.encoder.model.encode_image, pixels, number)
+        return self._answer("images", self.encoder.transform(image), number)
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """The images and texts nearest to a pair's image or text, except its own."""
@@ -216,12 +212,11 @@ class Explorer:
         return Answer(images=images, texts=texts)
 
     @torch.inference_mode()
-    def _answer(self, encode: Callable[..., Tensor], query: Tensor, number: int) -> Answer:
+    def _answer(self, kind: str, query: Any, number: int) -> Answer:
         """What is near to a query, the words near to it, and those also near to each result."""
-        encoder = self.encoder
         with self._lock:
-            with evaluation_mode(encoder.model), encoder.context():
-                features = encode(query.to(encoder.device)).float().cpu()
+            with evaluation_mode(self.encoder.model):
+                features = self.encoder.towers[kind].encode([query])
             answer, (words, of_words) = self.near(features[0], number), self.words
         if not words:
             return answer
@@ -273,7 +268,7 @@ def open_explorer(
     model, transform, tokenizer = loading.load(reference)
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else read_run_config(reference)
-    encoder = encoder_of(
+    encoder = build_encoder(
         loading.to_device(model, device),
         transform,
         tokenizer,
@@ -373,7 +368,8 @@ def encode_to_map(
     features = encode_pairs(encoder.frozen, pairs, rows)
     if aligned:
         features = add_captions(encoder.frozen, pairs, features)
-    image, text = encoder.joint(features.image, features.text)
+    image = encoder.project("image", features.image)
+    text = encoder.project("text", features.text)
     return replace(features, image=image, text=text, captions=None, counts=None), features
 
 
@@ -381,9 +377,11 @@ def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features
     """Features of those rows whose image can be read; all have captions."""
     if not len(rows):
         raise ValueError(f"{pairs.name}: no pair has a caption")
-    images = encoder.images(pairs.images(rows), stage="images")
+    images = encoder.encode_images(pairs.images(rows), stage="images")
     captions = (pairs.caption(row) for row in rows.tolist())
-    texts = encoder.texts(captions, stage="captions", content=f"first captions of {pairs.key}")
+    texts = encoder.encode_texts(
+        captions, stage="captions", content=f"first captions of {pairs.key}"
+    )
     is_read = torch.ones(len(rows), dtype=torch.bool)
     is_read[[row for row, _ in images.bad]] = False
     has_hashes = len(images.content) == len(images.features)  # features from `align` have none
@@ -401,7 +399,7 @@ def add_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> 
     others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()]
     if not any(others):
         return features
-    texts = encoder.texts(chain(*others), stage="other captions")
+    texts = encoder.encode_texts(chain(*others), stage="other captions")
     counts = torch.tensor([*map(len, others)])
     owner = torch.arange(len(others)).repeat_interleave(counts)
     order = torch.argsort(torch.cat([torch.arange(len(others)), owner]), stable=True)

@@ -17,8 +17,8 @@ from protoclip.data.decode import decode
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
 from protoclip.data.view import AllBut, PairsView, Rows, split_by_source
 from protoclip.encode.store import hash_ids
-from protoclip.evaluation.features import hash_of
-from protoclip.evaluation.validation import plain_sources
+from protoclip.evaluation.features import hash_bytes
+from protoclip.evaluation.validation import list_sources
 from protoclip.progress import Progress
 from protoclip.results.examples import make_thumbnail
 from protoclip.terminal import visible
@@ -89,7 +89,7 @@ class ExploredPairs(PairsView):
             by_place.append(key)
             if source.image_file(number) is None:
                 known = (
-                    content[position] if content is not None else hash_of(source.encoded(number))
+                    content[position] if content is not None else hash_bytes(source.encoded(number))
                 )
                 key = str(known)
             by_content.append(key)
@@ -143,7 +143,7 @@ def explore_pairs(
             f"{samples.name}: a stream cannot be explored; copy the shards here, and name them "
             "with --data"
         )
-    sources = plain_sources(samples)
+    sources = list_sources(samples)
     for source in sources:
         # The index of a text table has its own name for the column that it was opened with.
         if class_column in source.table.column_names:

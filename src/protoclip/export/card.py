@@ -26,7 +26,7 @@ from protoclip.data import sources
 from protoclip.data.access import is_url
 from protoclip.data.index import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.evaluation.encoders import encoder_of
+from protoclip.evaluation.features import build_encoder
 from protoclip.evaluation.paired import RunResults, read_results
 from protoclip.export.source import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
@@ -254,14 +254,14 @@ def read_captions(run: Path, *, allow_links: bool) -> list[str]:
 @torch.inference_mode()
 def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     """The normalised projections of captions."""
-    encoder = encoder_of(
+    encoder = build_encoder(
         source.model,
         source.transform,
         source.tokenizer,
         cache=cache_folder() / "features",
         show=True,
     )
-    features = encoder.texts(captions, stage="captions of prototypes")
+    features = encoder.encode_texts(captions, stage="captions of prototypes")
     projected = source.model.text_head(features)  # type: ignore[operator]
     return torch.nn.functional.normalize(projected, dim=1)
 

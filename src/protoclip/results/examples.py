@@ -34,9 +34,8 @@ from protoclip.data.pairs import (
 from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.validation import changed_since, judged
+from protoclip.evaluation.features import Encoder, build_encoder
+from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
 from protoclip.models import loading, saved
 from protoclip.models.protoclip import ProtoCLIP
@@ -104,7 +103,7 @@ class Examples:
         self, rows: dict[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
     ) -> tuple[dict[str, float], dict[str, Int[Tensor, "s n"]]]:
         """`grouping.measure` of a model's rows of `images` and `texts`."""
-        from protoclip.evaluation.grouping import measure  # scikit-learn takes a second
+        from protoclip.evaluation.geometry import measure  # scikit-learn takes a second
 
         return measure(
             rows["images"],
@@ -144,14 +143,14 @@ def open_examples(
         examples = draw_examples(sources.pairs(sources.allow_bad(Config(data=data))), samples)
     else:
         settings = sources.allow_bad(run.config)
-        training, validation, _ = judged(settings, sources.pairs(settings))
+        training, validation, _ = split_validation(settings, sources.pairs(settings))
         if allow_training and settings.run.overfit is not None:
             training, validation = choose_few(training, settings), []
         if validation:
             changed = None
             if isinstance(training, Pairs) and len(training.left_out):
                 # Pairs that are held out of changed data may have been trained on.
-                changed = changed_since(run.folder, training)
+                changed = find_change(run.folder, training)
             examples = replace(draw_from_split(validation[0], samples), changed=changed or "")
         elif allow_training:
             examples = replace(draw_examples(training, samples), is_held_out=False)
@@ -233,7 +232,7 @@ def open_encoder(reference: Path, device: torch.device) -> Encoder:
 
 def make_encoder(model: Any, transform: Any, tokenizer: Any, *, device: torch.device) -> Encoder:
     model = loading.to_device(model, device).eval()
-    return encoder_of(model, transform, tokenizer, workers=0, cache=cache_folder() / "features")
+    return build_encoder(model, transform, tokenizer, workers=0, cache=cache_folder() / "features")
 
 
 @torch.inference_mode()
@@ -241,8 +240,8 @@ def embed_examples(encoder: Encoder, examples: Examples, *, project: bool) -> Sp
     """`images` and `texts` of unit norm on the CPU: the `features`, and perhaps `projections`."""
     model = encoder.model
     assert isinstance(model, ProtoCLIP)
-    images = encoder.images(examples.pairs, stage="images").features.to(encoder.device)
-    texts = encoder.texts(examples.captions, stage="texts").to(encoder.device)
+    images = encoder.encode_images(examples.pairs, stage="images").features.to(encoder.device)
+    texts = encoder.encode_texts(examples.captions, stage="texts").to(encoder.device)
     embeddings = model.embeddings(images, texts, project)
     spaces = {
         space: {
@@ -300,7 +299,7 @@ def analyze_run(
         ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
             too few.
     """
-    from protoclip.evaluation.grouping import group_sizes
+    from protoclip.evaluation.geometry import group_sizes
 
     run = read_run(folder, allow_links=allow_links)
     config, checkpoints = run.config, run.checkpoints

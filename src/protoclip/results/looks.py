@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
-from protoclip.evaluation.retrieval import captions_of
-from protoclip.evaluation.zero_shot import prompts, zero_shot_classifier
+from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import loading, saved
 from protoclip.prototypes.kmeans import kmeans
@@ -329,12 +329,14 @@ def retrieve(
     content: Sequence[Hashable] | None = None,
     seed: int,
 ) -> dict[str, Retrieval]:
-    """The first right and the first wrong answers of each direction, as `captions_of` decides.
+    """The first right and the first wrong answers of each direction, as `match_captions` decides.
 
     Queries are all images and all different captions, in an order that depends on `seed` alone, so
     two models are asked the same questions.
     """
-    pairs = captions_of([(caption,) for caption in captions], [""] * len(captions), groups, content)
+    pairs = match_captions(
+        [(caption,) for caption in captions], [""] * len(captions), groups, content
+    )
     questions = list(dict.fromkeys(pairs.texts))  # in the order of their numbers
     row_of = {caption: row for row, caption in enumerate(captions)}
     similarity = images[pairs.rows] @ texts[[row_of[text] for text in questions]].T
@@ -392,7 +394,7 @@ def classify(
     if classes is None or len(names) < 2:
         return None
     templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
-    texts = encoder.texts(prompts(names, templates), stage="class names")
+    texts = encoder.encode_texts(fill_templates(names, templates), stage="class names")
     classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
     return count_confusions(classes, (images @ classifier.T).argmax(dim=1), names, len(templates))
 

@@ -15,12 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.config import Config
-from protoclip.evaluation.paired import (
-    RunResults,
-    name_runs_inside,
-    read_results,
-    require_no_records,
-)
+from protoclip.evaluation.paired import RunResults, explain_no_run, read_results
 from protoclip.files import read_json, read_local, read_toml
 from protoclip.models import saved
 from protoclip.results.compare import name_runs
@@ -111,8 +106,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     """
     folder = Path(path)
     if not (folder / saved.SETTINGS).is_file():
-        require_no_records(folder)
-        reason = name_runs_inside(folder) or "not a run folder; a run has a config.toml"
+        reason = explain_no_run(folder) or "not a run folder; a run has a config.toml"
         raise ValueError(f"{folder}: {reason}")
     config, checkpoints = saved.read_config(folder), saved.checkpoints(folder)
     results = read_results(folder) if (folder / "results.json").exists() else None

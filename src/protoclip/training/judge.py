@@ -14,8 +14,7 @@ from protoclip.data.index import cache_folder
 from protoclip.distributed import parallel
 from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.features import Encoder, build_encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.models import loading
 from protoclip.models.precision import autocast_on_card
@@ -43,7 +42,7 @@ class Judge:
         self.plan, self.model = plan, model
         most, config = Encoder.batch_size, plan.config
         self._make = partial(
-            encoder_of,
+            build_encoder,
             transform=loading.evaluation_transform(model),
             tokenizer=tokenizer,
             batch_size=min(most, config.episodes.micro_batch_size or most),

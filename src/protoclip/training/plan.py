@@ -51,7 +51,7 @@ from protoclip.encode.teachers import StoredFeatures, TeacherFeatures
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import list_metrics
-from protoclip.evaluation.validation import guards, judged, trained_guards
+from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
 from protoclip.models.precision import autocast, resolve
@@ -220,12 +220,12 @@ def open_data(outline: Outline) -> Plan:
     require_paths(config)
     if rank() == 0 and config.model.image.weights is not None:
         require_image_weights(config.model)
-    training, held_out, notes = judged(config, sources.pairs(config))
+    training, held_out, notes = split_validation(config, sources.pairs(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
     if config.run.overfit is not None:
         training = choose_few(training, config)
-    watched = guards(config, held_out) if config.run.guard else []
+    watched = open_guards(config, held_out) if config.run.guard else []
     if config.run.keep_best is not None or config.run.stop_by is not None:
         check_metrics(config, held_out, watched)
     said = list[str]()
@@ -367,7 +367,7 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
             "loss.positives = shared, or give each image one row with all its captions"
         )
     if plan.guards:
-        notes += trained_guards(config, plan.guards, samples)
+        notes += note_trained_guards(config, plan.guards, samples)
     notes += summary.notes
     if config.run.evaluate and not plan.held_out and not plan.guards:
         notes.append("no evaluation at the end, since no pairs are held out")

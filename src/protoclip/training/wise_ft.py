@@ -17,7 +17,7 @@ from torch import Tensor
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation.features import Encoder, remove_features
 from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.files import (
@@ -252,14 +252,15 @@ def sweep(
         encoder = judge.keeping_encoder()
         points[each] = point_at(each, judge, encoder)
         if each == 0.0:
-            of_start = encoder.folders
+            of_start = {*encoder.folders.values()}
             continue
         to_choose = best([*points.values()]) if alpha is None else alpha
         outdone: Encoder | None = encoder
         if each == to_choose:
             leader, outdone = encoder, leader
         if outdone is not None:
-            outdone.forget(of_start | (set() if leader is None else leader.folders))
+            leading = set() if leader is None else {*leader.folders.values()}
+            remove_features(outdone, keep=of_start | leading)
     if rank() == 0 and missing:
         progress.update(len(missing))
     return [points[each] for each in sorted(points)]

@@ -121,7 +121,7 @@ def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     config = DataConfig(**columns, allow_links=True)
     assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
     assert encoder.transform == replace(exact, fast=True)
-    with encoder.context():
+    with encoder.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert torch.is_autocast_enabled("cpu")
     capsys.readouterr()
@@ -161,14 +161,11 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
         (checkpoint / name).touch()
     Path("run/config.toml").write_text(f'[data]\ntrain = "{train}"\nsources = []\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
-    held_out = '{"metrics": {"eval/validation/retrieval/image_to_text@1": 0.5}}'
-    for model, results in (("run", "{}"), (str(checkpoint), held_out)):
-        Path("run/results.json").write_text(results)
+    for model in ("run", str(checkpoint)):
         main(["evaluate", model, "--data", data, "--tasks", "knn", "--no-cache"])
         said = f"warning: {data}: {model} was trained on these pairs"
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
         assert len(lines) == same
-        assert all(("held-out" in line) == (results == held_out) for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import episodes
 from protoclip.data.split import read_chosen, read_ids
 from protoclip.encode.teachers import embed_teacher, read_teacher
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import split_validation
 from testing import tiny_pairs
 
 
@@ -198,7 +198,7 @@ def test_held_out_pairs_are_among_the_chosen(tmp_path):
     data = DataConfig(
         train=str(tmp_path / "a.parquet"), only=only, validation=0.1, class_column="kind"
     )
-    found = judged(Config(data=data), sources.pairs(Config(data=data)))
+    found = split_validation(Config(data=data), sources.pairs(Config(data=data)))
     (held_out,) = found.data
     split = held_out.splits["validation"]
     ids = {split.images.sample_id(row) for row in range(len(split.images))}
@@ -217,7 +217,7 @@ def test_a_validation_source_is_not_filtered(top, tmp_path):
     data = DataConfig(
         train=str(top / "ids.parquet"), only=only, validation=str(top / "plain.parquet")
     )
-    found = judged(Config(data=data), sources.pairs(Config(data=data)))
+    found = split_validation(Config(data=data), sources.pairs(Config(data=data)))
     assert len(found.data[0].splits["validation"].images) == 12
     assert len(found.training) == 6
 

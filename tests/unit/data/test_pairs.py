@@ -7,7 +7,7 @@ import pytest
 
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.split import hold_out_rows
-from protoclip.evaluation.datasets import read_class_cells
+from protoclip.evaluation.datasets import read_classes
 from testing import tiny_pairs
 
 
@@ -119,7 +119,7 @@ def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path):
             pairs.sample(0)
         pairs.sample(1)
         assert [pairs.class_of(row) for row in (0, 1)] == ["caf\ufffd", "x"]
-        assert read_class_cells(pairs, [1, 0]) == ["x", "caf\ufffd"]
+        assert read_classes(pairs, [1, 0]) == ["x", "caf\ufffd"]
         assert pairs.column("kind").tolist() == ["caf\ufffd", "x"]
         assert pairs.key
         assert hold_out_rows([pairs], share=0.5, folder=tmp_path / reason).size <= 1

@@ -1,7 +1,6 @@
 """Every reference to evaluation data: what is read."""
 
 import json
-import os
 import shutil
 
 import datasets as hugging_face
@@ -24,7 +23,7 @@ from written import (
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
 from protoclip.evaluation.datasets import Images, emoji, open_data, sort_names
-from protoclip.evaluation.zero_shot import read_templates
+from protoclip.evaluation.readers import read_templates
 
 
 def reds(images: Images) -> list[int]:
@@ -218,17 +217,12 @@ def test_a_url_is_read_once(tmp_path, serve, monkeypatch):
     assert again.name == "pets"
     with pytest.raises(ValueError, match=r"train/0.tar: no such file$"):
         again.splits["train"]
-    (layout,) = (tmp_path / "cache").rglob("layout.json")
-    layout.write_text("{")
-    with pytest.raises(ValueError, match=r"layout\.json: damaged"):
-        open_data(reference)
 
 
 @pytest.mark.parametrize(
     ("classes", "files", "names"),
     [
         (["n01440764", "n01443537"], {}, ["tench", "goldfish"]),
-        (["n01440764", "n00000001"], {"LOC_synset_mapping.txt": "n00000001 thing, item\n"}, None),
         (["9", "10"], {"classnames.txt": "nine\nten\n"}, ["nine", "ten"]),
     ],
 )
@@ -239,7 +233,7 @@ def test_class_names_of_folders(classes, files, names, tmp_path):
         write(tmp_path / file, text)
     is_imagenet = names == ["tench", "goldfish"]
     data = open_data(str(tmp_path), split="test" if is_imagenet else "validation")
-    assert list(data.class_names) == (names or ["thing", "n01440764"])
+    assert list(data.class_names) == names
     assert data.splits[next(iter(data.splits))].labels.tolist() == [0, 1]
     assert len(data.templates) == (80 if is_imagenet else 1)
 
@@ -306,17 +300,15 @@ def test_torchvision_sets(tmp_path):
     for name, red in (("AnnualCrop", 10), ("River", 20)):
         write(tmp_path / "eurosat/2750" / name / f"{red}.png", png(red))
     write(tmp_path / "eurosat/2750/River/x.png", b"not an image")
-    os.mkfifo(tmp_path / "eurosat/2750/River/y.png")
     data = open_data("torchvision:EuroSAT", root=str(tmp_path))
     assert data.name == "eurosat"
     assert list(data.class_names) == ["AnnualCrop", "River"]
     split = data.splits["test"]
-    assert split.labels.tolist() == [0, 1, 1, 1]
+    assert split.labels.tolist() == [0, 1, 1]
     assert [split.images.image(row).getpixel((0, 0))[0] for row in (0, 1)] == [10, 20]
     assert split.images.key
-    for row, why in ((2, "cannot identify"), (3, "is a pipe, not a file")):
-        with pytest.raises(BadSample, match=f"eurosat/test/{row}.*{why}"):
-            split.images.image(row)
+    with pytest.raises(BadSample, match=r"eurosat/test/2.*cannot identify"):
+        split.images.image(2)
 
 
 @pytest.mark.usefixtures("all_emoji")

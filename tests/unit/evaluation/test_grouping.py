@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import adjusted_mutual_info_score
 
-from protoclip.evaluation import grouping, retrieval
+from protoclip.evaluation import geometry, retrieval
 
 BOTH = ("image", "text")
 
@@ -22,8 +22,8 @@ def blocks(groups: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def test_spread_is_0_for_one_point_and_1_for_opposite_ones():
-    assert grouping.spread(unit(1, 8).repeat(5, 1)) == pytest.approx(0, abs=1e-6)
-    assert grouping.spread(torch.cat([unit(4, 8), -unit(4, 8)])) == pytest.approx(1)
+    assert geometry.spread(unit(1, 8).repeat(5, 1)) == pytest.approx(0, abs=1e-6)
+    assert geometry.spread(torch.cat([unit(4, 8), -unit(4, 8)])) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 4_000_000])
@@ -35,22 +35,22 @@ def test_neighbours_in_group_against_a_loop(chunk, monkeypatch):
         order = sorted(range(40), key=lambda other: -float(rows[row] @ rows[other]))
         nearest = [other for other in order if other != row][:4]
         shares.append(np.mean([groups[other] == groups[row] for other in nearest]))
-    found = grouping.neighbours_in_group(grouping.nearest_others(rows, 4), groups)
+    found = geometry.neighbours_in_group(geometry.nearest_others(rows, 4), groups)
     assert found == pytest.approx(np.mean(shares))
 
 
 def test_chance_is_the_share_of_pairs_in_one_group():
     groups = torch.tensor([0, 0, 0, 1, 1, 3])
     same = [groups[i] == groups[j] for i in range(6) for j in range(6) if i != j]
-    assert grouping.same_group_by_chance(groups) == pytest.approx(np.mean(same))
+    assert geometry.same_group_by_chance(groups) == pytest.approx(np.mean(same))
     # Neighbours in a space that knows nothing of the groups do no better.
     groups = torch.arange(900) % 3
-    found = grouping.neighbours_in_group(grouping.nearest_others(unit(900, 16)), groups)
-    assert found == pytest.approx(grouping.same_group_by_chance(groups), abs=0.03)
+    found = geometry.neighbours_in_group(geometry.nearest_others(unit(900, 16)), groups)
+    assert found == pytest.approx(geometry.same_group_by_chance(groups), abs=0.03)
 
 
 def test_group_sizes_count_dead_groups():
-    found = grouping.group_sizes(torch.tensor([0, 0, 0, 2]), 4)
+    found = geometry.group_sizes(torch.tensor([0, 0, 0, 2]), 4)
     assert found == {"number": 4, "dead": 2, "smallest": 0, "median": 0.5, "largest": 3}
 
 
@@ -64,7 +64,7 @@ def test_modalities_agree_if_they_group_alike(together):
     image_groups = torch.arange(300) % 6
     shuffled = image_groups[torch.randperm(300, generator=generator)]
     text_groups = image_groups if together else shuffled
-    found, groups = grouping.measure(
+    found, groups = geometry.measure(
         blocks(image_groups, 1),
         blocks(text_groups, 5),
         num_groups=6,
@@ -81,7 +81,7 @@ def test_modalities_agree_if_they_group_alike(together):
         )
         assert share == pytest.approx(1 if together else chance, abs=0.05)
         assert found[f"groups/smallest/{modality}"] == 50
-        assert groups[modality].shape == (grouping.CLUSTERINGS, 300)
+        assert groups[modality].shape == (geometry.CLUSTERINGS, 300)
     assert found["recall@10/image_to_text"] < 0.2
     assert "stability/image" not in found
 
@@ -90,7 +90,7 @@ def test_equal_captions_match_each_other():
     texts = unit(6, 8).repeat_interleave(20, dim=0)
     images = F.normalize(texts + 0.1 * unit(120, 8, seed=1))
     settings = {"num_groups": 4, "seed": 0}
-    found, _ = grouping.measure(
+    found, _ = geometry.measure(
         images, texts, captions=[str(row // 20) for row in range(120)], **settings
     )
     assert found["recall@10/image_to_text"] == 1
@@ -100,9 +100,9 @@ def test_a_copy_of_an_image_is_that_image():
     """It takes no place among the best ten."""
     images, texts, names = unit(120, 8, seed=1), unit(120, 8), [str(row // 2) for row in range(120)]
     settings = {"num_groups": 4, "seed": 0}
-    found, _ = grouping.measure(images, texts, captions=names, **settings)
+    found, _ = geometry.measure(images, texts, captions=names, **settings)
     twice = [of.repeat(2, 1) for of in (images, texts)]
     content = [*range(120)] * 2
-    copied, _ = grouping.measure(*twice, captions=names * 2, content=content, **settings)
+    copied, _ = geometry.measure(*twice, captions=names * 2, content=content, **settings)
     for way in ("image_to_text", "text_to_image"):
         assert 0 < copied[f"recall@10/{way}"] == found[f"recall@10/{way}"] < 1

@@ -32,8 +32,8 @@ def encoder(model=None, **settings):
 
 def encoded(bad, workers=0):
     own = encoder(workers=workers)
-    found = own.images(Solid("x", NUMBERS, bad), stage="x")
-    return found.features, found.bad, own.texts([f"number {n}" for n in NUMBERS], stage="y")
+    found = own.encode_images(Solid("x", NUMBERS, bad), stage="x")
+    return found.features, found.bad, own.encode_texts([f"number {n}" for n in NUMBERS], stage="y")
 
 
 @pytest.mark.parametrize("bad", [(0, 4, 5, 6, 7, 22), tuple(range(1, 23))])
@@ -54,7 +54,7 @@ def test_threads_change_nothing():
 
 def test_no_usable_image_is_one_line():
     with pytest.raises(ValueError, match=r"^x: no image can be used, such as .* broken$"):
-        encoder().images(Solid("x", [1, 2], bad=(0, 1)), stage="x")
+        encoder().encode_images(Solid("x", [1, 2], bad=(0, 1)), stage="x")
 
 
 @pytest.mark.parametrize("kind", [EvaluationTransform, PillowTransform])
@@ -150,26 +150,26 @@ def test_features_are_computed_once_and_kept(tmp_path):
     """With what is bad; as long as model, images and texts are the same."""
     images, texts = Solid("x", NUMBERS, bad=(2,)), ["number 1"]
     first = encoder(Knowing(), cache=tmp_path)
-    rows, text = first.images(images, stage="x"), first.texts(texts, stage="x")
+    rows, text = first.encode_images(images, stage="x"), first.encode_texts(texts, stage="x")
     again = encoder(Knowing(), cache=tmp_path)
-    found = again.images(images, stage="x")
+    found = again.encode_images(images, stage="x")
     assert torch.equal(found.features, rows.features)
     assert found.bad == list(rows.bad)
-    assert torch.equal(again.texts(texts, stage="x"), text)
+    assert torch.equal(again.encode_texts(texts, stage="x"), text)
     assert again.model.calls == {"image": 1, "text": 1}  # of the key alone
-    again.images(Solid("x", NUMBERS), stage="x")
-    again.texts(["number 2"], stage="x")
+    again.encode_images(Solid("x", NUMBERS), stage="x")
+    again.encode_texts(["number 2"], stage="x")
     assert again.model.calls == {"image": 1 + 1, "text": 2}  # the one that was bad
     images.key = ""
-    again.images(images, stage="x")
+    again.encode_images(images, stage="x")
     assert again.model.calls["image"] == 1 + 1 + 6
 
 
 def some_images(cache):
     """What is encoded of some images after others, and their features."""
-    encoder(cache=cache).images(Solid("x", [5, 1, 2, 2, 3]), stage="x")
+    encoder(cache=cache).encode_images(Solid("x", [5, 1, 2, 2, 3]), stage="x")
     own = encoder(cache=cache)
-    features = own.images(Solid("y", [3, 4, 9, 1, 1], bad=(2,)), stage="y").features
+    features = own.encode_images(Solid("y", [3, 4, 9, 1, 1], bad=(2,)), stage="y").features
     return own.model.calls["image"], features
 
 
@@ -182,7 +182,7 @@ def test_an_image_is_encoded_once_whoever_asks_for_it_among_others(ranks, tmp_pa
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    found = encoder(cache=tmp_path / "file").images(Solid("x", NUMBERS), stage="x")
+    found = encoder(cache=tmp_path / "file").encode_images(Solid("x", NUMBERS), stage="x")
     assert len(found.features) == len(NUMBERS)
     assert "features are not kept" in capsys.readouterr().err
 

@@ -10,9 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from protoclip.evaluation import linear_probe, retrieval
-from protoclip.evaluation.knn import knn_predict
-from protoclip.evaluation.linear_probe import best_linear_probe, fit_linear_probes
+from protoclip.evaluation import probes, retrieval
+from protoclip.evaluation.probes import best_linear_probe, fit_linear_probes, knn_predict
 
 
 def blobs(count, num_classes, dim, seed, noise=1.0):
@@ -64,7 +63,7 @@ def test_probes_reach_the_optimum_of_scikit_learn(num_classes, features):
 
 def test_a_fit_goes_on_in_float64_where_float32_gets_stuck(monkeypatch):
     """Whatever can be fitted; a single class cannot."""
-    monkeypatch.setattr(linear_probe, "TOLERANCE", 1e-7)
+    monkeypatch.setattr(probes, "TOLERANCE", 1e-7)
     rows, labels = blobs(150, 6, 5, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -103,9 +102,9 @@ def test_without_validation_a_fifth_of_train_chooses(monkeypatch):
     """By a seed; then all rows are fitted at the chosen strength."""
     rows, labels = blobs(200, 5, 16, 0, noise=2.5)
     fits = []
-    fit = linear_probe.fit_linear_probes
+    fit = probes.fit_linear_probes
     monkeypatch.setattr(
-        linear_probe, "fit_linear_probes", lambda *of: fits.append(len(of[1])) or fit(*of)
+        probes, "fit_linear_probes", lambda *of: fits.append(len(of[1])) or fit(*of)
     )
     found = best_linear_probe(rows, labels, seed=1)
     assert fits == [160, 200]

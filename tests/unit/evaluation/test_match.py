@@ -7,7 +7,7 @@ import torch
 
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import match, retrieval
-from protoclip.evaluation.grouping import nearest_others
+from protoclip.evaluation.geometry import nearest_others
 from testing import tiny_pairs
 
 
@@ -93,7 +93,7 @@ def test_canonical_recall_equals_a_slow_restatement():
     images = rows(120, 9, 0)
     texts = images[:, :4] + 0.5 * rows(120, 4, 1)
     captions = [f"caption {row}" for row in range(120)]
-    judged = match.half_of(torch.arange(120), 0)
+    judged = match.draw_half(torch.arange(120), 0)
     found = match.canonical_recall(images, texts, torch.arange(120), captions)
     fitted = match.moments_of_pairs(images[~judged], texts[~judged])
     one, other = (
@@ -138,7 +138,7 @@ def test_pairs_that_share_an_image_or_a_caption_are_on_one_side():
     """Also by way of other pairs; the sides are of about one size."""
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.randint(300, (250,), generator=generator) for _ in range(2))
-    groups = match.sharing(images, texts)
+    groups = match.group_pairs(images, texts)
     pairs, slow = [*zip(images.tolist(), texts.tolist(), strict=True)], [*range(250)]
     before: list[int] = []
     while slow != before:  # the least pair that can be reached
@@ -148,11 +148,11 @@ def test_pairs_that_share_an_image_or_a_caption_are_on_one_side():
             slow[one] = min(slow[number] for number in linked)
     same = groups.unsqueeze(1) == groups
     assert same.tolist() == [[one == other for other in slow] for one in slow]
-    chosen = match.half_of(groups, 3)
+    chosen = match.draw_half(groups, 3)
     for of in (images, texts):
         assert not {*of[chosen].tolist()} & {*of[~chosen].tolist()}
     assert abs(int(chosen.sum()) - 125) <= 1
-    assert not torch.equal(chosen, match.half_of(groups, 4))
+    assert not torch.equal(chosen, match.draw_half(groups, 4))
 
 
 def test_equal_images_and_captions_are_read_once():

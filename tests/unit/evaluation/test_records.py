@@ -10,14 +10,17 @@ from solid import Guessing, solid_data, tokenizer, transform
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.paired import read_results
-from protoclip.evaluation.suite import Result, compute_results
+from protoclip.evaluation.suite import Result, choose_tasks, compute_results
 from protoclip.results.compare import add_differences, add_means, write_records
 from protoclip.results.table import print_table, table_of_records
 
 
-def judged(name: str, model, data=None, **options) -> list[Result]:
+def judged(name: str, model, data=None, tasks=None, **options) -> list[Result]:
     encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
-    return compute_results(encoder, data or [solid_data("a")], model_name=name, **options)
+    data = data or [solid_data("a")]
+    return compute_results(
+        encoder, data, choose_tasks(data, "test", tasks), model_name=name, **options
+    )
 
 
 def made(dataset: str, metrics: dict[str, float], seed: int, task: str = "knn") -> Result:

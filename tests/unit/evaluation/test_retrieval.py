@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from protoclip.evaluation import retrieval
-from protoclip.evaluation.clustering import clustering
-from protoclip.evaluation.geometry import effective_rank, modality_gap
+from protoclip.evaluation.geometry import clustering, effective_rank, modality_gap
 from protoclip.evaluation.retrieval import best_relevant_rank
 from protoclip.evaluation.zero_shot import zero_shot_ranks
 

@@ -18,14 +18,11 @@ import protoclip
 from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
-from protoclip.evaluation import datasets, measured, suite
-from protoclip.evaluation.datasets import make_concept_data
-from protoclip.evaluation.encoders import encoder_of
-from protoclip.evaluation.features import Encoder
-from protoclip.evaluation.metrics import METRICS, TASKS, list_columns
-from protoclip.evaluation.retrieval import captions_of
-from protoclip.evaluation.samples import SampleResults
-from protoclip.evaluation.task_features import task_features
+from protoclip.evaluation import datasets, probes, suite
+from protoclip.evaluation.datasets import make_concept_data, match_captions
+from protoclip.evaluation.features import Encoder, build_encoder
+from protoclip.evaluation.metrics import METRICS, TASKS, SampleResults, list_columns
+from protoclip.evaluation.suite import encode_data
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 
@@ -80,13 +77,13 @@ def extract(model, data, split, batch_size=256):
         batch_size=batch_size,
         workers=0,
     )
-    return task_features(encoder, data, TASKS, split=split)
+    return encode_data(encoder, data, TASKS, split=split)
 
 
 def measure(model, data, split="test", batch_size=256):
     """The metrics of a run's evaluation, and the results of samples."""
     features = extract(model, data, split, batch_size)
-    found = measured.measure(features, data, TASKS, split=split)
+    found = suite.measure(features, TASKS)
     names = [name for name in RUN_METRICS if name in found.metrics]
     return {f"eval/{data.name}/{name}": found.metrics[name] for name in names}, found.samples
 
@@ -136,7 +133,7 @@ def test_every_module_gets_its_mode_back():
 def test_retrieval_is_among_distinct_captions():
     """Images of a group share candidates; equal captions of two groups are two candidates, and
     right for both."""
-    found = captions_of([["a"], ["a"], ["a", "b"]], ["x", "y", "z"], [5, 7, 5])
+    found = match_captions([["a"], ["a"], ["a", "b"]], ["x", "y", "z"], [5, 7, 5])
     assert found.texts == ["a", "a", "b"]
     assert found.ids == ["x: a", "y: a", "z: b"]
     assert found.groups.tolist() == [5, 7, 5]
@@ -144,7 +141,7 @@ def test_retrieval_is_among_distinct_captions():
     assert [*pairs] == [(0, 0), (1, 1), (2, 0), (2, 2)]
     assert found.numbers.tolist() == [0, 0, 1]
     assert {*zip(*found.matches.tolist(), strict=True)} == {(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)}
-    alone = captions_of([["a", "a"], ["a"], ["b", "a"]], ["x", "y", "z"], None, "pqp")
+    alone = match_captions([["a", "a"], ["a"], ["b", "a"]], ["x", "y", "z"], None, "pqp")
     assert (alone.rows, alone.texts, alone.groups.tolist()) == ([0, 1], [*"aaab"], [0, 0, 1, 0])
 
 
@@ -173,7 +170,7 @@ def test_the_probe_never_chooses_on_what_is_measured(split, left_out, given, mon
     best = Mock()
     best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
     best.return_value.ranks = Mock(side_effect=lambda rows, labels: torch.zeros(len(rows)).long())
-    monkeypatch.setattr(measured, "best_linear_probe", best)
+    monkeypatch.setattr(probes, "best_linear_probe", best)
     splits = {name: of for name, of in TINY.splits.items() if name != left_out}
     metrics, _ = measure(Knowing(), replace(TINY, splits=splits), split)
     assert metrics["eval/tiny/linear_probe/acc1"] == pytest.approx(1 / NUMBER)
@@ -185,7 +182,7 @@ def test_the_probe_never_chooses_on_what_is_measured(split, left_out, given, mon
 def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):
     """On the bundled data; a folder that cannot be written costs a warning."""
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
-    encoder = encoder_of(Guessing(), transform, tokenizer, show=True)
+    encoder = build_encoder(Guessing(), transform, tokenizer, show=True)
     metrics = suite.evaluate_run(encoder, split="validation", samples_to=tmp_path / "results")
     expected, samples = measure(Guessing(), TINY, "validation")
     assert metrics == expected
@@ -205,7 +202,7 @@ def on_a_rank():
     """Features, metrics, records and an error; then the ranks must still be in step."""
     model = Guessing()
     features = extract(model, TINY, "test", batch_size=9)
-    metrics = measured.measure(features, TINY, TASKS, split="test").metrics
+    metrics = suite.measure(features, TASKS).metrics
     rows = {name: part.features for name, part in features.parts.items()}
     records = judge(Guessing(), solid_data(bad=(0, 1, 2, 3)), TASKS, batch_size=4)
     # The last batch of training images, which one rank alone sees.
@@ -250,7 +247,7 @@ def test_a_run_of_two_ranks_evaluates_as_one_process_does(tmp_path, monkeypatch)
     first, second = run_distributed(trained, 2, "fsdp", str(tmp_path / "run"))
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
     alone = suite.evaluate_run(
-        encoder_of(*protoclip.load(tmp_path / "run")), split="test", show=False
+        build_encoder(*protoclip.load(tmp_path / "run")), split="test", show=False
     )
     assert len(alone) == 18
     assert first == second

@@ -13,9 +13,7 @@ from protoclip.data import sources
 from protoclip.data.content import content
 from protoclip.data.view import drop_rows
 from protoclip.evaluation.datasets import open_data
-from protoclip.evaluation.validation import (
-    count_trained,
-)
+from protoclip.evaluation.validation import count_trained
 from protoclip.files import to_json
 from protoclip.training.plan import make_plan
 from testing import tiny_config, tiny_pairs

@@ -7,11 +7,11 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
 
-from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.metrics import SampleResults
 from protoclip.evaluation.zero_shot import (
     average_precisions,
+    fill_templates,
     mean_average_precision,
-    prompts,
     zero_shot_classifier,
     zero_shot_ranks,
 )
@@ -85,9 +85,9 @@ def test_average_precision_equals_scikit_learn(levels):
 
 
 def test_a_template_is_filled_with_every_class_and_has_a_place_for_it():
-    filled = prompts(["cat", "{dog}"], ["a {c}", "{c} {x}"])
+    filled = fill_templates(["cat", "{dog}"], ["a {c}", "{c} {x}"])
     assert filled == ["a cat", "cat {x}", "a {dog}", "{dog} {x}"]
     with pytest.raises(
         ValueError, match=r"'a photo' has no place for the class; write \{c\} there$"
     ):
-        prompts(["cat"], ["a {c}", "a photo"])
+        fill_templates(["cat"], ["a {c}", "a photo"])

@@ -74,14 +74,14 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     encoded = list[int]()
-    check = Encoder.check_rounds
+    check = Encoder.encode_rounds
 
-    def watched(self: Encoder, rounds: Any, stage: str, *given: Any) -> Iterator[Round]:
-        for made in check(self, rounds, stage, *given):
-            encoded.append(len(made.hashes) * ("images" in stage))
+    def watched(self: Encoder, tower: Any, *given: Any, **more: Any) -> Iterator[Round]:
+        for made in check(self, tower, *given, **more):
+            encoded.append(len(made.hashes) * (tower.reads == "image"))
             yield made
 
-    monkeypatch.setattr(Encoder, "check_rounds", watched)
+    monkeypatch.setattr(Encoder, "encode_rounds", watched)
     data = str(run.parent / "pairs.parquet")
     first(run, data)
     assert sum(encoded) == PAIRS
@@ -97,7 +97,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
     monkeypatch.setattr(Reader, "read", Mock(side_effect=AssertionError))
-    monkeypatch.setattr(Encoder, "check_rounds", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(Encoder, "encode_rounds", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 
 

@@ -10,8 +10,7 @@ import yaml
 from exported import assert_close, run_examples, save_run
 
 import protoclip
-from protoclip.evaluation.metrics import list_columns
-from protoclip.evaluation.samples import SampleResults
+from protoclip.evaluation.metrics import SampleResults, list_columns
 from protoclip.export import card as cards
 from protoclip.files import to_json
 from protoclip.models.saved import find_checkpoint

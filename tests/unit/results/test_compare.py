@@ -12,7 +12,10 @@ from protoclip.evaluation import paired
 from protoclip.evaluation.metrics import (
     METRICS,
     SHOWN,
+    SampleResults,
     difference,
+    find_crowded,
+    influences,
     interval,
     interval_of_difference,
     intervals,
@@ -20,7 +23,6 @@ from protoclip.evaluation.metrics import (
     mark_clear,
     rests_on_few,
 )
-from protoclip.evaluation.samples import SampleResults, find_crowded, influences
 from protoclip.results import table
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import format_cell, print_table, table_of_runs

@@ -5,9 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from protoclip.evaluation.metrics import interval, interval_of_difference
+from protoclip.evaluation.metrics import SampleResults, influences, interval, interval_of_difference
 from protoclip.evaluation.paired import RunResults
-from protoclip.evaluation.samples import SampleResults, influences
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import (
     compare_headlines,

@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on frozen features.
+"""What learns classes from the images of `train`: the linear probe, and kNN.
 
 Classifiers of class names, which learn nothing from images, are in `zero_shot.py`.
 """
@@ -8,13 +8,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from protoclip.evaluation import retrieval
+from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation.features import Features
+from protoclip.evaluation.metrics import TaskResult
 
 # L2 strengths from strong to weak. A grid that ends too early underrates some features.
 REGULARISATIONS = tuple(10 ** (-half_decades / 2) for half_decades in range(4, 17))
 TOLERANCE = 3e-4  # of the scaled gradient; half its squared norm is about the loss still to gain
 MAX_ITERATIONS = 1000
+
+
+def find_missing(data: EvaluationData, split: str) -> str:
+    """What the data lack to learn classes from; empty if nothing. Opens `train`."""
+    labels = data.splits[split].labels
+    if labels is None:
+        return "labels"
+    if labels.ndim == 2:
+        return "one class an image, and these are multilabel data"
+    train = data.splits.get("train")
+    if train is None or train.labels is None or split == "train":
+        return "a labelled train split beside the one that is measured"
+    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
+
+
+def score_linear_probe(features: Features) -> TaskResult:
+    """Does a linear classifier fitted to `train`, and `validation`, find the class?"""
+    part = features.part
+    assert part.labels is not None
+    others = [other for name, other in features.parts.items() if name != features.split]
+    rows = [(other.unit, other.labels) for other in others if other.labels is not None]
+    probe = best_linear_probe(*(tensor.to(features.device) for pair in rows for tensor in pair))
+    return TaskResult(
+        images={
+            "class": part.labels,
+            "linear_probe_correct": probe.predict(part.unit) == part.labels,
+            "linear_probe_rank": probe.ranks(part.unit, part.labels),
+        }
+    )
+
+
+def score_knn(features: Features) -> TaskResult:
+    """Do the most similar images of `train` have the class?"""
+    part, train = features.part, features.parts["train"]
+    assert part.labels is not None
+    assert train.labels is not None
+    tensors = (train.unit, train.labels, part.unit)
+    predicted = knn_predict(*(tensor.to(features.device) for tensor in tensors))
+    return TaskResult(images={"knn_correct": predicted.cpu() == part.labels})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,3 +219,29 @@ def minimise(
     closure()
     gradient = max(float(v.grad.abs().max()) for v in variables if v.grad is not None)
     return (scaled_weights * scale).to(wide), (scaled_bias * bias_scale).to(wide), gradient
+
+
+def knn_predict(
+    train_features: Float[Tensor, "n d"],
+    train_labels: Int[Tensor, " n"],
+    features: Float[Tensor, "m d"],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Int[Tensor, " m"]:
+    """The class with the most votes among the k most similar training rows (Wu et al. 2018).
+
+    A neighbour of cosine similarity `s` casts a vote of `exp(s / temperature)`. Equal votes go to
+    the lower class. If there are fewer than k training rows, all vote.
+    """
+    keys = F.normalize(train_features.float(), dim=1)
+    num_classes = int(train_labels.max()) + 1
+    size, predictions = max(1, retrieval.CHUNK // max(len(keys), num_classes)), []
+    for chunk in torch.split(features, size):
+        queries = F.normalize(chunk.float(), dim=1)
+        similarity, rows = (queries @ keys.T).topk(min(k, len(keys)))
+        # Relative to the nearest: the same winner, and no overflow at a low temperature.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(chunk), num_classes)
+        predictions.append(votes.scatter_add_(1, train_labels[rows], weights).argmax(dim=1))
+    return torch.cat(predictions)
