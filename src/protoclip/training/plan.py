@@ -218,7 +218,7 @@ def open_data(outline: Outline) -> Plan:
     """
     config = outline.config
     require_paths(config)
-    if rank() == 0 and config.model.image.weights is not None:
+    if config.model.image.weights is not None and rank() == 0:
         require_image_weights(config.model)
     training, held_out, notes = split_validation(config, sources.pairs(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
@@ -228,10 +228,9 @@ def open_data(outline: Outline) -> Plan:
     watched = open_guards(config, held_out) if config.run.guard else []
     if config.run.keep_best is not None or config.run.stop_by is not None:
         check_metrics(config, held_out, watched)
-    said = list[str]()
-    teachers = (
-        external.open_teachers(config, training, said.append) if config.external_teachers else {}
-    )
+    said, teachers = list[str](), dict[str, StoredFeatures]()
+    if config.teachers or config.teacher.features:
+        teachers = external.open_teachers(config, training, said.append)
     if outline.aligns and isinstance(training, Pairs):
         said = []  # it tells of the pairs that it could encode
     return Plan(
@@ -328,10 +327,12 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
     are_negatives &= not (aligns or config.data.is_emoji)
     model, notes, captions = config.model, list[str](), ONE
+    is_named = model.start is not None or model.name is not None
+    leaves_size_open = not is_named and None in (model.image.size, model.text.context_length)
     summary = summarize(
         samples,
         max_image_pixels=config.data.max_image_pixels,
-        looks_at_images=model.leaves_image_size_open or model.leaves_context_length_open,
+        looks_at_images=leaves_size_open,
         compares_images=are_negatives or (choices is not None and not aligns),
     )
     if choices is not None:
@@ -347,7 +348,7 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
     part, share = config.episodes.micro_batch_size, config.episodes.batch_size // world_size()
     if part is not None and part >= share:
         notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
-    if config.external_teachers:
+    if config.teachers or config.teacher.features:
         config, said = external.fill_teachers(config, plan.teachers)
         notes += said
     if not aligns:  # it draws whole captions, and those of the pairs that it could encode

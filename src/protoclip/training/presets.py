@@ -476,9 +476,8 @@ def fill_episodes(
         few = number < size // PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
         notes.append(f"{' and '.join(unset)} = {number}, {reason}")
-    values: dict[str, Any] = {"number": number}
-    if not config.external_teachers:
-        values["distil"] = 0.0
+    has_teachers = bool(config.teachers or config.teacher.features)
+    values = {"number": number} if has_teachers else {"number": number, "distil": 0.0}
     config = replace(
         config,
         episodes=fill(config.episodes, {"size": size, "count": count}),
