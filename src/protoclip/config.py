@@ -370,6 +370,12 @@ class Config:
         return self.loss.prototypical > 0 or self.sets_strengths
 
     @property
+    def prototype_numbers(self) -> dict[str, Any]:
+        """How many prototypes a space that is clustered has, by section or teacher."""
+        numbers = {"prototypes": self.prototypes.number} if self.groups_modalities else {}
+        return numbers | {name: each.number for name, each in self.grouping_teachers.items()}
+
+    @property
     def locked_episodes(self) -> int:
         """`episodes.locked_image`, or 0 where that stage would train no tower."""
         model = self.model

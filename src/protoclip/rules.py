@@ -23,7 +23,6 @@ from protoclip.config import (
     Config,
     DataConfig,
     EpisodeConfig,
-    build,
 )
 from protoclip.files import kind_of
 
@@ -60,7 +59,6 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
     Raises:
         ValueError: In one line that names the setting and the way out.
     """
-    build(Config, vars(config))
     refuse(combinations(config))
     if is_whole:
         check_amounts(config)
@@ -124,9 +122,7 @@ def check_amounts(config: Config) -> None:
     episodes, loss = config.episodes, config.loss
     check_sizes(episodes)
     count, stages = episodes.count, episodes.warm_up + config.locked_episodes
-    numbers = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
-    numbers |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
-    for name, number in numbers.items():
+    for name, number in config.prototype_numbers.items():
         if episodes.size and number and not 2 <= number <= episodes.size:
             limits = f"between 2 and episodes.size ({episodes.size})"
             raise ValueError(f"{name}.number: {number} needs to be {limits}")

@@ -465,10 +465,8 @@ def fill_episodes(
     least = max(EPISODES * size, PASSES * (rows or 0), FEWEST_STEPS * batch)
     stages = config.episodes.warm_up + config.locked_episodes
     count = max(count_episodes(least, size, batch), stages + 1)
-    chosen = {"prototypes": config.prototypes.number} if config.groups_modalities else {}
-    chosen |= {name: teacher.number for name, teacher in config.grouping_teachers.items()}
     number = min(size, max(FEWEST_PROTOTYPES, size // PAIRS_A_PROTOTYPE))
-    unset = [f"{name}.number" for name, given in chosen.items() if given is None]
+    unset = [f"{name}.number" for name, given in config.prototype_numbers.items() if given is None]
     if unset and pairs is not None:  # captions are read for a number that is used
         number = count_captions(pairs, size, most=number)
     number = max(2, number)

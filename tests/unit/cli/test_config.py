@@ -63,7 +63,7 @@ def with_value(settings: Any, name: str, value: object) -> Any:
 
 def refusal(config: Config) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011  the callers look at the message
-        check(config)
+        check(Config.from_dict(config))
     assert "\n" not in str(error.value)
     return str(error.value)
 

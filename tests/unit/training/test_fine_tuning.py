@@ -286,7 +286,7 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
 )
 def test_what_cannot_work_is_a_line(changes, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        check(with_changes(tiny_config(out="unused"), changes))
+        check(Config.from_dict(with_changes(tiny_config(out="unused"), changes)))
     assert str(error.value).startswith(message)
     with pytest.raises(ValueError, match="'heads' is not one of image, text"):
         Config.from_dict({"model": {"locked": ["heads"]}})
