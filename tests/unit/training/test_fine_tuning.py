@@ -262,34 +262,18 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "setting"),
     [
-        ({"model": {"lora": 0}}, "model.lora: 0 is too small; at least 1"),
-        (
-            {"model": {"start": "run", "locked": ["text", "image"]}},
-            "model.locked: with both towers locked nothing is left to train",
-        ),
-        ({"loss": {"keep": 1.0}}, "loss.keep: needs model.start"),
-        ({"teacher": {"features": "start"}}, "teacher.features = start: needs model.start"),
-        (
-            {"model": {"lora": 2}, "parallel": {"strategy": "fsdp"}},
-            "model.lora: needs parallel.strategy = ddp",
-        ),
-        (
-            {"model": {"lora": 2}, "parallel": {"compile": True}},
-            "model.lora: does not go with parallel.compile",
-        ),
-        ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay: 1.5 is too large; at most 1"),
-        ({"optim": {"layer_decay": 0.0}}, "optim.layer_decay: 0.0 needs to be above 0"),
+        ({"model": {"start": "run", "locked": ["text", "image"]}}, "model.locked"),
+        ({"teacher": {"features": "start"}}, "teacher.features = start"),
+        ({"model": {"lora": 2}, "parallel": {"compile": True}}, "model.lora"),
+        ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay"),
     ],
     ids=str,
 )
-def test_what_cannot_work_is_a_line(changes, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+def test_what_cannot_work_names_its_setting(changes, setting):
+    with pytest.raises(ValueError, match=f"^{setting}: "):
         check(Config.from_dict(with_changes(tiny_config(out="unused"), changes)))
-    assert str(error.value).startswith(message)
-    with pytest.raises(ValueError, match="'heads' is not one of image, text"):
-        Config.from_dict({"model": {"locked": ["heads"]}})
 
 
 def test_a_start_cannot_embed_a_stream(pairs, starts, tmp_path):
