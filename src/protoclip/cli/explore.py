@@ -153,8 +153,9 @@ class Explore(ChosenOptions, BatchOption):
         from protoclip.cli.data import open_source, print_notes
         from protoclip.explore.pairs import explore_pairs
 
+        data = self.settings()
         try:
-            samples, notes = open_source(self.settings())
+            samples, notes = open_source(data)
         except (ValueError, OSError) as error:
             if self.data is not None:
                 raise
