@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler
 from itertools import combinations
 from pathlib import Path
@@ -21,18 +21,12 @@ sys.path.append(str(Path(__file__).parents[1] / "unit" / "explore"))
 from worded import explorers
 
 from protoclip.config import DataConfig
-from protoclip.data import sources
 from protoclip.data.emoji import emoji_table
+from protoclip.data.split import read_ids
 from protoclip.explore.pages import Pages
 from protoclip.explore.serve import write_static
-from protoclip.training.run import train
-from testing import tiny_config
 
 pytestmark = pytest.mark.slow
-
-HOSTILE = (
-    "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> \u202ea"
-)
 
 
 @dataclass
@@ -64,7 +58,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Emoji of hearts and of a few more, one with a hostile caption."""
+    """Emoji of hearts and of a few more."""
     whole = emoji_table("train")
     texts = [
         (cell if isinstance(cell, str) else cell[0]).lower()
@@ -73,11 +67,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keep = [row for row, text in enumerate(texts) if "heart" in text][:120]
     keep += list(range(0, len(texts), 50))
     some = whole.take(pa.array(sorted(set(keep)), pa.int64()))
-    captions = [cell if isinstance(cell, str) else cell[0] for cell in some["caption"].to_pylist()]
-    captions[1] = HOSTILE
-    place = some.schema.get_field_index("caption")
     path = tmp_path_factory.mktemp("browser") / "emoji.parquet"
-    pq.write_table(some.set_column(place, "caption", pa.array(captions)), path)
+    pq.write_table(some, path)
     return path
 
 
@@ -268,19 +259,6 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(map_pa
     assert page.eval_on_selector("#thumbs img", "image => image.decode().then(() => true)")
 
 
-def test_a_hostile_caption_is_shown_and_does_nothing(list_page: Any, pages: Pages) -> None:
-    page = list_page
-    position = int((pages.explorers[0].atlas.rows == 1).nonzero()[0][0])
-    base = page.url.rpartition("/")[0]
-    for name in (f"pair-{position}.html", "odd-distance.html", "search.html?text=script"):
-        page.goto(f"{base}/{name}")
-        page.wait_for_load_state("networkidle")
-        assert "taken" not in page.title()
-        assert page.locator("img[src='x']").count() == 0
-    page.goto(f"{base}/pair-{position}.html")
-    assert "<script>" in page.locator("p.caption.large").inner_text()
-
-
 def test_answers_come_while_one_types(map_page: Any) -> None:
     """They say why, the field stays in focus, and going back shows the map again."""
     page = map_page
@@ -300,10 +278,8 @@ def test_answers_come_while_one_types(map_page: Any) -> None:
     assert page.input_value("input[name=text]") == "a red heart"
 
 
-def test_exporting_a_selection_and_training_without_it(
-    list_page: Any, pages: Pages, table: Path, tmp_path: Path
-) -> None:
-    """The loop: look at odd pairs, export some, train without them."""
+def test_a_selection_is_exported(list_page: Any, pages: Pages, tmp_path: Path) -> None:
+    """It is kept over pages, for these pairs."""
     page = list_page
     page.click("text=Odd ones out")
     page.wait_for_url("**/odd-*.html")
@@ -314,10 +290,10 @@ def test_exporting_a_selection_and_training_without_it(
     )
     page.click("text=Near-duplicates")
     page.wait_for_url("**/duplicates.html")
-    assert selected(page) == 5  # kept over pages, for these pairs
-    kept = page.evaluate("Object.keys(sessionStorage)")
+    assert selected(page) == 5
+    stored = page.evaluate("Object.keys(sessionStorage)")
     name = f"protoclip-selection of emoji.parquet, {pages.explorers[0].pairs.key[:16]}"
-    assert sorted(kept) == [name, f"{name}, by the map"]
+    assert sorted(stored) == [name, f"{name}, by the map"]
     files = {}
     for form in ("csv", "json"):
         with page.expect_download() as waiting:
@@ -325,17 +301,7 @@ def test_exporting_a_selection_and_training_without_it(
         files[form] = tmp_path / f"selection.{form}"
         waiting.value.save_as(files[form])
     assert json.loads(files["json"].read_text(encoding="utf-8")) == ids
-    config = tiny_config(str(table), out=str(tmp_path / "run"))
-    config = replace(
-        config,
-        data=replace(config.data, without=str(files["csv"]), validation=0.0),
-        run=replace(config.run, evaluate=False),
-        episodes=replace(config.episodes, size=32, count=1, warm_up=1, locked_image=0),
-    )
-    assert train(config)["steps"] == 2
-    left = set(sources.pairs(config).sample_ids())
-    assert not left & set(ids)
-    assert len(left) == len(pages.explorers[0].pairs) - 5
+    assert read_ids("without", str(files["csv"])).ids == set(ids)
 
 
 def test_pages_as_files_work_on_any_web_server_and_from_a_folder(

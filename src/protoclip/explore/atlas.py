@@ -449,8 +449,8 @@ def share_moved_by_seed(
 ) -> float:
     """The share of pairs whose group changes if K-means has another seed, in [0, 1]."""
     head = None if heads is None else heads[modality]
-    again, _ = cluster_rows(getattr(features, modality), head, number=atlas.number, seed=1)
-    return float(find_changes(atlas.prototype[modality], again.numpy(), atlas.number).mean())
+    groups, _ = cluster_rows(getattr(features, modality), head, number=atlas.number, seed=1)
+    return float(find_changes(atlas.prototype[modality], groups.numpy(), atlas.number).mean())
 
 
 def find_changes(before: Array, after: Array, number: int) -> Array:

@@ -383,11 +383,11 @@ class Site:
         listed = np.flatnonzero(atlas.duplicate_likeness >= least)
         part, pages = take_page(listed, page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
-        again = find_repeats(atlas.duplicates[listed].tolist())  # on all pages
+        repeats = find_repeats(atlas.duplicates[listed].tolist())  # on all pages
         rows = []
         for value, both in zip(atlas.duplicate_likeness[part].tolist(), twins, strict=True):
             cards = [self.card(at, others=self.explorer.pairs_of_image(at)) for at in both]
-            rows.append((value, [replace(c, is_again=c.position in again) for c in cards]))
+            rows.append((value, [replace(c, is_again=c.position in repeats) for c in cards]))
         return self.render(
             "duplicates.html",
             "Near-duplicates",

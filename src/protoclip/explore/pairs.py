@@ -88,10 +88,10 @@ class ExploredPairs(PairsView):
             key = str(source.image_key(number))
             by_place.append(key)
             if source.image_file(number) is None:
-                known = (
-                    content[position] if content is not None else hash_bytes(source.encoded(number))
-                )
-                key = str(known)
+                if content is None:
+                    key = str(hash_bytes(source.encoded(number)))
+                else:
+                    key = str(content[position])
             by_content.append(key)
         for keys in (by_content, by_place):
             _, first, images, counts = np.unique(

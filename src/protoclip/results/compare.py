@@ -72,16 +72,16 @@ def compare_runs(
     for model, run in zip(models, runs, strict=True):
         groups.setdefault(model, {})[run.seed] = run
     reference = next(iter(groups.values()), {})
-    read, entries = make_reader(refuse=False), []
+    reader, entries = make_reader(refuse=False), []
     for name, by_seed in groups.items():
         members = [*by_seed.values()]
-        ends, metrics = compute_intervals(members, read), dict[str, Any]()
+        ends, metrics = compute_intervals(members, reader), dict[str, Any]()
         for key in members[0].metrics:
             if not all(key in run.metrics for run in members):
                 continue
             metrics[key] = summarize([run.metrics[key] for run in members]) | ends.get(key, {})
             if by_seed is not reference and any(key in run.metrics for run in reference.values()):
-                metrics[key]["difference"] = compare_metric(key, reference, by_seed, read)
+                metrics[key]["difference"] = compare_metric(key, reference, by_seed, reader)
         entries.append(
             {
                 "name": name,

@@ -3,6 +3,7 @@
 `looks.py` shows what lies where, and the measures are in `evaluation/grouping.py`.
 """
 
+import base64
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,7 @@ from protoclip.results.table import Cell, Row, Table
 from protoclip.terminal import say
 from protoclip.training.plan import choose_few
 
+THUMBNAIL = 96  # pixels
 PAIRS_PER_GROUP = 5  # at least, in the mean
 FEW = 100  # pairs; with fewer a note says that numbers say little
 HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
@@ -98,6 +100,11 @@ class Examples:
         """The images, as an encoder takes them."""
         table = pa.table({"image": pa.array(self.images, pa.large_binary())})
         return ImageTextPairs(table, name=self.name, caption_columns=())
+
+    def make_data_uri(self, row: int) -> str:
+        """A small image, as a page holds it."""
+        encoded = base64.b64encode(make_thumbnail(self.images[row], THUMBNAIL)).decode()
+        return f"data:image/webp;base64,{encoded}"
 
     def measure_grouping(
         self, rows: dict[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
@@ -198,9 +205,9 @@ def draw_examples(
             return error
 
     with ThreadPoolExecutor() as pool:
-        drawn = list(pool.map(read_sample, items))
-    good = {number: one for number, one in enumerate(drawn) if isinstance(one, Sample)}
-    bad = [str(one) for one in drawn if isinstance(one, BadSample)]
+        outcomes = list(pool.map(read_sample, items))
+    good = {number: one for number, one in enumerate(outcomes) if isinstance(one, Sample)}
+    bad = [str(one) for one in outcomes if isinstance(one, BadSample)]
     rows = [items[number] for number in good]
     return Examples(
         name=source.name,

@@ -313,10 +313,9 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Right and wrong answers of one direction, and the share of right ones."""
+    """Right and then wrong answers of one direction, and the share of right ones among all."""
 
-    right: Sequence[Answer]
-    wrong: Sequence[Answer]
+    answers: Sequence[Answer]
     share: float
 
 
@@ -351,23 +350,22 @@ def retrieve(
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
         # Equal similarities count against the model, as in the recalls.
         ranks = ((scores >= best) & ~right).sum(dim=1) + 1
-        shown: dict[bool, list[Answer]] = {True: [], False: []}
-        for query in np.random.default_rng(seed).permutation(len(scores)).tolist():
-            if len(some := shown[bool(ranks[query] == 1)]) < QUERIES:
-                row = pairs.rows[query] if asks_image else None
-                some.append(
-                    Answer(
-                        row=row,
-                        caption=questions[query] if row is None else captions[row],
-                        rank=int(ranks[query]),
-                        answers=[
-                            (questions[n] if asks_image else pairs.rows[n], bool(right[query, n]))
-                            for n in best_first(scores[query])[:ANSWERS]
-                        ],
-                    )
-                )
-        share = float((ranks == 1).double().mean())
-        by_direction[way] = Retrieval(right=shown[True], wrong=shown[False], share=share)
+        order = np.random.default_rng(seed).permutation(len(scores))
+        is_right = (ranks == 1).numpy()
+        answers = []
+        for query in [*order[is_right[order]][:QUERIES], *order[~is_right[order]][:QUERIES]]:
+            row = pairs.rows[query] if asks_image else None
+            answer = Answer(
+                row=row,
+                caption=questions[query] if row is None else captions[row],
+                rank=int(ranks[query]),
+                answers=[
+                    (questions[n] if asks_image else pairs.rows[n], bool(right[query, n]))
+                    for n in best_first(scores[query])[:ANSWERS]
+                ],
+            )
+            answers.append(answer)
+        by_direction[way] = Retrieval(answers=answers, share=float(is_right.mean()))
     return by_direction
 
 

@@ -1,13 +1,11 @@
 """The report of runs as one page: gathers its values, and renders `report.html.j2`."""
 
-import base64
 import shlex
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from protoclip.models import saved
 from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in
-from protoclip.results.examples import Examples, make_thumbnail, open_examples
+from protoclip.results.examples import Examples, open_examples
 from protoclip.results.figures import COLOURS, dashes, draw_lines, draw_map
 from protoclip.results.looks import Look
 from protoclip.results.read import RunFolder, read_runs
@@ -47,7 +45,6 @@ from protoclip.training.run_folder import flat, named_by, positives_of, to_toml
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a name
 FEW = 10  # bad samples that are named
-THUMBNAIL = 96  # pixels
 TOTAL, SINGLE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 
 # The charts: heading, then title and metric. `*` takes every metric that begins so, and its title
@@ -133,13 +130,11 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run's look at examples, or the `problem` why there is none; `image` gives the image of an
-    example as a data URI, by row."""
+    """A run's look at examples, or the `problem` why there is none."""
 
     run: RunFolder
     problem: str = ""
     look: Look | None = None
-    image: Callable[[int], str] = str
     maps: Sequence[Chart] = ()
 
 
@@ -359,8 +354,7 @@ def show_models(
         if run.model not in chosen or (run.checkpoints and not chosen[run.model].checkpoints):
             chosen[run.model] = run
     progress, started, shown = Progress("report", len(chosen)), time.monotonic(), []
-    # Runs on the same data share their examples and the images.
-    opened: dict[str, tuple[Examples, Callable[[int], str]]] = {}
+    opened: dict[str, Examples] = {}  # which runs on the same data share
     for done, run in enumerate(chosen.values()):
         progress.update(done, run.label)
         try:
@@ -368,11 +362,9 @@ def show_models(
                 raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
             key = examples_key(run)
             if key not in opened:
-                examples = open_examples(run, samples, allow_training=True)
-                opened[key] = examples, make_images(examples)
-            examples, image = opened[key]
-            look = looks.look_at(run, examples, seed=seed, device=device)
-            view = RunView(run=run, look=look, image=image, maps=draw_maps(look, run.label))
+                opened[key] = open_examples(run, samples, allow_training=True)
+            look = looks.look_at(run, opened[key], seed=seed, device=device)
+            view = RunView(run=run, look=look, maps=draw_maps(look, run.label))
         except (ValueError, OSError, RuntimeError) as error:
             view = RunView(run=run, problem=shorten(str(error), 400))
         shown.append(view)
@@ -387,15 +379,6 @@ def examples_key(run: RunFolder) -> str:
     few = config.run.overfit and (config.run.overfit, config.run.seed)
     trained_on = [saved.facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
     return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
-
-
-def make_images(examples: Examples) -> Callable[[int], str]:
-    @cache
-    def make_data_uri(row: int) -> str:
-        encoded = base64.b64encode(make_thumbnail(examples.images[row], THUMBNAIL)).decode()
-        return f"data:image/webp;base64,{encoded}"
-
-    return make_data_uri
 
 
 def draw_maps(look: Look, label: str) -> list[Chart]:
@@ -448,8 +431,8 @@ def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
     usual, empty = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
     # Versions up to 1.0.0 left the source of prototypes open.
     settings = [{**run.settings, "prototypes.source": run.config.prototype_source} for run in runs]
-    keys = sorted({key for each in settings for key in each} - set(NAMES_OF_RUN))
-    rows = {key: [each.get(key) for each in settings] for key in keys}
+    keys = sorted({key for values in settings for key in values} - set(NAMES_OF_RUN))
+    rows = {key: [values.get(key) for values in settings] for key in keys}
     differ = {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
     filled = {key for key, value in usual.items() if empty.get(key) in OPEN and value not in OPEN}
     filled.add("teacher.tower")  # the default run has no teacher
@@ -464,20 +447,9 @@ def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
 def list_commands(runs: Sequence[RunFolder]) -> list[str]:
     """Commands that train the runs again, compare them, and measure their grouping."""
     again = [
-        f"{find_launcher(run)} {run.command} --config "
-        f"{shlex.quote(str(run.folder / 'config.toml'))} --run.out FOLDER"
-        + " --run.sync none"
-        * ("run.sync" in run.settings)  # it holds this run
+        f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
+        "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
         for run in runs
     ]
     folders = shlex.join(str(run.folder) for run in runs)
     return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]
-
-
-def find_launcher(run: RunFolder) -> str:
-    """What to type before a run's command: with several ranks torchrun, on each of its hosts."""
-    hosts, ranks = (int(run.environment.get(name, 1)) for name in ("hosts", "ranks"))
-    if ranks == 1:
-        return "protoclip"
-    nodes = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " * (hosts > 1)
-    return f"torchrun {nodes}--nproc-per-node {ranks // hosts} -m protoclip"

@@ -202,11 +202,11 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
 
 def find_best_mean(values: Sequence[Mapping[str, Any] | None]) -> float | None:
     """The highest mean of a metric; None if all are equal, or if the test samples differ."""
-    known = [value for value in values if value is not None]
-    means = [value["mean"] for value in known]
+    entries = [value for value in values if value is not None]
+    means = [value["mean"] for value in entries]
     # Only a value of the first model says whether the others have the same samples.
     is_comparable = values[0] is not None or len(means) < 2
-    others = any(value.get("difference", {}).get("other_samples", False) for value in known)
+    others = any(value.get("difference", {}).get("other_samples", False) for value in entries)
     if not is_comparable or others or max(means) == min(means):
         return None
     return float(max(means))

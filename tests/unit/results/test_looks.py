@@ -55,13 +55,13 @@ def test_retrieval_examples_are_right_or_wrong_by_group():
     )
     to_text = found["image to text"]
     assert to_text.share == pytest.approx(0.6)
-    assert sorted(shown.row for shown in to_text.right) == [0, 1, 2]
-    assert sorted(shown.row for shown in to_text.wrong) == [3, 4]
-    by_row = {shown.row: shown for shown in (*to_text.right, *to_text.wrong)}
+    assert sorted(shown.row for shown in to_text.answers[:3]) == [0, 1, 2]
+    assert sorted(shown.row for shown in to_text.answers[3:]) == [3, 4]
+    by_row = {shown.row: shown for shown in to_text.answers}
     assert by_row[0].answers[0] == ("b", True)
     assert by_row[3].answers[0] == ("e", False)
     assert by_row[3].rank == 5  # equal similarities count against the model
-    to_image = {shown.caption: shown for shown in found["text to image"].right}
+    to_image = {shown.caption: shown for shown in found["text to image"].answers[:3]}
     assert sorted(to_image) == ["a", "b", "c"]
     assert to_image["a"].answers[0] == (1, True)
 
@@ -72,9 +72,9 @@ def test_an_image_of_several_rows_is_one_query_and_one_answer():
     found = retrieve(images, texts, captions=[*"abcde"], content=[*"ppqqr"], seed=0)
     shares = {way: shown.share for way, shown in found.items()}
     assert shares == {"image to text": 1.0, "text to image": pytest.approx(0.8)}
-    queries = [shown.row for shown in found["image to text"].right]
+    queries = [shown.row for shown in found["image to text"].answers]
     assert sorted(queries) == [0, 2, 4]
-    (wrong,) = found["text to image"].wrong
+    wrong = found["text to image"].answers[-1]
     assert (wrong.caption, len(wrong.answers)) == ("d", 3)
 
 

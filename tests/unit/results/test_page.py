@@ -215,19 +215,3 @@ def test_an_aligned_run_began_in_closed_form_and_lists_no_bad_pairs(runs, tmp_pa
     assert page.sections["maps"].count("Before training: gap") == 1
     assert "No run lists a sample that it left out. aligned : align" in page.sections["data"]
     assert f"protoclip align --config {folder}/config.toml" in page.sections["environment"]
-
-
-def test_the_page_is_made_for_everyone(two):
-    """Language, landmarks, captions and scopes of tables, descriptions of figures, one heading."""
-    page = two
-    assert ("html", {"lang": "en"}) in page.tags
-    assert [page.count(tag) for tag in ("main", "nav", "header", "footer", "h1")] == [1] * 5
-    assert page.count("table") == page.count("caption") >= 8
-    assert all(of.get("scope") in ("col", "row") for tag, of in page.tags if tag == "th")
-    described = [of for tag, of in page.tags if of.get("role") in ("img", "region")]
-    assert described
-    assert all(of["aria-label"] for of in described)
-    assert all(of.get("aria-hidden") == "true" for tag, of in page.tags if tag == "svg")
-    links = [of["href"][1:] for tag, of in page.tags if tag == "a"]
-    assert links[0] == "results"
-    assert {*links} == {of["id"] for tag, of in page.tags if tag == "section"}
