@@ -38,7 +38,7 @@ from torch import Tensor
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler
-from protoclip.data.view import AllBut
+from protoclip.data.sources import AllBut
 from protoclip.encode.encoder import image_side
 from protoclip.encode.rows import PairRows, open_listing, write_listing
 from protoclip.encode.run import encode_missing, read_image

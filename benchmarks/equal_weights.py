@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.tools import pack
 from testing import tiny_pairs
 from tiny_hugging_face import save_bert
 

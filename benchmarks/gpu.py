@@ -498,7 +498,7 @@ def pinned(machine: Machine) -> Iterator[Row]:
     """Batches by way of pinned memory, which are all under way at once, against the CPU's."""
     with tempfile.TemporaryDirectory() as folder:
         config = tiny(folder, machine)
-    samples = sources.pairs(config)
+    samples = sources.open_samples(config)
     built = loading.model(config.model, seed=0)
     episode = sampler.episodes(config, samples)(0)
 

@@ -26,8 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.data import split
-from protoclip.data.content import content
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs, content
 from protoclip.data.split import PAGE, SHARE, hold_out_rows
 from protoclip.evaluation.validation import probe_rows
 
@@ -48,7 +47,7 @@ class Simulated(ImageTextPairs):
         sizes: np.ndarray[Any, np.dtype[np.int32]] = self.table.column("stored").to_numpy()
         return sizes
 
-    def encoded(self, row: int, part: slice | None = None) -> bytes:
+    def read_encoded(self, row: int, part: slice | None = None) -> bytes:
         size = PAGE if part is None else part.stop - part.start  # all of it would only take longer
         self.read["pages" if part else "images"] += 1
         return self.copies.get(row, row).to_bytes(8, "little") * (size // 8)

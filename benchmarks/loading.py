@@ -43,12 +43,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from protoclip.data.access import read_file
-from protoclip.data.decode import MemoryCache, crop, decode_crop
+from protoclip.data.decode import MemoryCache, decode_crop
 from protoclip.data.loader import EpisodeLoader
-from protoclip.data.pack import convert_image
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.sampler import Episode
-from protoclip.data.stream import ShardStream
+from protoclip.data.shards import ShardStream
+from protoclip.data.tools import convert_image
 from protoclip.data.transforms import TrainingTransform, clip_transform, light_transform
 from protoclip.progress import Progress
 from protoclip.training import run_folder
@@ -112,16 +112,20 @@ def theirs(paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> Non
 
 
 def ours(
-    paths: list[Path], transform: TrainingTransform, *, finish: bool = True, **settings: object
+    paths: list[Path],
+    transform: TrainingTransform,
+    *,
+    finish: bool = True,
+    memory: MemoryCache | None = None,
 ) -> None:
-    """`settings` are those of `crop`."""
+    crop = memory.crop if memory else decode_crop
     for first in range(0, len(paths), BATCH):
         batch = paths[first : first + BATCH]
         draws = torch.rand(len(batch), transform.num_draws)
         crops = []
         for path, drawn in zip(batch, draws.numpy(), strict=True):
             box = partial(transform.box, draws=drawn)
-            crops.append(crop(path.read_bytes(), box, SIZE, max_pixels=10**8, **settings))  # type: ignore[arg-type]
+            crops.append(crop(path.read_bytes(), box, SIZE, max_pixels=10**8))
         images = torch.from_numpy(np.stack(crops))
         if finish:
             transform.finish(images, draws)
@@ -206,7 +210,7 @@ def decoded(images: Callable[[], Iterator[bytes]]) -> None:
     transform = OURS["clip"]
     for data in images():
         draws = torch.rand(1, transform.num_draws).numpy()[0]
-        crop(data, partial(transform.box, draws=draws), SIZE, max_pixels=10**8)
+        decode_crop(data, partial(transform.box, draws=draws), SIZE, max_pixels=10**8)
 
 
 def compare_stores(count: int, repeats: int) -> None:
@@ -296,7 +300,7 @@ def main() -> None:
         variants: dict[str, dict[str, object]] = {
             "protoclip, finished on the same core": {},
             "protoclip, the workers' part (an accelerator finishes)": {"finish": False},
-            "the workers' part, images kept in memory": {"finish": False, "cache": memory},
+            "the workers' part, images kept in memory": {"finish": False, "memory": memory},
         }
         arms: dict[tuple[str, str], tuple[Callable[[], None], int]] = {}
         for name, transform in OURS.items():

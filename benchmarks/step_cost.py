@@ -122,7 +122,7 @@ def synthetic(config: Config, device: torch.device) -> Callable[..., Iterator[Ba
 def timed_batches() -> Iterator[list[float]]:
     """How long each batch is waited for, which this process reads or its workers do."""
     seconds: list[float] = []
-    items_of = loader.items_of
+    items_of = loader.iterate_items
 
     def timed(batches: Any) -> Iterator[Any]:
         items = items_of(batches)
@@ -135,11 +135,11 @@ def timed_batches() -> Iterator[list[float]]:
             seconds.append(time.perf_counter() - started)
             yield item
 
-    loader.items_of = timed  # type: ignore[assignment]
+    loader.iterate_items = timed  # type: ignore[assignment]
     try:
         yield seconds
     finally:
-        loader.items_of = items_of
+        loader.iterate_items = items_of
 
 
 def episode_seconds(
@@ -243,7 +243,7 @@ def measure(case: str, repeats: int, workers: int | None) -> list[str]:
             for name, config in configs.items()
         }
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in configs}
-    samples = sources.pairs(configs["CLIP"])
+    samples = sources.open_samples(configs["CLIP"])
     progress = Progress(f"benchmark: step cost, {case}", repeats * len(configs))
     for repeat in range(repeats):
         for number, (name, config) in enumerate(configs.items()):

@@ -16,7 +16,7 @@ import torch
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import Sample
 from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
-from protoclip.data.stream import ShardStream
+from protoclip.data.shards import ShardStream
 from protoclip.data.transforms import EvaluationTransform
 
 EPISODE, BATCH, SHARD = 131_072, 4096, 10_000

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from interrupting import MEASURED
-from protoclip.data.index import ArrowIndex, read_table
+from protoclip.data.tables import ArrowIndex, read_table
 from protoclip.models.saved import checkpoints, damage
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.tools import pack
 from protoclip.models import loading
 from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.training.plan import Plan, encode_pairs, make_plan, resolve_settings

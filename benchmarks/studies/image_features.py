@@ -46,7 +46,7 @@ def network(weights: Path) -> nn.Module:
 
 def batches(pairs: Pairs, transform: Any, rows: list[int]) -> Iterator[torch.Tensor]:
     for first in range(0, len(rows), BATCH):
-        encoded = (pairs.encoded(row) for row in rows[first : first + BATCH])
+        encoded = (pairs.read_encoded(row) for row in rows[first : first + BATCH])
         images = (Image.open(io.BytesIO(image)).convert("RGB") for image in encoded)
         yield torch.stack([transform(image) for image in images])
 
@@ -61,9 +61,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_flush_denormal(True)
     data = {"train": given.captions, "root": given.root} if given.captions else {}
-    pairs = sources.pairs(Config.from_dict({"data": {k: v for k, v in data.items() if v}}))
+    pairs = sources.open_samples(Config.from_dict({"data": {k: v for k, v in data.items() if v}}))
     assert isinstance(pairs, Pairs)
-    keys = [checksum(pairs.encoded(row)) for row in range(len(pairs))]
+    keys = [checksum(pairs.read_encoded(row)) for row in range(len(pairs))]
     row_of = dict(zip(keys, range(len(pairs)), strict=True))  # one of each different image
     model = network(given.weights)
     shape = {"input_size": (3, given.size, given.size), "crop_pct": 1.0}

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data import sources
-from protoclip.data.access import digest
-from protoclip.data.index import cache_folder
+from protoclip.data.access import cache_folder, digest
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.view import PairsView
+from protoclip.data.sources import PairsView
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
@@ -180,7 +179,7 @@ def held_out(config: Config, split: str) -> EvaluationData:
     """
     if config.data.is_emoji:
         return datasets.emoji()
-    data = split_validation(config, sources.pairs(config)).data[0]
+    data = split_validation(config, sources.open_samples(config)).data[0]
     whole = data.splits["validation"]
     images = whole.images
     assert isinstance(images, PairsView)

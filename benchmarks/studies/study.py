@@ -395,7 +395,7 @@ def displaced(
             turn = torch.linalg.qr(torch.randn(joint, joint, generator=generator))[0]
             towers.text_projection.copy_(towers.text_projection @ turn)
         if shift:
-            samples = sources.pairs(config)
+            samples = sources.open_samples(config)
             assert isinstance(samples, Pairs)
             rows = range(min(256, len(samples)))
             tokens = loading.tokenizer(resolved)([samples.sample_captions(row)[0] for row in rows])

@@ -143,7 +143,7 @@ def test_an_image_finds_itself(phone: Any, pages: Pages) -> None:
     phone.fill("input[name=text]", "a red square")
     phone.wait_for_url("**/search.html?text=a+red+square")
     phone.set_input_files(
-        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.encoded(7)}
+        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.read_encoded(7)}
     )
     phone.wait_for_selector("main:has-text('Nearest to your image by')")
     assert phone.input_value("input[name=text]") == ""

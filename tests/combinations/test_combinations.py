@@ -33,7 +33,7 @@ from torch import Tensor
 import interrupting
 from interrupting import few_emoji, relative_difference, with_changes
 from protoclip.config import Config, ModelConfig, SourceConfig
-from protoclip.data import pack, sources
+from protoclip.data import sources, tools
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
@@ -205,7 +205,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             names = f"{source}/{image.name},{row['caption'][0]}"  # the others have two captions
             lines.append(f"{names},{row['sample_id']},{row['kind']}")
         (top / f"{source}.csv").write_text("\n".join(lines) + "\n")
-        pack.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
+        tools.pack(ImageTextPairs(table, name=source), top / f"{source}-tar", samples_per_shard=8)
     guard = (top / "b.csv").read_text().splitlines()[:9]
     (top / "guard.csv").write_text("\n".join(guard) + "\n")
     return top
@@ -330,7 +330,7 @@ def teacher_files(config: Config, row: Row, data: Path) -> dict[str, Path]:
 
 def write_teacher(config: Config, path: Path, *, seed: int) -> None:
     """Features that follow from a sample's id, of all samples but every seventh."""
-    samples = sources.pairs(config)
+    samples = sources.open_samples(config)
     if isinstance(samples, Pairs):
         ids = list(samples.sample_ids())
     else:

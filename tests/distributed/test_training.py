@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from interrupting import quick_config, relative_difference, stop_after, with_changes, with_out
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, ParallelConfig
 from protoclip.data.loader import Batch
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.sampler import Episode
-from protoclip.data.stream import ShardStream
+from protoclip.data.shards import ShardStream
+from protoclip.data.tools import pack
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.parallel import distribute, reach_everything
 from protoclip.encode.store import hash_ids

@@ -10,7 +10,7 @@ import pytest
 
 from interrupting import QUEUE, config_for, stop_after, with_changes, with_out
 from protoclip.config import Config
-from protoclip.data import pack
+from protoclip.data import tools
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.training import run
 from testing import tiny_config, tiny_pairs
@@ -42,7 +42,7 @@ def tiny_run(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny pairs as three tar shards."""
     folder = tmp_path_factory.mktemp("shards")
-    pack.pack(ImageTextPairs(tiny_pairs(), name="tiny"), folder, samples_per_shard=32)
+    tools.pack(ImageTextPairs(tiny_pairs(), name="tiny"), folder, samples_per_shard=32)
     return str(folder)
 
 

@@ -186,7 +186,7 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
     results = align(changed(given, tmp_path / "run", run={"evaluate_every": 1}))
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(choose_before_data("align", given).given)
-    (data,) = split_validation(settings, sources.pairs(settings)).data
+    (data,) = split_validation(settings, sources.open_samples(settings)).data
     encoder = evaluated.Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
     whole = evaluate_run(encoder, data=data, split="validation", show=False)
     assert {k for k in results["metrics"] if "retrieval" in k}

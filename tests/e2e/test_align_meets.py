@@ -348,7 +348,7 @@ def test_only_copies_are_near_duplicates_where_shapes_lie_elsewhere(given, tmp_p
     rows += [rows[3], {"image": buffer.getvalue(), "caption": "equal pixels in another file"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shapes.parquet")
     pairs = explore_pairs(
-        sources_of.pairs(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet")))
+        sources_of.open_samples(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet")))
     )
     settings = {"device": torch.device("cpu"), "workers": 0}
     found = open_explorer(str(tmp_path / "run"), pairs, **settings).atlas

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs, Sample
+from protoclip.data.tools import pack
 from protoclip.encode import rows
 from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
@@ -94,7 +94,7 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
     for name, row in indexed.items():
         np.testing.assert_allclose(stream[name], row, atol=2e-3, rtol=2e-3)
     with monkeypatch.context() as patch:
-        patch.setattr("protoclip.data.stream.read_shard", None)
+        patch.setattr("protoclip.data.shards.read_shard", None)
         assert by_id(plain) == stream
         patch.setattr(streamed, "WAIT", 0.0)
         with ExitStack() as stack:  # reading disturbs nobody, and nobody it

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.cli import main
-from protoclip.data import pack
+from protoclip.data import tools
 from protoclip.data.pairs import ImageTextPairs
 from testing import tiny_pairs
 
@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(json.dumps({"file_name": f"{row}.png", "text": caption}))
     (root / "pairs.tsv").write_text("\n".join(tsv) + "\n", encoding="utf-8")
     (root / "imagefolder" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    pack.pack(ImageTextPairs(table, name="tiny"), root / "shards", samples_per_shard=NUMBER // 3)
+    tools.pack(ImageTextPairs(table, name="tiny"), root / "shards", samples_per_shard=NUMBER // 3)
     # As Hugging Face `datasets` stores an image column.
     structs = [{"bytes": image, "path": None} for image in images]
     stored = pa.table({"image": structs, "caption": captions})

@@ -167,7 +167,7 @@ def test_images_without_captions_are_embedded(tiny_run, tmp_path, capsys):
     been opened for training. Other captions in the folder are noticed."""
     images, out = tmp_path / "images", tmp_path / "vectors.parquet"
     names = images_alone(images)
-    trained = sources.pairs(Config(data=DataConfig(train=str(images))))
+    trained = sources.open_samples(Config(data=DataConfig(train=str(images))))
     assert [*trained.sample_ids()] == ["b/3"]
     protoclip.embed(tiny_run, images, out)
     rows = pq.read_table(out)
@@ -178,7 +178,7 @@ def test_images_without_captions_are_embedded(tiny_run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "note: 5 of 6 images have no caption; their captions and text_vectors are null\n" in said
     assert "left out" not in said
-    trained = sources.pairs(Config(data=DataConfig(train=str(images))))
+    trained = sources.open_samples(Config(data=DataConfig(train=str(images))))
     assert [*trained.sample_ids()] == ["b/3"]
 
 
@@ -191,7 +191,7 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
     out = protoclip.embed(tiny_run, table, tmp_path / "vectors.parquet")
     assert by_image(out) == dict.fromkeys((Path(name).name for name in names), (True, None))
     with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
-        sources.pairs(Config(data=DataConfig(train=str(table))))
+        sources.open_samples(Config(data=DataConfig(train=str(table))))
     with pytest.raises(
         ValueError, match="no column with captions; write ,caption_column=NAME behind it"
     ):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
 from protoclip.config import Config
-from protoclip.data.loader import items_of
+from protoclip.data.loader import iterate_items
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.encode import store
@@ -309,7 +309,7 @@ def test_workers_of_a_killed_process_end_though_they_have_something_to_write():
     """An item fills the pipe, and nobody reads the second one."""
 
     def be_killed() -> None:
-        items = items_of(DataLoader([bytes(1 << 20)] * 8, batch_size=None, num_workers=2))
+        items = iterate_items(DataLoader([bytes(1 << 20)] * 8, batch_size=None, num_workers=2))
         next(items)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -244,7 +244,7 @@ def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_p
         assert told == (name == "others")
         config = config_for(folder, tmp_path / "new", validation=runs[name])
         config = with_changes(config, {"run": {"guard": [str(tmp_path / "held")]}})
-        divided = split_validation(config, sources.pairs(config))
+        divided = split_validation(config, sources.open_samples(config))
         notes = note_trained_guards(
             config, validation.open_guards(config, divided.data), divided.training
         )
@@ -253,7 +253,7 @@ def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_p
 
 def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
     """The captions that judge a run, those that it trains on, and what it is told."""
-    training, data, notes = split_validation(config, sources.pairs(config))
+    training, data, notes = split_validation(config, sources.open_samples(config))
     assert isinstance(training, Pairs)
     rows = range(len(training))
     captions = {text for row in rows for text in training.sample_captions(row)}

@@ -13,10 +13,10 @@ import pytest
 
 import protoclip
 from protoclip.config import Config
-from protoclip.data.index import ROWS, ArrowIndex, build_index
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import SET_ROWS
 from protoclip.data.split import hold_out_rows
+from protoclip.data.tables import ROWS, ArrowIndex, build_index
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
 from protoclip.evaluation.features import Listed, read_list, write_list

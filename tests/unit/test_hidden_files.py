@@ -8,7 +8,7 @@ import pytest
 
 from protoclip.config import Config, DataConfig, RunConfig
 from protoclip.data import sources
-from protoclip.data.pack import pack
+from protoclip.data.tools import pack
 from protoclip.encode import teachers
 from protoclip.export.run import stage_folder
 from protoclip.training.plan import resolve_settings
@@ -20,7 +20,9 @@ USERS = (".model.2025-backup/w.bin", ".git/sub/.a.tmp", ".git/.b.99.tmp", ".mine
 
 def packed(out: Path) -> None:
     pq.write_table(tiny_pairs(8), out.parent / "pairs.parquet")
-    pack(sources.pairs(Config(data=DataConfig(train=str(out.parent / "pairs.parquet")))), out)
+    pack(
+        sources.open_samples(Config(data=DataConfig(train=str(out.parent / "pairs.parquet")))), out
+    )
 
 
 def run(out: Path) -> None:

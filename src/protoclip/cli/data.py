@@ -1,6 +1,6 @@
 """`protoclip data inspect`, `data pack` and `data index`: their options, and what they print.
 
-The work is done in `data/inspect.py`, `data/pack.py` and, for an index, `data/sources.py`.
+The work is done in `data/tools.py` and, for an index, `data/sources.py`.
 """
 
 import runpy
@@ -37,8 +37,8 @@ class Inspect(Recipes, JsonOption):
         data = data_of(self.source, self.data)
         require_model("model.start", self.model.start)
         with quick_imports():
-            from protoclip.data.inspect import inspect, show
             from protoclip.data.tables import describe_bad_lines
+            from protoclip.data.tools import inspect, show
 
         count_tokens, context_length = tokens_of(self.model)
         pairs, notes = open_source(data)
@@ -76,7 +76,7 @@ class Pack(Recipes):
     def __call__(self) -> None:
         data = data_of(self.source, self.data)
         require_place("out", self.out, is_folder=True)
-        from protoclip.data.pack import pack
+        from protoclip.data.tools import pack
 
         pairs = open_indexed(data, "end to pack")
         if data.class_column:
@@ -157,7 +157,7 @@ def open_source(
 
     config = Config(data=replace(data, max_bad_share=max_bad_share), run=RunConfig(seed=seed))
     check(config)
-    samples = sources.pairs(config)
+    samples = sources.open_samples(config)
     return samples, sources.list_notes(samples)
 
 

@@ -132,7 +132,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         device: "torch.device",
     ) -> "list[Result]":
         """The results of one model on all data sets."""
-        from protoclip.data.index import cache_folder
+        from protoclip.data.access import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed.collectives import raise_on_all_ranks
         from protoclip.evaluation import suite

@@ -43,7 +43,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
         require_data_paths(data)
         with quick_imports():
             from protoclip.cli.data import open_source, print_notes
-            from protoclip.data.index import cache_folder
+            from protoclip.data.access import cache_folder
             from protoclip.evaluation.match import match
 
         device = open_device(self.device)

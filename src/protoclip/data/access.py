@@ -3,6 +3,7 @@
 Tables and recipes may come from a stranger. URLs are checked against a list of protocols, local
 paths in a table must lie below its root, a table's images are not fetched from the web, only
 regular files are opened, and everything remote has a time limit. `docs/security.md` has the rules.
+The folder of the cache is named here, too.
 """
 
 import hashlib
@@ -11,16 +12,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from threading import Thread
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import httpx2 as httpx
@@ -62,6 +60,23 @@ def is_web(path: str) -> bool:
     return path.partition("://")[0].lower() in WEB and is_url(path)
 
 
+def cache_folder() -> Path:
+    """`$PROTOCLIP_CACHE`, or `protoclip` in the user's cache folder."""
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PROTOCLIP_CACHE") or Path(user) / "protoclip")
+
+
+def index_folder() -> Path:
+    return cache_folder() / "index"
+
+
+def explain_unwritable(folder: Path, error: OSError) -> ValueError:
+    """An error for a folder, such as the cache, that cannot be written to."""
+    is_cache = folder.is_relative_to(cache_folder())
+    way_out = "set PROTOCLIP_CACHE to another" if is_cache else "choose another place"
+    return ValueError(f"{folder}: cannot be written ({error.strerror or error}); {way_out}")
+
+
 def join(root: str, name: str) -> str:
     """A name below a folder or URL; an absolute path or URL stays as it is."""
     if not root or is_url(name) or Path(name).is_absolute():
@@ -100,10 +115,10 @@ def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
         return join(root, name)
     real = os.path.realpath(join(root, name))
     folder = os.path.abspath(root)  # noqa: PTH100 (links stay as they are)
-    if _is_below(real, _real(folder)):
+    if real.startswith(f"{_real(folder).rstrip(os.sep)}{os.sep}"):
         return real
     path = os.path.abspath(join(root, name))  # noqa: PTH100
-    if not _is_below(path, folder):
+    if not path.startswith(f"{folder.rstrip(os.sep)}{os.sep}"):
         raise ValueError(
             f"lies outside of {folder}, where the table's paths start; set data.root to the folder "
             "that holds the images (--data.root /)"
@@ -114,10 +129,6 @@ def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
 
 
 _real = lru_cache(16)(os.path.realpath)  # of a root, which every row asks for
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def open_file(location: str) -> io.BufferedReader:
@@ -240,7 +251,15 @@ def fingerprint(path: str) -> str:
     try:
         require_allowed(path)
         if is_url(path):
-            facts = {name: v for name, v in url_facts(path).items() if name.lower() in URL_FACTS}
+            said: Mapping[str, Any]
+            if is_web(path):
+                with WebFile(path) as web:
+                    said = web.headers
+            else:
+                filesystem, place = _store(path)
+                filesystem.invalidate_cache(place)
+                said = within(TOTAL_SECONDS, partial(filesystem.info, place))
+            facts = {name: value for name, value in said.items() if name.lower() in URL_FACTS}
             has_etag = any(name.lower() == "etag" for name in facts)
             return digest({"url": path.partition("?")[0] if has_etag else path, **facts})
         with open_local(path) as file:
@@ -252,17 +271,6 @@ def fingerprint(path: str) -> str:
         raise ValueError(f"{without_secrets(path)}: {reason_of(error)}") from None
     facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends.hex()}
     return digest({**facts, "time": status.st_mtime_ns})
-
-
-def url_facts(url: str) -> Mapping[str, Any]:
-    """What a web server or store says about a file."""
-    if is_web(url):
-        with WebFile(url) as file:
-            return file.headers
-    filesystem, path = _store(url)
-    filesystem.invalidate_cache(path)
-    facts: Mapping[str, Any] = within(TOTAL_SECONDS, partial(filesystem.info, path))
-    return facts
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
@@ -296,8 +304,8 @@ def too_slow(what: str, last: object) -> str:
 def reason_of(error: BaseException) -> str:
     """`first_line`, and what to do where a store's client finds no credentials, or wrong ones."""
     refused = isinstance(error, PermissionError) and error.errno is None  # not by the system
-    reason = first_line(error)
-    return f"{reason}; {KEYS}" if refused or type(error).__name__ in WITHOUT_KEYS else reason
+    refused |= type(error).__name__ in WITHOUT_KEYS
+    return f"{first_line(error)}{f'; {KEYS}' if refused else ''}"
 
 
 def first_line(error: BaseException) -> str:
@@ -308,20 +316,12 @@ def first_line(error: BaseException) -> str:
     return visible(text[:200]) or type(error).__name__
 
 
-def _look_up(host: str) -> None:
-    """Look a host up, for which the web client would wait without a limit."""
-    with suppress(OSError):  # a proxy may know it
-        socket.getaddrinfo(host, None)
-
-
 class WebFile(io.RawIOBase):
     """The bytes behind an `http` or `https` URL, in order.
 
     A request that may succeed later is repeated, and reading continues after a broken connection.
     Raises as `open_file` does, also while reading.
     """
-
-    answered: ClassVar[set[str]] = set()  # hosts that have answered this process
 
     def __init__(self, url: str) -> None:
         headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
@@ -336,7 +336,7 @@ class WebFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.unread = self.unread or self._repeat(self._next)
+        self.unread = self.unread or self._repeat(self._read_chunk)
         data, self.unread = self.unread[: len(buffer)], self.unread[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)
@@ -345,27 +345,22 @@ class WebFile(io.RawIOBase):
         self.client.close()
         super().close()
 
-    def _next(self) -> bytes:
+    def _connect(self) -> httpx.Response:
+        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
+        request = self.client.build_request("GET", self.url, headers=headers)
+        self.response = self.client.send(request, stream=True)
+        self.response.raise_for_status()
+        if self.position and self.response.status_code != httpx.codes.PARTIAL_CONTENT:
+            raise OSError("the connection broke, and the server cannot go on amid a file")
+        self.chunks: Iterator[bytes] = self.response.iter_raw()
+        return self.response
+
+    def _read_chunk(self) -> bytes:
         if self.response is None:
             self._connect()
         chunk = next(self.chunks, b"")
         self.position += len(chunk)
         return chunk
-
-    def _connect(self) -> httpx.Response:
-        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        request = self.client.build_request("GET", self.url, headers=headers)
-        within(CONNECT_SECONDS, partial(_look_up, request.url.host))
-        self.response = self.client.send(request, stream=True)
-        self.answered.add(request.url.host)
-        self.response.raise_for_status()
-        self.chunks: Iterator[bytes] = self.response.iter_raw()
-        skip = self.position if self.response.status_code != 206 else 0
-        while skip > 0:  # the server ignores `Range` and begins again at the start
-            chunk = next(self.chunks)
-            self.chunks = chain([chunk[skip:]] if chunk[skip:] else [], self.chunks)
-            skip -= len(chunk)
-        return self.response
 
     def _repeat(self, action: Callable[[], T]) -> T:
         for number in range(1, TRIES + 1):
@@ -377,11 +372,8 @@ class WebFile(io.RawIOBase):
                     raise FileNotFoundError(f"HTTP {code}") from None
                 reason = f"HTTP {code} {error.response.reason_phrase}"
                 may_pass = code >= 500 or code in (408, 425, 429)
-            except (httpx.TimeoutException, TimeoutError) as error:
-                reason = str(error) if isinstance(error, TimeoutError) else "no answer in time"
-                connects = isinstance(error, httpx.ConnectTimeout | TimeoutError)
-                # A host that has never answered is rather a wrong one.
-                may_pass = not connects or httpx.URL(self.url).host in self.answered
+            except httpx.TimeoutException:
+                reason, may_pass = "no answer in time", True
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 broken = (httpx.NetworkError, httpx.RemoteProtocolError)
                 reason, may_pass = str(error), isinstance(error, broken)

@@ -45,15 +45,15 @@ class CaptionDraw:
     number: int = 1
     sentences: bool = False
 
-    def of(self, captions: Sequence[str], draw: float) -> list[str]:
+    def choose(self, captions: Sequence[str], draw: float) -> list[str]:
         """The captions of one visit, by a draw in [0, 1).
 
         They follow each other from a drawn one on, so each comes equally often; where there are too
         few, they come again in turn.
 
-            >>> CaptionDraw(number=3).of(["a cat", "a pet"], draw=0.7)
+            >>> CaptionDraw(number=3).choose(["a cat", "a pet"], draw=0.7)
             ['a pet', 'a cat', 'a pet']
-            >>> CaptionDraw(sentences=True).of(["It rains. A dog runs!"], draw=0.7)
+            >>> CaptionDraw(sentences=True).choose(["It rains. A dog runs!"], draw=0.7)
             ['A dog runs!']
         """
         position = draw * len(captions)
@@ -79,8 +79,7 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
     asked, batch = config.data.captions, config.episodes.batch_size
     number, beyond = asked if isinstance(asked, int) else 1, ""
     if asked == "all" or number > 1:
-        captions_at: Any = getattr(source, "most_captions", None)  # a stream does not know
-        most = captions_at() if captions_at else None
+        most = source.most_captions()
         if asked == "all" and most is None:
             raise ValueError(
                 f"data.captions: all is not known of {source.name}, a stream; give how many "
@@ -89,7 +88,7 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
         if most == 1:
             return ONE, [f"data.captions = {asked}: one of each image, since none has several"]
         number = min(number, most) if most and asked != "all" else most or number
-        if asked == "all" and number > 2 * (usual := captions_at(USUAL)):
+        if asked == "all" and number > 2 * (usual := source.most_captions(USUAL)):
             number, beyond = usual, f"; images with more, up to {most:,}, bring as many of theirs"
     note = (
         f"data.captions = {asked}: {number} of each image, which makes {batch * number:,} captions "
@@ -134,7 +133,7 @@ def normalise_texts(captions: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     return pc.replace_with_mask(texts, needs_more, pa.array(others, pa.large_binary()))
 
 
-def keys_of(by: tuple[Key, ...], sample: Sample, captions: list[str]) -> list[list[int]]:
+def hash_keys(by: tuple[Key, ...], sample: Sample, captions: list[str]) -> list[list[int]]:
     """The keys of a sample with each of its captions on this visit. An image is known by its bytes,
     which costs a microsecond a kilobyte."""
     columns: list[list[int]] = []

@@ -28,8 +28,6 @@ from torchvision.io import ImageReadMode, decode_jpeg
 Box = tuple[int, int, int, int]
 # Width and height of the upright image -> box.
 ChooseBox = Callable[[int, int], Box]
-# Bytes that are enough to decode all but the largest images.
-ROOM = 256_000_000
 Pixels = UInt8[np.ndarray, "h w 3"]
 Square = UInt8[np.ndarray, "s s 3"]
 
@@ -66,15 +64,13 @@ def reduction(side: int, size: int | float) -> int:
 def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
     """Decode the crop that `box` chooses, and resize it to `size` x `size`.
 
-    A JPEG is only reduced by a factor that divides all four values of the box.
-
-    Raises:
-        ValueError: The bytes are no image, not all of one, or one of more than `max_pixels`.
+    Raises `ValueError` if the bytes are no image, not all of one, or one of more than `max_pixels`.
     """
     image = open_image(encoded, max_pixels=max_pixels)
     orientation = _orientation(image)
     stored = _stored_box(box, image.size, orientation)
     factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
+    # Only a factor that divides all four values of the box keeps its place.
     while any(edge % factor for edge in stored):
         factor //= 2
     return _upright(resize(_read(encoded, image, stored, factor), size, size), orientation)
@@ -100,53 +96,37 @@ def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
 
 
 class MemoryCache:
-    """Images in the memory of this process, three bytes a pixel; when full it keeps what it has."""
+    """Images in the memory of this process, three bytes a pixel; when full it keeps what it has.
+
+    JPEGs so large that their crops are decoded at a fraction of their size are not kept.
+    """
 
     def __init__(self, *, max_bytes: int) -> None:
         self.max_bytes, self.used = max_bytes, 0
         self._images: dict[bytes, Decoded] = {}
 
-    def get(self, key: bytes) -> Decoded | None:
-        return self._images.get(key)
-
-    def put(self, key: bytes, image: Decoded) -> None:
-        if key not in self._images and self.used + image.pixels.nbytes <= self.max_bytes:
-            self._images[key] = image
-            self.used += image.pixels.nbytes
-
-
-def crop(
-    encoded: bytes,
-    box: ChooseBox,
-    size: int,
-    *,
-    max_pixels: int,
-    cache: MemoryCache | None = None,
-) -> Square:
-    """`decode_crop` with a cache. JPEGs so large that their crops are decoded at a fraction of
-    their size are not kept."""
-    if cache is None:
-        return decode_crop(encoded, box, size, max_pixels=max_pixels)
-    # The settings decide what is kept, and whether the image is refused.
-    key = hashlib.sha256(f"{size} {max_pixels} ".encode() + encoded).digest()
-    image = cache.get(key)
-    if image is None:
-        image = decode_all(encoded, size, max_pixels=max_pixels)
-        if image is None:
-            return decode_crop(encoded, box, size, max_pixels=max_pixels)
-        cache.put(key, image)
-    return crop_decoded(image, box, size)
+    def crop(self, encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
+        """As `decode_crop`."""
+        # The settings decide what is kept, and whether the image is refused.
+        key = hashlib.sha256(f"{size} {max_pixels} ".encode() + encoded).digest()
+        if (image := self._images.get(key)) is None:
+            if (image := decode_all(encoded, size, max_pixels=max_pixels)) is None:
+                return decode_crop(encoded, box, size, max_pixels=max_pixels)
+            if self.used + image.pixels.nbytes <= self.max_bytes:
+                self._images[key] = image
+                self.used += image.pixels.nbytes
+        return crop_decoded(image, box, size)
 
 
 def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:
     """The same as `decode_crop`, from an image that PIL has opened."""
-    pixels = rgb(image)  # loads the image, after which PIL has turned a TIFF
+    pixels = to_rgb(image)  # loads the image, after which PIL has turned a TIFF
     return crop_decoded(Decoded(pixels=pixels, orientation=_orientation(image)), box, size)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """An image that PIL has opened, as `decode` would give it."""
-    pixels = rgb(image)  # loads the image, after which PIL has turned a TIFF
+    pixels = to_rgb(image)  # loads the image, after which PIL has turned a TIFF
     return Image.fromarray(_upright(pixels, _orientation(image)))
 
 
@@ -181,7 +161,7 @@ def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def rgb(image: Image.Image) -> Pixels:
+def to_rgb(image: Image.Image) -> Pixels:
     """An image in any of PIL's modes as RGB, on white where it is transparent."""
     image.load()
     if image.mode == "F":
@@ -255,16 +235,15 @@ def _read(encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int) -> 
             image.draft(None, (image.width // factor, image.height // factor))
             left, top = left // factor, top // factor
             right, bottom = -(-right // factor), -(-bottom // factor)
-        return rgb(image)[top:bottom, left:right]
+        return to_rgb(image)[top:bottom, left:right]
     except Exception as error:  # hostile bytes make decoders raise anything
         raise _decode_error(error) from error
 
 
 def _decode_error(error: Exception) -> ValueError:
-    """What is wrong with the bytes; raises `MemoryError` if nothing is, but memory is short."""
-    if isinstance(error, MemoryError) or "memory" in str(error):
-        # Hostile bytes can ask for more memory than there is, too.
-        bytearray(ROOM)
+    """What is wrong with the bytes; raises `MemoryError`, which is not their fault."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        raise MemoryError(str(error)) from error
     text = next(iter(str(error).strip().splitlines()), type(error).__name__)
     cut = "truncated" in text.lower()
     return ValueError("truncated" if cut else f"not an image that can be decoded ({text[:100]})")

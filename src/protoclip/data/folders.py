@@ -18,17 +18,20 @@ from typing import Any
 import pyarrow as pa
 
 from protoclip.config import DataConfig
-from protoclip.data.access import digest, files_like, read_file, resolve_cell
-from protoclip.data.index import ROWS, batches, build_index, index_folder
-from protoclip.data.lines import TEXT_SUFFIXES, LeftOut, fault_of
+from protoclip.data.access import digest, files_like, index_folder, read_file, resolve_cell
 from protoclip.data.pairs import ImageTextPairs, file_status
 from protoclip.data.tables import (
     METADATA,
+    ROWS,
+    TEXT_SUFFIXES,
+    LeftOut,
+    batch_rows,
+    build_index,
     caption_columns,
-    captions_in,
-    note_unused,
+    describe_fault,
+    list_captions,
     open_files,
-    pairs_of,
+    open_pairs,
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
@@ -70,14 +73,14 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
             "MODEL --data, and with run.guard"
         )
     name = name or location.resolve().name
-    folder, files = tables(location)
+    folder, files = find_table(location)
     if not files:
         return open_images(folder, data, name=name)
     saved = (folder / "state.json").is_file()
     return open_files([*map(str, files)], data, name=name, root=str(folder), saved=saved)
 
 
-def tables(folder: Path) -> tuple[Path, list[Path]]:
+def find_table(folder: Path) -> tuple[Path, list[Path]]:
     """The files of the table that a folder holds, if any, and their folder."""
     several = "{}: has several splits ({}); name one, as in {}"
     if (folder / "dataset_dict.json").is_file():
@@ -111,31 +114,36 @@ def _inside(folder: Path, name: Any) -> Path:
 
 def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     """Open a folder of images with captions beside them, or without where none is needed."""
-    left_out, keys, links = LeftOut(str(folder)), caption_columns(data), data.allow_links
-    unread = LeftOut(str(folder))  # apart, since the index does not change with these
-    lacking = left_out if data.needs_captions else LeftOut("")  # not reported then
-    text_tables: list[str] = []
-    images = list(_walk(folder, left_out, unread, text_tables))
+    left_out = LeftOut(str(folder))
+    unread = LeftOut(str(folder), {UNREAD: CONVERT})  # the index does not change with these
+    images = list(_walk(folder, left_out, unread))
     if unread.notes and not images:
-        raise ValueError(f"{unread.notes[0]}; no pair is left: {CONVERT}")
-    unread.advice[UNREAD] = CONVERT
+        raise ValueError(f"{unread.notes[0]}; no pair is left")
+    keys, links, needed = caption_columns(data), data.allow_links, data.needs_captions
     stems = Counter(_split(image)[0] for image, _ in images)
     names = {image for image, _ in images}
 
-    def rows() -> Iterator[tuple[str, list[bytes], str]]:
+    def read_rows() -> Iterator[tuple[str, list[bytes], str]]:
         progress = Progress(f"read captions of {folder}", len(images))
-        for done, (image, caption) in enumerate(images):
+        for done, (image, file) in enumerate(images):
             progress.update(done)
-            texts = _captions(folder, image, caption, keys, links, left_out, lacking)
-            if texts or (texts is not None and not data.needs_captions):
+            try:
+                texts = _read_captions(folder, file, keys, allow_links=links) if file else []
+            except ValueError as error:
+                left_out.add(str(error), image)
+                continue
+            if texts or not needed:
                 # Two images that differ only in their suffix keep it.
                 stem = _split(image)[0]
                 yield image, texts, image if stems[stem] > 1 or stem in names else stem
+            else:
+                lack = "images whose .json has no caption" if file else "images without a caption"
+                left_out.add(lack, image)
         if progress.last_shown > progress.started:  # it took long enough to be shown
             progress.update(len(images))
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        yield from batches(rows(), ROWS)
+        yield from batch_rows(read_rows(), ROWS)
         facts["left_out"] = left_out.notes
 
     # The index changes with a caption, but not with the content of an image.
@@ -143,13 +151,14 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     facts = {"commands": False, "links": links}  # as versions had it that ran commands
     key = digest({**facts, "folder": str(folder.resolve()), "known": stamps, "keys": keys})
     has_captions = any(file for _, file in images)
-    table = folder / text_tables[0] if images and text_tables else None
+    tables = [path for path in files_like(folder, "*") if path.suffix.lower() in TEXT_SUFFIXES]
+    table = tables[0] if images and tables else None
     way_out = _advise(folder, table, may_be_classes=bool(images) and not has_captions, data=data)
-    built = key if data.needs_captions else f"{key}-images"  # the pairs are known by `key` in both
+    built = key if needed else f"{key}-images"  # the pairs are known by `key` in both
     index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
-    pairs = pairs_of(index, settings, key=key, label=str(folder), name=name, root=str(folder))
-    pairs.notes += [*unread.notes, *note_unused(data)]
+    pairs = open_pairs(index, settings, key=key, label=str(folder), name=name, root=str(folder))
+    pairs.notes += unread.notes
     if table is not None and not has_captions:
         pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")
     return pairs
@@ -180,22 +189,18 @@ def shard_split(folder: Path, first: str = "test") -> str | None:
     return next((name for name in names if os.path.isfile(folder / name / NUM_SHARDS)), None)  # noqa: PTH113 (a name may be of any length)
 
 
-def _walk(
-    top: Path, left_out: LeftOut, unread: LeftOut, text_tables: list[str]
-) -> Iterator[tuple[str, str | None]]:
+def _walk(top: Path, left_out: LeftOut, unread: LeftOut) -> Iterator[tuple[str, str | None]]:
     """The images below a folder, each with the file of its captions; in order of the names.
 
-    Those of a kind that is not read are counted in `unread`, other things in `left_out`. The CSV,
-    TSV and JSON Lines files beside them, which nothing reads with the folder, come to
-    `text_tables`. Links are followed, but no folder is read twice. Hidden files and folders are
-    passed over.
+    Those of a kind that is not read are counted in `unread`, other things in `left_out`. Links are
+    followed, but no folder is read twice. Hidden files and folders are passed over.
     """
     seen: set[tuple[int, int]] = set()
 
-    def unreadable(error: OSError) -> None:
+    def note_unreadable(error: OSError) -> None:
         left_out.add("folders that cannot be read", f"{error.filename} ({error.strerror})")
 
-    for path, folders, names in os.walk(top, followlinks=True, onerror=unreadable):
+    for path, folders, names in os.walk(top, followlinks=True, onerror=note_unreadable):
         status, here = Path(path).stat(), Path(path).relative_to(top)
         if (status.st_dev, status.st_ino) in seen:
             left_out.add("links to folders already read", str(here))
@@ -204,17 +209,17 @@ def _walk(
         seen.add((status.st_dev, status.st_ino))
         for entries in (folders, names):
             shown = sorted(name for name in entries if not name.startswith("."))
-            entries[:] = [name for name in shown if not fault_of(name)]
+            entries[:] = [name for name in shown if not describe_fault(name)]
             for name in set(shown).difference(entries):
                 left_out.add("names that are not UTF-8", str(here / name))
         split = [((here / name).as_posix(), *_split((here / name).as_posix())) for name in names]
         beside = {stem: file for file, stem, suffix in split if suffix == ".json"}
         beside |= {stem: file for file, stem, suffix in split if suffix == ".txt"}
-        if Path(path) == top:
-            text_tables += [file for file, _, suffix in split if suffix in TEXT_SUFFIXES]
-        for file in (f for f, _, suffix in split if suffix in UNREAD_SUFFIXES):
-            unread.add(UNREAD, file)
-        yield from ((f, beside.get(stem)) for f, stem, suffix in split if suffix in IMAGE_SUFFIXES)
+        for file, stem, suffix in split:
+            if suffix in UNREAD_SUFFIXES:
+                unread.add(UNREAD, file)
+            elif suffix in IMAGE_SUFFIXES:
+                yield file, beside.get(stem)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -222,39 +227,23 @@ def _split(path: str) -> tuple[str, str]:
     return (stem, f".{suffix.lower()}") if dot and "/" not in suffix else (path, "")
 
 
-def _captions(
-    folder: Path,
-    image: str,
-    file: str | None,
-    keys: Sequence[str],
-    allow_links: bool,
-    left_out: LeftOut,
-    lacking: LeftOut,
-) -> list[bytes] | None:
-    """The captions of an image; if there are none it is `lacking`.
-
-    None, and left out, if there is something that cannot be read.
-    """
-    if file is None:
-        lacking.add("images without a caption", image)
-        return []
+def _read_captions(
+    folder: Path, file: str, keys: Sequence[str], *, allow_links: bool
+) -> list[bytes]:
+    """The captions in a file beside an image; raises `ValueError`, which says what images of this
+    kind are, if it cannot be read."""
     try:
         path = resolve_cell(str(folder), file, allow_links=allow_links)
     except ValueError:
-        left_out.add("captions that are links out of it; see --data.allow_links", image)
-        return None
+        raise ValueError("captions that are links out of it; see --data.allow_links") from None
     try:
         raw = read_file(path).removeprefix(b"\xef\xbb\xbf")
         if file.lower().endswith(".txt"):
             return [raw]
         record = json.loads(raw.decode("utf-8", "surrogateescape"))
     except (OSError, ValueError, RecursionError):
-        left_out.add("images whose caption file cannot be read", image)
-        return None
-    texts = [text for text in captions_in(record, keys) if text.strip()]
-    if not texts:
-        lacking.add("images whose .json has no caption", image)
-    return texts
+        raise ValueError("images whose caption file cannot be read") from None
+    return [text for text in list_captions(record, keys) if text.strip()]
 
 
 def looks_like_classes(folder: Path) -> bool:
@@ -308,7 +297,7 @@ def classes_in(folder: Path) -> list[str]:
 
 def name_of(path: Path) -> str:
     """The name of a file or folder, which tables and keys hold as UTF-8."""
-    if fault_of(path.name):
+    if describe_fault(path.name):
         raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
     return path.name
 

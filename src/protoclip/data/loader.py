@@ -4,42 +4,56 @@ A batch comes in two pieces, the images as bytes and a block of everything else:
 it to the device. Worker processes go on with the pass that comes next while this one is used.
 """
 
+import contextlib
+import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip import signals
 from protoclip.config import Config
-from protoclip.data import access, lanes
-from protoclip.data.captions import ONE, CaptionDraw, Key, keys_of, number_of, trim_padding
-from protoclip.data.decode import MemoryCache, crop
-from protoclip.data.lanes import (
+from protoclip.data import access
+from protoclip.data.captions import ONE, CaptionDraw, Key, hash_keys, number_of, trim_padding
+from protoclip.data.decode import MemoryCache, decode_crop
+from protoclip.data.pairs import (
+    LOST,
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    Pairs,
+    Sample,
+    SampleStream,
+)
+from protoclip.data.sampler import (
     MIN_SPARE,
     SPARE_BATCHES,
+    TRANSFORM_STREAM,
+    Episode,
     Stretch,
+    caption_draws,
     list_overlaps,
     row_candidates,
-    shares_of_batches,
+    share_batches,
     spare_positions,
+    transform_draws,
 )
-from protoclip.data.packed import Packed
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, Sample, SampleStream
-from protoclip.data.sampler import TRANSFORM_STREAM, Episode, caption_draws, transform_draws
 from protoclip.data.summary import choose_workers
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
+from protoclip.files import naming, open_to_append, read_local, to_json
+from protoclip.terminal import say
 
 T = TypeVar("T")
 Item = int | Sample | BadSample  # a row, or what a stream gave
@@ -48,6 +62,8 @@ Tokenizer = Callable[[list[str]], Tensor]  # captions to tokens, [b, c]
 Crop = Callable[..., npt.NDArray[np.uint8]]
 OnRead = Callable[[int, list[BadSample]], None]
 FeaturesOf = dict[str, Callable[[Sequence[str]], Tensor]]  # features of sample ids, by name
+ALIGNMENT = 16  # bytes; every data type may be read at a multiple of its own size
+QUOTED = 3  # reasons in the message of a run that is stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +79,7 @@ class Batch:
         features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
         groups: Keys by which pairs are positives of each other, if the pass asks for them.
 
-    What a loss needs to know beside these is one more field, which a reader fills by its name: it
-    travels to the device with the others.
+    What a loss needs to know beside these is one more field, which `_Reader` fills by its name.
     """
 
     position: Int[Tensor, " n"]
@@ -79,7 +94,61 @@ class Batch:
     def keys(self) -> Int[Tensor, " n"]:
         """A hash of each row's sample id, as `features.store.hash_ids` makes them."""
         keys = torch.tensor([number_of(name) for name in self.sample_id])
-        return Packed.of({"keys": keys}).send(self.position.device)["keys"]
+        return cast("Tensor", Packed.pack({"keys": keys}).send(self.position.device)["keys"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Tensors by name in one block of bytes, so that one copy brings them to another device.
+
+    `layout` has the data type, shape and first byte of each.
+    """
+
+    block: UInt8[Tensor, " n"]
+    layout: tuple[tuple[tuple[str, ...], torch.dtype, tuple[int, ...], int], ...]
+
+    @classmethod
+    def pack(cls, tensors: Mapping[str, Tensor | Mapping[str, Tensor]]) -> "Packed":
+        """Pack tensors, and tensors by name, that are on the CPU."""
+        flat = dict[tuple[str, ...], Tensor]()
+        for name, value in tensors.items():
+            if isinstance(value, Tensor):
+                flat[name,] = value
+            else:
+                flat |= {(name, key): tensor for key, tensor in value.items()}
+        layout, end = [], 0
+        for names, tensor in flat.items():
+            layout.append((names, tensor.dtype, tuple(tensor.shape), end))
+            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        packed = cls(block=torch.zeros(end, dtype=torch.uint8), layout=tuple(layout))
+        for names, view in packed._views(packed.block).items():
+            view.copy_(flat[names])
+        return packed
+
+    def unpack(self, device: torch.device) -> dict[str, Any]:
+        """The tensors on a device, after at most one copy. They share memory with each other."""
+        block = self.block.to(device, non_blocking=self.block.is_pinned())
+        tensors = dict[str, Any]()
+        for (name, *keys), view in self._views(block).items():
+            if keys:
+                tensors.setdefault(name, {})[keys[0]] = view
+            else:
+                tensors[name] = view
+        return tensors
+
+    def send(self, device: torch.device) -> dict[str, Any]:
+        """The tensors on a device; no one waits for the copy to a card."""
+        return (self.pin_memory() if device.type == "cuda" else self).unpack(device)
+
+    def pin_memory(self, device: str | None = None) -> "Packed":
+        """The same in page-locked memory; `DataLoader` calls it."""
+        return Packed(block=self.block.pin_memory(), layout=self.layout)
+
+    def _views(self, block: Tensor) -> dict[tuple[str, ...], Tensor]:
+        return {
+            names: block[first : first + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
+            for names, dtype, shape, first in self.layout
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +168,6 @@ class Pass:
     with_features: bool
     group_by: tuple[Key, ...] = ()
 
-    def is_same_as(self, other: "Pass") -> bool:
-        """Equal; an episode's rows follow from its number."""
-        return self.without_rows() == other.without_rows()
-
-    def without_rows(self) -> "Pass":
-        """A copy without the rows, which a worker derives from the episode's number."""
-        episode = replace(self.episode, rows=NO_ROWS)
-        return replace(self, episode=episode)
-
 
 class _Request(NamedTuple):
     """A batch to make, of rows as `row_candidates` takes them, or of what a stream gave."""
@@ -121,8 +181,7 @@ class _Request(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A batch on its way to the device: the images, and all other tensors in one block. Without
-    sample ids if there were not enough good samples."""
+    """A batch on its way to the device; without images if there were not enough good samples."""
 
     bad: list[BadSample]
     error: str | None = None
@@ -130,34 +189,6 @@ class _Made(NamedTuple):
     images: Tensor | None = None
     packed: Packed | None = None
     captions: Sequence[bytes] = ()
-    lanes: frozenset[tuple[int, str]] = frozenset()  # see `Stretch.lane`
-
-
-def flatten(tensors: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors by the names of fields, those of a mapping as `field: name`.
-
-    >>> [*flatten({"text": torch.zeros(1), "features": {"bert": torch.zeros(1)}})]
-    ['text', 'features: bert']
-    """
-    flat = dict[str, Tensor]()
-    for name, value in tensors.items():
-        if isinstance(value, Tensor):
-            flat[name] = value
-        else:
-            flat |= {f"{name}: {key}": tensor for key, tensor in value.items()}
-    return flat
-
-
-def nest(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields that `flatten` took apart."""
-    fields = dict[str, Any]()
-    for name, tensor in tensors.items():
-        field_name, is_nested, key = name.partition(": ")
-        if is_nested:
-            fields.setdefault(field_name, {})[key] = tensor
-        else:
-            fields[field_name] = tensor
-    return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +221,11 @@ class _Reader(Dataset[_Made]):
                         slow = access.too_slow(f"{len(bad)} samples of a batch", bad[-1])
                         return _Made(bad, error=slow)
                     continue
-                drawn = self.captions.of(sample.captions, float(request.caption_draws[number]))
+                drawn = self.captions.choose(sample.captions, float(request.caption_draws[number]))
                 captions += drawn
                 images.append(image)
                 ids.append(sample.sample_id)
-                groups += keys_of(wanted.group_by, sample, drawn)
+                groups += hash_keys(wanted.group_by, sample, drawn)
                 break
             else:
                 return _Made(bad)
@@ -220,9 +251,8 @@ class _Reader(Dataset[_Made]):
             bad,
             sample_ids=ids,
             images=torch.from_numpy(np.stack(images)),
-            packed=Packed.of(flatten(tensors)),
+            packed=Packed.pack(tensors),
             captions=[row.tobytes() for row in text.numpy()],
-            lanes=frozenset(stretch.lane for stretch in request.stretches),
         )
 
     def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
@@ -234,7 +264,7 @@ class _Reader(Dataset[_Made]):
         cut = partial(self.crop, box=partial(transform.box, draws=draws), size=transform.size)
 
         def is_good(item: Item) -> bool:
-            with suppress(BadSample):
+            with contextlib.suppress(BadSample):
                 read_image(self.pairs, item, cut)
                 return True
             return False
@@ -299,17 +329,12 @@ class _Requests(Sampler[_Request]):
             self.error = error
 
     def begin(self, first: Pass, loader: "EpisodeLoader", made: Iterator[_Made]) -> None:
-        """Let the workers make this pass of the loader, and then those that follow it."""
         self.abandon()
         self.passes.append(first)
         self._loader, self.made = loader, made
 
     def is_oldest(self, one: Pass) -> bool:
         return bool(self.passes) and self.passes[0] is one
-
-    def expects(self, wanted: Pass) -> bool:
-        """Whether the workers have begun with this pass, and no other one is to be used before."""
-        return self.made is not None and bool(self.passes) and self.passes[0].is_same_as(wanted)
 
     def abandon(self) -> None:
         """Forget what is to come."""
@@ -332,7 +357,7 @@ class EpisodeLoader:
         cut_padding: Whether a batch's tokens may be as short as its longest caption.
         captions: Which captions of an image a visit brings.
         workers: Processes that decode; 0 decodes in this process.
-        crop: `cache.crop` with its settings.
+        crop: `decode_crop`, or `MemoryCache.crop`, with its settings.
         features_of: What else batches may bring, as functions of sample ids, in workers.
         after: The pass that will probably follow one; workers begin with it before it is asked for.
         on_read: Called with each batch's number of samples read and the bad ones among them.
@@ -350,7 +375,7 @@ class EpisodeLoader:
     workers: int = 0
     rank: int = 0
     world_size: int = 1
-    crop: Crop = partial(crop, max_pixels=MAX_IMAGE_PIXELS)  # noqa: RUF009
+    crop: Crop = partial(decode_crop, max_pixels=MAX_IMAGE_PIXELS)  # noqa: RUF009
     features_of: FeaturesOf = field(default_factory=dict)
     after: Callable[[Pass], Pass | None] = lambda current: None
     on_read: OnRead = lambda number, bad: None
@@ -385,14 +410,12 @@ class EpisodeLoader:
         """This rank's batches of a pass, one pass at a time.
 
         A pure function of the pass, with any number of workers and any cache. All ranks together
-        have the same ones, however many they are.
-
-        Raises:
-            ValueError: A worker process was killed, or a batch found no good samples to fill it.
+        have the same ones, however many they are. Raises `ValueError` if a worker process was
+        killed, or a batch found no good samples to fill it.
         """
         requests = self._requests
-        if not requests.expects(wanted):
-            requests.begin(wanted, self, items_of(self._loader))
+        if requests.made is None or not requests.passes or requests.passes[0] != wanted:
+            requests.begin(wanted, self, iterate_items(self._loader))
         assert requests.made is not None
         current, size = requests.passes[0], self.batch_size * self.world_size
         left = max(0, -(-len(current.episode.rows) // size) - current.start)
@@ -416,10 +439,8 @@ class EpisodeLoader:
         if made.images is None or made.packed is None:
             what = "a batch found only bad samples to fill it, such as"
             raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
-        if made.lanes and cast("SampleStream", self.pairs).lanes % self.world_size:
-            lanes.require_equal_lanes(made.lanes)
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())
-        fields = nest(made.packed.unpack(self.device))
+        fields = made.packed.unpack(self.device)
         draws, changes = fields.pop("draws", None), fields.pop("changes", {})
         if draws is not None:
             image = current.transform.finish(images, draws)
@@ -446,8 +467,7 @@ class EpisodeLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at a position that a rank saved, once those of all ranks are loaded.
 
-        Raises:
-            ValueError: It belongs to another stream, or to none, or these pairs are no stream.
+        Raises `ValueError` if it belongs to another stream, or only one of both is of a stream.
         """
         if isinstance(self.pairs, SampleStream) != ("stream" in state):
             raise ValueError(
@@ -501,13 +521,14 @@ class EpisodeLoader:
             first = episode.index * (size // stride)
             following, shares = self._requests.shares.pop(current.stream, (-1, None))
             if shares is None or following != first + current.start:
-                shares = shares_of_batches(
+                shares = share_batches(
                     self.pairs,
                     first + current.start,
                     batch_size=stride,
                     rank=self.rank,
                     world_size=self.world_size,
                 )
+        wanted = replace(current, episode=replace(episode, rows=NO_ROWS))
         for begin in range(current.start * stride, size, stride):
             end = min(begin + stride, size)
             position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
@@ -521,7 +542,7 @@ class EpisodeLoader:
                 stretches = next(shares)
                 self._requests.shares[current.stream] = first + end // stride, shares
             yield _Request(
-                wanted=current.without_rows(),
+                wanted=wanted,
                 position=position,
                 rows=candidates,
                 stretches=stretches,
@@ -542,7 +563,7 @@ def share_of(batch_size: int) -> int:
     return share
 
 
-def items_of(loader: DataLoader[T]) -> Iterator[T]:
+def iterate_items(loader: DataLoader[T]) -> Iterator[T]:
     """The items of a loader; a worker process that was killed is a `ValueError`.
 
     Signals that stop a run reach all its processes. The workers outlive them, since the step under
@@ -591,6 +612,7 @@ def loader(
     workers, note = choose_workers(config.data, samples, image_size=transform.size)
     # Workers share no memory: what one of them keeps, the others decode again.
     keeps = config.data.cache_gb > 0 and not workers
+    cache = MemoryCache(max_bytes=int(config.data.cache_gb * 1e9))
     return kind(
         pairs=samples,
         tokenizer=tokenizer,
@@ -603,12 +625,84 @@ def loader(
         workers=workers,
         rank=rank(),
         world_size=world_size(),
-        crop=partial(
-            crop,
-            max_pixels=config.data.max_image_pixels,
-            cache=MemoryCache(max_bytes=int(config.data.cache_gb * 1e9)) if keeps else None,
-        ),
+        crop=partial(cache.crop if keeps else decode_crop, max_pixels=config.data.max_image_pixels),
         after=after,
         on_read=on_read,
         notes=() if note is None else (note,),
     )
+
+
+class SkipLog:
+    """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
+
+    A share of bad samples above `max_share` stops the run. It is taken of `at_least` samples or
+    more, so that one bad file among the first few does not stop it. `known` has the ids of the bad,
+    and `broken` those of them with which more of a shard is lost.
+    """
+
+    def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
+        self.path, self.max_share, self.at_least = path, max_share, at_least
+        self.read = self.skipped = 0
+        self._reasons: list[str] = []
+        self.known, self.broken = set[str](), set[str]()
+        self._warned = False
+        # Ranks have a file each. There may have been more of them before.
+        for file in path.parent.glob("skipped*.jsonl"):
+            try:
+                text = read_local(file, errors="replace")
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}; remove it") from None
+            # Sample ids may hold line breaks of Unicode's other than "\n".
+            for line in text.split("\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a process was killed
+                    entry = json.loads(line)
+                    self.known.add(str(entry["sample_id"]))
+                    if str(entry["reason"]).endswith(LOST):
+                        self.broken.add(str(entry["sample_id"]))
+        self._before = {*self.known}  # of all ranks
+
+    @property
+    def new(self) -> tuple[set[str], set[str]]:
+        """The bad samples, and the broken shards, that no rank had met before this process."""
+        return self.known - self._before, self.broken - self._before
+
+    @property
+    def summary(self) -> str:
+        """What was skipped so far, for a line of progress; empty if nothing was."""
+        shards = f" and {len(self.broken)} shards not read to their end" if self.broken else ""
+        return f", {len(self.known)} samples skipped{shards}" if self.known else ""
+
+    def add(self, read: int, bad: list[BadSample]) -> None:
+        """Record a batch: how many samples were read for it, and the bad ones among them.
+
+        Raises `ValueError` if more than `max_share` of all samples read so far were bad.
+        """
+        self.read += read
+        self.skipped += len(bad)
+        for sample in bad:
+            if sample.sample_id in self.known:
+                continue
+            self.known.add(sample.sample_id)
+            self._reasons = [*self._reasons, str(sample)][:QUOTED]
+            if sample.reason.endswith(LOST):
+                self.broken.add(sample.sample_id)
+                say(f"warning: {sample.where}: {sample.reason}")
+            self._write(sample)
+        if self.skipped > self.max_share * max(self.read, self.at_least):
+            way = f", or {access.GO_ON}" if bad and access.is_url(bad[-1].where) else ""
+            raise ValueError(
+                f"{self.skipped} of {self.read} samples read are bad, more than "
+                f"data.max_bad_share ({self.max_share:g}) allows; mend the data or raise it{way} "
+                f"({'; '.join(self._reasons)}; all in {self.path})"
+            )
+
+    def _write(self, sample: BadSample) -> None:
+        """Add a line; a full disk costs a warning, and not the run."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with naming(self.path), open_to_append(self.path) as file:
+                file.write(f"{to_json(vars(sample))}\n".encode())
+        except OSError as error:
+            if not self._warned:
+                say(f"warning: {error}; samples that are skipped are counted, and not listed there")
+            self._warned = True

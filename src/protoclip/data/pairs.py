@@ -1,7 +1,8 @@
-"""Image-text pairs: the interface of every source, and pairs in an Arrow table.
+"""Image-text pairs: the interface of every source, pairs in an Arrow table, and fingerprints.
 
 A row gives a `Sample`, or raises `BadSample` if only this row cannot be used; the loader replaces
-it and reports it. A fault of the whole source is a `ValueError` when the source is opened.
+it and reports it. A fault of the whole source is a `ValueError` when the source is opened. A run
+that goes on compares fingerprints with those of the sources that it began with.
 """
 
 import copy
@@ -22,6 +23,7 @@ from PIL import Image
 
 from protoclip.data.access import (
     digest,
+    index_folder,
     is_url,
     join,
     read_file,
@@ -29,19 +31,36 @@ from protoclip.data.access import (
     reason_of,
     resolve_cell,
 )
-from protoclip.data.content import FORM, Facts, hash_of, length_parts
 from protoclip.data.decode import decode
-from protoclip.data.index import index_folder
-from protoclip.files import checksum, in_turn, read_sealed, sealed, to_json, write_atomically
+from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
 from protoclip.terminal import visible, without_secrets
 
+Rows = npt.NDArray[np.int64]
+Facts = dict[str, Any]
+Parts = tuple[bytes, bytes, memoryview | bytes]  # see `text_parts`
 # How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
 # many.
 LOST = "of the shard is lost"
-NOT_UTF8 = "the {} is not UTF-8"
 MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 IMAGES = 64  # of each source that are read for its fingerprint
 BLOCK = 1 << 14  # rows whose values are Python objects at a time
+FORM = 1  # changes when rows are hashed in another way
+# What each fact is called in messages, the most telling first. `sample` is one image each.
+WORDS = {
+    "name": "name",
+    "rows": "number of rows",
+    "names": "shards",  # by file name, wherever they lie
+    "shards": "shards",
+    "ids": "sample ids, or their order",
+    "captions": "captions",
+    "images": "images",
+    "classes": "classes",
+    "sample": "images",
+    "held_out": "pairs that are held out, as by another run.guard or run.evaluate_every",
+    "encoded": "pairs whose images can be read",
+    "features": "features",
+    "weights": "weights",
+}
 
 
 class BadSample(ValueError):
@@ -71,14 +90,11 @@ class Pairs:
     For pairs of a new kind write a subclass with a `name` and the first four methods, and return it
     in `sources.open_source`. What can be brought into a table becomes `ImageTextPairs` instead, of
     which pairs can be held out, too.
-
-    Attributes:
-        name: What messages call the pairs; sample ids of a mixture begin with it.
-        notes: What the user should know, such as which lines were left out.
     """
 
-    name: str
-    notes: Sequence[str] = ()
+    name: str  # in messages; sample ids of a mixture begin with it
+    notes: Sequence[str] = ()  # what the user should know, such as which lines were left out
+    bad_lines: Sequence[Mapping[str, Any]] = ()  # see `ImageTextPairs`
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -99,6 +115,10 @@ class Pairs:
         """All ids, in the order of the rows."""
         return map(self.sample_id, range(len(self)))
 
+    def most_captions(self, share: float = 1.0) -> int | None:
+        """How many captions this share of the pairs has at most; None if that is not known."""
+        return None
+
     def fingerprint(self) -> Facts:
         """Facts by which these pairs are known again; a fact that is not there is not compared."""
         return {}
@@ -114,7 +134,7 @@ class Pairs:
         return [(self, range(len(self)))]
 
     @property
-    def left_out(self) -> npt.NDArray[np.int64]:
+    def left_out(self) -> Rows:
         """Rows that are left out, as numbered over all rows of the sources."""
         return np.array([], np.int64)
 
@@ -122,41 +142,41 @@ class Pairs:
 class SampleStream:
     """Pairs that can only be read in order, and have no end.
 
-    They are dealt to `lanes`, which ranks share as `lanes.py` says. A process that loads the lane's
-    `state_dict(first, lane)` (JSON values) gets there without reading all that comes before, and
-    then has as many lanes as the stream that made it.
+    They are dealt to `lanes`, which ranks share as `sampler.py` says. A process that loads the
+    lane's `state_dict(first, lane)` (JSON values) gets there without reading all that comes before,
+    and then has as many lanes as the stream that made it.
     """
 
     name: str
     notes: Sequence[str] = ()
+    bad_lines: Sequence[Mapping[str, Any]] = ()
+    left_out: Rows = np.array([], np.int64)  # none, as of `Pairs`
 
     @property
     def lanes(self) -> int:
         raise NotImplementedError
 
     def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
-        """A lane from its sample number `first` on; the same on each call."""
+        """A lane of the stream from sample number `first` on; bad samples count."""
         raise NotImplementedError
 
     def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
         raise NotImplementedError
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises `ValueError` if the state belongs to another stream."""
         raise NotImplementedError
 
+    def most_captions(self, share: float = 1.0) -> None:
+        """Not known."""
+
     def fingerprint(self) -> Facts:
-        """Facts by which this stream is known again; a fact that is not there is not compared."""
+        """As of `Pairs`."""
         return {}
 
     @property
     def sources(self) -> Sequence[Any]:
-        """The sources of a mixture; otherwise this stream alone."""
         return [self]
-
-    @property
-    def left_out(self) -> npt.NDArray[np.int64]:
-        """None: a stream is not held out."""
-        return np.array([], np.int64)
 
 
 class ImageTextPairs(Pairs):
@@ -164,17 +184,19 @@ class ImageTextPairs(Pairs):
 
     Args:
         table: One row per pair; or an object with a memory-mapped `.table`, which another process
-            opens again when the pairs are pickled, and whose `check` is called with a row of it
-            before that row is used, and without one before a whole column is.
+            opens again when the pairs are pickled. If it has a `check`, that is called with a row
+            before the row is used, and without one before a whole column is.
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         allow_links: Whether a path may be a link that leads out of the root.
         image_column: Encoded images, paths or URLs of stores, or structs of `bytes` and `path`;
-            unset, it is `image` or `path`. With columns `offset` and `size`, these bytes of a file.
+            unset, it is `image` or `path`.
+        in_ranges: Whether an image is the range of its file that columns `offset` and `size` say.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
         id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
         class_column: Classes, if the pairs have them.
         table_key: Identifies the content of the table, which otherwise is read for `key`.
+        bad_lines: Of the text files with bad lines, by fault: how many of how many, and a way out.
         notes: What the user should know, such as which lines were left out.
         needs_captions: Whether a row without a caption is a bad sample.
 
@@ -183,7 +205,7 @@ class ImageTextPairs(Pairs):
 
     notes: list[str]
     prefix = ""  # of ids that the table holds
-    rows: npt.NDArray[np.int64] | None = None  # of the table, ascending; unset, all are pairs
+    rows: Rows | None = None  # of the table, ascending; unset, all are pairs
 
     def __init__(
         self,
@@ -193,10 +215,12 @@ class ImageTextPairs(Pairs):
         root: str = "",
         allow_links: bool = False,
         image_column: str | None = None,
+        in_ranges: bool = False,
         caption_columns: Sequence[str] = ("caption",),
         id_column: str | None = "sample_id",
         class_column: str | None = None,
         table_key: str = "",
+        bad_lines: Sequence[Mapping[str, Any]] = (),
         notes: Sequence[str] = (),
         needs_captions: bool = True,
     ) -> None:
@@ -204,11 +228,10 @@ class ImageTextPairs(Pairs):
         self.table_key, self.notes, self._source = table_key, list(notes), table
         self._open()
         usual = "path" if "path" in self._arrays and "image" not in self._arrays else "image"
-        self.image_column = image_column or usual
-        self.caption_columns = tuple(caption_columns)
+        self.image_column, self.in_ranges = image_column or usual, in_ranges
+        self.caption_columns, self.bad_lines = tuple(caption_columns), bad_lines
         self.id_column = id_column if id_column in self._arrays else None
         self.class_column, self.needs_captions = class_column, needs_captions
-        self.in_ranges = self._has_ranges()
         for column in (self.image_column, *self.caption_columns):
             self._require(column)
         if self.table.num_rows == 0:
@@ -221,28 +244,6 @@ class ImageTextPairs(Pairs):
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
-    @property
-    def bad_lines(self) -> Sequence[Mapping[str, Any]]:
-        """For each text file with bad lines, by fault: how many of how many, and a way out."""
-        facts = getattr(self._source, "facts", {})
-        return [*facts.get("bad_lines", ())]
-
-    def _has_ranges(self) -> bool:
-        """Whether images are ranges of the files that their column names, as in tar shards."""
-        if not {"offset", "size", self.image_column} <= self._arrays.keys():
-            return False
-        names = self._arrays[self.image_column].type
-        names = names.value_type if pa.types.is_dictionary(names) else names
-        numbers = (self._arrays[column].type for column in ("offset", "size"))
-        return str(names) in ("string", "large_string") and all(map(pa.types.is_integer, numbers))
-
-    @property
-    def checked(self) -> pa.Table:
-        """The table, to use whole columns of; raises `ValueError` if it is damaged."""
-        if self._check is not None:
-            self._check()
-        return self.table
-
     def __getstate__(self) -> dict[str, Any]:
         opened = ("table", "_arrays", "_check", "key", "rows_key", "class_labels")
         return {k: v for k, v in self.__dict__.items() if k not in opened}
@@ -251,13 +252,23 @@ class ImageTextPairs(Pairs):
         self.__dict__.update(state)
         self._open()
 
-    def in_mixture(self) -> "ImageTextPairs":
-        """The same pairs; their ids begin with the name of this source."""
+    def __len__(self) -> int:
+        return int(self.table.num_rows) if self.rows is None else len(self.rows)
+
+    @property
+    def checked_table(self) -> pa.Table:
+        """The table, to use whole columns of; raises `ValueError` if it is damaged."""
+        if self._check is not None:
+            self._check()
+        return self.table
+
+    def prefix_ids(self) -> "ImageTextPairs":
+        """The same pairs, as in a mixture: their ids begin with the name of this source."""
         mixed = copy.copy(self)
         mixed.prefix = f"{self.name}/"
         return mixed
 
-    def subset(self, rows: npt.NDArray[np.int64]) -> "ImageTextPairs":
+    def subset(self, rows: Rows) -> "ImageTextPairs":
         """Some of these pairs, in the same order and with the same ids; `rows` ascend."""
         some = copy.copy(self)
         for key in ("key", "rows_key"):
@@ -265,14 +276,24 @@ class ImageTextPairs(Pairs):
         some.rows = rows if self.rows is None else self.rows[rows]
         return some
 
+    def split_into_blocks(self) -> Iterator["ImageTextPairs"]:
+        """The same pairs in parts, of which columns can be used, but no single rows."""
+        table = self.checked_table
+        for start in range(0, table.num_rows, BLOCK):
+            part = copy.copy(self)
+            part.table, part._check = table.slice(start, BLOCK), None
+            if self.rows is not None:
+                first, end = np.searchsorted(self.rows, [start, start + BLOCK])
+                part.rows = self.rows[first:end] - start
+            yield part
+
     @cached_property
     def rows_key(self) -> str:
-        """Changes with the rows: the table, the columns in use, and where images are. At once, but
-        for a table without a `table_key`, which is read."""
+        """Changes with the rows: the table, the columns in use, and where images are."""
         columns = (self.image_column, self.id_column, *self.caption_columns)
         facts = (self.table_key, columns, self.root)
         key = hashlib.blake2b(repr(facts).encode(), digest_size=16)
-        for batch in self.checked.to_batches() if not self.table_key else ():
+        for batch in self.checked_table.to_batches() if not self.table_key else ():
             key.update(batch.serialize())
         if self.rows is not None:
             key.update(self.rows.tobytes())
@@ -288,7 +309,7 @@ class ImageTextPairs(Pairs):
         if (names := self.image_names()) is None:
             return self.rows_key
         key = hashlib.blake2b(self.rows_key.encode(), digest_size=16)
-        for path in local_files(names, self.root):
+        for path in list_local_files(names, self.root):
             key.update(file_status(path).encode() if path else b"")
         return key.hexdigest()
 
@@ -297,9 +318,7 @@ class ImageTextPairs(Pairs):
 
         Ids, captions and images' names or sizes are hashed whole, in the order of the rows, which
         decides what a step sees: once for a table, since that takes seconds at ten million rows.
-
-        Args:
-            images: Whether to read some images, too. What is behind URLs is taken to stay.
+        Some `images` are read, too; what is behind URLs is taken to stay.
         """
         facts = self._hash_rows_once()
         if images:
@@ -319,47 +338,45 @@ class ImageTextPairs(Pairs):
         facts = self._hash_rows()
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with in_turn(path):
-                for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                    left.unlink(missing_ok=True)
-                write_atomically(path, to_json(sealed(facts)))
+            write_atomically(path, to_json(sealed(facts)))
         return facts
 
     def _hash_rows(self) -> Facts:
-        def hash_columns(*names: str) -> str:
-            return hash_of([self.kept(self.checked.column(name)) for name in names])
+        def hash_named(*names: str) -> str:
+            return hash_columns([self.select_column(name) for name in names])
 
-        encoded, names = image_fields(self.checked.column(self.image_column))
+        encoded, names = split_images(self.checked_table.column(self.image_column))
         if self.in_ranges:
-            hashed = hash_columns("size")  # shards may lie anywhere
+            hashed = hash_named("size")  # shards may lie anywhere
         elif encoded is None:
-            hashed = hash_of([self.kept(names)])
+            hashed = hash_columns([self.take_rows(names)])
         else:  # none is read, so their numbers of bytes stand for them
-            lengths = lengths_of(encoded)
+            lengths = count_bytes(encoded)
             if names is not None:
-                lengths = pc.coalesce(lengths, lengths_of(names))
-            hashed = hash_of([self.kept(lengths)], length_parts)
+                lengths = pc.coalesce(lengths, count_bytes(names))
+            hashed = hash_columns([self.take_rows(lengths)], length_parts)
         facts = {
             "rows": len(self),
-            "ids": hash_columns(self.id_column) if self.id_column else f"{self.name}/row",
-            "captions": hash_columns(*self.caption_columns),
+            "ids": hash_named(self.id_column) if self.id_column else f"{self.name}/row",
+            "captions": hash_named(*self.caption_columns),
             "images": hashed,
         }
         if self.class_column is not None:
-            facts["classes"] = hash_columns(self.class_column)
+            facts["classes"] = hash_named(self.class_column)
         return facts
 
     def _hash_image(self, row: int) -> str:
         """A hash of the image as stored; empty if it is behind a URL, or cannot be read now."""
         try:
-            return "" if is_url(self.where(row)) else checksum(self.encoded(row))
+            return "" if is_url(self.where(row)) else checksum(self.read_encoded(row))
         except BadSample:
             return ""
 
-    def __len__(self) -> int:
-        return int(self.table.num_rows) if self.rows is None else len(self.rows)
+    def select_column(self, name: str) -> pa.ChunkedArray:
+        """A value of a column for each pair."""
+        return self.take_rows(self.checked_table.column(name))
 
-    def kept(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    def take_rows(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """From a value for each row of the table, those of the rows that are pairs."""
         if self.rows is None:
             return column
@@ -370,16 +387,18 @@ class ImageTextPairs(Pairs):
             start += len(chunk)
         return pa.chunked_array(pieces, column.type)
 
-    def in_blocks(self) -> Iterator["ImageTextPairs"]:
-        """The same pairs in parts, of which columns can be used, but no single rows."""
-        table = self.checked
-        for start in range(0, table.num_rows, BLOCK):
-            part = copy.copy(self)
-            part.table, part._check = table.slice(start, BLOCK), None
-            if self.rows is not None:
-                first, end = np.searchsorted(self.rows, [start, start + BLOCK])
-                part.rows = self.rows[first:end] - start
-            yield part
+    def column(self, name: str) -> npt.NDArray[np.object_]:
+        """Any column, such as `label`, as an array of length `len(self)`."""
+        self._require(name)
+        return np.asarray(read_cells(self.select_column(name)), dtype=object)
+
+    def sample(self, row: int) -> Sample:
+        return Sample(
+            sample_id=self.sample_id(row),
+            image=self.read_encoded(row),
+            captions=self.sample_captions(row),
+            where=self.where(row),
+        )
 
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
@@ -390,8 +409,8 @@ class ImageTextPairs(Pairs):
         if self.id_column is None:
             yield from (f"{self.name}/{self._table_row(row)}" for row in range(len(self)))
             return
-        for part in self.in_blocks():
-            ids = part.kept(part.table.column(self.id_column)).to_pylist()
+        for part in self.split_into_blocks():
+            ids = part.select_column(self.id_column).to_pylist()
             yield from (f"{self.prefix}{sample_id}" for sample_id in ids)
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
@@ -401,10 +420,9 @@ class ImageTextPairs(Pairs):
             for column in self.caption_columns:
                 cell = self.value(column, row)
                 texts += cell if isinstance(cell, list) else [cell]
-        except UnicodeDecodeError:
-            raise self._bad(row, NOT_UTF8.format("caption")) from None
-        try:
             return clean_captions(texts, needed=self.needs_captions)
+        except UnicodeDecodeError:
+            raise self._bad(row, "the caption is not UTF-8") from None
         except ValueError as error:
             raise self._bad(row, str(error)) from None
 
@@ -412,7 +430,7 @@ class ImageTextPairs(Pairs):
         """How many captions this share of the pairs has at most, empty texts included."""
         counts = np.zeros(len(self), np.int64)
         for name in self.caption_columns:
-            cells = self.kept(self.checked.column(name))
+            cells = self.select_column(name)
             is_list = "list" in str(cells.type).partition("<")[0]
             numbers = pc.list_value_length(cells) if is_list else pc.is_valid(cells)
             counts += pc.fill_null(numbers.cast(pa.int64()), 0).to_numpy()
@@ -429,29 +447,35 @@ class ImageTextPairs(Pairs):
         """The class by its name; empty where there is none."""
         if self.class_column is None:
             return ""
-        value, names = legible(self._cell(self.class_column, row)), self.class_labels
+        value, names = read_cell(self._cell(self.class_column, row)), self.class_labels
         if names and isinstance(value, int) and value < len(names):
             return names[value] if value >= 0 else ""  # -1 is a `ClassLabel` that is not known
         return "" if value is None else str(value).strip() and str(value)
 
-    def encoded(self, row: int, part: slice | None = None) -> bytes:
-        """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""
+    def image(self, row: int) -> Image.Image:
+        """The decoded image, upright and as RGB; raises `BadSample`."""
+        encoded = self.read_encoded(row)
         try:
-            image = self._image(row, part, errors="strict")
-        except UnicodeDecodeError:
-            raise self._bad(row, NOT_UTF8.format("image's name")) from None
+            return Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+        except ValueError as error:
+            raise self._bad(row, str(error)) from error
+
+    def read_encoded(self, row: int, part: slice | None = None) -> bytes:
+        """The encoded image, or only a part of it; raises `BadSample` if it cannot be read."""
+        image = self._image(row, part)
         if isinstance(image, bytes):
             return image
         if image is None or (self.in_ranges and self.value("offset", row) is None):
             raise self._bad(row, "no image")
-        links = self.allow_links
         try:
+            if self.in_ranges and not self.root:
+                path = image  # of a shard that the user named
+            else:
+                path = resolve_cell(self.root, image, allow_links=self.allow_links)
             if self.in_ranges:
-                path = resolve_cell(self.root, image, allow_links=links) if self.root else image
                 size = self.value("size", row)
                 first, end, _ = (part or slice(None)).indices(size)
                 return read_range(path, self.value("offset", row) + first, end - first)
-            path = resolve_cell(self.root, image, allow_links=links)
             if part is not None and not is_url(path):
                 return read_range(path, part.start, part.stop - part.start)
             return read_file(path)[part or slice(None)]
@@ -459,43 +483,20 @@ class ImageTextPairs(Pairs):
             raise
         except Exception as error:  # the clients of stores have exceptions of their own
             reason = reason_of(error)
-            missing = isinstance(error, FileNotFoundError)
-            if missing and "\\" in image:  # as Windows writes paths
+            if not isinstance(error, FileNotFoundError):
+                reason = f"cannot be read ({reason})"
+            elif "\\" in image:  # as Windows writes paths
                 reason += "; its path has backslashes, write /"
-            raise self._bad(row, reason if missing else f"cannot be read ({reason})") from None
+            raise self._bad(row, reason) from None
 
-    def image_names(self) -> pa.ChunkedArray | None:
-        """The file or URL of each image, as bytes; null where the table holds the image itself.
-        None if it holds all, or they are in shards."""
-        names = None if self.in_ranges else names_of_files(self.checked.column(self.image_column))
-        return None if names is None else self.kept(names)
-
-    def image_sizes(self) -> npt.NDArray[np.int32]:
-        """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
-
-        def as_array(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-            numbers = pc.fill_null(self.kept(column).cast(pa.int32(), safe=False), -1)
-            return np.array(numbers.to_numpy())  # a copy, to be written to
-
-        if self.in_ranges:
-            return as_array(self.checked.column("size"))
-        encoded, _ = image_fields(self.checked.column(self.image_column))
-        sizes = np.full(len(self), -1, np.int32)
-        if encoded is not None:
-            sizes = as_array(lengths_of(encoded))
-        if (names := self.image_names()) is not None:
-            sizes[names.is_valid().to_numpy()] = -1
-            is_file = pc.invert(pc.match_substring(names, "://")).fill_null(False)
-            paths = local_files(names.filter(is_file), self.root)
-            for row, path in zip(np.flatnonzero(is_file), paths, strict=True):
-                if path is not None:
-                    with suppress(OSError, ValueError):  # a path may hold a zero byte
-                        sizes[row] = min(os.stat(path).st_size, 2**31 - 1)  # noqa: PTH116 (of millions)
-        return sizes
+    def where(self, row: int) -> str:
+        """The file that holds the image of a row."""
+        image = self._image(row, slice(0, 0))  # bytes stay unread
+        return join(self.root, image) if isinstance(image, str) else self.name
 
     def image_name(self, row: int) -> str | None:
         """The path or URL of a row's image as the data name it; None for one in the data."""
-        image = None if self.in_ranges else self._image(row, slice(0, 0))  # bytes stay unread
+        image = None if self.in_ranges else self._image(row, slice(0, 0))
         return image if isinstance(image, str) else None
 
     def image_file(self, row: int) -> str | None:
@@ -504,51 +505,52 @@ class ImageTextPairs(Pairs):
         return None if name is None else join(self.root, name)
 
     def image_key(self, row: int) -> str:
-        """Names the image of a row, also among other rows of the table: its file with size and
-        time, or its row in the table."""
+        """Names the image of a row: its file with size and time, or its row in the table."""
         path = self.image_file(row)
         if path is not None:
             return f"{file_status(path)}{path if is_url(path) else os.path.abspath(path)}"  # noqa: PTH100
         return f"{self.table_key or self.rows_key} {self.image_column} {self._table_row(row)}"
 
-    def where(self, row: int) -> str:
-        """The file that holds the image of a row."""
-        image = self._image(row)
-        return join(self.root, image) if isinstance(image, str) else self.name
+    def image_names(self) -> pa.ChunkedArray | None:
+        """The file or URL of each image, as bytes, since a string may be no UTF-8.
 
-    def sample(self, row: int) -> Sample:
-        return Sample(
-            sample_id=self.sample_id(row),
-            image=self.encoded(row),
-            captions=self.sample_captions(row),
-            where=self.where(row),
-        )
+        A name counts where the table does not hold the image itself; elsewhere it is null. None if
+        the table has no names, or images are in shards.
+        """
+        encoded, names = split_images(self.checked_table.column(self.image_column))
+        if self.in_ranges or names is None or pa.types.is_null(names.type):
+            return None
+        names = names.cast(pa.large_binary())
+        if encoded is not None:
+            is_there = pc.greater(pc.fill_null(count_bytes(encoded), 0), 0)
+            names = pc.if_else(is_there, pa.scalar(None, names.type), names)
+        return self.take_rows(names)
 
-    def image(self, row: int) -> Image.Image:
-        """The decoded image, upright and as RGB; raises `BadSample`."""
-        encoded = self.encoded(row)
-        try:
-            return Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
-        except ValueError as error:
-            raise self._bad(row, str(error)) from error
+    def image_sizes(self) -> npt.NDArray[np.int32]:
+        """Bytes of each image as stored; -1 where that is unknown without reading it (URLs)."""
 
-    def column(self, name: str) -> npt.NDArray[np.object_]:
-        """Any column, such as `label`, as an array of length `len(self)`."""
-        self._require(name)
-        return np.asarray(cells_of(self.kept(self.checked.column(name))), dtype=object)
+        def as_array(column: pa.ChunkedArray) -> npt.NDArray[np.int32]:
+            numbers = pc.fill_null(self.take_rows(column).cast(pa.int32(), safe=False), -1)
+            return np.array(numbers.to_numpy())  # a copy, to be written to
 
-    def _require(self, column: str) -> None:
-        if column not in self._arrays:
-            present = ", ".join(self.table.column_names)
-            raise ValueError(f"{self.name}: no column '{column}'; it has {present}")
-
-    def _table_row(self, row: int) -> int:
-        """The row of the table."""
-        return row if self.rows is None else int(self.rows[row])
+        if self.in_ranges:
+            return as_array(self.checked_table.column("size"))
+        encoded, _ = split_images(self.checked_table.column(self.image_column))
+        sizes = np.full(len(self), -1, np.int32)
+        if encoded is not None:
+            sizes = as_array(count_bytes(encoded))
+        if (names := self.image_names()) is not None:
+            sizes[names.is_valid().to_numpy()] = -1
+            is_file = pc.invert(pc.match_substring(names, "://")).fill_null(False)
+            paths = list_local_files(names.filter(is_file), self.root)
+            for row, path in zip(np.flatnonzero(is_file), paths, strict=True):
+                if path is not None:
+                    with suppress(OSError, ValueError):  # a path may hold a zero byte
+                        sizes[row] = min(os.stat(path).st_size, 2**31 - 1)  # noqa: PTH116 (of millions)
+        return sizes
 
     def value(self, column: str, row: int) -> Any:
-        """What a column of the table holds in a row; raises `UnicodeDecodeError` for a text that is
-        not UTF-8, which Parquet files may hold."""
+        """A cell of a column; raises `UnicodeDecodeError` for a text that is not UTF-8."""
         return self._cell(column, row).as_py()
 
     def _cell(self, column: str, row: int) -> pa.Scalar:
@@ -557,13 +559,11 @@ class ImageTextPairs(Pairs):
             self._check(row)
         return self._arrays[column][row]
 
-    def _image(
-        self, row: int, part: slice | None = None, *, errors: str = "replace"
-    ) -> bytes | str | None:
-        """The encoded image itself, or a part of it, or the name of its file.
+    def _table_row(self, row: int) -> int:
+        return row if self.rows is None else int(self.rows[row])
 
-        Which of them counts is what `names_of_files` says; `errors` is of names not in UTF-8.
-        """
+    def _image(self, row: int, part: slice | None = None) -> bytes | str | None:
+        """The encoded image itself, or a part of it, or the name of its file, as `image_names`."""
         cell = self._cell(self.image_column, row)
         if isinstance(cell, pa.StructScalar):
             cells = [cell[name] for name in ("bytes", "path") if name in cell]
@@ -571,8 +571,13 @@ class ImageTextPairs(Pairs):
             cell = next((value for value in cells if value.as_buffer()), pa.scalar(None))
         if part is not None and "binary" in str(cell.type) and cell.is_valid:
             return bytes(memoryview(cell.as_buffer())[part])  # the rest stays on the disk
-        image: bytes | str | None = legible(cell, errors)
+        image: bytes | str | None = read_cell(cell)
         return None if image == "" else image
+
+    def _require(self, column: str) -> None:
+        if column not in self._arrays:
+            present = ", ".join(self.table.column_names)
+            raise ValueError(f"{self.name}: no column '{column}'; it has {present}")
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)
@@ -587,7 +592,16 @@ def evenly_spaced(total: int, number: int, seed: int) -> list[int]:
     return chosen
 
 
-def image_fields(
+def split_by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]]:
+    """Rows numbered over sources, as each source and the numbers that its rows have there."""
+    starts = np.cumsum([0, *map(len, sources)])
+    return [
+        (source, rows[(rows >= start) & (rows < start + len(source))] - start)
+        for source, start in zip(sources, starts[:-1], strict=True)
+    ]
+
+
+def split_images(
     images: pa.ChunkedArray,
 ) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
     """The encoded images in a column, and the names of files and URLs; None for what it lacks."""
@@ -600,30 +614,14 @@ def image_fields(
     return (None, images) if "string" in str(images.type) else (images, None)
 
 
-def names_of_files(images: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """The files and URLs in a column of images, as bytes, since a string may be no UTF-8.
-
-    A name counts where the image itself is not there, or empty; elsewhere it is null. None if the
-    column has no names.
-    """
-    encoded, names = image_fields(images)
-    if names is None or pa.types.is_null(names.type):
-        return None
-    names = names.cast(pa.large_binary())
-    if encoded is None:
-        return names
-    is_there = pc.greater(pc.fill_null(lengths_of(encoded), 0), 0)
-    return pc.if_else(is_there, pa.scalar(None, names.type), names)
-
-
-def lengths_of(values: pa.ChunkedArray) -> pa.ChunkedArray:
+def count_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """The number of bytes of each value, null for null. The bytes stay on the disk, unless the
     column holds views."""
     lengths = [pc.binary_length(chunk.cast(pa.large_binary())) for chunk in values.iterchunks()]
     return pa.chunked_array(lengths, pa.int64())
 
 
-def local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:
+def list_local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:
     """The path of each name in bytes; None where there is none, and for a URL."""
     for chunk in names.iterchunks():
         for name in chunk.to_pylist():
@@ -631,23 +629,21 @@ def local_files(names: pa.ChunkedArray, root: str) -> Iterator[str | None]:
             yield path if path and not is_url(path) else None
 
 
-def legible(cell: pa.Scalar, errors: str = "replace") -> Any:
-    """The content of a cell; `errors` says how to treat a text that is not UTF-8."""
+def read_cell(cell: pa.Scalar) -> Any:
+    """The content of a cell; what is not UTF-8 in a text becomes �."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:
-        if isinstance(cell, pa.ListScalar):
-            return [legible(item, errors) for item in cell]
         text = cell.value if isinstance(cell, pa.DictionaryScalar) else cell
-        return str(text.as_buffer(), "utf-8", errors)
+        return str(text.as_buffer(), "utf-8", "replace")
 
 
-def cells_of(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """The contents of a column's cells, read as by `legible`."""
+def read_cells(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The contents of a column's cells, as `read_cell` gives them."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        return [legible(cell) for cell in column]
+        return [read_cell(cell) for cell in column]
 
 
 def file_status(path: str) -> str:
@@ -662,16 +658,105 @@ def file_status(path: str) -> str:
 def clean_captions(texts: Iterable[str | bytes | None], *, needed: bool = True) -> tuple[str, ...]:
     """The captions stripped, without empty ones.
 
-    Raises `ValueError` if none is left, but one is `needed`; or one is not UTF-8 or holds a zero
-    byte.
+    Raises `ValueError` if none is left, but needed; or one is not UTF-8 or holds a zero byte.
     """
     try:
         decoded = [t.decode("utf-8-sig") if isinstance(t, bytes) else t for t in texts]
     except UnicodeDecodeError:
-        raise ValueError(NOT_UTF8.format("caption")) from None
+        raise ValueError("the caption is not UTF-8") from None
     if any(text and "\0" in text for text in decoded):
         raise ValueError("the caption holds a zero byte")
     captions = tuple(text.strip() for text in decoded if text and text.strip())
     if needed and not captions:
         raise ValueError("empty caption")
     return captions
+
+
+def content(samples: Any, *, encoded: Any = None) -> list[Facts]:
+    """The fingerprint of each source of the samples, and which of their rows are left out.
+
+    `encoded` is what is left of them where frozen encoders encoded all.
+    """
+    facts = [source.fingerprint() for source in samples.sources]
+    if len(facts) > 1:  # sample ids begin with the name
+        facts = [{"name": s.name, **f} for s, f in zip(samples.sources, facts, strict=True)]
+    for name, pairs in (("held_out", samples), ("encoded", encoded)):
+        if pairs is not None:  # no fact at all would mean that it is not known
+            left_out = pairs.left_out.astype("<i8").tobytes()
+            facts[0][name] = checksum(left_out) if left_out else ""
+    return facts
+
+
+def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str | None:
+    """What differs, in a few words; None if nothing does. A fact that is unknown equals any."""
+    if len(before) != len(now):
+        return f"{len(before)} sources before, {len(now)} now"
+    for number, (old, new) in enumerate(zip(before, now, strict=True)):
+        owner = f" of '{new.get('name', number)}'" if len(now) > 1 else ""
+        was_stream, is_stream = ({"shards", "names"} & facts.keys() for facts in (old, new))
+        if was_stream and "rows" in new:
+            return f"a stream{owner} before, pairs in any order now; set data.read = streaming"
+        if "rows" in old and is_stream:
+            return f"pairs in any order{owner} before, a stream now"
+        for name, word in WORDS.items():
+            one, other = old.get(name), new.get(name)
+            if one is None or other is None or one == other:
+                continue
+            if name == "shards" and one == new.get("names"):  # up to version 1.0.0, of a store
+                continue
+            if name == "sample" and all(a == b for a, b in zip(one, other, strict=True) if a and b):
+                continue
+            if name in ("name", "rows"):
+                return f"{word}{owner}: {one} before, {other} now"
+            return f"other {word}{owner}"
+    return None
+
+
+def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
+    """How many texts each cell holds, if cells are lists; and the texts, as bytes."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    counts = None
+    if "list" in str(values.type).partition("<")[0]:
+        counts = pc.list_value_length(values)
+        values = values.flatten()
+    if not ("binary" in str(values.type) or pa.types.is_null(values.type)):
+        values = values.cast(pa.large_string())  # whole numbers, too
+    return counts, values.cast(pa.large_binary())
+
+
+def text_parts(values: pa.Array) -> Parts:
+    """The lengths of lists, the lengths of texts, and the texts: each goes on in the next chunk."""
+    counts, texts = flat_texts(values)
+    _, offsets, data = texts.buffers()
+    content: memoryview | bytes = b""
+    if data is not None and len(texts):
+        first, last = np.frombuffer(offsets, np.int64)[[texts.offset, texts.offset + len(texts)]]
+        content = memoryview(data)[first:last]
+    return b"" if counts is None else as_bytes(counts), as_bytes(pc.binary_length(texts)), content
+
+
+def length_parts(lengths: pa.Array) -> Parts:
+    """The same of encoded images of these lengths; their bytes do not count."""
+    return b"", as_bytes(lengths), b""
+
+
+def as_bytes(numbers: pa.Array) -> bytes:
+    """Whole numbers as bytes; -1 for null."""
+    whole: bytes = pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False).astype("<i4").tobytes()
+    return whole
+
+
+def hash_columns(
+    columns: Sequence[pa.ChunkedArray], parts_of: Callable[[pa.Array], Parts] = text_parts
+) -> str:
+    """A hash of columns' values in order, however they are stored and divided into chunks."""
+    whole = hashlib.blake2b(digest_size=16)
+    for column in columns:
+        kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+        for chunk in column.iterchunks():
+            for kind, part in zip(kinds, parts_of(chunk), strict=True):
+                kind.update(part)
+        for kind in kinds:
+            whole.update(kind.digest())
+    return whole.hexdigest()

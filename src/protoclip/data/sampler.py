@@ -1,10 +1,20 @@
-"""Which rows form an episode, and the random draws that go with it.
+"""Which rows form an episode, what each rank takes for a batch, and the random draws.
 
-Everything here is a pure function of the seed and the number of the episode.
+Episodes and draws are pure functions of the seed and the number of the episode.
+
+A stream is dealt to lanes, as many as the run had ranks when it began. A batch takes equally many
+samples of each lane, one lane after the other. Any number of ranks shares the batch evenly, so a
+rank's part may be a lane, several lanes, or a part of one; the batch is the same.
+
+So is what replaces bad samples. A lane's part of a batch is cut into stretches with spare samples
+of their own, which their bad ones take in turn. Only decoding shows which are bad. So a rank that
+begins amid a stretch has the samples before its part too, and decodes them if one of its own is
+bad.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +23,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.config import Config
-from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.pairs import evenly_spaced as evenly_spaced  # for others
+from protoclip.data.pairs import BadSample, Pairs, Rows, Sample, SampleStream
 
-Rows = npt.NDArray[np.int64]
+Item = Sample | BadSample  # what a stream gave
 # Independent sequences of random numbers.
 ROWS_STREAM, TRANSFORM_STREAM, PERMUTATION_STREAM, CAPTION_STREAM, ORDER_STREAM = range(5)
 SHARD_STREAM, BLOCK_STREAM, EXTRACTION_STREAM = 5, 6, 7
 PERMUTED_AT_ONCE = 2**16  # rows of an episode, few enough for a processor's caches
+# Spare rows for each one of a batch that is bad. They are more than the spare samples of a stream,
+# which travel to the workers with the batch: rows cost nothing until read.
+SPARE_BATCHES = 4
+# Spare samples that replace the bad ones of a stretch, as a share of it, and the least number.
+SPARE_SAMPLES, MIN_SPARE = 0.25, 8
+# The most samples of a stretch. Of more, a few bad ones in a row are less likely to use up the
+# spare ones; of fewer, ranks that share a lane have fewer samples of each other.
+MAX_STRETCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """The `m` pairs drawn for one round: `rows` of the source in the order of training."""
+    """The `m` pairs drawn for one round: `rows` of the source in the order of training.
+
+    Episodes are equal if their numbers are, from which the rows follow.
+    """
 
     index: int
-    rows: Int[Tensor, " m"]
+    rows: Int[Tensor, " m"] = field(compare=False)
 
 
 def generator(seed: int, stream: int, episode: int) -> np.random.Generator:
@@ -149,10 +169,8 @@ class EpisodeSampler:
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
     """A function from the number of an episode to the episode.
 
-    Raises:
-        ValueError: As `EpisodeSampler` does; a batch is larger than the data without replacement; a
-            source of which no pair is left has a weight, or one has too small a weight to be in an
-            episode.
+    Raises `ValueError` as `EpisodeSampler` does; if a batch is larger than the data without
+    replacement; if a source without pairs has a weight, or one has too small a weight.
     """
     size, batch_size = config.episodes.size, config.episodes.batch_size
     if isinstance(samples, SampleStream):
@@ -189,3 +207,108 @@ def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], E
             f"an episode of {size}; raise it or episodes.size, or set episodes.replacement = true"
         )
     return sampler.episode
+
+
+def list_overlaps(part: int, parts: int, others: int) -> range:
+    """Which of `others` equal parts of a batch share samples with one of its `parts`."""
+    return range(part * others // parts, -(-(part + 1) * others // parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Samples that follow each other in a batch, and the spare ones that replace the bad of them.
+
+    Attributes:
+        before: Those with which the stretch begins and which other ranks have.
+        samples: Those of this rank, which follow.
+        spare: They come after the batch in the lane. No other stretch of the batch has them.
+    """
+
+    before: list[Item]
+    samples: list[Item]
+    spare: list[Item]
+
+    def candidates(self, is_good: Callable[[Item], bool]) -> Iterator[Iterator[Item]]:
+        """For each of this rank's samples: itself, and then its replacements, while there are some.
+
+        To be used one after the other. Asking for a further candidate says that the last was bad.
+        `is_good` is asked about samples of other ranks, once one of this rank's is bad.
+        """
+        before, spare = iter(self.before), iter(self.spare)
+
+        def replacements() -> Iterator[Item]:
+            for sample in before:
+                any(map(is_good, chain([sample], spare)))  # to the first good one, and no further
+            yield from spare
+
+        return (chain([sample], replacements()) for sample in self.samples)
+
+
+def share_batches(
+    stream: SampleStream, batch: int, *, batch_size: int, rank: int, world_size: int
+) -> Iterator[list[Stretch]]:
+    """This rank's part of each batch of a run, from batch number `batch` on.
+
+    `batch_size` is that of all ranks, a multiple of their number and of the lanes'. Iteration
+    raises what that of the stream does.
+    """
+    share, per_lane = batch_size // world_size, batch_size // stream.lanes
+    number = -(-per_lane // MAX_STRETCH)
+    bounds = [per_lane * index // number for index in range(number + 1)]
+    read = per_lane + number * max(MIN_SPARE, int(SPARE_SAMPLES * per_lane / number))
+    lanes = list_overlaps(rank, world_size, stream.lanes)
+    readers = {lane: stream.samples(batch * per_lane, lane) for lane in lanes}
+    ahead: dict[int, list[Item]] = {lane: [] for lane in lanes}
+    while True:
+        stretches = []
+        for lane in lanes:
+            first = max(rank * share - lane * per_lane, 0)
+            last = min((rank + 1) * share - lane * per_lane, per_lane)
+            waiting = ahead[lane]
+            waiting.extend(islice(readers[lane], read - len(waiting)))
+            for index, (begin, end) in enumerate(pairwise(bounds)):
+                if first < end and begin < last:
+                    since = max(begin, first)
+                    stretches.append(
+                        Stretch(
+                            before=waiting[begin:since],
+                            samples=waiting[since : min(end, last)],
+                            # Dealt in turn, as what is bad often comes in a row.
+                            spare=waiting[per_lane + index :: number],
+                        )
+                    )
+            del waiting[:per_lane]  # the spare ones stay, since the next batch begins with them
+        yield stretches
+
+
+def spare_positions(
+    position: npt.NDArray[np.int64], number: int, *, batch: int, size: int
+) -> npt.NDArray[np.int64]:
+    """Spare positions `(number, b)` for each of these positions of an episode.
+
+    They are those of the same place in the batches that follow; once around, those of the next
+    place. So a position has the same ones whatever else its rank has.
+    """
+    batches, spare = -(-size // batch), np.arange(number)[:, None]
+    around, turn = (spare, 0) if batches == 1 else np.divmod(spare, batches - 1)
+    of_batch = (position // batch + 1 + turn) % batches
+    in_batch = (position % batch + around + (batches == 1)) % min(batch, size)
+    return np.asarray((of_batch * batch + in_batch) % size, dtype=np.int64)
+
+
+def row_candidates(rows: Sequence[int], size: int) -> Iterator[Iterator[int]]:
+    """For each of `size` positions: its row, its spare rows, then those of others, each once.
+
+    To be used one after the other. Asking for a further candidate says that the last was bad.
+    `rows` has one for each position, then the next spare one for each, and so on.
+    """
+    taken, failed = set[int](), set[int]()
+
+    def candidates(number: int) -> Iterator[int]:
+        for index in chain(range(number, len(rows), size), range(size, len(rows))):
+            if index not in taken and rows[index] not in failed:
+                taken.add(index)
+                yield rows[index]
+                failed.add(rows[index])  # since another one is asked for
+
+    return map(candidates, range(size))

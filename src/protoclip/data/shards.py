@@ -1,24 +1,30 @@
-"""Tar shards: which files a pattern names, the samples in one, and an index for random access.
+"""Tar shards, indexed for random access, or read as an endless stream.
 
 The layout is WebDataset's: `000.jpg`, `000.txt` and `000.json` are one sample with the key `000`.
 Nothing is ever unpacked to a file, whatever a member's name says.
+
+Local shards are indexed. Any can be streamed, front to back: local or remote, compressed or not.
+The order of a stream is a pure function of the seed, the shards, and how many lanes they are dealt
+to: one for each rank that a run begins with. Other ranks go on with the same lanes. The stream
+remembers in which shard each block of samples begins, so a run resumes without reading what came
+before.
 """
 
 import glob
+import importlib
 import io
 import json
 import multiprocessing
 import os
 import re
-import sys
 import tarfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -27,34 +33,59 @@ from braceexpand import braceexpand
 
 from protoclip.config import DataConfig
 from protoclip.data.access import (
+    GO_ON,
     digest,
     files_like,
     fingerprint,
+    index_folder,
     is_url,
     list_urls,
+    open_file,
     reason_of,
     require_allowed,
+    start_thread,
 )
-from protoclip.data.index import ROWS, ArrowIndex, build_index, index_folder
-from protoclip.data.pairs import LOST, ImageTextPairs
-from protoclip.data.tables import caption_columns, captions_in, pairs_of
-from protoclip.files import open_local
+from protoclip.data.pairs import (
+    LOST,
+    BadSample,
+    Facts,
+    ImageTextPairs,
+    Sample,
+    SampleStream,
+    clean_captions,
+    evenly_spaced,
+)
+from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
+from protoclip.data.split import Chosen
+from protoclip.data.tables import (
+    ROWS,
+    ArrowIndex,
+    build_index,
+    caption_columns,
+    list_captions,
+    open_pairs,
+)
+from protoclip.files import checksum, open_local, to_json
 from protoclip.progress import Progress
 from protoclip.terminal import visible, without_secrets
 
+Item = Sample | BadSample
+# The number of the first sample, and the samples in the order they were read.
+Block = tuple[int, list[Item]]
 IMAGES, TEXTS = frozenset({"jpg", "jpeg", "png", "webp", "gif"}), frozenset({"txt", "json"})
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and who reads it
 # A larger image or text is not read. A longer name, or a larger file of any kind, is damage.
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
-# Part of the key of every index. Change it when the rows or facts change.
-INDEX_FORM = "tar shards, 4"
-ROWS_FORM = "tar shards, 3"  # of the rows alone, by which stores know images
-MAX_SHARDS = 1_000_000  # that a pattern may name
+# Part of the key of every index, by which stores know images. Change it when the rows change.
+INDEX_FORM = "tar shards, 3"
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # Where the image is in the tar; null if there is none.
 SHARD_ROWS = pa.schema([*ROWS.remove(0), ("offset", pa.int64()), ("size", pa.int64())])
 SET_ROWS = SHARD_ROWS.append(pa.field("image", pa.dictionary(pa.int32(), pa.string())))
 NOT_ENOUGH = "unexpected end of data"
+BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks are in memory
+SHARDS, PART = 1000, 1 << 14  # shards of which parts are read, and how many bytes of a part
+MAX_FAILED = 32  # a stream ends after as many different shards in a row without a good sample
 
 
 class Member(tarfile.TarInfo):
@@ -136,6 +167,384 @@ class ShardSample:
     files: Mapping[str, Member] = field(default_factory=dict)
 
 
+def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
+    """Open the local tar shards `data.train`. New and changed shards are indexed first.
+
+    `.notes` says what is wrong with them. See `expand_shards` and `read_samples`; `name` is what
+    messages call the pairs.
+
+    Raises `ValueError` if a shard is missing, remote, compressed or not a tar, if two samples share
+    an id, or if there is no sample.
+    """
+    pattern, folder = data.train, index_folder()
+    settings = {"form": INDEX_FORM, "captions": caption_columns(data) or None}
+    links = expand_shards(pattern)
+    paths = [str(Path(link).resolve()) for link in links]
+    with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
+        prints = list(pool.map(fingerprint, paths))
+    shards, keys = list[tuple[str, str, str]](), list[str]()
+    for link, path, print_ in zip(links, paths, prints, strict=True):
+        # Ids begin with the name of a link: a hub's cache links to files that are named by a hash.
+        stem = shard_stem(link)
+        facts = {"shard": print_} if stem == shard_stem(path) else {"shard": print_, "stem": stem}
+        keys.append(digest({**settings, **facts}))
+        shards.append((path, stem, keys[-1]))
+    key = digest({**settings, "shards": keys})
+    index_one = partial(_index_shard, caption_keys=settings["captions"], folder=folder)
+    index = build_index(
+        key,
+        partial(_join_indexes, shards, index_one),
+        folder=folder,
+        label=pattern,
+        way_out="name the files of a sample as in 000.jpg, 000.txt",
+    )
+    way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
+    data, name = replace(data, root=None), name or pattern
+    return open_pairs(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
+
+
+def _index_shard(
+    shard: tuple[str, str, str], *, caption_keys: Sequence[str] | None, folder: Path
+) -> ArrowIndex:
+    """The index of one shard, given its path, its stem and its key."""
+    path, stem, key = shard
+
+    def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        with open_local(path) as file:
+            if file.peek(6).startswith(tuple(COMPRESSED)):
+                raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
+            try:
+                samples = list(read_samples(file, stem, caption_keys, stream=False))
+            except Exception as error:
+                raise ValueError(f"{path}: {reason_of(error)}") from None
+        if samples and samples[-1].fault:
+            facts["notes"] = [f"{path}: {samples.pop().fault}"]
+        images = [s.image for s in samples]
+        columns = {
+            "sample_id": [s.sample_id for s in samples],
+            "caption": [s.captions for s in samples],
+            "offset": [image and image.offset_data for image in images],
+            "size": [image and image.size for image in images],
+        }
+        yield pa.RecordBatch.from_pydict(columns, SHARD_ROWS)
+
+    return build_index(key, build, folder=folder, label=path, way_out="")
+
+
+def _join_indexes(
+    shards: Sequence[tuple[str, str, str]], index_one: Any, facts: dict[str, Any]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of every shard, with its path in a further column."""
+    if len(shards) >= PARALLEL_FROM:
+        # A forked process does not import PyTorch again.
+        fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        progress = Progress(f"Indexing {len(shards)} shards", len(shards))
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context(fork)) as pool:
+            for done, _ in enumerate(pool.map(index_one, shards), 1):
+                progress.update(done)
+    # One index is open at a time: there may be more shards than a process may have open files.
+    names = pa.array([path for path, *_ in shards], pa.string())
+    faults = list[str]()
+    for number, shard in enumerate(shards):
+        index = index_one(shard)
+        index.check()
+        faults += index.notes
+        for batch in index.table.to_batches():
+            rows = pa.array(np.full(len(batch), number, dtype=np.int32))
+            column = pa.DictionaryArray.from_arrays(rows, names)
+            yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
+    facts["notes"] = [
+        f"{len(faults)} of {len(shards)} shards break off, such as {fault}" for fault in faults[:1]
+    ]
+
+
+class ShardStream(SampleStream):
+    """Image-text pairs from tar shards in one endless order; see `pairs.SampleStream`.
+
+    Each pass over the shards permutes them. The endless sequence of shards is dealt to the lanes in
+    turn, so all lanes together have every sample once a pass. Each lane shuffles its samples in
+    blocks of `shuffle` samples, or fewer if they have more than `BLOCK_BYTES`. `seed` must be the
+    same on all ranks. For the rest see `shards.expand_shards` and `shards.read_samples`.
+
+    Raises `ValueError` as `expand_shards`.
+    """
+
+    notes: list[str]
+
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        seed: int,
+        lanes: int = 1,
+        shuffle: int = 4096,
+        caption_keys: Sequence[str] | None = None,
+        name: str | None = None,
+        chosen: Chosen | None = None,
+        needs_captions: bool = True,
+    ) -> None:
+        self.shards = expand_shards(pattern)
+        self.name, self.notes = name or without_secrets(pattern), list[str]()
+        self.seed, self.shuffle = seed, shuffle
+        self.caption_keys = caption_keys and list(caption_keys)
+        self.chosen, self.needs_captions = chosen, needs_captions
+        self.prefix = ""  # with which `chosen` knows ids, in a mixture
+        # Of each lane: first sample of a block -> which of the lane's shards holds it, and its
+        # number there.
+        self._blocks_at: list[dict[int, tuple[int, int]]] = [{0: (0, 0)} for _ in range(lanes)]
+
+    @property
+    def lanes(self) -> int:
+        return len(self._blocks_at)
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Item]:
+        """A lane from its sample number `first` on, where bad samples count too.
+
+        Threads read one block ahead, until the iterator is closed or dropped. Iteration raises
+        `ValueError` if no shard can be read.
+        """
+        stopped = Event()
+        blocks = self._blocks(lane, self._block_before(first, lane), stopped)
+        read_ahead = partial(start_thread, lambda: next(blocks), name="protoclip-read-ahead")
+        ahead = read_ahead()
+        try:
+            while True:
+                start, block = ahead.result()
+                ahead = read_ahead()
+                # No other block of any lane has this number.
+                draw = generator(self.seed, BLOCK_STREAM, start * self.lanes + lane)
+                order = draw.permutation(len(block))[max(0, first - start) :]
+                left = [block[number] for number in order[::-1]]
+                block.clear()  # samples are freed as they are used
+                while left:
+                    yield left.pop()
+        finally:
+            stopped.set()
+
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        """JSON values from which a lane resumes at its sample number `first`."""
+        start = self._block_before(first, lane)
+        shard, skip = self._blocks_at[lane][start]
+        state = {"sample": start, "shard": shard, "place": skip, "stream": self._identity()}
+        return {**state, "rank": [lane, self.lanes]}  # the rank that had it when the run began
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the lanes of a state, and make `samples` quick to start where it was taken.
+
+        Raises `ValueError` if the state belongs to other shards or another order.
+        """
+        if state["stream"] != self._identity():
+            raise ValueError(
+                f"{self.name}: the shards, the seed or data.shuffle_buffer are not those of the "
+                "interrupted run, so the stream cannot go on; restore them, or start anew"
+            )
+        lane, lanes = state["rank"]
+        if lanes != self.lanes:
+            self._blocks_at = [{0: (0, 0)} for _ in range(lanes)]
+        self._blocks_at[lane][int(state["sample"])] = (state["shard"], state["place"])
+
+    def fingerprint(self) -> Facts:
+        """Hashes of the shards by their names, and of a few parts of those that are local files.
+
+        Shards keep their `names` where they move between a disk and a store, of which no part is
+        read.
+        """
+        number = len(self.shards)
+        read = {self.shards[n] for n in evenly_spaced(number, min(SHARDS, number), 0)}
+        parts = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in self.shards]
+        return {"shards": hash_of_shards(parts)}
+
+    def _identity(self) -> str:
+        stems = [shard_stem(shard) for shard in self.shards]
+        order = {"seed": self.seed, "shuffle": self.shuffle, "block_bytes": BLOCK_BYTES}
+        chosen = self.chosen.keys if self.chosen else {}
+        return digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
+
+    def read(self, shard: str) -> Iterator[Item]:
+        """The chosen samples of one shard, in order; see `read_shard`."""
+        needed = self.needs_captions
+        return read_shard(shard, self.caption_keys, self._keeps, needs_captions=needed)
+
+    def _keeps(self, sample_id: str) -> bool:
+        return self.chosen is None or self.chosen.keeps(self.prefix + sample_id)
+
+    def _block_before(self, first: int, lane: int) -> int:
+        return max(start for start in list(self._blocks_at[lane]) if start <= first)
+
+    def _blocks(self, lane: int, start: int, stopped: Event) -> Iterator[Block]:
+        block: list[Item] = []
+        held = last_epoch = 0
+        for shard, skip, item in self._items(lane, *self._blocks_at[lane][start], stopped):
+            epoch = (shard * self.lanes + lane) // len(self.shards)
+            # A block also ends with its pass, or a sample could come twice before another came.
+            full = len(block) == self.shuffle or held >= BLOCK_BYTES or epoch != last_epoch
+            if block and full:
+                start += len(block)
+                yield start - len(block), block
+                block, held = [], 0
+            if not block:
+                self._blocks_at[lane][start] = (shard, skip)
+            block.append(item)
+            held += len(item.image) if isinstance(item, Sample) else 0
+            last_epoch = epoch
+
+    def _items(
+        self, lane: int, number: int, skip: int, stopped: Event
+    ) -> Iterator[tuple[int, int, Item]]:
+        """Number of a lane's shard, number in it, and sample, from a sample of a shard on."""
+        failed = set[str]()  # shards in a row
+        # Any number of shards may hold none of the few samples that are chosen.
+        most, reason = min(len(self.shards), MAX_FAILED), "it holds no sample"
+        if self.chosen is not None:
+            most, reason = len(self.shards), f"no sample is left by {self.chosen.settings}"
+        while True:
+            shard = self._shard(number * self.lanes + lane)
+            failed.add(shard)
+            for number_in_shard, item in enumerate(self.read(shard)):
+                if stopped.is_set():
+                    return
+                if isinstance(item, Sample):
+                    failed.clear()
+                else:
+                    reason = item.reason
+                if number_in_shard >= skip:
+                    yield number, number_in_shard, item
+            if len(failed) >= most:
+                raise ValueError(
+                    f"{self.name}: {len(failed)} shards in a row without a sample that can be "
+                    f"used; the last is {without_secrets(shard)}: {reason}"
+                    f"{f'; {GO_ON}' if is_url(shard) else ''}"
+                )
+            number, skip = number + 1, 0
+
+    def _shard(self, position: int) -> str:
+        """The shard at a position in the endless sequence that all lanes share."""
+        epoch, number = divmod(position, len(self.shards))
+        order = generator(self.seed, SHARD_STREAM, epoch).permutation(len(self.shards))
+        return self.shards[int(order[number])]
+
+
+def read_shard(
+    shard: str,
+    caption_keys: Sequence[str] | None,
+    keeps: Callable[[str], bool] = lambda sample_id: True,
+    *,
+    needs_captions: bool = True,
+) -> Iterator[Item]:
+    """The samples of one shard, in order. A shard that cannot be read ends with a bad sample.
+
+    Samples that `keeps` refuses are passed over, but not the break of a shard.
+    """
+    stem, seen = shard_stem(shard), set[str]()
+    try:
+        with open_file(shard) as file:
+            magic = file.peek(6)
+            packed = next((r for start, r in COMPRESSED.items() if magic.startswith(start)), None)
+            unpacked = importlib.import_module(packed).open(file) if packed else file
+            for sample in read_samples(unpacked, stem, caption_keys, stream=True):
+                if sample.fault or keeps(sample.sample_id):
+                    is_repeated = sample.sample_id in seen
+                    yield _check_sample(sample, shard, is_repeated, needs_captions)
+                seen.add(sample.sample_id)
+    except Exception as error:  # file systems and decompressors have their own errors
+        part = f" after {len(seen)} samples; the rest" if seen else "; all"
+        yield BadSample(stem, shard, f"{reason_of(error)}{part} {LOST}")
+
+
+def _check_sample(sample: ShardSample, shard: str, is_repeated: bool, needs_captions: bool) -> Item:
+    again = "the same sample id as one before it in the shard" if is_repeated else ""
+    reason = sample.fault or again
+    image = sample.image.data if sample.image else None
+    if not reason and image is not None:
+        try:
+            texts = clean_captions(sample.captions, needed=needs_captions)
+            return Sample(sample_id=sample.sample_id, image=image, captions=texts, where=shard)
+        except ValueError as error:
+            reason = str(error)
+    return BadSample(sample.sample_id, shard, reason or "no image")
+
+
+def hash_of_shards(shards: Sequence[Sequence[Any]]) -> str:
+    """A hash of the name of each shard, and of what `shard_facts` says of it."""
+    return checksum(to_json(shards).encode())
+
+
+def shard_facts(path: str, is_read: bool) -> list[Any]:
+    """Bytes of a local shard, and a hash of both ends and the middle; nothing of another."""
+    try:
+        with open_local(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            parts = b""
+            for start in (0, size // 2, max(0, size - PART)) if is_read else ():
+                file.seek(start)
+                parts += file.read(PART)
+    except (OSError, ValueError):
+        return []
+    return [size, checksum(parts)]
+
+
+def facts_that_may_move(facts: Facts, source: Any) -> Facts:
+    """A source's facts, less what differs when shards move between a disk and a store.
+
+    What is in a store is known by the names of its shards alone.
+    """
+    if not isinstance(source, ShardStream):
+        return facts
+    names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
+    is_on_disk = not any(map(is_url, source.shards))
+    known_facts = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
+    return {**known_facts, "names": names}
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The shards that a pattern names, sorted.
+
+    A pattern is a path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
+    where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
+    `*.tar`.
+
+    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, or
+    two shards would give their samples the same ids.
+    """
+    label = without_secrets(pattern)
+    try:
+        # Unlike a `Path`, it may be of any length.
+        exists = os.path.exists(pattern)  # noqa: PTH110
+        names = [pattern] if exists else list(braceexpand(pattern))
+    except ValueError:
+        raise ValueError(f"{label}: the braces do not pair up") from None
+    shards = sorted({shard for name in names for shard in _expand(name)})
+    if not shards:
+        raise ValueError(f"{label}: no tar shard matches")
+    stems: dict[str, str] = {}
+    for shard in shards:
+        other = stems.setdefault(shard_stem(shard), shard)
+        if other != shard:
+            raise ValueError(
+                f"{visible(shard)}: has the file name of {visible(other)}, and sample ids start "
+                "with it; rename one, or list them as two [[data.sources]], each with a name of "
+                "its own"
+            )
+    return shards
+
+
+def _expand(name: str) -> list[str]:
+    try:
+        require_allowed(name)
+        if is_url(name) and ("*" in name or name.endswith("/")):
+            return list_urls(f"{name}*.tar" if name.endswith("/") else name)
+    except Exception as error:  # every store has its own errors
+        raise ValueError(f"{without_secrets(name)}: {reason_of(error)}") from None
+    if is_url(name):
+        return [name]
+    path = Path(name).expanduser()
+    if path.exists():
+        return [*map(str, files_like(path, "*.tar"))] if path.is_dir() else [str(path)]
+    if re.search(r"[*?[]", name):
+        return glob.glob(str(path))  # noqa: PTH207 (an absolute pattern)
+    raise ValueError(f"{name}: no such file")
+
+
 def shard_stem(shard: str) -> str:
     """The file name without `.tar` and what follows; the last such name in a URL."""
     names = re.findall(r"([^/\\\s'\"=]+?)\.(?:tar|tgz|tbz|txz)\b", shard)
@@ -159,15 +568,13 @@ def read_samples(
     *,
     stream: bool,
     beside: str | None = None,
-    unnamed: Counter[str] | None = None,
 ) -> Iterator[ShardSample]:
     """The samples of an uncompressed tar, each made of consecutive files with one key.
 
     Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
     the `.txt`, or without one under the first of the usual keys that is there. A stream is read
     front to back, images included; otherwise images are skipped by seeking. With `beside`,
-    samples are images and files with that extension, such as `cls`, not captions. `unnamed` counts
-    the images of keys that have them only behind a second dot, as in `dog.1.jpg`.
+    samples are images and files with that extension, such as `cls`, not captions.
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
@@ -181,11 +588,6 @@ def read_samples(
 
     for next_key, kind, member in members:
         used = kind in IMAGES or kind in texts
-        if unnamed is not None and kind.rpartition(".")[2] in IMAGES:
-            if used:
-                unnamed.pop(next_key, None)
-            elif next_key != key or IMAGES.isdisjoint(files):
-                unnamed[next_key] += 1
         # A second file of one kind starts another sample. It has the same id and is refused.
         if used and files and (next_key != key or kind in files):
             yield make_sample()
@@ -202,6 +604,27 @@ def read_samples(
         reason = f"{members.fault}{file_name} after {number} samples; the rest {LOST}"
         sample_id = _sample_id(stem, key if files else cut)
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
+
+
+def _sample_id(*parts: str) -> str:
+    return "/".join(filter(None, parts)).encode("utf-8", "backslashreplace").decode()
+
+
+def _sample(
+    stem: str, key: str, files: dict[str, Member], caption_keys: Sequence[str] | None
+) -> ShardSample:
+    texts = {kind: file.data or b"" for kind, file in files.items() if kind in TEXTS}
+    record: Any = {}
+    if "json" in texts:
+        with suppress(ValueError, RecursionError):  # a damaged one has no caption
+            record = json.loads(texts["json"])
+    plain = "txt" in texts and caption_keys is None
+    captions = [texts["txt"]] if plain else list_captions(record, caption_keys or ())
+    name = record.get("sample_id") if isinstance(record, dict) else None
+    parts = (name,) if name and isinstance(name, str) else (stem, key)
+    images = (file for kind, file in files.items() if kind in IMAGES)
+    image = next((image for image in images if image.size <= MAX_MEMBER_BYTES), None)
+    return ShardSample(sample_id=_sample_id(*parts), captions=captions, image=image)
 
 
 class _Members:
@@ -248,211 +671,3 @@ class _Members:
                 yield key, kind, member
         except Exception as error:
             self.fault = reason_of(error)
-
-
-def _sample_id(*parts: str) -> str:
-    return "/".join(filter(None, parts)).encode("utf-8", "backslashreplace").decode()
-
-
-def _sample(
-    stem: str, key: str, files: dict[str, Member], caption_keys: Sequence[str] | None
-) -> ShardSample:
-    texts = {kind: file.data or b"" for kind, file in files.items() if kind in TEXTS}
-    record: Any = {}
-    if "json" in texts:
-        with suppress(ValueError, RecursionError):  # a damaged one has no caption
-            record = json.loads(texts["json"])
-    plain = "txt" in texts and caption_keys is None
-    captions = [texts["txt"]] if plain else captions_in(record, caption_keys or ())
-    name = record.get("sample_id") if isinstance(record, dict) else None
-    parts = (name,) if name and isinstance(name, str) else (stem, key)
-    images = (file for kind, file in files.items() if kind in IMAGES)
-    image = next((image for image in images if image.size <= MAX_MEMBER_BYTES), None)
-    return ShardSample(sample_id=_sample_id(*parts), captions=captions, image=image)
-
-
-def expand_shards(pattern: str) -> list[str]:
-    """The shards that a pattern names, sorted.
-
-    A pattern is a path or URL with `{00000..00331}` for a range, `{a,b}` for alternatives, and `*`
-    where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
-    `*.tar`.
-
-    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
-    braces stand for more than a million names, or two shards would give their samples the same ids.
-    """
-    label = without_secrets(pattern)
-    if (number := number_of_names(pattern)) > MAX_SHARDS:
-        raise ValueError(f"{label}: the braces stand for {number:,} shards; name fewer")
-    try:
-        # Unlike a `Path`, it may be of any length.
-        exists = os.path.exists(pattern)  # noqa: PTH110
-        names = [pattern] if exists else list(braceexpand(pattern))
-    except ValueError:
-        raise ValueError(f"{label}: the braces do not pair up") from None
-    shards = sorted({shard for name in names for shard in _expand(name)})
-    if not shards:
-        raise ValueError(f"{label}: no tar shard matches")
-    stems: dict[str, str] = {}
-    for shard in shards:
-        other = stems.setdefault(shard_stem(shard), shard)
-        if other != shard:
-            raise ValueError(
-                f"{visible(shard)}: has the file name of {visible(other)}, and sample ids start "
-                "with it; rename one, or list them as two [[data.sources]], each with a name of "
-                "its own"
-            )
-    return shards
-
-
-def number_of_names(pattern: str) -> int:
-    """How many names the braces of a pattern stand for, which is known before any is made.
-
-    Of letters with a step, or of both cases, it is more than there are.
-
-    >>> number_of_names("{a,b}/{000..331}.tar")
-    664
-    """
-    levels = [[0, 1]]  # names of the alternatives before, and of this one so far
-    numbers = r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}"
-    letters = r"\{([A-Za-z])\.\.([A-Za-z])(?:\.\.-?\d+)?\}"
-    for sign in re.finditer(rf"\\.|{numbers}|{letters}|[{{}},]", pattern, re.DOTALL):
-        first, last, step, letter, end = sign.groups()
-        if first is not None:
-            size = sys.maxsize
-            if len(sign[0]) < 100:  # Python makes no number of thousands of digits
-                size = abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
-            levels[-1][1] *= size
-        elif letter is not None:
-            levels[-1][1] *= abs(ord(end) - ord(letter)) + 1
-        elif sign[0] == "{":
-            levels.append([0, 1])
-        elif sign[0] == "}" and len(levels) > 1:
-            inner = sum(levels.pop())
-            levels[-1][1] *= inner
-        elif sign[0] == "," and len(levels) > 1:
-            levels[-1] = [sum(levels[-1]), 1]
-    return levels[0][1]
-
-
-def _expand(name: str) -> list[str]:
-    try:
-        require_allowed(name)
-        if is_url(name) and ("*" in name or name.endswith("/")):
-            return list_urls(f"{name}*.tar" if name.endswith("/") else name)
-    except Exception as error:  # every store has its own errors
-        raise ValueError(f"{without_secrets(name)}: {reason_of(error)}") from None
-    if is_url(name):
-        return [name]
-    path = Path(name).expanduser()
-    if path.exists():
-        return [*map(str, files_like(path, "*.tar"))] if path.is_dir() else [str(path)]
-    if re.search(r"[*?[]", name):
-        return glob.glob(str(path))  # noqa: PTH207 (an absolute pattern)
-    raise ValueError(f"{name}: no such file")
-
-
-def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
-    """Open the local tar shards `data.train`. New and changed shards are indexed first.
-
-    `.notes` says what is wrong with them. See `expand_shards` and `read_samples`; `name` is what
-    messages call the pairs.
-
-    Raises `ValueError` if a shard is missing, remote, compressed or not a tar, if two samples share
-    an id, or if there is no sample.
-    """
-    pattern, folder = data.train, index_folder()
-    captions = caption_columns(data) or None
-    links = expand_shards(pattern)
-    paths = [str(Path(link).resolve()) for link in links]
-    with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
-        prints = list(pool.map(fingerprint, paths))
-    # Ids begin with the name of a link: a hub's cache links to files that are named by a hash.
-    stems = [shard_stem(link) for link in links]
-
-    def keys_in(form: str) -> list[str]:
-        settings = {"form": form, "captions": captions}
-        facts = [
-            {"shard": value} if stem == shard_stem(path) else {"shard": value, "stem": stem}
-            for value, stem, path in zip(prints, stems, paths, strict=True)
-        ]
-        shard_keys = [digest({**settings, **value}) for value in facts]
-        return [*shard_keys, digest({**settings, "shards": shard_keys})]
-
-    *_, key = keys_in(ROWS_FORM)
-    *keys, key_of_set = keys_in(INDEX_FORM)
-    shards = list(zip(paths, stems, keys, strict=True))
-    index_one = partial(_index_shard, caption_keys=captions, folder=folder)
-    join = partial(_join_indexes, shards, index_one)
-    way_out = "name the files of a sample as in 000.jpg, 000.txt"
-    index = build_index(key_of_set, join, folder=folder, label=pattern, way_out=way_out)
-    way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
-    data, name = replace(data, root=None), name or pattern
-    return pairs_of(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
-
-
-def _index_shard(
-    shard: tuple[str, str, str], *, caption_keys: Sequence[str] | None, folder: Path
-) -> ArrowIndex:
-    """The index of one shard, given its path, its stem and its key."""
-    path, stem, key = shard
-
-    def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        unnamed = Counter[str]()
-        with open_local(path) as file:
-            if file.peek(6).startswith(tuple(COMPRESSED)):
-                raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
-            try:
-                read = read_samples(file, stem, caption_keys, stream=False, unnamed=unnamed)
-                samples = list(read)
-            except Exception as error:
-                raise ValueError(f"{path}: {reason_of(error)}") from None
-        if samples and samples[-1].fault:
-            facts["notes"] = [f"{path}: {samples.pop().fault}"]
-        if unnamed:
-            facts["unnamed"] = [unnamed.total(), f"{path}: {visible(min(unnamed))}"]
-        images = [s.image for s in samples]
-        columns = {
-            "sample_id": [s.sample_id for s in samples],
-            "caption": [s.captions for s in samples],
-            "offset": [image and image.offset_data for image in images],
-            "size": [image and image.size for image in images],
-        }
-        yield pa.RecordBatch.from_pydict(columns, SHARD_ROWS)
-
-    return build_index(key, build, folder=folder, label=path, way_out="")
-
-
-def _join_indexes(
-    shards: Sequence[tuple[str, str, str]], index_one: Any, facts: dict[str, Any]
-) -> Iterator[pa.RecordBatch]:
-    """The rows of every shard, with its path in a further column."""
-    if len(shards) >= PARALLEL_FROM:
-        # A forked process does not import PyTorch again.
-        fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        progress = Progress(f"Indexing {len(shards)} shards", len(shards))
-        with ProcessPoolExecutor(cores, multiprocessing.get_context(fork)) as pool:
-            for done, _ in enumerate(pool.map(index_one, shards), 1):
-                progress.update(done)
-    # One index is open at a time: there may be more shards than a process may have open files.
-    names = pa.array([path for path, *_ in shards], pa.string())
-    faults, unnamed = list[str](), list[Any]()
-    for number, shard in enumerate(shards):
-        index = index_one(shard)
-        index.check()
-        faults += index.notes
-        unnamed += [index.facts["unnamed"]] if "unnamed" in index.facts else []
-        for batch in index.table.to_batches():
-            rows = pa.array(np.full(len(batch), number, dtype=np.int32))
-            column = pa.DictionaryArray.from_arrays(rows, names)
-            yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
-    facts["notes"] = [
-        f"{len(faults)} of {len(shards)} shards break off, such as {fault}" for fault in faults[:1]
-    ]
-    for _, example in unnamed[:1]:
-        number = sum(count for count, _ in unnamed)
-        facts["left_out"] = [
-            f"{number:,} image(s) are left out, such as {example}.*.jpg: the name of a sample ends "
-            "at its first dot; rename them, as in 000-1.jpg"
-        ]

@@ -2,55 +2,61 @@
 
 A table, a folder, tar shards and the bundled emoji are each read in a file of their own. Data sets
 that models are judged on are opened in `evaluation/datasets.py`.
+
+A view has rows of several sources: all, all but a few, or some, one source after the other. It
+holds no pair itself. In a mixture, of tables or of streams, sample ids begin with the name of their
+source.
 """
 
 import os
 import re
-import time
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
 from protoclip.data.access import (
     GO_ON,
-    PATIENCE_SECONDS,
+    digest,
     files_like,
     is_url,
     require_allowed,
-    too_slow,
 )
 from protoclip.data.decode import dimensions
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream, evenly_spaced
-from protoclip.data.shards import open_shards
-from protoclip.data.split import Chosen, read_chosen
-from protoclip.data.stream import ShardStream
-from protoclip.data.tables import (
-    caption_columns,
-    describe_bad_lines,
-    list_changed,
-    note_unused,
-    open_hub,
-    open_table,
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    Rows,
+    Sample,
+    SampleStream,
+    evenly_spaced,
+    split_by_source,
 )
-from protoclip.data.view import MixedStreams, PairsView, mix_pairs
+from protoclip.data.sampler import ORDER_STREAM, generator
+from protoclip.data.shards import ShardStream, open_shards
+from protoclip.data.split import Chosen, read_chosen
+from protoclip.data.tables import caption_columns, describe_bad_lines, open_hub, open_table
 from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
 
-# Settings that have no effect on the emoji, whose columns are known and whose images are small.
-EMOJI_LACK = (
-    *("image_column", "caption_column", "id_column", "class_column"),
-    *("root", "read", "allow_links"),
-)
+NONE: Rows = np.array([], np.int64)
+PERIOD = 1000  # a mixture of streams keeps its shares exactly over as many samples
 TRIED = 64  # rows of which one has to be good
 # The end of a tar file's name, or of one of several in a pattern.
 TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNORECASE)
 
 
-def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStream:
+def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStream:
     """The training pairs. In a mixture, sample ids begin with the name of their source.
 
     Unless `needs_captions`, an image without a caption is a sample too, with no captions.
@@ -59,7 +65,7 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
     """
     data = config.data if needs_captions else ImagesConfig(**vars(config.data))
     chosen = read_chosen(data)
-    opened = [open_source(data, entry, seed=config.run.seed) for entry in entries(data)]
+    opened = [open_source(data, entry, seed=config.run.seed) for entry in list_entries(data)]
     tables = [source for source in opened if isinstance(source, ImageTextPairs)]
     streams = [source for source in opened if isinstance(source, ShardStream)]
     if tables and streams:
@@ -72,7 +78,7 @@ def pairs(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStrea
 
 def _join(
     config: Config, tables: list[ImageTextPairs], chosen: Chosen | None
-) -> ImageTextPairs | PairsView:
+) -> "ImageTextPairs | PairsView":
     """Pairs that can be read in any order: those that are chosen, of all tables."""
     data = config.data
     for table in tables:
@@ -81,33 +87,28 @@ def _join(
         if table.needs_captions and not table.caption_columns:
             raise ValueError(f"{table.name}: no column with captions; set caption_column to one")
     if chosen is not None:
-        tables = chosen.apply(tables)
-        for table, entry in zip(tables, entries(data), strict=True):
+        tables = chosen.select(tables)
+        for table, entry in zip(tables, list_entries(data), strict=True):
             if entry.weight is not None and not len(table):
                 raise ValueError(
                     f"{chosen.settings}: no sample is left of '{table.name}', which has a "
                     "weight; take it out of data.sources"
                 )
-    if data.shuffle_buffer != DataConfig().shuffle_buffer:
-        why = "since nothing is streamed"
-        tables[0].notes = [*tables[0].notes, f"data.shuffle_buffer: no effect, {why}"]
     return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
 def _join_streams(
     config: Config, streams: list[ShardStream], chosen: Chosen | None
-) -> ShardStream | MixedStreams:
+) -> "ShardStream | MixedStreams":
     """Streams, of which what is chosen passes."""
     for stream in streams if chosen is not None else ():
         stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(streams) > 1 else ""
         stream.notes.append(
             f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
         )
-    if not config.episodes.replacement:
-        streams[0].notes.append("episodes.replacement: no effect, since a stream is read in order")
     if len(streams) == 1:
         return streams[0]
-    weights = [entry.weight for entry in entries(config.data) if entry.weight is not None]
+    weights = [entry.weight for entry in list_entries(config.data) if entry.weight is not None]
     if len(weights) < len(streams):
         raise ValueError("data.sources: streams have no known length; give each a weight")
     return MixedStreams(streams, weights=weights, seed=config.run.seed)
@@ -123,17 +124,15 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
         read: Reads a row; of a bad one it raises `ValueError`, such as `BadSample`.
 
     Raises:
-        ValueError: None of some evenly spaced rows can be used, or they take too long.
+        ValueError: None of some evenly spaced rows can be used.
     """
-    bad, began = list[ValueError](), time.monotonic()
+    bad = list[ValueError]()
     for row in evenly_spaced(rows, min(rows, TRIED), seed=0):
         try:
             read(row)
             return
         except ValueError as error:
             bad.append(error)
-        if time.monotonic() - began > PATIENCE_SECONDS:
-            raise ValueError(f"{named}: {too_slow(f'{len(bad)} pairs', bad[-1])}")
     if bad:
         is_remote = isinstance(bad[0], BadSample) and is_url(bad[0].where)
         way_out = "mend them, or set data.root to the folder where the paths start"
@@ -170,7 +169,7 @@ def allow_bad(config: Config) -> Config:
     return replace(config, data=replace(config.data, max_bad_share=1.0))
 
 
-def entries(data: DataConfig) -> list[SourceConfig]:
+def list_entries(data: DataConfig) -> list[SourceConfig]:
     """The sources of a mixture, or the single one."""
     return data.sources or [SourceConfig(path=data.train)]
 
@@ -193,20 +192,6 @@ def list_notes(samples: Pairs | SampleStream) -> list[str]:
     return [*noticed, *samples.notes]
 
 
-def _is_shards(path: str) -> bool:
-    """Whether a path names tar files: by suffix, or as a folder that holds some.
-
-    A URL that ends in `/` is taken for such a folder, since nothing else is read of a remote one.
-    """
-    parts = re.split("[?#]", path) if is_url(path) else [path]
-    parts[0] = parts[0].rpartition("/")[2]
-    if any(map(TAR.search, parts)):
-        return True
-    if is_url(path):
-        return path.endswith("/") and not parts[0]
-    return Path(path).is_dir() and bool(files_like(Path(path), "*.tar"))
-
-
 def open_source(
     data: DataConfig, entry: SourceConfig, *, seed: int = 0
 ) -> ImageTextPairs | ShardStream:
@@ -220,10 +205,7 @@ def open_source(
     exists = os.path.exists(path)  # noqa: PTH110 (unlike a `Path`, it may be of any length)
     name = entry.name or (Path(path).resolve().name if mixed and exists else None)
     if path == "emoji":
-        asked = replace(DataConfig(), train=path, **values) if mixed else data
-        lacking = list_changed(asked, EMOJI_LACK)
-        notes = [f"emoji: are bundled, and do not use {lacking}"] if lacking else []
-        return ImageTextPairs(emoji_table("train"), name=name or "emoji", notes=notes)
+        return ImageTextPairs(emoji_table("train"), name=name or "emoji")
     for setting, location in (("data.root: ", data.root or ""), ("", path)):
         try:
             require_allowed(location)
@@ -243,18 +225,261 @@ def open_source(
             )
         opener = open_folder if local and Path(path).is_dir() else open_table
         return (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
-    shards = (
-        open_shards(data, name=name)
-        if local and not streaming
-        else ShardStream(
-            path,
-            caption_keys=caption_columns(data) or None,
-            seed=seed,
-            lanes=world_size(),
-            shuffle=data.shuffle_buffer,
-            name=name,
-            needs_captions=data.needs_captions,
-        )
+    if local and not streaming:
+        return open_shards(data, name=name)
+    return ShardStream(
+        path,
+        caption_keys=caption_columns(data) or None,
+        seed=seed,
+        lanes=world_size(),
+        shuffle=data.shuffle_buffer,
+        name=name,
+        needs_captions=data.needs_captions,
     )
-    shards.notes += note_unused(data)
-    return shards
+
+
+def _is_shards(path: str) -> bool:
+    """Whether a path names tar files: by suffix, or as a folder that holds some.
+
+    A URL that ends in `/` is taken for such a folder, since nothing else is read of a remote one.
+    """
+    parts = re.split("[?#]", path) if is_url(path) else [path]
+    parts[0] = parts[0].rpartition("/")[2]
+    if any(map(TAR.search, parts)):
+        return True
+    if is_url(path):
+        return path.endswith("/") and not parts[0]
+    return Path(path).is_dir() and bool(files_like(Path(path), "*.tar"))
+
+
+class AllBut:
+    """The numbers below `size` without some, which ascend; it takes memory for these alone."""
+
+    def __init__(self, size: int, left_out: Rows = NONE) -> None:
+        self.size, self.left_out = size, left_out
+        # Number `n` of the rest is `n` plus the count of these that are at most `n`.
+        self._before = left_out - np.arange(len(left_out))
+
+    def __len__(self) -> int:
+        return self.size - len(self.left_out)
+
+    def __getitem__(self, number: int) -> int:
+        return number + int(np.searchsorted(self._before, number, side="right"))
+
+    def at(self, numbers: Rows) -> Rows:
+        """Several at once."""
+        return numbers + np.searchsorted(self._before, numbers, side="right")
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.__getitem__, range(len(self)))
+
+
+RowNumbers = Sequence[int] | Rows | AllBut
+
+
+def to_array(rows: RowNumbers) -> Rows:
+    """All numbers in one array, which is far faster than one after the other."""
+    return rows.at(np.arange(len(rows))) if isinstance(rows, AllBut) else np.asarray(rows, np.int64)
+
+
+class PairsView(Pairs):
+    """Rows of sources, with the ids that they have there; see `pairs.Pairs`.
+
+    Args:
+        parts: Sources, each with its rows in the view. What the view can give (`sample`, `image`,
+            ...) is what its sources can give.
+        name: What messages call the view; unset, the names of its sources.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:
+        self._parts = list(parts)
+        self.name = name or " + ".join(source.name for source in self.sources)
+        self.notes = [note for source in self.sources for note in getattr(source, "notes", ())]
+        self._starts = list(accumulate((len(rows) for _, rows in parts), initial=0))
+
+    @property
+    def parts(self) -> Sequence[tuple[Any, RowNumbers]]:
+        return self._parts
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        return [source for source, _ in self._parts]
+
+    @cached_property
+    def key(self) -> str:
+        """Changes with the pairs; empty if a source does not tell. All of a source have its key."""
+        source, rows = self.parts[0]
+        if len(self.parts) == 1 and np.array_equal(to_array(rows), np.arange(len(source))):
+            return str(source.key)
+        keys = [
+            digest({"of": source.key, "rows": to_array(rows).tolist()}) if source.key else ""
+            for source, rows in self.parts
+        ]
+        return keys[0] if len(keys) == 1 else digest({"parts": keys})
+
+    @property
+    def left_out(self) -> Rows:
+        starts = accumulate(map(len, self.sources), initial=0)
+        parts = zip(self.parts, starts, strict=False)
+        left_out = [rows.left_out + at for (_, rows), at in parts if isinstance(rows, AllBut)]
+        return np.concatenate([NONE, *left_out])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def source_of(self, row: int) -> int:
+        """The number of the source that has a row."""
+        return bisect_right(self._starts, row) - 1
+
+    def locate(self, row: int) -> tuple[ImageTextPairs, int]:
+        """The source that has a row, and the number of the row there."""
+        number = self.source_of(row)
+        source, rows = self._parts[number]
+        return source, int(rows[row - self._starts[number]])
+
+    def sample(self, row: int) -> Sample:
+        source, number = self.locate(row)
+        return source.sample(number)
+
+    def sample_id(self, row: int) -> str:
+        source, number = self.locate(row)
+        return source.sample_id(number)
+
+    def sample_captions(self, row: int) -> tuple[str, ...]:
+        source, number = self.locate(row)
+        return source.sample_captions(number)
+
+    def image_name(self, row: int) -> str | None:
+        source, number = self.locate(row)
+        return source.image_name(number)
+
+    def class_of(self, row: int) -> str:
+        source, number = self.locate(row)
+        return source.class_of(number)
+
+    def image(self, row: int) -> Image.Image:
+        source, number = self.locate(row)
+        return source.image(number)
+
+    def read_encoded(self, row: int) -> bytes:
+        source, number = self.locate(row)
+        return source.read_encoded(number)
+
+    def where(self, row: int) -> str:
+        source, number = self.locate(row)
+        return source.where(number)
+
+    def most_captions(self, share: float = 1.0) -> int:
+        return max(int(source.most_captions(share)) for source in self.sources)
+
+    def sample_ids(self) -> Iterator[str]:
+        for source, rows in self.parts:
+            if isinstance(rows, AllBut):  # whole columns are read faster than cells
+                left_out = set(rows.left_out.tolist())
+                ids = enumerate(source.sample_ids())
+                yield from (sample_id for row, sample_id in ids if row not in left_out)
+            else:
+                yield from map(source.sample_id, rows)
+
+
+def join_sources(sources: Sequence[Any], name: str | None = None) -> PairsView:
+    """All rows of the sources."""
+    return PairsView([(source, AllBut(len(source))) for source in sources], name)
+
+
+def drop_rows(pairs: Pairs, left_out: Rows) -> PairsView:
+    """A source or view without some of its rows, which ascend; a view leaves out what it did, too.
+
+    Of its sources a view has all rows, or all but a few.
+    """
+    # Rows of the view are rows of its sources without those that it leaves out already.
+    in_sources = AllBut(sum(map(len, pairs.sources)), pairs.left_out).at(left_out)
+    parts = split_by_source(pairs.sources, np.union1d(pairs.left_out, in_sources))
+    return PairsView([(source, AllBut(len(source), rows)) for source, rows in parts], pairs.name)
+
+
+def _join_names(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
+    """The name of a mixture; raises if ids `<name>/<id in the source>` could be equal."""
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1 or "/" in name:
+            wrong = f"two are named '{name}'" if "/" not in name else f"'{name}' holds a '/'"
+            raise ValueError(
+                f"data.sources: {wrong}, but sample ids start with the name; give each source a "
+                "name of its own, without '/', by name = ... in its [[data.sources]]"
+            )
+    return " + ".join(names)
+
+
+def name_in_mixture(name: str, item: Sample | BadSample) -> Sample | BadSample:
+    """A sample with the id that it has in a mixture, if its source has that name."""
+    sample_id = f"{name}/{item.sample_id}"
+    if isinstance(item, Sample):
+        return replace(item, sample_id=sample_id)
+    return BadSample(sample_id, item.where, item.reason)
+
+
+def mix_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
+    """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
+
+    Raises `ValueError` for two sources of one name, or a name with a `/`.
+    """
+    return join_sources([source.prefix_ids() for source in sources], _join_names(sources))
+
+
+class MixedStreams(SampleStream):
+    """Streams in a seeded order, each with its exact share of every thousand samples.
+
+    Sample ids are as in `mix_pairs`. Raises `ValueError` as that, or if a weight is too small.
+    """
+
+    def __init__(
+        self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
+    ) -> None:
+        self.name, self._streams, self.seed = _join_names(streams), list(streams), seed
+        self.notes = [note for stream in streams for note in stream.notes]
+        bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
+        self._shares = np.diff(bounds, prepend=0)
+        if not self._shares.all():
+            raise ValueError("data.sources: a weight is less than a thousandth of their sum")
+        names, shares = [stream.name for stream in streams], self._shares.tolist()
+        self._identity = digest({"names": names, "shares": shares, "seed": seed})
+
+    @property
+    def sources(self) -> Sequence[SampleStream]:
+        return self._streams
+
+    @property
+    def lanes(self) -> int:
+        return self._streams[0].lanes
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
+        period, skip = divmod(first, PERIOD)
+        readers = [stream.samples(count, lane) for stream, count in self._counts(first)]
+        while True:
+            for source in self._order(period)[skip:]:
+                yield name_in_mixture(self._streams[source].name, next(readers[source]))
+            period, skip = period + 1, 0
+
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        states = [stream.state_dict(count, lane) for stream, count in self._counts(first)]
+        return {"streams": states, "mixture": self._identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("mixture") != self._identity:
+            raise ValueError(
+                f"{self.name}: the names, the weights or the seed are not those of the interrupted "
+                "run, so the streams cannot go on; restore them, or start anew"
+            )
+        for stream, of_stream in zip(self._streams, state["streams"], strict=True):
+            stream.load_state_dict(of_stream)
+
+    def _order(self, period: int) -> Rows:
+        sources = np.repeat(np.arange(len(self._streams)), self._shares)
+        return generator(self.seed, ORDER_STREAM, period).permutation(sources)
+
+    def _counts(self, first: int) -> list[tuple[SampleStream, int]]:
+        """The streams, each with how many of the first samples came from it."""
+        period, within = divmod(first, PERIOD)
+        begun = np.bincount(self._order(period)[:within], minlength=len(self._streams))
+        return list(zip(self._streams, (period * self._shares + begun).tolist(), strict=True))

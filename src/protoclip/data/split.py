@@ -1,7 +1,7 @@
 """Which pairs a run uses, by lists of ids, and which it holds out to evaluate a model on.
 
 Pairs that share a caption or an image are held out together or not at all, so a model has seen
-nothing that it is evaluated on. Captions are equal as `groups.normalised` has them. Images are
+nothing that it is evaluated on. Captions are equal as `captions.normalise` has them. Images are
 equal by file, by their bytes and, among at most `COMPARED`, by what they show.
 
 The pairs whose ids have the lowest hashes are drawn. Each pass over the data then finds what shares
@@ -13,7 +13,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,20 +30,20 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from protoclip.config import DataConfig
-from protoclip.data.access import digest, is_url, reason_of
+from protoclip.data.access import digest, explain_unwritable, is_url, reason_of
 from protoclip.data.captions import normalise_texts, number_of
-from protoclip.data.content import flat_texts
 from protoclip.data.decode import decode
-from protoclip.data.index import unwritable
 from protoclip.data.pairs import (
     BLOCK,
     MAX_IMAGE_PIXELS,
     BadSample,
     ImageTextPairs,
+    Rows,
     evenly_spaced,
     file_status,
+    flat_texts,
+    split_by_source,
 )
-from protoclip.data.view import Rows, split_by_source, whole
 from protoclip.distributed.cores import cores
 from protoclip.files import checksum, in_turn, open_local, replacing
 from protoclip.progress import Progress
@@ -51,7 +52,6 @@ from protoclip.terminal import visible
 Mask = npt.NDArray[np.bool_]
 Sources = Sequence[ImageTextPairs]
 Before = tuple[ImageTextPairs, Rows]  # what a model was trained on, and the rows held out of it
-Keeps = Callable[[str], bool]  # whether the sample with this id is used
 Texts = Callable[[ImageTextPairs], tuple[Rows, pa.LargeBinaryArray]]  # rows, and a text of each
 
 COLUMN = "sample_id"  # of a list of ids
@@ -138,8 +138,8 @@ def count_shared(
                 is_trained[keys[copies.are_trained(others)]] = True
             return np.isin(rows, match.rows[is_trained[match.keys]])
 
-        by_caption = have_trained(copies.match_texts(rows, captions_of))
-        by_name = have_trained(copies.match_texts(rows, image_names_of))
+        by_caption = have_trained(copies.match_texts(rows, read_captions))
+        by_name = have_trained(copies.match_texts(rows, read_image_names))
         by_content = have_trained(copies.match_contents(rows))
         by_image = by_name | by_content | have_trained(copies.match_thumbnails(rows))
         return np.array([len(rows), by_image.sum(), by_caption.sum()])
@@ -159,19 +159,18 @@ def identify_rows(source: ImageTextPairs) -> str:
     return digest({"rows": source.rows_key, "files": files})
 
 
-def captions_of(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
+def read_captions(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
     """The row and the normalised text of each caption."""
     owners, texts = [np.array([], np.int64)], [pa.array([], pa.large_binary())]
     for name in source.caption_columns:
-        column = source.kept(source.checked.column(name))
-        counts, flat = flat_texts(column.combine_chunks())
+        counts, flat = flat_texts(source.select_column(name).combine_chunks())
         rows = np.arange(len(source))
         owners.append(rows if counts is None else np.repeat(rows, counts.fill_null(0)))
         texts.append(normalise_texts(flat))
     return np.concatenate(owners), pa.concat_arrays(texts)
 
 
-def image_names_of(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
+def read_image_names(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]:
     """The row and the path or URL of each image that is a file; null for the others."""
     if (names := source.image_names()) is None:
         return np.array([], np.int64), pa.array([], pa.large_binary())
@@ -188,24 +187,16 @@ def count_repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
     Images in files, or behind URLs, are compared by name, and others by their bytes, of which
     little is read: all of an image only where another one begins as it does.
     """
-
-    def beginning(row: int) -> str | bytes | None:
-        if (name := pairs.image_file(row)) is not None:
-            return name
-        if pairs.in_ranges and is_url(pairs.where(row)):
-            return None
-        return pairs.encoded(row, slice(0, BEGINNING))
-
-    def whole(row: int) -> str | bytes | None:
-        return pairs.image_file(row) or checksum(pairs.encoded(row))
-
+    looks: tuple[Callable[[int], str | bytes], ...] = (
+        lambda row: pairs.image_file(row) or pairs.read_encoded(row, slice(0, BEGINNING)),
+        lambda row: pairs.image_file(row) or checksum(pairs.read_encoded(row)),
+    )
     alike, groups = [*rows], 0
-    for look in (beginning, whole):
-        equal: dict[Any, list[int]] = {}
+    for look in looks:
+        equal: dict[str | bytes, list[int]] = {}
         for row in alike:
             with suppress(BadSample):
-                if (key := look(row)) is not None:
-                    equal.setdefault(key, []).append(row)
+                equal.setdefault(look(row), []).append(row)
         repeats = [same for same in equal.values() if len(same) > 1]
         alike, groups = [row for same in repeats for row in same], len(repeats)
     return len(alike) - groups
@@ -241,11 +232,17 @@ class _Copies:
     def __init__(self, sources: Sources, before: Sequence[Before]) -> None:
         self.drawn_from = sources
         self.sources = [*sources, *(pairs for pairs, _ in before)]
-        self.pairs, self.total = whole(self.sources), sum(map(len, sources))
-        starts = accumulate((len(pairs) for pairs, _ in before), initial=self.total)
+        self.starts = [*accumulate(map(len, self.sources), initial=0)]
+        self.total = self.starts[len(sources)]
+        starts = self.starts[len(sources) :]
         held = [start + rows for start, (_, rows) in zip(starts, before, strict=False)]
         self.held = np.concatenate([np.array([], np.int64), *held])
         self.unread = set[int]()
+
+    def locate(self, row: int) -> tuple[ImageTextPairs, int]:
+        """The source that has a row, and the number of the row there."""
+        number = bisect_right(self.starts, row) - 1
+        return self.sources[number], row - self.starts[number]
 
     def are_trained(self, rows: Rows) -> Mask:
         """Whether a model was trained on these rows before."""
@@ -264,9 +261,9 @@ class _Copies:
         vocabulary = vocabulary.filter(pc.greater(pc.binary_length(vocabulary), 0))
 
         def find() -> Iterator[tuple[Rows, Rows]]:
-            first, progress = 0, Progress("comparing texts of pairs", len(self.pairs))
+            first, progress = 0, Progress("comparing texts of pairs", self.starts[-1])
             for source in self.sources:
-                for part in source.in_blocks():
+                for part in source.split_into_blocks():
                     positions, texts = read(part)
                     keys = _positions(texts, vocabulary)
                     is_known = keys >= 0
@@ -326,10 +323,10 @@ class _Copies:
     @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
         """Bytes of each image; -1 where that is unknown."""
-        sizes, first = np.empty(len(self.pairs), np.int32), 0
+        sizes, first = np.empty(self.starts[-1], np.int32), 0
         progress = Progress("looking at the sizes of images", len(sizes))
         for source in self.sources:
-            for part in source.in_blocks():
+            for part in source.split_into_blocks():
                 sizes[first : first + len(part)] = part.image_sizes()
                 first += len(part)
                 if progress.total > BLOCK:
@@ -340,12 +337,13 @@ class _Copies:
     def thumbnails(self) -> npt.NDArray[np.float32]:
         """Thumbnails of all images, of mean 0 and norm 1; 0 without contrast, and for what cannot
         be read or is behind a URL. None at all if there are too many."""
-        pairs = self.pairs
-        looks = np.zeros((len(pairs) if len(pairs) <= COMPARED else 0, 3 * SIDE**2), np.float32)
+        number = self.starts[-1] if self.starts[-1] <= COMPARED else 0
+        looks = np.zeros((number, 3 * SIDE**2), np.float32)
 
         def look(row: int) -> None:
+            source, position = self.locate(row)
             with suppress(ValueError):
-                encoded = b"" if is_url(pairs.where(row)) else pairs.encoded(row)
+                encoded = b"" if is_url(source.where(position)) else source.read_encoded(position)
                 pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=4 * SIDE)
                 thumbnail = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
                 levels = np.asarray(thumbnail, np.float32).ravel()
@@ -367,11 +365,11 @@ class _Copies:
 
         def read(number: int) -> None:
             row = int(rows[number])
-            (source, position), size = self.pairs.locate(row), int(self.sizes[row])
+            (source, position), size = self.locate(row), int(self.sizes[row])
             first = max(0, (size - PAGE) // 2)
             part = slice(first, min(size, first + PAGE)) if page else None
             try:
-                hashes[number] = number_of(b"%d " % size + source.encoded(position, part))
+                hashes[number] = number_of(b"%d " % size + source.read_encoded(position, part))
             except BadSample:
                 self.unread.add(row)
 
@@ -389,8 +387,8 @@ def _choose(copies: _Copies, number: int, wanted: int) -> Rows:
     edges, barred = np.zeros((2, 0), np.int64), np.array([], np.int64)
     for _ in range(PASSES):
         for match, most in (
-            (copies.match_texts(new, captions_of), largest),
-            (copies.match_texts(new, image_names_of), largest),
+            (copies.match_texts(new, read_captions), largest),
+            (copies.match_texts(new, read_image_names), largest),
             (copies.match_contents(new), limit),
             (copies.match_thumbnails(new), limit),
         ):
@@ -501,26 +499,19 @@ def _compute_once(
         if (rows := _read_rows(cached)) is not None:  # also from a cache that is read-only
             return rows
     copies = _Copies(sources, before)
-    of_data: OSError | None = None  # which is not the cache's
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with in_turn(path):  # one process chooses, the others wait for it
             if (rows := _read_rows(path)) is None:
                 for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                     left.unlink(missing_ok=True)
-                try:
-                    rows = compute(copies)
-                except OSError as error:
-                    of_data = error
-                    raise
+                rows = compute(copies)
                 if not copies.unread:
                     with replacing(path) as temporary, temporary.open("wb") as file:
                         np.savez(file, rows=rows)
             return rows
     except OSError as error:
-        if error is of_data:
-            raise
-        raise unwritable(folder, error) from error
+        raise explain_unwritable(folder, error) from error
 
 
 def _read_rows(path: Path) -> Rows | None:
@@ -534,54 +525,46 @@ def _read_rows(path: Path) -> Rows | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IdList:
-    """The ids in the file of a setting; `header` is a word that may be an id or a column's name."""
-
-    setting: str
-    path: str
-    ids: frozenset[str]
-    header: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Selects the samples to use: those in `only`, if set, except those in `without`."""
+    """Selects the samples to use: with ids in `only`, if there are such, and not in `without`.
 
-    only: IdList | None = None
-    without: IdList | None = None
+    Both are by the name of the setting, `ids` and the `paths` of their files.
+    """
 
-    @property
-    def lists(self) -> list[IdList]:
-        return [entry for entry in (self.only, self.without) if entry is not None]
+    ids: Mapping[str, frozenset[str]]
+    paths: Mapping[str, str]
 
     @property
     def settings(self) -> str:
-        return " and ".join(f"data.{entry.setting}" for entry in self.lists)
+        return " and ".join(f"data.{name}" for name in self.ids)
 
     @cached_property
     def keys(self) -> dict[str, str]:
         """Identifies the ids of each setting, in whatever order and form a file holds them."""
         return {
-            f"data.{entry.setting}": checksum(json.dumps(sorted(entry.ids)).encode())
-            for entry in self.lists
+            f"data.{name}": checksum(json.dumps(sorted(ids)).encode())
+            for name, ids in self.ids.items()
         }
 
     def keeps(self, sample_id: str) -> bool:
-        if self.without is not None and sample_id in self.without.ids:
-            return False
-        return self.only is None or sample_id in self.only.ids
+        is_used = "only" not in self.ids or sample_id in self.ids["only"]
+        return is_used and sample_id not in self.ids.get("without", ())
 
-    def apply(self, sources: Sequence[ImageTextPairs]) -> list[ImageTextPairs]:
+    def select(self, sources: Sequence[ImageTextPairs]) -> list[ImageTextPairs]:
         """The selected rows of each source. The first one's notes say what was left out.
 
         With several sources, ids begin with the name of their source. Raises `ValueError` if no
         sample is left at all.
         """
-        named = [source.in_mixture() for source in sources] if len(sources) > 1 else sources
-        left = list[ImageTextPairs]()
+        named = [source.prefix_ids() for source in sources] if len(sources) > 1 else sources
+        left, unknown = list[ImageTextPairs](), {name: set(ids) for name, ids in self.ids.items()}
         for source, pairs in zip(sources, named, strict=True):
-            ids = enumerate(pairs.sample_ids())
-            rows = [row for row, sample_id in ids if self.keeps(sample_id)]
+            rows = list[int]()
+            for row, sample_id in enumerate(pairs.sample_ids()):
+                for ids in unknown.values():
+                    ids.discard(sample_id)
+                if self.keeps(sample_id):
+                    rows.append(row)
             left.append(source.subset(np.array(rows, np.int64)))
         used, total = sum(map(len, left)), sum(map(len, sources))
         if not used:
@@ -591,34 +574,28 @@ class Chosen:
                 f"'{example}'"
             )
         notes = [f"{self.settings}: {used:,} of {total:,} samples are used"]
-        for entry in self.lists:
-            unknown = set(entry.ids)
-            for pairs in named:
-                unknown.difference_update(pairs.sample_ids())
-            number = len(entry.ids) - (entry.header in unknown)  # a header is no id
-            if unknown := unknown - {entry.header}:
-                notes.append(
-                    f"data.{entry.setting}: {entry.path}: {len(unknown):,} of {number:,} ids are "
-                    f"of no sample, such as '{visible(min(unknown)[:60])}'"
-                )
+        notes += [
+            f"data.{name}: {self.paths[name]}: {len(ids):,} of {len(self.ids[name]):,} ids are of "
+            f"no sample, such as '{visible(min(ids)[:60])}'"
+            for name, ids in unknown.items()
+            if ids
+        ]
         left[0].notes = [*left[0].notes, *notes]
         return left
 
 
 def read_chosen(data: DataConfig) -> Chosen | None:
     """The lists that the settings name; None if there are none; raises as `read_ids`."""
-    if data.only is None and data.without is None:
-        return None
-    return Chosen(
-        only=None if data.only is None else read_ids("only", data.only),
-        without=None if data.without is None else read_ids("without", data.without),
-    )
+    settings = {"only": data.only, "without": data.without}
+    paths = {name: path for name, path in settings.items() if path is not None}
+    ids = {name: read_ids(name, path) for name, path in paths.items()}
+    return Chosen(ids=ids, paths=paths) if paths else None
 
 
-def read_ids(setting: str, path: str) -> IdList:
+def read_ids(setting: str, path: str) -> frozenset[str]:
     """Sample ids from a JSON file (a list of ids, or of objects with a `sample_id`) or a CSV file.
 
-    The CSV file has a column `sample_id`, or a single column, which may lack a header.
+    The CSV file has a column `sample_id`, or a single column without a header.
 
     Raises:
         ValueError: The file cannot be read, holds something else, or no id.
@@ -626,20 +603,18 @@ def read_ids(setting: str, path: str) -> IdList:
     try:
         with open_local(path) as file:
             text = file.read().decode("utf-8-sig")
-        if text.lstrip().startswith(("[", "{")) or path.lower().endswith(".json"):
-            ids, header = _json_ids(text), ""
-        else:
-            ids, header = _csv_ids(text)
-        if not ids - {header}:
+        is_json = text.lstrip().startswith(("[", "{")) or path.lower().endswith(".json")
+        ids = _parse_json_ids(text) if is_json else _parse_csv_ids(text)
+        if not ids:
             raise ValueError("it holds no id")
     except UnicodeDecodeError:
         raise ValueError(f"data.{setting}: {path}: it is not UTF-8; save it as UTF-8") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"data.{setting}: {path}: {reason_of(error)}") from None
-    return IdList(setting=setting, path=path, ids=frozenset(ids), header=header)
+    return frozenset(ids)
 
 
-def _json_ids(text: str) -> set[str]:
+def _parse_json_ids(text: str) -> set[str]:
     try:
         entries = json.loads(text)
     except ValueError as error:
@@ -654,8 +629,7 @@ def _json_ids(text: str) -> set[str]:
     return {*map(str, ids)}
 
 
-def _csv_ids(text: str) -> tuple[set[str], str]:
-    """The ids, and the header if it may be an id too."""
+def _parse_csv_ids(text: str) -> set[str]:
     first = next((line for line in text.splitlines() if line.strip()), "")
     separator = next((mark for mark in "\t,;" if mark in first), ",")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -664,11 +638,9 @@ def _csv_ids(text: str) -> tuple[set[str], str]:
     if len(header) > 1 and COLUMN not in header:
         raise ValueError(f"it has no column {COLUMN}, only {visible(', '.join(header)[:80])}")
     column = header.index(COLUMN) if COLUMN in header else 0
-    ids = set[str]()
+    ids = set(header) - {COLUMN} if len(header) == 1 else set()
     for row in rows:
         if len(row) != len(header) or not row[column]:
             raise ValueError(f"line {lines.line_num} has no {COLUMN}")
         ids.add(row[column])
-    if header and COLUMN not in header:
-        return ids | {header[0]}, header[0]
-    return ids, ""
+    return ids

@@ -21,9 +21,9 @@ from protoclip.data.pairs import (
     SampleStream,
     evenly_spaced,
 )
+from protoclip.data.shards import ShardStream
 from protoclip.data.sources import list_notes
 from protoclip.data.split import count_repeated_images
-from protoclip.data.stream import ShardStream
 from protoclip.distributed.cores import cores
 
 LOOKED_AT, DECODED = 256, 32  # samples of a source that are looked at, and that are decoded

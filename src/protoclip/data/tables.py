@@ -2,18 +2,25 @@
 
 `datasets` reads Parquet, Arrow and the like. Its readers of CSV and JSON Lines stop at a malformed
 row, or drop it without a word, so these are parsed here: lines left out are counted and named.
+Rows of text files, folders and shards go to an index, a memory-mapped Arrow file that is built
+once.
 """
 
+import bz2
 import csv
 import glob
+import gzip
+import io
+import json
 import lzma
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -25,32 +32,18 @@ from protoclip.data.access import (
     NO_WEB_IMAGES,
     digest,
     download,
+    explain_unwritable,
     files_like,
     fingerprint,
     hub_answer,
+    index_folder,
     is_url,
     is_web,
-)
-from protoclip.data.index import (
-    ROWS,
-    ArrowIndex,
-    batches,
-    build_index,
-    index_folder,
-    unwritable,
-)
-from protoclip.data.lines import (
-    COMPRESSED,
-    NOT_UTF8,
-    TEXT_SUFFIXES,
-    Cell,
-    LeftOut,
-    lines_of,
-    read_csv,
-    read_json,
-    suffixes_of,
+    open_file,
 )
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.files import in_turn, read_sealed, replacing, sealed, to_json, write_atomically
+from protoclip.progress import Progress
 from protoclip.terminal import line, without_secrets
 
 # Tables of an image folder, the first of which counts.
@@ -66,18 +59,24 @@ CAPTION_COLUMNS = (
     *("caption", "captions", "title", "text", "texts", "txt"),
     *("description", "alt_text", "sentence", "sentences"),
 )
-BINARY = ("binary", "large_binary", "binary_view", "fixed_size_binary")  # types of pyarrow
-NO_COLUMN = ""  # named to say that no column is to be used
 ID_COLUMNS = ("sample_id", "key", "uid")
-# What a reason of `datasets` means, by a part of it.
-PLAIN = {
-    "corresponds to no data": "it holds no row",
-    "BatchSize must be greater than 0": "it holds no row or no column",
-    "Multiple matches for FieldRef": "two of its columns have one name; rename one",
-    "datasets dtype equivalent": "a column is of a type such as map; convert or drop it",
-}
-
+NO_COLUMN = ""  # named to say that no column is to be used
+BINARY = ("binary", "large_binary", "binary_view", "fixed_size_binary")  # types of pyarrow
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+LONGEST_HEADER = 100_000  # characters
+# A longer line, or a quoted field of more lines, comes from a quote that was left open.
+MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
+SHOWN_LINES = 1 << 16  # after as many, progress is shown
+NOT_UTF8 = "lines that are not UTF-8"
+TO_UTF8 = "save it as UTF-8 (if Windows wrote it: iconv -f cp1252 -t utf-8 FILE > NEW)"
 FORM = 5  # Changes when the same file would be read differently than before.
+# Of an index: captions as stored; the image is a path or URL.
+ROWS = pa.schema({"image": pa.string(), "caption": pa.list_(pa.binary()), "sample_id": pa.string()})
+BATCH_ROWS = 8192
+Build = Callable[[dict[str, Any]], Iterable[pa.RecordBatch]]
+Cell = str | list[str] | None
 
 
 def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -111,13 +110,13 @@ def open_files(
     columns = [data.image_column or first, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": columns})
-    *_, before, last = ("", "", *suffixes_of(paths[0]))
+    *_, before, last = ("", "", *list_suffixes(paths[0]))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
-        build, way_out = partial(_text_batches, paths, data), "check the separator and the quotes"
+        build, way_out = partial(_index_texts, paths, data), "check the separator and the quotes"
         # Indexes by `key` alone, of 1.0.0, do not say how many lines are bad. Pairs are still known
         # by `key`, so that runs and features go with them.
         index = build_index(f"{key}-bad", build, folder=folder, label=label, way_out=way_out)
-        return pairs_of(index, data, key=key, label=label, name=name, root=root)
+        return open_pairs(index, data, key=key, label=label, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
         if not saved and builder not in ("parquet", "arrow", "json"):
@@ -125,16 +124,26 @@ def open_files(
                 f"{label}: not a table that can be read; use {', '.join(TEXT_SUFFIXES)} (also "
                 f"compressed: {', '.join(COMPRESSED)}), .parquet, .arrow, .json"
             )
-        with faults(label, Exception):
+        with name_faults(label, Exception):
             if saved:
                 loaded = datasets.load_from_disk(root)
             else:
-                files = [_local_copy(*pair, data) for pair in zip(paths, prints, strict=True)]
+                files = [*map(_copy_remote, paths, prints)]
                 cache, files = str(folder / "datasets"), [*map(glob.escape, files)]
                 loaded = datasets.load_dataset(
                     builder, data_files=files, split="train", cache_dir=cache
                 )
-    return pairs_of(loaded.data, data, key=key, label=label, name=name, root=root)
+    return open_pairs(loaded.data, data, key=key, label=label, name=name, root=root)
+
+
+def _copy_remote(path: str, print_: str) -> str:
+    """A local path as it is; of a URL, a copy in the cache."""
+    if not is_url(path):
+        return path
+    copy = index_folder() / f"{print_}{list_suffixes(path)[-1]}"
+    if not copy.exists():
+        download(path, copy)
+    return str(copy)
 
 
 def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -153,7 +162,7 @@ def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     online = hub_answer(partial(HfApi().dataset_info, parts[1])) is not None
     options = {"split": names.get("split", "train"), "cache_dir": str(folder / "datasets")}
     try:
-        with _library(offline=not online) as datasets, faults(label, Exception):
+        with _library(offline=not online) as datasets, name_faults(label, Exception):
             loaded = datasets.load_dataset(parts[1], names.get("config"), **options)
     except ValueError as error:
         if online:
@@ -163,10 +172,27 @@ def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
     key, root = digest({"hub": loaded._fingerprint, "id": data.id_column}), constants.HF_HUB_CACHE
-    return pairs_of(loaded.data, data, key=key, label=label, name=name or parts[2], root=root)
+    return open_pairs(loaded.data, data, key=key, label=label, name=name or parts[2], root=root)
 
 
-def pairs_of(
+@contextmanager
+def _library(*, offline: bool = True) -> Iterator[Any]:
+    """`datasets`; without progress bars and network, unless it is for the hub."""
+    import datasets
+    import datasets.packaged_modules
+    import huggingface_hub.constants as hub
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    (datasets.disable_progress_bars if offline else datasets.enable_progress_bars)()
+    before = hub.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = offline
+    try:
+        yield datasets
+    finally:
+        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = before
+
+
+def open_pairs(
     source: Any,
     data: DataConfig,
     *,
@@ -186,10 +212,14 @@ def pairs_of(
         notes, present = source.notes, source.table.column_names
         columns["caption_columns"] = ["caption"] if "caption" in present else []
         columns["class_column"] = "class" if "class" in present else None
+        columns |= {
+            "in_ranges": "offset" in present,
+            "bad_lines": source.facts.get("bad_lines", ()),
+        }
         if data.needs_caption_column and not columns["caption_columns"]:  # `embed` built it
             raise ValueError(f"{label}: no column with captions; set caption_column to one")
     else:
-        columns, notes = choose(label, source.table.schema, data)
+        columns, notes = choose_columns(label, source.table.schema, data)
     pairs = ImageTextPairs(
         source,
         name=name,
@@ -204,8 +234,8 @@ def pairs_of(
         raise ValueError(f"{label}: row 0 has the image {without_secrets(image)}; {NO_WEB_IMAGES}")
     checked = index_folder() / f"{key}.unique"
     if pairs.id_column and not checked.exists():
-        with faults(label, UnicodeDecodeError):
-            _require_unique(pairs.checked.column(pairs.id_column), label, way_out)
+        with name_faults(label, UnicodeDecodeError):
+            _require_unique(pairs.select_column(pairs.id_column), label, way_out)
         with suppress(OSError):  # where nothing can be written, they are compared each time
             checked.parent.mkdir(parents=True, exist_ok=True)
             checked.touch()
@@ -235,7 +265,7 @@ def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
 
 def describe_bad_lines(samples: Any, most: float) -> str:
     """A note on a text file with a larger share of bad lines; empty if there is none."""
-    for file in getattr(samples, "bad_lines", ()):
+    for file in samples.bad_lines:
         if (number := file["lines"]) > most * file["of"]:
             return (
                 f"{file['file']}: {number:,} of {file['of']:,} lines ({number / file['of']:.0%}) "
@@ -250,71 +280,31 @@ def caption_columns(data: DataConfig) -> list[str]:
     return [named] if isinstance(named, str) else named
 
 
-def note_unused(data: DataConfig) -> list[str]:
-    """A note of the settings that only a table has a use for, if some are given."""
-    names = list_changed(data, ("image_column", "id_column", "root", "class_column"))
-    return (
-        [f"{without_secrets(data.train)}: has no columns, and does not use {names}"]
-        if names
-        else []
-    )
-
-
-def list_changed(data: DataConfig, settings: Iterable[str]) -> str:
-    """The settings among these that differ from their defaults."""
-    return ", ".join(s for s in settings if getattr(data, s) != getattr(DataConfig(), s))
-
-
-@contextmanager
-def _library(*, offline: bool = True) -> Iterator[Any]:
-    """`datasets`; without progress bars and network, unless it is for the hub."""
-    import datasets
-    import datasets.packaged_modules
-    import huggingface_hub.constants as hub
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    (datasets.disable_progress_bars if offline else datasets.enable_progress_bars)()
-    before = hub.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = offline
-    try:
-        yield datasets
-    finally:
-        datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = before
-
-
-def _local_copy(path: str, print_: str, data: DataConfig) -> str:
-    """A local path as it is; of a URL, a copy in the cache."""
-    if not is_url(path):
-        return path
-    copy = index_folder() / f"{print_}{suffixes_of(path)[-1]}"
-    if not copy.exists():
-        download(path, copy)
-    return str(copy)
-
-
-def choose(label: str, schema: pa.Schema, data: DataConfig) -> tuple[dict[str, Any], list[str]]:
+def choose_columns(
+    label: str, schema: pa.Schema, data: DataConfig
+) -> tuple[dict[str, Any], list[str]]:
     """The columns that settings name, or that have a usual name and type; and notes.
 
     They are called as in `ImageTextPairs`. Raises `ValueError` if a table has no such column.
     """
     notes: list[str] = []
-    choice = partial(_choose_columns, label, schema, notes)
+    find = partial(_find_columns, label, schema, notes)
     usual = METADATA_IMAGE_COLUMNS if is_metadata(label) else IMAGE_COLUMNS
-    images = choice("image", usual, [data.image_column])
-    captions = choice("caption", CAPTION_COLUMNS, caption_columns(data))
-    ids = choice("id", ID_COLUMNS, [data.id_column])
-    classes = choice("class", (), [data.class_column])
+    images = find("image", usual, [data.image_column])
+    captions = find("caption", CAPTION_COLUMNS, caption_columns(data))
+    ids = find("id", ID_COLUMNS, [data.id_column])
+    classes = find("class", (), [data.class_column])
     for kind, columns in (("image", images), ("caption", captions)):
         if not columns and (kind == "image" or data.needs_caption_column):
             lack = f"no column with {kind}s; set {kind}_column to one, or add it"
-            raise missing_error(label, schema.names, lack)
+            raise describe_lack(label, schema.names, lack)
     chosen: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
     chosen["id_column"] = ids[0] if ids else None
     chosen["class_column"] = classes[0] if classes else None
     return chosen, notes
 
 
-def _choose_columns(
+def _find_columns(
     label: str,
     schema: pa.Schema,
     notes: list[str],
@@ -331,7 +321,7 @@ def _choose_columns(
         present = []
     for column in sorted({*used, *present}):
         if schema.names.count(column) > 1:
-            raise missing_error(label, schema.names, f"more than one column '{column}'")
+            raise describe_lack(label, schema.names, f"more than one column '{column}'")
     if not used:
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1:
@@ -343,16 +333,12 @@ def _choose_columns(
         used = (fit or (present if kind in ("image", "caption") else []))[:1]
     for column in used:
         if column not in schema.names:
-            raise missing_error(label, schema.names, f"no column '{column}'")
+            raise describe_lack(label, schema.names, f"no column '{column}'")
         if not _holds(what, type_ := schema.field(column).type):
             held = line(str(type_), 60)
             lack = f"column '{column}' holds {held}, not {what}; set {kind}_column to another"
-            raise missing_error(label, schema.names, lack)
+            raise describe_lack(label, schema.names, lack)
     return used
-
-
-def is_metadata(path: str) -> bool:
-    return PurePath(path).name in METADATA
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
@@ -370,8 +356,18 @@ def _holds(what: str, type_: pa.DataType) -> bool:
     return kind in ("string", "large_string", "string_view", "null")
 
 
+def describe_lack(label: str, names: Sequence[str], what: str) -> ValueError:
+    """An error for a table that lacks something; it lists the columns that exist."""
+    present = ", ".join(f"'{name}'" for name in names)
+    return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")
+
+
+def is_metadata(path: str) -> bool:
+    return PurePath(path).name in METADATA
+
+
 @contextmanager
-def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
+def name_faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions into one line that names the file, or the cache if that cannot be written."""
     try:
         yield
@@ -380,74 +376,64 @@ def faults(path: str, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         cause, cache = error.__cause__ or error, index_folder()
         if isinstance(cause, OSError) and Path(str(cause.filename)).is_relative_to(cache):
-            raise unwritable(cache, cause) from error
-        reason = line(str(cause))
-        reason = next((plain for part, plain in PLAIN.items() if part in reason), reason)
-        raise ValueError(f"{path}: cannot be read ({reason})") from error
+            raise explain_unwritable(cache, cause) from error
+        raise ValueError(f"{path}: cannot be read ({line(str(cause))})") from error
 
 
-def captions_in(record: Any, keys: Sequence[str] = ()) -> list[bytes]:
+def list_captions(record: Any, keys: Sequence[str] = ()) -> list[bytes]:
     """The texts of a JSON object under these keys, or else under the likeliest usual one."""
     record = record if isinstance(record, dict) else {}
     present = {key.lower(): key for key in reversed(record)}
     usual = [present[key] for key in CAPTION_COLUMNS if key in present][:1]
-    captions: list[bytes] = []
-    for value in map(record.get, keys or usual):
-        texts = value if isinstance(value, list) else [value]
-        captions += [
-            text.encode("utf-8", "surrogatepass") for text in texts if isinstance(text, str)
-        ]
-    return captions
+    values = (record.get(key) for key in keys or usual)
+    texts = chain.from_iterable(v if isinstance(v, list) else [v] for v in values)
+    return [text.encode("utf-8", "surrogatepass") for text in texts if isinstance(text, str)]
 
 
-def _text_batches(
+def _index_texts(
     paths: Sequence[str], data: DataConfig, facts: dict[str, Any]
 ) -> Iterator[pa.RecordBatch]:
     """The used columns of CSV, TSV and JSON Lines files, in batches."""
     facts["left_out"], facts["bad_lines"] = [], []
     columns: dict[str, Any] = {}
     for path in paths:
-        shown = without_secrets(path)
-        left_out = LeftOut(shown)
+        shown, used = without_secrets(path), 0
+        left_out = LeftOut(shown, {NOT_UTF8: TO_UTF8})
         unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with faults(shown, *unreadable), lines_of(path) as lines:
-            read = read_json if {".jsonl", ".ndjson"} & {*suffixes_of(path)} else read_csv
-            names, rows = read(path, lines, left_out)
+        with name_faults(shown, *unreadable):
+            read = read_json if {".jsonl", ".ndjson"} & {*list_suffixes(path)} else read_csv
+            names, rows = read(path, read_lines(path), left_out)
             if not names and left_out.counts:
-                left_out.advice[NOT_UTF8] = left_out.to_utf8
                 raise ValueError(f"{left_out.notes[0]}; nothing else is in it")
             if not columns:
                 schema = pa.schema([(name, pa.string()) for name in names])
-                columns, facts["notes"] = choose(shown, schema, data)
+                columns, facts["notes"] = choose_columns(shown, schema, data)
             single = [columns[f"{which}_column"] for which in ("image", "id", "class")]
             captions = columns["caption_columns"]
             for name in filter(None, [*single, *captions]):
                 if name not in names:
                     first = without_secrets(paths[0])
-                    raise missing_error(shown, names, f"no column '{name}', which {first} has")
+                    raise describe_lack(shown, names, f"no column '{name}', which {first} has")
             fields = [pa.field(name, pa.string()) for name in ("image", "sample_id", "class")]
             schema = pa.schema([f for f, name in zip(fields, single, strict=True) if name])
             if captions:
                 schema = schema.append(ROWS.field("caption"))
             numbers = [names.index(name) for name in single if name], [*map(names.index, captions)]
-            used = 0
-            for batch in batches((_row(cells, *numbers) for cells in rows), schema):
+            for batch in batch_rows((_pick_cells(cells, *numbers) for cells in rows), schema):
                 used += batch.num_rows
                 yield batch
-        if not used:
-            left_out.advice[NOT_UTF8] = left_out.to_utf8
         facts["left_out"] += left_out.notes
         if left := left_out.counts.total():
             facts["left_out"].append(f"{shown}: {used:,} of {used + left:,} rows are used")
         for number, are, way_out in (
-            (left_out.counts[NOT_UTF8], "are not UTF-8", left_out.to_utf8),
+            (left_out.counts[NOT_UTF8], "are not UTF-8", TO_UTF8),
             (left_out.surplus, "have too many fields", "quote the captions, or use tabs"),
         ):
             bad = {"file": shown, "lines": number, "of": used + left}
             facts["bad_lines"].append({**bad, "are": are, "way_out": way_out})
 
 
-def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
+def _pick_cells(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
     """The cells of the columns with one text, and the captions of all columns with captions."""
     row: list[Any] = [cells[n] if isinstance(cells[n], str) else None for n in single]
     texts: list[Any] = []
@@ -456,7 +442,290 @@ def _row(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]
     return [*row, texts] if captions else row
 
 
-def missing_error(label: str, names: Sequence[str], what: str) -> ValueError:
-    """An error for a table that lacks something; it lists the columns that exist."""
-    present = ", ".join(f"'{name}'" for name in names)
-    return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")
+def list_suffixes(path: str) -> list[str]:
+    file = PurePath(path.partition("?")[0] if is_url(path) else path)
+    return [suffix.lower() for suffix in file.suffixes]
+
+
+class LeftOut:
+    """Counts what is left out of a source, by reason, with an example and the first lines.
+
+    `advice` says what to do, by reason; `surplus` counts lines with more fields than the header.
+    """
+
+    def __init__(self, path: str, advice: Mapping[str, str] | None = None) -> None:
+        self.path, self.advice, self.counts = path, advice or {}, Counter[str]()
+        self.examples: dict[str, str] = {}
+        self.lines: dict[str, list[str]] = defaultdict(list)
+        self.surplus = 0
+
+    def add(self, what: str, example: str, number: int = 0) -> None:
+        self.counts[what] += 1
+        if what == NOT_UTF8:  # mostly that of Windows; lone surrogates would say less
+            example = example.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+        self.examples.setdefault(what, f"'{line(example, 60)}'")
+        if number and self.counts[what] <= 6:
+            self.lines[what].append(str(number) if self.counts[what] < 6 else "...")
+
+    @property
+    def notes(self) -> list[str]:
+        numbers = {what: f"line {', '.join(lines)}: " for what, lines in self.lines.items()}
+        return [
+            f"{self.path}: left out {self.counts[what]} {what} ({numbers.get(what, '')}{example})"
+            + (f"; {self.advice[what]}" if what in self.advice else "")
+            for what, example in self.examples.items()
+        ]
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a text file, and of one that is too long the start.
+
+    Bytes that are not UTF-8 come as lone surrogates.
+    """
+    unpack = COMPRESSED.get(list_suffixes(path)[-1], lambda file: file)
+    with open_file(path) as raw, unpack(raw) as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
+        size = 0 if is_url(path) else Path(path).stat().st_size
+        progress = Progress(f"read {path}", size)
+        for number, read in enumerate(iter(partial(text.readline, MAX_LINE), ""), 1):
+            if size and number % SHOWN_LINES == 0:
+                progress.update(min(raw.tell(), size - 1))
+            yield read
+            while len(read) >= MAX_LINE and not read.endswith("\n"):
+                read = text.readline(MAX_LINE)
+        if progress.last_shown > progress.started:  # it took long enough to be shown
+            progress.update(size)
+
+
+def describe_fault(text: str) -> str:
+    """Why a line cannot be used; empty if it can."""
+    if len(text) >= MAX_LINE:
+        return "lines of more than a megabyte"
+    if "\0" in text:
+        return "lines with a zero byte"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return NOT_UTF8
+    return ""
+
+
+def read_csv(
+    path: str, lines: Iterator[str], left_out: LeftOut
+) -> tuple[list[str], Iterator[list[Any]]]:
+    """The header and the rows of a CSV or TSV file; the separator is the one in the header."""
+    number, header = next(((n, text) for n, text in enumerate(lines, 1) if text.strip()), (0, ""))
+    if len(header) > LONGEST_HEADER:
+        raise ValueError(
+            f"{path}: its first line is too long for a header; is this a table, with a row a line?"
+        )
+    if describe_fault(header):
+        raise ValueError(f"{path}: its header is not UTF-8 text; {TO_UTF8}")
+    usual = "\t" if ".tsv" in list_suffixes(path) else ","
+    separator = next((s for s in (usual, "\t", ",", ";", "|") if s in header), usual)
+    names = next(csv.reader([header], delimiter=separator), [])
+    return names, _read_csv_rows(lines, number + 1, separator, len(names), left_out)
+
+
+def _read_csv_rows(
+    lines: Iterator[str], number: int, separator: str, width: int, left_out: LeftOut
+) -> Iterator[list[Any]]:
+    """The good rows. `number` is that of the first line."""
+    ahead: deque[str] = deque()
+    while text := ahead.popleft() if ahead else next(lines, ""):
+        row, more = text.rstrip("\r\n").split(separator), 0
+        what = "lines with another number of fields than the header"
+        if '"' in text:
+            ahead.extend(islice(lines, MAX_QUOTED_LINES - 1 - len(ahead)))
+            row, more = _parse_quoted_row([text, *ahead], separator, width)
+            what = what if row else "lines with an open quote"
+        text += "".join(ahead.popleft() for _ in range(more))
+        fault = describe_fault(text)
+        if len(row) == width and not fault:
+            yield row
+        elif text.strip():
+            left_out.add(fault or what, text, number)
+            left_out.surplus += not fault and len(row) > width
+        number += 1 + more
+
+
+def _parse_quoted_row(lines: list[str], separator: str, width: int) -> tuple[list[str], int]:
+    """The fields of the first row (none: a quote is left open), and how many more lines it has."""
+    readers = [csv.reader(lines, delimiter=separator, strict=True)]
+    if lines[0].count('"') % 2 == 0:
+        # Text after a closing quote, as in `"Seven" (1995)`, is kept.
+        readers.append(csv.reader(lines[:1], delimiter=separator))
+    for reader in readers:
+        with suppress(csv.Error):
+            row = next(reader)
+            if len(row) == width or reader.line_num == 1:
+                return row, reader.line_num - 1
+    return [], 0
+
+
+def read_json(
+    path: str, lines: Iterator[str], left_out: LeftOut
+) -> tuple[list[str], Iterator[list[Any]]]:
+    """The names in the first records of a JSON Lines file, and the values that all have there."""
+    records = _read_records(lines, left_out)
+    head = list(islice(records, 1000))
+    names = list(dict.fromkeys(chain.from_iterable(head)))
+    return names, ([record.get(name) for name in names] for record in chain(head, records))
+
+
+def _read_records(lines: Iterator[str], left_out: LeftOut) -> Iterator[dict[str, Cell]]:
+    """The values of each record that are texts, whole numbers or lists of these, as texts."""
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+            texts = {name: _as_text(value) for name, value in record.items()}
+        except (ValueError, AttributeError, RecursionError):
+            left_out.add(describe_fault(text) or "lines that are no JSON object", text, number)
+            continue
+        used = {name: value for name, value in texts.items() if value is not None}
+        escaped = chain.from_iterable(used.values() if "\\u" in text else ())
+        if fault := describe_fault(text) or describe_fault("".join(escaped)):
+            left_out.add(fault, text, number)
+        elif record:
+            yield used
+        else:
+            left_out.add("lines with an empty object", text, number)
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [text for text in map(_as_text, value) if isinstance(text, str)]
+    is_text = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return str(value) if is_text else None
+
+
+class ArrowIndex:
+    """A memory-mapped `table`, with `facts` about its source; pickled as its path.
+
+    A file beside it has a checksum of each batch of rows. A batch is compared with it when one of
+    its rows is used for the first time, so that an index of any size opens at once: call `check`
+    before you use rows of the table.
+
+    Raises:
+        OSError: There is no such index.
+        ValueError: The index is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = read_sealed(path.with_suffix(".json"))
+        try:
+            self.table = read_table(path)
+            intact = self.facts.pop("frame", None) == describe_frame(self.table)
+        except pa.ArrowException:  # not all of them are a `ValueError`
+            intact = False
+        if not intact:
+            raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
+        self._checksums = self.facts.pop("batches", None)
+        self._batches = self.table.to_batches()
+        self._ends = list(accumulate(map(len, self._batches)))
+        self._unchecked = set(range(len(self._batches)))
+        self.notes = [*self.facts.get("notes", ()), *self.facts.get("left_out", ())]
+
+    def check(self, row: int | None = None) -> None:
+        """Compare the checksum of the batch that holds a row, or of all batches, once.
+
+        Raises:
+            ValueError: It differs; names the file and the rows.
+        """
+        if not self._unchecked:
+            return
+        numbers = {*self._unchecked} if row is None else {bisect_right(self._ends, row)}
+        for number in numbers & self._unchecked:
+            if batch_checksum(self._batches[number]) != self._checksums[number]:
+                end, size = self._ends[number], len(self._batches[number])
+                raise ValueError(
+                    f"{self.path}: damaged (the checksum of rows {end - size} to {end - 1} "
+                    "differs); delete it, and it is built again"
+                )
+            self._unchecked.discard(number)
+
+    def __reduce__(self) -> tuple[type["ArrowIndex"], tuple[Path]]:
+        return ArrowIndex, (self.path,)
+
+
+def read_table(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def describe_frame(table: pa.Table) -> list[Any]:
+    """What every batch depends on: the columns, their lengths, and the values of dictionaries."""
+    values = [
+        buffers_checksum(column.chunk(0).dictionary)
+        for column in table.columns
+        if pa.types.is_dictionary(column.type) and column.num_chunks
+    ]
+    lengths = [len(chunk) for column in table.columns[:1] for chunk in column.iterchunks()]
+    return [str(table.schema), lengths, *values]
+
+
+def batch_checksum(batch: pa.RecordBatch) -> int:
+    checksum = 0
+    for column in batch.columns:
+        checksum = buffers_checksum(column, checksum)
+    return checksum
+
+
+def buffers_checksum(array: pa.Array, checksum: int = 0) -> int:
+    """CRC-32 of an array's bytes, and of the numbers that say how to read them."""
+    parts = [array]
+    while pa.types.is_list(parts[-1].type):
+        parts.append(parts[-1].values)
+    facts = [(str(part.type), len(part), part.null_count, part.offset) for part in parts]
+    checksum = zlib.crc32(repr(facts).encode(), checksum)
+    for buffer in array.buffers():
+        checksum = zlib.crc32(b"" if buffer is None else buffer, checksum)
+    return checksum
+
+
+def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows of that schema, some thousands at a time."""
+    left = iter(rows)
+    while held := list(islice(left, BATCH_ROWS)):
+        columns = zip(zip(*held, strict=True), schema, strict=True)
+        arrays = [pa.array(values, field.type) for values, field in columns]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: str) -> ArrowIndex:
+    """Open the index of that key; one process builds it if there is none, or half of one.
+
+    `build` yields batches, and adds facts to the dictionary that it is given: `notes`, and notes
+    of what is `left_out`. Raises `ValueError` if no batch comes, which begins with the first of
+    these or with `label`, and ends with the way out; or if the folder cannot be written.
+    """
+    path = folder / f"{key}.arrow"
+    facts: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        return ArrowIndex(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(path):
+            with suppress(OSError, ValueError):
+                return ArrowIndex(path)
+            for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            with replacing(path) as scratch:
+                parts = iter(build(facts))
+                first = next(parts, None)
+                if first is None:
+                    what = next(iter(facts.get("left_out", ())), f"{label}: holds no sample")
+                    raise ValueError(f"{what}; no pair is left: {way_out}")
+                with pa.ipc.new_file(str(scratch), first.schema) as writer:
+                    for batch in chain([first], parts):
+                        writer.write_batch(batch)
+                table = read_table(scratch)
+                facts["frame"] = describe_frame(table)
+                facts["batches"] = [batch_checksum(batch) for batch in table.to_batches()]
+                del table
+                write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
+    except OSError as error:
+        raise explain_unwritable(folder, error) from error
+    return ArrowIndex(path)

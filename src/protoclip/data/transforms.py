@@ -33,8 +33,30 @@ LONG = 100  # times as long as wide: of such an image only the middle is resized
 CPU_CHUNK = 4  # images that a CPU finishes at a time, so that they stay in its cache
 
 
+class Finishes:
+    """What all transforms do with a batch of crops."""
+
+    def changes(self, draws: Draws) -> Changes:
+        return {}
+
+    def apply(self, images: Bytes, changes: Changes) -> Images:
+        """The image tower's input, channels last in memory; `changes` on the images' device."""
+        raise NotImplementedError
+
+    def finish(self, images: Bytes, draws: Draws) -> Images:
+        """Apply the transform to a batch, on its device, with draws from the CPU."""
+        if images.device.type != "cpu":
+            changes = self.changes(draws)
+            return self.apply(images, {k: v.to(images.device) for k, v in changes.items()})
+        finished = torch.empty(images.shape).permute(0, 3, 1, 2)
+        for first in range(0, len(images), CPU_CHUNK):
+            chunk = slice(first, first + CPU_CHUNK)
+            finished[chunk] = self.apply(images[chunk], self.changes(draws[chunk]))
+        return finished
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluationTransform:
+class EvaluationTransform(Finishes):
     """Shorter side to `size`, centre crop, normalise: what CLIP evaluates with."""
 
     size: int
@@ -47,15 +69,8 @@ class EvaluationTransform:
         left, top = (width - side) // 2, (height - side) // 2
         return (left, top, left + side, top + side)
 
-    def changes(self, draws: Draws) -> Changes:
-        return {}
-
     def apply(self, images: Bytes, changes: Changes) -> Images:
-        """The image tower's input, channels last in memory."""
         return normalise(_to_float(images), self.mean, self.std)
-
-    def finish(self, images: Bytes, draws: Draws) -> Images:
-        return _finish(self, images, draws)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """One image as the image tower's input, upright by EXIF and on white where transparent."""
@@ -74,7 +89,7 @@ class SquashTransform(EvaluationTransform):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PillowTransform:
+class PillowTransform(Finishes):
     """What open_clip evaluates with, to the bit: Pillow resizes the whole image before the crop.
 
     With `fast`, PyTorch resizes it in a third of the time. Of photographs, some values then differ
@@ -98,17 +113,8 @@ class PillowTransform:
         centre = resize(np.asarray(image), height, width)[top:, left:][: self.size, : self.size]
         return torch.from_numpy(np.array(centre))
 
-    def changes(self, draws: Draws) -> Changes:
-        return {}
-
-    def finish(self, images: Bytes, draws: Draws) -> Images:
-        return _finish(self, images, draws)
-
     def apply(self, images: Bytes, changes: Changes) -> Images:
-        """The image tower's input, channels last in memory.
-
-        In the order of torchvision's operations, on rows long enough for vector instructions.
-        """
+        """In the order of torchvision's operations, on rows long enough for vector instructions."""
         batch, height, width, _ = images.shape
         mean = _row_of(self.mean, width, images.device)
         std = _row_of(self.std, width, images.device)
@@ -136,7 +142,7 @@ def middle_of_long(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingTransform:
+class TrainingTransform(Finishes):
     """Random resized crop, then flip, colour jitter, grayscale and blur with given probabilities.
 
     Attributes:
@@ -191,7 +197,6 @@ class TrainingTransform:
         return changes
 
     def apply(self, images: Bytes, changes: Changes) -> Images:
-        """The image tower's input, channels last in memory; `changes` on the images' device."""
         pixels = _to_float(images)
 
         def change(rows: Tensor, step: Callable[[Images], Tensor]) -> None:
@@ -210,9 +215,6 @@ class TrainingTransform:
             if name.startswith("blur_weights/"):
                 change(changes[name.replace("_weights", "")], partial(blur, weights=weights))
         return normalise(pixels, self.mean, self.std)
-
-    def finish(self, images: Bytes, draws: Draws) -> Images:
-        return _finish(self, images, draws)
 
 
 @dataclass(frozen=True)
@@ -260,20 +262,6 @@ def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTran
     """ProtoCLIP's light augmentation (arXiv 2206.10996, and its reference implementation)."""
     plain = TrainingTransform(size=size, mean=mean, std=std, scale=(0.5, 1.0))
     return replace(plain, flip=0.5, jitter=0.2, grayscale=0.2, blur=0.2)
-
-
-def _finish(
-    transform: "Transform | PillowTransform", images: Bytes, draws: Draws
-) -> Float[Tensor, "b 3 h w"]:
-    """Apply the transform to a batch, on its device, with draws from the CPU."""
-    if images.device.type != "cpu":
-        changes = transform.changes(draws)
-        return transform.apply(images, {k: v.to(images.device) for k, v in changes.items()})
-    finished = torch.empty(images.shape).permute(0, 3, 1, 2)
-    for first in range(0, len(images), CPU_CHUNK):
-        chunk = slice(first, first + CPU_CHUNK)
-        finished[chunk] = transform.apply(images[chunk], transform.changes(draws[chunk]))
-    return finished
 
 
 def _to_float(images: Bytes) -> Images:

@@ -29,8 +29,7 @@ from protoclip import __version__
 from protoclip.config import Config, DataConfig, build
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.data.content import content
-from protoclip.data.pairs import BadSample, Sample, SampleStream
+from protoclip.data.pairs import BadSample, Sample, SampleStream, content
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
@@ -121,7 +120,7 @@ def embed(
     reference, out = str(reference), Path(out)
     config = build(Config, {"data": {"train": str(data)} if isinstance(data, str | Path) else data})
     check(config)
-    samples: Any = raise_on_all_ranks(lambda: sources.pairs(config, needs_captions=False))
+    samples: Any = raise_on_all_ranks(lambda: sources.open_samples(config, needs_captions=False))
     for note in sources.list_notes(samples) if rank() == 0 else ():
         say(f"note: {note}")
     is_stream = isinstance(samples, SampleStream)

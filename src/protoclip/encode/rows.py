@@ -21,14 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, Config
+from protoclip.data.access import cache_folder, index_folder
 from protoclip.data.captions import Key, normalise, number_of
-from protoclip.data.index import ArrowIndex, build_index, cache_folder, index_folder
-from protoclip.data.loader import Batch, EpisodeLoader, Pass, flatten, nest, pair_numbers
-from protoclip.data.packed import Packed
+from protoclip.data.loader import Batch, EpisodeLoader, Packed, Pass, pair_numbers
 from protoclip.data.pairs import Pairs, Sample
 from protoclip.data.sampler import caption_draws
+from protoclip.data.sources import AllBut, PairsView, to_array
+from protoclip.data.tables import ArrowIndex, build_index
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.data.view import AllBut, PairsView, to_array
 from protoclip.distributed.collectives import (
     raise_on_all_ranks,
     rank,
@@ -402,6 +402,6 @@ class RowLoader(EpisodeLoader):
                 groups = self.encoded.groups(self.pairs, pair_rows, drawn, wanted.group_by)
                 tensors["groups"] = torch.from_numpy(groups)
             self.on_read(len(rows), [])
-            fields = nest(Packed.of(flatten(tensors)).send(self.device))
+            fields = Packed.pack(tensors).send(self.device)
             keys = [one.tobytes() for one in hashes]
             yield Batch(sample_id=sample_ids, captions=keys, **fields)

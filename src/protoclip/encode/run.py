@@ -23,7 +23,7 @@ from torch import Tensor
 
 from protoclip.data import access
 from protoclip.data.pairs import BadSample, Pairs, Sample
-from protoclip.data.view import PairsView
+from protoclip.data.sources import PairsView
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import (
     all_gather,
@@ -196,7 +196,7 @@ def read_image(pairs: Pairs, row: int) -> Sample:
     source, number = locate(pairs, row)
     return Sample(
         sample_id=source.sample_id(number),
-        image=source.encoded(number),
+        image=source.read_encoded(number),
         captions=(),
         where=source.where(number),
     )

@@ -26,9 +26,8 @@ from protoclip.data.pairs import (
     Pairs,
     SampleStream,
 )
-from protoclip.data.shards import shard_stem
-from protoclip.data.stream import MAX_FAILED, Item, ShardStream, shard_facts
-from protoclip.data.view import mix_pairs
+from protoclip.data.shards import MAX_FAILED, Item, ShardStream, shard_facts, shard_stem
+from protoclip.data.sources import mix_pairs
 from protoclip.distributed.collectives import (
     all_gather_object,
     raise_on_all_ranks,
@@ -95,7 +94,7 @@ class StreamPairs(ImageTextPairs):
     def where(self, row: int) -> str:
         return self.name
 
-    def encoded(self, row: int, part: slice | None = None) -> bytes:
+    def read_encoded(self, row: int, part: slice | None = None) -> bytes:
         raise self._bad(row, "its image came with a stream, which is not kept")
 
 

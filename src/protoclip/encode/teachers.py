@@ -33,15 +33,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, START, Config, TeacherConfig
-from protoclip.data.access import digest, download, fingerprint, is_url, reason_of
-from protoclip.data.content import Facts, content, difference
+from protoclip.data.access import cache_folder, digest, download, fingerprint, is_url, reason_of
 from protoclip.data.emoji import emoji_teacher_path
-from protoclip.data.index import cache_folder
 from protoclip.data.loader import Tokenizer
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
-from protoclip.data.sampler import evenly_spaced
-from protoclip.data.sources import entries
-from protoclip.data.stream import ShardStream
+from protoclip.data.pairs import (
+    BadSample,
+    Facts,
+    ImageTextPairs,
+    Pairs,
+    Sample,
+    SampleStream,
+    content,
+    difference,
+    evenly_spaced,
+)
+from protoclip.data.shards import ShardStream
+from protoclip.data.sources import list_entries
 from protoclip.distributed.collectives import (
     all_gather_object,
     raise_on_all_ranks,
@@ -831,7 +838,7 @@ def open_teachers(
         ValueError: There is no such teacher, it has features of none of the samples, or of others
             under the same numbers of rows.
     """
-    sources = zip(samples.sources, entries(config.data), strict=True)
+    sources = zip(samples.sources, list_entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
     loaded: dict[str, StoredFeatures] = {}

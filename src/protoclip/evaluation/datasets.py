@@ -23,13 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.data.access import digest, fingerprint, is_url, join, reason_of
+from protoclip.data.access import cache_folder, digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.folders import class_folders, classes_in, shard_split
-from protoclip.data.index import cache_folder
-from protoclip.data.pairs import BadSample, ImageTextPairs, cells_of
-from protoclip.data.sources import open_source
-from protoclip.data.view import PairsView
+from protoclip.data.pairs import BadSample, ImageTextPairs, read_cells
+from protoclip.data.sources import PairsView, open_source
 from protoclip.evaluation import readers
 from protoclip.evaluation.readers import (
     LazySplits,
@@ -261,7 +259,7 @@ def count_ambiguous_images(pairs: ImageTextPairs) -> int:
     names = pairs.image_names()
     if names is None:
         return 0
-    classes = map(str, cells_of(pairs.kept(pairs.checked.column(str(pairs.class_column)))))
+    classes = map(str, read_cells(pairs.select_column(str(pairs.class_column))))
     different = {*zip(names.to_pylist(), classes, strict=True)}
     numbers = Counter(name for name, _ in different if name is not None)
     return sum(number > 1 for number in numbers.values())
@@ -269,7 +267,7 @@ def count_ambiguous_images(pairs: ImageTextPairs) -> int:
 
 def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
     """Whether each row names a class."""
-    cells = pairs.kept(pairs.checked.column(str(pairs.class_column)))
+    cells = pairs.select_column(str(pairs.class_column))
     if pairs.class_labels:  # a negative number is not known
         mask = pc.greater_equal(cells, 0)
     else:
@@ -285,9 +283,9 @@ def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     Raises:
         ValueError: A row has no class, or a number without a name.
     """
-    column, names = pairs.kept(pairs.checked.column(str(pairs.class_column))), pairs.class_labels
+    column, names = pairs.select_column(str(pairs.class_column)), pairs.class_labels
     classes: list[str] = []
-    for row, value in zip(rows, cells_of(column.take(pa.array(rows, pa.int64()))), strict=True):
+    for row, value in zip(rows, read_cells(column.take(pa.array(rows, pa.int64()))), strict=True):
         if value is None or not str(value).strip() or (names and value < 0):
             raise ValueError(
                 f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "

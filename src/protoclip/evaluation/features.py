@@ -22,8 +22,8 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.data.decode import decode, decode_crop
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
+from protoclip.data.sources import PairsView
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
-from protoclip.data.view import PairsView
 from protoclip.distributed.collectives import (
     all_gather_object,
     any_rank,
@@ -470,7 +470,7 @@ class Reader:
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
         self.store: Store | None = None
-        crops = isinstance(transform, EvaluationTransform) and hasattr(images, "encoded")
+        crops = isinstance(transform, EvaluationTransform) and hasattr(images, "read_encoded")
         self.as_bytes = crops or isinstance(transform, PillowTransform)
 
     @property
@@ -488,13 +488,13 @@ class Reader:
         """One image if it is needed, and a hash of it; raises `BadSample`."""
         transform, images = self.transform, self.images
         try:
-            if not hasattr(images, "encoded"):
+            if not hasattr(images, "read_encoded"):
                 image = images.image(row)
                 key = hash_bytes(b"%d %d " % image.size + image.tobytes())
                 if self.has_stored(key):
                     return None, key
             else:
-                encoded = images.encoded(row)
+                encoded = images.read_encoded(row)
                 key = hash_bytes(encoded)
                 if self.has_stored(key):
                     return None, key

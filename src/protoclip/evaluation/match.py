@@ -23,8 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from protoclip.data.loader import Item, read_sample
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
-from protoclip.data.sampler import evenly_spaced
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
 from protoclip.encode.encoder import Encoder, open_encoder
 from protoclip.encode.linear_maps import canonical_projections, moments_of_pairs
 from protoclip.encode.run import encode_missing

@@ -30,9 +30,9 @@ from protoclip.data.access import (
 )
 from protoclip.data.decode import upright
 from protoclip.data.folders import NUM_SHARDS, SPLIT_FOLDERS, is_image, name_of
-from protoclip.data.index import ArrowIndex, build_index
 from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
+from protoclip.data.tables import ArrowIndex, build_index
 from protoclip.files import (
     checksum,
     in_turn,
@@ -120,7 +120,7 @@ class ShardFolder:
             self.find_shards(folder), extension, folder=self.cache.parent / "index"
         )
         name, key = f"{self.location}/{folder}", index.path.stem
-        pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key)
+        pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key, in_ranges=True)
         index.check()
         return pairs, index.table.column("content").to_pylist()
 

@@ -19,13 +19,20 @@ import torch
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.access import is_url
-from protoclip.data.content import Facts, content, difference
-from protoclip.data.index import index_folder
-from protoclip.data.pairs import ImageTextPairs, Pairs, SampleStream
-from protoclip.data.sampler import evenly_spaced
+from protoclip.data.access import index_folder, is_url
+from protoclip.data.pairs import (
+    Facts,
+    ImageTextPairs,
+    Pairs,
+    Rows,
+    SampleStream,
+    content,
+    difference,
+    evenly_spaced,
+    split_by_source,
+)
+from protoclip.data.sources import NONE, PairsView, drop_rows, join_sources, to_array
 from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, hold_out_rows
-from protoclip.data.view import NONE, PairsView, Rows, drop_rows, split_by_source, to_array, whole
 from protoclip.distributed.collectives import rank
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
@@ -83,7 +90,7 @@ def open_other_source(config: Config, samples: Pairs | SampleStream, name: str) 
     """All samples to train on, and the pairs that `data.validation` names to evaluate on."""
     # The lists of ids are of the training data.
     data = replace(config.data, train=name, sources=[], read="auto", only=None, without=None)
-    opened = sources.pairs(replace(config, data=data))
+    opened = sources.open_samples(replace(config, data=data))
     if not isinstance(opened, Pairs):
         raise ValueError(f"data.validation: {name}: a stream has no end; copy it")
     held_out, notes = list_sources(opened), list[str](getattr(opened, "notes", ()))
@@ -342,7 +349,7 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
     """
     config = read_data_settings(run, allowed)
     try:
-        divided = split_validation(config, sources.pairs(config))
+        divided = split_validation(config, sources.open_samples(config))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{run}: cannot load its held-out pairs ({error}); bring its data back (relative paths "
@@ -414,7 +421,7 @@ def list_trained_pairs(
     """The pairs of `find_earlier_pairs`, for the run that a setting names."""
     try:
         settings = read_data_settings(run, config.data)
-        samples = sources.pairs(settings)
+        samples = sources.open_samples(settings)
         if not isinstance(samples, Pairs):
             raise ValueError("it was a stream")
         earlier = find_earlier_pairs(settings, [], visited)
@@ -467,8 +474,8 @@ def count_trained(
     images = data.splits[split].images
     with suppress(OSError, ValueError, LookupError, TypeError):  # the run is damaged
         config = read_data_settings(run, allowed)
-        names = [source.path for source in sources.entries(config.data)]
-        view = images if isinstance(images, PairsView) else whole([images])
+        names = [source.path for source in sources.list_entries(config.data)]
+        view = images if isinstance(images, PairsView) else join_sources([images])
         are_pairs = all(isinstance(source, ImageTextPairs) for source in view.sources)
         if are_pairs and not any(is_url(name) or name.startswith(ELSEWHERE) for name in names):
             measured = [source.subset(np.unique(to_array(rows))) for source, rows in view.parts]
@@ -486,7 +493,7 @@ def note_trained_guards(
     config: Config, guards: Sequence[EvaluationData], training: Pairs | SampleStream
 ) -> list[str]:
     """A note on each guard of a run whose pairs the run trains on."""
-    names = [source.path for source in sources.entries(config.data)]
+    names = [source.path for source in sources.list_entries(config.data)]
     facts = content(training) if guards else []
     return [
         f"run.guard: {without_secrets(reference)}: is what the run trains on, so its numbers are "

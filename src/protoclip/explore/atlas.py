@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from protoclip.data.sampler import evenly_spaced
+from protoclip.data.pairs import evenly_spaced
 from protoclip.encode.linear_maps import out_of_fold
 from protoclip.encode.store import DAMAGED
 from protoclip.explore.pairs import ExploredPairs

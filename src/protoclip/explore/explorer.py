@@ -18,11 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.config import Config
-from protoclip.data.access import start_thread
+from protoclip.data.access import cache_folder, start_thread
 from protoclip.data.decode import decode
-from protoclip.data.index import cache_folder
-from protoclip.data.pairs import BadSample
-from protoclip.data.view import Rows
+from protoclip.data.pairs import BadSample, Rows
 from protoclip.evaluation.features import RETRIED, Encoder, JoinedEncoder, build_encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,

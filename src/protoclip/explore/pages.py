@@ -40,8 +40,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from protoclip.data.access import start_thread
-from protoclip.data.sampler import evenly_spaced
-from protoclip.data.view import Rows
+from protoclip.data.pairs import Rows, evenly_spaced
 from protoclip.explore.atlas import (
     LEAST_ALIKE,
     MODALITIES,

@@ -14,8 +14,15 @@ from PIL import Image
 
 from protoclip.data.access import digest
 from protoclip.data.decode import decode
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream
-from protoclip.data.view import AllBut, PairsView, Rows, split_by_source
+from protoclip.data.pairs import (
+    MAX_IMAGE_PIXELS,
+    BadSample,
+    Pairs,
+    Rows,
+    SampleStream,
+    split_by_source,
+)
+from protoclip.data.sources import AllBut, PairsView
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation.features import hash_bytes
 from protoclip.evaluation.validation import list_sources
@@ -89,7 +96,7 @@ class ExploredPairs(PairsView):
             by_place.append(key)
             if source.image_file(number) is None:
                 if content is None:
-                    key = str(hash_bytes(source.encoded(number)))
+                    key = str(hash_bytes(source.read_encoded(number)))
                 else:
                     key = str(content[position])
             by_content.append(key)
@@ -107,7 +114,7 @@ class ExploredPairs(PairsView):
         and 0 if an image cannot be read."""
         try:
             pixels = [
-                decode(self.encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=COMPARED_SIDE)
+                decode(self.read_encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=COMPARED_SIDE)
                 for row in (one, other)
             ]
         except (ValueError, OSError):
@@ -124,7 +131,7 @@ class ExploredPairs(PairsView):
     def thumbnail(self, row: int, side: int) -> bytes:
         """The image as `make_thumbnail` makes it; grey if it cannot be read."""
         try:
-            return make_thumbnail(self.encoded(row), side)
+            return make_thumbnail(self.read_encoded(row), side)
         except (ValueError, OSError):
             Image.new("RGB", (side, side), "#868e96").save(buffer := io.BytesIO(), "WEBP")
             return buffer.getvalue()

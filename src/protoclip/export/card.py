@@ -23,8 +23,7 @@ from torch import Tensor
 import protoclip
 from protoclip.config import Config
 from protoclip.data import sources
-from protoclip.data.access import is_url
-from protoclip.data.index import cache_folder
+from protoclip.data.access import cache_folder, is_url
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.evaluation.features import build_encoder
 from protoclip.evaluation.paired import RunResults, read_results
@@ -238,10 +237,10 @@ def read_captions(run: Path, *, allow_links: bool) -> list[str]:
     """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
     config = read_config(run)
     config = replace(config, data=replace(config.data, allow_links=allow_links))
-    for entry in sources.entries(config.data):
+    for entry in sources.list_entries(config.data):
         if is_url(entry.path) or entry.path.startswith("hf:"):
             raise ValueError(f"{without_secrets(entry.path)} is not on this machine")
-    pairs = sources.pairs(sources.allow_bad(config))
+    pairs = sources.open_samples(sources.allow_bad(config))
     if not isinstance(pairs, Pairs):
         raise ValueError("a stream has no order to draw from")
     captions: dict[str, None] = {}

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.data.loader import Batch
-from protoclip.data.packed import Packed
+from protoclip.data.loader import Batch, Packed
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank, world_size
@@ -97,7 +96,7 @@ class ExtractedFeatures:
                 if len(new) < len(image):
                     # A sharded model needs every rank in every pass: a pair a part at least.
                     filled = new + [0] * (parts - len(new))
-                    passed_rows = Packed.of({"rows": torch.tensor(filled)})
+                    passed_rows = Packed.pack({"rows": torch.tensor(filled)})
                     chosen = passed_rows.send(image.device)["rows"]
                     image = image[chosen]
                     text = text.view(-1, per_image, *text.shape[1:])[chosen].flatten(0, 1)

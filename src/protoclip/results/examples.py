@@ -21,8 +21,8 @@ from torch import Tensor
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
+from protoclip.data.access import cache_folder
 from protoclip.data.decode import decode
-from protoclip.data.index import cache_folder
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import (
     MAX_IMAGE_PIXELS,
@@ -31,8 +31,8 @@ from protoclip.data.pairs import (
     Pairs,
     Sample,
     SampleStream,
+    evenly_spaced,
 )
-from protoclip.data.sampler import evenly_spaced
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoder, build_encoder
@@ -147,10 +147,12 @@ def open_examples(
     if data is not None and data.is_emoji:
         examples = draw_from_split(datasets.emoji(), samples)
     elif data is not None:
-        examples = draw_examples(sources.pairs(sources.allow_bad(Config(data=data))), samples)
+        examples = draw_examples(
+            sources.open_samples(sources.allow_bad(Config(data=data))), samples
+        )
     else:
         settings = sources.allow_bad(run.config)
-        training, validation, _ = split_validation(settings, sources.pairs(settings))
+        training, validation, _ = split_validation(settings, sources.open_samples(settings))
         if allow_training and settings.run.overfit is not None:
             training, validation = choose_few(training, settings), []
         if validation:

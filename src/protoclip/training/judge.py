@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from protoclip.config import Config
-from protoclip.data.index import cache_folder
+from protoclip.data.access import cache_folder
 from protoclip.distributed import parallel
 from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData

@@ -24,15 +24,12 @@ from protoclip.config import AlignConfig, Config, EpisodeConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
-from protoclip.data.content import Facts, content
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
-from protoclip.data.pairs import BadSample, Pairs, SampleStream
-from protoclip.data.sampler import evenly_spaced
-from protoclip.data.shards import shard_stem
-from protoclip.data.stream import facts_that_may_move
+from protoclip.data.pairs import BadSample, Facts, Pairs, SampleStream, content, evenly_spaced
+from protoclip.data.shards import facts_that_may_move, shard_stem
+from protoclip.data.sources import PairsView, drop_rows
 from protoclip.data.summary import Summary, summarize
-from protoclip.data.view import PairsView, drop_rows
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -220,7 +217,7 @@ def open_data(outline: Outline) -> Plan:
     require_paths(config)
     if config.model.image.weights is not None and rank() == 0:
         require_image_weights(config.model)
-    training, held_out, notes = split_validation(config, sources.pairs(config))
+    training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
     if config.run.overfit is not None:

@@ -21,13 +21,11 @@ from protoclip import signals
 from protoclip.config import START, Config, Settings
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
+from protoclip.data.access import cache_folder
 from protoclip.data.captions import KEYS
-from protoclip.data.content import Facts
-from protoclip.data.index import cache_folder
-from protoclip.data.loader import EpisodeLoader, Pass
-from protoclip.data.pairs import Pairs
+from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
+from protoclip.data.pairs import Facts, Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
-from protoclip.data.skipped import SkipLog
 from protoclip.data.split import read_chosen
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size

@@ -29,7 +29,7 @@ from protoclip.config import (
     build,
     shown,
 )
-from protoclip.data.content import Facts, difference
+from protoclip.data.pairs import Facts, difference
 from protoclip.evaluation.paired import read_results
 from protoclip.files import (
     SEAL,

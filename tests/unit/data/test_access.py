@@ -15,17 +15,14 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from protoclip.config import Config, DataConfig
+from protoclip.config import DataConfig
 from protoclip.data import access as module
-from protoclip.data import sources
 from protoclip.data.access import (
     MAX_FILE_BYTES,
     fingerprint,
-    open_file,
     read_file,
     read_range,
     resolve_cell,
-    visible,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_table
@@ -134,25 +131,6 @@ def test_a_root_that_is_a_url_holds_its_table(bucket):
             resolve_cell(bucket, cell, allow_links=False)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (
-            "pipe:cat {0..2}.tar",
-            r"^pipe:cat \{0.*tar: pipe: sources are gone; name shards by",
-        ),
-        ("reference://x::data:a,b", "'reference://' is not read; use a local file or one of"),
-        ("https://host/cc3m/", "a web server does not say what it holds"),
-    ],
-)
-def test_a_source_that_may_not_be_read_is_one_line(source, message):
-    """Before anything is opened."""
-    with pytest.raises(ValueError, match=message):
-        sources.pairs(Config(data=DataConfig(train=source)))
-    with pytest.raises(ValueError, match=r"data\.root: ftp://host: 'ftp://' is not read"):
-        sources.pairs(Config(data=DataConfig(train="pairs.tsv", root="ftp://host")))
-
-
 @pytest.mark.parametrize("where", ["local", "bucket"])
 def test_a_file_without_end_is_not_read_whole(tmp_path, bucket, monkeypatch, where):
     """One of the largest size is."""
@@ -164,17 +142,6 @@ def test_a_file_without_end_is_not_read_whole(tmp_path, bucket, monkeypatch, whe
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 999)
     with pytest.raises(ValueError, match="has more than 999 bytes"):
         read_file(path)
-
-
-def test_what_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypatch):
-    """A pipe that is put there between looking and opening."""
-    (tmp_path / "a").write_bytes(b"x")
-    regular = (tmp_path / "a").stat()
-    os.mkfifo(tmp_path / "fifo")
-    stat = os.stat
-    monkeypatch.setattr(os, "stat", lambda of, **_: stat(of) if isinstance(of, int) else regular)
-    with pytest.raises(ValueError, match="is a pipe"):
-        open_file(str(tmp_path / "fifo"))
 
 
 def test_a_store_that_never_answers_costs_one_sample(bucket, monkeypatch):
@@ -200,15 +167,6 @@ def test_any_error_of_a_store_is_a_bad_sample(bucket, monkeypatch, error):
         pairs.sample(0)
     with pytest.raises(MemoryError):
         pairs.sample(0)
-
-
-def test_reasons_show_what_a_terminal_would_obey():
-    """Escapes, ends of lines and turned text; letters of any script stay."""
-    bad = BadSample("a\x1b]0;x\x07", "b\u202egpj.exe\u2028", "c\r\n\x9b")
-    assert str(bad) == r"sample 'a\x1b]0;x\x07' (b\u202egpj.exe\u2028): c\r\n\x9b"
-    assert bad.reason == r"c\r\n\x9b"
-    for text in ("猫 schön", "👩\u200d🚀", "plain"):
-        assert visible(text) == text
 
 
 CONTENT = bytes(range(256)) * 1000
@@ -321,7 +279,7 @@ def test_a_connection_is_tried_three_times(server, error, monkeypatch):
         ("404", "HTTP 404", 1),
         ("503", "HTTP 503 Service Unavailable, 3 times", 3),
         ("hang", "no answer in time, 3 times", 3),
-        ("cut", "received 1000 bytes, expected 256000.*, 3 times", 3),
+        ("cut", "the connection broke, and the server cannot go on", 2),
         ("trickle", "not read within 1 s", 1),
         ("to:file:///etc/passwd", "unsupported protocol 'file://'", 1),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from protoclip.data.decode import Box, Decoded, MemoryCache, crop, decode_crop
+from protoclip.data.decode import Box, MemoryCache, decode_crop
 from protoclip.data.transforms import light_transform
 
 PIXELS = 10**8
@@ -50,7 +50,7 @@ def test_crops_are_the_same_with_any_cache(form, mode):
         for box in [*boxes, everything, lambda w, h: (w // 3, h // 5, w // 3 + 1, h)]:
             expected = decode_crop(data, box, size, max_pixels=PIXELS)
             for each in (cache, cache, MemoryCache(max_bytes=0)):
-                found = crop(data, box, size, max_pixels=PIXELS, cache=each)
+                found = each.crop(data, box, size, max_pixels=PIXELS)
                 np.testing.assert_array_equal(found, expected)
         reduced += min(width, height) >= 4 * size
         served += min(width, height) < 4 * size
@@ -62,22 +62,21 @@ def test_what_is_kept_is_not_decoded_again(monkeypatch):
     by another factor."""
     cache, small, large = MemoryCache(max_bytes=10**7), encoded(80, 64, 0), encoded(800, 800, 0)
     for data in (small, large):
-        crop(data, everything, 32, max_pixels=PIXELS, cache=cache)
+        cache.crop(data, everything, 32, max_pixels=PIXELS)
 
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("decoded")
 
     monkeypatch.setattr("protoclip.data.decode.decode_all", refuse)
-    crop(small, everything, 32, max_pixels=PIXELS, cache=cache)
+    cache.crop(small, everything, 32, max_pixels=PIXELS)
     for data, size, limit in ((large, 32, PIXELS), (small, 31, PIXELS), (small, 32, PIXELS + 1)):
         with pytest.raises(AssertionError, match="decoded"):
-            crop(data, everything, size, max_pixels=limit, cache=cache)
+            cache.crop(data, everything, size, max_pixels=limit)
 
 
 def test_the_cache_is_bounded():
     """It keeps what came first."""
-    image = Decoded(pixels=np.zeros((64, 80, 3), np.uint8))
-    cache = MemoryCache(max_bytes=5 * image.pixels.nbytes)
-    for number in range(30):
-        cache.put(b"%d" % number, image)
-    assert [number for number in range(30) if cache.get(b"%d" % number)] == [0, 1, 2, 3, 4]
+    cache = MemoryCache(max_bytes=5 * 64 * 80 * 3)
+    for seed in range(30):
+        cache.crop(encoded(80, 64, seed), everything, 64, max_pixels=PIXELS)
+        assert cache.used == min(seed + 1, 5) * 64 * 80 * 3

@@ -7,7 +7,6 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,10 +17,8 @@ from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import episodes
-from protoclip.data.split import read_chosen, read_ids
-from protoclip.encode.teachers import embed_teacher, read_teacher
-from protoclip.evaluation.validation import split_validation
-from testing import tiny_pairs
+from protoclip.data.split import read_ids
+from protoclip.evaluation.validation import judged
 
 
 def png(number: int) -> bytes:
@@ -79,7 +76,7 @@ def listed(folder: Path, ids: list[str], name: str = "list.json") -> str:
 
 
 def opened(**data: object) -> Pairs | SampleStream:
-    return sources.pairs(Config(data=DataConfig(**data)))
+    return sources.open_samples(Config(data=DataConfig(**data)))
 
 
 def captions_in(pairs: Pairs | SampleStream) -> list[str]:
@@ -92,44 +89,19 @@ def captions_in(pairs: Pairs | SampleStream) -> list[str]:
     [
         ("a.csv", 'x,sample_id\n,1\n"q,q",b/c\n'),
         ("a.csv", "\ufeffcaption;sample_id\r\n;1\r\n;b/c\r\n\r\n"),
-        ("a.tsv", "key\n1\nb/c"),
+        ("a.tsv", "1\nb/c"),
         ("a.json", '[{"sample_id": 1, "x": 2}, {"sample_id": "b/c"}]'),
     ],
 )
 def test_forms_of_a_list(name, text, tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    found = read_ids("only", str(tmp_path / name))
-    assert found.ids - {found.header} == {"1", "b/c"}
+    assert read_ids("only", str(tmp_path / name)) == {"1", "b/c"}
 
 
 def test_a_list_without_a_header_loses_no_id(top, tmp_path):
     (tmp_path / "a.csv").write_text("id 3\nid 5\n")
     pairs = opened(train=str(top / "ids.parquet"), only=str(tmp_path / "a.csv"))
     assert list(pairs.sample_ids()) == ["id 3", "id 5"]
-    (tmp_path / "b.csv").write_text("the ids\nid 3\n")
-    pairs = opened(train=str(top / "ids.parquet"), only=str(tmp_path / "b.csv"))
-    assert [note for note in pairs.notes if "of no sample" in note] == []
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (b"", "it holds no id"),
-        (b"a,b\n1,2\n", "it has no column sample_id, only a, b"),
-        (b"x,sample_id\n1,2\n3\n", "line 3 has no sample_id"),
-        (b'[{"id": 1}]', "entry 1 has no sample_id"),
-        (b"[1,", "it is not JSON"),
-        (b"sample_id\n\xff\n", "it is not UTF-8"),
-    ],
-)
-def test_what_is_no_list_is_named(text, reason, tmp_path):
-    path = tmp_path / "list"
-    if text is not None:
-        path.write_bytes(text)
-    with pytest.raises(ValueError, match=reason) as caught:
-        read_chosen(DataConfig(without=str(path)))
-    assert str(caught.value).startswith(f"data.without: {path}: ")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("source", IDS)
@@ -147,15 +119,6 @@ def test_every_source_is_filtered(source, top, tmp_path):
     ]
     again = pickle.loads(pickle.dumps(pairs))
     assert captions_in(again) == captions_in(pairs)
-
-
-def test_nothing_left_is_one_line(top, tmp_path):
-    path = str(top / "ids.parquet")
-    with pytest.raises(ValueError, match=r"^data.only: no sample is left of 12; .* 'id 0'$"):
-        opened(train=path, only=listed(tmp_path, ["x"]))
-    every = listed(tmp_path, [f"id {n}" for n in range(12)])
-    with pytest.raises(ValueError, match=r"^data.without: no sample is left"):
-        opened(train=path, without=every)
 
 
 def mixture(top: Path, **settings: object) -> dict[str, object]:
@@ -198,7 +161,7 @@ def test_held_out_pairs_are_among_the_chosen(tmp_path):
     data = DataConfig(
         train=str(tmp_path / "a.parquet"), only=only, validation=0.1, class_column="kind"
     )
-    found = split_validation(Config(data=data), sources.pairs(Config(data=data)))
+    found = judged(Config(data=data), sources.open_samples(Config(data=data)))
     (held_out,) = found.data
     split = held_out.splits["validation"]
     ids = {split.images.sample_id(row) for row in range(len(split.images))}
@@ -217,7 +180,7 @@ def test_a_validation_source_is_not_filtered(top, tmp_path):
     data = DataConfig(
         train=str(top / "ids.parquet"), only=only, validation=str(top / "plain.parquet")
     )
-    found = split_validation(Config(data=data), sources.pairs(Config(data=data)))
+    found = judged(Config(data=data), sources.open_samples(Config(data=data)))
     assert len(found.data[0].splits["validation"].images) == 12
     assert len(found.training) == 6
 
@@ -270,21 +233,3 @@ def test_a_mixture_of_streams_is_filtered(top, tmp_path):
     stream = opened(sources=entries, read="streaming", only=only)
     assert set(ids(stream, 40)) == {"a/0/001", "b/2/009"}
     assert any("not counted" in note for note in sources.list_notes(stream))
-
-
-def test_teacher_features_of_the_chosen(tmp_path):
-    """A teacher of the chosen has their ids; a file of all serves them too."""
-    table = tiny_pairs(20)
-    pq.write_table(table, tmp_path / "a.parquet")
-    ids = table["sample_id"].to_pylist()
-    np.save(tmp_path / "t.npy", np.eye(20, dtype=np.float32))
-    (tmp_path / "t.ids.txt").write_text("\n".join(ids))
-    pairs = opened(train=str(tmp_path / "a.parquet"), without=listed(tmp_path, ids[:15]))
-    import torch
-
-    facts = embed_teacher(
-        str(tmp_path / "t.npy"), pairs, tmp_path / "out", device=torch.device("cpu")
-    )
-    assert facts["rows"] == 5
-    found = read_teacher(tmp_path / "out").lookup(list(pairs.sample_ids()))
-    assert np.array_equal(found.numpy(), np.eye(20, dtype=np.float32)[15:])

@@ -8,11 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.data.content import content, difference
-from protoclip.data.pack import pack
-from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.stream import ShardStream, facts_that_may_move
-from protoclip.data.view import drop_rows, mix_pairs
+from protoclip.data.pairs import ImageTextPairs, content, difference
+from protoclip.data.shards import ShardStream, facts_that_may_move
+from protoclip.data.sources import drop_rows, mix_pairs
+from protoclip.data.tools import pack
 from testing import tiny_pairs
 
 

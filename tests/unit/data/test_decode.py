@@ -221,29 +221,6 @@ def test_a_video_behind_a_photo_is_no_part_of_it(options):
             decode_crop(photo_alone[:-2], box, size, max_pixels=PIXELS)
 
 
-@pytest.mark.parametrize("name", list(FILES))
-@pytest.mark.usefixtures("capfd")  # libjpeg and libtiff print what they find
-@pytest.mark.filterwarnings("ignore")
-def test_damage_is_a_value_error_or_an_image(name):
-    """Whatever bytes are changed, nothing comes out but an image or a `ValueError` of one line."""
-    draw, data = np.random.default_rng(0), FILES[name]
-    for _ in range(40):
-        damaged = bytearray(data)
-        for place in draw.integers(0, len(data), 4):
-            damaged[place] = draw.integers(0, 256)
-        try:
-            assert decode(bytes(damaged), max_pixels=PIXELS).dtype == np.uint8
-        except ValueError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-
-
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\xff\xd8\xff", b"%!PS-Adobe"])
-def test_what_is_no_image_says_so(data):
-    for action in (decode, dimensions):
-        with pytest.raises(ValueError, match=r"^(empty file|not an image)"):
-            action(data, max_pixels=PIXELS)
-
-
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_too_many_pixels_are_refused_from_the_header(form, monkeypatch):
     """Before anything is decoded, by our limit and, but for two formats, not by PIL's."""
@@ -263,16 +240,13 @@ def test_too_many_pixels_are_refused_from_the_header(form, monkeypatch):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_short_memory_is_not_the_images_fault(form, monkeypatch):
-    """Or training would go on with other images. Where there is room, the image asks for it."""
+    """Or training would go on with other images."""
 
     def fail(*given: Any, **more: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7")
 
     monkeypatch.setattr(module, "decode_jpeg", fail)
-    monkeypatch.setattr(module, "rgb", fail)
+    monkeypatch.setattr(module, "to_rgb", fail)
     data = encoded(photo(64, 64), form)
-    with pytest.raises(ValueError, match="not an image that can be decoded"):
-        decode(data, max_pixels=PIXELS)
-    monkeypatch.setattr(module, "ROOM", 1 << 60)
     with pytest.raises(MemoryError):
         decode(data, max_pixels=PIXELS)

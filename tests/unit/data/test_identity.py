@@ -100,7 +100,7 @@ def read_caption(texts: list[str]) -> torch.Tensor:
 def loader_of(config: Config) -> EpisodeLoader:
     return data_loader.loader(
         config,
-        sources.pairs(config),
+        sources.open_samples(config),
         tokenizer=read_caption,
         transform=EvaluationTransform(size=SIDE, **PLAIN),
         device=torch.device("cpu"),
@@ -149,7 +149,7 @@ def test_a_key_changes_with_the_content(kind, tmp_path):
         write(kind, tmp_path / "data", source)
         found = tmp_path / "data" / ("pairs.parquet" if kind in ("table", "rows") else "")
         data = DataConfig(train=str(found))
-        samples = sources.pairs(Config(data=data))
+        samples = sources.open_samples(Config(data=data))
         assert isinstance(samples, ImageTextPairs)
         return samples.key
 
@@ -177,7 +177,7 @@ def test_the_bundled_teacher_knows_the_emoji_of_a_mixture(tmp_path):
         data=replace(config.data, sources=three),
         teacher=replace(config.teacher, features="emoji"),
     )
-    samples = sources.pairs(config)
+    samples = sources.open_samples(config)
     assert isinstance(samples, Pairs)
     notes: list[str] = []
     teacher = teachers.open_teachers(config, samples, notes.append)["teacher"]

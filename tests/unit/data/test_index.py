@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from protoclip.data.index import ArrowIndex, build_index
+from protoclip.data.tables import ArrowIndex, build_index
 
 ROWS = {"caption": [f"caption {n}" for n in range(1000)], "path": ["x" * 100] * 1000}
 
@@ -70,18 +70,3 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, error):
     with pytest.raises(type(error)):
         opened(fail, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
-
-
-@pytest.mark.parametrize("kept", [0, 100, -1])
-def test_half_an_index_is_built_again(tmp_path, kept):
-    """What a crash of the machine may leave."""
-    path = opened(build, tmp_path).path
-    path.write_bytes(path.read_bytes()[:kept])
-    assert opened(build, tmp_path).table.to_pydict() == ROWS
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"file/cache: cannot be written .* set PROTOCLIP_CACHE"):
-        opened(build, tmp_path / "file" / "cache")

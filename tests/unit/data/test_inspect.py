@@ -10,16 +10,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from protoclip.data.inspect import (
-    UNCOUNTED,
-    evenly_spaced,
-    inspect,
-    show,
-    size_hint,
-)
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.stream import ShardStream
-from protoclip.data.view import mix_pairs
+from protoclip.data.shards import ShardStream
+from protoclip.data.sources import mix_pairs
+from protoclip.data.tools import UNCOUNTED, advise, evenly_spaced, inspect, show
 from testing import tiny_pairs
 
 
@@ -87,7 +81,7 @@ def test_facts_are_those_of_the_data(mixed):
         "repeated_image_examples": ["2 x mixed/0"],
         "repeated_caption_copies": 2,
         "repeated_caption_examples": ["3 x one two three"],
-        "next": size_hint(10),
+        "next": advise(10),
     }
 
 
@@ -113,8 +107,8 @@ ROWS = [
 @pytest.mark.parametrize(("row", "pairs", "commands"), ROWS)
 def test_what_to_do_with_so_many_pairs_is_a_row_of_the_page(row, pairs, commands):
     """Which the advice names; both name these commands."""
-    advice, _, page = size_hint(pairs[0]).partition(" (")
-    assert size_hint(pairs[1]) == size_hint(pairs[0]) != size_hint(pairs[1] + 1) or row == "more"
+    advice, _, page = advise(pairs[0]).partition(" (")
+    assert advise(pairs[1]) == advise(pairs[0]) != advise(pairs[1] + 1) or row == "more"
     lines = (Path(__file__).parents[3] / page.rstrip(")")).read_text(encoding="utf-8").splitlines()
     line = next(line for line in lines if line.startswith(f"| {row} |"))
     assert all(command in advice and command in line.split("|")[2] for command in commands)
@@ -171,9 +165,9 @@ def shards(tmp_path: Path) -> ShardStream:
 def test_streamed_shards_are_read_once(shards, workers, capsys):
     """One pass where all are asked for; else the starts of several shards; never a sample twice."""
     for samples, read, advice in (
-        (None, 210, size_hint(210)),
+        (None, 210, advise(210)),
         (128, 128, UNCOUNTED),
-        (999, 210, size_hint(210)),
+        (999, 210, advise(210)),
     ):
         found = look(shards, samples=samples, workers=workers)
         assert (found["pairs"], found["read"], found["unreadable"]) == (None, read, 0)

@@ -1,8 +1,8 @@
 """Streams of runs that go on with other numbers of ranks: every batch keeps its samples."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -15,20 +15,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protoclip.data import stream as streams
-from protoclip.data.lanes import Stretch, shares_of_batches
+from protoclip.data import shards as streams
 from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
-from protoclip.data.split import Chosen, IdList, Keeps
-from protoclip.data.stream import ShardStream
+from protoclip.data.sampler import (
+    EXTRACTION_STREAM,
+    TRANSFORM_STREAM,
+    Episode,
+    share_batches,
+)
+from protoclip.data.shards import ShardStream
+from protoclip.data.sources import MixedStreams
+from protoclip.data.split import Chosen
 from protoclip.data.transforms import EvaluationTransform, light_transform
-from protoclip.data.view import MixedStreams
-from protoclip.distributed import collectives
 from protoclip.encode.store import hash_ids
 from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
-from testing import run_distributed, tiny_model, tiny_pairs
+from testing import tiny_model, tiny_pairs
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
@@ -37,7 +40,7 @@ WHOLE = Episode(index=0, rows=torch.arange(EPISODE))
 
 
 def items_of(
-    shard: str, _keys: object, keeps: Keeps, _: bool, *, sizes: Sequence[int]
+    shard: str, _: object, keeps: Callable[[str], bool], *, sizes: Sequence[int], **more: object
 ) -> Iterator[Sample | BadSample]:
     """Stands in for a tar, named by one letter and its number. Every fifth sample is bad."""
     stem = shard.rpartition("/")[2].removesuffix(".tar")
@@ -123,14 +126,14 @@ def finished_passes(
 def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, is_mixed):
     """However often a run stops, amid blocks, shards and episodes, and goes on with other ranks: as
     many or fewer than shards. Some samples are bad, and some left out."""
-    left_out = IdList(setting="without", path="", ids=frozenset({"a0/1", "b0/1", "b0/2"}))
+    left_out = {"without": frozenset({"a0/1", "b0/1", "b0/2"})}
 
     def source(lanes: int) -> ShardStream | MixedStreams:
         parts = [
             opened(letter, sizes, lanes=lanes, shuffle=shuffle, name=letter) for letter in "ab"
         ]
         for part in parts:
-            part.chosen = Chosen(without=left_out)
+            part.chosen = Chosen(ids=left_out, paths={})
         return MixedStreams(parts, weights=[0.7, 0.3], seed=0) if is_mixed else parts[0]
 
     lanes, used, saved = legs[0][0], list[str](), list[str]()
@@ -170,7 +173,7 @@ def standing(stream: ShardStream, ranks: int, first: int = 0) -> list[list[str]]
     """The ids of three batches, with what replaces bad samples."""
     batches: list[list[str]] = [[], [], []]
     for rank in range(ranks):
-        shares = shares_of_batches(stream, first, batch_size=BATCH, rank=rank, world_size=ranks)
+        shares = share_batches(stream, first, batch_size=BATCH, rank=rank, world_size=ranks)
         for batch, stretches in zip(batches, shares, strict=False):
             tried = [each for one in stretches for each in one.candidates(is_good)]
             batch += [next(filter(is_good, each)).sample_id for each in tried]
@@ -183,7 +186,7 @@ def test_any_number_of_ranks_replaces_bad_samples_alike(lanes, longest):
     """Also of those that share a lane or a stretch; and from a later batch on."""
     with (
         patch.object(streams, "read_shard", partial(items_of, sizes=[100] * 4)),
-        patch("protoclip.data.lanes.MAX_STRETCH", longest),
+        patch("protoclip.data.sampler.MAX_STRETCH", longest),
     ):
         made = {
             ranks: standing(opened("a", [100] * 4, lanes=lanes), ranks)
@@ -196,32 +199,11 @@ def test_any_number_of_ranks_replaces_bad_samples_alike(lanes, longest):
     assert all(len({*batch}) == len(batch) == BATCH for batch in made[lanes])
 
 
-def test_a_bad_sample_is_replaced_by_the_first_spare_one_that_is_left():
-    """Those of other ranks before it are looked at once, and only if one of this rank's is bad."""
-    names, looked_at = iter("abcdefghij"), list[str]()
-    items = {name: Sample(sample_id=name, image=b"", captions=("a",), where="") for name in names}
-
-    def good(item: Sample | BadSample) -> bool:
-        looked_at.append(item.sample_id)
-        return item.sample_id not in "bdfg"
-
-    def stretch(samples: str) -> Iterator[Iterator[str]]:
-        parts = {"before": "abc", "samples": samples, "spare": "fghij"}
-        made = Stretch(**{part: [items[name] for name in ids] for part, ids in parts.items()})
-        return ((item.sample_id for item in each) for each in made.candidates(good))
-
-    assert [next(each) for each in stretch("de")] == ["d", "e"]
-    assert looked_at == []
-    # "b" takes "h", since "f" and "g" are bad.
-    assert [list(islice(each, 2)) for each in stretch("dee")] == [["d", "i"], ["e", "j"], ["e"]]
-    assert looked_at == [*"abfghc"]
-
-
 def test_a_stream_goes_on_amid_an_episode_without_reading_its_beginning():
     """And with the whole episode, if that is asked for."""
     opened_shards = list[str]()
 
-    def noted(shard: str, *given: Any) -> Iterator[Sample | BadSample]:
+    def noted(shard: str, *given: Any, **more: Any) -> Iterator[Sample | BadSample]:
         opened_shards.append(shard)
         return items_of(shard, *given, sizes=[8] * 40)
 
@@ -310,7 +292,7 @@ def test_all_passes_over_a_stream_replace_bad_samples_alike():
 def good_shards(number: int, read: list[str]) -> Iterator[None]:
     """Shards of this many samples, whose images are grey; `read` gets the id of each sample."""
 
-    def items(shard: str, *_: object) -> Iterator[Sample]:
+    def items(shard: str, *_: object, **more: object) -> Iterator[Sample]:
         for index in range(number):
             name = f"{shard}/{index}"
             read.append(name)
@@ -383,25 +365,6 @@ def test_no_sample_has_the_prototype_of_another(lost):
             assert (row < 0) == (name not in names)
     assert wrong == 0
     assert 0 < unknown < 80
-
-
-def batches_of_lane(loses: int) -> int:
-    """The batches of this rank, which shares a lane with another, until the run ends."""
-    stream = Losing("https://h/a{0..39}.tar", seed=3)
-    rank = collectives.rank()
-    stream.loses = loses if rank == 1 else 0
-    made = 0
-    with good_shards(24, []), suppress(ValueError):
-        for _ in loader(stream, rank, 2).batches(Episode(index=0, rows=torch.arange(240))):
-            made += 1
-    return made
-
-
-def test_ranks_that_share_a_lane_do_not_go_on_with_other_samples():
-    """The batches before the shard that one of them loses are alike."""
-    assert run_distributed(batches_of_lane, 2, 0) == [10, 10]
-    ended = run_distributed(batches_of_lane, 2, 7)
-    assert ended[0] == ended[1] < 8
 
 
 @pytest.mark.parametrize("extracts", [False, True])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.view import AllBut, MixedStreams, PairsView, split_by_source
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream, split_by_source
+from protoclip.data.sources import AllBut, MixedStreams, PairsView
 from testing import tiny_pairs
 
 
@@ -46,13 +46,15 @@ def mixture(names: str = "ab", weights: tuple[float, ...] = (0.7, 0.3), seed: in
 
 def test_a_view_gives_the_rows_of_its_sources():
     """All but some of one, and some of another in any order; rows are numbered over both."""
-    one, two = (ImageTextPairs(tiny_pairs(5), name=name).in_mixture() for name in "ab")
+    one, two = (ImageTextPairs(tiny_pairs(5), name=name).prefix_ids() for name in "ab")
     view = PairsView([(one, AllBut(5, np.array([1, 3]))), (two, [4, 0])])
     expected = [(one, 0), (one, 2), (one, 4), (two, 4), (two, 0)]
     assert [view.locate(row) for row in range(len(view))] == expected
     ids = [source.sample_id(row) for source, row in expected]
     assert [*view.sample_ids()] == [view.sample_id(row) for row in range(5)] == ids
-    assert [view.encoded(row) for row in range(5)] == [s.encoded(row) for s, row in expected]
+    assert [view.read_encoded(row) for row in range(5)] == [
+        s.read_encoded(row) for s, row in expected
+    ]
     assert view.left_out.tolist() == [1, 3]
     found = split_by_source([one, two], np.array([0, 4, 5, 9]))
     assert [(source, rows.tolist()) for source, rows in found] == [(one, [0, 4]), (two, [0, 4])]

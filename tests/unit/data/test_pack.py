@@ -12,16 +12,16 @@ import webdataset
 from PIL import Image
 from tars import facts, index
 
-from protoclip.data import pack as packing
-from protoclip.data.pack import JPEG_QUALITY, Packed, pack
+from protoclip.data import tools as packing
 from protoclip.data.pairs import ImageTextPairs, Pairs, Sample
-from protoclip.data.stream import read_shard
+from protoclip.data.shards import read_shard
+from protoclip.data.tools import JPEG_QUALITY, Packing, pack
 from testing import tiny_pairs
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "CHUNK", 4)
+    monkeypatch.setattr(packing, "PREPARED", 4)
 
 
 def source(count: int = 23, **columns: list) -> ImageTextPairs:
@@ -64,7 +64,7 @@ def test_what_is_packed_reads_back(tmp_path, capsys):
     reads nothing of the source."""
     out = tmp_path / "out"
     packed = pack(source(), out, samples_per_shard=10)
-    assert packed == Packed(shards=["00000.tar", "00001.tar", "00002.tar"], samples=23, skipped=0)
+    assert packed == Packing(shards=["00000.tar", "00001.tar", "00002.tar"], samples=23, skipped=0)
     expected, before = facts(samples(source())), content(out)
     assert facts(samples(index(out))) == expected
     found = list(webdataset.WebDataset(str(out / "{00000..00002}.tar"), shardshuffle=False))
@@ -204,28 +204,3 @@ def test_a_run_killed_between_any_two_renames_resumes(tmp_path, monkeypatch, lim
     for folder in (out, whole):
         assert pack(with_holes(), folder, samples_per_shard=6) == packed
         assert content(folder) == before
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"samples_per_shard": 9}, "samples_per_shard = 10, not 9"),
-        ({"resize": 8}, "resize = None, not 8"),
-        ({"source": ImageTextPairs(tiny_pairs(23), name="b")}, "source = 'tiny', not 'b'"),
-        ({"source": source(24)}, "source_samples = 23, not 24"),
-    ],
-)
-def test_a_restart_with_another_source_or_settings_is_refused(tmp_path, options, message):
-    """In one line that names both values."""
-    usual = {"source": source(), "samples_per_shard": 10}
-    pack(**usual, out=tmp_path)
-    with pytest.raises(ValueError, match=message) as error:
-        pack(**{**usual, **options}, out=tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_foreign_shards_are_not_touched(tmp_path):
-    (tmp_path / "00000.tar").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="holds tar files of another origin"):
-        pack(source(), tmp_path)
-    assert content(tmp_path) == {"00000.tar": b"precious"}

@@ -16,7 +16,7 @@ from protoclip.data.sampler import (
     permute,
     transform_draws,
 )
-from protoclip.data.view import drop_rows, mix_pairs
+from protoclip.data.sources import drop_rows, mix_pairs
 from testing import tiny_pairs
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from braceexpand import braceexpand
 from tars import facts, index, numbered, write_tar
 
-from protoclip.data import shards, sources
+from protoclip.data import shards
 from protoclip.data.pairs import BadSample
-from protoclip.data.shards import expand_shards, number_of_names
-from protoclip.data.stream import read_shard
+from protoclip.data.shards import expand_shards, read_shard
 
 IMAGE = b"image"
 
@@ -224,22 +222,6 @@ def test_ids_over_several_shards(tmp_path):
         expand_shards(f"{{{one},{again}}}")
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        *("a", "{1..3}", "{3..-2}", "{01..10..3}", "{1..10..-3}", "{1..4..0}", "{a..f}", "{f..a}"),
-        *("{x}", "a,b", "{a,b}{1..4}x{c,}", "{{1..3},{a..d}}.tar", "{{1..2}{1..3},z}", "x{,y}{,,}"),
-        *(r"\{1..3\}", r"{a\,b,c}", "{1..3}{x", "{1..3}}"),
-    ],
-)
-def test_names_are_counted_before_they_are_made(pattern):
-    try:
-        names = [*braceexpand(pattern)]
-    except ValueError:  # braces that do not pair up are refused
-        names = []
-    assert not names or number_of_names(pattern) == len(names)
-
-
 def test_only_new_and_changed_shards_are_indexed(tmp_path, monkeypatch):
     read: list[str] = []
     original = shards.read_samples
@@ -257,15 +239,6 @@ def test_only_new_and_changed_shards_are_indexed(tmp_path, monkeypatch):
     write_tar(tmp_path / "1.tar", numbered(50))
     assert indexed(tmp_path)[1][2] == ("caption 50",)
     assert read[3:] == ["1", "3"]
-
-
-def test_shards_without_a_sample(tmp_path):
-    """An empty shard beside others is fine; nothing at all is not."""
-    empty = write_tar(tmp_path / "0.tar", {"readme.md": b"nothing"})
-    with pytest.raises(ValueError, match="holds no sample"):
-        index(empty)
-    write_tar(tmp_path / "1.tar", numbered(1))
-    assert len(index(tmp_path)) == 1
 
 
 def test_patterns(tmp_path, monkeypatch):
@@ -329,16 +302,3 @@ def test_a_linked_shard_is_named_as_its_link(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a-00000.tar").symlink_to(tmp_path / "blobs" / "4e07.tar")
     assert both(tmp_path / "c" / "a-00000.tar") == [("a-00000/000", *sample)]
-
-
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
-    files = {"0.jpg": IMAGE, "0.txt": "\ufeffa dog".encode()}
-    assert both(write_tar(tmp_path / "a.tar", files)) == [("a/0", IMAGE, ("a dog",))]
-
-
-def test_hidden_shards_are_passed_over(tmp_path):
-    """A folder with no others is none of shards."""
-    (tmp_path / "._00.tar").write_bytes(b"\0\5\26\7")
-    assert not sources._is_shards(str(tmp_path))
-    (tmp_path / "00.tar").write_bytes(b"")
-    assert expand_shards(str(tmp_path)) == [str(tmp_path / "00.tar")]

@@ -15,8 +15,8 @@ from PIL import Image
 from protoclip.data import split
 from protoclip.data.captions import normalise, normalise_texts
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.sources import PairsView, drop_rows, mix_pairs
 from protoclip.data.split import count_shared, hold_out_rows
-from protoclip.data.view import PairsView, drop_rows, mix_pairs
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:

@@ -6,8 +6,8 @@ import pytest
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources, summary
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.tools import pack
 from protoclip.distributed import cores
 from testing import tiny_pairs
 
@@ -49,7 +49,7 @@ def test_a_stream_is_decoded_by_all_cores(pairs, tmp_path, monkeypatch):
     """Since its length is not known."""
     pack(pairs, tmp_path / "shards")
     data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
-    stream = sources.pairs(Config(data=data))
+    stream = sources.open_samples(Config(data=data))
     monkeypatch.setattr(summary, "cores", lambda: 8)
     assert summary.choose_workers(data, stream, image_size=40)[0] == 8
     looked = [sample.sample_id for sample in summary.read_some(stream, 5)]

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import pickle
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.config import Config, DataConfig, SourceConfig
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources, tables
 from protoclip.data.pairs import BadSample, ImageTextPairs
 from protoclip.data.tables import open_hub, open_table
@@ -63,8 +62,7 @@ FORMATS = {
     "pairs.csv": lambda: delimited(","),
     "bom.csv": lambda: BOM + delimited(","),
     "semicolons.csv": lambda: delimited(";"),
-    "excel.csv": lambda: b"sep=;\r\n" + delimited(";"),
-    "bars.csv": lambda: BOM + b'"SEP=|"\r\n' + delimited("|"),
+    "bars.csv": lambda: BOM + delimited("|"),
     "blank.csv": lambda: b"\n\n" + delimited(",").replace(b"\r\n", b"\n") + b"\n\n",
     "PAIRS.TSV": lambda: delimited("\t"),
     "pairs.csv.gz": lambda: gzip.compress(delimited(",")),
@@ -115,12 +113,6 @@ def captions(pairs: ImageTextPairs) -> list[tuple[str, ...]]:
     return [pairs.sample_captions(row) for row in range(len(pairs))]
 
 
-@pytest.mark.parametrize("image", [[[b"one"], [b"two"]], [[{"bytes": b"one", "path": "a"}], []]])
-def test_lists_of_images_are_no_images(tmp_path, image):
-    with pytest.raises(ValueError, match=r"column 'image' holds list<.*, not images"):
-        opened(tmp_path, pa.table({"image": image, "TEXT": ["a", "b"]}))
-
-
 @pytest.mark.parametrize(
     "image",
     [
@@ -140,7 +132,7 @@ def test_images_in_the_table_and_in_files(tmp_path, image, root):
     (folder / "b.jpg").write_bytes(b"two")
     content = pa.table({"image": image, "TEXT": ["a", "b"]})
     pairs = opened(tmp_path, content, root=str(folder) if root else None)
-    assert [pairs.encoded(row) for row in (0, 1)] == [b"one", b"two"]
+    assert [pairs.read_encoded(row) for row in (0, 1)] == [b"one", b"two"]
     assert [pairs.sample_id(row) for row in (0, 1)] == ["pairs.parquet/0", "pairs.parquet/1"]
 
 
@@ -195,7 +187,7 @@ def test_a_malformed_line_is_counted_and_named(tmp_path, file, text, first, ragg
     *notes, total = pairs.notes
     for note, what in zip(notes, expected, strict=True):
         assert note.startswith(f"{tmp_path / file}: left out {what}")
-    assert notes[0].endswith("; save it as UTF-8") == (not file.endswith(".jsonl"))
+    assert "; save it as UTF-8" in notes[0]
     rows = len(text.strip().splitlines()) - (first == 2)
     assert total == f"{tmp_path / file}: 3 of {rows} rows are used"
 
@@ -237,7 +229,7 @@ def test_captions_with_commas_and_no_quotes_are_refused(tmp_path):
     message = r"5 of 20 lines \(25%\) have too many fields, .*; quote the captions, or use tabs$"
     for _ in range(2):  # the second time from its index
         with pytest.raises(ValueError, match=message):
-            sources.pairs(config)
+            sources.open_samples(config)
 
 
 def of_windows(bad: int, file: Path) -> DataConfig:
@@ -251,18 +243,16 @@ def of_windows(bad: int, file: Path) -> DataConfig:
 def test_a_table_in_another_encoding_is_refused_and_a_few_such_lines_are_told(tmp_path):
     """Also when it is opened a second time, in files of a pattern, and as far as settings allow."""
     few = of_windows(1, tmp_path / "few.csv")
-    note, _ = sources.pairs(Config(data=few)).notes
+    note, _ = sources.open_samples(Config(data=few)).notes
     assert "left out 1 lines that are not UTF-8 (line 2: '0.jpg;grüne Tasse'); save it as" in note
     many = of_windows(15, tmp_path / "fewer.csv")
-    way_out = f"1252: iconv -f cp1252 -t utf-8 {tmp_path}/fewer.csv > NEW"
     for data in (many, many, replace(many, train=str(tmp_path / "few*.csv"))):
         with pytest.raises(ValueError, match=r"fewer.csv: 15 of 20 lines \(75%\)") as raised:
-            sources.pairs(Config(data=data))
-        assert "more than data.max_bad_share (0.05) allows; convert it (" in str(raised.value)
-        assert way_out in str(raised.value)
-    assert len(sources.pairs(Config(data=replace(many, max_bad_share=0.8)))) == 5
-    with pytest.raises(ValueError, match=rf"{re.escape(way_out)}\); no pair is left"):
-        sources.pairs(Config(data=of_windows(20, tmp_path / "fewer.csv")))
+            sources.open_samples(Config(data=data))
+        assert "more than data.max_bad_share (0.05) allows; save it as UTF-8" in str(raised.value)
+    assert len(sources.open_samples(Config(data=replace(many, max_bad_share=0.8)))) == 5
+    with pytest.raises(ValueError, match=r"NEW\); no pair is left"):
+        sources.open_samples(Config(data=of_windows(20, tmp_path / "fewer.csv")))
 
 
 def test_quotes_that_are_no_quotes_are_kept(tmp_path):
@@ -329,19 +319,11 @@ PARQUET = parquet(pa.table({"path": ["x"], "caption": ["a"], "label": [0.5], "ta
 FAULTS = {
     "no such file": ("gone.csv", None, {}, "no such file"),
     "unknown suffix": ("a.xlsx", GOOD, {}, "not a table that can be read; use .csv, .tsv, .jsonl"),
-    "empty file": ("a.csv", b"", {}, "no column with images.*it has none"),
     "Parquet named CSV": ("a.csv", PARQUET, {}, "no column with images.*has 'PAR1"),
     "gzip cut short": ("a.csv.gz", gzip.compress(many(9999))[:-9], {}, "cannot be read"),
     "CSV named Parquet": ("a.parquet", GOOD, {}, "cannot be read .*Parquet"),
-    "UTF-16": ("a.csv", GOOD.decode().encode("utf-16"), {}, "header is not UTF-8 text"),
     "GBK header": ("a.csv", "path,商品标题\nx,a\n".encode("gbk"), {}, "text; save it as UTF-8"),
-    "no captions": ("a.csv", b"path,label\nx,1\n", {}, "no column with captions.*'path', 'label'"),
-    "wrong image": ("a.csv", GOOD, {"image_column": "no"}, "'no'; it has 'path', 'caption', 'key'"),
-    "column twice": ("a.csv", b"path,caption,path\nx,a,y\n", {}, "more than one column 'path'"),
     "id type": ("a.parquet", PARQUET, {"id_column": "label"}, "'label' holds double, not"),
-    "all ragged": ("a.csv", b"path,caption\nx,a,b\ny,c,d\n", {}, "out 2 lines .*no pair is left"),
-    "endless row": ("a.csv", b"path,caption\nx," + b"ab " * 900_000, {}, "more than a megabyte"),
-    "repeated ids": ("a.csv", GOOD + b"z,c,2\nw,d,2\n", {}, "1 sample ids .* such as '2'"),
 }
 
 
@@ -380,7 +362,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
         return open_hub(DataConfig(train=reference))
 
     pairs = hub("hf:owner/name")
-    assert [pairs.encoded(row) for row in range(3)] == rows["image"]
+    assert [pairs.read_encoded(row) for row in range(3)] == rows["image"]
     assert captions(pairs) == [("a",), ("b",), ("c",)]
     assert pairs.sample_id(1) == "name/1"
     hub("hf:owner/name,config=full,split=test[:10%]")
@@ -391,19 +373,3 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     for wrong in ("hf:name", "hf:owner/name,train", "hf:../name", "hf:owner/name,revision=x"):
         with pytest.raises(ValueError, match="write hf:OWNER/NAME"):
             hub(wrong)
-
-
-def test_ids_that_are_row_numbers_are_told(tmp_path):
-    """With them the order of the rows matters; of a mixture each source that has them is named."""
-    (tmp_path / "plain.csv").write_text("image,caption\n0.jpg,a\n")
-    (tmp_path / "keyed.csv").write_text("image,caption,key\n0.jpg,a,b\n")
-    parts = [SourceConfig(path=str(tmp_path / f"{name}.csv")) for name in ("plain", "keyed")]
-    (note,) = sources.list_notes(sources.pairs(Config(data=DataConfig(sources=parts))))
-    assert note.startswith("plain.csv: has no column of sample ids, so they are row numbers: keep")
-
-
-def test_hidden_files_are_passed_over(tmp_path):
-    """Such as macOS leaves beside files on a disk that cannot hold what it notes."""
-    (tmp_path / "._a.csv").write_bytes(b"\0\5\26\7")
-    (tmp_path / "a.csv").write_text("path,caption\na,b\n")
-    assert captions(table_at(tmp_path / "*.csv")) == [("b",)]

@@ -18,8 +18,8 @@ from torch import nn
 
 from protoclip.config import Config, DataConfig, TeacherConfig
 from protoclip.data import sources
-from protoclip.data.pack import pack
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.tools import pack
 from protoclip.distributed.collectives import rank
 from protoclip.encode import run as running
 from protoclip.encode import teachers
@@ -213,7 +213,7 @@ def test_the_samples_of_a_stream_are_encoded_once(tmp_path):
     table = tiny_pairs(40)
     pack(ImageTextPairs(table, name="tiny"), tmp_path / "shards", samples_per_shard=8)
     data = DataConfig(train=f"{tmp_path}/shards/*.tar", read="streaming")
-    stream = sources.pairs(Config(data=data))
+    stream = sources.open_samples(Config(data=data))
     with pytest.raises(KeyboardInterrupt):
         run(Letters(at=4), stream, tmp_path / "t")  # in the second block of ten
     model = Letters()
@@ -339,7 +339,7 @@ def test_a_teacher_that_knows_none_of_a_stream_is_told(own, told, tmp_path):
     data = DataConfig(train=f"{tmp_path}/shards/*.tar", read="streaming")
     teacher = TeacherConfig(features=str(tmp_path / "t.parquet"), number=4)
     config, notes = Config(data=data, teacher=teacher), list[str]()
-    teachers.open_teachers(config, sources.pairs(config), notes.append)
+    teachers.open_teachers(config, sources.open_samples(config), notes.append)
     assert ["has features of none of the first samples" in note for note in notes] == [True] * told
 
 
@@ -613,7 +613,7 @@ def test_a_run_whitens_its_teachers_as_it_is_told(whiten, width, tmp_path):
     teacher = {"features": str(tmp_path / "t"), "whiten": whiten}
     data = {"train": str(tmp_path / "pairs.tsv")}
     config = Config.from_dict({"data": data, "teacher": teacher})
-    found = teachers.open_teachers(config, sources.pairs(config), print)
+    found = teachers.open_teachers(config, sources.open_samples(config), print)
     teachers.whiten_teachers(config, found)
     assert found["teacher"].lookup(ids).shape == (60, width)
 

@@ -12,8 +12,8 @@ from solid import Guessing, Knowing, Solid, tokenizer, transform
 from torch import nn
 
 from protoclip.data.pairs import BadSample, ImageTextPairs
+from protoclip.data.sources import PairsView
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
-from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.encode.encoder import image_encoder

@@ -10,8 +10,8 @@ import pytest
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.content import content
-from protoclip.data.view import drop_rows
+from protoclip.data.pairs import content
+from protoclip.data.sources import drop_rows
 from protoclip.evaluation.datasets import open_data
 from protoclip.evaluation.validation import count_trained
 from protoclip.files import to_json
@@ -32,7 +32,7 @@ def tables(tmp_path, monkeypatch) -> Path:
 def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     """By what its checkpoint keeps of them, also where some of them were held out of it."""
     config = Config.from_dict({"data": {"train": "own.parquet"}})
-    pairs = drop_rows(sources.pairs(config), np.array([3, 5]))
+    pairs = drop_rows(sources.open_samples(config), np.array([3, 5]))
     step = Path("run/checkpoints/step-1")
     step.mkdir(parents=True)
     Path("run/config.toml").write_text('[data]\ntrain = "own.parquet"\n')

@@ -46,7 +46,7 @@ def test_the_command_writes_pages_and_a_table(
     (source,) = two[0].pairs.sources
     pq.write_table(source.table, tmp_path / "pairs.parquet")
     (tmp_path / "ids.csv").write_text("sample_id\n" + "\n".join(f"tiny/{n}" for n in range(30)))
-    samples = sources.pairs(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
+    samples = sources.open_samples(Config(data=DataConfig(train=str(tmp_path / "pairs.parquet"))))
     with loaded(WordModel(samples)) as (name,):
         words = ["explore", name, "--data", str(tmp_path / "pairs.parquet")]
         words += ["--without", str(tmp_path / "ids.csv"), "--groups", "4", "--map", "pca"]

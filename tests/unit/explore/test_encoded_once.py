@@ -17,7 +17,7 @@ from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.view import NONE, drop_rows
+from protoclip.data.sources import NONE, drop_rows
 from protoclip.encode.run import Round
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.explore.explorer import open_explorer
@@ -57,7 +57,7 @@ def analyze(run: Path, data: str) -> None:
 
 
 def explore(run: Path, data: str) -> None:
-    pairs = explore_pairs(sources.pairs(Config(data=DataConfig(train=data))))
+    pairs = explore_pairs(sources.open_samples(Config(data=DataConfig(train=data))))
     assert open_explorer(str(run), pairs, device=CPU, workers=0).positives == "pair"
 
 
@@ -111,6 +111,6 @@ def test_a_model_in_training_has_the_key_of_the_one_that_is_opened(run):
 
 
 def test_a_view_of_all_rows_has_the_key_of_its_source(run):
-    pairs = sources.pairs(Config(data=DataConfig(train=str(run.parent / "pairs.parquet"))))
+    pairs = sources.open_samples(Config(data=DataConfig(train=str(run.parent / "pairs.parquet"))))
     assert drop_rows(pairs, NONE).key == pairs.key
     assert drop_rows(pairs, np.array([3])).key != pairs.key

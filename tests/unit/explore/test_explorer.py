@@ -52,7 +52,7 @@ def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
     found = one.search_text("a red square", 3)
     assert captions(found.images) == captions(found.texts) == {"a red square"}
     first = found.images[0][0]
-    by_image = one.search_image(one.pairs.encoded(one.row(first)), 3)
+    by_image = one.search_image(one.pairs.read_encoded(one.row(first)), 3)
     assert captions(by_image.images) == {"a red square"}
     near = one.nearest(first, "image", 3)
     assert captions(near.images) == {"a red square"}
@@ -144,7 +144,7 @@ def test_answers_say_which_words_are_near(one: Explorer) -> None:
     for modality, near in (("image", answer.images), ("text", answer.texts)):
         assert len(answer.shared[modality]) == len(near) == 5
         assert {"red", "square"} <= {*answer.shared[modality][0]}
-    by_image = one.search_image(one.pairs.encoded(one.row(answer.images[0][0])), 5)
+    by_image = one.search_image(one.pairs.read_encoded(one.row(answer.images[0][0])), 5)
     assert {*answer.words} == {*by_image.words}
 
 
@@ -205,14 +205,14 @@ def test_the_next_start_encodes_nothing(
 
 
 def test_a_stream_and_a_missing_class_column_are_refused(table: Path) -> None:
-    stream = sources.pairs(Config(data=DataConfig(train="https://host/0.tar")))
+    stream = sources.open_samples(Config(data=DataConfig(train="https://host/0.tar")))
     with pytest.raises(ValueError, match="a stream cannot be explored; copy the shards here"):
         explore_pairs(stream)
-    samples = sources.pairs(Config(data=DataConfig(train=str(table))))
+    samples = sources.open_samples(Config(data=DataConfig(train=str(table))))
     with pytest.raises(ValueError, match="no column 'nothing'; it has "):
         explore_pairs(samples, class_column="nothing")
     mixed = [SourceConfig(path=str(table)), SourceConfig(path="emoji")]  # of which one has it
-    samples = sources.pairs(Config(data=DataConfig(sources=mixed)))
+    samples = sources.open_samples(Config(data=DataConfig(sources=mixed)))
     pairs = explore_pairs(samples, class_column="kind")
     assert (pairs.class_of(0) != "", pairs.class_of(len(pairs) - 1)) == (True, "")
     with pytest.raises(ValueError, match="no column 'nothing'; it has "):
@@ -233,7 +233,7 @@ def test_a_run_is_grouped_by_what_it_trained(
         run=replace(config.run, evaluate=False, save_steps=3),
     )
     train(config)
-    samples = sources.pairs(config)
+    samples = sources.open_samples(config)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000000003"  # within an episode
     one = open_explorer(str(checkpoint), explore_pairs(samples), device=torch.device("cpu"))
     assert one.atlas.space == space

@@ -265,7 +265,7 @@ def test_foreign_hosts_and_sites_are_refused(
 
 
 def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
-    encoded = two[0].pairs.encoded(10)
+    encoded = two[0].pairs.read_encoded(10)
 
     def post(body: Any = None, **headers: str) -> tuple[int, str]:
         status, _, found = ask(port, "/1/search-image", method="POST", body=body, **headers)

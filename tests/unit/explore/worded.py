@@ -120,7 +120,7 @@ def explorers(
     data: DataConfig, *swaps: dict[int, int], class_column: str | None = None, **settings: Any
 ) -> list[Explorer]:
     """Word models over pairs, one for each dict of swapped captions."""
-    samples = sources.pairs(Config(data=data))
+    samples = sources.open_samples(Config(data=data))
     assert isinstance(samples, Pairs)
     pairs = explore_pairs(samples, class_column=class_column)
     models = [WordModel(samples, swapped=swap) for swap in swaps or ({},)]

@@ -301,7 +301,7 @@ class EncodedImage(MemoryImages):
     def __init__(self, file: bytes) -> None:
         self.file = file
 
-    def encoded(self, row: int) -> bytes:
+    def read_encoded(self, row: int) -> bytes:
         return self.file
 
 

@@ -81,7 +81,7 @@ def test_features_are_those_of_the_checkpoint(runs):
     pairs = ImageTextPairs(table, name="tiny")
     held_out = Examples(
         name="tiny",
-        images=[pairs.encoded(row) for row in range(20)],
+        images=[pairs.read_encoded(row) for row in range(20)],
         captions=[pairs.sample_captions(row)[0] for row in range(20)],
     )
     cpu = torch.device("cpu")

@@ -23,7 +23,7 @@ from protoclip.config import (
     OptimConfig,
     SourceConfig,
 )
-from protoclip.data import pack, sources
+from protoclip.data import sources, tools
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.teachers import embed_start
@@ -283,7 +283,7 @@ def test_a_start_cannot_embed_a_stream(pairs, starts, tmp_path):
         "teacher": {"features": "start"},
         "run": {"evaluate": False},
     }
-    pack.pack(ImageTextPairs(pq.read_table(pairs), name="pairs"), tmp_path / "tar")
+    tools.pack(ImageTextPairs(pq.read_table(pairs), name="pairs"), tmp_path / "tar")
     config = replace(tiny_config(str(tmp_path / "tar"), out=str(tmp_path / "run")))
     with pytest.raises(ValueError, match=r"^teacher.features: start needs pairs that can be read"):
         train(with_changes(config, changes))
@@ -354,7 +354,7 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     )
     model = ModelConfig(start=starts(tiny_model()))
     config = replace(config, model=resolve_start(model).model)
-    samples, tokenizer = sources.pairs(config), loading.tokenizer(config.model)
+    samples, tokenizer = sources.open_samples(config), loading.tokenizer(config.model)
     start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
     folders = {"cache": tmp_path / "features", "of_run": tmp_path / "run"}
     given = partial(embed_start, start, tokenizer, autocast=torch.no_grad, **folders)
@@ -374,7 +374,7 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     captions = pa.array([[f"{text}!" for text in of] for of in table["caption"].to_pylist()])
     pq.write_table(table.set_column(1, "caption", captions), tmp_path / "changed.parquet")
     changed = [SourceConfig(path=str(tmp_path / "changed.parquet"), name=name) for name in "ab"]
-    of_changed = sources.pairs(with_changes(config, {"data": {"sources": changed}}))
+    of_changed = sources.open_samples(with_changes(config, {"data": {"sources": changed}}))
     assert [*of_changed.sample_ids()] == [*samples.sample_ids()]
     other = given(of_changed)
     assert not torch.equal(other.lookup(ids), found.lookup(ids))

@@ -10,9 +10,8 @@ from numbered import Numbered
 from protoclip.cli.finetune import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
-from protoclip.data.sources import open_source
+from protoclip.data.sources import PairsView, open_source
 from protoclip.data.summary import Summary, summarize
-from protoclip.data.view import PairsView
 from protoclip.distributed import collectives
 from protoclip.models.start import Start
 from protoclip.rules import check

@@ -82,7 +82,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def batches(config: Config) -> list[Batch]:
     """The batches of an episode for extraction and for training, each twice (cold and cached)."""
-    samples = sources.pairs(config)
+    samples = sources.open_samples(config)
     plain: dict[str, Any] = {"size": 32, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     transforms: list[Transform] = [EvaluationTransform(**plain), light_transform(**plain)]
     loader = data_loader.loader(

@@ -14,8 +14,8 @@ from unittest.mock import Mock, call
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import BadSample
-from protoclip.data.skipped import SkipLog
 from protoclip.training import log
 from protoclip.training.log import JsonLines, MetricsLog, kept_id
 

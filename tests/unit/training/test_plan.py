@@ -32,13 +32,12 @@ from protoclip.config import (
     TeacherConfig,
 )
 from protoclip.data import sources
-from protoclip.data.content import content
-from protoclip.data.index import ArrowIndex
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs, content
 from protoclip.data.sampler import episodes
+from protoclip.data.sources import PairsView
 from protoclip.data.split import BEGINNING, count_repeated_images
 from protoclip.data.summary import summarize
-from protoclip.data.view import PairsView
+from protoclip.data.tables import ArrowIndex
 from protoclip.models import loading
 from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
@@ -198,7 +197,8 @@ def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
     size = len(image)
     ranges = {"offset": [10, 10 + size, 10 + size], "size": [size, size, size + 1]}
     table = pa.table({"image": ["shard"] * 3, "caption": ["a"] * 3, **ranges})
-    assert count_repeated_images(ImageTextPairs(table, name="a", root=str(tmp_path)), range(3)) == 1
+    pairs = ImageTextPairs(table, name="a", root=str(tmp_path), in_ranges=True)
+    assert count_repeated_images(pairs, range(3)) == 1
 
 
 def test_a_batch_larger_than_the_data_is_what_has_to_be_lowered():
@@ -598,7 +598,7 @@ def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeyp
     """Without a network those that were downloaded before do."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(plan.sources, "pairs", Mock(side_effect=ValueError("data are read")))
+    monkeypatch.setattr(plan.sources, "open_samples", Mock(side_effect=ValueError("data are read")))
     image = ImageTowerConfig(name="test_vit", weights="published")
     config = Config(model=ModelConfig(image=image))
     with pytest.raises(ValueError, match="published weights of test_vit: the hub does not answer"):

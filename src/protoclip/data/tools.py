@@ -1,0 +1,462 @@
+"""What `data inspect` and `data pack` do: count what a source holds, and write it as tar shards.
+
+An inspection's memory grows with the data by eight bytes an image and eight a caption. A list of
+the complete shards is kept beside them, so packing goes on after the last.
+"""
+
+import io
+import json
+import os
+import re
+import textwrap
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from protoclip.config import shown
+from protoclip.data.access import MISSING, digest
+from protoclip.data.captions import number_of
+from protoclip.data.decode import decode, dimensions, open_image
+from protoclip.data.decode import resize as resize_pixels
+from protoclip.data.loader import iterate_items, read_image
+from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream, evenly_spaced
+from protoclip.data.shards import ShardStream
+from protoclip.data.summary import choose_context_length
+from protoclip.distributed.cores import cores
+from protoclip.files import (
+    left_by_killed,
+    locked,
+    read_json,
+    replacing,
+    require_regular,
+    write_atomically,
+)
+from protoclip.progress import Progress
+from protoclip.terminal import say, visible
+
+PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
+REMEMBERED = 100_000  # Keep the names of at most this many contents.
+REASONS = 100  # that are counted by themselves
+EXAMPLES, NAME_LENGTH = 5, 90
+# Up to how many pairs a way is advised, and its row in docs/which_way.md.
+WAYS = {
+    500: "take a published model as it is, or protoclip align, with --data.validation 0.2",
+    100_000: "protoclip align, two pretrained halves",
+    1_000_000: "protoclip align, then protoclip finetune of the run, with --guard",
+    10_000_000: "protoclip finetune of a published model, with --guard",
+}
+MORE = "protoclip train, by a recipe"  # than any of these
+UNCOUNTED = "count the pairs of this stream with --every (docs/which_way.md)"
+NONE_READ = "mend what the reasons name, and look again: no pair could be read"
+NONE_THERE = (
+    "no image is where the pairs name it: name the folder in which their paths start with "
+    "--data.root, and look again"
+)
+CHUNK = 64  # samples that a worker looks at together
+DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
+
+LIMIT = "data.max_image_pixels"
+MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
+JPEG_QUALITY = 95
+JPEG_PIXELS = 65_500  # on a side, that libjpeg writes at most
+SHARD_BYTES = 1 << 30  # a shard ends once it has as much content
+PREPARED = 256  # samples that threads prepare at a time
+# Images that start like this are stored as they are; others become JPEG.
+STORED = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"))
+
+# Values of one sample by name; an image or caption is its hash and how to show it.
+Measures = dict[str, list[Any]]
+
+
+class Part(NamedTuple):
+    """Rows of pairs, or a shard of a stream, with at most `most` samples (None: all)."""
+
+    source: Any
+    items: Any
+    most: int | None = None
+
+
+def inspect(
+    source: Pairs | SampleStream,
+    *,
+    count_tokens: Callable[[list[str]], list[int]],
+    context_length: int | None,
+    samples: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Read samples of a source, all or some, and count what they are, as JSON values.
+
+    Args:
+        source: Rows in any order, or a stream of tar shards, which is read once.
+        count_tokens: Lengths of captions in tokens, not truncated, start and end included.
+        context_length: Tokens that the model reads; unset, as many as small towers would here.
+        samples: How many to read, drawn evenly from the whole (of a stream: at least as many, from
+            the starts of shards that are drawn evenly); all if unset.
+        workers: Processes; one for each core if unset. With 1 or 0 all is done in this process.
+
+    Raises:
+        ValueError: A worker was killed.
+    """
+    parts, is_all = _divide(source, samples, seed)
+    workers = cores() if workers is None else workers
+    loader: DataLoader[list[Measures | BadSample]] = DataLoader(
+        parts,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=partial(_measure_part, count_tokens, max_pixels),
+    )
+    progress = Progress(f"inspect {source.name}", len(parts))
+    read_of_parts: list[int] = []
+
+    def samples_of_parts() -> Iterator[Measures | BadSample]:
+        for done, samples_of_part in enumerate(iterate_items(loader), 1):
+            yield from samples_of_part
+            read_of_parts.append(len(samples_of_part))
+            progress.update(done)
+
+    facts = _tally(samples_of_parts(), context_length)
+    number = len(source) if isinstance(source, Pairs) else None
+    ended = (
+        part.most is None or n < part.most for part, n in zip(parts, read_of_parts, strict=True)
+    )
+    if not facts["read"]:
+        advice = NONE_THERE if {*facts["reasons"]} == {MISSING} else NONE_READ
+    elif number is None and not (is_all and all(ended)):
+        advice = UNCOUNTED
+    else:
+        advice = advise(sum(read_of_parts) if number is None else number)
+    return {"source": source.name, "pairs": number, **facts, "notes": list(notes), "next": advice}
+
+
+def advise(pairs: int) -> str:
+    """Advice for this number of pairs, in a line."""
+    advice = next((advice for most, advice in WAYS.items() if pairs <= most), MORE)
+    return f"{advice} (docs/which_way.md)"
+
+
+def _divide(
+    source: Pairs | SampleStream, samples: int | None, seed: int
+) -> tuple[list[Part], bool]:
+    """The parts to look at, and whether they cover the source."""
+    if isinstance(source, Pairs):
+        some = samples is not None and samples < len(source)
+        rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
+        firsts = range(0, len(rows), CHUNK)
+        return [Part(source, rows[first : first + CHUNK]) for first in firsts], not some
+    streams = [stream for stream in source.sources if isinstance(stream, ShardStream)]
+    shards = [Part(stream, shard) for stream in streams for shard in stream.shards]
+    if samples is None:
+        return shards, True
+    number = min(len(shards), -(-samples // CHUNK))
+    most = -(-samples // number)
+    drawn = [shards[n]._replace(most=most) for n in evenly_spaced(len(shards), number, seed)]
+    return drawn, number == len(shards)
+
+
+def _measure_part(
+    count_tokens: Callable[[list[str]], list[int]], max_pixels: int, part: Part
+) -> list[Measures | BadSample]:
+    """Look at the samples of a part; in worker processes."""
+    source, items = part.source, part.items
+    if isinstance(items, str):
+        items = islice(source.read(items), part.most)
+    samples: list[Measures | BadSample] = []
+    for item in items:
+        try:
+            sample, facts = read_image(source, item, partial(_measure_image, max_pixels))
+        except BadSample as error:
+            samples.append(error)
+            continue
+        facts["image"] = [(number_of(sample.image), sample.sample_id)]
+        facts["caption"] = [(number_of(text), text) for text in sample.captions]
+        facts["captions_per_image"] = [len(sample.captions)]
+        facts["tokens"] = count_tokens(list(sample.captions))
+        samples.append(facts)
+    return samples
+
+
+def _measure_image(max_pixels: int, encoded: bytes) -> Measures:
+    width, height = dimensions(encoded, max_pixels=max_pixels)
+    decode(encoded, max_pixels=max_pixels, at_least=DECODED_SIDE)
+    return {
+        "width": [width],
+        "height": [height],
+        "shorter_side": [min(width, height)],
+        "kilobytes": [round(len(encoded) / 1000, 1)],
+        "formats": [open_image(encoded, max_pixels=max_pixels).format],
+    }
+
+
+def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) -> dict[str, Any]:
+    """What samples are, counted: those that were `read`, and the `unreadable` ones."""
+    read, unreadable = 0, list[str]()
+    counts: dict[str, Counter[Any]] = defaultdict(Counter)
+    hashes = {"image": array("q"), "caption": array("q")}
+    names: dict[int, str] = {}
+    reasons, tokens = counts["reasons"], counts["tokens"]
+    for facts in samples:
+        if isinstance(facts, BadSample):
+            unreadable = [*unreadable, str(facts)][:EXAMPLES]
+            # Without the details and numbers of this sample; that of UTF-8 is part of a word.
+            reason = re.sub(r" ?\(.*\)", "", facts.reason)
+            reason = re.sub(r"(?<![\w-])\d+\b", "N", reason)[:NAME_LENGTH]
+            reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
+            continue
+        read += 1
+        for kind in hashes:
+            for content, name in facts.pop(kind):
+                hashes[kind].append(content)
+                if len(names) < REMEMBERED:
+                    names.setdefault(
+                        content, textwrap.shorten(name, NAME_LENGTH, placeholder="...")
+                    )
+        for name, values in facts.items():
+            counts[name].update(values)
+    if context_length is None:
+        context_length = choose_context_length(tokens.elements())
+    report = {
+        "read": read,
+        "unreadable": reasons.total(),
+        "reasons": dict(reasons.most_common()),
+        "unreadable_examples": unreadable,
+        "formats": dict(counts["formats"].most_common()),
+        "captions": tokens.total(),
+        **{name: _find_percentiles(counts[name]) for name in MEASURED},
+        "context_length": context_length,
+        "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
+    }
+    for kind, numbers in hashes.items():
+        contents, copies = np.unique(np.array(numbers, dtype=np.int64), return_counts=True)
+        common = [number for number in np.argsort(-copies, kind="stable") if copies[number] > 1]
+        known = [number for number in common if int(contents[number]) in names][:EXAMPLES]
+        report[f"repeated_{kind}_copies"] = len(numbers) - len(contents)
+        report[f"repeated_{kind}_examples"] = [
+            f"{copies[number]} x {names[int(contents[number])]}" for number in known
+        ]
+    return report
+
+
+def _find_percentiles(counts: Counter[Any]) -> dict[str, int | float]:
+    """For each percentage, the least value that this share of all values does not exceed."""
+    values = sorted(counts)
+    below = np.cumsum([counts[value] for value in values])
+    numbers = {p: int(np.searchsorted(100 * below, p * below[-1])) for p in PERCENTILES if values}
+    return {str(p): values[number] for p, number in numbers.items()}
+
+
+def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
+    """Print what `inspect` found, a line each; of what is measured, `50%` is the median.
+
+    Args:
+        by_captions: No model says how many tokens are read; the length follows from the captions.
+    """
+    for name, value in report.items():
+        if value in (None, [], {}):
+            continue
+        if isinstance(value, dict):
+            mark = "%" if name in MEASURED else ""
+            value = ", ".join(f"{key}{mark}: {count:,}" for key, count in value.items())
+        if name == "context_length" and by_captions:
+            value = f"{value} tokens, by these captions; --model.text.name takes a model's"
+        label = name.replace("_", " ")
+        for line in value if isinstance(value, list) else [value]:
+            text = f"{line:,}" if isinstance(line, int) else visible(line)
+            print(f"{label:24} {text}")
+            label = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """What `pack` wrote: names of shards, and numbers of samples."""
+
+    shards: list[str]
+    samples: int
+    skipped: int
+
+
+def pack(
+    source: Pairs,
+    out: Path,
+    *,
+    samples_per_shard: int = 10_000,
+    resize: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> Packing:
+    """Write a source's samples to `00000.tar`, `00001.tar`, ... in a folder.
+
+    The files of a sample are its number with `.jpg`, `.png`, `.webp` or `.gif`, a `.json` with its
+    `sample_id` and its captions as `caption`, and a `.txt` if there is one caption. Classes are not
+    written. Bad samples are listed in `skipped.jsonl`. Equal input gives equal bytes.
+
+    Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
+    all if it is unset, keep their bytes. An image of more than `max_pixels` that has to be decoded
+    is a bad one. An interrupted run with the same settings is resumed.
+
+    Raises `ValueError` if the folder holds something else, or no sample can be stored.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard: {samples_per_shard} is too small; at least 1")
+    settings = {
+        "form": 4,
+        "source": source.name,
+        "source_samples": len(source),
+        "samples_per_shard": samples_per_shard,
+        "resize": resize,
+        LIMIT: max_pixels,
+    }
+    facts = [part.fingerprint(images=False) for part in source.sources]
+    key, skipped = digest({"sources": facts}), out / SKIPPED
+    with locked(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if skipped.exists():
+            try:
+                require_regular(skipped)
+            except ValueError as error:
+                raise ValueError(f"{skipped}: {error}; remove it") from error
+        manifest = _read_manifest(out, settings, key)
+        if not manifest["complete"]:
+            _write_shards(source, out, manifest)
+        else:  # ids and captions are these
+            say(
+                f"note: {out}: was packed before, and images are not looked at again; delete it to "
+                "pack them anew"
+            )
+    shards = manifest["shards"]
+    if not shards:
+        raise ValueError(f"{source.name}: no sample could be packed; {skipped} says why")
+    return Packing(
+        shards=[shard["name"] for shard in shards],
+        samples=sum(shard["samples"] for shard in shards),
+        skipped=skipped.read_bytes().count(b"\n"),
+    )
+
+
+def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """The manifest of an earlier run, up to its first missing shard."""
+    new: dict[str, Any] = {"settings": settings, "key": key, "complete": False, "shards": []}
+    if not (out / MANIFEST).exists():
+        names = [path.name for path in out.iterdir() if path.name[0] != "."]
+        if names:
+            other = min(names, key=lambda name: (not name.endswith(".tar"), name))
+            raise ValueError(
+                f"{out}: holds {'tar ' if other.endswith('.tar') else ''}files of another origin, "
+                f"such as {visible(other)}; choose a new folder"
+            )
+        return new
+    manifest = read_json(out / MANIFEST)
+    if new.keys() - manifest.keys():
+        raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
+    earlier = {LIMIT: MAX_IMAGE_PIXELS, **manifest["settings"]}  # unsaid by earlier versions
+    for name, value in settings.items():
+        if (before := earlier.get(name)) != value:
+            reason = f"was packed with {name} = {shown(before)}, not {shown(value)}"
+            raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
+    if manifest["key"] != key:
+        raise ValueError(f"{out}: was packed from other pairs than these; choose another folder")
+    for number, shard in enumerate(manifest["shards"]):
+        path = out / shard["name"]
+        if not path.exists() or path.stat().st_size != shard["bytes"]:
+            return {**manifest, "complete": False, "shards": manifest["shards"][:number]}
+    return manifest
+
+
+def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
+    """Write the shards that the manifest does not list yet, and list them."""
+    from webdataset import TarWriter  # slow to import
+
+    settings, shards = manifest["settings"], manifest["shards"]
+    last = shards[-1] if shards else {"read": 0, "skipped_bytes": 0}
+    row, number = last["read"], sum(shard["samples"] for shard in shards)
+    max_pixels = settings.get(LIMIT, MAX_IMAGE_PIXELS)
+    items = _prepare_samples(source, row, settings["resize"], max_pixels)
+    progress = Progress(f"Packing {source.name}", len(source))
+    for left in left_by_killed(out):
+        if left.parent == out:  # another command may pack into a folder below
+            left.unlink()
+    write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
+    with (out / SKIPPED).open("ab") as skipped:
+        skipped.truncate(last["skipped_bytes"])
+        skipped.seek(0, os.SEEK_END)  # truncating does not move there, and `tell` is kept below
+        while not manifest["complete"]:
+            path = out / f"{len(shards):05d}.tar"
+            samples = size = 0
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                with TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
+                    while samples < settings["samples_per_shard"] and size < SHARD_BYTES:
+                        if (item := next(items, None)) is None:
+                            manifest["complete"] = True
+                            break
+                        if isinstance(item, BadSample):
+                            skipped.write(json.dumps(vars(item)).encode() + b"\n")
+                        else:
+                            size += tar.write({"__key__": f"{number:09d}", **item})
+                            samples, number = samples + 1, number + 1
+                        progress.update(row := row + 1)
+                for written in (file, skipped):
+                    written.flush()
+                    os.fsync(written.fileno())
+            facts = {"name": path.name, "samples": samples, "bytes": path.stat().st_size}
+            if samples:
+                shards.append({**facts, "read": row, "skipped_bytes": skipped.tell()})
+            else:
+                path.unlink()
+            write_atomically(out / MANIFEST, json.dumps(manifest, indent=1), durable=True)
+
+
+def _prepare_samples(
+    source: Pairs, start: int, side: int | None, max_pixels: int
+) -> Iterator[dict[str, bytes] | BadSample]:
+    """The files of each sample from row `start` on, by extension."""
+
+    def prepare(row: int) -> dict[str, bytes] | BadSample:
+        try:
+            sample = source.sample(row)
+        except BadSample as bad:
+            return bad
+        # With `data.caption_column` the captions of a `.json` are read.
+        facts = {"sample_id": sample.sample_id, "caption": sample.captions}
+        try:
+            kind, image = convert_image(sample.image, side, max_pixels)
+            files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
+            several = len(sample.captions) > 1
+            return files if several else {**files, "txt": sample.captions[0].encode()}
+        except ValueError as error:  # from the decoder, or a caption that UTF-8 cannot hold
+            return BadSample(sample.sample_id, sample.where, str(error))
+
+    with ThreadPoolExecutor() as pool:
+        for first in range(start, len(source), PREPARED):
+            yield from pool.map(prepare, range(first, min(first + PREPARED, len(source))))
+
+
+def convert_image(
+    encoded: bytes, side: int | None, max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[str, bytes]:
+    """The extension and content of an image, its shorter side at most `side`."""
+    kind = next((kind for start, kind in STORED if encoded.startswith(start)), None)
+    shape = () if kind and side is None else dimensions(encoded, max_pixels=max_pixels)
+    if kind and (side is None or min(shape) <= side):
+        return kind, encoded
+    target = min(side or min(shape), *shape)
+    width, height = (max(1, round(length * target / min(shape))) for length in shape)
+    if max(width, height) > JPEG_PIXELS:
+        way_out = "" if side else "; --resize shrinks it"
+        raise ValueError(f"{width} x {height} pixels are more than a JPEG holds{way_out}")
+    pixels = decode(encoded, max_pixels=max_pixels, at_least=2 * target)
+    buffer = io.BytesIO()
+    small = Image.fromarray(resize_pixels(pixels, height, width))
+    small.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return "jpg", buffer.getvalue()
