@@ -18,7 +18,7 @@ from protoclip.data import sources
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.sampler import episodes
 from protoclip.data.split import read_ids
-from protoclip.evaluation.validation import judged
+from protoclip.evaluation.validation import split_validation
 
 
 def png(number: int) -> bytes:
@@ -161,7 +161,7 @@ def test_held_out_pairs_are_among_the_chosen(tmp_path):
     data = DataConfig(
         train=str(tmp_path / "a.parquet"), only=only, validation=0.1, class_column="kind"
     )
-    found = judged(Config(data=data), sources.open_samples(Config(data=data)))
+    found = split_validation(Config(data=data), sources.open_samples(Config(data=data)))
     (held_out,) = found.data
     split = held_out.splits["validation"]
     ids = {split.images.sample_id(row) for row in range(len(split.images))}
@@ -180,7 +180,7 @@ def test_a_validation_source_is_not_filtered(top, tmp_path):
     data = DataConfig(
         train=str(top / "ids.parquet"), only=only, validation=str(top / "plain.parquet")
     )
-    found = judged(Config(data=data), sources.open_samples(Config(data=data)))
+    found = split_validation(Config(data=data), sources.open_samples(Config(data=data)))
     assert len(found.data[0].splits["validation"].images) == 12
     assert len(found.training) == 6
 
