@@ -61,14 +61,13 @@ from protoclip.losses.info_nce import info_nce
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import make_targets, prototypical_loss
 from protoclip.losses.sigmoid import sigmoid_loss
-from protoclip.models import loading, saved
-from protoclip.models.precision import Precision, autocast, grad_scaler
-from protoclip.models.protoclip import image_size
-from protoclip.models.saved import OPTIMIZER, WEIGHTS
+from protoclip.models import checkpoint as saved
+from protoclip.models import loading
+from protoclip.models.checkpoint import OPTIMIZER, WEIGHTS
+from protoclip.models.protoclip import Precision, autocast, grad_scaler, image_size
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
-from protoclip.prototypes.kmeans import KMeans, kmeans
-from protoclip.prototypes.nearest import Bfloat16Search, bfloat16_pays, nearest
+from protoclip.prototypes.kmeans import Bfloat16Search, KMeans, bfloat16_pays, kmeans, nearest
 from protoclip.prototypes.targets import back_translate
 from protoclip.training import run, run_folder
 from protoclip.training.guard import NonFiniteGuard

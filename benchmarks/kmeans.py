@@ -31,7 +31,7 @@ from protoclip import back_translate, kmeans
 from protoclip.data.emoji import emoji_table
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans as clustering
-from protoclip.prototypes.nearest import nearest
+from protoclip.prototypes.kmeans import nearest
 from protoclip.training import run_folder
 
 try:

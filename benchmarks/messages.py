@@ -37,7 +37,7 @@ from protoclip.distributed import collectives
 from protoclip.encode.teachers import TeacherFeatures
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
-from protoclip.models import batch_norm, loading
+from protoclip.models import layers, loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans
@@ -191,7 +191,7 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     share, width = sizes.episode // ranks, sizes.model.heads.projection_dim
     model = hollow(loading.model(sizes.model, seed=0))
     for head in (model.image_head, model.text_head):
-        batch_norm.synchronise(head, torch.device("cpu"))
+        layers.synchronise(head, torch.device("cpu"))
     source = QueuedFeatures(
         model=model,
         batches=lambda episode: (),

@@ -27,7 +27,7 @@ from protoclip.cli import demo
 from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import loading
-from protoclip.models.precision import resolve
+from protoclip.models.protoclip import resolve_precision
 from protoclip.progress import Progress
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan
@@ -131,7 +131,8 @@ def main() -> None:
         "",
         f"`python benchmarks/scaling.py --processes {many} --repeats {arguments.repeats}`, "
         f"{datetime.date.today().isoformat()}; {facts['device'].split(',')[0]}, torch "
-        f"{facts['torch']}, gloo, {resolve('auto', torch.device('cpu'))}, one thread a process; "
+        f"{facts['torch']}, gloo, {resolve_precision('auto', torch.device('cpu'))}, "
+        f"one thread a process; "
         f"{config.model.image.name} at {config.model.image.size} pixels, episodes of "
         f"{config.episodes.size} pairs in batches of {config.episodes.batch_size} in all. Seconds "
         f"an episode, grouping included: median [least, most] of {arguments.repeats * COUNTED}.",

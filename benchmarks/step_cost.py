@@ -39,9 +39,8 @@ from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.losses.objective import objective
 from protoclip.models import loading
-from protoclip.models.precision import resolve
-from protoclip.models.protoclip import Embeddings
-from protoclip.models.resolve import resolve_start
+from protoclip.models.protoclip import Embeddings, resolve_precision
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
 from protoclip.training import run, run_folder
 from protoclip.training.plan import Plan, make_plan
@@ -258,7 +257,8 @@ def measure(case: str, repeats: int, workers: int | None) -> list[str]:
         "",
         f"`python benchmarks/step_cost.py --repeats {repeats} --case {case}{given}`, "
         f"{datetime.date.today().isoformat()}; {facts['device']}, torch {facts['torch']}, "
-        f"{resolve(config.run.precision, device)}; episodes of {config.episodes.size} pairs, "
+        f"{resolve_precision(config.run.precision, device)}; "
+        f"episodes of {config.episodes.size} pairs, "
         f"batch {config.episodes.batch_size}, {config.model.name or config.model.image.name}, "
         f"{config.prototypes.number} prototypes a space. Seconds an episode: median "
         f"[least, most] of {repeats * COUNTED}, arms in turn; parts are medians, and so are the "

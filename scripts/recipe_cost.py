@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from protoclip.cli.spec import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
-from protoclip.models.resolve import resolve_start
-from protoclip.models.text_models import NAMED_CONTEXT_LENGTH
+from protoclip.models.start import resolve_start
+from protoclip.models.transformers import NAMED_CONTEXT_LENGTH
 from protoclip.training import plan, presets, throughput
 from protoclip.training.optim import find_stage
 from protoclip.training.throughput import PEAK, Forward

@@ -28,7 +28,7 @@ from interrupting import quick_config
 from protoclip import cli
 from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
 from protoclip.encode import run as encode
-from protoclip.models.saved import checkpoints, damage
+from protoclip.models.checkpoint import checkpoints, damage
 from protoclip.training import checkpoint, run_folder
 from remains import invalid, is_hidden, leftovers, packed_in, snapshot, without_times
 from testing import tiny_pairs

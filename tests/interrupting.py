@@ -26,7 +26,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
-from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training import run
 from protoclip.training.trainer import Trainer
 from testing import tiny_config

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from interrupting import MEASURED
 from protoclip.data.tables import ArrowIndex, read_table
-from protoclip.models.saved import checkpoints, damage
+from protoclip.models.checkpoint import checkpoints, damage
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

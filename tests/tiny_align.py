@@ -10,7 +10,7 @@ import torch
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
 from protoclip.models import loading
-from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training.plan import Plan, encode_pairs, make_plan, resolve_settings
 from protoclip.training.presets import choose_before_data, read_given
 from testing import tiny_pairs

@@ -71,8 +71,8 @@ from protoclip.data.pairs import Pairs
 from protoclip.evaluation.metrics import half_of_samples, half_of_seeds, interval_of_difference
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
-from protoclip.models.resolve import resolve_start
-from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
+from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress, duration
 from protoclip.rules import check
 from protoclip.training import presets, run, run_folder

@@ -38,7 +38,7 @@ from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
-from protoclip.models.saved import (
+from protoclip.models.checkpoint import (
     MODEL,
     WEIGHTS,
     find_checkpoint,

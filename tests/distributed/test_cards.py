@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from protoclip.distributed import collectives, parallel
-from protoclip.models import batch_norm, loading
-from protoclip.models.precision import measure_convolutions
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models import layers, loading
+from protoclip.models.protoclip import ProtoCLIP, measure_convolutions
 from testing import run_distributed, tiny_config
 
 CARD, CPU = torch.device("cuda"), torch.device("cpu")
@@ -34,7 +33,7 @@ def test_convolutions_are_measured_on_a_card_alone(device, expected, monkeypatch
     ("device", "types"),
     [
         (CARD, {nn.SyncBatchNorm, SyncBatchNormAct}),
-        (CPU, {batch_norm.SyncBatchNorm, batch_norm.SyncBatchNormAct}),
+        (CPU, {layers.SyncBatchNorm, layers.SyncBatchNormAct}),
     ],
 )
 def test_every_batch_norm_of_a_tower_is_synchronised(device, types):
@@ -44,14 +43,14 @@ def test_every_batch_norm_of_a_tower_is_synchronised(device, types):
     towers = nn.ModuleDict({"timm": timm.create_model("efficientnet_b0"), "torch": tower})
     names, weight = list(towers.state_dict()), tower.bn1.weight
     printed = repr(towers)
-    assert batch_norm.synchronise(towers, device) == 49 + 14
+    assert layers.synchronise(towers, device) == 49 + 14
     synced = [type(part) for part in towers.modules() if isinstance(part, (*types,))]
     assert (len(synced), {*synced}) == (49 + 14, types)
-    assert not batch_norm.has_own_statistics(towers)
+    assert not layers.has_own_statistics(towers)
     assert list(towers.state_dict()) == names
     assert tower.bn1.weight is weight
-    assert batch_norm.layers_of(towers) == printed != repr(towers)
-    assert batch_norm.synchronise(towers, device) == 49 + 14  # and again changes nothing
+    assert layers.layers_of(towers) == printed != repr(towers)
+    assert layers.synchronise(towers, device) == 49 + 14  # and again changes nothing
 
 
 def test_a_batch_norm_that_computes_something_else_is_refused():
@@ -62,7 +61,7 @@ def test_a_batch_norm_that_computes_something_else_is_refused():
             return 2 * super().forward(input)
 
     with pytest.raises(ValueError, match=r"sync_batch_norm: Doubled layers cannot be synchronised"):
-        batch_norm.synchronise(nn.Sequential(Doubled(3)), CPU)
+        layers.synchronise(nn.Sequential(Doubled(3)), CPU)
 
 
 @pytest.mark.parametrize(

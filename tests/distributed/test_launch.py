@@ -16,7 +16,7 @@ import pytest
 
 from interrupting import with_changes
 from protoclip.cli import main
-from protoclip.models.saved import checkpoints
+from protoclip.models.checkpoint import checkpoints
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config, tiny_pairs
 

@@ -27,8 +27,8 @@ from interrupting import (
 )
 from protoclip.config import Config
 from protoclip.distributed import collectives, parallel
-from protoclip.models import shards
-from protoclip.models.saved import (
+from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import (
     OPTIMIZER,
     RESUME,
     WEIGHTS,
@@ -130,7 +130,7 @@ def test_no_rank_gathers_or_writes_the_whole(ended):
         assert share < 0.55  # statistics of BatchNorm are on each rank
     last = find_checkpoint(folder)
     for part in ("model", "optimizer"):
-        first, second = shards.files(last / part)
+        first, second = sorted((last / part).iterdir())
         assert first.stat().st_size == pytest.approx(second.stat().st_size, rel=0.2)
         assert not (last / f"{part}.safetensors").exists()
     assert [path.name for path in checkpoints(folder)] == [f"step-00000000{n}" for n in (3, 6)]
@@ -189,7 +189,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(ranks, changes, ended, tmp_path)
 def test_a_damaged_shard_is_named_and_passed_over(ended, tmp_path):
     folder = stopped(ended[0], tmp_path / "run", step=6)
     last = find_checkpoint(folder)
-    first, shard = shards.files(last / "model")
+    first, shard = sorted((last / "model").iterdir())
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
@@ -202,18 +202,16 @@ def test_a_damaged_shard_is_named_and_passed_over(ended, tmp_path):
         protoclip.load(last)
     first.unlink()
     assert damage(last) == f"model/{first.name} cannot be read: No such file or directory"
-    with pytest.raises(ValueError, match="not all of"):
-        read_tensors(last / WEIGHTS)
     # Of a checkpoint by more ranks that had the same name.
     before = checkpoints(folder)[0]
-    shutil.copy(shards.files(before / "model")[0], before / "model" / "shard-00003.safetensors")
+    shutil.copy(min((before / "model").iterdir()), before / "model" / "shard-00003.safetensors")
     assert str(damage(before)).startswith("model/shard-00003.safetensors is not what was written")
 
 
 def failing(config: Config, times: int) -> tuple[list[str], str]:
     """What a rank says of a run in which rank 1 cannot write so many times, and its error."""
     said, left = list[str](), [times]
-    write_data = shards.Writer.write_data
+    write_data = saved.ShardWriter.write_data
 
     def full(writer: Any, *given: Any) -> Any:
         if collectives.rank() == 1 and left[0]:
@@ -222,7 +220,7 @@ def failing(config: Config, times: int) -> tuple[list[str], str]:
         return write_data(writer, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards.Writer, "write_data", full)
+        patch.setattr(saved.ShardWriter, "write_data", full)
         patch.setattr(checkpoint, "say", said.append)
         patch.setattr(checkpoint, "LAST_RETRIES", (0.0,))
         try:
@@ -251,7 +249,7 @@ def test_a_rank_that_cannot_write_costs_a_checkpoint(tmp_path):
 
 def killed(config: Config) -> None:
     """A run whose ranks are all killed when they have written some of the second checkpoint."""
-    write_data, marker = shards.Writer.write_data, "checkpoints/step-000000003/checksums.json"
+    write_data, marker = saved.ShardWriter.write_data, "checkpoints/step-000000003/checksums.json"
 
     def and_die(writer: Any, *given: Any) -> Any:
         written = write_data(writer, *given)
@@ -261,7 +259,7 @@ def killed(config: Config) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return written
 
-    shards.Writer.write_data = and_die  # type: ignore[method-assign]
+    saved.ShardWriter.write_data = and_die  # type: ignore[method-assign]
     _registry["s3"] = SharedBucket
     train(config)
 
@@ -274,7 +272,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(ended, tmp_path):
     with pytest.raises((AssertionError, EOFError, ConnectionError)):
         run_distributed(killed, 2, config)
     (left,) = (tmp_path / "run" / "checkpoints").glob(".*")
-    assert shards.files(left / "model")
+    assert list((left / "model").iterdir())
     assert [path.name for path in checkpoints(bucket)] == ["step-000000003"]
     expected = all_of(find_checkpoint(ended[0]))
     shutil.copytree(bucket, kept)

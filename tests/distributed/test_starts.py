@@ -14,8 +14,8 @@ from protoclip.config import (
     ModelConfig,
     ParallelConfig,
 )
+from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.models.loading import training_model
-from protoclip.models.saved import find_checkpoint, read_tensors
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 from tiny_hugging_face import NO_DROPOUT, save_bert, save_dual_encoder, save_siglip

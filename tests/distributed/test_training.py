@@ -33,8 +33,8 @@ from protoclip.encode.store import hash_ids
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
-from protoclip.models import batch_norm, loading
-from protoclip.models.saved import RESUME, find_checkpoint, read_tensors
+from protoclip.models import layers, loading
+from protoclip.models.checkpoint import RESUME, find_checkpoint, read_tensors
 from protoclip.prototypes.features import EpisodeFeatures, ExtractedFeatures
 from protoclip.training.optim import PROTOTYPICAL, enter_stage
 from protoclip.training.run import train
@@ -62,7 +62,7 @@ def gradients(
     if distils:
         model.distils = {"image": "image", "text": "text"}
     if collectives.world_size() > 1:
-        batch_norm.synchronise(model, torch.device("cpu"))
+        layers.synchronise(model, torch.device("cpu"))
     if sharded:
         whole, model = model, deepcopy(model).to("meta")
         parallel.shard(model, torch.device("cpu"))

@@ -34,8 +34,8 @@ from protoclip.evaluation import features as evaluated
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import split_validation
 from protoclip.models import loading
+from protoclip.models.checkpoint import read_config
 from protoclip.models.projections import AlignedModel
-from protoclip.models.saved import read_config
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data

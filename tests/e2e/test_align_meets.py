@@ -34,8 +34,8 @@ from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.files import locked
 from protoclip.models import loading
+from protoclip.models.checkpoint import read_config
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import read_config
 from protoclip.training.run import align, train
 from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_pairs

@@ -16,7 +16,7 @@ import protoclip
 import tiny_tower  # noqa: F401 (timm knows it then)
 from protoclip.cli import main
 from protoclip.files import file_checksum
-from protoclip.models.saved import find_checkpoint
+from protoclip.models.checkpoint import find_checkpoint
 from testing import tiny_pairs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -20,8 +20,8 @@ from interrupting import (
     with_changes,
 )
 from protoclip.files import checksum
-from protoclip.models import saved
-from protoclip.models.saved import checkpoints, damage, read_tensors
+from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import checkpoints, damage, read_tensors
 from protoclip.training import checkpoint, judge, run
 from protoclip.training.trainer import Trainer
 

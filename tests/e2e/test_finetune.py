@@ -27,8 +27,9 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import SampleResults, difference, influences, mark_clear
 from protoclip.evaluation.paired import read_results
-from protoclip.models import loading, saved
-from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.models import checkpoint as saved
+from protoclip.models import loading
+from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training import judge, wise_ft
 from protoclip.training.judge import Judge
 from protoclip.training.run import finetune, train

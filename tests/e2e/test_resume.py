@@ -23,8 +23,9 @@ from interrupting import (
     with_changes,
     with_out,
 )
-from protoclip.models import loading, saved
-from protoclip.models.saved import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
+from protoclip.models import checkpoint as saved
+from protoclip.models import loading
+from protoclip.models.checkpoint import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
 from protoclip.training import run, throughput
 from protoclip.training.run_folder import claimed
 from testing import tiny_config, tiny_pairs
@@ -199,7 +200,7 @@ def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, cap
     """On a machine that computes otherwise, `auto` is refused with the way out, which works."""
     state = checkpoints(Path(str(stopped.run.out)))[-1] / "state.json"
     stopped = with_changes(stopped, {"run": {"precision": "auto"}})
-    monkeypatch.setattr(run, "resolve", lambda *given: "bf16")
+    monkeypatch.setattr(run, "resolve_precision", lambda *given: "bf16")
     assert '"run.precision": "fp32"' in state.read_text()
     with pytest.raises(ValueError, match=r"computed with fp32.*\(--run.precision bf16\) to go on"):
         run.train(stopped, resume="auto")

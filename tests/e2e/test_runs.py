@@ -29,7 +29,7 @@ from protoclip.config import (
 from protoclip.evaluation import datasets, probes
 from protoclip.files import to_json
 from protoclip.models import loading
-from protoclip.models.saved import find_checkpoint
+from protoclip.models.checkpoint import find_checkpoint
 from protoclip.rules import check
 from protoclip.training import run, run_folder
 from protoclip.training.plan import make_plan

@@ -23,8 +23,8 @@ from protoclip.data.loader import iterate_items
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.encode import store
-from protoclip.models import saved
-from protoclip.models.saved import checkpoints
+from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import checkpoints
 from protoclip.training import checkpoint, run
 from protoclip.training.run_folder import to_toml
 from protoclip.training.trainer import Trainer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from protoclip.cli import main
-from protoclip.models import saved
+from protoclip.models import checkpoint as saved
 
 LOST = "protoclip: error: standard output: No space left on device; what is printed was lost"
 

@@ -15,8 +15,8 @@ from interrupting import assert_equal_ends, relative_difference, with_changes
 from protoclip import cli
 from protoclip.config import Config
 from protoclip.distributed import collectives
-from protoclip.models import saved
-from protoclip.models.saved import find_checkpoint, read_tensors
+from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.run import train
 from protoclip.training.run_folder import to_toml

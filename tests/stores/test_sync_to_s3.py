@@ -9,7 +9,7 @@ import pytest
 
 from interrupting import assert_equal_ends, config_for, stop_after, with_changes, with_out
 from protoclip.config import Config
-from protoclip.models.saved import CHECKSUMS, checkpoints, damage
+from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage
 from protoclip.training import run
 from testing import tiny_pairs
 

@@ -43,7 +43,7 @@ OURS = {
         "parts/.00000.npz.99.tmp",
     ),
     "data pack": (packed, ".00000.tar.99.tmp"),
-    "export": (exported, ".model.99.protoclip/x"),
+    "export": (exported, ".model.protoclip/x"),
 }
 
 

@@ -126,8 +126,8 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
         clip_tokenizer()  # once, and not in each worker process
         return count_clip_tokens, model.text.context_length
     from protoclip.models.loading import context_length, tokenizer
-    from protoclip.models.resolve import resolve_start
-    from protoclip.models.tokenizers import TokenCounter
+    from protoclip.models.opening import TokenCounter
+    from protoclip.models.start import resolve_start
 
     start = resolve_start(model)
     return TokenCounter(tokenizer(start)), context_length(start)

@@ -59,7 +59,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             from protoclip.distributed import collectives
             from protoclip.evaluation import suite, validation
             from protoclip.evaluation.readers import read_templates
-            from protoclip.models import loading
+            from protoclip.models.start import find_start
             from protoclip.results import compare
             from protoclip.results.table import print_table, table_of_records
 
@@ -67,7 +67,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         with collectives.process_group(device):
             references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
             # A later one would else be refused after the first was evaluated.
-            on_all_ranks(lambda: [*map(loading.require_model, references)])
+            on_all_ranks(lambda: [*map(find_start, references)])
             names = self.data or [on_all_ranks(lambda: usual_data(references))]
             config = replace(self.data_config(), root=None)  # which is given by itself
             open_data = partial(
@@ -138,7 +138,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         from protoclip.evaluation import suite
         from protoclip.evaluation.features import build_encoder
         from protoclip.models import loading
-        from protoclip.models.precision import autocast_encoding
+        from protoclip.models.protoclip import autocast_encoding
 
         newest = loading.pin_newest(reference)
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
@@ -188,7 +188,7 @@ def usual_data(models: Collection[str]) -> str:
     Raises:
         ValueError: They are other models, which say nothing of their data.
     """
-    from protoclip.models.saved import read_config, run_of
+    from protoclip.models.checkpoint import read_config, run_of
 
     runs = [run for run in map(run_of, models) if run is not None]
     if len(runs) == len(models):

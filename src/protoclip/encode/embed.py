@@ -56,10 +56,15 @@ from protoclip.encode.stream import encode_stream, read_skipped
 from protoclip.encode.teachers import find_difference, identify, write_skipped
 from protoclip.files import checksum, locked, naming, require_ours, require_regular, to_json
 from protoclip.models import loading
-from protoclip.models.precision import Precision, autocast, resolve, resolve_encoding
+from protoclip.models.checkpoint import checkpoints, facts_of, read_config, run_of
 from protoclip.models.projections import FrozenEncoders, Projections
-from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import checkpoints, facts_of, read_config, run_of
+from protoclip.models.protoclip import (
+    Precision,
+    ProtoCLIP,
+    autocast,
+    resolve_encoding,
+    resolve_precision,
+)
 from protoclip.rules import check
 from protoclip.terminal import say, without_secrets
 
@@ -263,7 +268,7 @@ def precision_of(run: Path, config: Config, device: torch.device) -> Precision:
             noted = facts_of(checkpoint, "arithmetic").get("run.precision")
             if noted in get_args(Precision):
                 return cast(Precision, noted)
-    return resolve(config.run.precision, device)
+    return resolve_precision(config.run.precision, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,11 @@ from protoclip.data.pairs import MAX_IMAGE_PIXELS, Sample
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import parallel
 from protoclip.files import checksum
-from protoclip.models.batch_norm import layers_of
-from protoclip.models.frozen import Pooling, open_frozen_encoder
-from protoclip.models.loading import to_device
-from protoclip.models.precision import Autocast, autocast_on_card
+from protoclip.models.layers import layers_of
+from protoclip.models.loading import Pooling, open_frozen_encoder, to_device
+from protoclip.models.opening import TELLING, Tokenizer
 from protoclip.models.projections import FrozenEncoders
-from protoclip.models.tokenizers import TELLING, Tokenizer
+from protoclip.models.protoclip import Autocast, autocast_on_card
 from protoclip.terminal import without_secrets
 
 EXAMPLES = ("a photo of a red dog", "two words")  # texts that tell models apart

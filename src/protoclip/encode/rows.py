@@ -57,9 +57,9 @@ from protoclip.encode.run import (
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.encode.teachers import TeacherFeatures
 from protoclip.files import checksum, to_json
-from protoclip.models.precision import Autocast
+from protoclip.models.opening import Tokenizer
 from protoclip.models.projections import FrozenEncoders
-from protoclip.models.tokenizers import Tokenizer
+from protoclip.models.protoclip import Autocast
 
 FOLDER = "listings"
 SETTING = "align.features"  # says where the stores are

@@ -38,7 +38,7 @@ from protoclip.distributed.cores import cores
 from protoclip.encode.encoder import Encoder, device_of
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.files import checksum, locked
-from protoclip.models import lora
+from protoclip.models import layers
 from protoclip.progress import Progress
 
 BLOCK_ROWS = 2**11  # that are encoded before they are written
@@ -260,7 +260,7 @@ def encode(
     """
     # Attention with adapters changes the order of its parameters in each pass, and by their order
     # ranks send them to each other.
-    all_pass = parallel.is_sharded(encoder.module) or lora.has_adapters(encoder.module)
+    all_pass = parallel.is_sharded(encoder.module) or layers.has_adapters(encoder.module)
     coming = read_ahead(units, prepare, threads)
     try:
         while True:

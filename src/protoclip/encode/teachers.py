@@ -90,14 +90,14 @@ from protoclip.files import (
     write_atomically,
 )
 from protoclip.models import loading
-from protoclip.models.frozen import Pooling
-from protoclip.models.precision import (
+from protoclip.models.loading import Pooling
+from protoclip.models.protoclip import (
     Autocast,
     Precision,
+    TowerPair,
     autocast_encoding,
     resolve_encoding,
 )
-from protoclip.models.protoclip import TowerPair
 from protoclip.terminal import say, without_secrets
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"

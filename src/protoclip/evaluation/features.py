@@ -38,9 +38,15 @@ from protoclip.encode.run import Round, encode, hash_images, units_of_rank
 from protoclip.encode.store import DAMAGED, FULL, Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Captions, EvaluationData, Images, match_captions
 from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
-from protoclip.models.precision import Autocast, autocast, autocast_on_card, resolve
 from protoclip.models.projections import FrozenEncoders, Projections
-from protoclip.models.protoclip import ProtoCLIP, evaluation_mode
+from protoclip.models.protoclip import (
+    Autocast,
+    ProtoCLIP,
+    autocast,
+    autocast_on_card,
+    evaluation_mode,
+    resolve_precision,
+)
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -395,7 +401,7 @@ class AlignedEncoder(Encoder):
         """What a tower encoded of images by a transform, or else of texts, in order; and the
         positions of those that it did not."""
         assert isinstance(self.model, FrozenEncoders)
-        context = autocast(resolve(self.config.run.precision, self.device), self.device)
+        context = autocast(resolve_precision(self.config.run.precision, self.device), self.device)
         with evaluation_mode(self.model):
             tower = text_side(self.model, self.tokenizer, autocast=context)
             if transform is not None:

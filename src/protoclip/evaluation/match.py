@@ -32,8 +32,8 @@ from protoclip.evaluation import retrieval
 from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.geometry import nearest_others
 from protoclip.files import checksum
-from protoclip.models.frozen import Pooling
-from protoclip.models.text_models import MINILM, find_pooling
+from protoclip.models.loading import Pooling
+from protoclip.models.transformers import MINILM, find_pooling
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement

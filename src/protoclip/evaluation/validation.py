@@ -49,7 +49,7 @@ from protoclip.evaluation.datasets import (
     sort_names,
 )
 from protoclip.files import read_json
-from protoclip.models.saved import STATE, checkpoints, facts_of, read_config, run_of
+from protoclip.models.checkpoint import STATE, checkpoints, facts_of, read_config, run_of
 from protoclip.rules import DATA_OPTIONS, with_options
 from protoclip.terminal import without_secrets
 

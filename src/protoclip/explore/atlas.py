@@ -29,8 +29,7 @@ from protoclip.encode.store import DAMAGED
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import checksum, replacing, to_json
 from protoclip.progress import Progress
-from protoclip.prototypes.kmeans import kmeans
-from protoclip.prototypes.nearest import nearest
+from protoclip.prototypes.kmeans import kmeans, nearest
 from protoclip.results.looks import OTHER, Array, Prototype, count_together, list_prototypes
 from protoclip.terminal import say
 

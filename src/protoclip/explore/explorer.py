@@ -39,8 +39,8 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
+from protoclip.models.checkpoint import is_aligned, read_config, read_prototypes, run_of
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
-from protoclip.models.saved import is_aligned, read_config, read_prototypes, run_of
 from protoclip.models.start import find_start
 from protoclip.terminal import say
 from protoclip.training.run_folder import flat, positives_of

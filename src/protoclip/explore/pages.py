@@ -55,7 +55,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.models.saved import run_of
+from protoclip.models.checkpoint import run_of
 from protoclip.results.looks import OTHER, Array, Prototype
 from protoclip.results.table import make_environment, shorten
 from protoclip.terminal import visible

@@ -27,10 +27,9 @@ from protoclip.data.access import cache_folder, is_url
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.evaluation.features import build_encoder
 from protoclip.evaluation.paired import RunResults, read_results
-from protoclip.export.source import Source
+from protoclip.export.open_clip import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
-from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import (
+from protoclip.models.checkpoint import (
     MODEL,
     RESUME,
     SETTINGS,
@@ -41,10 +40,11 @@ from protoclip.models.saved import (
     read_tensors,
     run_of,
 )
+from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import decimals, format_cell, markdown_lines
-from protoclip.terminal import line, say, visible, without_secrets
+from protoclip.terminal import line, visible, without_secrets
 from protoclip.training.run_folder import as_kept, flat, named_by, positives_of
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
@@ -140,16 +140,13 @@ inputs = {"pixel_values": preprocess(image)[None], "input_ids": tokens}""",
 
 
 def write_prototypes(source: Source, folder: Path) -> str | None:
-    """Write the prototypes of a checkpoint: those of its episode, or of the last with any.
+    """Write the prototypes of a checkpoint, or return the reason why there are none.
 
     `prototypes.safetensors` holds for image, text and each teacher `SPACE.centroids` `(k, p)` and
     `SPACE.sizes` `(k,)`, the number of members; and `image_head.*` and `text_head.*`, the heads
     that turn features into the space of the centroids. For image and teachers, whose spaces differ
     from the captions', `SPACE.in_text` `(k, p)` is the mean of the text centroids of a prototype's
     members. `prototypes.json` describes these tensors.
-
-    Returns:
-        The reason why there are none; None if they are written.
     """
     checkpoint = source.checkpoint
     alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
@@ -197,14 +194,11 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
 
 
 def add_captions(source: Source, folder: Path, *, allow_links: bool = False) -> str | None:
-    """Add the captions nearest to each prototype to `prototypes.json`, by the model itself.
+    """Add the captions nearest to each prototype to `prototypes.json`; returns why there are none.
 
     No loss brings the projections of images and captions together, so an image prototype gets the
     captions nearest to its `in_text`. They come from at most `PAIRS` of the run's pairs, evenly
     spread; a prototype without members gets none.
-
-    Returns:
-        The reason why there are none; None if they are written, or without text prototypes.
     """
     path = folder / f"{PROTOTYPES}.json"
     facts = read_json(path) if path.is_file() else {"spaces": {}}
@@ -376,22 +370,16 @@ def describe_settings(settings: Mapping[str, Any], checkpoint: Path | None) -> l
 def describe_metrics(
     run: Path | None, checkpoint: Path | None, settings: Mapping[str, Any], folder: Path
 ) -> list[str]:
-    """The metrics of a finished run and its learning curves, if the checkpoint is its last.
-
-    Damaged results cost a warning, and the numbers or their intervals: the weights are intact.
-    """
+    """The metrics of a finished run and its learning curves, if the checkpoint is its last."""
     lines = ["None: there are no results of this checkpoint."]
     if run is None or checkpoint is None or checkpoint.resolve() != find_checkpoint(run.resolve()):
         return lines
     if (run / "results.json").is_file():
-        try:
-            lines = table_of_metrics(read_results(run), settings) or lines
-        except ValueError as error:
-            say(f"warning: the card lacks numbers: {error}")
+        lines = table_of_metrics(read_results(run), settings) or lines
     if all(find_spec(name) is not None for name in ("jinja2", "matplotlib")):
         from protoclip.results.figures import draw_run
 
-        with suppress(ValueError):
+        with suppress(ValueError):  # without a log
             if (figure := draw_run(run)) is not None:
                 (folder / FIGURE).write_bytes(figure[0])
                 lines += ["", f"![{escape_markdown(figure[1])}]({FIGURE})"]

@@ -1,7 +1,8 @@
-"""A folder for `transformers`, with the files that transformers.js and sentence-transformers read.
+"""A folder for `transformers`, transformers.js and sentence-transformers; and ONNX graphs for them.
 
 A model that has the architecture of OpenAI's CLIP becomes a `CLIPModel`. A timm tower becomes a
 `VisionTextDualEncoderModel`, with the same text model. A model of `transformers` keeps its class.
+The graphs of image and text tower have the names that transformers.js expects.
 """
 
 from collections import defaultdict
@@ -11,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from protoclip.export.source import Features, Source, Unavailable
+from protoclip.export.open_clip import Features, Source, Unavailable
 from protoclip.export.timm import trunk_arguments
 from protoclip.models import transformers as transformers_models
-from protoclip.models.formats import has_quick_gelu, is_plain_vit, matrix
-from protoclip.models.text_models import auto_model, draw_on_terminals_alone
-from protoclip.models.transformers import HuggingFaceTowers, return_what_is_read
+from protoclip.models.open_clip import has_quick_gelu, is_plain_vit, matrix
+from protoclip.models.protoclip import TowerPair
+from protoclip.models.transformers import (
+    MASKED_KIND,
+    HuggingFaceTowers,
+    auto_model,
+    draw_on_terminals_alone,
+    return_what_is_read,
+)
 
 NAMES = {ours: theirs for theirs, ours in transformers_models.NAMES.items()}  # from open_clip's
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
@@ -30,14 +37,13 @@ RESAMPLE = {
     "bilinear": Image.Resampling.BILINEAR.value,
 }
 SIGLIP2_LENGTH = 64  # tokens to which its processor pads captions, whatever its tokenizer has
+ONNX_FOLDER = "onnx"
+LEAST_OPSET = 18  # the oldest that torch exports to
+LARGEST = 1_900_000_000  # bytes of weights that fit into one file
 
 
 def write_model(source: Source, folder: Path) -> str:
-    """Write model, tokenizer and image processor; returns the model's class.
-
-    Raises:
-        Unavailable: No model of `transformers` computes the same.
-    """
+    """Write model, tokenizer and image processor; returns the model's class."""
     if isinstance(source.towers, HuggingFaceTowers):
         model, tokenizer, processor = open_parts(source)
     else:
@@ -61,10 +67,10 @@ def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list
     processor: Any = AutoProcessor.from_pretrained(folder)
     tokens = processor(text=captions, padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
-        return Features(
-            image=HuggingFaceTowers(model).encode_image(images),
-            text=model.get_text_features(**tokens).pooler_output,
-        )
+        return {
+            "image": HuggingFaceTowers(model).encode_image(images),
+            "text": model.get_text_features(**tokens).pooler_output,
+        }
 
 
 def open_parts(source: Source) -> tuple[Any, Any, Any]:
@@ -93,7 +99,7 @@ def open_parts(source: Source) -> tuple[Any, Any, Any]:
 def build(source: Source) -> Any:
     """A model of `transformers` with the weights of open_clip's towers.
 
-    Only for towers that `models/formats.py` does not rule out.
+    Only for towers that `closed_formats` does not rule out.
     """
     from transformers import CLIPConfig, CLIPModel, VisionTextDualEncoderModel
     from transformers import VisionTextDualEncoderConfig as DualConfig
@@ -131,11 +137,7 @@ def build(source: Source) -> Any:
 
 
 def text_settings(source: Source) -> dict[str, Any]:
-    """Settings of the `CLIPTextModel` that equals a text tower.
-
-    Raises:
-        Unavailable: The tokenizer is not CLIP's.
-    """
+    """Settings of the `CLIPTextModel` that equals a text tower."""
     text, tokenizer = getattr(source.towers, "text", source.towers), source.text_tokenizer
     number = len(text.token_embedding.weight)
     if len(getattr(tokenizer, "encoder", ())) != number:
@@ -250,3 +252,86 @@ def write_processor(model: Any, tokenizer: Any, processor: Any, folder: Path) ->
     if (kind := kinds.get(type(model).__name__)) is not None:
         kind(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+class ImageGraph(nn.Module):
+    def __init__(self, model: TowerPair) -> None:
+        super().__init__()
+        self.towers: Any = model.towers
+        self.settings = model.settings
+
+    def forward(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return self.towers.encode_image(pixel_values, **self.settings)  # type: ignore[no-any-return]
+
+
+class TextGraph(nn.Module):
+    def __init__(self, model: TowerPair) -> None:
+        super().__init__()
+        self.towers: Any = model.towers
+        self.settings = model.settings
+
+    def forward(
+        self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Takes a mask if the text tower must not read padding."""
+        if attention_mask is None:
+            return self.towers.encode_text(input_ids, **self.settings)  # type: ignore[no-any-return]
+        return self.towers.text(  # type: ignore[no-any-return]
+            input_ids=input_ids, attention_mask=attention_mask
+        )
+
+
+def write_graphs(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
+    """Write `vision_model.onnx` and `text_model.onnx`, for batches of any size."""
+    towers, length = source.towers, source.context_length
+    kind = towers.kind if isinstance(towers, HuggingFaceTowers) else ""
+    if kind == "siglip2":
+        raise Unavailable("it reads images as patches, whose number differs by image")
+    size = source.image_size
+    tokens = torch.ones(2, length, dtype=torch.long)
+    inputs = {"input_ids": tokens}
+    if kind == MASKED_KIND:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+    images = {"pixel_values": torch.zeros(2, 3, size, size)}
+    (folder / ONNX_FOLDER).mkdir()
+    image, text = ImageGraph(source.model), TextGraph(source.model)
+    write_graph(image, images, "image_embeds", folder / ONNX_FOLDER / "vision_model.onnx", opset)
+    write_graph(text, inputs, "text_embeds", folder / ONNX_FOLDER / "text_model.onnx", opset)
+    return f"opset {opset}"
+
+
+def write_graph(
+    module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int
+) -> None:
+    torch.onnx.export(
+        module.eval(),
+        tuple(inputs.values()),
+        str(path),
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_shapes={name: {0: "batch"} for name in inputs},
+        opset_version=opset,
+        external_data=sum(value.nbytes for value in module.state_dict().values()) > LARGEST,
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def embed_graph_samples(
+    folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]
+) -> Features:
+    """Features that ONNX Runtime computes from the folder; masked padding has token -1."""
+    import onnxruntime
+
+    def run_graph(name: str, inputs: dict[str, Tensor]) -> Tensor:
+        graph = str(folder / ONNX_FOLDER / name)
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        arrays = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    mask = tokens >= 0
+    text = {"input_ids": tokens.clamp(min=0), "attention_mask": mask.long()}
+    return {
+        "image": run_graph("vision_model.onnx", {"pixel_values": images.contiguous()}),
+        "text": run_graph("text_model.onnx", text),
+    }

@@ -3,12 +3,11 @@
 Each format has a file of its own, and what goes along with the weights is in `card.py`.
 """
 
-import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
@@ -21,20 +20,21 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data.access import hub_answer
 from protoclip.data.emoji import emoji_table
-from protoclip.export import card, huggingface, onnx, open_clip, timm
-from protoclip.export.source import Features, Source, Unavailable, open_source, quiet
-from protoclip.files import locked, naming, read_local
+from protoclip.export import card, huggingface, open_clip, timm
+from protoclip.export.open_clip import Features, Source, Unavailable, open_source, quiet
+from protoclip.files import naming
 from protoclip.models import loading
-from protoclip.models.formats import find_obstacle
+from protoclip.models.open_clip import closed_formats
+from protoclip.models.opening import HUB_NAME, Tokenizer
+from protoclip.models.protoclip import TowerPair
 from protoclip.terminal import line, say, visible
 
 FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "open_clip": open_clip.write_model,
     "hf": huggingface.write_model,
     "timm": timm.write_model,
-    "onnx": onnx.write_graphs,
+    "onnx": huggingface.write_graphs,
 }
 # What a format needs beside the package itself.
 NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
@@ -47,7 +47,7 @@ def export(
     folder: str | Path,
     formats: str | Sequence[str] = ("open_clip", "hf"),
     *,
-    opset: int = onnx.LEAST_OPSET,
+    opset: int = huggingface.LEAST_OPSET,
     license: str = "unknown",
     push_to_hub: str | None = None,
     allow_links: bool = False,
@@ -86,12 +86,10 @@ def export(
             uploading fails; the folder stays then.
     """
     folder, formats = Path(folder), [formats] if isinstance(formats, str) else formats
-    restore_backup(folder)
-    require_apart(str(reference), folder)
-    require_new(folder, overwrite=overwrite)
+    require_new(folder, str(reference), overwrite=overwrite)
     check_arguments(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license)
-    with locked(folder), stage_folder(folder, overwrite=overwrite) as temporary:
+    with stage_folder(folder, overwrite=overwrite) as temporary:
         facts = write_formats(source, temporary, formats, opset=opset, beside=folder.parent)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
@@ -112,59 +110,24 @@ def export(
 def stage_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """An empty folder that becomes `folder` when the block ends without an error.
 
-    With `overwrite` it takes the place of an earlier export.
-
-    Raises:
-        ValueError: The folder exists by the end, and is not to be replaced.
+    With `overwrite` it takes the place of an earlier export, which stays until then.
     """
-    name, folder = folder, folder.resolve()  # a link to a folder stays a link
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.protoclip")
+    folder = folder.resolve()  # a link to a folder stays a link
+    temporary = folder.with_name(f".{folder.name}.protoclip")
+    old = folder.with_name(f".{folder.name}.replaced.protoclip")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
     try:
-        # Leftovers of killed processes.
-        ours = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.protoclip", re.ASCII)
-        for path in [path for path in folder.parent.iterdir() if ours.fullmatch(path.name)]:
-            shutil.rmtree(path, ignore_errors=True)
-        temporary.mkdir()
         yield temporary
-        if not folder.exists():
-            temporary.rename(folder)
-        elif overwrite and is_export(folder):
-            replace(folder, temporary)
-        else:
-            raise ValueError(f"{name}: exists by now; choose another folder")
+        if overwrite and folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace(folder: Path, new: Path) -> None:
-    """Give a folder's name to a new one beside it, and remove the old one.
-
-    If this is cut short, the old one has its name, or stays beside it until `restore_backup` or the
-    next `replace`.
-    """
-    old = backup_path(folder)
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_backup(folder: Path) -> None:
-    """Give an export its name again, if a process was killed when `replace` had set it aside."""
-    real = folder.resolve()
-    if not real.exists() and backup_path(real).is_dir():
-        with locked(folder):  # the holder of the lock may be about to rename the new one
-            if not real.exists():
-                backup_path(real).rename(real)
-
-
-def backup_path(folder: Path) -> Path:
-    """Where `replace` keeps the old export."""
-    return folder.with_name(f".{folder.name}.replaced.protoclip")
 
 
 def share_permissions(folder: Path) -> None:
@@ -176,9 +139,7 @@ def share_permissions(folder: Path) -> None:
 
 def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> None:
     """Refuse wrong arguments, before anything is loaded."""
-    if not formats:
-        raise ValueError(f"formats: none; choose of {', '.join(FORMATS)}")
-    for kind in formats:
+    for kind in formats or ["none"]:
         if kind not in FORMATS:
             raise ValueError(f"formats: no format '{kind}'; choose of {', '.join(FORMATS)}")
         for package in NEEDS.get(kind, []):
@@ -187,14 +148,9 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
                     f"formats: {kind} needs {package}; pip install 'protoclip[export]', or choose "
                     "other formats"
                 )
-    if opset < onnx.LEAST_OPSET:
-        raise ValueError(f"opset: {opset} is too old; {onnx.LEAST_OPSET} or later")
-    if "onnx" in formats:
-        import onnx as library
-
-        if opset > (newest := library.defs.onnx_opset_version()):
-            raise ValueError(f"opset: {opset} is too new; at most {newest} with this onnx")
-    if name is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):
+    if opset < huggingface.LEAST_OPSET:
+        raise ValueError(f"opset: {opset} is too old; {huggingface.LEAST_OPSET} or later")
+    if name is not None and not HUB_NAME.fullmatch(name):
         raise ValueError(f"push_to_hub: '{name}' is no name on the hub, such as me/model")
     if name is not None and huggingface_hub.get_token() is None:
         raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
@@ -207,15 +163,16 @@ def write_formats(
 
     Messages name `beside`, where the user wants the folder, and not the temporary one.
     """
-    graphs: Callable[[Source, Path], str] = partial(onnx.write_graphs, opset=opset)
+    graphs: Callable[[Source, Path], str] = partial(huggingface.write_graphs, opset=opset)
     writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
     left_out: dict[str, str] = {}
+    closed = closed_formats(source.towers, source.config) if source.config else {}
     for name in dict.fromkeys(formats):
         try:
             with quiet():
-                if source.config and (reason := find_obstacle(name, source.towers, source.config)):
-                    raise Unavailable(reason)
+                if name in closed:
+                    raise Unavailable(closed[name])
                 written[name] = writers[name](source, folder)
         except Unavailable as error:
             left_out[name] = str(error)
@@ -236,16 +193,13 @@ def check_features(
 ) -> dict[str, dict[str, float | None]]:
     """The largest differences of features by format; raises `ValueError` if one is too large."""
     images, captions = make_samples(source)
-    tokens = source.tokenizer(captions)
-    expected = Features(
-        image=source.model.encode_image(images), text=source.model.encode_text(tokens)
-    )
+    expected = embed_samples(source.model, source.tokenizer, images, captions)
     readers: dict[str, Callable[[], Features]] = {
         "open_clip": lambda: open_clip.embed_samples(folder, images, captions),
         "hf": lambda: huggingface.embed_samples(folder, images, captions),
-        "timm": lambda: timm.embed_samples(folder, images, captions),
-        "onnx": lambda: onnx.embed_samples(folder, images, tokens),
-        "protoclip": lambda: embed_samples(folder, images, captions),
+        "timm": lambda: timm.embed_samples(folder, images),
+        "onnx": lambda: huggingface.embed_graph_samples(folder, images, source.tokenizer(captions)),
+        "protoclip": lambda: embed_samples(*loading.load(folder)[::2], images, captions),
     }
     loads = bool({"open_clip", "hf"} & set(formats))
     differences: dict[str, dict[str, float | None]] = {}
@@ -258,12 +212,12 @@ def check_features(
                 f"{source.reference}: not exported: {name} cannot load what was written "
                 f"({line(str(error))})"
             ) from error
-        differences[name] = {
-            modality: difference(getattr(computed, modality), getattr(expected, modality))
-            for modality in ("image", "text")
-        }
-        for modality, value in differences[name].items():
-            if value is not None and not value < TOLERANCE:
+        differences[name] = {"image": None, "text": None}
+        for modality, features in computed.items():
+            wanted = expected[modality]
+            value = float((features.float() - wanted).abs().max() / wanted.norm(dim=1).mean())
+            differences[name][modality] = value
+            if not value < TOLERANCE:
                 raise ValueError(
                     f"{source.reference}: not exported: the {modality} features of {name} differ "
                     f"by {value:.1e}, more than {TOLERANCE}; choose other formats"
@@ -271,9 +225,10 @@ def check_features(
     return differences
 
 
-def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
-    model, _, tokenizer = loading.load(folder)
-    return Features(image=model.encode_image(images), text=model.encode_text(tokenizer(captions)))
+def embed_samples(
+    model: TowerPair, tokenizer: Tokenizer, images: Float[Tensor, "n 3 h w"], captions: list[str]
+) -> Features:
+    return {"image": model.encode_image(images), "text": model.encode_text(tokenizer(captions))}
 
 
 def make_samples(source: Source) -> tuple[Tensor, list[str]]:
@@ -285,29 +240,17 @@ def make_samples(source: Source) -> tuple[Tensor, list[str]]:
     return images, [*captions, ", ".join(captions), "It’s A “ＴEST”: 2 cats &amp; 3 ﬁsh!"]
 
 
-def difference(computed: Tensor | None, expected: Tensor) -> float | None:
-    """The largest difference, relative to the mean norm of the features; None without any."""
-    if computed is None:
-        return None
-    return float((computed.float() - expected).abs().max() / expected.norm(dim=1).mean())
-
-
 def upload(folder: Path, name: str) -> str:
     """Upload a folder to the Hugging Face hub, and return its address there."""
     api = huggingface_hub.HfApi()
-    done = f"{folder} is written"
-    who = hub_answer(lambda timeout: api.whoami())
-    if who is None:
-        raise ValueError(f"{name}: the hub does not answer; {done}; check the network, HF_ENDPOINT")
     try:
         address = api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=address.repo_id)
+        there = {*api.list_repo_files(address.repo_id)} - {".gitattributes"}
     except Exception as error:
-        raise ValueError(f"{name}: not uploaded ({line(str(error))}); {done}") from error
-    ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    others = list[str]()
-    with suppress(Exception):  # only the warning below needs it
-        others = sorted({*api.list_repo_files(address.repo_id)} - ours - {".gitattributes"})
+        reason = line(str(error))
+        raise ValueError(f"{name}: not uploaded ({reason}); {folder} is written") from error
+    others = sorted(there - {path.relative_to(folder).as_posix() for path in folder.rglob("*")})
     if others:
         say(
             f"warning: {name} also holds files of no part of this export, such as "
@@ -316,37 +259,16 @@ def upload(folder: Path, name: str) -> str:
     return str(address)
 
 
-def require_new(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that exists; with `overwrite` only one that is no export."""
-    if not Path(folder).exists():
+def require_new(folder: Path, reference: str, *, overwrite: bool) -> None:
+    """Refuse a folder that exists, unless it is an export to overwrite, without the model."""
+    if not folder.exists():
         return
-    if has_git(Path(folder)):
-        raise ValueError(
-            f"{folder}: exists, and holds .git, which is never removed; choose another folder"
-        )
-    if not is_export(Path(folder)):
+    model = Path(re.sub(r"^(hf|local-dir|reference):|,model=[^,]*$", "", reference))
+    if model.exists() and folder.resolve() in (model.resolve(), *model.resolve().parents):
+        raise ValueError(f"{folder}: the model that is exported lies here; choose another folder")
+    card_file = folder / card.CARD
+    is_export = card_file.is_file() and card.EXPORTED in card_file.read_text(encoding="utf-8")
+    if not is_export or (folder / ".git").exists():  # the history of a clone is nowhere else
         raise ValueError(f"{folder}: exists; choose another folder, or remove it")
     if not overwrite:
         raise ValueError(f"{folder}: exists; choose another folder, or give --overwrite")
-
-
-def require_apart(reference: str, folder: str | Path) -> None:
-    """Refuse a folder that is or holds the model, which would be removed with the folder."""
-    if not Path(folder).exists():
-        return
-    model = Path(re.sub(r"^(hf|local-dir|reference):|,model=[^,]*$", "", reference))
-    if model.exists() and Path(folder).resolve() in (model.resolve(), *model.resolve().parents):
-        raise ValueError(f"{folder}: the model that is exported lies here; choose another folder")
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder has the model card of an export, and is no Git clone of one."""
-    try:
-        return card.EXPORTED in read_local(folder / "README.md") and not has_git(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def has_git(folder: Path) -> bool:
-    """Whether a folder is a Git clone, whose history is nowhere else."""
-    return os.path.lexists(folder / ".git")

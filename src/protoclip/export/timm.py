@@ -17,8 +17,8 @@ from open_clip.timm_model import TimmModel
 from timm.models import byobnet, save_for_hf, vision_transformer
 from torch import Tensor
 
-from protoclip.export.source import Features, Source, Unavailable
-from protoclip.models.formats import has_quick_gelu
+from protoclip.export.open_clip import Features, Source, Unavailable
+from protoclip.models.open_clip import has_quick_gelu
 from protoclip.models.opening import misfits
 
 FOLDER = "timm"
@@ -36,10 +36,7 @@ RESNETS = {
 def write_model(source: Source, folder: Path) -> str:
     """Write `config.json` and `model.safetensors`; returns timm's name of the model.
 
-    Only for towers that `models/formats.py` does not rule out.
-
-    Raises:
-        Unavailable: timm has no such model.
+    Only for towers that `closed_formats` does not rule out.
     """
     config, visual = source.open_clip_config, source.towers.visual
     if isinstance(visual, TimmModel):
@@ -78,19 +75,15 @@ def write_model(source: Source, folder: Path) -> str:
     return name
 
 
-def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
+def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"]) -> Features:
     """Image features that timm computes from the folder; there is no text tower."""
     model: Any = timm.create_model(f"local-dir:{folder / FOLDER}", pretrained=True).eval()
     with torch.inference_mode():
-        return Features(image=model(images))
+        return {"image": model(images)}
 
 
 def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
-    """The name and arguments with which timm builds the trunk of an image tower.
-
-    Raises:
-        Unavailable: There are none, since open_clip changed the model after it was built.
-    """
+    """The name and arguments with which timm builds the trunk of an image tower."""
     vision, trunk = source.open_clip_config["vision_cfg"], source.towers.visual.trunk
     name, pool = vision["timm_model_name"], vision.get("timm_pool", "avg")
     base: dict[str, Any] = {"global_pool": pool} if pool else {}

@@ -1,15 +1,9 @@
-"""Strengths of the prototypical losses that set themselves.
+"""Strengths of the prototypical losses that set themselves, by two things that are measured.
 
-Two things decide how strong they should be, and both are measured:
-
-- **How hard they pull.** InfoNCE pulls on the outputs of the towers through the features, the
-  prototypical losses through the projections. How hard depends on the data, on the number of
-  prototypes and on the heads: at weight 1 on drawings half as hard as InfoNCE, on photographs as
-  hard (docs/LOG.md). `Balance` makes a weight the ratio of these pulls.
-- **What the groups have in common.** Groups of one modality that say little about those of the
-  other are mostly noise as targets, and groups of an external teacher that the student hardly sees
-  crowd out what it does see. Each weight is multiplied by the agreement of the teacher's groups
-  with the student's own, `Target.confidence`.
+InfoNCE pulls on the outputs of the towers through the features, the prototypical losses through the
+projections. How hard depends on data, number of prototypes and heads; `Balance` makes a weight the
+ratio of these pulls. And groups of a teacher that say little about the student's own are mostly
+noise as targets: each weight is multiplied by their agreement, `Target.confidence`.
 """
 
 from collections.abc import Mapping
@@ -31,11 +25,8 @@ def measure(
 ) -> dict[str, Float[Tensor, " 2"]]:
     """The pulls of InfoNCE and of the prototypes by student modality, where both pull. Collective.
 
-    They are those of the loss itself, so that a run may go on with other ranks or precision.
-
-    Args:
-        squares: What `ProtoCLIP.take_pulls` returns after the backward pass, on each rank.
-        loss_scale: What the loss was multiplied by, in fp16.
+    They are those of the loss itself, so that a run may go on with other ranks or precision:
+    `squares` are those of `ProtoCLIP.take_pulls` on each rank, `loss_scale` is that of fp16.
     """
     branches = {
         student: [f"{student}_features", f"{student}_projections"] for student in ("image", "text")
@@ -56,11 +47,8 @@ class Balance:
     A pull is the norm of a loss's gradient with respect to the outputs of one tower, over the batch
     of all ranks; `loss.keep` has no part in it. A factor is the ratio of two running means over
     steps: of InfoNCE's pull, and of the prototypes' pull at factor 1 for each unit of their weight.
-    It is 1 before the first step, and where a tower gets no gradient.
-
-    Attributes:
-        means: Both running means by student modality. They start from 0, which cancels in the
-            ratio.
+    It is 1 before the first step, and where a tower gets no gradient. `means` has both by student
+    modality; they start from 0, which cancels in the ratio.
     """
 
     means: dict[str, Tensor] = field(default_factory=dict)
@@ -80,8 +68,7 @@ class Balance:
     ) -> None:
         """Take in what `measure` gave in a step, if it was taken and both losses pull.
 
-        Args:
-            weights: By student modality, the sum of the weights of its prototypical losses.
+        `weights` are the sums of the weights of a student's prototypical losses.
         """
         for student, weight in weights.items():
             if student not in pulls:

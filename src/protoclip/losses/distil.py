@@ -1,7 +1,7 @@
-"""Losses that keep a model close to frozen ones: to its start, or to teachers (distillation).
+"""Losses that keep a model close to frozen ones: its start, teachers, or the encoders of `align`.
 
-What is learned are relations: how similar the rows of a batch are to each other. They leave the
-features free to move together.
+They compare relations, how similar the rows of a batch are to each other, and so leave the features
+free to move together.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from protoclip.losses import tiles
 from protoclip.losses.prototypical import mean_of_known
 
 TEMPERATURE = 0.1  # of both softmaxes over the rows of one modality
+AMONG = 512  # rows of a batch that `geometry_loss` compares with each other
 FAR = -1e9  # the logit of what a softmax leaves out; infinity less infinity would be no number
 
 
@@ -37,8 +38,8 @@ def keep_relations(
 ) -> Float[Tensor, ""]:
     """KL divergence of the model's softmaxes over a batch from those of its start.
 
-    "Contrastive relational distillation" of CLIP-KD (Yang et al. 2024, arXiv 2307.12732): with p_i
-    the softmax over texts j of s x0_i . y0_j for the start's image i, and q_i that of s x_i . y_j,
+    As in CLIP-KD (Yang et al. 2024, arXiv 2307.12732): with p_i the softmax over texts j of
+    s x0_i . y0_j for the start's image i, and q_i that of s x_i . y_j,
 
         L = 1/2b sum_i KL(p_i || q_i)  +  the same from texts to images
 
@@ -55,9 +56,7 @@ def keep_relations(
         0.2311
 
     Args:
-        image_features: Of unit norm. Row `i` pairs with text row `i`.
-        text_features: Of unit norm.
-        start: Of the same pairs, in the same order.
+        image_features, text_features: Of unit norm, pair by pair, as in `start`.
     """
     rows = tiles.widened(image_features, text_features, start.image, start.text)
     images, texts, start_images, start_texts = rows
@@ -81,12 +80,7 @@ def divergences(
 ) -> Float[Tensor, " b"]:
     """KL(p || q) of each row, with q its softmax over the columns, and p the frozen one.
 
-    The logits of many rows are computed a part at a time.
-
-    Args:
-        scale: Inverse temperature of both softmaxes.
-        numbers: Numbers of rows and columns: a row ignores the column of its own number, and
-            columns numbered -1.
+    A row ignores the column of its own of `numbers`, and columns numbered -1.
     """
     row_numbers, column_numbers = numbers or (None, None)
 
@@ -128,9 +122,6 @@ def distil(
     needs no common space. The teacher's features are those that are stored, not whitened: whitening
     is for clusters, and blows up directions in which features hardly differ.
 
-    The weight is a plain one. Unlike the pull of prototypes, that of a cosine depends neither on
-    the number of prototypes nor on how well groups agree, so nothing has to set it.
-
     Rows that the teacher does not know take no part; without any other row the loss is 0. With
     several ranks, each with `b` rows, the means of value and gradients over ranks are those of the
     whole batch.
@@ -163,3 +154,41 @@ def distil(
             rows, all_rows, frozen, all_frozen, 1 / TEMPERATURE, numbers=(numbers, all_numbers)
         )
         return mean_of_known(values, has_features, shared=True)
+
+
+def geometry_loss(
+    features: Float[Tensor, "b d"],
+    frozen: Float[Tensor, "b q"],
+    *,
+    samples: Int[Tensor, " b"] | None = None,
+    among: int = AMONG,
+) -> Float[Tensor, ""]:
+    """How far the neighbours of each row are from what they were in a frozen space.
+
+    For a row, let p be the softmax over the cosine similarities of its frozen features to those of
+    the other rows, and q the same of `features`. The loss is the mean of KL(p || q) over rows, at
+    least 0.
+
+        >>> rows = torch.eye(3)
+        >>> round(geometry_loss(rows, 5 * rows).item(), 4)
+        0.0
+
+    Args:
+        features: Of unit norm, with gradient.
+        frozen: Of the same samples, of any norm, in any precision.
+        samples: The number of each row's sample, at least 0; unset, all differ. A row is not
+            compared with rows of its own sample.
+        among: Each rank cuts its batch into parts of about so many rows, and compares a row with
+            those of its part. So the cost grows as the batch does, not as its square.
+    """
+    (rows,) = tiles.widened(features)
+    targets = F.normalize(frozen.float(), dim=-1).to(rows)
+    if samples is None:
+        samples = torch.arange(len(rows), device=rows.device)
+    number = -(-len(rows) // among)
+    parts = (tensor.tensor_split(number) for tensor in (rows, targets, samples))
+    losses = [
+        divergences(part, part, target, target, 1 / TEMPERATURE, numbers=(numbers, numbers))
+        for part, target, numbers in zip(*parts, strict=True)
+    ]
+    return torch.cat(losses).mean()

@@ -86,10 +86,7 @@ def forward_in_chunks(
 
 
 def generators() -> tuple[Any, ...]:
-    """PyTorch's modules for the generators of dropout: of the CPU, of CUDA, and of Apple's GPU.
-
-    None stands for a device that is not in use.
-    """
+    """The modules with the generators of CPU, CUDA and Apple's GPU; None for one not in use."""
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     mps = torch.backends.mps.is_available()
     return torch, torch.cuda if cuda else None, torch.mps if mps else None
@@ -102,7 +99,6 @@ def random_state() -> RandomState:
 
 def set_random_state(states: RandomState) -> None:
     """Let the generators of devices in use go on from such states."""
-    # Checkpoints of earlier versions hold no state of Apple's GPU.
     for module, state in zip(generators(), states, strict=False):
         if module is not None and state is not None:
             module.set_rng_state(state.cpu())

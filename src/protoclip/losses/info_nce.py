@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
-from protoclip.losses.positives import EVERY, Groups, Positives, groups_of
+from protoclip.losses.tiles import EVERY, Groups, Positives, groups_of
 
 TILED_ABOVE = 2**20  # logits; with fewer, the plain form is as fast, and its memory small
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
-from protoclip.losses.distil import StartFeatures, distil, keep_relations
-from protoclip.losses.geometry import geometry_loss
+from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_relations
 from protoclip.losses.info_nce import info_nce
-from protoclip.losses.positives import Positives
 from protoclip.losses.prototypical import Target
 from protoclip.losses.sigmoid import sigmoid_loss
+from protoclip.losses.tiles import Positives
 from protoclip.models.protoclip import Embeddings
 
 

@@ -228,8 +228,7 @@ def prepare(
 ) -> Target:
     """The classes of the student's softmax, and a row of M for each of `prototypes`.
 
-    Of a prototype of -1 the row means nothing, and has no part in a loss. Other arguments are those
-    of `prototypical_loss`.
+    The row of a prototype of -1 means nothing, and has no part in a loss.
     """
     students, teachers = student_centroids.detach(), teacher_centroids
     is_class = torch.ones_like(students[:, 0], dtype=torch.bool)

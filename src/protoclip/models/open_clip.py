@@ -1,28 +1,38 @@
-"""Models of open_clip: their names and published weights, and towers built of a configuration.
+"""Models of open_clip: names, published weights, towers of a configuration, and tokenizers.
 
-A configuration is the content of an `open_clip_config.json`: `model_cfg` and `preprocess_cfg`.
+A configuration is the content of an `open_clip_config.json`: `model_cfg` and `preprocess_cfg`. Also
+which formats of `protoclip export` can hold towers of open_clip, and why the others cannot.
 """
 
 import difflib
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict
-from pathlib import Path
+from functools import cache
 from typing import Any, Literal
 
 import open_clip
+import timm
+import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed, set_model_preprocess_cfg
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from safetensors import safe_open
+from open_clip.transformer import QuickGELU
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import LibraryTransform, OfMiddle, PillowTransform
-from protoclip.files import require_regular
-from protoclip.models import text_models
-from protoclip.models.opening import ImageTransform, Misfit, examples_of, hub_name
-from protoclip.models.protoclip import image_normalisation
+from protoclip.models.opening import (
+    ImageTransform,
+    RememberingTokenizer,
+    Tokenizer,
+    hub_name,
+)
+from protoclip.models.protoclip import image_normalisation, image_size
 from protoclip.models.timm import require_image_name, require_multiple, set_input_size
+from protoclip.models.transformers import OPEN_CLIP_KINDS, require_length, transformers_config
 
 TowerKind = Literal["transformer", "convolutional"]
 
@@ -107,9 +117,9 @@ def build_towers(
     if text.get("hf_model_name"):
         text["hf_model_pretrained"] = pretrained_text
         # open_clip would offer to run code.
-        of_text = text_models.transformers_config(text["hf_model_name"])
+        of_text = transformers_config(text["hf_model_name"])
         if context_length:
-            text_models.require_length(context_length, of_text, name)
+            require_length(context_length, of_text, name)
     is_custom = settings.pop("custom_text", False) or "hf_model_name" in text
     kind: Any = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
     kind = open_clip.CoCa if is_custom and "multimodal_cfg" in settings else kind
@@ -147,24 +157,6 @@ def interpolate_positions(weights: dict[str, Tensor], model: Any) -> None:
         weights[name] = resample_abs_pos_embed(weights[name][None], [side, side])[0]
 
 
-def load_file(built: nn.Module, file: Path, name: str) -> None:
-    """Give towers the weights of a file of open_clip's.
-
-    Raises:
-        Misfit: Tensors of a safetensors file are of another shape, which open_clip would list.
-    """
-    if file.suffix == ".safetensors":
-        require_regular(file)
-        shapes = {key: [*value.shape] for key, value in built.state_dict().items()}
-        with safe_open(file, "pt") as stored:
-            # Names that the model does not have may be of an older version, which open_clip reads.
-            both = shapes.keys() & stored.keys()
-            wrong = [key for key in both if stored.get_slice(key).get_shape() != shapes[key]]
-        if wrong := sorted(key for key in wrong if "positional_embedding" not in key):
-            raise Misfit(f"does not fit {name}: {examples_of(wrong)}")
-    open_clip.load_checkpoint(built, str(file))
-
-
 def image_transform(built: Any) -> ImageTransform:
     """What open_clip does to an image, so that its numbers come back; the usual case is ours."""
     settings = PreprocessCfg(**built.visual.preprocess_cfg)
@@ -177,3 +169,133 @@ def image_transform(built: Any) -> ImageTransform:
     if settings.resize_mode != "squash":
         apply = OfMiddle(apply)
     return LibraryTransform(settings=str(settings), apply=apply)
+
+
+def open_clip_tokenizer(
+    text: Mapping[str, Any], *, context_length: int | None = None, source: str | None = None
+) -> Tokenizer:
+    """The tokenizer of an open_clip model, by its `text_cfg`; CLIP's if that names none.
+
+    A Hugging Face tokenizer is read from `source`, if given, and otherwise by its name.
+    """
+    length = context_length or text.get("context_length") or DEFAULT_CONTEXT_LENGTH
+    settings = text.get("tokenizer_kwargs") or {}
+    tokenizer: Tokenizer
+    if text.get("hf_tokenizer_name"):
+        tokenizer = HFTokenizer(
+            source or text["hf_tokenizer_name"],
+            context_length=length,
+            tokenizer_mode=text.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **settings,
+        )
+    elif settings:
+        tokenizer = open_clip.SimpleTokenizer(context_length=length, **settings)
+    else:
+        tokenizer = clip_tokenizer(length)
+    return RememberingTokenizer(tokenizer)
+
+
+@cache
+def clip_tokenizer(context_length: int) -> Tokenizer:
+    """CLIP's tokenizer, built once: reading its merges takes a tenth of a second."""
+    tokenizer: Tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+    return tokenizer
+
+
+def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
+    """Why formats of an export cannot hold towers, by format; `config` is open_clip's of them.
+
+    `align` asks before it trains, of towers without weights, and `export` before it writes.
+    """
+    visual, text, vision = built.visual, getattr(built, "text", built), config["vision_cfg"]
+    reasons: dict[str, str] = {}
+    trunk: Any = getattr(visual, "trunk", None)
+    size = image_size(built)
+    if hasattr(trunk, "set_input_size") and size != (usual := trunk.default_cfg["input_size"][-1]):
+        # open_clip hands no image size to timm.
+        name = vision["timm_model_name"]
+        reasons["open_clip"] = f"it builds {name} for images of {usual} pixels alone, not {size}"
+    kind = getattr(getattr(text, "config", None), "model_type", None)
+    if kind is not None and kind not in OPEN_CLIP_KINDS:
+        reasons["open_clip"] = f"it knows no text models of kind {kind}"
+    has_image = is_plain_vit(visual) or has_linear_projection(visual, vision)
+    has_text = kind is None and is_clip_text(text)
+    if not (has_image and has_text) or getattr(built, "logit_bias", None) is not None:
+        reasons["hf"] = (
+            "transformers needs CLIP's text tower, CLIP's or timm's image tower with a linear "
+            "projection, and no logit bias"
+        )
+    if not isinstance(visual, TimmModel):
+        in_timm = isinstance(visual, ModifiedResNet) or is_plain_vit(visual)
+    else:  # without a projection, the classifier projects
+        in_timm = not len(visual.head) or (
+            isinstance(getattr(visual.head, "proj", None), nn.Linear)
+            and has_linear_classifier(vision["timm_model_name"])
+        )
+    if not in_timm:
+        reasons["timm"] = "timm has no such tower with a linear classifier to take the projection"
+    return reasons
+
+
+@cache
+def has_linear_classifier(name: str) -> bool:
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, num_classes=1)
+    return isinstance(model.get_classifier(), nn.Linear)
+
+
+def has_quick_gelu(module: nn.Module) -> bool:
+    return any(isinstance(part, QuickGELU) for part in module.modules())
+
+
+def plain_blocks(transformer: Any) -> bool:
+    """Whether a transformer of open_clip has CLIP's own blocks, which other libraries have too."""
+    return all(
+        type(block) is open_clip.transformer.ResidualAttentionBlock
+        and isinstance(block.ls_1, nn.Identity)
+        and type(block.mlp.gelu) in (nn.GELU, QuickGELU)
+        for block in transformer.resblocks
+    )
+
+
+def is_plain_vit(visual: nn.Module) -> bool:
+    """Whether an image tower is CLIP's vision transformer."""
+    return (
+        isinstance(visual, open_clip.transformer.VisionTransformer)
+        and plain_blocks(visual.transformer)
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and not visual.final_ln_after_pool
+        and not isinstance(visual.ln_pre, nn.Identity)
+        and visual.patch_size[0] == visual.patch_size[1]
+    )
+
+
+def has_linear_projection(visual: nn.Module, vision: Mapping[str, Any]) -> bool:
+    """Whether an image tower is timm's, with a projection without bias behind it."""
+    projection = getattr(getattr(visual, "head", None), "proj", None)
+    return (
+        isinstance(visual, TimmModel)
+        and vision.get("timm_pool", "avg") not in ("abs_attn", "rot_attn")
+        and isinstance(projection, nn.Linear)
+        and projection.bias is None
+    )
+
+
+def is_clip_text(text: Any) -> bool:
+    """Whether a text tower is CLIP's."""
+    return (
+        getattr(text, "pool_type", getattr(text, "text_pool_type", None)) == "argmax"
+        and text.attn_mask is not None
+        and matrix(text.text_projection) is not None
+        and getattr(text, "cls_emb", None) is None
+        and plain_blocks(text.transformer)
+    )
+
+
+def matrix(projection: Any) -> Any:
+    """The matrix of a projection, `(width, d)`; None if it is more than that."""
+    if isinstance(projection, nn.Linear):
+        return projection.weight.T if projection.bias is None else None
+    return projection

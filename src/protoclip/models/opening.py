@@ -1,7 +1,6 @@
 """Opening what others trained: what their libraries raise is one line, and nothing of it runs.
 
-Which library opens a reference is decided in `start.py`; our own checkpoints are read in
-`saved.py`.
+Which library opens a reference is decided in `start.py`.
 """
 
 import logging
@@ -14,32 +13,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.access import hub_answer
-from protoclip.models.lora import drop_adapters
+from protoclip.data.captions import legible
+from protoclip.models.layers import drop_adapters
 from protoclip.models.protoclip import TowerPair
-from protoclip.models.tokenizers import Tokenizer
 from protoclip.terminal import line
 
 ImageTransform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
 Loaded = tuple[TowerPair, ImageTransform, Tokenizer]
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG = "open_clip_config.json", "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# A text in which tokenizers differ: capitals, accents, digits, punctuation, and other scripts.
+TELLING = "It's a DOG, 3.14% Naïve-É; 狗 собака كلب"
 
 
-class Misfit(ValueError):
-    """Weights are of another model than the one that they are for."""
+class RememberingTokenizer:
+    """Remembers the tokens of up to `capacity` captions, which training tokenizes repeatedly."""
+
+    def __init__(self, tokenizer: Tokenizer, *, capacity: int = 100_000) -> None:
+        self.tokenizer = tokenizer
+        self.capacity = capacity
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, texts: list[str] | str) -> Int[Tensor, "b c"]:
+        if isinstance(texts, str):  # open_clip's tokenizers take a single caption too
+            texts = [texts]
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        tokens: dict[str, Tensor] = {}
+        if new:
+            rows = self.tokenizer([legible(text) for text in new])
+            tokens = dict(zip(new, rows, strict=True))
+        batch = torch.stack([self._known[t] if t in self._known else tokens[t] for t in texts])
+        if len(self._known) + len(tokens) <= self.capacity:
+            self._known |= tokens
+        return batch
 
 
-def build_seeded(build: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+class TokenCounter:
+    """Counts the tokens of captions before they are cut, start and end included."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+
+    def __call__(self, texts: list[str]) -> list[int]:
+        texts = [legible(text) for text in texts]
+        if hasattr(self.tokenizer, "encode"):
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        return [len(ids) for ids in self.tokenizer.tokenizer(texts)["input_ids"]]
+
+
+def build_seeded(build: Callable[..., Any], *arguments: Any) -> Any:
     """Build with new weights of seed 0; the global random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return build(*arguments, **settings)
+        return build(*arguments)
 
 
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
@@ -56,32 +90,15 @@ def examples_of(wrong: Sequence[str]) -> str:
     return f"{len(wrong)} tensors are missing, unknown or of another shape, such as {names}"
 
 
-def require_safetensors(
-    reference: str, files: Collection[str], names: Collection[str] = ()
-) -> None:
-    """Refuse weights that could run code when they are read; `names` are those to look for."""
-    if names and not set(names).isdisjoint(files):
-        return
-    if not names and any(name.endswith(".safetensors") for name in files):
+def require_safetensors(reference: str, files: Collection[str]) -> None:
+    """Refuse a folder of weights that could run code when they are read."""
+    if any(name.endswith(".safetensors") for name in files):
         return
     if pickled := sorted(name for name in files if name.endswith(PICKLED)):
         raise ValueError(
             f"{reference}: {pickled[0]} is pickled and could run code; convert it to safetensors"
         )
-    raise ValueError(f"{reference}: no weights here, such as {[*names, 'model.safetensors'][0]}")
-
-
-def require_weights(reference: str, file: Path) -> None:
-    """Refuse a file that is neither of safetensors nor of PyTorch, by its first bytes."""
-    try:
-        with file.open("rb") as opened:
-            head = opened.read(99)
-    except OSError:  # its reader says more
-        return
-    # A zip archive except NumPy's, a pickle, and a header in JSON behind its length.
-    is_torch = head.startswith((b"PK", b"\x80")) and b".npy" not in head
-    if not (is_torch or head[8:9] == b"{"):
-        raise ValueError(f"{reference}: is no file of weights, neither safetensors nor PyTorch's")
+    raise ValueError(f"{reference}: no weights here, such as model.safetensors")
 
 
 def hub_name(name: str | Path) -> str:
@@ -89,23 +106,22 @@ def hub_name(name: str | Path) -> str:
     return "" if Path(name).is_dir() or Path(name).is_absolute() else str(name)
 
 
-def unreachable(reference: str, way_out: str = "") -> ValueError:
-    """Says that what is not here cannot be fetched; `way_out` is one that others do not have."""
+def unreachable(reference: str) -> ValueError:
+    """Says that what is not here cannot be fetched."""
     advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-    advice += f", or {way_out}" if way_out else ""
-    if reference.startswith("model."):  # of a tower; other messages name the page of their command
-        advice += " (docs/align.md#without-a-network)"
+    if reference.startswith("model."):  # of a tower
+        advice += ", or name a file or folder (docs/align.md#without-a-network)"
     return ValueError(
         f"{reference}: the hub does not answer, and there is no earlier download; {advice}"
     )
 
 
 @contextmanager
-def readable_errors(reference: str, repository: str = "", way_out: str = "") -> Iterator[None]:
+def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
     """Turn what other libraries raise into one line.
 
     They reach the hub only for a `repository`, and only if it answers within seconds; else they
-    read what was downloaded before. `way_out` is that of `unreachable`.
+    read what was downloaded before.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -117,14 +133,14 @@ def readable_errors(reference: str, repository: str = "", way_out: str = "") -> 
             f"{reference}: the hub has no model '{repository}', or only for those with access; "
             "check its name, or set HF_TOKEN"
         )
-    if files := [file.rfilename for file in getattr(answer, "siblings", None) or ()]:
-        is_open_clip = OPEN_CLIP_CONFIG in files and HUGGING_FACE_CONFIG not in files
-        if reference.startswith("hf:") and is_open_clip:
+    files = [file.rfilename for file in getattr(answer, "siblings", None) or ()]
+    if files and reference.startswith("hf:"):
+        if OPEN_CLIP_CONFIG in files and HUGGING_FACE_CONFIG not in files:
             raise ValueError(
                 f"{reference}: is open_clip's; download the repository, and load the folder"
             )
-        if reference.startswith("hf:"):
-            require_safetensors(reference, files)
+        require_safetensors(reference, files)
+    ours = ("model.", f"{reference}: ", f"{reference}/")
     before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
     constants.HF_HUB_OFFLINE = answer is None
     logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
@@ -136,15 +152,13 @@ def readable_errors(reference: str, repository: str = "", way_out: str = "") -> 
         raise ValueError(
             f"{reference}: pip install 'protoclip[teachers]' first ({line(str(error))})"
         ) from error
-    except Misfit as error:
-        raise ValueError(f"{reference}: {error}") from error
     except Exception as error:  # what these libraries raise has no common class
-        if isinstance(error, ValueError) and str(error).startswith(("model.", f"{reference}: ")):
-            raise  # it is ours, and says it all
+        if isinstance(error, ValueError) and str(error).startswith(ours):
+            raise  # it says it all
         # What libraries cannot get is an OSError; any other ValueError is about the model.
         about_model = isinstance(error, ValueError) and not isinstance(error, OSError)
         if repository and answer is None and not about_model:
-            raise unreachable(reference, way_out) from error
+            raise unreachable(reference) from error
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{reference}: brings code of its own, which never runs here; choose another model"

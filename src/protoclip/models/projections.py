@@ -180,9 +180,7 @@ def remove_projection(tower: nn.Module) -> nn.Module:
 def require_same_encoders(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     """Refuse to go on between other encoders than those of a checkpoint.
 
-    Args:
-        saved: The weights of the checkpoint; none on ranks that have not read it.
-        current: The weights of the model, which has not taken those yet.
+    `saved` are its weights, or none on ranks that have not read it.
     """
     settings = {"visual": "image.weights", "text": "text.name"}
     for name, value in saved.items():

@@ -1,15 +1,16 @@
 """The model: two towers, and in ProtoCLIP two projection heads and two temperatures.
 
-A start builds it (`start.py`), and `training/optim.py` decides which parts of it train.
+A start builds it (`start.py`), and `training/optim.py` decides which parts of it train. The
+precision of its forward passes is here too; the losses choose their own, in `losses/tiles.py`.
 """
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from protoclip.config import HeadConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Autocast = Callable[[], AbstractContextManager[object]]
 
 # How the names of what leads from a tower into the joint space begin: of timm's image and Hugging
 # Face's text trunks in open_clip, of open_clip's own towers, and of models of `transformers`.
@@ -319,3 +323,62 @@ def image_input(towers: nn.Module) -> dict[str, Any]:
     """The arguments of an image transform: what images the towers read."""
     mean, std = image_normalisation(towers)
     return {"size": image_size(towers), "mean": mean, "std": std}
+
+
+def resolve_precision(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """The precision that `auto` means on a device: bf16 where the hardware computes it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        # Older cards only imitate bf16, slower than fp32.
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    # A private function, which another version of torch may lack.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and native() else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device) -> Autocast:
+    """A function that makes the context for a forward pass; for fp32 the context does nothing.
+
+    Every forward pass needs a context of its own: the cache of cast weights is wrong when passes
+    with and without gradients share one.
+    """
+    if precision == "fp32":
+        return nullcontext
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return partial(torch.autocast, device.type, dtype=dtype)
+
+
+def autocast_on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
+    """Autocast without training: as in training on a card, else fp32."""
+    return autocast_encoding(name, device) if device.type == "cuda" else nullcontext
+
+
+def autocast_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
+    """Autocast for encoding with a frozen model."""
+    return autocast(resolve_encoding(name, device), device)
+
+
+def resolve_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
+    """The precision that `auto` means in encoding: as in training on a card, else fp32."""
+    return resolve_precision(name, device) if name != "auto" or device.type == "cuda" else "fp32"
+
+
+@contextmanager
+def measure_convolutions(device: torch.device) -> Iterator[None]:
+    """On a card, cuDNN tries its convolutions on each new shape and takes the fastest.
+
+    This pays if shapes stay. PyTorch's determinism is left as the user set it.
+    """
+    before = torch.backends.cudnn.benchmark
+    if device.type == "cuda" and not torch.backends.cudnn.deterministic:
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def grad_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; for other precisions a scaler that changes nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,17 +1,19 @@
 """What a model starts from: its towers and tokenizer, described, and weights that are read later.
 
 Each kind of start is a constructor, by a reference such as `protoclip.load` takes, and a class that
-says how its weights are read. `resolve.py` has those of a `[model]` section.
+says how its weights are read. `resolve_start` finds that of a `[model]` section, which names a
+start, or a model of open_clip, or an image tower and a text tower: timm's, one of Hugging Face, a
+small new one, or that of a model that `protoclip.load` opens.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -20,51 +22,69 @@ from torch import Tensor, nn
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, HeadConfig, ModelConfig
 from protoclip.data.transforms import evaluation_transform
-from protoclip.files import read_local
+from protoclip.files import read_json, read_local
 from protoclip.models import open_clip as open_clip_models
-from protoclip.models import text_models, timm, transformers
+from protoclip.models import timm, transformers
+from protoclip.models.checkpoint import (
+    MODEL,
+    TEXT_FILES,
+    WEIGHTS,
+    find_checkpoint,
+    is_squashing,
+    model_config,
+    model_json,
+    read_tensors,
+    require_intact,
+    tensor_names,
+)
 from protoclip.models.open_clip import (
     TowerKind,
     build_towers,
     find_config,
     find_weights,
+    open_clip_tokenizer,
     text_repository,
     tower_kind,
 )
 from protoclip.models.opening import (
-    HUB_NAME,
     HUGGING_FACE_CONFIG,
     OPEN_CLIP_CONFIG,
     ImageTransform,
     Loaded,
+    Tokenizer,
     build_seeded,
-    examples_of,
     hub_name,
-    misfits,
     readable_errors,
     require_safetensors,
-    require_weights,
 )
 from protoclip.models.protoclip import (
+    PROJECTIONS,
     ProtoCLIP,
     TowerPair,
     image_input,
+    image_normalisation,
     image_size,
     projection_head,
 )
-from protoclip.models.saved import (
-    WEIGHTS,
-    model_json,
-    read_model,
-    read_tensors,
-    read_weights,
-    require_intact,
-    tensor_names,
+from protoclip.models.transformers import (
+    MINILM,
+    HuggingFaceTowers,
+    text_config,
+    text_source,
 )
-from protoclip.models.tokenizers import Tokenizer, open_clip_tokenizer
-from protoclip.models.transformers import HuggingFaceTowers, TransformersConfig
-from protoclip.rules import MODEL_HINT
 from protoclip.terminal import say
+
+# Settings that a start does not decide: weights are brought to other sizes.
+SIZES = ("image.size", "text.context_length")
+# Settings of how a run trains, whatever it starts from.
+TRAINING = ("locked", "lora", "frozen_batch_norm")
+Modality = Literal["image", "text"]
+PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weights begin
+# What to name where a tower cannot be joined with another.
+INSTEAD = {
+    "image": "a model of timm (it has DINOv2, ViT, SigLIP and CLIP's ResNets), or another CLIP",
+    "text": "a text model such as minilm, or another CLIP",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +100,9 @@ class Start:
             all, as of small towers and of open_clip's models by name.
         text_files: Folder of a Hugging Face text tower, which else is looked up by its name.
         tokenizer_source: Folder or hub name of the tokenizer, which else is looked up by its name.
+        checkpoint: The checkpoint folder of a model of ours.
         has_heads: Whether it has projection heads, as runs have.
+        has_weights: Whether it has weights of its own for the whole model.
         resize_mode: How the model reads images of other shapes, in open_clip's words.
         setting: What messages name where a setting brought the start.
         notes: For the user.
@@ -92,7 +114,9 @@ class Start:
     towers_json: Mapping[str, Any] | None = None
     text_files: Path | None = None
     tokenizer_source: str | None = None
+    checkpoint: Path | None = None
     has_heads: bool = False
+    has_weights: bool = True
     resize_mode: str = "shortest"
     setting: str | None = None
     notes: tuple[str, ...] = ()
@@ -106,9 +130,10 @@ class Start:
 
         A model of another library is as that library has it.
         """
-        with self.opening():
-            pair = self.open_pair()
-            return pair.eval(), self.transform_of(pair), replace(self, model=self.own).tokenizer()
+        pair = self.open_pair()
+        for note in self.notes:
+            say(f"note: {note}")
+        return pair.eval(), self.transform_of(pair), replace(self, model=self.own).tokenizer()
 
     def open_pair(self) -> TowerPair:
         """The model at its own sizes with its weights; new ones are those of seed 0."""
@@ -123,10 +148,6 @@ class Start:
     def transform_of(self, pair: TowerPair) -> ImageTransform:
         """How `open` prepares images for a model of this start."""
         return open_clip_models.image_transform(pair.towers)
-
-    def opening(self) -> AbstractContextManager[None]:
-        """Turns what `open` raises into one line."""
-        return nullcontext()
 
     def build(self, *, on_meta: bool = False) -> ProtoCLIP:
         """The model with weights from torch's global generator, or without any on the meta device.
@@ -155,8 +176,9 @@ class Start:
 
     def build_towers(self, *, pretrained_text: bool = False) -> nn.Module:
         """New towers at the sizes of `model`."""
-        if self.transformers_config is not None:
-            return self.transformers_config.build(**self.sizes)
+        if self.library_config is not None:
+            assert self.towers_json is not None
+            return transformers.build_library_towers(self.towers_json, **self.sizes)
         name = self.model.name or (self.model.image.name if self.is_small else "this model")
         with self._reading():
             built: nn.Module = build_towers(
@@ -171,8 +193,8 @@ class Start:
     def tokenizer(self) -> Tokenizer:
         length = self.sizes["context_length"]
         with nullcontext() if self.is_small else self._reading():
-            if self.transformers_config is not None:
-                source, config = str(self.tokenizer_source), self.transformers_config.config
+            if (config := self.library_config) is not None:
+                source = str(self.tokenizer_source)
                 return transformers.open_tokenizer(source, config, context_length=length)
             text = (self.open_clip_config or {})["text_cfg"]
             return open_clip_tokenizer(text, context_length=length, source=self.tokenizer_source)
@@ -187,10 +209,10 @@ class Start:
         return model_json(self.model, self.describe_towers(), squashes=self.squashes)
 
     @property
-    def transformers_config(self) -> TransformersConfig | None:
-        """The description of a model of `transformers`; None for towers of open_clip."""
+    def library_config(self) -> Any:
+        """The configuration of a model of `transformers`; None for towers of open_clip."""
         described = self.towers_json or {}
-        return TransformersConfig(described) if "transformers" in described else None
+        return transformers.config_of(described) if "transformers" in described else None
 
     @property
     def is_small(self) -> bool:
@@ -227,7 +249,7 @@ class Start:
     @property
     def text_source(self) -> str:
         """Where a small model's Hugging Face text tower is; "" if it has none."""
-        return str(self.text_files or text_models.text_source(self.model.text.name))
+        return str(self.text_files or text_source(self.model.text.name))
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -239,8 +261,8 @@ class Start:
         if image.weights is not None:
             size = timm.timm_settings(image.name).input_size[-1]
         if text.name is not None:
-            config = text_models.text_config(text.name, self.text_source)
-            length = min(text_models.NAMED_CONTEXT_LENGTH, text_models.max_tokens(config))
+            config = text_config(text.name, self.text_source)
+            length = min(transformers.NAMED_CONTEXT_LENGTH, transformers.max_tokens(config))
         return {"image_size": image.size or size, "context_length": text.context_length or length}
 
     @property
@@ -258,8 +280,11 @@ class Start:
     @property
     def tower_kind(self) -> TowerKind | None:
         """The kind of the image tower; None for small towers that start untrained."""
-        if self.transformers_config is not None:
-            return self.transformers_config.tower_kind
+        if self.library_config is not None:
+            vision = self.library_config.vision_config
+            if vision.model_type == "timm_wrapper":
+                return tower_kind({"timm_model_name": vision.architecture})
+            return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
         if self.is_small and self.model.image.weights is None and self.model.text.name is None:
             return None
         return tower_kind((self.open_clip_config or {})["vision_cfg"])
@@ -267,31 +292,24 @@ class Start:
     @property
     def embed_dim(self) -> int:
         """Width of the joint space."""
-        if self.transformers_config is not None:
-            return self.transformers_config.embed_dim
+        if (config := self.library_config) is not None:
+            if config.model_type == transformers.MASKED_KIND:
+                return int(config.projection_dim)
+            text = config.text_config
+            return int(getattr(text, "projection_size", text.hidden_size))
         return int((self.open_clip_config or {})["embed_dim"])
 
     @property
     def has_logit_bias(self) -> bool:
         """Whether the model has the bias of the sigmoid loss."""
-        if self.transformers_config is not None:
-            return self.transformers_config.kind == "siglip"
+        if self.library_config is not None:
+            return bool(self.library_config.model_type == "siglip")
         return (self.open_clip_config or {}).get("init_logit_bias") is not None
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether it has weights of its own for the whole model."""
-        return True
 
     @property
     def heads_are_new(self) -> bool:
         """Whether it has no projection heads, or heads that never trained."""
         return not self.has_heads
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint folder of a model of ours."""
-        return None
 
     @property
     def squashes(self) -> bool:
@@ -303,11 +321,8 @@ class Start:
         """What messages name."""
         return self.setting or self.reference
 
-    def check(self) -> None:
-        """Refuse what `open` refuses before it reads weights, and making the start did not."""
-
     def _reading(self) -> AbstractContextManager[None]:
-        """Turns what the libraries of text towers raise into a line; they may ask the hub."""
+        """Turns what libraries raise into a line; they may ask the hub for a text tower."""
         if self.is_small:
             name = self.model.text.name
             return nullcontext() if name is None else readable_errors(f"model.text.name: {name}")
@@ -315,21 +330,18 @@ class Start:
         if self.text_files is None:
             config, source = self.open_clip_config, str(self.tokenizer_source)
             repository = hub_name(source) if config is None else text_repository(config)
-        return nullcontext() if repository is None else readable_errors(self.label, repository)
+        return readable_errors(self.label, repository or "")
 
 
 def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any]:
-    """A description of timm's image tower and a small or a Hugging Face text tower.
-
-    Where the image tower has timm's weights, it reads images normalised as these need.
-    """
+    """A description of timm's image tower and a small or a Hugging Face text tower."""
     image, text = model.image, model.text
     described: dict[str, Any] = {"width": text.width, "heads": text.heads, "layers": text.layers}
     if text.name is not None:
         described = {
             **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), text_source),
             "hf_proj_type": model.projection,
-            "hf_pooler_type": text_models.POOLERS[text.pooling or "mean"],
+            "hf_pooler_type": transformers.POOLERS[text.pooling or "mean"],
         }
     vision = {
         "timm_model_name": image.name,
@@ -339,20 +351,15 @@ def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any
     config = {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": described}
     if image.weights is None:
         return {"model_cfg": config}
-    settings = timm.timm_settings(image.name)
+    settings = timm.timm_settings(image.name)  # weights need images normalised as they know them
     return {"model_cfg": config, "preprocess_cfg": {"mean": settings.mean, "std": settings.std}}
 
 
 def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
-    """Load the weights of `source` in place, and interpolate its position embeddings if need be.
+    """Load the weights of `source`, whose position embeddings are interpolated if need be.
 
-    The heads stay new if `source` has none. `source` cannot be used afterwards.
-
-    Returns:
-        A note on each modality whose position embeddings were interpolated.
-
-    Raises:
-        ValueError: `source` is of another architecture.
+    The heads stay new if `source` has none. `source` cannot be used afterwards. Returns a note on
+    each modality whose position embeddings were interpolated.
     """
     expected, state = built.state_dict(), source.state_dict()
     changed = {
@@ -369,8 +376,6 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
     whole = {**source.state_dict(), **{f"towers.{key}": value for key, value in weights.items()}}
     if not isinstance(source, ProtoCLIP):
         whole |= {key: value for key, value in expected.items() if not key.startswith("towers.")}
-    if wrong := misfits(built, whole):
-        raise ValueError(f"{name}: does not fit the [model] section: {examples_of(wrong)}")
     built.load_state_dict(whole)
     notes = []
     if any(key.startswith("towers.visual.") for key in changed):
@@ -391,15 +396,14 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
 class RunStart(Start):
     """A run or checkpoint folder."""
 
-    folder: Path
-
     @property
-    def checkpoint(self) -> Path:
-        return self.folder
+    def file(self) -> Path:
+        assert self.checkpoint is not None
+        return self.checkpoint / WEIGHTS
 
     def read_weights(self, pair: TowerPair) -> None:
-        require_intact(self.folder, WEIGHTS)
-        pair.load_state_dict(read_weights(self.folder, pair))
+        require_intact(self.file.parent, WEIGHTS)
+        pair.load_state_dict(read_tensors(self.file))
 
     def transform_of(self, pair: TowerPair) -> ImageTransform:
         return evaluation_transform(**image_input(pair.towers), squash=self.squashes)
@@ -412,7 +416,7 @@ class RunStart(Start):
         """
 
         def parameters(modality: str) -> list[Tensor]:
-            head = read_tensors(self.folder / WEIGHTS, f"{modality}_head.")
+            head = read_tensors(self.file, f"{modality}_head.")
             statistics = ("running_mean", "running_var", "num_batches_tracked")
             return [tensor for name, tensor in head.items() if not name.endswith(statistics)]
 
@@ -421,23 +425,28 @@ class RunStart(Start):
     @property
     def has_logit_bias(self) -> bool:
         """The sigmoid loss adds it to any towers."""
-        return "towers.logit_bias" in tensor_names(self.folder / WEIGHTS)
+        return "towers.logit_bias" in tensor_names(self.file)
 
 
 def run_start(reference: str) -> RunStart:
-    if not Path(reference).exists():
-        raise ValueError(f"{reference}: no such run or checkpoint folder; {MODEL_HINT}")
-    saved = read_model(reference)
+    """A run or checkpoint folder; its weights are not read."""
+    folder = find_checkpoint(reference)
+    text = folder / TEXT_FILES
+    # Systems add hidden files to copied folders.
+    names = sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("[!.]*"))
+    require_intact(folder, MODEL, *names)
+    content = read_json(folder / MODEL)
+    model = model_config(content, folder)
     return RunStart(
         reference=reference,
-        model=saved.model,
-        own=saved.model,
-        towers_json=saved.towers,
-        text_files=saved.text_files,
-        tokenizer_source=str(saved.text_files) if saved.text_files else None,
+        model=model,
+        own=model,
+        towers_json=content.get("open_clip", content.get("hugging_face")),
+        text_files=text if names else None,
+        tokenizer_source=str(text) if names else None,
+        checkpoint=folder,
         has_heads=True,
-        resize_mode="squash" if saved.squashes else "shortest",
-        folder=saved.folder,
+        resize_mode="squash" if is_squashing(content) else "shortest",
     )
 
 
@@ -447,10 +456,6 @@ class OpenClipStart(Start):
 
     file: Path | None = None
 
-    @property
-    def has_weights(self) -> bool:
-        return self.file is not None or self.own.pretrained is not None
-
     def read_weights(self, pair: TowerPair) -> None:
         if not self.has_weights:
             return
@@ -458,23 +463,14 @@ class OpenClipStart(Start):
         published = {} if tag is None else find_weights(name, tag)
         repository = str(published.get("hf_hub", "").rpartition("/")[0])
         with readable_errors(self.label, repository):
-            file = self.file or Path(open_clip.download_pretrained(published))
-            open_clip_models.load_file(pair.towers, file, name)
+            file = self.file or open_clip.download_pretrained(published)
+            open_clip.load_checkpoint(pair.towers, str(file))
 
     def new_pair(self) -> TowerPair:
         pair = super().new_pair()
         if isinstance(pair.towers, open_clip.CoCa):
             pair.settings = {"normalize": False}
         return pair
-
-    def open(self) -> Loaded:
-        loaded = super().open()
-        if not self.has_weights:
-            say(f"note: {self.reference}: untrained, with seed 0; no weights are named")
-        return loaded
-
-    def opening(self) -> AbstractContextManager[None]:
-        return readable_errors(self.reference)
 
 
 def open_clip_start(reference: str, name: str) -> OpenClipStart:
@@ -488,8 +484,9 @@ def open_clip_start(reference: str, name: str) -> OpenClipStart:
         reference=reference,
         model=model,
         own=model,
+        has_weights=bool(tag),
         resize_mode=published.get("resize_mode") or "shortest",
-        notes=() if tag else (f"model.start: {reference}: untrained; no weights are named",),
+        notes=() if tag else (f"{reference}: untrained; no weights are named",),
         file=file,
     )
 
@@ -499,15 +496,17 @@ def folder_start(reference: str, name: str) -> OpenClipStart:
     folder = Path(name)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
-    files = open_clip_models.FILES
-    require_safetensors(reference, [path.name for path in folder.iterdir()], files)
+    require_safetensors(reference, [path.name for path in folder.iterdir()])
     with readable_errors(reference):
         description = dict(json.loads(read_local(folder / OPEN_CLIP_CONFIG)))
         text = description["model_cfg"]["text_cfg"]
-        has_text_files = text.get("hf_model_name") and (
-            text_kind(folder) in text_models.OPEN_CLIP_KINDS
-        )
+        config = folder / HUGGING_FACE_CONFIG
+        kind = json.loads(read_local(config)).get("model_type") if config.is_file() else None
         preprocessing = description.get("preprocess_cfg", {})
+    files = [folder / name for name in open_clip_models.FILES if (folder / name).is_file()]
+    if not files:
+        raise ValueError(f"{reference}: no {open_clip_models.FILES[0]} here")
+    has_text_files = text.get("hf_model_name") and kind in transformers.OPEN_CLIP_KINDS
     model = ModelConfig(start=reference)
     return OpenClipStart(
         reference=reference,
@@ -518,16 +517,8 @@ def folder_start(reference: str, name: str) -> OpenClipStart:
         text_files=folder if has_text_files else None,
         tokenizer_source=str(folder),
         resize_mode=preprocessing.get("resize_mode") or "shortest",
-        file=next(path for path in map(folder.joinpath, files) if path.is_file()),
+        file=files[0],
     )
-
-
-def text_kind(folder: Path) -> str | None:
-    """The kind of the Hugging Face model whose configuration a folder holds, if it does."""
-    try:
-        return str(json.loads(read_local(folder / HUGGING_FACE_CONFIG))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -536,24 +527,22 @@ class TransformersStart(Start):
 
     name: str
 
-    @property
-    def kind(self) -> str:
-        """As its configuration names it."""
-        with readable_errors(self.reference, hub_name(self.name)):
-            return str(text_models.transformers_config(self.name).model_type)
-
-    def check(self) -> None:
-        with readable_errors(self.reference, hub_name(self.name)):
-            transformers.open_config(self.name)
-
     def open(self) -> Loaded:
-        loaded = self._open_library_model()
-        for note in self._ignored_mask(loaded[0].towers.kind):  # type: ignore[arg-type]
-            say(f"note: {self.reference}: {note}")
+        with readable_errors(self.reference, hub_name(self.name)):
+            loaded: Loaded = build_seeded(transformers.open_model, self.name)
         return loaded
 
     def open_pair(self) -> TowerPair:
-        return transformers.to_open_clip(self.reference, self.name, self._open_library_model())
+        pair, _, tokenizer = self.open()
+        assert isinstance(pair.towers, HuggingFaceTowers)
+        if pair.towers.kind != "clip":
+            return pair
+        eos = pair.towers.config.text_config.eos_token_id
+        if not transformers.reads_as_clip(tokenizer, eos):
+            raise ValueError(f"model.start: {self.reference}: its tokenizer is not CLIP's")
+        towers = replace(self, model=self.own).build_towers()
+        towers.load_state_dict(transformers.convert_weights(pair.towers))
+        return TowerPair(towers)
 
     def fill(self, built: ProtoCLIP) -> list[str]:
         return adopt(built, self.open_pair(), name=str(self.model.start))
@@ -561,34 +550,13 @@ class TransformersStart(Start):
     def trainable(self) -> "TransformersStart":
         """The same with the towers that training gives it, which opening it does not need."""
         towers_json = transformers.describe_towers(self.reference, self.name)
-        ignored = self._ignored_mask(towers_json.get("transformers", {}).get("model_type", "clip"))
-        return replace(
-            self,
-            towers_json=towers_json,
-            tokenizer_source=self.name,
-            resize_mode=towers_json["preprocess_cfg"].get("resize_mode") or "shortest",
-            notes=tuple(f"model.start: {self.reference}: {note}" for note in ignored),
-        )
-
-    def _open_library_model(self) -> Loaded:
-        with readable_errors(self.reference, hub_name(self.name)):
-            loaded: Loaded = build_seeded(transformers.open_model, self.name)
-        return loaded
-
-    def _ignored_mask(self, kind: str) -> list[str]:
-        """What `transformers.note_ignored_mask` has to say, or nothing."""
-        if kind not in transformers.UNMASKED_KINDS:
-            return []
-        with readable_errors(self.reference, hub_name(self.name)):
-            note = transformers.note_ignored_mask(self.name)
-        return [] if note is None else [note]
+        mode = towers_json["preprocess_cfg"].get("resize_mode") or "shortest"
+        return replace(self, towers_json=towers_json, tokenizer_source=self.name, resize_mode=mode)
 
 
 def transformers_start(reference: str, name: str) -> TransformersStart:
     if Path(name).is_dir():
         require_safetensors(reference, [path.name for path in Path(name).iterdir()])
-    elif not HUB_NAME.fullmatch(name):
-        raise ValueError(f"{reference}: no such folder")
     model = ModelConfig(start=reference)
     return TransformersStart(reference=reference, model=model, own=model, name=name)
 
@@ -613,9 +581,8 @@ class ReferenceStart(OpenClipStart):
         if isinstance(pair, ProtoCLIP) and not self.has_heads:
             others = pair.state_dict().items()
             weights |= {name: value for name, value in others if not name.startswith("towers.")}
-        if wrong := misfits(pair, weights):
-            raise ValueError(f"{self.label}: does not fit {self.own.name}: {examples_of(wrong)}")
-        pair.load_state_dict(weights)
+        with readable_errors(self.label):
+            pair.load_state_dict(weights)
 
 
 def reference_start(reference: str, location: str) -> ReferenceStart:
@@ -646,11 +613,9 @@ def reference_start(reference: str, location: str) -> ReferenceStart:
 
 
 def reference_weights(reference: str, file: Path) -> dict[str, Tensor]:
-    """The weights by our names; they stay in the file until they are used, where it allows it."""
-    require_weights(reference, file)
+    """The weights by our names."""
     with readable_errors(reference):
-        lazily = is_zipfile(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
+        content = torch.load(file, map_location="cpu", weights_only=True)
         content = dict(content.get("state_dict", content))
         if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
             raise ValueError("holds more than tensors by name")
@@ -675,11 +640,7 @@ KINDS: Mapping[str, Callable[[str, str], Start]] = {
 
 
 def find_start(reference: str) -> Start:
-    """The start that a reference names, as `protoclip.load` takes it.
-
-    Raises:
-        ValueError: There is no such model, or its files are damaged.
-    """
+    """The start that a reference names, as `protoclip.load` takes it."""
     kind, _, name = reference.partition(":")
     if name and kind in KINDS:
         return KINDS[kind](reference, name)
@@ -688,3 +649,302 @@ def find_start(reference: str) -> Start:
     if (Path(reference) / HUGGING_FACE_CONFIG).is_file():
         return transformers_start(reference, reference)
     return run_start(reference)
+
+
+def resolve_start(section: ModelConfig) -> Start:
+    """The start of a `[model]` section, with all that follows from it and notes for the user.
+
+    Settings that are at their default follow; sizes may be given, and heads if the start has none.
+
+    Raises:
+        ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
+    """
+    reference, name = section.start, section.name
+    image = replace(section.image, name=section.image.name.removeprefix("timm:"))  # as in `align`
+    section = replace(section, image=image)
+    if reference is None and name is None:
+        if names_model("image", image.name) or names_model("text", section.text.name):
+            return join_towers(section)
+        return small_start(section)
+    if name and reference and reference.startswith("reference:") and ",model=" not in reference:
+        reference = f"{reference},model={name}"
+    setting = f"model.start: {reference}"
+    if reference is None:
+        tag = section.pretrained
+        setting = f"model.name: {name}" if tag is None else f"model.pretrained: {name}/{tag}"
+        start: Start = open_clip_start("model.name", f"{name}/{tag or ''}")
+        start = replace(start, reference=f"open_clip:{name}/{tag}", model=section, notes=())
+    else:
+        try:
+            start = find_start(reference)
+            if isinstance(start, TransformersStart):
+                start = start.trainable()
+            start = replace(start, model=follow_start(replace(section, start=reference), start))
+        except ValueError as error:
+            if str(error).startswith("model."):
+                raise
+            raise ValueError(f"model.start: {error}") from error
+        if isinstance(start, OpenClipStart) and start.file is None:
+            start = replace(start, model=replace(start.model, start=None))  # name and tag say it
+    if "multimodal_cfg" in (start.open_clip_config or {}):
+        raise ValueError(f"{setting} is a CoCa, whose decoder cannot be trained here")
+    notes = tuple(f"model.start: {note}" for note in start.notes)
+    return replace(start, setting=setting, notes=notes)
+
+
+def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
+    """The settings that follow from a start, at the given sizes, with its heads if it has any."""
+    own, has_heads = start.own, start.has_heads
+    defaults, own_by_name = flatten_section(ModelConfig()), flatten_section(own)
+    for name, value in flatten_section(section).items():
+        free = name in ("start", *SIZES, *TRAINING)
+        free = free or (name.startswith("heads.") and not has_heads)
+        if not free and value not in (defaults[name], own_by_name[name]):
+            raise ValueError(
+                f"model.{name}: {value} does not go with model.start = {section.start}, which has "
+                f"{own_by_name[name]}; leave it out"
+            )
+    size = section.image.size or own.image.size
+    length = section.text.context_length or own.text.context_length
+    return replace(
+        own,
+        start=section.start,
+        image=replace(own.image, size=size),
+        text=replace(own.text, context_length=length),
+        heads=own.heads if has_heads else section.heads,
+        **{name: getattr(section, name) for name in TRAINING},
+    )
+
+
+def flatten_section(section: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a section of settings, by dotted name."""
+    values: dict[str, Any] = {}
+    for entry in dataclasses.fields(section):
+        name, value = prefix + entry.name, getattr(section, entry.name)
+        inner = dataclasses.is_dataclass(value)
+        values |= flatten_section(value, f"{name}.") if inner else {name: value}
+    return values
+
+
+class SmallTowers(Start):
+    """timm's image tower and a small or a Hugging Face text tower; each brings its own weights."""
+
+    def build_towers(self, *, pretrained_text: bool = True) -> nn.Module:
+        """The towers with the weights that `model` names; without any on the meta device."""
+        image, text, size = self.model.image, self.model.text, self.sizes["image_size"]
+        if text.name is not None:
+            length = self.sizes["context_length"]
+            transformers.require_text_tower(text.name, self.text_source, context_length=length)
+        built: Any = super().build_towers()
+        trunk = built.visual.trunk
+        if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
+            raise ValueError(
+                f"model.image.name: {image.name} widens its features in its head, which open_clip "
+                "does not project; choose another, such as resnet10t or mobilenetv2_050"
+            )
+        if built.logit_scale.is_meta:
+            return built  # type: ignore[no-any-return]
+        if image.weights is not None:
+            pool = "" if image.pooling == "own" else "avg"
+            trunk.load_state_dict(timm.read_image_weights(image.name, image.weights, size, pool))
+        if text.name is not None:
+            weights = transformers.read_text_weights(text.name, self.text_source)
+            built.text.transformer.load_state_dict(weights)
+        return built  # type: ignore[no-any-return]
+
+    def fill(self, built: ProtoCLIP) -> list[str]:
+        return []  # the towers were built with their weights
+
+
+def small_start(section: ModelConfig) -> SmallTowers:
+    """The start of a section that describes the towers, with each tower's way of pooling."""
+    section = replace(section, image=timm.add_pooling(section.image))
+    name = section.text.name
+    if name is not None and section.text.pooling is None:
+        pooling = transformers.find_pooling(name)
+        section = replace(section, text=replace(section.text, pooling=pooling))
+    return SmallTowers(reference=section.image.name, model=section, own=section)
+
+
+def names_model(modality: Modality, name: str | None) -> bool:
+    """Whether the name of a tower is that of a whole model, which `protoclip.load` takes."""
+    if not name:
+        return False
+    kind, _, rest = name.partition(":")
+    may_be_text_model = modality == "text" and kind == "hf"
+    if rest and kind in KINDS and not may_be_text_model:
+        return True
+    if modality == "image":
+        return Path(name).is_dir() and not timm.is_image_name(name)
+    if name == MINILM:
+        return False
+    folder = Path(name.removeprefix("hf:"))
+    is_hugging_face = (folder / HUGGING_FACE_CONFIG).is_file()
+    if folder.is_dir() and ((folder / OPEN_CLIP_CONFIG).is_file() or not is_hugging_face):
+        return True  # such as a run
+    return hasattr(text_config(name, text_source(name)), "vision_config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedTowers(Start):
+    """The image tower of one start and the text tower of another, with their weights.
+
+    Their projections into a joint space are new.
+    """
+
+    image: Start
+    text: Start
+
+    def describe_towers(self) -> Mapping[str, Any]:
+        """Their description, with the joint width of `model`."""
+        description = deepcopy(dict(self.towers_json or {}))
+        description["model_cfg"]["embed_dim"] = self.model.embed_dim
+        return description
+
+    def fill(self, built: ProtoCLIP) -> list[str]:
+        towers = built.towers
+        taken = {**self._weights("image", towers), **self._weights("text", towers)}
+        towers.load_state_dict({**towers.state_dict(), **taken})
+        return []
+
+    def _weights(self, modality: Modality, towers: nn.Module) -> dict[str, Tensor]:
+        """Weights of a tower without its projection, at the sizes of the towers that take them."""
+        start = self.image if modality == "image" else self.text
+        pair = start.build() if isinstance(start, SmallTowers) else start.open_pair()
+        source: Any = pair.towers
+        size = image_size(towers)
+        if modality == "image" and size != image_size(source):
+            open_clip_models.set_trunk_size(source, size, start.reference)
+        weights: dict[str, Tensor] = source.state_dict()
+        if not hasattr(source, "text"):  # open_clip's first models keep the text tower in parts
+            outside = ("visual.", "logit_")
+            weights = {
+                name if name.startswith(outside) else f"text.{name}": value
+                for name, value in weights.items()
+            }
+        # open_clip lets the classifier of some of timm's models project.
+        trunk = getattr(source.visual, "trunk", None)
+        inside = () if trunk is None else timm.classifier_names(trunk)
+        projections = (*PROJECTIONS, *(f"visual.trunk.{name}" for name in inside))
+        of_tower = {
+            name: value
+            for name, value in weights.items()
+            if name.startswith(PARTS[modality]) and not name.startswith(projections)
+        }
+        open_clip_models.interpolate_positions(of_tower, towers)
+        return of_tower
+
+
+def join_towers(section: ModelConfig) -> JoinedTowers:
+    """The start of a section of which a tower, or both, is of another model."""
+    image, text = start_of_tower("image", section), start_of_tower("text", section)
+    if isinstance(image, SmallTowers):
+        section = replace(section, image=image.model.image)  # with its pooling
+    image_gelu, vision_cfg = tower_config("image", image)
+    text_gelu, text_cfg = tower_config("text", text)
+    activations = {image_gelu, text_gelu} - {None}
+    if len(activations) > 1:
+        raise ValueError(
+            f"model.text.name: {text.reference} and {image.reference} have different activations "
+            "(GELU and QuickGELU), which open_clip's format cannot say of one model; take a timm "
+            "image tower, or a Hugging Face text model"
+        )
+    towers = image.build(on_meta=True).towers
+    mean, std = image_normalisation(towers)
+    native_size, native_length = image_size(towers), int(text_cfg["context_length"])
+    size = section.image.size or native_size
+    length = section.text.context_length or native_length
+    notes = []
+    if size != native_size:
+        notes.append(f"model.image.size = {size}: the image half was made for {native_size} pixels")
+    if length > native_length or (length < native_length and "hf_model_name" not in text_cfg):
+        notes.append(
+            f"model.text.context_length = {length}: the text half was made for {native_length}"
+        )
+    config: dict[str, Any] = {
+        "embed_dim": section.embed_dim,
+        "custom_text": True,
+        **({"quick_gelu": True} if activations == {True} else {}),
+        "vision_cfg": {**vision_cfg, "image_size": native_size},
+        "text_cfg": text_cfg,
+    }
+    open_clip_models.require_fitting_size(section.image.size, vision_cfg, image.reference)
+    # Sizes of a tower that starts untrained follow from the data.
+    model = section
+    if not isinstance(image, SmallTowers) or section.image.weights is not None:
+        model = replace(model, image=replace(section.image, size=size))
+    if not isinstance(text, SmallTowers) or section.text.name is not None:
+        model = replace(model, text=replace(section.text, context_length=length))
+    return JoinedTowers(
+        reference=f"{image.reference} and {text.reference}",
+        model=model,
+        own=model,
+        towers_json={"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}},
+        text_files=text.text_files,
+        tokenizer_source=text.tokenizer_source,
+        resize_mode=image.resize_mode,
+        setting=f"model.text.name: {text.reference}",  # libraries of towers read no more than that
+        notes=tuple(notes),
+        image=image,
+        text=text,
+    )
+
+
+def start_of_tower(modality: Modality, section: ModelConfig) -> Start:
+    """The start that a tower is taken from: a whole model, or small towers of which it is one."""
+    name = section.image.name if modality == "image" else section.text.name
+    if not names_model(modality, name):
+        if modality == "image":
+            return small_start(ModelConfig(image=section.image))
+        small = small_start(ModelConfig(text=section.text))
+        small = replace(small, reference=name or "a small text transformer")
+        if name is not None and Path(folder := text_source(name)).is_dir():
+            small = replace(small, text_files=Path(folder), tokenizer_source=folder)
+        return small
+    assert name is not None
+    if modality == "text" and ":" not in name and not Path(name).is_dir():
+        name = f"hf:{name}"  # a dual encoder of the hub
+    try:
+        start = find_start(name)
+        if isinstance(start, TransformersStart):
+            start = start.trainable()
+    except ValueError as error:
+        reason = str(error).removeprefix("model.start: ")
+        raise ValueError(f"model.{modality}.name: {reason}") from error
+    for setting in ("weights", "pooling") if modality == "image" else ():
+        if getattr(section.image, setting) is not None:
+            raise ValueError(f"model.image.{setting}: {name} has its own; leave it out")
+    return start
+
+
+def tower_config(modality: Modality, start: Start) -> tuple[bool | None, dict[str, Any]]:
+    """Whether a tower has QuickGELU, None where that says nothing, and its part of `model_cfg`."""
+    config = start.open_clip_config
+    if config is None or "multimodal_cfg" in config:
+        raise unjoinable(modality, start)
+    part: dict[str, Any] = dict(config["vision_cfg" if modality == "image" else "text_cfg"])
+    is_open_clips = not any(name.endswith("_model_name") for name in part)
+    # open_clip's ResNets project within their pooling.
+    has_none = part.get("proj_type") == "none" or part.get("output_tokens")
+    has_none = has_none or (modality == "image" and isinstance(part.get("layers"), list))
+    if is_open_clips and has_none:
+        raise unjoinable(modality, start)
+    if not is_open_clips and modality == "image":
+        part |= {"timm_proj": "linear", "timm_model_pretrained": False}
+    elif not is_open_clips:
+        part |= {"hf_proj_type": "linear", "hf_model_pretrained": False}
+        if isinstance(start, SmallTowers) or start.text_files is not None:
+            # How it was named; the path of its files is of this machine.
+            name = start.reference.removeprefix("hf:")
+            part |= dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), name)
+    if modality == "text":  # a run's length may differ from the published model's
+        length = start.sizes["context_length"]
+        part["context_length"] = length or part.get("context_length") or DEFAULT_CONTEXT_LENGTH
+    return bool(config.get("quick_gelu")) if is_open_clips else None, part
+
+
+def unjoinable(modality: Modality, start: Start) -> ValueError:
+    return ValueError(
+        f"model.{modality}.name: {start.reference}: its tower ends in no linear projection that "
+        f"open_clip can replace; name {INSTEAD[modality]}"
+    )

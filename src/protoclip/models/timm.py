@@ -1,6 +1,6 @@
 """timm's image models as towers: their names, sizes, pooling, and weights."""
 
-import re
+import difflib
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from protoclip.models.opening import (
     examples_of,
     misfits,
     readable_errors,
-    require_weights,
     unreachable,
 )
 from protoclip.rules import require_path
@@ -40,20 +39,10 @@ def require_image_name(name: str) -> None:
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ValueError(f"model.image.name: {name}: no such folder")
     if not timm.is_model_pretrained(name) and name not in timm.list_models():
-        raise ValueError(
-            f"model.image.name: timm has no model '{name}'; it has "
-            f"{', '.join(near_image_names(name))}, ..."
-        )
-
-
-def near_image_names(name: str) -> list[str]:
-    """Names of timm models near one that there is not: those that begin with it or hold it, or else
-    those that begin alike."""
-    words, names = re.sub(r"[ -]", "_", name.partition(".")[0].lower()), timm.list_models()
-    first = [model for model in names if model.startswith(words)]
-    inside = [model for model in names if words in model and model not in first]
-    alike = [model for model in names if model.startswith(name[:6])]
-    return first[:3] + inside[:2] or (alike or names)[:3]
+        names = timm.list_models()
+        near = difflib.get_close_matches(name.partition(".")[0], names, n=4, cutoff=0.3)
+        closest = ", ".join(near) or "none"
+        raise ValueError(f"model.image.name: timm has no model '{name}'; the closest: {closest}")
 
 
 def timm_settings(name: str) -> PretrainedCfg:
@@ -84,11 +73,6 @@ def means_of(name: str) -> tuple[bool, bool]:
     require_image_name(name)
     with torch.device("meta"):
         model: Any = timm.create_model(name)
-    if not hasattr(model, "reset_classifier"):
-        raise ValueError(
-            f"model.image.name: {name} gives no feature of a whole image; choose another, such as "
-            "resnet10t or mobilenetv2_050"
-        )
     model.reset_classifier(0)
     default = repr(model), str(getattr(model, "global_pool", ""))
     try:
@@ -107,12 +91,7 @@ def classifier_names(model: Any) -> tuple[str, ...]:
 def read_image_weights(name: str, weights: str, size: int, pool: str) -> dict[str, Tensor]:
     """Weights of a timm model without its classifier, for images of `size` pixels.
 
-    Args:
-        weights: `published`, or a file.
-        pool: As open_clip names it; empty for the model's own.
-
-    Raises:
-        ValueError: There are no such weights, or they are of another model or pickled.
+    `weights` are `published` or a file; `pool` is as open_clip names it, or "" for the model's own.
     """
     reference = f"model.image.weights: {weights}"
     model: Any
@@ -126,42 +105,35 @@ def read_image_weights(name: str, weights: str, size: int, pool: str) -> dict[st
         missing = f"no such file; weights are '{PUBLISHED}' or a file"
         require_path("model.image.weights", weights, missing)
         model = timm.create_model(name)
-        require_weights(reference, Path(weights))
         with readable_errors(reference):
             values = load_state_dict(weights, weights_only=True)
-        classifier = classifier_names(model)
-        dropped = {key for key in model.state_dict() if key.startswith(classifier)}
-        trunk = {key: value for key, value in values.items() if not key.startswith(classifier)}
-        if wrong := [key for key in misfits(model, trunk) if key not in dropped]:
+        names = classifier_names(model)
+        trunk = {key: value for key, value in values.items() if not key.startswith(names)}
+        model.reset_classifier(0)
+        if wrong := misfits(model, trunk):
             raise ValueError(f"{reference}: does not fit {name}: {examples_of(wrong)}")
-        model.load_state_dict(trunk, strict=False)
+        model.load_state_dict(trunk)
     model.reset_classifier(0, **({"global_pool": pool} if pool else {}))
     set_input_size(model, size, name)
     state: dict[str, Tensor] = model.state_dict()
     return state
 
 
-def describe_published(name: str) -> tuple[str, str, str]:
-    """How errors name timm's weights of a model, where the hub has them, and other help."""
+def describe_published(name: str) -> tuple[str, str]:
+    """How errors name timm's weights of a model, and where the hub has them."""
     reference = f"model.image.weights: {PUBLISHED} weights of {name}"
-    repository = timm_settings(name).hf_hub_id or ""
-    return reference, repository, "give a file: --model.image.weights FILE"
+    return reference, timm_settings(name).hf_hub_id or ""
 
 
 def require_image_weights(model: ModelConfig) -> None:
-    """Refuse published image weights that cannot be had, before any work is done for them.
-
-    Raises:
-        ValueError: Nothing of them was downloaded before, and the hub does not answer.
-    """
+    """Refuse published image weights that cannot be had, before any work is done for them."""
     if model.start is not None or model.image.weights != PUBLISHED:
         return  # a start brings its weights, also where it was made of published ones
-    reference, repository, way_out = describe_published(model.image.name)
-    if not repository:
-        return
+    reference, repository = describe_published(model.image.name)
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
-    if not folder.is_dir() and hub_answer(partial(HfApi().model_info, repository)) is None:
-        raise unreachable(reference, way_out)
+    is_cached = not repository or folder.is_dir()
+    if not is_cached and hub_answer(partial(HfApi().model_info, repository)) is None:
+        raise unreachable(reference)
 
 
 def require_multiple(size: int, patch: int, name: str) -> None:
@@ -173,22 +145,15 @@ def require_multiple(size: int, patch: int, name: str) -> None:
 
 
 def set_input_size(trunk: Any, size: int, name: str) -> None:
-    """Set the image size of a timm transformer; convolutional models take any size.
-
-    Raises:
-        ValueError: It reads images of another size alone.
-    """
+    """Set the image size of a timm transformer; convolutional models take any size."""
     if hasattr(trunk, "set_input_size"):
         patch = max(getattr(getattr(trunk, "patch_embed", None), "patch_size", (1,)))
         require_multiple(size, patch, name)
         trunk.set_input_size(img_size=(size, size))
+        return
     settings = getattr(trunk, "pretrained_cfg", None) or {}
     native_size = settings.get("input_size", (3, size))[-1]
-    is_patched = hasattr(trunk, "patch_embed")  # and then read, once its patches divide the size
-    is_fixed = settings.get("fixed_input_size") and not (
-        is_patched and hasattr(trunk, "set_input_size")
-    )
-    if native_size != size and is_fixed and not can_read(trunk, size):
+    if native_size != size and settings.get("fixed_input_size") and not can_read(trunk, size):
         raise ValueError(
             f"model.image.size: {name} cannot read images of {size} pixels; its own are of "
             f"{native_size}"

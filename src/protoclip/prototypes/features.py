@@ -21,8 +21,7 @@ from protoclip.distributed.collectives import rank, world_size
 from protoclip.encode.store import hash_ids
 from protoclip.encode.teachers import TeacherFeatures
 from protoclip.models.protoclip import Embeddings, ProtoCLIP, evaluation_mode
-from protoclip.prototypes.kmeans import KMeans
-from protoclip.prototypes.nearest import nearest
+from protoclip.prototypes.kmeans import KMeans, nearest
 
 Assignments = dict[str, Int[Tensor, " b"]]
 
@@ -191,10 +190,7 @@ class ExtractedFeatures:
         self.order = None if keys is None else keys.argsort(stable=True)
 
     def observe(self, batch: Batch, embeddings: Embeddings, taken: Bool[Tensor, ""]) -> None:
-        """Called after each training step. Extraction keeps nothing of it.
-
-        A step that was not `taken` leaves nothing behind.
-        """
+        """Called after each training step. Extraction keeps nothing of it."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"keys": self.keys}

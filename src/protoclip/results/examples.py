@@ -38,10 +38,11 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoder, build_encoder
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
-from protoclip.models import loading, saved
+from protoclip.models import checkpoint as saved
+from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
-from protoclip.prototypes.nearest import nearest
+from protoclip.prototypes.kmeans import nearest
 from protoclip.results.compare import name_runs
 from protoclip.results.read import ANALYSIS, RunFolder, read_run
 from protoclip.results.table import Cell, Row, Table

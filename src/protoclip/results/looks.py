@@ -21,7 +21,8 @@ from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
-from protoclip.models import loading, saved
+from protoclip.models import checkpoint as saved
+from protoclip.models import loading
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.examples import (

@@ -18,7 +18,7 @@ from protoclip.config import Config
 from protoclip.evaluation.metrics import METRICS
 from protoclip.evaluation.validation import is_asked
 from protoclip.files import require_ours, write_atomically
-from protoclip.models import saved
+from protoclip.models import checkpoint as saved
 from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from protoclip.config import Config
 from protoclip.evaluation.paired import RunResults, explain_no_run, read_results
 from protoclip.files import read_json, read_local, read_toml
-from protoclip.models import saved
+from protoclip.models import checkpoint as saved
 from protoclip.results.compare import name_runs
 from protoclip.training.run_folder import as_kept, flat
 

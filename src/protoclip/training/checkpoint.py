@@ -1,6 +1,6 @@
 """When a run saves: in a thread, at most as often as is worth it, and what becomes of old files.
 
-`models/saved.py` has the files of a checkpoint.
+`models/checkpoint.py` has the files of a checkpoint.
 """
 
 import errno
@@ -16,7 +16,7 @@ from typing import Any
 
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.distributed.parallel import are_parts
-from protoclip.models import saved
+from protoclip.models import checkpoint as saved
 from protoclip.terminal import say
 
 # At the end of an episode a checkpoint is due if the last one is older than this many seconds, and

@@ -17,9 +17,8 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoder, build_encoder
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.models import loading
-from protoclip.models.precision import autocast_on_card
-from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.tokenizers import Tokenizer
+from protoclip.models.opening import Tokenizer
+from protoclip.models.protoclip import ProtoCLIP, autocast_on_card
 from protoclip.training.plan import Plan
 
 PATIENCE = 3  # evaluations without a better value that end a run

@@ -51,13 +51,11 @@ from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.precision import autocast, resolve
+from protoclip.models.opening import TokenCounter
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
-from protoclip.models.protoclip import ProtoCLIP, TowerPair
-from protoclip.models.resolve import resolve_start
-from protoclip.models.start import Start
+from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
+from protoclip.models.start import Start, resolve_start
 from protoclip.models.timm import require_image_weights
-from protoclip.models.tokenizers import TokenCounter
 from protoclip.progress import three_digits
 from protoclip.rules import check, never_trained, require_paths
 from protoclip.training.presets import Choices, choose_with_data, fill_settings
@@ -430,7 +428,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         root=features_folder(config),
         threads=count_threads(config),
         max_pixels=config.data.max_image_pixels,
-        autocast=autocast(resolve(config.run.precision, device), device),
+        autocast=autocast(resolve_precision(config.run.precision, device), device),
     )
     shown, notes = rows.listing.shown, [*plan.notes]
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
@@ -515,7 +513,7 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
         encoders,
         loading.evaluation_transform(model),
         max_pixels=config.data.max_image_pixels,
-        autocast=autocast(resolve(config.run.precision, device), device),
+        autocast=autocast(resolve_precision(config.run.precision, device), device),
     )
     return encode_stream(
         stream,

@@ -28,10 +28,10 @@ from protoclip.data.summary import Summary, choose_context_length, count_caption
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
-from protoclip.models.resolve import names_model
-from protoclip.models.start import Start
+from protoclip.models.open_clip import open_clip_tokenizer
+from protoclip.models.opening import TokenCounter
+from protoclip.models.start import Start, names_model
 from protoclip.models.timm import PUBLISHED
-from protoclip.models.tokenizers import TokenCounter, open_clip_tokenizer
 from protoclip.rules import (
     check_sizes,
     require_named_pairs,

@@ -34,10 +34,15 @@ from protoclip.encode.rows import PairRows, RowLoader, side_teachers
 from protoclip.encode.teachers import TeacherFeatures, embed_start
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.models import loading
-from protoclip.models.precision import autocast, grad_scaler, measure_convolutions, resolve
+from protoclip.models.checkpoint import checkpoints, read_checkpoint
 from protoclip.models.projections import AlignedModel, require_same_encoders
-from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import checkpoints, explain_state_errors, read_checkpoint
+from protoclip.models.protoclip import (
+    ProtoCLIP,
+    autocast,
+    grad_scaler,
+    measure_convolutions,
+    resolve_precision,
+)
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
@@ -252,7 +257,7 @@ class Run:
         if config.run.stop_by is not None:
             self.early_stop = EarlyStop(metric=config.run.stop_by)
         device, suffix = next(model.parameters()).device, f".{rank()}" if rank() else ""
-        precision = resolve(config.run.precision, device)
+        precision = resolve_precision(config.run.precision, device)
         self.arithmetic = {"run.device": device.type, "run.precision": precision}
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
@@ -591,8 +596,7 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        with explain_state_errors(checkpoint):
-            size = self.load_state_dict(state)
+        size = self.load_state_dict(state)
         # Not written again: a process that is killed meanwhile would leave neither.
         self.writer.go_on_from(checkpoint, self.trainer.step)
         if rank() == 0:

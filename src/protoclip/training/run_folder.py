@@ -39,8 +39,7 @@ from protoclip.files import (
     read_toml,
     write_atomically,
 )
-from protoclip.models.resolve import flatten_section, names_model
-from protoclip.models.saved import (
+from protoclip.models.checkpoint import (
     MODEL,
     SETTINGS,
     checkpoints,
@@ -50,7 +49,7 @@ from protoclip.models.saved import (
     read_config,
     remove_unfinished,
 )
-from protoclip.models.start import Start
+from protoclip.models.start import Start, flatten_section, names_model
 from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.checkpoint import newest_intact

@@ -24,7 +24,7 @@ from protoclip.config import Config
 from protoclip.data import access
 from protoclip.distributed.collectives import rank
 from protoclip.files import has_changed, read_local
-from protoclip.models.saved import (
+from protoclip.models.checkpoint import (
     CHECKSUMS,
     MODEL,
     SETTINGS,

@@ -25,8 +25,7 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.distributed.waits import WAITS
 from protoclip.models.loading import context_length
-from protoclip.models.precision import Precision
-from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, image_size
+from protoclip.models.protoclip import PROJECTIONS, Precision, ProtoCLIP, image_size
 from protoclip.models.start import Start
 from protoclip.progress import duration, three_digits
 from protoclip.terminal import say

@@ -31,15 +31,13 @@ from protoclip.losses.grad_cache import (
     set_random_state,
 )
 from protoclip.losses.objective import LossWeights, loss_weights, objective
-from protoclip.losses.positives import mean_positives
 from protoclip.losses.prototypical import Target, target_maker
-from protoclip.models import batch_norm, lora
-from protoclip.models.precision import Autocast
+from protoclip.losses.tiles import mean_positives
+from protoclip.models import layers
 from protoclip.models.projections import AlignedModel
-from protoclip.models.protoclip import Embeddings, ProtoCLIP, TowerPair
+from protoclip.models.protoclip import Autocast, Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
-from protoclip.prototypes.kmeans import KMeans, kmeans
-from protoclip.prototypes.nearest import nearest
+from protoclip.prototypes.kmeans import KMeans, kmeans, nearest
 from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.terminal import say
 from protoclip.training.guard import NonFiniteGuard
@@ -268,10 +266,10 @@ class Trainer:
             metrics = self.prototypes.make(episode)
         enter_stage(self.model, stage)
         if stage != self._stage:
-            local = batch_norm.has_own_statistics(self.model)
+            local = layers.has_own_statistics(self.model)
             self._module = parallel.distribute(self.model, broadcast_buffers=local)
             self._stage = stage
-        self._statistics = batch_norm.Statistics(self.model)
+        self._statistics = layers.Statistics(self.model)
         self._tick()
         self._waited = self._trained = 0.0
         self.throughput.start(self.model, self.samples_seen)
@@ -478,7 +476,7 @@ class Trainer:
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished, and let go of its targets."""
         self.guard.look()
-        batch_norm.agree_on_statistics(self.model)
+        layers.agree_on_statistics(self.model)
         self._tick()
         metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
         self.episode, self.batch = self.episode + 1, 0
@@ -500,7 +498,7 @@ class Trainer:
         `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on.
         """
         self.guard.look()
-        plain, adapters = lora.merge_adapters(self.model, parallel.own_weights(self.model))
+        plain, adapters = layers.merge_adapters(self.model, parallel.own_weights(self.model))
         return {
             "episode": self.episode,
             "batch": self.batch,
@@ -520,7 +518,7 @@ class Trainer:
 
         With another number of ranks than before, random states start from the seed again.
         """
-        whole = lora.unmerge_adapters(self.model, state["model"], state.get("adapters", {}))
+        whole = layers.unmerge_adapters(self.model, state["model"], state.get("adapters", {}))
         parallel.load_weights(self.model, whole)
         parallel.load_moments(self.model, self.guard.optimizer, state["optimizer"])
         self.episode, self.batch = int(state["episode"]), int(state["batch"])

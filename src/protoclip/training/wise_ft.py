@@ -29,8 +29,9 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
-from protoclip.models import lora, saved
-from protoclip.models.saved import write_model
+from protoclip.models import checkpoint as saved
+from protoclip.models import layers
+from protoclip.models.checkpoint import write_model
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible, without_secrets
 from protoclip.training.checkpoint import CheckpointWriter
@@ -177,7 +178,7 @@ def choose_weights(
         "points": points,
         "data": digest_data(judge),
     }
-    weights, _ = lora.merge_adapters(model, parallel.weights(model))
+    weights, _ = layers.merge_adapters(model, parallel.weights(model))
     raise_on_all_ranks(lambda: write(writer, weights, record))
     return {"alpha": chosen, "best_alpha": by_rule, "start_metrics": start_metrics}
 

@@ -25,7 +25,8 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, Sampl
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.sources import join_sources
 from protoclip.data.transforms import EvaluationTransform, light_transform
-from protoclip.models.tokenizers import RememberingTokenizer, open_clip_tokenizer
+from protoclip.models.open_clip import open_clip_tokenizer
+from protoclip.models.opening import RememberingTokenizer
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
 

@@ -23,11 +23,11 @@ from protoclip.data.pairs import Sample
 from protoclip.data.transforms import EvaluationTransform, OfMiddle
 from protoclip.encode.encoder import Encoder, image_side, open_encoder, text_encoder
 from protoclip.models import loading
-from protoclip.models.batch_norm import synchronise
-from protoclip.models.frozen import MAX_TOKENS
+from protoclip.models.layers import synchronise
+from protoclip.models.loading import MAX_TOKENS
+from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.projections import FrozenEncoders
 from protoclip.models.protoclip import image_normalisation
-from protoclip.models.tokenizers import open_clip_tokenizer
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_bert, save_dual_encoder, save_mpnet, save_roberta

@@ -14,7 +14,7 @@ from protoclip.data.pairs import content
 from protoclip.data.sources import drop_rows
 from protoclip.evaluation.datasets import open_data
 from protoclip.evaluation.validation import count_trained
-from protoclip.files import to_json
+from protoclip.files import checksum, to_json
 from protoclip.training.plan import make_plan
 from testing import tiny_config, tiny_pairs
 
@@ -36,7 +36,9 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     step = Path("run/checkpoints/step-1")
     step.mkdir(parents=True)
     Path("run/config.toml").write_text('[data]\ntrain = "own.parquet"\n')
-    (step / "state.json").write_text(to_json({"content": {"sources": content(pairs)}}))
+    state = to_json({"content": {"sources": content(pairs)}})
+    (step / "state.json").write_text(state)
+    (step / "checksums.json").write_text(to_json({"state.json": checksum(state.encode())}))
     Path(folder).mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     up = os.path.relpath(tables)

@@ -22,7 +22,7 @@ from protoclip.encode.run import Round
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
-from protoclip.models import batch_norm, loading
+from protoclip.models import layers, loading
 from protoclip.results import looks
 from protoclip.results.examples import open_examples
 from protoclip.results.read import read_run
@@ -106,7 +106,7 @@ def test_a_model_in_training_has_the_key_of_the_one_that_is_opened(run):
     model, transform, tokenizer = loading.load(run)
     given = {"transform": transform, "tokenizer": tokenizer}
     opened = Encoder(model=model, **given).key
-    assert batch_norm.synchronise(model, CPU) > 0
+    assert layers.synchronise(model, CPU) > 0
     assert Encoder(model=model, **given).key == opened
 
 

@@ -9,7 +9,7 @@ import torch
 
 from protoclip.config import ModelConfig
 from protoclip.models import loading
-from protoclip.models.saved import split_tensors, write_checkpoint
+from protoclip.models.checkpoint import split_tensors, write_checkpoint
 
 
 def save_run(

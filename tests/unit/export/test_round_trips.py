@@ -36,11 +36,11 @@ from protoclip.data.transforms import EvaluationTransform, SquashTransform
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.evaluation.mteb import MemoryImages
 from protoclip.export.card import project
-from protoclip.export.source import open_source
+from protoclip.export.open_clip import open_source
 from protoclip.files import file_checksum
 from protoclip.models import loading
+from protoclip.models.checkpoint import CHECKSUMS, MODEL, find_checkpoint
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.models.saved import CHECKSUMS, MODEL, find_checkpoint
 from protoclip.training import run
 from protoclip.training.plan import resolve_settings
 from testing import tiny_config, tiny_model, tiny_pairs

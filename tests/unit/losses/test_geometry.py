@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from protoclip.losses.geometry import geometry_loss
+from protoclip.losses.distil import geometry_loss
 
 
 def test_equals_the_divergence_of_each_row():

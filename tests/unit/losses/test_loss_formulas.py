@@ -23,8 +23,8 @@ from protoclip.distributed import collectives
 from protoclip.losses import info_nce as instance
 from protoclip.losses import prototypical, tiles
 from protoclip.losses.objective import LossWeights
-from protoclip.losses.positives import groups_of, mean_positives
 from protoclip.losses.prototypical import make_targets
+from protoclip.losses.tiles import groups_of, mean_positives
 from testing import run_distributed
 
 B, D, P, Q, K = 7, 5, 6, 4, 9
@@ -258,55 +258,21 @@ unchecked_loss = inspect.unwrap(prototypical_loss)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value"),
     [
-        (
-            {"student_centroids": (K, Q), "teacher_centroids": (K, P)},
-            f"student_centroids: {Q} wide, but student_projections are {P} wide; swap them with",
-        ),
-        (
-            {"student_centroids": (K, P + 1)},
-            f"student_centroids: {P + 1} wide, but student_projections are {P} wide; give",
-        ),
-        ({"teacher_centroids": (K - 1, Q)}, f"teacher_centroids: {K - 1} for {K} student_centroid"),
-        (
-            {"student_projections": (P,)},
-            f"student_projections: torch.float64 of shape ({P},)",
-        ),
-        (
-            {"assignments": (B - 1,)},
-            f"assignments: torch.int64 of shape ({B - 1},) for",
-        ),
-        (
-            {"assignments": (B, 1)},
-            f"assignments: torch.int64 of shape ({B}, 1) for",
-        ),
+        ("student_centroids", torch.ones(K, P + 1)),
+        ("teacher_centroids", torch.ones(K - 1, Q)),
+        ("student_projections", torch.ones(P)),
+        ("assignments", torch.zeros(B - 1).long()),
+        ("assignments", torch.zeros(B)),
+        ("student_centroids", torch.ones(K, P).long()),
     ],
 )
-def test_what_does_not_fit_the_prototypical_loss_is_named(changes, message):
-    shapes = {"student_projections": (B, P), "student_centroids": (K, P)}
-    shapes |= {"teacher_centroids": (K, Q), "assignments": (B,), **changes}
-    given = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    given["assignments"] = given["assignments"].long()
-    with pytest.raises(ValueError, match=r"^.+$") as error:
-        unchecked_loss(**given, logit_scale=9.0, target_temperature=0.1)
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("assignments", torch.bool),
-        ("assignments", torch.float32),
-        ("student_centroids", torch.int64),
-    ],
-)
-def test_what_is_no_number_of_the_prototypical_loss_is_named(name, dtype):
+def test_what_does_not_fit_the_prototypical_loss_is_named(name, value):
     given = {"student_projections": unit(B, P, seed=1), "student_centroids": unit(K, P, seed=2)}
     given |= {"teacher_centroids": unit(K, Q, seed=3), "assignments": torch.zeros(B).long()}
-    given[name] = given[name].to(dtype)
-    with pytest.raises(ValueError, match=rf"^{name}: {dtype} of shape .+$"):
-        unchecked_loss(**given, logit_scale=9.0, target_temperature=0.1)
+    with pytest.raises(ValueError, match=rf"^{name}: .+$"):
+        unchecked_loss(**{**given, name: value}, logit_scale=9.0, target_temperature=0.1)
 
 
 @pytest.mark.parametrize("halved", range(3))

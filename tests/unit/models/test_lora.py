@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.models import loading, lora
+from protoclip.models import layers, loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training.optim import PROTOTYPICAL, enter_stage, limit_stage
 from testing import tiny_model
@@ -49,7 +49,7 @@ def config_of(name: str, patch: pytest.MonkeyPatch) -> ModelConfig:
 
 def with_adapters(model: ProtoCLIP, **settings: Any) -> str:
     usual: dict[str, Any] = {"tokens": TOKENS[:1], "seed": 3}
-    (note,) = lora.add_adapters(model, 4, **{**usual, **settings})
+    (note,) = layers.add_adapters(model, 4, **{**usual, **settings})
     return note
 
 
@@ -88,7 +88,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     assert expected in note
     assert all(map(torch.equal, features(model), before))
-    base = {k: v.clone() for k, v in model.state_dict().items() if lora.ADDED not in k}
+    base = {k: v.clone() for k, v in model.state_dict().items() if layers.ADDED not in k}
     enter_stage(model, limit_stage(PROTOTYPICAL, replace(config, lora=4)))
     model.eval()  # BatchNorm statistics stay
     for parameter_name, parameter in model.named_parameters():
@@ -100,7 +100,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     assert trained == {
         n
         for n, _ in model.towers.named_parameters()
-        if lora.ADDED in n
+        if layers.ADDED in n
         or n.startswith("logit_")
         or (config.projections_are_new and n.startswith(("visual.head.", "text.proj.")))
     }
@@ -110,12 +110,12 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
         features(model)  # as extraction and evaluation do
     weights = model.state_dict()
     assert all(torch.equal(weights[key], value) for key, value in base.items())
-    merged, rest = lora.merge_adapters(model, weights)
+    merged, rest = layers.merge_adapters(model, weights)
     plain.load_state_dict(merged)
     for found, given, first in zip(features(plain.eval()), features(model), before, strict=True):
         torch.testing.assert_close(found, given, atol=1e-5, rtol=1e-4)
         assert not torch.equal(given, first)
-    again = lora.unmerge_adapters(model, merged, rest)
+    again = layers.unmerge_adapters(model, merged, rest)
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[key], value) for key, value in weights.items())
 
@@ -125,13 +125,13 @@ def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     model = loading.model(config, seed=0)
     note = with_adapters(model, locked=["image"], new_projections=True)
     assert "image tower" not in note
-    adapted = [name for name, _ in lora.list_adapted_layers(model)]
+    adapted = [name for name, _ in layers.list_adapted_layers(model)]
     assert len(adapted) == 6
     assert not [name for name in adapted if "visual" in name or name.endswith("text.proj")]
     model = loading.model(config, seed=0)
     with_adapters(model)
     assert {"towers.visual.head.proj", "towers.text.proj"} <= {
-        n for n, _ in lora.list_adapted_layers(model)
+        n for n, _ in layers.list_adapted_layers(model)
     }
 
 

@@ -11,13 +11,12 @@ import torch
 
 import protoclip
 from protoclip.config import EpisodeConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.models import transformers
-from protoclip.models.resolve import names_model, resolve_start
-from protoclip.models.saved import find_checkpoint
-from protoclip.models.text_models import MINILM
+from protoclip.models.checkpoint import find_checkpoint
+from protoclip.models.start import names_model, resolve_start
+from protoclip.models.transformers import MINILM
 from protoclip.training import run
 from testing import tiny_config, tiny_model, tiny_pairs
-from tiny_hugging_face import save_bert, save_siglip
+from tiny_hugging_face import save_bert
 from tiny_starts import HEADS, VIT
 
 
@@ -71,14 +70,3 @@ def test_a_named_model_keeps_the_files_of_its_text_tower(tmp_path, monkeypatch):
     # Systems add hidden files to what is copied.
     (find_checkpoint(tmp_path / "run") / "text" / ".DS_Store").write_bytes(b"")
     protoclip.load(tmp_path / "run")
-
-
-def test_a_folder_that_is_written_anew_is_read_anew(tmp_path, monkeypatch):
-    """Of what is on the hub the answer is kept."""
-    folder = save_siglip(tmp_path / "siglip")
-    reference, name = f"hf:{folder}", str(folder)
-    first = transformers.describe_towers(reference, name)
-    path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0.1, 0.1, 0.1]}))
-    second = transformers.describe_towers(reference, name)
-    assert second["preprocess_cfg"]["mean"] == [0.1] * 3 != first["preprocess_cfg"]["mean"]

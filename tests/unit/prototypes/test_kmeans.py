@@ -10,7 +10,7 @@ from torch import Tensor
 
 from protoclip import kmeans
 from protoclip.prototypes import kmeans as clustering
-from protoclip.prototypes.nearest import Bfloat16Search, nearest
+from protoclip.prototypes.kmeans import Bfloat16Search, nearest
 
 both_inits = pytest.mark.parametrize("init", ["k-means++", "random"])
 
@@ -22,7 +22,7 @@ def blobs(generator: torch.Generator, n: int = 300, k: int = 6, d: int = 5) -> T
 
 @pytest.mark.parametrize("chunk", [8, 5_000_000])
 def test_lloyd_equals_scikit_learn_from_the_same_start(chunk, generator, monkeypatch):
-    monkeypatch.setattr("protoclip.prototypes.nearest.CHUNK_ELEMENTS", {"cpu": chunk})
+    monkeypatch.setattr("protoclip.prototypes.kmeans.CHUNK_ELEMENTS", {"cpu": chunk})
     features = blobs(generator).double()
     ours = kmeans(features, 6, iterations=50, seed=0, init=features[:6])
     theirs = SklearnKMeans(6, init=features[:6].numpy(), n_init=1, max_iter=50, tol=0)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.spec import parse
-from protoclip.models.saved import read_config
+from protoclip.models.checkpoint import read_config
 from protoclip.results import page as report_page
 from protoclip.results.page import write_report
 from protoclip.results.read import read_run

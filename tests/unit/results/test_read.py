@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from protoclip.models.saved import STATE
+from protoclip.models.checkpoint import STATE
 from protoclip.results.read import read_run, read_runs
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config

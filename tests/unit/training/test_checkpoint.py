@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -15,8 +14,9 @@ import pytest
 import torch
 
 import protoclip
-from protoclip.models import loading, saved
-from protoclip.models.saved import checkpoints, damage
+from protoclip.models import checkpoint as saved
+from protoclip.models import loading
+from protoclip.models.checkpoint import checkpoints, damage
 from protoclip.training import checkpoint
 from protoclip.training.checkpoint import CheckpointWriter
 from testing import tiny_model
@@ -283,15 +283,3 @@ def refusing(name: str) -> Callable[..., Path]:
         return rename(path, target)
 
     return moved
-
-
-def test_a_checkpoint_of_which_something_is_left_is_an_error(tmp_path, monkeypatch):
-    """As a network's file system leaves files that are open; what is gone already is none."""
-    (tmp_path / "step-000000001").mkdir()
-    saved.remove_checkpoint(tmp_path / "step-000000001")
-    saved.remove_checkpoint(tmp_path / "step-000000001")
-    (tmp_path / "step-000000002").mkdir()
-    (tmp_path / "step-000000002" / ".nfs1").touch()
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.raises(OSError, match="not empty"):
-        saved.remove_checkpoint(tmp_path / "step-000000002")

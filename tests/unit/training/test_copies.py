@@ -20,8 +20,7 @@ from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import Target
 from protoclip.models import loading
-from protoclip.models.precision import grad_scaler
-from protoclip.models.protoclip import ProtoCLIP, TowerPair
+from protoclip.models.protoclip import ProtoCLIP, TowerPair, grad_scaler
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.training.guard import NonFiniteGuard

@@ -28,7 +28,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.teachers import embed_start
 from protoclip.models import loading
-from protoclip.models.resolve import resolve_start
+from protoclip.models.start import resolve_start
 from protoclip.rules import check
 from protoclip.training.optim import (
     PROTOTYPICAL,

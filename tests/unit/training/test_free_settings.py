@@ -21,9 +21,9 @@ from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
-from protoclip.models import saved
-from protoclip.models.resolve import resolve_start
-from protoclip.models.tokenizers import open_clip_tokenizer
+from protoclip.models import checkpoint as saved
+from protoclip.models.open_clip import open_clip_tokenizer
+from protoclip.models.start import resolve_start
 from protoclip.training.run_folder import (
     FREE,
     PARTS,

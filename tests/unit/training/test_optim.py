@@ -16,7 +16,7 @@ from protoclip.config import (
     OptimConfig,
 )
 from protoclip.models import loading
-from protoclip.models.precision import autocast, grad_scaler, resolve
+from protoclip.models.protoclip import autocast, grad_scaler, resolve_precision
 from protoclip.training.optim import (
     LAYERS,
     LOCKED_IMAGE,
@@ -145,14 +145,14 @@ def test_precision_is_as_asked_and_only_as_asked():
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with autocast(name, cpu)():
             assert (matrix @ matrix).dtype == dtype
-        assert resolve(name, cpu) == name
+        assert resolve_precision(name, cpu) == name
         assert grad_scaler(name, cpu).is_enabled() == (name == "fp16")
-    assert resolve("auto", cpu) in ("fp32", "bf16")
+    assert resolve_precision("auto", cpu) in ("fp32", "bf16")
 
 
 def test_cards_that_imitate_bf16_train_in_fp16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda imitated=True: imitated)
-    assert resolve("auto", torch.device("cuda")) == "fp16"
+    assert resolve_precision("auto", torch.device("cuda")) == "fp16"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from protoclip.data.split import BEGINNING, count_repeated_images
 from protoclip.data.summary import summarize
 from protoclip.data.tables import ArrowIndex
 from protoclip.models import loading
-from protoclip.models.saved import MODEL, WEIGHTS, model_json, write_checkpoint
+from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
 from protoclip.rules import never_trained

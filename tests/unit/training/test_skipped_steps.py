@@ -16,7 +16,7 @@ from protoclip.config import Config
 from protoclip.data.loader import Batch
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import read_json
-from protoclip.models.saved import find_checkpoint
+from protoclip.models.checkpoint import find_checkpoint
 from protoclip.training.run import train
 from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_pairs

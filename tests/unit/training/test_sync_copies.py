@@ -14,7 +14,7 @@ import torch
 
 from interrupting import with_changes, with_out
 from protoclip.files import sealed, to_json, write_atomically
-from protoclip.models.saved import CHECKSUMS, checkpoints, damage, write_model
+from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage, write_model
 from protoclip.training.checkpoint import CheckpointWriter
 from protoclip.training.plan import resolve_settings
 from protoclip.training.run_folder import read_settings, to_toml

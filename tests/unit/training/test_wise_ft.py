@@ -14,8 +14,8 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import sealed
-from protoclip.models import saved
-from protoclip.models.saved import MODEL, damage, find_checkpoint, write_model
+from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import MODEL, damage, find_checkpoint, write_model
 from protoclip.training.judge import Judge
 from protoclip.training.wise_ft import (
     ALPHAS,

@@ -5,24 +5,35 @@ Tensors are safetensors and everything else is JSON, so reading a checkpoint run
 `optimizer.safetensors`, which only rank 0 reads, `resume.safetensors` and `state.json` are what a
 run needs besides to go on. The run folder has its settings. When to save is decided elsewhere.
 
-Of a sharded model every rank writes its part: instead of a file `model.safetensors` there is a
-folder `model` then, and so for moments. Files are named as if there were
-one of each; `shards.py` reads and writes such folders.
+Every rank writes its part of a sharded model: a folder `model` takes the place of the file
+`model.safetensors` then, and so for moments. `torch.distributed.checkpoint` writes them in its
+Hugging Face format, whose headers say where in the whole each part belongs, so that any number of
+ranks, and one process without a group, reads what any number wrote.
 """
 
 import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 import protoclip
 from protoclip.config import Config, HiddenLayerConfig, ModelConfig, build, without_removed
@@ -40,13 +51,12 @@ from protoclip.files import (
     read_json,
     read_local,
     read_toml,
-    require_regular,
     sync_folder,
     to_json,
     write_atomically,
 )
-from protoclip.models import shards
 from protoclip.models.opening import examples_of, misfits
+from protoclip.rules import MODEL_HINT
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
 OPTIMIZER, RESUME, STATE = "optimizer.safetensors", "resume.safetensors", "state.json"
@@ -58,24 +68,6 @@ TEXT_FILES = "text"  # folder with the files of a Hugging Face text tower and to
 UNFINISHED_FOLDER = re.compile(r"\.(\.?model(\.\d+){1,2}|step-\d+\.(\d+|fetched))", re.ASCII)
 FORMAT = 3  # of what a run needs to go on
 TENSOR = "$tensor"  # key in `state.json` of an object that stands for the tensor of that name
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedModel:
-    """What `model.json` says, and where the files beside it are.
-
-    Attributes:
-        model: The `[model]` section that it was saved with; `start` is the folder.
-        towers: What describes the towers, where `model` does not say it all.
-        text_files: The folder of a Hugging Face text tower and tokenizer, if it has one.
-        squashes: As of `ProtoCLIP`.
-    """
-
-    folder: Path
-    model: ModelConfig
-    towers: dict[str, Any] | None
-    text_files: Path | None
-    squashes: bool
 
 
 def model_json(
@@ -91,38 +83,6 @@ def model_json(
     return content
 
 
-def read_model(reference: str | Path) -> SavedModel:
-    """The model of a run or checkpoint folder; its weights are not read.
-
-    Raises:
-        ValueError: There is none, it is damaged, or another version of protoclip wrote it.
-    """
-    folder = find_checkpoint(reference)
-    text = folder / TEXT_FILES
-    # Systems add hidden files to copied folders.
-    names = sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("[!.]*"))
-    require_intact(folder, MODEL, *names)
-    content = read_json(folder / MODEL)
-    require_version(content, folder)
-    return SavedModel(
-        folder=folder,
-        model=model_config(content, folder),
-        towers=content.get("open_clip", content.get("hugging_face")),
-        text_files=text if text.is_dir() else None,
-        squashes=is_squashing(content),
-    )
-
-
-def require_version(content: Mapping[str, Any], folder: Path) -> None:
-    """Refuse the `model.json` of a version before 1.0."""
-    version = str(content.get("protoclip", ""))
-    if version.startswith("0."):
-        raise ValueError(
-            f"{folder}: written by protoclip {version}; open it with protoclip 1.x: "
-            "pip install 'protoclip<2'"
-        )
-
-
 def is_squashing(content: Mapping[str, Any]) -> bool:
     """Whether the model of a `model.json` squashes images, as `ProtoCLIP` has it."""
     return bool(content.get("resize_mode") == "squash")
@@ -130,31 +90,29 @@ def is_squashing(content: Mapping[str, Any]) -> bool:
 
 def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
     """The `[model]` section in a `model.json`, with the folder as its start."""
+    version = str(content.get("protoclip", ""))
+    if version.startswith("0."):
+        raise ValueError(
+            f"{folder}: written by protoclip {version}; open it with protoclip 1.x: "
+            "pip install 'protoclip<2'"
+        )
+    settings = {**content["model"], "start": str(folder)}
+    settings["pretrained"] = settings.get("pretrained") or None  # "" was none up to 1.0.0
+    settings["image"] = {"pooling": "avg", **settings["image"]}  # as all had it up to 1.0.0
+    is_linear = settings.pop("projection", "linear") == "linear"
     try:
-        settings = {**content["model"], "start": str(folder)}
-        if missing := {"image", "text", "heads"} - settings.keys():
-            raise KeyError(min(missing))
-        settings["pretrained"] = settings.get("pretrained") or None  # "" was none up to 1.0.0
-        settings["image"] = {"pooling": "avg", **settings["image"]}  # as all had it up to 1.0.0
-        is_linear = settings.pop("projection", "linear") == "linear"
         return build(ModelConfig if is_linear else HiddenLayerConfig, settings, "model.")
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{folder}: model.json was written by another version of protoclip ({error})"
         ) from error
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; some may be damaged.
-
-    Raises:
-        OSError: Their folder cannot be read, and is no folder without checkpoints.
-    """
-    try:  # not `glob`, which finds nothing in a folder that it may not read
-        paths = [*(run / "checkpoints").iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    """The checkpoints of a run, oldest first; some may be damaged."""
+    folder = run / "checkpoints"
     names = re.compile(r"step-\d+", re.ASCII)
+    paths = folder.iterdir() if folder.is_dir() else ()  # `glob` would hide an unreadable folder
     return sorted(path for path in paths if names.fullmatch(path.name))
 
 
@@ -165,7 +123,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such run or checkpoint folder")
+        raise ValueError(f"{path}: no such run or checkpoint folder; {MODEL_HINT}")
     for candidate in (path, *reversed(checkpoints(path))):
         weights = candidate / WEIGHTS
         if (candidate / MODEL).is_file() and (weights.is_file() or has_shards(weights)):
@@ -205,27 +163,19 @@ def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, or with some of them; None if intact."""
     try:
         expected = dict(json.loads(read_local(folder / CHECKSUMS)))
-    except OSError as error:
-        return f"{CHECKSUMS} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return f"{CHECKSUMS} is damaged"
     needed = {WEIGHTS, MODEL, RESUME, STATE}
     # A sharded model that has not trained yet has no moments.
     if has_shards(folder / OPTIMIZER) or not has_shards(folder / WEIGHTS):
         needed.add(OPTIMIZER)
     for name in names or sorted(needed | expected.keys()):
-        try:
-            files = files_of(folder, name, expected)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        for file in files:
+        for file in files_of(folder, name, expected):
             try:
                 if file_checksum(folder / file) != expected.get(file):
                     return f"{file} is not what was written: its checksum differs"
-            except OSError as error:
-                return f"{file} cannot be read: {error.strerror}"
-            except ValueError as error:
-                return f"{file} {error}"
+            except (OSError, ValueError) as error:
+                return f"{file} cannot be read: {getattr(error, 'strerror', None) or error}"
     return None
 
 
@@ -239,7 +189,7 @@ def files_of(folder: Path, name: str, listed: Collection[str]) -> list[str]:
     if not has_shards(folder / name):
         return [name]
     stem = Path(name).stem
-    here = {f"{stem}/{path.name}" for path in shards.files(folder / stem)}
+    here = {f"{stem}/{path.name}" for path in (folder / stem).glob("*.safetensors")}
     return sorted(here | {entry for entry in listed if entry.startswith(f"{stem}/")})
 
 
@@ -250,22 +200,21 @@ def require_intact(folder: Path, *names: str) -> None:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names begin so, of a safetensors file or of its shards.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """The tensors whose names begin so, of a safetensors file or of its shards, on the CPU."""
     if has_shards(path):
-        return shards.read(path.with_suffix(""), prefix)
+        stored = read_meta_tensors(path).items()
+        names = [(name, like) for name, like in stored if name.startswith(prefix)]
+        whole = {name: torch.empty_like(like, device="cpu") for name, like in names}
+        fill_shards(path, whole)
+        return whole
     with open_tensors(path) as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        return {name: file.get_tensor(name) for name in names}
+        return {n: file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
 
 
 def tensor_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file, or in its shards; raises as `read_tensors`."""
+    """Names of the tensors in a safetensors file, or in its shards."""
     if has_shards(path):
-        return {*shards.meta_tensors(path.with_suffix(""))}
+        return {*read_meta_tensors(path)}
     with open_tensors(path) as file:
         return {*file.keys()}
 
@@ -273,23 +222,19 @@ def tensor_names(path: Path) -> set[str]:
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     try:
-        require_regular(path)
         with safe_open(path, "pt") as file:
             yield file
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: damaged ({error}); copy it again, or use another checkpoint"
         ) from error
 
 
 def read_clusters(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Prototypes `(k, p)` of a run by their space, and the prototype of each sample `(m,)`.
+    """Prototypes `(k, p)` of a run by their space, and the prototype of each sample `(m,)` or -1.
 
-    A sample without one has -1. There are no prototypes in the warm-up, in CLIP, and in a model
-    that is no checkpoint of a run. The locked-image stage keeps those of the episode before it.
-
-    Raises:
-        ValueError: Their file is damaged.
+    There are none in the warm-up, in CLIP, and in a model that is no checkpoint of a run. The
+    locked-image stage keeps those of the episode before it.
     """
     path = checkpoint / RESUME
     if not path.is_file():
@@ -309,17 +254,8 @@ def read_prototypes(checkpoint: Path) -> dict[str, Tensor]:
     return {name: clusters[name][0].float() for name in ("image", "text") if name in clusters}
 
 
-def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's weights; raises `ValueError` if they are damaged or of another model.
-
-    They are those of a plain model, also if `model` has adapters.
-    """
-    weights = read_tensors(folder / WEIGHTS)
-    require_fit(folder, model, weights)
-    return weights
-
-
 def require_fit(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another model; they are those of a plain one, also if it has adapters."""
     if wrong := misfits(model, weights):
         raise ValueError(
             f"{folder}: checkpoint of another architecture: {examples_of(wrong)}; make "
@@ -330,11 +266,10 @@ def require_fit(folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -
 def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     """The nested state that a run saved, with its tensors on the model's device.
 
-    `model` and `optimizer` are on the CPU, and empty but on rank 0. Of a sharded model, if sharded
-    ones wrote the checkpoint, they are this rank's parts on its device, whatever the number of
+    `model` and `optimizer` are on the CPU, and empty except on rank 0. If sharded models wrote the
+    checkpoint and `model` is one, they are this rank's parts on its device, whatever the number of
     ranks was then. No rank waits for another.
     """
-    require_version(read_json(folder / MODEL), folder)
     facts, device = read_json(folder / STATE), next(model.parameters()).device
     if facts.get("format") != FORMAT:
         raise ValueError(
@@ -342,52 +277,31 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
             "it; start a new run from its weights with --model.start, in another folder"
         )
     tensors = {key: tensor.to(device) for key, tensor in read_tensors(folder / RESUME).items()}
-    with explain_state_errors(folder):
-        state = {**join_tensors(facts, tensors), "model": {}, "optimizer": {}}
+    state = {**join_tensors(facts, tensors), "model": {}, "optimizer": {}}
     if has_shards(folder / WEIGHTS) and is_sharded(model):
-        state |= read_parts(folder, model)
+        require_fit(folder, model, read_meta_tensors(folder / WEIGHTS))
+        stored = read_meta_tensors(folder / OPTIMIZER)
+        state["model"], state["optimizer"] = parts_to_fill(model, stored)
+        for name, parts in ((WEIGHTS, state["model"]), (OPTIMIZER, state["optimizer"])):
+            if parts:
+                fill_shards(folder / name, parts)
     elif rank() == 0:
-        state["model"] = read_weights(folder, model)
+        state["model"] = read_tensors(folder / WEIGHTS)
+        require_fit(folder, model, state["model"])
         state["optimizer"] = read_tensors(folder / OPTIMIZER)
     return state
 
 
-def read_parts(folder: Path, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """This rank's parts of weights and moments that a sharded model saved."""
-    require_fit(folder, model, shards.meta_tensors(folder / Path(WEIGHTS).stem))
-    stored = shards.meta_tensors(folder / Path(OPTIMIZER).stem)
-    with explain_state_errors(folder):
-        weights, moments = parts_to_fill(model, stored)
-    for name, parts in {WEIGHTS: weights, OPTIMIZER: moments}.items():
-        if parts:
-            shards.fill(folder / Path(name).stem, parts)
-    return {"model": weights, "optimizer": moments}
-
-
-@contextmanager
-def explain_state_errors(folder: Path) -> Iterator[None]:
-    """Turn what a state of another form raises into a `ValueError` with the way out."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{folder / STATE}: not what this version of protoclip writes ({error!r}); "
-            f"restore it from a copy, or delete {folder} to go on from the one before"
-        ) from error
-
-
 def facts_of(folder: Path, name: str) -> dict[str, Any]:
-    """A section of a checkpoint's state, without its tensors."""
-    with explain_state_errors(folder):
-        return dict(read_json(folder / STATE).get(name, {}))
+    """A section of a checkpoint's state, without its tensors; raises `ValueError` for damage."""
+    require_intact(folder, STATE)
+    return dict(read_json(folder / STATE).get(name, {}))
 
 
 def is_aligned(checkpoint: Path) -> bool:
     """Whether `align` made a checkpoint, so that its pairs have not changed its encoders."""
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        sources = facts_of(checkpoint, "content")["sources"]
+    with suppress(ValueError):
+        sources = facts_of(checkpoint, "content").get("sources", [])
         return any("encoded" in source for source in sources)
     return False
 
@@ -422,8 +336,7 @@ def join_tensors(facts: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def checkpoint_files(
-    model_facts: Mapping[str, Any],
-    state: Mapping[str, Any],
+    model_facts: Mapping[str, Any], state: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The safetensors and the JSON files of a run's nested state, by name.
 
@@ -465,12 +378,8 @@ def write_parts(
 ) -> None:
     """`write_checkpoint` by all ranks of a sharded model. Collective, in the background.
 
-    Args:
-        parts: What each rank writes its parts of, as `shards.write`, by the name that one file of
-            it would have.
-        tensors, facts, text_files: As for `write_checkpoint`; of rank 0, which alone writes them.
-
-    If one rank cannot write, all raise, and there is no checkpoint.
+    Each rank writes `parts`, by the name that one file of them would have; rank 0 alone writes the
+    rest. If one rank cannot write, all raise, and there is no checkpoint.
     """
     staging = unfinished_path(folder)
     with in_background():
@@ -479,7 +388,7 @@ def write_parts(
                 lambda: (staging, write_files(staging, tensors, facts, text_files or {}))
             )
             for stem, part in ((Path(name).stem, part) for name, part in parts.items()):
-                for written in all_gather_object(shards.write(temporary / stem, part)):
+                for written in all_gather_object(write_shards(temporary / stem, part)):
                     checksums |= {f"{stem}/{name}": digest for name, digest in written.items()}
             rank0_first(lambda: publish_folder(staging, folder, checksums))
         except BaseException:
@@ -561,16 +470,10 @@ def write_model(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, of which nothing is seen any more if this ends half-way.
-
-    Raises:
-        OSError: It cannot be removed, or not all of it.
-    """
+    """Remove a checkpoint, of which nothing is seen any more if this ends half-way."""
     gone = unfinished_path(folder)
-    with suppress(FileNotFoundError):  # somebody else has removed it
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-        gone.rmdir()  # of which something is left, if this can be done
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def remove_unfinished(run: Path) -> None:
@@ -581,3 +484,58 @@ def remove_unfinished(run: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
     for left in left_by_killed(run):
         left.unlink(missing_ok=True)
+
+
+class ShardWriter(HuggingFaceStorageWriter):
+    """Torch's writer, which remembers the checksums of the files that this rank has written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.per_thread_copy_ahead = 0  # or its thread would take memory of the first card
+        self.folder, self.checksums = folder, dict[str, str]()
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        written = super().write_data(plan, planner)
+        names = {result.storage_data.relative_path for result in written.value()}
+        self.checksums = {name: file_checksum(self.folder / name) for name in sorted(names)}
+        return written
+
+
+def write_shards(folder: Path, parts: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write this rank's parts of all tensors, on the CPU; returns its files' checksums by name.
+
+    What is no DTensor is the same on all ranks, and rank 0 writes it. Collective, in the background
+    if the caller is. If one rank cannot write, all raise what that one met.
+    """
+    writer = ShardWriter(folder)
+    once = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    with in_background() as group, raise_first_cause():
+        save_sharded(dict(parts), storage_writer=writer, planner=once, process_group=group)
+    return writer.checksums
+
+
+def read_meta_tensors(path: Path) -> dict[str, Tensor]:
+    """The whole tensors of shards on the meta device: their names, shapes and types."""
+    metadata = HuggingFaceStorageReader(str(path.with_suffix(""))).read_metadata()
+    stored: dict[str, Any] = dict(metadata.state_dict_metadata)
+    return {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+        for name, tensor in stored.items()
+    }
+
+
+def fill_shards(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read tensors in place: whole ones, or this rank's parts of DTensors. No rank waits."""
+    reader = HuggingFaceStorageReader(str(path.with_suffix("")))
+    with warnings.catch_warnings(), raise_first_cause():
+        warnings.simplefilter("ignore", UserWarning)  # that it reads without a group
+        load_sharded(dict(tensors), storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def raise_first_cause() -> Iterator[None]:
+    """Raise what the first rank met that failed, in place of torch's collection of tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise error.failures[min(error.failures)][0] from None
