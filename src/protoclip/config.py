@@ -216,18 +216,6 @@ class ModelConfig:
     projection = "linear"
 
     @property
-    def leaves_image_size_open(self) -> bool:
-        """Whether the size of images follows from the data: of towers that start untrained."""
-        untrained = self.start is None and self.name is None and self.image.weights is None
-        return untrained and self.image.size is None
-
-    @property
-    def leaves_context_length_open(self) -> bool:
-        """Whether the length of captions follows from the data, as the size of images does."""
-        untrained = self.start is None and self.name is None and self.text.name is None
-        return untrained and self.text.context_length is None
-
-    @property
     def has_start(self) -> bool:
         """Whether it begins with weights that were trained: `start`, or a name and its tag."""
         return self.start is not None or self.pretrained is not None
@@ -309,11 +297,6 @@ class OptimConfig:
     weight_decay: Open[NotNegative] = UNSET  # Of matrices, filters; else from the model.
     heads_weight_decay: Open[NotNegative] = UNSET  # Of the heads; else from the model.
     clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
-
-
-def locked_rate(learning_rate: float) -> float:
-    """The peak rate of the stage with the image tower locked, where none is set."""
-    return learning_rate / 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,8 +183,14 @@ def without_effect(config: Config) -> list[str]:
         if is_idle and differs(setting, config, usual):
             reasons.setdefault(setting, why)
     notes = [f"{setting}: no effect, since {why}" for setting, why in reasons.items()]
-    if config.locked_episodes < config.episodes.locked_image:
+    episodes, locked = config.episodes, config.locked_episodes
+    if locked < episodes.locked_image:
         notes.append("episodes.locked_image = 0, since model.locked keeps the text tower too")
+    if config.uses_prototypes and episodes.warm_up + locked == episodes.count:
+        notes.append(
+            f"no episode uses prototypes, since episodes.count is {episodes.count}, which "
+            "episodes.warm_up and episodes.locked_image take; raise it, or lower these"
+        )
     return notes
 
 
@@ -247,17 +253,6 @@ def causes(config: Config) -> list[tuple[str, object, str]]:
     ]
 
 
-def never_trained(config: Config) -> list[str]:
-    """A note if no episode uses prototypes; numbers of episodes are filled in."""
-    count, others = config.episodes.count, config.episodes.warm_up + config.locked_episodes
-    if not config.uses_prototypes or others < count:
-        return []
-    return [
-        f"no episode uses prototypes, since episodes.warm_up and episodes.locked_image take all of "
-        f"episodes.count ({count}); raise it, or lower these"
-    ]
-
-
 # Paths
 
 
@@ -268,7 +263,8 @@ def require_paths(config: Config) -> None:
         ValueError: Names the setting, and a file or folder of nearly that name if there is one.
     """
     require_data_paths(config.data)
-    require_model("model.start", config.model.start)
+    if config.model.start is not None:
+        require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
         features = teacher.features
         if features is not None and features not in ("emoji", START, *HALVES.values()):
@@ -286,9 +282,11 @@ def require_data_paths(data: DataConfig) -> None:
         require_folder(f"data.sources[{number}].root", source.root)
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
-    require_folder("data.root", data.root)
-    require_file("data.only", data.only)
-    require_file("data.without", data.without)
+    if data.root is not None:
+        require_folder("data.root", data.root)
+    for name, path in (("only", data.only), ("without", data.without)):
+        if path is not None:
+            require_file(f"data.{name}", path)
 
 
 def require_source(setting: str, path: str, what: str = "no such file") -> None:
@@ -329,12 +327,11 @@ def require_model(setting: str, reference: str | None, kind: str = "model") -> N
         require_path(setting, reference, INSTEAD[kind])
 
 
-def require_file(setting: str, path: str | None) -> None:
+def require_file(setting: str, path: str) -> None:
     """Refuse a file or folder that does not exist, a URL, and a pipe or device."""
-    if path is not None:
-        require_path(setting, path, "no such file")
-        if "://" in path:
-            raise ValueError(f"{setting}: {path}: is not read from a URL; copy it here first")
+    require_path(setting, path, "no such file")
+    if "://" in path:
+        raise ValueError(f"{setting}: {path}: is not read from a URL; copy it here first")
 
 
 def require_folder(setting: str, path: str | None) -> None:

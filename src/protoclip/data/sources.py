@@ -183,7 +183,8 @@ def list_notes(samples: Pairs | SampleStream) -> list[str]:
         for table in tables
         if table.id_column is None
     ]
-    by_number = [pairs.name for pairs in tables if len(pairs) and pairs.class_of(0).isdecimal()]
+    several = [pairs for pairs in tables if len(pairs)] if len(tables) > 1 else []
+    by_number = [pairs.name for pairs in several if pairs.class_of(0).isdecimal()]
     if len(by_number) > 1:
         noticed.append(
             f"{' and '.join(by_number)}: have numbers as classes, and equal numbers count as one "

@@ -353,7 +353,8 @@ class _Copies:
         progress = Progress("comparing thumbnails", len(looks))
         for first in range(0, len(looks), BLOCK):
             _run_threads(look, range(first, min(first + BLOCK, len(looks))), threads=cores())
-            progress.update(min(first + BLOCK, len(looks)))
+            if progress.total > BLOCK:
+                progress.update(min(first + BLOCK, len(looks)))
         return looks
 
     def _hash_images(self, rows: Rows, *, page: bool) -> Rows:

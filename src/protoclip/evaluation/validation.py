@@ -137,20 +137,21 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
 
     if not isinstance(samples, Pairs):
         return hold_out_none("a stream is not held out; name a source to judge the run by")
-    training, notes, total = list_sources(samples), list[str](), len(samples)
+    notes, total, least = list[str](), len(samples), least_held_out(config)
     before = find_earlier_pairs(config, notes)
     learned = f"{' and '.join(before)} learned from the others"
-    rows = hold_out_rows(
-        training, share=share, folder=index_folder(), before=[*chain(*before.values())]
-    )
-    if len(rows) < least_held_out(config):
-        larger = "a larger share, " if len(rows) or share * total < 1 else ""
+    training, rows, wanted = list[ImageTextPairs](), NONE, min(MOST, round(share * total))
+    if before or wanted >= least:  # or too few would be left, whichever are alike
+        training, earlier = list_sources(samples), [*chain(*before.values())]
+        rows = hold_out_rows(training, share=share, folder=index_folder(), before=earlier)
+    if len(rows) < least:
+        number = len(rows) if training else wanted
+        larger = "a larger share, " if number or share * total < 1 else ""
         return hold_out_none(
-            f"no pairs are held out, since only {len(rows)} of {total:,} could be: "
+            f"no pairs are held out, since only {number} of {total:,} could be: "
             f"{f'{learned}, ' if before else ''}they are few, or many share a caption or an image; "
             f"give {larger}a source"
         )
-    wanted = min(MOST, round(share * total))
     if len(rows) < (wanted if before else ENOUGH * wanted):
         why = learned if before else "many share a caption or an image"
         notes.append(

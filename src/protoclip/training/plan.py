@@ -57,7 +57,7 @@ from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_p
 from protoclip.models.start import Start, resolve_start
 from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
-from protoclip.rules import check, never_trained, require_paths
+from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, choose_with_data, fill_settings
 
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
@@ -318,9 +318,7 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
         ValueError: Settings do not go with each other or with the data.
     """
     config, samples, aligns, choices = plan.config, plan.samples, outline.aligns, plan.choices
-    # align makes one sample of equal images, and the emoji are bundled as they are
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
-    are_negatives &= not (aligns or config.data.is_emoji)
     model, notes, captions = config.model, list[str](), ONE
     is_named = model.start is not None or model.name is not None
     leaves_size_open = not is_named and None in (model.image.size, model.text.context_length)
@@ -328,7 +326,8 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
         samples,
         max_image_pixels=config.data.max_image_pixels,
         looks_at_images=leaves_size_open,
-        compares_images=are_negatives or (choices is not None and not aligns),
+        # align makes one sample of equal images, and finetune counts them
+        compares_images=not aligns and (are_negatives or choices is not None),
     )
     if choices is not None:
         is_judged = bool(plan.held_out or plan.guards)
@@ -337,11 +336,10 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
         )
     config, said = fill_settings(config, plan.start, samples, summary)
     notes = [note for note in check(config) if note in outline.unsure] + notes + said
-    notes += never_trained(config)
     if config.run.precision == "fp16" and is_cpu(config.run.device):
         notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
-    part, share = config.episodes.micro_batch_size, config.episodes.batch_size // world_size()
-    if part is not None and part >= share:
+    part, batch = config.episodes.micro_batch_size, config.episodes.batch_size
+    if part is not None and part >= (share := batch // world_size()):
         notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
     if config.teachers or config.teacher.features:
         config, said = external.fill_teachers(config, plan.teachers)
@@ -356,7 +354,8 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
         sentences = None if aligns else config.data.captions == "sentences"
         notes += note_cut_captions(summary, start, sentences=sentences)
     notes += plan.notes
-    if are_negatives and summary.repeated > SHARED * summary.compared:
+    is_often = are_negatives and summary.repeated > SHARED * summary.compared
+    if is_often and not config.data.is_emoji:  # which are bundled as they are
         notes.append(
             f"{summary.repeated:,} of {summary.compared:,} pairs that were looked at have the "
             "image of another one, and in a batch the two are negatives of each other; set "

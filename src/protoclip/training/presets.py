@@ -18,7 +18,6 @@ from protoclip.config import (
     START,
     Config,
     TeacherConfig,
-    locked_rate,
     shown,
     tree_of,
 )
@@ -406,12 +405,13 @@ def fill_settings(
     notes, model, data = list[str](), config.model, config.data
     sides = summary.sides
     reason = f"by {len(sides)} of the samples" if sides else "since no sample could be looked at"
-    if model.leaves_image_size_open:
+    is_open = model.start is None and model.name is None
+    if is_open and model.image.size is None and model.image.weights is None:
         largest = CROPPED * float(np.median(sides)) if sides else 0.0
         size = max([SMALL_IMAGE_SIZES[0], *(s for s in SMALL_IMAGE_SIZES if s <= largest)])
         model = replace(model, image=replace(model.image, size=size))
         notes.append(f"model.image.size = {size}, {reason}")
-    if model.leaves_context_length_open:
+    if is_open and model.text.context_length is None and model.text.name is None:
         lengths = TokenCounter(open_clip_tokenizer({}))(summary.captions_of_images)
         length = choose_context_length(lengths)
         model = replace(model, text=replace(model.text, context_length=length))
@@ -526,7 +526,7 @@ def choose_optimizer(config: Config, kind: str | None) -> dict[str, Any]:
         return {
             "learning_rate": rate,
             "warm_up_steps": 50,
-            "locked_learning_rate": locked_rate(given.learning_rate or rate),
+            "locked_learning_rate": (given.learning_rate or rate) / 10,
             "betas": (0.9, 0.98),
             "eps": 1e-6,
             "weight_decay": 0.2,
@@ -539,7 +539,7 @@ def choose_optimizer(config: Config, kind: str | None) -> dict[str, Any]:
     return {
         "learning_rate": rate,
         "warm_up_steps": min(max(steps // 50, 500_000 // batch), max(steps // 10, 1)),
-        "locked_learning_rate": locked_rate(given.learning_rate or rate),
+        "locked_learning_rate": (given.learning_rate or rate) / 10,
         "betas": (0.9, 0.98) if is_transformer else (0.9, 0.999),
         "eps": 1e-6 if is_transformer else 1e-8,
         "weight_decay": 0.2 if is_transformer else 0.1,

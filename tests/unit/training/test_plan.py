@@ -42,7 +42,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
-from protoclip.rules import never_trained
+from protoclip.rules import check
 from protoclip.training import plan
 from protoclip.training.plan import Plan, make_plan, resolve_settings
 from protoclip.training.presets import (
@@ -208,18 +208,11 @@ def test_a_batch_larger_than_the_data_is_what_has_to_be_lowered():
         episodes(config, Numbered(98, 10**9))
 
 
-@pytest.mark.parametrize(
-    ("count", "warm_up", "locked", "said"),
-    [
-        (3, 1, 1, []),
-        (2, 1, 1, ["no episode uses prototypes"]),
-    ],
-)
-def test_stages_that_leave_out_what_a_run_is_for_draw_a_note(count, warm_up, locked, said):
-    episodes = EpisodeConfig(count=count, warm_up=warm_up, locked_image=locked)
-    notes = never_trained(Config(episodes=episodes))
-    assert [note.partition(", since")[0] for note in notes] == said
-    assert not never_trained(Config(episodes=episodes, loss=LossConfig(prototypical=0.0)))
+def test_stages_that_leave_no_episode_for_prototypes_draw_a_note():
+    config = Config(episodes=EpisodeConfig(count=2, warm_up=1, locked_image=1))
+    (note,) = check(config)
+    assert note.startswith("no episode uses prototypes")
+    assert check(with_changes(config, {"episodes": {"count": 3}})) == []
 
 
 def test_what_is_set_stays_and_a_plan_is_its_own_plan():
