@@ -20,7 +20,6 @@ from typing import Any
 
 from protoclip.terminal import OBEYED, say
 
-SOFTWARE = "protoclip"  # what a PNG file names as its maker
 QUIET_SECONDS = 10.0  # that a process waits for another without a word
 SEAL = "checksum"  # key in a JSON object of the checksum of the rest
 UNFINISHED = re.compile(r"\..+\.\d+\.tmp", re.ASCII | re.DOTALL)  # what `replacing` writes to
