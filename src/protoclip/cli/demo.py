@@ -4,11 +4,8 @@ The quick one trains a small model on emoji by six artists in about a minute. It
 shown on the drawings of a seventh.
 """
 
-import os
 import shlex
-import sys
 import time
-import webbrowser
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -156,12 +153,6 @@ def quick(out: Path = Path("runs/quick"), *, seed: int = 0) -> dict[str, Any]:
     print(f"  {visible(str(index))}   a map of these drawings")
     data = shlex.quote(str(unseen))
     print(f"  protoclip explore {model} --data {data}   a clearer map, and search")
-    # Without a display a browser in text mode would take the terminal.
-    display = (
-        sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    )
-    if display and sys.stdout.isatty():
-        webbrowser.open(index.resolve().as_uri())
     return results
 
 

@@ -136,12 +136,10 @@ class PairsOptions(ChosenOptions):
 def quick_imports() -> Iterator[None]:
     """Import within it what a command needs; that takes a sixth less time.
 
-    PyTorch and the libraries around it make half a million objects that stay. Python's cyclic
-    collector would go through them again and again while they come, and later at each full
-    collection. So it rests here, and leaves them alone afterwards. In a process that has PyTorch
-    already it goes on, since what else is there may be garbage.
+    Python's cyclic collector would look at half a million objects that stay, again and again. So
+    it rests here, and leaves them alone afterwards.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules:  # other objects are there, which may be garbage
         yield
         return
     gc.disable()
@@ -216,11 +214,7 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options among the words as a tree of settings, and the other words.
 
-    `--no-NAME` switches a flag off. A list grows with each option, and so does a tuple of any
-    length. The last part of a setting's name will do where no other ends in it (`full_name`).
-
-    Raises:
-        ValueError: There is no such option, or its value is missing.
+    `--no-NAME` switches a flag off. A list, or a tuple of any length, grows with each option.
     """
     known, left, rest = dict(options(kind)), list(words), list[str]()
     given: dict[str, list[str]] = {}
@@ -257,10 +251,10 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
 
 
 def full_name(name: str, known: Collection[str]) -> str:
-    """The option that is meant: `run.seed` by `seed`, if nothing else ends in it; and `root` by
-    `data.root` in commands that take settings of `data` by their own names."""
+    """The option that is meant: `run.seed` by `seed`, if nothing else ends in it."""
     if name in known:
         return name
+    # Some commands take settings of `data` by their own names.
     if name.removeprefix("data.") in known and "data.train" not in known:
         return name.removeprefix("data.")
     meant = [option for option in known if option.endswith(f".{name}")]
@@ -268,8 +262,7 @@ def full_name(name: str, known: Collection[str]) -> str:
 
 
 def take_values(left: list[str], hint: Any) -> list[str]:
-    """Remove the value of an option from the words behind it: all up to the next one for a tuple,
-    one for others, none for a flag but `true` or `false`."""
+    """Remove an option's value from the words behind it: for a tuple all up to the next option."""
     if hint is bool and (not left or left[0].lower() not in ("true", "false")):
         return ["true"]
     most = len(left) if tuple in origins(hint) else 1
