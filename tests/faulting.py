@@ -1,4 +1,4 @@
-"""Commands under which something breaks: one fault, at a chosen moment, and what must be left.
+"""Commands that are killed or find the disk full, at a chosen moment, and what must be left.
 
 A call of a command is a forked process. A fault strikes when the call opens, renames, makes or
 removes a file or folder for the n-th time, as Python's audit events tell. A full disk is a limit of
@@ -15,43 +15,35 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import time
+import tomllib
 import traceback
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-from interrupting import quick_config
+import numpy as np
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from interrupting import MEASURED, quick_config
 from protoclip import cli
 from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
+from protoclip.data.tables import ArrowIndex, read_table
 from protoclip.encode import run as encode
 from protoclip.models.checkpoint import checkpoints, damage
 from protoclip.training import checkpoint, run_folder
-from remains import invalid, is_hidden, leftovers, packed_in, snapshot, without_times
 from testing import tiny_pairs
 from tiny_starts import halves
 
 PATIENCE = 600.0  # seconds for one call, on a busy machine
 PROCESSOR_SECONDS = 60  # that a call may compute: one that hangs in a loop is ended
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
-# What goes wrong from the moment on, or once.
-KINDS = {
-    "full disk": "nothing more can be written",
-    "permission": "the folder cannot be entered",
-    "file vanishes": "a file is gone before it is read",
-    "worker killed": "SIGKILL to a process that reads images",
-    "killed": "SIGKILL",
-}
-COMMANDS = ("train", "embed-teacher", "data pack", "evaluate", "export", "report")  # `drawn`'s
-NAMED = ("full disk", "permission")  # the line has the path
-# Images may not be there for these, so that a call may leave pairs out, and say how many.
-WITHOUT_IMAGES = ("permission", "file vanishes")
-NO_CAPTIONS = "note: no captions of prototypes"  # an export without the run's data says so
-LISTS_OF_BAD = ("/skipped.jsonl", "/results.json")
-HAS_WORKERS = ("train", "evaluate")
+KINDS = ("full disk", "killed")
+COMMANDS = ("train", "embed-teacher", "data pack", "evaluate", "export", "report")  # `draw`'s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +72,6 @@ class Outcome:
     said: str
     events: int
     struck: bool = False
-    gone: str = ""  # the file that vanished, below the folder
     modules: Sequence[str] = ()
 
     @property
@@ -98,29 +89,20 @@ class Outcome:
             return ""
         return f"exit code {self.code}: {self.last}"
 
-    @property
-    def left_out(self) -> int:
-        """How many pairs it said it left out."""
-        found = re.findall(r"(\d+) (?:samples )?skipped|(\d+) of \d+ images cannot", self.said)
-        return max((int(one or other) for one, other in found), default=0)
 
-
-def drawn(number: int, seed: int = 0) -> list[Fault]:
-    """Faults at random moments; kinds and commands come in turn, until all have met."""
+def draw(number: int, seed: int = 0) -> list[Fault]:
+    """Faults at random moments; commands and kinds come in turn."""
     generator = random.Random(seed)
-    found: list[Fault] = []
-    while len(found) < number:
-        kinds, commands = (generator.sample([*of], len(of)) for of in (KINDS, COMMANDS))
-        cells = [
-            (commands[(place + turn) % len(commands)], kind)
-            for turn in range(len(commands))
-            for place, kind in enumerate(kinds)
-        ]
-        cells = [(of, kind) for of, kind in cells if kind != "worker killed" or of in HAS_WORKERS]
-        for command, kind in cells[: number - len(found)]:
-            own, share = generator.randrange(10**6), generator.random()
-            found.append(Fault(seed=own, command=command, kind=kind, share=share))
-    return found
+    cells = [(command, kind) for kind in KINDS for command in COMMANDS]
+    return [
+        Fault(
+            seed=generator.randrange(10**6),
+            command=cells[place % len(cells)][0],
+            kind=cells[place % len(cells)][1],
+            share=generator.random(),
+        )
+        for place in range(number)
+    ]
 
 
 @dataclass
@@ -130,75 +112,24 @@ class Injector:
     folder: str
     kind: str = ""
     at: int = -1
-    seed: int = 0
     count: int = 0
     struck: bool = False
-    gone: str = ""
-    hunts: bool = False
-    busy: bool = False
     process: int = field(default_factory=os.getpid)
     inherited: Container[int | None] = ()  # processes that a fork only seems to have
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in EVENTS or self.busy:
+        if event not in EVENTS or os.getpid() != self.process:
             return
         paths = [os.fsdecode(a) for a in arguments[:2] if isinstance(a, str | bytes | os.PathLike)]
-        paths = [path for path in paths if path.startswith(self.folder)]
-        if not paths:
+        if not any(path.startswith(self.folder) for path in paths):
             return
-        self.busy = True
-        try:
-            self.meet(paths[0], reads=event == "open" and is_reading(arguments))
-        finally:
-            self.busy = False
-
-    def meet(self, path: str, *, reads: bool) -> None:
-        own = os.getpid() == self.process
-        self.count += own
-        if own and not self.struck and 0 < self.at <= self.count:
-            self.struck = self.strike(path, reads=reads)
-        if not self.struck:
+        self.count += 1
+        if self.struck or not 0 < self.at <= self.count:
             return
-        if self.kind == "permission":
-            raise PermissionError(13, "Permission denied", path)
-
-    def strike(self, path: str, *, reads: bool) -> bool:
-        """Do what the kind says; returns False to wait for a moment at which it can be done."""
-        generator = random.Random(self.seed)
-        match self.kind:
-            case "full disk":
-                limit(resource.RLIMIT_FSIZE, 0)
-            case "file vanishes":
-                if not reads or not Path(path).is_file():
-                    return False
-                Path(path).unlink()
-                self.gone = Path(path).relative_to(self.folder).as_posix()
-            case "worker killed":
-                # Workers open files, and this process may open none while they do.
-                if not self.hunts:
-                    self.hunts = True
-                    pause = generator.uniform(0, 0.05)
-                    Thread(target=self.kill_worker, args=(pause,), daemon=True).start()
-                return False
-            case "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-        return True
-
-    def kill_worker(self, pause: float) -> None:
-        """Wait for a worker, then for so many seconds, and kill it."""
-        while not self.struck:
-            if own_workers(self.inherited):
-                time.sleep(pause)
-                for worker in own_workers(self.inherited)[:1]:
-                    os.kill(worker.pid or 0, signal.SIGKILL)
-                    self.struck = True
-            time.sleep(0.001)
-
-
-def is_reading(arguments: tuple[Any, ...]) -> bool:
-    """Whether an `open` event is that of a file to be read."""
-    flags = arguments[2] if len(arguments) > 2 else 0
-    return isinstance(flags, int) and flags & os.O_ACCMODE == os.O_RDONLY
+        self.struck = True
+        if self.kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        limit(resource.RLIMIT_FSIZE, 0)
 
 
 def limit(which: int, value: int) -> None:
@@ -241,7 +172,6 @@ def call(words: Sequence[str], injector: Injector) -> Outcome:
         said=text.decode(errors="replace"),
         events=facts.get("events", 0),
         struck=code < 0 or facts["struck"],
-        gone=facts.get("gone", ""),
         modules=facts.get("modules", "").split(),
     )
 
@@ -287,17 +217,10 @@ def in_child(words: Sequence[str], injector: Injector, said: int, tell: int) -> 
             sys.stderr.flush()
             # A pipe holds 64 KB: names of the largest libraries' parts would not fit.
             names = [name for name in sys.modules if name.count(".") < 2 and name != "__main__"]
-            known = {"events": injector.count, "struck": injector.struck, "gone": injector.gone}
+            known = {"events": injector.count, "struck": injector.struck}
             modules = " ".join(names)[:60_000]
             os.write(tell, json.dumps({**known, "modules": modules}).encode())
         os._exit(code)
-
-
-def with_workers(content: object, number: int) -> object:
-    """A `config.toml` with so many workers instead of none; what other files hold as it is."""
-    if not isinstance(content, bytes):
-        return content
-    return content.replace(b"\nworkers = 0\n", b"\nworkers = %d\n" % number)
 
 
 class Scene:
@@ -354,7 +277,7 @@ class Scene:
                 importlib.import_module(name)
         return outcome
 
-    def words(self, command: str, *, fresh: bool, workers: int = 0) -> list[str]:
+    def words(self, command: str, *, fresh: bool) -> list[str]:
         here = str(self.folder)
         given = {
             "train": ["--config", f"{here}/{'fresh' if fresh else 'stopped'}.toml"],
@@ -367,9 +290,9 @@ class Scene:
             "embed": [f"{here}/run", "--data", f"{here}/pairs.tsv"],
         }[command]
         more = {
-            "train": ["--resume", "auto", "--data.workers", str(workers)],
+            "train": ["--resume", "auto", "--data.workers", "0"],
             "embed-teacher": ["--out", f"{here}/teacher", "--modality", "text"],
-            "evaluate": ["--out", f"{here}/records", "--workers", str(workers)],
+            "evaluate": ["--out", f"{here}/records", "--workers", "0"],
             "embed": ["--out", f"{here}/vectors.parquet"],
         }
         return [*command.split(), *given, *more.get(command, [])]
@@ -414,111 +337,166 @@ class Scene:
         """How a call ends under a fault, and the next one without; and all that is wrong then."""
         command, fresh = fault.command, fault.fresh and fault.command == "train"
         self.prepare(command, fresh=fresh)
-        workers = 1 if fault.kind == "worker killed" else 0
-        words = self.words(command, fresh=fresh, workers=workers)
+        words = self.words(command, fresh=fresh)
         at = 1 + int(fault.share * self.events[command, fresh])
-        while True:
-            self.reset()
-            before = snapshot(self.folder)
-            first = call(words, Injector(str(self.folder), kind=fault.kind, at=at, seed=fault.seed))
-            if first.struck or at == 1:
-                break
-            at = (at + 1) // 2  # so late no worker is left, or no file is read
+        self.reset()
+        before = snapshot(self.folder)
+        first = call(words, Injector(str(self.folder), kind=fault.kind, at=at))
         wrong = [] if first.struck else ["the fault did not strike"]
-        wrong += [self.end_of(fault, first), *self.lost(before, fault, first)]
-        wrong += [what for path, what in invalid(self.folder) if path != first.gone]
-        # A page says itself which examples it cannot show.
-        shows_less = command == "report" and fault.kind in WITHOUT_IMAGES
-        no_captions = NO_CAPTIONS in first.said and first.code == 0
-        without = ("exported/prototypes.json",) if no_captions else ()
-        # A worker that is killed after its last batch ends nothing, and a finished run stays.
-        kept = workers if first.code == 0 else 0
-        if first.code == 0 and not first.left_out and not shows_less:
-            differ = self.differences(command, fresh=fresh, without=without, workers=kept)
+        wrong += [self.end_of(fault, first), *self.lost(before, fault), *invalid(self.folder)]
+        if first.code == 0:
+            differ = self.differences(command, fresh=fresh)
             # What is not needed any more, and cannot be removed, the next call removes.
             wrong += [f"success, but {text}" for text in differ if "/parts/" not in text]
-        if first.gone in before and not (self.folder / first.gone).exists():
-            (self.folder / first.gone).write_bytes(before[first.gone])
-        second = call(self.words(command, fresh=fresh), Injector(str(self.folder)))
+        second = call(words, Injector(str(self.folder)))
         if (command, first.code) != ("export", 0):  # that folder exists by then
             wrong += [second.problem, f"the next call: {second.last}" if second.code else ""]
-        if first.code == 0 and first.left_out and command in ("train", "data pack"):
-            wrong += self.without_some(command, fault, first)  # what is left out stays so
-        else:
-            differ = self.differences(command, fresh=fresh, without=without, workers=kept)
-            if command == "train" and "samples read are bad" in first.last:  # the run keeps that
-                differ = [text for text in differ if not text.endswith(LISTS_OF_BAD)]
-            wrong += [f"the next call: {text}" for text in differ]
-        wrong += [what for _, what in invalid(self.folder, torn=False)]
-        killed = first.code < 0 or fault.kind == "permission"  # cannot remove it
-        wrong += [f"left behind: {name}" for name in leftovers(self.folder, killed=killed)]
+        differ = self.differences(command, fresh=fresh)
+        wrong += [f"the next call: {text}" for text in differ]
+        wrong += invalid(self.folder, torn=False)
+        wrong += [f"left behind: {n}" for n in leftovers(self.folder, killed=first.code < 0)]
         return first, second, [text for text in wrong if text]
 
     def end_of(self, fault: Fault, ended: Outcome) -> str:
         """What is wrong with the end of a call under a fault."""
         if fault.kind == "killed" and ended.code == -signal.SIGKILL:
             return ""
-        if ended.left_out and fault.kind not in WITHOUT_IMAGES:
-            return f"leaves out {ended.left_out} pairs"
-        if ended.code and fault.kind in NAMED and str(self.folder) not in ended.last:
+        if ended.code and str(self.folder) not in ended.last:
             return f"names no path: {ended.last}"
         return ended.problem
 
-    def differences(
-        self, command: str, *, fresh: bool, without: Sequence[str] = (), workers: int = 0
-    ) -> list[str]:
-        """Between what a command made and what it makes undisturbed with so many workers."""
-        found = self.made(command, fresh=fresh)
-        expected = {
-            name: with_workers(content, workers)
-            for name, content in self.expected[command, fresh].items()
-        }
-        names = sorted((found.keys() | expected.keys()) - {*without})
+    def differences(self, command: str, *, fresh: bool) -> list[str]:
+        """Between what a command made and what it makes undisturbed."""
+        found, expected = self.made(command, fresh=fresh), self.expected[command, fresh]
+        names = sorted(found.keys() | expected.keys())
         return [f"another {n}" for n in names if found.get(n, b"") != expected.get(n, b"")][:3]
 
-    def without_some(self, command: str, fault: Fault, ended: Outcome) -> list[str]:
-        """What is wrong with what was made of all pairs but those that a call left out."""
-        fresh = fault.fresh and command == "train"
-        found, expected = self.made(command, fresh=fresh), self.expected[command, fresh]
-        folder = "shards" if command == "data pack" else "fresh" if fresh else "stopped"
-        skipped = {line["sample_id"] for line in found.get(f"{folder}/skipped.jsonl", [])}
-        wrong = [f"lists {len(skipped)} skipped"] if len(skipped) != ended.left_out else []
-        if ended.gone and (not ended.gone.startswith("images/") or ended.left_out != 1):
-            wrong.append(f"leaves out {ended.left_out} pairs without {ended.gone}")
-        if command == "data pack":
-            packed, whole = packed_in(found), packed_in(expected)
-            if packed != {name: pair for name, pair in whole.items() if name not in skipped}:
-                wrong.append("packed other pairs")
-        elif names := (found.keys() ^ expected.keys()) - {f"{folder}/skipped.jsonl"}:
-            wrong.append(f"made, or did not make, {min(names)}")
-        return wrong
-
-    def lost(self, before: dict[str, bytes], fault: Fault, ended: Outcome) -> list[str]:
+    def lost(self, before: dict[str, bytes], fault: Fault) -> list[str]:
         """What was whole and is not there any more."""
-        now, gone = snapshot(self.folder), []
-        for name, content in before.items():
-            if now.get(name) == content or (name == ended.gone and name not in now):
-                continue
-            # A run goes on: older checkpoints are removed, logs grow. Evaluation replaces results.
-            if fault.command == "train" and name.startswith("stopped/"):
-                continue
-            if fault.command == "evaluate" and name.startswith("run/results/") and name in now:
-                continue
-            gone.append(f"lost: {name}")
+        now = snapshot(self.folder)
+        # A run goes on: older checkpoints are removed, logs grow. Evaluation replaces results.
+        changes = {"train": "stopped/", "evaluate": "run/results/"}.get(fault.command, "/")
+        lost = [
+            f"lost: {name}"
+            for name, content in before.items()
+            if now.get(name) != content
+            and not (name.startswith(changes) and name in now)
+            and not name.startswith("stopped/checkpoints")
+        ]
         if fault.command == "train" and not fault.fresh:
-            top = self.folder / "stopped"
-            intact = [p.name for p in checkpoints(top) if damage(p) is None]
-            if max(intact, default="") < self.start.name and not ended.gone.startswith(
-                "stopped/checkpoints"
-            ):
-                gone.append("lost: the checkpoint")
-            facts = json.loads(before[f"stopped/checkpoints/{self.start.name}/state.json"])
-            for name, size in (("config.toml", None), ("metrics.jsonl", facts["metrics_bytes"])):
-                name = f"stopped/{name}"
-                ended_as = self.expected["train", False].get(name, before[name])
-                known = (before[name], ended_as, with_workers(ended_as, 1))
-                left = now.get(name, b"")[:size]
-                kept = any(left == whole[:size] for whole in known if isinstance(whole, bytes))
-                if not kept and name != ended.gone:
-                    gone.append(f"lost: what {name} held")
-        return gone
+            intact = [p.name for p in checkpoints(self.folder / "stopped") if damage(p) is None]
+            if max(intact, default="") < self.start.name:
+                lost.append("lost: the checkpoint")
+        return lost
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def without_times(path: Path) -> object:
+    """The content of a file, but for how long something took, and on which day."""
+    if path.suffix == ".json":
+        return untimed(json.loads(path.read_bytes()))
+    if path.suffix == ".jsonl":
+        return [untimed(json.loads(line)) for line in path.read_bytes().splitlines()]
+    return re.sub(rb"\d{4}-\d\d-\d\d", b"", path.read_bytes())
+
+
+def untimed(tree: Any) -> Any:
+    """A tree of JSON without durations, and without checksums and sizes of what holds them."""
+    if isinstance(tree, list):
+        return [untimed(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    timed = rf"{MEASURED}|checksum|metrics_bytes"
+    return {k: untimed(v) for k, v in tree.items() if not re.search(timed, k)}
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def leftovers(folder: Path, *, killed: bool) -> list[str]:
+    """Hidden files but locks, after a call that went well.
+
+    What a process had begun that was killed, or could not remove it, stays where another process
+    may be writing at the same time.
+    """
+    hidden = (path for path in folder.rglob(".*") if not path.name.endswith(".lock"))
+    names = (path.relative_to(folder).as_posix() for path in hidden)
+    shared = ("records/", "cache/features/", "run/results/", ".report.html")
+    return [name for name in names if not (killed and name.startswith(shared))]
+
+
+def invalid(folder: Path, *, torn: bool = True) -> list[str]:
+    """Files that are not whole, and what is wrong; hidden ones are on their way.
+
+    The last line of a log may be torn until the next call continues after it.
+    """
+    wrong = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or is_hidden(path, folder) or path.suffix not in READERS:
+            continue
+        name = path.relative_to(folder).as_posix()
+        try:
+            READERS[path.suffix](path)
+            if path.suffix == ".jsonl" and not torn and path.read_bytes()[-1:] not in (b"", b"\n"):
+                raise ValueError("its last line is torn")
+        except Exception as error:
+            wrong.append(f"not valid: {name}: {error!r}"[:200])
+    for out in ("run", "stopped", "fresh"):
+        for found in checkpoints(folder / out):
+            if (what := damage(found)) is not None:
+                wrong.append(f"not valid: {found.name}: {what}")
+    return wrong
+
+
+def read_lines(path: Path) -> None:
+    """JSON lines; the last may be torn, since the next call continues after it."""
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        json.loads(line)
+
+
+def read_tensors(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            file.get_tensor(name)
+
+
+def read_arrays(path: Path) -> None:
+    with np.load(path) as arrays:
+        for name in arrays:
+            assert arrays[name].nbytes
+
+
+def read_tar(path: Path) -> None:
+    with tarfile.open(path) as tar:
+        assert tar.getmembers()
+
+
+def read_index(path: Path) -> None:
+    """Its facts are written after it, and are looked for before it is used."""
+    if path.with_suffix(".json").exists():
+        ArrowIndex(path).check()
+    else:
+        assert read_table(path).num_rows
+
+
+def read_page(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").rstrip().endswith("</html>")
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    ".json": lambda path: json.loads(path.read_bytes()),
+    ".toml": lambda path: tomllib.loads(path.read_text(encoding="utf-8")),
+    ".jsonl": read_lines,
+    ".safetensors": read_tensors,
+    ".npy": np.load,
+    ".npz": read_arrays,
+    ".parquet": pq.read_table,
+    ".arrow": read_index,
+    ".tar": read_tar,
+    ".html": read_page,
+}

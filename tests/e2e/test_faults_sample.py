@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from faulting import Fault, Scene, drawn
+from faulting import Fault, Scene, draw
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,10 +17,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", drawn(12, seed=2), ids=str)
+@pytest.mark.parametrize("fault", draw(12, seed=2), ids=str)
 def test_a_fault_loses_nothing_and_the_next_call_goes_on(fault: Fault, scene: Scene) -> None:
     """It ends in a success or in one line, all files are valid, and the next call makes the same
-    as one that nothing disturbed. The sample has each kind and each command twice."""
+    as one that nothing disturbed. The sample has each command twice: killed, and on a full disk."""
     first, second, wrong = scene.suffer(fault)
     assert not wrong, f"{first.said}\n{second.said}"
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from protoclip.cli.spec import quick_imports
-from protoclip.cli.train import Train, check_paths, show_results
+from protoclip.cli.train import Train, check_paths, perform, show_results
 from protoclip.config import Config
 from protoclip.training.defaults import ALIGN, ALIGN_HELP
 
@@ -28,11 +27,5 @@ class Align(Train):
     def __call__(self) -> None:
         settings = self.settings()
         check_paths(Config.from_dict(settings), resume=self.resume)
-        with quick_imports():
-            import torch
-
-            from protoclip.training.run import align
-
-        torch.set_flush_denormal(True)
-        results = align(settings, resume=self.resume)
+        results = perform("align", settings, resume=self.resume)
         show_results(results, as_json=self.json, explores=True)

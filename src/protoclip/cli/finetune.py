@@ -3,14 +3,13 @@
 The run is in `training/run.py`, and its defaults in `training/defaults.py`.
 """
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from protoclip.cli.spec import JsonOption, Recipes, merge_trees, quick_imports, read_recipe
-from protoclip.cli.train import check_paths, exit_if_stopped, show_results
+from protoclip.cli.spec import JsonOption, Recipes, merge_trees, read_recipe
+from protoclip.cli.train import check_paths, perform, show_results
 from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.rules import require_named_pairs, require_start
@@ -41,36 +40,21 @@ class Finetune(Config, Recipes, JsonOption):
         require_start(config)
         check_paths(config, resume=self.resume)
         require_named_pairs(settings, "fine-tuning")
-        with quick_imports():
-            import torch
+        results = perform("finetune", settings, alpha=self.alpha, resume=self.resume)
+        from protoclip.distributed import collectives
+        from protoclip.training.wise_ft import read_record
 
-            from protoclip.distributed import collectives
-            from protoclip.training.run import finetune
-            from protoclip.training.wise_ft import read_record
-
-        torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        results = finetune(settings, alpha=self.alpha, resume=self.resume)
-        if collectives.launched()[0] > 0:
-            exit_if_stopped(results)
-            return
-        if "overfit" in results:
+        if {"stopped", "overfit"} & results.keys() or collectives.launched()[0] > 0:
             show_results(results, as_json=self.json)
             return
-        folder, stopped = Path(results["folder"]), "stopped" in results
-        record = {} if stopped else read_record(folder)
+        folder = Path(results["folder"])
+        record = read_record(folder)
         if self.json:
             print(to_json({**results, "wise_ft": record}, indent=2))
-        elif not stopped:
+        else:
             show_sweep(record)
             show_metrics(results)
             print(f"written to {visible(str(folder))}")
-        if stopped:
-            alpha = "" if self.alpha is None else f" --alpha {self.alpha}"
-            say(
-                f"{results['stopped']}: stopped after step {results['steps']}; "
-                f"protoclip finetune {shlex.quote(str(folder))} --resume auto{alpha} goes on"
-            )
-            exit_if_stopped(results)
 
     def settings(self) -> dict[str, Any]:
         """What recipes and the command line set, and START.

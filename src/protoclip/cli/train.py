@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from protoclip.cli.spec import JsonOption, Recipes, quick_imports
-from protoclip.config import Config
+from protoclip.config import Config, Settings
 from protoclip.files import to_json
 from protoclip.rules import check, require_paths, require_place
 from protoclip.terminal import say, visible
@@ -27,13 +27,19 @@ class Train(Config, Recipes, JsonOption):
         config = Config.from_dict(self.settings())
         check(config)
         check_paths(config, resume=self.resume)
-        with quick_imports():
-            import torch
+        show_results(perform("train", config, resume=self.resume), as_json=self.json)
 
-            from protoclip.training.run import train
 
-        torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-        show_results(train(config, resume=self.resume), as_json=self.json)
+def perform(command: str, settings: Settings, **options: Any) -> dict[str, Any]:
+    """The results of `train`, `align` or `finetune`, after the imports of their libraries."""
+    with quick_imports():
+        import torch
+
+        from protoclip.training import run
+
+    torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
+    results: dict[str, Any] = getattr(run, command)(settings, **options)
+    return results
 
 
 def check_paths(config: Config, *, resume: str) -> None:
