@@ -17,7 +17,7 @@ import tomli_w
 import torch
 from huggingface_hub import ModelCardData
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import protoclip
@@ -175,7 +175,7 @@ def write_prototypes(source: Source, folder: Path) -> str | None:
             head = getattr(source.model, name).state_dict()
             tensors |= {f"{name}.{key}": value for key, value in head.items()}
     contiguous = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(contiguous, folder / f"{PROTOTYPES}.safetensors")
+    write_atomically(folder / f"{PROTOTYPES}.safetensors", save(contiguous))
     spaces = {
         space: {
             "number": len(centroids),
