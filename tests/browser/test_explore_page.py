@@ -1,5 +1,6 @@
 """The explorer in a real browser: no request leaves, the map reacts, and cleaning data works."""
 
+import io
 import json
 import shutil
 import sys
@@ -15,6 +16,7 @@ from urllib.parse import urlparse
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "explore"))
 
@@ -390,6 +392,104 @@ def test_a_map_that_cannot_be_drawn_says_so(browser: Any, files: Path, tmp_path:
     page.goto((tmp_path / "out" / "1" / "index.html").as_uri())
     assert page.locator("noscript p").is_visible()
     context.close()
+
+
+MIDDLE_OF_A_NAME = """() => {
+  const [name] = [...document.querySelectorAll("#names button")]
+    .filter((button) => button.style.visibility === "visible");
+  const box = name.getBoundingClientRect();
+  return [box.x + box.width / 2, box.y + box.height / 2];
+}"""
+
+
+def test_one_card_stands_under_the_pointer_and_counts_the_others(map_page: Any) -> None:
+    point = map_page.evaluate(
+        """() => {
+          const plot = Bokeh.documents[0].roots()[0];
+          const source = Bokeh.documents[0].get_model_by_name("pairs");
+          for (const name of ["image_x", "image_y"]) source.data[name].fill(0, 0, 8);
+          source.change.emit();
+          document.getElementById("names").style.display = "none";
+          const view = Bokeh.index.get(plot);
+          const box = view.el.getBoundingClientRect();
+          const { x_scale, y_scale } = view.frame;
+          return [box.x + x_scale.compute(0), box.y + y_scale.compute(0)];
+        }"""
+    )
+    map_page.mouse.move(point[0] - 3, point[1])
+    map_page.mouse.move(*point)
+    map_page.wait_for_selector(".tooltip .more:has-text('more here')")
+    assert map_page.locator(".tooltip").count() == 1
+
+
+def test_a_drag_that_selects_may_begin_on_a_name(map_page: Any) -> None:
+    """With other tools a name takes the pointer."""
+    map_page.wait_for_timeout(500)  # names have found their room
+    start = map_page.evaluate(MIDDLE_OF_A_NAME)
+    box = map_page.locator("#map").bounding_box()
+    for tool, on_name in (("Lasso Select", False), ("Pan", True), ("Box Select", False)):
+        map_page.click(f"#map [title='{tool}']")
+        on = "([x, y]) => !!document.elementFromPoint(x, y).closest('#names')"
+        assert map_page.evaluate(on, start) is on_name
+    map_page.mouse.move(*start)
+    map_page.mouse.down()
+    far = box["x"] + 0.95 * box["width"], box["y"] + 0.95 * box["height"]
+    map_page.mouse.move(*far, steps=3)
+    map_page.mouse.up()
+    map_page.wait_for_selector("#selection:not(.none)")
+
+
+def test_near_duplicates_are_ticked_with_all_their_pairs(
+    browser: Any, serve_pages: Callable[[Pages], str], tmp_path: Path
+) -> None:
+    """Those of an image together; and the second of each, which leaves the first of all alike. The
+    slider lists those that are alike enough."""
+    rows = []
+    for number in range(4):
+        image = Image.new("RGB", (24, 24), "white")
+        image.paste("red", (5, 5, 15, 15))
+        image.putpixel((23, 23), (number, 0, 0))
+        image.save(buffer := io.BytesIO(), "PNG")
+        rows += [
+            {"sample_id": f"{number}{n}", "image": buffer.getvalue(), "caption": f"a thing, {n}"}
+            for n in "ab"
+        ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    explored = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), cache=False)
+    page = browser.new_page()
+    page.goto(serve_pages(Pages(explored)).replace("/?", "/1/duplicates.html?"))
+    ids = "() => JSON.parse(sessionStorage.getItem(KEY)).sort().join()"
+    page.get_by_label("select 1a and 1 more of this image").first.check()
+    assert page.evaluate(ids) == "1a,1b"
+    page.click("text=Select all but one of those alike")
+    assert page.evaluate(ids) == "1a,1b,2a,2b,3a,3b"
+    page.get_by_label("select 1a and 1 more of this image").first.uncheck()
+    assert page.evaluate(ids) == "2a,2b,3a,3b"
+    page.goto(page.url.replace("duplicates", "odd-distance"))
+    page.get_by_label("select 1b").check()
+    page.goto(page.url.replace("odd-distance", "duplicates"))
+    assert page.get_by_label("select 1a and").first.evaluate("box => box.indeterminate")
+    page.get_by_label("Alike from").fill("1")
+    page.wait_for_url("**/duplicates.html?least=1")
+    assert "There are none." in page.inner_text("main")
+    page.close()
+
+
+def test_an_image_finds_itself(map_page: Any, pages: Pages) -> None:
+    """The text that was asked for before is gone."""
+    pairs = pages.explorers[0].pairs
+    map_page.fill("input[name=text]", "a red square")
+    map_page.wait_for_url("**/search.html?text=a+red+square")
+    map_page.set_input_files(
+        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.encoded(7)}
+    )
+    map_page.wait_for_selector("main:has-text('Nearest to your image by')")
+    assert map_page.input_value("input[name=text]") == ""
+    assert pairs.sample_id(7) in map_page.locator("section").first.inner_text()
+    map_page.set_input_files(
+        "#query-image", {"name": "b.png", "mimeType": "image/png", "buffer": b"none"}
+    )
+    map_page.wait_for_selector("#main:has-text('This is no image that can be read')")
 
 
 def require_fit(page: Any, width: int) -> None:

@@ -1,5 +1,6 @@
 """Pages, the server that guards them, and the files that hold them."""
 
+import html
 import http.client
 import io
 import json
@@ -10,8 +11,8 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,7 +20,7 @@ from worded import HOSTILE
 
 from protoclip.cli.explore import listen
 from protoclip.explore.explorer import Explorer
-from protoclip.explore.pages import COLOURS, Pages, assets, format_ids
+from protoclip.explore.pages import Pages, format_ids
 from protoclip.explore.serve import (
     MAX_BODY_BYTES,
     cookie_name,
@@ -63,62 +64,50 @@ def ask(
     return found
 
 
-PAGES = [
-    *(
-        "/",
-        "/1/index.html",
-        "/1/prototypes-image.html",
-        "/1/prototypes-text.html",
-    ),
-    *("/1/prototype-image-0.html", "/1/prototype-text-1.html", "/1/ids-image-0.csv"),
-    *("/1/ids-text-0.json", "/1/odd-distance.html", "/1/odd-loss.html?page=1"),
-    *("/1/duplicates.html", "/2/moved-image.html", "/1/moved-text.html", "/1/pair-5.html"),
-    *("/2/index.html", "/1/search.html?text=a+red+square", "/images/3.webp"),
-    *("/images/large-3.webp", "/assets/explore.css", "/assets/explore.js", "/assets/bokeh.min.js"),
-    "/1/search.html?text=%22%27%3E%3Cscript%3Ealert(1)%3C/script%3E",
-]
 MARKUP = ("<script", "<img src=x", "<h1>no", "<b>id", "<i>pairs", "\u202e", "\u2066", "\x1b")
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_every_page_has_its_headers_and_no_element_that_is_not_its_own(
-    path: str, port: int
-) -> None:
-    """Captions, ids and questions are text, and no page is long for a long caption."""
-    status, headers, body = ask(port, path)
-    assert status == 200
-    assert body
-    assert headers["x-content-type-options"] == "nosniff"
-    assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
-    # The next server shows other images at the same addresses, and sets another cookie.
-    assert headers.get("vary") == "Cookie" or "max-age" not in headers.get("cache-control", "")
-    if ".html" not in path:
-        return
-    text = body.decode()
-    own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
-    own = own.replace('<script type="application/json" id="map-data">', "")
-    own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
-    assert set(re.findall('type="checkbox" >(.*?)<bdi>', own)) <= {" select "}  # what a tick does
-    assert not [markup for markup in MARKUP if markup in own]
-    assert "a 49 green square" not in own
-    assert len(text) < 300_000
+def test_links_of_every_page_lead_to_pages_without_elements_of_others(port: int) -> None:
+    """Captions, ids and questions are text, no page is long for a long caption, and each answer has
+    its headers."""
+    question = "/1/search.html?text=%22%27%3E%3Cscript%3Ealert(1)%3C/script%3E"
+    seen, ahead = set[str](), ["/", "/images/large-3.webp", question]
+    while ahead:
+        path = ahead.pop()
+        if path in seen or len(seen) > 400:
+            continue
+        seen.add(path)
+        status, headers, body = ask(port, path)
+        assert (status, headers["x-content-type-options"]) == (200, "nosniff"), path
+        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 's")
+        # The next server shows other images at the same addresses, and sets another cookie.
+        assert headers.get("vary") == "Cookie" or "max-age" not in headers.get("cache-control", "")
+        if "text/html" not in headers["content-type"]:
+            continue
+        text = body.decode()
+        own = re.sub(r'<script src="\.\./assets/[\w.]+" defer></script>', "", text)
+        own = own.replace('<script type="application/json" id="map-data">', "")
+        own = re.sub(r'data-id="[^"<>]*"', "", own)  # exact, for the selection; nobody sees it
+        assert not [markup for markup in MARKUP if markup in own], path
+        assert len(text) < 300_000
+        for link in re.findall(r'(?:href|src|data-source)="([^"]+)"', text):
+            if not link.startswith(("data:", "#")):
+                target = urljoin(f"http://host{path}", html.unescape(link))
+                ahead.append(target.removeprefix("http://host"))
+    assert len(seen) > 60
 
 
 @pytest.mark.parametrize(
     ("path", "other"),
     [
-        ("/1/index.html", "../2/index.html"),
-        ("/2/prototypes-text.html", "../1/prototypes-text.html"),
         ("/1/odd-loss.html?page=1", "../2/odd-loss.html"),
         ("/1/pair-5.html", "../2/pair-5.html"),
         ("/1/search.html?text=%22red%22+%26+%ff", "../2/search.html?text=%22red%22+%26+%EF%BF%BD"),
-        ("/1/prototype-image-0.html", "../2/index.html"),
+        ("/1/prototype-image-0.html", "../2/index.html"),  # its prototypes are others
     ],
 )
 def test_the_other_model_is_shown_on_the_same_page(path: str, other: str, port: int) -> None:
-    """Where it has one: its prototypes are others."""
-    text = ask(port, path)[2].decode()
-    assert f'<a href="{other}">show words-' in text
+    assert f'<a href="{other}">show words-' in ask(port, path)[2].decode()
 
 
 def test_prototypes_are_sorted_over_all_pages(
@@ -135,55 +124,28 @@ def test_prototypes_are_sorted_over_all_pages(
         assert f'href="?by={by}&amp;page=2"' in pages[0]
 
 
-def test_a_paragraph_says_what_two_models_group_differently(port: int, two: list[Explorer]) -> None:
+def test_a_paragraph_says_what_two_models_group_differently(two: list[Explorer]) -> None:
     """How many moved, from where to where by name, and the words of what moved."""
+
+    def paragraph(pages: Pages) -> str:
+        page = pages.sites[0].movement_page("image")
+        (text,) = re.findall(r'<p id="difference">(.*?)</p>', page, re.DOTALL)
+        return " ".join(re.sub("<[^>]*>", "", text).split())
+
     pages = Pages(two)
     moved, share_by_seed, words = pages.movements["image"]
-    (paragraph,) = re.findall(
-        r'<p id="difference">(.*?)</p>', ask(port, "/1/moved-image.html")[2].decode(), re.DOTALL
-    )
-    said = " ".join(re.sub("<[^>]*>", "", paragraph).split())
-    share = 100 * len(moved.pairs) / moved.common
-    number = len(moved.pairs)
-    head = f"words-1 and words-2 group the images of {number} of 60 pairs ({share:.1f}%) diff"
-    assert said.startswith(head)
+    number, share = len(moved.pairs), 100 * len(moved.pairs) / moved.common
     count, one, other = moved.flows[0].tolist()
     names = pages.sites[0].name("image", one), pages.sites[1].name("image", other)
-    assert f"{count} from {one}: {names[0]} to {other}: {names[1]}" in said
+    for sentence in (
+        f"words-1 and words-2 group the images of {number} of 60 pairs ({share:.1f}%) diff",
+        f"{count} from {one}: {names[0]} to {other}: {names[1]}",
+        f"Another seed of K-means alone moves {100 * share_by_seed:.1f}% in the first model.",
+        f"more often than others: {words}.",
+    ):
+        assert sentence in paragraph(pages)
     assert words
-    assert f"more often than others: {words}." in said
-    assert share_by_seed > 0
-    by_seed = f"{100 * share_by_seed:.1f}%"
-    assert f"Another seed of K-means alone moves {by_seed} in the first model." in said
-    same = Pages([two[0], two[0]])
-    assert "group the images of all 60 pairs alike." in " ".join(
-        same.sites[0].movement_page("image").split()
-    )
-    assert same.movements["image"][2] == ""
-
-
-def test_links_of_every_page_lead_somewhere(port: int) -> None:
-    seen, ahead = set[str](), ["/1/index.html"]
-    while ahead:
-        path = ahead.pop()
-        if path in seen or len(seen) > 400:
-            continue
-        seen.add(path)
-        status, headers, body = ask(port, path)
-        assert status == 200, path
-        if "text/html" not in headers["content-type"]:
-            continue
-        for link in re.findall(r'(?:href|src|data-source)="([^"]+)"', body.decode()):
-            if link.startswith(("data:", "#")):
-                continue
-            folder = path.partition("?")[0].rpartition("/")[0]
-            target = (
-                f"{path.partition('?')[0]}{link}" if link.startswith("?") else f"{folder}/{link}"
-            )
-            while (shorter := re.sub(r"/[^/]+/\.\./", "/", target, count=1)) != target:
-                target = shorter
-            ahead.append(target)
-    assert len(seen) > 60
+    assert "group the images of all 60 pairs alike." in paragraph(Pages([two[0], two[0]]))
 
 
 @pytest.mark.parametrize(
@@ -196,9 +158,7 @@ def test_links_of_every_page_lead_somewhere(port: int) -> None:
         *(("/1/odd-loss.html?page=" + "9" * 5000, 404), ("/1/odd-loss.html?page=%D9%A1", 404)),
         *(("/images/" + "9" * 5000 + ".webp", 414), ("/assets/..%2f..%2fexplorer.py", 404)),
         *(("/../../../../etc/passwd", 404), ("/%2e%2e/%2e%2e/etc/passwd", 404)),
-        *(("//etc/passwd", 404), ("http://127.0.0.1/etc/passwd", 404)),
-        *(("/assets/explore.css%00.html", 404), ("/1/search.html", 200)),
-        *(("/1/search.html?text=%00", 200), ("/1/search.html?text=%ff", 200)),
+        *(("//etc/passwd", 404), ("/1/search.html", 200), ("/1/search.html?text=%ff", 200)),
         *(("/1/search.html?text=" + "a" * 50_000, 200), ("/1/odd-loss.html?page=999999", 200)),
         *(("/1/prototypes-image.html?by=x", 404), ("/1/prototypes-image.html?by=-number", 200)),
     ],
@@ -364,20 +324,3 @@ def test_the_table_for_embedding_atlas(two: list[Explorer], tmp_path: Path) -> N
     assert table["text"][2].as_py() == HOSTILE[2]
     assert table["image"][0].as_py()["bytes"][8:12] == b"WEBP"
     assert len(set(table["id"].to_pylist())) == 120
-
-
-def luminance(colour: str) -> float:
-    """The relative luminance of `#rrggbb` by WCAG 2, from 0 to 1."""
-    values = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)]) / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    return float(linear @ (0.2126, 0.7152, 0.0722))
-
-
-def test_names_are_legible_in_the_colours_of_their_groups() -> None:
-    """On the grounds of the pages."""
-    style = assets()["explore.css"].decode()
-    for ground, column in (("#ffffff", 1), ("#15181d", 2)):
-        assert f"--ground: {ground};" in style
-        for inks in COLOURS:
-            low, high = sorted((luminance(inks[column]), luminance(ground)))
-            assert (high + 0.05) / (low + 0.05) >= 4.5
