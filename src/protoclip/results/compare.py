@@ -164,13 +164,19 @@ def add_differences(
 
     def add_difference(result: Result) -> Result:
         other, record = by_key.get(make_key(result)), dict(result.record)
-        if other is not None:
-            record["compared_to"] = other.record["model"]
-            record["differences"] = {
-                metric: difference_of_results(metric, other, result)
-                for metric in record["metrics"]
-                if metric in other.record["metrics"]
-            }
+        if other is None:
+            return result
+        record |= {"compared_to": other.record["model"], "differences": {}}
+        has_same = [*result.ids] == [*other.ids]
+        for metric, value in other.record["metrics"].items():
+            if metric not in record["metrics"]:
+                continue
+            gain, influence = record["metrics"][metric] - value, None
+            if has_same and metric in result.influences.keys() & other.influences.keys():
+                influence = result.influences[metric] - other.influences[metric]
+            change = record["differences"][metric] = difference([gain], influence)
+            if find_leaks([other, result]):
+                change["p"] = None
         return replace(result, record=record)
 
     compared = [[*map(add_difference, results)] for results in models]
@@ -182,18 +188,6 @@ def make_key(result: Result) -> tuple[Any, ...]:
     """Task and data of a result: equal for results that can be compared."""
     record = result.record
     return record["task"], record["dataset"], *record.get("datasets", ())
-
-
-def difference_of_results(metric: str, first: Result, second: Result) -> dict[str, Any]:
-    gain = second.record["metrics"][metric] - first.record["metrics"][metric]
-    influence = None
-    have_influences = metric in first.influences.keys() & second.influences.keys()
-    if have_influences and [*first.ids] == [*second.ids]:
-        influence = second.influences[metric] - first.influences[metric]
-    result = difference([gain], influence)
-    if find_leaks([first, second]):
-        result["p"] = None
-    return result
 
 
 def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any]]:

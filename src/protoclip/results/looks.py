@@ -17,7 +17,6 @@ from scipy.sparse import coo_array
 from torch import Tensor
 
 from protoclip.evaluation.datasets import match_captions
-from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
@@ -81,7 +80,16 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
     most = config.prototypes.number or count
     number = max(2, min(most, count // PAIRS_PER_PROTOTYPE))
     num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
-    has_one_class = examples.classes is not None and examples.classes.ndim == 1
+    classes, names = examples.classes, list(examples.class_names)
+    if classes is not None and classes.ndim != 1:  # several of each image
+        classes = None
+    confusions = None
+    if classes is not None and len(names) > 1:
+        templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
+        texts = encoder.encode_texts(fill_templates(names, templates), stage="class names")
+        classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
+        predicted = (features["images"] @ classifier.T).argmax(dim=1)
+        confusions = count_confusions(classes, predicted, names, len(templates))
     drawn = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP]))
     return Look(
         examples=examples,
@@ -98,15 +106,13 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
             content=examples.images,
             seed=seed,
         ),
-        confusions=classify(encoder, examples, features["images"]) if has_one_class else None,
+        confusions=confusions,
         maps=[
             *map_before(run, examples, rows=drawn.tolist(), device=device),
             make_map(features, rows=drawn, title=f"After {state}"),
         ],
         grouping={
-            name: examples.measure_grouping(
-                rows, num_groups, classes=examples.classes if has_one_class else None, seed=seed
-            )[0]
+            name: examples.measure_grouping(rows, num_groups, classes=classes, seed=seed)[0]
             for name, rows in spaces.items()
         },
     )
@@ -383,19 +389,6 @@ class Confusions:
     rows: Sequence[tuple[str, int, Sequence[float]]]
     accuracy: float
     templates: int  # prompts of each class
-
-
-def classify(
-    encoder: Encoder, examples: Examples, images: Float[Tensor, "n d"]
-) -> Confusions | None:
-    """Zero-shot classification of examples that have one class each; None for a single class."""
-    classes, names = examples.classes, list(examples.class_names)
-    if classes is None or len(names) < 2:
-        return None
-    templates = list(examples.templates)[: max(1, MOST_PROMPTS // len(names))]
-    texts = encoder.encode_texts(fill_templates(names, templates), stage="class names")
-    classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
-    return count_confusions(classes, (images @ classifier.T).argmax(dim=1), names, len(templates))
 
 
 def count_confusions(

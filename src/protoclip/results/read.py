@@ -24,6 +24,11 @@ from protoclip.training.run_folder import as_kept, flat
 Numbers = npt.NDArray[np.float64]
 # A metric over the run: steps, and its value at each.
 Curve = tuple[Numbers, Numbers]
+# The inverse of logit scales.
+TEMPERATURES = {
+    "temperature": "train/logit_scale",
+    "prototype_temperature": "train/prototype_logit_scale",
+}
 ANALYSIS = "analysis.json"  # what `protoclip analyze` writes, in the folder of a run
 
 
@@ -115,8 +120,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         for name in (ANALYSIS, "wise_ft.json")
     )
     try:
-        curves, environment = read_curves(folder / "metrics.jsonl"), dict[str, Any]()
-        seconds = None
+        seconds, environment = None, dict[str, Any]()
         if results is not None:
             environment = {**(results.facts.get("environment") or {})}
             environment |= {"machines": results.machines}
@@ -128,7 +132,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
             folder=folder,
             config=replace(config, data=replace(config.data, allow_links=allow_links)),
             settings=flat(as_kept(read_toml(folder / saved.SETTINGS))),
-            curves=curves | derive_temperatures(curves) | list_analysis_curves(analysis),
+            curves=read_curves(folder, analysis),
             results=results,
             environment={name: str(value) for name, value in environment.items() if value},
             skipped=[
@@ -155,40 +159,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def read_curves(path: Path) -> dict[str, Curve]:
-    """The finite values of each metric in `metrics.jsonl`; of a repeated step the last one."""
+def make_curves(points: Iterable[tuple[str, int, float | None]]) -> dict[str, Curve]:
+    """The curve of each metric, from its name, steps and finite values; of a repeated step the last
+    value counts."""
     by_name: dict[str, dict[int, float]] = {}
-    for line in read_lines(path):
-        for name, value in line.items():
-            if "/" in name and value is not None:
-                by_name.setdefault(name, {})[line["step"]] = value
-    return {name: make_curve(values) for name, values in by_name.items()}
+    for name, step, value in points:
+        if value is not None:
+            by_name.setdefault(name, {})[step] = value
+    curves = {}
+    for name, values in by_name.items():
+        steps = np.array(sorted(values), np.float64)
+        curves[name] = steps, np.array([values[step] for step in steps], np.float64)
+    return curves
 
 
-def make_curve(values: Mapping[int, float]) -> Curve:
-    steps = sorted(values)
-    return np.array(steps, np.float64), np.array([values[step] for step in steps], np.float64)
-
-
-def derive_temperatures(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """The temperatures of pairs and of prototypes: the inverse of the logit scales."""
-    scales = {
-        "temperature": "train/logit_scale",
-        "prototype_temperature": "train/prototype_logit_scale",
-    }
-    return {
-        name: (curves[scale][0], 1 / np.maximum(curves[scale][1], 1e-12))
-        for name, scale in scales.items()
-        if scale in curves
-    }
-
-
-def list_analysis_curves(analysis: Mapping[str, Any] | None) -> dict[str, Curve]:
-    """What `protoclip analyze` measured of the features of two checkpoints or more."""
-    by_name: dict[str, dict[int, float]] = {}
-    for entry in analysis["checkpoints"] if analysis else ():
-        for key, value in entry["features"].items():
-            if value is not None:
-                by_name.setdefault(f"features/{key}", {})[entry["step"]] = value
-    curves = {name: make_curve(values) for name, values in by_name.items()}
-    return curves if analysis and len(analysis["checkpoints"]) > 1 else {}
+def read_curves(folder: Path, analysis: Mapping[str, Any] | None) -> dict[str, Curve]:
+    """What a run logged, its temperatures, and what `protoclip analyze` measured of the features of
+    two checkpoints or more."""
+    lines = read_lines(folder / "metrics.jsonl")
+    logged = ((name, line) for line in lines for name in line if "/" in name)
+    curves = make_curves((name, line["step"], line[name]) for name, line in logged)
+    for name, scale in TEMPERATURES.items():
+        if scale in curves:
+            curves[name] = curves[scale][0], 1 / np.maximum(curves[scale][1], 1e-12)
+    entries = analysis["checkpoints"] if analysis else []
+    if len(entries) > 1:
+        measured = ((name, entry) for entry in entries for name in entry["features"])
+        curves |= make_curves(
+            (f"features/{name}", entry["step"], entry["features"][name]) for name, entry in measured
+        )
+    return curves
