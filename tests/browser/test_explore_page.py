@@ -481,7 +481,7 @@ def test_an_image_finds_itself(map_page: Any, pages: Pages) -> None:
     map_page.fill("input[name=text]", "a red square")
     map_page.wait_for_url("**/search.html?text=a+red+square")
     map_page.set_input_files(
-        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.encoded(7)}
+        "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.read_encoded(7)}
     )
     map_page.wait_for_selector("main:has-text('Nearest to your image by')")
     assert map_page.input_value("input[name=text]") == ""
