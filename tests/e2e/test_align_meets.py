@@ -28,7 +28,7 @@ from protoclip.encode import run as running
 from protoclip.encode.rows import FOLDER
 from protoclip.encode.run import Round
 from protoclip.encode.store import hash_ids
-from protoclip.evaluation.features import Encoder
+from protoclip.evaluation import features
 from protoclip.explore import atlas
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
@@ -273,14 +273,14 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     A run whose image half is another one encodes no caption that judges.
     """
     run, encoded = tmp_path / "run", list[int]()
-    check = Encoder.encode_rounds
+    check = features.encode
 
-    def watched(self: Encoder, *given: Any, **more: Any) -> Iterator[Round]:
-        for made in check(self, *given, **more):
+    def watched(*given: Any, **more: Any) -> Iterator[Round]:
+        for made in check(*given, **more):
             encoded.append(len(made.hashes))
             yield made
 
-    monkeypatch.setattr(Encoder, "encode_rounds", watched)
+    monkeypatch.setattr(features, "encode", watched)
     for tower in ("encode_image", "encode_text"):
         # Nothing passes the whole model.
         monkeypatch.setattr(ProtoCLIP, tower, Mock(side_effect=AssertionError))

@@ -110,17 +110,18 @@ def words(top: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(top: Path) -> Path:
     """A run of the command; beside it what it said, its cache, and how many images it encoded."""
-    encode, images = Encoder._encode_all, list[int]()
+    encode, images = Encoder._encode_new, list[int]()
 
-    def counted(self: Encoder, *given: Any) -> Any:
-        encoded = encode(self, *given)
-        images.append(len(encoded.content))
-        return encoded
+    def counted(self: Encoder, kind: str, *given: Any) -> Any:
+        listed = encode(self, kind, *given)
+        if kind == "images":
+            images.append(len(listed.hashes))
+        return listed
 
     files = ((top / name).open("w") for name in ("said.out", "said.err"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(top / "cache"))
-        patch.setattr(Encoder, "_encode_all", counted)
+        patch.setattr(Encoder, "_encode_new", counted)
         with next(files) as out, next(files) as err, redirect_stdout(out), redirect_stderr(err):
             main(words(top, top / "finished"))
     (top / "images.json").write_text(json.dumps(images))

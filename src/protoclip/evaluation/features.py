@@ -5,7 +5,7 @@ The loop is in `encode/run.py`, and the store in `encode/store.py`. `suite.py` h
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -34,7 +34,7 @@ from protoclip.distributed.collectives import (
 from protoclip.encode.encoder import Encoder as FrozenEncoder
 from protoclip.encode.encoder import image_encoder, image_side, text_encoder, text_side
 from protoclip.encode.rows import SETTING, features_folder
-from protoclip.encode.run import Round, encode, hash_images, units_of_rank
+from protoclip.encode.run import encode, hash_images, units_of_rank
 from protoclip.encode.store import DAMAGED, FULL, Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Captions, EvaluationData, Images, match_captions
 from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
@@ -64,7 +64,7 @@ Bad = tuple[int, str]  # the row of an image that cannot be used, and why
 class Encoded:
     """Features of the good images, of any norm, in float32 on the CPU; and the bad ones.
 
-    `content` is a hash of each good image: of its encoded bytes, or else of its pixels.
+    `content` has 64 bits for each good image: a hash of its encoded bytes, or else of its pixels.
     """
 
     features: Float[Tensor, "n d"]
@@ -193,63 +193,7 @@ class Encoder:
     def encode_readable(self, images: "Images | Reader", *, stage: str) -> Encoded:
         """The same, where there may be none that can be used."""
         reader = images if isinstance(images, Reader) else Reader(images, self.transform)
-        if self.cache is None or not reader.key:
-            return self._encode_all(reader, stage, Store(None, dtype=FULL))
-        store = Store(self.folders["images"], dtype=FULL, is_optional=True)
-        listed = read_list(store, reader.key)
-        if listed is not None:
-            # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
-            # notice that, and quick to try.
-            some = listed.bad[:: len(listed.bad) // RETRIED + 1]
-            if any_rank([any(reader.is_readable(row) for row, _ in some)])[0]:
-                listed = None
-        while listed is None or not store.has_whole(listed.hashes):
-            reader.store = store
-            encoded = self._encode_all(reader, stage, store)
-            reader.store = None
-            hashes = encoded.content.numpy().view(np.uint64)
-            listed = Listed(hashes=hashes, bad=encoded.bad)
-            write_list(store, reader.key, listed)
-        return Encoded(
-            features=torch.from_numpy(store.read_or_map(store.find(listed.hashes))),
-            bad=listed.bad,
-            content=torch.from_numpy(listed.hashes.view(np.int64)),
-        )
-
-    def _encode_all(self, reader: "Reader", stage: str, store: Store) -> Encoded:
-        """Encode the images that the reader's store lacks, and hash all.
-
-        Features are added to the store, or returned where that has no folder.
-        """
-
-        def finish_and_encode(images: list[Tensor]) -> Tensor:
-            batch = torch.stack(images).to(self.device, non_blocking=True)
-            return self.model.encode_image(reader.finish(batch), normalize=False)  # type: ignore[no-any-return]
-
-        def prepare(row: int) -> tuple[int, Tensor | None]:
-            image, contents[row] = reader.read(row)
-            return contents[row] % 2**64, image
-
-        contents, bad, features = dict[int, int](), list[Bad](), list[Tensor]()
-        tower = replace(self.towers["images"], forward=finish_and_encode)
-        rows = range(len(reader.images))
-        rounds = self.encode_rounds(
-            tower, rows, prepare, stage, threads=self.workers, blank=reader.blank
-        )
-        for made in rounds:
-            bad += [(row, str(one)) for row, one in made.items if isinstance(one, BadSample)]
-            if store.folder is not None:
-                store.add_new(made.hashes, made.features.numpy())
-            elif len(made.features):
-                features.append(made.features)
-        store.flush()
-        of_ranks = all_gather_object((bad, contents))
-        content = [key for _, key in sorted(pair for _, of in of_ranks for pair in of.items())]
-        return Encoded(
-            features=torch.cat(features or [torch.zeros(0, 0)]),
-            bad=sorted(one for bad, _ in of_ranks for one in bad),
-            content=torch.tensor(content, dtype=torch.long),
-        )
+        return self._encode("images", reader, stage)
 
     def encode_texts(
         self, texts: Iterable[str], *, stage: str, content: str = ""
@@ -259,57 +203,88 @@ class Encoder:
         Args:
             content: Identifies the texts; then stored features are found without reading these.
         """
-        if self.cache is None:
-            return self._encode_new(list(texts), stage)
-        store = Store(self.folders["texts"], dtype=FULL, is_optional=True)
-        listed = read_list(store, content) if content else None
-        if listed is None or not store.has_whole(listed.hashes):
-            texts = list(texts)
-            hashes = hash_ids(texts)
-            listed = Listed(hashes=hashes)
-            store.has_whole(hashes)  # which forgets what is damaged
-            is_stored = store.has(hashes)
-            missing = [text for text, known in zip(texts, is_stored, strict=True) if not known]
-            if missing := [*dict.fromkeys(missing)]:
-                store.add_new(hash_ids(missing), self._encode_new(missing, stage).numpy())
-                store.flush()
-            if content:
-                write_list(store, content, listed)
-        return torch.from_numpy(store.read_or_map(store.find(listed.hashes)))
+        return self._encode("texts", TextReader(texts, content), stage).features
 
-    def _encode_new(self, texts: list[str], stage: str) -> Float[Tensor, "n d"]:
-        rounds = self.encode_rounds(
-            self.towers["texts"],
-            texts,
-            lambda text: (0, text),
-            stage,
-            threads=0,
-            blank=lambda: texts[0],
+    def _encode(self, kind: str, reader: "Reader | TextReader", stage: str) -> Encoded:
+        """Features of what a reader reads, by way of the store, or of one in memory.
+
+        What has a key is listed beside the store, and found again without reading.
+        """
+        is_stored = self.cache is not None and (kind == "texts" or reader.key)
+        folder = self.folders[kind] if is_stored else None
+        store = Store(folder, dtype=FULL, is_optional=True)
+        path, known = None, None
+        if folder is not None and reader.key:
+            path = folder / f"{checksum(reader.key.encode())}.json"
+            known = rank0_first(partial(read_list, path))
+        listed = known
+        if listed is not None and listed.bad:
+            # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
+            # notice that, and quick to try.
+            some = listed.bad[:: len(listed.bad) // RETRIED + 1]
+            if any_rank([any(reader.is_readable(row) for row, _ in some)])[0]:
+                listed = None
+        if listed is None and isinstance(reader, TextReader):
+            listed = Listed(hashes=reader.hashes)
+        while listed is None or not store.has_whole(listed.hashes):
+            listed = self._encode_new(kind, reader, stage, store)
+        if path is not None and listed is not known:
+            rank0_first(partial(write_list, path, listed))
+        return Encoded(
+            features=torch.from_numpy(store.read_or_map(store.find(listed.hashes))),
+            bad=listed.bad,
+            content=torch.from_numpy(listed.hashes.view(np.int64)),
         )
-        return torch.cat([made.features for made in rounds] or [torch.zeros(0, 0)])
 
-    def encode_rounds(
-        self,
-        tower: FrozenEncoder,
-        items: Sequence[Any],
-        prepare: Callable[[Any], tuple[int, Any]],
-        stage: str,
-        **settings: Any,
-    ) -> Iterator[Round]:
-        """Rounds of finite features, with progress."""
-        is_shown = self.show and rank() == 0
-        progress, done = Progress(f"evaluate: {stage}", len(items)) if is_shown else None, 0
-        rounds = encode(tower, units_of_rank(items, self.batch_size), prepare, **settings)
+    def _encode_new(
+        self, kind: str, reader: "Reader | TextReader", stage: str, store: Store
+    ) -> "Listed":
+        """Encode into the store what it lacks."""
+
+        def prepare(row: int) -> tuple[int, Any]:
+            model_input, hashes[row] = reader.read(row)
+            return hashes[row], model_input
+
+        hashes, bad, tower = dict[int, int](), list[Bad](), self.towers[kind]
+        if isinstance(reader, Reader):
+
+            def finish_and_encode(images: list[Tensor]) -> Tensor:
+                batch = reader.finish(torch.stack(images).to(self.device, non_blocking=True))
+                features: Tensor = self.model.encode_image(batch, normalize=False)
+                return features
+
+            tower = replace(tower, forward=finish_and_encode)
+        rows, done = reader.find_rows(store), 0
+        progress = None
+        if self.show and rank() == 0:
+            progress = Progress(f"evaluate: {stage}", len(rows))
+        rounds = encode(
+            tower,
+            units_of_rank(rows, self.batch_size),
+            prepare,
+            threads=self.workers if kind == "images" else 0,
+            blank=reader.blank,
+        )
         with evaluation_mode(self.model), closing(rounds):
             for made in rounds:
                 if not bool(torch.isfinite(made.features).all()):  # the same bits on every rank
                     raise ValueError(
                         f"{stage}: the model's features are not finite; it has diverged"
                     )
-                yield made
+                bad += [(row, str(one)) for row, one in made.items if isinstance(one, BadSample)]
+                store.add_new(made.hashes, made.features.numpy())
                 done += self.batch_size * world_size()
                 if progress:
-                    progress.update(min(done, len(items)))
+                    progress.update(min(done, len(rows)))
+        store.flush()
+        if isinstance(reader, TextReader):
+            return Listed(hashes=reader.hashes)
+        of_ranks = all_gather_object((bad, hashes))
+        good = sorted(pair for _, of_rank in of_ranks for pair in of_rank.items())
+        return Listed(
+            hashes=np.array([hash_ for _, hash_ in good], np.uint64),
+            bad=sorted(one for bad, _ in of_ranks for one in bad),
+        )
 
     def with_progress(self, show: bool) -> "Encoder":
         """The same encoder, with or without progress."""
@@ -434,33 +409,50 @@ class Listed:
     bad: Sequence[Bad] = ()
 
 
-def read_list(store: Store, name: str) -> Listed | None:
-    """What a list had when it was last seen whole; None if that is not known. Collective."""
-
-    def read() -> Listed | None:
-        try:
-            listed = read_sealed(list_path(store, name))
-            hashes = np.frombuffer(bytearray.fromhex(listed["hashes"]), np.uint64)
-            return Listed(hashes=hashes, bad=[(row, why) for row, why in listed["bad"]])
-        except DAMAGED:
-            return None
-
-    return rank0_first(read)
+def read_list(path: Path) -> Listed | None:
+    """What a list had when it was last seen whole; None if that is not known."""
+    try:
+        listed = read_sealed(path)
+        hashes = np.frombuffer(bytearray.fromhex(listed["hashes"]), np.uint64)
+        return Listed(hashes=hashes, bad=[(row, why) for row, why in listed["bad"]])
+    except DAMAGED:
+        return None
 
 
-def write_list(store: Store, name: str, listed: Listed) -> None:
+def write_list(path: Path, listed: Listed) -> None:
     content = to_json(sealed({"hashes": listed.hashes.tobytes().hex(), "bad": listed.bad}))
-
-    def write() -> None:
-        with suppress(OSError):  # the store has said so
-            write_atomically(list_path(store, name), content + "\n")
-
-    rank0_first(write)
+    with suppress(OSError):  # the store has said so
+        write_atomically(path, content + "\n")
 
 
-def list_path(store: Store, name: str) -> Path:
-    assert store.folder is not None
-    return store.folder / f"{checksum(name.encode())}.json"
+class TextReader:
+    """Texts by number; those with a `key` may be found without reading them."""
+
+    def __init__(self, texts: Iterable[str], key: str) -> None:
+        self._texts, self.key = texts, key
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return list(self._texts)
+
+    @cached_property
+    def hashes(self) -> Hashes:
+        return hash_ids(self.texts)
+
+    def find_rows(self, store: Store) -> Sequence[int]:
+        """Each of the different texts that the store lacks."""
+        first = np.sort(np.unique(self.hashes, return_index=True)[1])
+        rows: list[int] = first[~store.has(self.hashes[first])].tolist()
+        return rows
+
+    def read(self, row: int) -> tuple[str, int]:
+        return self.texts[row], int(self.hashes[row])
+
+    def is_readable(self, row: int) -> bool:
+        return True
+
+    def blank(self) -> str:
+        return self.texts[0]
 
 
 class Reader:
@@ -484,6 +476,11 @@ class Reader:
         """Identifies the images, as `Images.key`."""
         return self.images.key
 
+    def find_rows(self, store: Store) -> Sequence[int]:
+        """All images; those whose features the store has are only hashed."""
+        self.store = store
+        return range(len(self.images))
+
     def is_readable(self, row: int) -> bool:
         with suppress(BadSample):
             self.read(row)
@@ -496,32 +493,30 @@ class Reader:
         try:
             if not hasattr(images, "read_encoded"):
                 image = images.image(row)
-                key = hash_bytes(b"%d %d " % image.size + image.tobytes())
-                if self.has_stored(key):
-                    return None, key
+                hash_ = hash_bytes(b"%d %d " % image.size + image.tobytes())
+                if self.has_stored(hash_):
+                    return None, hash_
             else:
                 encoded = images.read_encoded(row)
-                key = hash_bytes(encoded)
-                if self.has_stored(key):
-                    return None, key
+                hash_ = hash_bytes(encoded)
+                if self.has_stored(hash_):
+                    return None, hash_
                 if isinstance(transform, EvaluationTransform):
                     box = partial(transform.box, draws=np.zeros(0, np.float32))
                     pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
-                    return torch.from_numpy(np.require(pixels, requirements="W")), key
+                    return torch.from_numpy(np.require(pixels, requirements="W")), hash_
                 image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
             if isinstance(transform, PillowTransform):
-                return transform.pixels(image), key
-            return transform(image), key
+                return transform.pixels(image), hash_
+            return transform(image), hash_
         except BadSample:
             raise
         except (ValueError, OSError) as error:
             source = images.where(row) if hasattr(images, "where") else images.name
             raise BadSample(images.sample_id(row), source, str(error)) from error
 
-    def has_stored(self, content: int) -> bool:
-        return self.store is not None and bool(
-            self.store.has(np.array([content % 2**64], np.uint64))[0]
-        )
+    def has_stored(self, hash_: int) -> bool:
+        return self.store is not None and bool(self.store.has(np.array([hash_], np.uint64))[0])
 
     def finish(self, batch: Tensor) -> Tensor:
         """The model's input, of what `read` gave."""
@@ -540,7 +535,7 @@ class Reader:
 
 
 def hash_bytes(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 # What tasks score

@@ -19,6 +19,7 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.sources import NONE, drop_rows
 from protoclip.encode.run import Round
+from protoclip.evaluation import features
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
@@ -74,14 +75,14 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     encoded = list[int]()
-    check = Encoder.encode_rounds
+    check = features.encode
 
-    def watched(self: Encoder, tower: Any, *given: Any, **more: Any) -> Iterator[Round]:
-        for made in check(self, tower, *given, **more):
+    def watched(tower: Any, *given: Any, **more: Any) -> Iterator[Round]:
+        for made in check(tower, *given, **more):
             encoded.append(len(made.hashes) * (tower.reads == "image"))
             yield made
 
-    monkeypatch.setattr(Encoder, "encode_rounds", watched)
+    monkeypatch.setattr(features, "encode", watched)
     data = str(run.parent / "pairs.parquet")
     first(run, data)
     assert sum(encoded) == PAIRS
@@ -97,7 +98,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
     monkeypatch.setattr(Reader, "read", Mock(side_effect=AssertionError))
-    monkeypatch.setattr(Encoder, "encode_rounds", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(features, "encode", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 
 
