@@ -115,13 +115,13 @@ def kept_features(folder: Path) -> Read:
     hashes = hash_ids(str(row) for row in range(5))
     store = Store(folder / "a", dtype=FULL, is_optional=True)
     store.add(hashes, np.eye(5, dtype=np.float32))
-    write_list(folder / "a" / "mine.json", Listed(hashes=hashes, bad=[(5, "broken")]))
+    write_list(folder / "a" / "mine.npz", Listed(hashes=hashes, bad=[(5, "broken")]))
 
     def read() -> object:
         # A volume with a damaged row is removed, and its other file lies there still.
         files = {path: path.read_bytes() for path in (folder / "a").iterdir()}
         again = Store(folder / "a", dtype=FULL, is_optional=True)
-        listed = read_list(folder / "a" / "mine.json")
+        listed = read_list(folder / "a" / "mine.npz")
         try:
             if listed is None or not again.has_whole(listed.hashes):
                 raise ValueError("damaged, and made again")

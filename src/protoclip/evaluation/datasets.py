@@ -540,21 +540,16 @@ def find_positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, "
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Images and the texts to retrieve.
+    """Images and the texts to retrieve."""
 
-    `rows` holds a row for each image. A text has the `groups` of its images. An image and a text of
-    `image_of_pair` and `text_of_pair` are a pair. Equal texts have equal `numbers`, from 0 in the
-    order of the texts, and `matches` holds images and the numbers that are right for them.
-    """
-
-    rows: list[int]
+    rows: list[int]  # of the images
     texts: list[str]
-    ids: list[str]
-    groups: Int[Tensor, " t"]
+    ids: list[str]  # of the texts
+    groups: Int[Tensor, " t"]  # of the texts' images
     image_of_pair: Int[Tensor, " p"]
     text_of_pair: Int[Tensor, " p"]
-    numbers: Int[Tensor, " t"]
-    matches: Int[Tensor, "2 m"]
+    numbers: Int[Tensor, " t"]  # equal for equal texts, from 0 in the order of the texts
+    matches: Int[Tensor, "2 m"]  # images, and the numbers that are right for them
 
 
 def match_captions(

@@ -35,9 +35,9 @@ from protoclip.encode.encoder import Encoder as FrozenEncoder
 from protoclip.encode.encoder import image_encoder, image_side, text_encoder, text_side
 from protoclip.encode.rows import SETTING, features_folder
 from protoclip.encode.run import encode, hash_images, units_of_rank
-from protoclip.encode.store import DAMAGED, FULL, Hashes, Numbers, Store, hash_ids
+from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Captions, EvaluationData, Images, match_captions
-from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
+from protoclip.files import checksum, replacing
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import (
     Autocast,
@@ -86,20 +86,19 @@ def build_encoder(
         aligned_by: The settings of the run that made the model. Then the towers encode also without
             a `cache`. With one, what `align` has encoded for training is read too: in half
             precision, and of images without hashes of their content.
-        settings: Those of `Encoder`. Without a `cache` nothing is stored.
+        settings: Those of `Encoder`.
     """
     given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer, **settings}
     has_cache = given.get("cache") is not None
-    joins = isinstance(model, ProtoCLIP) and model.joins_encoders
-    if not (joins and (has_cache or aligned_by is not None)):
+    if not isinstance(model, ProtoCLIP) or not model.joins_encoders:
         return Encoder(model=model, **given)
-    assert isinstance(model, ProtoCLIP)
-    given_frozen = {**given, "model": FrozenEncoders(model.towers)}
+    if not has_cache and aligned_by is None:
+        return Encoder(model=model, **given)
+    towers = FrozenEncoders(model.towers)
+    frozen = Encoder(model=towers, **given)
     if has_cache and aligned_by is not None:
-        return JoinedEncoder(
-            model=model, frozen=AlignedEncoder(config=aligned_by, **given_frozen), **given
-        )
-    return JoinedEncoder(model=model, frozen=Encoder(**given_frozen), **given)
+        frozen = AlignedEncoder(model=towers, config=aligned_by, **given)
+    return JoinedEncoder(model=model, frozen=frozen, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +214,7 @@ class Encoder:
         store = Store(folder, dtype=FULL, is_optional=True)
         path, known = None, None
         if folder is not None and reader.key:
-            path = folder / f"{checksum(reader.key.encode())}.json"
+            path = folder / f"{checksum(reader.key.encode())}.npz"
             known = rank0_first(partial(read_list, path))
         listed = known
         if listed is not None and listed.bad:
@@ -344,15 +343,15 @@ class JoinedEncoder(Encoder):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignedEncoder(Encoder):
-    """The encoder of two frozen towers that reads what `align` encoded for training, where that is
-    known. Each start reads the captions, and looks at the files. `config` is the run's."""
+    """The encoder of two frozen towers that reads what `align` encoded for training a run, by the
+    run's settings. Each start reads the captions, and looks at the files."""
 
     config: Config
 
     def encode_readable(self, images: "Any | Reader", *, stage: str) -> Encoded:
         if not isinstance(images, PairsView) or not isinstance(self.transform, EvaluationTransform):
             return super().encode_readable(images, stage=stage)
-        stored, missing = self._read(hash_images(images), transform=self.transform)
+        stored, missing = self._read("images", hash_images(images))
         rest = Encoded(features=torch.zeros(0, 0))
         if len(missing):
             rest = super().encode_readable(PairsView([(images, missing)]), stage=stage)
@@ -364,28 +363,22 @@ class AlignedEncoder(Encoder):
         self, texts: Iterable[str], *, stage: str, content: str = ""
     ) -> Float[Tensor, "n q"]:
         texts = list(texts)
-        stored, missing = self._read(hash_ids(texts))
+        stored, missing = self._read("texts", hash_ids(texts))
         if not len(missing):
             return stored
         rest = super().encode_texts([texts[row] for row in missing], stage=stage)
         return join_rows(stored, missing, missing, rest)
 
-    def _read(
-        self, hashes: Hashes, transform: EvaluationTransform | None = None
-    ) -> tuple[Float[Tensor, "k q"], Numbers]:
-        """What a tower encoded of images by a transform, or else of texts, in order; and the
-        positions of those that it did not."""
-        assert isinstance(self.model, FrozenEncoders)
+    def _read(self, kind: str, hashes: Hashes) -> tuple[Float[Tensor, "k q"], Numbers]:
+        """What a tower encoded for training, in order; and the positions of what it did not."""
         context = autocast(resolve_precision(self.config.run.precision, self.device), self.device)
+        tower = replace(self.towers[kind], autocast=context)
         with evaluation_mode(self.model):
-            tower = text_side(self.model, self.tokenizer, autocast=context)
-            if transform is not None:
-                most = self.config.data.max_image_pixels
-                tower = image_side(self.model, transform, max_pixels=most, autocast=context)
             folder = features_folder(self.config) / checksum(tower.key().encode())
+            width = tower.width
         store = Store(folder, setting=SETTING)
         numbers = store.find(hashes)
-        rows = store.read(numbers[numbers >= 0]).reshape(-1, tower.width)
+        rows = store.read(numbers[numbers >= 0]).reshape(-1, width)
         return torch.from_numpy(rows), np.flatnonzero(numbers < 0)
 
 
@@ -411,18 +404,17 @@ class Listed:
 
 def read_list(path: Path) -> Listed | None:
     """What a list had when it was last seen whole; None if that is not known."""
-    try:
-        listed = read_sealed(path)
-        hashes = np.frombuffer(bytearray.fromhex(listed["hashes"]), np.uint64)
-        return Listed(hashes=hashes, bad=[(row, why) for row, why in listed["bad"]])
-    except DAMAGED:
-        return None
+    with suppress(Exception), np.load(path) as file:  # a damaged file raises anything
+        bad = zip(file["bad"].tolist(), file["reasons"].tolist(), strict=True)
+        return Listed(hashes=file["hashes"], bad=[*bad])
+    return None
 
 
 def write_list(path: Path, listed: Listed) -> None:
-    content = to_json(sealed({"hashes": listed.hashes.tobytes().hex(), "bad": listed.bad}))
-    with suppress(OSError):  # the store has said so
-        write_atomically(path, content + "\n")
+    rows = np.array([row for row, _ in listed.bad], np.int64)
+    reasons = np.array([reason for _, reason in listed.bad], str)
+    with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, hashes=listed.hashes, bad=rows, reasons=reasons)
 
 
 class TextReader:
@@ -548,6 +540,7 @@ class Part:
     features: Float[Tensor, "n d"]
     ids: Sequence[str]
     bad: Sequence[Bad]
+    total: int  # images of the split
     labels: Tensor | None
     groups: Int[Tensor, " n"]
     content: Sequence[int]  # equal for equal images
@@ -590,7 +583,7 @@ def encode_split(encoder: Encoder, data: EvaluationData, split: str, *, stage: s
     """Encode the images of a split; rank 0 names the first bad ones."""
     whole = data.splits[split]
     encoded = encoder.encode_images(whole.images, stage=stage)
-    if rank() == 0 and encoded.bad and split not in data.warned_splits:
+    if encoded.bad and rank() == 0 and split not in data.warned_splits:
         data.warned_splits.add(split)
         number, total = len(encoded.bad), len(whole.images)
         say(f"warning: {stage}: {number} of {total} images cannot be used and are left out:")
@@ -619,6 +612,7 @@ def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
         features=features,
         ids=ids,
         bad=encoded.bad,
+        total=len(whole.images),
         labels=None if whole.labels is None else whole.labels[torch.tensor(rows)],
         groups=torch.tensor(range(len(rows)) if groups is None else groups),
         content=content,

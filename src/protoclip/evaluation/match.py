@@ -118,8 +118,14 @@ def match(
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
     def open_half(name: str, modality: str, way: str) -> Encoder:
-        pools, progress = pooling or find_usual_pooling(name), Progress(f"open {name}", 1)
-        half = open_encoder(name, modality=modality, pooling=pools, device=device, setting=way)
+        progress, pools = Progress(f"open {name}", 1), pooling
+        # `open_encoder` tells what is wrong with a half, or is not installed.
+        with suppress(ValueError, ImportError):
+            if pools is None and (name == MINILM or name.startswith("hf:")):
+                pools = find_pooling(name)
+        half = open_encoder(
+            name, modality=modality, pooling=pools or "mean", device=device, setting=way
+        )
         progress.update(1)
         return half
 
@@ -151,15 +157,6 @@ def match(
         for name, encoder in text_encoders.items()
     ]
     return measure_halves(image_halves, text_halves, drawn, seed)
-
-
-def find_usual_pooling(name: str) -> Pooling:
-    """As the files of a text half say, and `align` has it; the mean for others."""
-    # `open_encoder` tells what is wrong with a half, or is not installed.
-    with suppress(ValueError, ImportError):
-        if name == MINILM or name.startswith("hf:"):
-            return find_pooling(name)
-    return "mean"
 
 
 def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:

@@ -69,11 +69,6 @@ class Metric:
         return self.column == "text_to_image_rank"
 
     @property
-    def has_interval(self) -> bool:
-        """Whether an interval is known that covers the true value."""
-        return self.column is not None or self.name == MULTILABEL
-
-    @property
     def is_share(self) -> bool:
         """Whether it is at most 1, shown in percent and better the higher it is."""
         return self.task != "geometry"

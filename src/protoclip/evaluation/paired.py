@@ -18,6 +18,7 @@ import numpy as np
 
 from protoclip.evaluation.metrics import (
     METRICS,
+    MULTILABEL,
     SHOWN,
     Columns,
     Floats,
@@ -40,25 +41,19 @@ Reader = Callable[[Path], WithInfluences | None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunResults:
-    """The results of a run.
-
-    Attributes:
-        metrics: Finite values, by `eval/<data set>/<task>/<metric>`.
-        samples: The files with the results of each test sample, by data set.
-        trained_on: For each data set, the number of its `pairs`, and of those whose `images` the
-            run was trained on.
-        facts: The content of `results.json`.
-    """
+    """The results of a run."""
 
     name: str
     seed: int
     folder: str
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float]  # finite values, by `eval/<data set>/<task>/<metric>`
+    #: The files with the results of each test sample, by data set.
     samples: Mapping[str, Path] = field(default_factory=dict)
     samples_seen: float | None = None
     train_seconds: float | None = None
+    #: By data set, the number of its `pairs`, and of those whose `images` the run was trained on.
     trained_on: Counts = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # the content of `results.json`
 
     @property
     def machines(self) -> str:
@@ -194,17 +189,11 @@ def describe_leaks(counts: Iterable[Counts]) -> dict[str, str]:
 
 
 class Common(NamedTuple):
-    """The samples of two runs for a metric.
+    """The samples of two runs for a metric."""
 
-    Attributes:
-        samples: The results by sample of the first run.
-        same: Whether the second run has the same samples.
-        change: The influence of each group on the second run less that on the first `(groups,)`,
-            if known.
-    """
-
-    samples: SampleResults
-    same: bool
+    samples: SampleResults  # of the first run
+    same: bool  # whether the second run has the same samples
+    #: The influence of each group on the second run less that on the first `(groups,)`, if known.
     change: Floats | None = None
 
 
@@ -251,7 +240,8 @@ def compare_metric(
         influence = np.stack(changes)
     metric = METRICS.get(name)
     # On different samples, the models are not the only difference.
-    if others or (metric is not None and not metric.has_interval):
+    has_interval = metric is None or metric.column is not None or name == MULTILABEL
+    if others or not has_interval:
         gains, influence = [float(np.mean(gains))], None  # one gain alone has no interval
     samples = None if influence is None else len(commons[0].samples.rows(name)["sample_id"])
     counts = {"seeds": len(gains)} if len(gains) > 1 else {}

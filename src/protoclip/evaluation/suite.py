@@ -83,19 +83,14 @@ READ_SETTINGS = ("train", *DATA_OPTIONS, "allow_links")
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One task of one model on one data set.
+    """One task of one model on one data set."""
 
-    Attributes:
-        record: As `evaluate` returns it.
-        influences: The influence of each group of samples on each metric that has an interval.
-        ids: The measured samples. Two results with equal ids have the same groups.
-        without: Metrics that have no interval themselves; a difference may have one.
-    """
-
-    record: dict[str, Any]
+    record: dict[str, Any]  # as `evaluate` returns it
+    #: The influence of each group of samples on each metric that has an interval.
     influences: Mapping[str, Floats] = field(repr=False)
+    #: The measured samples. Two results with equal ids have the same groups.
     ids: Sequence[str] = field(repr=False)
-    without: Collection[str] = ()
+    without: Collection[str] = ()  # metrics without an interval; a difference may have one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +320,7 @@ def compute_results(
                 "language": data_set.language,
                 "split": split,
                 "samples": len(part.ids),
-                "bad_share": len(part.bad) / len(data_set.splits[split].images),
+                "bad_share": len(part.bad) / part.total,
                 "intervals": intervals(values, by_key, without),
             }
             record["wide"] = [key for key in record["intervals"] if rests_on_few(by_key[key])]
@@ -344,8 +339,11 @@ def encode_data(
     templates: Sequence[str] | None = None,
 ) -> Features:
     """Encode what the tasks need, and no other images and texts."""
-    parts = {}
-    for name in list_splits(data, tasks, split):
+    splits, parts = ["train"] * bool({"linear_probe", "knn"} & {*tasks}), {}
+    if "linear_probe" in tasks and split != "validation":
+        validation = data.splits.get("validation")
+        splits += ["validation"] * (validation is not None and validation.labels is not None)
+    for name in [*splits, split]:
         stage = f"{data.name} images: {name}"
         if name == "validation" != split:
             stage = f"{data.name}: images that set the probe's strength ({name})"
@@ -362,25 +360,18 @@ def encode_data(
     return Features(data=data, split=split, parts=parts, texts=texts, device=encoder.device)
 
 
-def list_splits(data: EvaluationData, tasks: Collection[str], split: str) -> list[str]:
-    """The splits whose images the tasks need; opens no other."""
-    needed = ["train"] * bool({"linear_probe", "knn"} & {*tasks})
-    if "linear_probe" in tasks and split != "validation":
-        validation = data.splits.get("validation")
-        needed += ["validation"] * (validation is not None and validation.labels is not None)
-    return [*needed, split]
-
-
 def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> Measurements:
     """The metrics of the tasks, which ranks share, and the results of each sample."""
     data, part = features.data, features.part
 
     def score_share() -> list[TaskResult]:
         share, results = tasks[rank() :: world_size()], []
-        progress = Progress(f"evaluate: {data.name} metrics", len(share))
+        progress = None
+        if show and rank() == 0:
+            progress = Progress(f"evaluate: {data.name} metrics", len(share))
         for done, task in enumerate(share, 1):
             results.append(SCORES[task](features))
-            if show and rank() == 0:
+            if progress:
                 progress.update(done)
         return results
 

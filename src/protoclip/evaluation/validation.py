@@ -126,34 +126,31 @@ def open_other_source(config: Config, samples: Pairs | SampleStream, name: str) 
 
 def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) -> Division:
     """The samples without those that are held out to evaluate on, and these."""
-    # Without pairs to evaluate on, an evaluation on the way would be refused next.
-    nothing = "0, with run.evaluate_every = 0" if needs_held_out(config) else "0"
-    nothing += ", and for finetune --alpha 1" * (config.model.start is not None)
 
     def hold_out_none(reason: str) -> Division:
+        reason = f"data.validation: {reason}, or 0 for none"
         if is_asked(config):
-            raise ValueError(f"data.validation: {reason}, or {nothing}")
-        return Division(samples, [], [f"data.validation: {reason}, or {nothing}"])
+            raise ValueError(reason)
+        return Division(samples, [], [reason])
 
     if not isinstance(samples, Pairs):
         return hold_out_none("a stream is not held out; name a source to judge the run by")
     notes, total, least = list[str](), len(samples), least_held_out(config)
     before = find_earlier_pairs(config, notes)
-    learned = f"{' and '.join(before)} learned from the others"
     training, rows, wanted = list[ImageTextPairs](), NONE, min(MOST, round(share * total))
     if before or wanted >= least:  # or too few would be left, whichever are alike
         training, earlier = list_sources(samples), [*chain(*before.values())]
         rows = hold_out_rows(training, share=share, folder=index_folder(), before=earlier)
+    why = "many share a caption or an image"
+    if before:
+        why = f"{' and '.join(before)} learned from the others"
     if len(rows) < least:
         number = len(rows) if training else wanted
-        larger = "a larger share, " if number or share * total < 1 else ""
         return hold_out_none(
-            f"no pairs are held out, since only {number} of {total:,} could be: "
-            f"{f'{learned}, ' if before else ''}they are few, or many share a caption or an image; "
-            f"give {larger}a source"
+            f"no pairs are held out, since only {number} of {total:,} could be: they are few, "
+            f"or {why}; give a larger share, a source"
         )
     if len(rows) < (wanted if before else ENOUGH * wanted):
-        why = learned if before else "many share a caption or an image"
         notes.append(
             f"data.validation: {len(rows):,} pairs are held out, not {wanted:,}, since {why}"
         )
@@ -161,27 +158,23 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
         raise ValueError(
             f"data.validation: {share} leaves none of {total:,} pairs to train on; lower it"
         )
-    points = f"{100 / len(rows):.3g}"
-    steps = f", so values move in steps of {points} point{'s' * (points != '1')}"
+    steps = f", so values move in steps of {100 / len(rows):.3g} points" * (len(rows) <= FEW)
     notes.append(
-        f"{len(rows):,} of {total:,} pairs are held out to judge the run by"
-        f"{steps if len(rows) <= FEW else ''}; "
+        f"{len(rows):,} of {total:,} pairs are held out to judge the run by{steps}; "
         "data.validation sets a share, another source, or 0 for none"
     )
-    parts = split_by_source(training, rows)
-    counts = {"pairs": len(rows), "images": 0}
-    data = make_data_sets(parts, probe_rows(training, rows), counts)
+    data = make_data_sets(
+        split_by_source(training, rows),
+        probe_rows(training, rows),
+        {"pairs": len(rows), "images": 0},
+    )
     return Division(drop_rows(samples, rows), data, notes)
 
 
 def is_asked(config: Config) -> bool:
-    """Whether the settings ask for a validation set."""
-    return config.data.validation is not None or needs_held_out(config)
-
-
-def needs_held_out(config: Config) -> bool:
-    """Whether the run validates as it trains, and has no guard to do it on."""
-    return config.run.evaluate_every > 0 and not config.run.guard
+    """Whether the settings ask for a validation set, as to validate on while the run trains."""
+    validates = config.run.evaluate_every > 0 and not config.run.guard
+    return config.data.validation is not None or validates
 
 
 def least_held_out(config: Config) -> int:
@@ -358,7 +351,7 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
         ) from error
     if not divided.data:
         raise ValueError(f"{run}: this run held out no pairs; name other data, as a table of pairs")
-    first = divided.data[0]
+    first, source = divided.data[0], config.data.validation
     if first.name != NAME:  # the emoji, which have splits of their own
         return first
     if split == "train":
@@ -369,7 +362,6 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
             f"{run}: its data have changed since it was trained ({differs}), so the pairs that it "
             "held out are not known; bring them back, or name other data"
         )
-    source = config.data.validation
     notes = [f"{run}: the {len(held_out):,} images that it held out judge the models"]
     if isinstance(source, str):
         notes = [
