@@ -173,11 +173,13 @@ def _advise(folder: Path, table: Path | None, *, may_be_classes: bool, data: Dat
     if not data.needs_captions:
         return f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
     advice = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
-    if may_be_classes and looks_like_classes(folder):
-        advice += (
-            "; its folders look like classes, and images are classified without captions by "
-            f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
-        )
+    with suppress(OSError, ValueError):  # what cannot be read or written down is no class
+        splits = class_folders(folder).values() if may_be_classes else ()
+        if len({name for split in splits for name in classes_in(split)}) > 1:
+            advice += (
+                "; its folders look like classes, and images are classified without captions by "
+                f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
+            )
     return advice
 
 
@@ -244,14 +246,6 @@ def _read_captions(
     except (OSError, ValueError, RecursionError):
         raise ValueError("images whose caption file cannot be read") from None
     return [text for text in list_captions(record, keys) if text.strip()]
-
-
-def looks_like_classes(folder: Path) -> bool:
-    """Whether images lie in the folders of two classes or more, without captions."""
-    with suppress(OSError, ValueError):  # what cannot be read or written down is no class
-        splits = class_folders(folder).values()
-        return len({name for split in splits for name in classes_in(split)}) > 1
-    return False
 
 
 def class_folders(folder: Path) -> dict[str, Path]:

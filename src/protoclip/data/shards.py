@@ -170,11 +170,8 @@ class ShardSample:
 def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """Open the local tar shards `data.train`. New and changed shards are indexed first.
 
-    `.notes` says what is wrong with them. See `expand_shards` and `read_samples`; `name` is what
-    messages call the pairs.
-
-    Raises `ValueError` if a shard is missing, remote, compressed or not a tar, if two samples share
-    an id, or if there is no sample.
+    `name` is what messages call the pairs. Raises `ValueError` if a shard is missing, remote,
+    compressed or not a tar, if two samples share an id, or if there is no sample.
     """
     pattern, folder = data.train, index_folder()
     settings = {"form": INDEX_FORM, "captions": caption_columns(data) or None}
@@ -352,7 +349,7 @@ class ShardStream(SampleStream):
         number = len(self.shards)
         read = {self.shards[n] for n in evenly_spaced(number, min(SHARDS, number), 0)}
         parts = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in self.shards]
-        return {"shards": hash_of_shards(parts)}
+        return {"shards": checksum(to_json(parts).encode())}
 
     def _identity(self) -> str:
         stems = [shard_stem(shard) for shard in self.shards]
@@ -464,11 +461,6 @@ def _check_sample(sample: ShardSample, shard: str, is_repeated: bool, needs_capt
     return BadSample(sample.sample_id, shard, reason or "no image")
 
 
-def hash_of_shards(shards: Sequence[Sequence[Any]]) -> str:
-    """A hash of the name of each shard, and of what `shard_facts` says of it."""
-    return checksum(to_json(shards).encode())
-
-
 def shard_facts(path: str, is_read: bool) -> list[Any]:
     """Bytes of a local shard, and a hash of both ends and the middle; nothing of another."""
     try:
@@ -490,7 +482,7 @@ def facts_that_may_move(facts: Facts, source: Any) -> Facts:
     """
     if not isinstance(source, ShardStream):
         return facts
-    names = hash_of_shards([[shard_stem(shard), []] for shard in source.shards])
+    names = checksum(to_json([[shard_stem(shard), []] for shard in source.shards]).encode())
     is_on_disk = not any(map(is_url, source.shards))
     known_facts = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
     return {**known_facts, "names": names}
@@ -630,11 +622,8 @@ def _sample(
 class _Members:
     """The key, the extension and the file of each member of a tar.
 
-    Files with `texts` have their content, and in a stream images, too.
-
-    Attributes:
-        fault: Why iteration ended before the tar did, if so.
-        reading: The name of the file that was being read then.
+    Files with `texts` have their content, and in a stream images, too. `fault` says why iteration
+    ended before the tar did, if so, and `reading` names the file that was being read then.
     """
 
     def __init__(self, file: io.BufferedIOBase, texts: Set[str], stream: bool) -> None:

@@ -117,14 +117,8 @@ def _join_streams(
 def require_readable(named: str, rows: int, read: Callable[[int], object]) -> None:
     """Refuse a source none of whose rows can be used; some are read until one is good.
 
-    A run would notice late, and leave a folder in the way of the next one.
-
-    Args:
-        named: The setting and the source, for the message.
-        read: Reads a row; of a bad one it raises `ValueError`, such as `BadSample`.
-
-    Raises:
-        ValueError: None of some evenly spaced rows can be used.
+    A run would notice late, and leave a folder in the way of the next one. `named` has the setting
+    and the source; `read` raises `ValueError` for a bad row, as this does for a bad source.
     """
     bad = list[ValueError]()
     for row in evenly_spaced(rows, min(rows, TRIED), seed=0):
@@ -143,11 +137,8 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
 
 
 def require_usable(data: DataConfig, samples: Pairs) -> None:
-    """Refuse pairs to train on if too many are in sources of which no sample can be used.
-
-    Raises:
-        ValueError: They are more than `data.max_bad_share` allows.
-    """
+    """Raises `ValueError` if more pairs than `data.max_bad_share` allows are in sources of which no
+    sample can be used."""
 
     def read(source: Pairs, rows: Sequence[int], number: int) -> object:
         image = source.sample(int(rows[number])).image
@@ -412,14 +403,6 @@ def _join_names(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
     return " + ".join(names)
 
 
-def name_in_mixture(name: str, item: Sample | BadSample) -> Sample | BadSample:
-    """A sample with the id that it has in a mixture, if its source has that name."""
-    sample_id = f"{name}/{item.sample_id}"
-    if isinstance(item, Sample):
-        return replace(item, sample_id=sample_id)
-    return BadSample(sample_id, item.where, item.reason)
-
-
 def mix_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
     """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
 
@@ -459,7 +442,12 @@ class MixedStreams(SampleStream):
         readers = [stream.samples(count, lane) for stream, count in self._counts(first)]
         while True:
             for source in self._order(period)[skip:]:
-                yield name_in_mixture(self._streams[source].name, next(readers[source]))
+                item = next(readers[source])
+                sample_id = f"{self._streams[source].name}/{item.sample_id}"
+                if isinstance(item, Sample):
+                    yield replace(item, sample_id=sample_id)
+                else:
+                    yield BadSample(sample_id, item.where, item.reason)
             period, skip = period + 1, 0
 
     def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:

@@ -203,30 +203,19 @@ def count_repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
 
 
 class _Match(NamedTuple):
-    """Which rows have a text or image of some rows. Texts and images have numbers here, the keys.
+    """Which rows have a text or image of some rows. Texts and images have numbers, the keys."""
 
-    Attributes:
-        number: How many keys there are.
-        rows: Rows that were asked for, each as often as it has keys.
-        keys: The key of each of these.
-        matches: Keys and rows, some at a time: all rows that have one of the keys.
-    """
-
-    number: int
-    rows: Rows
-    keys: Rows
-    matches: Iterable[tuple[Rows, Rows]]
+    number: int  # of keys
+    rows: Rows  # that were asked for, each as often as it has keys
+    keys: Rows  # of each of these
+    matches: Iterable[tuple[Rows, Rows]]  # keys and rows, some at a time: all that have these keys
 
 
 class _Copies:
     """Finds rows of sources, and of what a model was trained on before, that share something.
 
-    Rows are numbered over all of them, one after the other.
-
-    Attributes:
-        total: Rows of the sources; those of before follow.
-        held: Rows of before that were held out then.
-        unread: Rows with images that cannot be read, though they are there.
+    Rows are numbered over all of them, one after the other: `total` of the sources, then those of
+    before, of which `held` were held out then. Images of `unread` are there and cannot be read.
     """
 
     def __init__(self, sources: Sources, before: Sequence[Before]) -> None:
@@ -284,9 +273,8 @@ class _Copies:
     def match_contents(self, rows: Rows) -> _Match:
         """Rows with an image of the same bytes.
 
-        Only files of equal size can hold equal bytes: a sixth of usual photographs have the size of
-        one of a few thousand. A page from the middle of these is read, and whole files only if
-        pages are equal too. What cannot be read equals nothing.
+        Only files of equal size can hold equal bytes. A page from the middle of these is read, and
+        whole files only if pages are equal too. What cannot be read equals nothing.
         """
         rows = rows[self.sizes[rows] >= 0]
         sizes, pages = np.unique(self.sizes[rows]), self._hash_images(rows, page=True)
@@ -434,13 +422,9 @@ def _draw(sources: Sources, number: int) -> Rows:
 
 
 def _connect(copies: _Copies, match: _Match, most: int) -> tuple[Rows, Rows]:
-    """Connects rows that share a key.
-
-    Returns:
-        Edges `(2, n)`: the first row that was asked for with a key, and each row that has it. And
-        the rows that were asked for with a key that bars them, since more than `most` rows of the
-        sources have it, or one that was trained on.
-    """
+    """Edges `(2, n)`: the first row that was asked for with a key, and each row that has it. And
+    the rows that were asked for with a key that bars them, since more than `most` rows of the
+    sources have it, or one that was trained on."""
     counts, is_barred = np.zeros(match.number, np.int64), np.zeros(match.number, bool)
     edges = [np.zeros((2, 0), np.int64)]
     first = np.zeros(match.number, np.int64)
@@ -493,7 +477,7 @@ def _compute_once(
 ) -> Rows:
     """Rows that were computed earlier for the same facts, or are now, by one process.
 
-    They are not cached if images could not be read, since a disk may fail for a while.
+    They are kept unless images could not be read, since a disk may fail for a while.
     """
     path, former = (folder / f"{digest({**facts, 'form': form})}.npz" for form in (FORM, FORM_1_0))
     for cached in (path, former):

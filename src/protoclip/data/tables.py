@@ -128,22 +128,16 @@ def open_files(
             if saved:
                 loaded = datasets.load_from_disk(root)
             else:
-                files = [*map(_copy_remote, paths, prints)]
-                cache, files = str(folder / "datasets"), [*map(glob.escape, files)]
+                files, cache = list[str](), str(folder / "datasets")
+                for path, print_ in zip(paths, prints, strict=True):
+                    copy = folder / f"{print_}{last}"
+                    if is_url(path) and not copy.exists():
+                        download(path, copy)
+                    files.append(glob.escape(str(copy) if is_url(path) else path))
                 loaded = datasets.load_dataset(
                     builder, data_files=files, split="train", cache_dir=cache
                 )
     return open_pairs(loaded.data, data, key=key, label=label, name=name, root=root)
-
-
-def _copy_remote(path: str, print_: str) -> str:
-    """A local path as it is; of a URL, a copy in the cache."""
-    if not is_url(path):
-        return path
-    copy = index_folder() / f"{print_}{list_suffixes(path)[-1]}"
-    if not copy.exists():
-        download(path, copy)
-    return str(copy)
 
 
 def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -606,11 +600,8 @@ class ArrowIndex:
 
     A file beside it has a checksum of each batch of rows. A batch is compared with it when one of
     its rows is used for the first time, so that an index of any size opens at once: call `check`
-    before you use rows of the table.
-
-    Raises:
-        OSError: There is no such index.
-        ValueError: The index is damaged.
+    before you use rows of the table. Raises `OSError` if there is no such index, and `ValueError`
+    if it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -632,8 +623,7 @@ class ArrowIndex:
     def check(self, row: int | None = None) -> None:
         """Compare the checksum of the batch that holds a row, or of all batches, once.
 
-        Raises:
-            ValueError: It differs; names the file and the rows.
+        Raises `ValueError`, which names the file and the rows, if it differs.
         """
         if not self._unchecked:
             return

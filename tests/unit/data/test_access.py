@@ -304,18 +304,6 @@ def test_urls_as_people_write_them(server):
     assert Odd.seen == ["Basic bWU6c0BmZQ==", None]
 
 
-@pytest.mark.parametrize("table", ["bucket", "server"])
-def test_a_table_of_images_on_the_web_is_refused(bucket, tmp_path, serve, table):
-    """As URLs in its cells, or as names beside a table that is on the web itself."""
-    cell = "https://host/0.jpg" if table == "bucket" else "0.jpg"
-    text = f"image,caption\n{cell},a\n"
-    (tmp_path / "pairs.csv").write_text(text)
-    fsspec.filesystem("s3").pipe(f"{bucket}/pairs.csv", text.encode())
-    folder = bucket if table == "bucket" else serve("ranges", tmp_path)
-    with pytest.raises(ValueError, match=r"pairs\.csv: row 0 has the image .*img2dataset"):
-        open_table(DataConfig(train=f"{folder}/pairs.csv"))
-
-
 def test_a_fingerprint_follows_the_content(tmp_path, bucket, serve):
     """Of a file also if size and time stay the same; of a URL as far as its headers tell."""
     path, url = tmp_path / "a.csv", f"{serve('ranges', tmp_path)}/a.csv"

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from protoclip.data.pairs import ImageTextPairs, content, difference
@@ -130,12 +129,6 @@ def test_a_stream_moves_between_a_disk_and_a_store_and_stays_a_stream(tmp_path):
             "a stream before, pairs in any order now; set data.read = streaming"
         )
         assert difference(of(TINY), stream) == "pairs in any order before, a stream now"
-
-
-def test_tables_on_disk(tmp_path):
-    """Other row groups and compression are the same content."""
-    pq.write_table(TINY, tmp_path / "a.parquet", row_group_size=3)
-    assert difference(of(TINY), of(pq.read_table(tmp_path / "a.parquet"))) is None
 
 
 def test_pairs_of_which_some_are_held_out_now_are_others():

@@ -95,23 +95,6 @@ MEASURED = {
 
 
 # Of a row of docs/which_way.md: how it begins, the pairs it is for, and commands that it names.
-ROWS = [
-    ("some hundred", (1, 500), ["published model", "align", "--data.validation 0.2"]),
-    ("1,000 to 100,000", (501, 100_000), ["align"]),
-    ("100,000 to 1 million", (100_001, 10**6), ["align", "finetune", "--guard"]),
-    ("1 to 10 million", (10**6 + 1, 10**7), ["finetune", "published model", "--guard"]),
-    ("more", (10**7 + 1, 10**9), ["train"]),
-]
-
-
-@pytest.mark.parametrize(("row", "pairs", "commands"), ROWS)
-def test_what_to_do_with_so_many_pairs_is_a_row_of_the_page(row, pairs, commands):
-    """Which the advice names; both name these commands."""
-    advice, _, page = advise(pairs[0]).partition(" (")
-    assert advise(pairs[1]) == advise(pairs[0]) != advise(pairs[1] + 1) or row == "more"
-    lines = (Path(__file__).parents[3] / page.rstrip(")")).read_text(encoding="utf-8").splitlines()
-    line = next(line for line in lines if line.startswith(f"| {row} |"))
-    assert all(command in advice and command in line.split("|")[2] for command in commands)
 
 
 def test_findings_are_shown_as_lines(mixed, capsys):

@@ -161,29 +161,6 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 3, 4, 12, 22])
-def test_a_run_that_was_killed_resumes(tmp_path, monkeypatch, after):
-    """At any row: the folder ends equal to that of a run that was not; complete shards stay."""
-    pack(with_holes(), tmp_path / "whole", samples_per_shard=3)
-    out, original = tmp_path / "out", ImageTextPairs.sample
-
-    def dying(pairs: ImageTextPairs, row: int) -> Sample:
-        if row >= after:
-            raise Killed
-        return original(pairs, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ImageTextPairs, "sample", dying)
-        with pytest.raises(Killed):
-            pack(with_holes(), out, samples_per_shard=3)
-    kept = {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}
-    assert bool(kept) == (after > 3)
-    (out / ".00001.tar.1.tmp").write_bytes(b"half a shard")
-    pack(with_holes(), out, samples_per_shard=3)
-    assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
-    assert content(out) == content(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("limit", range(7))
 def test_a_run_killed_between_any_two_renames_resumes(tmp_path, monkeypatch, limit):
     """A shard that is there before the manifest lists it is written again, as is a lost one."""

@@ -6,7 +6,6 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import fsspec
 import pytest
 from tars import facts, index, numbered, write_tar
 
@@ -255,39 +254,6 @@ def test_patterns(tmp_path, monkeypatch):
     assert expand_shards("{01..02}.tar") == ["01.tar", "02.tar"]
     write_tar(tmp_path / "odd{1..2}.tar", {})
     assert expand_shards("odd{1..2}.tar") == ["odd{1..2}.tar"]
-
-
-def test_remote_patterns(bucket):
-    """Braces always; globs and folders where the store lists its files."""
-    for name in ("a/0.tar", "a/1.tar", "a/x.txt"):
-        with fsspec.open(f"{bucket}/{name}", "wb") as file:
-            file.write(b"")
-    two = [f"{bucket}/a/0.tar", f"{bucket}/a/1.tar"]
-    for pattern in (f"{bucket}/a/*.tar", f"{bucket}/a/"):
-        assert [n.replace(":///", "://") for n in expand_shards(pattern)] == two
-    assert expand_shards("s3://bucket/{000..331}.tar")[331] == "s3://bucket/331.tar"
-    two = ["https://host/0.tar?token=ab", "https://host/1.tar?token=ab"]
-    assert expand_shards("https://host/{0..1}.tar?token=ab") == two
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("{folder}/none.tar", "none.tar: no such file"),
-        ("{folder}/{{0..2}}.tar", "0.tar: no such file"),
-        ("{folder}/*.tar", r"\*.tar: no tar shard matches"),
-        ("{folder}", "no tar shard matches"),
-        ("{folder}/{{0..2.tar", "the braces do not pair up|no such file"),
-        ("s3://nothing/here/*.tar", "no tar shard matches"),
-        ("gs://bucket/*.tar", r"gs://bucket/\*.tar: .*gcsfs"),
-        ("https://host/*.tar", "a web server does not say what it holds; name the files with bra"),
-    ],
-)
-def test_patterns_without_a_match_are_errors(tmp_path, bucket, pattern, message):
-    """In one line that names the pattern."""
-    with pytest.raises(ValueError, match=message) as error:
-        expand_shards(pattern.format(folder=tmp_path))
-    assert "\n" not in str(error.value)
 
 
 def test_a_linked_shard_is_named_as_its_link(tmp_path):

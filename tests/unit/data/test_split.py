@@ -157,11 +157,6 @@ def test_a_chain_of_pairs_is_held_out_whole_or_not_at_all(tmp_path, monkeypatch)
         assert {*rows.tolist()} == {4 * (row // 4) + n for row in rows.tolist() for n in range(4)}
 
 
-def test_at_most_so_many_are_held_out(tmp_path):
-    pairs = source(2000, "web", captions=10**9, images=10**9)
-    assert len(hold_out_rows([pairs], share=0.5, most=30, folder=tmp_path)) == 30
-
-
 def test_equal_files_and_equal_urls_stay_together(tmp_path):
     for row in range(40):
         (tmp_path / f"{row}.jpg").write_bytes(b"%04d" % (row // 2))

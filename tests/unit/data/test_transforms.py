@@ -14,7 +14,6 @@ from protoclip.data.decode import reduction
 from protoclip.data.transforms import (
     LONG,
     EvaluationTransform,
-    OfMiddle,
     PillowTransform,
     SquashTransform,
     blur,
@@ -190,25 +189,3 @@ def test_of_a_long_image_the_middle_alone_is_resized(shape, fast):
     assert max(middle_of_long(image).size) <= LONG * min(shape) + 1
     transform = PillowTransform(size=24, mean=(0.5,) * 3, std=(0.5,) * 3, fast=fast)
     assert (transform.pixels(image).int() - expected.int()).abs().max() <= 2
-
-
-@pytest.mark.parametrize("shape", [(3, 401), (701, 5), (9, 950), (24, 2500)])
-def test_a_library_gets_the_middle_of_a_long_image(shape):
-    """Its pixels are those of the whole, whose smooth middle is hardly moved by rounding."""
-
-    def apply(image: Image.Image) -> torch.Tensor:
-        assert max(image.size) <= LONG * min(image.size) + 1
-        return shortest(image)
-
-    def shortest(image: Image.Image) -> torch.Tensor:
-        resized = functional.resize(image, [24], functional.InterpolationMode.BILINEAR)
-        return torch.from_numpy(np.array(functional.center_crop(resized, [24])))
-
-    height, width = shape
-    ramp = np.linspace(0, 255, max(shape))
-    ramp = ramp[None].repeat(height, 0) if width > height else ramp[:, None].repeat(width, 1)
-    image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
-    assert (OfMiddle(apply)(image).int() - shortest(image).int()).abs().max() <= 1
-    usual = random_image()
-    assert torch.equal(OfMiddle(apply)(usual), shortest(usual))
-    assert repr(OfMiddle(apply)) == repr(apply)
