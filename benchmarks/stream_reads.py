@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from protoclip.data.loader import EpisodeLoader
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import Sample
 from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
 from protoclip.data.shards import ShardStream
@@ -51,7 +51,7 @@ def reads(ranks: int, episodes: int, *, extracts: bool) -> float:
         episode = Episode(index=index, rows=torch.arange(EPISODE))
         passes = [EXTRACTION_STREAM] * (extracts and index > 0) + [TRANSFORM_STREAM]
         for kind in passes:
-            made = loader.requests(loader.pass_over(episode, stream=kind))
+            made = loader.requests(Pass(episode, stream=kind))
             numbers = sum(len(request.position) for request in made)
         trained += numbers
     loader.close()

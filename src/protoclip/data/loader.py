@@ -151,28 +151,23 @@ class Packed:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Pass:
-    """One pass over an episode, from batch number `start` on.
-
-    Attributes:
-        stream: Which random numbers the transform draws.
-        with_features: Whether batches bring `features`.
-        group_by: The keys of `groups` that batches bring.
-    """
+    """One pass over an episode, from batch number `start` on."""
 
     episode: Episode
-    start: int
-    transform: Transform
-    stream: int
-    with_features: bool
-    group_by: tuple[Key, ...] = ()
+    start: int = 0
+    transform: Transform | None = None  # unset, that of the loader
+    stream: int = TRANSFORM_STREAM  # of random numbers for the transform
+    with_features: bool = False  # whether batches bring `features`
+    group_by: tuple[Key, ...] = ()  # the keys of `groups` that batches bring
 
 
 class _Request(NamedTuple):
     """A batch to make, of rows as `row_candidates` takes them, or of what a stream gave."""
 
     wanted: Pass  # without rows
+    transform: Transform
     position: npt.NDArray[np.int64]
     rows: list[int]
     stretches: list[Stretch]
@@ -204,7 +199,7 @@ class _Reader(Dataset[_Made]):
     on_cpu: bool  # where the transform is applied
 
     def __getitem__(self, request: _Request) -> _Made:
-        wanted, transform = request.wanted, request.wanted.transform
+        wanted, transform = request.wanted, request.transform
         captions, images, ids = list[str](), [], list[str]()
         groups, bad, lost = list[list[int]](), list[BadSample](), 0.0
         for number, candidates in enumerate(self.candidates(request)):
@@ -259,7 +254,7 @@ class _Reader(Dataset[_Made]):
         """For each position, the samples to try until one is good."""
         if not request.stretches:
             return row_candidates(request.rows, len(request.position))
-        transform, draws = request.wanted.transform, request.transform_draws[0]
+        transform, draws = request.transform, request.transform_draws[0]
         # No crop makes an image good or bad, so any one tells what another rank's is.
         cut = partial(self.crop, box=partial(transform.box, draws=draws), size=transform.size)
 
@@ -382,29 +377,9 @@ class EpisodeLoader:
     notes: tuple[str, ...] = ()
     _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
-    def pass_over(
-        self,
-        episode: Episode,
-        start: int = 0,
-        *,
-        transform: Transform | None = None,
-        stream: int = TRANSFORM_STREAM,
-        with_features: bool = False,
-        group_by: tuple[Key, ...] = (),
-    ) -> Pass:
-        """A pass over an episode from batch number `start` on, by default through `transform`."""
-        return Pass(
-            episode=episode,
-            start=start,
-            transform=transform or self.transform,
-            stream=stream,
-            with_features=with_features,
-            group_by=group_by,
-        )
-
     def batches(self, episode: Episode, start: int = 0, **settings: Any) -> Iterator[Batch]:
-        """The batches of `pass_over`."""
-        return self.batches_of(self.pass_over(episode, start, **settings))
+        """The batches of a `Pass` with these settings."""
+        return self.batches_of(Pass(episode, start, **settings))
 
     def batches_of(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass, one pass at a time.
@@ -442,10 +417,11 @@ class EpisodeLoader:
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())
         fields = made.packed.unpack(self.device)
         draws, changes = fields.pop("draws", None), fields.pop("changes", {})
+        transform = current.transform or self.transform
         if draws is not None:
-            image = current.transform.finish(images, draws)
+            image = transform.finish(images, draws)
         else:
-            image = current.transform.apply(images, changes)
+            image = transform.apply(images, changes)
         sample_id = [name for name in made.sample_ids for _ in range(self.captions.number)]
         return Batch(sample_id=sample_id, image=image, captions=[*made.captions], **fields)
 
@@ -509,7 +485,7 @@ class EpisodeLoader:
 
     def requests(self, current: Pass) -> Iterator[_Request]:
         """The batches to make; all ranks together take the next positions for each."""
-        episode, transform = current.episode, current.transform
+        episode, transform = current.episode, current.transform or self.transform
         rows, size = episode.rows.numpy(), len(episode.rows)
         shape = (size, transform.num_draws)
         draws = transform_draws(self.seed, episode.index, *shape, current.stream).numpy()
@@ -543,6 +519,7 @@ class EpisodeLoader:
                 self._requests.shares[current.stream] = first + end // stride, shares
             yield _Request(
                 wanted=wanted,
+                transform=transform,
                 position=position,
                 rows=candidates,
                 stretches=stretches,

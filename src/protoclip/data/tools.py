@@ -111,7 +111,7 @@ def inspect(
     Raises:
         ValueError: A worker was killed.
     """
-    parts, is_all = _divide(source, samples, seed)
+    parts = _divide(source, samples, seed)
     workers = cores() if workers is None else workers
     loader: DataLoader[list[Measures | BadSample]] = DataLoader(
         parts,  # type: ignore[arg-type]
@@ -120,25 +120,20 @@ def inspect(
         collate_fn=partial(_measure_part, count_tokens, max_pixels),
     )
     progress = Progress(f"inspect {source.name}", len(parts))
-    read_of_parts: list[int] = []
 
-    def samples_of_parts() -> Iterator[Measures | BadSample]:
+    def measure_all() -> Iterator[Measures | BadSample]:
         for done, samples_of_part in enumerate(iterate_items(loader), 1):
             yield from samples_of_part
-            read_of_parts.append(len(samples_of_part))
             progress.update(done)
 
-    facts = _tally(samples_of_parts(), context_length)
+    facts = _tally(measure_all(), context_length)
     number = len(source) if isinstance(source, Pairs) else None
-    ended = (
-        part.most is None or n < part.most for part, n in zip(parts, read_of_parts, strict=True)
-    )
     if not facts["read"]:
         advice = NONE_THERE if {*facts["reasons"]} == {MISSING} else NONE_READ
-    elif number is None and not (is_all and all(ended)):
+    elif number is None and samples is not None:
         advice = UNCOUNTED
     else:
-        advice = advise(sum(read_of_parts) if number is None else number)
+        advice = advise(facts["read"] + facts["unreadable"] if number is None else number)
     return {"source": source.name, "pairs": number, **facts, "notes": list(notes), "next": advice}
 
 
@@ -148,23 +143,20 @@ def advise(pairs: int) -> str:
     return f"{advice} (docs/which_way.md)"
 
 
-def _divide(
-    source: Pairs | SampleStream, samples: int | None, seed: int
-) -> tuple[list[Part], bool]:
-    """The parts to look at, and whether they cover the source."""
+def _divide(source: Pairs | SampleStream, samples: int | None, seed: int) -> list[Part]:
+    """The parts to look at."""
     if isinstance(source, Pairs):
         some = samples is not None and samples < len(source)
         rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
         firsts = range(0, len(rows), CHUNK)
-        return [Part(source, rows[first : first + CHUNK]) for first in firsts], not some
+        return [Part(source, rows[first : first + CHUNK]) for first in firsts]
     streams = [stream for stream in source.sources if isinstance(stream, ShardStream)]
     shards = [Part(stream, shard) for stream in streams for shard in stream.shards]
     if samples is None:
-        return shards, True
+        return shards
     number = min(len(shards), -(-samples // CHUNK))
     most = -(-samples // number)
-    drawn = [shards[n]._replace(most=most) for n in evenly_spaced(len(shards), number, seed)]
-    return drawn, number == len(shards)
+    return [shards[n]._replace(most=most) for n in evenly_spaced(len(shards), number, seed)]
 
 
 def _measure_part(

@@ -391,7 +391,7 @@ class Run:
         config, trains = self.config, self.loader.transform
         evaluating = config.prototypes.extract_transform == "evaluation"
         transform = loading.evaluation_transform(self.model) if evaluating else trains
-        over = partial(self.loader.pass_over, transform=transform, stream=EXTRACTION_STREAM)
+        over = partial(Pass, transform=transform, stream=EXTRACTION_STREAM)
         self.extraction_pass: Callable[[Episode], Pass] = over
         settings: dict[str, Any] = {
             "model": self.trained,
@@ -434,7 +434,7 @@ class Run:
         """The pass that trains on an episode; it brings what a loss needs of the teachers then."""
         episode, by = self.episode(index), KEYS[self.config.loss.positives]
         learns = self.trainer.stage(index).needs_prototypes or bool(self.config.distilled_teachers)
-        return self.loader.pass_over(episode, start, with_features=learns, group_by=by)
+        return Pass(episode, start, with_features=learns, group_by=by)
 
     def pass_after(self, current: Pass) -> Pass | None:
         """The pass that will follow: over each episode to extract its features, then to train."""

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoclip.data import shards as streams
-from protoclip.data.loader import EpisodeLoader
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
 from protoclip.data.sampler import (
     EXTRACTION_STREAM,
@@ -80,9 +80,7 @@ def read(ranks: list[EpisodeLoader], first: int, batches: int, ahead: int) -> li
             (index * EPISODE + request.position, request.stretches)
             for index in count(first // 2)
             for request in source.requests(
-                source.pass_over(
-                    Episode(index=index, rows=torch.arange(EPISODE)), max(0, first - index * 2)
-                )
+                Pass(Episode(index=index, rows=torch.arange(EPISODE)), max(0, first - index * 2))
             )
         )
         for positions, stretches in [*islice(requests, batches + ahead)][:batches]:

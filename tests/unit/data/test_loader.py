@@ -157,19 +157,17 @@ def test_workers_go_on_with_the_pass_that_comes_next(kind, monkeypatch):
     evaluation = EvaluationTransform(size=12, mean=GREY, std=GREY)
 
     def extraction(source: EpisodeLoader, index: int) -> Pass:
-        return source.pass_over(
-            episode_of(32, index), transform=evaluation, stream=EXTRACTION_STREAM
-        )
+        return Pass(episode_of(32, index), transform=evaluation, stream=EXTRACTION_STREAM)
 
     def after(current: Pass) -> Pass | None:
         index = current.episode.index
         if current.stream == EXTRACTION_STREAM:
-            return ours.pass_over(episode_of(32, index))
+            return Pass(episode_of(32, index))
         return extraction(ours, index + 1) if index < 2 else None
 
     ours, alone = loader(2, stream, after=after), loader(0, NumberedStream() if stream else None)
     for index in range(3):
-        for one in (extraction(ours, index), ours.pass_over(episode_of(32, index))):
+        for one in (extraction(ours, index), Pass(episode_of(32, index))):
             assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
     assert len(iterations) == 1 + 6  # `alone` has one a pass
     # An early end, and a pass that nobody foretold.
@@ -177,7 +175,7 @@ def test_workers_go_on_with_the_pass_that_comes_next(kind, monkeypatch):
     next(left)
     left.close()
     for index in (1, 0):
-        one = ours.pass_over(episode_of(32, index), start=1)
+        one = Pass(episode_of(32, index), start=1)
         assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
     ours.close()
     assert stream is None or stream.open == 0
@@ -239,7 +237,7 @@ def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch):
     assert not loader(2)._loader.pin_memory
     made = loader(2, with_bad({0}), device=torch.device("cuda"))
     assert made._loader.pin_memory
-    batch = made._loader.dataset[next(made.requests(made.pass_over(episode_of(16))))]
+    batch = made._loader.dataset[next(made.requests(Pass(episode_of(16))))]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: tensor.clone())
     pinned = pin_memory(batch)
     for before, after in ((batch.images, pinned.images), (batch.packed, pinned.packed)):
