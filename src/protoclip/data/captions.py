@@ -68,13 +68,10 @@ ONE = CaptionDraw()
 
 
 def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
-    """What `data.captions` names, and a note.
+    """What `data.captions` names, and a note; raises `ValueError` for `all` captions of a stream.
 
     `all` is the largest number that an image of the source has. If that is more than twice what 99
     of 100 images have at most, it is the latter: few images would make all others repeat theirs.
-
-    Raises:
-        ValueError: The source does not know that number, as a stream does not.
     """
     asked, batch = config.data.captions, config.episodes.batch_size
     number, beyond = asked if isinstance(asked, int) else 1, ""
@@ -99,10 +96,9 @@ def caption_draw(config: Config, source: Any) -> tuple[CaptionDraw, list[str]]:
 
 
 def trim_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"]:
-    """Tokens without their last columns, if every row repeats its last token there: padding.
+    """Tokens without their last columns, but one, if every row repeats its last token there.
 
-    One of them stays. Most captions are far shorter than what a text tower can read, and padding
-    costs as much as words. For towers that ignore it (`TowerPair.ignores_padding`).
+    Padding costs as much as words. For towers that ignore it (`TowerPair.ignores_padding`).
 
     >>> trim_padding(torch.tensor([[7, 5, 9, 0, 0, 0], [7, 9, 0, 0, 0, 0]])).tolist()
     [[7, 5, 9, 0], [7, 9, 0, 0]]
@@ -134,12 +130,9 @@ def normalise_texts(captions: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
 
 
 def hash_keys(by: tuple[Key, ...], sample: Sample, captions: list[str]) -> list[list[int]]:
-    """The keys of a sample with each of its captions on this visit. An image is known by its bytes,
-    which costs a microsecond a kilobyte."""
-    columns: list[list[int]] = []
-    for key in by:
-        if key == "caption":
-            columns.append([number_of(normalise(caption)) for caption in captions])
-        else:
-            columns.append([number_of(sample.image)] * len(captions))
-    return [list(keys) for keys in zip(*columns, strict=True)]
+    """The keys of a sample with each of its captions on this visit."""
+    image = number_of(sample.image) if "image" in by else 0  # a microsecond a kilobyte
+    return [
+        [number_of(normalise(caption)) if key == "caption" else image for key in by]
+        for caption in captions
+    ]
