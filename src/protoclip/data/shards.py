@@ -236,7 +236,8 @@ def _join_indexes(
         # A forked process does not import PyTorch again.
         fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         progress = Progress(f"Indexing {len(shards)} shards", len(shards))
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context(fork)) as pool:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        with ProcessPoolExecutor(cores, multiprocessing.get_context(fork)) as pool:
             for done, _ in enumerate(pool.map(index_one, shards), 1):
                 progress.update(done)
     # One index is open at a time: there may be more shards than a process may have open files.
