@@ -309,24 +309,19 @@ class _Requests(Sampler[_Request]):
         self.made: Iterator[_Made] | None = None
         self.error: Exception | None = None
         self.shares = dict[int, tuple[int, Iterator[list[Stretch]]]]()
-        self._loader: EpisodeLoader | None = None
+        self.loader: EpisodeLoader | None = None
 
     def __iter__(self) -> Iterator[_Request]:
         try:
-            while self._loader is not None:
+            while self.loader is not None:
                 newest = self.passes[-1]
-                yield from self._loader.requests(newest)
-                if (following := self._loader.after(newest)) is None:
+                yield from self.loader.requests(newest)
+                if (following := self.loader.after(newest)) is None:
                     return
                 self.passes.append(following)
         except Exception as error:
             # A `DataLoader` that fails while it starts its workers leaves them in disorder.
             self.error = error
-
-    def begin(self, first: Pass, loader: "EpisodeLoader", made: Iterator[_Made]) -> None:
-        self.abandon()
-        self.passes.append(first)
-        self._loader, self.made = loader, made
 
     def is_oldest(self, one: Pass) -> bool:
         return bool(self.passes) and self.passes[0] is one
@@ -335,7 +330,7 @@ class _Requests(Sampler[_Request]):
         """Forget what is to come."""
         self.passes.clear()
         # The loader too: it holds these requests, and a cycle would keep its workers alive.
-        self.made = self.error = self._loader = None
+        self.made = self.error = self.loader = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +385,9 @@ class EpisodeLoader:
         """
         requests = self._requests
         if requests.made is None or not requests.passes or requests.passes[0] != wanted:
-            requests.begin(wanted, self, iterate_items(self._loader))
+            requests.abandon()
+            requests.passes.append(wanted)
+            requests.loader, requests.made = self, iterate_items(self._loader)
         assert requests.made is not None
         current, size = requests.passes[0], self.batch_size * self.world_size
         left = max(0, -(-len(current.episode.rows) // size) - current.start)
