@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,6 @@ from protoclip.encode.run import (
     encode_missing,
     hash_captions,
     hash_images,
-    image_key,
     images_at_once,
     read_captions,
     read_image,
@@ -56,7 +55,7 @@ from protoclip.encode.stream import encode_stream, read_skipped
 from protoclip.encode.teachers import find_difference, identify, write_skipped
 from protoclip.files import checksum, locked, naming, require_ours, require_regular, to_json
 from protoclip.models import loading
-from protoclip.models.checkpoint import checkpoints, facts_of, read_config, run_of
+from protoclip.models.checkpoint import read_config, run_of
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import (
     Precision,
@@ -140,7 +139,7 @@ def embed(
         model, aligned_by = freeze(model, device), find_aligned_run(newest, model)
         usual = resolve_encoding(precision, device)
         if aligned_by is not None and precision == "auto":
-            usual = precision_of(*aligned_by, device)
+            usual = resolve_precision(aligned_by.run.precision, device)
         most = config.data.max_image_pixels
         images = image_encoder(model, device, model.encode_image, transform, max_pixels=most)
         settings = {
@@ -166,9 +165,9 @@ def embed(
                 encoders, heads = FrozenEncoders(model.towers).eval(), Projections(model.towers)
                 images = image_side(encoders, transform, max_pixels=most, autocast=context)
                 texts = text_side(encoders, tokenizer, autocast=context)
-                root = features_folder(aligned_by[1])
+                root = features_folder(aligned_by)
                 # Nobody knows the size of an image that was encoded before.
-                of_images = root if most >= aligned_by[1].data.max_image_pixels else None
+                of_images = root if most >= aligned_by.data.max_image_pixels else None
                 sides = (
                     open_side(images, working, of_images, heads.encode_image),
                     open_side(texts, working, root, heads.encode_text),
@@ -238,11 +237,7 @@ def read_finished(
     precision: Literal["auto"] | Precision,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """The facts of a file that is finished; none if there is none, or one to overwrite.
-
-    Raises:
-        ValueError: The file is of other settings, unless `overwrite`.
-    """
+    """The facts of a file that is finished; none if there is none, or one to overwrite."""
     if out.exists():
         require_regular(out)
     facts = read_facts(out)
@@ -252,39 +247,23 @@ def read_finished(
     return {} if what else facts
 
 
-def find_aligned_run(reference: str, model: Any) -> tuple[Path, Config] | None:
-    """The run of `align` whose model this is, and its settings; None for another model."""
+def find_aligned_run(reference: str, model: Any) -> Config | None:
+    """The settings of the run of `align` whose model this is; None for another model."""
     run = run_of(reference)
     if run is not None and isinstance(model, ProtoCLIP) and model.joins_encoders:
         with suppress(ValueError):  # settings of another version, whose model can be read
-            return run, read_config(run)
+            return read_config(run)
     return None
-
-
-def precision_of(run: Path, config: Config, device: torch.device) -> Precision:
-    """The precision in which a run was trained; `auto` may have been another one on its machine."""
-    for checkpoint in reversed(checkpoints(run)):
-        with suppress(ValueError, OSError):  # a damaged one
-            noted = facts_of(checkpoint, "arithmetic").get("run.precision")
-            if noted in get_args(Precision):
-                return cast(Precision, noted)
-    return resolve_precision(config.run.precision, device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """How vectors of one modality are made.
-
-    Attributes:
-        store: What this call encodes.
-        aligned: What `align` encoded; empty for other models.
-        project: Features to vectors of any norm; None where features are the vectors.
-    """
+    """How vectors of one modality are made."""
 
     encoder: Encoder
-    store: Store
-    aligned: Store
-    project: Callable[[Tensor], Tensor] | None = None
+    store: Store  # what this call encodes
+    aligned: Store  # what `align` encoded; empty for other models
+    project: Callable[[Tensor], Tensor] | None = None  # where features are not the vectors
 
     def encode(
         self, hashes: Hashes, read: Callable[[int], Sample], **settings: Any
@@ -301,6 +280,7 @@ class Side:
     @torch.inference_mode()
     def vectors(self, hashes: Hashes) -> npt.NDArray[np.float16]:
         """Vectors of unit norm, in half precision, by ids that are there."""
+        assert self.has(hashes).all()
         features = np.empty((len(hashes), self.encoder.width), np.float16)
         for store in (self.store, self.aligned):
             numbers = store.find(hashes)
@@ -321,8 +301,7 @@ def open_side(
     root: Path | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> Side:
-    """A side that encodes into a working folder, and reads what `align` has below its folder. All
-    ranks call it."""
+    """A side that encodes into a working folder, and reads what `align` has below a root."""
     key = rank0_first(encoder.key)
     return Side(
         encoder=encoder,
@@ -391,8 +370,9 @@ def encode_file(
                     for start in range(0, len(samples), GROUP_ROWS):
                         first, end = np.searchsorted(rows, [start, start + GROUP_ROWS])
                         if first < end:
-                            some = rows[first:end].tolist()
-                            columns = make_columns(samples, some, images, texts)
+                            some = rows[first:end]
+                            vectors = images.vectors(image_hashes[some])
+                            columns = make_columns(samples, some.tolist(), vectors, texts)
                             columns = {name: columns[name] for name in types}
                             writer.write_table(pa.table(columns, schema=schema))
                 file.flush()
@@ -404,7 +384,9 @@ def encode_file(
     return rank0_first(write)
 
 
-def make_columns(samples: Any, rows: Sequence[int], images: Side, texts: Side) -> dict[str, Any]:
+def make_columns(
+    samples: Any, rows: Sequence[int], image_vectors: npt.NDArray[np.float16], texts: Side
+) -> dict[str, Any]:
     """The columns of some rows, also the class."""
     captions = [samples.sample_captions(row) for row in rows]
     names = [samples.image_name(row) for row in rows]
@@ -413,7 +395,7 @@ def make_columns(samples: Any, rows: Sequence[int], images: Side, texts: Side) -
     vectors = list_rows(texts.vectors(hash_ids(chain(*captions))))
     return {
         "sample_id": [samples.sample_id(row) for row in rows],
-        "image_vector": list_rows(images.vectors(hash_ids(image_key(samples, r) for r in rows))),
+        "image_vector": list_rows(image_vectors),
         "text_vectors": pa.ListArray.from_arrays(ends, vectors, mask=has_none),
         "captions": [several or None for several in captions],
         # The data may name images by URLs with passwords.

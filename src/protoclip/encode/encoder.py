@@ -136,35 +136,34 @@ def text_encoder(
     forward: Callable[[Any], Tensor],
     *,
     facts: str = "",
+    ignores_padding: bool | None = None,
+    examples: Sequence[str] = EXAMPLES,
     **settings: Any,
 ) -> Encoder:
-    """The encoder of a frozen text model.
+    """The encoder of a frozen text model; `facts` tell it from others, besides the `settings`.
 
-    Args:
-        tokenizer: Texts to a batch.
-        forward: A batch to features.
-        facts: What else tells it from other models.
-        settings: Those of `Encoder`.
+    Padding is cut where the model ignores it; unset, the module says whether it does.
     """
-    cuts_padding = getattr(module, "ignores_padding", False)
+    if ignores_padding is None:
+        ignores_padding = getattr(module, "ignores_padding", False)
 
     def encode(texts: list[str]) -> Tensor:
         batch = tokenizer(texts)
-        return forward((trim_padding(batch) if cuts_padding else batch).to(device))
+        return forward((trim_padding(batch) if ignores_padding else batch).to(device))
 
-    made: dict[str, Any] = {
-        "module": module,
-        "device": device,
-        "reads": "text",
-        "prepare": lambda sample: sample.captions,
-        "forward": encode,
-        "examples": EXAMPLES,
-        "facts": lambda: f"{facts} {as_text(tokenizer([*EXAMPLES, TELLING]))}",
-    }
-    return Encoder(**{**made, **settings})
+    return Encoder(
+        module=module,
+        device=device,
+        reads="text",
+        prepare=lambda sample: sample.captions,
+        forward=encode,
+        examples=examples,
+        facts=lambda: f"{facts} {describe_batch(tokenizer([*EXAMPLES, TELLING]))}",
+        **settings,
+    )
 
 
-def as_text(batch: Any) -> str:
+def describe_batch(batch: Any) -> str:
     """What a tokenizer makes of texts, as text."""
     values = {"tokens": batch} if isinstance(batch, Tensor) else batch
     return str({name: value.tolist() for name, value in values.items()})
@@ -197,28 +196,21 @@ def image_encoder(
 
 
 def text_side(encoders: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autocast) -> Encoder:
-    """The text side of `align`. Features have any norm: its projection reads them so.
-
-    Args:
-        encoders: Both, on their device.
-        autocast: Makes the context of forward passes.
-    """
+    """The text side of `align`. Features have any norm: its projection reads them so."""
     settings = encoders.text.config.to_dict() if hasattr(encoders.text, "config") else {}
     settings = {name: settings[name] for name in sorted(settings.keys() - FILE_SETTINGS)}
-    pooler = type(encoders.pooler).__name__
-    side = text_encoder(
-        encoders,
+    return text_encoder(
+        encoders.text,
         device_of(encoders),
         tokenizer,
         encoders.encode_text,
+        facts=f"{type(encoders.pooler).__name__} {settings}",
+        ignores_padding=encoders.ignores_padding,
         examples=EXAMPLES[:1],
-        facts=f"{pooler} {settings}",
         unit_norm=False,
         autocast=autocast,
         name="the text encoder",
     )
-    side.module = encoders.text  # whose weights and layers tell it from others
-    return side
 
 
 def image_side(

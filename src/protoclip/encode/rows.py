@@ -88,15 +88,7 @@ def encode_sides(
     autocast: Autocast,
     threads: int | None = None,
 ) -> "PairRows":
-    """Encode what is not in the stores yet, and open them. All ranks call it.
-
-    Args:
-        encoders: On their device, in evaluation mode.
-        root: Folder of the stores.
-
-    Raises:
-        ValueError: The folder cannot be used, or is damaged; or no image can be read.
-    """
+    """Encode what is not in the stores below `root` yet, and open them. All ranks call it."""
     at_once = images_at_once(encoders)
     # The first rank decides for all: files may have other times on other hosts.
     path = rank0_first(lambda: write_listing(pairs, root))
@@ -117,20 +109,22 @@ def encode_sides(
     bad = (np.diff(listing.first) == 0) | (image_numbers < 0)
 
     encoder = text_side(encoders, tokenizer, autocast=autocast)
-    texts, by_row = open_side(encoder, root), np.argsort(listing.text_rows, kind="stable")
+    texts = open_side(encoder, root)
 
     def read_text(number: int) -> Sample:
         return read_captions(
             pairs, int(listing.text_rows[number]), int(listing.text_places[number])
         )
 
-    encode_missing(
-        texts,
-        encoder,
-        listing.texts[by_row],
-        lambda number: read_text(int(by_row[number])),
-        batch_size=4 * at_once,
-    )
+    if not texts.has(listing.texts).all():
+        order = np.argsort(listing.text_rows, kind="stable")
+        encode_missing(
+            texts,
+            encoder,
+            listing.texts[order],
+            lambda number: read_text(int(order[number])),
+            batch_size=4 * at_once,
+        )
     text_numbers = texts.find(listing.texts).astype(np.int32)
     texts.forget_order()
     return PairRows(
@@ -317,10 +311,6 @@ class SideTeacher(TeacherFeatures):
     """A side of `align` as an external teacher: it groups pairs by their features.
 
     These never change, so all are whitened at once, and stay in memory: 128 bytes a pair.
-
-    Args:
-        read: The features of rows.
-        index: Sample ids and rows, as `teachers.index_pairs` gives them.
     """
 
     def __init__(self, read: Callable[[Numbers], Tensor], index: Hashes, width: int) -> None:

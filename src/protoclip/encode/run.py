@@ -63,14 +63,8 @@ def encode_missing(
 ) -> dict[int, BadSample]:
     """Encode into a store the items that it lacks, in their order. All ranks call it.
 
-    Items are numbers, and those of equal hashes are one. The feature of a sample's texts is the
-    mean over them. One process at a time adds to a store.
-
-    Args:
-        hashes: Of the ids of all items.
-        read: The sample that an item is; raises `BadSample`.
-        batch_size: Images or texts encoded at once.
-        threads: How many read images; unset, one a core.
+    Items are numbers, whose ids have these `hashes`; those of equal hashes are one. `read` gives
+    the sample of an item, or raises `BadSample`. The feature of a sample's texts is their mean.
 
     Returns:
         What is wrong with items that the store still lacks, by their hashes.
@@ -79,8 +73,9 @@ def encode_missing(
         ValueError: The store cannot be used, ranks see other items or weights, features are not
             finite, or for long no remote image could be read.
     """
-    if store.has(hashes).all():  # reading disturbs nobody
+    if not any_rank([not store.has(hashes).all()])[0]:  # reading disturbs nobody
         return {}
+    require_same_for_all_ranks(encoder, hashes)
     bad, done, is_text = dict[int, BadSample](), 0, encoder.reads == "text"
 
     def prepare(number: int) -> Prepared:
@@ -102,7 +97,6 @@ def encode_missing(
         missing = np.sort(missing[np.unique(hashes[missing], return_index=True)[1]])
         if not len(missing):  # another process was faster
             return {}
-        require_same_for_all_ranks(encoder, hashes)
         progress = Progress(f"encode {encoder.reads}s with {encoder.name}", len(missing))
 
         def count(made: Round) -> None:
@@ -161,14 +155,9 @@ def images_at_once(model: torch.nn.Module) -> int:
     return 16 if device_of(model).type == "cpu" else 256
 
 
-def locate(pairs: Pairs, row: int) -> tuple[Any, int]:
-    """The source that holds a row, and its number there."""
-    return pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
-
-
-def image_key(pairs: Pairs, row: int) -> str:
+def image_key(pairs: Any, row: int) -> str:
     """Names the image of a row, whatever else the run reads of its source."""
-    source, number = locate(pairs, row)
+    source, number = pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
     return str(source.image_key(number))
 
 
@@ -191,15 +180,10 @@ def hash_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
     return np.concatenate(parts), counts
 
 
-def read_image(pairs: Pairs, row: int) -> Sample:
+def read_image(pairs: Any, row: int) -> Sample:
     """The image of a row, without captions."""
-    source, number = locate(pairs, row)
-    return Sample(
-        sample_id=source.sample_id(number),
-        image=source.read_encoded(number),
-        captions=(),
-        where=source.where(number),
-    )
+    image, sample_id = pairs.read_encoded(row), pairs.sample_id(row)
+    return Sample(sample_id=sample_id, image=image, captions=(), where=pairs.where(row))
 
 
 def read_captions(pairs: Pairs, row: int, place: int | None = None) -> Sample:
@@ -338,8 +322,6 @@ def read_ahead(
 ) -> Generator[list[tuple[T, Made | BadSample]], None, None]:
     """Items with what `prepare` makes of them, a unit at a time; see `encode`.
 
-    Raises `ValueError` when the network or a store has kept back images for long.
-
     Who leaves before the last unit closes the iterator, or the garbage collector may do so in one
     of its threads, which cannot wait for itself.
     """
@@ -413,6 +395,8 @@ def encode_into(
                 )
             store.add(np.concatenate([hashes for hashes, _ in new]), features)
             new.clear()
+            if not len(store):  # or hosts would learn at the end that they do not share it
+                store.open()
         written()
 
     rounds = encode(encoder, units, prepare, batch_size=batch_size, threads=threads)

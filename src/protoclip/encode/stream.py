@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from protoclip.data.access import GO_ON, is_url
+from protoclip.data.access import GO_ON, MISSING, is_url
 from protoclip.data.pairs import (
     LOST,
     MAX_IMAGE_PIXELS,
     BadSample,
     ImageTextPairs,
     Pairs,
+    Sample,
     SampleStream,
 )
 from protoclip.data.shards import MAX_FAILED, Item, ShardStream, shard_facts, shard_stem
@@ -60,10 +60,7 @@ WAIT = 3600.0  # seconds for another process that reads the stream or adds to th
 
 
 class StreamPairs(ImageTextPairs):
-    """The pairs of a stream that has passed: ids, captions, and the keys of images in the store.
-
-    `bad_file` lists its samples that could not be read.
-    """
+    """The pairs of a stream that has passed: ids, captions, and the keys of images in the store."""
 
     def __init__(self, folder: Path, stream: ShardStream) -> None:
         facts, path = read_sealed(folder / FACTS), folder / TABLE
@@ -129,11 +126,7 @@ def encode_stream(
         encoder: What encodes the images; one of texts leaves them unread.
         store: Where features of images go; for captions alone one in memory.
         max_bad_share: Share of the pairs, and of the shards, that may be bad.
-        max_pixels: Larger images are bad.
         number: How many samples of each source are read; unset, all.
-
-    Raises:
-        ValueError: The stores cannot be used or are damaged, or too much is bad.
     """
 
     def pass_source(source: ShardStream) -> StreamPairs:
@@ -158,7 +151,9 @@ def encode_stream(
                 lock = locked(place, way_out=f"name another by {store.setting}", wait=WAIT)
                 rank0_first(partial(stack.enter_context, lock))
             if (pairs := open_table(folder, source, store)) is None:
-                read_shards(source, folder, encoder, store, batch_size, threads, number)
+                read_shards(
+                    source, folder, encoder, store, batch_size, max_bad_share, threads, number
+                )
                 rank0_first(partial(write_table, source, folder, max_bad_share, number))
                 pairs = open_table(folder, source, store)
         assert pairs is not None
@@ -183,22 +178,11 @@ def open_table(folder: Path, stream: ShardStream, store: Store) -> StreamPairs |
     return pairs if store.folder is None or rank0_first(has_images) else None
 
 
-@dataclass
-class ShardNote:
-    """What a shard holds besides features: ids and captions of good samples, and the bad ones.
-
-    Attributes:
-        key: Names the shard as it is now.
-    """
-
-    number: int
-    key: str
-    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    bad: list[dict[str, str]] = field(default_factory=list)
-
-
+# What a shard holds besides features: its `number`, its `key`, the `ids` and `captions` of good
+# samples, and the `bad` ones.
+Note = dict[str, Any]
 # A sample of a shard; None at the shard's end.
-Read = tuple[ShardNote, Item | None]
+Read = tuple[Note, Item | None]
 
 
 def read_shards(
@@ -207,14 +191,15 @@ def read_shards(
     encoder: Encoder,
     store: Store,
     batch_size: int,
+    max_bad_share: float,
     threads: int | None,
     number: int | None,
 ) -> None:
     """Read the shards that have no note, and encode the images that the store lacks. Collective."""
-    sizes = rank0_first(lambda: note_sizes(folder))
+    sizes = rank0_first(lambda: count_samples(folder))
     share = range(rank(), len(stream.shards), world_size())
     progress = Progress("read shards", len(share))
-    ended, lost, last = list[ShardNote](), 0, -1
+    ended, lost, last = list[Note](), 0, -1
     store.open()
     store.has(hash_ids([""]))  # or threads would sort it at once
 
@@ -227,8 +212,9 @@ def read_shards(
             if at in sizes:
                 read += sizes[at]
                 continue
-            note, unit = ShardNote(at, key_of(stream.shards[at])), list[Read]()
-            for item in stream.read(stream.shards[at]):
+            shard, unit = stream.shards[at], list[Read]()
+            note = {"number": at, "key": key_of(shard), "ids": [], "captions": [], "bad": []}
+            for item in stream.read(shard):
                 read += 1
                 unit.append((note, item))
                 if len(unit) == batch_size:
@@ -242,31 +228,35 @@ def read_shards(
             raise item
         if item is None or encoder.reads == "text":
             return 0, None
-        hashes = hash_ids([f"{note.key} {item.sample_id}"])
+        hashes = hash_ids([f"{note['key']} {item.sample_id}"])
         return int(hashes[0]), None if store.has(hashes)[0] else prepare_sample(encoder, item)
 
     def take(made: Round) -> None:
         nonlocal lost, last
         for (note, item), outcome in made.items:
             if isinstance(outcome, BadSample):
-                note.bad.append(vars(outcome))
-            elif item is not None:
-                assert not isinstance(item, BadSample)
-                note.captions[item.sample_id] = item.captions
+                note["bad"].append(vars(outcome))
+            elif isinstance(item, Sample):
+                note["ids"].append(item.sample_id)
+                note["captions"].append(item.captions)
             else:
                 ended.append(note)
+                at = note["number"]
                 if rank() == 0:
-                    progress.update(note.number // world_size() + 1)
-                if note.captions or not is_lost(note) or not is_url(stream.shards[note.number]):
-                    lost = 0
-                    continue
+                    progress.update(at // world_size() + 1)
                 # Those that are read again need not be neighbours.
-                lost = lost + 1 if note.number == last + world_size() else 1
-                last = note.number
-                if lost >= MAX_FAILED:
+                is_next = at == last + world_size()
+                is_gone = is_lost(note) and not note["ids"] and is_url(stream.shards[at])
+                lost, last = ((lost + 1 if is_next else 1), at) if is_gone else (0, last)
+                reason = note["bad"][-1]["reason"] if lost else ""
+                # A pattern may name some more shards than there are.
+                is_allowed = reason.startswith(MISSING) and lost <= max_bad_share * len(
+                    stream.shards
+                )
+                if lost >= MAX_FAILED and not is_allowed:
                     raise ValueError(
                         f"{stream.name}: {lost} shards in a row without a sample that can be used; "
-                        f"the last is {note.bad[-1]['where']}: {note.bad[-1]['reason']}; {GO_ON}"
+                        f"the last is {note['bad'][-1]['where']}: {reason}; {GO_ON}"
                     )
 
     def write_notes() -> None:
@@ -276,29 +266,23 @@ def read_shards(
 
         def write() -> None:
             for note in notes:
-                facts = {"key": note.key, "ids": [*note.captions], "bad": note.bad}
-                facts["captions"] = [*note.captions.values()]
-                path = folder / NOTES / f"{note.number:06d}.json"
-                write_atomically(path, to_json(sealed(facts)), durable=True)
+                path = folder / NOTES / f"{note['number']:06d}.json"
+                write_atomically(path, to_json(sealed(note)), durable=True)
 
         rank0_first(write)
 
     encode_into(store, encoder, units(), prepare, threads=threads, after=take, written=write_notes)
 
 
-def note_sizes(folder: Path) -> dict[int, int]:
+def count_samples(folder: Path) -> dict[int, int]:
     """How many samples each shard has that was read to its end."""
     (folder / NOTES).mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    for path in (folder / NOTES).glob("*.json"):
-        note = read_sealed(path)
-        if not any(entry["reason"].endswith(LOST) for entry in note["bad"]):
-            sizes[int(path.stem)] = len(note["ids"]) + len(note["bad"])
-    return sizes
+    notes = map(read_sealed, (folder / NOTES).glob("*.json"))
+    return {n["number"]: len(n["ids"]) + len(n["bad"]) for n in notes if not is_lost(n)}
 
 
-def is_lost(note: ShardNote) -> bool:
-    return any(entry["reason"].endswith(LOST) for entry in note.bad)
+def is_lost(note: Note) -> bool:
+    return any(entry["reason"].endswith(LOST) for entry in note["bad"])
 
 
 def write_table(

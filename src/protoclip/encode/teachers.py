@@ -71,6 +71,7 @@ from protoclip.encode.store import (
     Hashes,
     Numbers,
     Store,
+    find_rows,
     hash_ids,
     release,
     row_checksums,
@@ -102,7 +103,7 @@ from protoclip.terminal import say, without_secrets
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
 FILES = (".npy", ".parquet")  # of a user's own features
-PARTS = "parts"  # of a folder: the store that it is made from
+PARTS = "parts"  # of a folder that is not finished: the store that it is made from
 SKIPPED = "skipped.jsonl"
 HASHED = ("ids", "data", "weights", "captions")  # facts that are checksums
 FIRST = 64  # samples of a stream of which a teacher should know one
@@ -198,11 +199,7 @@ def embed_teacher(
 
 
 def identify(samples: Pairs | SampleStream, num_samples: int | None) -> dict[str, Any]:
-    """Facts that tell these samples from others.
-
-    Raises:
-        ValueError: A number is given for pairs that are no stream.
-    """
+    """Facts that tell these samples from others."""
     hashes = np.empty(0, np.uint64)
     if isinstance(samples, Pairs):
         if num_samples is not None:
@@ -224,22 +221,18 @@ def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:
 def read_finished(
     folder: Path, settings: Mapping[str, Any], precision: Literal["auto"] | Precision = "auto"
 ) -> dict[str, Any]:
-    """The facts of a finished teacher folder; none if it is new, or was interrupted.
-
-    Raises:
-        ValueError: It has other settings, or holds something else.
-    """
+    """The facts of a finished teacher folder; none if it is new, or was interrupted."""
+    facts = read_facts(folder)
+    others = [path.name for path in folder.glob("[!.]*") if path.name != SKIPPED]
+    if others and not facts and not (folder / PARTS).is_dir():
+        raise ValueError(f"{folder}: holds {others[0]}; choose a new or empty folder with --out")
     for left in left_by_killed(folder):
         left.unlink(missing_ok=True)
-    facts = read_facts(folder)
-    others = [path.name for path in folder.glob("[!.]*") if path.name not in (PARTS, SKIPPED)]
-    if others and not facts:
-        raise ValueError(f"{folder}: holds {others[0]}; choose a new or empty folder with --out")
     if "rows" not in facts:
         return {}
     if what := find_difference(facts, settings, precision):
         raise ValueError(f"{folder}: was made with {what}; choose another --out, or delete it")
-    shutil.rmtree(folder / PARTS, ignore_errors=True)  # it stays where the process was killed
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     del facts["checksums"]
     return facts
 
@@ -247,10 +240,7 @@ def read_finished(
 def find_difference(
     facts: Mapping[str, Any], settings: Mapping[str, Any], precision: Literal["auto"] | Precision
 ) -> str | None:
-    """What differs between facts and settings, in words; what is unknown equals any.
-
-    Any precision will do where none is asked for.
-    """
+    """What differs between facts and settings, in words; what is unknown equals any."""
     for key, value in settings.items():
         if key not in facts or (key == "precision" and precision == "auto"):
             continue
@@ -284,9 +274,8 @@ def convert_file(
         return finished
     rows = stored.find(ids)
     known = [sample_id for sample_id, row in zip(ids, rows, strict=True) if row >= 0]
-    parts = np.array_split(rows[rows >= 0], -(-len(known) // BLOCK_ROWS))
-    blocks = [partial(stored.features.__getitem__, part) for part in parts]
-    return write_reduced(out, known, blocks, {**settings, "bad": bad})
+    facts = {**settings, "bad": bad}
+    return write_reduced(out, known, stored.features.__getitem__, rows[rows >= 0], facts)
 
 
 def write_teacher(
@@ -314,11 +303,7 @@ def write_teacher(
         known = numbers[numbers >= 0]
         write_skipped(out / SKIPPED, skipped, samples.name, good=len(known))
         ids = hash_ids(samples.sample_ids())[numbers >= 0]
-        parts = np.array_split(known, -(-len(known) // BLOCK_ROWS))
-        blocks = [partial(store.read, part) for part in parts]
-        facts = write_reduced(out, ids, blocks, {**settings, "bad": len(skipped)})
-        shutil.rmtree(out / PARTS, ignore_errors=True)  # or the next call does
-        return facts
+        return write_reduced(out, ids, store.read, known, {**settings, "bad": len(skipped)})
 
     return rank0_first(write)
 
@@ -347,16 +332,21 @@ def write_skipped(path: Path, entries: Sequence[Mapping[str, str]], name: str, g
 def write_reduced(
     out: Path,
     ids: Sequence[str] | Hashes,
-    blocks: Sequence[Callable[[], Features]],
+    read: Callable[[Numbers], Features],
+    rows: Numbers,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Make blocks of features a teacher folder, after PCA if asked."""
+    """Make rows of features a teacher folder, after PCA if asked."""
+    (out / PARTS).mkdir(parents=True, exist_ok=True)  # until the end it marks the folder as ours
     facts, width = dict(settings), settings["reduced_to"]
-    features: Iterable[Features] = (block() for block in blocks)
+    blocks = np.array_split(rows, -(-len(rows) // BLOCK_ROWS))
+    features: Iterable[Features] = map(read, blocks)
     if width is not None:
         mean, axes, facts["variance_kept"] = fit_pca(features, width)
-        features = ((block().astype(np.float64) - mean) @ axes.T for block in blocks)
-    return write_folder(out, ids, features, facts)
+        features = ((read(block).astype(np.float64) - mean) @ axes.T for block in blocks)
+    facts = write_folder(out, ids, features, facts)
+    shutil.rmtree(out / PARTS, ignore_errors=True)  # or the next call does
+    return facts
 
 
 def embed_start(
@@ -372,9 +362,6 @@ def embed_start(
 
     They are in a folder in `cache`, by the model and by the samples with their captions. Several
     hosts, which may have a cache each, take the folder `of_run`.
-
-    Raises:
-        ValueError: The folder of the run has features of another model or of other samples.
     """
     device = next(start.parameters()).device
     encoder = text_encoder(
@@ -464,10 +451,7 @@ def index_pairs(samples: Pairs) -> Hashes:
 
 
 class StoredFeatures(TeacherFeatures):
-    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages.
-
-    `checksums`, if given, are `row_checksums` of the features.
-    """
+    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages."""
 
     way_out = "delete the folder, and run protoclip embed-teacher again"  # of damaged features
     made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
@@ -500,12 +484,7 @@ class StoredFeatures(TeacherFeatures):
     def in_memory(
         cls, *, name: str, sample_ids: Sequence[str], features: npt.NDArray[Any]
     ) -> "StoredFeatures":
-        """Features that are not in a teacher folder.
-
-        Raises:
-            ValueError: Duplicate ids, features that are not finite real numbers, or another number
-                of ids.
-        """
+        """Features that are not in a teacher folder; refuses those that are not finite."""
         if len(sample_ids) != len(features):
             raise ValueError(f"{name}: {len(sample_ids)} sample ids for {len(features)} features")
         if features.dtype.kind not in "fiu":
@@ -522,21 +501,11 @@ class StoredFeatures(TeacherFeatures):
 
     def find(self, sample_ids: Iterable[str] | Hashes) -> Numbers:
         """The row of each id, or of the id with each hash; -1 where there is none."""
-        wanted = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
-        # A search in ascending order reuses the processor's caches: ten times as fast.
-        order = np.argsort(wanted)
-        ascending = wanted[order]
-        position = np.searchsorted(self.hashes, ascending).clip(max=len(self.hashes) - 1)
-        rows = np.empty(len(wanted), dtype=np.int64)
-        rows[order] = np.where(self.hashes[position] == ascending, self.row_of_hash[position], -1)
-        return rows
+        hashes = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
+        return find_rows(hashes, self.hashes, self.row_of_hash)
 
     def missing(self, sample_ids: Iterable[str]) -> int:
-        """The number of these samples that have no features.
-
-        Raises:
-            ValueError: None of them has features, so these are features of other data.
-        """
+        """The number of these samples that have no features; refuses features of other data."""
         sample_ids = [*sample_ids]
         missing = self.find(sample_ids) < 0
         if missing.all():
@@ -560,10 +529,7 @@ class StoredFeatures(TeacherFeatures):
 
     @property
     def content(self) -> dict[str, Any]:
-        """What tells these features from others: all ids, and their rows' checksums.
-
-        Without stored checksums those of a `sample` are made.
-        """
+        """What tells these features from others: all ids, and checksums of rows."""
         step = 1 if self.checksums is not None else max(1, len(self.hashes) // SAMPLE)
         hashes, rows = self.hashes[::step], self.row_of_hash[::step]
         if self.checksums is not None:
@@ -581,13 +547,7 @@ class StoredFeatures(TeacherFeatures):
         return self.whitened(self.rows(sample_ids))
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
-        """Features of these samples in this order; a row of NaN for one without.
-
-        They are in half precision if they are stored so, or else in float32.
-
-        Raises:
-            ValueError: One of them is not what was written.
-        """
+        """As `TeacherFeatures.rows`, in half precision if they are stored so, else in float32."""
         hashes = hash_ids(sample_ids)
         rows = self.find(hashes)
         known = np.flatnonzero(rows >= 0)
@@ -617,11 +577,7 @@ def load_array(path: Path) -> npt.NDArray[Any]:
 
 
 def open_folder(folder: Path, *, way_out: str = StoredFeatures.way_out) -> StoredFeatures:
-    """The features in a folder that is finished.
-
-    Raises:
-        ValueError: It is not finished, or damaged.
-    """
+    """The features in a folder; raises `ValueError` if it is not finished, or damaged."""
     facts = read_facts(folder)
     if "rows" not in facts:
         raise ValueError(
@@ -664,14 +620,10 @@ def write_folder(
     """Write features, which come some rows at a time, into a folder; returns its facts.
 
     Where ids are many, their hashes stand for them.
-
-    Raises:
-        ValueError: Features are not finite in half precision, or two ids are equal.
     """
     hashes = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
     index = build_index(hashes, lambda row: str(sample_ids[row]), name=str(folder))
     # Not through a memory map: a full disk would then crash the process.
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / FEATURES) as temporary, temporary.open("wb") as file:
         done = width = 0
         checksums = np.empty(len(hashes), np.uint32)
@@ -751,10 +703,6 @@ def local_copy(path: str | Path) -> Path:
 
     What the store says of the files (sizes, checksums, times) names the copy, so that what has
     changed there is fetched anew. The processes of a host fetch in turn.
-
-    Raises:
-        ValueError: A file is missing, cannot be read, or changed meanwhile, or the folder is
-            damaged; names the URL.
     """
     if not is_url(str(path)):
         return Path(path)
@@ -830,14 +778,7 @@ def open_teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
 ) -> dict[str, StoredFeatures]:
     """The external teachers by name, except the frozen start, which is embedded when the run
-    begins, and the sides of `align`.
-
-    `whiten_teachers` is the next step. Notes how many samples a teacher has no features of.
-
-    Raises:
-        ValueError: There is no such teacher, it has features of none of the samples, or of others
-            under the same numbers of rows.
-    """
+    begins, and the sides of `align`. Notes how many samples a teacher has no features of."""
     sources = zip(samples.sources, list_entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
