@@ -201,10 +201,7 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 
 def start_thread(action: Callable[[], T], *, name: str) -> "Future[T]":
-    """Begin an action in a thread of this name; what it returns or raises comes later.
-
-    The thread is a daemon, or a read that hangs would keep the process from ending.
-    """
+    """Begin an action in a daemon thread, which keeps no process from ending if it hangs."""
     coming: Future[T] = Future()
 
     def run() -> None:
@@ -218,10 +215,8 @@ def start_thread(action: Callable[[], T], *, name: str) -> "Future[T]":
 
 
 def hub_answer(question: Callable[..., T]) -> T | Exception | None:
-    """What the Hugging Face hub answers within seconds, its refusal, or None without a network.
-
-    `question` is a method of `HfApi` that takes a timeout.
-    """
+    """What the Hugging Face hub answers within seconds to a method of `HfApi` that takes a timeout:
+    also its refusal; None without a network."""
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:

@@ -92,7 +92,7 @@ class Batch:
 
     @cached_property
     def keys(self) -> Int[Tensor, " n"]:
-        """A hash of each row's sample id, as `features.store.hash_ids` makes them."""
+        """A hash of each row's sample id, as `encode.store.hash_ids` makes them."""
         keys = torch.tensor([number_of(name) for name in self.sample_id])
         return cast("Tensor", Packed.pack({"keys": keys}).send(self.position.device)["keys"])
 

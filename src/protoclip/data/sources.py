@@ -231,10 +231,8 @@ def open_source(
 
 
 def _is_shards(path: str) -> bool:
-    """Whether a path names tar files: by suffix, or as a folder that holds some.
-
-    A URL that ends in `/` is taken for such a folder, since nothing else is read of a remote one.
-    """
+    """Whether a path names tar files, or a folder of some, for which a URL that ends in `/` is
+    taken."""
     parts = re.split("[?#]", path) if is_url(path) else [path]
     parts[0] = parts[0].rpartition("/")[2]
     if any(map(TAR.search, parts)):
@@ -277,10 +275,8 @@ def to_array(rows: RowNumbers) -> Rows:
 class PairsView(Pairs):
     """Rows of sources, with the ids that they have there; see `pairs.Pairs`.
 
-    Args:
-        parts: Sources, each with its rows in the view. What the view can give (`sample`, `image`,
-            ...) is what its sources can give.
-        name: What messages call the view; unset, the names of its sources.
+    `parts` are sources, each with its rows in the view. What the view can give (`sample`, `image`,
+    ...) is what its sources can give.
     """
 
     def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:

@@ -117,12 +117,8 @@ def hold_out_rows(
 def count_shared(
     judging: Sources, before: Sequence[Before], *, folder: Path
 ) -> tuple[int, int, int]:
-    """How many pairs that evaluate a model have an image that it was trained on, or a caption.
-
-    Returns:
-        How many pairs were looked at (of many, `MOST`), the image of how many of these was trained
-        on, and a caption of how many.
-    """
+    """How many pairs that evaluate a model were looked at (of many, `MOST`), and how many of these
+    have an image that it was trained on, or a caption."""
     facts = {
         "form": FORM,
         "judging": [*map(identify_rows, judging)],
@@ -149,11 +145,7 @@ def count_shared(
 
 
 def identify_rows(source: ImageTextPairs) -> str:
-    """Identifies the pairs of a source, without a look at each of its image files.
-
-    The size and time of some files count, so that a folder whose images were all made anew is
-    noticed.
-    """
+    """Identifies the pairs of a source, by size and time of some of its image files, too."""
     rows = evenly_spaced(len(source), min(LOOKED_AT, len(source)), seed=0)
     files = [file_status(source.where(row)) for row in rows]
     return digest({"rows": source.rows_key, "files": files})
@@ -580,10 +572,8 @@ def read_chosen(data: DataConfig) -> Chosen | None:
 def read_ids(setting: str, path: str) -> frozenset[str]:
     """Sample ids from a JSON file (a list of ids, or of objects with a `sample_id`) or a CSV file.
 
-    The CSV file has a column `sample_id`, or a single column without a header.
-
-    Raises:
-        ValueError: The file cannot be read, holds something else, or no id.
+    The CSV file has a column `sample_id`, or a single column without a header. Raises `ValueError`
+    if the file cannot be read, holds something else, or no id.
     """
     try:
         with open_local(path) as file:

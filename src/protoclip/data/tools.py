@@ -108,8 +108,7 @@ def inspect(
             the starts of shards that are drawn evenly); all if unset.
         workers: Processes; one for each core if unset. With 1 or 0 all is done in this process.
 
-    Raises:
-        ValueError: A worker was killed.
+    Raises `ValueError` if a worker was killed.
     """
     parts = _divide(source, samples, seed)
     workers = cores() if workers is None else workers

@@ -69,13 +69,11 @@ class StreamPairs(ImageTextPairs):
                 f"{path}: damaged (its checksum differs); delete {folder}, and give the command "
                 "again"
             )
-        # What says that a stream is read in order is not true of its table.
-        notes = [note for note in stream.notes if not note.startswith("episodes.replacement")]
         super().__init__(
             pa.ipc.open_file(pa.memory_map(str(path))).read_all(),
             name=stream.name,
             table_key=facts["table"],
-            notes=notes + facts["notes"],
+            notes=[*stream.notes, *facts["notes"]],
             caption_columns=("captions",),
             id_column="sample_id",
             needs_captions=stream.needs_captions,

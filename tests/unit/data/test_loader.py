@@ -323,21 +323,6 @@ def test_a_batch_of_bad_samples_ends_the_run():
         list(loader(0, with_bad(set(range(96)))).batches(episode_of(64)))
 
 
-def test_several_captions_are_drawn_per_visit():
-    """Equal for an equal episode, different between episodes, and each of them is shown."""
-    table = tiny_pairs().set_column(1, "caption", [[["one", "two", "three"]] * 96])
-    words = open_clip_tokenizer({}, context_length=8)(["one", "two", "three"])
-    source = loader(0, ImageTextPairs(table, name="tiny"))
-
-    def shown(index: int) -> list[int]:
-        episode = Episode(index=index, rows=torch.arange(64))
-        texts = torch.cat([batch.text for batch in source.batches(episode)])
-        return (texts[:, None] == words).all(2).int().argmax(1).tolist()
-
-    assert shown(0) == shown(0) != shown(1)
-    assert np.bincount(shown(0), minlength=3).min() > 8
-
-
 def test_a_visit_brings_several_captions_of_an_image():
     """They follow each other and come again in turn where they are too few; the image comes once.
     All share its key, and equal ones theirs."""
