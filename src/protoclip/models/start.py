@@ -496,16 +496,16 @@ def folder_start(reference: str, name: str) -> OpenClipStart:
     folder = Path(name)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         raise ValueError(f"{reference}: no folder with {OPEN_CLIP_CONFIG}")
-    require_safetensors(reference, [path.name for path in folder.iterdir()])
+    files = [folder / name for name in open_clip_models.FILES if (folder / name).is_file()]
+    if not files:  # the prototypes of an export are no weights
+        names = [path.name for path in folder.iterdir() if path.suffix != ".safetensors"]
+        require_safetensors(reference, names)
     with readable_errors(reference):
         description = dict(json.loads(read_local(folder / OPEN_CLIP_CONFIG)))
         text = description["model_cfg"]["text_cfg"]
         config = folder / HUGGING_FACE_CONFIG
         kind = json.loads(read_local(config)).get("model_type") if config.is_file() else None
         preprocessing = description.get("preprocess_cfg", {})
-    files = [folder / name for name in open_clip_models.FILES if (folder / name).is_file()]
-    if not files:
-        raise ValueError(f"{reference}: no {open_clip_models.FILES[0]} here")
     has_text_files = text.get("hf_model_name") and kind in transformers.OPEN_CLIP_KINDS
     model = ModelConfig(start=reference)
     return OpenClipStart(
