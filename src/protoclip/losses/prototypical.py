@@ -1,4 +1,4 @@
-"""The prototypical loss and its targets. The soft target is computed in `prepare`.
+"""The prototypical loss and its targets.
 
 The student's logits are linear in fixed prototypes, and the teacher's choice depends only on the
 assignment `a_i`. With C the prototypes in the teacher's space and C' in the student's,

@@ -426,21 +426,18 @@ def write_files(
     for name, part in tensors.items():
         write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
     for name, content in facts.items():
-        write(name, to_bytes(content))
+        write(name, (to_json(content, indent=2) + "\n").encode())
     return checksums
 
 
 def publish_folder(temporary: Path, folder: Path, checksums: Mapping[str, str]) -> None:
     """Write the checksums of a folder, and give it its name."""
-    write_atomically(temporary / CHECKSUMS, to_bytes(checksums), durable=True)
+    text = to_json(checksums, indent=2) + "\n"
+    write_atomically(temporary / CHECKSUMS, text.encode(), durable=True)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     sync_folder(folder.parent)
-
-
-def to_bytes(content: Mapping[str, Any]) -> bytes:
-    return (to_json(content, indent=2) + "\n").encode()
 
 
 def write_model(

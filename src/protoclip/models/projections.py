@@ -70,27 +70,13 @@ def start_projections(
 
 @torch.no_grad()
 def start_projection(projection: Tensor | nn.Module, linear: Float[Tensor, "q k"]) -> None:
-    """One of them: a matrix, a linear layer, or two with a GELU between them.
-
-    Two layers are the map itself, since GELU(x) - GELU(-x) = x: half of the hidden units have it,
-    and the other half its negative. Sizes are those of layers as drawn, which learning rates suit.
-    """
-    if isinstance(projection, Tensor):  # open_clip's own towers
-        write(projection, linear)
-        return
-    layers = [layer for layer in projection.modules() if isinstance(layer, nn.Linear)]
-    for layer in layers:
+    """One of them: a matrix, as in open_clip's own towers, or a linear layer."""
+    if not isinstance(projection, Tensor):
+        (layer,) = (part for part in projection.modules() if isinstance(part, nn.Linear))
         if layer.bias is not None:
             layer.bias.zero_()
-    first, *others = layers
-    if not others:
-        write(first.weight.T, linear)
-        return
-    (second,) = others
-    linear = linear[:, : min(first.out_features // 2, second.out_features)]
-    write(first.weight.T, torch.cat([linear, -linear], dim=1))
-    eye = torch.eye(linear.shape[1])
-    write(second.weight.T, torch.cat([eye, -eye]))
+        projection = layer.weight.T
+    write(projection, linear)
 
 
 def write(weight: Float[Tensor, "q d"], values: Float[Tensor, "p k"]) -> None:

@@ -83,21 +83,15 @@ MINILM = "minilm"
 
 def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
-    config = open_config(name)
+    config = transformers_config(name)
+    if config.model_type not in KINDS:
+        is_a = ", ".join(config.architectures or ()) or config.model_type
+        raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
     model = read_library_model(name)
     processor = image_processor(name)
     transform = transform_of(processor)
     built = HuggingFaceTowers(model.float(), describe_preprocessing(processor, transform))
     return TowerPair(built).eval(), transform, open_tokenizer(name, config)
-
-
-def open_config(name: str) -> Any:
-    """The configuration of a CLIP-like model."""
-    config = transformers_config(name)
-    if config.model_type not in KINDS:
-        is_a = ", ".join(config.architectures or ()) or config.model_type
-        raise ValueError(f"{is_a} is no CLIP-like model; known are {', '.join(KINDS)}")
-    return config
 
 
 def image_processor(name: str) -> Any:

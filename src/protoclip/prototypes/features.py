@@ -46,12 +46,9 @@ class ExtractedFeatures:
     """Features by one pass over an episode, with the model in evaluation mode (as in the paper).
 
     Attributes:
-        batches: The batches of an episode in order.
-        autocast: Makes the context of forward passes.
         each_pair_once: Pass a pair that an episode repeats through the model once. Needs unique
             sample ids and a transform without random draws.
-        micro_batch_size: Images that pass through the model at once, with their captions; unset for
-            the whole batch.
+        micro_batch_size: Images that pass through the model at once; unset for the whole batch.
         keys, order: Hashes of the sample ids that were clustered, in the order of the episode, and
             the rows in ascending order of these.
         unknown: Pairs of this rank that were trained on since and were not among these.
