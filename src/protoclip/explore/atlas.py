@@ -267,11 +267,8 @@ def place_pairs(
 
 
 def place_by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
-    """Two coordinates of each unit-norm row by UMAP, with a progress bar on a terminal.
-
-    The exact neighbours are computed here, since UMAP's search takes longer to compile than all the
-    rest takes.
-    """
+    """Two coordinates of each unit-norm row by UMAP. The exact neighbours are computed here, since
+    UMAP's search takes longer to compile than all the rest takes."""
     import umap
 
     few = min(15, len(rows))
@@ -302,10 +299,8 @@ def place_by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
 def measure_disagreement(
     features: Features, *, scale: float, seed: int
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """One minus the cosine of each pair's image and text, and its InfoNCE among other pairs.
-
-    The loss is the mean of both directions, against at most 1,024 pairs that are drawn evenly.
-    """
+    """One minus the cosine of each pair's image and text, and its InfoNCE in both directions among
+    at most 1,024 other pairs, which are drawn evenly."""
     total = len(features.rows)
     others = torch.tensor(evenly_spaced(total, min(total, OTHERS), seed))
     other_images, other_texts = normalize(features.image[others]), normalize(features.text[others])
@@ -389,10 +384,8 @@ def find_duplicates(
 def find_similar_rows(
     features: Float[Tensor, "n d"], *, batch: int = 512
 ) -> tuple[Int[Tensor, "p 2"], Float[Tensor, " p"]]:
-    """At most 500 pairs of rows with a cosine of 0.97 or more, the most similar first.
-
-    Each row is paired with its nearest other row only.
-    """
+    """At most 500 pairs of rows with a cosine of 0.97 or more, each row with its nearest other one
+    only; the most similar first."""
     rows, pairs, values = normalize(features), [], []
     for numbers in torch.split(torch.arange(len(rows)), batch):
         similarity = rows[numbers] @ rows.T

@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,27 +145,28 @@ def open_examples(
     Raises:
         ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.
     """
+    is_held_out, changed = True, None
+    source: Any = None
+    judging: EvaluationData | None = None
     if data is not None and data.is_emoji:
-        examples = draw_from_split(datasets.emoji(), samples)
+        judging = datasets.emoji()
     elif data is not None:
-        examples = draw_examples(
-            sources.open_samples(sources.allow_bad(Config(data=data))), samples
-        )
+        source = sources.open_samples(sources.allow_bad(Config(data=data)))
     else:
         settings = sources.allow_bad(run.config)
-        training, validation, _ = split_validation(settings, sources.open_samples(settings))
+        source, validation, _ = split_validation(settings, sources.open_samples(settings))
         if allow_training and settings.run.overfit is not None:
-            training, validation = choose_few(training, settings), []
+            source, validation = choose_few(source, settings), []
         if validation:
-            changed = None
-            if isinstance(training, Pairs) and len(training.left_out):
+            judging = validation[0]
+            if isinstance(source, Pairs) and len(source.left_out):
                 # Pairs that are held out of changed data may have been trained on.
-                changed = find_change(run.folder, training)
-            examples = replace(draw_from_split(validation[0], samples), changed=changed or "")
-        elif allow_training:
-            examples = replace(draw_examples(training, samples), is_held_out=False)
-        else:
+                changed = find_change(run.folder, source)
+        elif not allow_training:
             raise ValueError(f"{run.folder}: no pairs are held out; name some with --data")
+        is_held_out = bool(validation)
+    examples = draw_examples(source, samples) if judging is None else draw_split(judging, samples)
+    examples = replace(examples, is_held_out=is_held_out, changed=changed or "")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:
         needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
         raise ValueError(
@@ -174,7 +175,7 @@ def open_examples(
     return examples
 
 
-def draw_from_split(data: EvaluationData, samples: int) -> Examples:
+def draw_split(data: EvaluationData, samples: int) -> Examples:
     """Pairs of a validation split, with classes and groups where it has some."""
     split = data.splits["validation"]
     source: Any = split.images  # the data of a run always have encoded images and captions
@@ -201,9 +202,8 @@ def draw_examples(
 
     def read_sample(item: Any) -> Sample | BadSample:
         try:
-            return read_image(source, item, lambda data: decode(data, max_pixels=MAX_IMAGE_PIXELS))[
-                0
-            ]
+            sample, _ = read_image(source, item, partial(decode, max_pixels=MAX_IMAGE_PIXELS))
+            return sample
         except BadSample as error:
             return error
 

@@ -197,7 +197,7 @@ def test_the_next_start_encodes_nothing(
     # Features are opened without reading a caption or an image.
     monkeypatch.undo()
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    for name in ("caption", "encoded", "find_captioned"):
+    for name in ("caption", "read_encoded", "find_captioned"):
         monkeypatch.setattr(ExploredPairs, name, fail)
     for modality in ("image", "text"):
         first, again = (one.spaces[modality].features for one in (before, after))

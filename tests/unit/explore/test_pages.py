@@ -271,7 +271,7 @@ def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
     for form in ("csv", "json"):
         path = tmp_path / f"ids.{form}"
         path.write_text(format_ids(ids, form), encoding="utf-8")
-        assert read_ids("only", str(path)).ids == set(ids)
+        assert read_ids("only", str(path)) == set(ids)
 
 
 def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:

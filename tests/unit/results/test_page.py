@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.spec import parse
-from protoclip.models.checkpoint import read_config
+from protoclip.models import checkpoint
 from protoclip.results import page as report_page
 from protoclip.results.page import write_report
 from protoclip.results.read import read_run
@@ -194,7 +194,7 @@ def test_a_run_folder_permits_nothing(runs, tmp_path):
     """Whatever it says, the command line alone does."""
     said = "allow_links = true\nallow_commands = false\ntrain = "  # the second by older versions
     folder = with_settings(runs, tmp_path / "run", "proto", ("train = ", said))
-    assert read_config(folder).data.allow_links is False
+    assert checkpoint.read_config(folder).data.allow_links is False
     config = read_run(folder).config
     assert config is not None
     assert config.data.allow_links is False
@@ -203,13 +203,10 @@ def test_a_run_folder_permits_nothing(runs, tmp_path):
     assert "--minutes 10.0 --allow_links" in Page(out).sections["environment"]
 
 
-def test_an_aligned_run_began_in_closed_form_and_lists_no_bad_pairs(runs, tmp_path):
+def test_an_aligned_run_began_in_closed_form_and_lists_no_bad_pairs(runs, tmp_path, monkeypatch):
     """Heads of its seed are not where it began, and what it left out is in no file."""
     folder = with_settings(runs, tmp_path / "run", "clip", ('name = "clip"', 'name = "aligned"'))
-    (state,) = folder.glob("checkpoints/step-000000006/state.json")
-    facts = json.loads(state.read_text())
-    facts["content"]["sources"][0]["encoded"] = ""
-    state.write_text(json.dumps(facts))
+    monkeypatch.setattr(checkpoint, "is_aligned", lambda path: folder in path.parents)
     page = page_of(tmp_path, folder, runs / "clip", samples=40)
     assert page.sections["maps"].count("Random heads, before the closed form: gap") == 1
     assert page.sections["maps"].count("Before training: gap") == 1

@@ -3,9 +3,8 @@
 import json
 
 import numpy as np
-import pytest
 
-from protoclip.models.checkpoint import STATE
+from protoclip.models import checkpoint
 from protoclip.results.read import read_run, read_runs
 from protoclip.training.run_folder import to_toml
 from testing import tiny_config
@@ -41,22 +40,15 @@ def test_curves_are_the_finite_values_of_whole_lines(tmp_path):
     assert run.last_step == 3
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "command"),
-    [
-        ("wise_ft.json", '{"alpha": 0.5, "best_alpha": 0.5}', "finetune"),
-        ("wise_ft.json", '{"alpha": 0.25, "best_alpha": 0.5}', "finetune --alpha 0.25"),
-        (STATE, '{"content": {"sources": [{"rows": 3, "encoded": ""}]}}', "align"),
-        (STATE, '{"content": {"sources": [{"rows": 3}]}}', "train"),
-        (STATE, '{"content": {}}', "train"),
-    ],
-)
-def test_the_command_of_a_run_follows_from_its_files(file, content, command, tmp_path):
+def test_the_command_of_a_run_follows_from_its_files(tmp_path, monkeypatch):
     folder = begun(tmp_path / "run")
     (folder / "checkpoints" / "step-000000001").mkdir(parents=True)
-    path = folder / ("checkpoints/step-000000001" if file == STATE else ".") / file
-    path.write_text(content)
-    assert read_run(folder).command == command
+    assert read_run(folder).command == "train"
+    monkeypatch.setattr(checkpoint, "is_aligned", lambda path: True)
+    assert read_run(folder).command == "align"
+    for alpha, command in ((0.5, "finetune"), (0.25, "finetune --alpha 0.25")):
+        (folder / "wise_ft.json").write_text(json.dumps({"alpha": alpha, "best_alpha": 0.5}))
+        assert read_run(folder).command == command
 
 
 def test_labels_tell_runs_apart(tmp_path):
