@@ -19,7 +19,7 @@ from protoclip.data.split import hold_out_rows
 from protoclip.data.tables import ROWS, ArrowIndex, build_index
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
-from protoclip.evaluation.features import Listed, read_list, write_list
+from protoclip.evaluation.features import StoredList, read_list, write_list
 from protoclip.evaluation.metrics import SampleResults
 from protoclip.files import read_toml
 from protoclip.training.checkpoint import newest_intact
@@ -115,7 +115,7 @@ def kept_features(folder: Path) -> Read:
     hashes = hash_ids(str(row) for row in range(5))
     store = Store(folder / "a", dtype=FULL, is_optional=True)
     store.add(hashes, np.eye(5, dtype=np.float32))
-    write_list(folder / "a" / "mine.npz", Listed(hashes=hashes, bad=[(5, "broken")]))
+    write_list(folder / "a" / "mine.npz", StoredList(hashes=hashes, bad=[(5, "broken")]))
 
     def read() -> object:
         # A volume with a damaged row is removed, and its other file lies there still.

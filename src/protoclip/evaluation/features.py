@@ -212,32 +212,32 @@ class Encoder:
         is_stored = self.cache is not None and (kind == "texts" or reader.key)
         folder = self.folders[kind] if is_stored else None
         store = Store(folder, dtype=FULL, is_optional=True)
-        path, known = None, None
+        path, earlier = None, None
         if folder is not None and reader.key:
             path = folder / f"{checksum(reader.key.encode())}.npz"
-            known = rank0_first(partial(read_list, path))
-        listed = known
-        if listed is not None and listed.bad:
+            earlier = rank0_first(partial(read_list, path))
+        stored_list = earlier
+        if stored_list is not None and stored_list.bad:
             # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
             # notice that, and quick to try.
-            some = listed.bad[:: len(listed.bad) // RETRIED + 1]
+            some = stored_list.bad[:: len(stored_list.bad) // RETRIED + 1]
             if any_rank([any(reader.is_readable(row) for row, _ in some)])[0]:
-                listed = None
-        if listed is None and isinstance(reader, TextReader):
-            listed = Listed(hashes=reader.hashes)
-        while listed is None or not store.has_whole(listed.hashes):
-            listed = self._encode_new(kind, reader, stage, store)
-        if path is not None and listed is not known:
-            rank0_first(partial(write_list, path, listed))
+                stored_list = None
+        if stored_list is None and isinstance(reader, TextReader):
+            stored_list = StoredList(hashes=reader.hashes)
+        while stored_list is None or not store.has_whole(stored_list.hashes):
+            stored_list = self._encode_new(kind, reader, stage, store)
+        if path is not None and stored_list is not earlier:
+            rank0_first(partial(write_list, path, stored_list))
         return Encoded(
-            features=torch.from_numpy(store.read_or_map(store.find(listed.hashes))),
-            bad=listed.bad,
-            content=torch.from_numpy(listed.hashes.view(np.int64)),
+            features=torch.from_numpy(store.read_or_map(store.find(stored_list.hashes))),
+            bad=stored_list.bad,
+            content=torch.from_numpy(stored_list.hashes.view(np.int64)),
         )
 
     def _encode_new(
         self, kind: str, reader: "Reader | TextReader", stage: str, store: Store
-    ) -> "Listed":
+    ) -> "StoredList":
         """Encode into the store what it lacks."""
 
         def prepare(row: int) -> tuple[int, Any]:
@@ -277,10 +277,10 @@ class Encoder:
                     progress.update(min(done, len(rows)))
         store.flush()
         if isinstance(reader, TextReader):
-            return Listed(hashes=reader.hashes)
+            return StoredList(hashes=reader.hashes)
         of_ranks = all_gather_object((bad, hashes))
         good = sorted(pair for _, of_rank in of_ranks for pair in of_rank.items())
-        return Listed(
+        return StoredList(
             hashes=np.array([hash_ for _, hash_ in good], np.uint64),
             bad=sorted(one for bad, _ in of_ranks for one in bad),
         )
@@ -394,7 +394,7 @@ def join_rows(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class StoredList:
     """What a list of images or texts had when all of it was stored: the hashes by which the good
     ones are stored, in their order, and the bad ones."""
 
@@ -402,19 +402,19 @@ class Listed:
     bad: Sequence[Bad] = ()
 
 
-def read_list(path: Path) -> Listed | None:
+def read_list(path: Path) -> StoredList | None:
     """What a list had when it was last seen whole; None if that is not known."""
     with suppress(Exception), np.load(path) as file:  # a damaged file raises anything
         bad = zip(file["bad"].tolist(), file["reasons"].tolist(), strict=True)
-        return Listed(hashes=file["hashes"], bad=[*bad])
+        return StoredList(hashes=file["hashes"], bad=[*bad])
     return None
 
 
-def write_list(path: Path, listed: Listed) -> None:
-    rows = np.array([row for row, _ in listed.bad], np.int64)
-    reasons = np.array([reason for _, reason in listed.bad], str)
+def write_list(path: Path, stored_list: StoredList) -> None:
+    rows = np.array([row for row, _ in stored_list.bad], np.int64)
+    reasons = np.array([reason for _, reason in stored_list.bad], str)
     with suppress(OSError), replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, hashes=listed.hashes, bad=rows, reasons=reasons)
+        np.savez(file, hashes=stored_list.hashes, bad=rows, reasons=reasons)
 
 
 class TextReader:

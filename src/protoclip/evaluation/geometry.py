@@ -131,16 +131,15 @@ def clustering(
         clusters equal the classes, 0 by chance.
     """
     # Here, since training imports this file, and scikit-learn takes two seconds to import.
-    from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
+    from sklearn.metrics import adjusted_rand_score
 
     k = len(torch.unique(labels))
     clusters = kmeans(features, k, iterations=100, restarts=restarts, init="random", seed=0)
     assignments = clusters.assignments.cpu()
-    partitions = labels.numpy(), assignments.numpy()
     return {
         "cluster": assignments,
-        "ami": float(adjusted_mutual_info_score(*partitions)),
-        "ari": float(adjusted_rand_score(*partitions)),
+        "ami": agreement(labels, assignments),
+        "ari": float(adjusted_rand_score(labels.numpy(), assignments.numpy())),
     }
 
 
@@ -149,7 +148,6 @@ def agreement(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
 
     Vinh et al. 2010, arithmetic mean.
     """
-    # Here, since training imports this file, and scikit-learn takes two seconds to import.
     from sklearn.metrics import adjusted_mutual_info_score
 
     return float(adjusted_mutual_info_score(one.numpy(), other.numpy()))

@@ -229,16 +229,12 @@ def parse_each(
 
 def parse_class(content: Any, num_classes: int) -> int:
     """The content of a `.cls` file, or a number."""
-    try:
-        text = content.decode() if isinstance(content, bytes) else str(content)
-        number = int(text) if re.fullmatch(r"\s*[+-]?[0-9]+\s*", text) else None
-    except ValueError:
-        number = None
-    if number is None:  # `int` takes 0_1 too
+    text = content.decode(errors="replace") if isinstance(content, bytes) else str(content)
+    if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", text):  # `int` takes 0_1 too
         raise ValueError(f"{str(content)[:20]} is not a class number")
-    if not 0 <= number < num_classes:
-        raise ValueError(f"class {number}, but the class names go from 0 to {num_classes - 1}")
-    return number
+    if not 0 <= int(text) < num_classes:
+        raise ValueError(f"class {int(text)}, but the class names go from 0 to {num_classes - 1}")
+    return int(text)
 
 
 def parse_presence(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:

@@ -268,7 +268,7 @@ def choose_tasks(
         others = "; --tasks names others" if default is DEFAULT else ""
         raise ValueError(f"{shown_names}: can serve no task ({why}{others})")
     chosen = [[task for task in missing if not missing[task][n]] for n in range(len(data))]
-    if templates and not any("zero_shot" in some for some in chosen):
+    if templates and not any("zero_shot" in names for names in chosen):
         raise ValueError(
             "templates: no effect, since zero_shot alone reads them, which runs on no data here; "
             "leave them out"
@@ -292,23 +292,23 @@ def compute_results(
         tasks: Those of each data set, by `choose_tasks`.
     """
     results = []
-    for data_set, some in zip(data, tasks, strict=True):
-        if not some:
+    for data_set, own_tasks in zip(data, tasks, strict=True):
+        if not own_tasks:
             continue
-        features = encode_data(encoder, data_set, some, split=split, templates=templates)
-        measured, part = measure(features, some, show=encoder.show), features.part
-        crowded = find_crowded(measured.samples, measured.influences)
-        for task in some:
+        features = encode_data(encoder, data_set, own_tasks, split=split, templates=templates)
+        measurements, part = measure(features, own_tasks, show=encoder.show), features.part
+        crowded = find_crowded(measurements.samples, measurements.influences)
+        for task in own_tasks:
             keys = {
                 name: METRICS[name].key
-                for name in measured.metrics
+                for name in measurements.metrics
                 if METRICS[name].task == task and is_defined(name, data_set, split)
             }
-            values = {key: measured.metrics[name] for name, key in keys.items()}
+            values = {key: measurements.metrics[name] for name, key in keys.items()}
             by_key = {
-                key: measured.influences[name]
+                key: measurements.influences[name]
                 for name, key in keys.items()
-                if name in measured.influences
+                if name in measurements.influences
             }
             without = {key for name, key in keys.items() if name in crowded}
             record: dict[str, Any] = {
@@ -421,7 +421,7 @@ def evaluate_run(
     Args:
         encoder: Encoder of the run's model, which is in evaluation mode meanwhile.
         split: The split to measure. The linear probe's strength is chosen on `validation`; if that
-            is measured, or missing, on a fifth of `train`.
+            is measurements, or missing, on a fifth of `train`.
         quick: Zero-shot and retrieval alone, which encode only the measured images.
         samples_to: Folder for the results of each sample; a warning if it cannot be written.
 
@@ -433,15 +433,15 @@ def evaluate_run(
     default = QUICK if quick else TASKS
     (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
     features = encode_data(encoder.with_progress(show), data, tasks, split=split)
-    measured = measure(features, tasks, show=show)
+    measurements = measure(features, tasks, show=show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:
-            measured.samples.write(path)
+            measurements.samples.write(path)
         except OSError as error:
             say(f"warning: {path}: not written ({error})")
-    names = select_run_metrics(measured.metrics, data, split)
-    return {f"eval/{data.name}/{name}": measured.metrics[name] for name in names}
+    names = select_run_metrics(measurements.metrics, data, split)
+    return {f"eval/{data.name}/{name}": measurements.metrics[name] for name in names}
 
 
 def list_metrics(

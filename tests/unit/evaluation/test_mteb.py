@@ -85,20 +85,3 @@ def test_a_task_gives_the_suites_own_number(folder):
     (record,) = protoclip.evaluate(*protoclip.load(folder), data, ["zero_shot"])
     assert 0 < scores["accuracy"] < 1
     assert scores["accuracy"] == pytest.approx(record["metrics"]["acc1"])
-
-
-def encode(model: MtebModel, *batches: dict[str, Any]) -> torch.Tensor:
-    return model.encode(batches, task_metadata=None, hf_split="test", hf_subset="default")
-
-
-def test_images_texts_and_both(folder):
-    model = MtebModel(folder, device="cpu")
-    images, texts = [Noise().image(0), Noise().image(1).convert("L")], ["a cup", "two foxes"]
-    of_images, of_texts = encode(model, {"image": images}), encode(model, {"text": texts})
-    both = encode(
-        model, {"image": images[:1], "text": texts[:1]}, {"image": images[1:], "text": texts[1:]}
-    )
-    torch.testing.assert_close(both, of_images + of_texts)
-    cosines = torch.nn.functional.cosine_similarity(of_images[:, None], of_texts[None], dim=2)
-    torch.testing.assert_close(model.similarity(of_images, of_texts.numpy()), cosines)
-    torch.testing.assert_close(model.similarity_pairwise(of_images, of_texts), cosines.diag())

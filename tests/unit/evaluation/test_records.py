@@ -12,7 +12,6 @@ from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import Result, choose_tasks, compute_results
 from protoclip.results.compare import add_differences, add_means, write_records
-from protoclip.results.table import print_table, table_of_records
 
 
 def judged(name: str, model, data=None, tasks=None, **options) -> list[Result]:
@@ -104,25 +103,3 @@ def test_files_are_those_of_clip_benchmark(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert {"acc1", "acc5", "mean_per_class_recall", "image_retrieval_recall@5"} <= names
-
-
-def test_the_table_has_a_column_for_each_model(capsys):
-    """A row for each metric; what a model lacks is a dash; differences on a second line."""
-    first = judged("one[b]", Guessing(6), tasks=["knn"])
-    second = judged("two", Guessing(1), tasks=["geometry", "knn"], pretrained="tag")
-    print_table(table_of_records([first, *add_differences([second], first)]))
-    shown = capsys.readouterr().out
-    knn = next(line for line in shown.splitlines() if "knn" in line)
-    value = first[0].record["metrics"]["acc1"] * 100
-    low, high = (end * 100 for end in first[0].record["intervals"]["acc1"])
-    assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in knn
-    gap = next(line for line in shown.splitlines() if "gap" in line)
-    assert gap.count(" - ") == 1
-    assert "one[b]" in shown
-    assert "two tag" in shown
-    assert "paired difference to one[b]" in " ".join(shown.split())
-    assert "Percent, except geometry" in " ".join(shown.split())
-    print_table(table_of_records([first]))
-    shown = capsys.readouterr().out
-    assert "Percent" in shown
-    assert "geometry" not in shown

@@ -1,7 +1,6 @@
 """Data that judge a model, and that it was trained on, are told, wherever they lie."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from protoclip.data.sources import drop_rows
 from protoclip.evaluation.datasets import open_data
 from protoclip.evaluation.validation import count_trained
 from protoclip.files import checksum, to_json
-from protoclip.training.plan import make_plan
-from testing import tiny_config, tiny_pairs
+from testing import tiny_pairs
 
 
 @pytest.fixture
@@ -50,10 +48,3 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     own = f"{up}/own.parquet"
     count = count_trained(f"{up}/run", own, open_data(own), "test", DataConfig())
     assert bool(count) == (folder == ".")
-
-
-def test_a_run_tells_of_such_a_guard_before_it_trains(tables):
-    config = tiny_config("own.parquet", out="run")
-    config = replace(config, run=replace(config.run, guard=["copy.parquet"]))
-    notes = make_plan(config).notes
-    assert [note for note in notes if note.startswith("run.guard: copy.parquet: is what the run")]
