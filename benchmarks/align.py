@@ -47,7 +47,7 @@ from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.projections import AlignedModel, FrozenEncoders
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.training.run_folder import environment
+from protoclip.training.watch import describe_environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from testing import resident, tiny_pairs
@@ -267,7 +267,7 @@ def main() -> None:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
                 found["first start"] = other.submit(prepare, folder / "rows", given.rows).result()
             found["store"] = memory(folder / "rows", given.rows)
-    facts = environment(torch.device("cpu"))
+    facts = describe_environment(torch.device("cpu"))
     lines = ["# Aligning two frozen halves", ""]
     lines.append(f"`python benchmarks/align.py`, {datetime.date.today()}; {json.dumps(facts)}")
     for part, numbers in found.items():

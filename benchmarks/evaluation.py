@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader
 import protoclip
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.evaluation.retrieval import best_relevant_rank, recall_at
-from protoclip.training.run_folder import environment
+from protoclip.training.watch import describe_environment
 
 SHARDS = 4  # CLIP_benchmark's workers must have one each
 THEIR_WORKERS, THEIR_BATCH = 4, 64
@@ -242,7 +242,7 @@ def main() -> None:
                             )
                 rows += table_rows(f"{model_name} | {kind}, {number}", rates, found)
                 print(*rows[-len(arms) :], sep="\n", file=sys.stderr)
-    facts = environment(torch.device("cpu"))
+    facts = describe_environment(torch.device("cpu"))
     versions = ", ".join(
         f"{package} {version(package)}"
         for package in ("clip-benchmark", "webdataset", "open_clip_torch", "numpy", "pillow")

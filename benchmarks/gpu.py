@@ -69,9 +69,9 @@ from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
 from protoclip.prototypes.kmeans import Bfloat16Search, KMeans, bfloat16_pays, kmeans, nearest
 from protoclip.prototypes.targets import back_translate
-from protoclip.training import run, run_folder
-from protoclip.training.guard import NonFiniteGuard
+from protoclip.training import run
 from protoclip.training.plan import make_plan
+from protoclip.training.watch import NonFiniteGuard, describe_environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from testing import tiny_config, tiny_model
@@ -473,7 +473,7 @@ def moved_by_infinity(machine: Machine, name: Precision) -> float:
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(layer.parameters(), 10.0)
         guard.step(number, loss, norm, ["a"])
-    guard.look()
+    guard.count_skipped()
     moved = float((layer.weight.detach() - before).abs().max())
     return moved if guard.skipped == 1 else float("inf")
 
@@ -823,7 +823,7 @@ def in_child(part: Part, pipe: Connection) -> None:
     try:
         torch.set_flush_denormal(True)
         torch.backends.cudnn.allow_tf32 = False  # or convolutions would lose half of their digits
-        for row in part.rows(Machine(device=collectives.device("auto"))):
+        for row in part.rows(Machine(device=collectives.choose_device("auto"))):
             pipe.send(row)
         pipe.send("")
     except BaseException as error:
@@ -862,7 +862,7 @@ def measure(part: Part, budget: float) -> Done:
 
 def environment(machine: Machine) -> Iterator[Row]:
     """What the numbers depend on."""
-    facts = run_folder.environment(machine.device)
+    facts = describe_environment(machine.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     about = [facts["device"], f"{cores} cores", f"protoclip {facts['protoclip']}"]
     if not machine.small:

@@ -56,7 +56,7 @@ from protoclip.evaluation.retrieval import best_relevant_rank, crowding
 from protoclip.evaluation.suite import Measurements
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
-from protoclip.training.run_folder import environment
+from protoclip.training.watch import describe_environment
 
 WIDTH, CLASSES, CAPTIONS, TRAIN = 24, 8, 5, 400
 SEEDS, OF_SEEDS = 5, 100  # of a comparison, and of all that there are
@@ -386,7 +386,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     world = make_world(given.seed, seeds=OF_SEEDS if given.over_seeds else 0)
-    facts = environment(torch.device("cpu"))
+    facts = describe_environment(torch.device("cpu"))
     print("# Do intervals hold the truth?\n")
     print(f"`python benchmarks/intervals.py --repeats {given.repeats} --seed {given.seed}", end="")
     print(f" --over-seeds {given.over_seeds} --equal {given.equal} --ami {given.ami}`, ", end="")

@@ -32,7 +32,6 @@ from protoclip.data.emoji import emoji_table
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans as clustering
 from protoclip.prototypes.kmeans import nearest
-from protoclip.training import run_folder
 
 try:
     import faiss
@@ -209,7 +208,7 @@ def main() -> None:
             for seed in seeds
         ]
         data[f"{name}, {EPISODE:,}"] = ([features[rows] for rows in draws], PROTOTYPES)
-    facts = run_folder.environment(torch.device("cpu"))
+    facts = describe_environment(torch.device("cpu"))
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     options = " --quick" * quick + " --run FOLDER" * bool(arguments.run)
     lines = [

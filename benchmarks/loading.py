@@ -51,7 +51,7 @@ from protoclip.data.shards import ShardStream
 from protoclip.data.tools import convert_image
 from protoclip.data.transforms import TrainingTransform, clip_transform, light_transform
 from protoclip.progress import Progress
-from protoclip.training import run_folder
+from protoclip.training import watch
 
 SIZE, BATCH, PACKED_SIDE = 224, 32, 256
 PACKED = "the workers' part, images packed with `data pack --resize 256`"
@@ -333,7 +333,7 @@ def main() -> None:
                     value = load(many, name, workers) / (time.perf_counter() - start)
                     loaders.setdefault((owner, name), []).append(value)
 
-    facts = run_folder.environment(torch.device("cpu"))
+    facts = watch.describe_environment(torch.device("cpu"))
     lines = [
         "# Loading: images a second for a core",
         "",

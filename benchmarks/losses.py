@@ -35,7 +35,7 @@ from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.prototypical import make_targets
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
-from protoclip.training import run_folder
+from protoclip.training import watch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from testing import run_distributed
@@ -342,7 +342,7 @@ def table(repeats: int, threads: int, cases: dict[str, Case]) -> list[str]:
 
 
 def facts() -> str:
-    found = run_folder.environment(torch.device("cpu"))
+    found = watch.describe_environment(torch.device("cpu"))
     return (
         f"{datetime.date.today().isoformat()}; {found['device']}, torch {found['torch']}, float32, "
         "forward and backward. Median [least, most] milliseconds, forms in turn; extra memory is "

@@ -31,7 +31,7 @@ import protoclip
 from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import loading, start
-from protoclip.training import run, run_folder
+from protoclip.training import run, watch
 from protoclip.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -77,7 +77,7 @@ def train(config: Config, out: Path) -> None:
     Trainer.train_step = and_measure_step  # type: ignore[method-assign]
     run.train(config)
     peaks.append(highest())
-    rank, _, _ = collectives.launched()
+    rank, _, _ = collectives.read_launcher()
     before, *after = peaks
     (out / f"{rank}.json").write_text(json.dumps([peak - before for peak in after]))
 
@@ -135,7 +135,7 @@ def main() -> None:
         config = config_of(arguments.model, arguments.train, arguments.folder)
         train(config, arguments.folder)
         return
-    facts = run_folder.environment(torch.device("cpu"))
+    facts = watch.describe_environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(tiny_pairs(16), Path(folder) / "pairs.parquet")
         found = {way: peaks_of(arguments.model, way, Path(folder)) for way in ("ddp", "fsdp")}

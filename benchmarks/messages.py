@@ -42,9 +42,9 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans
 from protoclip.prototypes.features import QueuedFeatures
-from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.optim import PROTOTYPICAL
 from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
+from protoclip.training.watch import NonFiniteGuard
 
 SCALING = Path(__file__).parents[1] / "docs" / "scaling.md"
 RANKS = {8: 512, 64: 512, 512: 64}  # and the pairs of a batch on each

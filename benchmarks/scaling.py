@@ -29,7 +29,7 @@ from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.protoclip import resolve_precision
 from protoclip.progress import Progress
-from protoclip.training import run, run_folder
+from protoclip.training import run, watch
 from protoclip.training.plan import make_plan
 
 COUNTED = 2
@@ -125,7 +125,7 @@ def main() -> None:
                 done += 1
                 progress.update(done, f"{arm}, {way}")
     config = config_of(arms[0])
-    facts = run_folder.environment(torch.device("cpu"))
+    facts = watch.describe_environment(torch.device("cpu"))
     lines = [
         "# Scaling: more processes at equal batch",
         "",

@@ -42,7 +42,7 @@ from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings, resolve_precision
 from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
-from protoclip.training import run, run_folder
+from protoclip.training import run, watch
 from protoclip.training.plan import Plan, make_plan
 from protoclip.training.trainer import Trainer
 
@@ -148,7 +148,7 @@ def episode_seconds(
     config = replace(
         config, episodes=replace(config.episodes, count=1 + COUNTED, warm_up=1, locked_image=0)
     )
-    device = collectives.device(config.run.device)
+    device = collectives.choose_device(config.run.device)
     model = loading.to_device(loading.model(config.model, seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, timed_batches() as waits:
@@ -250,8 +250,8 @@ def measure(case: str, repeats: int, workers: int | None) -> list[str]:
                 seconds[name][part] += values
             progress.update(repeat * len(configs) + number + 1, name)
     config = configs["CLIP"]
-    device = collectives.device(config.run.device)
-    facts = run_folder.environment(device)
+    device = collectives.choose_device(config.run.device)
+    facts = watch.describe_environment(device)
     lines = [
         f"## {case}",
         "",
@@ -292,9 +292,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
-    default = (
-        ["demo", "vit", "rn50"] if collectives.device("auto").type == "cuda" else ["demo", "vit"]
-    )
+    default = ["demo", "vit"]
+    if collectives.choose_device("auto").type == "cuda":
+        default.append("rn50")
     lines = ["# Step cost: ProtoCLIP over CLIP at equal samples", ""]
     for case in arguments.case or default:
         lines += measure(case, arguments.repeats, arguments.workers)

@@ -18,9 +18,9 @@ from protoclip.cli.spec import Recipes, parse
 from protoclip.config import ABOVE_0, Config, Count, ModelConfig, Positive
 from protoclip.models.start import resolve_start
 from protoclip.models.transformers import NAMED_CONTEXT_LENGTH
-from protoclip.training import plan, presets, throughput
+from protoclip.training import plan, presets, watch
 from protoclip.training.optim import find_stage
-from protoclip.training.throughput import PEAK, Forward
+from protoclip.training.watch import PEAK, Forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Cost(Config, Recipes):
 
 def forward_flops(config: ModelConfig) -> Forward:
     """Count the towers' FLOPs at the recipe's sizes. Needs no weights."""
-    return throughput.forward_flops(resolve_start(config))
+    return watch.count_forward_flops(resolve_start(config))
 
 
 def run_flops(cost: Cost, forward: Forward) -> dict[str, float]:

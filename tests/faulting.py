@@ -35,7 +35,8 @@ from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
 from protoclip.data.tables import ArrowIndex, read_table
 from protoclip.encode import run as encode
 from protoclip.models.checkpoint import checkpoints, damage
-from protoclip.training import checkpoint, run_folder
+from protoclip.training import folder as run_folder
+from protoclip.training.folder import to_toml
 from testing import tiny_pairs
 from tiny_starts import halves
 
@@ -197,7 +198,7 @@ def in_child(words: Sequence[str], injector: Injector, said: int, tell: int) -> 
             os.dup2(said, stream)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        checkpoint.LAST_RETRIES, encode.BLOCK_ROWS, encode.TEXTS_AT_ONCE = (0.0,), 8, 8
+        run_folder.LAST_RETRIES, encode.BLOCK_ROWS, encode.TEXTS_AT_ONCE = (0.0,), 8, 8
         os.environ["PROTOCLIP_CACHE"] = f"{injector.folder}/cache"
         limit(resource.RLIMIT_CPU, PROCESSOR_SECONDS)
         injector.process = os.getpid()
@@ -244,7 +245,7 @@ class Scene:
         for out in ("run", "stopped", "fresh"):
             changes = {"run": {"save_steps": 2}}
             config = quick_config(f"{self.folder}/pairs.tsv", self.folder / out, **changes)
-            text = run_folder.to_toml(config)
+            text = to_toml(config)
             (self.folder / f"{out}.toml").write_text(text, encoding="utf-8")
         (self.folder / "align.toml").write_text(self.alignment(), encoding="utf-8")
         self.must("train", "--config", f"{self.folder}/run.toml")
@@ -266,7 +267,7 @@ class Scene:
             loss=LossConfig(prototypical=0.0, teacher=0.0),
             optim=OptimConfig(learning_rate=1e-3),
         )
-        return run_folder.to_toml(config)
+        return to_toml(config)
 
     def must(self, *words: str) -> Outcome:
         """Call a command that nothing disturbs, and import here what it imported."""

@@ -75,7 +75,8 @@ from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkp
 from protoclip.models.start import resolve_start
 from protoclip.progress import Progress, duration
 from protoclip.rules import check
-from protoclip.training import presets, run, run_folder
+from protoclip.training import presets, run
+from protoclip.training.folder import to_toml
 from protoclip.training.plan import make_plan
 from protoclip.training.run import align, finetune
 
@@ -318,14 +319,14 @@ def config_of(task: Task) -> Config:
     return config
 
 
-def folder_of(task: Task) -> Path:
+def name_folder(task: Task) -> Path:
     """Runs of equal settings share a folder, whatever study and arm they are of."""
     config = config_of(task)
     nameless = replace(config, run=replace(config.run, name="", seed=0))
-    known: dict[str, Any] = {"config": run_folder.to_toml(nameless), "shift": task.arm.shift}
+    known: dict[str, Any] = {"config": to_toml(nameless), "shift": task.arm.shift}
     known["rotate"] = task.arm.rotate
     if task.arm.start is not None:
-        known["start"] = str(folder_of(replace(task, arm=task.study.arms[task.arm.start])))
+        known["start"] = str(name_folder(replace(task, arm=task.study.arms[task.arm.start])))
     if task.arm.finetune:
         known["finetune"] = True
     return task.out / "runs" / f"{digest(known)[:12]}-{task.seed}"
@@ -335,7 +336,7 @@ def carry_out(task: Task) -> Judged:
     """Train unless that was done, then judge unless that was done."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    folder = folder_of(task)
+    folder = name_folder(task)
     with log_to(folder.with_suffix(".log")):
         results = train(task)
         metrics = judge(folder, config_of(task), task.transfer, task.split)
@@ -344,14 +345,14 @@ def carry_out(task: Task) -> Judged:
 
 def train(task: Task) -> dict[str, Any]:
     """The results of a run, which is trained if it was not, or not to its end."""
-    config, folder, arm = config_of(task), folder_of(task), task.arm
+    config, folder, arm = config_of(task), name_folder(task), task.arm
     if (folder / "results.json").is_file():
         return dict(read_json(folder / "results.json"))
     model, before = config.model, None
     if arm.start is not None:
         first = replace(task, arm=task.study.arms[arm.start])
         train(first)
-        before = folder_of(first)
+        before = name_folder(first)
     if arm.finetune:  # whose defaults count what is set, which a configuration does not tell
         given = {"run": {"out": str(folder)}}
         if before is not None:
@@ -605,7 +606,7 @@ def report(
     split = runs[0].task.split
     tried = {group: len(arms) for group, arms in study.groups.items()}
     seeds = sorted({each.task.seed for each in runs})
-    facts = run_folder.environment(torch.device("cpu"))
+    facts = describe_environment(torch.device("cpu"))
     counts = ", ".join(f"{group} {number}" for group, number in tried.items())
     lines = [
         f"# {study.name}: {study.question}",
@@ -738,7 +739,7 @@ def study_of(given: argparse.Namespace, words: str) -> None:
         best = [replace(t, split="test") for t in tasks if t.arm.name in chosen.values()]
         tested = carry_out_all(best, given.jobs, f"study: {study.name}, test")
         write(given.out, study, tested, chosen, command=command, opened=opened)
-    spent = sum({str(folder_of(each.task)): each.seconds for each in runs}.values())
+    spent = sum({str(name_folder(each.task)): each.seconds for each in runs}.values())
     print(f"Training took {duration(spent)} on one thread a run.", file=sys.stderr)
 
 

@@ -14,21 +14,21 @@ _NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows lacks two
 STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-def end(by: signal.Signals) -> None:
+def end_process(by: signal.Signals) -> None:
     """Say so and end at once as shells report it, also as the first process of a container.
 
     The kernel keeps from that one each signal without a handler. SIGINT has Python's, an exception,
     which libraries hide behind another where it meets their import or the interpreter's end.
     """
-    said = "interrupted" if by == signal.SIGINT else f"ended by {by.name}"
+    text = "interrupted" if by == signal.SIGINT else f"ended by {by.name}"
     with suppress(OSError):  # `print` may be interrupted, and cannot be used again
         if by != signal.SIGINT or multiprocessing.parent_process() is None:
-            os.write(2, f"protoclip: {said}\n".encode())
+            os.write(2, f"protoclip: {text}\n".encode())
     os._exit(128 + by)
 
 
 @contextmanager
-def handled(
+def handle_signals(
     handler: Callable[[signal.Signals], None], numbers: Sequence[signal.Signals] = STOPPING
 ) -> Iterator[None]:
     """Call a function for each of these signals; in the main thread, the only one that can.
@@ -50,7 +50,7 @@ def handled(
 
 
 @contextmanager
-def blocked() -> Iterator[None]:
+def block_signals() -> Iterator[None]:
     """Hold the signals back in this thread, and for good in processes that start meanwhile.
 
     These shall call `obey_parent`. Linux only.
@@ -66,7 +66,7 @@ def blocked() -> Iterator[None]:
 
 
 def obey_parent(_worker: int = 0) -> None:
-    """End this process, which started while the signals were `blocked`, with its parent or by it.
+    """End this process, which started within `block_signals`, with its parent or by it.
 
     One that has something left to write to a parent that was killed would wait for ever.
     """

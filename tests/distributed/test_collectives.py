@@ -16,9 +16,9 @@ import torch
 
 from interrupting import quick_config, with_changes
 from protoclip.distributed import collectives, parallel
-from protoclip.distributed.waits import WAITS
+from protoclip.distributed.collectives import WAITS
 from protoclip.encode import teachers
-from protoclip.training import throughput
+from protoclip.training import watch
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config, tiny_pairs
 
@@ -80,18 +80,18 @@ def wait_for_a_late_rank(folder: Path) -> tuple[tuple[float, float], tuple[float
     """Of a collective and of gradients, the seconds that a rank says it has waited, and those that
     have passed; and where the ranks are."""
     module = parallel.distribute(torch.nn.Linear(2, 2))
-    where = throughput.machines(torch.device("cpu")).placed(8)
-    WAITS.take()
+    where = watch.gather_machines(torch.device("cpu")).describe(8)
+    WAITS.take_seconds()
     began = begin("gather", folder)
     collectives.all_gather_with_gradient(torch.zeros(1, 2))
-    waited = WAITS.take(), time.monotonic() - began
+    waited = WAITS.take_seconds(), time.monotonic() - began
     for step in ("first", "second"):  # DDP says at a step how the one before it was
         total = module(torch.zeros(1, 2)).sum()
         began = begin(step, folder)
         total.backward()
         passed = time.monotonic() - began
     module(torch.zeros(1, 2))
-    return waited, (parallel.unhidden_seconds(module), passed), where
+    return waited, (parallel.measure_unhidden(module), passed), where
 
 
 def test_a_rank_knows_how_long_it_waits_for_another(tmp_path):
@@ -203,7 +203,7 @@ def test_a_teacher_that_one_rank_cannot_read_is_named_on_all(tmp_path):
     ],
 )
 def test_the_first_host_of_a_slurm_list(nodes, host):
-    assert collectives.first_host(nodes) == host
+    assert collectives.find_first_host(nodes) == host
 
 
 def test_launchers_are_recognised(monkeypatch):
@@ -211,13 +211,13 @@ def test_launchers_are_recognised(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert collectives.launched() == (0, 1, 0)
+    assert collectives.read_launcher() == (0, 1, 0)
     for name, value in {"STEP_NUM_TASKS": "8", "PROCID": "5", "LOCALID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert collectives.launched() == (5, 8, 1)
+    assert collectives.read_launcher() == (5, 8, 1)
     for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert collectives.launched() == (2, 4, 0)
+    assert collectives.read_launcher() == (2, 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_host_and_port_that_are_given_stay_under_srun(given, place, monkeypatch)
     ranks = {"STEP_NUM_TASKS": "2", "PROCID": "1", "STEP_NODELIST": "node[3-4]", "JOB_ID": "7"}
     env = {**{f"SLURM_{name}": value for name, value in ranks.items()}, **given}
     monkeypatch.setattr(os, "environ", env)
-    monkeypatch.setattr(collectives, "new_store", Mock(side_effect=RuntimeError("nobody")))
+    monkeypatch.setattr(collectives, "rendezvous", Mock(side_effect=RuntimeError("nobody")))
     with (
         pytest.raises(ValueError, match="the ranks do not reach each other"),
         collectives.process_group(torch.device("cpu")),
@@ -241,27 +241,23 @@ def test_host_and_port_that_are_given_stay_under_srun(given, place, monkeypatch)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == place
 
 
-def place(folders: list[Path], written: bool) -> str:
-    """What this rank says of a file that each host has, as if it were shared."""
-    path = folders[collectives.rank()] / "facts.json"
+def write_to(folders: list[Path]) -> str:
+    """What this rank says of a folder to which all hosts write, as if it were shared."""
     with pytest.MonkeyPatch.context() as patch:  # ranks serve other tests, too
         patch.setattr(collectives, "UNSEEN", 0.2)
         try:
-            collectives.require_shared(path, by="--out", written=written)
+            collectives.require_shared(folders[collectives.rank()] / "facts.json", by="--out")
         except ValueError as error:
             return str(error)
     return ""
 
 
-def test_equal_files_of_two_hosts_are_not_one_place_to_write_to(tmp_path):
-    """They may be of a start before, in which another host had rank 0."""
+def test_two_folders_of_two_hosts_are_not_one_place_to_write_to(tmp_path):
     apart = [tmp_path / "a", tmp_path / "b"]
     for folder in apart:
         folder.mkdir()
-        (folder / "facts.json").write_text("equal")
-    assert run_distributed(place, 2, apart, False) == ["", ""]
-    assert all("share by --out" in said for said in run_distributed(place, 2, apart, True))
-    assert run_distributed(place, 2, [apart[0]] * 2, True) == ["", ""]
+    assert all("share by --out" in said for said in run_distributed(write_to, 2, apart))
+    assert run_distributed(write_to, 2, [apart[0]] * 2) == ["", ""]
     assert not [*tmp_path.rglob("*.tmp")]
 
 
@@ -296,7 +292,7 @@ def test_a_rank_takes_the_gpu_of_its_number_unless_it_sees_one_alone(visible, na
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
-    assert str(collectives.device("auto")) == name
+    assert str(collectives.choose_device("auto")) == name
 
 
 def test_two_ranks_with_one_gpu_are_refused(monkeypatch):
@@ -309,7 +305,8 @@ def test_two_ranks_with_one_gpu_are_refused(monkeypatch):
 
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(collectives, "new_store", lambda *_: None)
+    monkeypatch.setattr(collectives, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(collectives, "PrefixStore", Mock())
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     with (
         pytest.raises(ValueError, match=r"^run\.device: rank 1 has the same GPU \(cuda:0\) as"),
@@ -330,7 +327,8 @@ def test_a_rank_may_work_for_longer_than_a_step_waits(device, monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(key, value)
     dist = torch.distributed
-    monkeypatch.setattr(collectives, "new_store", lambda *_: None)
+    monkeypatch.setattr(collectives, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(collectives, "PrefixStore", Mock())
     monkeypatch.setattr(
         dist, "init_process_group", lambda *_, timeout, **__: waits.update({"steps": timeout})
     )

@@ -17,7 +17,7 @@ import pytest
 from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.models.checkpoint import checkpoints
-from protoclip.training.run_folder import to_toml
+from protoclip.training.folder import to_toml
 from testing import tiny_config, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "evaluation"))

@@ -360,7 +360,7 @@ def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], in
         torch.manual_seed(collectives.rank())  # the state of a rank must not matter
         sharded, _ = loading.training_model(config, torch.device("cpu"))
     held = sum(p.detach().to_local().numel() for p in sharded.parameters() if p.ndim)
-    return model.call_count, parallel.weights(sharded), dict(sharded.named_buffers()), held
+    return model.call_count, parallel.gather_weights(sharded), dict(sharded.named_buffers()), held
 
 
 def test_fsdp_builds_the_whole_model_on_rank_0_only():

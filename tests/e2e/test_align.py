@@ -40,8 +40,8 @@ from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data
 from protoclip.training.run import Run, align
-from protoclip.training.throughput import machines
 from protoclip.training.trainer import Clusterings, Trainer
+from protoclip.training.watch import gather_machines
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
@@ -360,7 +360,7 @@ def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
     first, second = (Run(plan, model, folder=tmp_path, rows=rows) for _ in range(2))
     for run in (first, second):
         run.prepare_teachers()
-        run.machines = [machines(torch.device("cpu"))]
+        run.machines = [gather_machines(torch.device("cpu"))]
     for index in range(3):
         first.trainer.start_episode(first.episode(index))
         first.trainer.end_episode()

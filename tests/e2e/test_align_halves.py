@@ -19,7 +19,7 @@ from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.start import resolve_start
-from protoclip.training import wise_ft
+from protoclip.training import evaluate
 from protoclip.training.run import align
 from testing import tiny_config, tiny_pairs
 from tiny_align import changed, tiny_alignment, weights_of
@@ -176,7 +176,7 @@ def test_a_run_between_towers_of_other_models_is_fine_tuned(
     align(changed(settings, tmp_path / "run"))
     assert "as open_clip: it knows no text models of kind mpnet" in capsys.readouterr().err
     pq.write_table(tiny_pairs(16, seed=2), tmp_path / "general.parquet")
-    monkeypatch.setattr(wise_ft, "ALPHAS", (0.0, 1.0))
+    monkeypatch.setattr(evaluate, "ALPHAS", (0.0, 1.0))
     tuned = protoclip.finetune(
         {
             "model": {"start": str(tmp_path / "run")},

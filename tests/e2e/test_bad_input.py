@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from protoclip.cli import main
-from protoclip.training import run_folder
+from protoclip.training.folder import to_toml
 from testing import tiny_config, tiny_pairs
 
 
@@ -17,7 +17,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, capsys):
     spoiled = [b"nonsense" if row % 8 == 0 else image for row, image in enumerate(images)]
     table = tiny_pairs(64).set_column(0, "image", pa.array(spoiled, pa.binary()))
     pq.write_table(table, path)
-    recipe.write_text(run_folder.to_toml(tiny_config(str(path), out=str(tmp_path / "run"))))
+    recipe.write_text(to_toml(tiny_config(str(path), out=str(tmp_path / "run"))))
     with pytest.raises(SystemExit):
         main(["train", "--config", str(recipe), "--data.workers", "2"])
     last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from protoclip.cli import main
-from protoclip.training import wise_ft
+from protoclip.training import evaluate
 from testing import tiny_pairs
 from tiny_starts import halves, save_open_clip
 
@@ -72,7 +72,7 @@ def run(command: str) -> None:
 def test_commands_and_code_of_the_page_run(
     data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wise_ft, "ALPHAS", (0.0, 1.0))
+    monkeypatch.setattr(evaluate, "ALPHAS", (0.0, 1.0))
     said = []
     for language, block in re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL):
         if language == "sh":

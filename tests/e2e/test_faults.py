@@ -22,7 +22,8 @@ from interrupting import (
 from protoclip.files import checksum
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import checkpoints, damage, read_tensors
-from protoclip.training import checkpoint, judge, run
+from protoclip.training import evaluate, run
+from protoclip.training import folder as run_folder
 from protoclip.training.trainer import Trainer
 
 
@@ -99,7 +100,7 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
             write(folder, *given)
 
     monkeypatch.setattr(saved, "write_checkpoint", full)
-    monkeypatch.setattr(checkpoint, "LAST_RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(run_folder, "LAST_RETRIES", (0.0, 0.0))
     return attempts
 
 
@@ -170,7 +171,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """Besides the newest. One that could not be written is not the best."""
     values = iter([0.5, 0.4, 0.3, 0.2] * 2)
     metric = "eval/emoji/knn/acc1"
-    monkeypatch.setattr(judge, "evaluate_run", lambda *given, **more: {metric: next(values)})
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda *given, **more: {metric: next(values)})
     keep = {"evaluate_every": 1, "keep_best": metric, "keep_checkpoints": 1, "evaluate": False}
     one_step = {"episodes": {"size": 16}}
     results = run.train(config_for("emoji", tmp_path / "run", run=keep, **one_step))

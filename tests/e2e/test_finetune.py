@@ -30,10 +30,9 @@ from protoclip.evaluation.paired import read_results
 from protoclip.models import checkpoint as saved
 from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
-from protoclip.training import judge, wise_ft
-from protoclip.training.judge import Judge
+from protoclip.training import evaluate
+from protoclip.training.evaluate import ALPHAS, RunEvaluator, interpolate
 from protoclip.training.run import finetune, train
-from protoclip.training.wise_ft import ALPHAS, interpolated
 from testing import run_distributed, tiny_config
 
 GUARD = "eval/general/zero_shot/acc1"
@@ -63,7 +62,7 @@ def write_pairs(path: Path, number: int, *, seed: int, more: str = "") -> None:
 def few_alphas() -> Iterator[None]:
     """Each sweep is over three models, unless a test asks for `ALPHAS`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wise_ft, "ALPHAS", FEW)
+        patch.setattr(evaluate, "ALPHAS", FEW)
         yield
 
 
@@ -168,7 +167,6 @@ def test_from_the_command_line(top, finished, copied, capsys):
     assert record["rule"] in printed
     assert f"written to {finished}" in printed
     assert results["start_metrics"].keys() == results["metrics"].keys() >= {GUARD}
-    assert (finished / "wise_ft.png").is_file()
     assert results["differences"].keys() == results["metrics"].keys()
     expected = {}
     for name, value in results["metrics"].items():
@@ -199,7 +197,7 @@ def test_from_the_command_line(top, finished, copied, capsys):
     assert [point["alpha"] for point in shown["wise_ft"]["points"]] == [0, 0.25, 0.5, 1]
     assert [p for p in shown["wise_ft"]["points"] if p["alpha"] != 0.25] == record["points"]
     start, end = weights(top / "start"), weights(out / "checkpoints" / "step-000000004")
-    expected = interpolated(start, end, 0.25)
+    expected = interpolate(start, end, 0.25)
     assert all(torch.equal(weights(out)[name], value) for name, value in expected.items())
     assert read(out / "model.json")["alpha"] == read(out / "results.json")["alpha"] == 0.25
     assert lines(out) == lines(finished)
@@ -280,7 +278,7 @@ def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
     given = settings(top, tmp_path / "run", model={"lora": 2}, run={"guard": []})
     finetune(given, alpha=0.5)
     start, end = weights(top / "start"), weights(tmp_path / "run/checkpoints/step-000000004")
-    expected, found = interpolated(start, end, 0.5), weights(tmp_path / "run")
+    expected, found = interpolate(start, end, 0.5), weights(tmp_path / "run")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
@@ -296,16 +294,16 @@ def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
 
 def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
     """Do something when the sweep judges its second alpha."""
-    evaluate, calls = Judge.__call__, []
+    evaluate_once, calls = RunEvaluator.evaluate, []
 
-    def and_work(judge: Judge, *given: Any, **more: Any) -> dict[str, float]:
+    def and_work(evaluator: RunEvaluator, *given: Any, **more: Any) -> dict[str, float]:
         if more.get("quick"):
-            calls.append(judge)
+            calls.append(evaluator)
             if len(calls) == 2:
                 work()
-        return evaluate(judge, *given, **more)
+        return evaluate_once(evaluator, *given, **more)
 
-    monkeypatch.setattr(Judge, "__call__", and_work)
+    monkeypatch.setattr(RunEvaluator, "evaluate", and_work)
 
 
 def test_an_interrupted_run_goes_on_by_its_own_settings(
@@ -329,7 +327,7 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     assert ended.value.code == 128 + signal.SIGTERM
     assert "the same command with --resume auto goes on" in capsys.readouterr().err
     left = {path.name for path in out.iterdir()}
-    assert not left & {"wise_ft.json", "wise_ft.png", "model.json", "results.json"}
+    assert not left & {"wise_ft.json", "model.json", "results.json"}
     assert find_checkpoint(out).name == "step-000000004"
     main(again)
     assert read(out / "wise_ft.json") == read(finished / "wise_ft.json")
@@ -375,7 +373,7 @@ def test_a_run_stops_early_by_its_guard(stopped_early):
 
 def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
     """A guard with a validation split is judged on that one until the results are written."""
-    monkeypatch.setattr(wise_ft, "ALPHAS", ALPHAS)
+    monkeypatch.setattr(evaluate, "ALPHAS", ALPHAS)
     folder = tmp_path / "guard"
     for split in ("validation", "test"):
         for number, colour in enumerate(("red", "green")):
@@ -387,7 +385,7 @@ def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
         measured.append((data.name, split))
         return {f"eval/{data.name}/zero_shot/acc1": 0.5}
 
-    monkeypatch.setattr("protoclip.training.judge.evaluate_run", evaluate_run)
+    monkeypatch.setattr("protoclip.training.evaluate.evaluate_run", evaluate_run)
     finetune(settings(top, tmp_path / "run", run={"guard": [str(folder)]}))
     splits = [split for name, split in measured if name == "guard"]
     assert (
@@ -408,8 +406,8 @@ def test_early_stopping_is_exact_after_an_interruption(top, stopped_early, tmp_p
 
 def on_a_rank(given: dict[str, Any], alpha: float | None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wise_ft, "ALPHAS", FEW)
-        patch.setattr(judge, "PATIENCE", 1)
+        patch.setattr(evaluate, "ALPHAS", FEW)
+        patch.setattr(evaluate, "PATIENCE", 1)
         results = finetune(given, alpha=alpha, resume="auto")
     return {name: value for name, value in results.items() if name != "train_seconds"}
 
@@ -427,7 +425,7 @@ def test_ranks_sweep_one_model(top, tmp_path):
     one, other = run_distributed(on_a_rank, 2, given, 0.5)
     assert one == other
     start, end = weights(top / "start"), weights(sorted(tmp_path.glob("run/checkpoints/*"))[-1])
-    expected = interpolated(start, end, 0.5)
+    expected = interpolate(start, end, 0.5)
     assert all(torch.equal(weights(tmp_path / "run")[name], w) for name, w in expected.items())
 
 

@@ -26,8 +26,8 @@ from interrupting import (
 from protoclip.models import checkpoint as saved
 from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
-from protoclip.training import run, throughput
-from protoclip.training.run_folder import claimed
+from protoclip.training import run, watch
+from protoclip.training.folder import claim_folder
 from testing import tiny_config, tiny_pairs
 
 
@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
         before = signal.getsignal(getattr(signal, by))
         with monkeypatch.context() as patch:
             stop_after(step, patch, by)
-            patch.setattr(throughput, "machines", lambda _: throughput.Machines(1, 2, "others"))
+            patch.setattr(watch, "gather_machines", lambda _: watch.Machines(1, 2, "others"))
             stopped = run.train(config, resume="auto")
         assert (stopped["stopped"], stopped["steps"]) == (by, step)
         assert find_checkpoint(tmp_path / "run").name == f"step-{step:09}"
@@ -213,9 +213,9 @@ def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, cap
 def test_of_two_runs_that_begin_in_one_folder_one_is_told(tmp_path):
     """Neither saw the folder."""
     with (
-        claimed(tmp_path / "run", resume=False),
+        claim_folder(tmp_path / "run", resume=False),
         pytest.raises(ValueError, match="run: another process writes here; wait"),
-        claimed(tmp_path / "run", resume=False),
+        claim_folder(tmp_path / "run", resume=False),
     ):
         pass
 

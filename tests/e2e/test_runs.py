@@ -31,9 +31,9 @@ from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint
 from protoclip.rules import check
-from protoclip.training import run, run_folder
+from protoclip.training import run
+from protoclip.training.folder import flatten, to_toml
 from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import flat
 from testing import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +207,7 @@ def test_recipes_are_configurations(tmp_path, seen):
     recipes = ["emoji_clip", "emoji_protoclip", "emoji_protoclip_teacher"]
     for recipe, arm in zip(recipes, demo.arms().values(), strict=True):
         whole = make_plan(replace(arm, episodes=replace(arm.episodes, count=35))).config
-        (tmp_path / "config.toml").write_text(run_folder.to_toml(whole), encoding="utf-8")
+        (tmp_path / "config.toml").write_text(to_toml(whole), encoding="utf-8")
         main(["train", "--config", str(tmp_path / "config.toml")])
         assert seen[-1] == whole
         path = ROOT / "recipes" / f"{recipe}.toml"
@@ -222,14 +222,14 @@ def test_recipes_are_configurations(tmp_path, seen):
 def test_the_reference_is_one_recipe_away(seen):
     """Its recipe has each setting with which docs/method.md restores the reference."""
     recipe = ROOT / "recipes" / "reference.toml"
-    written = flat(tomllib.loads(recipe.read_text(encoding="utf-8")))
+    written = flatten(tomllib.loads(recipe.read_text(encoding="utf-8")))
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     _, _, departures = page.partition("### Where it departs")
     departures, _, _ = departures.partition("\n## ")
     restoring = re.findall(r"`(\w+\.[\w.]+ = [^`]+)`", departures)
     assert len(restoring) == 15
     for setting in restoring:
-        ((name, value),) = flat(tomllib.loads(setting)).items()
+        ((name, value),) = flatten(tomllib.loads(setting)).items()
         assert written[name] == value, setting
     for path in (recipe, recipe.with_name("reference_clip.toml")):
         main(["train", "--config", str(path)])

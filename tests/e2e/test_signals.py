@@ -25,8 +25,9 @@ from protoclip.distributed import collectives
 from protoclip.encode import store
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import checkpoints
-from protoclip.training import checkpoint, run
-from protoclip.training.run_folder import to_toml
+from protoclip.training import folder as run_folder
+from protoclip.training import run
+from protoclip.training.folder import to_toml
 from protoclip.training.trainer import Trainer
 from tiny_align import changed, tiny_alignment
 
@@ -193,7 +194,7 @@ def test_before_training_a_signal_ends_the_command(name, words, tmp_path, monkey
         for _ in range(1000):  # the interpreter may hear it a moment later
             time.sleep(0.01)
 
-    monkeypatch.setattr(run, "look", interrupted)
+    monkeypatch.setattr(run, "inspect_folder", interrupted)
     assert codes(started(lambda: cli.main(words))) == [128 + number]
     said = {"SIGTERM": "protoclip: ended by SIGTERM", "SIGINT": "protoclip: interrupted"}
     written = capfd.readouterr().err
@@ -206,14 +207,14 @@ def test_a_signal_after_the_last_step_leaves_the_evaluation_to_the_next_call(
     tiny_parquet, tmp_path, monkeypatch
 ):
     config = quick_config(tiny_parquet, tmp_path / "run")
-    finish = checkpoint.CheckpointWriter.finish
+    finish = run_folder.CheckpointWriter.finish
 
-    def interrupted(writer: checkpoint.CheckpointWriter) -> None:
+    def interrupted(writer: run_folder.CheckpointWriter) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         finish(writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.CheckpointWriter, "finish", interrupted)
+        patch.setattr(run_folder.CheckpointWriter, "finish", interrupted)
         assert run.train(config)["stopped"] == "SIGTERM"
     assert not (tmp_path / "run" / "results.json").exists()
     assert "stopped" not in run.train(config, resume="auto")
@@ -235,7 +236,7 @@ def test_under_nohup_sighup_is_not_heard():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heard = []
     try:
-        with signals.handled(heard.append):
+        with signals.handle_signals(heard.append):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR1)
     finally:

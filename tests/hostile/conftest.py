@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from interrupting import with_changes
-from protoclip.training import run, run_folder
+from protoclip.training import run
+from protoclip.training.folder import to_toml
 from testing import tiny_config, tiny_pairs
 
 
@@ -21,6 +22,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("trained")
     pq.write_table(tiny_pairs(64), home / "pairs.parquet")
     config = tiny_config(str(home / "pairs.parquet"), out=str(home / "run"))
-    (home / "recipe.toml").write_text(run_folder.to_toml(config))
+    (home / "recipe.toml").write_text(to_toml(config))
     run.train(with_changes(config, {"data": {"validation": 0.4}}))
     return home

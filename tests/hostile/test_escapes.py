@@ -14,7 +14,7 @@ from interrupting import with_changes
 from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.terminal import visible
-from protoclip.training import run_folder
+from protoclip.training.folder import to_toml
 from testing import tiny_config, tiny_pairs
 
 # A title for the window, an end of line, a mark that turns text, a C1 control; markup of rich,
@@ -94,7 +94,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_recipe(config: Config, path: Path) -> None:
-    path.write_text(run_folder.to_toml(config), encoding="utf-8")
+    path.write_text(to_toml(config), encoding="utf-8")
 
 
 def on(home: Path, *words: str) -> Ended:

@@ -30,7 +30,7 @@ from audited import ERROR, PAGE, SECONDS, full, within
 from filelock import FileLock
 
 from protoclip.cli import main
-from protoclip.training import checkpoint
+from protoclip.training import folder as run_folder
 
 TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))
 # Lines on standard error that may come before an error: notes, and progress.
@@ -88,7 +88,7 @@ def folder(built: Path) -> Iterator[Path]:
         patch.setattr(socket, "getaddrinfo", no_network(socket.getaddrinfo))
         patch.setenv("COLUMNS", "300")
         # Commands that start a worker for each core then read in this process.
-        patch.setattr(checkpoint, "LAST_RETRIES", (0.0, 0.0))
+        patch.setattr(run_folder, "LAST_RETRIES", (0.0, 0.0))
         patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
         yield built
 

@@ -13,7 +13,7 @@ from near_valid import IMAGES
 import protoclip
 from protoclip.config import Config
 from protoclip.files import to_json
-from protoclip.training import checkpoint
+from protoclip.training import folder as run_folder
 
 # Setting, a wrong value, and what is said: what is wrong, and what would be right.
 WRONG: dict[str, tuple[Any, str]] = {
@@ -87,7 +87,7 @@ def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_full_disk_names_the_path(words, named, home, tmp_path, monkeypatch):
     if "/c/" in named:
         monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "c"))
-    monkeypatch.setattr(checkpoint, "LAST_RETRIES", (0.0,))
+    monkeypatch.setattr(run_folder, "LAST_RETRIES", (0.0,))
     filled = [w.replace("{}", str(home)).replace("{out}", str(tmp_path)) for w in words.split()]
     with full(4096):
         ended = call(filled, writes=[tmp_path], keeps=home)

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from protoclip.cli import COMMANDS
 from protoclip.cli.spec import options
 from protoclip.training import run
+from protoclip.training.folder import to_toml
 from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import to_toml
 from testing import tiny_config, tiny_pairs
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"

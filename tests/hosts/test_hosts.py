@@ -17,9 +17,8 @@ from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
-from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.training.folder import CheckpointWriter, to_toml
 from protoclip.training.run import train
-from protoclip.training.run_folder import to_toml
 from protoclip.training.trainer import Trainer
 from testing import tiny_config
 from tiny_align import tiny_alignment, weights_of
@@ -99,13 +98,13 @@ def test_two_hosts_judge_embed_and_align_as_one_process(undisturbed, tmp_path, m
 
     def work(out: Path) -> None:
         out.mkdir(exist_ok=True)
-        judged = out / f"{collectives.launched()[0]}.json"
+        judged = out / f"{collectives.read_launcher()[0]}.json"
         with judged.open("w") as file, redirect_stdout(file):
             cli.main(["evaluate", run, "--data", data, "--json", "--no-cache"])
         embed = ["embed-teacher", "--teacher", run, "--data.train", data]
         cli.main([*embed, "--out", str(out / "teacher")])
         cli.main([*aligned, str(out / "aligned"), "--align.features", str(out / "store")])
-        if collectives.launched()[1] > 1:
+        if collectives.read_launcher()[1] > 1:
             cli.main([*aligned, str(out / "apart")])
 
     work(tmp_path / "one")

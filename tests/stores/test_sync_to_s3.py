@@ -91,20 +91,6 @@ def test_a_server_that_goes_on_failing_costs_warnings(store, hasty, config, tmp_
     assert [damage(path) for path in checkpoints(tmp_path / "elsewhere")] == [None]
 
 
-def test_a_fetch_that_is_cut_short_is_one_line_and_is_done_again(store, hasty, config, tmp_path):
-    """Nothing that is half there is taken for a run."""
-    run.train(config)
-    elsewhere = with_out(config, str(tmp_path / "elsewhere"))
-    store.fail("reset", on="GET /bucket/runs/a/checkpoints/step-000000002/model")
-    with pytest.raises(
-        ValueError, match=r"^run\.sync: s3://bucket/runs/a: [^\n]*Connection[^\n]*$"
-    ):
-        run.train(elsewhere, resume="auto")
-    assert checkpoints(tmp_path / "elsewhere") == []
-    store.fail()
-    assert run.train(elsewhere, resume="auto")["steps"] == 2
-
-
 def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):
     """As of an empty variable; s3fs writes to a folder without a name, and lists nothing there."""
     url = f"{store.url}//runs//a"
@@ -114,9 +100,3 @@ def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, c
     elsewhere = with_out(twice, str(tmp_path / "elsewhere"))
     run.train(elsewhere, resume="auto")
     assert f"step-000000002 fetched from {url}" in capsys.readouterr().err
-
-
-def test_a_store_that_does_not_list_what_it_took_ends_a_run(store, config, monkeypatch):
-    monkeypatch.setattr("s3fs.S3FileSystem.find", lambda *_, **__: [])
-    with pytest.raises(ValueError, match="what was written there is not listed; check name"):
-        run.train(config)

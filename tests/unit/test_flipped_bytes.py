@@ -22,9 +22,8 @@ from protoclip.encode.teachers import read_teacher, write_folder
 from protoclip.evaluation.features import StoredList, read_list, write_list
 from protoclip.evaluation.metrics import SampleResults
 from protoclip.files import read_toml
-from protoclip.training.checkpoint import newest_intact
+from protoclip.training.folder import find_newest_intact, inspect_folder
 from protoclip.training.plan import resolve_settings
-from protoclip.training.run_folder import look
 from testing import tiny_config, tiny_pairs
 
 IDS = [f"sample/{row}" for row in range(12)]
@@ -225,8 +224,8 @@ def test_a_byte_in_each_file_of_a_run_is_noticed(
         notes: list[str] = []
         errors = []
         for use in (
-            lambda: newest_intact(folder, notes),
-            lambda: look(resolve_settings(config), resume=True),
+            lambda: find_newest_intact(folder, notes),
+            lambda: inspect_folder(resolve_settings(config), resume=True),
             lambda: [SampleResults.read(path) for path in folder.glob("results/*.parquet")],
         ):
             try:

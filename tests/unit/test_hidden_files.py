@@ -11,8 +11,8 @@ from protoclip.data import sources
 from protoclip.data.tools import pack
 from protoclip.encode import teachers
 from protoclip.export.run import stage_folder
+from protoclip.training.folder import claim_folder, inspect_folder
 from protoclip.training.plan import resolve_settings
-from protoclip.training.run_folder import claimed, look
 from testing import tiny_pairs
 
 USERS = (".model.2025-backup/w.bin", ".git/sub/.a.tmp", ".git/.b.99.tmp", ".mine.tmp", ".model.txt")
@@ -26,7 +26,7 @@ def packed(out: Path) -> None:
 
 
 def run(out: Path) -> None:
-    with claimed(out, resume=True):
+    with claim_folder(out, resume=True):
         pass
 
 
@@ -66,7 +66,7 @@ def test_no_run_begins_among_hidden_files_of_others(tmp_path: Path) -> None:
     outlined = resolve_settings(Config(run=RunConfig(out=str(tmp_path))))
     for name in (".lock", ".config.toml.99.tmp"):
         (tmp_path / name).write_text("")
-    assert not look(outlined, resume=True).is_begun
+    assert not inspect_folder(outlined, resume=True).is_begun
     (tmp_path / ".env").write_text("")
     with pytest.raises(ValueError, match="run folder exists"):
-        look(outlined, resume=True)
+        inspect_folder(outlined, resume=True)

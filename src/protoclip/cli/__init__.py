@@ -89,7 +89,9 @@ PRINT_RESULTS = ("evaluate", "compare", "match", "data inspect")
 PATIENCE = 5.0
 
 
-@signals.handled(signals.end, [number for number in signals.STOPPING if number != signal.SIGINT])
+@signals.handle_signals(
+    signals.end_process, [number for number in signals.STOPPING if number != signal.SIGINT]
+)
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
     output = protect_streams()
@@ -158,7 +160,7 @@ def fail(error: Exception, command: str) -> NoReturn:
     if "torch" in sys.modules or {"RANK", "SLURM_PROCID"} & os.environ.keys():
         from protoclip.distributed import collectives
 
-        rank, together = collectives.launched()[0], collectives.is_distributed()
+        rank, together = collectives.read_launcher()[0], collectives.is_distributed()
         silent = isinstance(error, collectives.RaisedOnAnotherRank)
     message: str | None = str(error).strip()
     if isinstance(error, ValueError):
@@ -169,19 +171,19 @@ def fail(error: Exception, command: str) -> NoReturn:
             message = f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
     else:
         from protoclip.data.loader import describe_killed_worker
-        from protoclip.training.guard import out_of_memory
+        from protoclip.training.watch import describe_out_of_memory
 
-        message, code = out_of_memory(error, less_memory(command)), 1
+        message, code = describe_out_of_memory(error, less_memory(command)), 1
         if message is None and isinstance(error, RuntimeError):
             message = describe_killed_worker(error)
         if message is None and not together:
             raise error
         if message is None:
-            why = collectives.reason(error)
+            why = collectives.describe_failure(error)
             message = f"another rank has ended or does not answer ({why})"
     if silent or (rank and not together):
         # The launcher ends this process when rank 0 ends; the code stays that of the failure.
-        with signals.handled(lambda _: os._exit(code)):
+        with signals.handle_signals(lambda _: os._exit(code)):
             time.sleep(PATIENCE)
     if not silent:
         say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")

@@ -91,7 +91,7 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
 
     `recipes/emoji_*.toml` are the same runs with 20 passes.
     """
-    from protoclip.training.run_folder import slug
+    from protoclip.training.folder import slugify
 
     losses = {
         "CLIP": (LossConfig(prototypical=0.0), TeacherConfig()),
@@ -100,7 +100,7 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     }
     return {
         name: Config(
-            run=RunConfig(name=name, seed=seed, out=f"{out}/{slug(name)}" if out else None),
+            run=RunConfig(name=name, seed=seed, out=f"{out}/{slugify(name)}" if out else None),
             episodes=EpisodeConfig(count=EPISODES),
             loss=loss,
             teacher=teacher,

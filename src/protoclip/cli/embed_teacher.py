@@ -64,7 +64,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
                 num_samples=self.num_samples,
                 threads=None if self.data.workers == "auto" else self.data.workers,
             )
-        if collectives.launched()[0] > 0:
+        if collectives.read_launcher()[0] > 0:
             return
         if self.json:
             print(to_json(facts, indent=2))

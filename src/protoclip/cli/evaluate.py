@@ -97,7 +97,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
                 for record in (result.record for result in results):
                     record |= counts.get((reference, record["dataset"]), {})
                 by_model[reference] = compare.add_means(results)
-        if collectives.launched()[0] > 0:
+        if collectives.read_launcher()[0] > 0:
             return
         if self.compare_to is not None:
             first = by_model.pop(self.compare_to)

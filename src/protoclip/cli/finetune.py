@@ -42,9 +42,9 @@ class Finetune(Config, Recipes, JsonOption):
         require_named_pairs(settings, "fine-tuning")
         results = perform("finetune", settings, alpha=self.alpha, resume=self.resume)
         from protoclip.distributed import collectives
-        from protoclip.training.wise_ft import read_record
+        from protoclip.training.evaluate import read_record
 
-        if {"stopped", "overfit"} & results.keys() or collectives.launched()[0] > 0:
+        if {"stopped", "overfit"} & results.keys() or collectives.read_launcher()[0] > 0:
             show_results(results, as_json=self.json)
             return
         folder = Path(results["folder"])
@@ -76,12 +76,11 @@ class Finetune(Config, Recipes, JsonOption):
 def show_sweep(record: Mapping[str, Any]) -> None:
     """Print a table of the sweep: one row an alpha, one column a data set."""
     from protoclip.results.table import Cell, Row, Table, print_table
-    from protoclip.training.wise_ft import data_sets
 
     points = record["points"]
     if not points:
         return
-    names, rows = data_sets(points), []
+    names, rows = [*points[0]["scores"]], []
     for point in points:
         mark = "*" if point["alpha"] == record["alpha"] else ""
         values = [*(point["scores"][name] for name in names), point["mean"]]

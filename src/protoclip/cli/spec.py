@@ -163,7 +163,7 @@ def open_device(name: str = "auto") -> "torch.device":
     from protoclip.distributed import collectives
 
     torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
-    return collectives.device(name, setting="device" if name == "auto" else "--device")
+    return collectives.choose_device(name, setting="device" if name == "auto" else "--device")
 
 
 # From words to a command

@@ -57,7 +57,7 @@ def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = 
     """
     from protoclip.distributed import collectives
 
-    if collectives.launched()[0] > 0:
+    if collectives.read_launcher()[0] > 0:
         exit_if_stopped(results)
         return
     if as_json:

@@ -545,7 +545,7 @@ def iterate_items(loader: DataLoader[T]) -> Iterator[T]:
     """
     try:
         loader.worker_init_fn = signals.obey_parent
-        with signals.blocked():
+        with signals.block_signals():
             items = iter(loader)
         yield from items
     except RuntimeError as error:

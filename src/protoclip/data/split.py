@@ -44,7 +44,7 @@ from protoclip.data.pairs import (
     flat_texts,
     split_by_source,
 )
-from protoclip.distributed.cores import cores
+from protoclip.distributed.collectives import count_cores
 from protoclip.files import checksum, in_turn, open_local, replacing
 from protoclip.progress import Progress
 from protoclip.terminal import visible
@@ -332,7 +332,7 @@ class _Copies:
 
         progress = Progress("comparing thumbnails", len(looks))
         for first in range(0, len(looks), BLOCK):
-            _run_threads(look, range(first, min(first + BLOCK, len(looks))), threads=cores())
+            _run_threads(look, range(first, min(first + BLOCK, len(looks))), threads=count_cores())
             if progress.total > BLOCK:
                 progress.update(min(first + BLOCK, len(looks)))
         return looks

@@ -24,7 +24,7 @@ from protoclip.data.pairs import (
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import list_notes
 from protoclip.data.split import count_repeated_images
-from protoclip.distributed.cores import cores
+from protoclip.distributed.collectives import count_cores
 
 LOOKED_AT, DECODED = 256, 32  # samples of a source that are looked at, and that are decoded
 READERS = 16  # threads; the images may be behind URLs
@@ -155,7 +155,7 @@ def choose_workers(
     """
     if data.workers != "auto":
         return data.workers, None
-    number = cores()
+    number = count_cores()
     why = "the cores of this host over its ranks"
     if number == 1:
         number, why = 0, "since this rank has one core"

@@ -32,7 +32,7 @@ from protoclip.data.loader import iterate_items, read_image
 from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.shards import ShardStream
 from protoclip.data.summary import choose_context_length
-from protoclip.distributed.cores import cores
+from protoclip.distributed.collectives import count_cores
 from protoclip.files import (
     left_by_killed,
     locked,
@@ -111,7 +111,7 @@ def inspect(
     Raises `ValueError` if a worker was killed.
     """
     parts = _divide(source, samples, seed)
-    workers = cores() if workers is None else workers
+    workers = count_cores() if workers is None else workers
     loader: DataLoader[list[Measures | BadSample]] = DataLoader(
         parts,  # type: ignore[arg-type]
         batch_size=None,

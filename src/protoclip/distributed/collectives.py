@@ -8,10 +8,10 @@ import gc
 import os
 import re
 import socket
-import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import import_module
@@ -24,10 +24,8 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-
-from protoclip.distributed.waits import WAITS
 
 Result = TypeVar("Result")
 # How long a rank waits for the tensors of another: within a step ranks do equal work.
@@ -36,9 +34,12 @@ TIMEOUT = timedelta(minutes=10)
 # hours: its host indexes the data, or it has the larger share to embed. A rank that ends is noticed
 # at once all the same, since gloo's connections to it close; a host that is gone, after `TIMEOUT`.
 WORK_TIMEOUT = timedelta(days=7)
+CGROUPS = Path("/sys/fs/cgroup")
 # How many seconds a file of another host may be unseen: NFS looks anew after 60 at most.
 UNSEEN = 60.0
-# The gloo group for these. It does not wait for a GPU either.
+# How many groups this process has joined: the store of torchrun still has the keys of earlier ones.
+_groups = 0
+# The gloo group for these waits. It does not wait for a GPU either.
 _hosts: dist.ProcessGroup | None = None
 # The gloo group of a thread that works beside the training, whose own order of collectives is none
 # of that thread's; and whether this thread is such a one.
@@ -46,9 +47,54 @@ _background: dist.ProcessGroup | None = None
 _beside = ContextVar("_beside", default=False)
 # Whether this thread is in a function that one rank alone may leave by an exception.
 _alone = ContextVar("_alone", default=False)
+# Pairs of events that may wait to be read; reading those that are past costs a step nothing.
+MOST_UNREAD = 256
 
 
-def launched() -> tuple[int, int, int]:
+class Waits:
+    """Adds up the seconds that pass within `count`, on the device of the values."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._unread: deque[tuple[Any, Any]] = deque()
+
+    def count(self, values: Tensor) -> AbstractContextManager[None]:
+        if torch.compiler.is_compiling():  # a clock would be a constant of the compiled code
+            return nullcontext()
+        return self._on_card() if values.device.type == "cuda" else self._on_cpu()
+
+    @contextmanager
+    def _on_cpu(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - began
+
+    @contextmanager
+    def _on_card(self) -> Iterator[None]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        yield
+        end.record()
+        self._unread.append((start, end))
+        if len(self._unread) > MOST_UNREAD:
+            self._read()
+
+    def _read(self) -> None:
+        while self._unread and self._unread[0][1].query():
+            start, end = self._unread.popleft()
+            self._seconds += start.elapsed_time(end) / 1000
+
+    def take_seconds(self) -> float:
+        """The seconds since the last call; of a card, as far as it is known to have come."""
+        self._read()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+WAITS = Waits()  # of this process
+
+
+def read_launcher() -> tuple[int, int, int]:
     """Rank, world size and rank on this host, as the launcher says; (0, 1, 0) without one."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -67,26 +113,28 @@ def process_group(device: torch.device) -> Iterator[None]:
     Raises:
         ValueError: Two ranks have the same GPU, or ranks do not reach each other.
     """
-    global _hosts, _background
-    rank_, size, _ = launched()
+    global _groups, _hosts, _background
+    rank_, size, _ = read_launcher()
     if size == 1:
         yield
         return
     by_srun = "SLURM_STEP_NODELIST" in os.environ
     if by_srun and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = first_host(os.environ["SLURM_STEP_NODELIST"])
+        os.environ["MASTER_ADDR"] = find_first_host(os.environ["SLURM_STEP_NODELIST"])
     if by_srun and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(port_of_step())
+        os.environ["MASTER_PORT"] = str(choose_port())
     # PyTorch imports this module when it is needed. Its functions have the group of that moment as
     # a default and keep it for ever; its threads would then meet the end of the interpreter, which
     # can end in SIGABRT after all work is done.
     import_module("torch.distributed.nn")
 
     on_gpu = device.type == "cuda"
+    _groups += 1
     try:
+        store, _, _ = next(rendezvous("env://", rank_, size, timeout=TIMEOUT))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=new_store(rank_, size),
+            store=PrefixStore(f"protoclip/{_groups}", store),
             rank=rank_,
             world_size=size,
             timeout=TIMEOUT,
@@ -102,8 +150,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
             raise
         raise ValueError(
-            f"the ranks do not reach each other ({reason(error)}); where hosts have several "
-            "networks, name the one to use in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+            f"the ranks do not reach each other ({describe_failure(error)}); where hosts have "
+            "several networks, name one in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from error
     notice_lost_hosts()
     yield
@@ -134,37 +182,6 @@ def in_background() -> Iterator[dist.ProcessGroup | None]:
         _beside.reset(entered)
 
 
-def new_store(rank: int, size: int) -> Store:
-    """The launcher's store, with a prefix of keys that no earlier start used.
-
-    torchrun has one store for all its restarts, and there a rank would meet the addresses of ranks
-    that were killed. So rank 0 answers what the others ask until each has its prefix. Ranks wait
-    here and not in the store of torchrun, where signals are not heard.
-
-    Raises:
-        RuntimeError: Another rank does not come within `TIMEOUT`.
-    """
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
-    name, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
-    answer, waits = f"protoclip/answer/{name}", set(range(1, size))
-    if rank:
-        store.set(f"protoclip/asks/{rank}", name)
-    while not store.check([answer]) if rank else waits:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {0 if rank else min(waits)} has not come")
-        for other in sorted(waits) if rank == 0 else ():
-            asks = f"protoclip/asks/{other}"
-            if store.check([f"protoclip/has/{name}/{other}"]):
-                waits.remove(other)
-            elif store.check([asks]):  # perhaps of a rank that is gone
-                store.set(f"protoclip/answer/{store.get(asks).decode()}", name)
-        time.sleep(0.01)
-    prefix = store.get(answer).decode() if rank else name
-    if rank:
-        store.set(f"protoclip/has/{prefix}/{rank}", "")
-    return PrefixStore(prefix, store)
-
-
 def notice_lost_hosts() -> None:
     """End connections of this process over which nothing has come for `TIMEOUT`, on Linux.
 
@@ -175,30 +192,29 @@ def notice_lost_hosts() -> None:
     options = {"TCP_KEEPIDLE": max(1, seconds // 10), "TCP_KEEPINTVL": max(1, seconds // 10)}
     options["TCP_USER_TIMEOUT"] = 1000 * seconds
     for file in Path("/proc/self/fd").glob("*"):
-        with suppress(OSError):
-            if not stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
-                continue
+        if not file.is_socket():
+            continue
+        # One that is none of TCP raises.
         with suppress(OSError), socket.socket(fileno=os.dup(int(file.name))) as connection:
-            if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in options.items():
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            for name, value in options.items():
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-def reason(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
     """What gloo or a store says, without where in its source and what else may be the matter."""
     first = str(error).strip().partition("\n")[0]
     return re.sub(r"\[/[^\]]*\] ", "", first).partition(". This is typically")[0]
 
 
-def first_host(nodes: str) -> str:
+def find_first_host(nodes: str) -> str:
     """First host of a SLURM list such as `gpu[003-006,9],login1` or `rack[1-2]n[01-03]`."""
     first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)  # up to a comma that is in no bracket
     assert first is not None, nodes
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
-def port_of_step() -> int:
+def choose_port() -> int:
     """A port that follows from SLURM's numbers of the job and of the step: a sweep may start
     several steps of one job on the same hosts."""
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0))
@@ -217,7 +233,7 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def _meet() -> None:
+def _check_place() -> None:
     """Check that a collective may begin here. One rank checks it too, so that every test does."""
     assert not _alone.get(), (
         "a collective within raise_on_all_ranks or rank0_first: a rank that raises before it "
@@ -227,36 +243,36 @@ def _meet() -> None:
 
 def all_reduce(values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
     """Elementwise sum or maximum over ranks, the same bits on each; no gradient."""
-    _meet()
+    _check_place()
     if world_size() == 1:
         return values
     result = values.detach().clone(memory_format=torch.contiguous_format)
-    with WAITS.counted(result):
+    with WAITS.count(result):
         dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
     return result
 
 
 def broadcast(values: Tensor) -> None:
     """Copy rank 0's values to all ranks, in place."""
-    _meet()
+    _check_place()
     if world_size() > 1:
-        with WAITS.counted(values):
+        with WAITS.count(values):
             dist.broadcast(values, 0)
 
 
 def all_gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """The rows of all ranks, rank after rank. Ranks may differ in number of rows. No gradient."""
-    _meet()
+    _check_place()
     if world_size() == 1:
         return rows
     sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    with WAITS.counted(rows):
+    with WAITS.count(rows):
         dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
     counts = [int(size) for size in sizes]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in counts]
-    with WAITS.counted(rows):
+    with WAITS.count(rows):
         dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
@@ -269,21 +285,21 @@ def all_gather_with_gradient(rows: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "B 
     # torch 2.13 renamed it; earlier versions do not have the new name.
     new = "all_gather_single_autograd"
     gather = getattr(functional, new if hasattr(functional, new) else "all_gather_tensor_autograd")
-    with WAITS.counted(rows):
+    with WAITS.count(rows):
         gathered: Tensor = functional.wait_tensor(gather(rows, 0, dist.group.WORLD))  # type: ignore[no-untyped-call]
     return gathered
 
 
 def pass_on(values: Tensor) -> Tensor:
     """The values of the rank before, while this rank's go to the one after it. No gradient."""
-    _meet()
+    _check_place()
     if world_size() == 1:
         return values
     received = torch.empty_like(values, memory_format=torch.contiguous_format)
     after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
     sends = dist.P2POp(dist.isend, values.detach().contiguous(), after)
     receives = dist.P2POp(dist.irecv, received, before)
-    with WAITS.counted(received):
+    with WAITS.count(received):
         for request in dist.batch_isend_irecv([sends, receives]):
             request.wait()
     return received
@@ -291,7 +307,7 @@ def pass_on(values: Tensor) -> Tensor:
 
 def all_gather_object(value: Any) -> list[Any]:
     """A small object of each rank, in the order of ranks."""
-    _meet()
+    _check_place()
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -302,17 +318,17 @@ def all_gather_object(value: Any) -> list[Any]:
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:
     """Whether each flag is set on any rank. Does not wait for a GPU."""
-    _meet()
+    _check_place()
     if world_size() == 1:
         return list(flags)
     values = torch.tensor(flags, dtype=torch.int32)
     # With cards only the host waits here, and they go on.
-    with WAITS.counted(values) if dist.get_backend() == "gloo" else nullcontext():
+    with WAITS.count(values) if dist.get_backend() == "gloo" else nullcontext():
         dist.all_reduce(values, dist.ReduceOp.MAX, group=_hosts)
     return [bool(value) for value in values.tolist()]
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Wait until every rank is here, for as long as it may work alone: not with `TIMEOUT`."""
     any_rank([False])
 
@@ -328,7 +344,7 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. No
     collective may be in the function: this one included, they refuse.
     """
-    _meet()
+    _check_place()
     error: Exception | None = None
     entered = _alone.set(True)
     try:
@@ -367,53 +383,49 @@ def rank0_first(function: Callable[[], Result]) -> Result:
     return all_gather_object(result)[0]  # type: ignore[no-any-return]
 
 
-def require_shared(path: Path, *, by: str, written: bool = False) -> None:
-    """Refuse a file that rank 0 has and that is not the same for all ranks. Collective.
+def require_shared(path: Path, *, by: str) -> None:
+    """Refuse a folder, or the folder of a file, that the hosts do not see as one. Collective.
 
-    With `written`, to which all ranks will write, the hosts have to see its folder as one: equal
-    files may be left there of earlier starts, in which other hosts had rank 0.
+    Equal files may be left there of earlier starts, so rank 0 writes one that is new.
 
     Raises:
         ValueError: The hosts have file systems of their own there; names what sets the place.
     """
     if world_size() == 1:
         return
-    wanted = {path: rank0_first(path.read_bytes)}
-    if written:
-        name, token = rank0_first(lambda: (f".{path.name}.{os.getpid()}.tmp", uuid4().hex.encode()))
-        rank0_first(lambda: path.with_name(name).write_bytes(token))
-        wanted[path.with_name(name)] = token
-    try:
-        _require_seen(wanted, path, by)
-    finally:
-        if written and rank() == 0:
-            path.with_name(name).unlink(missing_ok=True)
 
+    def write() -> tuple[str, str]:
+        name, content = f".{path.name}.{os.getpid()}.tmp", uuid4().hex
+        path.with_name(name).write_text(content)
+        return name, content
 
-def _require_seen(wanted: Mapping[Path, bytes], path: Path, by: str) -> None:
-    """Wait until all ranks see these files with these contents, or raise."""
+    name, content = rank0_first(write)
+    token = path.with_name(name)
 
-    def compare() -> None:
+    def look() -> None:
         deadline = time.monotonic() + UNSEEN
-        while any(not p.is_file() or p.read_bytes() != c for p, c in wanted.items()):
+        while not token.is_file() or token.read_text() != content:
             if time.monotonic() > deadline:
-                host = socket.gethostname()
                 raise ValueError(
-                    f"{path}: {host} does not see it as rank 0 does; name a place that all hosts "
-                    f"share by {by}"
+                    f"{path}: {socket.gethostname()} does not see it as rank 0 does; name a place "
+                    f"that all hosts share by {by}"
                 )
             time.sleep(0.1)
 
-    raise_on_all_ranks(compare)
+    try:
+        raise_on_all_ranks(look)
+    finally:
+        if rank() == 0:
+            token.unlink(missing_ok=True)
 
 
-def device(name: str, *, setting: str = "run.device") -> torch.device:
+def choose_device(name: str, *, setting: str = "run.device") -> torch.device:
     """The device of this name; `auto` is a GPU if there is one.
 
     Raises:
         ValueError: It cannot be used; names the setting.
     """
-    _, size, local_rank = launched()
+    _, size, local_rank = read_launcher()
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -432,3 +444,38 @@ def device(name: str, *, setting: str = "run.device") -> torch.device:
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def count_cores() -> int:
+    """The cores of this host that this rank may use: its share, at least one.
+
+    Affinity and control groups (containers, SLURM) may grant a process fewer than the host has.
+    """
+    env = os.environ
+    can_ask = hasattr(os, "sched_getaffinity")  # not on macOS
+    granted = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+    granted = min(granted, read_quota() or granted)
+    if "LOCAL_WORLD_SIZE" in env:  # of torchrun, whose ranks share its cores
+        return max(1, granted // int(env["LOCAL_WORLD_SIZE"]))
+    if world_size() > 1 and "SLURM_STEP_TASKS_PER_NODE" in env:
+        # SLURM's short form of a number for each node: `8(x2),4` is 8, 8, 4.
+        parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])
+        ranks = [int(count) for count, repeats in parts for _ in range(int(repeats or 1))]
+        here = ranks[int(env.get("SLURM_NODEID", 0))]
+        # srun may have bound each rank to cores of its own; then they are its share already.
+        return max(1, min(granted, int(env.get("SLURM_CPUS_ON_NODE", granted)) // here))
+    return max(1, granted // world_size())
+
+
+def read_quota() -> int | None:
+    """Whole cores that control groups grant this process; None without a limit."""
+    group = "/"
+    with suppress(OSError):
+        text = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+        group = next(re.finditer(r"^0::(/.*)$", text, re.MULTILINE), ["", "/"])[1]
+    limits = []
+    for folder in (below := Path(group.lstrip("/"))), *below.parents:
+        with suppress(OSError, ValueError):  # a group without a limit has the quota "max"
+            most, period = (CGROUPS / folder / "cpu.max").read_text(encoding="utf-8").split()
+            limits.append(int(most) // int(period))
+    return max(1, min(limits)) if limits else None

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -36,11 +36,7 @@ from protoclip.distributed.collectives import (
 
 # Lists of a transformer's layers in open_clip, timm and `transformers`.
 LAYERS = ("resblocks", "blocks", "layers", "layer")
-FORWARDS = (
-    "encode_image",
-    "encode_text",
-    "embeddings",
-)  # methods that are called besides `forward`
+FORWARDS = ("encode_image", "encode_text", "embeddings")  # that are called besides `forward`
 # Whole tensors on the CPU of rank 0; on the devices one at a time.
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -144,7 +140,7 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     return unreduced
 
 
-def unhidden_seconds(module: nn.Module) -> float:
+def measure_unhidden(module: nn.Module) -> float:
     """How long a step waits for the average of gradients when its backward pass is over.
 
     DDP's own measurement of the last step that it measured: the first ten, and each hundredth.
@@ -192,40 +188,37 @@ def clip_gradients(model: nn.Module, most: float) -> Tensor:
     return norm
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's whole weights on rank 0; empty on other ranks. Collective."""
-    return copies(states.get_model_state_dict(model, options=WHOLE))
+    return clone_and_free(states.get_model_state_dict(model, options=WHOLE))
 
 
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of the optimizer's whole state, as `name/moment`; empty on other ranks. Collective."""
-    state_dict: dict[str, Any] = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    state = state_dict.get("state", {})
-    return copies(
-        {f"{name}/{key}": state[name].pop(key) for name in state for key in [*state[name]]}
-    )
-
-
-def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
+def clone_and_free(tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Copies, since on a CPU these are the live tensors. Each original is freed once copied."""
     return {name: tensors.pop(name).detach().clone() for name in list(tensors)}
 
 
-def own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of what this rank saves: `weights`, or its parts of a sharded model's.
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of what this rank saves: `gather_weights`, or its parts of a sharded
+    model's.
 
     Parts are DTensors, and no rank gathers them; what is not sharded is the same on all ranks.
     """
     if not is_sharded(model):
-        return weights(model)
+        return gather_weights(model)
     reshard(model)
     return {name: cpu_copy(value) for name, value in model.state_dict().items()}
 
 
-def own_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies on the CPU of what this rank saves: `moments`, or its parts as in `own_weights`."""
+def copy_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies on the CPU of what this rank saves of the optimizer, as `name/moment`: all of it on
+    rank 0, or its parts as in `copy_weights`. Collective."""
     if not is_sharded(model):
-        return moments(model, optimizer)
+        whole: dict[str, Any] = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        state = whole.get("state", {})
+        return clone_and_free(
+            {f"{name}/{key}": state[name].pop(key) for name in state for key in [*state[name]]}
+        )
     reshard(model)
     return {
         f"{name}/{moment}": cpu_copy(value)
@@ -243,12 +236,12 @@ def are_parts(tensors: Mapping[str, Tensor]) -> bool:
     return any(isinstance(value, DTensor) for value in tensors.values())
 
 
-def parts_to_fill(
+def make_parts(
     model: nn.Module, moments: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A sharded model's weights and moments for this rank to read its parts into, on its device.
 
-    `moments` have the shapes and types of all moments, by the names of `own_moments`.
+    `moments` have the shapes and types of all moments, by the names of `copy_moments`.
     """
     reshard(model)
     weights = {name: torch.empty_like(value) for name, value in model.state_dict().items()}
@@ -263,12 +256,6 @@ def parts_to_fill(
     return weights, state
 
 
-def from_rank0(*, strict: bool = True) -> states.StateDictOptions:
-    return states.StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=world_size() > 1, strict=strict
-    )
-
-
 def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Load whole weights, which only rank 0 needs to hold, or each rank's parts. Collective."""
     reshard(model)
@@ -276,57 +263,32 @@ def load_weights(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
         for name, value in model.state_dict().items():
             value.copy_(whole[name])
         return
-    states.set_model_state_dict(model, dict(whole), options=from_rank0())
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+    states.set_model_state_dict(model, dict(whole), options=options)
 
 
 def load_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, whole: Mapping[str, Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
 ) -> None:
-    """Load what `moments` returned, which only rank 0 needs to hold, or each rank's parts.
+    """Load what `copy_moments` returned, which only rank 0 needs to hold, or each rank's parts.
 
     Collective.
     """
-    state: dict[str, Any] = {}
-    for key, value in whole.items():
+    reshard(model)
+    optimizer.state.clear()
+    parameters, have_parts = dict(model.named_parameters()), are_parts(moments)
+    facts = {key: (value.shape, value.dtype) for key, value in moments.items()}
+    for key, (shape, dtype) in (facts if have_parts else all_gather_object(facts)[0]).items():
         name, _, moment = key.rpartition("/")
-        state.setdefault(name, {})[moment] = value
-    if are_parts(whole):
-        reshard(model)
-        optimizer.state.clear()
-        for name, parameter in model.named_parameters():
-            if name in state:
-                optimizer.state[parameter] = state[name]
-        return
-    saved_names: set[str] = set(all_gather_object([*whole])[0])
-    named = [*model.named_parameters()]
-    trained = [parameter for name, parameter in named if f"{name}/step" in saved_names]
-    new = [parameter for name, parameter in named if f"{name}/step" not in saved_names]
-    if all(parameter.ndim == 0 for parameter in trained):
-        # Torch takes its device from a moment that is no scalar. Scalars are whole on all ranks.
-        state = all_gather_object(state)[0]
-        optimizer.state.clear()
-        for name, parameter in named:
-            if name in state:
-                moments_of = {moment: value.to(parameter) for moment, value in state[name].items()}
-                optimizer.state[parameter] = moments_of
-        return
-    optimizer_state: dict[str, Any] = {}
-    if rank() == 0:
-        optimizer_state = {**states.get_optimizer_state_dict(model, optimizer), "state": state}
-    # PyTorch 2.9 asks for moments of every parameter that trains, so those without are frozen.
-    waiting = [parameter for parameter in new if parameter.requires_grad]
-    for parameter in waiting:
-        parameter.requires_grad_(False)
-    # Before it loads, torch makes moments by a step with learning rate 0.
-    states.set_optimizer_state_dict(
-        model, optimizer, optimizer_state, options=from_rank0(strict=False)
-    )
-    for parameter in waiting:
-        parameter.requires_grad_(True)
-    for parameter in new:
-        optimizer.state.pop(parameter, None)
-    for parameter in trained:
-        for moment, value in optimizer.state[parameter].items():
-            if value.ndim and not isinstance(value, DTensor):
-                # Fused AdamW walks through memory, so moments need their parameter's order there.
-                optimizer.state[parameter][moment] = torch.empty_like(parameter).copy_(value)
+        parameter = parameters[name].detach()
+        if have_parts or rank() == 0:
+            value = moments[key].to(parameter.device)
+        else:
+            value = torch.empty(shape, dtype=dtype, device=parameter.device)
+        if not have_parts and value.ndim and isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        elif not have_parts:
+            broadcast(value)
+            if value.ndim:  # fused AdamW walks through memory in the parameter's order
+                value = torch.empty_like(parameter, dtype=dtype).copy_(value)
+        optimizer.state[parameters[name]][moment] = value

@@ -135,7 +135,7 @@ def embed(
         newest = loading.pin_newest(reference)
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
-            device = collectives.device(device, setting="device")
+            device = collectives.choose_device(device, setting="device")
         model, aligned_by = freeze(model, device), find_aligned_run(newest, model)
         usual = resolve_encoding(precision, device)
         if aligned_by is not None and precision == "auto":

@@ -29,12 +29,12 @@ from protoclip.distributed.collectives import (
     all_gather,
     all_gather_object,
     any_rank,
+    count_cores,
     raise_on_all_ranks,
     rank,
     rank0_first,
     world_size,
 )
-from protoclip.distributed.cores import cores
 from protoclip.encode.encoder import Encoder, device_of
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.files import checksum, locked
@@ -340,7 +340,7 @@ def read_ahead(
             yield [(item, prepared(item)[0]) for item in unit]
         return
     failed, since, following = 0, 0.0, iter(units)  # remote images in a row, and since when
-    pool, reader = ThreadPoolExecutor(threads or cores()), ThreadPoolExecutor(1)
+    pool, reader = ThreadPoolExecutor(threads or count_cores()), ThreadPoolExecutor(1)
 
     def begin_next() -> "list[tuple[T, Future[Any]]] | None":
         unit = next(following, None)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,6 @@ from protoclip.models.checkpoint import is_aligned, read_config, read_prototypes
 from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
 from protoclip.models.start import find_start
 from protoclip.terminal import say
-from protoclip.training.run_folder import flat, positives_of
 
 SEARCH_PIXELS = 50_000_000  # of a query image; decoding takes 20 bytes a pixel
 MAX_QUERY = 1000  # characters of a query text
@@ -310,7 +309,7 @@ def open_explorer(
         encoded=encoded,
         heads=heads,
         teachers="" if config is None else config.uses_of_teachers,
-        positives="" if config is None else positives_of(flat(asdict(config))),
+        positives="" if config is None else config.loss.positives or "pair",
     )
 
 

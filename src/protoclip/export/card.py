@@ -45,7 +45,7 @@ from protoclip.prototypes.targets import back_translate
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import decimals, format_cell, markdown_lines
 from protoclip.terminal import line, visible, without_secrets
-from protoclip.training.run_folder import as_kept, flat, named_by, positives_of
+from protoclip.training.folder import flatten, list_names
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
 # Most pairs whose captions are read, and the number of captions of a prototype.
@@ -281,8 +281,8 @@ def write_card(
 ) -> None:
     """Write the model card; `facts` are what `export` returns."""
     run = None if source.checkpoint is None else run_of(source.checkpoint)
-    settings = as_kept(read_toml(run / SETTINGS)) if run else {}
-    name = flat(settings).get("run.name") or Path(facts["folder"]).name
+    settings = read_toml(run / SETTINGS) if run else {}
+    name = flatten(settings).get("run.name") or Path(facts["folder"]).name
     names = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
     libraries = [names[kind] for kind in facts["formats"] if kind in names]
     missing = facts["prototypes"]
@@ -339,7 +339,7 @@ def describe_settings(settings: Mapping[str, Any], checkpoint: Path | None) -> l
     """What a model was made of: start or towers, weights, teachers, data, positives, settings."""
     if not settings:
         return ["Not known: the model does not come from a run folder."]
-    values, rows = flat(settings), list[tuple[str, str]]()
+    values, rows = flatten(settings), list[tuple[str, str]]()
     if start := values.get("model.start") or values.get("model.name"):
         tag = f", weights `{visible(str(tag))}`" if (tag := values.get("model.pretrained")) else ""
         rows.append(("start", f"`{visible(str(start))}`{tag}"))
@@ -355,9 +355,9 @@ def describe_settings(settings: Mapping[str, Any], checkpoint: Path | None) -> l
         ("teachers", "teachers", "features", "teacher.features"),
         ("data", "data.sources", "path", "data.train"),
     ):
-        names = [f"`{visible(name)}`" for name in named_by(values, many, key, one)]
+        names = [f"`{visible(name)}`" for name in list_names(values, many, key, one)]
         rows.append((what, ", ".join(names) or "none"))
-    rows.append(("positives", f"`{visible(positives_of(values))}`"))
+    rows.append(("positives", f"`{visible(str(values.get('loss.positives', 'pair')))}`"))
     shown = {name: settings[name] for name in SECTIONS if settings.get(name)}
     lines = [*markdown_lines(["made of", ""], rows), ""]
     lines += ["```toml", tomli_w.dumps(shown).strip(), "```"]
@@ -409,7 +409,7 @@ def table_of_metrics(results: RunResults, settings: Mapping[str, Any]) -> list[s
 
 def name_validation(settings: Mapping[str, Any]) -> str:
     """Names the data of a run's metrics. Data that a setting names may be trained on, too."""
-    values = flat(settings)
+    values = flatten(settings)
     guards = values.get("run.guard")
     names = [values.get("data.validation"), *(guards if isinstance(guards, list) else [])]
     # A share is held out, and the emoji have splits of their own.

@@ -43,7 +43,7 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
 )
-from protoclip.distributed.parallel import is_sharded, parts_to_fill
+from protoclip.distributed.parallel import is_sharded, make_parts
 from protoclip.files import (
     checksum,
     file_checksum,
@@ -281,7 +281,7 @@ def read_checkpoint(folder: Path, model: nn.Module) -> dict[str, Any]:
     if has_shards(folder / WEIGHTS) and is_sharded(model):
         require_fit(folder, model, read_meta_tensors(folder / WEIGHTS))
         stored = read_meta_tensors(folder / OPTIMIZER)
-        state["model"], state["optimizer"] = parts_to_fill(model, stored)
+        state["model"], state["optimizer"] = make_parts(model, stored)
         for name, parts in ((WEIGHTS, state["model"]), (OPTIMIZER, state["optimizer"])):
             if parts:
                 fill_shards(folder / name, parts)

@@ -39,8 +39,8 @@ from protoclip.results.table import (
     write_minus,
 )
 from protoclip.terminal import visible
+from protoclip.training.folder import flatten, list_names, to_toml
 from protoclip.training.plan import make_plan
-from protoclip.training.run_folder import flat, named_by, positives_of, to_toml
 
 HERE = Path(__file__).parent
 LONGEST = 160  # characters of a name
@@ -262,9 +262,9 @@ def describe_run(run: RunFolder) -> dict[str, str]:
         "state": state,
         "seen": f"{seen:,}",
         "time": time if spent else "not known",
-        "data": ", ".join(named_by(run.settings, "data.sources", "path", "data.train")),
+        "data": ", ".join(list_names(run.settings, "data.sources", "path", "data.train")),
         "teachers": run.config.uses_of_teachers,
-        "positives": positives_of(run.settings),
+        "positives": str(run.settings.get("loss.positives", "pair")),
         "folder": str(run.folder),
     }
 
@@ -428,7 +428,8 @@ def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
     Shared ones are `(value, default of train)`; the default is `FOLLOWS` where `train` fills it.
     """
-    usual, empty = flat(tomllib.loads(to_toml(make_plan(Config()).config))), flat(asdict(Config()))
+    usual = flatten(tomllib.loads(to_toml(make_plan(Config()).config)))
+    empty = flatten(asdict(Config()))
     # Versions up to 1.0.0 left the source of prototypes open.
     settings = [{**run.settings, "prototypes.source": run.config.prototype_source} for run in runs]
     keys = sorted({key for values in settings for key in values} - set(NAMES_OF_RUN))

@@ -19,7 +19,7 @@ from protoclip.evaluation.paired import RunResults, explain_no_run, read_results
 from protoclip.files import read_json, read_local, read_toml
 from protoclip.models import checkpoint as saved
 from protoclip.results.compare import name_runs
-from protoclip.training.run_folder import as_kept, flat
+from protoclip.training.folder import flatten
 
 Numbers = npt.NDArray[np.float64]
 # A metric over the run: steps, and its value at each.
@@ -131,7 +131,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         return RunFolder(
             folder=folder,
             config=replace(config, data=replace(config.data, allow_links=allow_links)),
-            settings=flat(as_kept(read_toml(folder / saved.SETTINGS))),
+            settings=flatten(read_toml(folder / saved.SETTINGS)),
             curves=read_curves(folder, analysis),
             results=results,
             environment={name: str(value) for name, value in environment.items() if value},

@@ -11,13 +11,12 @@ import secrets
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,13 +25,10 @@ from torch import Tensor
 from protoclip.config import LOGGERS
 from protoclip.data.access import within
 from protoclip.distributed.collectives import all_reduce, world_size
-from protoclip.files import open_to_append, require_regular, to_json, write_atomically
+from protoclip.files import open_to_append, to_json, write_atomically
 from protoclip.terminal import say, without_secrets
-from protoclip.training.symptoms import Symptoms, Watch
+from protoclip.training.watch import Watch
 
-# Lines of metrics.jsonl to keep while they cannot be written; older ones are dropped.
-MOST_WAITING = 10_000
-LONGEST_LINE = 2**20  # bytes
 CLOSE_SECONDS = 60.0  # that a logger may take to end
 PROJECT = "protoclip"  # of W&B and Trackio; the experiment of MLflow
 MOST_PARAMETERS = 100  # that MLflow takes at once
@@ -75,9 +71,11 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, size: int) -> None:
-        self.path, self.size = path, whole_lines(path, size)
-        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self.path, self.size = path, size
+        self._waiting: list[bytes] = []
         self._warned = False
+        with suppress(OSError):  # a power failure may leave less than was written
+            self.size = path.read_bytes()[:size].rfind(b"\n") + 1
         self._append()
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -97,8 +95,6 @@ class JsonLines:
         try:
             # Opened each time, since a handle goes stale when a network file system is away for a
             # while, and some file systems report a failed write only when the file is closed.
-            if self.path.exists():
-                require_regular(self.path)
             with open_to_append(self.path) as file:
                 self.size = min(self.size, file.tell())
                 file.truncate(self.size)
@@ -108,27 +104,13 @@ class JsonLines:
                 except OSError:
                     file.truncate(self.size)  # in case this was the last attempt
                     raise
-        except (OSError, ValueError) as error:
+        except OSError as error:
             if not self._warned:
                 warn(self.path.name, f"{error}; training goes on, lines wait to be written")
             self._warned = True
             return
         self.size += len(data)
         self._waiting.clear()
-
-
-def whole_lines(path: Path, size: int) -> int:
-    """At most so many bytes of a file, up to the end of a line: a power failure may leave less than
-    was written."""
-    if size == 0 or not path.is_file():
-        return size
-    try:
-        with path.open("rb") as file:
-            end = min(size, file.seek(0, os.SEEK_END))
-            start = file.seek(max(0, end - LONGEST_LINE))
-            return start + file.read(end - start).rfind(b"\n") + 1
-    except OSError:  # the writer warns of it
-        return size
 
 
 class MetricsLog:
@@ -150,11 +132,11 @@ class MetricsLog:
         step: int = 0,
         names: Sequence[str] = ("tensorboard",),
         config: Mapping[str, Any] | None = None,
-        symptoms: Symptoms | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._lines = JsonLines(folder / "metrics.jsonl", size=size)
-        self._watch, self._symptoms = Watch(), symptoms
-        self._others = dict[str, Logger]()
+        self._watch = watch
+        self._loggers = dict[str, Logger]()
         for name in names:
             self._try(name, partial(self._start, name, folder, config or {}, step))
 
@@ -168,30 +150,26 @@ class MetricsLog:
         if not metrics:
             return
         self._lines.write({"step": step, "episode": episode, **metrics})
-        for name, other in [*self._others.items()]:
-            self._try(name, partial(other.write, step, metrics))
-        for warning in self._watch.warnings(step, metrics):
-            say(f"warning: {warning}")
-        for line in self._symptoms.lines(step, metrics) if self._symptoms is not None else ():
+        for name, logger in [*self._loggers.items()]:
+            self._try(name, partial(logger.write, step, metrics))
+        for line in self._watch.list_warnings(step, metrics) if self._watch is not None else ():
             say(f"warning: {line}")
 
     def close(self) -> None:
         self._lines.close()
-        while self._others:
-            name, other = self._others.popitem()
-            self._try(name, partial(self._end, other))
-
-    def _end(self, other: "Logger") -> None:
-        """Close a logger. One that hangs would hold the run, which hears no signal meanwhile."""
-        try:
-            within(CLOSE_SECONDS, other.close)
-        except TimeoutError:
-            raise TimeoutError(f"not done within {CLOSE_SECONDS:g} s of the end") from None
+        for name, logger in [*self._loggers.items()]:
+            # One that hangs would hold the run, which hears no signal meanwhile.
+            self._try(name, partial(within, CLOSE_SECONDS, logger.close))
+            self._loggers.pop(name, None)
 
     def _start(self, name: str, folder: Path, config: Mapping[str, Any], step: int) -> None:
-        self._others[name] = open_logger(name, folder, config=config, step=step)
+        kind: Any = KINDS.get(name)
+        if kind is None:
+            module, _, attribute = name.partition(":")
+            kind = getattr(import_module(module), attribute)
+        self._loggers[name] = kind(folder, config=config, step=step)
 
-    def _try(self, name: str, work: Callable[[], None]) -> None:
+    def _try(self, name: str, work: Callable[[], object]) -> None:
         try:
             with redirect_stdout(sys.stderr):  # standard output is for results
                 work()
@@ -199,8 +177,8 @@ class MetricsLog:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warn(name, f"{reason}; training goes on without it")
             with suppress(Exception), redirect_stdout(sys.stderr):
-                if other := self._others.pop(name, None):
-                    self._end(other)
+                if logger := self._loggers.pop(name, None):
+                    within(CLOSE_SECONDS, logger.close)
 
 
 def warn(name: str, reason: str) -> None:
@@ -210,7 +188,6 @@ def warn(name: str, reason: str) -> None:
 # Loggers
 
 
-@runtime_checkable
 class Logger(Protocol):
     """What `run.loggers` names. Whatever it raises costs a warning, and the logger.
 
@@ -281,7 +258,7 @@ class WeightsAndBiases(_Logged):
             project=PROJECT,
             dir=str(folder),
             # W&B ignores steps that it has already; a resumed run repeats them exactly.
-            id=kept_id(folder / "wandb" / "run-id", secrets.token_hex(8)),
+            id=keep_id(folder / "wandb" / "run-id", secrets.token_hex(8)),
             resume="allow",
             name=folder.name,
             config=dict(config),
@@ -293,7 +270,7 @@ class Trackio(_Logged):
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
         # Trackio knows runs by name alone.
-        name = kept_id(folder / "trackio" / "run-id", f"{folder.name}-{secrets.token_hex(4)}")
+        name = keep_id(folder / "trackio" / "run-id", f"{folder.name}-{secrets.token_hex(4)}")
         self._run = import_module("trackio").init(
             project=PROJECT, name=name, resume="allow", config=dict(config), embed=False
         )
@@ -305,35 +282,23 @@ class MLflow:
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:
         self._mlflow = import_module("mlflow")
         self._client = self._mlflow.MlflowClient()
-        identity = folder / "mlflow" / "run-id"
-        if identity.is_file() and not self._knows(identity.read_text(encoding="utf-8")):
-            # The folder came here without the store that the run was in, or that is elsewhere now.
-            lost = identity.with_name("run-id-not-found")
-            say(f"note: MLflow does not know this run; its name before is in {lost}")
-            identity.replace(lost)
-        if is_new := not identity.is_file():
-            known = self._client.get_experiment_by_name(PROJECT)
-            experiment = known.experiment_id if known else self._client.create_experiment(PROJECT)
-            made = self._client.create_run(experiment, run_name=folder.name).info.run_id
-        self.id = kept_id(identity, made if is_new else "")
-        if is_new:
-            settings = [
-                self._mlflow.entities.Param(f"{section}.{name}" if name else section, str(value))
-                for section, values in config.items()
-                for name, value in (values if isinstance(values, dict) else {"": values}).items()
-            ]
-            for first in range(0, len(settings), MOST_PARAMETERS):
-                some = settings[first : first + MOST_PARAMETERS]
-                self._client.log_batch(self.id, params=some)
-
-    def _knows(self, run: str) -> bool:
-        try:
-            self._client.get_run(run)
-        except Exception as error:  # MLflow's own
-            if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-        return True
+        path = folder / "mlflow" / "run-id"
+        with suppress(Exception):  # a new run, or a folder without the store that knows it
+            self.id = self._client.get_run(path.read_text(encoding="utf-8")).info.run_id
+            return
+        experiment = self._client.get_experiment_by_name(PROJECT)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT)
+        self.id = self._client.create_run(number, run_name=folder.name).info.run_id
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, self.id)
+        settings = [
+            self._mlflow.entities.Param(f"{section}.{name}" if name else section, str(value))
+            for section, values in config.items()
+            for name, value in (values if isinstance(values, dict) else {"": values}).items()
+        ]
+        for first in range(0, len(settings), MOST_PARAMETERS):
+            some = settings[first : first + MOST_PARAMETERS]
+            self._client.log_batch(self.id, params=some)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
@@ -354,17 +319,7 @@ class MLflow:
 KINDS = dict(zip(LOGGERS, (TensorBoard, WeightsAndBiases, MLflow, Trackio), strict=True))
 
 
-def open_logger(name: str, folder: Path, *, config: Mapping[str, Any], step: int) -> Logger:
-    """The logger of this name, or of a class of this name; raises whatever it raises."""
-    kind: Any = KINDS.get(name)
-    if kind is None:
-        module, _, attribute = name.partition(":")
-        kind = getattr(import_module(module), attribute)
-    made: Logger = kind(folder, config=config, step=step)
-    return made
-
-
-def kept_id(path: Path, new: str) -> str:
+def keep_id(path: Path, new: str) -> str:
     """The id in this file, under which an earlier start of the run has logged; or the new one."""
     if not path.is_file() or not path.read_text(encoding="utf-8"):  # or it was cut short
         path.parent.mkdir(exist_ok=True)

@@ -372,7 +372,7 @@ def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]
 def is_cpu(device: str) -> bool:
     """Whether a device is the CPU. One that is named need not be here: the plan may be for another
     machine."""
-    return device == "cpu" or (device == "auto" and collectives.device(device).type == "cpu")
+    return device == "cpu" or (device == "auto" and collectives.choose_device(device).type == "cpu")
 
 
 def note_cut_captions(summary: Summary, start: Start, *, sentences: bool | None) -> list[str]:
@@ -505,7 +505,7 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
         ValueError: As `encode_pairs`.
     """
     config, root = plan.config, features_folder(plan.config)
-    device = collectives.device(config.run.device)
+    device = collectives.choose_device(config.run.device)
     model = loading.to_device(loading.model(plan.start, seed=config.run.seed), device)
     encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
     encoder = image_side(

@@ -2,7 +2,7 @@
 
 The file reads in the order of a run: plan, model, trainer, the loop over episodes, saving and going
 on, evaluation and results. What a command chooses is in `presets.py`, and what a run folder holds
-in `run_folder.py`.
+in `folder.py`.
 """
 
 import signal
@@ -46,26 +46,25 @@ from protoclip.models.protoclip import (
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
-from protoclip.training import sync, throughput, wise_ft
-from protoclip.training.checkpoint import CheckpointWriter
-from protoclip.training.judge import EarlyStop, Judge
+from protoclip.training import evaluate, optim, sync, watch
+from protoclip.training.evaluate import EarlyStop, RunEvaluator
+from protoclip.training.folder import (
+    Begun,
+    CheckpointWriter,
+    claim_folder,
+    enter_folder,
+    inspect_folder,
+    is_evaluated,
+    keep_chosen,
+    keep_pooling,
+    name_folder,
+    to_toml,
+)
 from protoclip.training.log import MetricsLog
 from protoclip.training.plan import Plan, encode_pairs, list_contents, make_plan, resolve_settings
 from protoclip.training.presets import Command, choose_before_data, read_given
-from protoclip.training.run_folder import (
-    Begun,
-    add_begun,
-    claimed,
-    enter,
-    environment,
-    folder_of,
-    is_evaluated,
-    look,
-    pooled_as_begun,
-    to_toml,
-)
-from protoclip.training.symptoms import Symptoms
 from protoclip.training.trainer import make_trainer
+from protoclip.training.watch import Watch
 
 
 def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
@@ -122,7 +121,7 @@ def finetune(
             fine-tuning; see `presets.py`. Those of a `Config` that are at their default count as
             not given.
         alpha: The weights to choose, from 0 (the start) to 1 (the end); unset, the best ones by the
-            rule of `wise_ft.RULE`.
+            rule of `evaluate.RULE`.
         resume: As for `train`. On a finished run another `alpha` costs no training.
 
     Returns:
@@ -143,7 +142,7 @@ def perform_run(
 ) -> dict[str, Any]:
     """A run of a command, by the ranks that were launched together, or by this process alone."""
     given = read_given(command, settings)
-    device = collectives.device(Config.from_dict(given).run.device)
+    device = collectives.choose_device(Config.from_dict(given).run.device)
     with collectives.process_group(device):
         # What the run holds is gone before the group ends: a group that anything holds does not.
         return perform_phases(command, given, device, resume=resume, alpha=alpha)
@@ -166,23 +165,23 @@ def perform_phases(
     rows = None
     if command == "align":
         plan, rows = encode_pairs(plan, model)
-    run = raise_on_all_ranks(lambda: Run(plan, model, folder=folder_of(plan.config), rows=rows))
-    run.machines = [throughput.machines(device)]
-    start = parallel.weights(model) if plan.chooses_weights else {}
+    run = raise_on_all_ranks(lambda: Run(plan, model, folder=name_folder(plan.config), rows=rows))
+    run.machines = [watch.gather_machines(device)]
+    start = parallel.gather_weights(model) if plan.chooses_weights else {}
     with ExitStack() as held:
-        rank0_first(lambda: held.enter_context(claimed(run.folder, resume=resume)))
+        rank0_first(lambda: held.enter_context(claim_folder(run.folder, resume=resume)))
         checkpoint = rank0_first(lambda: run.enter_folder(begun, start, notes))
-        collectives.require_shared(run.folder / "config.toml", by="--run.out", written=True)
+        collectives.require_shared(run.folder / "config.toml", by="--run.out")
         run.prepare_teachers()
         choice = None
-        with signals.handled(run.stop), run.seeded(), measure_convolutions(device):
+        with signals.handle_signals(run.stop), run.seeded(), measure_convolutions(device):
             run.restore_or_begin(checkpoint)
             with run.closing():
                 run.train_episodes()
                 run.finish_training()
                 if plan.chooses_weights and run.is_finished and not run.asked_to_stop():
-                    choice = wise_ft.choose_weights(
-                        run.judge,
+                    choice = evaluate.choose_weights(
+                        run.evaluator,
                         run.writer,
                         start,
                         step=run.trainer.step,
@@ -208,24 +207,23 @@ def look_at_folder(
     that goes on keeps what it chose.
     """
     choices = choose_before_data(command, given, alpha=alpha)
-    if resume:
-        with sync.begun(choices.config) as folder:
-            given = add_begun(command, given, folder)
-            choices = choose_before_data(command, given, alpha=alpha)
-            choices.config = pooled_as_begun(choices.config, folder)
+    if resume and (before := sync.find_begun(choices.config)) is not None:
+        given = keep_chosen(command, given, before)
+        choices = choose_before_data(command, given, alpha=alpha)
+        choices.config = keep_pooling(choices.config, before)
     if command != "align":
         external.refuse_sides(choices.config)
     outline = resolve_settings(choices.config, None if command == "train" else choices)
-    sync.fetch(outline, resume=resume)
-    begun = look(outline, resume=resume)
-    folder, results, config = folder_of(choices.config), begun.results, choices.config
+    sync.fetch_run(outline, resume=resume)
+    begun = inspect_folder(outline, resume=resume)
+    folder, results, config = name_folder(choices.config), begun.results, choices.config
     if results is None:
         return begun, None
     is_done = is_evaluated(folder, config.run)
     if command == "finetune" and config.run.overfit is None:
-        is_done &= wise_ft.is_done(folder, results, alpha=alpha, guards=config.run.guard)
+        is_done &= evaluate.is_done(folder, results, alpha=alpha, guards=config.run.guard)
     if is_done:
-        sync.copies(config, folder).finish(sync.END_SECONDS)
+        sync.Copies(config, folder).finish(sync.END_SECONDS)
         return begun, results
     if not checkpoints(folder):
         raise ValueError(
@@ -262,7 +260,7 @@ class Run:
         chosen = read_chosen(config.data)
         self.chosen = {} if chosen is None else chosen.keys  # identifies lists of sample ids
         self.content: dict[str, list[Facts]] = {}  # identifies the samples, on rank 0
-        self.machines: list[throughput.Machines] = []  # where it trains, one after the other
+        self.machines: list[watch.Machines] = []  # where it trains, one after the other
         self.skips = SkipLog(
             folder / f"skipped{suffix}.jsonl",
             max_share=config.data.max_bad_share,
@@ -303,18 +301,18 @@ class Run:
             scaler=grad_scaler(precision, device),
             autocast=self.autocast,
             report=folder / f"diverged{suffix}.json",
-            throughput=throughput.measures(
+            throughput=watch.make_throughput(
                 plan.start if rows is None else None, device, precision, plan.captions.number
             ),
         )
-        self.judge = Judge(
+        self.evaluator = RunEvaluator(
             plan,
             model,
             tokenizer=self.loader.tokenizer,
             workers=self.loader.workers,
             aligns=rows is not None,
         )
-        self.copies = sync.copies(config, folder)
+        self.copies = sync.Copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
             description=plan.start.description,
@@ -323,9 +321,8 @@ class Run:
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
             then=self.copies.start,
-            in_use=self.copies.in_use,
+            in_use=self.copies.list_in_use,
         )
-        self.copies.copied = self.writer.prune  # of what was in use until then
 
     def enter_folder(
         self, begun: Begun, start: Mapping[str, Tensor], notes: list[str]
@@ -339,15 +336,13 @@ class Run:
         model_in_words = loading.describe_training(
             plan.config.model, self.model, self.loader.tokenizer, aligns=aligns
         )
-        placed = self.machines[0].placed(self.loader.batch_size)
+        placed = self.machines[0].describe(self.loader.batch_size)
         # Rows of halves need no workers, which those of the loader are about.
         of_loader = () if aligns else self.loader.notes
-        return enter(
+        return enter_folder(
             begun,
             plan,
-            self.content,
-            arithmetic=self.arithmetic,
-            chosen=self.chosen,
+            {"arithmetic": self.arithmetic, "chosen": self.chosen, "content": self.content},
             notes=[model_in_words, placed, *plan.notes, *notes, *of_loader],
         )
 
@@ -455,7 +450,6 @@ class Run:
             self.evaluate()
         steps = count * trainer.batches
         progress, loss = Progress(f"train {config.run.name}", steps), ""
-        first_steps = throughput.FirstSteps(steps, trainer.step)
         for index in range(trainer.episode, count):
             if self.is_finished:
                 return
@@ -463,7 +457,7 @@ class Run:
             if index and trainer.stage(index) != trainer.stage(index - 1):
                 loss = ""  # the next stage has others
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
-            collectives.wait_for_all()  # a logger of rank 0 may have taken long
+            collectives.barrier()  # a logger of rank 0 may have taken long
             batches = self.loader.batches_of(self.training_pass(index, trainer.batch))
             for batch in trainer.awaited(batches):
                 number = trainer.step + 1
@@ -475,7 +469,6 @@ class Run:
                 if rank() == 0:
                     position = f"episode {index + 1}/{count}, {trainer.stage(index).name}"
                     progress.update(trainer.step, position + loss + self.skips.summary)
-                    first_steps.update(trainer.step, trainer.batch_size, trainer.stepping)
                 self.recall = metrics.get("train/recall", 0.0)
                 if self.save_if_due() or self.is_finished:
                     return
@@ -494,7 +487,7 @@ class Run:
         """
         self.writer.finish()
         last = self.writer.folder(self.trainer.step) if self.is_finished else None
-        skipped = raise_on_all_ranks(lambda: self.trainer.guard.summary(self.trainer.step, last))
+        skipped = raise_on_all_ranks(lambda: self.trainer.guard.summarize(self.trainer.step, last))
         if skipped and rank() == 0:
             say(f"note: {skipped}")
 
@@ -503,8 +496,8 @@ class Run:
         step, keep_best, early_stop = self.trainer.step, self.config.run.keep_best, self.early_stop
         # The start may judge other runs too, and the end is judged again when the run has ended.
         at_an_end = step == 0 or self.trainer.episode == self.config.episodes.count
-        encoder = self.judge.keeping_encoder() if at_an_end else None
-        metrics = self.judge("validation", encoder=encoder, show=False)
+        encoder = self.evaluator.make_keeping_encoder() if at_an_end else None
+        metrics = self.evaluator.evaluate("validation", encoder=encoder, show=False)
         self.write(self.trainer.episode, metrics)
         if keep_best is not None and step > 0:  # before the first step there is no checkpoint
             self.writer.rate(step, metrics[keep_best])
@@ -529,7 +522,11 @@ class Run:
                 step=self.trainer.step,
                 names=[*dict.fromkeys(config.run.loggers)],
                 config=tomllib.loads(to_toml(config)),
-                symptoms=Symptoms.of(config, self.plan.samples, pairs),
+                watch=Watch(
+                    pairs=pairs,
+                    warm_up=optim.steps_to_peak(config),
+                    overfits=config.run.overfit is not None,
+                ),
             )
 
     def write(self, episode: int, metrics: Mapping[str, float]) -> None:
@@ -556,7 +553,7 @@ class Run:
         """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""
         trainer, writer = self.trainer, self.writer
         finished = self.is_finished
-        due = rank() == 0 and writer.due(trainer.step, episode_end=trainer.batch == 0)
+        due = rank() == 0 and writer.is_due(trainer.step, episode_end=trainer.batch == 0)
         unsaved = rank() == 0 and writer.saved_step != trainer.step
         stop, due, unsaved = collectives.any_rank([self.stopped_by is not None, due, unsaved])
         if stop:
@@ -568,6 +565,7 @@ class Run:
     def save(self) -> None:
         """Start to write the state of all ranks: rank 0 does, of a sharded model each its part."""
         trainer, size = self.trainer, self.config.episodes.size
+        self.writer.wait()  # or it is not known which evaluations have a checkpoint
         position = self.loader.state_dict(trainer.episode, trainer.batch, size)
         state = {
             **trainer.state_dict(),
@@ -577,14 +575,14 @@ class Run:
             "chosen": self.chosen,
             "content": self.content,
             "machines": [vars(each) for each in self.machines],
-            "best": self.writer.settled_best(),
+            "best": self.writer.find_best(trainer.step),
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and self.early_stop.state_dict(),
             "recall": self.recall,
             "metrics_bytes": self.log.size if self.log is not None else 0,
         }
         if self.trained is not self.model:
-            state["model"] = parallel.weights(self.model)
+            state["model"] = parallel.gather_weights(self.model)
         writes = rank() == 0 or parallel.is_sharded(self.model)
         # The one before may still be on its way to a slow disk.
         raise_on_all_ranks(lambda: self.writer.save(trainer.step, state) if writes else None)
@@ -598,12 +596,15 @@ class Run:
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
         size = self.load_state_dict(state)
         # Not written again: a process that is killed meanwhile would leave neither.
-        self.writer.go_on_from(checkpoint, self.trainer.step)
+        self.writer.saved_step = self.trainer.step
         if rank() == 0:
             say(f"going on from {checkpoint}, step {self.trainer.step}")
-            before = world_size() if self.is_finished else len(state["loader"])
-            for note in throughput.other_ranks(before, self.trained, self.config):
-                say(f"note: {note}")
+            if (before := len(state["loader"])) != world_size() and not self.is_finished:
+                say(
+                    f"note: ranks: {before} before, {world_size()} now; batches stay, and weights "
+                    "are equal up to rounding, unless BatchNorm takes statistics over parts of a "
+                    "batch (docs/scaling.md)"
+                )
         return size
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
@@ -625,20 +626,20 @@ class Run:
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
         if state["best"] and state.get("best_by", config.run.keep_best) == config.run.keep_best:
             step, value = state["best"]
-            self.writer.best = self.writer.best_written = int(step), float(value)
+            self.writer.rate(int(step), float(value))
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         self.recall = state.get("recall", 0.0)
-        self.machines = throughput.machines_since(state, *self.machines, over=self.is_finished)
+        self.machines = watch.list_machines(state, *self.machines, over=self.is_finished)
         return int(state["metrics_bytes"])
 
     def results(self, *, stopped: bool, choice: dict[str, Any] | None) -> dict[str, Any]:
         """Evaluate, write and return the results; or where a run stands that a signal stopped.
 
         Args:
-            choice: What `wise_ft.choose_weights` returned, if it chose any.
+            choice: What `evaluate.choose_weights` returned, if it chose any.
         """
-        config, trainer, best = self.config, self.trainer, self.writer.best
+        config, trainer, best = self.config, self.trainer, self.writer.find_best()
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
         if stopped:  # as all ranks agreed; a signal may come later
             return {**results, "stopped": self.stopped_by, "metrics": {}}
@@ -650,23 +651,28 @@ class Run:
             "shards_broken": len(self.skips.broken.union(*(broken for _, broken in met))),
             "train_seconds": round(trainer.seconds, 2),
             "precision": self.arithmetic["run.precision"],
-            "environment": environment(self.loader.device) | throughput.facts_of(self.machines),
+            "environment": {
+                **watch.describe_environment(self.loader.device),
+                "hosts": self.machines[-1].hosts,
+                "ranks": self.machines[-1].ranks,
+                "machines": [str(machines) for machines in self.machines],
+            },
             "metrics": {},
         }
         if config.run.evaluate:
-            to, encoder = self.folder / "results", self.judge.keeping_encoder()
-            results["metrics"] = self.judge("test", encoder=encoder, samples_to=to)
+            to, encoder = self.folder / "results", self.evaluator.make_keeping_encoder()
+            results["metrics"] = self.evaluator.evaluate("test", encoder=encoder, samples_to=to)
         judging = (*self.plan.held_out, *self.plan.guards)
         results["trained_on"] = {of.name: of.trained_on for of in judging if of.trained_on}
         if choice is not None:
             results |= choice
             given = self.folder, choice["start_metrics"], results
-            results["differences"] = rank0_first(lambda: wise_ft.differences(*given))
+            results["differences"] = rank0_first(lambda: evaluate.measure_differences(*given))
         if config.run.overfit is not None:
             results["overfit"] = self.report_overfit()
         if self.early_stop is not None and self.early_stop.is_due:
             results["early_stop"] = vars(self.early_stop) | {"reason": self.early_stop.reason}
-        if best is not None and self.writer.folder(best[0]).is_dir():
+        if best is not None:
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
             content = to_json(sealed(results), indent=2)

@@ -40,7 +40,6 @@ from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans, nearest
 from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.terminal import say
-from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.log import feature_statistics, to_floats
 from protoclip.training.optim import (
     Stage,
@@ -51,8 +50,7 @@ from protoclip.training.optim import (
     set_learning_rate,
 )
 from protoclip.training.presets import PAIRS_A_PROTOTYPE
-from protoclip.training.symptoms import repeated
-from protoclip.training.throughput import Throughput
+from protoclip.training.watch import NonFiniteGuard, Throughput, measure_repeats
 
 
 class Clusterings:
@@ -246,7 +244,6 @@ class Trainer:
         self._image_names: dict[str, str] = {}  # by sample id, where it recalls
         self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
-        self.stepping = 0.0  # seconds of this process in steps and in waits for their batches
 
     @property
     def step(self) -> int:
@@ -284,7 +281,6 @@ class Trainer:
             waited = self._tick()
             self._waited += waited
             self.throughput.waited += waited
-            self.stepping += waited
             if batch is None:
                 return
             yield batch
@@ -344,16 +340,15 @@ class Trainer:
         if detailed:
             report |= self._details(batch, embeddings, pulls)
             report |= {"train/loss/total": total.detach(), "train/gradient_norm": norm.detach()}
-            self.guard.look()  # waits for the device
-            report |= self.throughput.shares(self._module, total.device)
+            self.guard.count_skipped()  # waits for the device
+            report |= self.throughput.measure_shares(self._module, total.device)
             if batch.groups is None and self._tells_pairs_apart:
-                metrics["train/repeated/captions"] = repeated(batch.captions, batch.keys)
+                metrics["train/repeated/captions"] = measure_repeats(batch.captions, batch.keys)
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)
         spent = self._tick()
         self._trained += spent
-        self.stepping += spent
         return metrics
 
     @property
@@ -475,7 +470,7 @@ class Trainer:
 
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished, and let go of its targets."""
-        self.guard.look()
+        self.guard.count_skipped()
         layers.agree_on_statistics(self.model)
         self._tick()
         metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
@@ -497,8 +492,8 @@ class Trainer:
         copies of each rank's parts, if the model is sharded.
         `model` is the plain one: LoRA is merged into it, and `adapters` are what it takes to go on.
         """
-        self.guard.look()
-        plain, adapters = layers.merge_adapters(self.model, parallel.own_weights(self.model))
+        self.guard.count_skipped()
+        plain, adapters = layers.merge_adapters(self.model, parallel.copy_weights(self.model))
         return {
             "episode": self.episode,
             "batch": self.batch,
@@ -510,7 +505,7 @@ class Trainer:
             **self.prototypes.state_dict(),
             "adapters": adapters,
             "model": plain,
-            "optimizer": parallel.own_moments(self.model, self.guard.optimizer),
+            "optimizer": parallel.copy_moments(self.model, self.guard.optimizer),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

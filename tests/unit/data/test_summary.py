@@ -8,7 +8,7 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import sources, summary
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
-from protoclip.distributed import cores
+from protoclip.distributed import collectives
 from testing import tiny_pairs
 
 SIDE = 100  # of the images, in pixels
@@ -35,7 +35,7 @@ def pairs() -> ImageTextPairs:
 def test_images_that_fit_in_memory_are_decoded_in_this_process(
     settings, cores, number, pairs, monkeypatch
 ):
-    monkeypatch.setattr(summary, "cores", lambda: cores)
+    monkeypatch.setattr(summary, "count_cores", lambda: cores)
     data = DataConfig(**settings)
     found, note = summary.choose_workers(data, pairs, image_size=40)
     assert found == number
@@ -50,7 +50,7 @@ def test_a_stream_is_decoded_by_all_cores(pairs, tmp_path, monkeypatch):
     pack(pairs, tmp_path / "shards")
     data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
     stream = sources.open_samples(Config(data=data))
-    monkeypatch.setattr(summary, "cores", lambda: 8)
+    monkeypatch.setattr(summary, "count_cores", lambda: 8)
     assert summary.choose_workers(data, stream, image_size=40)[0] == 8
     looked = [sample.sample_id for sample in summary.read_some(stream, 5)]
     assert looked == [pairs.sample_id(row) for row in range(5)]
@@ -73,21 +73,17 @@ def test_ranks_of_a_host_share_its_cores(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
-    monkeypatch.setattr(cores, "quota", lambda: None)
-    monkeypatch.setattr(cores, "world_size", lambda: 19 if environment else 1)
-    assert cores.cores() == expected
-    monkeypatch.setattr(cores, "quota", lambda: 1)
-    assert cores.cores() == 1
+    monkeypatch.setattr(collectives, "read_quota", lambda: None)
+    monkeypatch.setattr(collectives, "world_size", lambda: 19 if environment else 1)
+    assert collectives.count_cores() == expected
+    monkeypatch.setattr(collectives, "read_quota", lambda: 1)
+    assert collectives.count_cores() == 1
 
 
 def test_a_container_may_have_fewer_cores_than_its_host(tmp_path, monkeypatch):
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-    assert cores.quota() is None
+    monkeypatch.setattr(collectives, "CGROUPS", tmp_path)
+    assert collectives.read_quota() is None
     (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
-    assert cores.quota() is None
+    assert collectives.read_quota() is None
     (tmp_path / "cpu.max").write_text("250000 100000\n", encoding="utf-8")
-    assert cores.quota() == 2
-    (tmp_path / "cpu").mkdir()
-    for name, value in (("quota", "100000"), ("period", "100000")):
-        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(value, encoding="utf-8")
-    assert cores.quota() == 1
+    assert collectives.read_quota() == 2

@@ -13,7 +13,7 @@ from protoclip.cli.explore import Explore, listen
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.explore.explorer import Explorer
-from protoclip.training.run_folder import to_toml
+from protoclip.training.folder import to_toml
 from testing import tiny_config
 
 

@@ -24,8 +24,8 @@ from protoclip.results.examples import (
     make_thumbnail,
     open_encoder,
 )
+from protoclip.training.folder import to_toml
 from protoclip.training.run import train
-from protoclip.training.run_folder import to_toml
 from testing import tiny_config, tiny_pairs
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from protoclip.models import checkpoint
 from protoclip.results.read import read_run, read_runs
-from protoclip.training.run_folder import to_toml
+from protoclip.training.folder import to_toml
 from testing import tiny_config
 
 

@@ -9,8 +9,8 @@ from numbered import Numbered
 from protoclip.data.summary import Summary
 from protoclip.models.start import Start
 from protoclip.training import presets
+from protoclip.training.folder import keep_chosen, read_begun
 from protoclip.training.presets import choose_before_data, choose_with_data
-from protoclip.training.run_folder import add_begun
 
 HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
 PAIRS = {"data": {"train": "pairs.tsv"}}
@@ -27,7 +27,7 @@ def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given
     settings: dict[str, Any] = {"model": HALVES, **PAIRS, **given}
     assert choose_before_data("align", settings).config.loss.teacher == weight
     (tmp_path / "config.toml").write_text("[loss]\nteacher = 0.5\n")
-    begun = choose_before_data("align", add_begun("align", settings, tmp_path)).config
+    begun = choose_before_data("align", keep_chosen("align", settings, read_begun(tmp_path))).config
     assert begun.loss.teacher == (weight if "loss" in given else 0.5)
 
 

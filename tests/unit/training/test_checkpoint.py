@@ -3,7 +3,7 @@
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -17,8 +17,8 @@ import protoclip
 from protoclip.models import checkpoint as saved
 from protoclip.models import loading
 from protoclip.models.checkpoint import checkpoints, damage
-from protoclip.training import checkpoint
-from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.training import folder as run_folder
+from protoclip.training.folder import CheckpointWriter
 from testing import tiny_model
 
 
@@ -56,15 +56,6 @@ def test_a_nested_state_comes_back_as_it_was(tmp_path, monkeypatch):
     assert (other["model"], other["optimizer"]) == ({}, {})
 
 
-def test_a_limit_on_the_size_of_files_is_told_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "sleep", Mock(side_effect=AssertionError))
-    writer = writer_of(tmp_path)
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EFBIG, "File too large")))
-    writer.save(7, state())
-    with pytest.raises(OSError, match=r"this checkpoint is lost; raise ulimit -f, then the same"):
-        writer.finish()
-
-
 def test_training_tries_again_a_minute_after_it_could_not_save(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -73,22 +64,20 @@ def test_training_tries_again_a_minute_after_it_could_not_save(tmp_path, monkeyp
         patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
         writer.save(7, state())
         writer.wait()
-    now[0] = checkpoint.RETRY_AFTER - 1
-    assert not writer.due(8, episode_end=False)
-    now[0] = checkpoint.RETRY_AFTER
-    assert writer.due(8, episode_end=False)
+    now[0] = run_folder.RETRY_AFTER - 1
+    assert not writer.is_due(8, episode_end=False)
+    now[0] = run_folder.RETRY_AFTER
+    assert writer.is_due(8, episode_end=False)
     writer.save(8, state())
     writer.wait()
-    now[0] = 3 * checkpoint.RETRY_AFTER
-    assert not writer.due(9, episode_end=False)
+    now[0] = 3 * run_folder.RETRY_AFTER
+    assert not writer.is_due(9, episode_end=False)
 
 
 def test_a_checkpoint_whose_removal_is_cut_short_is_gone(tmp_path, monkeypatch):
     """Half of one would be taken for damaged. The next process removes the rest."""
-    writer = CheckpointWriter(tmp_path, description={}, every_steps=0, every_minutes=0.0, keep=1)
-    few = {"w": torch.ones(9)}
-    state = {"model": few, "optimizer": few, "source": few}
-    writer.save(1, state)
+    writer = writer_of(tmp_path, keep=1)
+    writer.save(1, state())
     writer.wait()
     remove = saved.shutil.rmtree
 
@@ -100,7 +89,7 @@ def test_a_checkpoint_whose_removal_is_cut_short_is_gone(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(saved.shutil, "rmtree", cut)
-        writer.save(2, state)
+        writer.save(2, state())
         writer.wait()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000000002"]
     assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
@@ -108,47 +97,35 @@ def test_a_checkpoint_whose_removal_is_cut_short_is_gone(tmp_path, monkeypatch):
     assert len([*(tmp_path / "checkpoints").iterdir()]) == 1
 
 
-def test_an_evaluation_that_is_not_finite_is_not_the_best(tmp_path):
-    writer = CheckpointWriter(tmp_path, description={}, every_steps=0, every_minutes=0.0, keep=1)
-    for step, value in enumerate((float("nan"), 0.5, float("inf"), 0.7, 0.6)):
-        writer.rate(step, value)
-    assert writer.best == (3, 0.7)
-
-
-@pytest.mark.parametrize(
-    "judged", ["before it is saved", "while it is written", "after that", "on a slow disk"]
-)
-def test_if_a_better_checkpoint_cannot_be_written_the_best_one_stays(judged, tmp_path, monkeypatch):
-    """A step is judged after its checkpoint was begun if `run.save_steps` falls on it. On a slow
-    disk it fails when the next one waits for it."""
+@pytest.mark.parametrize("rated", ["before it is saved", "while it is written", "after that"])
+def test_if_a_better_checkpoint_cannot_be_written_the_best_one_stays(rated, tmp_path, monkeypatch):
+    """A step is evaluated after its checkpoint was begun if `run.save_steps` falls on it."""
     writer, go_on, write = writer_of(tmp_path, keep=1), Event(), saved.write_checkpoint
 
-    def written(folder: Path, *given: Any) -> None:
+    def write_late(folder: Path, *given: Any) -> None:
         assert go_on.wait(60)
         if folder == writer.folder(2):
             raise OSError(errno.ENOSPC, "No space left")
         write(folder, *given)
 
+    monkeypatch.setattr(saved, "write_checkpoint", write_late)
     for step, value in ((1, 0.5), (2, 0.9)):
         go_on.clear()
-        if judged in ("before it is saved", "on a slow disk"):
+        if rated == "before it is saved":
             writer.rate(step, value)
-            assert writer.due(step, episode_end=False)
-        with monkeypatch.context() as patch:
-            patch.setattr(saved, "write_checkpoint", written)
-            writer.save(step, state())
-        if judged == "while it is written":
+            assert writer.is_due(step, episode_end=False)
+        writer.save(step, state())
+        if rated == "while it is written":
             writer.rate(step, value)
-        if step == 1 or judged != "on a slow disk":
-            go_on.set()
-            writer.wait()
-        if judged == "after that":
+        go_on.set()
+        writer.wait()
+        if rated == "after that":
             writer.rate(step, value)
-    writer.rate(3, 0.1)
-    assert not writer.due(3, episode_end=False)
-    go_on.set()
+    for worse in (0.1, float("nan"), float("inf")):
+        writer.rate(3, worse)
+        assert not writer.is_due(3, episode_end=False)
     for step in (4, 5):
-        assert writer.settled_best() == (1, 0.5)  # a checkpoint holds it
+        assert writer.find_best(step) == (1, 0.5)  # a checkpoint holds it
         writer.save(step, state())
         writer.wait()
     assert [found.name[-1] for found in checkpoints(tmp_path)] == ["1", "5"]
@@ -200,22 +177,13 @@ def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, monke
         return real(path)
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    for find in (checkpoints, saved.find_checkpoint, lambda p: checkpoint.newest_intact(p, [])):
+    for find in (
+        checkpoints,
+        saved.find_checkpoint,
+        lambda p: run_folder.find_newest_intact(p, []),
+    ):
         with pytest.raises(PermissionError, match="checkpoints"):
             find(tmp_path)
-
-
-def test_who_goes_on_removes_what_a_killed_process_had_no_time_to(tmp_path):
-    """Up to the checkpoint that it goes on from; later ones may be damaged."""
-    writer = writer_of(tmp_path, keep=4)
-    for step in (1, 2, 3, 4):
-        writer.save(step, state())
-        writer.wait()
-    other = writer_of(tmp_path, keep=1)
-    other.best = (1, 0.5)
-    other.go_on_from(other.folder(3), 3)
-    assert checkpoints(tmp_path) == [other.folder(step) for step in (1, 3, 4)]
-    assert not other.due(3, episode_end=True)
 
 
 def test_what_killed_processes_left_is_removed(tmp_path):
@@ -251,35 +219,3 @@ def test_the_run_of_a_folder_is_found(tmp_path):
     assert saved.run_of(within) == within
     with pytest.raises(ValueError, match=r"config\.toml: nothing: "):
         saved.read_config(run)
-
-
-def test_an_old_checkpoint_that_cannot_be_removed_is_told_once(tmp_path, monkeypatch, capsys):
-    """And stays: neither training nor what is done with new ones ends."""
-    written: list[str] = []
-    writer = writer_of(tmp_path, keep=1)
-    writer.then = lambda folder: written.append(folder.name)
-    monkeypatch.setattr(Path, "rename", refusing("step-000000001"))
-    for step in (1, 2, 3):
-        writer.save(step, state())
-        writer.wait()
-    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["1", "3"]
-    monkeypatch.setattr(Path, "iterdir", Mock(side_effect=OSError(errno.ESTALE, "Stale handle")))
-    writer.prune()
-    assert len(written) == 3
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" (")[0] for line in said] == [
-        "warning: an old checkpoint stays, since it cannot be removed"
-    ]
-    assert "busy" in said[0]
-
-
-def refusing(name: str) -> Callable[..., Path]:
-    """`Path.rename` that refuses to move this folder."""
-    rename = Path.rename
-
-    def moved(path: Path, target: Path) -> Path:
-        if path.name == name:
-            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
-        return rename(path, target)
-
-    return moved

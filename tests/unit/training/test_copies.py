@@ -23,9 +23,9 @@ from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, grad_scaler
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
-from protoclip.training.guard import NonFiniteGuard
 from protoclip.training.optim import PROTOTYPICAL
 from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
+from protoclip.training.watch import NonFiniteGuard
 from testing import tiny_model, tiny_pairs
 
 META, NUMBER, BATCH, PROTOTYPES = torch.device("meta"), 32, 16, 5

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from protoclip.training import judge
-from protoclip.training.judge import EarlyStop
+from protoclip.training import evaluate
+from protoclip.training.evaluate import EarlyStop
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from protoclip.training.judge import EarlyStop
 def test_it_stops_after_some_evaluations_without_a_better_value(
     values, patience, stops_at, best, monkeypatch
 ):
-    monkeypatch.setattr(judge, "PATIENCE", patience)
+    monkeypatch.setattr(evaluate, "PATIENCE", patience)
     stop = EarlyStop(metric="eval/a/knn/acc1")
     stopped_at = None
     for step, value in enumerate(values):

@@ -16,13 +16,13 @@ from protoclip.distributed import collectives
 from protoclip.models.start import Start
 from protoclip.rules import check
 from protoclip.training import run
+from protoclip.training.folder import keep_chosen, read_begun
 from protoclip.training.presets import (
     Choices,
     choose_before_data,
     choose_with_data,
     fill_episodes,
 )
-from protoclip.training.run_folder import add_begun
 
 LOOKS: dict[str, Any] = {
     **{"max_image_pixels": 10**9, "looks_at_images": False, "compares_images": True}
@@ -199,7 +199,9 @@ def test_small_towers_learn_at_a_rate_of_their_own(lora, begun, rate, tmp_path):
     if begun is not None:
         (tmp_path / "config.toml").write_text(f"[optim]\nlearning_rate = {begun}\n")
     given = {"model": {"start": "runs/small", "lora": lora}}
-    choices = choose_before_data("finetune", add_begun("finetune", given, tmp_path))
+    before = read_begun(tmp_path)
+    settings = given if before is None else keep_chosen("finetune", given, before)
+    choices = choose_before_data("finetune", settings)
     start = Mock(Start, heads_are_new=False, tower_kind=None)
     pairs = Numbered(400, 10**9)
     config, _ = choose(choices, start, pairs)

@@ -24,15 +24,15 @@ from protoclip.data.transforms import EvaluationTransform, Transform, light_tran
 from protoclip.models import checkpoint as saved
 from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.start import resolve_start
-from protoclip.training.run_folder import (
+from protoclip.training.folder import (
     FREE,
-    PARTS,
     ROUNDING,
-    as_kept,
     check_settings,
-    flat,
-    pooled_as_begun,
-    resized_as_begun,
+    flatten,
+    keep_pooling,
+    keep_resizing,
+    list_settings,
+    parse_begun,
     to_toml,
 )
 from testing import tiny_config
@@ -120,7 +120,7 @@ def test_a_free_setting_changes_no_batch(section, base, expected):
         others = section == "run" and setting in ("data.max_bad_share", "align.features")
         if setting.startswith(section) or others:
             other = changed(other, setting, value)
-            assert flat(asdict(other))[setting] != flat(asdict(base))[setting]
+            assert flatten(asdict(other))[setting] != flatten(asdict(base))[setting]
     assert all(equal(a, b) for a, b in zip(expected, batches(other), strict=True))
 
 
@@ -131,22 +131,18 @@ def test_settings_that_change_batches_are_not_free(base, expected):
     assert not all(equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_all_other_settings_are_refused(tmp_path):
+def check(before: Config, now: Config, **more: Any) -> list[str]:
+    return check_settings("run", list_settings(before), list_settings(now), **more)
+
+
+def test_all_other_settings_are_refused():
     """Each in one line that names it."""
-    text = to_toml(Config())
-    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
-    for setting in flat(asdict(Config())):
-        *sections, last = setting.split(".")
-        if last == "allow_links":  # which no run folder keeps
-            continue
-        tree = branch = tomllib.loads(text)
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[last] = "another"
+    before = list_settings(Config())
+    for setting in flatten(asdict(Config())).keys() - {"data.allow_links"}:  # which is not kept
         refused = pytest.raises(ValueError, match=f"other settings: {setting} \\([^\n]*$")
         taken = setting in (*FREE, *ROUNDING, "data.root", "data.read")
         with nullcontext() if taken else refused:
-            notes = check_settings(tmp_path, tomli_w.dumps(tree))
+            notes = check_settings("run", before, {**before, setting: "another"})
         if taken:
             assert ([setting in note for note in notes] == [True]) == (setting in ROUNDING)
     assert not {"data.augmentation", "run.seed"} & {*FREE, *ROUNDING}
@@ -157,98 +153,79 @@ def test_all_other_settings_are_refused(tmp_path):
     [
         ({"model": {"text": {"name": "minilm"}}}, {"model": {"text": {"width": 128, "layers": 2}}}),
         ({"data": {"sources": [{"path": "a.tsv"}]}}, {"data": {"train": "emoji"}}),
+        ({"model": {"start": "hf:siglip"}}, {"model": {"image": {"name": "resnet10t"}}}),
+        ({"model": {"name": "RN50"}}, {"model": {"embed_dim": 256, "text": {"width": 128}}}),
     ],
-    ids=["a text model", "a mixture"],
+    ids=["a text model", "a mixture", "a start", "a whole model"],
 )
-def test_what_a_run_has_no_use_for_is_no_setting_of_it(given, idle, tmp_path):
-    """Pages and cards show what is kept. Earlier versions kept these too, at their defaults."""
-    text = to_toml(Config.from_dict(given))
-    unused = flat(idle)
-    assert not unused.keys() & flat(tomllib.loads(text)).keys()
-    (tmp_path / "config.toml").write_text(text)
-    check_settings(tmp_path, text)
-    earlier = merge_trees(tomllib.loads(text), idle)
-    (tmp_path / "config.toml").write_text(tomli_w.dumps(earlier))
-    check_settings(tmp_path, text)
-    assert as_kept(earlier) == tomllib.loads(text)
-
-
-@pytest.mark.parametrize("model", [{"start": "hf:siglip"}, {"name": "RN50"}])
-def test_a_whole_model_has_no_settings_of_small_towers(model, tmp_path):
-    """Earlier versions wrote them, at their defaults. What is given is written still."""
-    config = replace(tiny_config(out="run"), model=ModelConfig(**model))
+def test_what_a_run_has_no_use_for_is_no_setting_of_it(given, idle):
+    """Earlier versions kept these too, at their defaults. What is given is kept."""
+    config = Config.from_dict(given)
     text = to_toml(config)
-    assert not {*PARTS} & flat(tomllib.loads(text)).keys()
-    assert "image" not in tomllib.loads(text)["model"]
-    (tmp_path / "config.toml").write_text(text)
-    check_settings(tmp_path, text)
-    tree = tomllib.loads(text)
-    tree["model"] |= {"embed_dim": 256, "image": {"name": "resnet10t"}}
-    (tmp_path / "config.toml").write_text(tomli_w.dumps(tree))
-    check_settings(tmp_path, text)
+    assert not flatten(idle).keys() & flatten(tomllib.loads(text)).keys()
+    assert {} not in tomllib.loads(text)["model"].values()
+    earlier = tomli_w.dumps(merge_trees(tomllib.loads(text), idle))
+    for content in (text, earlier):
+        assert check(parse_begun(content, "config.toml"), config) == []
+    wide = replace(config, model=replace(config.model, embed_dim=64))
     with pytest.raises(ValueError, match=r"model.embed_dim \(256 before, 64 now\)"):
-        check_settings(tmp_path, to_toml(changed(config, "model.embed_dim", 64)))
+        check(config, wide)
 
 
-def test_data_may_move_until_the_run_is_finished(tmp_path):
+def test_data_may_move_until_the_run_is_finished():
     """What is there then is compared; of a finished run nobody opens it. What no source named
     before is another setting, and so is a share."""
     config = with_changes(tiny_config("a.tsv", out="run"), {"data": {"validation": "b.tsv"}})
-    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     moved = {"train": "c/a.tsv", "validation": "c/b.tsv", "root": "c", "read": "streaming"}
-    check_settings(tmp_path, to_toml(with_changes(config, {"data": moved})))
+    check(config, with_changes(config, {"data": moved}))
     for name, value in moved.items():
         with pytest.raises(ValueError, match=f"other settings: data.{name}"):
-            check_settings(tmp_path, to_toml(changed(config, f"data.{name}", value)), finished=True)
+            check(config, changed(config, f"data.{name}", value), finished=True)
     for name, value in {"only": "ids.csv", "validation": 0.1, "train": "emoji"}.items():
         with pytest.raises(ValueError, match=f"other settings: data.{name}"):
-            check_settings(tmp_path, to_toml(changed(config, f"data.{name}", value)))
+            check(config, changed(config, f"data.{name}", value))
     taught = with_changes(config, {"teacher": {"features": "a.npy"}})
-    (tmp_path / "config.toml").write_text(to_toml(taught), encoding="utf-8")
-    check_settings(tmp_path, to_toml(changed(taught, "teacher.features", "c/a.npy")))
+    check(taught, changed(taught, "teacher.features", "c/a.npy"))
     with pytest.raises(ValueError, match=r"other settings: teacher\.features"):
-        check_settings(tmp_path, to_toml(changed(taught, "teacher.features", "start")))
+        check(taught, changed(taught, "teacher.features", "start"))
     mixed = [SourceConfig(path="a.tsv", weight=1.0), SourceConfig(path="b.tsv", weight=2.0)]
     config = with_changes(config, {"data": {"train": "emoji", "sources": mixed}})
-    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     mixed = [replace(mixed[0], path="c/a.tsv"), mixed[1]]
-    check_settings(tmp_path, to_toml(changed(config, "data.sources", mixed)))
+    check(config, changed(config, "data.sources", mixed))
     with pytest.raises(ValueError, match=r"other settings: data\.sources"):
-        check_settings(tmp_path, to_toml(changed(config, "data.sources", mixed[::-1])))
+        check(config, changed(config, "data.sources", mixed[::-1]))
 
 
-def test_what_decides_when_a_run_ends_stays(tmp_path):
+def test_what_decides_when_a_run_ends_stays():
     stopping = {"run": {"evaluate_every": 1, "stop_by": "eval/emoji/knn/acc1"}}
     config = with_changes(tiny_config(out="run"), stopping)
-    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"other settings: run\.evaluate_every"):
-        check_settings(tmp_path, to_toml(changed(config, "run.evaluate_every", 2)))
+        check(config, changed(config, "run.evaluate_every", 2))
 
 
-def test_the_pooling_of_an_image_half_stays_what_it_was(tmp_path):
+def test_the_pooling_of_an_image_half_stays_what_it_was():
     """That of versions up to 1.0.0, which had no such setting, was the mean for all weights."""
     image = ImageTowerConfig(name="test_vit", weights="vit.safetensors")
     given = Config(model=ModelConfig(image=image))
-    assert pooled_as_begun(given, tmp_path) == given
+    assert keep_pooling(given, None) == given
     for pooling, kept in ((None, "avg"), ("own", "own")):
-        saved = replace(given, model=replace(given.model, image=replace(image, pooling=pooling)))
-        (tmp_path / "config.toml").write_text(to_toml(saved))
-        assert pooled_as_begun(given, tmp_path).model.image.pooling == kept
+        begun = replace(given, model=replace(given.model, image=replace(image, pooling=pooling)))
+        assert keep_pooling(given, begun).model.image.pooling == kept
     for other in (ModelConfig(name="RN50"), ModelConfig(start="runs/a")):
-        assert pooled_as_begun(Config(model=other), tmp_path) == Config(model=other)
+        assert keep_pooling(Config(model=other), given) == Config(model=other)
 
 
 def test_images_stay_squashed_or_cropped_as_the_newest_readable_checkpoint_has_them(tmp_path):
     """Versions up to 1.0.0 cropped them for a start that squashes too, and said nothing of it."""
     starts = [ModelConfig(name="ViT-B-16-SigLIP", pretrained="webli"), ModelConfig(name="RN50")]
     for start in map(resolve_start, starts):
-        assert resized_as_begun(start, tmp_path / "new") is start
+        assert keep_resizing(start, tmp_path / "new") is start
     for step, facts in enumerate(({}, {"resize_mode": "squash"}, {})):
         checkpoint = tmp_path / "checkpoints" / f"step-{step:09}"
         saved.write_checkpoint(checkpoint, {}, {saved.MODEL: facts})
         for start in map(resolve_start, starts):
-            begun = resized_as_begun(start, tmp_path)
+            begun = keep_resizing(start, tmp_path)
             assert begun.squashes is bool(facts)
             assert ("resize_mode" in begun.description) is bool(facts)
     (checkpoint / saved.MODEL).write_text("{")
-    assert resized_as_begun(start, tmp_path).squashes
+    assert keep_resizing(start, tmp_path).squashes

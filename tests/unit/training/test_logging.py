@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import BadSample
 from protoclip.training import log
-from protoclip.training.log import JsonLines, MetricsLog, kept_id
+from protoclip.training.log import JsonLines, MetricsLog, keep_id
 
 
 def steps(path: Path) -> list[int]:
@@ -107,21 +107,6 @@ def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
     assert curve(tmp_path, "loss") == [(1, 1.0)]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: tensorboard: [Errno 27] File too large")
-
-
-def test_a_disk_that_is_full_from_the_start_costs_a_warning_each(tmp_path, capsys):
-    """No thread is started, whose traceback would come at any time."""
-    with room(0):
-        threads = threading.active_count()
-        log = MetricsLog(tmp_path)
-        assert threading.active_count() == threads
-        log.write(1, 0, {"loss": 1.0})
-    log.close()
-    assert steps(tmp_path / "metrics.jsonl") == [1]
-    assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [
-        " tensorboard",
-        " metrics.jsonl",
-    ]
 
 
 @pytest.mark.parametrize("how", ["missing", "folder"])
@@ -243,13 +228,13 @@ def test_a_logger_that_hangs_at_the_end_costs_a_warning(tmp_path, monkeypatch, c
     """While it is waited for, the run hears no signal."""
     monkeypatch.setattr(log, "CLOSE_SECONDS", 0.1)
     log_twice(tmp_path, names=[f"{__name__}:Hanging"], config={"run": {"seed": 7}})
-    assert ":Hanging: not done within 0.1 s of the end" in capsys.readouterr().err
+    assert ":Hanging: not read within 0.1 s" in capsys.readouterr().err
 
 
 def test_an_id_that_a_full_disk_cut_short_is_made_anew(tmp_path):
     path = tmp_path / "run-id"
     path.touch()
-    assert kept_id(path, "new") == kept_id(path, "newer") == "new"
+    assert keep_id(path, "new") == keep_id(path, "newer") == "new"
 
 
 def test_metrics_that_a_power_failure_cut_short_end_with_a_whole_line(tmp_path):
@@ -282,24 +267,6 @@ def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_trackio_has_the_curves_of_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
-    """By Trackio itself, in a folder of its own: skipped where it is not installed."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when it is imported
-    trackio = pytest.importorskip("trackio")
-    folder = tmp_path / "run-0"
-    folder.mkdir()
-    for step in (0, 2):
-        log = MetricsLog(folder, names=["trackio"], config={"run": {"seed": 5}}, step=step)
-        log.write(step + 1, 0, {"eval/text@1": 0.25 * step, "train/loss": 1.0})
-        log.close()
-    assert "warning: trackio" not in capsys.readouterr().err
-    (run,) = trackio.Api().runs("protoclip")
-    assert run.name == (folder / "trackio" / "run-id").read_text()
-    assert run.config["run"] == {"seed": 5}
-    kept = trackio.sqlite_storage.SQLiteStorage.get_logs("protoclip", run.name)
-    assert [(row["step"], row["eval/text@1"]) for row in kept] == [(1, 0.0), (3, 0.5)]
-
-
 @pytest.mark.parametrize("store", ["sqlite:///{}/mlflow.db", "file://{}/mlruns"])
 def test_mlflow_has_the_curves_of_a_run_that_goes_on(store, tmp_path, monkeypatch, capsys):
     """By MLflow itself, in a database or folder of its own: skipped where it is not installed."""
@@ -323,31 +290,22 @@ def test_mlflow_has_the_curves_of_a_run_that_goes_on(store, tmp_path, monkeypatc
     assert [(point.step, point.value) for point in curve] == [(1, 0.0), (3, 0.5)]
 
 
-class Missing(Exception):
-    error_code = "RESOURCE_DOES_NOT_EXIST"
-
-
 def test_mlflow_makes_a_run_where_that_of_the_folder_is_not_known(tmp_path, monkeypatch, capsys):
-    """A copy of the folder comes to a machine that has no copy of MLflow's own store."""
+    """A copy of the folder comes to a machine that has no copy of MLflow's own store. Without a
+    network the id stays."""
     fake = Mock()
     monkeypatch.setitem(sys.modules, "mlflow", fake)
-    client, known = fake.MlflowClient.return_value, tmp_path / "mlflow" / "run-id"
-    for error, made, logs_as in [
-        (None, "first", "first"),
-        (None, "", "first"),
-        (Missing(), "second", "second"),
-        (ConnectionError("no network"), "", "second"),
-    ]:
-        client.get_run.side_effect, client.create_run.return_value.info.run_id = error, made
+    client, path = fake.MlflowClient.return_value, tmp_path / "mlflow" / "run-id"
+    client.get_run.side_effect = LookupError("no such run")
+    for made in ("first", "second"):
+        client.create_run.return_value.info.run_id = made
         log_twice(tmp_path, names=["mlflow"], config={"run": {"seed": 0}})
-        assert known.read_text() == logs_as
-        assert client.set_terminated.call_args == call(logs_as)
-    assert client.create_run.call_count == 2
-    lost = known.with_name("run-id-not-found")
-    assert lost.read_text() == "first"
-    note, warning = capsys.readouterr().err.splitlines()
-    assert note == f"note: MLflow does not know this run; its name before is in {lost}"
-    assert warning == "warning: mlflow: no network; training goes on without it"
+        assert path.read_text() == made
+        assert client.set_terminated.call_args == call(made)
+    client.create_run.side_effect = ConnectionError("no network")
+    log_twice(tmp_path, names=["mlflow"], config={"run": {"seed": 0}})
+    assert path.read_text() == "second"
+    assert capsys.readouterr().err == "warning: mlflow: no network; training goes on without it\n"
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):

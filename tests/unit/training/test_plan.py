@@ -44,6 +44,15 @@ from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
 from protoclip.rules import check
 from protoclip.training import plan
+from protoclip.training.folder import (
+    flatten,
+    inspect_folder,
+    keep_begun,
+    name_folder,
+    read_begun,
+    slugify,
+    to_toml,
+)
 from protoclip.training.plan import Plan, make_plan, resolve_settings
 from protoclip.training.presets import (
     choose_before_data,
@@ -51,7 +60,6 @@ from protoclip.training.presets import (
     fill_settings,
     read_given,
 )
-from protoclip.training.run_folder import as_begun, flat, folder_of, look, slug, to_toml
 from testing import tiny_config, tiny_model, tiny_pairs
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -356,7 +364,7 @@ def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, caps
     protoclip.train(small)
     assert "note: prototypes.number = 8, a tenth of an episode" in capsys.readouterr().err
     gone = replace(config, data=replace(config.data, train="no such file"))
-    again = as_begun(resolve_settings(gone).config, tmp_path / "run")
+    again = keep_begun(resolve_settings(gone).config, read_begun(tmp_path / "run"))
     data = replace(again.data, train=config.data.train)
     assert replace(again, data=data) == make_plan(small).config
 
@@ -369,7 +377,7 @@ def distilling() -> Plan:
 
 
 def test_a_plan_leaves_open_what_it_names_and_nothing_else(distilling: Plan):
-    settings = flat(asdict(distilling.config))
+    settings = flatten(asdict(distilling.config))
     assert {name for name, value in settings.items() if value is None} == WITHOUT
     assert {n for n, value in settings.items() if value == "auto"} == BY_MACHINE_OR_SOURCE
     config = distilling.config
@@ -466,10 +474,10 @@ def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_l
         )
     for begun, goes_on in ((given, given), (whole, whole)):
         (tmp_path / "config.toml").write_text(to_toml(begun))
-        assert look(resolve_settings(given), resume=True).outline.config == goes_on
+        assert inspect_folder(resolve_settings(given), resume=True).outline.config == goes_on
     other = replace(given, prototypes=replace(given.prototypes, source="extract"))
     with pytest.raises(ValueError, match=r"prototypes\.source \(queue before, extract now\)"):
-        look(resolve_settings(other), resume=True)
+        inspect_folder(resolve_settings(other), resume=True)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -492,7 +500,7 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
     without = "\n".join(line for line in begun.splitlines() if not line.startswith("distil "))
     for text in (begun, without):
         (tmp_path / "config.toml").write_text(text)
-        outlined = look(resolve_settings(given), resume=True).outline
+        outlined = inspect_folder(resolve_settings(given), resume=True).outline
         goes_on, loss = outlined.config, outlined.config.loss
         kept = "loss.prototypical stays 1.0, loss.teacher stays 2.0"
         assert f"{kept}, the default when the run began" in outlined.notes
@@ -501,7 +509,7 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
         assert not make_plan(goes_on).config.distilled_teachers
     (tmp_path / "config.toml").write_text(begun.replace("teacher = 2.0", "teacher = 3.0"))
     with pytest.raises(ValueError, match=r"loss\.teacher \(3\.0 before, 0\.5 now\)"):
-        look(resolve_settings(given), resume=True)
+        inspect_folder(resolve_settings(given), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +524,7 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
     ],
 )
 def test_a_name_is_a_folder_in_any_script(name, folder):
-    assert slug(name) == folder
+    assert slugify(name) == folder
 
 
 @pytest.fixture
@@ -604,6 +612,6 @@ def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeyp
 
 def test_few_pairs_are_not_judged(capsys):
     config = Config(run=RunConfig(overfit=8), data=DataConfig(train="a.tsv", validation=0.1))
-    assert str(folder_of(config)) == "runs/protoclip-overfit-0"  # the real one stays free
+    assert str(name_folder(config)) == "runs/protoclip-overfit-0"  # the real one stays free
     assert read_given("train", config)["data"]["validation"] == 0
     assert "data.validation: no effect, since run.overfit" in capsys.readouterr().err

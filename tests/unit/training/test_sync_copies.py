@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from threading import Event
@@ -13,12 +12,10 @@ import pytest
 import torch
 
 from interrupting import with_changes, with_out
-from protoclip.files import sealed, to_json, write_atomically
-from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage, write_model
-from protoclip.training.checkpoint import CheckpointWriter
+from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage
+from protoclip.training.folder import CheckpointWriter, to_toml
 from protoclip.training.plan import resolve_settings
-from protoclip.training.run_folder import read_settings, to_toml
-from protoclip.training.sync import Copies, begun, fetch, require_apart, store_of
+from protoclip.training.sync import Copies, fetch_run, open_store
 from testing import tiny_config
 
 
@@ -50,11 +47,10 @@ class Run:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(to_toml(resolve_settings(CONFIG).config))
-        self.copies = Copies(CONFIG.run.sync, folder, keep=2)
+        self.copies = Copies(CONFIG, folder)
         settings: dict[str, Any] = {"every_steps": 0, "every_minutes": 0.0, "keep": 2}
-        settings |= {"then": self.copies.start, "in_use": self.copies.in_use}
+        settings |= {"then": self.copies.start, "in_use": self.copies.list_in_use}
         self.writer = CheckpointWriter(folder, description={}, **settings)
-        self.copies.copied = self.writer.prune
 
     def save(self, step: int) -> None:
         few = {"w": torch.full((9,), float(step))}
@@ -89,7 +85,7 @@ def test_an_upload_that_is_cut_leaves_the_older_checkpoint(saving, tmp_path, mon
         assert complete() == [1]
         assert whole()
         warnings = capsys.readouterr().err.splitlines()
-        assert warnings  # of the checkpoint, and at the end if that copy is another one
+        assert 1 <= len(warnings) <= 2  # the end may copy again
         for warning in warnings:
             assert "run.sync: s3://bucket/run: not copied (no room for s3://***@bucket/" in warning
     saving.save(4)
@@ -127,7 +123,7 @@ def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
     assert len(put_names) == 1
     go_on.set()
     saving.finish()
-    assert complete() == [3, 4]
+    assert complete() == [1, 3, 4]  # the first goes when the next is saved
     put_steps = [int(found[1]) for name in put_names if (found := re.search(r"step-(\d+)", name))]
     others = [step for step in put_steps if step > 1]  # what is under way comes to its end first
     assert others == sorted(others, reverse=True)
@@ -135,11 +131,11 @@ def test_one_copy_at_a_time_and_the_newest_next(saving, monkeypatch, capsys):
 
 
 def test_a_folder_that_is_mounted_takes_copies(tmp_path, monkeypatch, capsys):
-    """As a run folder; one not apart from the run's, or in no folder, such as a mount, is none."""
+    """As a run folder, in one that exists: a mount that is not there would fill another disk."""
     place = tmp_path / "mounted" / "of runs"
     in_place = with_changes(CONFIG, {"run": {"sync": f"file://{place}"}})
     monkeypatch.setitem(globals(), "CONFIG", in_place)
-    with pytest.raises(ValueError, match=f"there is no folder {place.parent}; mount it, make it"):
+    with pytest.raises(ValueError, match=f"there is no folder {place.parent}; mount it"):
         fetched(tmp_path / "other")
     place.parent.mkdir()
     saving = Run(tmp_path / "run")
@@ -152,9 +148,6 @@ def test_a_folder_that_is_mounted_takes_copies(tmp_path, monkeypatch, capsys):
     ]
     assert fetched(tmp_path / "other") == [4]
     assert f"step-000000004 fetched from file://{place}" in capsys.readouterr().err
-    for around in (place, place / "checkpoints", place.parent):
-        with pytest.raises(ValueError, match=f"is not apart from {around}; choose another folder"):
-            require_apart(f"file://{place}", around)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +156,7 @@ def test_a_folder_that_is_mounted_takes_copies(tmp_path, monkeypatch, capsys):
         ("reference://a/b", r"is no folder of a store \(s3, gs, hf, az, abfs, file\); name one"),
         ("oci://bucket@of/run", "is no folder of a store"),
         ("file:///", "is no folder of a store"),
-        ("file://mnt/nas/run", "name the whole path, as file:///mnt/folder"),
-        ("file://localhost/mnt/run", "name the whole path"),
-        ("file:///tmp/a#b", "'[?]' and '#' begin a query in a URL; name a folder without them"),
-        ("s3://me:word@bucket/run", "leave out user and query"),
+        ("file://mnt/nas/run", "there is no folder "),
         ("file://a::reference://b", "URLs chained with '::' are not read"),
         ("AZ://container/run", "Install adlfs to access Azure"),
     ],
@@ -174,31 +164,7 @@ def test_a_folder_that_is_mounted_takes_copies(tmp_path, monkeypatch, capsys):
 def test_a_place_that_takes_no_copies_is_refused(url, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(ValueError, match=rf"^run\.sync: {url}: {message}[^\n]*$"):
-        store_of(url)
-
-
-def test_a_copy_to_a_mounted_folder_that_is_cut_leaves_the_file_before(tmp_path, monkeypatch):
-    """Though a file system lets see what is written so far."""
-    place = tmp_path / "place"
-    in_place = with_changes(CONFIG, {"run": {"sync": f"file://{place}"}})
-    monkeypatch.setitem(globals(), "CONFIG", in_place)
-    saving = Run(tmp_path / "run")
-    saving.save(1)
-    saving.finish()
-    before = (place / "config.toml").read_bytes()
-
-    def cut(source: str, target: str) -> None:
-        Path(target).write_bytes(Path(source).read_bytes()[:9])
-        raise OSError("killed")
-
-    (saving.folder / "config.toml").write_bytes(before + b"# more")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", cut)
-        saving.finish()
-    assert (place / "config.toml").read_bytes() == before
-    saving.finish()
-    assert (place / "config.toml").read_bytes() == before + b"# more"
-    assert [path.name for path in place.iterdir() if path.name[0] == "."] == []
+        open_store(url)
 
 
 def test_a_checkpoint_stays_until_it_is_copied(saving, monkeypatch):
@@ -212,15 +178,15 @@ def test_a_checkpoint_stays_until_it_is_copied(saving, monkeypatch):
     assert steps == [1, 4, 5]
     go_on.set()
     saving.finish()
-    assert complete() == [4, 5]
     assert whole()
-    assert [int(path.name[-1]) for path in checkpoints(saving.folder)] == [4, 5]
+    saving.save(6)
+    assert [int(path.name[-1]) for path in checkpoints(saving.folder)] == [5, 6]
 
 
 def fetched(folder: Path, *, resume: bool = True, **changes: Any) -> list[int]:
     """The steps of the intact checkpoints in a run folder after a fetch."""
     config = with_changes(with_out(CONFIG, str(folder)), {"run": changes})
-    fetch(resolve_settings(config), resume=resume)
+    fetch_run(resolve_settings(config), resume=resume)
     return [int(path.name[-9:]) for path in checkpoints(folder) if damage(path) is None]
 
 
@@ -247,25 +213,10 @@ def test_the_newer_of_folder_and_bucket_wins(saving, tmp_path, capsys):
     assert fetched(tmp_path / "fourth") == [1]
 
 
-def test_checkpoints_of_other_machines_stay_for_as_many_as_are_kept(saving, tmp_path):
-    """A folder that never had them does not say that they are gone."""
-    for step in (1, 2):
-        saving.save(step)
-    saving.finish()
-    other = Run(tmp_path / "other")
-    assert fetched(other.folder) == [2]
-    shutil.rmtree(other.folder / "checkpoints")
-    Copies(CONFIG.run.sync, other.folder, keep=2).finish(60.0)
-    assert complete() == [1, 2]
-    other.save(3)
-    other.finish()
-    assert complete() == [2, 3]
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"seed": 5}, r"run\.sync: s3://bucket/run: .*other settings: run\.seed .*--run\.sync$"),
+        ({"seed": 5}, r"run\.sync: s3://bucket/run: .*other settings: run\.seed "),
         ({"resume": False}, "holds a run; go on with --resume auto, or choose another folder$"),
         ({"sync": "s3://bucket"}, "s3://bucket: holds other files; choose another folder$"),
     ],
@@ -278,17 +229,6 @@ def test_another_run_in_the_bucket_is_refused(more, message, saving, tmp_path):
         fetched(tmp_path / "other", **more)
     assert not (tmp_path / "other").exists()
     assert all(name.endswith("/.protoclip") for name in objects().keys() - before.keys())
-
-
-def test_damaged_settings_are_told_as_those_of_the_copy(bucket, tmp_path):
-    config = with_out(CONFIG, str(tmp_path / "new"))
-    store_of("s3://bucket/run").pipe_file("config.toml", b"[run")
-    way_out = "restore it from a copy, or choose another folder with --run.sync$"
-    with (
-        pytest.raises(ValueError, match=f"^run.sync: s3://bucket/run/config.toml: .*{way_out}"),
-        begun(config) as folder,
-    ):
-        read_settings(folder)
 
 
 def test_another_run_in_the_folder_is_refused(saving, tmp_path):
@@ -394,48 +334,9 @@ def test_what_a_cut_upload_left_does_not_spoil_the_next_one(saving):
     assert left not in objects()
 
 
-def test_a_damaged_file_takes_the_place_of_no_good_one(saving, capsys):
-    """A new process copies all that it finds in the folder of a finished run."""
-    few = {"towers.w": torch.zeros(9)}
-    write_model(saving.folder, few, {"alpha": 1.0})
-    write_atomically(saving.folder / "wise_ft.json", to_json(sealed({"points": []})))
-    saving.save(1)
-    saving.finish()
-    names = ["model.safetensors", "wise_ft.json"]
-    good = {name: objects()[f"/bucket/run/{name}"].getvalue() for name in names}
-    for name in names:
-        content = bytearray((saving.folder / name).read_bytes())
-        content[-3] ^= 1
-        (saving.folder / name).write_bytes(content)
-    capsys.readouterr()
-    Copies(CONFIG.run.sync, saving.folder, keep=2).finish(60.0)
-    assert {name: objects()[f"/bucket/run/{name}"].getvalue() for name in names} == good
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2
-    for name, warning in zip(names, warnings, strict=True):
-        assert f"{saving.folder}: {name} is " in warning
-        assert warning.endswith("; it is not copied")
-
-
-def test_a_model_that_is_written_while_it_is_copied_is_copied_the_next_time(saving):
-    """Its checksums come after its weights."""
-    write_model(saving.folder, {"towers.w": torch.zeros(9)}, {"alpha": 0.0})
-    before = (saving.folder / CHECKSUMS).read_bytes()
-    write_model(saving.folder, {"towers.w": torch.ones(9)}, {"alpha": 1.0})
-    after = (saving.folder / CHECKSUMS).read_bytes()
-    (saving.folder / CHECKSUMS).write_bytes(before)
-    saving.save(1)
-    saving.finish()
-    assert "/bucket/run/model.safetensors" not in objects()
-    (saving.folder / CHECKSUMS).write_bytes(after)
-    saving.finish()
-    weights = (saving.folder / "model.safetensors").read_bytes()
-    assert objects()["/bucket/run/model.safetensors"].getvalue() == weights
-
-
 def test_a_fetch_that_is_cut_short_comes_to_the_best_checkpoint_too(saving, tmp_path, monkeypatch):
     """It is older than those that are kept as the newest."""
-    saving.writer.best = (1, 0.9)
+    saving.writer.rate(1, 0.9)
     for step in (1, 2, 3, 4):
         few = {"w": torch.full((9,), float(step))}
         saving.writer.save(step, {"model": few, "optimizer": few, "source": few, "best": [1, 0.9]})

@@ -16,15 +16,14 @@ from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import sealed
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import MODEL, damage, find_checkpoint, write_model
-from protoclip.training.judge import Judge
-from protoclip.training.wise_ft import (
+from protoclip.training.evaluate import (
     ALPHAS,
     FILE,
-    best,
-    digest_data,
-    interpolated,
-    known_points,
-    scores,
+    RunEvaluator,
+    find_best,
+    interpolate,
+    read_points,
+    score_data,
 )
 from testing import tiny_pairs
 
@@ -43,10 +42,10 @@ def ends(generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_weights_and_statistics_are_interpolated(alpha, ends):
+def test_weights_and_statistics_are_interpolate(alpha, ends):
     """As in float64. What did not change is the same at every alpha, and both ends are exact."""
     start, end = ends
-    found = interpolated(start, end, alpha)
+    found = interpolate(start, end, alpha)
     for name in ("weight", "running_mean", "scale"):
         expected = (1 - alpha) * start[name].double() + alpha * end[name].double()
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
@@ -56,13 +55,13 @@ def test_weights_and_statistics_are_interpolated(alpha, ends):
     assert found["batches"] == (9 if alpha else 3)
 
 
-def test_the_update_of_lora_is_interpolated(generator):
+def test_the_update_of_lora_is_interpolate(generator):
     """The base and the first matrix stay; the second one starts at 0."""
     first = torch.randn(2, 6, generator=generator)
     second = torch.randn(4, 2, generator=generator)
     start = {"w.lora_A.x": first, "w.lora_B.x": torch.zeros(4, 2)}
     end = {"w.lora_A.x": first + 1, "w.lora_B.x": second}
-    found = interpolated(start, end, 0.3)
+    found = interpolate(start, end, 0.3)
     torch.testing.assert_close(
         found["w.lora_B.x"] @ found["w.lora_A.x"], 0.3 * (second @ (first + 1))
     )
@@ -77,7 +76,7 @@ def test_each_data_set_has_one_score():
         "eval/classes/retrieval/image_to_text@1": 0.2,
         "eval/tags/zero_shot/mean_average_precision": 0.4,
     }
-    assert scores(metrics) == {"pairs": pytest.approx(0.25), "classes": 0.7, "tags": 0.4}
+    assert score_data(metrics) == {"pairs": pytest.approx(0.25), "classes": 0.7, "tags": 0.4}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_each_data_set_has_one_score():
     ],
 )
 def test_the_best_alpha(means, expected):
-    assert best([{"alpha": alpha, "mean": mean} for alpha, mean in means.items()]) == expected
+    assert find_best([{"alpha": alpha, "mean": mean} for alpha, mean in means.items()]) == expected
 
 
 def test_a_sweep_that_ends_at_the_start_says_so(capsys):
@@ -115,29 +114,27 @@ def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
         split = Split(images=ImageTextPairs(tiny_pairs(4, seed=seed), name="images"))
         return EvaluationData(name=name, splits={"validation": split}, **more)
 
-    def judge(*guards: EvaluationData, squashes: bool = False) -> Any:
-        held_out = [*map(data, ("validation", "validation-a"))]
-        plan = Mock(held_out=held_out, guards=guards)
-        return Mock(Judge, plan=plan, model=Mock(squashes=squashes))
+    def evaluator(*guards: EvaluationData, squashes: bool = False) -> RunEvaluator:
+        made = RunEvaluator.__new__(RunEvaluator)
+        made.plan = Mock(held_out=[*map(data, ("validation", "validation-a"))], guards=guards)
+        made.model = Mock(squashes=squashes)
+        return made
 
     def points(*guards: EvaluationData, step: int = 4, squashes: bool = False) -> Any:
-        return known_points(judge(*guards, squashes=squashes), tmp_path, step)
+        return read_points(evaluator(*guards, squashes=squashes), tmp_path, step)
 
     record = {"steps": 4, "points": [before]}
-    of_old = {"data": digest_data(judge(data("old")))}
+    of_old = {"data": evaluator(data("old")).digest_data()}
     for known in (of_old, {}):  # earlier versions did not note it
         (tmp_path / FILE).write_text(json.dumps(sealed(record | known)))
-        assert points(data("old")) == [before]
+        assert points(data("old")) == {0.5: before}
         for guards in ([], ["new"], ["old", "new"]):
-            assert points(*map(data, guards)) == []
-        assert points(data("old"), step=5) == []
+            assert points(*map(data, guards)) == {}
+        assert points(data("old"), step=5) == {}
     (tmp_path / FILE).write_text(json.dumps(sealed(record | of_old)))
     for other in ({"seed": 1}, {"class_names": ["x"]}, {"templates": ["a {c}"]}):
-        assert points(data("old", **other)) == []
-    assert points(data("old"), squashes=True) == []
-    of_squashed = {"data": digest_data(judge(data("old"), squashes=True))}
-    (tmp_path / FILE).write_text(json.dumps(sealed(record | of_squashed)))
-    assert points(data("old"), squashes=True) == [before]
+        assert points(data("old", **other)) == {}
+    assert points(data("old"), squashes=True) == {}
 
 
 def model(value: float) -> dict[str, Tensor]:

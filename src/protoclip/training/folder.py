@@ -1,0 +1,656 @@
+"""The folder of a run: who holds it, whether a run may go on there, and its checkpoints.
+
+A run goes on with equal settings, data and arithmetic, or is refused with what differs. The files
+of a checkpoint are in `models/checkpoint.py`, and copies of a folder in `sync.py`.
+"""
+
+import math
+import re
+import shutil
+import time
+import tomllib
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from protoclip.config import HALVES, START, Config, LossConfig, RunConfig, TeacherConfig, shown
+from protoclip.data.pairs import difference
+from protoclip.distributed.collectives import raise_on_all_ranks, rank
+from protoclip.distributed.parallel import are_parts
+from protoclip.evaluation.paired import read_results
+from protoclip.files import (
+    SEAL,
+    UNFINISHED,
+    has_changed,
+    read_json,
+    read_local,
+    write_atomically,
+)
+from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, damage, facts_of
+from protoclip.models.start import Start, names_model
+from protoclip.rules import require_place
+from protoclip.terminal import say, without_secrets
+from protoclip.training.defaults import CHOSEN
+from protoclip.training.plan import Outline, Plan
+from protoclip.training.presets import Command, fill
+
+LOCK, RESULTS = ".lock", "results.json"
+# What is meant where it is unset.
+UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
+# Defaults of version 1.0, with which its runs go on.
+FORMER: dict[str, Any] = {"prototypical": 1.0, "teacher": 2.0}
+# Settings that may change when a run goes on; all others decide which samples a step sees, or what
+# is learned of them. These say what is kept and shown, and change no bit of any batch or weight.
+FREE = (
+    *("run.name", "run.out", "run.sync", "run.log_every", "run.save_steps", "run.save_minutes"),
+    *("run.keep_checkpoints", "run.keep_best", "run.loggers", "run.evaluate"),
+    *("run.evaluate_every", "run.guard", "data.workers", "data.cache_gb"),
+    *("data.max_bad_share", "align.features"),
+)
+# These change memory, time and rounding alone, so a run that lacks memory can go on with others.
+ROUNDING = (
+    *("run.device", "run.precision", "episodes.micro_batch_size", "parallel.strategy"),
+    *("parallel.activation_checkpointing", "parallel.compile"),
+)
+# These say where data are, as `data.root` does. They may move, if what is there is the same.
+MOVABLE = (
+    *("data.train", "data.sources", "data.validation", "data.only", "data.without"),
+    *("teacher.features", "teachers"),
+)
+PATHS = ("path", "root")  # of a source
+NAMES = ("emoji", START, *HALVES.values())  # which are not moved: they say what the data are
+# With `run.stop_by` these decide when the run ends.
+STOPS = ("run.evaluate_every", "run.guard")
+WAY_OUT = "choose another folder with --run.out"
+# At the end of an episode a checkpoint is due if the last one is older than this many seconds, and
+# than this many times as long as writing it took, so that short episodes do not only save.
+EPISODE_PAUSE, EPISODE_FACTOR = 15.0, 100.0
+# Seconds before another attempt to save: in training, and at the end of a run.
+RETRY_AFTER, LAST_RETRIES = 60.0, (5.0, 10.0, 15.0, 30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What a folder holds of a run; nothing, if the run is new.
+
+    Attributes:
+        outline: That of the run that begins or goes on now. What its settings leave open is as the
+            run in the folder began with.
+        is_begun: Whether there is such a run.
+        results: The content of its `results.json`, if it is finished.
+    """
+
+    outline: Outline
+    is_begun: bool = False
+    results: dict[str, Any] | None = None
+
+
+def name_folder(config: Config) -> Path:
+    name = config.run.name + " overfit" * (config.run.overfit is not None)
+    return Path(config.run.out or f"runs/{slugify(name)}-{config.run.seed}")
+
+
+def slugify(name: str) -> str:
+    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`.
+
+    Letters of all scripts stay.
+    """
+    return "-".join(re.findall(r"[\w.]+", unicodedata.normalize("NFC", name.lower()))) or "run"
+
+
+@contextmanager
+def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, and remove what killed processes left.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=resume)  # which `inspect_folder` did not find
+        lock = FileLock(folder / LOCK, timeout=0).acquire()
+    except (FileExistsError, Timeout):
+        raise ValueError(
+            f"{folder}: another process writes here; wait for it, or choose another with --run.out"
+        ) from None
+    with lock:
+        saved.remove_unfinished(folder)
+        yield
+
+
+def inspect_folder(outline: Outline, *, resume: bool) -> Begun:
+    """What the folder of a run holds of it; writes nothing.
+
+    Raises:
+        ValueError: It exists, and there is no run to go on with; or as `check_settings`.
+    """
+    folder = name_folder(outline.config)
+    begun = read_begun(folder)
+    # A run that was killed at its very start leaves a lock, and what it had begun to write.
+    is_empty = folder.is_dir() and all(
+        path.name == LOCK or UNFINISHED.fullmatch(path.name) for path in folder.iterdir()
+    )
+    if folder.exists() and not (resume and (begun or is_empty)):
+        way = ", or go on with --resume auto" if begun else ""
+        raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
+    if begun is None:
+        require_place("run.out", str(folder), is_folder=True)  # or hours of encoding are lost
+        return Begun(outline=outline)
+    path = folder / RESULTS
+    config = keep_begun(outline.config, begun)
+    notes = check_settings(
+        str(folder), list_settings(begun), list_settings(config), finished=path.is_file()
+    )
+    if former := [
+        f"loss.{name} stays {getattr(config.loss, name)}"
+        for name in FORMER
+        if getattr(config.loss, name) != getattr(outline.config.loss, name)
+    ]:
+        notes.append(f"{', '.join(former)}, the default when the run began")
+    start = keep_resizing(outline.start, folder)
+    if start.squashes != outline.start.squashes:
+        how = "squashed" if start.squashes else "cropped"
+        notes.append(f"{start.reference}: images stay {how}, as they were when the run began")
+    outline = replace(outline, config=config, start=start, notes=[*outline.notes, *notes])
+    if not path.is_file():
+        return Begun(outline=outline, is_begun=True)
+    read_results(folder)  # or they are damaged
+    results = read_json(path)
+    if has_changed(results):  # people may edit it
+        say(f"warning: {path}: not what the run wrote: its checksum differs")
+    results = {key: value for key, value in results.items() if key != SEAL}
+    return Begun(outline=outline, is_begun=True, results={**results, "folder": str(folder)})
+
+
+def is_evaluated(folder: Path, asked: RunConfig) -> bool:
+    """Whether a finished run was evaluated as it is asked for now, by these guards too."""
+    was = saved.read_config(folder).run
+    guards = {*map(without_secrets, asked.guard)}
+    return not asked.evaluate or (was.evaluate and guards <= {*was.guard})
+
+
+def enter_folder(
+    begun: Begun, plan: Plan, inputs: Mapping[str, Mapping[str, Any]], *, notes: Sequence[str]
+) -> Path | None:
+    """Begin or go on in a run's folder, which is claimed; the checkpoint to go on from, if any.
+
+    Args:
+        inputs: As for `check_checkpoint`.
+        notes: What to say of a run that is not trained yet.
+
+    Raises:
+        ValueError: No checkpoint is intact; or as `check_checkpoint`.
+    """
+    folder, is_trained = name_folder(plan.config), begun.results is not None
+    lines = [] if is_trained else [*notes]
+    if not is_trained:
+        (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
+    checkpoint = find_newest_intact(folder, lines) if begun.is_begun else None
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, plan, inputs)
+    write_atomically(folder / SETTINGS, to_toml(plan.config))
+    for line in lines:
+        say(f"note: {line}")
+    if is_trained:
+        say(f"note: {folder}: is trained; only what follows training is done again")
+    else:
+        say(f"training on {plan.amount}")
+    return checkpoint
+
+
+# Settings: what a run began with, and what may change when it goes on
+
+
+def read_begun(folder: Path) -> Config | None:
+    """The settings of the run in a folder, if there is one; raises as `parse_begun`."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        text = read_local(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {WAY_OUT}") from error
+    return parse_begun(text, str(path))
+
+
+def parse_begun(text: str, source: str) -> Config:
+    """The settings that a run began with, from what its `config.toml` holds.
+
+    Raises:
+        ValueError: It is damaged, or a setting has a value that is gone; names the source.
+    """
+    try:
+        tree = tomllib.loads(text)
+        for section, setting in (("run", "wandb"), ("data", "cache")):  # they changed no batch
+            tree.get(section, {}).pop(setting, None)
+        return Config.from_dict(tree)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: damaged ({error}); restore it from a copy, or {WAY_OUT}"
+        ) from error
+
+
+def keep_chosen(command: Command, given: Mapping[str, Any], begun: Config) -> Mapping[str, Any]:
+    """The settings that are given, and below them what the command chose when the run began."""
+    settings, tree = flatten(tomllib.loads(to_toml(begun))), dict(given)
+    for name in sorted(settings.keys() & CHOSEN[command]):
+        section, key = name.split(".")
+        tree[section] = {key: settings[name], **tree.get(section, {})}
+    return tree
+
+
+def keep_pooling(config: Config, begun: Config | None) -> Config:
+    """The settings with the image tower's pooling as the run began with, if it is unset.
+
+    Runs of versions up to 1.0.0 have the mean, which is no longer what follows from all weights.
+    """
+    model = config.model
+    is_timm = model.projections_are_new and not names_model("image", model.image.name)
+    if begun is None or not is_timm:
+        return config
+    image = fill(model.image, {"pooling": begun.model.image.pooling or "avg"})
+    return replace(config, model=replace(model, image=image))
+
+
+def keep_resizing(start: Start, folder: Path) -> Start:
+    """The start, with images squashed or cropped as by the newest checkpoint of the run in a
+    folder, so that all that judges the run is measured alike.
+
+    Runs of versions up to 1.0.0 crop them, whatever they started from.
+    """
+    for checkpoint in reversed(checkpoints(folder)):
+        if damage(checkpoint, [MODEL]) is None:
+            squashes = saved.is_squashing(read_json(checkpoint / MODEL))
+            return replace(start, resize_mode="squash" if squashes else "shortest")
+    return start
+
+
+def keep_begun(config: Config, begun: Config) -> Config:
+    """The settings, with those that they leave open as a run began with."""
+    model, data, loss, teachers = config.model, config.data, config.loss, config.teachers
+    if model.projections_are_new:  # others have the sizes of their start
+        image = fill(model.image, {"size": begun.model.image.size})
+        text = fill(model.text, {"context_length": begun.model.text.context_length})
+        model = replace(model, image=image, text=text)
+    data = fill(data, {"augmentation": begun.data.augmentation})
+    if begun.data.read == "streaming":  # or align encodes all before other data are refused
+        data = fill(data, {"read": "streaming"})
+    for name, former in FORMER.items():
+        if getattr(loss, name) == getattr(LossConfig(), name) and (
+            getattr(begun.loss, name) == former
+        ):
+            loss = replace(loss, **{name: former})
+
+    def keep_teacher(teacher: TeacherConfig, before: TeacherConfig, distil: Any) -> TeacherConfig:
+        values = {"number": before.number, "tower": before.tower}
+        return fill(
+            teacher, {**values, "distil": distil if before.distil is None else before.distil}
+        )
+
+    if len(teachers) == len(begun.teachers):
+        pairs = zip(teachers, begun.teachers, strict=True)
+        teachers = [keep_teacher(now, before, 0.0) for now, before in pairs]
+    episodes, prototypes = begun.episodes, begun.prototypes
+    return replace(
+        config,
+        model=model,
+        data=data,
+        loss=loss,
+        episodes=fill(config.episodes, {"size": episodes.size, "count": episodes.count}),
+        prototypes=fill(
+            config.prototypes, {"number": prototypes.number, "source": prototypes.source}
+        ),
+        teacher=keep_teacher(config.teacher, begun.teacher, None if teachers else 0.0),
+        teachers=teachers,
+        optim=fill(config.optim, vars(begun.optim)),
+    )
+
+
+def check_settings(
+    place: str, before: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool = False
+) -> list[str]:
+    """Refuse to go on with settings that would make another run; returns notes on the others.
+
+    Args:
+        place: What holds the run, for messages.
+        before, now: As `list_settings`.
+
+    Raises:
+        ValueError: A setting differs that may not; see `FREE`.
+    """
+    differ = {
+        key: f"{key} ({show(before, key)} before, {show(now, key)} now)"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    }
+    stops = STOPS if before.get("run.stop_by") or now.get("run.stop_by") else ()
+    free = {*FREE, *ROUNDING} - {*stops}
+    if not finished:  # of a finished run nobody opens the data to compare
+        free |= {"data.root", "data.read"}  # shards of a store, copied to a disk, stay a stream
+        free |= {
+            key for key in MOVABLE if without_paths(before.get(key)) == without_paths(now.get(key))
+        }
+    few = before.get("run.overfit")
+    if few is not None and few == now.get("run.overfit"):
+        free |= {"episodes.size", "episodes.batch_size"}  # align may leave some of the pairs out
+        # It decides these itself, as version 1.0 did for fine-tuning too.
+        free |= {key for key in {*before, *now} if key.startswith("align.")}
+    if refused := {key: text for key, text in differ.items() if key not in free}:
+        moved = finished and refused.keys() <= {*MOVABLE, "data.root"}
+        may_move = "data move until a run is finished, as this one is: " if moved else ""
+        raise ValueError(
+            f"{place}: the run was started with other settings: {', '.join(refused.values())}; "
+            f"{may_move}restore them, or {WAY_OUT}"
+        )
+    rounding = {key: text for key, text in differ.items() if key in ROUNDING}
+    if not rounding:
+        return []
+    parts = {"episodes.micro_batch_size", "parallel.strategy"} & rounding.keys()
+    also = ", and of BatchNorm the statistics" if parts else ""
+    return [f"going on with {', '.join(rounding.values())}: batches stay, rounding changes{also}"]
+
+
+def list_settings(config: Config) -> dict[str, Any]:
+    """Settings by dotted name, with what is meant where they are unset or idle."""
+    tree = tomllib.loads(to_toml(config))
+    teachers = [{"distil": 0.0, **teacher} for teacher in tree["teachers"]]
+    return {**UNSAID, **IDLE, **flatten(tree), "teachers": teachers}
+
+
+def without_paths(value: Any) -> Any:
+    """A setting without the paths in it, since data may move; a share is no path."""
+    if isinstance(value, list):  # sources, or teachers
+        return [
+            {
+                key: without_paths(item) if key == "features" else item
+                for key, item in table.items()
+                if key not in PATHS
+            }
+            for table in value
+        ]
+    return "" if isinstance(value, str) and value not in NAMES else value
+
+
+def show(settings: Mapping[str, Any], key: str) -> str:
+    """A setting as a recipe holds it; texts without quotes."""
+    value = settings.get(key, "unset")
+    return value if isinstance(value, str) else shown(value)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested settings by dotted name."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        values |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return values
+
+
+def list_names(settings: Mapping[str, Any], many: str, key: str, one: str) -> list[str]:
+    """What the tables `many` in flat settings name as `key`; where there are none, `one` does."""
+    tables = settings.get(many)
+    listed = [table for table in tables if isinstance(table, dict)] if tables else []
+    names = [table.get(key) for table in listed] or [settings.get(one)]
+    return [str(name) for name in names if name]
+
+
+# Settings that some runs have no use for, at their defaults: those of a small text tower, which a
+# text model has others than; of towers that are put together; and the one source beside several.
+SMALL_TEXT = ("model.text.width", "model.text.heads", "model.text.layers")
+PARTS = ("model.embed_dim", "model.image.name", *SMALL_TEXT)
+IDLE = {name: flatten(asdict(Config()))[name] for name in (*PARTS, "data.train")}
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, without what is unset or idle, `allow_links`, and secrets in URLs.
+
+    A run that goes on reads the URLs that it is given then. What is idle but no default stays:
+    somebody gave it.
+    """
+    tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+    del tree["data"]["allow_links"]
+    # A class is code, which a recipe cannot name.
+    tree["run"]["loggers"] = [name for name in config.run.loggers if ":" not in name]
+    idle = list[str]()
+    if config.model.start is not None or config.model.name is not None:
+        idle += PARTS
+    elif config.model.text.name is not None:
+        idle += SMALL_TEXT
+    if config.data.sources:
+        idle.append("data.train")
+    for name in idle:
+        *sections, key = name.split(".")
+        section = tree
+        for part in sections:
+            section = section[part]
+        if section.get(key) == IDLE[name]:
+            del section[key]
+    for tower in ("image", "text"):
+        if not tree["model"][tower]:
+            del tree["model"][tower]
+    return without_secrets(tomli_w.dumps(tree))
+
+
+# Checkpoints
+
+
+def find_newest_intact(run: Path, notes: list[str]) -> Path | None:
+    """The newest checkpoint of a run that has no damage; adds a note on each one passed over."""
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints(run)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            notes += [f"{text}: passed over" for text in damaged]
+            return checkpoint
+        damaged.append(f"{checkpoint} ({wrong})")
+    if damaged:
+        raise ValueError(
+            f"every checkpoint of the run is damaged or cannot be read: {', '.join(damaged)}; make "
+            f"them readable, restore one from a copy, delete {run / 'checkpoints'} to start again, "
+            f"or {WAY_OUT}"
+        )
+    return None
+
+
+def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to go on from a checkpoint with other arithmetic or other data.
+
+    Another device or precision would round differently, unless the settings name it. Other lists
+    of sample ids, and other pairs, would mean that what judges the run may have been trained on.
+
+    Args:
+        inputs: `arithmetic`: device and precision by setting. `chosen`: what identifies the lists
+            of sample ids, by setting. `content`: of `list_contents`.
+    """
+    arithmetic, content = inputs["arithmetic"], inputs["content"]
+    for setting, before in facts_of(checkpoint, "arithmetic").items():
+        is_named = flatten(asdict(plan.config))[setting] != "auto"
+        if not is_named and before != arithmetic.get(setting, before):
+            raise ValueError(
+                f"{setting}: this run was computed with {before}, and here it would be "
+                f"{arithmetic[setting]}; go on on a machine like the first, or name it "
+                f"(--{setting} {arithmetic[setting]}) to go on with other rounding"
+            )
+    lists, facts = facts_of(checkpoint, "chosen"), facts_of(checkpoint, "content")
+    if changed := [name for name, key in inputs["chosen"].items() if lists.get(name) != key]:
+        raise ValueError(
+            f"{changed[0]}: the ids in it have changed since the run began; restore them, or "
+            f"{WAY_OUT}"
+        )
+    if saved.is_aligned(checkpoint) and not any("encoded" in fact for fact in content["sources"]):
+        raise ValueError(  # train would move the halves
+            f"{checkpoint.parent.parent}: was begun by protoclip align; go on with that command, "
+            f"or {WAY_OUT}"
+        )
+    for kind, what in {
+        "sources": f"{plan.samples.name}: not the data that the run began with",
+        "validation": "data.validation: not the pairs that judged the run before",
+        "teachers": "teacher.features: not what the run began with",
+        "start": "model.start: not what the run began with",
+    }.items():
+        now = content.get(kind, [])
+        if differs := difference(facts.get(kind) or now, now):
+            raise ValueError(f"{what} ({differs}); restore them, or {WAY_OUT}")
+
+
+class CheckpointWriter:
+    """Decides when to write a checkpoint of a run, writes it in a thread, and removes old ones.
+
+    If one cannot be written there is a warning, and training goes on; only `finish` insists. It
+    keeps the newest `keep` checkpoints, the best, and those `in_use`. `description` is what builds
+    the model again, with `text_files` for a Hugging Face text tower or tokenizer. `then` gets each
+    folder when it is written.
+
+    Of a sharded model all ranks save and write at the same steps, each its part, and rank 0 alone
+    decides, warns, and removes; otherwise rank 0 does all of it.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        description: Mapping[str, Any],
+        text_files: Mapping[str, bytes] | None = None,
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+        then: Callable[[Path], None] = lambda folder: None,
+        in_use: Callable[[], set[Path]] = set,
+    ) -> None:
+        self.run, self.description, self.text_files = run, description, text_files
+        self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
+        self.then, self.in_use = then, in_use
+        self.saved_step = -1  # of the last checkpoint that was begun
+        self.failed_step: int | None = None  # the same, if it could not be written
+        self.ratings: dict[int, float] = {}  # finite values of evaluations by step
+        self._saved_at = time.monotonic()
+        self._written_in = 0.0  # seconds
+        self._problem = ""
+        self._write_files: Callable[[], None] = lambda: None
+        self._thread: Thread | None = None
+
+    def folder(self, step: int) -> Path:
+        return self.run / "checkpoints" / f"step-{step:09}"
+
+    def rate(self, step: int, value: float) -> None:
+        """Note the result of an evaluation; higher is better. NaN and infinity do not count."""
+        if math.isfinite(value):
+            self.ratings[step] = value
+
+    def find_best(self, step: int | None = None) -> tuple[int, float] | None:
+        """Step and value of the best evaluation whose checkpoint is there; of equal ones the first.
+
+        Args:
+            step: Its checkpoint counts too: it is about to be written.
+        """
+        there = [key for key in list(self.ratings) if key == step or self.folder(key).is_dir()]
+        best = max(there, key=lambda key: (self.ratings[key], -key), default=None)
+        return None if best is None else (best, self.ratings[best])
+
+    def is_due(self, step: int, *, episode_end: bool) -> bool:
+        """Whether it is time to save after this step."""
+        age = time.monotonic() - self._saved_at
+        best = self.find_best(step) if step in self.ratings else None
+        return step != self.saved_step and (
+            (self.every_steps > 0 and step % self.every_steps == 0)
+            or (self.every_minutes > 0 and age >= 60 * self.every_minutes)
+            or (episode_end and age >= max(EPISODE_PAUSE, EPISODE_FACTOR * self._written_in))
+            or (self.failed_step is not None and age >= RETRY_AFTER)
+            or (best is not None and best[0] == step)
+        )
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Start to write a copy of a nested state; `model` and `optimizer` in it are copies."""
+        self.wait()
+        self._saved_at, self.saved_step = time.monotonic(), step
+        in_parts = are_parts(state["model"])
+        if rank() != 0:
+            state = {key: state[key] for key in ("model", "optimizer", "adapters")}
+        tensors, facts = saved.checkpoint_files(self.description, state)
+        if in_parts:
+            others = {saved.RESUME: tensors.pop(saved.RESUME)}
+            self._write_files = partial(
+                saved.write_parts, self.folder(step), tensors, others, facts, self.text_files
+            )
+        else:
+            self._write_files = partial(
+                saved.write_checkpoint, self.folder(step), tensors, facts, self.text_files
+            )
+        self._thread = Thread(target=self._write, daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written or could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint; if it could not be written, try again for a minute.
+
+        Collective.
+
+        Raises:
+            OSError: It cannot be written; says what to do.
+        """
+        self.wait()
+        for pause in LAST_RETRIES:
+            if self.failed_step is None:
+                break
+            warn(f"trying to save step {self.failed_step} again in {pause:g} s")
+            time.sleep(pause)
+            self._write()
+        raise_on_all_ranks(self._require_written)
+
+    def _require_written(self) -> None:
+        if self.failed_step is not None and rank() == 0:
+            left = checkpoints(self.run)
+            start = left[-1] if left else "the beginning"
+            raise OSError(
+                f"{self._problem}: this checkpoint is lost; trying again did not help; make room, "
+                f"then the same command with --resume auto goes on from {start}"
+            )
+
+    def _write(self) -> None:
+        step, folder, began = self.saved_step, self.folder(self.saved_step), time.monotonic()
+        try:
+            self._write_files()
+        except Exception as error:  # nobody else would hear of it in a thread
+            self.failed_step = step
+            room = ""
+            with suppress(OSError):
+                room = f"; {shutil.disk_usage(self.run).free / 1e6:,.0f} MB are free"
+            self._problem = f"{folder}: not saved ({error}{room})"
+            warn(f"{self._problem}; earlier checkpoints are whole")
+            return
+        self.failed_step, self._write_files = None, lambda: None
+        self._written_in = time.monotonic() - began
+        if rank() == 0:
+            self.prune(folder)
+            self.then(folder)
+
+    def prune(self, newest: Path) -> None:
+        """Remove what is not to be kept, up to this checkpoint: later ones are damaged, if the run
+        went on from one before them. What cannot be removed costs a warning."""
+        try:
+            best = self.find_best()
+            keep = self.in_use() | ({self.folder(best[0])} if best is not None else set())
+            so_far = [path for path in checkpoints(self.run) if path <= newest]
+            for old in so_far[: -self.keep]:
+                if old not in keep:
+                    saved.remove_checkpoint(old)
+        except OSError as error:
+            warn(f"an old checkpoint stays, since it cannot be removed ({error})")
+
+
+def warn(text: str) -> None:
+    if rank() == 0:
+        say(f"warning: {text}")

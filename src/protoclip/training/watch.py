@@ -1,0 +1,570 @@
+"""What watches a run: its machines and speed, its numbers, and steps that are not finite.
+
+No step waits for a device because of this.
+"""
+
+import math
+import platform
+import re
+import socket
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import protoclip
+from protoclip.distributed import parallel
+from protoclip.distributed.collectives import (
+    WAITS,
+    all_gather,
+    all_gather_object,
+    all_reduce,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
+from protoclip.files import to_json, write_atomically
+from protoclip.models.loading import context_length
+from protoclip.models.protoclip import PROJECTIONS, Precision, ProtoCLIP, image_size
+from protoclip.models.start import Start
+from protoclip.terminal import say
+
+# FLOP/s of 16-bit matrix products that are summed in 32 bits, without sparsity, by NVIDIA, and the
+# names by which torch knows these cards. Other cards of a like name have other peaks.
+PEAK = {"A100": 312e12, "H100": 989e12, "RTX-4090": 165e12, "RTX-2080-Ti": 54e12}
+CARDS = {
+    r"NVIDIA A100.*": "A100",
+    r"NVIDIA (H100 80GB HBM3|H200)": "H100",  # the H200 has more memory, and computes as fast
+    r"NVIDIA GeForce RTX 4090": "RTX-4090",
+    r"NVIDIA GeForce RTX 2080 Ti": "RTX-2080-Ti",
+}
+# Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
+# for some dozens; a hundred more cost little, and a word too early costs trust.
+PATIENCE = 300
+AT_CHANCE = 0.97  # of the way from the least possible loss to that of a guess
+RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is wrong gets there
+# Share of a batch that repeats the rest of it, in the mean over so many logged steps.
+REPEATED, OBSERVED = 0.1, 5
+# A loss is a spike if it is above this multiple of the mean of the last 50, and this many standard
+# deviations above it.
+OBSERVATIONS, SPIKE_FACTOR, SPIKE_DEVIATIONS = 50, 2.0, 5.0
+# Features with less variance on the unit sphere, in [0, 1], have collapsed. Towers with fresh
+# weights give nearly equal features to all inputs, so the first steps do not count.
+LEAST_SPREAD, SPREAD_FROM_STEP = 0.01, 200
+# Share of clusters without a sample, and of prototypes that no sample was assigned to.
+MOST_EMPTY, MOST_DEAD = 0.5, 0.75
+# Steps in a row that are not finite before the run is given up. Under fp16 each of them halves the
+# loss scale, which is then at a thousandth.
+MOST_SKIPPED = 10
+
+
+# Machines and speed
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Hardware and versions, without which a number means little."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "protoclip": protoclip.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    }
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where a run trains: the numbers of hosts and ranks, and the devices in words."""
+
+    hosts: int
+    ranks: int
+    devices: str
+
+    def __str__(self) -> str:
+        hosts = f"{self.hosts} host{'s' * (self.hosts > 1)}"
+        return f"{hosts}, {self.ranks} rank{'s' * (self.ranks > 1)} on {self.devices}"
+
+    def describe(self, batch: int) -> str:
+        """Where a run trains with so many pairs of a batch on each rank, in words."""
+        if self.ranks == 1:
+            return f"{self}, with {batch} pairs of every batch"
+        return (
+            f"{self}, each with {batch} pairs of every batch; learning rate, batch and episode are "
+            "for all ranks together"
+        )
+
+
+def gather_machines(device: torch.device) -> Machines:
+    """Where the ranks of this run are. Collective."""
+    hosts = len(set(all_gather_object(socket.gethostname())))
+    names = Counter(all_gather_object(describe_environment(device)["device"]))
+    kinds = device.type == "cuda" or len(names) > 1
+    devices = ", ".join(f"{number} x {name}" if kinds else name for name, number in names.items())
+    return Machines(hosts, world_size(), devices)
+
+
+def list_machines(state: Mapping[str, Any], now: Machines, *, over: bool) -> list[Machines]:
+    """The machines of a run one after the other: those that a checkpoint has saved, and those of
+    now, unless they are the same, or training is over."""
+    before = [Machines(**saved) for saved in state.get("machines", [])]  # 1.0.0 saved none
+    return before if before and (over or before[-1] == now) else [*before, now]
+
+
+def find_peak(device_name: str, precision: Precision) -> float | None:
+    """FLOP/s that a card can reach in this precision; None if that is not known."""
+    peaks = (PEAK[card] for name, card in CARDS.items() if re.fullmatch(name, device_name))
+    return next(peaks, None) if precision in ("bf16", "fp16") else None
+
+
+def count_passes(parameters: Iterable[nn.Parameter]) -> float:
+    """How many forward passes a training step of a tower is worth in FLOPs.
+
+    The pass itself; as much for the gradients of activations if anything trains; and for those of
+    weights as large a part as the weights that train are of all.
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    trained = sum(size for size, trains in sizes if trains)
+    return 1 + (trained > 0) + trained / max(1, sum(size for size, _ in sizes))
+
+
+def measure_memory(device: torch.device) -> float:
+    """The most memory that this process has had on its device, in bytes; 0 if not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu" or sys.platform == "win32":
+        return 0.0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else 1024 * most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """FLOPs of one forward pass of one sample, and the parameters of both towers."""
+
+    image: float
+    text: float
+    heads: float  # both
+    parameters: int
+
+
+def count_forward_flops(start: Start) -> Forward:
+    """Count the FLOPs of a start's towers at its sizes, on the meta device: without weights and
+    without a batch. Matrix products and convolutions count."""
+    model = start.build(on_meta=True)
+    pair: Any = model.towers
+    size = image_size(pair)
+    length = pair.context_length if hasattr(pair, "context_length") else context_length(start)
+    if start.model.name is None and start.model.start is None:
+        size, length = start.sizes.values()
+    samples = 2  # BatchNorm needs more than one
+
+    def count(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:
+        with FlopCounterMode(display=False) as counter:
+            return part(inputs), counter.get_total_flops() / samples
+
+    # Text towers of transformers skip what needs values only if their tensors are fake, which makes
+    # each operation ten times as slow.
+    needs_fake = any(part.__module__.startswith("transformers") for part in pair.modules())
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if needs_fake else nullcontext()
+    with torch.device("meta"), fake:
+        features, image = count(model.encode_image, torch.empty(samples, 3, size, size))
+        _, text = count(model.encode_text, torch.ones(samples, length, dtype=torch.long))
+        _, head = count(model.image_head, features)
+    parameters = sum(p.numel() for p in pair.parameters())
+    return Forward(image=image, text=text, heads=2 * head, parameters=parameters)
+
+
+@dataclass(kw_only=True)
+class Throughput:
+    """What a rank measures from one report to the next.
+
+    Attributes:
+        peak: FLOP/s of this rank's card, if it is known.
+        forward: FLOPs of a pair, if they are known, where both towers run in a step.
+        captions: Texts of an image.
+        waited: Seconds of waiting for data since the last report.
+    """
+
+    peak: float | None = None
+    forward: Forward | None = None
+    captions: int = 1
+    waited: float = 0.0
+    _flops: float = 0.0  # of a pair, in the stage under way
+    _last: tuple[float, int] = (0.0, 0)  # time, and samples seen
+    _steps: int = 0
+
+    def start(self, model: ProtoCLIP, seen: int) -> None:
+        """Measure from here on, with what trains in this model now."""
+        if self.forward is not None:
+            # A projection that trains behind a locked tower asks that tower for no gradients.
+            named = model.towers.named_parameters()
+            inside = [(name, p) for name, p in named if not name.startswith(PROJECTIONS)]
+            image, text = (
+                count_passes(p for name, p in inside if name.startswith("visual.") == of_image)
+                for of_image in (True, False)
+            )
+            self._flops = self.forward.image * image + self.captions * self.forward.text * text
+        WAITS.take_seconds()
+        self._last, self._steps, self.waited = (time.monotonic(), seen), 0, 0.0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def measure_shares(self, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Shares of the time since the last report, on this rank. Call it when the device has
+        come as far as the host."""
+        spent = max(time.monotonic() - self._last[0], 1e-9)
+        shares = {"data": self.waited / spent}
+        # FSDP gathers and averages by itself, and does not say how long that takes.
+        if world_size() > 1 and not parallel.is_sharded(module):
+            waited = WAITS.take_seconds() + self._steps * parallel.measure_unhidden(module)
+            shares["collectives"] = waited / spent
+        self.waited = 0.0
+        return {
+            f"train/share/{part}": torch.tensor(min(1.0, share), device=device)
+            for part, share in shares.items()
+        }
+
+    def report(self, seen: int, device: torch.device) -> dict[str, float]:
+        """Pairs a second since the last report, memory, and the share of the peak. Collective."""
+        (before, had), now = self._last, time.monotonic()
+        rate = (seen - had) / (now - before)
+        self._last, self._steps = (now, seen), 0
+        metrics = {"train/samples_per_second": rate}
+        most = all_reduce(torch.tensor(measure_memory(device) / 1e9, device=device), "max")
+        if most > 0:
+            metrics["train/memory_gb"] = float(most)
+        if self.peak is not None and self._flops:
+            metrics["train/mfu"] = rate * self._flops / (world_size() * self.peak)
+        return metrics
+
+
+def make_throughput(
+    start: Start | None, device: torch.device, precision: Precision, captions: int
+) -> Throughput:
+    """The measurements of a run with these towers; `start` is None where it trains none."""
+    peak, forward = find_peak(describe_environment(device)["device"], precision), None
+    if start is not None and peak is not None and rank() == 0:
+        try:
+            forward = count_forward_flops(start)
+        except Exception as error:  # a tower that does what the meta device cannot
+            say(f"note: train/mfu is left out, since FLOPs cannot be counted ({error})")
+    return Throughput(peak=peak, forward=forward, captions=captions)
+
+
+# Numbers
+
+
+def measure_repeats(captions: Sequence[bytes], samples: Int[Tensor, " n"]) -> float:
+    """The share of samples whose caption comes again with another sample, in the batch of all
+    ranks. Collective.
+
+    >>> captions = [b"a cat", b"a dog", b"a cat", b"a cat"]
+    >>> measure_repeats(captions, torch.tensor([0, 1, 2, 2]))
+    0.33333...
+    """
+    keys = b"".join(blake2b(caption, digest_size=8).digest() for caption in captions)
+    hashes = torch.frombuffer(bytearray(keys), dtype=torch.int64)
+    pairs = torch.stack([hashes.to(samples.device), samples], dim=1)
+    different = torch.unique(all_gather(pairs), dim=0)
+    return 1 - len(torch.unique(different[:, 0])) / len(different)
+
+
+# What makes a metric bad, by the start of its name, and what to do then.
+BAD: Mapping[str, tuple[Callable[[int, float], bool], str]] = {
+    "train/spread/": (
+        lambda step, value: value < LEAST_SPREAD and step >= SPREAD_FROM_STEP,
+        f", below {LEAST_SPREAD}: features are nearly equal for all inputs (collapse); lower "
+        "optim.learning_rate, raise optim.warm_up_steps, and check that the captions differ",
+    ),
+    "train/prototypes/empty/": (
+        lambda step, value: value > MOST_EMPTY,
+        ": most clusters have no sample; lower the number of prototypes (prototypes.number, or the "
+        "teacher's number) or raise episodes.size",
+    ),
+    "train/prototypes/dead/": (
+        lambda step, value: value > MOST_DEAD,
+        ": no sample of the episode was nearest to most prototypes, which then teach nothing; "
+        "lower optim.heads_lr_scale or the number of prototypes, or set prototypes.source to "
+        "extract",
+    ),
+}
+
+
+class Watch:
+    """Finds what ends in a bad model though every number is finite, and says each thing once.
+
+    It sees what is logged, and has no state worth saving.
+
+    Args:
+        pairs: In a batch, of all ranks, so that a guess has an InfoNCE of ln(pairs).
+        warm_up: Steps until the full rate.
+        overfits: Whether this is a run of `--overfit`, which is not advised again, and whose few
+            pairs may repeat.
+    """
+
+    def __init__(self, *, pairs: int, warm_up: int, overfits: bool = False) -> None:
+        self.chance, self.warm_up, self.overfits = math.log(pairs), warm_up, overfits
+        self._lowest = math.inf  # InfoNCE so far
+        self._shares: deque[float] = deque(maxlen=OBSERVED)  # of captions that repeat
+        self._losses: dict[frozenset[str], deque[float]] = {}
+        self._told = set[str]()
+
+    def list_warnings(self, step: int, metrics: Mapping[str, float]) -> list[str]:
+        """What the metrics of a step say that was not said before, a line each."""
+        warnings: dict[str, str | None] = {
+            name: f"{name} is {value:.2g}{advice}"
+            for name, value in metrics.items()
+            for prefix, (is_bad, advice) in BAD.items()
+            if name.startswith(prefix) and is_bad(step, value)
+        }
+        warnings["spike"] = self._find_spike(metrics)
+        warnings["repeats"] = self._find_repeats(metrics)
+        loss, positives = metrics.get("train/loss/info_nce"), metrics.get("train/positives", 0.0)
+        if loss is not None and math.isfinite(loss):
+            warnings["risen"] = self._find_rise(loss)
+            warnings["chance"] = self._find_chance(loss, positives, step - self.warm_up)
+            self._lowest = min(self._lowest, loss)
+        new = {name: line for name, line in warnings.items() if line and name not in self._told}
+        self._told |= new.keys()
+        return [f"step {step}: {line}" for line in new.values()]
+
+    def _find_spike(self, metrics: Mapping[str, float]) -> str | None:
+        value = metrics.get("train/loss/total")
+        if value is None or not math.isfinite(value):
+            return None
+        # Each set of losses has its own mean, since a stage with one more loss has no spike.
+        terms = frozenset(name for name in metrics if name.startswith("train/loss/"))
+        recent = self._losses.setdefault(terms, deque(maxlen=OBSERVATIONS))
+        mean, deviation = (fmean(recent), pstdev(recent)) if recent else (0.0, 0.0)
+        enough = len(recent) == OBSERVATIONS
+        recent.append(value)
+        limit = max(SPIKE_FACTOR * mean, mean + SPIKE_DEVIATIONS * deviation)
+        if not enough or value <= limit:
+            return None
+        return (
+            f"train/loss/total is {value:.4g}, its recent mean is {mean:.4g}; if it does not come "
+            "down, lower optim.learning_rate or optim.clip_norm, or raise optim.warm_up_steps"
+        )
+
+    def _find_repeats(self, metrics: Mapping[str, float]) -> str | None:
+        """Whether too many captions of each batch repeat, and are negatives of their equals."""
+        if self.overfits or "train/repeated/captions" not in metrics:
+            return None
+        self._shares.append(metrics["train/repeated/captions"])
+        mean = fmean(self._shares)
+        if len(self._shares) < OBSERVED or mean <= REPEATED:
+            return None
+        return (
+            f"{mean:.0%} of the captions of a batch repeat others, and equal ones are negatives of "
+            "each other; give captions that say more of each image"
+        )
+
+    def _find_rise(self, loss: float) -> str | None:
+        """Whether InfoNCE rose far above that of a guess."""
+        if loss < RISEN * max(self.chance, self._lowest):
+            return None
+        return (
+            f"train/loss/info_nce rose to {loss:.4g}, far above {self.chance:.4g}, that of a "
+            "guess; lower optim.learning_rate, or raise optim.warm_up_steps"
+        )
+
+    def _find_chance(self, loss: float, positives: float, steps: int) -> str | None:
+        """Whether InfoNCE is that of a guess after so many steps at the full rate.
+
+        No loss can tell the other pairs apart that a pair matches, on average `positives`.
+        """
+        chance, least = self.chance, math.log1p(positives)
+        if steps < PATIENCE or least > chance / 2 or loss < least + AT_CHANCE * (chance - least):
+            return None
+        text = f"train/loss/info_nce is {loss:.4g}, and {chance:.4g} is that of a guess"
+        if self._lowest < least + 0.9 * (chance - least):
+            return f"{text}, though it was {self._lowest:.4g}; lower optim.learning_rate"
+        trial = "" if self.overfits else ", and try --overfit 64"
+        return (
+            f"{text}, after {steps} steps at the full rate; check that captions belong to their "
+            f"images (protoclip data inspect){trial}; then raise optim.learning_rate, or lower it"
+        )
+
+
+# Steps that are not finite, and memory that runs out
+
+
+class NonFiniteGuard:
+    """Takes optimizer steps, skips those that are not finite, and ends a run that diverged.
+
+    A step that is skipped counts in the schedule, and leaves nothing else behind but a lower loss
+    scale in fp16. The device decides about each step, so that the host need not wait for it. The
+    host counts the skipped steps in `count_skipped`: on a CPU at once, on a GPU when metrics are
+    fetched.
+
+    A step without a gradient is skipped too, or weights would decay and follow their momentum: no
+    teacher and no prototype may know a sample of the batch. It is no fault: it is counted apart,
+    lowers no loss scale, and neither ends nor adds to a row of steps that are not finite.
+
+    Args:
+        optimizer: A fused one, which changes nothing where its `found_inf` is 1.
+        scaler: The loss scaler; for fp16 it skips steps by itself.
+        report: File that gets the losses and the samples of the last batch of a diverged run.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, report: Path
+    ) -> None:
+        self.optimizer, self.scaler, self.report = optimizer, scaler, report
+        self.skipped = self.in_a_row = self.without_gradient = 0
+        self._pending: list[tuple[int, Tensor, Sequence[str]]] = []
+        self._row: list[tuple[float, float]] = []
+
+    def step(
+        self, number: int, loss: Tensor, norm: Tensor, sample_ids: Sequence[str]
+    ) -> Bool[Tensor, ""]:
+        """Take step `number`, unless the loss of any rank or the norm is not finite, or there is
+        no gradient; raises as `count_skipped`.
+
+        Returns:
+            Whether the step was taken, the same on every rank.
+        """
+        loss = all_reduce(loss.detach())
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        taken = finite & (norm != 0)
+        self._skip(~taken)
+        self.scaler.step(self.optimizer)
+        self._skip(~finite)  # which alone lowers the loss scale
+        self.scaler.update()
+        self._pending.append((number, torch.stack([loss, norm.detach()]), sample_ids))
+        if loss.device.type == "cpu":
+            self.count_skipped()
+        return taken
+
+    def _skip(self, skipped: Bool[Tensor, ""]) -> None:
+        """Tell the optimizer, or in fp16 the scaler, whether to skip this step."""
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            return
+        # The scaler has looked at this rank's gradients, which with FSDP are a part of all.
+        for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
+            found_inf.copy_(skipped)
+
+    def count_skipped(self) -> None:
+        """Count the steps that were skipped since the last call.
+
+        Raises:
+            ValueError: Ten steps in a row were not finite, those without a gradient left out.
+        """
+        pending, self._pending = self._pending, []
+        values = torch.stack([pair for _, pair, _ in pending]).tolist() if pending else []
+        for (number, _, sample_ids), (loss, norm) in zip(pending, values, strict=True):
+            if math.isfinite(loss) and norm == 0:
+                self.without_gradient += 1
+                continue
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.in_a_row = 0
+                self._row.clear()
+                continue
+            self.skipped += 1
+            self.in_a_row += 1
+            self._row.append((loss, norm))
+            if self.in_a_row >= MOST_SKIPPED:
+                # All ranks are here, since they count the same; the first one says it.
+                raise_on_all_ranks(partial(self._give_up, number, sample_ids))
+
+    def _give_up(self, number: int, sample_ids: Sequence[str]) -> None:
+        losses, norms = zip(*self._row, strict=True)
+        content = {
+            "step": number,
+            # As text, since JSON has no NaN or infinity.
+            "losses": [*map(str, losses)],
+            "gradient_norms": [*map(str, norms)],
+            "sample_ids": sample_ids,
+        }
+        samples = f"the samples of the last batch are in {self.report}"
+        try:
+            write_atomically(self.report, to_json(content, indent=2) + "\n")
+        except OSError as error:
+            samples = f"the samples of the last batch could not be written: {error}"
+        raise ValueError(
+            f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
+            f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto if "
+            f"that is not its precision, or start anew with a lower optim.learning_rate ({samples})"
+        )
+
+    def summarize(self, steps: int, last: Path | None) -> str:
+        """How many of so many steps were skipped, and why; empty if none was.
+
+        Raises:
+            ValueError: The run is finished, with this `last` checkpoint, and half of its steps or
+                more were skipped, in fp16 more than its loss scale may need to settle.
+        """
+        lines = []
+        if self.skipped:
+            lines.append(
+                f"{self.skipped:,} of {steps:,} steps were skipped: their loss or gradient was not "
+                "finite"
+            )
+        # In fp16 the loss scale starts at 2^16, and the steps that halve it are skipped.
+        settling = 16 if self.scaler.is_enabled() else 0
+        if last is not None and self.skipped > settling and 2 * self.skipped >= steps:
+            raise ValueError(
+                f"{lines[0]}; change optim.learning_rate, optim.heads_lr_scale, the weights of "
+                f"[loss] or prototypes.target_temperature (the last checkpoint is {last})"
+            )
+        if self.without_gradient:
+            lines.append(
+                f"{self.without_gradient:,} of {steps:,} steps had no gradient and changed "
+                "nothing, as where no teacher knows a sample of the batch"
+            )
+        return "; ".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        row = [[str(value) for value in step] for step in self._row]  # JSON has no NaN
+        counts = {"skipped": self.skipped, "without_gradient": self.without_gradient}
+        return {**counts, "in_a_row": self.in_a_row, "row": row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
+        self.without_gradient = int(state.get("without_gradient", 0))  # 1.0.0 had none
+        self._row = [(float(loss), float(norm)) for loss, norm in state.get("row", [])]
+
+
+def describe_out_of_memory(error: BaseException, way_out: str | None = None) -> str | None:
+    """One line that names the settings to lower, if the error says that memory ran out.
+
+    `way_out` is said instead, of what does not train.
+    """
+    text = str(error)
+    # What PyTorch's allocator says, the system when a file is mapped into memory, and oneDNN.
+    on_host = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "Cannot allocate memory",
+        "could not create a primitive",
+    )
+    on_device = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(words in text for words in on_host):
+        device, others, sizes = "", "lower data.cache_gb or data.workers", "episodes.size"
+    elif isinstance(error, RuntimeError) and any(words in text for words in on_device):
+        device, others, sizes = " on the device", "set run.precision = bf16", "prototypes.number"
+    else:
+        return None
+    if way_out is not None:
+        return f"out of memory{device}: {way_out}"
+    return (
+        f"out of memory{device}: set episodes.micro_batch_size (or lower it; gradients stay those "
+        f"of the whole batch) or {others}, and go on with --resume auto; or start anew with a "
+        f"lower episodes.batch_size or {sizes}"
+    )
