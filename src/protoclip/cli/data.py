@@ -7,7 +7,7 @@ import runpy
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,11 +126,11 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
         clip_tokenizer()  # once, and not in each worker process
         return count_clip_tokens, model.text.context_length
     from protoclip.models.loading import context_length, tokenizer
-    from protoclip.models.opening import TokenCounter
+    from protoclip.models.opening import count_tokens
     from protoclip.models.start import resolve_start
 
     start = resolve_start(model)
-    return TokenCounter(tokenizer(start)), context_length(start)
+    return partial(count_tokens, tokenizer(start)), context_length(start)
 
 
 def count_clip_tokens(texts: list[str]) -> list[int]:

@@ -56,17 +56,12 @@ class RememberingTokenizer:
         return batch
 
 
-class TokenCounter:
-    """Counts the tokens of captions before they are cut, start and end included."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-
-    def __call__(self, texts: list[str]) -> list[int]:
-        texts = [legible(text) for text in texts]
-        if hasattr(self.tokenizer, "encode"):
-            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
-        return [len(ids) for ids in self.tokenizer.tokenizer(texts)["input_ids"]]
+def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
+    """How many tokens each caption has before it is cut, start and end included."""
+    tokenizer, texts = getattr(tokenizer, "tokenizer", tokenizer), [legible(text) for text in texts]
+    if hasattr(tokenizer, "encode"):
+        return [len(tokenizer.encode(text)) + 2 for text in texts]
+    return [len(ids) for ids in tokenizer.tokenizer(texts)["input_ids"]]
 
 
 def build_seeded(build: Callable[..., Any], *arguments: Any) -> Any:

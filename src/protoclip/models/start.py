@@ -53,6 +53,7 @@ from protoclip.models.opening import (
     Loaded,
     Tokenizer,
     build_seeded,
+    count_tokens,
     hub_name,
     readable_errors,
     require_safetensors,
@@ -198,6 +199,12 @@ class Start:
                 return transformers.open_tokenizer(source, config, context_length=length)
             text = (self.open_clip_config or {})["text_cfg"]
             return open_clip_tokenizer(text, context_length=length, source=self.tokenizer_source)
+
+    def count_cut_captions(self, texts: list[str]) -> tuple[int, int]:
+        """How many captions are longer than the model's context length, and that length."""
+        tokenizer = self.tokenizer()
+        length = self.sizes["context_length"] or int(tokenizer(["a"]).shape[1])
+        return sum(number > length for number in count_tokens(tokenizer, texts)), length
 
     def describe_towers(self) -> Mapping[str, Any] | None:
         """`towers_json` of the towers that are built, where `model` may change more than sizes."""

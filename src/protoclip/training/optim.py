@@ -135,7 +135,7 @@ def make_schedule(config: Config) -> Callable[[int], float]:
     """
     peak, warm_up = config.optim.learning_rate, config.optim.warm_up_steps
     locked_peak = config.optim.locked_learning_rate
-    main, locked = steps_of_cosines(config)
+    main, locked = count_cosine_steps(config)
 
     def learning_rate(step: int) -> float:
         if step < main:
@@ -145,7 +145,7 @@ def make_schedule(config: Config) -> Callable[[int], float]:
     return learning_rate
 
 
-def steps_of_cosines(config: Config) -> tuple[int, int]:
+def count_cosine_steps(config: Config) -> tuple[int, int]:
     """Steps of the first cosine and of that of the locked-image stage, which may have none."""
     steps = config.episodes.size // config.episodes.batch_size
     locked = config.locked_episodes * steps if config.optim.locked_learning_rate else 0
@@ -154,7 +154,7 @@ def steps_of_cosines(config: Config) -> tuple[int, int]:
 
 def steps_to_peak(config: Config) -> int:
     """Steps until the full rate: at most half of all."""
-    return min(config.optim.warm_up_steps, steps_of_cosines(config)[0] // 2)
+    return min(config.optim.warm_up_steps, count_cosine_steps(config)[0] // 2)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:

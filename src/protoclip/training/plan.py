@@ -51,7 +51,6 @@ from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.opening import TokenCounter
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
 from protoclip.models.start import Start, resolve_start
@@ -158,7 +157,7 @@ def make_plan(given: Config | Outline) -> Plan:
         raise_on_all_ranks(lambda: require_same_data(seen))
     if outline.aligns and not isinstance(plan.samples, Pairs):
         plan = replace(plan, samples=encode_stream_pairs(plan, plan.samples))
-    config, captions, notes = rank0_first(lambda: decide(outline, plan))
+    config, captions, notes = rank0_first(lambda: decide_settings(outline, plan))
     start = replace(plan.start, model=config.model)
     return replace(plan, config=config, start=start, captions=captions, notes=notes)
 
@@ -311,7 +310,7 @@ def require_same_data(seen: Sequence[tuple[str, str, Mapping[str, Facts]]]) -> N
             )
 
 
-def decide(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
+def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     """The settings with all filled that is unset, the captions of a visit, and all notes.
 
     Raises:
@@ -385,9 +384,7 @@ def note_cut_captions(summary: Summary, start: Start, *, sentences: bool | None)
     texts = summary.captions
     if sentences:
         texts = [part for text in texts for part in BETWEEN_SENTENCES.split(text)]
-    tokenizer = start.tokenizer()
-    length = int(tokenizer(["a"]).shape[1])
-    cut = sum(tokens > length for tokens in TokenCounter(tokenizer)(texts))
+    cut, length = start.count_cut_captions(texts)
     if not cut:
         return []
     what = "sentences" if sentences else "captions"

@@ -28,7 +28,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
 from protoclip.models.open_clip import open_clip_tokenizer
-from protoclip.models.opening import TokenCounter
+from protoclip.models.opening import count_tokens
 from protoclip.models.start import Start, names_model
 from protoclip.models.timm import PUBLISHED
 from protoclip.rules import (
@@ -412,7 +412,7 @@ def fill_settings(
         model = replace(model, image=replace(model.image, size=size))
         notes.append(f"model.image.size = {size}, {reason}")
     if is_open and model.text.context_length is None and model.text.name is None:
-        lengths = TokenCounter(open_clip_tokenizer({}))(summary.captions_of_images)
+        lengths = count_tokens(open_clip_tokenizer({}), summary.captions_of_images)
         length = choose_context_length(lengths)
         model = replace(model, text=replace(model.text, context_length=length))
         notes.append(f"model.text.context_length = {length}, {reason}")

@@ -459,7 +459,7 @@ class Run:
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
             collectives.barrier()  # a logger of rank 0 may have taken long
             batches = self.loader.batches_of(self.training_pass(index, trainer.batch))
-            for batch in trainer.awaited(batches):
+            for batch in trainer.wait_for(batches):
                 number = trainer.step + 1
                 detailed = number % config.run.log_every == 0 or number == steps
                 metrics = trainer.train_step(batch, detailed=detailed)

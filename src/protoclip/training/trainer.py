@@ -200,7 +200,7 @@ class EpisodePrototypes:
 class Trainer:
     """A model in training, with all that changes while it trains.
 
-    For each episode call `start_episode`, `train_step` with each of the `awaited` batches, and
+    For each episode call `start_episode`, `train_step` with each batch of `wait_for`, and
     `end_episode`; they return metrics by name. With several ranks every method is collective.
 
     Attributes:
@@ -272,7 +272,7 @@ class Trainer:
         self.throughput.start(self.model, self.samples_seen)
         return metrics
 
-    def awaited(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def wait_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, each with the seconds that it is waited for counted as such."""
         following = iter(batches)
         while True:
@@ -371,8 +371,8 @@ class Trainer:
         if batch.groups is not None:
             report["train/positives"] = mean_positives(all_gather(batch.groups))
         if self.recalls:
-            images = names_of_images(batch, self._image_names)
-            report["train/recall"] = recall(embeddings, images, batch.captions)
+            images = name_images(batch, self._image_names)
+            report["train/recall"] = measure_recall(embeddings, images, batch.captions)
         if self._tells_pairs_apart and self.prototypes.targets:
             for student, (instance, prototypes) in pulls.items():
                 report[f"train/pull/{student}"] = prototypes / instance
@@ -574,7 +574,7 @@ def make_trainer(
     )
 
 
-def names_of_images(batch: Batch, names: dict[str, str]) -> list[str]:
+def name_images(batch: Batch, names: dict[str, str]) -> list[str]:
     """What tells the images of a batch's pairs apart, by content: each is transformed alike.
 
     `names` are those by sample id so far, and gets the new ones.
@@ -586,7 +586,9 @@ def names_of_images(batch: Batch, names: dict[str, str]) -> list[str]:
     return [names[sample_id] for sample_id in batch.sample_id]
 
 
-def recall(embeddings: Embeddings, images: list[str], captions: list[bytes]) -> Float[Tensor, ""]:
+def measure_recall(
+    embeddings: Embeddings, images: list[str], captions: list[bytes]
+) -> Float[Tensor, ""]:
     """The share of images and texts whose nearest text or image is of their pair, or of a pair with
     an equal image or caption."""
     image, text = embeddings.image_features.detach(), embeddings.text_features.detach()
