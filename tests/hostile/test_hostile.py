@@ -225,9 +225,8 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
     assert not made, made
 
 
-def test_the_table_is_large_and_has_no_row_twice():
+def test_the_table_has_no_row_twice():
     found = cases()
-    assert len(found) >= 320
     keys = [(case.line, case.given, case.full, case.held) for case in found]
     assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
 
