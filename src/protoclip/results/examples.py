@@ -38,8 +38,8 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Encoder, build_encoder
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
-from protoclip.models import checkpoint as saved
 from protoclip.models import loading
+from protoclip.models.checkpoint import read_prototypes
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import nearest
@@ -335,7 +335,7 @@ def analyze_run(
                 previous=previous.get(space),
                 seed=config.run.seed,
             )
-        prototypes = saved.read_prototypes(checkpoint) if "projections" in spaces else {}
+        prototypes = read_prototypes(checkpoint) if "projections" in spaces else {}
         for modality, centroids in prototypes.items():
             assignments, _ = nearest(spaces["projections"][f"{modality}s"], centroids)
             for name, size in group_sizes(assignments, len(centroids)).items():

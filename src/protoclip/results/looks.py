@@ -20,8 +20,7 @@ from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
-from protoclip.models import checkpoint as saved
-from protoclip.models import loading
+from protoclip.models import checkpoint, loading
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.examples import (
@@ -67,12 +66,12 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
     config = run.config
     if not run.checkpoints:
         raise ValueError("it has no checkpoint")
-    newest = saved.find_checkpoint(run.checkpoints[-1])
+    newest = checkpoint.find_checkpoint(run.checkpoints[-1])
     state = f"step {step_of(newest):,}"
     # Fine-tuning chooses weights between its start and its end.
-    chosen = saved.find_checkpoint(newest.parents[1])
+    chosen = checkpoint.find_checkpoint(newest.parents[1])
     if chosen == newest.parents[1]:
-        state += f", alpha {read_json(chosen / saved.MODEL).get('alpha', 1):g}"
+        state += f", alpha {read_json(chosen / checkpoint.MODEL).get('alpha', 1):g}"
     encoder = open_encoder(chosen, device)
     spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
     features, space = spaces["features"], [*spaces][-1]
@@ -138,7 +137,7 @@ def map_before(
 ) -> list[Map]:
     """The map before training, with the weights of the run's seed; none if its start is gone."""
     config, title = run.config, "Before training"
-    if saved.is_aligned(run.checkpoints[-1]):  # training starts from the closed form
+    if checkpoint.is_aligned(run.checkpoints[-1]):  # training starts from the closed form
         title = "Random heads, before the closed form"
     some = Examples(
         name=examples.name,

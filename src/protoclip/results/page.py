@@ -18,7 +18,7 @@ from protoclip.config import Config
 from protoclip.evaluation.metrics import METRICS
 from protoclip.evaluation.validation import is_asked
 from protoclip.files import require_ours, write_atomically
-from protoclip.models import checkpoint as saved
+from protoclip.models.checkpoint import MODEL, facts_of
 from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in
@@ -377,7 +377,7 @@ def examples_key(run: RunFolder) -> str:
     config, model = run.config, run.config.model
     starts = (model.start, model.image.name, model.text.name)  # trained on some pairs, perhaps
     few = config.run.overfit and (config.run.overfit, config.run.seed)
-    trained_on = [saved.facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
+    trained_on = [facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
     return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
 
 
@@ -408,7 +408,7 @@ def list_groupings(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> list[
         if run.analysis and (not newest or newest == f"step-{last['step']:09}"):
             spaces = {space: last[space] for space in ("features", "projections") if space in last}
             source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
-            if (run.folder / saved.MODEL).is_file():  # which fine-tuning chose at its end
+            if (run.folder / MODEL).is_file():  # which fine-tuning chose at its end
                 source += f", step {last['step']:,} before WiSE-FT"
         elif (look := looks_of.get(run.folder)) is not None:
             spaces = look.grouping

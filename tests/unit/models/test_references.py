@@ -308,23 +308,6 @@ def test_what_squashes_images_is_known_by_its_settings(settings, kind):
         assert_same_inside(ours(IMAGES[1]), theirs(IMAGES[1]))
 
 
-@pytest.mark.parametrize(
-    ("reference", "message"),
-    [
-        ("nothing", "nothing: no such run or checkpoint folder; other models are written open_cl"),
-        ("open_clip:RN5O/openai", "has no model 'RN5O'; the closest: RN50, "),
-        ("open_clip:RN50/mine", "has no weights 'mine' for RN50; it has openai, yfcc15m, cc12m"),
-        ("reference:x.pt", "name its model too, as in reference:FILE,model=RN50"),
-        ("local-dir:{folder}", "no folder with open_clip_config.json"),
-        ("hf:{folder}", "no weights here, such as model.safetensors"),
-    ],
-)
-def test_what_is_not_there_is_one_line(reference, message, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        protoclip.load(reference.format(folder=tmp_path))
-    assert "\n" not in str(error.value)
-
-
 def refuse(self: Any, name: str, **settings: Any) -> None:
     raise RepositoryNotFoundError("404", response=MagicMock())
 
