@@ -491,12 +491,12 @@ class ImageTextPairs(Pairs):
 
     def where(self, row: int) -> str:
         """The file that holds the image of a row."""
-        image = self._image(row, slice(0, 0))  # bytes stay unread
+        image = self._image(row)
         return join(self.root, image) if isinstance(image, str) else self.name
 
     def image_name(self, row: int) -> str | None:
         """The path or URL of a row's image as the data name it; None for one in the data."""
-        image = None if self.in_ranges else self._image(row, slice(0, 0))
+        image = None if self.in_ranges else self._image(row, slice(0, 0))  # bytes stay unread
         return image if isinstance(image, str) else None
 
     def image_file(self, row: int) -> str | None:
