@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -272,6 +272,12 @@ def to_array(rows: RowNumbers) -> Rows:
     return rows.at(np.arange(len(rows))) if isinstance(rows, AllBut) else np.asarray(rows, np.int64)
 
 
+if TYPE_CHECKING:
+    Source = ImageTextPairs
+else:
+    Source = Any  # a view may be one, too
+
+
 class PairsView(Pairs):
     """Rows of sources, with the ids that they have there; see `pairs.Pairs`.
 
@@ -319,7 +325,7 @@ class PairsView(Pairs):
         """The number of the source that has a row."""
         return bisect_right(self._starts, row) - 1
 
-    def locate(self, row: int) -> tuple[ImageTextPairs, int]:
+    def locate(self, row: int) -> "tuple[Source, int]":
         """The source that has a row, and the number of the row there."""
         number = self.source_of(row)
         source, rows = self._parts[number]

@@ -38,31 +38,18 @@ FILE_SETTINGS = {"_name_or_path", "transformers_version", "architectures", "dtyp
 
 @dataclass(kw_only=True)
 class Encoder:
-    """A frozen model of one modality.
+    """A frozen model of one modality."""
 
-    Attributes:
-        module: In evaluation mode, on its device.
-        reads: What it encodes, `image` or `text`.
-        prepare: The input that a sample is: a tensor, or its captions. Raises `ValueError` for a
-            bad one.
-        forward: Tensors of images, or texts, to features of any norm, on the device.
-        examples: Inputs that tell one model from another.
-        facts: What the inputs depend on, as text.
-        unit_norm: Bring features to norm 1.
-        autocast: Makes the context of forward passes.
-        name: What messages call it.
-    """
-
-    module: Any
+    module: Any  # in evaluation mode, on its device
     device: torch.device
     reads: Literal["image", "text"]
-    prepare: Callable[[Sample], Any]
-    forward: Callable[[list[Any]], Tensor]
-    examples: Sequence[Any]
-    facts: Callable[[], str]
-    unit_norm: bool = True
-    autocast: Autocast = nullcontext
-    name: str = "the model"
+    prepare: Callable[[Sample], Any]  # to a tensor, or captions; raises `ValueError` for a bad one
+    forward: Callable[[list[Any]], Tensor]  # to features of any norm, on the device
+    examples: Sequence[Any]  # inputs that tell one model from another
+    facts: Callable[[], str]  # what the inputs depend on
+    unit_norm: bool = True  # bring features to norm 1
+    autocast: Autocast = nullcontext  # makes the context of forward passes
+    name: str = "the model"  # for messages
 
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
         """Features in float32 on the CPU."""

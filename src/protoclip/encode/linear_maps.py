@@ -77,23 +77,14 @@ def fit_pca(blocks: Iterable[Features], width: int) -> tuple[Features, Features,
 
 @dataclass(frozen=True, kw_only=True)
 class SecondMoments:
-    """Sums over samples, in double precision.
+    """Sums of outer products and of features, over images with captions, in double precision."""
 
-    Attributes:
-        image: Of the outer products of image features with themselves `(q, q)`.
-        text: The same of text features, a mean over the captions of each image `(r, r)`.
-        cross: Of image features with the mean text features of the image `(q, r)`.
-        sum_of_images: Of the image features themselves `(q,)`.
-        sum_of_texts: Of the mean text features of each image `(r,)`.
-        samples: How many images they sum over.
-    """
-
-    image: Float[Tensor, "q q"]
-    text: Float[Tensor, "r r"]
-    cross: Float[Tensor, "q r"]
+    image: Float[Tensor, "q q"]  # image features with themselves
+    text: Float[Tensor, "r r"]  # text features with themselves, a mean over each image's captions
+    cross: Float[Tensor, "q r"]  # image features with the mean text features of the image
     sum_of_images: Float[Tensor, " q"]
-    sum_of_texts: Float[Tensor, " r"]
-    samples: int
+    sum_of_texts: Float[Tensor, " r"]  # of the mean text features of each image
+    samples: int  # images
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         """Those of both, whose samples are others."""

@@ -139,49 +139,29 @@ def encode_sides(
 
 
 class Listing(NamedTuple):
-    """Images in the order of the rows that show them first, and their captions image after image.
+    """Images in the order of rows that first show them, and their captions image after image."""
 
-    Attributes:
-        rows: The first row that shows each image `(i,)`.
-        images: The hash of each image's id `(i,)`.
-        shown: The number of the image that each row shows `(n,)`.
-        captions: Which of the texts each caption is `(c,)`.
-        first: Where the captions of each image begin `(i + 1,)`.
-        texts: The hashes of different captions, ascending `(t,)`.
-        text_rows, text_places: A row that has each of these, and which of its captions it is.
-    """
-
-    rows: Numbers
-    images: Hashes
-    shown: Numbers
-    captions: npt.NDArray[np.int32]
-    first: Numbers
-    texts: Hashes
-    text_rows: Numbers
-    text_places: Numbers
+    rows: Numbers  # the first row that shows each image `(i,)`
+    images: Hashes  # the hash of each image's id `(i,)`
+    shown: Numbers  # the number of the image that each row shows `(n,)`
+    captions: npt.NDArray[np.int32]  # which of the texts each caption is `(c,)`
+    first: Numbers  # where the captions of each image begin `(i + 1,)`
+    texts: Hashes  # of different captions, ascending `(t,)`
+    text_rows: Numbers  # a row that has each of these
+    text_places: Numbers  # which of its captions it is
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairRows:
-    """The features of some pairs, which are images with all their captions.
+    """The features of some pairs, which are images with all their captions."""
 
-    Attributes:
-        listing: The images and captions of the pairs that were given.
-        image: The images.
-        image_numbers: The rows of the listed images in this store; -1 for a bad one.
-        text: The captions.
-        text_numbers: The rows of the listed texts in this store.
-        texts: Reads each text of the listing, by its number.
-        good: Which of the listed images these pairs are: those that can be read, with a caption.
-    """
-
-    listing: Listing
+    listing: Listing  # of the pairs that were given
     image: Store
-    image_numbers: npt.NDArray[np.int32]
+    image_numbers: npt.NDArray[np.int32]  # the listed images in this store; -1 for a bad one
     text: Store
-    text_numbers: npt.NDArray[np.int32]
-    texts: Callable[[int], str]
-    good: AllBut
+    text_numbers: npt.NDArray[np.int32]  # the listed texts in this store
+    texts: Callable[[int], str]  # reads each text of the listing, by its number
+    good: AllBut  # the listed images that these pairs are: readable ones with a caption
 
     def __len__(self) -> int:
         return len(self.good)

@@ -199,17 +199,11 @@ def read_captions(pairs: Pairs, row: int, place: int | None = None) -> Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What became of one unit of each rank.
+    """What became of one unit of each rank."""
 
-    Attributes:
-        items: This rank's items, each with what came of it.
-        hashes: Of the ids of all ranks' items that were encoded.
-        features: Of these, in float32 on the CPU.
-    """
-
-    items: Sequence[tuple[Any, Outcome]]
-    hashes: Hashes
-    features: Float[Tensor, "n q"]
+    items: Sequence[tuple[Any, Outcome]]  # this rank's, each with what came of it
+    hashes: Hashes  # of the ids of all ranks' items that were encoded
+    features: Float[Tensor, "n q"]  # of these, in float32 on the CPU
 
 
 def units_of_rank(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
