@@ -183,11 +183,8 @@ def in_background() -> Iterator[dist.ProcessGroup | None]:
 
 
 def notice_lost_hosts() -> None:
-    """End connections of this process over which nothing has come for `TIMEOUT`, on Linux.
-
-    A host without power, or behind a link that is cut, does not close its connections. Who waits
-    for it, perhaps for `WORK_TIMEOUT`, would not notice.
-    """
+    """End connections over which nothing has come for `TIMEOUT`, on Linux: a host without power
+    closes none, and a rank would wait for it for `WORK_TIMEOUT`."""
     seconds = int(TIMEOUT.total_seconds())
     options = {"TCP_KEEPIDLE": max(1, seconds // 10), "TCP_KEEPINTVL": max(1, seconds // 10)}
     options["TCP_USER_TIMEOUT"] = 1000 * seconds

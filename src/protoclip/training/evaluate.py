@@ -211,16 +211,13 @@ def choose_weights(
     chosen weights are written to the run folder itself. Collective.
 
     Args:
-        evaluator: That of the run, whose model has the weights of its end.
-        writer: Of its checkpoints; says where the run is, and what describes its model.
+        evaluator: That of the run, whose model has the weights of its end, after `step` steps.
         start: The weights before the first step, on rank 0.
-        step: The last one.
         asked_to_stop: Whether a signal asks any rank to stop. Collective.
 
     Returns:
-        What `results.json`, which is written last, says of the choice: `alpha`, that of the plan's
-        choices or the best by `RULE`, `best_alpha`, and `start_metrics`. None if a signal stopped
-        the sweep.
+        `alpha` (the plan's, or the best by `RULE`), `best_alpha` and `start_metrics`, for
+        `results.json`. None if a signal stopped the sweep.
     """
     model, plan, folder = evaluator.model, evaluator.plan, writer.run
     end = parallel.gather_weights(model)
@@ -296,12 +293,8 @@ def interpolate(
 ) -> dict[str, Tensor]:
     """Weights `(1 - alpha) start + alpha end`, statistics of BatchNorm included.
 
-    Exactly `start` at 0 and `end` at 1. Between them whole numbers, such as counts of batches, are
-    those of `end`.
-
-    Args:
-        start, end: State dicts of one model, on the CPU.
-        alpha: In [0, 1].
+    Both are state dicts of one model, on the CPU. The result is exactly `start` at 0 and `end` at
+    1. Between them whole numbers, such as counts of batches, are those of `end`.
     """
     assert start.keys() == end.keys()
     if alpha == 0:

@@ -507,10 +507,8 @@ class CheckpointWriter:
     If one cannot be written there is a warning, and training goes on; only `finish` insists. It
     keeps the newest `keep` checkpoints, the best, and those `in_use`. `description` is what builds
     the model again, with `text_files` for a Hugging Face text tower or tokenizer. `then` gets each
-    folder when it is written.
-
-    Of a sharded model all ranks save and write at the same steps, each its part, and rank 0 alone
-    decides, warns, and removes; otherwise rank 0 does all of it.
+    folder when it is written. All ranks write a sharded model, each its part; rank 0 alone decides,
+    warns and removes.
     """
 
     def __init__(

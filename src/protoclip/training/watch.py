@@ -132,8 +132,8 @@ def find_peak(device_name: str, precision: Precision) -> float | None:
 def count_passes(parameters: Iterable[nn.Parameter]) -> float:
     """How many forward passes a training step of a tower is worth in FLOPs.
 
-    The pass itself; as much for the gradients of activations if anything trains; and for those of
-    weights as large a part as the weights that train are of all.
+    One, one more for the gradients of activations if anything trains, and for those of weights the
+    share of the weights that trains.
     """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     trained = sum(size for size, trains in sizes if trains)
@@ -408,14 +408,12 @@ class Watch:
 class NonFiniteGuard:
     """Takes optimizer steps, skips those that are not finite, and ends a run that diverged.
 
-    A step that is skipped counts in the schedule, and leaves nothing else behind but a lower loss
-    scale in fp16. The device decides about each step, so that the host need not wait for it. The
-    host counts the skipped steps in `count_skipped`: on a CPU at once, on a GPU when metrics are
-    fetched.
+    A skipped step counts in the schedule and lowers the loss scale of fp16. The device decides
+    about each step; the host counts them in `count_skipped`, on a GPU when metrics are fetched.
 
-    A step without a gradient is skipped too, or weights would decay and follow their momentum: no
-    teacher and no prototype may know a sample of the batch. It is no fault: it is counted apart,
-    lowers no loss scale, and neither ends nor adds to a row of steps that are not finite.
+    A step without a gradient, where no teacher and no prototype knows a sample of the batch, is
+    skipped too, or weights would decay and follow their momentum. It is no fault: it is counted
+    apart, and lowers no loss scale.
 
     Args:
         optimizer: A fused one, which changes nothing where its `found_inf` is 1.
