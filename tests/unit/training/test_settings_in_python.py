@@ -46,28 +46,10 @@ def test_a_config_without_pairs_is_no_run_to_fine_tune():
 
 
 @pytest.mark.parametrize("function", [run.train, run.finetune, run.align])
-@pytest.mark.parametrize(
-    ("settings", "told", "pairs"),
-    [
-        ("shop.csv", "'shop.csv'", "shop.csv"),
-        (Path("shop.csv"), "'shop.csv'", "shop.csv"),
-        (None, "None", "pairs.csv"),
-        (DataConfig(train="shop.csv"), "a DataConfig", "pairs.csv"),
-    ],
-)
-def test_what_holds_no_settings_is_refused_with_those_that_are_meant(
-    function, settings, told, pairs
-):
-    with pytest.raises(ValueError, match=r"^.+$") as error:
+@pytest.mark.parametrize("settings", ["shop.csv", Path("base.toml"), None, DataConfig()])
+def test_what_holds_no_settings_is_refused(function, settings):
+    with pytest.raises(ValueError, match=r"^settings: .* is no Config and no dictionary; give "):
         inspect.unwrap(function)(settings)  # past the type checks of tests
-    start = f"settings: {told} is no Config and no dictionary; "
-    assert str(error.value).startswith(f'{start}give {{"data": {{"train": "{pairs}"}}}}')
-
-
-@pytest.mark.parametrize("name", ["base.toml", Path("base.toml")])
-def test_a_recipe_s_name_is_no_data(name):
-    with pytest.raises(ValueError, match=r"^settings: 'base.toml' is the name of a recipe; give w"):
-        inspect.unwrap(run.train)(name)
 
 
 @pytest.mark.parametrize("as_config", [True, False])
