@@ -174,7 +174,7 @@ def test_a_run_between_towers_of_other_models_is_fine_tuned(
     """Which moves the halves, and is judged on other data before and after."""
     settings = settings_of(given, models["run"], models["mpnet"])
     align(changed(settings, tmp_path / "run"))
-    assert "open_clip: it knows no text models of kind mpnet" in capsys.readouterr().err
+    assert "as open_clip: it knows no text models of kind mpnet" in capsys.readouterr().err
     pq.write_table(tiny_pairs(16, seed=2), tmp_path / "general.parquet")
     monkeypatch.setattr(evaluate, "ALPHAS", (0.0, 1.0))
     tuned = protoclip.finetune(

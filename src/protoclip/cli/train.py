@@ -3,6 +3,7 @@
 The model is trained in `training/run.py`.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -44,7 +45,8 @@ def perform(command: str, settings: Settings, **options: Any) -> dict[str, Any]:
 
 def check_paths(config: Config, *, resume: str) -> None:
     """Refuse typos in paths before slow imports; a finished run needs its data no more."""
-    if resume == "never":
+    # Of several ranks rank 0 reports a mistake, once they know each other.
+    if resume == "never" and "RANK" not in os.environ:
         require_paths(config)
     if config.run.out is not None:
         require_place("run.out", config.run.out, is_folder=True)
