@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -137,14 +136,6 @@ POINT = """() => {
     if (free && inside(x, inner.left, inner.right) && inside(y, inner.top, inner.bottom))
       return { x: box.x + x, y: box.y + y };
   }
-}"""
-
-
-FREE = "([x, y]) => { while (document.elementFromPoint(x, y).closest('#names')) x += 5; return x }"
-FOCUSED = """() => {
-  let found = document.activeElement;
-  while (found.shadowRoot?.activeElement) found = found.shadowRoot.activeElement;
-  return found.title;
 }"""
 
 
@@ -331,112 +322,6 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         assert found.page.eval_on_selector(".card img", "image => image.decode().then(() => true)")
         found.assert_quiet()
         found.page.close()
-
-
-def test_on_a_phone_one_taps_points_scrolls_past_the_map_and_resets_it(
-    browser: Any, address: str
-) -> None:
-    """Bokeh holds the finger while a tool is chosen that drags."""
-    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    context = browser.new_context(**phone)
-    context.set_default_timeout(90_000)
-    page = context.new_page()
-    page.goto(address)
-    page.wait_for_selector("#map[data-ready]")
-    point = page.evaluate(POINT)
-    page.touchscreen.tap(point["x"], point["y"])
-    wait_until(page, "Number(document.querySelector('#selected').innerText) >= 1")
-    page.tap("#clear")
-    touch = context.new_cdp_session(page)
-
-    def drag_up() -> None:
-        box = page.locator("#map").bounding_box()
-        y = box["y"] + box["height"] * 0.8
-        x = page.evaluate(FREE, [box["x"] + box["width"] / 2, y])
-        for step in range(11):
-            kind = "touchMove" if step else "touchStart"
-            points = [{"x": x, "y": y - 30 * step}]
-            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-        page.wait_for_timeout(150)  # or the page would roll on
-        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-
-    bottom = "Bokeh.documents[0].roots()[0].y_range.start"
-    first = page.evaluate(bottom)
-    drag_up()
-    wait_until(page, "scrollY > 100")
-    assert page.evaluate(bottom) == first
-    page.evaluate("scrollTo(0, 0)")
-    page.tap("#map [title=Pan]")
-    drag_up()
-    wait_until(page, f"{bottom} !== {first}")
-    assert page.evaluate("scrollY") == 0
-    page.focus("#colour-by")
-    for _ in range(20):
-        page.keyboard.press("Tab")
-        if page.evaluate(FOCUSED) == "Reset":
-            break
-    page.keyboard.press("Enter")
-    wait_until(page, f"{bottom} === {first}")
-    context.close()
-
-
-def test_a_map_that_cannot_be_drawn_says_so(browser: Any, files: Path, tmp_path: Path) -> None:
-    shutil.copytree(files, tmp_path / "out")
-    (tmp_path / "out" / "assets" / "bokeh.min.js").unlink()
-    page = browser.new_page()
-    page.goto((tmp_path / "out" / "1" / "index.html").as_uri())
-    page.wait_for_selector("#map:has-text('The map cannot be drawn')")
-    page.close()
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto((tmp_path / "out" / "1" / "index.html").as_uri())
-    assert page.locator("noscript p").is_visible()
-    context.close()
-
-
-MIDDLE_OF_A_NAME = """() => {
-  const [name] = [...document.querySelectorAll("#names button")]
-    .filter((button) => button.style.visibility === "visible");
-  const box = name.getBoundingClientRect();
-  return [box.x + box.width / 2, box.y + box.height / 2];
-}"""
-
-
-def test_one_card_stands_under_the_pointer_and_counts_the_others(map_page: Any) -> None:
-    point = map_page.evaluate(
-        """() => {
-          const plot = Bokeh.documents[0].roots()[0];
-          const source = Bokeh.documents[0].get_model_by_name("pairs");
-          for (const name of ["image_x", "image_y"]) source.data[name].fill(0, 0, 8);
-          source.change.emit();
-          document.getElementById("names").style.display = "none";
-          const view = Bokeh.index.get(plot);
-          const box = view.el.getBoundingClientRect();
-          const { x_scale, y_scale } = view.frame;
-          return [box.x + x_scale.compute(0), box.y + y_scale.compute(0)];
-        }"""
-    )
-    map_page.mouse.move(point[0] - 3, point[1])
-    map_page.mouse.move(*point)
-    map_page.wait_for_selector(".tooltip .more:has-text('more here')")
-    assert map_page.locator(".tooltip").count() == 1
-
-
-def test_a_drag_that_selects_may_begin_on_a_name(map_page: Any) -> None:
-    """With other tools a name takes the pointer."""
-    map_page.wait_for_timeout(500)  # names have found their room
-    start = map_page.evaluate(MIDDLE_OF_A_NAME)
-    box = map_page.locator("#map").bounding_box()
-    for tool, on_name in (("Lasso Select", False), ("Pan", True), ("Box Select", False)):
-        map_page.click(f"#map [title='{tool}']")
-        on = "([x, y]) => !!document.elementFromPoint(x, y).closest('#names')"
-        assert map_page.evaluate(on, start) is on_name
-    map_page.mouse.move(*start)
-    map_page.mouse.down()
-    far = box["x"] + 0.95 * box["width"], box["y"] + 0.95 * box["height"]
-    map_page.mouse.move(*far, steps=3)
-    map_page.mouse.up()
-    map_page.wait_for_selector("#selection:not(.none)")
 
 
 def test_near_duplicates_are_ticked_with_all_their_pairs(

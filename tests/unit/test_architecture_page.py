@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "src"
 PAGE = ROOT / "docs" / "architecture.md"
 
 
@@ -35,28 +34,3 @@ def defined_in(node: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
         if isinstance(child, ast.ClassDef):
             names |= defined_in(child, f"{prefix}{child.name}.")
     return names
-
-
-def test_no_two_files_import_each_other():
-    """Nor inside of functions; the package itself gathers names from all of them."""
-    paths = {
-        ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in SOURCE.rglob("*.py")
-    }
-    paths.pop("protoclip")
-    imported = {name: imports_of(path, {*paths}) for name, path in paths.items()}
-    assert len(imported) > 50
-    mutual = [(a, b) for a, used in imported.items() for b in used if a < b and a in imported[b]]
-    assert mutual == []
-
-
-def imports_of(path: Path, known: set[str]) -> set[str]:
-    """The known modules that a file imports, or takes a name from."""
-    names = set[str]()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            taken = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= taken & known or {node.module}
-    return names & known

@@ -3,55 +3,20 @@
 import inspect
 import re
 import shlex
-from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import protoclip
 from protoclip.cli import COMMANDS
-from protoclip.cli.spec import options, parse
-from protoclip.config import Config
+from protoclip.cli.spec import parse
 from protoclip.evaluation.metrics import METRICS
 from protoclip.export.run import export
-from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[ModuleType]:
-    with script("scripts/reference.py") as module:
-        yield module
-
-
-def test_every_setting_has_a_row(reference: ModuleType) -> None:
-    rows = re.findall(r"^\| <span id=.*?`([\w.\[\]]+)` \|", reference.settings(), re.MULTILINE)
-    own = [name for name in rows if "[]" not in name]
-    assert sorted(own) == sorted(name for name, _ in options(Config))
-    assert "data.sources[].weight" in rows
-
-
-def test_every_command_and_option_is_there(reference: ModuleType) -> None:
-    page = reference.commands()
-    sections = dict(re.findall(r"^## (.+?)\n\n```text\n(.*?)```", page, re.DOTALL | re.MULTILINE))
-    assert list(sections) == list(COMMANDS)
-    for name, kind in COMMANDS.items():
-        for option, _ in options(kind):
-            shown = f"--{option} " in sections[name] or f" {option.upper()} " in sections[name]
-            assert shown or "." in option, (name, option)
-
-
-def test_every_public_name_is_there(reference: ModuleType) -> None:
-    for name in protoclip.__all__:
-        assert f"::: protoclip.{name}" in re.sub(
-            r"protoclip(\.\w+)+\.", "protoclip.", reference.python()
-        )
-        assert f"## protoclip.{name}\n" in reference.python_as_text()
 
 
 def test_public_names_are_those_that_stay() -> None:

@@ -13,7 +13,6 @@ from protoclip.files import (
     read_sealed,
     sealed,
     to_json,
-    write_atomically,
 )
 
 
@@ -31,18 +30,6 @@ def test_an_object_knows_whether_it_changed(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"a\.json: damaged .* checksum differs"):
             read_sealed(path)
-
-
-def test_an_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the temporary one, which a folder that became read-only does not let go either."""
-
-    def refuse(self: Path, *given: object, **more: object) -> None:
-        raise OSError(30, "Read-only file system", str(self))
-
-    monkeypatch.setattr(Path, "replace", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(OSError, match=r"Read-only file system: '[^']*/a\.json'$"):
-        write_atomically(tmp_path / "a.json", "{}")
 
 
 def test_who_waits_for_a_file_says_so(

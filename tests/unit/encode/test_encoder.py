@@ -3,9 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,11 @@ from torch import Tensor, nn
 import protoclip
 from protoclip.config import ModelConfig, TextTowerConfig
 from protoclip.data.pairs import Sample
-from protoclip.data.transforms import EvaluationTransform, OfMiddle
-from protoclip.encode.encoder import Encoder, image_side, open_encoder, text_encoder
+from protoclip.data.transforms import OfMiddle
+from protoclip.encode.encoder import Encoder, open_encoder, text_encoder
 from protoclip.models import loading
-from protoclip.models.layers import synchronise
 from protoclip.models.loading import MAX_TOKENS
 from protoclip.models.open_clip import open_clip_tokenizer
-from protoclip.models.projections import FrozenEncoders
 from protoclip.models.protoclip import image_normalisation
 
 sys.path.append(str(Path(__file__).parents[2]))
@@ -194,20 +190,6 @@ def test_a_tokenizer_that_reads_otherwise_is_another_encoder():
 
     assert len({key(plain), key(str.lower), key(lambda text: text.replace("ï", "i"))}) == 3
     assert key(plain) == key(plain)
-
-
-def test_an_encoder_with_batch_norm_over_ranks_is_the_same():
-    """Features that are kept beside such a run are found by its model, which has plain layers."""
-    visual = SimpleNamespace(trunk=timm.create_model("test_resnet", num_classes=0))
-    text = SimpleNamespace(
-        pooler=nn.Identity(), transformer=nn.Identity(), config=SimpleNamespace(pad_token_id=0)
-    )
-    halves = FrozenEncoders(SimpleNamespace(visual=visual, text=text)).eval()
-    transform = EvaluationTransform(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    encoder = image_side(halves, transform, max_pixels=10**6, autocast=nullcontext)
-    plain = encoder.key()
-    assert synchronise(halves, CPU) > 0
-    assert encoder.key() == plain
 
 
 @pytest.mark.parametrize("save", [save_bert, save_mpnet, save_roberta])

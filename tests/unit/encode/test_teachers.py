@@ -400,15 +400,6 @@ def test_faulty_features_are_refused(opened, tmp_path):
     assert not list(tmp_path.glob("**/facts.json"))
 
 
-def test_missing_samples_are_counted():
-    """Features of other data are refused."""
-    teacher = in_memory(names(9), rows(9), Path())
-    assert teacher.missing(iter(names(9))) == 0
-    assert teacher.missing([*(f"x{i}" for i in range(6)), *names(9)]) == 6
-    with pytest.raises(ValueError, match=r"mine: no teacher features for 2 of 2 .* as 'x'"):
-        teacher.missing(iter(["x", "y"]))
-
-
 def test_of_several_features_a_teacher_has_the_mean(tmp_path):
     """As `embed` writes the vectors of captions, or as an array of views; a sample needs one."""
     several = [[[1.0, 3.0]], [[0.0, 2.0], [4.0, 0.0], [5.0, 1.0]]]
@@ -476,24 +467,6 @@ def saved_archive() -> bytes:
     file = io.BytesIO()
     np.savez(file, a=rows(2), b=rows(3))
     return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("features.npy", lambda file: file.write_bytes(file.read_bytes()[:-20])),
-        ("features.npy", lambda file: file.unlink()),
-        ("features.npy", lambda file: np.save(file, rows(25, width=7))),
-        ("index.npy", lambda file: np.save(file, np.load(file)[:, :20])),
-        ("facts.json", lambda file: file.write_text("{", encoding="utf-8")),
-    ],
-)
-def test_a_damaged_folder_is_refused(file, damage, tmp_path):
-    """When it is opened, in one line."""
-    from_folder(names(25), rows(25), tmp_path)
-    damage(tmp_path / "t" / file)
-    with pytest.raises(ValueError, match=r"^[^\n]*damaged[^\n]*$"):
-        read_teacher(tmp_path / "t")
 
 
 def correlated(rows: int, width: int, *, rank: int | None = None) -> np.ndarray:

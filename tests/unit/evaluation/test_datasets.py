@@ -193,15 +193,6 @@ def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
     assert reds(data.splits["test"].images) == [10, 20, 30]
 
 
-def test_only_the_split_that_is_measured_is_read(tmp_path):
-    folder = write_wds(tmp_path / "data")
-    (folder / "train/1.tar").unlink()
-    data = open_data(f"wds:{folder}")
-    assert sorted(data.splits) == ["test", "train"]
-    with pytest.raises(ValueError, match=r"train/1.tar: no such file$"):
-        data.splits["train"]
-
-
 def test_a_url_is_read_once(tmp_path, serve, monkeypatch):
     folder = write_wds(tmp_path / "wds_pets")
     reference = f"wds:{serve('ranges', tmp_path)}/wds_pets"

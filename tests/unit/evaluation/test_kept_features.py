@@ -11,8 +11,7 @@ from PIL import Image
 from solid import Guessing, Knowing, Solid, tokenizer, transform
 from torch import nn
 
-from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.sources import PairsView
+from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
@@ -75,19 +74,6 @@ def test_decoding_from_bytes_equals_the_transform(size, kind):
     assert batch.dtype == torch.uint8
     assert torch.equal(reader.finish(batch), expected)
     assert torch.equal(reader.finish(reader.blank()[None])[0], own(Image.new("RGB", (32, 32))))
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    """By its own name, and not by that of the table; also of some rows, and of several sources."""
-    (tmp_path / "a.jpg").write_text("no image")
-    rows = pa.table({"image": ["a.jpg"], "caption": ["a"]})
-    pairs = ImageTextPairs(rows, name="x.tsv", root=str(tmp_path))
-    own = EvaluationTransform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
-    for images in (pairs, PairsView([(pairs, [0])])):
-        with pytest.raises(BadSample) as error:
-            Reader(images, own).read(0)
-        start = f"sample 'x.tsv/0' ({tmp_path / 'a.jpg'}): not an image"
-        assert str(error.value).startswith(start)
 
 
 class TinyTowers(nn.Module):

@@ -307,31 +307,6 @@ def test_groups_of_the_map_are_where_their_points_are_the_coarse_and_large_first
     assert all("heart" in name for name, kind in zip(coarse, kinds, strict=True) if kind == 0)
 
 
-def test_a_group_is_shown_by_a_pair_near_its_middle_that_fits_its_caption(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Not by one without the word, or one far from the middle, however well they fit."""
-    positions = np.repeat(np.linspace(0, 1, 12)[:, None, None], 2, axis=1).repeat(2, axis=2)
-    captions = ["a moon"] * 12
-    captions[5] = "a heart"
-    distance = np.linspace(0.2, 0.9, 12)
-    distance[[0, 5, 7]] = 0.0, 0.0, 0.1
-    monkeypatch.setattr("protoclip.explore.atlas.PAIRS_PER_GROUP", 12)
-    (group,), _ = group_map(positions, captions, distance)
-    assert (group.name, group.example) == ("moon", 7)
-
-
-def test_copies_that_differ_in_rounding_are_no_groups() -> None:
-    """K-means counts in fewer digits than they differ in, so some of its groups are empty."""
-    draw = np.random.default_rng(0)
-    positions = np.repeat(draw.normal(size=(30, 2, 2)), 20, axis=0).astype(np.float32)
-    moved = np.nextafter(positions, np.float32(9))
-    apart = np.where(draw.random(positions.shape) < 0.3, moved, positions)
-    groups, _ = group_map(apart, ["a moon", "a heart"] * 300, np.zeros(600))
-    assert groups
-    assert all(group.size for group in groups)
-
-
 def test_words_keep_their_marks() -> None:
     """Hindi writes vowels as marks; `re` alone would tear its words apart."""
     found = name_groups(["कुत्ता घास", "बिल्ली घर"] * 3, np.array([0, 1] * 3), 2)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +16,6 @@ from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.sources import NONE, drop_rows
 from protoclip.encode.run import Round
 from protoclip.evaluation import features
 from protoclip.evaluation.features import Encoder, Reader
@@ -109,9 +107,3 @@ def test_a_model_in_training_has_the_key_of_the_one_that_is_opened(run):
     opened = Encoder(model=model, **given).key
     assert layers.synchronise(model, CPU) > 0
     assert Encoder(model=model, **given).key == opened
-
-
-def test_a_view_of_all_rows_has_the_key_of_its_source(run):
-    pairs = sources.open_samples(Config(data=DataConfig(train=str(run.parent / "pairs.parquet"))))
-    assert drop_rows(pairs, NONE).key == pairs.key
-    assert drop_rows(pairs, np.array([3])).key != pairs.key

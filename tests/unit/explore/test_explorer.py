@@ -1,11 +1,9 @@
 """What an explorer answers, of which pairs, and what it keeps."""
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +21,7 @@ from protoclip.explore.pages import Pages
 from protoclip.explore.pairs import ExploredPairs, explore_pairs
 from protoclip.models import loading
 from protoclip.training.run import train
-from testing import tiny_config, tiny_pairs
+from testing import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -244,21 +242,3 @@ def test_a_run_is_grouped_by_what_it_trained(
     assert len(found.images) == len(found.texts) == 5
     model = loading.load(tmp_path / "run")[0]
     assert (projection_heads(model, config) is None) == (prototypical == 0)
-
-
-def test_an_image_that_can_be_read_again_is_shown(tmp_path: Path, monkeypatch: Any) -> None:
-    """Though its file has the size and the time that it had."""
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    rows = ["image,caption"]
-    for number, row in enumerate(tiny_pairs(40).to_pylist()):
-        (tmp_path / f"{number}.png").write_bytes(row["image"])
-        rows.append(f"{number}.png,{row['caption']}")
-    (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    path = tmp_path / "3.png"
-    whole, status = path.read_bytes(), path.stat()
-    data = DataConfig(train=str(tmp_path / "pairs.csv"))
-    for content, number in ((bytes(len(whole)), 39), (whole, 40)):
-        path.write_bytes(content)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        (found,) = explorers(data, cache=True)
-        assert len(found.atlas) == number

@@ -250,20 +250,6 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
     assert "13000 x 13000 pixels are more than" in post(large.getvalue())[1]
 
 
-def test_data_that_cannot_be_read_any_more_is_one_line(
-    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def gone(self: Explorer, text: str) -> None:
-        raise OSError(5, "Input/output error", "/data/\x1b[31mfeatures.npy")
-
-    monkeypatch.setattr(Explorer, "search_text", gone)
-    status, headers, body = ask(port, "/1/search.html?text=red")
-    assert (status, headers["content-type"]) == (500, "text/plain; charset=utf-8")
-    assert body.decode().startswith("This cannot be shown: [Errno 5] Input/output error")
-    assert b"\x1b" not in body
-    assert capfd.readouterr().err == ""
-
-
 def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
     from protoclip.data.split import read_ids
 

@@ -25,17 +25,6 @@ def figures():
     return [draw_lines(many), draw_lines(many[:1]), draw_map(*points, limit=3.0)]
 
 
-def test_colours_are_the_pages():
-    for svg in figures():
-        assert "#abc0" not in svg
-        assert "var(--quiet)" in svg
-    lines, _, points = figures()
-    assert {f"var(--model-{number})" for number in range(8)} <= {
-        *re.findall(r"var\([\w-]+\)", lines)
-    }
-    assert {"var(--image)", "var(--text)"} <= {*re.findall(r"var\([\w-]+\)", points)}
-
-
 def test_ids_are_of_one_figure_and_nothing_is_fetched():
     found = figures()
     ids = [name for svg in found for name in re.findall(r' id="([^"]*)"', svg)]

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 
-from protoclip.models import checkpoint
 from protoclip.results.read import read_run, read_runs
 from protoclip.training.folder import to_toml
 from testing import tiny_config
@@ -38,17 +37,6 @@ def test_curves_are_the_finite_values_of_whole_lines(tmp_path):
     np.testing.assert_array_equal(steps, [1, 3])
     np.testing.assert_array_equal(found, [3, 2])
     assert run.last_step == 3
-
-
-def test_the_command_of_a_run_follows_from_its_files(tmp_path, monkeypatch):
-    folder = begun(tmp_path / "run")
-    (folder / "checkpoints" / "step-000000001").mkdir(parents=True)
-    assert read_run(folder).command == "train"
-    monkeypatch.setattr(checkpoint, "is_aligned", lambda path: True)
-    assert read_run(folder).command == "align"
-    for alpha, command in ((0.5, "finetune"), (0.25, "finetune --alpha 0.25")):
-        (folder / "wise_ft.json").write_text(json.dumps({"alpha": alpha, "best_alpha": 0.5}))
-        assert read_run(folder).command == command
 
 
 def test_labels_tell_runs_apart(tmp_path):
