@@ -9,7 +9,7 @@ import pytest
 
 from interrupting import assert_equal_ends, config_for, stop_after, with_changes, with_out
 from protoclip.config import Config
-from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage
+from protoclip.models.checkpoint import CHECKSUMS
 from protoclip.training import run
 from testing import tiny_pairs
 
@@ -33,11 +33,6 @@ def complete(store: Any) -> list[int]:
         re.fullmatch(rf"runs/a/checkpoints/step-(\d+)/{CHECKSUMS}", n) for n in store.objects()
     )
     return sorted(int(match[1]) for match in found if match)
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    lines = capsys.readouterr().err.splitlines()
-    return [line for line in lines if line.startswith("warning: run.sync")]
 
 
 def test_a_run_goes_on_from_s3_with_an_empty_disk(
@@ -71,24 +66,6 @@ def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
         assert "\n" not in str(error.value)
         assert "check name, credentials" in str(error.value)
     assert not Path(config.run.out or "").exists()
-
-
-def test_a_server_that_goes_on_failing_costs_warnings(store, hasty, config, tmp_path, capsys):
-    """All is copied when it is well again, and can be fetched."""
-    store.fail("403", "500", "reset", on="PUT /bucket/runs/a/checkpoints/step-000000002")
-    assert run.train(config)["steps"] == 2
-    warnings = said(capsys)
-    assert 1 <= len(warnings) <= 2  # of the second checkpoint, and at the end
-    for warning in warnings:
-        assert "run.sync: s3://bucket/runs/a: not copied (" in warning
-        assert "secret" not in warning
-    assert 2 not in complete(store)
-    store.fail()
-    run.train(config, resume="auto")
-    assert complete(store) == [1, 2]
-    elsewhere = with_out(config, str(tmp_path / "elsewhere"))
-    assert run.train(elsewhere, resume="auto")["steps"] == 2
-    assert [damage(path) for path in checkpoints(tmp_path / "elsewhere")] == [None]
 
 
 def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):

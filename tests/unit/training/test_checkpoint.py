@@ -3,10 +3,8 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 from unittest.mock import Mock
 
@@ -74,63 +72,6 @@ def test_training_tries_again_a_minute_after_it_could_not_save(tmp_path, monkeyp
     assert not writer.is_due(9, episode_end=False)
 
 
-def test_a_checkpoint_whose_removal_is_cut_short_is_gone(tmp_path, monkeypatch):
-    """Half of one would be taken for damaged. The next process removes the rest."""
-    writer = writer_of(tmp_path, keep=1)
-    writer.save(1, state())
-    writer.wait()
-    remove = saved.shutil.rmtree
-
-    def cut(folder: Path, **more: Any) -> None:
-        if (folder / "model.json").exists():
-            (folder / "model.json").unlink()
-        else:
-            remove(folder, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saved.shutil, "rmtree", cut)
-        writer.save(2, state())
-        writer.wait()
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000002"]
-    assert len([*(tmp_path / "checkpoints").iterdir()]) == 2
-    saved.remove_unfinished(tmp_path)
-    assert len([*(tmp_path / "checkpoints").iterdir()]) == 1
-
-
-@pytest.mark.parametrize("rated", ["before it is saved", "while it is written", "after that"])
-def test_if_a_better_checkpoint_cannot_be_written_the_best_one_stays(rated, tmp_path, monkeypatch):
-    """A step is evaluated after its checkpoint was begun if `run.save_steps` falls on it."""
-    writer, go_on, write = writer_of(tmp_path, keep=1), Event(), saved.write_checkpoint
-
-    def write_late(folder: Path, *given: Any) -> None:
-        assert go_on.wait(60)
-        if folder == writer.folder(2):
-            raise OSError(errno.ENOSPC, "No space left")
-        write(folder, *given)
-
-    monkeypatch.setattr(saved, "write_checkpoint", write_late)
-    for step, value in ((1, 0.5), (2, 0.9)):
-        go_on.clear()
-        if rated == "before it is saved":
-            writer.rate(step, value)
-            assert writer.is_due(step, episode_end=False)
-        writer.save(step, state())
-        if rated == "while it is written":
-            writer.rate(step, value)
-        go_on.set()
-        writer.wait()
-        if rated == "after that":
-            writer.rate(step, value)
-    for worse in (0.1, float("nan"), float("inf")):
-        writer.rate(3, worse)
-        assert not writer.is_due(3, episode_end=False)
-    for step in (4, 5):
-        assert writer.find_best(step) == (1, 0.5)  # a checkpoint holds it
-        writer.save(step, state())
-        writer.wait()
-    assert [found.name[-1] for found in checkpoints(tmp_path)] == ["1", "5"]
-
-
 def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path):
     """A run that went on from before them must not remove what it writes now."""
     writer = writer_of(tmp_path)
@@ -163,59 +104,3 @@ def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, tmp_path):
         protoclip.load(folder)
     with pytest.raises(ValueError, match="damaged"):
         loading.model(replace(tiny_model(), start=str(folder)), seed=0)
-
-
-def test_checkpoints_that_may_not_be_read_are_not_taken_for_none(tmp_path, monkeypatch):
-    """A run would begin again, and cut its log. (The superuser may read everything.)"""
-    assert checkpoints(tmp_path) == []
-    (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
-    real = Path.iterdir
-
-    def refuse(path: Path) -> Iterator[Path]:
-        if path.name == "checkpoints":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    for find in (
-        checkpoints,
-        saved.find_checkpoint,
-        lambda p: run_folder.find_newest_intact(p, []),
-    ):
-        with pytest.raises(PermissionError, match="checkpoints"):
-            find(tmp_path)
-
-
-def test_what_killed_processes_left_is_removed(tmp_path):
-    """Half a checkpoint may be large. What is whole stays, and so does the lock."""
-    kept = [tmp_path / ".lock", tmp_path / "checkpoints" / "step-000000002" / "state.json"]
-    left = [
-        tmp_path / "checkpoints" / ".step-000000003.99" / "model.safetensors",
-        tmp_path / ".results.json.99.tmp",
-        tmp_path / "results" / ".emoji-test.parquet.99.tmp",
-    ]
-    for path in kept + left:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    saved.remove_unfinished(tmp_path)
-    assert all(path.exists() for path in kept)
-    assert not any(path.exists() for path in left)
-    assert not left[0].parent.exists()
-
-
-def test_the_run_of_a_folder_is_found(tmp_path):
-    """Of a run, of a checkpoint, and of a link to one; other folders, and names, are of no run."""
-    run, link = tmp_path / "run", tmp_path / "link"
-    step = run / "checkpoints" / "step-000000002"
-    step.mkdir(parents=True)
-    (run / "config.toml").write_text("[nothing]\n")
-    link.symlink_to(step)
-    assert [saved.run_of(path) for path in (run, str(step), link)] == [run, run, run]
-    for other in (tmp_path, run / "checkpoints", step / "text", "open_clip:RN50/openai"):
-        assert saved.run_of(other) is None
-    within = tmp_path / "checkpoints" / "small"
-    within.mkdir(parents=True)
-    (within / "config.toml").write_text("")
-    assert saved.run_of(within) == within
-    with pytest.raises(ValueError, match=r"config\.toml: nothing: "):
-        saved.read_config(run)

@@ -18,7 +18,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.results.page import describe_run
 from protoclip.results.read import read_run
-from protoclip.training import run, trainer
+from protoclip.training import trainer
 from protoclip.training.run import train
 from testing import tiny_pairs
 
@@ -104,32 +104,3 @@ def test_a_tower_without_a_loss_stays(micro_batch, data, tmp_path):
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert any(name.startswith("towers.visual.") for name in moved)
     assert all(name.startswith("towers.visual.") for name in moved)
-
-
-@pytest.mark.parametrize(("fp16", "micro_batch"), [(False, None), (False, 4), (True, None)])
-def test_an_episode_that_the_only_teacher_does_not_know_teaches_nothing(
-    fp16, micro_batch, data, tmp_path, monkeypatch
-):
-    """Nor do weights decay in it; and the run goes on, with the loss scaler of fp16, too."""
-    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
-    monkeypatch.setattr(run, "grad_scaler", lambda *given: scaler)
-    known = pa.table({"sample_id": ["tiny/47"], "features": [[1.0, 2.0, 3.0]]})
-    pq.write_table(known, tmp_path / "one.parquet")
-    config = distilled(data, tmp_path / "run", info_nce=0.0, prototypical=0.0, teacher=1.0)
-    episodes = {"locked_image": 0, "warm_up": 0, "micro_batch_size": micro_batch}
-    config = with_changes(config, {"episodes": episodes, "optim": {"weight_decay": 10.0}})
-    teacher = TeacherConfig(name="one", features=str(tmp_path / "one.parquet"), number=2)
-    train_step, moved = trainer.Trainer.train_step, []
-
-    def watched(self, *given, **more):
-        before = {n: weight.detach().clone() for n, weight in self.model.named_parameters()}
-        metrics = train_step(self, *given, **more)
-        if not self.prototypes.targets:  # no sample that the clusters are of is known
-            assert metrics["train/loss/total"] == 0.0
-            after = self.model.named_parameters()
-            moved.append([name for name, value in after if not torch.equal(value, before[name])])
-        return metrics
-
-    monkeypatch.setattr(trainer.Trainer, "train_step", watched)
-    train(replace(config, teachers=[teacher]))
-    assert moved == [[], []]

@@ -34,13 +34,3 @@ def test_it_stops_after_some_evaluations_without_a_better_value(
         again.load_state_dict(stop.state_dict())
         stop = again
     assert (stopped_at, stop.best, stop.best_step) == (stops_at, *best)
-
-
-def test_the_reason_names_step_metric_and_best_value():
-    stop = EarlyStop(metric="eval/a/knn/acc1")
-    for step, value in ((0, 0.25), (8, 0.125), (16, 0.25)):
-        stop.observe(step, value)
-    assert stop.reason == (
-        "stopped early after step 16: no better eval/a/knn/acc1 in 2 evaluations; its best value "
-        "is 0.2500, of step 0"
-    )

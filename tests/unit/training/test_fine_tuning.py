@@ -182,14 +182,6 @@ def test_other_towers_of_transformers_have_layers_or_are_refused(tmp_path):
         layer_distances(built)
 
 
-def test_an_image_tower_that_timm_does_not_group_by_stages_is_refused():
-    built = resolve_start(ModelConfig(image=ImageTowerConfig(name="rdnet_tiny"))).build(
-        on_meta=True
-    )
-    with pytest.raises(ValueError, match=r"timm knows no layers of RDNet; set it to 1$"):
-        layer_distances(built)
-
-
 def test_layer_decay_lowers_the_rate_of_early_layers():
     """By a power of its distance, besides the scales of towers and heads."""
     config = replace(

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import BadSample
 from protoclip.training import log
-from protoclip.training.log import JsonLines, MetricsLog, keep_id
+from protoclip.training.log import JsonLines, MetricsLog
 
 
 def steps(path: Path) -> list[int]:
@@ -91,22 +91,6 @@ def test_a_run_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path):
     log.close()
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
     assert curve(tmp_path, "loss") == [(1, 3.0), (2, 2.0)]
-
-
-def test_tensorboard_on_a_full_disk_is_off(tmp_path, capsys):
-    """One warning; earlier points can be read."""
-    log = MetricsLog(tmp_path)
-    log.write(1, 0, {"loss": 1.0})
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    with room(events.stat().st_size + 10):
-        log.write(2, 0, {"loss": 1.0})  # fits into the smaller file of lines
-        log.write(3, 0, {"loss": 1.0})
-    log.write(4, 0, {"loss": 1.0})
-    log.close()
-    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
-    assert curve(tmp_path, "loss") == [(1, 1.0)]
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: tensorboard: [Errno 27] File too large")
 
 
 @pytest.mark.parametrize("how", ["missing", "folder"])
@@ -229,23 +213,6 @@ def test_a_logger_that_hangs_at_the_end_costs_a_warning(tmp_path, monkeypatch, c
     monkeypatch.setattr(log, "CLOSE_SECONDS", 0.1)
     log_twice(tmp_path, names=[f"{__name__}:Hanging"], config={"run": {"seed": 7}})
     assert ":Hanging: not read within 0.1 s" in capsys.readouterr().err
-
-
-def test_an_id_that_a_full_disk_cut_short_is_made_anew(tmp_path):
-    path = tmp_path / "run-id"
-    path.touch()
-    assert keep_id(path, "new") == keep_id(path, "newer") == "new"
-
-
-def test_metrics_that_a_power_failure_cut_short_end_with_a_whole_line(tmp_path):
-    """The checkpoint, which is on the disk, knows of more."""
-    log = MetricsLog(tmp_path, names=[])
-    for step in (1, 2):
-        log.write(step, 0, {"loss": 3.0})
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-5])
-    MetricsLog(tmp_path, names=[], size=log.size, step=2).write(3, 0, {"loss": 2.0})
-    assert steps(path) == [1, 3]
 
 
 def test_trackio_gets_what_the_file_gets(tmp_path, monkeypatch, capsys):

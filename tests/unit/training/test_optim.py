@@ -1,7 +1,6 @@
 """The optimizer and its learning rate, stages, and precision."""
 
 import math
-import re
 from dataclasses import replace
 
 import open_clip
@@ -18,7 +17,6 @@ from protoclip.config import (
 from protoclip.models import loading
 from protoclip.models.protoclip import autocast, grad_scaler, resolve_precision
 from protoclip.training.optim import (
-    LAYERS,
     LOCKED_IMAGE,
     PROTOTYPICAL,
     enter_stage,
@@ -170,9 +168,3 @@ def test_what_is_behind_the_last_stage_keeps_the_whole_rate(image, behind, last)
     }
     assert of[last] == {1}
     assert of[behind] == ({0} if image == "test_convnext" else {1})
-
-
-def test_a_position_bias_of_all_layers_has_the_rate_of_the_embeddings():
-    stem = re.compile(LAYERS["stem"])
-    assert stem.match("transformer.encoder.relative_attention_bias.weight")
-    assert not stem.match("transformer.encoder.layer.0.attention.self.query.weight")

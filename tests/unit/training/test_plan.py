@@ -326,31 +326,6 @@ def test_a_rate_that_is_set_counts():
     assert config.optim.locked_learning_rate == pytest.approx(1e-5)
 
 
-def test_fine_tuning_checks_sizes_and_effects_of_what_it_chose(tmp_path: Path):
-    """It takes a batch that fits, and what its own teacher uses has an effect."""
-    weights = loading.model(tiny_model(), seed=1).state_dict()
-    description = model_json(tiny_model(), None)
-    write_checkpoint(tmp_path / "start", {WEIGHTS: weights}, {MODEL: description})
-    pq.write_table(tiny_pairs(120), tmp_path / "own.parquet")
-    choices = choose_before_data(
-        "finetune",
-        {
-            "run": {"device": "cpu", "precision": "fp32"},
-            "model": {"start": str(tmp_path / "start")},
-            "data": {"train": str(tmp_path / "own.parquet"), "validation": 0.0},
-            "episodes": {"size": 40},
-            "loss": {"teacher": 0.5, "info_nce": 0.0},
-            "teacher": {"distil": 1.0, "number": 5},
-        },
-        alpha=1.0,
-    )
-    plan = make_plan(resolve_settings(choices.config, choices))
-    assert plan.config.episodes.size == 40
-    assert 40 % plan.config.episodes.batch_size == 0
-    assert plan.config.teacher.features == START
-    assert not [note for note in plan.notes if "no effect" in note]
-
-
 def test_a_run_that_goes_on_has_the_plan_that_it_began_with(tmp_path: Path, capsys):
     """Also where its data have gone; and it says what it decided as it starts."""
     config = tiny_config(out=str(tmp_path / "run"))

@@ -6,7 +6,6 @@ import random
 import re
 import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pyarrow.parquet as pq
@@ -18,7 +17,6 @@ from interrupting import with_changes
 from protoclip.config import Config, EpisodeConfig, OptimConfig
 from protoclip.distributed import collectives
 from protoclip.models import loading
-from protoclip.models.protoclip import PROJECTIONS
 from protoclip.training.optim import (
     LOCKED_IMAGE,
     PROTOTYPICAL,
@@ -32,14 +30,11 @@ from protoclip.training.watch import (
     OBSERVED,
     PATIENCE,
     Forward,
-    Machines,
     NonFiniteGuard,
     Throughput,
     Watch,
-    count_passes,
     describe_out_of_memory,
     find_peak,
-    list_machines,
     measure_repeats,
 )
 from testing import run_distributed, tiny_config, tiny_model, tiny_pairs
@@ -335,16 +330,6 @@ def test_the_peak_is_that_of_cards_that_are_known(card, precision, expected):
     assert find_peak(card, precision) == expected
 
 
-def test_a_step_of_what_trains_in_part_takes_fewer_passes():
-    whole, part = torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(4, 1, bias=False)
-    both = [*whole.parameters(), *part.parameters()]
-    assert count_passes(both) == 3
-    whole.requires_grad_(False)
-    assert count_passes(both) == 2.25
-    part.requires_grad_(False)
-    assert count_passes(both) == 1
-
-
 def test_the_share_of_the_peak_follows_from_what_trains(monkeypatch):
     """60 pairs in a second, with 3 passes each, or one of a locked image tower."""
     model, now = loading.model(tiny_model(), seed=0), Mock()
@@ -360,24 +345,3 @@ def test_the_share_of_the_peak_follows_from_what_trains(monkeypatch):
         metrics = measured.report(160, CPU)
         assert metrics["train/samples_per_second"] == 60
         assert metrics["train/mfu"] == pytest.approx(60 * flops / 1e15)
-
-
-def test_a_locked_tower_behind_a_projection_that_trains_is_one_pass():
-    model = loading.model(tiny_model(), seed=0)
-    for name, parameter in model.towers.named_parameters():
-        parameter.requires_grad_(name.startswith(PROJECTIONS))
-    assert any(parameter.requires_grad for parameter in model.towers.parameters())
-    measured = Throughput(peak=1e15, forward=FORWARD)
-    measured.start(model, 0)
-    assert measured._flops == FORWARD.image + FORWARD.text
-
-
-def test_machines_are_listed_one_after_the_other():
-    """Those that follow on like ones once; version 1.0.0 saved none."""
-    two, one = Machines(1, 2, "a CPU"), Machines(1, 1, "a card")
-    assert one.describe(64) == "1 host, 1 rank on a card, with 64 pairs of every batch"
-    state: dict[str, Any] = {"machines": [vars(two)]}
-    assert list_machines(state, two, over=False) == [two]
-    assert list_machines(state, one, over=True) == [two]
-    assert list_machines(state, one, over=False) == [two, one]
-    assert list_machines({}, one, over=True) == [one]

@@ -1,7 +1,6 @@
 """WiSE-FT: weights between two ends, which of them is best, and how they become a run's model."""
 
 import json
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -152,35 +151,3 @@ def test_the_model_of_a_run_comes_before_its_checkpoints(tmp_path):
         names = [MODEL, "model.safetensors", "text/config.json"]
         assert damage(tmp_path, names) is None
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "checksums.json"])
-def test_a_model_is_replaced_as_a_whole(name, tmp_path, monkeypatch):
-    """If a file cannot be written, the earlier model stays. If the process ends between two of
-    them, there is none, and the newest checkpoint counts."""
-    older = tmp_path / "checkpoints" / "step-000000001"
-    saved.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
-    write_model(tmp_path, model(1), {"alpha": 1.0})
-    write, rename = saved.write_atomically, Path.replace
-
-    def fail(path: Path, *given, **more) -> None:
-        if name in path.name:
-            raise OSError(28, "No space left on device", str(path))
-        write(path, *given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saved, "write_atomically", fail)
-        with pytest.raises(OSError, match="No space left"):
-            write_model(tmp_path, model(2), {"alpha": 2.0})
-    assert json.loads((tmp_path / MODEL).read_text()) == {"alpha": 1.0}
-    assert damage(tmp_path, [MODEL, "model.safetensors"]) is None
-
-    def end_here(path: Path, target: Path) -> Path:
-        if Path(target) == tmp_path / name:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "replace", end_here)
-    with pytest.raises(KeyboardInterrupt):
-        write_model(tmp_path, model(2), {"alpha": 2.0})
-    assert find_checkpoint(tmp_path) == older
