@@ -1,7 +1,6 @@
 """What a card gets that a CPU does not, by what is passed on: no test here needs a card."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -9,24 +8,13 @@ import timm
 import torch
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from protoclip.distributed import collectives, parallel
 from protoclip.models import layers, loading
-from protoclip.models.protoclip import ProtoCLIP, measure_convolutions
+from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed, tiny_config
 
 CARD, CPU = torch.device("cuda"), torch.device("cpu")
-
-
-@pytest.mark.parametrize(("device", "expected"), [(CARD, True), (CPU, False)])
-def test_convolutions_are_measured_on_a_card_alone(device, expected, monkeypatch):
-    with measure_convolutions(device):
-        assert torch.backends.cudnn.benchmark is expected
-    assert not torch.backends.cudnn.benchmark
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    with measure_convolutions(device):
-        assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(
@@ -87,26 +75,6 @@ def test_layers_are_gathered_in_bf16_on_a_card_that_trains_in_it(
         monkeypatch.setattr(loading, name, value)
     loading.training_model(config, device)
     assert shard.call_args.kwargs == {"gathered": expected}
-
-
-@pytest.mark.parametrize("gathered", [None, torch.bfloat16])
-def test_policies_of_layers(gathered, monkeypatch):
-    """BatchNorm keeps the precision of its statistics."""
-    policies = {}
-
-    def fully_shard(part, *, mesh, mp_policy=None, ignored_params=()):
-        policies[type(part).__name__] = mp_policy or MixedPrecisionPolicy()
-
-    monkeypatch.setattr(parallel, "fully_shard", fully_shard)
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda *given: SimpleNamespace())
-    monkeypatch.setattr(parallel, "register_fsdp_forward_method", Mock())
-    parallel.shard(Layered().to("meta"), CPU, gathered=gathered)
-    plain = MixedPrecisionPolicy()
-    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if gathered is None:
-        assert policies == {"Linear": plain, "Layered": plain}
-    else:
-        assert policies == {"Linear": mixed, "Layered": mixed, "BatchNorm1d": plain}
 
 
 class Layered(nn.Module):

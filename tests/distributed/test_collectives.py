@@ -4,23 +4,19 @@ import os
 import re
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from interrupting import quick_config, with_changes
+from interrupting import quick_config
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import WAITS
-from protoclip.encode import teachers
 from protoclip.training import watch
 from protoclip.training.run import train
-from testing import run_distributed, tiny_config, tiny_pairs
+from testing import run_distributed, tiny_pairs
 
 
 def collect(rank_rows: list[int]) -> dict[str, object]:
@@ -159,38 +155,6 @@ def test_no_collective_where_one_rank_can_leave_by_an_exception(within, collecti
     collective()
 
 
-def teacher_of(folder: str) -> tuple[str, str]:
-    """What this rank raises when it starts a run whose teacher only rank 0 can read."""
-    config = with_changes(
-        tiny_config(f"{folder}/pairs.parquet", out=f"{folder}/run"),
-        {"teacher": {"features": f"{folder}/teacher.parquet", "whiten": 4}},
-    )
-    read = teachers.read_teacher
-    with pytest.MonkeyPatch.context() as patch:
-        if collectives.rank() == 1:
-            bad = f"{folder}/bad.npy"
-            patch.setattr(teachers, "read_teacher", lambda _, **ids: read(bad, **ids))
-        try:
-            train(config)
-        except Exception as error:
-            return type(error).__name__, str(error)
-    return "nothing", ""
-
-
-def test_a_teacher_that_one_rank_cannot_read_is_named_on_all(tmp_path):
-    """In whitening, ranks meet; not before all have read the teacher."""
-    pairs = tiny_pairs(64)
-    pq.write_table(pairs, tmp_path / "pairs.parquet")
-    features = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32).tolist()
-    table = pa.table({"sample_id": pairs["sample_id"], "features": features})
-    pq.write_table(table, tmp_path / "teacher.parquet")
-    (tmp_path / "bad.npy").write_text("damaged")
-    (other, told), (first, message) = run_distributed(teacher_of, 2, str(tmp_path))
-    assert message.startswith(f"{tmp_path}/bad.npy: not a file of teacher features")
-    assert (other, first, told) == ("RaisedOnAnotherRank", "ValueError", message)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [
@@ -313,39 +277,3 @@ def test_two_ranks_with_one_gpu_are_refused(monkeypatch):
         collectives.process_group(torch.device("cuda:0")),
     ):
         pass
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_rank_may_work_for_longer_than_a_step_waits(device, monkeypatch):
-    """Errors, decisions and objects, which follow a rank's own work, wait in a group for days."""
-    waits, used = {}, []
-
-    def answer(values: list[object], value: object, group: object) -> None:
-        values[:] = [value, value]
-        used.append(group)
-
-    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
-        monkeypatch.setenv(key, value)
-    dist = torch.distributed
-    monkeypatch.setattr(collectives, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
-    monkeypatch.setattr(collectives, "PrefixStore", Mock())
-    monkeypatch.setattr(
-        dist, "init_process_group", lambda *_, timeout, **__: waits.update({"steps": timeout})
-    )
-    monkeypatch.setattr(
-        dist, "new_group", lambda backend, timeout: waits.update({backend: timeout}) or backend
-    )
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_backend", lambda: "gloo" if device == "cpu" else "nccl")
-    monkeypatch.setattr(dist, "all_gather_object", answer)
-    monkeypatch.setattr(dist, "all_reduce", lambda values, operation, group: used.append(group))
-    with collectives.process_group(torch.device(device)):
-        collectives.rank0_first(int)
-        collectives.raise_on_all_ranks(int)
-        collectives.any_rank([True])
-    assert waits["steps"] < timedelta(hours=1)
-    assert waits["gloo"] > timedelta(days=1)
-    assert used == ["gloo"] * 4

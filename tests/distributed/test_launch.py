@@ -50,7 +50,7 @@ def forked(words: list[str], folder: Path, *, well: bool) -> tuple[list[str], li
     return out, err
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_torchrun_ends_a_run_with_a_checkpoint(name, tmp_path):
     """It passes a signal on to both processes, whose workers get it too, and ends with a code of
     its own. SIGUSR1 it has to be told of."""

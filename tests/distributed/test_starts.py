@@ -6,19 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from interrupting import relative_difference, with_changes
 from protoclip.config import (
     Config,
     ModelConfig,
-    ParallelConfig,
 )
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
-from protoclip.models.loading import training_model
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
-from tiny_hugging_face import NO_DROPOUT, save_bert, save_dual_encoder, save_siglip
+from tiny_hugging_face import NO_DROPOUT, save_bert, save_siglip
 from tiny_starts import HEADS, halves
 
 
@@ -32,12 +29,6 @@ def pretrained_halves(folder: Path) -> ModelConfig:
 def siglip(folder: Path) -> ModelConfig:
     """Towers that stay models of `transformers`, with the sigmoid loss."""
     return ModelConfig(start=f"hf:{save_siglip(folder / 'siglip')}", heads=HEADS)
-
-
-def dual_encoder(folder: Path) -> ModelConfig:
-    """A ViT and a BERT of two layers each."""
-    start = save_dual_encoder(folder / "dual", num_hidden_layers=2)
-    return ModelConfig(start=f"hf:{start}", heads=HEADS)
 
 
 def weights_after(config: Config, ranks: int) -> dict[str, Tensor]:
@@ -69,17 +60,3 @@ def test_ranks_train_what_one_process_trains(start, strategies, tmp_path):
         two = weights_after(config, 2)
         assert two.keys() == one.keys()
         assert relative_difference(two, one, base) < 0.01
-
-
-def gathered_layers(config: Config) -> list[str]:
-    """The layers of a sharded model that are gathered one by one."""
-    built, _ = training_model(config, torch.device("cpu"))
-    return [name for name, part in built.named_modules() if name and isinstance(part, FSDPModule)]
-
-
-def test_towers_of_transformers_are_gathered_layer_by_layer(tmp_path):
-    parallel = ParallelConfig(strategy="fsdp")
-    config = replace(tiny_config(out="unused"), model=dual_encoder(tmp_path), parallel=parallel)
-    (found, _) = run_distributed(gathered_layers, 2, config)
-    layers = [(tower, number) for tower in ("text", "visual") for number in "01"]
-    assert sorted((name.split(".")[1], name.split(".")[-1]) for name in found) == layers

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from interrupting import quick_config, relative_difference, stop_after, with_changes, with_out
@@ -423,24 +422,3 @@ def test_pulls_are_those_of_one_process(tmp_path):
     for pulls in run_distributed(pulls_of, 2, config, str(tmp_path / "two")):
         for name, value in expected.items():
             torch.testing.assert_close(pulls[name], value, rtol=1e-2, atol=0.0)
-
-
-def moments_loaded(sharded: bool) -> list[list[float]]:
-    """What a rank has of a scale's moments, when a layer still waits for its first gradient."""
-    model = torch.nn.Linear(4, 4)
-    model.scale = torch.nn.Parameter(torch.tensor(1.0))
-    if sharded:
-        fully_shard(model, ignored_params={model.scale})
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    names = ("step", "exp_avg", "exp_avg_sq")
-    whole = {f"scale/{name}": torch.tensor(0.5 + n) for n, name in enumerate(names)}
-    parallel.load_moments(model, optimizer, whole if collectives.rank() == 0 else {})
-    state = optimizer.state
-    return [[float(state[each][name]) for name in names] for each in state if each.ndim == 0]
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_moments_of_scalars_alone_are_loaded(sharded):
-    """As where a teacher has known no sample so far, and nothing else teaches the towers."""
-    for rank in run_distributed(moments_loaded, 2, sharded):
-        assert rank == [[0.5, 1.5, 2.5]]

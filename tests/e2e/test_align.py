@@ -37,11 +37,9 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import read_config
 from protoclip.models.projections import AlignedModel
 from protoclip.models.start import find_start
-from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data
-from protoclip.training.run import Run, align
-from protoclip.training.trainer import Clusterings, Trainer
-from protoclip.training.watch import gather_machines
+from protoclip.training.run import align
+from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
@@ -340,40 +338,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(given, tmp_path, monkeypatch):
     align(settings, resume="auto")
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "stopped")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-
-
-def test_frozen_halves_are_clustered_once(given, tmp_path, monkeypatch):
-    """Projections are in each episode. A run that goes on keeps the clusters of the halves."""
-    call, clustered = Clusterings.__call__, list[str]()
-
-    def noted(self: Clusterings, space: str, *rows: Any) -> Any:
-        def made(*given: Any, **settings: Any) -> Any:
-            clustered.append(space)
-            return kmeans(*given, **settings)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("protoclip.training.trainer.kmeans", made)
-            return call(self, space, *rows)
-
-    monkeypatch.setattr(Clusterings, "__call__", noted)
-    plan, rows, model = rows_of(changed(given, episodes={"warm_up": 0}))
-    first, second = (Run(plan, model, folder=tmp_path, rows=rows) for _ in range(2))
-    for run in (first, second):
-        run.prepare_teachers()
-        run.machines = [gather_machines(torch.device("cpu"))]
-    for index in range(3):
-        first.trainer.start_episode(first.episode(index))
-        first.trainer.end_episode()
-    assert Counter(clustered) == {"image": 3, "text": 3, "image_half": 1, "text_half": 1}
-    states: list[dict[str, Any]] = []
-    first.writer.save = lambda step, state: states.append(state)
-    first.save()
-    second.load_state_dict(*states)
-    second.trainer.start_episode(second.episode(2))
-    assert clustered[8:] == ["image", "text"]
-    for half in ("image_half", "text_half"):
-        one, other = (vars(run.trainer.prototypes.clusters[half]) for run in (first, second))
-        assert all(torch.equal(one[name], other[name]) for name in ("centroids", "assignments"))
 
 
 def test_the_weight_of_the_geometry_reaches_a_step(given, tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -19,10 +18,9 @@ from protoclip.config import ModelConfig, TextTowerConfig, build
 from protoclip.models import loading
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.start import resolve_start
-from protoclip.training import evaluate
 from protoclip.training.run import align
-from testing import tiny_config, tiny_pairs
-from tiny_align import changed, tiny_alignment, weights_of
+from testing import tiny_config
+from tiny_align import changed, tiny_alignment
 from tiny_hugging_face import (
     save_bert,
     save_mpnet,
@@ -166,36 +164,6 @@ def test_another_pooling_is_refused_in_one_line(tmp_path):
         resolve_start(ModelConfig(text=TextTowerConfig(name=str(folder))))
     chosen = ModelConfig(text=TextTowerConfig(name=str(folder), pooling="cls"))
     assert resolve_start(chosen).model.text.pooling == "cls"
-
-
-def test_a_run_between_towers_of_other_models_is_fine_tuned(
-    given, models, tmp_path, monkeypatch, capsys
-):
-    """Which moves the halves, and is judged on other data before and after."""
-    settings = settings_of(given, models["run"], models["mpnet"])
-    align(changed(settings, tmp_path / "run"))
-    assert "as open_clip: it knows no text models of kind mpnet" in capsys.readouterr().err
-    pq.write_table(tiny_pairs(16, seed=2), tmp_path / "general.parquet")
-    monkeypatch.setattr(evaluate, "ALPHAS", (0.0, 1.0))
-    tuned = protoclip.finetune(
-        {
-            "model": {"start": str(tmp_path / "run")},
-            "data": settings["data"],
-            "episodes": {"size": 32, "count": 1, "batch_size": 16},
-            "run": {
-                **{"out": str(tmp_path / "tuned"), "device": "cpu", "precision": "fp32"},
-                "guard": [str(tmp_path / "general.parquet")],
-            },
-        },
-        alpha=1.0,
-    )
-    for judged in ("start_metrics", "metrics"):
-        assert "eval/general/retrieval/image_to_text@1" in tuned[judged]
-    before, after = weights_of(tmp_path / "run"), weights_of(Path(tuned["folder"]))
-    assert before.keys() == after.keys()
-    moved = [name for name, value in after.items() if not torch.equal(value, before[name])]
-    assert any("visual.trunk" in name for name in moved)
-    assert any("text.transformer" in name for name in moved)
 
 
 def test_a_half_of_a_run_is_read_at_the_length_of_the_run(models, tmp_path):

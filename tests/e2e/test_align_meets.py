@@ -1,13 +1,10 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
-import errno
-import io
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,23 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from PIL import Image
 
 import protoclip
 from protoclip import cli
-from protoclip.config import Config, DataConfig, SourceConfig
-from protoclip.data import sources as sources_of
+from protoclip.config import DataConfig, SourceConfig
 from protoclip.encode import encoder as encoding
-from protoclip.encode import run as running
-from protoclip.encode.rows import FOLDER
 from protoclip.encode.run import Round
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import features
 from protoclip.explore import atlas
-from protoclip.explore.explorer import open_explorer
-from protoclip.explore.pairs import explore_pairs
-from protoclip.files import locked
 from protoclip.models import loading
 from protoclip.models.checkpoint import read_config
 from protoclip.models.protoclip import ProtoCLIP
@@ -106,23 +95,6 @@ def test_what_cannot_work_is_refused_before_anything_is_encoded(given, tmp_path,
     with pytest.raises(ValueError, match=r"^run.out: .*/file is a file, not a folder"):
         align(changed(given, tmp_path / "file" / "run"))
     assert not list(store.rglob("*.npy"))
-
-
-def test_a_guard_keeps_the_best_and_ends_the_run(given, tmp_path):
-    pq.write_table(tiny_pairs(16, seed=7), tmp_path / "other.parquet")
-    metric = "eval/other/retrieval/image_to_text@1"
-    watched = {"guard": [str(tmp_path / "other.parquet")], "evaluate_every": 1}
-    results = align(
-        changed(
-            given,
-            tmp_path / "run",
-            run={**given["run"], **watched, "keep_best": metric, "stop_by": metric},
-            episodes={"size": 16, "count": 40},
-        )
-    )
-    assert results["steps"] < 40
-    assert results["early_stop"]["metric"] == metric
-    assert "best_checkpoint" in results
 
 
 @pytest.fixture(scope="module")
@@ -299,58 +271,3 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     image = {**given["model"]["image"], "size": 64}
     align(changed(given, tmp_path / "larger", model={**given["model"], "image": image}))
     assert sum(encoded) == made + len(pq.read_table(data))
-
-
-def test_a_store_that_is_being_added_to_can_be_read(given, sources, store, monkeypatch):
-    monkeypatch.setattr(running, "WAIT", 0.0)
-    rows_of(given)
-    held = [path for path in store.iterdir() if path.is_dir() and path.name != FOLDER]
-    assert len(held) == 2
-    with locked(held[0]), locked(held[1]):
-        rows_of(given)
-        with pytest.raises(ValueError, match=r"another process writes here; wait for it, or name"):
-            rows_of(of_source(given, sources["mixture"]))
-
-
-def test_a_store_that_can_only_be_read_may_lack_bad_images(given, tmp_path, store, monkeypatch):
-    """What it lacks cannot be had by anybody; what it could have is refused."""
-    table = pq.read_table(given["data"]["train"])
-    images = table["image"].to_pylist()
-    broken = pa.array([b"broken", *images[1:]])
-    number = table.column_names.index("image")
-    pq.write_table(table.set_column(number, "image", broken), tmp_path / "bad.parquet")
-    bad = changed(given, data={"train": str(tmp_path / "bad.parquet"), "max_bad_share": 0.1})
-    assert len(rows_of(bad)[1]) == 95
-
-    @contextmanager
-    def refused(*_: Any, **__: Any) -> Any:
-        raise PermissionError(errno.EACCES, "Permission denied")
-        yield
-
-    monkeypatch.setattr(running, "locked", refused)
-    assert len(rows_of(bad)[1]) == 95
-    with pytest.raises(PermissionError):
-        rows_of(given)
-
-
-def test_only_copies_are_near_duplicates_where_shapes_lie_elsewhere(given, tmp_path):
-    """The encoder pools over places, so that left and right are nearly equal to it."""
-    run = {"run": {"out": str(tmp_path / "run")}}
-    align(changed(given, **run, episodes={"size": 16, "count": 1, "batch_size": 8}))
-    rows = []
-    for colour, left, top in product(((220, 30, 30), (30, 60, 220)), (3, 10, 17), (3, 10, 17)):
-        image = Image.new("RGB", (24, 24), "white")
-        image.paste(colour, (left, top, left + 5, top + 5))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        rows.append({"image": buffer.getvalue(), "caption": f"a square at {left}, {top}"})
-    image.save(buffer := io.BytesIO(), "BMP")
-    rows += [rows[3], {"image": buffer.getvalue(), "caption": "equal pixels in another file"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shapes.parquet")
-    pairs = explore_pairs(
-        sources_of.open_samples(Config(data=DataConfig(train=f"{tmp_path}/shapes.parquet")))
-    )
-    settings = {"device": torch.device("cpu"), "workers": 0}
-    found = open_explorer(str(tmp_path / "run"), pairs, **settings).atlas
-    assert sorted(found.duplicates.tolist()) == [[3, 18], [17, 19]]
-    assert found.duplicate_likeness.tolist() == [1, 1]

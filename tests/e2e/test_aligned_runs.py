@@ -1,23 +1,18 @@
 """Finished runs of `protoclip align` in other commands: exports, fine-tuning, reports."""
 
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 import protoclip
 from protoclip import cli
-from protoclip.encode.embed import read_facts
-from protoclip.encode.store import Store
 from protoclip.models.start import find_start
 from protoclip.training.run import align
-from tiny_align import of_source
+from tiny_align import of_source, weights_of
 from tiny_hugging_face import save_mpnet
 from tiny_starts import save_open_clip
 
@@ -52,7 +47,7 @@ def ended(aligned) -> Path:
 
 
 def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys):
-    """By LoRA. Rows with one image are no other data."""
+    """By LoRA, which moves the halves. Rows with one image are no other data."""
     assert not find_start(str(ended)).heads_are_new
     results = protoclip.finetune(
         {
@@ -67,6 +62,11 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
     said = capsys.readouterr().err
     assert "the data of" not in said
     assert "27 of 96 pairs are held out" in said
+    before, after = weights_of(ended), weights_of(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    moved = [name for name, value in after.items() if not value.equal(before[name])]
+    for half in ("visual.trunk", "text.transformer"):
+        assert any(half in name for name in moved)
 
 
 @pytest.mark.parametrize(
@@ -112,32 +112,3 @@ def test_commands_take_an_aligned_run(line, given, sources, ended, tmp_path):
     cli.main(words)
     if "{out}" in line:
         assert list(tmp_path.glob("out*"))
-
-
-def test_vectors_do_not_need_the_store_that_align_filled(sources, ended, tmp_path, monkeypatch):
-    """Where hosts have stores of their own. A damaged one is named, and what to delete."""
-    cache = shutil.copytree(os.environ["PROTOCLIP_CACHE"], tmp_path / "cache")
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(cache))
-
-    def embedded(name: str) -> dict[str, int]:
-        """What was kept."""
-        out = tmp_path / f"{name}.parquet"
-        protoclip.embed(ended, sources["shared"]["train"], out, precision="fp32")
-        return read_facts(out)["kept"]
-
-    kept = embedded("kept")
-    assert all(kept.values())
-    stores = {path: int(path.stem.partition("-")[2]) for path in cache.rglob("*.features")}
-    for path, width in stores.items():
-        if width == max(stores.values()):  # images, which are wider than captions
-            path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match=r"\.features: damaged .*; delete it, and give"):
-        embedded("damaged")
-    sees = Store._sees
-    monkeypatch.setattr(Store, "_sees", lambda store, *_: bool(store.setting) and sees(store, *_))
-    assert embedded("hosts") == {"images": 0, "captions": 0}
-    one, other = (
-        np.stack(pq.read_table(tmp_path / f"{each}.parquet")["image_vector"].to_pylist())
-        for each in ("kept", "hosts")
-    )
-    np.testing.assert_allclose(one, other, atol=1e-3)

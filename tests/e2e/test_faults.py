@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -56,20 +55,13 @@ def rewrite(checkpoint_folder: Path, name: str, data: bytes) -> None:
 
 
 def test_a_run_whose_checkpoint_cannot_be_used_does_not_start_again(stopped):
-    """One line says why: written by another version, or with other arithmetic."""
+    """One line says that another version wrote it."""
     folder = Path(str(stopped.run.out))
     last = checkpoints(folder)[-1]
     facts = json.loads((last / "state.json").read_text())
-    version = r"step-000000006/state\.json: not .* version"
-    other = {"run.device": "cpu", "run.precision": "fp16"}  # which `auto` is on no CPU
-    automatic = replace(stopped, run=replace(stopped.run, precision="auto"))
-    for config, state, message in (
-        (stopped, {**facts, "format": 2}, version),
-        (automatic, {**facts, "arithmetic": other}, r"run\.precision: .*fp16"),
-    ):
-        rewrite(last, "state.json", json.dumps(state).encode())
-        with pytest.raises(ValueError, match=message):
-            run.train(config, resume="auto")
+    rewrite(last, "state.json", json.dumps({**facts, "format": 2}).encode())
+    with pytest.raises(ValueError, match=r"step-000000006/state\.json: not .* version"):
+        run.train(stopped, resume="auto")
     assert len(checkpoints(folder)) == 6
 
 

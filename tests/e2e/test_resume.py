@@ -60,28 +60,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
     assert_equal_ends(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_checkpoint_that_a_run_goes_on_from_is_not_written_again(
-    tiny_parquet, tmp_path, monkeypatch
-):
-    """At the end of an episode it would be due at once, and a kill meanwhile would leave none."""
-    config = quick_config(tiny_parquet, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        run.train(config)
-    (kept,) = checkpoints(tmp_path / "run")
-    written = []
-    write = saved.write_checkpoint
-
-    def and_note(folder: Path, *given: object) -> None:
-        written.append(folder)
-        write(folder, *given)
-
-    monkeypatch.setattr(saved, "write_checkpoint", and_note)
-    run.train(with_changes(config, {"run": {"save_steps": 1}}), resume="auto")
-    assert [int(folder.name[-9:]) for folder in written] == [3, 4, 5, 6]
-    assert kept not in written
-
-
 def test_other_settings_do_not_go_on(whole, stopped):
     """The error names each with both values."""
     folder = Path(str(stopped.run.out))

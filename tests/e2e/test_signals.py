@@ -7,19 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import socket
-from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader
 
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
 from protoclip.config import Config
-from protoclip.data.loader import iterate_items
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.encode import store
@@ -170,7 +166,7 @@ if {at!r} == "exit":
 """
 
 
-@pytest.mark.parametrize("at", ["protoclip.cli.train", "torch", "exit"])
+@pytest.mark.parametrize("at", ["torch", "exit"])
 def test_ctrl_c_is_a_line_during_imports_and_at_the_end(at, tmp_path):
     """NumPy hides it behind an error of its own, as here."""
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTING.format(at=at), encoding="utf-8")
@@ -221,17 +217,6 @@ def test_a_signal_after_the_last_step_leaves_the_evaluation_to_the_next_call(
     assert (tmp_path / "run" / "results.json").exists()
 
 
-def test_a_rank_that_leaves_the_report_to_rank_0_ends_with_the_code_of_the_failure(monkeypatch):
-    """Though srun ends it by SIGTERM meanwhile, and would report 143, that of a stop."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "2")
-    monkeypatch.setattr(cli.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["trian"])
-    assert ended.value.code == 2
-
-
 def test_under_nohup_sighup_is_not_heard():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heard = []
@@ -244,27 +229,6 @@ def test_under_nohup_sighup_is_not_heard():
     assert heard == [signal.SIGUSR1]
 
 
-def test_no_thread_of_the_process_group_is_left_at_the_end(tiny_parquet, tmp_path):
-    """One that meets the end of the interpreter can end a finished run in SIGABRT."""
-    config = quick_config(tiny_parquet, tmp_path / "run")
-
-    def work() -> None:
-        for name in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
-            del sys.modules[name]  # as in a new process
-        plan = run.make_plan
-
-        def and_import(outline: Any) -> Any:
-            import_module("torch.distributed.nn")  # as PyTorch does, some time
-            return plan(outline)
-
-        run.make_plan = and_import
-        run.train(config)
-        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        assert not [name for name in names if "gloo" in name], names
-
-    assert codes(started(work, 2)) == [0, 0]
-
-
 def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, monkeypatch, capfd):
     """Here of two processes, of which the last one hears it."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
@@ -272,12 +236,12 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     settings = changed(tiny_alignment(tmp_path / "halves"), tmp_path / "run")
     recipe = tmp_path / "align.toml"
     recipe.write_text(to_toml(Config.from_dict(settings)), encoding="utf-8")
-    add, added = store.Store.add, []
+    add, sent = store.Store.add, list[int]()
 
     def signalled(this: store.Store, hashes: store.Hashes, features: store.Features) -> None:
         add(this, hashes, features)
-        added.append(len(hashes))
-        if len(added) == 1 and collectives.rank() == 1:
+        if collectives.rank() == 1 and not sent:
+            sent.append(len(hashes))
             to_group("SIGTERM")
 
     with monkeypatch.context() as patch:
@@ -287,38 +251,7 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     said = capfd.readouterr().err
     assert ended == [128 + signal.SIGTERM] * 2, said
     assert "Traceback" not in said
-    rows_files = [*(tmp_path / "cache").rglob(f"*{store.ROWS_END}")]
-    begun = sum(path.stat().st_size for path in rows_files) // store.ROW.itemsize
-    assert begun > 0
+    assert any(path.stat().st_size for path in (tmp_path / "cache").rglob(f"*{store.ROWS_END}"))
     assert not (tmp_path / "run").exists()
-
-    def counted(this: store.Store, hashes: store.Hashes, features: store.Features) -> None:
-        add(this, hashes, features)
-        added.append(len(hashes))
-
-    monkeypatch.setattr(store.Store, "add", counted)
     cli.main(words)
-    total = (
-        sum(path.stat().st_size for path in (tmp_path / "cache").rglob(f"*{store.ROWS_END}"))
-        // store.ROW.itemsize
-    )
-    assert begun + sum(added) == total
-
-
-@pytest.mark.slow
-def test_workers_of_a_killed_process_end_though_they_have_something_to_write():
-    """An item fills the pipe, and nobody reads the second one."""
-
-    def be_killed() -> None:
-        items = iterate_items(DataLoader([bytes(1 << 20)] * 8, batch_size=None, num_workers=2))
-        next(items)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    (process,) = started(be_killed)
-    process.join()
-    deadline = time.monotonic() + 60
-    while left := alive(process.pid or 0):
-        if time.monotonic() > deadline:
-            os.killpg(process.pid or 0, signal.SIGKILL)
-            raise AssertionError(left)
-        time.sleep(0.1)
+    assert (tmp_path / "run" / "results.json").exists()
