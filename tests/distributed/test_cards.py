@@ -1,8 +1,5 @@
 """What a card gets that a CPU does not, by what is passed on: no test here needs a card."""
 
-from dataclasses import replace
-from unittest.mock import Mock
-
 import pytest
 import timm
 import torch
@@ -10,9 +7,9 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
 from protoclip.distributed import collectives, parallel
-from protoclip.models import layers, loading
+from protoclip.models import layers
 from protoclip.models.protoclip import ProtoCLIP
-from testing import run_distributed, tiny_config
+from testing import run_distributed
 
 CARD, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -50,31 +47,6 @@ def test_a_batch_norm_that_computes_something_else_is_refused():
 
     with pytest.raises(ValueError, match=r"sync_batch_norm: Doubled layers cannot be synchronised"):
         layers.synchronise(nn.Sequential(Doubled(3)), CPU)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "expected"),
-    [
-        (CARD, "bf16", torch.bfloat16),
-        (CARD, "fp16", None),
-        (CARD, "fp32", None),
-        (CPU, "bf16", None),
-    ],
-)
-def test_layers_are_gathered_in_bf16_on_a_card_that_trains_in_it(
-    device, precision, expected, tmp_path, monkeypatch
-):
-    config = tiny_config(out=str(tmp_path))
-    config = replace(
-        config,
-        run=replace(config.run, precision=precision),
-        parallel=replace(config.parallel, strategy="fsdp"),
-    )
-    shard = Mock()
-    for name, value in {"shard": shard, "load_whole": Mock(), "world_size": lambda: 2}.items():
-        monkeypatch.setattr(loading, name, value)
-    loading.training_model(config, device)
-    assert shard.call_args.kwargs == {"gathered": expected}
 
 
 class Layered(nn.Module):

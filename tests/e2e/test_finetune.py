@@ -407,34 +407,6 @@ def test_ranks_sweep_one_model(top, tmp_path):
     assert all(torch.equal(weights(tmp_path / "run")[name], w) for name, w in expected.items())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            "finetune {start} --data.train {own} --guard {general} --guard {clash}",
-            "run.guard: {clash}: two data sets of this run are called 'general'",
-        ),
-        (
-            "train --run.evaluate_every 1 --run.stop_by eval/emoji/acc1",
-            "run.stop_by: no metric 'eval/emoji/acc1'; the closest are eval/emoji/knn/acc1",
-        ),
-    ],
-)
-def test_wrong_settings_are_named_in_one_line(options, message, top, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (top / "other").mkdir(exist_ok=True)
-    clash = shutil.copy(top / "own.parquet", top / "other" / "general.parquet")
-    own, general, start = (top / name for name in ("own.parquet", "general.parquet", "start"))
-    places = {"top": top, "own": own, "general": general, "start": start, "clash": clash}
-    line = options.format(**places)
-    with pytest.raises(SystemExit) as stop:
-        main(line.split())
-    assert stop.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.format(**places) in last
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
     """Nothing is said again; but a run with data beside it is a start."""
     main(["finetune", str(copied), "--resume", "auto", "--alpha", "0.3"])
@@ -449,3 +421,13 @@ def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
         data = [] if start == top / "start" else ["--data.train", "emoji"]
         given = parse(COMMANDS["finetune"], [str(start), "--resume", "auto", *data]).settings()
         assert given["model"] == {"start": str(start)}
+
+
+def test_two_guards_of_one_name_are_refused(top, tmp_path):
+    clash = tmp_path / "general.parquet"
+    shutil.copy(top / "own.parquet", clash)
+    guards = {"guard": [f"{top}/general.parquet", str(clash)]}
+    message = rf"^run\.guard: {clash}: two data sets of this run are called 'general'"
+    with pytest.raises(ValueError, match=message):
+        finetune(settings(top, tmp_path / "run", run=guards))
+    assert not (tmp_path / "run").exists()

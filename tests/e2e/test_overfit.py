@@ -7,8 +7,6 @@ import pytest
 
 import protoclip
 from interrupting import with_changes
-from protoclip.cli import COMMANDS
-from protoclip.cli.spec import parse
 from protoclip.training import presets
 from protoclip.training.run import align, train
 from testing import tiny_config, tiny_pairs
@@ -31,12 +29,6 @@ def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, caps
     (tmp_path / "run" / "results.json").unlink()
     again = replace(config, run=replace(config.run, overfit=8))
     assert train(again, resume="auto")["overfit"] == facts
-
-
-@pytest.mark.parametrize("command", ["train", "align", "finetune"])
-def test_a_short_option_stands_for_the_setting(command):
-    given = parse(COMMANDS[command], ["--run.seed", "3", "--overfit", "64"]).settings()
-    assert given["run"] == {"seed": 3, "overfit": 64}
 
 
 def test_align_and_finetune_learn_few_pairs_too(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from protoclip.config import (
     OptimConfig,
     SourceConfig,
 )
-from protoclip.data import sources, tools
+from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.teachers import embed_start
@@ -266,20 +266,6 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
 def test_what_cannot_work_names_its_setting(changes, setting):
     with pytest.raises(ValueError, match=f"^{setting}: "):
         check(Config.from_dict(with_changes(tiny_config(out="unused"), changes)))
-
-
-def test_a_start_cannot_embed_a_stream(pairs, starts, tmp_path):
-    changes = {
-        "data": {"read": "streaming", "validation": 0.0},
-        "model": {"start": starts(tiny_model())},
-        "teacher": {"features": "start"},
-        "run": {"evaluate": False},
-    }
-    tools.pack(ImageTextPairs(pq.read_table(pairs), name="pairs"), tmp_path / "tar")
-    config = replace(tiny_config(str(tmp_path / "tar"), out=str(tmp_path / "run")))
-    with pytest.raises(ValueError, match=r"^teacher.features: start needs pairs that can be read"):
-        train(with_changes(config, changes))
-    assert not (tmp_path / "run").exists()
 
 
 # Runs.

@@ -40,11 +40,6 @@ def test_both_kinds_of_settings_are_the_same_run(name, given):
     assert one.data.sources == config.data.sources
 
 
-def test_a_config_without_pairs_is_no_run_to_fine_tune():
-    with pytest.raises(ValueError, match=r"data\.train"):
-        run.finetune(Config.from_dict({"model": {"start": "runs/x"}}))
-
-
 @pytest.mark.parametrize("function", [run.train, run.finetune, run.align])
 @pytest.mark.parametrize("settings", ["shop.csv", Path("base.toml"), None, DataConfig()])
 def test_what_holds_no_settings_is_refused(function, settings):

@@ -268,29 +268,3 @@ def test_a_bucket_of_damaged_checkpoints_is_no_new_run(saving, tmp_path):
     fsspec.filesystem("s3").pipe_file(name, b"")
     with pytest.raises(ValueError, match=r"^run\.sync: s3://bucket/run: every checkpoint there is"):
         fetched(tmp_path / "new")
-
-
-def test_a_fetch_that_is_cut_short_comes_to_the_best_checkpoint_too(saving, tmp_path, monkeypatch):
-    """It is older than those that are kept as the newest."""
-    saving.writer.rate(1, 0.9)
-    for step in (1, 2, 3, 4):
-        few = {"w": torch.full((9,), float(step))}
-        saving.writer.save(step, {"model": few, "optimizer": few, "source": few, "best": [1, 0.9]})
-        saving.writer.wait()
-    saving.finish()
-    assert complete() == [1, 3, 4]
-    files, get_file = fsspec.get_filesystem_class("s3"), fsspec.get_filesystem_class("s3").get_file
-
-    first: set[str] = set()
-
-    def cut(self: Any, name: str, *given: Any, **more: Any) -> None:
-        first.update(re.findall(r"step-\d+", name) if not first else ())
-        if "step-" in name and min(first) not in name:
-            raise OSError("preempted")
-        get_file(self, name, *given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "get_file", cut)
-        with pytest.raises(ValueError, match="preempted"):
-            fetched(tmp_path / "new")
-    assert fetched(tmp_path / "new") == [1, 4]

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from interrupting import with_changes
-from protoclip.config import Config, EpisodeConfig, OptimConfig
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.training.optim import (
     LOCKED_IMAGE,
     PROTOTYPICAL,
     enter_stage,
-    make_schedule,
-    steps_to_peak,
 )
 from protoclip.training.run import train
 from protoclip.training.watch import (
@@ -295,18 +292,6 @@ def test_a_run_says_what_it_sees(tmp_path, capsys):
     steps = [record for record in records if "train/loss/info_nce" in record]
     assert len(steps) >= OBSERVED
     assert all(record["train/repeated/captions"] > 0 for record in steps)
-
-
-def test_a_short_run_reaches_its_full_rate_half_way():
-    """However many steps of warm-up are set; the schedule has it so too."""
-    for warm_up, count, expected in ((10, 400, 10), (2000, 400, 400), (2000, 4000, 2000)):
-        episodes = EpisodeConfig(size=8, batch_size=4, count=count, locked_image=0)
-        optim = OptimConfig(learning_rate=1e-3, warm_up_steps=warm_up)
-        config = Config(episodes=episodes, optim=optim)
-        assert steps_to_peak(config) == expected
-        rate = make_schedule(config)
-        assert rate(expected - 1) == pytest.approx(1e-3)
-        assert rate(expected - 2) < 0.9999e-3
 
 
 # Speed and machines
