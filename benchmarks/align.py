@@ -86,7 +86,7 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
     encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
     transform = loading.evaluation_transform(model)
-    encoder = image_side(encoders, transform, max_pixels=2**30, autocast=nullcontext)
+    encoder = image_side(encoders, transform, autocast=nullcontext)
     pairs = ImageTextPairs(tiny_pairs(IMAGES, side=64), name="pairs", table_key="benchmark")
     samples = [read_image(pairs, row) for row in range(IMAGES)]
     decoded = [encoder.prepare(sample) for sample in samples]

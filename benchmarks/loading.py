@@ -125,7 +125,7 @@ def ours(
         crops = []
         for path, drawn in zip(batch, draws.numpy(), strict=True):
             box = partial(transform.box, draws=drawn)
-            crops.append(crop(path.read_bytes(), box, SIZE, max_pixels=10**8))
+            crops.append(crop(path.read_bytes(), box, SIZE))
         images = torch.from_numpy(np.stack(crops))
         if finish:
             transform.finish(images, draws)
@@ -141,7 +141,7 @@ def rate(work: Callable[[], None], images: int) -> float:
 def psnr(path: Path, transform: TrainingTransform, draws: np.ndarray) -> float:
     """Our crop against PIL's: all pixels, the same box, one bicubic resize."""
     box = partial(transform.box, draws=draws)
-    found = decode_crop(path.read_bytes(), box, SIZE, max_pixels=10**8)
+    found = decode_crop(path.read_bytes(), box, SIZE)
     image = Image.open(path).convert("RGB")
     cropped = image.crop(box(*image.size))
     expected = np.asarray(cropped.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
@@ -210,7 +210,7 @@ def decoded(images: Callable[[], Iterator[bytes]]) -> None:
     transform = OURS["clip"]
     for data in images():
         draws = torch.rand(1, transform.num_draws).numpy()[0]
-        decode_crop(data, partial(transform.box, draws=draws), SIZE, max_pixels=10**8)
+        decode_crop(data, partial(transform.box, draws=draws), SIZE)
 
 
 def compare_stores(count: int, repeats: int) -> None:

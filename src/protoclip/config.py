@@ -147,9 +147,7 @@ class DataConfig:
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
     allow_links: bool = False  # Follow links out of data.root. No recipe sets it.
 
-    # No settings. Larger images are bad samples; `ImagesConfig` needs no captions.
-    max_image_pixels = 178_956_970
-    needs_captions = True
+    needs_captions = True  # no setting: `ImagesConfig` needs none
 
     @property
     def needs_caption_column(self) -> bool:

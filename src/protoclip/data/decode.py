@@ -43,6 +43,7 @@ READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"MM\0*", TiffImageFile),
 )
 EXIF_ORIENTATION = 0x0112
+MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 # Scaled decoding differs from resizing all pixels at once. With twice the pixels needed the two
 # agree to 44 dB at worst over sizes and fractions; with 1.25 times, to 37 dB.
 REDUCED_MARGIN = 2
@@ -61,12 +62,12 @@ def reduction(side: int, size: int | float) -> int:
     return next((k for k in (8, 4, 2) if side >= REDUCED_MARGIN * size * k), 1)
 
 
-def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
+def decode_crop(encoded: bytes, box: ChooseBox, size: int) -> Square:
     """Decode the crop that `box` chooses, and resize it to `size` x `size`.
 
-    Raises `ValueError` if the bytes are no image, not all of one, or one of more than `max_pixels`.
+    Raises `ValueError` if the bytes are no image, not all of one, or one of too many pixels.
     """
-    image = open_image(encoded, max_pixels=max_pixels)
+    image = open_image(encoded)
     orientation = _orientation(image)
     stored = _stored_box(box, image.size, orientation)
     factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
@@ -76,12 +77,12 @@ def decode_crop(encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -
     return _upright(resize(_read(encoded, image, stored, factor), size, size), orientation)
 
 
-def decode_all(encoded: bytes, size: int, *, max_pixels: int) -> Decoded | None:
+def decode_all(encoded: bytes, size: int) -> Decoded | None:
     """All pixels of an image, for `crop_decoded`; raises as `decode_crop`.
 
     None for a JPEG so large that `decode_crop` would reduce some of its crops.
     """
-    image = open_image(encoded, max_pixels=max_pixels)
+    image = open_image(encoded)
     if image.format == "JPEG" and reduction(min(image.size), size) > 1:
         return None
     pixels = _read(encoded, image, (0, 0, *image.size), 1)
@@ -105,13 +106,13 @@ class MemoryCache:
         self.max_bytes, self.used = max_bytes, 0
         self._images: dict[bytes, Decoded] = {}
 
-    def crop(self, encoded: bytes, box: ChooseBox, size: int, *, max_pixels: int) -> Square:
+    def crop(self, encoded: bytes, box: ChooseBox, size: int) -> Square:
         """As `decode_crop`."""
-        # The settings decide what is kept, and whether the image is refused.
-        key = hashlib.sha256(f"{size} {max_pixels} ".encode() + encoded).digest()
+        # The size decides whether an image is kept.
+        key = hashlib.sha256(f"{size} ".encode() + encoded).digest()
         if (image := self._images.get(key)) is None:
-            if (image := decode_all(encoded, size, max_pixels=max_pixels)) is None:
-                return decode_crop(encoded, box, size, max_pixels=max_pixels)
+            if (image := decode_all(encoded, size)) is None:
+                return decode_crop(encoded, box, size)
             if self.used + image.pixels.nbytes <= self.max_bytes:
                 self._images[key] = image
                 self.used += image.pixels.nbytes
@@ -130,20 +131,20 @@ def upright(image: Image.Image) -> Image.Image:
     return Image.fromarray(_upright(pixels, _orientation(image)))
 
 
-def decode(encoded: bytes, *, max_pixels: int, at_least: int | None = None) -> Pixels:
+def decode(encoded: bytes, *, at_least: int | None = None) -> Pixels:
     """A whole upright image; raises as `decode_crop`.
 
     A JPEG may be reduced as long as its shorter side keeps `at_least` pixels.
     """
-    image = open_image(encoded, max_pixels=max_pixels)
+    image = open_image(encoded)
     factor = reduction(min(image.size), at_least / REDUCED_MARGIN) if at_least else 1
     pixels = _read(encoded, image, (0, 0, *image.size), factor)
     return _upright(pixels, _orientation(image))
 
 
-def dimensions(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
+def dimensions(encoded: bytes) -> tuple[int, int]:
     """Width and height of the upright image, from its header; raises as `decode_crop`."""
-    image = open_image(encoded, max_pixels=max_pixels)
+    image = open_image(encoded)
     return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
@@ -178,7 +179,7 @@ def to_rgb(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
+def open_image(encoded: bytes) -> ImageFile.ImageFile:
     """An image whose size and orientation are known; raises as `decode_crop`."""
     if not encoded:
         raise ValueError("empty file")
@@ -192,8 +193,9 @@ def open_image(encoded: bytes, *, max_pixels: int) -> ImageFile.ImageFile:
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError("an image without pixels")
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than the limit ({max_pixels})")
+    if width * height > MAX_IMAGE_PIXELS:
+        limit = f"more than the limit ({MAX_IMAGE_PIXELS})"
+        raise ValueError(f"{width} x {height} pixels are {limit}")
     if image.format == "PNG" and "exif" not in image.info and b"eXIf" in encoded:
         # The orientation stands behind the pixels, so PIL knows it once it has read these.
         try:

@@ -30,7 +30,6 @@ from protoclip.data.captions import ONE, CaptionDraw, Key, hash_keys, number_of,
 from protoclip.data.decode import MemoryCache, decode_crop
 from protoclip.data.pairs import (
     LOST,
-    MAX_IMAGE_PIXELS,
     BadSample,
     Pairs,
     Sample,
@@ -347,7 +346,7 @@ class EpisodeLoader:
         cut_padding: Whether a batch's tokens may be as short as its longest caption.
         captions: Which captions of an image a visit brings.
         workers: Processes that decode; 0 decodes in this process.
-        crop: `decode_crop`, or `MemoryCache.crop`, with its settings.
+        crop: `decode_crop`, or `MemoryCache.crop`.
         features_of: What else batches may bring, as functions of sample ids, in workers.
         after: The pass that will probably follow one; workers begin with it before it is asked for.
         on_read: Called with each batch's number of samples read and the bad ones among them.
@@ -365,7 +364,7 @@ class EpisodeLoader:
     workers: int = 0
     rank: int = 0
     world_size: int = 1
-    crop: Crop = partial(decode_crop, max_pixels=MAX_IMAGE_PIXELS)  # noqa: RUF009
+    crop: Crop = decode_crop
     features_of: FeaturesOf = field(default_factory=dict)
     after: Callable[[Pass], Pass | None] = lambda current: None
     on_read: OnRead = lambda number, bad: None
@@ -599,7 +598,7 @@ def loader(
         workers=workers,
         rank=rank(),
         world_size=world_size(),
-        crop=partial(cache.crop if keeps else decode_crop, max_pixels=config.data.max_image_pixels),
+        crop=cache.crop if keeps else decode_crop,
         after=after,
         on_read=on_read,
         notes=() if note is None else (note,),

@@ -41,7 +41,6 @@ Parts = tuple[bytes, bytes, memoryview | bytes]  # see `text_parts`
 # How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
 # many.
 LOST = "of the shard is lost"
-MAX_IMAGE_PIXELS = 178_956_970  # PIL refuses more than this as an attack
 IMAGES = 64  # of each source that are read for its fingerprint
 BLOCK = 1 << 14  # rows whose values are Python objects at a time
 FORM = 1  # changes when rows are hashed in another way
@@ -456,7 +455,7 @@ class ImageTextPairs(Pairs):
         """The decoded image, upright and as RGB; raises `BadSample`."""
         encoded = self.read_encoded(row)
         try:
-            return Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+            return Image.fromarray(decode(encoded))
         except ValueError as error:
             raise self._bad(row, str(error)) from error
 

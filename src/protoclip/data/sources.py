@@ -142,7 +142,7 @@ def require_usable(data: DataConfig, samples: Pairs) -> None:
 
     def read(source: Pairs, rows: Sequence[int], number: int) -> object:
         image = source.sample(int(rows[number])).image
-        return dimensions(image, max_pixels=data.max_image_pixels)
+        return dimensions(image)
 
     reasons, bad = list[ValueError](), 0
     for source, rows in samples.parts:

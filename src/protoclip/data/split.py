@@ -35,7 +35,6 @@ from protoclip.data.captions import normalise_texts, number_of
 from protoclip.data.decode import decode
 from protoclip.data.pairs import (
     BLOCK,
-    MAX_IMAGE_PIXELS,
     BadSample,
     ImageTextPairs,
     Rows,
@@ -324,7 +323,7 @@ class _Copies:
             source, position = self.locate(row)
             with suppress(ValueError):
                 encoded = b"" if is_url(source.where(position)) else source.read_encoded(position)
-                pixels = decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=4 * SIDE)
+                pixels = decode(encoded, at_least=4 * SIDE)
                 thumbnail = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
                 levels = np.asarray(thumbnail, np.float32).ravel()
                 if levels.std() >= FLAT:

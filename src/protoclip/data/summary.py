@@ -61,7 +61,6 @@ class Summary:
 def summarize(
     samples: Pairs | SampleStream,
     *,
-    max_image_pixels: int,
     looks_at_images: bool,
     compares_images: bool,
 ) -> Summary:
@@ -78,7 +77,7 @@ def summarize(
                 captions += islice(samples.sample_captions(row), CAPTIONS_A_PAIR)
     for sample in read_some(samples, LOOKED_AT) if looks_at_images else ():
         with suppress(ValueError):  # a bad image
-            sides.append(min(decode.dimensions(sample.image, max_pixels=max_image_pixels)))
+            sides.append(min(decode.dimensions(sample.image)))
             captions_of_images += sample.captions
     compared, repeated, images, total = 0, 0, 0.0, 0
     for source in samples.sources if compares_images and rows is not None else ():
@@ -171,7 +170,7 @@ def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool
     sizes = []
     for sample in read_some(samples, DECODED):
         with suppress(ValueError):
-            pixels = decode.decode_all(sample.image, image_size, max_pixels=data.max_image_pixels)
+            pixels = decode.decode_all(sample.image, image_size)
             if pixels is None:  # a JPEG that is decoded at a fraction of its size, every time
                 return False
             sizes.append(pixels.pixels.nbytes)

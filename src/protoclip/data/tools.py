@@ -29,7 +29,7 @@ from protoclip.data.captions import number_of
 from protoclip.data.decode import decode, dimensions, open_image
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.loader import iterate_items, read_image
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample, Pairs, SampleStream, evenly_spaced
+from protoclip.data.pairs import BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.shards import ShardStream
 from protoclip.data.summary import choose_context_length
 from protoclip.distributed.collectives import count_cores
@@ -66,7 +66,6 @@ NONE_THERE = (
 CHUNK = 64  # samples that a worker looks at together
 DECODED_SIDE = 224  # JPEGs are decoded as far as inputs of this size need
 
-LIMIT = "data.max_image_pixels"
 MANIFEST, SKIPPED = "pack.json", "skipped.jsonl"
 JPEG_QUALITY = 95
 JPEG_PIXELS = 65_500  # on a side, that libjpeg writes at most
@@ -95,7 +94,6 @@ def inspect(
     samples: int | None = None,
     seed: int = 0,
     workers: int | None = None,
-    max_pixels: int = MAX_IMAGE_PIXELS,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Read samples of a source, all or some, and count what they are, as JSON values.
@@ -116,7 +114,7 @@ def inspect(
         parts,  # type: ignore[arg-type]
         batch_size=None,
         num_workers=workers if workers > 1 else 0,
-        collate_fn=partial(_measure_part, count_tokens, max_pixels),
+        collate_fn=partial(_measure_part, count_tokens),
     )
     progress = Progress(f"inspect {source.name}", len(parts))
 
@@ -159,7 +157,7 @@ def _divide(source: Pairs | SampleStream, samples: int | None, seed: int) -> lis
 
 
 def _measure_part(
-    count_tokens: Callable[[list[str]], list[int]], max_pixels: int, part: Part
+    count_tokens: Callable[[list[str]], list[int]], part: Part
 ) -> list[Measures | BadSample]:
     """Look at the samples of a part; in worker processes."""
     source, items = part.source, part.items
@@ -168,7 +166,7 @@ def _measure_part(
     samples: list[Measures | BadSample] = []
     for item in items:
         try:
-            sample, facts = read_image(source, item, partial(_measure_image, max_pixels))
+            sample, facts = read_image(source, item, _measure_image)
         except BadSample as error:
             samples.append(error)
             continue
@@ -180,15 +178,15 @@ def _measure_part(
     return samples
 
 
-def _measure_image(max_pixels: int, encoded: bytes) -> Measures:
-    width, height = dimensions(encoded, max_pixels=max_pixels)
-    decode(encoded, max_pixels=max_pixels, at_least=DECODED_SIDE)
+def _measure_image(encoded: bytes) -> Measures:
+    width, height = dimensions(encoded)
+    decode(encoded, at_least=DECODED_SIDE)
     return {
         "width": [width],
         "height": [height],
         "shorter_side": [min(width, height)],
         "kilobytes": [round(len(encoded) / 1000, 1)],
-        "formats": [open_image(encoded, max_pixels=max_pixels).format],
+        "formats": [open_image(encoded).format],
     }
 
 
@@ -285,7 +283,6 @@ def pack(
     *,
     samples_per_shard: int = 10_000,
     resize: int | None = None,
-    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Packing:
     """Write a source's samples to `00000.tar`, `00001.tar`, ... in a folder.
 
@@ -294,8 +291,7 @@ def pack(
     written. Bad samples are listed in `skipped.jsonl`. Equal input gives equal bytes.
 
     Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
-    all if it is unset, keep their bytes. An image of more than `max_pixels` that has to be decoded
-    is a bad one. An interrupted run with the same settings is resumed.
+    all if it is unset, keep their bytes. An interrupted run with the same settings is resumed.
 
     Raises `ValueError` if the folder holds something else, or no sample can be stored.
     """
@@ -307,7 +303,6 @@ def pack(
         "source_samples": len(source),
         "samples_per_shard": samples_per_shard,
         "resize": resize,
-        LIMIT: max_pixels,
     }
     facts = [part.fingerprint(images=False) for part in source.sources]
     key, skipped = digest({"sources": facts}), out / SKIPPED
@@ -351,9 +346,8 @@ def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, A
     manifest = read_json(out / MANIFEST)
     if new.keys() - manifest.keys():
         raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
-    earlier = {LIMIT: MAX_IMAGE_PIXELS, **manifest["settings"]}  # unsaid by earlier versions
     for name, value in settings.items():
-        if (before := earlier.get(name)) != value:
+        if (before := manifest["settings"].get(name)) != value:
             reason = f"was packed with {name} = {shown(before)}, not {shown(value)}"
             raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
     if manifest["key"] != key:
@@ -372,8 +366,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
     settings, shards = manifest["settings"], manifest["shards"]
     last = shards[-1] if shards else {"read": 0, "skipped_bytes": 0}
     row, number = last["read"], sum(shard["samples"] for shard in shards)
-    max_pixels = settings.get(LIMIT, MAX_IMAGE_PIXELS)
-    items = _prepare_samples(source, row, settings["resize"], max_pixels)
+    items = _prepare_samples(source, row, settings["resize"])
     progress = Progress(f"Packing {source.name}", len(source))
     for left in left_by_killed(out):
         if left.parent == out:  # another command may pack into a folder below
@@ -409,7 +402,7 @@ def _write_shards(source: Pairs, out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _prepare_samples(
-    source: Pairs, start: int, side: int | None, max_pixels: int
+    source: Pairs, start: int, side: int | None
 ) -> Iterator[dict[str, bytes] | BadSample]:
     """The files of each sample from row `start` on, by extension."""
 
@@ -421,7 +414,7 @@ def _prepare_samples(
         # With `data.caption_column` the captions of a `.json` are read.
         facts = {"sample_id": sample.sample_id, "caption": sample.captions}
         try:
-            kind, image = convert_image(sample.image, side, max_pixels)
+            kind, image = convert_image(sample.image, side)
             files = {kind: image, "json": json.dumps(facts, ensure_ascii=False).encode()}
             several = len(sample.captions) > 1
             return files if several else {**files, "txt": sample.captions[0].encode()}
@@ -433,12 +426,10 @@ def _prepare_samples(
             yield from pool.map(prepare, range(first, min(first + PREPARED, len(source))))
 
 
-def convert_image(
-    encoded: bytes, side: int | None, max_pixels: int = MAX_IMAGE_PIXELS
-) -> tuple[str, bytes]:
+def convert_image(encoded: bytes, side: int | None) -> tuple[str, bytes]:
     """The extension and content of an image, its shorter side at most `side`."""
     kind = next((kind for start, kind in STORED if encoded.startswith(start)), None)
-    shape = () if kind and side is None else dimensions(encoded, max_pixels=max_pixels)
+    shape = () if kind and side is None else dimensions(encoded)
     if kind and (side is None or min(shape) <= side):
         return kind, encoded
     target = min(side or min(shape), *shape)
@@ -446,7 +437,7 @@ def convert_image(
     if max(width, height) > JPEG_PIXELS:
         way_out = "" if side else "; --resize shrinks it"
         raise ValueError(f"{width} x {height} pixels are more than a JPEG holds{way_out}")
-    pixels = decode(encoded, max_pixels=max_pixels, at_least=2 * target)
+    pixels = decode(encoded, at_least=2 * target)
     buffer = io.BytesIO()
     small = Image.fromarray(resize_pixels(pixels, height, width))
     small.save(buffer, "JPEG", quality=JPEG_QUALITY)

@@ -140,8 +140,7 @@ def embed(
         usual = resolve_encoding(precision, device)
         if aligned_by is not None and precision == "auto":
             usual = resolve_precision(aligned_by.run.precision, device)
-        most = config.data.max_image_pixels
-        images = image_encoder(model, device, model.encode_image, transform, max_pixels=most)
+        images = image_encoder(model, device, model.encode_image, transform)
         settings = {
             "reference": without_secrets(reference),
             **identity,
@@ -163,13 +162,11 @@ def embed(
                 sides = open_side(images, working), open_side(texts, working)
             else:
                 encoders, heads = FrozenEncoders(model.towers).eval(), Projections(model.towers)
-                images = image_side(encoders, transform, max_pixels=most, autocast=context)
+                images = image_side(encoders, transform, autocast=context)
                 texts = text_side(encoders, tokenizer, autocast=context)
                 root = features_folder(aligned_by)
-                # Nobody knows the size of an image that was encoded before.
-                of_images = root if most >= aligned_by.data.max_image_pixels else None
                 sides = (
-                    open_side(images, working, of_images, heads.encode_image),
+                    open_side(images, working, root, heads.encode_image),
                     open_side(texts, working, root, heads.encode_text),
                 )
             images.name = texts.name = settings["reference"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from protoclip.data.captions import trim_padding
 from protoclip.data.decode import decode, decode_crop
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, Sample
+from protoclip.data.pairs import Sample
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import parallel
 from protoclip.files import checksum
@@ -161,14 +161,12 @@ def image_encoder(
     device: torch.device,
     forward: Callable[[Tensor], Tensor],
     transform: Callable[[Image.Image], Tensor],
-    *,
-    max_pixels: int = MAX_IMAGE_PIXELS,
     **settings: Any,
 ) -> Encoder:
-    """The encoder of a frozen image model; images with more than `max_pixels` are bad."""
+    """The encoder of a frozen image model."""
 
     def prepare(sample: Sample) -> Tensor:
-        return transform(Image.fromarray(decode(sample.image, max_pixels=max_pixels)))
+        return transform(Image.fromarray(decode(sample.image)))
 
     return Encoder(
         module=module,
@@ -201,7 +199,7 @@ def text_side(encoders: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autoc
 
 
 def image_side(
-    encoders: FrozenEncoders, transform: EvaluationTransform, *, max_pixels: int, autocast: Autocast
+    encoders: FrozenEncoders, transform: EvaluationTransform, *, autocast: Autocast
 ) -> Encoder:
     """The image side of `align`. Features have any norm: its projection reads them so."""
     size, no_draws = transform.size, np.zeros(0, np.float32)
@@ -209,7 +207,7 @@ def image_side(
     def prepare(sample: Sample) -> Tensor:
         """The crop of an image as bytes."""
         box = partial(transform.box, draws=no_draws)
-        crop = decode_crop(sample.image, box, size, max_pixels=max_pixels)
+        crop = decode_crop(sample.image, box, size)
         return torch.from_numpy(np.require(crop, requirements="W"))
 
     def forward(crops: list[Tensor]) -> Tensor:

@@ -84,7 +84,6 @@ def encode_sides(
     tokenizer: Tokenizer,
     transform: EvaluationTransform,
     root: Path,
-    max_pixels: int,
     autocast: Autocast,
     threads: int | None = None,
 ) -> "PairRows":
@@ -95,7 +94,7 @@ def encode_sides(
     require_shared(path.with_suffix(".json"), by=SETTING)
     listing = raise_on_all_ranks(lambda: open_listing(path))
 
-    encoder = image_side(encoders, transform, max_pixels=max_pixels, autocast=autocast)
+    encoder = image_side(encoders, transform, autocast=autocast)
     images, hashes = open_side(encoder, root), listing.images
     if rank() and not images.has(hashes).all():  # files have to be named as on the first rank
         hashes = hash_ids(image_key(pairs, int(row)) for row in listing.rows)

@@ -19,7 +19,6 @@ import pyarrow as pa
 from protoclip.data.access import GO_ON, MISSING, is_url
 from protoclip.data.pairs import (
     LOST,
-    MAX_IMAGE_PIXELS,
     BadSample,
     ImageTextPairs,
     Pairs,
@@ -111,7 +110,6 @@ def encode_stream(
     *,
     batch_size: int,
     max_bad_share: float = 1.0,
-    max_pixels: int = MAX_IMAGE_PIXELS,
     threads: int | None = None,
     number: int | None = None,
 ) -> Pairs:
@@ -135,7 +133,6 @@ def encode_stream(
             "captions": source.caption_keys,
             "chosen": [source.prefix, source.chosen.keys] if source.chosen else None,
             "half": store.folder and store.folder.name,
-            **({} if max_pixels == MAX_IMAGE_PIXELS else {"max_pixels": max_pixels}),
             **({} if number is None else {"samples": number}),
         }
         if remote := [without_secrets(shard) for shard in source.shards if is_url(shard)]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data.decode import decode, decode_crop
-from protoclip.data.pairs import MAX_IMAGE_PIXELS, BadSample
+from protoclip.data.pairs import BadSample
 from protoclip.data.sources import PairsView
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed.collectives import (
@@ -137,9 +137,7 @@ class Encoder:
         model, transform = self.model, self.transform
         if isinstance(model, FrozenEncoders) and isinstance(transform, EvaluationTransform):
             return {
-                "images": image_side(
-                    model, transform, max_pixels=MAX_IMAGE_PIXELS, autocast=context
-                ),
+                "images": image_side(model, transform, autocast=context),
                 "texts": text_side(model, self.tokenizer, autocast=context),
             }
         settings: dict[str, Any] = {"unit_norm": False, "autocast": context}
@@ -495,9 +493,9 @@ class Reader:
                     return None, hash_
                 if isinstance(transform, EvaluationTransform):
                     box = partial(transform.box, draws=np.zeros(0, np.float32))
-                    pixels = decode_crop(encoded, box, transform.size, max_pixels=MAX_IMAGE_PIXELS)
+                    pixels = decode_crop(encoded, box, transform.size)
                     return torch.from_numpy(np.require(pixels, requirements="W")), hash_
-                image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS))
+                image = Image.fromarray(decode(encoded))
             if isinstance(transform, PillowTransform):
                 return transform.pixels(image), hash_
             return transform(image), hash_

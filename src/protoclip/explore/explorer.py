@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from protoclip.config import Config
 from protoclip.data.access import cache_folder, start_thread
-from protoclip.data.decode import decode
+from protoclip.data.decode import decode, dimensions
 from protoclip.data.pairs import BadSample, Rows
 from protoclip.evaluation.features import RETRIED, Encoder, JoinedEncoder, build_encoder
 from protoclip.explore.atlas import (
@@ -191,7 +191,11 @@ class Explorer:
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
-        image = Image.fromarray(decode(encoded, max_pixels=SEARCH_PIXELS))
+        width, height = dimensions(encoded)
+        if width * height > SEARCH_PIXELS:
+            limit = f"more than the limit ({SEARCH_PIXELS})"
+            raise ValueError(f"{width} x {height} pixels are {limit}")
+        image = Image.fromarray(decode(encoded))
         return self._answer("images", self.encoder.transform(image), number)
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:

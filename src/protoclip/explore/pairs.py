@@ -15,7 +15,6 @@ from PIL import Image
 from protoclip.data.access import digest
 from protoclip.data.decode import decode
 from protoclip.data.pairs import (
-    MAX_IMAGE_PIXELS,
     BadSample,
     Pairs,
     Rows,
@@ -114,8 +113,7 @@ class ExploredPairs(PairsView):
         and 0 if an image cannot be read."""
         try:
             pixels = [
-                decode(self.read_encoded(row), max_pixels=MAX_IMAGE_PIXELS, at_least=COMPARED_SIDE)
-                for row in (one, other)
+                decode(self.read_encoded(row), at_least=COMPARED_SIDE) for row in (one, other)
             ]
         except (ValueError, OSError):
             return 0.0

@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from protoclip.data.access import cache_folder
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import (
-    MAX_IMAGE_PIXELS,
     BadSample,
     ImageTextPairs,
     Pairs,
@@ -202,7 +201,7 @@ def draw_examples(
 
     def read_sample(item: Any) -> Sample | BadSample:
         try:
-            sample, _ = read_image(source, item, partial(decode, max_pixels=MAX_IMAGE_PIXELS))
+            sample, _ = read_image(source, item, decode)
             return sample
         except BadSample as error:
             return error
@@ -225,7 +224,7 @@ def draw_examples(
 
 def make_thumbnail(encoded: bytes, side: int) -> bytes:
     """An image as WebP without metadata, at most `side` pixels a side."""
-    image = Image.fromarray(decode(encoded, max_pixels=MAX_IMAGE_PIXELS, at_least=side))
+    image = Image.fromarray(decode(encoded, at_least=side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)

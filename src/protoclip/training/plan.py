@@ -323,7 +323,6 @@ def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, 
     leaves_size_open = not is_named and None in (model.image.size, model.text.context_length)
     summary = summarize(
         samples,
-        max_image_pixels=config.data.max_image_pixels,
         looks_at_images=leaves_size_open,
         # align makes one sample of equal images, and finetune counts them
         compares_images=not aligns and (are_negatives or choices is not None),
@@ -423,7 +422,6 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         transform=loading.evaluation_transform(model),
         root=features_folder(config),
         threads=count_threads(config),
-        max_pixels=config.data.max_image_pixels,
         autocast=autocast(resolve_precision(config.run.precision, device), device),
     )
     shown, notes = rows.listing.shown, [*plan.notes]
@@ -435,7 +433,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
             "which has their captions too"
         )
     if len(bad):
-        example = explain_bad(samples, int(bad[0]), config.data.max_image_pixels)
+        example = explain_bad(samples, int(bad[0]))
         said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as {example}"
         if len(bad) > config.data.max_bad_share * len(samples):
             raise ValueError(
@@ -508,7 +506,6 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
     encoder = image_side(
         encoders,
         loading.evaluation_transform(model),
-        max_pixels=config.data.max_image_pixels,
         autocast=autocast(resolve_precision(config.run.precision, device), device),
     )
     return encode_stream(
@@ -517,7 +514,6 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
         encoder,
         open_side(encoder, root),
         batch_size=images_at_once(encoders),
-        max_pixels=config.data.max_image_pixels,
         max_bad_share=config.data.max_bad_share,
         threads=count_threads(config),
     )
@@ -528,10 +524,10 @@ def count_threads(config: Config) -> int | None:
     return None if workers == "auto" else max(1, workers)
 
 
-def explain_bad(samples: Pairs, row: int, max_pixels: int) -> str:
+def explain_bad(samples: Pairs, row: int) -> str:
     """What is wrong with a pair, in words."""
     try:
-        read_image(samples, row, partial(decode, max_pixels=max_pixels))
+        read_image(samples, row, decode)
     except BadSample as error:
         return str(error)
     return f"sample '{samples.sample_id(row)}', which can be read by now"

@@ -11,7 +11,6 @@ from PIL import Image
 from protoclip.data.decode import Box, MemoryCache, decode_crop
 from protoclip.data.transforms import light_transform
 
-PIXELS = 10**8
 FORMS = [
     *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
     *(("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB")),
@@ -48,9 +47,9 @@ def test_crops_are_the_same_with_any_cache(form, mode):
         data = encoded(width, height, seed, form, mode)
         boxes = [partial(transform.box, draws=draw.random(13, np.float32)) for _ in range(2)]
         for box in [*boxes, everything, lambda w, h: (w // 3, h // 5, w // 3 + 1, h)]:
-            expected = decode_crop(data, box, size, max_pixels=PIXELS)
+            expected = decode_crop(data, box, size)
             for each in (cache, cache, MemoryCache(max_bytes=0)):
-                found = each.crop(data, box, size, max_pixels=PIXELS)
+                found = each.crop(data, box, size)
                 np.testing.assert_array_equal(found, expected)
         reduced += min(width, height) >= 4 * size
         served += min(width, height) < 4 * size
@@ -58,25 +57,25 @@ def test_crops_are_the_same_with_any_cache(form, mode):
 
 
 def test_what_is_kept_is_not_decoded_again(monkeypatch):
-    """Except for another size or limit. A reduced JPEG is not kept, since each crop may be reduced
+    """Except for another size. A reduced JPEG is not kept, since each crop may be reduced
     by another factor."""
     cache, small, large = MemoryCache(max_bytes=10**7), encoded(80, 64, 0), encoded(800, 800, 0)
     for data in (small, large):
-        cache.crop(data, everything, 32, max_pixels=PIXELS)
+        cache.crop(data, everything, 32)
 
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("decoded")
 
     monkeypatch.setattr("protoclip.data.decode.decode_all", refuse)
-    cache.crop(small, everything, 32, max_pixels=PIXELS)
-    for data, size, limit in ((large, 32, PIXELS), (small, 31, PIXELS), (small, 32, PIXELS + 1)):
+    cache.crop(small, everything, 32)
+    for data, size in ((large, 32), (small, 31)):
         with pytest.raises(AssertionError, match="decoded"):
-            cache.crop(data, everything, size, max_pixels=limit)
+            cache.crop(data, everything, size)
 
 
 def test_the_cache_is_bounded():
     """It keeps what came first."""
     cache = MemoryCache(max_bytes=5 * 64 * 80 * 3)
     for seed in range(30):
-        cache.crop(encoded(80, 64, seed), everything, 64, max_pixels=PIXELS)
+        cache.crop(encoded(80, 64, seed), everything, 64)
         assert cache.used == min(seed + 1, 5) * 64 * 80 * 3

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from protoclip.data import decode
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
@@ -54,9 +55,10 @@ def mixed() -> ImageTextPairs:
     return ImageTextPairs(table, name="mixed")
 
 
-def test_facts_are_those_of_the_data(mixed):
+def test_facts_are_those_of_the_data(mixed, monkeypatch):
     """Every number of a small source, as counted by hand; all of it is JSON."""
-    found = look(mixed, max_pixels=1_000_000, notes=["a note"])
+    monkeypatch.setattr(decode, "MAX_IMAGE_PIXELS", 1_000_000)
+    found = look(mixed, notes=["a note"])
     assert json.loads(json.dumps(found)) == found
     examples = found.pop("unreadable_examples")
     assert [each.split("'")[1] for each in examples] == [f"mixed/{row}" for row in (6, 7, 8, 9)]
@@ -97,9 +99,10 @@ MEASURED = {
 # Of a row of docs/which_way.md: how it begins, the pairs it is for, and commands that it names.
 
 
-def test_findings_are_shown_as_lines(mixed, capsys):
+def test_findings_are_shown_as_lines(mixed, capsys, monkeypatch):
     """With their numbers; what a terminal would obey is escaped."""
-    show(look(mixed, max_pixels=1_000_000, notes=["a \x1b[31mred note"]))
+    monkeypatch.setattr(decode, "MAX_IMAGE_PIXELS", 1_000_000)
+    show(look(mixed, notes=["a \x1b[31mred note"]))
     text = " ".join(capsys.readouterr().out.split())
     assert "pairs 10 read 6 unreadable 4 " in text
     assert "width 0%: 50, 1%: 50, 5%: 50, 25%: 64, 50%: 224," in text
@@ -113,7 +116,7 @@ def test_findings_are_shown_as_lines(mixed, capsys):
 def test_processes_find_what_one_finds(mixed):
     """Two sources in one, some of them bad: the same facts in the same order."""
     source = mix_pairs([ImageTextPairs(tiny_pairs(80), name="tiny"), mixed])
-    one, two = (look(source, workers=workers, max_pixels=1_000_000) for workers in (1, 2))
+    one, two = (look(source, workers=workers) for workers in (1, 2))
     assert one["read"] + one["unreadable"] == 80 + 10
     assert one == two
 

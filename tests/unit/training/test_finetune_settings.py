@@ -24,9 +24,7 @@ from protoclip.training.presets import (
     fill_episodes,
 )
 
-LOOKS: dict[str, Any] = {
-    **{"max_image_pixels": 10**9, "looks_at_images": False, "compares_images": True}
-}
+LOOKS: dict[str, Any] = {**{"looks_at_images": False, "compares_images": True}}
 
 
 def planned(

@@ -78,7 +78,7 @@ BY_MACHINE_OR_SOURCE = {
 
 def decided(config: Config, samples: Numbered | None = None) -> tuple[Config, list[str]]:
     outlined, samples = resolve_settings(config), samples or Numbered(7_077, 10**9)
-    looks = {"max_image_pixels": 10**9, "looks_at_images": True, "compares_images": False}
+    looks = {"looks_at_images": True, "compares_images": False}
     summary = summarize(samples, **looks)
     return fill_settings(outlined.config, outlined.start, samples, summary)
 
