@@ -43,6 +43,7 @@ from protoclip.data.sampler import (
     Stretch,
     caption_draws,
     list_overlaps,
+    require_equal_lanes,
     row_candidates,
     share_batches,
     spare_positions,
@@ -183,6 +184,7 @@ class _Made(NamedTuple):
     images: Tensor | None = None
     packed: Packed | None = None
     captions: Sequence[bytes] = ()
+    lanes: frozenset[tuple[int, str]] = frozenset()  # see `Stretch.lane`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +249,7 @@ class _Reader(Dataset[_Made]):
             images=torch.from_numpy(np.stack(images)),
             packed=Packed.pack(tensors),
             captions=[row.tobytes() for row in text.numpy()],
+            lanes=frozenset(stretch.lane for stretch in request.stretches),
         )
 
     def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
@@ -410,6 +413,8 @@ class EpisodeLoader:
         if made.images is None or made.packed is None:
             what = "a batch found only bad samples to fill it, such as"
             raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
+        if isinstance(self.pairs, SampleStream) and self.pairs.lanes % self.world_size:
+            require_equal_lanes(made.lanes)
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())
         fields = made.packed.unpack(self.device)
         draws, changes = fields.pop("draws", None), fields.pop("changes", {})

@@ -12,7 +12,7 @@ begins amid a stretch has the samples before its part too, and decodes them if o
 bad.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from protoclip.config import Config
 from protoclip.data.pairs import BadSample, Pairs, Rows, Sample, SampleStream
+from protoclip.distributed.collectives import all_gather_object
+from protoclip.files import checksum
 
 Item = Sample | BadSample  # what a stream gave
 # Independent sequences of random numbers.
@@ -222,11 +224,13 @@ class Stretch:
         before: Those with which the stretch begins and which other ranks have.
         samples: Those of this rank, which follow.
         spare: They come after the batch in the lane. No other stretch of the batch has them.
+        lane: Its number, and a checksum of the ids of all samples that it gave for the batch.
     """
 
     before: list[Item]
     samples: list[Item]
     spare: list[Item]
+    lane: tuple[int, str] = (0, "")
 
     def candidates(self, is_good: Callable[[Item], bool]) -> Iterator[Iterator[Item]]:
         """For each of this rank's samples: itself, and then its replacements, while there are some.
@@ -266,6 +270,7 @@ def share_batches(
             last = min((rank + 1) * share - lane * per_lane, per_lane)
             waiting = ahead[lane]
             waiting.extend(islice(readers[lane], read - len(waiting)))
+            ids = "\n".join(item.sample_id for item in waiting).encode()
             for index, (begin, end) in enumerate(pairwise(bounds)):
                 if first < end and begin < last:
                     since = max(begin, first)
@@ -275,10 +280,25 @@ def share_batches(
                             samples=waiting[since : min(end, last)],
                             # Dealt in turn, as what is bad often comes in a row.
                             spare=waiting[per_lane + index :: number],
+                            lane=(lane, checksum(ids)),
                         )
                     )
             del waiting[:per_lane]  # the spare ones stay, since the next batch begins with them
         yield stretches
+
+
+def require_equal_lanes(lanes: Set[tuple[int, str]]) -> None:
+    """Raise on all ranks if two of them read other samples of one lane. Collective.
+
+    Args:
+        lanes: `Stretch.lane` of this rank's part of a batch.
+    """
+    lanes = frozenset[tuple[int, str]]().union(*all_gather_object(lanes))
+    if len(lanes) > len({number for number, _ in lanes}):
+        raise ValueError(
+            "ranks that share a lane of the stream read other samples of it, since one of them "
+            "lost a shard; go on with --resume auto"
+        )
 
 
 def spare_positions(

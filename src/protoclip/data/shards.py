@@ -14,6 +14,7 @@ import glob
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -75,6 +76,7 @@ Block = tuple[int, list[Item]]
 IMAGES, TEXTS = frozenset({"jpg", "jpeg", "png", "webp", "gif"}), frozenset({"txt", "json"})
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}  # and who reads it
 # A larger image or text is not read. A longer name, or a larger file of any kind, is damage.
+MAX_SHARDS = 1_000_000  # that a pattern may name
 MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 # Part of the key of every index, by which stores know images. Change it when the rows change.
 INDEX_FORM = "tar shards, 3"
@@ -290,6 +292,7 @@ class ShardStream(SampleStream):
         # Of each lane: first sample of a block -> which of the lane's shards holds it, and its
         # number there.
         self._blocks_at: list[dict[int, tuple[int, int]]] = [{0: (0, 0)} for _ in range(lanes)]
+        self._usual = 0  # samples of the last shard that was read to its end
 
     @property
     def lanes(self) -> int:
@@ -359,9 +362,21 @@ class ShardStream(SampleStream):
         return digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
 
     def read(self, shard: str) -> Iterator[Item]:
-        """The chosen samples of one shard, in order; see `read_shard`."""
-        needed = self.needs_captions
-        return read_shard(shard, self.caption_keys, self._keeps, needs_captions=needed)
+        """The chosen samples of one shard, in order; see `read_shard`.
+
+        Where it breaks off, the shard before it tells about how many samples are lost.
+        """
+        needed, number = self.needs_captions, 0
+        for item in read_shard(shard, self.caption_keys, self._keeps, needs_captions=needed):
+            if isinstance(item, BadSample) and item.reason.endswith(LOST):
+                if self._usual > number:
+                    about = f"(about {self._usual - number:,} samples) {LOST}"
+                    item.reason = item.reason.removesuffix(LOST) + about
+                yield item
+                return
+            yield item
+            number += 1
+        self._usual = number
 
     def _keeps(self, sample_id: str) -> bool:
         return self.chosen is None or self.chosen.keeps(self.prefix + sample_id)
@@ -496,10 +511,14 @@ def expand_shards(pattern: str) -> list[str]:
     where files can be listed (not on a web server); a folder, or a URL that ends in `/`, for its
     `*.tar`.
 
-    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, or
-    two shards would give their samples the same ids.
+    Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
+    braces stand for more than `MAX_SHARDS` names, or two shards would give their samples the same
+    ids.
     """
     label = without_secrets(pattern)
+    bounds = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if math.prod(abs(int(end) - int(start)) + 1 for start, end in bounds) > MAX_SHARDS:
+        raise ValueError(f"{label}: the braces stand for more than {MAX_SHARDS:,} shards")
     try:
         # Unlike a `Path`, it may be of any length.
         exists = os.path.exists(pattern)  # noqa: PTH110

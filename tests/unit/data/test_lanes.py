@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -28,10 +28,11 @@ from protoclip.data.shards import ShardStream
 from protoclip.data.sources import MixedStreams
 from protoclip.data.split import Chosen
 from protoclip.data.transforms import EvaluationTransform, light_transform
+from protoclip.distributed import collectives
 from protoclip.encode.store import hash_ids
 from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
-from testing import tiny_model, tiny_pairs
+from testing import run_distributed, tiny_model, tiny_pairs
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
@@ -363,6 +364,25 @@ def test_no_sample_has_the_prototype_of_another(lost):
             assert (row < 0) == (name not in names)
     assert wrong == 0
     assert 0 < unknown < 80
+
+
+def batches_of_lane(loses: int) -> int:
+    """The batches of this rank, which shares a lane with another, until the run ends."""
+    stream = Losing("https://h/a{0..39}.tar", seed=3)
+    rank = collectives.rank()
+    stream.loses = loses if rank == 1 else 0
+    made = 0
+    with good_shards(24, []), suppress(ValueError):
+        for _ in loader(stream, rank, 2).batches(Episode(index=0, rows=torch.arange(240))):
+            made += 1
+    return made
+
+
+def test_ranks_that_share_a_lane_do_not_go_on_with_other_samples():
+    """The batches before the shard that one of them loses are alike."""
+    assert run_distributed(batches_of_lane, 2, 0) == [10, 10]
+    ended = run_distributed(batches_of_lane, 2, 7)
+    assert ended[0] == ended[1] < 8
 
 
 @pytest.mark.parametrize("extracts", [False, True])
