@@ -14,7 +14,6 @@ import pytest
 import protoclip
 from protoclip.config import Config
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.shards import SET_ROWS
 from protoclip.data.split import hold_out_rows
 from protoclip.data.tables import ROWS, ArrowIndex, build_index
 from protoclip.encode.store import FULL, Store, hash_ids
@@ -59,37 +58,21 @@ def batches(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays(arrays, schema=ROWS)
 
 
-def of_shards(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-    """With a column of the shards' paths, which are stored once."""
-    names = pa.array(["one.tar", "two.tar"])
-    for number in (0, 1):
-        arrays = [
-            pa.array([[b"a caption"]] * 3, pa.list_(pa.binary())),
-            pa.array([f"{number}/{row}" for row in range(3)]),
-            *(pa.array([9, 8, None], kind.type) for kind in list(SET_ROWS)[2:4]),
-            pa.DictionaryArray.from_arrays(pa.array([number] * 3, pa.int32()), names),
-        ]
-        yield pa.RecordBatch.from_arrays(arrays, schema=SET_ROWS)
+def index(folder: Path) -> Read:
+    def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        raise ValueError("damaged, and built again")
+        yield
 
+    def read() -> object:
+        found = build_index("key", never, folder=folder, label="there", way_out="wait")
+        pairs = ImageTextPairs(found, name="x")
+        # Row by row, as in training.
+        rows = [(pairs.sample_id(row), pairs.where(row)) for row in range(len(pairs))]
+        captions = [pairs.sample_captions(row) for row in range(len(pairs))]
+        return rows, captions, found.notes
 
-def index(build: Callable[[dict[str, Any]], Iterator[pa.RecordBatch]]) -> Any:
-    def make(folder: Path) -> Read:
-        def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-            raise ValueError("damaged, and built again")
-            yield
-
-        def read() -> object:
-            found = build_index("key", never, folder=folder, label="there", way_out="wait")
-            pairs = ImageTextPairs(found, name="x")
-            # Row by row, as in training.
-            rows = [(pairs.sample_id(row), pairs.where(row)) for row in range(len(pairs))]
-            captions = [pairs.sample_captions(row) for row in range(len(pairs))]
-            return rows, captions, found.notes
-
-        build_index("key", build, folder=folder, label="there", way_out="wait")
-        return read
-
-    return make
+    build_index("key", batches, folder=folder, label="there", way_out="wait")
+    return read
 
 
 def teacher(folder: Path) -> Read:
@@ -158,8 +141,8 @@ def outcome(read: Read) -> tuple[object, str]:
 
 @pytest.mark.parametrize(
     "make",
-    [index(batches), index(of_shards), teacher, held_out, kept_features, sample_results],
-    ids=["index", "index of shards", "teacher", "held out", "features", "samples"],
+    [index, teacher, held_out, kept_features, sample_results],
+    ids=["index", "teacher", "held out", "features", "samples"],
 )
 def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path) -> None:
     read = make(tmp_path)

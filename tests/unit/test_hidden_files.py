@@ -6,13 +6,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from protoclip.config import Config, DataConfig, RunConfig
+from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.tools import pack
 from protoclip.encode import teachers
 from protoclip.export.run import stage_folder
-from protoclip.training.folder import claim_folder, inspect_folder
-from protoclip.training.plan import resolve_settings
+from protoclip.training.folder import claim_folder
 from testing import tiny_pairs
 
 USERS = (".model.2025-backup/w.bin", ".git/sub/.a.tmp", ".git/.b.99.tmp", ".mine.tmp", ".model.txt")
@@ -59,14 +58,3 @@ def test_only_what_the_command_made_is_removed(command: str, tmp_path: Path) -> 
     assert [name for name in USERS if not (out / name).exists()] == []
     assert [name for name in ours if (out / name).exists()] == []
     assert (out / ".model.old.protoclip/x").exists()
-
-
-def test_no_run_begins_among_hidden_files_of_others(tmp_path: Path) -> None:
-    """But where one was killed at its very start."""
-    outlined = resolve_settings(Config(run=RunConfig(out=str(tmp_path))))
-    for name in (".lock", ".config.toml.99.tmp"):
-        (tmp_path / name).write_text("")
-    assert not inspect_folder(outlined, resume=True).is_begun
-    (tmp_path / ".env").write_text("")
-    with pytest.raises(ValueError, match="run folder exists"):
-        inspect_folder(outlined, resume=True)

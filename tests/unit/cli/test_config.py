@@ -29,7 +29,6 @@ from protoclip.config import (
     without_removed,
 )
 from protoclip.rules import check
-from protoclip.training.presets import read_given
 
 # Every list has entries and every number is set, so that none of them is left out.
 FULL = Config(
@@ -255,12 +254,6 @@ def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
     (note,) = check(with_value(config, name, value))
     assert ": no effect" in note
     assert why in note
-
-
-def test_overfit_draws_no_note_on_what_it_sets():
-    given = {"teacher": {"features": "emoji", "whiten": 0, "distil": 1.0}, "run": {"overfit": 8}}
-    given |= {"prototypes": {"iterations": 3}}
-    assert check(Config.from_dict(read_given("train", given))) == []
 
 
 def test_a_locked_text_tower_leaves_no_locked_image_stage():

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from protoclip import progress
-from protoclip.progress import Progress, three_digits
+from protoclip.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -55,9 +55,3 @@ def test_a_terminal_line_never_wraps(width, clock, monkeypatch):
     assert any(re.search(r"train a run .*… 66%, 6m 4\ds so far, 3m 2\ds left", x) for x in lines)
     assert [x.strip() for x in lines].count("evaluate: [images]: 100%, 2s so far") == 3
     assert not progress.display(stream).tasks
-
-
-def test_shown_numbers_have_no_exponent():
-    shown = {5.333e-6: "0.00000533", 0.0512: "0.0512", 30.31: "30.3", 32.0: "32"}
-    shown |= {999.6: "1,000", 3754.0: "3,750", 1.2e6: "1,200,000"}
-    assert {value: three_digits(value) for value in shown} == shown

@@ -1,6 +1,5 @@
 """Teachers: features of a data set by a model that is made up, folders, users' files, look-ups."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ from protoclip.config import Config, DataConfig, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
-from protoclip.distributed.collectives import rank
 from protoclip.encode import run as running
 from protoclip.encode import teachers
 from protoclip.encode.encoder import text_encoder
@@ -234,20 +232,6 @@ def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
 
-def embed_other(out: Path) -> str:
-    """What a rank says whose captions may be others than those of rank 0."""
-    captions = words(8) if rank() == 0 else words(9)[1:]
-    try:
-        return str(run(Letters(), pairs(captions), out)["rows"])
-    except ValueError as error:
-        return str(error)
-
-
-def test_ranks_that_see_other_samples_are_refused(tmp_path):
-    for said in run_distributed(embed_other, 2, tmp_path / "t"):
-        assert "sees other samples" in said
-
-
 @pytest.mark.parametrize("form", ["npy", "npy with ids", "parquet"])
 def test_features_of_ones_own_become_a_folder(form, tmp_path):
     """Those of the data's samples, in half precision; PCA of them is exact."""
@@ -441,19 +425,14 @@ def test_of_many_samples_some_are_looked_up(monkeypatch):
     [
         ("none.parquet", lambda path: None),
         ("text.parquet", lambda path: path.write_text("hello")),
-        ("lacks.parquet", lambda path: pq.write_table(pa.table({"id": ["a"]}), path)),
         ("narrow.parquet", lambda path: save_table(path, ["a", "b"], [[1.0, 2.0], [1.0]])),
         ("unnamed.parquet", lambda path: save_table(path, ["a", None], [[1.0], [2.0]])),
         ("empty.parquet", lambda path: save_table(path, ["a"], [[]])),
-        ("words.parquet", lambda path: save_table(path, ["a"], [["x"]])),
         ("flat.npy", lambda path: save_array(path, np.zeros(4))),
-        ("empty.npy", lambda path: save_array(path, np.zeros((0, 3)), "")),
-        ("words.npy", lambda path: save_array(path, [["a"]])),
         ("objects.npy", lambda path: save_array(path, np.array([[{}]]))),
         ("others.npy", lambda path: save_array(path, rows(3))),
         ("unnamed.npy", lambda path: np.save(path, rows(3))),
-        ("archive.npy", lambda path: path.write_bytes(saved_archive())),
-        ("cut.npy", lambda path: path.write_bytes(saved_archive()[:-40])),
+        ("cut.npy", lambda path: path.write_bytes(b"cut")),
     ],
 )
 def test_what_is_no_teacher_is_named(name, save, tmp_path):
@@ -463,41 +442,23 @@ def test_what_is_no_teacher_is_named(name, save, tmp_path):
         read_teacher(tmp_path / name)
 
 
-def saved_archive() -> bytes:
-    file = io.BytesIO()
-    np.savez(file, a=rows(2), b=rows(3))
-    return file.getvalue()
-
-
 def correlated(rows: int, width: int, *, rank: int | None = None) -> np.ndarray:
     generator = np.random.default_rng(0)
     free = generator.normal(size=(rows, rank or width))
     return free @ generator.normal(size=(rank or width, width)) + 9
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_teacher_whitens_what_is_looked_up(damaged, tmp_path):
-    """By its sound rows: a damaged one is told of when it is met, and moves no other."""
+def test_a_teacher_whitens_what_is_looked_up(tmp_path):
     ids = [f"sample/{row}" for row in range(60)]
     features = correlated(60, 6).astype(np.float16)
     write_folder(tmp_path, ids, [features], {"teacher": "test"})
-    sound = np.arange(60) != 7
-    if damaged:
-        stored = np.load(tmp_path / "features.npy", mmap_mode="r+")
-        stored[7] = np.nan
-        stored.flush()
-    else:
-        sound[:] = True
     teacher = read_teacher(tmp_path)
     teacher.whiten(4)
     plain = torch.from_numpy(features.astype(np.float32))
-    expected = Whitening.fit(plain[sound], 4)(plain)
+    expected = Whitening.fit(plain, 4)(plain)
     found = teacher.lookup([ids[3], "nobody", ids[40]])
     torch.testing.assert_close(found[[0, 2]], expected[[3, 40]], atol=1e-5, rtol=1e-5)
     assert found[1].isnan().all()
-    if damaged:
-        with pytest.raises(ValueError, match="'sample/7' differs"):
-            teacher.lookup(ids[5:9])
 
 
 @pytest.mark.parametrize(("whiten", "width"), [(0, 6), (4, 4), (5, 5)])

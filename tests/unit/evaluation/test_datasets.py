@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import datasets as hugging_face
 import open_clip
 import pytest
 import torch
@@ -259,13 +258,7 @@ def as_hub_table(folder, _):
     """Its names of the cranes differ, as `ClassLabel` wants it."""
     names = SYNSETS.label_descriptions()
     names[517] = "crane2"
-    features = hugging_face.Features(
-        image=hugging_face.Value("binary"), label=hugging_face.ClassLabel(names=names)
-    )
-    data = {"image": [png(red) for red in REDS], "label": [134, 517, 744]}
-    path = str(folder / "imagenet.parquet")
-    hugging_face.Dataset.from_dict(data, features=features).to_parquet(path)
-    return open_data(path, class_column="label")
+    return open_data(**as_class_label(folder, [134, 517, 744], names)[0])
 
 
 def as_tars(folder, _):

@@ -299,13 +299,10 @@ def faulty(**changes):
     )
 
 
-def test_the_name_of_a_model_is_refused_with_the_way_out():
-    """Which `embed` and `export` take."""
+def test_what_is_no_model_or_data_set_is_refused_by_its_type():
+    """The name of a model is what `embed` and `export` take."""
     with pytest.raises(ValueError, match=r"^model: .*evaluate\(\*protoclip.load\('runs/b'\), data"):
         protoclip.evaluate(Path("runs/b"), transform, tokenizer, "shop.parquet")
-
-
-def test_what_is_no_data_set_is_refused_by_its_type():
     given = Guessing(), transform, tokenizer, pd.DataFrame({"image": ["a.jpg"]})
     with pytest.raises(ValueError, match=r"^data: DataFrame is no data set; give a file, or a"):
         inspect.unwrap(protoclip.evaluate)(*given)  # past the type checks of tests

@@ -51,11 +51,6 @@ def test_threads_change_nothing():
     assert torch.equal(rows, alone[0])
 
 
-def test_no_usable_image_is_one_line():
-    with pytest.raises(ValueError, match=r"^x: no image can be used, such as .* broken$"):
-        encoder().encode_images(Solid("x", [1, 2], bad=(0, 1)), stage="x")
-
-
 @pytest.mark.parametrize("kind", [EvaluationTransform, PillowTransform])
 @pytest.mark.parametrize("size", [(40, 64), (64, 40), (33, 47)])
 def test_decoding_from_bytes_equals_the_transform(size, kind):

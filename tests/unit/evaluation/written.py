@@ -73,9 +73,9 @@ def write_table(path, **columns):
     return path
 
 
-def as_class_label(folder, labels=CLASSES):
+def as_class_label(folder, labels=CLASSES, names=NAMES):
     features = hugging_face.Features(
-        image=hugging_face.Value("binary"), label=hugging_face.ClassLabel(names=NAMES)
+        image=hugging_face.Value("binary"), label=hugging_face.ClassLabel(names=names)
     )
     data = {"image": [png(red) for red in REDS], "label": labels}
     path = str(folder / "pets.parquet")

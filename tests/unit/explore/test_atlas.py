@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import groupby, permutations
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -156,22 +155,6 @@ def test_heads_are_clustered_and_dead_prototypes_counted() -> None:
     atlas = make_atlas(found, heads=heads, number=CLUSTERS, run_prototypes={"image": own})
     assert atlas.space == "projections"
     assert atlas.run_prototypes == {"image": [5, 1]}
-
-
-def test_an_atlas_is_kept_and_damage_is_noticed(atlas: atlases.Atlas, tmp_path: Path) -> None:
-    path = atlases.atlas_path(tmp_path, "a", 1)
-    atlases.write_atlas(path, atlas)
-    again = atlases.read_atlas(path)
-    assert again is not None
-    for name, value in vars(atlas).items():
-        if name not in atlases.BY_MODALITY:
-            assert np.array_equal(getattr(again, name), value)
-    assert np.array_equal(again.prototype["text"], atlas.prototype["text"])
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert atlases.read_atlas(path) is None
-    assert atlases.read_atlas(tmp_path / "none.npz") is None
 
 
 def test_moved_pairs_are_those_of_other_groups() -> None:

@@ -108,27 +108,6 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(twice: Pa
             assert len({*images}) == len(images)
 
 
-def test_what_moved_shows_an_image_once_with_all_its_captions(twice: Path) -> None:
-    """Each text is one."""
-    swaps = {row: (row + 6) % 40 for row in range(12)}
-    both = Pages(explorers(DataConfig(train=str(twice)), {}, swaps))
-    for modality, pairs_of_an_image in (("image", 2), ("text", 1)):
-        moved, page = both.movements[modality][0].pairs, both.sites[0].movement_page(modality)
-        assert page.count('class="card"') == len(moved) / pairs_of_an_image
-        assert page.count("data-id=") == len(moved)
-    assert len(both.movements["image"][0].pairs) > 0
-
-
-def test_rows_of_equal_content_that_are_copies_are_ticked_each_by_itself(tmp_path: Path) -> None:
-    rows = distinct_pairs(20)
-    rows.append({**rows[3], "sample_id": "copy"})
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-    (one,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")))
-    assert [one.pairs_of_image(position) for position in (3, 4, 20)] == [[], [], []]
-    assert [3, 20] in one.atlas.duplicates.tolist()
-    assert "data-more" not in Pages([one]).sites[0].duplicates()
-
-
 def test_an_article_before_everything_else_is_left_out(one: Explorer) -> None:
     for text in ("a red square", " The  red square", "an red square"):
         assert one.search_text(text, 3) == one.search_text("red square", 3)

@@ -1,15 +1,12 @@
 """The checkpoints of a tiny run, measured by `protoclip analyze`."""
 
-import io
 import json
 import math
 import shutil
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from interrupting import with_changes
 from protoclip.cli import main
@@ -19,7 +16,6 @@ from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.results.examples import (
     analyze_run,
-    make_thumbnail,
 )
 from protoclip.training.folder import to_toml
 from protoclip.training.run import train
@@ -80,13 +76,3 @@ def test_the_command_writes_a_file_for_each_run(runs, capsys):
     assert "projections" not in found[1]["checkpoints"][0]  # CLIP's heads are not trained
     assert f"{runs / 'clip'}: a single checkpoint" in shown.err
     assert f"{runs / 'clip'}: only {found[1]['pairs']} pairs" in shown.err
-
-
-def test_thumbnails_are_small_webp_however_thin_the_image():
-    sides = {(800, 400): (96, 48), (2000, 4): (96, 1), (1, 400): (1, 96), (80, 40): (80, 40)}
-    for size, expected in sides.items():
-        buffer = io.BytesIO()
-        Image.new("RGB", size, "red").save(buffer, format="PNG")
-        shown = Image.open(io.BytesIO(make_thumbnail(buffer.getvalue(), 96)))
-        assert (shown.format, shown.size) == ("WEBP", expected)
-        assert np.asarray(shown).mean((0, 1))[0] > 200

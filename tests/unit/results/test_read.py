@@ -19,13 +19,6 @@ def begun(folder, **settings):
     return folder
 
 
-def test_a_run_that_has_just_begun_has_its_settings_and_nothing_else(tmp_path):
-    run = read_run(begun(tmp_path / "run"))
-    assert (run.config.run.name, run.steps, run.last_step) == ("tiny", 16, 0)
-    assert (run.results, run.analysis, run.curves, run.skipped) == (None, None, {}, [])
-    assert (run.environment, list(run.checkpoints)) == ({}, [])
-
-
 def test_curves_are_the_finite_values_of_whole_lines(tmp_path):
     """A repeated step counts once, with its last value; the last line may be cut."""
     folder = begun(tmp_path / "run")

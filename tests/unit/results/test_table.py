@@ -10,7 +10,6 @@ from protoclip.evaluation.paired import RunResults
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import (
     compare_headlines,
-    sentence_case,
     shorten,
     table_of_runs,
     write_minus,
@@ -60,17 +59,6 @@ def test_the_best_model_is_held_against_the_first_or_the_next(shares, verdict, s
     assert said.endswith(write_minus(numbers))
 
 
-def test_several_seeds_are_paired_by_seed_and_by_sample(tmp_path):
-    """Each seed of these models differs alike, so that samples alone make the interval."""
-    shares = {"A": 0.5, "B": 0.6}
-    seeds = [run(tmp_path, name, of, seed=seed) for name, of in shares.items() for seed in range(3)]
-    (found,) = compare_headlines(compare_runs(seeds))
-    one, _, _, two, *_ = (influences(SampleResults.read(of.samples["emoji"])) for of in seeds)
-    low, high = interval_of_difference([10.0], 100 * (two["knn/acc1"] - one["knn/acc1"]))
-    numbers = f"[{low:+.1f}, {high:+.1f}], paired over 3 seeds and 400 test samples."
-    assert found.rest.endswith(f"60.0 against 50.0 percent, +10.0 points {write_minus(numbers)}")
-
-
 def test_without_a_paired_interval_nothing_is_better(tmp_path):
     entries = compare_runs([run(tmp_path, "A", 0.5), run(tmp_path, "B", 0.9, seed=1)])
     (found,) = compare_headlines(entries)
@@ -107,11 +95,6 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
     assert second.difference.startswith("+25.0† [")
     assert [cell.value for cell in gap.cells] == ["0.500", "0.250"]
     assert (gap.cells[1].difference, gap.cells[1].is_best) == ("-0.250†", False)
-
-
-def test_words():
-    assert write_minus("-1.0 [-2, +3] recall-5") == "\u22121.0 [\u22122, +3] recall-5"
-    assert [*map(sentence_case, ("kNN", "linear probe", "a"))] == ["kNN", "Linear probe", "A"]
 
 
 @pytest.mark.parametrize(
