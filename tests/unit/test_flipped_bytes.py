@@ -15,7 +15,7 @@ import protoclip
 from protoclip.config import Config
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.split import hold_out_rows
-from protoclip.data.tables import ROWS, ArrowIndex, build_index
+from protoclip.data.tables import ROWS, build_index
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
 from protoclip.evaluation.features import StoredList, read_list, write_list
@@ -160,20 +160,6 @@ def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path)
                 assert found == expected, path.name
     assert noticed > 50 or make is held_out  # those are chosen again
     assert read() == expected
-
-
-def test_rows_are_checked_when_they_are_used(tmp_path: Path) -> None:
-    """A damaged batch does not hinder the others; the message names file and rows."""
-    path = build_index("key", batches, folder=tmp_path, label="there", way_out="wait").path
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content.replace(b"caption 6", b"caption 7"))
-    pairs = ImageTextPairs(ArrowIndex(path), name="x")
-    assert pairs.sample_captions(0)[0] == "a"
-    assert pairs.sample_id(11) == "sample/11"
-    for use in (lambda: pairs.sample_captions(5), lambda: list(pairs.sample_ids())):
-        with pytest.raises(ValueError, match=r"key\.arrow: damaged .* rows 4 to 7 .* delete it"):
-            use()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from protoclip.config import Config, DataConfig, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
+from protoclip.distributed.collectives import rank
 from protoclip.encode import run as running
 from protoclip.encode import teachers
 from protoclip.encode.encoder import text_encoder
@@ -230,6 +231,18 @@ def test_several_ranks_make_the_folder_of_one_process(width, tmp_path):
     assert run_distributed(make, 2, tmp_path / "many", width) == [one, one]
     assert (one["rows"], one["bad"]) == (46, 1)
     assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+def embed_other(out: Path) -> str:
+    """What a rank says whose captions may be others than those of rank 0."""
+    captions = words(8) if rank() == 0 else words(9)[1:]
+    with pytest.raises(ValueError, match="sees other samples") as error:
+        run(Letters(), pairs(captions), out)
+    return str(error.value)
+
+
+def test_ranks_that_see_other_samples_are_refused(tmp_path):
+    assert len(run_distributed(embed_other, 2, tmp_path / "t")) == 2
 
 
 @pytest.mark.parametrize("form", ["npy", "npy with ids", "parquet"])
