@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import read_config
 from protoclip.models.projections import AlignedModel
 from protoclip.models.start import find_start
+from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data
 from protoclip.training.run import align
 from protoclip.training.trainer import Trainer
@@ -50,9 +52,15 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def ended(given, tmp_path_factory) -> Path:
-    """A run with both kinds of prototypes, of the halves and of the projections."""
-    folder = tmp_path_factory.mktemp("ended") / "run"
-    assert align(changed(given, folder))["steps"] == 12
+    """A run with both kinds of prototypes, of the halves and of the projections.
+
+    Halves are frozen and are clustered once, projections in each of two episodes.
+    """
+    folder, counted = tmp_path_factory.mktemp("ended") / "run", Mock(wraps=kmeans)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protoclip.training.trainer.kmeans", counted)
+        assert align(changed(given, folder))["steps"] == 12
+    assert counted.call_count == 2 + 2 * 2
     return folder
 
 

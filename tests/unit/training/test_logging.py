@@ -257,6 +257,24 @@ def test_mlflow_has_the_curves_of_a_run_that_goes_on(store, tmp_path, monkeypatc
     assert [(point.step, point.value) for point in curve] == [(1, 0.0), (3, 0.5)]
 
 
+def test_mlflow_makes_a_run_where_that_of_the_folder_is_not_known(tmp_path, monkeypatch, capsys):
+    """A copy of the folder comes to a machine that has no copy of MLflow's own store. Without a
+    network the id stays."""
+    fake = Mock()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    client, path = fake.MlflowClient.return_value, tmp_path / "mlflow" / "run-id"
+    client.get_run.side_effect = LookupError("no such run")
+    for made in ("first", "second"):
+        client.create_run.return_value.info.run_id = made
+        log_twice(tmp_path, names=["mlflow"], config={"run": {"seed": 0}})
+        assert path.read_text() == made
+        assert client.set_terminated.call_args == call(made)
+    client.create_run.side_effect = ConnectionError("no network")
+    log_twice(tmp_path, names=["mlflow"], config={"run": {"seed": 0}})
+    assert path.read_text() == "second"
+    assert capsys.readouterr().err == "warning: mlflow: no network; training goes on without it\n"
+
+
 def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
     """The file ends in whole lines; the next that fits brings the others along, in order."""
     path = tmp_path / "metrics.jsonl"
