@@ -217,10 +217,8 @@ def causes(config: Config) -> list[tuple[str, object, str]]:
         return []
     data, loss, model, teacher = config.data, config.loss, config.model, config.teacher
     clip = (not config.uses_prototypes, "no loss uses prototypes")
-    queue = config.prototype_source == "queue" and not clip[0] and config.episodes.warm_up > 0
     in_workers = data.cache_gb > 0 and data.workers not in (0, "auto")
     no_features = loss.teacher > 0 and not config.grouping_teachers
-    no_groups = (teacher.features and not loss.teacher, "loss.teacher is 0")
     no_teacher = not (loss.teacher or teacher.distil)
     no_instance = (loss.info_nce == 0, "loss.info_nce is 0")
     locked = "image" in model.locked and not model.projections_are_new
@@ -230,14 +228,9 @@ def causes(config: Config) -> list[tuple[str, object, str]]:
         ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
         ("model.heads.*", *clip),
         ("prototypes.*", clip[0], "loss.prototypical is 0"),
-        ("prototypes.target_temperature", config.prototypes.hard_targets, "targets are hard"),
-        ("prototypes.extract_transform", queue, "prototypes come from the queue"),
         ("episodes.warm_up", *clip),
         ("teacher.*", not teacher.features, "teacher.features is not set"),
         ("teacher.features", no_teacher, "loss.teacher is 0"),
-        ("teacher.whiten", *no_groups),
-        ("teacher.number", *no_groups),
-        ("teacher.tower", teacher.distil == 0, "teacher.distil is 0"),
         ("loss.teacher", no_features, "no teacher has features"),
         ("loss.strengths", *clip),
         ("loss.strengths", *no_instance),
@@ -246,8 +239,6 @@ def causes(config: Config) -> list[tuple[str, object, str]]:
         ("optim.image_lr_scale", locked, "the image tower is locked"),
         ("model.embed_dim", *named),
         ("model.image.name", *named),
-        ("model.image.pooling", *named),
-        ("model.text.pooling", not text_named[0], "model.text.name is not set"),
         *((f"model.text.{size}", *named) for size in SIZES),
         *((f"model.text.{size}", *text_named) for size in SIZES),
     ]
@@ -390,15 +381,6 @@ def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "")
             f"{start}: {above} may not be written to; check its permissions, or choose another "
             "place"
         )
-
-
-def require_store(setting: str, path: str) -> None:
-    """Refuse a path that is no folder, and where none can be made.
-
-    One that may not be written to will do, if it holds all that is asked for.
-    """
-    if not path.strip() or not Path(path).is_dir():
-        require_place(setting, path, is_folder=True)
 
 
 def suggestion(path: str) -> str:

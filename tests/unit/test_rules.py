@@ -1,12 +1,11 @@
 """Paths that settings name: which are looked for, and what is said of those that are not there."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from protoclip.config import Config
-from protoclip.rules import require_paths, require_place, require_store, with_options
+from protoclip.rules import require_paths, require_place, with_options
 
 
 @pytest.fixture
@@ -98,11 +97,3 @@ def test_a_place_to_write_to_may_be_new_but_nothing_may_be_in_its_way(place):
     ):
         with pytest.raises(ValueError, match=message):
             require_place("--out", path, is_folder=is_folder)
-
-
-def test_a_store_that_may_only_be_read_will_do(place, monkeypatch):
-    """As one that several people share; a new one needs a place."""
-    monkeypatch.setattr(os, "access", lambda *given: False)
-    require_store("align.features", "run")
-    with pytest.raises(ValueError, match=r"^align\.features: new: .* may not be written to"):
-        require_store("align.features", "new")

@@ -27,7 +27,7 @@ from protoclip.models.layers import layers_of
 from protoclip.models.loading import Pooling, open_frozen_encoder, to_device
 from protoclip.models.opening import TELLING, Tokenizer
 from protoclip.models.projections import FrozenEncoders
-from protoclip.models.protoclip import Autocast, autocast_on_card
+from protoclip.models.protoclip import Autocast, autocast_encoding
 from protoclip.terminal import without_secrets
 
 EXAMPLES = ("a photo of a red dog", "two words")  # texts that tell models apart
@@ -102,7 +102,7 @@ def open_encoder(
     opened = open_frozen_encoder(teacher, modality=modality, pooling=pooling, setting=setting)
     module = freeze(opened.module, device)
     settings: dict[str, Any] = {"name": without_secrets(teacher)}
-    settings["autocast"] = autocast_on_card("auto", device)
+    settings["autocast"] = autocast_encoding("auto", device)
     if opened.prepare is None:
         return text_encoder(
             module, device, opened.collate, opened.forward, facts=pooling, **settings

@@ -43,7 +43,7 @@ from protoclip.models.protoclip import (
     Autocast,
     ProtoCLIP,
     autocast,
-    autocast_on_card,
+    autocast_encoding,
     evaluation_mode,
     resolve_precision,
 )
@@ -113,7 +113,7 @@ class Encoder:
         cache: Folder of the store of features; `None` for none.
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
-            `autocast_on_card`.
+            `autocast_encoding`.
     """
 
     model: Model
@@ -133,7 +133,7 @@ class Encoder:
     @cached_property
     def towers(self) -> dict[str, FrozenEncoder]:
         """What encodes `images` and `texts`, of any norm."""
-        context = self.autocast or autocast_on_card("auto", self.device)
+        context = self.autocast or autocast_encoding("auto", self.device)
         model, transform = self.model, self.transform
         if isinstance(model, FrozenEncoders) and isinstance(transform, EvaluationTransform):
             return {

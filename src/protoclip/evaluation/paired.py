@@ -134,10 +134,10 @@ def find_samples(folder: Path) -> dict[str, Path]:
     }
 
 
-def make_reader(*, refuse: bool) -> Reader:
+def make_reader() -> Reader:
     """A function that reads files of `RunResults.samples`, each once.
 
-    A damaged file raises `ValueError`; without `refuse`, it prints a warning and returns None.
+    For a damaged file it prints a warning and returns None.
     """
 
     @cache
@@ -145,8 +145,6 @@ def make_reader(*, refuse: bool) -> Reader:
         try:
             samples = SampleResults.read(path)
         except ValueError as error:
-            if refuse:
-                raise
             say(f"warning: {error}")
             return None
         return samples, influences(samples)

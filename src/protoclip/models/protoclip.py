@@ -113,12 +113,12 @@ class TowerPair(nn.Module):
 
     Args:
         towers: A model with `encode_image` and `encode_text`, such as open_clip's.
-        settings: For both, such as `normalize=False` for a CoCa, which else gives unit norm.
     """
 
-    def __init__(self, towers: nn.Module, **settings: Any) -> None:
+    def __init__(self, towers: nn.Module) -> None:
         super().__init__()
-        self.towers, self.settings = towers, settings
+        self.towers = towers
+        self.settings = dict[str, Any]()  # of both: `normalize=False` for a CoCa
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
@@ -347,11 +347,6 @@ def autocast(precision: Precision, device: torch.device) -> Autocast:
         return nullcontext
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return partial(torch.autocast, device.type, dtype=dtype)
-
-
-def autocast_on_card(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
-    """Autocast without training: as in training on a card, else fp32."""
-    return autocast_encoding(name, device) if device.type == "cuda" else nullcontext
 
 
 def autocast_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:

@@ -72,7 +72,7 @@ def compare_runs(
     for model, run in zip(models, runs, strict=True):
         groups.setdefault(model, {})[run.seed] = run
     reference = next(iter(groups.values()), {})
-    reader, entries = make_reader(refuse=False), []
+    reader, entries = make_reader(), []
     for name, by_seed in groups.items():
         members = [*by_seed.values()]
         ends, metrics = compute_intervals(members, reader), dict[str, Any]()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from protoclip.config import Config
 from protoclip.evaluation.paired import RunResults, explain_no_run, read_results
 from protoclip.files import read_json, read_local, read_toml
-from protoclip.models import checkpoint as saved
+from protoclip.models import checkpoint
 from protoclip.results.compare import name_runs
 from protoclip.training.folder import flatten
 
@@ -86,7 +86,7 @@ class RunFolder:
         model = self.config.model
         if model.start is not None and model.frozen_batch_norm:
             return "finetune"  # only its defaults freeze BatchNorm
-        return "align" if any(map(saved.is_aligned, self.checkpoints[-1:])) else "train"
+        return "align" if any(map(checkpoint.is_aligned, self.checkpoints[-1:])) else "train"
 
 
 def read_runs(paths: Iterable[str | Path], *, allow_links: bool = False) -> list[RunFolder]:
@@ -110,10 +110,10 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
         ValueError: This is no run folder, or its files are damaged.
     """
     folder = Path(path)
-    if not (folder / saved.SETTINGS).is_file():
+    if not (folder / checkpoint.SETTINGS).is_file():
         reason = explain_no_run(folder) or "not a run folder; a run has a config.toml"
         raise ValueError(f"{folder}: {reason}")
-    config, checkpoints = saved.read_config(folder), saved.checkpoints(folder)
+    config, checkpoints = checkpoint.read_config(folder), checkpoint.checkpoints(folder)
     results = read_results(folder) if (folder / "results.json").exists() else None
     analysis, sweep = (
         read_json(folder / name) if (folder / name).exists() else None
@@ -126,12 +126,12 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
             environment |= {"machines": results.machines}
             environment |= {"precision": results.facts.get("precision")}
             seconds = results.train_seconds
-        elif checkpoints and (state := checkpoints[-1] / saved.STATE).exists():
+        elif checkpoints and (state := checkpoints[-1] / checkpoint.STATE).exists():
             seconds = float(read_json(state).get("seconds") or 0.0)
         return RunFolder(
             folder=folder,
             config=replace(config, data=replace(config.data, allow_links=allow_links)),
-            settings=flatten(read_toml(folder / saved.SETTINGS)),
+            settings=flatten(read_toml(folder / checkpoint.SETTINGS)),
             curves=read_curves(folder, analysis),
             results=results,
             environment={name: str(value) for name, value in environment.items() if value},

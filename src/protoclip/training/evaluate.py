@@ -33,10 +33,9 @@ from protoclip.files import (
     to_json,
     write_atomically,
 )
-from protoclip.models import checkpoint as saved
-from protoclip.models import layers, loading
+from protoclip.models import checkpoint, layers, loading
 from protoclip.models.opening import Tokenizer
-from protoclip.models.protoclip import ProtoCLIP, autocast_on_card
+from protoclip.models.protoclip import ProtoCLIP, autocast_encoding
 from protoclip.progress import Progress
 from protoclip.terminal import say, without_secrets
 from protoclip.training.folder import CheckpointWriter
@@ -76,6 +75,9 @@ class RunEvaluator:
     ) -> None:
         self.plan, self.model = plan, model
         most, config = Encoder.batch_size, plan.config
+        device = next(model.parameters()).device
+        # On a CPU a model is measured in fp32, in whatever precision it trains.
+        precision = config.run.precision if device.type == "cuda" else "fp32"
         self._make = partial(
             build_encoder,
             transform=loading.evaluation_transform(model),
@@ -83,7 +85,7 @@ class RunEvaluator:
             batch_size=min(most, config.episodes.micro_batch_size or most),
             workers=workers,
             show=True,
-            autocast=autocast_on_card(config.run.precision, next(model.parameters()).device),
+            autocast=autocast_encoding(precision, device),
         )
         # Sharded, compiled or with adapters a model rounds other than when its run is opened.
         is_plain = config.model.lora is None and not config.parallel.compile
@@ -279,7 +281,7 @@ def choose_weights(
 
     def write() -> None:
         description = {**writer.description, "alpha": chosen}
-        saved.write_model(folder, merged, description, writer.text_files)
+        checkpoint.write_model(folder, merged, description, writer.text_files)
         # Those of another alpha; on a full disk they stay, with their model.
         (folder / "results.json").unlink(missing_ok=True)
         write_atomically(folder / FILE, to_json(sealed(record), indent=2) + "\n")
@@ -340,9 +342,9 @@ def is_done(
 ) -> bool:
     """Whether the model of a finished run is that of this alpha; unset, of the best one by all
     these guards."""
-    if not {*map(without_secrets, guards)} <= {*saved.read_config(folder).run.guard}:
+    if not {*map(without_secrets, guards)} <= {*checkpoint.read_config(folder).run.guard}:
         return False
-    wanted, model = results.get("best_alpha") if alpha is None else alpha, folder / saved.MODEL
+    wanted, model = results.get("best_alpha") if alpha is None else alpha, folder / checkpoint.MODEL
     if wanted is None or results.get("alpha") != wanted or not model.is_file():
         return False
     return bool(read_json(model).get("alpha") == wanted)
@@ -386,7 +388,7 @@ def measure_differences(
     Returns:
         By metric the `mean`; its 95% `interval`, or None; and whether it is clear, `beyond`.
     """
-    reader, chosen = make_reader(refuse=False), results["metrics"]
+    reader, chosen = make_reader(), results["metrics"]
     before, after = (
         {  # as of one seed
             0: RunResults(

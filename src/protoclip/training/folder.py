@@ -34,8 +34,8 @@ from protoclip.files import (
     read_local,
     write_atomically,
 )
-from protoclip.models import checkpoint as saved
-from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, damage, facts_of
+from protoclip.models import checkpoint
+from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, damage, facts_of, is_aligned
 from protoclip.models.start import Start, names_model
 from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
@@ -122,7 +122,7 @@ def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
             f"{folder}: another process writes here; wait for it, or choose another with --run.out"
         ) from None
     with lock:
-        saved.remove_unfinished(folder)
+        checkpoint.remove_unfinished(folder)
         yield
 
 
@@ -172,7 +172,7 @@ def inspect_folder(outline: Outline, *, resume: bool) -> Begun:
 
 def is_evaluated(folder: Path, asked: RunConfig) -> bool:
     """Whether a finished run was evaluated as it is asked for now, by these guards too."""
-    was = saved.read_config(folder).run
+    was = checkpoint.read_config(folder).run
     guards = {*map(without_secrets, asked.guard)}
     return not asked.evaluate or (was.evaluate and guards <= {*was.guard})
 
@@ -266,9 +266,9 @@ def keep_resizing(start: Start, folder: Path) -> Start:
 
     Runs of versions up to 1.0.0 crop them, whatever they started from.
     """
-    for checkpoint in reversed(checkpoints(folder)):
-        if damage(checkpoint, [MODEL]) is None:
-            squashes = saved.is_squashing(read_json(checkpoint / MODEL))
+    for path in reversed(checkpoints(folder)):
+        if damage(path, [MODEL]) is None:
+            squashes = checkpoint.is_squashing(read_json(path / MODEL))
             return replace(start, resize_mode="squash" if squashes else "shortest")
     return start
 
@@ -445,12 +445,12 @@ def to_toml(config: Config) -> str:
 def find_newest_intact(run: Path, notes: list[str]) -> Path | None:
     """The newest checkpoint of a run that has no damage; adds a note on each one passed over."""
     damaged: list[str] = []
-    for checkpoint in reversed(checkpoints(run)):
-        wrong = damage(checkpoint)
+    for path in reversed(checkpoints(run)):
+        wrong = damage(path)
         if wrong is None:
             notes += [f"{text}: passed over" for text in damaged]
-            return checkpoint
-        damaged.append(f"{checkpoint} ({wrong})")
+            return path
+        damaged.append(f"{path} ({wrong})")
     if damaged:
         raise ValueError(
             f"every checkpoint of the run is damaged or cannot be read: {', '.join(damaged)}; make "
@@ -485,7 +485,7 @@ def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[
             f"{changed[0]}: the ids in it have changed since the run began; restore them, or "
             f"{WAY_OUT}"
         )
-    if saved.is_aligned(checkpoint) and not any("encoded" in fact for fact in content["sources"]):
+    if is_aligned(checkpoint) and not any("encoded" in fact for fact in content["sources"]):
         raise ValueError(  # train would move the halves
             f"{checkpoint.parent.parent}: was begun by protoclip align; go on with that command, "
             f"or {WAY_OUT}"
@@ -572,15 +572,15 @@ class CheckpointWriter:
         in_parts = are_parts(state["model"])
         if rank() != 0:
             state = {key: state[key] for key in ("model", "optimizer", "adapters")}
-        tensors, facts = saved.checkpoint_files(self.description, state)
+        tensors, facts = checkpoint.checkpoint_files(self.description, state)
         if in_parts:
-            others = {saved.RESUME: tensors.pop(saved.RESUME)}
+            others = {checkpoint.RESUME: tensors.pop(checkpoint.RESUME)}
             self._write_files = partial(
-                saved.write_parts, self.folder(step), tensors, others, facts, self.text_files
+                checkpoint.write_parts, self.folder(step), tensors, others, facts, self.text_files
             )
         else:
             self._write_files = partial(
-                saved.write_checkpoint, self.folder(step), tensors, facts, self.text_files
+                checkpoint.write_checkpoint, self.folder(step), tensors, facts, self.text_files
             )
         self._thread = Thread(target=self._write, daemon=False)
         self._thread.start()
@@ -644,7 +644,7 @@ class CheckpointWriter:
             so_far = [path for path in checkpoints(self.run) if path <= newest]
             for old in so_far[: -self.keep]:
                 if old not in keep:
-                    saved.remove_checkpoint(old)
+                    checkpoint.remove_checkpoint(old)
         except OSError as error:
             warn(f"an old checkpoint stays, since it cannot be removed ({error})")
 

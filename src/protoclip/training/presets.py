@@ -8,6 +8,7 @@ chooses is filled where it has no value, or `auto`. The values that depend on no
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -35,8 +36,8 @@ from protoclip.models.timm import PUBLISHED
 from protoclip.rules import (
     check_sizes,
     require_named_pairs,
+    require_place,
     require_start,
-    require_store,
 )
 from protoclip.terminal import say
 from protoclip.training.defaults import ALIGN, FINETUNE
@@ -234,8 +235,8 @@ def choose_to_align(choices: Choices) -> None:
         raise ValueError(f"model.text.name: align {NEEDS}")
     if "name" not in choices.given.get("model", {}).get("image", {}):
         raise ValueError(f"model.image.name: align {NEEDS}")
-    if config.align.features is not None:
-        require_store("align.features", config.align.features)
+    if (store := config.align.features) is not None and not (store and Path(store).is_dir()):
+        require_place("align.features", store, is_folder=True)
     refuse_for_align(config)
     image = replace(image, name=image.name.removeprefix("timm:"))
     if not names_model("image", image.name):

@@ -20,7 +20,6 @@ from protoclip.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
-    PrototypeConfig,
     SourceConfig,
     TeacherConfig,
     TextTowerConfig,
@@ -225,12 +224,10 @@ def test_evaluation_during_training_needs_something_to_evaluate_on():
 
 
 CLIP = {"loss": LossConfig(prototypical=0.0)}
-TEACHER = {"teacher": TeacherConfig(features="emoji")}
 NO_PAIRS = {
     "loss": LossConfig(info_nce=0.0),
     "episodes": EpisodeConfig(warm_up=0, locked_image=0),
 }
-HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
 
 
 @pytest.mark.parametrize(
@@ -238,14 +235,12 @@ HARD = {"prototypes": PrototypeConfig(hard_targets=True)}
     [
         (CLIP, "prototypes.iterations", 3, "prototypes.*: no effect, since loss.prototypical is 0"),
         (CLIP, "episodes.warm_up", 2, "since no loss uses prototypes"),
-        (TEACHER, "prototypes.extract_transform", "training", "come from the queue"),
         ({}, "loss.teacher", 3.0, "no teacher has features"),
         ({}, "teacher.whiten", 0, "teacher.*: no effect, since teacher.features is not set"),
         (CLIP, "loss.strengths", "constant", "since no loss uses prototypes"),
         (NO_PAIRS, "loss.positives", "shared", "since loss.info_nce is 0"),
         ({"model": ModelConfig(name="RN50")}, "model.text.width", 64, "since model.name is RN50"),
         ({"data": DataConfig(workers=2)}, "data.cache_gb", 1.0, "keep no images in memory"),
-        (HARD, "prototypes.target_temperature", 0.5, "targets are hard"),
     ],
 )
 def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
