@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import world
-from audited import ERROR, PAGE, SECONDS, full, within
+from audited import ERROR, PAGE, SECONDS, within
 from filelock import FileLock
 
 from protoclip.cli import main
@@ -47,7 +47,6 @@ class Case:
     code: int = 2
     given: str = ""  # shell commands that prepare the folder
     makes: list[str] = field(default_factory=list)  # patterns of paths that may be new or changed
-    full: int | None = None  # the disk is full after so many bytes of a file
     held: str | None = None  # a lock that another process holds meanwhile
 
     @property
@@ -174,7 +173,6 @@ def answer(case: Case) -> Answer:
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(record=True) as warned,
         within(SECONDS),
-        full(case.full),
     ):
         warnings.simplefilter("default")
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning):
@@ -227,7 +225,7 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
 
 def test_the_table_has_no_row_twice():
     found = cases()
-    keys = [(case.line, case.given, case.full, case.held) for case in found]
+    keys = [(case.line, case.given, case.held) for case in found]
     assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
 
 

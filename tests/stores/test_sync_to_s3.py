@@ -1,6 +1,5 @@
 """`run.sync` to an S3 bucket: a run goes on from there with an empty disk."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ def config(store: Any, tmp_path: Path) -> Config:
     )
 
 
-def complete(store: Any) -> list[int]:
-    """The steps of the complete checkpoints that are there."""
-    found = (
-        re.fullmatch(rf"runs/a/checkpoints/step-(\d+)/{CHECKSUMS}", n) for n in store.objects()
-    )
-    return sorted(int(match[1]) for match in found if match)
-
-
 def test_a_run_goes_on_from_s3_with_an_empty_disk(
     store, keys, config, tmp_path, monkeypatch, capsys
 ):
@@ -43,7 +34,8 @@ def test_a_run_goes_on_from_s3_with_an_empty_disk(
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         assert run.train(config)["steps"] == 1
-    assert complete(store) == [1]
+    marks = [name for name in store.objects() if name.endswith(CHECKSUMS)]
+    assert marks == [f"runs/a/checkpoints/step-000000001/{CHECKSUMS}"]
     elsewhere = with_out(config, str(tmp_path / "elsewhere"))
     assert run.train(elsewhere, resume="auto")["steps"] == 2
     assert "step-000000001 fetched from s3://bucket/runs/a" in capsys.readouterr().err
@@ -66,14 +58,3 @@ def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
         assert "\n" not in str(error.value)
         assert "check name, credentials" in str(error.value)
     assert not Path(config.run.out or "").exists()
-
-
-def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):
-    """As of an empty variable; s3fs writes to a folder without a name, and lists nothing there."""
-    url = f"{store.url}//runs//a"
-    twice = with_changes(config, {"run": {"sync": url}})
-    run.train(twice)
-    assert complete(store) == [1, 2]
-    elsewhere = with_out(twice, str(tmp_path / "elsewhere"))
-    run.train(elsewhere, resume="auto")
-    assert f"step-000000002 fetched from {url}" in capsys.readouterr().err

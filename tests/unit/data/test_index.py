@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pytest
 
 from protoclip.data.tables import ArrowIndex, build_index
 
@@ -57,16 +56,3 @@ def test_of_four_processes_at_once_one_builds(tmp_path):
     assert len((tmp_path / "builders").read_text().split()) == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".arrow", ".json", ".lock"}
     assert opened(never, tmp_path).table.to_pydict() == ROWS
-
-
-@pytest.mark.parametrize("error", [KeyError("broken"), KeyboardInterrupt("stop")])
-def test_a_build_that_fails_leaves_nothing(tmp_path, error):
-    """Not even a part of a file; the next attempt starts afresh."""
-
-    def fail(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        yield from build(facts)
-        raise error
-
-    with pytest.raises(type(error)):
-        opened(fail, tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}

@@ -14,7 +14,7 @@ from protoclip.data import decode
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
-from protoclip.data.tools import UNCOUNTED, advise, evenly_spaced, inspect, show
+from protoclip.data.tools import UNCOUNTED, advise, evenly_spaced, inspect
 from testing import tiny_pairs
 
 
@@ -97,20 +97,6 @@ MEASURED = {
 
 
 # Of a row of docs/which_way.md: how it begins, the pairs it is for, and commands that it names.
-
-
-def test_findings_are_shown_as_lines(mixed, capsys, monkeypatch):
-    """With their numbers; what a terminal would obey is escaped."""
-    monkeypatch.setattr(decode, "MAX_IMAGE_PIXELS", 1_000_000)
-    show(look(mixed, notes=["a \x1b[31mred note"]))
-    text = " ".join(capsys.readouterr().out.split())
-    assert "pairs 10 read 6 unreadable 4 " in text
-    assert "width 0%: 50, 1%: 50, 5%: 50, 25%: 64, 50%: 224," in text
-    assert "repeated caption copies 2 repeated caption examples 3 x one two three" in text
-    assert "notes a \\x1b[31mred note" in text
-    show(look(mixed), by_captions=True)
-    text = " ".join(capsys.readouterr().out.split())
-    assert "context length 6 tokens, by these captions; --model.text.name takes" in text
 
 
 def test_processes_find_what_one_finds(mixed):

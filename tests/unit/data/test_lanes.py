@@ -22,7 +22,6 @@ from protoclip.data.sampler import (
     EXTRACTION_STREAM,
     TRANSFORM_STREAM,
     Episode,
-    share_batches,
 )
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import MixedStreams
@@ -163,62 +162,6 @@ def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, i
                 assert sorted(seen) == sorted(held)
 
 
-def is_good(item: Sample | BadSample) -> bool:
-    """Stands in for a decoder, which refuses some samples that were good until then."""
-    return isinstance(item, Sample) and not item.sample_id.endswith("13")
-
-
-def standing(stream: ShardStream, ranks: int, first: int = 0) -> list[list[str]]:
-    """The ids of three batches, with what replaces bad samples."""
-    batches: list[list[str]] = [[], [], []]
-    for rank in range(ranks):
-        shares = share_batches(stream, first, batch_size=BATCH, rank=rank, world_size=ranks)
-        for batch, stretches in zip(batches, shares, strict=False):
-            tried = [each for one in stretches for each in one.candidates(is_good)]
-            batch += [next(filter(is_good, each)).sample_id for each in tried]
-    return batches
-
-
-@pytest.mark.parametrize("longest", [256, 5])
-@pytest.mark.parametrize("lanes", [1, 2, 3, 4])
-def test_any_number_of_ranks_replaces_bad_samples_alike(lanes, longest):
-    """Also of those that share a lane or a stretch; and from a later batch on."""
-    with (
-        patch.object(streams, "read_shard", partial(items_of, sizes=[100] * 4)),
-        patch("protoclip.data.sampler.MAX_STRETCH", longest),
-    ):
-        made = {
-            ranks: standing(opened("a", [100] * 4, lanes=lanes), ranks)
-            for ranks in range(1, 9)
-            if BATCH % ranks == 0
-        }
-        later = standing(opened("a", [100] * 4, lanes=lanes), 3, first=2)
-    assert all(batches == made[lanes] for batches in made.values())
-    assert later[0] == made[lanes][2]
-    assert all(len({*batch}) == len(batch) == BATCH for batch in made[lanes])
-
-
-def test_a_stream_goes_on_amid_an_episode_without_reading_its_beginning():
-    """And with the whole episode, if that is asked for."""
-    opened_shards = list[str]()
-
-    def noted(shard: str, *given: Any, **more: Any) -> Iterator[Sample | BadSample]:
-        opened_shards.append(shard)
-        return items_of(shard, *given, sizes=[8] * 40)
-
-    with patch.object(streams, "read_shard", noted):
-        stream = partial(opened, "a", [8] * 40, shuffle=4)
-        one = loader(stream(), 0, 1)
-        expected = read([one], 0, 4, 0)
-        state = json.loads(json.dumps(one.state_dict(1, 1, EPISODE)))
-        for first in (3, 2):
-            opened_shards.clear()
-            other = loader(stream(), 0, 1)
-            other.load_state_dict(state)
-            assert read([other], first, 1, 0) == expected[first * BATCH : (first + 1) * BATCH]
-            assert opened_shards[0] == one.pairs._shard(first * BATCH // 8)
-
-
 class DamagedStream(SampleStream):
     """The tiny pairs over and over. Some numbers are bad: the stream says so of odd ones, and a
     decoder of even ones."""
@@ -261,10 +204,12 @@ def all_ranks(
     return batches, sum(number for number, _ in read), sum(len(bad) for _, bad in read)
 
 
+@pytest.mark.parametrize("longest", [256, 5])
 @pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_ranks_of_a_stream_replace_bad_samples_alike(lanes):
+def test_ranks_of_a_stream_replace_bad_samples_alike(lanes, longest, monkeypatch):
     """As many ranks as lanes, fewer or more: each position has the same sample and the same crop of
-    it, no batch has one twice, and each bad one is counted once."""
+    it, no batch has one twice, and each bad one is counted once. Stretches may be short."""
+    monkeypatch.setattr("protoclip.data.sampler.MAX_STRETCH", longest)
     alone, read, bad = all_ranks(lanes, 1)
     assert all(len({*ids}) == BATCH for ids, _ in alone)
     assert read == EPISODE + bad

@@ -246,21 +246,6 @@ def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch):
         assert str(after) == str(before)
 
 
-def test_ranks_share_each_batch():
-    """Two ranks with half the batch each: together, in order, the batches of one."""
-    episode = EpisodeSampler(96, 64, seed=0).episode(1)
-    halves = [
-        replace(loader(), batch_size=8, rank=rank, world_size=2).batches(episode) for rank in (0, 1)
-    ]
-    together = list(loader().batches(episode))
-    assert torch.cat([batch.position for batch in together]).tolist() == list(range(64))
-    ids = [sample_id for batch in together for sample_id in batch.sample_id]
-    assert ids == [f"tiny/{row}" for row in episode.rows.tolist()]
-    for one, first, second in zip(together, *halves, strict=True):
-        assert first.sample_id + second.sample_id == one.sample_id
-        assert torch.equal(torch.cat([first.image, second.image]), one.image)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):

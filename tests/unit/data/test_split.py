@@ -15,7 +15,7 @@ from PIL import Image
 from protoclip.data import split
 from protoclip.data.captions import normalise, normalise_texts
 from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.sources import PairsView, drop_rows, mix_pairs
+from protoclip.data.sources import PairsView, drop_rows
 from protoclip.data.split import count_shared, hold_out_rows
 
 
@@ -167,19 +167,6 @@ def test_equal_files_and_equal_urls_stay_together(tmp_path):
     rows = hold_out_rows([pairs], share=0.5, folder=tmp_path)
     assert len(rows) > 4
     assert set(rows.tolist()) == {row ^ 1 for row in rows.tolist()}
-
-
-def test_the_rest_of_a_mixture_keeps_ids_and_order(tmp_path):
-    one = source(500, "a", captions=10**9, images=10**9)
-    two = source(300, "b", captions=10**9, images=10**9, seed=1)
-    mixed = mix_pairs([one, two])
-    rows = hold_out_rows([one, two], share=0.2, folder=tmp_path)
-    rest, left = drop_rows(mixed, rows), set(rows.tolist())
-    ids = [sample_id for row, sample_id in enumerate(mixed.sample_ids()) if row not in left]
-    assert [*rest.sample_ids()] == [rest.sample_id(row) for row in range(len(rest))] == ids
-    assert [rest.sample(row).sample_id for row in range(len(rest))] == ids
-    first = sum(rows < 500)
-    assert [len(rows) for _, rows in rest.parts] == [500 - first, 300 - len(rows) + first]
 
 
 @pytest.mark.parametrize("number", [10**9, 2000], ids=["all differ", "many are equal"])

@@ -102,18 +102,6 @@ def test_samples_from_any_number_on_are_those_of_the_whole(folder, shuffle):
         assert ids(take(stream(folder, shuffle=shuffle), 12, first)) == expected
 
 
-def test_blocks_that_end_by_their_bytes_keep_the_order_exact(folder, monkeypatch):
-    """Blocks of three samples by bytes: any beginning, and a state, still fit."""
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 100)
-    source = stream(folder, shuffle=64)
-    whole = ids(take(source, 100))
-    assert whole == restated(folder, 100, seed=3, lane=0, lanes=1, shuffle=3)
-    other = stream(folder, shuffle=64)
-    other.load_state_dict(source.state_dict(50))
-    for first in (50, 7, 72):
-        assert ids(take(other, 20, first)) == whole[first : first + 20]
-
-
 def test_a_state_saves_reading_what_came_before(folder, monkeypatch):
     """It is small and JSON. A new stream with it opens few shards, and so does the used stream."""
     source = stream(folder)

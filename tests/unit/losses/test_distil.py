@@ -82,19 +82,6 @@ def test_a_teacher_is_learned_by_the_rows_that_it_knows():
     assert not gradient.any()
 
 
-def test_relations_are_to_other_samples():
-    """Not to the other texts of a row's own image, whose features are the same."""
-    outputs, teacher = unit(0)[:6], unit(1)[:6].repeat_interleave(2, 0)[:6]
-    total = 0.0
-    for i in range(6):
-        others = [j for j in range(6) if j // 2 != i // 2]
-        p, q = (softmax([float(x[i] @ x[j]) / 0.1 for j in others]) for x in (teacher, outputs))
-        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    samples = torch.arange(6) // 2
-    loss = distil(outputs, teacher, samples=samples)
-    assert loss.item() == pytest.approx(total / 6)
-
-
 def test_large_batches_are_computed_in_parts(monkeypatch):
     """Rows a few at a time give the loss and gradients of all at once."""
     outputs, teacher = unit(0).requires_grad_(), unit(2)

@@ -5,9 +5,7 @@ from typing import Any
 
 import open_clip
 import pytest
-import timm
 import torch
-import transformers
 from torch import Tensor
 
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
@@ -133,16 +131,3 @@ def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     assert {"towers.visual.head.proj", "towers.text.proj"} <= {
         n for n, _ in layers.list_adapted_layers(model)
     }
-
-
-def test_a_convolutional_tower_of_transformers_has_its_convolutions_adapted(tmp_path):
-    """Its projection into the joint space is linear, and is no layer of it."""
-    save_dual_encoder(tmp_path)
-    vision = transformers.TimmWrapperConfig(architecture="test_resnet", num_classes=0)
-    vision.hidden_size = timm.create_model("test_resnet").num_features
-    text = transformers.AutoConfig.from_pretrained(tmp_path).text_config
-    build = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
-    config = build(vision, text, projection_dim=16)
-    transformers.VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
-    note = with_adapters(loading.model(ModelConfig(start=f"hf:{tmp_path}"), seed=0))
-    assert "1 linear and 15 convolutional layers of the image tower" in note

@@ -312,10 +312,6 @@ def refuse(self: Any, name: str, **settings: Any) -> None:
     raise RepositoryNotFoundError("404", response=MagicMock())
 
 
-def hang(self: Any, name: str, **settings: Any) -> None:
-    time.sleep(30)
-
-
 def pickled(self: Any, name: str, **settings: Any) -> Any:
     return SimpleNamespace(siblings=[SimpleNamespace(rfilename="pytorch_model.bin")])
 
@@ -327,7 +323,6 @@ def of_open_clip(self: Any, name: str, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("answer", "reference", "message"),
     [
-        (hang, "hf:nobody/nothing", "the hub does not answer, and there is no earlier download"),
         (refuse, "hf:nobody/nothing", "the hub has no model 'nobody/nothing', or only for those"),
         (pickled, "hf:nobody/nothing", "pytorch_model.bin is pickled and could run code"),
         (of_open_clip, "hf:nobody/nothing", "is open_clip's; download the repository, and load"),

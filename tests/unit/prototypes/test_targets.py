@@ -170,15 +170,6 @@ def test_prototypes_of_a_teacher_follow_from_the_pairs_that_it_knows(
     assert len(clustered.centroids) == expected
 
 
-def test_agreement_is_the_share_of_samples_that_the_groups_have_in_common(generator):
-    """Of the others, which both spaces group by chance."""
-    common = torch.randint(0, 100, (20_000,), generator=generator)
-    by, of = (torch.randint(0, 100, (20_000,), generator=generator) for _ in range(2))
-    alike = torch.rand(20_000, generator=generator) < 0.3
-    found = agreement(torch.where(alike, common, by), torch.where(alike, common, of))
-    assert found == pytest.approx(0.3, abs=0.02)
-
-
 def test_targets_know_how_much_their_teacher_knows(generator):
     """By the agreement of its groups with the student's, which may not be clustered."""
     rows = torch.randn(30, 4, generator=generator)
