@@ -46,13 +46,9 @@ def test_json_holds_the_same_without_raw_characters():
     [
         ["train", "--config", f"{ODD}.toml"],
         ["train", "--data.train", "a\nb.tsv"],
-        ["train", "--model.name", ODD],
-        ["train", "--model.start", ODD],
         ["train", f"--{ODD}", "1"],
         ["train", "--run.seed", ODD],
         ["compare", ODD],
-        ["explore", ODD],
-        ["embed", ODD, "--data", "emoji", "--out", "out.parquet"],
         ["data", "inspect", ODD],
         [ODD],
     ],

@@ -223,12 +223,6 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
     assert not made, made
 
 
-def test_the_table_has_no_row_twice():
-    found = cases()
-    keys = [(case.line, case.given, case.held) for case in found]
-    assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]
-
-
 # A typo in each path that a command reads or writes. (`none` would unset a setting.)
 TYPOS = """\
 train --data.train gone.tsv

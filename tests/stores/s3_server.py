@@ -13,7 +13,7 @@ from typing import Any
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from moto.s3.models import get_canned_acl, s3_backends
+from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
 MESSAGES = {
@@ -61,11 +61,6 @@ class Server:
         """Make an object, by no request; returns its URL."""
         self.backend.put_object(self.name, name, data)
         return f"{self.url}/{name}"
-
-    def publish(self) -> None:
-        """Let anybody read the objects that are there."""
-        for key in self.objects().values():
-            key.set_acl(get_canned_acl("public-read"))
 
     def upload(self, folder: Path, to: str) -> str:
         for path in folder.rglob("*"):

@@ -7,16 +7,14 @@ import tarfile
 from collections.abc import Callable
 from typing import Any
 
-import fsspec
 import pyarrow.parquet as pq
 import pytest
-from fsspec.config import set_conf_env
 from PIL import Image
 
 from interrupting import assert_equal_ends, config_for
 from protoclip.config import Config, DataConfig
-from protoclip.data import loader, sources
 from protoclip.data import shards as streams
+from protoclip.data import sources
 from protoclip.data.access import (
     read_file,
     reason_of,
@@ -24,7 +22,7 @@ from protoclip.data.access import (
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import ShardStream, expand_shards
 from protoclip.evaluation.datasets import open_data
-from protoclip.training import plan, run
+from protoclip.training import run
 from testing import tiny_pairs
 
 SHORT: dict[str, Any] = {"evaluate": False}
@@ -170,18 +168,6 @@ def test_credentials_are_asked_for_in_one_line(store, keys, what):
         READS[what](store.url)
 
 
-def test_a_public_bucket_is_read_without_credentials(store, monkeypatch):
-    """If s3fs is told so, as the message of missing ones says: by FSSPEC_S3_ANON=true."""
-    put_table(store)
-    store.publish()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    conf = dict[str, dict[str, Any]]()
-    set_conf_env(conf, {"FSSPEC_S3_ANON": "true"})
-    monkeypatch.setitem(fsspec.config.conf, "s3", conf["s3"])
-    assert len(opened(f"{store.url}/table/pairs.csv")) == 12
-
-
 def test_a_server_that_fails_for_a_while_loses_no_sample(store):
     """While a table, its images, a listing, shards and evaluation data are read."""
     images, shards, faults = put_table(store), put_shards(store), ("500", "503", "reset", "cut")
@@ -222,25 +208,3 @@ def test_a_run_whose_network_goes_ends_in_one_line_and_goes_on(store, hasty, tmp
     assert run.train(config, resume="auto")["steps"] == 4
     run.train(config_for(train, tmp_path / "whole", **settings))
     assert_equal_ends(tmp_path / "run", tmp_path / "whole", 4)
-
-
-def test_what_cannot_be_read_ends_a_run_before_long(store, hasty, monkeypatch, tmp_path):
-    """However many rows or shards there are to try; and says how to go on."""
-    put_table(store, 64)
-    put_shards(store, number=8)
-    go_on = r"check the network, and give the same command again \(a run: with --resume auto\)"
-    monkeypatch.setattr(streams, "MAX_FAILED", 1)
-    stream = ShardStream(f"{store.url}/shards/*.tar", seed=0).samples()
-    store.fail("reset")
-    with pytest.raises(ValueError, match=f": 1 shards in a row .*{go_on}$"):
-        next(stream)
-    store.fail()
-    data = {"workers": 0, "validation": 0.0}
-    config = config_for(f"{store.url}/table/pairs.csv", tmp_path / "run", run=SHORT, data=data)
-    store.fail("reset", on="/images/")
-    with pytest.raises(ValueError, match=rf"none can be used, such as sample .*; {go_on}$"):
-        run.train(config)
-    monkeypatch.setattr(loader.access, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(plan.sources, "require_usable", lambda *_: None)  # as if it failed later
-    with pytest.raises(ValueError, match=f"^1 samples of a batch took .*{go_on}$"):
-        run.train(config)

@@ -98,12 +98,6 @@ def test_forms_of_a_list(name, text, tmp_path):
     assert read_ids("only", str(tmp_path / name)) == {"1", "b/c"}
 
 
-def test_a_list_without_a_header_loses_no_id(top, tmp_path):
-    (tmp_path / "a.csv").write_text("id 3\nid 5\n")
-    pairs = opened(train=str(top / "ids.parquet"), only=str(tmp_path / "a.csv"))
-    assert list(pairs.sample_ids()) == ["id 3", "id 5"]
-
-
 @pytest.mark.parametrize("source", IDS)
 def test_every_source_is_filtered(source, top, tmp_path):
     """Samples keep their ids; `without` wins; unknown ids are counted."""

@@ -96,9 +96,6 @@ MEASURED = {
 }
 
 
-# Of a row of docs/which_way.md: how it begins, the pairs it is for, and commands that it names.
-
-
 def test_processes_find_what_one_finds(mixed):
     """Two sources in one, some of them bad: the same facts in the same order."""
     source = mix_pairs([ImageTextPairs(tiny_pairs(80), name="tiny"), mixed])

@@ -40,7 +40,6 @@ class NumberedStream(SampleStream):
 
     def __init__(self, bad: frozenset[int] = frozenset()) -> None:
         self.pairs, self.bad, self.open = ImageTextPairs(tiny_pairs(), name="tiny"), bad, 0
-        self.learned = list[dict[str, Any]]()
 
     def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         self.open += 1
@@ -55,7 +54,7 @@ class NumberedStream(SampleStream):
         return {"first": first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learned.append(state)
+        raise AssertionError
 
 
 def loader(
@@ -340,14 +339,10 @@ def row_numbers(sample_ids: Sequence[str]) -> torch.Tensor:
     ("asked", "most", "number", "said"),
     [
         (5, 3, 3, "3 of each image"),
-        (2, 3, 2, "2 of each image"),
         ("all", 3, 3, "3 of each image"),
         ("all", 10, 10, "10 of each image"),
         ("all", 11, 5, "5 of each image, which makes 1,280 captions in a batch of 256 images; "),
-        (1_000, 1_000, 1_000, "1000 of each image"),
-        (5, None, 5, "5 of each image"),
         (5, 1, 1, "one of each image, since none has several"),
-        ("all", 1, 1, "one of each image, since none has several"),
     ],
 )
 def test_a_visit_brings_no_more_captions_than_an_image_has(asked, most, number, said):
@@ -357,20 +352,6 @@ def test_a_visit_brings_no_more_captions_than_an_image_has(asked, most, number, 
     draw, (note,) = caption_draw(Config(data=DataConfig(captions=asked)), source)
     assert draw.number == number
     assert said in note
-
-
-def test_the_state_is_json_and_prepares_a_stream():
-    source = loader(0, NumberedStream())
-    state = json.loads(json.dumps(source.state_dict(3, 2, size=64)))
-    assert (state["episode"], state["batch"]) == (3, 2)
-    source.load_state_dict(state)
-    assert source.pairs.learned == [{"first": 192}, {"first": 224}]  # the episode, the next batch
-    of_rows = loader().state_dict(3, 2, size=64)
-    assert of_rows == {"episode": 3, "batch": 2}
-    loader().load_state_dict(of_rows)
-    for other, saved in ((loader(), state), (source, of_rows)):
-        with pytest.raises(ValueError, match=r"began with a stream goes on with one.*data\.read"):
-            other.load_state_dict(saved)
 
 
 def kill(texts: list[str]) -> torch.Tensor:
@@ -417,19 +398,6 @@ def test_skips_are_written_once_a_sample(tmp_path):
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["sample_id"] for line in written] == ["a", "ü", "c"]
     assert written[1] == {"sample_id": "ü", "where": "ü.jpg", "reason": "truncated"}
-
-
-def test_too_many_bad_samples_stop_the_run(tmp_path):
-    """Above the share, counted over an episode at least; the first three reasons are quoted."""
-    log = SkipLog(tmp_path / "skipped.jsonl", max_share=0.05, at_least=400)
-    for first in range(0, 20, 2):
-        log.add(20, [bad(f"{first}"), bad(f"{first + 1}")])  # 20 of 200: 5% of an episode
-    with pytest.raises(ValueError, match=r"21 of 220 .* data\.max_bad_share \(0\.05\)") as error:
-        log.add(20, [bad("last")])
-    message = str(error.value)
-    assert message.count("truncated") == 3
-    assert "(0.jpg): truncated; sample '1'" in message
-    assert "skipped.jsonl" in message
 
 
 def test_the_most_captions_are_those_of_the_fullest_pair_or_of_a_share():

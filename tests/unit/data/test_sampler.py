@@ -79,13 +79,6 @@ def test_the_permutation_mixes():
     assert int(rows.max()) < 10**11
 
 
-def test_an_episode_larger_than_the_data_needs_replacement():
-    """Refused without replacement, in a line that names the setting; drawn with it."""
-    with pytest.raises(ValueError, match=r"episodes\.size: 11 .* 10 training samples"):
-        EpisodeSampler(10, 11, seed=0, replacement=False)
-    assert len(EpisodeSampler(10, 11, seed=0).episode(0).rows) == 11
-
-
 def test_transform_draws_repeat_and_change_with_the_episode():
     draws = transform_draws(0, 5, 20, 13)
     assert torch.equal(draws, transform_draws(0, 5, 20, 13))

@@ -286,13 +286,6 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     facts = protoclip.export(tmp_path / "finished", tmp_path / "without", ["open_clip"])
     assert facts["prototypes"] is None
     assert "the run's data cannot be opened (" in facts["captions"]
-    text = (tmp_path / "finished" / "config.toml").read_text()
-    for path in ("hf:someone/pairs", "https://example.org/pairs.tsv"):
-        (tmp_path / "finished" / "config.toml").write_text(text.replace(str(data), path))
-        facts = protoclip.export(tmp_path / "finished", tmp_path / path[:2], ["open_clip"])
-        assert facts["captions"] == (
-            f"the run's data cannot be opened ({path} is not on this machine)"
-        )
 
 
 class EncodedImage(MemoryImages):

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from protoclip.config import (
     Config,
-    DataConfig,
     ImageTowerConfig,
     ModelConfig,
     ParallelConfig,
@@ -17,7 +16,6 @@ from protoclip.data.captions import trim_padding
 from protoclip.models import loading
 from protoclip.models.checkpoint import write_checkpoint
 from protoclip.models.start import resolve_start
-from protoclip.training.plan import make_plan
 from testing import tiny_model
 from tiny_starts import halves
 
@@ -112,21 +110,6 @@ def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], in
     (output.image_features[0] @ output.text_features[1]).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found, len(calls)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (ModelConfig(name="RN50"), "the image tower has BatchNorm"),
-        (tiny_model(), "the image tower has BatchNorm"),
-    ],
-)
-def test_image_towers_that_cannot_compute_again_are_refused_before_data(model, message):
-    """BatchNorm would count each batch twice."""
-    again = ParallelConfig(activation_checkpointing=True)
-    config = Config(model=model, data=DataConfig(train="no such file"), parallel=again)
-    with pytest.raises(ValueError, match=f"^parallel.activation_checkpointing: {message}"):
-        make_plan(config)
 
 
 @pytest.mark.parametrize("kind", ["small text tower", "halves"])
