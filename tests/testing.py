@@ -42,16 +42,7 @@ _resident = 500_000_000  # bytes after the last `return_memory`; importing torch
 
 
 def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Table:
-    """Coloured shapes with captions such as "a red square".
-
-    Args:
-        num_samples: Rows of the table.
-        side: Height and width of the images, in pixels.
-        seed: Of colours, shapes and places.
-
-    Returns:
-        A table with the columns `image` (PNG bytes), `caption` and `sample_id`.
-    """
+    """A table of PNG images of coloured shapes, captions such as "a red square", and sample ids."""
     generator = np.random.default_rng(seed)
     images, captions = [], []
     for _ in range(num_samples):
@@ -103,20 +94,8 @@ def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """Call a function on every rank of a gloo group of processes on this machine.
 
-    The processes wait for the next call afterwards. With `world_size=1` the function runs in this
-    process, without a group.
-
-    Args:
-        function: Must be importable from its module, so that it can be sent to a process.
-        world_size: Number of ranks.
-        arguments: The same for every rank.
-
-    Returns:
-        What the function returned, by rank.
-
-    Raises:
-        AssertionError: The function raised on a rank (its traceback is quoted), or took over
-            `TIMEOUT` seconds.
+    Returns what it returned, by rank. The processes wait for the next call afterwards. With
+    `world_size=1` the function runs in this process, without a group. It must be importable.
     """
     if world_size == 1:
         return [function(*arguments)]

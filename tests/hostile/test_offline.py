@@ -54,20 +54,14 @@ NEEDS: dict[str, str] = {
     "evaluate hf:nobody/model --data emoji": f"hf:nobody/model: {NO_HUB}",
     "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data emoji": f"laion2b_s34b_b79k: {NO_HUB}",
     "evaluate open_clip:RN50/openai --data emoji": f"open_clip:RN50/openai: {NO_HUB}",
-    "train --model.start hf:nobody/model": f"model.start: hf:nobody/model: {NO_HUB}",
     "train --model.name RN50 --model.pretrained openai": f"pretrained: RN50/openai: {NO_HUB}",
     "train --model.text.name nobody/model": f"model.text.name: nobody/model: {NO_HUB}",
     "data inspect hf:nobody/data": f"hf:nobody/data: {NO_HUB}",
     "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: {reason}",
     "train --data.workers 0 --data.train https://example.com/{0..1}.tar": "/1.tar: {reason}",
-    "train --data.train https://example.com/pairs.csv": "https://example.com/pairs.csv: {reason}",
     "evaluate {}/run --data https://example.com/pairs.csv": "example.com/pairs.csv: {reason}",
-    "embed hf:nobody/model --data {}/pairs.parquet --out {out}/v.parquet": NO_HUB,
-    "embed-teacher --teacher hf:nobody/model --data.train {}/pairs.parquet --out {out}/f": NO_HUB,
     "embed-teacher --teacher timm:resnet18 --data.train {}/pairs.parquet --out {out}/f": NO_HUB,
-    "export hf:nobody/model {out}/exported": f"hf:nobody/model: {NO_HUB}",
     "export {}/run {out}/e --formats open_clip --push_to_hub me/model --yes": f"me/model: {NO_HUB}",
-    "explore hf:nobody/model --data {}/pairs.parquet --static {out}/pages": NO_HUB,
 }
 
 

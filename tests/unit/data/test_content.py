@@ -146,13 +146,12 @@ def test_pairs_of_which_some_are_held_out_now_are_others():
 def test_changed_classes_and_names_of_rows_are_other_content():
     """Also where the facts of the rows are kept."""
     kinds = [str(row % 3) for row in range(40)]
-    of_classes = [
-        of(TINY.append_column("kind", pa.array(each)), class_column="kind", table_key="same")
-        for each in (kinds,)
-    ]
+    with_classes = of(
+        TINY.append_column("kind", pa.array(kinds)), class_column="kind", table_key="same"
+    )
     changed = TINY.append_column("kind", pa.array(kinds[::-1]))
-    assert difference(*of_classes, of(changed, class_column="kind")) == "other classes"
-    assert difference(of(TINY), *of_classes) is None
+    assert difference(with_classes, of(changed, class_column="kind")) == "other classes"
+    assert difference(of(TINY), with_classes) is None
     without_ids = TINY.drop_columns(["sample_id"])
     one, other = (of(without_ids, name, id_column=None, table_key="x") for name in ("a", "b"))
     assert (one[0]["ids"], other[0]["ids"]) == ("a/row", "b/row")

@@ -17,7 +17,6 @@ from protoclip.data.decode import (
     decode,
     decode_crop,
     dimensions,
-    resize,
 )
 
 
@@ -68,21 +67,6 @@ def test_a_jpeg_crop_is_pils_to_40_db(side, box, size, options):
     data = encoded(photo(side, side), "JPEG", quality=90, **options)
     ours = decode_crop(data, fixed(box), size)
     assert psnr(ours, pil_crop(data, box, size)) > 40
-
-
-@pytest.mark.parametrize(("size", "expected"), [(140, 320), (70, 160), (35, 80), (200, 640)])
-def test_a_large_jpeg_is_decoded_at_a_fraction(size, expected, monkeypatch):
-    """The resizing step gets no more pixels than twice the size wanted needs."""
-    seen = []
-
-    def spy(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-        seen.append(pixels.shape[0])
-        return resize(pixels, height, width)
-
-    monkeypatch.setattr("protoclip.data.decode.resize", spy)
-    data = encoded(photo(640, 640), "JPEG")
-    decode_crop(data, fixed((0, 0, 640, 640)), size)
-    assert seen == [expected]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -9,29 +9,16 @@ import torch
 
 from protoclip.config import ModelConfig
 from protoclip.models import loading
-from protoclip.models.checkpoint import split_tensors, write_checkpoint
+from protoclip.models.checkpoint import write_checkpoint
 
 
-def save_run(
-    folder: Path,
-    config: ModelConfig,
-    *,
-    sigmoid: bool = False,
-    alpha: float | None = None,
-    **state: Any,
-) -> Path:
+def save_run(folder: Path, config: ModelConfig, *, alpha: float | None = None) -> Path:
     """A run with one checkpoint, with `alpha` one of chosen weights; returns its folder."""
-    tensors: dict[str, torch.Tensor] = {}
     described = {"model": asdict(config)} | ({} if alpha is None else {"alpha": alpha})
-    facts = {"model.json": described, "state.json": split_tensors(state, tensors)}
-    model = loading.model(config, seed=1)
-    if sigmoid:
-        model.add_logit_bias()
-    write_checkpoint(
-        folder / "checkpoints" / "step-000000004",
-        {"model.safetensors": model.state_dict(), "resume.safetensors": tensors},
-        facts,
-    )
+    facts = {"model.json": described, "state.json": {}}
+    weights = loading.model(config, seed=1).state_dict()
+    tensors = {"model.safetensors": weights, "resume.safetensors": {}}
+    write_checkpoint(folder / "checkpoints" / "step-000000004", tensors, facts)
     return folder
 
 

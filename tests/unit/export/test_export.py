@@ -54,7 +54,6 @@ SIGLIP = {
 NAMED: dict[str, dict[str, Any]] = {
     "clip": CLIP,
     "clip-quickgelu": {**CLIP, "quick_gelu": True},
-    "clip-other-text": {**CLIP, "custom_text": True, "text_cfg": {**TEXT, "embed_cls": True}},
     "resnet": {**CLIP, "vision_cfg": RESNET},
     "timm": {**CLIP, "vision_cfg": TIMM},
     "sig": SIGLIP,
@@ -83,10 +82,6 @@ NO_HF = (
 # Formats that a model has, and why it has no others.
 MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "run": ({"open_clip": "CLIP", "hf": "VisionTextDualEncoderModel", "timm": "test_resnet"}, {}),
-    "run-sigmoid": (
-        {"open_clip": "CLIP", "timm": "test_resnet"},
-        {"hf": NO_HF},
-    ),
     "run-vit": (
         {"hf": "VisionTextDualEncoderModel", "timm": "test_vit"},
         {"open_clip": "it builds test_vit for images of 160 pixels alone, not 32"},
@@ -95,10 +90,6 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "clip-quickgelu": (
         {"open_clip": "CLIP", "hf": "CLIPModel", "timm": "vit_base_patch32_clip_quickgelu_224"},
         {},
-    ),
-    "clip-other-text": (
-        {"open_clip": "CustomTextCLIP", "timm": "vit_base_patch32_clip_224"},
-        {"hf": NO_HF},
     ),
     "resnet": (
         {"open_clip": "CLIP"},
@@ -140,8 +131,8 @@ def reference(
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
 
     def make(kind: str) -> str:
-        if kind in ("run", "run-sigmoid"):
-            return str(save_run(base / kind, tiny_model(), sigmoid=kind == "run-sigmoid"))
+        if kind == "run":
+            return str(save_run(base / kind, tiny_model()))
         if kind == "run-vit":
             image = ImageTowerConfig(name="test_vit", size=32)
             return str(save_run(base / kind, replace(tiny_model(), image=image)))

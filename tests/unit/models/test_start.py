@@ -39,7 +39,8 @@ from protoclip.models.checkpoint import (
     write_checkpoint,
 )
 from protoclip.models.protoclip import ProtoCLIP, image_normalisation, projection_head
-from protoclip.models.start import find_start, resolve_start
+from protoclip.models.start import find_start, names_model, resolve_start
+from protoclip.models.transformers import MINILM
 from protoclip.rules import check
 from protoclip.training import run
 from protoclip.training.plan import make_plan, resolve_settings
@@ -434,3 +435,40 @@ def test_heads_are_new_until_a_loss_has_trained_them(changed, new, tmp_path):
     weights[name] = weights[name] + 1
     write_checkpoint(tmp_path, {WEIGHTS: weights}, {MODEL: model_json(tiny_model(), None)})
     assert find_start(str(tmp_path)).heads_are_new == new
+
+
+def test_a_folder_does_not_take_the_name_of_a_tower(pairs, tmp_path, monkeypatch):
+    """Such as that of a run; with `./` before it, it is meant."""
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig(image=ImageTowerConfig(name="test_resnet"), text=tiny_model().text)
+    run.train(one_step(pairs, Path("test_resnet"), replace(tiny_model(), image=model.image)))
+    assert resolve_start(model).is_small
+    assert names_model("image", "./test_resnet")
+    Path(MINILM).mkdir()
+    assert not names_model("text", MINILM)
+    resolve_start(ModelConfig(text=TextTowerConfig(name=MINILM)))
+
+
+def test_a_named_model_keeps_the_files_of_its_text_tower(pairs, tmp_path, monkeypatch):
+    """open_clip reads some from the hub, for which a folder stands here that then goes away."""
+    bert = save_bert(tmp_path / "hub")
+    names = {"hf_model_name": str(bert), "hf_tokenizer_name": str(bert)}
+    text = {**names, "hf_pooler_type": "mean_pooler", "context_length": 20}
+    described = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": text}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny-bert.json").write_text(json.dumps(described))
+    known = open_clip.factory._MODEL_CONFIGS
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(known))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [tmp_path / "configs"])
+    open_clip.factory._rescan_model_configs()
+    run.train(one_step(pairs, tmp_path / "run", ModelConfig(name="tiny-bert", heads=HEADS)))
+    model, _, tokenizer = protoclip.load(tmp_path / "run")
+    with torch.no_grad():
+        before = model.encode_text(tokenizer(["a red square"]))
+    shutil.rmtree(bert)
+    model, _, tokenizer = protoclip.load(tmp_path / "run")
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(tokenizer(["a red square"])), before)
+    # Systems add hidden files to what is copied.
+    (find_checkpoint(tmp_path / "run") / "text" / ".DS_Store").write_bytes(b"")
+    protoclip.load(tmp_path / "run")
