@@ -11,7 +11,6 @@ import pytest
 from audited import OBEYED, Ended, call
 
 from interrupting import with_changes
-from protoclip.config import Config
 from protoclip.files import to_json
 from protoclip.terminal import visible
 from protoclip.training.folder import to_toml
@@ -83,14 +82,11 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"validation": 0.4, "class_column": "class", "max_bad_share": 0.5},
         "episodes": {"size": 32, "count": 3, "batch_size": 16},
     }
-    write_recipe(with_changes(config, changes), home / "recipe.toml")
+    recipe = to_toml(with_changes(config, changes))
+    (home / "recipe.toml").write_text(recipe, encoding="utf-8")
     ended = call(["train", "--config", str(home / "recipe.toml")], writes=[home])
     assert "eval/" in ended.out
     return home
-
-
-def write_recipe(config: Config, path: Path) -> None:
-    path.write_text(to_toml(config), encoding="utf-8")
 
 
 def on(home: Path, *words: str) -> Ended:

@@ -223,23 +223,16 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
     assert not made, made
 
 
-# A typo in each path that a command reads or writes. (`none` would unset a setting.)
+# Typos in paths that each command reads or writes; test_rules.py has those of all settings.
 TYPOS = """\
 train --data.train gone.tsv
 train --data.validation gone.tsv --data.train test_hostile.py
-train --data.root gone
-train --data.only gone.csv
-train --model.start gone
-train --teacher.features gone.npy
-train --run.guard gone.tsv
 train --run.out test_hostile.py/new
 train --config gone.toml
 align --data.train gone.tsv
 finetune gone
-finetune . --guard gone.tsv
 evaluate gone
 evaluate . --data gone.tsv
-evaluate . --root gone
 evaluate . --compare_to gone
 evaluate . --out test_hostile.py/new
 compare gone
@@ -254,10 +247,8 @@ export gone new
 export . test_hostile.py/new
 embed gone --data test_hostile.py --out new.parquet
 embed . --data gone.tsv --out new.parquet
-embed . --data test_hostile.py --root gone --out new.parquet
 embed . --data test_hostile.py --out .
 match --images gone --texts minilm --data test_hostile.py
-match --images timm:resnet10t --texts gone --data test_hostile.py
 match --images timm:resnet10t --texts minilm --data gone.tsv
 embed-teacher --teacher gone --out new
 embed-teacher --teacher . --out new --data.train gone.tsv

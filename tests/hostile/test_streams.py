@@ -5,11 +5,11 @@ import os
 import re
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from audited import Ended
 
 from protoclip.cli import main
 from protoclip.models import checkpoint as saved
@@ -21,13 +21,6 @@ LOST = "protoclip: error: standard output: No space left on device; what is prin
 def home(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of a run as the current folder."""
     monkeypatch.chdir(trained)
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
 
 
 def redirected(streams: str) -> dict[int, str]:
@@ -46,7 +39,8 @@ def ended(words: str, streams: str, folder: Path) -> Ended:
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return Ended(code, *(path.read_text(encoding="utf-8") for path in paths))
+    out, err = (path.read_text(encoding="utf-8") for path in paths)
+    return Ended(code=code, out=out, err=err)
 
 
 def in_child(words: list[str], streams: dict[int, str], paths: list[Path]) -> Any:

@@ -71,10 +71,6 @@ class Server:
     def objects(self) -> dict[str, Any]:
         return dict(self.backend.buckets[self.name].keys.items())
 
-    def read(self, name: str) -> bytes:
-        value: bytes = self.backend.buckets[self.name].keys[name].value
-        return value
-
     def __call__(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         asked = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
         self.requests.append(asked)

@@ -144,42 +144,6 @@ def test_workers_serve_episodes_from_any_position(kind):
     assert len(*processes) == 2
 
 
-@pytest.mark.parametrize("kind", ["rows", "stream"])
-def test_workers_go_on_with_the_pass_that_comes_next(kind, monkeypatch):
-    """One iteration serves all passes in the order foretold; another order costs a new one."""
-    iterations = []
-    started = DataLoader.__iter__
-    monkeypatch.setattr(
-        DataLoader, "__iter__", lambda loader: iterations.append(1) or started(loader)
-    )
-    stream = NumberedStream() if kind == "stream" else None
-    evaluation = EvaluationTransform(size=12, mean=GREY, std=GREY)
-
-    def extraction(source: EpisodeLoader, index: int) -> Pass:
-        return Pass(episode_of(32, index), transform=evaluation, stream=EXTRACTION_STREAM)
-
-    def after(current: Pass) -> Pass | None:
-        index = current.episode.index
-        if current.stream == EXTRACTION_STREAM:
-            return Pass(episode_of(32, index))
-        return extraction(ours, index + 1) if index < 2 else None
-
-    ours, alone = loader(2, stream, after=after), loader(0, NumberedStream() if stream else None)
-    for index in range(3):
-        for one in (extraction(ours, index), Pass(episode_of(32, index))):
-            assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
-    assert len(iterations) == 1 + 6  # `alone` has one a pass
-    # An early end, and a pass that nobody foretold.
-    left = ours.batches(episode_of(32, 1))
-    next(left)
-    left.close()
-    for index in (1, 0):
-        one = Pass(episode_of(32, index), start=1)
-        assert_same(list(ours.batches_of(one)), list(alone.batches_of(one)))
-    ours.close()
-    assert stream is None or stream.open == 0
-
-
 @pytest.mark.parametrize(
     "settings",
     [

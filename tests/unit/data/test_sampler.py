@@ -113,28 +113,28 @@ def test_sources_without_weights_are_one_long_source():
     assert torch.equal(joined.episode(3).rows, single.episode(3).rows)
 
 
-def test_a_weight_that_brings_no_pair_into_any_episode_is_refused():
-    """Without replacement, where each episode has as many of a source."""
-    parts = [ImageTextPairs(tiny_pairs(8), name=name) for name in ("many", "few")]
-    weights = {"many": 100.0, "few": 1.0}
+@pytest.mark.parametrize(
+    ("weights", "left_out", "message"),
+    [
+        ((100.0, 1.0), [], "the weight of 'few' is too small"),
+        # A permutation of nothing would never end.
+        ((1.0, 1.0), [8, 9], "no pair of 'few' is left .* weight;"),
+    ],
+)
+def test_a_source_with_a_weight_that_brings_no_pair_is_named(weights, left_out, message):
+    """Its share of an episode is less than a pair, or all of it is held out."""
+    parts = [ImageTextPairs(tiny_pairs(size), name=n) for n, size in (("many", 8), ("few", 2))]
+    entries = zip(parts, weights, strict=True)
     config = Config(
-        data=DataConfig(sources=[SourceConfig(path=p.name, weight=weights[p.name]) for p in parts]),
+        data=DataConfig(sources=[SourceConfig(path=p.name, weight=w) for p, w in entries]),
         episodes=EpisodeConfig(size=8, replacement=False),
     )
-    with pytest.raises(ValueError, match=r"^data\.sources: the weight of 'few' is too small"):
-        episodes(config, mix_pairs(parts))
-    config = replace(config, episodes=replace(config.episodes, replacement=True))
-    assert len(episodes(config, mix_pairs(parts))(0).rows) == 8
-
-
-@pytest.mark.parametrize("replacement", [True, False])
-def test_a_source_with_a_weight_and_no_pair_left_is_named(replacement):
-    """All of it is held out. A permutation of nothing would never end."""
-    parts = [ImageTextPairs(tiny_pairs(size), name=f"of {size}") for size in (8, 2)]
-    samples = drop_rows(mix_pairs(parts), np.array([8, 9]))
-    config = Config(
-        data=DataConfig(sources=[SourceConfig(path=part.name, weight=1.0) for part in parts]),
-        episodes=EpisodeConfig(size=8, replacement=replacement),
-    )
-    with pytest.raises(ValueError, match=r"^data\.sources: no pair of 'of 2' is left .* weight;"):
+    samples = drop_rows(mix_pairs(parts), np.array(left_out, np.int64))
+    with pytest.raises(ValueError, match=rf"^data\.sources: {message}"):
         episodes(config, samples)
+    config = replace(config, episodes=replace(config.episodes, replacement=True))
+    if left_out:
+        with pytest.raises(ValueError, match=rf"^data\.sources: {message}"):
+            episodes(config, samples)
+    else:
+        assert len(episodes(config, samples)(0).rows) == 8

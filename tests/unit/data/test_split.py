@@ -1,9 +1,7 @@
 """Held-out pairs: nothing of them is left in training."""
 
-import errno
 import io
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -216,18 +214,3 @@ def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
     assert found == (320, 20, with_caption)
     held = np.arange(5)  # of what is trained on
     assert count_shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
-
-
-def test_a_choice_is_read_from_a_cache_that_is_read_only(tmp_path, monkeypatch):
-    """One that is not there yet needs a folder that can be written."""
-
-    def refused(path: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    pairs = source(200, "web", captions=10**9, images=10**9)
-    rows = hold_out_rows([pairs], share=0.1, folder=tmp_path)
-    monkeypatch.setattr(split, "in_turn", refused)
-    assert np.array_equal(hold_out_rows([pairs], share=0.1, folder=tmp_path), rows)
-    with pytest.raises(ValueError, match=r"cannot be written \(Perm.*; set PROTOCLIP_CACHE to an"):
-        hold_out_rows([pairs], share=0.2, folder=tmp_path)

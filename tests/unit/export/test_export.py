@@ -17,16 +17,12 @@ import transformers
 from exported import assert_close, blocks_of, run_code, run_examples, save_run
 from PIL import Image
 from safetensors.torch import load_file
-from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import test_vit as vit_of_six_blocks
 
 import protoclip
 from protoclip.cli import main
 from protoclip.config import ImageTowerConfig
 from protoclip.export import huggingface, run
 from protoclip.export.card import write_examples
-from protoclip.export.open_clip import open_source
 from protoclip.files import read_json
 from protoclip.models.open_clip import clip_tokenizer
 from protoclip.models.opening import PICKLED
@@ -62,18 +58,6 @@ NAMED: dict[str, dict[str, Any]] = {
         "vision_cfg": TIMM,
         "text_cfg": {"hf_proj_type": "linear", "context_length": 12},
     },
-    "coca": {
-        **CLIP,
-        "vision_cfg": {**VIT, "attentional_pool": True, "output_tokens": True},
-        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
-        "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
-        "custom_text": True,
-    },
-}
-# A smaller one for ONNX, which takes seconds a layer.
-NAMED["hf-text-one-block"] = {
-    **NAMED["hf-text"],
-    "vision_cfg": {**TIMM, "timm_model_name": "one_block"},
 }
 NO_HF = (
     "transformers needs CLIP's text tower, CLIP's or timm's image tower with a linear projection, "
@@ -110,12 +94,6 @@ MATRIX: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
-@register_model
-def one_block(pretrained: bool = False, **more: Any) -> VisionTransformer:
-    """timm's test_vit with one block of its six."""
-    return vit_of_six_blocks(pretrained, **{"depth": 1, **more})
-
-
 @pytest.fixture
 def reference(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
@@ -138,7 +116,7 @@ def reference(
             return str(save_run(base / kind, replace(tiny_model(), image=image)))
         monkeypatch.setattr(build, "__defaults__", (base / "merges.gz", *build.__defaults__[1:]))
         clip_tokenizer.cache_clear()  # of all words
-        if kind.startswith("hf-text"):
+        if kind == "hf-text":
             bert = str(save_bert(base / "bert"))
             text = {**NAMED[kind]["text_cfg"], "hf_model_name": bert, "hf_tokenizer_name": bert}
             config = {**NAMED[kind], "text_cfg": text}
@@ -257,15 +235,6 @@ def test_other_ways_to_prepare_images(preprocessing, why_not, reference, tmp_pat
         torch.testing.assert_close(pixels, transform(image), atol=0.05, rtol=0)
 
 
-def test_sentence_transformers_loads_the_folder(reference, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    protoclip.export(reference("clip"), tmp_path / "out", ["hf"])
-    model = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    image, text = expected("open_clip:clip")
-    assert_close(torch.from_numpy(model.encode(TEXTS)), text)
-    assert_close(torch.from_numpy(model.encode(IMAGES)), image, 0.01)
-
-
 def test_what_transformers_js_reads(reference, tmp_path):
     """Names of files, inputs and outputs; batches of any size; the tokenizer's own padding."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -305,28 +274,6 @@ def test_what_transformers_js_reads(reference, tmp_path):
     ids = {token["content"]: token["id"] for token in added}
     assert ids == {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     assert tokenizer.model_max_length == 8
-
-
-@pytest.mark.slow
-def test_onnx_graphs_compute_the_same(reference, tmp_path):
-    """Of a text tower that no other test writes as ONNX."""
-    pytest.importorskip("onnxruntime")
-    facts = protoclip.export(reference("hf-text-one-block"), tmp_path / "out", ["onnx"])
-    assert max(facts["differences"]["onnx"].values()) < 1e-5
-
-
-def test_the_graphs_of_a_coca_give_features_of_any_norm(reference):
-    """ONNX is made of them; open_clip's CoCa gives unit norm unless it is told not to."""
-    source = open_source(reference("coca"))
-    images = torch.stack([source.transform(image) for image in IMAGES])
-    tokens = source.tokenizer(TEXTS)
-    with torch.no_grad():
-        image, text = (
-            huggingface.ImageGraph(source.model)(images),
-            huggingface.TextGraph(source.model)(tokens),
-        )
-        assert torch.equal(image, source.model.encode_image(images))
-        assert torch.equal(text, source.model.encode_text(tokens))
 
 
 @pytest.mark.parametrize(

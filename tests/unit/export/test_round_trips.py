@@ -360,7 +360,7 @@ def test_the_lines_of_the_card_bring_other_libraries_to_the_same_tensor(run_and_
     card = (folder / "README.md").read_text()
     lines = dict(re.findall(r"^\| (.*) \| `(image = .*)` \|$", card, re.MULTILINE))
     assert len(lines) == 3
-    model, transform, _ = protoclip.load(folder)
+    model, transform, tokenizer = protoclip.load(folder)
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True)
     settings = timm.data.resolve_model_data_config(tower)
@@ -384,6 +384,8 @@ def test_the_lines_of_the_card_bring_other_libraries_to_the_same_tensor(run_and_
             steps = (prepare(names["image"]) - wanted[-1]).abs().max() * 255 * 0.26
             assert steps < 4, (name, library, steps)
     sentences = pytest.importorskip("sentence_transformers")
-    found = sentences.SentenceTransformer(str(folder), device="cpu").encode(mended)
+    library = sentences.SentenceTransformer(str(folder), device="cpu")
+    images, texts = (torch.from_numpy(library.encode(given)) for given in (mended, TEXTS))
     with torch.no_grad():
-        assert_close(torch.from_numpy(found), model.encode_image(torch.stack(wanted)), 0.02)
+        assert_close(images, model.encode_image(torch.stack(wanted)), 0.02)
+        assert_close(texts, model.encode_text(tokenizer(TEXTS)))

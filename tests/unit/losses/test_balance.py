@@ -74,15 +74,6 @@ def test_prototypes_that_hardly_pull_are_not_blown_up():
     assert float(balance.factor("text")) == MOST
 
 
-def test_the_state_goes_on_to_the_bit():
-    first, second = Balance(), Balance()
-    first.update(pulls(image=(0.3, 0.7), text=(0.1, 0.9)), EQUAL, TAKEN)
-    second.load_state_dict(first.state_dict())
-    for each in (first, second):
-        each.update(pulls(image=(0.2, 0.5), text=(0.6, 0.2)), EQUAL, TAKEN)
-    assert all(torch.equal(first.means[name], second.means[name]) for name in ("image", "text"))
-
-
 @pytest.mark.parametrize("chunk", [8, 3])
 def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
     """Of both branches apart, in one pass and with GradCache; once taken, they start anew."""

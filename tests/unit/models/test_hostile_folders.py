@@ -153,18 +153,6 @@ def test_what_cannot_be_opened_is_one_line(make, command, tmp_path, capsys):
     assert not list(tmp_path.rglob("ran"))
 
 
-def test_weights_of_a_half_that_are_a_pickle(tmp_path, capsys):
-    save_pickle(tmp_path / "image.pt")
-    options = f"--model.image.name test_vit --model.image.weights {tmp_path}/image.pt"
-    with pytest.raises(SystemExit):
-        main(f"train {options} --run.out {tmp_path}/out".split())
-    assert (
-        "image.pt: holds more than tensors, which could run code"
-        in capsys.readouterr().err.splitlines()[-1]
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.pt"]
-
-
 def test_the_pickle_is_hostile(tmp_path):
     """Read as a pickle, it runs; so the tests above can fail."""
     save_pickle(tmp_path / "a.bin")
