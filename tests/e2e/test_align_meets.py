@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -245,14 +244,16 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     A run whose image half is another one encodes no caption that judges.
     """
     run, encoded = tmp_path / "run", list[int]()
-    check = features.encode
+    check = features.encode_into
 
-    def watched(*given: Any, **more: Any) -> Iterator[Round]:
-        for made in check(*given, **more):
+    def watched(*given: Any, after: Any, **more: Any) -> None:
+        def count(made: Round) -> None:
             encoded.append(len(made.hashes))
-            yield made
+            after(made)
 
-    monkeypatch.setattr(features, "encode", watched)
+        check(*given, after=count, **more)
+
+    monkeypatch.setattr(features, "encode_into", watched)
     for tower in ("encode_image", "encode_text"):
         # Nothing passes the whole model.
         monkeypatch.setattr(ProtoCLIP, tower, Mock(side_effect=AssertionError))

@@ -219,7 +219,6 @@ def encode(
     *,
     batch_size: int | None = None,
     threads: int | None = None,
-    blank: Callable[[], Any] | None = None,
 ) -> Generator[Round, None, None]:
     """What a frozen model makes of items, a unit of each rank at a time. All ranks call it.
 
@@ -230,14 +229,12 @@ def encode(
             so that little is padding; unset, all are.
         threads: How many prepare a unit while the model is at the one before; unset, one a core; 0
             for none.
-        blank: An input that stands in where a rank has none. The forward pass of a sharded model is
-            collective.
 
     Raises:
         ValueError: A unit cannot be read, or for long no remote image could be; on all ranks.
     """
     # Attention with adapters changes the order of its parameters in each pass, and by their order
-    # ranks send them to each other.
+    # ranks send them to each other. So a rank without inputs takes an example.
     all_pass = parallel.is_sharded(encoder.module) or layers.has_adapters(encoder.module)
     coming = read_ahead(units, prepare, threads)
     try:
@@ -252,7 +249,7 @@ def encode(
             if has_new:
                 inputs = [given for _, given in new]
                 if all_pass:  # a rank that fails in it ends, since others wait there
-                    made = encoder.encode(inputs or [blank()])[: len(new)]  # type: ignore[misc]
+                    made = encoder.encode(inputs or [*encoder.examples[:1]])[: len(new)]
                 else:
                     made = raise_on_all_ranks(partial(encode_some, encoder, inputs, batch_size))
                 own = np.array([hash_ for hash_, _ in new], np.uint64)

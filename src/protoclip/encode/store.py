@@ -6,7 +6,6 @@ import socket
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -100,13 +99,12 @@ class Store:
         self.folder, self.dtype, self.setting = folder, np.dtype(dtype), setting
         self.is_optional, self._is_writable = is_optional, folder is not None
         self.refusal: OSError | ValueError | None = None  # why rows cannot be added
-        self._waiting = list[tuple[Hashes, Features]]()
         self._use([])
         self.open()
 
     def open(self) -> None:
         """Map what rank 0 sees of the folder now. Collective."""
-        if self.folder is None:
+        if not self._is_writable:  # what is in memory alone would go
             return
         listed = rank0_first(self._list_volumes)
         seen = raise_on_all_ranks(lambda: self._sees(listed))
@@ -145,23 +143,13 @@ class Store:
         is_known: npt.NDArray[np.bool_] = self.find(hashes) >= 0
         return is_known
 
+    def fetch(self, hashes: Hashes) -> Features:
+        """The rows of these ids, which are all here; `ValueError` names a damaged file."""
+        return self.read(self.find(hashes))
+
     def read(self, numbers: npt.NDArray[np.integer]) -> Features:
         """Rows by their numbers, as they are stored; `ValueError` names a damaged file."""
-        features, is_whole = self.read_whole(numbers)
-        if not is_whole.all():
-            at = int(np.searchsorted(self.starts, numbers[~is_whole][0], "right")) - 1
-            raise ValueError(
-                f"{self.volumes[at].name}{FEATURES_END}: damaged (a checksum differs); delete it, "
-                "and give the command again"
-            )
-        return features
-
-    def read_whole(
-        self, numbers: npt.NDArray[np.integer]
-    ) -> tuple[Features, npt.NDArray[np.bool_]]:
-        """Rows by their numbers, and whether each is what was written."""
         features: Features = np.empty((len(numbers), self.width), self.dtype)
-        is_whole = np.ones(len(numbers), np.bool_)
         order = np.argsort(numbers)  # in the order of the file each page is read once
         ends = np.searchsorted(numbers[order], self.starts)
         for volume, start, first, end in zip(
@@ -171,77 +159,30 @@ class Store:
                 some = order[first:end]
                 rows = numbers[some] - start
                 features[some], facts = volume.features[rows], volume.rows[rows]
-                checksums = row_checksums(facts["hash"], features[some])
-                is_whole[some] = checksums == facts["checksum"]
+                if (row_checksums(facts["hash"], features[some]) != facts["checksum"]).any():
+                    raise ValueError(
+                        f"{volume.name}{FEATURES_END}: damaged (a checksum differs); delete it, "
+                        "and give the command again"
+                    )
                 release(volume.features)
-        return features, is_whole
-
-    def read_or_map(self, numbers: Numbers) -> Features:
-        """Rows by their numbers; in one volume and in its order, they are mapped into memory."""
-        if len(numbers) and np.array_equal(
-            numbers, np.arange(numbers[0], numbers[0] + len(numbers))
-        ):
-            at = int(np.searchsorted(self.starts, numbers[0], "right")) - 1
-            first = int(numbers[0] - self.starts[at])
-            if len(rows := self.volumes[at].features[first : first + len(numbers)]) == len(numbers):
-                return rows
-        return self.read(numbers)
-
-    def has_whole(self, hashes: Hashes) -> bool:
-        """Whether all of these ids have rows that are what was written. Collective.
-
-        Volumes with a damaged one are removed.
-        """
-        numbers = self.find(hashes)
-        known, damaged = numbers[numbers >= 0], np.zeros(len(self.volumes), np.bool_)
-        for first in range(0, len(known), BLOCK_ROWS):
-            some = known[first : first + BLOCK_ROWS]
-            wrong = some[~self.read_whole(some)[1]]
-            damaged[np.searchsorted(self.starts, wrong, "right") - 1] = True
-        damaged = np.array(any_rank(damaged.tolist()), np.bool_) if len(damaged) else damaged
-        if damaged.any():
-            gone = [volume.name for volume, bad in zip(self.volumes, damaged, strict=True) if bad]
-
-            def remove() -> None:
-                for name in filter(None, gone):
-                    for end in (ROWS_END, FEATURES_END):
-                        with suppress(OSError):
-                            Path(name + end).unlink()
-
-            rank0_first(remove)
-            self._use([v for v, bad in zip(self.volumes, damaged, strict=True) if not bad])
-            return False
-        return len(known) == len(numbers)
+        return features
 
     def add(self, hashes: Hashes, features: Features) -> None:
         """Write rows, in blocks. All ranks call it with the same rows, and rank 0 writes.
 
-        `open` maps them, but those of an optional store are in memory from now on.
+        `open` maps them. Those of an optional store are in memory from now on, and ids that it has
+        are passed over.
         """
         if self.refusal is not None:
             raise self.refusal
+        if self.is_optional:
+            new = np.sort(np.unique(hashes, return_index=True)[1])
+            new = new[~self.has(hashes[new])]
+            hashes, features = hashes[new], features[new]
         if self._is_writable:
-            rank0_first(lambda: self._write(hashes, features))
+            self._is_writable = rank0_first(lambda: self._write(hashes, features))
         if self.is_optional and len(hashes):
             self._use([*self.volumes, Volume("", rows_of(hashes, features), features)])
-
-    def add_new(self, hashes: Hashes, features: Features) -> None:
-        """The same with ids that may be here or come several times, once they make a block."""
-        self._waiting.append((hashes, features))
-        if sum(len(some) for some, _ in self._waiting) >= BLOCK_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add what waits."""
-        waiting = [(some, rows) for some, rows in self._waiting if len(some)]
-        self._waiting.clear()
-        if waiting:
-            hashes = np.concatenate([some for some, _ in waiting])
-            features = np.concatenate([rows for _, rows in waiting])
-            first = np.sort(np.unique(hashes, return_index=True)[1])
-            new = first[~self.has(hashes[first])]
-            if len(new):
-                self.add(hashes[new], features[new])
 
     def _list_volumes(self) -> dict[str, tuple[int, bytes]]:
         """The names of volumes, the number of rows in each, and the bytes of its last row."""
@@ -286,19 +227,21 @@ class Store:
         features = np.memmap(f"{path}{FEATURES_END}", self.dtype, "c", shape=shape)
         return Volume(str(path), rows, features)
 
-    def _write(self, hashes: Hashes, features: Features) -> None:
+    def _write(self, hashes: Hashes, features: Features) -> bool:
+        """Whether the folder can be written, which all but an optional one must be."""
+        assert self.folder is not None
         if not self.is_optional:
             self._write_blocks(hashes, features)
-            return
-        assert self.folder is not None
+            return True
         try:
             with locked(self.folder):
                 self._write_blocks(hashes, features)
         except OSError as error:
             say(f"warning: features are not kept ({error})")
-            self._is_writable = False  # once is enough
+            return False
         except ValueError:  # another process adds to it
-            pass
+            return False
+        return True
 
     def _write_blocks(self, hashes: Hashes, features: Features) -> None:
         assert self.folder is not None

@@ -6,7 +6,7 @@ The loop is in `encode/run.py`, and the store in `encode/store.py`. `suite.py` h
 import hashlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from protoclip.distributed.collectives import (
 from protoclip.encode.encoder import Encoder as FrozenEncoder
 from protoclip.encode.encoder import image_encoder, image_side, text_encoder, text_side
 from protoclip.encode.rows import SETTING, features_folder
-from protoclip.encode.run import encode, hash_images, units_of_rank
+from protoclip.encode.run import Round, encode_into, hash_images, units_of_rank
 from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_ids
 from protoclip.evaluation.datasets import Captions, EvaluationData, Images, match_captions
 from protoclip.files import checksum, replacing
@@ -94,10 +94,8 @@ def build_encoder(
         return Encoder(model=model, **given)
     if not has_cache and aligned_by is None:
         return Encoder(model=model, **given)
-    towers = FrozenEncoders(model.towers)
-    frozen = Encoder(model=towers, **given)
-    if has_cache and aligned_by is not None:
-        frozen = AlignedEncoder(model=towers, config=aligned_by, **given)
+    source = aligned_by if has_cache else None
+    frozen = Encoder(model=FrozenEncoders(model.towers), aligned_by=source, **given)
     return JoinedEncoder(model=model, frozen=frozen, **given)
 
 
@@ -114,6 +112,8 @@ class Encoder:
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
             `autocast_encoding`.
+        aligned_by: The settings of a run of `align`. What it encoded for training, by the files
+            of images and the words of captions, is read from its store.
     """
 
     model: Model
@@ -124,6 +124,7 @@ class Encoder:
     cache: Path | None = None
     show: bool = False
     autocast: Autocast | None = None
+    aligned_by: Config | None = None
 
     @cached_property
     def device(self) -> torch.device:
@@ -172,25 +173,17 @@ class Encoder:
             for kind, key in self._keys.items()
         }
 
-    def encode_images(self, images: "Images | Reader", *, stage: str) -> Encoded:
+    def encode_images(self, images: Images, *, stage: str) -> Encoded:
         """Features of all images that can be used. With a cache each is encoded once, whoever asks.
-
-        Args:
-            images: Or what reads them by this encoder's transform.
 
         Raises:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
-        encoded = self.encode_readable(images, stage=stage)
+        encoded = self._encode("images", Reader(images, self.transform), stage)
         if not len(encoded.features):
             reason = f", such as {encoded.bad[0][1]}" if encoded.bad else ""
             raise ValueError(f"{stage}: no image can be used{reason}")
         return encoded
-
-    def encode_readable(self, images: "Images | Reader", *, stage: str) -> Encoded:
-        """The same, where there may be none that can be used."""
-        reader = images if isinstance(images, Reader) else Reader(images, self.transform)
-        return self._encode("images", reader, stage)
 
     def encode_texts(
         self, texts: Iterable[str], *, stage: str, content: str = ""
@@ -203,6 +196,31 @@ class Encoder:
         return self._encode("texts", TextReader(texts, content), stage).features
 
     def _encode(self, kind: str, reader: "Reader | TextReader", stage: str) -> Encoded:
+        """Features of what a reader reads; first those that `align` stored, then the others."""
+        if self.aligned_by is None or not reader.is_aligned:
+            return self._encode_listed(kind, reader, stage)
+        precision = resolve_precision(self.aligned_by.run.precision, self.device)
+        tower = replace(self.towers[kind], autocast=autocast(precision, self.device))
+        with evaluation_mode(self.model):
+            folder = features_folder(self.aligned_by) / checksum(tower.key().encode())
+        store, hashes = Store(folder, setting=SETTING), reader.aligned_hashes()
+        is_known = store.has(hashes)
+        known, missing = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        if not len(known):
+            rest = self._encode_listed(kind, reader.select(missing), stage)
+            return Encoded(features=rest.features, bad=rest.bad)
+        features = torch.from_numpy(store.fetch(hashes[known]))
+        if not len(missing):
+            return Encoded(features=features)
+        rest = self._encode_listed(kind, reader.select(missing), stage)
+        bad = [(int(missing[row]), why) for row, why in rest.bad]
+        others = np.setdiff1d(missing, [row for row, _ in bad])
+        if len(others):
+            order = torch.from_numpy(np.argsort(np.concatenate([known, others])))
+            features = torch.cat([features, rest.features])[order]
+        return Encoded(features=features, bad=bad)
+
+    def _encode_listed(self, kind: str, reader: "Reader | TextReader", stage: str) -> Encoded:
         """Features of what a reader reads, by way of the store, or of one in memory.
 
         What has a key is listed beside the store, and found again without reading.
@@ -210,39 +228,31 @@ class Encoder:
         is_stored = self.cache is not None and (kind == "texts" or reader.key)
         folder = self.folders[kind] if is_stored else None
         store = Store(folder, dtype=FULL, is_optional=True)
-        path, earlier = None, None
+        path, listed = None, None
         if folder is not None and reader.key:
             path = folder / f"{checksum(reader.key.encode())}.npz"
-            earlier = rank0_first(partial(read_list, path))
-        stored_list = earlier
-        if stored_list is not None and stored_list.bad:
+            listed = rank0_first(partial(read_list, path))
+        if listed is not None and listed.bad:
             # Bad for a moment, as without a network, must not be bad for ever. Some are enough to
             # notice that, and quick to try.
-            some = stored_list.bad[:: len(stored_list.bad) // RETRIED + 1]
+            some = listed.bad[:: len(listed.bad) // RETRIED + 1]
             if any_rank([any(reader.is_readable(row) for row, _ in some)])[0]:
-                stored_list = None
-        if stored_list is None and isinstance(reader, TextReader):
-            stored_list = StoredList(hashes=reader.hashes)
-        while stored_list is None or not store.has_whole(stored_list.hashes):
-            stored_list = self._encode_new(kind, reader, stage, store)
-        if path is not None and stored_list is not earlier:
-            rank0_first(partial(write_list, path, stored_list))
+                listed = None
+        if listed is None or not store.has(listed.hashes).all():
+            listed = self._encode_new(kind, reader, stage, store)
+            if path is not None:
+                rank0_first(partial(write_list, path, listed))
         return Encoded(
-            features=torch.from_numpy(store.read_or_map(store.find(stored_list.hashes))),
-            bad=stored_list.bad,
-            content=torch.from_numpy(stored_list.hashes.view(np.int64)),
+            features=torch.from_numpy(store.fetch(listed.hashes)),
+            bad=listed.bad,
+            content=torch.from_numpy(listed.hashes.view(np.int64)),
         )
 
     def _encode_new(
         self, kind: str, reader: "Reader | TextReader", stage: str, store: Store
     ) -> "StoredList":
         """Encode into the store what it lacks."""
-
-        def prepare(row: int) -> tuple[int, Any]:
-            model_input, hashes[row] = reader.read(row)
-            return hashes[row], model_input
-
-        hashes, bad, tower = dict[int, int](), list[Bad](), self.towers[kind]
+        hashes, bad, tower = dict[int, int](), list[Bad](), replace(self.towers[kind], name=stage)
         if isinstance(reader, Reader):
 
             def finish_and_encode(images: list[Tensor]) -> Tensor:
@@ -250,37 +260,39 @@ class Encoder:
                 features: Tensor = self.model.encode_image(batch, normalize=False)
                 return features
 
-            tower = replace(tower, forward=finish_and_encode)
+            tower = replace(tower, forward=finish_and_encode, examples=[reader.blank()])
         rows, done = reader.find_rows(store), 0
-        progress = None
-        if self.show and rank() == 0:
-            progress = Progress(f"evaluate: {stage}", len(rows))
-        rounds = encode(
-            tower,
-            units_of_rank(rows, self.batch_size),
-            prepare,
-            threads=self.workers if kind == "images" else 0,
-            blank=reader.blank,
-        )
-        with evaluation_mode(self.model), closing(rounds):
-            for made in rounds:
-                if not bool(torch.isfinite(made.features).all()):  # the same bits on every rank
-                    raise ValueError(
-                        f"{stage}: the model's features are not finite; it has diverged"
-                    )
-                bad += [(row, str(one)) for row, one in made.items if isinstance(one, BadSample)]
-                store.add_new(made.hashes, made.features.numpy())
-                done += self.batch_size * world_size()
-                if progress:
-                    progress.update(min(done, len(rows)))
-        store.flush()
+        show = self.show and rank() == 0 and len(rows) > 0
+        progress = Progress(f"evaluate: {stage}", len(rows)) if show else None
+
+        def prepare(row: int) -> tuple[int, Any]:
+            model_input, hashes[row] = reader.read(row)
+            return hashes[row], model_input
+
+        def count(made: Round) -> None:
+            nonlocal done
+            bad.extend((row, str(one)) for row, one in made.items if isinstance(one, BadSample))
+            done += self.batch_size * world_size()
+            if progress:
+                progress.update(min(done, len(rows)))
+
+        if len(rows):
+            with evaluation_mode(self.model):
+                encode_into(
+                    store,
+                    tower,
+                    units_of_rank(rows, self.batch_size),
+                    prepare,
+                    threads=self.workers if kind == "images" else 0,
+                    after=count,
+                )
         if isinstance(reader, TextReader):
             return StoredList(hashes=reader.hashes)
-        of_ranks = all_gather_object((bad, hashes))
-        good = sorted(pair for _, of_rank in of_ranks for pair in of_rank.items())
+        ranks = all_gather_object((bad, hashes))
+        good = sorted(pair for _, own in ranks for pair in own.items())
         return StoredList(
             hashes=np.array([hash_ for _, hash_ in good], np.uint64),
-            bad=sorted(one for bad, _ in of_ranks for one in bad),
+            bad=sorted(one for own, _ in ranks for one in own),
         )
 
     def with_progress(self, show: bool) -> "Encoder":
@@ -318,8 +330,8 @@ class JoinedEncoder(Encoder):
     def with_progress(self, show: bool) -> "Encoder":
         return replace(self, show=show, frozen=self.frozen.with_progress(show))
 
-    def encode_readable(self, images: "Images | Reader", *, stage: str) -> Encoded:
-        encoded = self.frozen.encode_readable(images, stage=stage)
+    def encode_images(self, images: Images, *, stage: str) -> Encoded:
+        encoded = self.frozen.encode_images(images, stage=stage)
         return replace(encoded, features=self.project("image", encoded.features))
 
     def encode_texts(
@@ -337,58 +349,6 @@ class JoinedEncoder(Encoder):
         parts = torch.split(features, PROJECTED)
         with evaluation_mode(self.model):
             return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignedEncoder(Encoder):
-    """The encoder of two frozen towers that reads what `align` encoded for training a run, by the
-    run's settings. Each start reads the captions, and looks at the files."""
-
-    config: Config
-
-    def encode_readable(self, images: "Any | Reader", *, stage: str) -> Encoded:
-        if not isinstance(images, PairsView) or not isinstance(self.transform, EvaluationTransform):
-            return super().encode_readable(images, stage=stage)
-        stored, missing = self._read("images", hash_images(images))
-        rest = Encoded(features=torch.zeros(0, 0))
-        if len(missing):
-            rest = super().encode_readable(PairsView([(images, missing)]), stage=stage)
-        bad = [(int(missing[row]), why) for row, why in rest.bad]
-        others = np.setdiff1d(missing, [row for row, _ in bad])
-        return Encoded(features=join_rows(stored, missing, others, rest.features), bad=bad)
-
-    def encode_texts(
-        self, texts: Iterable[str], *, stage: str, content: str = ""
-    ) -> Float[Tensor, "n q"]:
-        texts = list(texts)
-        stored, missing = self._read("texts", hash_ids(texts))
-        if not len(missing):
-            return stored
-        rest = super().encode_texts([texts[row] for row in missing], stage=stage)
-        return join_rows(stored, missing, missing, rest)
-
-    def _read(self, kind: str, hashes: Hashes) -> tuple[Float[Tensor, "k q"], Numbers]:
-        """What a tower encoded for training, in order; and the positions of what it did not."""
-        context = autocast(resolve_precision(self.config.run.precision, self.device), self.device)
-        tower = replace(self.towers[kind], autocast=context)
-        with evaluation_mode(self.model):
-            folder = features_folder(self.config) / checksum(tower.key().encode())
-            width = tower.width
-        store = Store(folder, setting=SETTING)
-        numbers = store.find(hashes)
-        rows = store.read(numbers[numbers >= 0]).reshape(-1, width)
-        return torch.from_numpy(rows), np.flatnonzero(numbers < 0)
-
-
-def join_rows(
-    stored: Float[Tensor, "k _"], missing: Numbers, new: Numbers, features: Float[Tensor, "o _"]
-) -> Float[Tensor, "n _"]:
-    """Features in the order of their rows: stored ones, and those of `new` ones among `missing`."""
-    if not len(new):
-        return stored
-    known = np.setdiff1d(np.arange(len(stored) + len(missing)), missing)
-    order = np.argsort(np.concatenate([known, new]))
-    return torch.cat([stored, features])[torch.from_numpy(order)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,6 +378,8 @@ def write_list(path: Path, stored_list: StoredList) -> None:
 class TextReader:
     """Texts by number; those with a `key` may be found without reading them."""
 
+    is_aligned = True
+
     def __init__(self, texts: Iterable[str], key: str) -> None:
         self._texts, self.key = texts, key
 
@@ -428,6 +390,12 @@ class TextReader:
     @cached_property
     def hashes(self) -> Hashes:
         return hash_ids(self.texts)
+
+    def aligned_hashes(self) -> Hashes:
+        return self.hashes
+
+    def select(self, rows: Numbers) -> "TextReader":
+        return TextReader([self.texts[row] for row in rows], "")
 
     def find_rows(self, store: Store) -> Sequence[int]:
         """Each of the different texts that the store lacks."""
@@ -440,9 +408,6 @@ class TextReader:
 
     def is_readable(self, row: int) -> bool:
         return True
-
-    def blank(self) -> str:
-        return self.texts[0]
 
 
 class Reader:
@@ -465,6 +430,21 @@ class Reader:
     def key(self) -> str:
         """Identifies the images, as `Images.key`."""
         return self.images.key
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether `align` may have encoded these images for training, by this transform."""
+        is_ours = isinstance(self.transform, EvaluationTransform)
+        return is_ours and isinstance(self.images, PairsView)
+
+    def aligned_hashes(self) -> Hashes:
+        """The ids of the images in a store of `align`."""
+        assert isinstance(self.images, PairsView)
+        return hash_images(self.images)
+
+    def select(self, rows: Numbers) -> "Reader":
+        assert isinstance(self.images, PairsView)
+        return Reader(PairsView([(self.images, rows)]), self.transform)
 
     def find_rows(self, store: Store) -> Sequence[int]:
         """All images; those whose features the store has are only hashed."""

@@ -229,7 +229,6 @@ def encode(
     """Let a half encode each item that is not kept; `contents` tell items apart in any data."""
     folder = None if cache is None else cache / encoder.key()
     store, hashes = Store(folder, dtype=FULL, is_optional=True), hash_ids(contents)
-    store.has_whole(hashes)  # what is damaged is forgotten
     missing, started = len(items) - int(store.has(hashes).sum()), time.monotonic()
 
     def read(number: int) -> Sample:
@@ -238,9 +237,9 @@ def encode(
     bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size)
     seconds, encoded = max(time.monotonic() - started, 1e-9), missing - len(bad)
     features = torch.full((len(items), encoder.width), torch.nan)
-    numbers = store.find(hashes)
-    if len(store):
-        features[numbers >= 0] = torch.from_numpy(store.read(numbers[numbers >= 0]))
+    known = store.has(hashes)
+    if known.any():
+        features[known] = torch.from_numpy(store.fetch(hashes[known]))
     reason = str(next(iter(bad.values()), ""))
     return Half(
         name=name,

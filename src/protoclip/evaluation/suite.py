@@ -296,6 +296,7 @@ def compute_results(
         if not own_tasks:
             continue
         features = encode_data(encoder, data_set, own_tasks, split=split, templates=templates)
+        own_tasks = leave_out_probe(own_tasks, features)
         measurements, part = measure(features, own_tasks, show=encoder.show), features.part
         crowded = find_crowded(measurements.samples, measurements.influences)
         for task in own_tasks:
@@ -358,6 +359,20 @@ def encode_data(
     if "zero_shot" in tasks:
         texts |= zero_shot.encode_classes(encoder, data, part, templates)
     return Features(data=data, split=split, parts=parts, texts=texts, device=encoder.device)
+
+
+def leave_out_probe(tasks: Sequence[str], features: Features) -> list[str]:
+    """The tasks without a linear probe whose usable images are of one class; rank 0 warns of it."""
+    labels = [part.labels for name, part in features.parts.items() if name != features.split]
+    classes = {number for some in labels if some is not None for number in some.tolist()}
+    if "linear_probe" not in tasks or len(classes) > 1:
+        return [*tasks]
+    if rank() == 0:
+        say(
+            f"warning: {features.data.name}: linear_probe is left out: the images of 'train' that "
+            "can be used are of one class"
+        )
+    return [task for task in tasks if task != "linear_probe"]
 
 
 def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> Measurements:
@@ -433,7 +448,7 @@ def evaluate_run(
     default = QUICK if quick else TASKS
     (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
     features = encode_data(encoder.with_progress(show), data, tasks, split=split)
-    measurements = measure(features, tasks, show=show)
+    measurements = measure(features, leave_out_probe(tasks, features), show=show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:

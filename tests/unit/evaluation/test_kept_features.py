@@ -97,7 +97,7 @@ def encode_numbers(model, number, broken=None):
     cpu = torch.device("cpu")
     encoder = image_encoder(model, cpu, model.encode_image, blank, unit_norm=False)
     units = units_of_rank(range(number), 2)
-    rounds = [*encode(encoder, units, read, blank=blank)]
+    rounds = [*encode(encoder, units, read)]
     return torch.cat([torch.zeros(0, 4), *(made.features for made in rounds if len(made.hashes))])
 
 

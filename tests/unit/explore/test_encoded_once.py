@@ -16,8 +16,8 @@ from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
+from protoclip.encode import run as running
 from protoclip.encode.run import Round
-from protoclip.evaluation import features
 from protoclip.evaluation.features import Encoder, Reader
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
@@ -73,14 +73,14 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     encoded = list[int]()
-    check = features.encode
+    check = running.encode
 
     def watched(tower: Any, *given: Any, **more: Any) -> Iterator[Round]:
         for made in check(tower, *given, **more):
             encoded.append(len(made.hashes) * (tower.reads == "image"))
             yield made
 
-    monkeypatch.setattr(features, "encode", watched)
+    monkeypatch.setattr(running, "encode", watched)
     data = str(run.parent / "pairs.parquet")
     first(run, data)
     assert sum(encoded) == PAIRS
@@ -96,7 +96,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
     monkeypatch.setattr(Reader, "read", Mock(side_effect=AssertionError))
-    monkeypatch.setattr(features, "encode", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(running, "encode", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 
 
