@@ -12,10 +12,12 @@ from pathlib import Path
 from socket import socket
 
 import pytest
+from torch.utils.data import DataLoader
 
 from interrupting import after_step, quick_config
 from protoclip import cli, signals
 from protoclip.config import Config
+from protoclip.data.loader import iterate_items
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.encode import store
@@ -255,3 +257,22 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     assert not (tmp_path / "run").exists()
     cli.main(words)
     assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_process_end_though_they_have_something_to_write():
+    """An item fills the pipe, and nobody reads the second one."""
+
+    def be_killed() -> None:
+        items = iterate_items(DataLoader([bytes(1 << 20)] * 8, batch_size=None, num_workers=2))
+        next(items)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (process,) = started(be_killed)
+    process.join()
+    deadline = time.monotonic() + 60
+    while left := alive(process.pid or 0):
+        if time.monotonic() > deadline:
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            raise AssertionError(left)
+        time.sleep(0.1)

@@ -58,3 +58,19 @@ def test_wrong_credentials_end_a_run_before_it_begins(store, keys, config):
         assert "\n" not in str(error.value)
         assert "check name, credentials" in str(error.value)
     assert not Path(config.run.out or "").exists()
+
+
+def test_a_store_that_does_not_list_what_it_took_ends_a_run(store, config, monkeypatch):
+    monkeypatch.setattr("s3fs.S3FileSystem.find", lambda *_, **__: [])
+    with pytest.raises(ValueError, match="what was written there is not listed; check name"):
+        run.train(config)
+
+
+def test_a_url_with_two_slashes_names_the_same_folder(store, config, tmp_path, capsys):
+    """As of an empty variable; s3fs writes to a folder without a name, and lists nothing there."""
+    url = f"{store.url}//runs//a"
+    twice = with_changes(config, {"run": {"sync": url}})
+    run.train(twice)
+    elsewhere = with_out(twice, str(tmp_path / "elsewhere"))
+    run.train(elsewhere, resume="auto")
+    assert f"step-000000002 fetched from {url}" in capsys.readouterr().err

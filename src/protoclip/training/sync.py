@@ -98,6 +98,8 @@ def ask_store(url: str) -> tuple[Store, set[str], Config | None]:
     def ask() -> tuple[set[str], str | None]:
         store.pipe_file(PROBE, b"")
         names = list_files(store)
+        if PROBE not in store.find(""):
+            raise OSError("what was written there is not listed")
         return names, store.cat_file(SETTINGS).decode() if SETTINGS in names else None
 
     with naming_store(url):
