@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from interrupting import relative_difference, with_changes
 from protoclip.config import (
     Config,
     ModelConfig,
+    ParallelConfig,
 )
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
+from protoclip.models.loading import training_model
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
-from tiny_hugging_face import NO_DROPOUT, save_bert, save_siglip
+from tiny_hugging_face import NO_DROPOUT, save_bert, save_dual_encoder, save_siglip
 from tiny_starts import HEADS, halves
 
 
@@ -60,3 +63,18 @@ def test_ranks_train_what_one_process_trains(start, strategies, tmp_path):
         two = weights_after(config, 2)
         assert two.keys() == one.keys()
         assert relative_difference(two, one, base) < 0.01
+
+
+def sharded_layers(config: Config) -> list[str]:
+    """The layers of a sharded model that are gathered one by one."""
+    built, _ = training_model(config, torch.device("cpu"))
+    return [name for name, part in built.named_modules() if name and isinstance(part, FSDPModule)]
+
+
+def test_towers_of_transformers_are_gathered_layer_by_layer(tmp_path):
+    model = ModelConfig(start=f"hf:{save_dual_encoder(tmp_path / 'dual')}", heads=HEADS)
+    parallel = ParallelConfig(strategy="fsdp")
+    config = replace(tiny_config(out="unused"), model=model, parallel=parallel)
+    (found, _) = run_distributed(sharded_layers, 2, config)
+    layers = sorted((name.split(".")[1], name.split(".")[-1]) for name in found)
+    assert layers == [("text", "0"), ("visual", "0")]

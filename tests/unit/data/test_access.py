@@ -221,9 +221,10 @@ def server(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Iterat
     Odd.counts.clear()
     Odd.seen.clear()
     Odd.free.clear()
+    before = {*threading.enumerate()}
     yield serve(Odd)
     Odd.free.set()
-    for thread in threading.enumerate():  # reads that were given up, which try again
+    for thread in {*threading.enumerate()} - before:  # reads that were given up, which try again
         if thread.name == "protoclip-read":
             thread.join(30)
 
