@@ -82,7 +82,7 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     config = with_changes(config_for(folder, tmp_path / "one", class_column="kind"), best)
     metrics = train(config)["metrics"]
     said = capsys.readouterr().err
-    few = "held out to judge the run by, so values move in steps of 5 points; data.validation"
+    few = "held out to evaluate the run on, so values move in steps of 5 points; data.validation"
     assert f"20 of 200 pairs are {few}" in said
     assert "training on 180 pairs" in said
     tasks = {key.removeprefix("eval/validation/").split("/")[0] for key in metrics}

@@ -160,7 +160,7 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
         )
     steps = f", so values move in steps of {100 / len(rows):.3g} points" * (len(rows) <= FEW)
     notes.append(
-        f"{len(rows):,} of {total:,} pairs are held out to judge the run by{steps}; "
+        f"{len(rows):,} of {total:,} pairs are held out to evaluate the run on{steps}; "
         "data.validation sets a share, another source, or 0 for none"
     )
     data = make_data_sets(
