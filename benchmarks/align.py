@@ -1,9 +1,9 @@
-"""What does aligning two frozen halves cost? Encoding, a step on rows, and a store of millions.
+"""What does aligning two frozen encoders cost? Encoding, a step on rows, and a store of millions.
 
     python benchmarks/align.py [--parts encode step store] [--rows 10000000] [--out FILE]
 
-- `encode`: images a second through the image half into the store, decoded images given, over those
-  of the forward pass alone, in turn.
+- `encode`: images a second through the image encoder into the store, decoded images given, over
+  those of the forward pass alone, in turn.
 - `step`: one step that trains the whole towers on images, over one that trains what lies between
   the halves on rows, at equal batch; and steps on rows in large batches, of which the last needs
   tiles: all its logits would take 4.3 GB.
@@ -59,7 +59,7 @@ STORED_WIDTH, DRAWN, DRAWS = 64, 4096, 50
 
 
 def model_of(folder: Path) -> ProtoCLIP:
-    """EfficientNet-Lite0 and a BERT of six layers, as two halves with projections between."""
+    """EfficientNet-Lite0 and a BERT of six layers, as two encoders with projections between."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square"]
     vocabulary = {word: number for number, word in enumerate(words)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
@@ -268,7 +268,7 @@ def main() -> None:
                 found["first start"] = other.submit(prepare, folder / "rows", given.rows).result()
             found["store"] = memory(folder / "rows", given.rows)
     facts = describe_environment(torch.device("cpu"))
-    lines = ["# Aligning two frozen halves", ""]
+    lines = ["# Aligning two frozen encoders", ""]
     lines.append(f"`python benchmarks/align.py`, {datetime.date.today()}; {json.dumps(facts)}")
     for part, numbers in found.items():
         lines += ["", f"## {part}", "", "| what | value |", "|---|---|"]

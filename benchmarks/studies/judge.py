@@ -64,7 +64,7 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
     def encoder() -> Encoder:
         if not encoders:
             model, transform, tokenizer = loading.load(folder)
-            # What frozen halves make of transfer sets is the same whatever joins them.
+            # What frozen encoders make of transfer sets is the same whatever joins them.
             cache = cache_folder() / "features" if model.joins_encoders else None
             encoders.append(build_encoder(model, transform, tokenizer, cache=cache))
         return encoders[0]

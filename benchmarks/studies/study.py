@@ -21,7 +21,7 @@ it starts from; `rotate` and `shift`, which take the start's text features away 
 (see `displaced`). A teacher's `features = "own"` are those of the data set at hand, `"own images"`
 those of its images. `unset` names settings of photographs.toml that an arm leaves open, such as
 `["episodes.size"]`. With `align = true`, or the settings of `[align]`, an arm is what `protoclip
-align` makes of two halves, with `finetune = true` what `protoclip finetune` makes of its `start`,
+align` makes of two encoders, with `finetune = true` what `protoclip finetune` makes of its `start`,
 or of the run that `--start` names, without WiSE-FT; both have none of a data set's settings but
 those of the data. An arm that sets no `loss.prototypical`, `loss.teacher` or `teacher.distil` has
 1, 2 and 0, the defaults when most studies were made.

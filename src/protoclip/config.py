@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
 SIMPLE = (str, NoneType, int, float, datetime.date, datetime.time)
 START = "start"  # `teacher.features` of the frozen start
-HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of halves to align
+HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of encoders to align
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # ... and module:Class
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)
@@ -32,7 +32,7 @@ REMOVED: dict[str, tuple[str, Any]] = {
     "run.wandb": ("is gone; name wandb in run.loggers, and set WANDB_MODE=offline", "off"),
     "data.allow_commands": (NO_COMMANDS, False),
     "data.cache": ("is gone; data.cache_gb = 0 keeps no decoded images", "ram"),
-    "model.projection": ("is gone; the projections of two halves are linear", "linear"),
+    "model.projection": ("is gone; the projections of two encoders are linear", "linear"),
     "episodes.apart": ("is gone; loss.positives = shared makes equal captions positives", False),
     "loss.positives = masked": ("is gone; choose shared, which measures the same", None),
     "loss.positives = class": ("is gone; choose shared, for equal images and captions", None),
@@ -210,7 +210,7 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     heads: HeadConfig = field(default_factory=HeadConfig)
 
-    # Not a setting. The projections of two halves into the joint space, as open_clip calls them.
+    # Not a setting. The projections of two encoders into the joint space, as open_clip calls them.
     projection = "linear"
 
     @property
@@ -220,12 +220,12 @@ class ModelConfig:
 
     @property
     def projections_are_new(self) -> bool:
-        """Whether the towers' projections into the joint space are new, as those of two halves."""
+        """Whether the towers' projections into the joint space are new, as between two encoders."""
         return self.start is None and self.name is None
 
     @property
     def joins_encoders(self) -> bool:
-        """Whether the towers are an image half and a pretrained text half, here or in the start."""
+        """Whether two pretrained encoders are the towers, here or in the start."""
         return self.name is None and self.text.name is not None
 
 
@@ -299,9 +299,9 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    features: str | None = None  # Folder of the halves' features; else in the cache.
-    dropout: Share = 0.2  # Share of a half's features that a step leaves out.
-    geometry: NotNegative = 0.0  # Weight of keeping each half's neighbourhoods.
+    features: str | None = None  # Folder of the encoders' features; else in the cache.
+    dropout: Share = 0.2  # Share of an encoder's features that a step leaves out.
+    geometry: NotNegative = 0.0  # Weight of keeping each encoder's neighbourhoods.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +360,7 @@ class Config:
     def locked_episodes(self) -> int:
         """`episodes.locked_image`, or 0 where that stage would train no tower."""
         model = self.model
-        # The text projection of halves is new, and trains in spite of the lock.
+        # The text projection of encoders is new, and trains in spite of the lock.
         trains = "text" not in model.locked or (
             model.projections_are_new and model.text.name is not None
         )

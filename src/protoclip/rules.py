@@ -42,7 +42,7 @@ INSTEAD = {
     "model": f"no such run or checkpoint folder; {MODEL_HINT}",
     "teacher": "no such run folder or file of features; other teachers are written minilm, "
     "hf:NAME_OR_FOLDER, open_clip:MODEL/TAG or timm:MODEL",
-    "half": "no such run folder; other halves are written minilm, hf:NAME_OR_FOLDER, "
+    "half": "no such run folder; other encoders are written minilm, hf:NAME_OR_FOLDER, "
     "timm:MODEL or open_clip:MODEL/TAG",
 }
 

@@ -1,4 +1,4 @@
-"""Aligning two frozen halves: heads train on features that were encoded once."""
+"""Aligning two frozen encoders: heads train on features that were encoded once."""
 
 import json
 import multiprocessing
@@ -52,7 +52,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def ended(given, tmp_path_factory) -> Path:
-    """A run with both kinds of prototypes, of the halves and of the projections.
+    """A run with both kinds of prototypes, of the encoders and of the projections.
 
     Halves are frozen and are clustered once, projections in each of two episodes.
     """

@@ -90,7 +90,7 @@ def settings_of(given: dict[str, Any], image: str | None, text: str | None) -> d
     ],
 )
 def test_a_half_is_the_tower_of_another_model(image, text, given, models, tmp_path):
-    """It stays what it was there; the run opens by itself, and computes what its halves do."""
+    """It stays what it was there; the run opens by itself, and computes what its encoders do."""
     settings = settings_of(given, models[image], models[text])
     results = align(changed(settings, tmp_path / "run"))
     assert results["metrics"]["eval/validation/retrieval/image_to_text@10"] > 0

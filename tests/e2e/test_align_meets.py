@@ -114,7 +114,7 @@ def test_its_own_recipe_trains_the_same(finished, tmp_path, capsys):
 
 
 def test_train_does_not_go_on_with_what_align_began(given, tmp_path, monkeypatch):
-    """It would move the halves, with the settings that `config.toml` has of both commands."""
+    """It would move the encoders, with the settings that `config.toml` has of both commands."""
     alone = {"prototypical": 0.0, "teacher": 0.0}  # as by default
     with monkeypatch.context() as patch:
         stop_in_episode(patch, 6)
@@ -241,7 +241,7 @@ def test_vectors_in_a_file_are_of_what_align_has_encoded(
 def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, store, monkeypatch):
     """Of each checkpoint, of the model before training, and of a run with other heads.
 
-    A run whose image half is another one encodes no caption that judges.
+    A run whose image encoder is another one encodes no caption that judges.
     """
     run, encoded = tmp_path / "run", list[int]()
     check = features.encode_into

@@ -19,7 +19,7 @@ from tiny_starts import save_open_clip
 
 @pytest.fixture(scope="module")
 def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
-    """Makes a run between two halves. What it said is in a file beside it."""
+    """Makes a run between two encoders. What it said is in a file beside it."""
     folder = tmp_path_factory.mktemp("aligned")
     clip = {"name": str(save_open_clip(folder / "clip"))}
     mpnet = {"name": str(save_mpnet(folder / "mpnet")), "context_length": 20}

@@ -125,7 +125,7 @@ def test_other_pairs_that_judge_a_run_do_not_go_on(tiny_parquet, tmp_path, monke
         run.train(config)
     judging.rename(moved)
     pq.write_table(tiny_pairs(24, seed=2), judging)
-    message = r"data\.validation: not the pairs that judged the run before \(other captions\)"
+    message = r"data\.validation: not the pairs that evaluated the run before \(other captions\)"
     with pytest.raises(ValueError, match=message):
         run.train(config, resume="auto")
     now = with_changes(base, {"data": {"validation": str(moved)}})

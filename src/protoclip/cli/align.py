@@ -14,9 +14,9 @@ from protoclip.training.defaults import ALIGN, ALIGN_HELP
 
 @dataclass(frozen=True, kw_only=True)
 class Align(Train):
-    """Train heads between two frozen pretrained halves.
+    """Train heads between two frozen pretrained encoders.
 
-    Each image and each caption is encoded once. Name the halves by
+    Each image and each caption is encoded once. Name the encoders by
     --model.image.name and --model.text.name. Other defaults follow from the
     data; notes say which.
     """

@@ -1,4 +1,4 @@
-"""`protoclip evaluate`: its options, and which models are judged on which data.
+"""`protoclip evaluate`: its options, and which models are evaluated on which data.
 
 Tasks are run in `evaluation/suite.py`; records are printed and written by `results/`.
 """
@@ -35,13 +35,13 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
     Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
     knn and clustering, which learn, the first two from all of train.
     A run as --data stands for the pairs that it held out; without --data
-    those of a single run judge it.
+    those of a single run are its test set.
     docs/evaluation.md has the data, the tasks and what is printed.
     """
 
     models: list[str]  # Runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
-    data: list[str] = field(default_factory=list)  # What to judge on. May be repeated.
+    data: list[str] = field(default_factory=list)  # What to evaluate on. May be repeated.
     tasks: tuple[str, ...] | None = None  # Of those above; unset, the first three.
     split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.

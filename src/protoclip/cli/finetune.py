@@ -22,7 +22,7 @@ class Finetune(Config, Recipes, JsonOption):
     """Adapt a model to your own pairs without losing what it knew.
 
     What is left out follows from the start and the data; notes say how. At the
-    end models between start and end are judged (WiSE-FT), and the best is the
+    end models between start and end are evaluated (WiSE-FT), and the best is the
     run's model.
     """
 

@@ -1,6 +1,6 @@
 """`protoclip match`: its options, and the table that it prints.
 
-The halves are encoded and ranked in `evaluation/match.py`.
+The encoders run, and are ranked, in `evaluation/match.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,20 +18,20 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 @dataclass(frozen=True, kw_only=True)
 class Match(PairsOptions, DeviceOption, JsonOption):
-    """Rank pretrained halves before anything is trained.
+    """Rank pretrained encoders before anything is trained.
 
-    Each half encodes some pairs once. A row shows an image half with a text
+    Each encoder takes some pairs once. A row shows an image encoder with a text
     half. The first row has the highest recall@10 of what align begins with, on
     pairs that this has not seen. docs/match.md explains the rest.
     """
 
-    images: tuple[str, ...]  # Image halves: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
-    texts: tuple[str, ...]  # Text halves: minilm, hf:NAME, runs, open_clip:NAME/TAG.
+    images: tuple[str, ...]  # Image encoders: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
+    texts: tuple[str, ...]  # Text encoders: minilm, hf:NAME, runs, open_clip:NAME/TAG.
     pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
     seed: Seed = 0  # Seed of the draw and of the splits.
     pooling: Literal["mean", "cls", "pooler"] | None = None  # Of tokens; else by its files.
     batch_size: Count = 64  # Captions or images at once.
-    cache: bool = True  # Keep features, so that another half is quick.
+    cache: bool = True  # Keep features, so that another encoder is quick.
 
     def __call__(self) -> None:
         for half in self.images:
@@ -71,14 +71,14 @@ class Match(PairsOptions, DeviceOption, JsonOption):
 
 
 def show(records: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table with one row a pair of halves."""
+    """Print a table with one row a pair of encoders."""
     from rich.markup import escape
     from rich.table import Table
 
     from protoclip.results.table import print_rich
 
     first = records[0]
-    table = Table("image half", "text half", title="Pretrained halves, the best pair first")
+    table = Table("image encoder", "text encoder", title="Pretrained encoders, the best pair first")
     measures = ("recall@10", "mutual\n10-NN", "linear\nCKA", "groups\nagree", "widths")
     for name in (*measures, "images/s\ncaptions/s"):
         table.add_column(name, justify="right")
@@ -96,7 +96,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
     table.caption_justify = "left"
     table.caption = (
         f"Ordered by recall@10: the mean of both ways between an image and its text, by what align "
-        f"begins with, fitted on {first['pairs'] - first['judged']:,} pairs and judged on "
+        f"begins with, fitted on {first['pairs'] - first['judged']:,} pairs and evaluated on "
         f"{first['judged']:,} others (by chance {100 * first['recall@10/by_chance']:.1f}%). The "
         f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
         "caption."

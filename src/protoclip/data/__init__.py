@@ -1,4 +1,4 @@
 """Image-text pairs: sources, episodes, transforms and loading.
 
-Data sets that models are judged on are in `evaluation/datasets.py`.
+Data sets that models are evaluated on are in `evaluation/datasets.py`.
 """

@@ -69,8 +69,8 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     if (location / "config.toml").is_file() and (location / "checkpoints").is_dir():
         raise ValueError(
             f"{location}: is a run and no data; name what it was trained on (`data` in its "
-            "config.toml). The pairs that it held out judge other models, with protoclip evaluate "
-            "MODEL --data, and with run.guard"
+            "config.toml). Other models are evaluated on the pairs that it held out with protoclip "
+            "evaluate MODEL --data, and with run.guard"
         )
     name = name or location.resolve().name
     folder, files = find_table(location)

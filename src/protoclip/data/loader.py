@@ -73,8 +73,8 @@ class Batch:
 
     Attributes:
         position: Each pair's number in its episode.
-        image: Pixels `(b, 3, h, w)`; or what a frozen half made of them `(b, q)`.
-        text: Tokens `(n, c)`; or what a frozen half made of a caption `(n, q)`.
+        image: Pixels `(b, 3, h, w)`; or what a frozen encoder made of them `(b, q)`.
+        text: Tokens `(n, c)`; or what a frozen encoder made of a caption `(n, q)`.
         captions: What tells a sample's captions apart, such as the tokens of `text`, as bytes.
         features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
         groups: Keys by which pairs are positives of each other, if the pass asks for them.

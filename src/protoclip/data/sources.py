@@ -1,7 +1,7 @@
 """What `data.train` and `data.sources` name: one source of pairs, or a mixture of several.
 
 A table, a folder, tar shards and the bundled emoji are each read in a file of their own. Data sets
-that models are judged on are opened in `evaluation/datasets.py`.
+that models are evaluated on are opened in `evaluation/datasets.py`.
 
 A view has rows of several sources: all, all but a few, or some, one source after the other. It
 holds no pair itself. In a mixture, of tables or of streams, sample ids begin with the name of their

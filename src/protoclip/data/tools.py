@@ -52,7 +52,7 @@ EXAMPLES, NAME_LENGTH = 5, 90
 # Up to how many pairs a way is advised, and its row in docs/which_way.md.
 WAYS = {
     500: "take a published model as it is, or protoclip align, with --data.validation 0.2",
-    100_000: "protoclip align, two pretrained halves",
+    100_000: "protoclip align, two pretrained encoders",
     1_000_000: "protoclip align, then protoclip finetune of the run, with --guard",
     10_000_000: "protoclip finetune of a published model, with --guard",
 }

@@ -1,5 +1,5 @@
 """Features of frozen models: encoding pairs once, keeping what came of it, and teachers.
 
-Features of data sets that judge a model are in `evaluation/features.py`, those to cluster in
+Features of evaluation data are in `evaluation/features.py`, those to cluster in
 `prototypes/features.py`.
 """

@@ -1,8 +1,7 @@
-"""Which pretrained halves fit each other, measured on pairs before anything is trained.
+"""Which pretrained encoders fit each other, measured on pairs before anything is trained.
 
-Halves are an image tower and a text tower that have never met. Each encodes the images or the
-captions of the same pairs once. Then every image half is held against every text half, by pure
-functions of features.
+They have never met. Each encodes the images or the captions of the same pairs once. Then every
+image encoder is compared with every text encoder, by pure functions of features.
 """
 
 import time
@@ -39,7 +38,7 @@ from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement
 
 RECALL_AT = 10
-LEAST = 30  # pairs of which no two share an image or a caption; half of them are judged
+LEAST = 30  # pairs of which no two share an image or a caption; half of them are for evaluation
 PAIRS_PER_GROUP, ITERATIONS = 10, 20  # of K-means, as in training
 READERS = 16  # threads; the images may be behind URLs
 
@@ -61,7 +60,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
-    """What a half makes of the images, or of the captions; NaN where one cannot be read."""
+    """What an encoder makes of the images, or of the captions; NaN where one cannot be read."""
 
     name: str
     features: Float[Tensor, "n d"]
@@ -71,7 +70,7 @@ class Half:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A half's features by pair; of the pairs that share nothing also their own, their nearest
+    """An encoder's features by pair; of the pairs that share nothing also their own, their nearest
     others and their groups."""
 
     half: Half
@@ -93,7 +92,7 @@ def match(
     cache: Path | None = None,
     device: torch.device,
 ) -> list[Record]:
-    """Hold each image half against each text half.
+    """Hold each image encoder against each text encoder.
 
     Mutual neighbours, CKA and groups are those of pairs of which no two share an image or a
     caption; the first of those that do is taken.
@@ -102,24 +101,24 @@ def match(
         images, texts: Halves, as `open_encoder` takes them.
         pairs: How many pairs to draw, evenly; of a stream the first ones. Of several captions of a
             sample the first is taken.
-        seed: Of the draw, of K-means and of the split that fits and judges.
+        seed: Of the draw, of K-means and of the split that fits and evaluates.
         pooling: How a Hugging Face model's tokens become one feature; unset, as its files say.
         cache: Folder in which features are stored by content; unset, none are.
 
     Returns:
-        A record for each image half and text half, the highest `recall@10` first. docs/match.md
-        lists what is in it.
+        A record for each image encoder and text encoder, the highest `recall@10` first.
+        docs/match.md lists what is in it.
 
     Raises:
-        ValueError: A half cannot be opened, which is seen before any encodes, or its features are
-            not finite; or the pairs that can be read are too few.
+        ValueError: An encoder cannot be opened, which is seen before any encodes, or its features
+            are not finite; or the pairs that can be read are too few.
     """
     if pairs < LEAST:
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
     def open_half(name: str, modality: str, way: str) -> Encoder:
         progress, pools = Progress(f"open {name}", 1), pooling
-        # `open_encoder` tells what is wrong with a half, or is not installed.
+        # `open_encoder` tells what is wrong with an encoder, or is not installed.
         with suppress(ValueError, ImportError):
             if pools is None and (name == MINILM or name.startswith("hf:")):
                 pools = find_pooling(name)
@@ -226,7 +225,7 @@ def encode(
     batch_size: int,
     cache: Path | None = None,
 ) -> Half:
-    """Let a half encode each item that is not kept; `contents` tell items apart in any data."""
+    """Let an encoder take each item that is not kept; `contents` tell items apart in any data."""
     folder = None if cache is None else cache / encoder.key()
     store, hashes = Store(folder, dtype=FULL, is_optional=True), hash_ids(contents)
     missing, started = len(items) - int(store.has(hashes).sum()), time.monotonic()
@@ -252,7 +251,7 @@ def encode(
 def measure_halves(
     images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int
 ) -> list[Record]:
-    """Measure each image half with each text half, from their features."""
+    """Measure each image encoder with each text encoder, from their features."""
     groups = group_pairs(drawn.image_of_pair, drawn.text_of_pair).tolist()
     first = {group: pair for pair, group in reversed([*enumerate(groups)])}
     distinct = torch.tensor(sorted(first.values()))
@@ -390,7 +389,7 @@ def canonical_recall(
 
     Returns:
         `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their
-        mean `recall@10`, about what that is by chance, and `judged`, the number of tested pairs.
+        mean `recall@10`, about what that is by chance, and `judged`, the number of evaluated pairs.
     """
     number_of: dict[str, int] = {}
     text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])

@@ -134,7 +134,7 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
         return Division(samples, [], [reason])
 
     if not isinstance(samples, Pairs):
-        return hold_out_none("a stream is not held out; name a source to judge the run by")
+        return hold_out_none("a stream is not held out; name a source to evaluate the run on")
     notes, total, least = list[str](), len(samples), least_held_out(config)
     before = find_earlier_pairs(config, notes)
     training, rows, wanted = list[ImageTextPairs](), NONE, min(MOST, round(share * total))
@@ -275,7 +275,7 @@ def make_data_sets(
     if not (with_captions := [data for data in sets if len(data.splits[NAME].images)]):
         raise ValueError(
             f"data.validation: {', '.join(source.name for source, _ in parts)}: none of the pairs "
-            "that are to judge the run has a caption; give them some, name other pairs, or 0 for "
+            "of the validation set has a caption; give them some, name other pairs, or 0 for "
             "none"
         )
     return with_captions
@@ -362,11 +362,11 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
             f"{run}: its data have changed since it was trained ({differs}), so the pairs that it "
             "held out are not known; bring them back, or name other data"
         )
-    notes = [f"{run}: the {len(held_out):,} images that it held out judge the models"]
+    notes = [f"{run}: the {len(held_out):,} images that it held out are the test set"]
     if isinstance(source, str):
         notes = [
-            f"{run}: the {len(held_out):,} images of {without_secrets(source)}, which judged it, "
-            "judge the models",
+            f"{run}: the {len(held_out):,} images of its validation set, "
+            f"{without_secrets(source)}, are the test set",
             *divided.notes,
         ]
     return replace(
@@ -427,7 +427,7 @@ def list_trained_pairs(
         if rank() == 0 and (differs := find_change(run, drop_rows(samples, held))):
             notes.append(
                 f"{setting}: the data of {run} have changed since it was trained ({differs}), so "
-                "pairs that it was trained on may judge this run"
+                "pairs that it was trained on may be in this validation set"
             )
     except (OSError, ValueError) as error:
         notes.append(f"{setting}: what {run} was trained on is not known ({error})")

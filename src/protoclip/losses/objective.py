@@ -110,7 +110,7 @@ def objective(
         weights: Weight of each loss.
         balance: Sets the strengths of the prototypical losses; unset, they are the weights.
         start: What the frozen start makes of the batch; needed where `weights.keep` is above 0.
-        frozen: What two frozen halves make of the batch, with one row for each image; needed where
+        frozen: What two frozen encoders make of the batch, one row for each image; needed where
             `weights.geometry` is above 0.
         teachers: Features of the batch by teacher; needed of those in `embeddings.distilled`.
         groups: Keys of the pairs; needed where `weights.positives` is not `pair`. See `info_nce`.
@@ -155,7 +155,7 @@ def objective(
         losses[f"distil_{name}"] = weights.distil[name] * loss
         report[f"train/loss/distil/{name}"] = loss.detach()
     if weights.geometry:
-        assert frozen is not None, "a weight needs the features of the halves"
+        assert frozen is not None, "a weight needs the features of the encoders"
         image, text = outputs_of(embeddings)
         image = F.normalize(image[::captions], dim=-1)
         text = F.normalize(text, dim=-1)

@@ -863,10 +863,12 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
     length = section.text.context_length or native_length
     notes = []
     if size != native_size:
-        notes.append(f"model.image.size = {size}: the image half was made for {native_size} pixels")
+        notes.append(
+            f"model.image.size = {size}: the image encoder was made for {native_size} pixels"
+        )
     if length > native_length or (length < native_length and "hf_model_name" not in text_cfg):
         notes.append(
-            f"model.text.context_length = {length}: the text half was made for {native_length}"
+            f"model.text.context_length = {length}: the text encoder was made for {native_length}"
         )
     config: dict[str, Any] = {
         "embed_dim": section.embed_dim,

@@ -1,4 +1,4 @@
 """Episodic training: stages, schedules, state and the loop.
 
-The model is in `models/`, what it minimises in `losses/`, and how it is judged in `evaluation/`.
+The model is in `models/`, what it minimises in `losses/`, and how it is evaluated in `evaluation/`.
 """

@@ -64,7 +64,7 @@ Point = dict[str, Any]  # `alpha`, `scores` by data set, their `mean`, and all `
 class RunEvaluator:
     """Measures a model on the validation set of a run, and on each guard.
 
-    The halves of a run that `aligns` encode what is measured but once.
+    The encoders of a run that `aligns` encode what is measured but once.
 
     Attributes:
         encoder: Of the model as it is whenever it is measured.
@@ -92,7 +92,7 @@ class RunEvaluator:
         self._keeps = not aligns and is_plain and not parallel.is_sharded(model)
         self.encoder: Encoder = self._make(
             model,
-            aligned_by=config if self._keeps else None,  # or halves were projected in other ways
+            aligned_by=config if self._keeps else None,  # or encoders were projected in other ways
             cache=features_folder(config) if aligns else None,
         )
 
@@ -239,7 +239,7 @@ def choose_weights(
         weights = f"{len(missing)} weights" if len(missing) > 1 else "one model"
         each = ", each" * (len(missing) > 1)
         names = ", ".join(f"{data.name} ({len(split.images):,} images)" for data, split in splits)
-        say(f"note: judging {weights} between start and end{each} on {names}")
+        say(f"note: evaluating {weights} between start and end{each} on {names}")
     for done, alpha in enumerate(missing):
         if asked_to_stop():
             return None

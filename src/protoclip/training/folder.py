@@ -262,7 +262,7 @@ def keep_pooling(config: Config, begun: Config | None) -> Config:
 
 def keep_resizing(start: Start, folder: Path) -> Start:
     """The start, with images squashed or cropped as by the newest checkpoint of the run in a
-    folder, so that all that judges the run is measured alike.
+    folder, so that all evaluations of the run measure alike.
 
     Runs of versions up to 1.0.0 crop them, whatever they started from.
     """
@@ -464,7 +464,7 @@ def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[
     """Refuse to go on from a checkpoint with other arithmetic or other data.
 
     Another device or precision would round differently, unless the settings name it. Other lists
-    of sample ids, and other pairs, would mean that what judges the run may have been trained on.
+    of sample ids, and other pairs, would mean that its validation set may have been trained on.
 
     Args:
         inputs: `arithmetic`: device and precision by setting. `chosen`: what identifies the lists
@@ -486,13 +486,13 @@ def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[
             f"{WAY_OUT}"
         )
     if is_aligned(checkpoint) and not any("encoded" in fact for fact in content["sources"]):
-        raise ValueError(  # train would move the halves
+        raise ValueError(  # train would move the encoders
             f"{checkpoint.parent.parent}: was begun by protoclip align; go on with that command, "
             f"or {WAY_OUT}"
         )
     for kind, what in {
         "sources": f"{plan.samples.name}: not the data that the run began with",
-        "validation": "data.validation: not the pairs that judged the run before",
+        "validation": "data.validation: not the pairs that evaluated the run before",
         "teachers": "teacher.features: not what the run began with",
         "start": "model.start: not what the run began with",
     }.items():

@@ -96,12 +96,12 @@ class Plan:
         start: What the model starts from.
         samples: The pairs to train on.
         teachers: The external teachers by name, but for those that the run makes of its start or
-            its halves.
+            its encoders.
         captions: Those of a visit to an image.
-        held_out: The data sets that judge the run, of pairs that are not trained on.
+        held_out: The data sets that the run is evaluated on, of pairs that are not trained on.
         guards: The data sets of `run.guard`.
         choices: Those of `align` and of `finetune`, as in the outline.
-        encoded_from: All pairs, where the samples are those that frozen halves could encode.
+        encoded_from: All pairs, where the samples are those that frozen encoders could encode.
         notes: What the user should know of all this.
     """
 
@@ -205,7 +205,7 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
 
 
 def open_data(outline: Outline) -> Plan:
-    """Open the pairs of a run and its teachers, and hold out what judges it.
+    """Open the pairs of a run and its teachers, and hold out its validation set.
 
     Raises:
         ValueError: They are wrong or too few, or nothing measures what a setting names.
@@ -346,7 +346,7 @@ def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, 
         captions, said = caption_draw(config, samples)
         notes += said
         if config.align != AlignConfig():
-            notes.append("align.*: no effect, since protoclip align alone aligns halves")
+            notes.append("align.*: no effect, since protoclip align alone aligns encoders")
     if summary.captions:
         start = replace(plan.start, model=config.model)
         sentences = None if aligns else config.data.captions == "sentences"
@@ -545,7 +545,7 @@ def list_contents(
     if it is a source, `teachers` that are stored, and the `start`.
 
     Args:
-        teachers: By name; those that the run makes of its start or its halves follow from these.
+        teachers: By name; those that the run makes of its start or its encoders follow from these.
         start: This start at the run's sizes, or its weights; none where nothing needs them.
     """
     encoded = None if plan.encoded_from is None else plan.samples

@@ -57,7 +57,7 @@ ALIGN_PASSES = 30  # over the data
 ALIGN_LARGEST_BATCH = 1024
 GROUPS_OF_TEACHER = 2.0  # their weight; the 0.5 of `train` was chosen for towers that train
 NEEDS = (
-    "needs two pretrained halves, as in --model.image.name timm:vit_small_patch14_dinov2.lvd142m "
+    "needs two pretrained encoders, as in --model.image.name timm:vit_small_patch14_dinov2.lvd142m "
     "--model.text.name minilm"
 )
 FINETUNE_PASSES = 5  # over the images
@@ -198,7 +198,7 @@ def choose_with_data(
         is_judged: Whether pairs are held out, or a guard is named.
 
     Raises:
-        ValueError: A stream has no length, or nothing judges the weights that fine-tuning could
+        ValueError: A stream has no length, or nothing evaluates the weights that fine-tuning could
             choose.
     """
     choices.config = config
@@ -210,7 +210,7 @@ def choose_with_data(
         return choices.config, [*choices.notes, *note_closed_formats(config, start)]
     if choices.alpha is None and not is_judged:
         raise ValueError(
-            "alpha: nothing judges the models between start and end; hold out pairs "
+            "alpha: nothing evaluates the models between start and end; hold out pairs "
             "(data.validation), name a guard, or give an alpha"
         )
     notes = choose_to_finetune_on(choices, start, summary)
@@ -221,10 +221,10 @@ def choose_with_data(
 
 
 def choose_to_align(choices: Choices) -> None:
-    """The halves, and what depends on nothing else.
+    """The encoders, and what depends on nothing else.
 
     Raises:
-        ValueError: A half or pairs are missing, or a setting is wrong or is for towers that train.
+        ValueError: An encoder or pairs are missing, a setting is wrong, or for towers that train.
     """
     config = choices.config
     model, image, teacher = config.model, config.model.image, config.teacher
@@ -273,7 +273,7 @@ def refuse_for_align(config: Config) -> None:
     for setting, value in towers_train.items():
         if value:
             raise ValueError(
-                f"{setting}: align leaves the halves as they are; protoclip finetune trains them "
+                f"{setting}: align leaves the encoders as they are; protoclip finetune trains them "
                 "afterwards; leave it out"
             )
     if parallel.strategy == "fsdp":
@@ -336,7 +336,7 @@ def choose_to_finetune(choices: Choices) -> None:
         choices.choose(name, value)
     config = choices.config
     if config.run.overfit is not None:
-        choices.alpha = 1.0  # there is nothing to judge others by
+        choices.alpha = 1.0  # there is nothing to evaluate others on
     judges = config.data.validation != 0 or bool(config.run.guard)
     choices.choose("run.evaluate_every", int(judges))  # with nothing held out alpha is given
     if config.model.lora is None:

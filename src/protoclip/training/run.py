@@ -89,7 +89,7 @@ def train(config: Settings, *, resume: Literal["never", "auto"] = "never") -> di
 
 
 def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> dict[str, Any]:
-    """Train the heads between a frozen image half and a frozen text half.
+    """Train the heads between a frozen image encoder and a frozen text encoder.
 
     Args:
         settings: Those of `Config` as a recipe holds them, such as `{"model": {"image": {"name":
@@ -102,7 +102,7 @@ def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> 
         The content of `results.json`, as `train` returns.
 
     Raises:
-        ValueError: As for `train`; or a half is missing, or cannot be one.
+        ValueError: As for `train`; or an encoder is missing, or cannot be one.
     """
     return perform_run("align", settings, resume=resume == "auto")
 
@@ -129,7 +129,7 @@ def finetune(
         `alpha`, `best_alpha` and `start_metrics`.
 
     Raises:
-        ValueError: As for `train`; or there is no start, no pairs are named, or nothing judges
+        ValueError: As for `train`; or there is no start, no pairs are named, or nothing evaluates
             the weights.
     """
     if alpha is not None and not 0 <= alpha <= 1:
@@ -337,7 +337,7 @@ class Run:
             plan.config.model, self.model, self.loader.tokenizer, aligns=aligns
         )
         placed = self.machines[0].describe(self.loader.batch_size)
-        # Rows of halves need no workers, which those of the loader are about.
+        # Rows of encoders need no workers, which those of the loader are about.
         of_loader = () if aligns else self.loader.notes
         return enter_folder(
             begun,
@@ -494,7 +494,7 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate on the way: which checkpoint is the best, and whether the run ends here."""
         step, keep_best, early_stop = self.trainer.step, self.config.run.keep_best, self.early_stop
-        # The start may judge other runs too, and the end is judged again when the run has ended.
+        # The start may have been evaluated before, and the end is evaluated again at the very end.
         at_an_end = step == 0 or self.trainer.episode == self.config.episodes.count
         encoder = self.evaluator.make_keeping_encoder() if at_an_end else None
         metrics = self.evaluator.evaluate("validation", encoder=encoder, show=False)

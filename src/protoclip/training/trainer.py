@@ -54,11 +54,11 @@ from protoclip.training.watch import NonFiniteGuard, Throughput, measure_repeats
 
 
 class Clusterings:
-    """Clusters one space after the other. Frozen halves never change, so once for a run."""
+    """Clusters one space after the other. Frozen encoders never change, so once for a run."""
 
     def __init__(self, config: Config, *, captions: int = 1) -> None:
         self.config, self.captions = config, captions  # of an image, each a row
-        self.fixed: dict[str, KMeans] = {}  # of the halves
+        self.fixed: dict[str, KMeans] = {}  # of the encoders
 
     def __call__(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
         """The clusters of this rank's rows, at these positions of the episode. Collective."""
@@ -84,7 +84,7 @@ class Clusterings:
         return made
 
     def keep(self, clusters: Mapping[str, KMeans]) -> None:
-        """Take those of the halves for the rest of the run."""
+        """Take those of the encoders for the rest of the run."""
         teachers = self.config.external_teachers
         halves = {name for name, each in teachers.items() if each.features in HALVES.values()}
         self.fixed |= {space: made for space, made in clusters.items() if space in halves}

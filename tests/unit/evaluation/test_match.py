@@ -1,4 +1,4 @@
-"""What is measured of two halves, against slow restatements in float64 and known values."""
+"""What is measured of two encoders, against slow restatements in float64 and known values."""
 
 import numpy as np
 import pyarrow as pa

@@ -153,7 +153,9 @@ def test_a_model_has_the_formats_that_compute_the_same(kind, reference, tmp_path
     facts = protoclip.export(model, folder, ALL)
     assert facts["formats"] == formats
     assert facts["left_out"] == reasons
-    if "open_clip" in formats:  # which looks for a text half without a name on the hub by this path
+    if (
+        "open_clip" in formats
+    ):  # which looks for a text encoder without a name on the hub by this path
         text = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
         assert facts["names_its_path"] == (text.get("hf_model_name") == str(folder))
         card = (folder / "README.md").read_text()

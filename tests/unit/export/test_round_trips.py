@@ -87,7 +87,7 @@ def small_run(folder: Path, train: str) -> str:
 
 
 def with_text_tower(folder: Path, train: str) -> str:
-    """A run of two halves, whose text tower is a BERT."""
+    """A run of two encoders, whose text tower is a BERT."""
     given = ModelConfig(
         embed_dim=16,
         image=ImageTowerConfig(name="test_resnet", size=32),

@@ -188,7 +188,7 @@ def test_few_that_are_wrong_have_a_wide_interval(size):
 
 
 def test_seeds_that_agree_leave_the_interval_over_samples(tmp_path):
-    """As those of two frozen halves do. Seeds that differ widen it; other samples leave none."""
+    """As those of two frozen encoders do. Seeds that differ widen it; other samples leave none."""
     right, key = np.arange(120) < 112, "eval/emoji/knn/acc1"
     rows = {"sample_id": np.arange(120), "group": np.arange(120)}
     same = SampleResults(images={**rows, "knn_correct": right})

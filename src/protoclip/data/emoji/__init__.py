@@ -1,7 +1,7 @@
 """The bundled emoji data: about 1,900 concepts, drawn in seven styles, with captions.
 
 `scripts/build_emoji.py` makes the files, and `evaluation/datasets.py` turns them into a data set to
-judge models on.
+evaluate models on.
 """
 
 from functools import cache
