@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import fsspec
 import httpx2 as httpx
@@ -317,6 +318,8 @@ class WebFile(io.RawIOBase):
     Raises as `open_file` does, also while reading.
     """
 
+    answered: ClassVar[set[str]] = set()  # hosts that have answered this process
+
     def __init__(self, url: str) -> None:
         headers = {"User-Agent": "protoclip", "Accept-Encoding": "identity"}
         limits = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
@@ -343,10 +346,14 @@ class WebFile(io.RawIOBase):
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
         request = self.client.build_request("GET", self.url, headers=headers)
         self.response = self.client.send(request, stream=True)
+        self.answered.add(request.url.host)
         self.response.raise_for_status()
-        if self.position and self.response.status_code != httpx.codes.PARTIAL_CONTENT:
-            raise OSError("the connection broke, and the server cannot go on amid a file")
         self.chunks: Iterator[bytes] = self.response.iter_raw()
+        skip = self.position if self.response.status_code != httpx.codes.PARTIAL_CONTENT else 0
+        while skip > 0:  # the server ignores `Range` and begins again at the start
+            chunk = next(self.chunks)
+            self.chunks = chain([chunk[skip:]] if chunk[skip:] else [], self.chunks)
+            skip -= len(chunk)
         return self.response
 
     def _read_chunk(self) -> bytes:
@@ -366,8 +373,11 @@ class WebFile(io.RawIOBase):
                     raise FileNotFoundError(f"HTTP {code}") from None
                 reason = f"HTTP {code} {error.response.reason_phrase}"
                 may_pass = code >= 500 or code in (408, 425, 429)
-            except httpx.TimeoutException:
-                reason, may_pass = "no answer in time", True
+            except httpx.TimeoutException as error:
+                reason = "no answer in time"
+                # A host that has never answered is rather a wrong one.
+                is_known = httpx.URL(self.url).host in self.answered
+                may_pass = is_known or not isinstance(error, httpx.ConnectTimeout)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 broken = (httpx.NetworkError, httpx.RemoteProtocolError)
                 reason, may_pass = str(error), isinstance(error, broken)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 Result = TypeVar("Result")
@@ -37,8 +37,6 @@ WORK_TIMEOUT = timedelta(days=7)
 CGROUPS = Path("/sys/fs/cgroup")
 # How many seconds a file of another host may be unseen: NFS looks anew after 60 at most.
 UNSEEN = 60.0
-# How many groups this process has joined: the store of torchrun still has the keys of earlier ones.
-_groups = 0
 # The gloo group for these waits. It does not wait for a GPU either.
 _hosts: dist.ProcessGroup | None = None
 # The gloo group of a thread that works beside the training, whose own order of collectives is none
@@ -113,7 +111,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     Raises:
         ValueError: Two ranks have the same GPU, or ranks do not reach each other.
     """
-    global _groups, _hosts, _background
+    global _hosts, _background
     rank_, size, _ = read_launcher()
     if size == 1:
         yield
@@ -129,12 +127,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     import_module("torch.distributed.nn")
 
     on_gpu = device.type == "cuda"
-    _groups += 1
     try:
-        store, _, _ = next(rendezvous("env://", rank_, size, timeout=TIMEOUT))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=PrefixStore(f"protoclip/{_groups}", store),
+            store=open_new_store(rank_, size),
             rank=rank_,
             world_size=size,
             timeout=TIMEOUT,
@@ -180,6 +176,37 @@ def in_background() -> Iterator[dist.ProcessGroup | None]:
         yield _background
     finally:
         _beside.reset(entered)
+
+
+def open_new_store(rank: int, size: int) -> Store:
+    """The launcher's store, with a prefix of keys that no earlier start used.
+
+    torchrun has one store for all its restarts, and there a rank would meet the addresses of ranks
+    that were killed. So rank 0 answers what the others ask until each has its prefix. Ranks wait
+    here and not in the store of torchrun, where signals are not heard.
+
+    Raises:
+        RuntimeError: Another rank does not come within `TIMEOUT`.
+    """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    name, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+    answer, waits = f"protoclip/answer/{name}", set(range(1, size))
+    if rank:
+        store.set(f"protoclip/asks/{rank}", name)
+    while not store.check([answer]) if rank else waits:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {0 if rank else min(waits)} has not come")
+        for other in sorted(waits) if rank == 0 else ():
+            asks = f"protoclip/asks/{other}"
+            if store.check([f"protoclip/has/{name}/{other}"]):
+                waits.remove(other)
+            elif store.check([asks]):  # perhaps of a rank that is gone
+                store.set(f"protoclip/answer/{store.get(asks).decode()}", name)
+        time.sleep(0.01)
+    prefix = store.get(answer).decode() if rank else name
+    if rank:
+        store.set(f"protoclip/has/{prefix}/{rank}", "")
+    return PrefixStore(prefix, store)
 
 
 def notice_lost_hosts() -> None:

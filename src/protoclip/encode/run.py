@@ -382,7 +382,7 @@ def encode_into(
             if not np.isfinite(features).all():  # the same bits on every rank
                 raise ValueError(
                     f"{encoder.name}: features are not finite in {store.dtype}, or larger than "
-                    f"{np.finfo(store.dtype).max:g}; choose another model"
+                    f"{np.finfo(store.dtype).max:g}; the model has diverged, or choose another"
                 )
             store.add(np.concatenate([hashes for hashes, _ in new]), features)
             new.clear()
