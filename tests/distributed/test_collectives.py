@@ -269,8 +269,7 @@ def test_two_ranks_with_one_gpu_are_refused(monkeypatch):
 
     for key, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(collectives, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
-    monkeypatch.setattr(collectives, "PrefixStore", Mock())
+    monkeypatch.setattr(collectives, "open_new_store", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     with (
         pytest.raises(ValueError, match=r"^run\.device: rank 1 has the same GPU \(cuda:0\) as"),
