@@ -10,7 +10,7 @@ from tiny_starts import halves
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 # The one line that is replaced: what it names is not here.
-HALVES = re.compile(r"^halves = .*$", re.MULTILINE)
+ENCODERS = re.compile(r"^encoders = .*$", re.MULTILINE)
 
 
 def write_shop(file: Path, images: Path, *, seed: int) -> None:
@@ -40,7 +40,7 @@ def test_the_walk_runs(tmp_path, monkeypatch, capsys):
     }
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    code, replaced = HALVES.subn(lambda _: f"halves = {named}", "".join(blocks))
+    code, replaced = ENCODERS.subn(lambda _: f"encoders = {named}", "".join(blocks))
     assert (len(blocks), replaced) == (6, 1)
     exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
     said = capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_from_the_command_line(top, finished, copied, capsys):
     assert "optim.layer_decay = 0.7" in said
     assert "teacher.features = 'start'" in said
     data = "validation (16 images), general (24 images)"
-    assert f"note: judging 3 weights between start and end, each on {data}\n" in said
+    assert f"note: evaluating 3 weights between start and end, each on {data}\n" in said
     record, results = read(finished / "wise_ft.json"), read(finished / "results.json")
     assert [point["alpha"] for point in record["points"]] == [*FEW]
     assert list(record["points"][0]["scores"]) == ["validation", "general"]

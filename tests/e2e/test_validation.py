@@ -220,7 +220,7 @@ def test_models_are_judged_by_the_pairs_that_a_run_held_out(folder, tmp_path, mo
         assert {f"eval/validation/{key}": value for key, value in records.items()} == metrics
     (note, *_) = validation.open_data("table").notes
     assert note.startswith("table: the ")
-    assert note.endswith(f" images of {folder / 'b.parquet'}, its validation set, judge the models")
+    assert note.endswith(f"of its validation set, {folder / 'b.parquet'}, are the test set")
     data = validation.open_data("held")
     assert (data.name, len(data.splits["test"].images)) == ("held-validation", 20)
     assert data.notes == ["held: the 20 images that it held out are the test set"]
