@@ -44,10 +44,6 @@ from protoclip.training.plan import Plan
 Split = Literal["validation", "test"]
 FILE = "wise_ft.json"
 PATIENCE = 3  # evaluations without a better value that end a run
-PATIENCE = 3  # evaluations without a better value that end a run
-PATIENCE = 3  # evaluations without a better value that end a run
-PATIENCE = 3  # evaluations without a better value that end a run
-PATIENCE = 3  # evaluations without a better value that end a run
 START = "start"  # folder in the run's with `results` by sample of the start
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 RULE = (

@@ -10,9 +10,9 @@ import shutil
 import time
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -32,7 +32,6 @@ from protoclip.files import (
     has_changed,
     read_json,
     read_local,
-    write_atomically,
 )
 from protoclip.models import checkpoint
 from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, damage, facts_of, is_aligned
@@ -78,22 +77,6 @@ EPISODE_PAUSE, EPISODE_FACTOR = 15.0, 100.0
 RETRY_AFTER, LAST_RETRIES = 60.0, (5.0, 10.0, 15.0, 30.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Begun:
-    """What a folder holds of a run; nothing, if the run is new.
-
-    Attributes:
-        outline: That of the run that begins or goes on now. What its settings leave open is as the
-            run in the folder began with.
-        is_begun: Whether there is such a run.
-        results: The content of its `results.json`, if it is finished.
-    """
-
-    outline: Outline
-    is_begun: bool = False
-    results: dict[str, Any] | None = None
-
-
 def name_folder(config: Config) -> Path:
     name = config.run.name + " overfit" * (config.run.overfit is not None)
     return Path(config.run.out or f"runs/{slugify(name)}-{config.run.seed}")
@@ -126,8 +109,12 @@ def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
         yield
 
 
-def inspect_folder(outline: Outline, *, resume: bool) -> Begun:
+def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str, Any] | None]:
     """What the folder of a run holds of it; writes nothing.
+
+    Returns:
+        The outline, where what its settings leave open is as the run in the folder began with; and
+        the content of `results.json`, if the run is finished.
 
     Raises:
         ValueError: It exists, and there is no run to go on with; or as `check_settings`.
@@ -143,7 +130,7 @@ def inspect_folder(outline: Outline, *, resume: bool) -> Begun:
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
     if begun is None:
         require_place("run.out", str(folder), is_folder=True)  # or hours of encoding are lost
-        return Begun(outline=outline)
+        return outline, None
     path = folder / RESULTS
     config = keep_begun(outline.config, begun)
     notes = check_settings(
@@ -161,13 +148,13 @@ def inspect_folder(outline: Outline, *, resume: bool) -> Begun:
         notes.append(f"{start.reference}: images stay {how}, as they were when the run began")
     outline = replace(outline, config=config, start=start, notes=[*outline.notes, *notes])
     if not path.is_file():
-        return Begun(outline=outline, is_begun=True)
+        return outline, None
     read_results(folder)  # or they are damaged
     results = read_json(path)
     if has_changed(results):  # people may edit it
         say(f"warning: {path}: not what the run wrote: its checksum differs")
     results = {key: value for key, value in results.items() if key != SEAL}
-    return Begun(outline=outline, is_begun=True, results={**results, "folder": str(folder)})
+    return outline, {**results, "folder": str(folder)}
 
 
 def is_evaluated(folder: Path, asked: RunConfig) -> bool:
@@ -175,35 +162,6 @@ def is_evaluated(folder: Path, asked: RunConfig) -> bool:
     was = checkpoint.read_config(folder).run
     guards = {*map(without_secrets, asked.guard)}
     return not asked.evaluate or (was.evaluate and guards <= {*was.guard})
-
-
-def enter_folder(
-    begun: Begun, plan: Plan, inputs: Mapping[str, Mapping[str, Any]], *, notes: Sequence[str]
-) -> Path | None:
-    """Begin or go on in a run's folder, which is claimed; the checkpoint to go on from, if any.
-
-    Args:
-        inputs: As for `check_checkpoint`.
-        notes: What to say of a run that is not trained yet.
-
-    Raises:
-        ValueError: No checkpoint is intact; or as `check_checkpoint`.
-    """
-    folder, is_trained = name_folder(plan.config), begun.results is not None
-    lines = [] if is_trained else [*notes]
-    if not is_trained:
-        (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
-    checkpoint = find_newest_intact(folder, lines) if begun.is_begun else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, plan, inputs)
-    write_atomically(folder / SETTINGS, to_toml(plan.config))
-    for line in lines:
-        say(f"note: {line}")
-    if is_trained:
-        say(f"note: {folder}: is trained; only what follows training is done again")
-    else:
-        say(f"training on {plan.amount}")
-    return checkpoint
 
 
 # Settings: what a run began with, and what may change when it goes on

@@ -7,8 +7,8 @@ in `folder.py`.
 
 import signal
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from protoclip.encode.rows import PairRows, RowLoader, side_teachers
 from protoclip.encode.teachers import TeacherFeatures, embed_start
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.models import loading
-from protoclip.models.checkpoint import checkpoints, read_checkpoint
+from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, read_checkpoint
 from protoclip.models.projections import AlignedModel, require_same_encoders
 from protoclip.models.protoclip import (
     ProtoCLIP,
@@ -49,10 +49,11 @@ from protoclip.terminal import say
 from protoclip.training import evaluate, optim, sync, watch
 from protoclip.training.evaluate import EarlyStop, RunEvaluator
 from protoclip.training.folder import (
-    Begun,
+    RESULTS,
     CheckpointWriter,
+    check_checkpoint,
     claim_folder,
-    enter_folder,
+    find_newest_intact,
     inspect_folder,
     is_evaluated,
     keep_chosen,
@@ -61,7 +62,14 @@ from protoclip.training.folder import (
     to_toml,
 )
 from protoclip.training.log import MetricsLog
-from protoclip.training.plan import Plan, encode_pairs, list_contents, make_plan, resolve_settings
+from protoclip.training.plan import (
+    Outline,
+    Plan,
+    encode_pairs,
+    list_contents,
+    make_plan,
+    resolve_settings,
+)
 from protoclip.training.presets import Command, choose_before_data, read_given
 from protoclip.training.trainer import make_trainer
 from protoclip.training.watch import Watch
@@ -157,10 +165,10 @@ def perform_phases(
     alpha: float | None,
 ) -> dict[str, Any]:
     """A run from its settings to its results. Collective."""
-    begun, results = rank0_first(lambda: look_at_folder(command, given, resume, alpha))
+    outline, results = rank0_first(lambda: look_at_folder(command, given, resume, alpha))
     if results is not None:
         return results
-    plan = make_plan(begun.outline)
+    plan = make_plan(outline)
     model, notes = loading.training_model(plan.config, device, plan.start)
     rows = None
     if command == "align":
@@ -170,29 +178,19 @@ def perform_phases(
     start = parallel.gather_weights(model) if plan.chooses_weights else {}
     with ExitStack() as held:
         rank0_first(lambda: held.enter_context(claim_folder(run.folder, resume=resume)))
-        checkpoint = rank0_first(lambda: run.enter_folder(begun, start, notes))
+        checkpoint = rank0_first(lambda: run.enter_folder(start, notes))
         collectives.require_shared(run.folder / "config.toml", by="--run.out")
         run.prepare_teachers()
-        choice = None
-        with signals.handle_signals(run.stop), run.seeded(), measure_convolutions(device):
-            run.restore_or_begin(checkpoint)
-            with run.closing():
-                run.train_episodes()
-                run.finish_training()
-                if plan.chooses_weights and run.is_finished and not run.asked_to_stop():
-                    choice = evaluate.choose_weights(
-                        run.evaluator,
-                        run.writer,
-                        start,
-                        step=run.trainer.step,
-                        asked_to_stop=run.asked_to_stop,
-                    )
-                stopped = run.asked_to_stop()  # also since then: the evaluation may take long
-            if stopped:  # all ranks wait, since a launcher ends all when one has ended
-                raise_on_all_ranks(lambda: run.copies.finish(sync.STOPPED_SECONDS))
-        # From here on a signal ends the process.
-        with run.copying_on_error():
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        try:
+            with signals.handle_signals(run.stop), forked, measure_convolutions(device):
+                torch.manual_seed(plan.config.run.seed + rank())  # dropout and the like draw by it
+                stopped, choice = run.train(checkpoint, start)
+            # From here on a signal ends the process.
             results = run.results(stopped=stopped, choice=choice)
+        except BaseException:  # the store of `run.sync` gets the last state
+            run.copies.finish(sync.STOPPED_SECONDS)
+            raise
         if not stopped:
             raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
     return results
@@ -200,8 +198,8 @@ def perform_phases(
 
 def look_at_folder(
     command: Command, given: Mapping[str, Any], resume: bool, alpha: float | None
-) -> tuple[Begun, dict[str, Any] | None]:
-    """What the run folder holds, and its results if nothing is left to do. On rank 0.
+) -> tuple[Outline, dict[str, Any] | None]:
+    """The outline of a run, and its results if nothing is left to do. On rank 0.
 
     It opens no data. What the store of `run.sync` has and the folder lacks is fetched first. A run
     that goes on keeps what it chose.
@@ -215,22 +213,21 @@ def look_at_folder(
         external.refuse_sides(choices.config)
     outline = resolve_settings(choices.config, None if command == "train" else choices)
     sync.fetch_run(outline, resume=resume)
-    begun = inspect_folder(outline, resume=resume)
-    folder, results, config = name_folder(choices.config), begun.results, choices.config
+    outline, results = inspect_folder(outline, resume=resume)
+    folder, config = name_folder(choices.config), choices.config
     if results is None:
-        return begun, None
+        return outline, None
     is_done = is_evaluated(folder, config.run)
     if command == "finetune" and config.run.overfit is None:
         is_done &= evaluate.is_done(folder, results, alpha=alpha, guards=config.run.guard)
     if is_done:
         sync.Copies(config, folder).finish(sync.END_SECONDS)
-        return begun, results
-    if not checkpoints(folder):
+    elif not checkpoints(folder):
         raise ValueError(
             f"{folder}: holds no checkpoint of its end any more; choose another folder with "
             "--run.out"
         )
-    return begun, None
+    return outline, results if is_done else None
 
 
 class Run:
@@ -324,62 +321,79 @@ class Run:
             in_use=self.copies.list_in_use,
         )
 
-    def enter_folder(
-        self, begun: Begun, start: Mapping[str, Tensor], notes: list[str]
-    ) -> Path | None:
+    def enter_folder(self, start: Mapping[str, Tensor], notes: list[str]) -> Path | None:
         """Begin or go on in the folder, which is claimed; the checkpoint to go on from, if any.
 
         Says all notes of the run, of which these are on the built model. On rank 0.
+
+        Raises:
+            ValueError: No checkpoint is intact; or as `check_checkpoint`.
         """
-        plan, aligns = self.plan, self.rows is not None
+        plan, config, folder = self.plan, self.config, self.folder
         self.content = list_contents(plan, self.teachers, self.start or start)
-        model_in_words = loading.describe_training(
-            plan.config.model, self.model, self.loader.tokenizer, aligns=aligns
-        )
-        placed = self.machines[0].describe(self.loader.batch_size)
-        # Rows of encoders need no workers, which those of the loader are about.
-        of_loader = () if aligns else self.loader.notes
-        return enter_folder(
-            begun,
-            plan,
-            {"arithmetic": self.arithmetic, "chosen": self.chosen, "content": self.content},
-            notes=[model_in_words, placed, *plan.notes, *notes, *of_loader],
-        )
+        lines = list[str]()
+        checkpoint = find_newest_intact(folder, lines)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, plan, self.inputs)
+        is_trained = (folder / RESULTS).is_file()
+        if not is_trained:
+            (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
+        write_atomically(folder / SETTINGS, to_toml(config))
+        if is_trained:
+            say(f"note: {folder}: is trained; only what follows training is done again")
+            return checkpoint
+        # Rows of encoders need no workers, which the notes of the loader are about.
+        aligns = self.rows is not None
+        lines = [
+            loading.describe_training(
+                config.model, self.model, self.loader.tokenizer, aligns=aligns
+            ),
+            self.machines[0].describe(self.loader.batch_size),
+            *(*plan.notes, *notes, *(() if aligns else self.loader.notes), *lines),
+        ]
+        for line in lines:
+            say(f"note: {line}")
+        say(f"training on {plan.amount}")
+        return checkpoint
 
-    @contextmanager
-    def seeded(self) -> Iterator[None]:
-        """Dropout and the like draw from the global generator, so the seed sets it too."""
-        device = self.loader.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.config.run.seed + rank())
-            yield
+    @property
+    def inputs(self) -> dict[str, Mapping[str, Any]]:
+        """What has to be the same when the run goes on; see `check_checkpoint`."""
+        return {"arithmetic": self.arithmetic, "chosen": self.chosen, "content": self.content}
 
-    def restore_or_begin(self, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint if there is one, and open the log."""
+    def train(
+        self, checkpoint: Path | None, start: Mapping[str, Tensor]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Train from a checkpoint, if there is one, and choose weights by WiSE-FT, if asked to.
+
+        Worker processes and files end with it.
+
+        Returns:
+            Whether a signal stopped it, and what `evaluate.choose_weights` returned.
+        """
         logged = 0 if checkpoint is None else self.restore(checkpoint)
         raise_on_all_ranks(lambda: self.open_log(logged))
-
-    @contextmanager
-    def copying_on_error(self) -> Iterator[None]:
-        """Let the store of `run.sync` have the last state of a run that fails."""
+        choice = None
         try:
-            yield
-        except BaseException:
-            self.writer.wait()
-            self.copies.finish(sync.STOPPED_SECONDS)
-            raise
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """End worker processes and files with the training, however it ends."""
-        try:
-            with self.copying_on_error():
-                yield
+            self.train_episodes()
+            self.finish_training()
+            if self.plan.chooses_weights and self.is_finished and not self.asked_to_stop():
+                choice = evaluate.choose_weights(
+                    self.evaluator,
+                    self.writer,
+                    start,
+                    step=self.trainer.step,
+                    asked_to_stop=self.asked_to_stop,
+                )
+            stopped = self.asked_to_stop()  # also since then: the evaluation may take long
         finally:
             self.loader.close()
             self.writer.wait()
             if self.log is not None:
                 self.log.close()
+        if stopped:  # all ranks wait, since a launcher ends all when one has ended
+            raise_on_all_ranks(lambda: self.copies.finish(sync.STOPPED_SECONDS))
+        return stopped, choice
 
     def make_feature_source(self) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""
@@ -571,9 +585,7 @@ class Run:
             **trainer.state_dict(),
             "loader": collectives.all_gather_object(position),
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
-            "arithmetic": self.arithmetic,
-            "chosen": self.chosen,
-            "content": self.content,
+            **self.inputs,
             "machines": [vars(each) for each in self.machines],
             "best": self.writer.find_best(trainer.step),
             "best_by": self.config.run.keep_best,
@@ -594,21 +606,6 @@ class Run:
             ValueError: The checkpoint does not fit this version or this run.
         """
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
-        size = self.load_state_dict(state)
-        # Not written again: a process that is killed meanwhile would leave neither.
-        self.writer.saved_step = self.trainer.step
-        if rank() == 0:
-            say(f"going on from {checkpoint}, step {self.trainer.step}")
-            if (before := len(state["loader"])) != world_size() and not self.is_finished:
-                say(
-                    f"note: ranks: {before} before, {world_size()} now; batches stay, and weights "
-                    "are equal up to rounding, unless BatchNorm takes statistics over parts of a "
-                    "batch (docs/scaling.md)"
-                )
-        return size
-
-    def load_state_dict(self, state: dict[str, Any]) -> int:
-        """Load what `save` saved; returns the bytes of the metrics that were logged until then."""
         config = self.config
         if self.trained is not self.model:
             trains = self.trained.state_dict().keys()  # rank 0 alone has read any weights
@@ -619,8 +616,8 @@ class Run:
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
-        counts = [(int(read), int(skipped)) for read, skipped in state["skips"]]
-        if len(counts) == world_size():
+        before, counts = len(state["loader"]), [[*map(int, each)] for each in state["skips"]]
+        if before == world_size():
             self.skips.read, self.skips.skipped = counts[rank()]
         elif rank() == 0:  # the number of ranks changed
             self.skips.read, self.skips.skipped = map(sum, zip(*counts, strict=True))
@@ -631,6 +628,16 @@ class Run:
             self.early_stop.load_state_dict(state["early_stop"])
         self.recall = state.get("recall", 0.0)
         self.machines = watch.list_machines(state, *self.machines, over=self.is_finished)
+        # Not written again: a process that is killed meanwhile would leave neither.
+        self.writer.saved_step = self.trainer.step
+        if rank() == 0:
+            say(f"going on from {checkpoint}, step {self.trainer.step}")
+            if before != world_size() and not self.is_finished:
+                say(
+                    f"note: ranks: {before} before, {world_size()} now; batches stay, and weights "
+                    "are equal up to rounding, unless BatchNorm takes statistics over parts of a "
+                    "batch (docs/scaling.md)"
+                )
         return int(state["metrics_bytes"])
 
     def results(self, *, stopped: bool, choice: dict[str, Any] | None) -> dict[str, Any]:
@@ -669,7 +676,17 @@ class Run:
             given = self.folder, choice["start_metrics"], results
             results["differences"] = rank0_first(lambda: evaluate.measure_differences(*given))
         if config.run.overfit is not None:
-            results["overfit"] = self.report_overfit()
+            # `align` may have left some of the pairs out.
+            pairs, recall = config.episodes.size, self.recall
+            results["overfit"] = {"pairs": pairs, "steps": trainer.step, "recall": recall}
+            verdict = "this can learn"
+            if recall < 1:
+                verdict = (
+                    "this does not learn; change optim.learning_rate, and look at images and "
+                    "captions (protoclip data inspect)"
+                )
+            amount = f"{recall:.0%} of {pairs} pairs are known after {trainer.step} steps"
+            say(f"run.overfit: {amount}: {verdict}")
         if self.early_stop is not None and self.early_stop.is_due:
             results["early_stop"] = vars(self.early_stop) | {"reason": self.early_stop.reason}
         if best is not None:
@@ -678,17 +695,3 @@ class Run:
             content = to_json(sealed(results), indent=2)
             write_atomically(self.folder / "results.json", content + "\n")
         return results
-
-    def report_overfit(self) -> dict[str, Any]:
-        """Say in one line whether the pairs were learned by heart; the same as JSON values."""
-        # `align` may have left some of them out.
-        pairs, steps, recall = self.config.episodes.size, self.trainer.step, self.recall
-        if recall == 1:
-            say(f"run.overfit: all {pairs} pairs are known after {steps} steps: this can learn")
-        else:
-            say(
-                f"run.overfit: {recall:.0%} of {pairs} pairs are known after {steps} steps: this "
-                "does not learn; change optim.learning_rate, and look at images and captions "
-                "(protoclip data inspect)"
-            )
-        return {"pairs": pairs, "steps": steps, "recall": recall}

@@ -449,7 +449,7 @@ def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_l
         )
     for begun, goes_on in ((given, given), (whole, whole)):
         (tmp_path / "config.toml").write_text(to_toml(begun))
-        assert inspect_folder(resolve_settings(given), resume=True).outline.config == goes_on
+        assert inspect_folder(resolve_settings(given), resume=True)[0].config == goes_on
     other = replace(given, prototypes=replace(given.prototypes, source="extract"))
     with pytest.raises(ValueError, match=r"prototypes\.source \(queue before, extract now\)"):
         inspect_folder(resolve_settings(other), resume=True)
@@ -475,7 +475,7 @@ def test_a_run_goes_on_with_the_defaults_of_its_version(several, distilling: Pla
     without = "\n".join(line for line in begun.splitlines() if not line.startswith("distil "))
     for text in (begun, without):
         (tmp_path / "config.toml").write_text(text)
-        outlined = inspect_folder(resolve_settings(given), resume=True).outline
+        outlined, _ = inspect_folder(resolve_settings(given), resume=True)
         goes_on, loss = outlined.config, outlined.config.loss
         kept = "loss.prototypical stays 1.0, loss.teacher stays 2.0"
         assert f"{kept}, the default when the run began" in outlined.notes
