@@ -135,10 +135,10 @@ class Towers(nn.Module):
         self.visual, self.texts = make(), make()
         self.logit_scale = nn.Parameter(torch.tensor(2.7))
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         return self.texts(tokens.float().view(-1, 1, 64, 64).expand(-1, 3, -1, -1) / 100)
 
 

@@ -56,7 +56,7 @@ class Layered(nn.Module):
         self.norm, self.last = nn.BatchNorm1d(6), nn.Linear(6, 4)
         self.mix = nn.Conv2d(3, 3, 1)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         pixels = self.mix(images.contiguous(memory_format=torch.channels_last))
         # A gathered weight has lost this order of memory, but what is computed keeps the images'.
         assert pixels.is_contiguous(memory_format=torch.channels_last)

@@ -257,28 +257,21 @@ def write_processor(model: Any, tokenizer: Any, processor: Any, folder: Path) ->
 class ImageGraph(nn.Module):
     def __init__(self, model: TowerPair) -> None:
         super().__init__()
-        self.towers: Any = model.towers
-        self.settings = model.settings
+        self.model = model
 
     def forward(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return self.towers.encode_image(pixel_values, **self.settings)  # type: ignore[no-any-return]
+        return self.model.encode_image(pixel_values)
 
 
-class TextGraph(nn.Module):
-    def __init__(self, model: TowerPair) -> None:
-        super().__init__()
-        self.towers: Any = model.towers
-        self.settings = model.settings
-
+class TextGraph(ImageGraph):
     def forward(
         self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b d"]:
         """Takes a mask if the text tower must not read padding."""
         if attention_mask is None:
-            return self.towers.encode_text(input_ids, **self.settings)  # type: ignore[no-any-return]
-        return self.towers.text(  # type: ignore[no-any-return]
-            input_ids=input_ids, attention_mask=attention_mask
-        )
+            return self.model.encode_text(input_ids)
+        text: Any = self.model.towers.text
+        return text(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[no-any-return]
 
 
 def write_graphs(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:

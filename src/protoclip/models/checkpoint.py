@@ -207,23 +207,9 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
         whole = {name: torch.empty_like(like, device="cpu") for name, like in names}
         fill_shards(path, whole)
         return whole
-    with open_tensors(path) as file:
-        return {n: file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
-
-
-def tensor_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file, or in its shards."""
-    if has_shards(path):
-        return {*read_meta_tensors(path)}
-    with open_tensors(path) as file:
-        return {*file.keys()}
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            yield file
+            return {n: file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path}: damaged ({error}); copy it again, or use another checkpoint"
@@ -352,92 +338,71 @@ def checkpoint_files(
 
 def write_checkpoint(
     folder: Path,
-    tensors: Mapping[str, dict[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
     text_files: Mapping[str, bytes] | None = None,
+    *,
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write safetensors and JSON files, by name, to a folder that appears whole or not at all.
+    """Write a folder that appears whole or not at all.
 
-    `text_files` are written as they are, to a folder of their own.
+    Args:
+        tensors: Of safetensors files, by their names.
+        facts: Contents of JSON files, by their names.
+        text_files: Files of a folder of their own, which are written as they are.
+        parts: The parts of this rank of a sharded model, by the name that one file of all parts
+            would have. Then all ranks call this in the background, and rank 0 writes the rest; if
+            one rank cannot write, all raise.
     """
-    temporary = unfinished_path(folder)
-    try:
-        checksums = write_files(temporary, tensors, facts, text_files or {})
-        publish_folder(temporary, folder, checksums)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_parts(
-    folder: Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    tensors: Mapping[str, dict[str, Tensor]],
-    facts: Mapping[str, Any],
-    text_files: Mapping[str, bytes] | None = None,
-) -> None:
-    """`write_checkpoint` by all ranks of a sharded model. Collective, in the background.
-
-    Each rank writes `parts`, by the name that one file of them would have; rank 0 alone writes the
-    rest. If one rank cannot write, all raise, and there is no checkpoint.
-    """
-    staging = unfinished_path(folder)
-    with in_background():
-        try:
-            temporary, checksums = rank0_first(
-                lambda: (staging, write_files(staging, tensors, facts, text_files or {}))
-            )
-            for stem, part in ((Path(name).stem, part) for name, part in parts.items()):
-                for written in all_gather_object(write_shards(temporary / stem, part)):
-                    checksums |= {f"{stem}/{name}": digest for name, digest in written.items()}
-            rank0_first(lambda: publish_folder(staging, folder, checksums))
-        except BaseException:
-            if rank() == 0:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-
-
-def unfinished_path(folder: Path) -> Path:
-    """Where this process writes a folder until it is whole; see `UNFINISHED_FOLDER`."""
-    return folder.with_name(f".{folder.name}.{os.getpid()}")
-
-
-def write_files(
-    temporary: Path,
-    tensors: Mapping[str, dict[str, Tensor]],
-    facts: Mapping[str, Any],
-    text_files: Mapping[str, bytes],
-) -> dict[str, str]:
-    """Write files to a new folder; returns their checksums."""
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    checksums: dict[str, str] = {}
+    temporary, checksums = unfinished_path(folder), dict[str, str]()
 
     def write(name: str, data: bytes) -> None:
         checksums[name] = checksum(data)
         write_atomically(temporary / name, data, durable=True)
 
-    temporary.mkdir()
-    if text_files:
-        (temporary / TEXT_FILES).mkdir()
-    for name, data in text_files.items():
-        write(f"{TEXT_FILES}/{name}", data)
-    # One file at a time, so that only one file's bytes are in memory besides the tensors.
-    for name, part in tensors.items():
-        write(name, save({key: tensor.contiguous() for key, tensor in part.items()}))
-    for name, content in facts.items():
-        write(name, (to_json(content, indent=2) + "\n").encode())
-    return checksums
+    def write_files() -> Path:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        if text_files:
+            (temporary / TEXT_FILES).mkdir()
+            for name, data in text_files.items():
+                write(f"{TEXT_FILES}/{name}", data)
+        # One file at a time, so that only one file's bytes are in memory besides the tensors.
+        for name, values in tensors.items():
+            write(name, save({key: tensor.contiguous() for key, tensor in values.items()}))
+        for name, content in facts.items():
+            write(name, (to_json(content, indent=2) + "\n").encode())
+        return temporary
+
+    def publish() -> None:
+        text = to_json(checksums, indent=2) + "\n"
+        write_atomically(temporary / CHECKSUMS, text.encode(), durable=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+
+    try:
+        if parts is None:
+            write_files()
+            publish()
+            return
+        with in_background():
+            shared = rank0_first(write_files)
+            for stem, part in ((Path(name).stem, part) for name, part in parts.items()):
+                for written in all_gather_object(write_shards(shared / stem, part)):
+                    checksums |= {f"{stem}/{name}": digest for name, digest in written.items()}
+            rank0_first(publish)
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def publish_folder(temporary: Path, folder: Path, checksums: Mapping[str, str]) -> None:
-    """Write the checksums of a folder, and give it its name."""
-    text = to_json(checksums, indent=2) + "\n"
-    write_atomically(temporary / CHECKSUMS, text.encode(), durable=True)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    sync_folder(folder.parent)
+def unfinished_path(folder: Path) -> Path:
+    """Where this process writes a folder until it is whole; see `UNFINISHED_FOLDER`."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}")
 
 
 def write_model(

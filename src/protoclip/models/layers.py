@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.distributed.collectives import all_gather_with_gradient, broadcast, world_size
-from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, evaluation_mode, image_size
+from protoclip.models.protoclip import (
+    PROJECTIONS,
+    ProtoCLIP,
+    evaluation_mode,
+    image_size,
+    seed_weights,
+)
 
 ADAPTER = "default"  # peft's name of the only adapter
 # What peft adds to the names of parameters.
@@ -86,8 +92,7 @@ def add_adapters(
         ],
     }
     whole = sum(parameter.numel() for parameter in model.towers.parameters())
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seed_weights(seed):
         inject_adapter_in_model(LoraConfig(**settings), model)
     model.requires_grad_(True)  # peft decides what trains; here stages do
     added = [p for name, p in model.towers.named_parameters() if ADDED in name]

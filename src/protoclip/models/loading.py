@@ -31,6 +31,7 @@ from protoclip.models.protoclip import (
     image_input,
     image_size,
     resolve_precision,
+    seed_weights,
 )
 from protoclip.models.start import Start, find_start, resolve_start
 from protoclip.models.transformers import auto_model, max_tokens, transformers_config
@@ -92,9 +93,7 @@ def model(source: ModelConfig | Start, *, seed: int, notes: list[str] | None = N
         ValueError: There is no such model, or its weights are damaged or of another model.
     """
     start = start_of(source)
-    with torch.random.fork_rng(devices=[]):
-        # Seed the CPU's generator only: `torch.manual_seed` would seed every GPU too.
-        torch.default_generator.manual_seed(seed)
+    with seed_weights(seed):
         built = start.build()
         resized = start.fill(built)
     if notes is not None:
@@ -375,8 +374,7 @@ def open_text_model(name: str, pooling: Pooling) -> FrozenEncoder:
 
         name = str(get_model_path())
     local = {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # weights that the files lack are drawn at random
+    with seed_weights(0):  # weights that the files lack are drawn at random
         model, loaded = auto_model().from_pretrained(name, output_loading_info=True, **local)
     lacking = [key for key in loaded["missing_keys"] if pooling == "pooler" or "pooler" not in key]
     if lacking:

@@ -64,13 +64,6 @@ def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer.tokenizer(texts)["input_ids"]]
 
 
-def build_seeded(build: Callable[..., Any], *arguments: Any) -> Any:
-    """Build with new weights of seed 0; the global random state is not changed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return build(*arguments)
-
-
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """The tensors that only the model or only the weights have, or that differ in shape."""
     expected = drop_adapters(model.state_dict())

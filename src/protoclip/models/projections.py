@@ -98,7 +98,7 @@ class AlignedModel(ProtoCLIP):
 
     def __init__(self, whole: ProtoCLIP, *, dropout: float = 0.0) -> None:
         nn.Module.__init__(self)
-        self.towers, self.settings = Projections(whole.towers), {}
+        self.towers = Projections(whole.towers)
         self.image_head, self.text_head = whole.image_head, whole.text_head
         self.prototype_logit_scale = whole.prototype_logit_scale
         self.pulls: dict[str, Tensor] = {}

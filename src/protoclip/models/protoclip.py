@@ -43,6 +43,15 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             part.training = training
 
 
+@contextmanager
+def seed_weights(seed: int) -> Iterator[None]:
+    """Draw new weights on the CPU from a seed; the global random state is not changed."""
+    with torch.random.fork_rng(devices=[]):
+        # Not `torch.manual_seed`, which would seed every GPU too.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
     """The model's output for a batch of pairs. Where each image has several texts, which follow
@@ -104,27 +113,27 @@ class _ShortTexts(nn.Module):
         super().__init__()
         self.towers = towers
 
-    def forward(self, tokens: Int[Tensor, "b l"], **settings: Any) -> Tensor:
-        return self.towers.encode_text(tokens, **settings)  # type: ignore[operator,no-any-return]
+    def forward(self, tokens: Int[Tensor, "b l"]) -> Tensor:
+        return self.towers.encode_text(tokens)  # type: ignore[operator,no-any-return]
 
 
 class TowerPair(nn.Module):
     """An image tower and a text tower with one joint space.
 
     Args:
-        towers: A model with `encode_image` and `encode_text`, such as open_clip's.
+        towers: A model with `encode_image` and `encode_text`, such as open_clip's. Both take
+            `normalize`, which is true by default in open_clip's CoCa.
     """
 
     def __init__(self, towers: nn.Module) -> None:
         super().__init__()
         self.towers = towers
-        self.settings = dict[str, Any]()  # of both: `normalize=False` for a CoCa
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Image features in the joint space; of unit norm if `normalize` is set."""
-        features = to_float(self.towers.encode_image(images, **self.settings))  # type: ignore[operator]
+        features = to_float(self.towers.encode_image(images, normalize=False))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
@@ -141,9 +150,9 @@ class TowerPair(nn.Module):
                 "towers.positional_embedding": towers.positional_embedding[:length],
                 "towers.attn_mask": towers.attn_mask[:length, :length],
             }
-            features = functional_call(_ShortTexts(towers), parts, tokens, self.settings)
+            features = functional_call(_ShortTexts(towers), parts, tokens)
         else:
-            features = towers.encode_text(tokens, **self.settings)
+            features = towers.encode_text(tokens, normalize=False)
         features = to_float(features)
         return F.normalize(features, dim=-1) if normalize else features
 

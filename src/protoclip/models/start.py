@@ -35,7 +35,6 @@ from protoclip.models.checkpoint import (
     model_json,
     read_tensors,
     require_intact,
-    tensor_names,
 )
 from protoclip.models.open_clip import (
     TowerKind,
@@ -52,7 +51,6 @@ from protoclip.models.opening import (
     ImageTransform,
     Loaded,
     Tokenizer,
-    build_seeded,
     count_tokens,
     hub_name,
     readable_errors,
@@ -66,6 +64,7 @@ from protoclip.models.protoclip import (
     image_normalisation,
     image_size,
     projection_head,
+    seed_weights,
 )
 from protoclip.models.transformers import (
     MINILM,
@@ -138,13 +137,11 @@ class Start:
 
     def open_pair(self) -> TowerPair:
         """The model at its own sizes with its weights; new ones are those of seed 0."""
-        pair: TowerPair = build_seeded(replace(self, model=self.own).new_pair)
+        start = replace(self, model=self.own)
+        with seed_weights(0):
+            pair = start.build() if self.has_heads else TowerPair(start.build_towers())
         self.read_weights(pair)
         return pair
-
-    def new_pair(self) -> TowerPair:
-        """The model with new weights, with heads only if the start has any."""
-        return self.build() if self.has_heads else TowerPair(self.build_towers())
 
     def transform_of(self, pair: TowerPair) -> ImageTransform:
         """How `open` prepares images for a model of this start."""
@@ -432,7 +429,7 @@ class RunStart(Start):
     @property
     def has_logit_bias(self) -> bool:
         """The sigmoid loss adds it to any towers."""
-        return "towers.logit_bias" in tensor_names(self.file)
+        return bool(read_tensors(self.file, "towers.logit_bias"))
 
 
 def run_start(reference: str) -> RunStart:
@@ -472,12 +469,6 @@ class OpenClipStart(Start):
         with readable_errors(self.label, repository):
             file = self.file or open_clip.download_pretrained(published)
             open_clip.load_checkpoint(pair.towers, str(file))
-
-    def new_pair(self) -> TowerPair:
-        pair = super().new_pair()
-        if isinstance(pair.towers, open_clip.CoCa):
-            pair.settings = {"normalize": False}
-        return pair
 
 
 def open_clip_start(reference: str, name: str) -> OpenClipStart:
@@ -535,9 +526,8 @@ class TransformersStart(Start):
     name: str
 
     def open(self) -> Loaded:
-        with readable_errors(self.reference, hub_name(self.name)):
-            loaded: Loaded = build_seeded(transformers.open_model, self.name)
-        return loaded
+        with readable_errors(self.reference, hub_name(self.name)), seed_weights(0):
+            return transformers.open_model(self.name)
 
     def open_pair(self) -> TowerPair:
         pair, _, tokenizer = self.open()

@@ -165,12 +165,18 @@ class HuggingFaceTowers(nn.Module):
     def kind(self) -> str:
         return str(self.config.model_type)
 
-    def encode_image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    def encode_image(
+        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        assert not normalize, "`TowerPair` normalises"
         packed = self.kind == "siglip2"
         inputs = unpack_patches(images) if packed else {"pixel_values": images}
         return self.visual(**inputs)  # type: ignore[no-any-return]
 
-    def encode_text(self, tokens: Int[Tensor, "b c"]) -> Float[Tensor, "b d"]:
+    def encode_text(
+        self, tokens: Int[Tensor, "b c"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        assert not normalize, "`TowerPair` normalises"
         if self.kind != MASKED_KIND:
             return self.text(input_ids=tokens)  # type: ignore[no-any-return]
         mask = tokens != PADDING

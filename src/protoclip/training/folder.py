@@ -531,15 +531,15 @@ class CheckpointWriter:
         if rank() != 0:
             state = {key: state[key] for key in ("model", "optimizer", "adapters")}
         tensors, facts = checkpoint.checkpoint_files(self.description, state)
-        if in_parts:
-            others = {checkpoint.RESUME: tensors.pop(checkpoint.RESUME)}
-            self._write_files = partial(
-                checkpoint.write_parts, self.folder(step), tensors, others, facts, self.text_files
-            )
-        else:
-            self._write_files = partial(
-                checkpoint.write_checkpoint, self.folder(step), tensors, facts, self.text_files
-            )
+        whole = {checkpoint.RESUME: tensors.pop(checkpoint.RESUME)} if in_parts else tensors
+        self._write_files = partial(
+            checkpoint.write_checkpoint,
+            self.folder(step),
+            whole,
+            facts,
+            self.text_files,
+            parts=tensors if in_parts else None,
+        )
         self._thread = Thread(target=self._write, daemon=False)
         self._thread.start()
 

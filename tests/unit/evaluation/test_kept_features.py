@@ -79,7 +79,7 @@ class TinyTowers(nn.Module):
         self.visual = nn.Linear(6, 4)
         self.logit_scale = nn.Parameter(torch.tensor(2.7))
 
-    def encode_image(self, images):
+    def encode_image(self, images, normalize=False):
         return self.visual(images.flatten(1))
 
 
