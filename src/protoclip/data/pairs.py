@@ -83,17 +83,39 @@ class Sample:
     where: str  # The file or archive member it comes from, for messages.
 
 
-class Pairs:
+class Source:
+    """What pairs and streams have in common."""
+
+    name: str  # in messages; sample ids of a mixture begin with it
+    notes: Sequence[str] = ()  # what the user should know, such as which lines were left out
+    bad_lines: Sequence[Mapping[str, Any]] = ()  # see `ImageTextPairs`
+
+    def most_captions(self, share: float = 1.0) -> int | None:
+        """How many captions this share of the pairs has at most; None if that is not known."""
+        return None
+
+    def fingerprint(self) -> Facts:
+        """Facts by which these pairs are known again; a fact that is not there is not compared."""
+        return {}
+
+    @property
+    def sources(self) -> Sequence[Any]:
+        """The sources of a view or mixture; otherwise these pairs alone."""
+        return [self]
+
+    @property
+    def left_out(self) -> Rows:
+        """Rows that are left out, as numbered over all rows of the sources."""
+        return np.array([], np.int64)
+
+
+class Pairs(Source):
     """Pairs that can be read in any order.
 
     For pairs of a new kind write a subclass with a `name` and the first four methods, and return it
     in `sources.open_source`. What can be brought into a table becomes `ImageTextPairs` instead, of
     which pairs can be held out, too.
     """
-
-    name: str  # in messages; sample ids of a mixture begin with it
-    notes: Sequence[str] = ()  # what the user should know, such as which lines were left out
-    bad_lines: Sequence[Mapping[str, Any]] = ()  # see `ImageTextPairs`
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -114,42 +136,19 @@ class Pairs:
         """All ids, in the order of the rows."""
         return map(self.sample_id, range(len(self)))
 
-    def most_captions(self, share: float = 1.0) -> int | None:
-        """How many captions this share of the pairs has at most; None if that is not known."""
-        return None
-
-    def fingerprint(self) -> Facts:
-        """Facts by which these pairs are known again; a fact that is not there is not compared."""
-        return {}
-
-    @property
-    def sources(self) -> Sequence[Any]:
-        """The sources of a view or mixture; otherwise these pairs alone."""
-        return [self]
-
     @property
     def parts(self) -> Sequence[tuple[Any, Any]]:
         """The sources, each with the numbers of its rows that are among these pairs."""
         return [(self, range(len(self)))]
 
-    @property
-    def left_out(self) -> Rows:
-        """Rows that are left out, as numbered over all rows of the sources."""
-        return np.array([], np.int64)
 
-
-class SampleStream:
+class SampleStream(Source):
     """Pairs that can only be read in order, and have no end.
 
     They are dealt to `lanes`, which ranks share as `sampler.py` says. A process that loads the
     lane's `state_dict(first, lane)` (JSON values) gets there without reading all that comes before,
     and then has as many lanes as the stream that made it.
     """
-
-    name: str
-    notes: Sequence[str] = ()
-    bad_lines: Sequence[Mapping[str, Any]] = ()
-    left_out: Rows = np.array([], np.int64)  # none, as of `Pairs`
 
     @property
     def lanes(self) -> int:
@@ -166,25 +165,13 @@ class SampleStream:
         """Raises `ValueError` if the state belongs to another stream."""
         raise NotImplementedError
 
-    def most_captions(self, share: float = 1.0) -> None:
-        """Not known."""
-
-    def fingerprint(self) -> Facts:
-        """As of `Pairs`."""
-        return {}
-
-    @property
-    def sources(self) -> Sequence[Any]:
-        return [self]
-
 
 class ImageTextPairs(Pairs):
     """Pairs in an Arrow table.
 
     Args:
         table: One row per pair; or an object with a memory-mapped `.table`, which another process
-            opens again when the pairs are pickled. If it has a `check`, that is called with a row
-            before the row is used, and without one before a whole column is.
+            opens again when the pairs are pickled.
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         allow_links: Whether a path may be a link that leads out of the root.
@@ -199,12 +186,12 @@ class ImageTextPairs(Pairs):
         notes: What the user should know, such as which lines were left out.
         needs_captions: Whether a row without a caption is a bad sample.
 
-    Raises `ValueError` if a column is missing, or there is no row.
+    Raises `ValueError` if there is no row.
     """
 
     notes: list[str]
     prefix = ""  # of ids that the table holds
-    rows: Rows | None = None  # of the table, ascending; unset, all are pairs
+    rows: Rows | range  # of the table that are pairs, ascending; a range of all
 
     def __init__(
         self,
@@ -231,20 +218,18 @@ class ImageTextPairs(Pairs):
         self.caption_columns, self.bad_lines = tuple(caption_columns), bad_lines
         self.id_column = id_column if id_column in self._arrays else None
         self.class_column, self.needs_captions = class_column, needs_captions
-        for column in (self.image_column, *self.caption_columns):
-            self._require(column)
-        if self.table.num_rows == 0:
+        self.rows = range(self.table.num_rows)
+        if not self.rows:
             raise ValueError(f"{name}: holds no sample")
 
     def _open(self) -> None:
         source = self._source
         self.table: pa.Table = source if isinstance(source, pa.Table) else source.table
-        self._check: Callable[..., None] | None = getattr(source, "check", None)
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("table", "_arrays", "_check", "key", "rows_key", "class_labels")
+        opened = ("table", "_arrays", "key", "rows_key", "class_labels")
         return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,14 +237,7 @@ class ImageTextPairs(Pairs):
         self._open()
 
     def __len__(self) -> int:
-        return int(self.table.num_rows) if self.rows is None else len(self.rows)
-
-    @property
-    def checked_table(self) -> pa.Table:
-        """The table, to use whole columns of; raises `ValueError` if it is damaged."""
-        if self._check is not None:
-            self._check()
-        return self.table
+        return len(self.rows)
 
     def prefix_ids(self) -> "ImageTextPairs":
         """The same pairs, as in a mixture: their ids begin with the name of this source."""
@@ -270,18 +248,17 @@ class ImageTextPairs(Pairs):
     def subset(self, rows: Rows) -> "ImageTextPairs":
         """Some of these pairs, in the same order and with the same ids; `rows` ascend."""
         some = copy.copy(self)
-        for key in ("key", "rows_key"):
-            some.__dict__.pop(key, None)
-        some.rows = rows if self.rows is None else self.rows[rows]
+        some.rows = rows if isinstance(self.rows, range) else self.rows[rows]
         return some
 
     def split_into_blocks(self) -> Iterator["ImageTextPairs"]:
         """The same pairs in parts, of which columns can be used, but no single rows."""
-        table = self.checked_table
-        for start in range(0, table.num_rows, BLOCK):
+        for start in range(0, self.table.num_rows, BLOCK):
             part = copy.copy(self)
-            part.table, part._check = table.slice(start, BLOCK), None
-            if self.rows is not None:
+            part.table = self.table.slice(start, BLOCK)
+            if isinstance(self.rows, range):
+                part.rows = range(part.table.num_rows)
+            else:
                 first, end = np.searchsorted(self.rows, [start, start + BLOCK])
                 part.rows = self.rows[first:end] - start
             yield part
@@ -292,9 +269,9 @@ class ImageTextPairs(Pairs):
         columns = (self.image_column, self.id_column, *self.caption_columns)
         facts = (self.table_key, columns, self.root)
         key = hashlib.blake2b(repr(facts).encode(), digest_size=16)
-        for batch in self.checked_table.to_batches() if not self.table_key else ():
+        for batch in self.table.to_batches() if not self.table_key else ():
             key.update(batch.serialize())
-        if self.rows is not None:
+        if not isinstance(self.rows, range):
             key.update(self.rows.tobytes())
         return key.hexdigest()
 
@@ -316,35 +293,35 @@ class ImageTextPairs(Pairs):
         """Facts by which these pairs are known wherever they lie, as JSON values.
 
         Ids, captions and images' names or sizes are hashed whole, in the order of the rows, which
-        decides what a step sees: once for a table, since that takes seconds at ten million rows.
-        Some `images` are read, too; what is behind URLs is taken to stay.
+        decides what a step sees: once for a table with a key, since that takes seconds at ten
+        million rows. Some `images` are read, too; what is behind URLs is taken to stay.
         """
-        facts = self._hash_rows_once()
-        if images:
-            rows = evenly_spaced(len(self), min(IMAGES, len(self)), seed=0)
-            facts = {**facts, "sample": [self._hash_image(row) for row in rows]}
-        return facts
-
-    def _hash_rows_once(self) -> Facts:
-        """The facts of all rows; those of a table that has a key are kept beside its index."""
-        if not self.table_key:
-            return self._hash_rows()
-        named = "" if self.id_column else self.name  # of which ids are made that no column has
-        key = {"content": FORM, "rows": self.rows_key, "name": named, "class": self.class_column}
-        path = index_folder() / f"{digest(key)}.json"
-        with suppress(OSError, ValueError):
-            return read_sealed(path)
-        facts = self._hash_rows()
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, to_json(sealed(facts)))
-        return facts
+        facts, path = Facts(), None
+        if self.table_key:
+            named = "" if self.id_column else self.name  # of which ids are made that no column has
+            key = {"content": FORM, "rows": self.rows_key, "name": named}
+            path = index_folder() / f"{digest({**key, 'class': self.class_column})}.json"
+            with suppress(OSError, ValueError):
+                facts = read_sealed(path)
+        if not facts:
+            facts = self._hash_rows()
+            with suppress(OSError):
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(path, to_json(sealed(facts)))
+        some = evenly_spaced(len(self), min(IMAGES, len(self)), seed=0) if images else []
+        hashes = [""] * len(some)  # of what is behind a URL, or cannot be read now
+        for number, row in enumerate(some):
+            with suppress(BadSample):
+                if not is_url(self.where(row)):
+                    hashes[number] = checksum(self.read_encoded(row))
+        return {**facts, "sample": hashes} if images else facts
 
     def _hash_rows(self) -> Facts:
         def hash_named(*names: str) -> str:
             return hash_columns([self.select_column(name) for name in names])
 
-        encoded, names = split_images(self.checked_table.column(self.image_column))
+        encoded, names = split_images(self.table.column(self.image_column))
         if self.in_ranges:
             hashed = hash_named("size")  # shards may lie anywhere
         elif encoded is None:
@@ -364,20 +341,13 @@ class ImageTextPairs(Pairs):
             facts["classes"] = hash_named(self.class_column)
         return facts
 
-    def _hash_image(self, row: int) -> str:
-        """A hash of the image as stored; empty if it is behind a URL, or cannot be read now."""
-        try:
-            return "" if is_url(self.where(row)) else checksum(self.read_encoded(row))
-        except BadSample:
-            return ""
-
     def select_column(self, name: str) -> pa.ChunkedArray:
         """A value of a column for each pair."""
-        return self.take_rows(self.checked_table.column(name))
+        return self.take_rows(self.table.column(name))
 
     def take_rows(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """From a value for each row of the table, those of the rows that are pairs."""
-        if self.rows is None:
+        if isinstance(self.rows, range):
             return column
         pieces, start = [], 0
         for chunk in column.iterchunks():
@@ -388,7 +358,6 @@ class ImageTextPairs(Pairs):
 
     def column(self, name: str) -> npt.NDArray[np.object_]:
         """Any column, such as `label`, as an array of length `len(self)`."""
-        self._require(name)
         return np.asarray(read_cells(self.select_column(name)), dtype=object)
 
     def sample(self, row: int) -> Sample:
@@ -401,12 +370,12 @@ class ImageTextPairs(Pairs):
 
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
-            return f"{self.name}/{self._table_row(row)}"
+            return f"{self.name}/{self.rows[row]}"
         return f"{self.prefix}{self.value(self.id_column, row)}"
 
     def sample_ids(self) -> Iterator[str]:
         if self.id_column is None:
-            yield from (f"{self.name}/{self._table_row(row)}" for row in range(len(self)))
+            yield from (f"{self.name}/{row}" for row in self.rows)
             return
         for part in self.split_into_blocks():
             ids = part.select_column(self.id_column).to_pylist()
@@ -446,7 +415,8 @@ class ImageTextPairs(Pairs):
         """The class by its name; empty where there is none."""
         if self.class_column is None:
             return ""
-        value, names = read_cell(self._cell(self.class_column, row)), self.class_labels
+        cell = self._arrays[self.class_column][int(self.rows[row])]
+        value, names = read_cell(cell), self.class_labels
         if names and isinstance(value, int) and value < len(names):
             return names[value] if value >= 0 else ""  # -1 is a `ClassLabel` that is not known
         return "" if value is None else str(value).strip() and str(value)
@@ -508,7 +478,7 @@ class ImageTextPairs(Pairs):
         path = self.image_file(row)
         if path is not None:
             return f"{file_status(path)}{path if is_url(path) else os.path.abspath(path)}"  # noqa: PTH100
-        return f"{self.table_key or self.rows_key} {self.image_column} {self._table_row(row)}"
+        return f"{self.table_key or self.rows_key} {self.image_column} {self.rows[row]}"
 
     def image_names(self) -> pa.ChunkedArray | None:
         """The file or URL of each image, as bytes, since a string may be no UTF-8.
@@ -516,7 +486,7 @@ class ImageTextPairs(Pairs):
         A name counts where the table does not hold the image itself; elsewhere it is null. None if
         the table has no names, or images are in shards.
         """
-        encoded, names = split_images(self.checked_table.column(self.image_column))
+        encoded, names = split_images(self.table.column(self.image_column))
         if self.in_ranges or names is None or pa.types.is_null(names.type):
             return None
         names = names.cast(pa.large_binary())
@@ -533,8 +503,8 @@ class ImageTextPairs(Pairs):
             return np.array(numbers.to_numpy())  # a copy, to be written to
 
         if self.in_ranges:
-            return as_array(self.checked_table.column("size"))
-        encoded, _ = split_images(self.checked_table.column(self.image_column))
+            return as_array(self.table.column("size"))
+        encoded, _ = split_images(self.table.column(self.image_column))
         sizes = np.full(len(self), -1, np.int32)
         if encoded is not None:
             sizes = as_array(count_bytes(encoded))
@@ -550,20 +520,11 @@ class ImageTextPairs(Pairs):
 
     def value(self, column: str, row: int) -> Any:
         """A cell of a column; raises `UnicodeDecodeError` for a text that is not UTF-8."""
-        return self._cell(column, row).as_py()
-
-    def _cell(self, column: str, row: int) -> pa.Scalar:
-        row = self._table_row(row)
-        if self._check is not None:
-            self._check(row)
-        return self._arrays[column][row]
-
-    def _table_row(self, row: int) -> int:
-        return row if self.rows is None else int(self.rows[row])
+        return self._arrays[column][int(self.rows[row])].as_py()
 
     def _image(self, row: int, part: slice | None = None) -> bytes | str | None:
         """The encoded image itself, or a part of it, or the name of its file, as `image_names`."""
-        cell = self._cell(self.image_column, row)
+        cell = self._arrays[self.image_column][int(self.rows[row])]
         if isinstance(cell, pa.StructScalar):
             cells = [cell[name] for name in ("bytes", "path") if name in cell]
             cells = [value for value in cells if hasattr(value, "as_buffer")]  # bytes or a text
@@ -572,11 +533,6 @@ class ImageTextPairs(Pairs):
             return bytes(memoryview(cell.as_buffer())[part])  # the rest stays on the disk
         image: bytes | str | None = read_cell(cell)
         return None if image == "" else image
-
-    def _require(self, column: str) -> None:
-        if column not in self._arrays:
-            present = ", ".join(self.table.column_names)
-            raise ValueError(f"{self.name}: no column '{column}'; it has {present}")
 
     def _bad(self, row: int, reason: str) -> BadSample:
         return BadSample(self.sample_id(row), self.where(row), reason)

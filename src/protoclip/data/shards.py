@@ -247,7 +247,6 @@ def _join_indexes(
     faults = list[str]()
     for number, shard in enumerate(shards):
         index = index_one(shard)
-        index.check()
         faults += index.notes
         for batch in index.table.to_batches():
             rows = pa.array(np.full(len(batch), number, dtype=np.int32))

@@ -15,17 +15,16 @@ import json
 import lzma
 import re
 import zlib
-from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from protoclip.config import DataConfig
 from protoclip.data.access import (
@@ -106,8 +105,10 @@ def open_files(
     """
     label, folder = without_secrets(paths[0]), index_folder()
     prints = [fingerprint(path) for path in paths]
-    first = "file_name" if is_metadata(label) else None  # as versions had it that knew no other
-    columns = [data.image_column or first, caption_columns(data), data.id_column]
+    image_column = data.image_column
+    if image_column is None and PurePath(label).name in METADATA:
+        image_column = "file_name"  # as in keys of 1.0
+    columns = [image_column, caption_columns(data), data.id_column]
     columns += [data.class_column] if data.class_column else []
     key = digest({"form": FORM, "files": prints, "columns": columns})
     *_, before, last = ("", "", *list_suffixes(paths[0]))
@@ -228,7 +229,7 @@ def open_pairs(
         raise ValueError(f"{label}: row 0 has the image {without_secrets(image)}; {NO_WEB_IMAGES}")
     checked = index_folder() / f"{key}.unique"
     if pairs.id_column and not checked.exists():
-        with name_faults(label, UnicodeDecodeError):
+        with name_faults(label, pa.ArrowException):
             _require_unique(pairs.select_column(pairs.id_column), label, way_out)
         with suppress(OSError):  # where nothing can be written, they are compared each time
             checked.parent.mkdir(parents=True, exist_ok=True)
@@ -237,23 +238,16 @@ def open_pairs(
 
 
 def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
-    """Eight bytes an id tell which may repeat; only those are compared."""
-
-    def texts() -> Iterator[str]:
-        values = chain.from_iterable(chunk.to_pylist() for chunk in ids.iterchunks())
-        for row, value in enumerate(values):
-            if value is None or value == "":
-                raise ValueError(f"{label}: row {row} has no id; {way_out}")
-            yield str(value)
-
-    hashes = np.fromiter((hash(text) for text in texts()), np.int64, len(ids))
-    values, counts = np.unique(hashes, return_counts=True)
-    suspects = set(values[counts > 1].tolist())
-    counted = Counter(text for text in texts() if hash(text) in suspects) if suspects else {}
-    if repeated := [text for text, count in counted.items() if count > 1]:
+    ids.validate(full=True)  # that they are UTF-8
+    texts = pc.fill_null(ids.cast(pa.large_string()), "")
+    if (row := pc.index(texts, "").as_py()) >= 0:
+        raise ValueError(f"{label}: row {row} has no id; {way_out}")
+    values, counts = pc.value_counts(texts).flatten()
+    repeated = values.filter(pc.greater(counts, 1))
+    if len(repeated):
         raise ValueError(
             f"{label}: {len(repeated)} sample ids come more than once, such as "
-            f"'{line(repeated[0], 60)}'; {way_out}"
+            f"'{line(str(repeated[0]), 60)}'; {way_out}"
         )
 
 
@@ -281,42 +275,24 @@ def choose_columns(
 
     They are called as in `ImageTextPairs`. Raises `ValueError` if a table has no such column.
     """
-    notes: list[str] = []
-    find = partial(_find_columns, label, schema, notes)
-    usual = METADATA_IMAGE_COLUMNS if is_metadata(label) else IMAGE_COLUMNS
-    images = find("image", usual, [data.image_column])
-    captions = find("caption", CAPTION_COLUMNS, caption_columns(data))
-    ids = find("id", ID_COLUMNS, [data.id_column])
-    classes = find("class", (), [data.class_column])
-    for kind, columns in (("image", images), ("caption", captions)):
-        if not columns and (kind == "image" or data.needs_caption_column):
-            lack = f"no column with {kind}s; set {kind}_column to one, or add it"
-            raise describe_lack(label, schema.names, lack)
-    chosen: dict[str, Any] = {"image_column": images[0], "caption_columns": captions}
-    chosen["id_column"] = ids[0] if ids else None
-    chosen["class_column"] = classes[0] if classes else None
-    return chosen, notes
-
-
-def _find_columns(
-    label: str,
-    schema: pa.Schema,
-    notes: list[str],
-    kind: str,
-    usual: Sequence[str],
-    named: Sequence[str | None],
-) -> list[str]:
-    """The columns of one kind: those that are named, else the first usual one that fits."""
-    what = "classes" if kind == "class" else f"{kind}s"
     by_name = {name.lower().strip(): name for name in reversed(schema.names)}
-    used = [name for name in named if name]
-    present = [by_name[name] for name in usual if name in by_name]
-    if [*named] == [NO_COLUMN]:
-        present = []
-    for column in sorted({*used, *present}):
-        if schema.names.count(column) > 1:
-            raise describe_lack(label, schema.names, f"more than one column '{column}'")
-    if not used:
+    chosen, notes = dict[str, list[str]](), list[str]()
+    images = METADATA_IMAGE_COLUMNS if PurePath(label).name in METADATA else IMAGE_COLUMNS
+    for kind, named, usual in (
+        ("image", [data.image_column], images),
+        ("caption", caption_columns(data), CAPTION_COLUMNS),
+        ("id", [data.id_column], ID_COLUMNS),
+        ("class", [data.class_column], ()),
+    ):
+        what = "classes" if kind == "class" else f"{kind}s"
+        used = [name for name in named if name]
+        present = [by_name[name] for name in usual if name in by_name]
+        if used or named == [NO_COLUMN]:
+            present = []
+        for column in (*used, *present):
+            if (number := schema.names.count(column)) != 1:
+                lack = f"{'more than one' if number else 'no'} column '{column}'"
+                raise describe_lack(label, schema.names, lack)
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1:
             notes.append(
@@ -324,15 +300,18 @@ def _find_columns(
                 f"{kind}_column names another"
             )
         # A column of a usual name that holds something else is refused below, not passed over.
-        used = (fit or (present if kind in ("image", "caption") else []))[:1]
-    for column in used:
-        if column not in schema.names:
-            raise describe_lack(label, schema.names, f"no column '{column}'")
-        if not _holds(what, type_ := schema.field(column).type):
-            held = line(str(type_), 60)
-            lack = f"column '{column}' holds {held}, not {what}; set {kind}_column to another"
+        used += (fit or (present if kind in ("image", "caption") else []))[:1]
+        for column in used:
+            if not _holds(what, type_ := schema.field(column).type):
+                held = line(str(type_), 60)
+                lack = f"column '{column}' holds {held}, not {what}; set {kind}_column to another"
+                raise describe_lack(label, schema.names, lack)
+        if not used and (kind == "image" or (kind == "caption" and data.needs_caption_column)):
+            lack = f"no column with {what}; set {kind}_column to one, or add it"
             raise describe_lack(label, schema.names, lack)
-    return used
+        chosen[kind] = used
+    single = {f"{kind}_column": next(iter(chosen[kind]), None) for kind in ("image", "id", "class")}
+    return {**single, "caption_columns": chosen["caption"]}, notes
 
 
 def _holds(what: str, type_: pa.DataType) -> bool:
@@ -354,10 +333,6 @@ def describe_lack(label: str, names: Sequence[str], what: str) -> ValueError:
     """An error for a table that lacks something; it lists the columns that exist."""
     present = ", ".join(f"'{name}'" for name in names)
     return ValueError(f"{label}: {what}; it has {line(present, 300) or 'none'}")
-
-
-def is_metadata(path: str) -> bool:
-    return PurePath(path).name in METADATA
 
 
 @contextmanager
@@ -598,81 +573,25 @@ def _as_text(value: Any) -> Any:
 class ArrowIndex:
     """A memory-mapped `table`, with `facts` about its source; pickled as its path.
 
-    A file beside it has a checksum of each batch of rows. A batch is compared with it when one of
-    its rows is used for the first time, so that an index of any size opens at once: call `check`
-    before you use rows of the table. Raises `OSError` if there is no such index, and `ValueError`
-    if it is damaged.
+    A file beside it has these facts and the checksum of the table, which is compared unless it
+    `is_checked`. Raises `OSError` if there is no such index, and `ValueError` if it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.facts: dict[str, Any] = read_sealed(path.with_suffix(".json"))
-        try:
-            self.table = read_table(path)
-            intact = self.facts.pop("frame", None) == describe_frame(self.table)
-        except pa.ArrowException:  # not all of them are a `ValueError`
-            intact = False
-        if not intact:
+    def __init__(self, path: Path, *, is_checked: bool = False) -> None:
+        self.path, self.facts = path, read_sealed(path.with_suffix(".json"))
+        before = self.facts.pop("crc32", None)
+        if before is None or not (is_checked or before == table_checksum(path)):
             raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
-        self._checksums = self.facts.pop("batches", None)
-        self._batches = self.table.to_batches()
-        self._ends = list(accumulate(map(len, self._batches)))
-        self._unchecked = set(range(len(self._batches)))
+        self.table: pa.Table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self.notes = [*self.facts.get("notes", ()), *self.facts.get("left_out", ())]
 
-    def check(self, row: int | None = None) -> None:
-        """Compare the checksum of the batch that holds a row, or of all batches, once.
-
-        Raises `ValueError`, which names the file and the rows, if it differs.
-        """
-        if not self._unchecked:
-            return
-        numbers = {*self._unchecked} if row is None else {bisect_right(self._ends, row)}
-        for number in numbers & self._unchecked:
-            if batch_checksum(self._batches[number]) != self._checksums[number]:
-                end, size = self._ends[number], len(self._batches[number])
-                raise ValueError(
-                    f"{self.path}: damaged (the checksum of rows {end - size} to {end - 1} "
-                    "differs); delete it, and it is built again"
-                )
-            self._unchecked.discard(number)
-
-    def __reduce__(self) -> tuple[type["ArrowIndex"], tuple[Path]]:
-        return ArrowIndex, (self.path,)
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return partial(ArrowIndex, is_checked=True), (self.path,)
 
 
-def read_table(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def describe_frame(table: pa.Table) -> list[Any]:
-    """What every batch depends on: the columns, their lengths, and the values of dictionaries."""
-    values = [
-        buffers_checksum(column.chunk(0).dictionary)
-        for column in table.columns
-        if pa.types.is_dictionary(column.type) and column.num_chunks
-    ]
-    lengths = [len(chunk) for column in table.columns[:1] for chunk in column.iterchunks()]
-    return [str(table.schema), lengths, *values]
-
-
-def batch_checksum(batch: pa.RecordBatch) -> int:
-    checksum = 0
-    for column in batch.columns:
-        checksum = buffers_checksum(column, checksum)
-    return checksum
-
-
-def buffers_checksum(array: pa.Array, checksum: int = 0) -> int:
-    """CRC-32 of an array's bytes, and of the numbers that say how to read them."""
-    parts = [array]
-    while pa.types.is_list(parts[-1].type):
-        parts.append(parts[-1].values)
-    facts = [(str(part.type), len(part), part.null_count, part.offset) for part in parts]
-    checksum = zlib.crc32(repr(facts).encode(), checksum)
-    for buffer in array.buffers():
-        checksum = zlib.crc32(b"" if buffer is None else buffer, checksum)
-    return checksum
+def table_checksum(path: Path) -> int:
+    """CRC-32 of a file, which takes a second for some gigabytes."""
+    return zlib.crc32(pa.memory_map(str(path)).read_buffer())
 
 
 def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -711,10 +630,7 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
                 with pa.ipc.new_file(str(scratch), first.schema) as writer:
                     for batch in chain([first], parts):
                         writer.write_batch(batch)
-                table = read_table(scratch)
-                facts["frame"] = describe_frame(table)
-                facts["batches"] = [batch_checksum(batch) for batch in table.to_batches()]
-                del table
+                facts["crc32"] = table_checksum(scratch)
                 write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
     except OSError as error:
         raise explain_unwritable(folder, error) from error

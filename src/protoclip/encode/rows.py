@@ -281,7 +281,6 @@ def write_listing(pairs: Pairs, root: Path) -> Path:
 def open_listing(path: Path) -> Listing:
     """A list, mapped into memory; raises `ValueError` if it is damaged."""
     index = ArrowIndex(path)
-    index.check()
     cells = {name: index.table.column(name).chunk(0).values.to_numpy() for name in Listing._fields}
     return Listing(**cells)
 

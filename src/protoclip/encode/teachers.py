@@ -813,7 +813,8 @@ def require_same_rows(stored: StoredFeatures, source: Any) -> None:
     if not isinstance(source, ImageTextPairs) or source.id_column is not None:
         return
     whole = copy(source)
-    whole.rows = None  # features may also be of rows that `data.without` leaves out
+    # Features may also be of rows that `data.without` leaves out.
+    whole.rows = range(whole.table.num_rows)
     for facts in stored.made_of:
         is_of_source, images = facts.get("ids") == f"{source.name}/row", "sample" in facts
         known = (s.fingerprint(images=images) for s in (whole, source))

@@ -243,7 +243,7 @@ def collect_captions(
     captions: dict[Any, Counter[str]] = {}
     for row in rows:
         try:
-            texts = pairs.sample_captions(row)  # compares the row with its checksum
+            texts = pairs.sample_captions(row)
         except BadSample:
             continue
         image = (names[row].as_py() if names is not None else None) or row

@@ -121,7 +121,6 @@ class ShardFolder:
         )
         name, key = f"{self.location}/{folder}", index.path.stem
         pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key, in_ranges=True)
-        index.check()
         return pairs, index.table.column("content").to_pylist()
 
     def find_shards(self, folder: str) -> list[Path]:
