@@ -71,7 +71,7 @@ from protoclip.data.pairs import Pairs
 from protoclip.evaluation.metrics import half_of_samples, half_of_seeds, interval_of_difference
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
-from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
+from protoclip.models.checkpoint import MODEL, WEIGHTS, write_checkpoint
 from protoclip.models.start import resolve_start
 from protoclip.progress import Progress, duration
 from protoclip.rules import check
@@ -406,7 +406,7 @@ def displaced(
             way *= shift * length / (way @ towers.text_projection).norm()
             towers.ln_final.bias.add_(way)
     start = resolve_start(resolved)
-    facts = {MODEL: model_json(start.model, start.describe_towers())}
+    facts = {MODEL: start.description}
     write_checkpoint(folder, {WEIGHTS: dict(model.state_dict())}, facts)
 
 

@@ -468,6 +468,15 @@ def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Sec
     return kind(**values)
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested settings by dotted name."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key
+        values |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return values
+
+
 def without_removed(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings of a run folder without those that are gone, whatever their value was."""
     settings: dict[str, Any] = {}

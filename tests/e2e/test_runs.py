@@ -25,6 +25,7 @@ from protoclip.config import (
     ImageTowerConfig,
     TeacherConfig,
     TextTowerConfig,
+    flatten,
 )
 from protoclip.evaluation import datasets, probes
 from protoclip.files import to_json
@@ -32,7 +33,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint
 from protoclip.rules import check
 from protoclip.training import run
-from protoclip.training.folder import flatten, to_toml
+from protoclip.training.folder import to_toml
 from protoclip.training.plan import make_plan
 from testing import tiny_config
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import protoclip
-from protoclip.config import Config
+from protoclip.config import Config, flatten
 from protoclip.data import sources
 from protoclip.data.access import cache_folder, is_url
 from protoclip.data.pairs import BadSample, Pairs
@@ -45,7 +45,7 @@ from protoclip.prototypes.targets import back_translate
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import decimals, format_cell, markdown_lines
 from protoclip.terminal import line, visible, without_secrets
-from protoclip.training.folder import flatten, list_names
+from protoclip.training.folder import list_names
 
 CARD, FIGURE, PROTOTYPES = "README.md", "training.png", "prototypes"
 # Most pairs whose captions are read, and the number of captions of a prototype.

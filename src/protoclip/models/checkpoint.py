@@ -83,11 +83,6 @@ def model_json(
     return content
 
 
-def is_squashing(content: Mapping[str, Any]) -> bool:
-    """Whether the model of a `model.json` squashes images, as `ProtoCLIP` has it."""
-    return bool(content.get("resize_mode") == "squash")
-
-
 def model_config(content: Mapping[str, Any], folder: Path) -> ModelConfig:
     """The `[model]` section in a `model.json`, with the folder as its start."""
     version = str(content.get("protoclip", ""))

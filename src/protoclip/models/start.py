@@ -6,12 +6,11 @@ start, or a model of open_clip, or an image tower and a text tower: timm's, one 
 small new one, or that of a model that `protoclip.load` opens.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,13 @@ import torch
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 
-from protoclip.config import SMALL_CONTEXT_LENGTHS, SMALL_IMAGE_SIZES, HeadConfig, ModelConfig
+from protoclip.config import (
+    SMALL_CONTEXT_LENGTHS,
+    SMALL_IMAGE_SIZES,
+    HeadConfig,
+    ModelConfig,
+    flatten,
+)
 from protoclip.data.transforms import evaluation_transform
 from protoclip.files import read_json, read_local
 from protoclip.models import open_clip as open_clip_models
@@ -30,7 +35,6 @@ from protoclip.models.checkpoint import (
     TEXT_FILES,
     WEIGHTS,
     find_checkpoint,
-    is_squashing,
     model_config,
     model_json,
     read_tensors,
@@ -80,11 +84,6 @@ SIZES = ("image.size", "text.context_length")
 TRAINING = ("locked", "lora", "frozen_batch_norm")
 Modality = Literal["image", "text"]
 PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weights begin
-# What to name where a tower cannot be joined with another.
-INSTEAD = {
-    "image": "a model of timm (it has DINOv2, ViT, SigLIP and CLIP's ResNets), or another CLIP",
-    "text": "a text model such as minilm, or another CLIP",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ class Start:
         checkpoint: The checkpoint folder of a model of ours.
         has_heads: Whether it has projection heads, as runs have.
         has_weights: Whether it has weights of its own for the whole model.
-        resize_mode: How the model reads images of other shapes, in open_clip's words.
+        squashes: Whether images are evaluated squashed to squares, as of `ProtoCLIP`.
         setting: What messages name where a setting brought the start.
         notes: For the user.
     """
@@ -117,7 +116,7 @@ class Start:
     checkpoint: Path | None = None
     has_heads: bool = False
     has_weights: bool = True
-    resize_mode: str = "shortest"
+    squashes: bool = False
     setting: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -136,12 +135,19 @@ class Start:
         return pair.eval(), self.transform_of(pair), replace(self, model=self.own).tokenizer()
 
     def open_pair(self) -> TowerPair:
-        """The model at its own sizes with its weights; new ones are those of seed 0."""
+        """The model at its own sizes with its weights; new ones are those of seed 0.
+
+        It has projection heads only if the start has any.
+        """
         start = replace(self, model=self.own)
         with seed_weights(0):
             pair = start.build() if self.has_heads else TowerPair(start.build_towers())
         self.read_weights(pair)
         return pair
+
+    def trainable(self) -> "Start":
+        """The same with the towers that training gives it, which opening it does not need."""
+        return self
 
     def transform_of(self, pair: TowerPair) -> ImageTransform:
         """How `open` prepares images for a model of this start."""
@@ -174,28 +180,27 @@ class Start:
 
     def build_towers(self, *, pretrained_text: bool = False) -> nn.Module:
         """New towers at the sizes of `model`."""
-        if self.library_config is not None:
-            assert self.towers_json is not None
-            return transformers.build_library_towers(self.towers_json, **self.sizes)
-        name = self.model.name or (self.model.image.name if self.is_small else "this model")
+        described = self.describe()
+        if "transformers" in described:
+            return transformers.build_library_towers(described, **self.sizes)
         with self._reading():
             built: nn.Module = build_towers(
-                self.open_clip_config or {},
-                self.full_description.get("preprocess_cfg", {}),
+                described["model_cfg"],
+                described.get("preprocess_cfg", {}),
                 **self.sizes,
-                name=name,
+                name=self.model.name or (self.model.image.name if self.is_small else "this model"),
                 pretrained_text=pretrained_text,
             )
         return built
 
     def tokenizer(self) -> Tokenizer:
-        length = self.sizes["context_length"]
-        with nullcontext() if self.is_small else self._reading():
-            if (config := self.library_config) is not None:
-                source = str(self.tokenizer_source)
-                return transformers.open_tokenizer(source, config, context_length=length)
-            text = (self.open_clip_config or {})["text_cfg"]
-            return open_clip_tokenizer(text, context_length=length, source=self.tokenizer_source)
+        described, length = self.describe(), self.sizes["context_length"]
+        with self._reading():
+            if "transformers" in described:
+                name, config = str(self.tokenizer_source), self.library_config
+                return transformers.open_tokenizer(name, config, context_length=length)
+            text, source = described["model_cfg"]["text_cfg"], self.tokenizer_source
+            return open_clip_tokenizer(text, context_length=length, source=source)
 
     def count_cut_captions(self, texts: list[str]) -> tuple[int, int]:
         """How many captions are longer than the model's context length, and that length."""
@@ -203,14 +208,32 @@ class Start:
         length = self.sizes["context_length"] or int(tokenizer(["a"]).shape[1])
         return sum(number > length for number in count_tokens(tokenizer, texts)), length
 
-    def describe_towers(self) -> Mapping[str, Any] | None:
-        """`towers_json` of the towers that are built, where `model` may change more than sizes."""
-        return self.towers_json
+    def describe(self) -> dict[str, Any]:
+        """`towers_json`, or the same of the towers that `model` describes.
+
+        A text tower and its tokenizer are in `text_files` if there are any, whatever they are
+        called where the model was made.
+        """
+        name, tag = self.model.name, self.model.pretrained
+        if self.towers_json is not None:
+            described = deepcopy(dict(self.towers_json))
+        elif name is None:
+            described = describe_small_towers(self.model, self.text_source)
+        else:
+            published = {} if tag is None else find_weights(name, tag)
+            described = {"model_cfg": find_config(name), "preprocess_cfg": published}
+            if published.get("quick_gelu"):  # which the name of the model does not say
+                described["model_cfg"]["quick_gelu"] = True
+        if self.text_files is not None and "model_cfg" in described:
+            text = described["model_cfg"]["text_cfg"]
+            names = {"hf_model_name", "hf_tokenizer_name"} & text.keys()
+            text |= dict.fromkeys(names, str(self.text_files))
+        return described
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What `model.json` says of a model that is built from it."""
-        return model_json(self.model, self.describe_towers(), squashes=self.squashes)
+    def open_clip_config(self) -> dict[str, Any] | None:
+        """open_clip's configuration of the towers; None if they are those of `transformers`."""
+        return self.describe().get("model_cfg")
 
     @property
     def library_config(self) -> Any:
@@ -219,36 +242,14 @@ class Start:
         return transformers.config_of(described) if "transformers" in described else None
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What `model.json` says of a model that is built from it."""
+        return model_json(self.model, self.towers_json, squashes=self.squashes)
+
+    @property
     def is_small(self) -> bool:
         """Whether `model` describes the towers, part by part."""
         return self.towers_json is None and self.model.name is None
-
-    @property
-    def full_description(self) -> Mapping[str, Any]:
-        """As `describe_towers`, also of what `model` says."""
-        described, name, tag = self.describe_towers(), self.model.name, self.model.pretrained
-        if described is not None:
-            return deepcopy(dict(described))
-        if name is None:
-            return describe_small_towers(self.model, self.text_source)
-        config = find_config(name)
-        published = {} if tag is None else find_weights(name, tag)
-        if published.get("quick_gelu"):  # which the name of the model does not say
-            config["quick_gelu"] = True
-        return {"model_cfg": config, "preprocess_cfg": published}
-
-    @property
-    def open_clip_config(self) -> dict[str, Any] | None:
-        """open_clip's configuration of the towers; None if they are those of `transformers`.
-
-        A text tower and its tokenizer are in `text_files` if there are any, whatever they are
-        called where the model was made.
-        """
-        config: dict[str, Any] | None = self.full_description.get("model_cfg")
-        if config is not None and self.text_files is not None:
-            names = {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys()
-            config["text_cfg"] |= dict.fromkeys(names, str(self.text_files))
-        return config
 
     @property
     def text_source(self) -> str:
@@ -278,47 +279,42 @@ class Start:
         if (config := self.open_clip_config) is not None:
             size = size or config["vision_cfg"].get("image_size", 224)
             length = length or config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-        sizes = self.model.image.size, self.model.text.context_length
-        return sizes[0] not in (None, size) or sizes[1] not in (None, length)
+        image, text = self.model.image, self.model.text
+        return image.size not in (None, size) or text.context_length not in (None, length)
 
     @property
     def tower_kind(self) -> TowerKind | None:
         """The kind of the image tower; None for small towers that start untrained."""
-        if self.library_config is not None:
-            vision = self.library_config.vision_config
-            if vision.model_type == "timm_wrapper":
-                return tower_kind({"timm_model_name": vision.architecture})
-            return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
         if self.is_small and self.model.image.weights is None and self.model.text.name is None:
             return None
-        return tower_kind((self.open_clip_config or {})["vision_cfg"])
+        if (config := self.library_config) is None:
+            return tower_kind((self.open_clip_config or {})["vision_cfg"])
+        vision = config.vision_config
+        if vision.model_type == "timm_wrapper":
+            return tower_kind({"timm_model_name": vision.architecture})
+        return "transformer" if hasattr(vision, "num_attention_heads") else "convolutional"
 
     @property
     def embed_dim(self) -> int:
         """Width of the joint space."""
-        if (config := self.library_config) is not None:
-            if config.model_type == transformers.MASKED_KIND:
-                return int(config.projection_dim)
-            text = config.text_config
-            return int(getattr(text, "projection_size", text.hidden_size))
-        return int((self.open_clip_config or {})["embed_dim"])
+        if (config := self.library_config) is None:
+            return int((self.open_clip_config or {})["embed_dim"])
+        if config.model_type == transformers.MASKED_KIND:
+            return int(config.projection_dim)
+        text = config.text_config
+        return int(getattr(text, "projection_size", text.hidden_size))
 
     @property
     def has_logit_bias(self) -> bool:
         """Whether the model has the bias of the sigmoid loss."""
-        if self.library_config is not None:
-            return bool(self.library_config.model_type == "siglip")
-        return (self.open_clip_config or {}).get("init_logit_bias") is not None
+        if (config := self.library_config) is None:
+            return (self.open_clip_config or {}).get("init_logit_bias") is not None
+        return bool(config.model_type == "siglip")
 
     @property
     def heads_are_new(self) -> bool:
         """Whether it has no projection heads, or heads that never trained."""
         return not self.has_heads
-
-    @property
-    def squashes(self) -> bool:
-        """As of `ProtoCLIP`: a model that is made of this one is evaluated alike."""
-        return self.resize_mode == "squash"
 
     @property
     def label(self) -> str:
@@ -327,9 +323,9 @@ class Start:
 
     def _reading(self) -> AbstractContextManager[None]:
         """Turns what libraries raise into a line; they may ask the hub for a text tower."""
-        if self.is_small:
+        if self.is_small:  # whose files were asked for before
             name = self.model.text.name
-            return nullcontext() if name is None else readable_errors(f"model.text.name: {name}")
+            return readable_errors(self.label if name is None else f"model.text.name: {name}")
         repository: str | None = None
         if self.text_files is None:
             config, source = self.open_clip_config, str(self.tokenizer_source)
@@ -338,7 +334,7 @@ class Start:
 
 
 def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any]:
-    """A description of timm's image tower and a small or a Hugging Face text tower."""
+    """An `open_clip_config.json` of timm's image tower and a small or a Hugging Face text tower."""
     image, text = model.image, model.text
     described: dict[str, Any] = {"width": text.width, "heads": text.heads, "layers": text.layers}
     if text.name is not None:
@@ -418,13 +414,13 @@ class RunStart(Start):
 
         Only their BatchNorm statistics move there.
         """
-
-        def parameters(modality: str) -> list[Tensor]:
-            head = read_tensors(self.file, f"{modality}_head.")
-            statistics = ("running_mean", "running_var", "num_batches_tracked")
-            return [tensor for name, tensor in head.items() if not name.endswith(statistics)]
-
-        return all(map(torch.equal, parameters("image"), parameters("text")))
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        image, text = (read_tensors(self.file, f"{name}_head.") for name in ("image", "text"))
+        return all(
+            torch.equal(image[name], text[name.replace("image", "text", 1)])
+            for name in image
+            if not name.endswith(statistics)
+        )
 
     @property
     def has_logit_bias(self) -> bool:
@@ -450,7 +446,7 @@ def run_start(reference: str) -> RunStart:
         tokenizer_source=str(text) if names else None,
         checkpoint=folder,
         has_heads=True,
-        resize_mode="squash" if is_squashing(content) else "shortest",
+        squashes=content.get("resize_mode") == "squash",
     )
 
 
@@ -483,7 +479,7 @@ def open_clip_start(reference: str, name: str) -> OpenClipStart:
         model=model,
         own=model,
         has_weights=bool(tag),
-        resize_mode=published.get("resize_mode") or "shortest",
+        squashes=published.get("resize_mode") == "squash",
         notes=() if tag else (f"{reference}: untrained; no weights are named",),
         file=file,
     )
@@ -514,7 +510,7 @@ def folder_start(reference: str, name: str) -> OpenClipStart:
         # Then `hf_model_name` may name a folder that is gone, as in one that was moved.
         text_files=folder if has_text_files else None,
         tokenizer_source=str(folder),
-        resize_mode=preprocessing.get("resize_mode") or "shortest",
+        squashes=preprocessing.get("resize_mode") == "squash",
         file=files[0],
     )
 
@@ -545,10 +541,9 @@ class TransformersStart(Start):
         return adopt(built, self.open_pair(), name=str(self.model.start))
 
     def trainable(self) -> "TransformersStart":
-        """The same with the towers that training gives it, which opening it does not need."""
         towers_json = transformers.describe_towers(self.reference, self.name)
-        mode = towers_json["preprocess_cfg"].get("resize_mode") or "shortest"
-        return replace(self, towers_json=towers_json, tokenizer_source=self.name, resize_mode=mode)
+        squashes = towers_json["preprocess_cfg"].get("resize_mode") == "squash"
+        return replace(self, towers_json=towers_json, tokenizer_source=self.name, squashes=squashes)
 
 
 def transformers_start(reference: str, name: str) -> TransformersStart:
@@ -660,22 +655,18 @@ def resolve_start(section: ModelConfig) -> Start:
     image = replace(section.image, name=section.image.name.removeprefix("timm:"))  # as in `align`
     section = replace(section, image=image)
     if reference is None and name is None:
-        if names_model("image", image.name) or names_model("text", section.text.name):
-            return join_towers(section)
-        return small_start(section)
+        joins = names_model("image", image.name) or names_model("text", section.text.name)
+        return join_towers(section) if joins else small_start(section)
     if name and reference and reference.startswith("reference:") and ",model=" not in reference:
         reference = f"{reference},model={name}"
     setting = f"model.start: {reference}"
     if reference is None:
-        tag = section.pretrained
-        setting = f"model.name: {name}" if tag is None else f"model.pretrained: {name}/{tag}"
-        start: Start = open_clip_start("model.name", f"{name}/{tag or ''}")
-        start = replace(start, reference=f"open_clip:{name}/{tag}", model=section, notes=())
+        setting = f"model.name: {name}" + (f"/{section.pretrained}" if section.pretrained else "")
+        start: Start = open_clip_start("model.name", f"{name}/{section.pretrained or ''}")
+        start = replace(start, reference=setting, model=section, notes=())
     else:
         try:
-            start = find_start(reference)
-            if isinstance(start, TransformersStart):
-                start = start.trainable()
+            start = find_start(reference).trainable()
             start = replace(start, model=follow_start(replace(section, start=reference), start))
         except ValueError as error:
             if str(error).startswith("model."):
@@ -692,8 +683,8 @@ def resolve_start(section: ModelConfig) -> Start:
 def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
     """The settings that follow from a start, at the given sizes, with its heads if it has any."""
     own, has_heads = start.own, start.has_heads
-    defaults, own_by_name = flatten_section(ModelConfig()), flatten_section(own)
-    for name, value in flatten_section(section).items():
+    defaults, own_by_name = flatten(asdict(ModelConfig())), flatten(asdict(own))
+    for name, value in flatten(asdict(section)).items():
         free = name in ("start", *SIZES, *TRAINING)
         free = free or (name.startswith("heads.") and not has_heads)
         if not free and value not in (defaults[name], own_by_name[name]):
@@ -711,16 +702,6 @@ def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
         heads=own.heads if has_heads else section.heads,
         **{name: getattr(section, name) for name in TRAINING},
     )
-
-
-def flatten_section(section: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a section of settings, by dotted name."""
-    values: dict[str, Any] = {}
-    for entry in dataclasses.fields(section):
-        name, value = prefix + entry.name, getattr(section, entry.name)
-        inner = dataclasses.is_dataclass(value)
-        values |= flatten_section(value, f"{name}.") if inner else {name: value}
-    return values
 
 
 class SmallTowers(Start):
@@ -792,12 +773,6 @@ class JoinedTowers(Start):
     image: Start
     text: Start
 
-    def describe_towers(self) -> Mapping[str, Any]:
-        """Their description, with the joint width of `model`."""
-        description = deepcopy(dict(self.towers_json or {}))
-        description["model_cfg"]["embed_dim"] = self.model.embed_dim
-        return description
-
     def fill(self, built: ProtoCLIP) -> list[str]:
         towers = built.towers
         taken = {**self._weights("image", towers), **self._weights("text", towers)}
@@ -851,15 +826,6 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
     native_size, native_length = image_size(towers), int(text_cfg["context_length"])
     size = section.image.size or native_size
     length = section.text.context_length or native_length
-    notes = []
-    if size != native_size:
-        notes.append(
-            f"model.image.size = {size}: the image encoder was made for {native_size} pixels"
-        )
-    if length > native_length or (length < native_length and "hf_model_name" not in text_cfg):
-        notes.append(
-            f"model.text.context_length = {length}: the text encoder was made for {native_length}"
-        )
     config: dict[str, Any] = {
         "embed_dim": section.embed_dim,
         "custom_text": True,
@@ -881,9 +847,8 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
         towers_json={"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}},
         text_files=text.text_files,
         tokenizer_source=text.tokenizer_source,
-        resize_mode=image.resize_mode,
+        squashes=image.squashes,
         setting=f"model.text.name: {text.reference}",  # libraries of towers read no more than that
-        notes=tuple(notes),
         image=image,
         text=text,
     )
@@ -904,9 +869,7 @@ def start_of_tower(modality: Modality, section: ModelConfig) -> Start:
     if modality == "text" and ":" not in name and not Path(name).is_dir():
         name = f"hf:{name}"  # a dual encoder of the hub
     try:
-        start = find_start(name)
-        if isinstance(start, TransformersStart):
-            start = start.trainable()
+        start = find_start(name).trainable()
     except ValueError as error:
         reason = str(error).removeprefix("model.start: ")
         raise ValueError(f"model.{modality}.name: {reason}") from error
@@ -943,7 +906,10 @@ def tower_config(modality: Modality, start: Start) -> tuple[bool | None, dict[st
 
 
 def unjoinable(modality: Modality, start: Start) -> ValueError:
+    instead = "a model of timm (it has DINOv2, ViT, SigLIP and CLIP's ResNets)"
+    if modality == "text":
+        instead = "a text model such as minilm"
     return ValueError(
         f"model.{modality}.name: {start.reference}: its tower ends in no linear projection that "
-        f"open_clip can replace; name {INSTEAD[modality]}"
+        f"open_clip can replace; name {instead}, or another CLIP"
     )

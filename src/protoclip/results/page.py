@@ -14,7 +14,7 @@ import torch
 from markupsafe import Markup
 
 import protoclip
-from protoclip.config import Config
+from protoclip.config import Config, flatten
 from protoclip.evaluation.metrics import METRICS
 from protoclip.evaluation.validation import is_asked
 from protoclip.files import require_ours, write_atomically
@@ -39,7 +39,7 @@ from protoclip.results.table import (
     write_minus,
 )
 from protoclip.terminal import visible
-from protoclip.training.folder import flatten, list_names, to_toml
+from protoclip.training.folder import list_names, to_toml
 from protoclip.training.plan import make_plan
 
 HERE = Path(__file__).parent

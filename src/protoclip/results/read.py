@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protoclip.config import Config
+from protoclip.config import Config, flatten
 from protoclip.evaluation.paired import RunResults, explain_no_run, read_results
 from protoclip.files import read_json, read_local, read_toml
 from protoclip.models import checkpoint
 from protoclip.results.compare import name_runs
-from protoclip.training.folder import flatten
 
 Numbers = npt.NDArray[np.float64]
 # A metric over the run: steps, and its value at each.

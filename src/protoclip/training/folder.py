@@ -21,7 +21,16 @@ from typing import Any
 import tomli_w
 from filelock import FileLock, Timeout
 
-from protoclip.config import HALVES, START, Config, LossConfig, RunConfig, TeacherConfig, shown
+from protoclip.config import (
+    HALVES,
+    START,
+    Config,
+    LossConfig,
+    RunConfig,
+    TeacherConfig,
+    flatten,
+    shown,
+)
 from protoclip.data.pairs import difference
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.distributed.parallel import are_parts
@@ -226,8 +235,8 @@ def keep_resizing(start: Start, folder: Path) -> Start:
     """
     for path in reversed(checkpoints(folder)):
         if damage(path, [MODEL]) is None:
-            squashes = checkpoint.is_squashing(read_json(path / MODEL))
-            return replace(start, resize_mode="squash" if squashes else "shortest")
+            mode = read_json(path / MODEL).get("resize_mode")
+            return replace(start, squashes=mode == "squash")
     return start
 
 
@@ -341,15 +350,6 @@ def show(settings: Mapping[str, Any], key: str) -> str:
     """A setting as a recipe holds it; texts without quotes."""
     value = settings.get(key, "unset")
     return value if isinstance(value, str) else shown(value)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested settings by dotted name."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = prefix + key
-        values |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return values
 
 
 def list_names(settings: Mapping[str, Any], many: str, key: str, one: str) -> list[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from interrupting import with_changes
 from protoclip.cli.spec import merge_trees
-from protoclip.config import Config, ImageTowerConfig, ModelConfig, SourceConfig
+from protoclip.config import Config, ImageTowerConfig, ModelConfig, SourceConfig, flatten
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
 from protoclip.data.loader import Batch
@@ -28,7 +28,6 @@ from protoclip.training.folder import (
     FREE,
     ROUNDING,
     check_settings,
-    flatten,
     keep_pooling,
     keep_resizing,
     list_settings,

@@ -30,6 +30,7 @@ from protoclip.config import (
     PrototypeConfig,
     RunConfig,
     TeacherConfig,
+    flatten,
 )
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs, content
@@ -44,7 +45,6 @@ from protoclip.models.timm import require_image_weights
 from protoclip.rules import check
 from protoclip.training import plan
 from protoclip.training.folder import (
-    flatten,
     inspect_folder,
     keep_begun,
     name_folder,
