@@ -351,10 +351,11 @@ def require_path(setting: str, path: str, what: str) -> None:
         raise ValueError(f"{start}: is {kind}, not a file; name a file that can be read again")
 
 
-def require_empty(setting: str, folder: Path) -> None:
-    """Refuse a folder that holds something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is not empty; choose a new folder with {setting}")
+def require_new(setting: str, path: str) -> None:
+    """Refuse a file that exists, and a folder that holds something."""
+    target = Path(path)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"{setting}: {path}: exists; choose another name")
 
 
 def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "") -> None:

@@ -20,7 +20,7 @@ import torch
 
 import protoclip
 from protoclip.cli import main
-from protoclip.cli.align import Align
+from protoclip.cli.train import Align
 from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import protoclip
 from interrupting import few_emoji, with_changes
-from protoclip.cli import demo, main
+from protoclip.cli import demo, main, spec
 from protoclip.config import (
     Config,
     ImageTowerConfig,
@@ -28,7 +28,6 @@ from protoclip.config import (
     flatten,
 )
 from protoclip.evaluation import datasets, probes
-from protoclip.files import to_json
 from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint
 from protoclip.rules import check
@@ -197,7 +196,9 @@ def seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     configs: list[Config] = []
     monkeypatch.setattr(
         "protoclip.training.run.train",
-        lambda config, resume: configs.append(config) or {"metrics": {}, "folder": ""},
+        lambda given, resume: (
+            configs.append(Config.from_dict(given)) or {"metrics": {}, "folder": ""}
+        ),
     )
     return configs
 
@@ -257,10 +258,10 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
     monkeypatch.setattr(demo, "EXAMPLES", 60)
     monkeypatch.setattr(probes, "TOLERANCE", 0.03)  # its fits are half of the test's time
     monkeypatch.chdir(tmp_path)
-    entries = demo.demo(Path("demo"))
+    main(["demo", "--out", "demo"])
+    entries = json.loads(Path("demo/results.json").read_text())
     assert [entry["name"] for entry in entries] == ["CLIP", "ProtoCLIP", "ProtoCLIP + teacher"]
     assert len({entry["samples_seen"]["mean"] for entry in entries}) == 1
-    assert json.loads(Path("demo/results.json").read_text()) == json.loads(to_json(entries))
     said = capsys.readouterr().out
     assert re.search(r"linear probe[^\0]*kNN[^\0]*samples seen[^\0]*demo/report.html", said)
     assert "ProtoCLIP + teacher" in Path("demo/report.html").read_text(encoding="utf-8")
@@ -306,10 +307,10 @@ def test_the_quick_demonstration(tmp_path, monkeypatch, capsys):
     made = [Path("runs/quick/report.html"), Path("runs/quick/explorer/index.html")]
     assert all(f"  {path}   " in said for path in made)
     time = made[1].stat().st_mtime_ns
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(spec, "find_spec", lambda name: None)
     main(["demo", "--quick"])
     assert time == made[1].stat().st_mtime_ns
-    assert "  pip install 'protoclip[explore]', and " in capsys.readouterr().out
+    assert "; pip install 'protoclip[explore]'" in capsys.readouterr().err
     styles = {
         name: {each.partition("/")[0] for each in pq.read_table(path)["sample_id"].to_pylist()}
         for name in ("seen", "unseen")

@@ -1,7 +1,7 @@
 """The command line: it finds the command, runs it, and tells an error in one line.
 
-Commands import what they need when they run, so that `--help` is fast. Each has a file of its own,
-and `spec.py` turns words into its settings.
+Commands import what they need when they run, so that `--help` is fast. `spec.py` turns words into
+their settings.
 """
 
 import errno
@@ -17,21 +17,15 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from protoclip import __version__, signals
-from protoclip.cli.align import Align
-from protoclip.cli.analyze import Analyze
-from protoclip.cli.compare import Compare
 from protoclip.cli.data import Index, Inspect, Pack
 from protoclip.cli.demo import Demo
-from protoclip.cli.embed import Embed
-from protoclip.cli.embed_teacher import EmbedTeacher
+from protoclip.cli.encode import Embed, EmbedTeacher, Match
 from protoclip.cli.evaluate import Evaluate
 from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
-from protoclip.cli.finetune import Finetune
-from protoclip.cli.match import Match
-from protoclip.cli.report import Report
+from protoclip.cli.results import Analyze, Compare, Report
 from protoclip.cli.spec import SECTIONS, align_rows, help_text, parse
-from protoclip.cli.train import Train
+from protoclip.cli.train import Align, Finetune, Train
 from protoclip.terminal import Stream, protect_streams, say
 
 COMMANDS: dict[str, type[Any]] = {
@@ -125,9 +119,8 @@ def describe_unknown_command(words: list[str]) -> str:
     text = " ".join(takewhile(lambda word: not word.startswith("-"), words))
     if family := [name for name in COMMANDS if name.startswith(f"{text} ") and text]:
         return f"{text}: choose one of {', '.join(family)}"
-    close = [get_close_matches(" ".join(words[:length]), COMMANDS, n=1) for length in (2, 1)]
-    known = ", ".join(COMMANDS)
-    hint = next((f"did you mean {found[0]}?" for found in close if found), f"choose one of {known}")
+    close = get_close_matches(text, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
     return f"no command {text!r}; {hint}" if text else f"no command: {hint}"
 
 

@@ -3,14 +3,12 @@
 The work is done in `data/tools.py` and, for an index, `data/sources.py`.
 """
 
-import runpy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cache, partial
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from protoclip.cli.spec import JsonOption, Recipes, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
@@ -122,31 +120,14 @@ def data_of(source: str, data: DataConfig) -> DataConfig:
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int | None]:
     """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
-    if model.name is None and model.start is None and model.text.name is None:
-        clip_tokenizer()  # once, and not in each worker process
-        return count_clip_tokens, model.text.context_length
     from protoclip.models.loading import context_length, tokenizer
     from protoclip.models.opening import count_tokens
     from protoclip.models.start import resolve_start
 
     start = resolve_start(model)
-    return partial(count_tokens, tokenizer(start)), context_length(start)
-
-
-def count_clip_tokens(texts: list[str]) -> list[int]:
-    """The tokens of captions for CLIP, before they are cut, start and end included."""
-    from protoclip.data.captions import legible
-
-    return [len(clip_tokenizer().encode(legible(text))) + 2 for text in texts]
-
-
-@cache
-def clip_tokenizer() -> Any:
-    """CLIP's tokenizer, from open_clip's file: the package would import all models (1.6 s)."""
-    package = find_spec("open_clip")
-    assert package is not None
-    file = Path(str(package.origin)).with_name("tokenizer.py")
-    return runpy.run_path(str(file))["SimpleTokenizer"]()
+    names = (model.name, model.start, model.text.name, model.text.context_length)
+    is_chosen = any(name is not None for name in names)
+    return partial(count_tokens, tokenizer(start)), context_length(start) if is_chosen else None
 
 
 def open_source(
@@ -173,6 +154,6 @@ def open_indexed(data: DataConfig, purpose: str) -> "Pairs":
     return samples
 
 
-def print_notes(notes: list[str]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         say(f"note: {note}")

@@ -6,13 +6,11 @@ shown on the drawings of a seventh.
 
 import shlex
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from protoclip.cli import explore, report
+from protoclip.cli.explore import Explore
+from protoclip.cli.spec import require_libraries
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import replacing, require_ours, to_json, write_atomically
@@ -23,7 +21,7 @@ from protoclip.terminal import say, visible
 EPISODES = 24
 EXAMPLES = 600  # pairs in the report, which takes ten seconds so
 ARTIST = "twemoji"  # whose drawings the quick demonstration holds out
-# Of Unicode's groups. People, hands and symbols are left out: many look almost alike.
+# Groups in Unicode. People, hands and symbols are left out: many look almost alike.
 GROUPS = (
     *("smileys-emotion", "animals-nature", "food-drink", "travel-places", "activities", "objects"),
     "flags",
@@ -46,12 +44,18 @@ class Demo:
         require_place("--out", out, is_folder=True)
         import torch
 
+        from protoclip.progress import duration
+
         torch.set_flush_denormal(True)
-        (quick if self.quick else demo)(Path(out), seed=self.seed)
+        started = time.monotonic()
+        places = (quick if self.quick else demo)(Path(out), seed=self.seed)
+        print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
+        for place, what in places.items():
+            print(f"  {visible(place)}   {what}")
 
 
-def demo(out: Path = Path("runs/demo"), *, seed: int = 0) -> list[dict[str, Any]]:
-    """Train and evaluate the three arms; return their comparison, as written to `results.json`.
+def demo(out: Path, *, seed: int = 0) -> dict[str, str]:
+    """Train and evaluate the three arms; return what to look at.
 
     Finished arms of an earlier call are kept; an interrupted one continues.
 
@@ -59,12 +63,10 @@ def demo(out: Path = Path("runs/demo"), *, seed: int = 0) -> list[dict[str, Any]
         ValueError: The folder holds something else than this demonstration.
     """
     from protoclip.evaluation.paired import read_results
-    from protoclip.progress import duration
     from protoclip.results.compare import compare_runs
     from protoclip.results.table import print_table, table_of_runs
     from protoclip.training.run import train
 
-    started = time.monotonic()
     require_ours(out / "results.json", '"seeds"', "with --out")
     folders = []
     for config in arms(seed=seed, out=str(out)).values():
@@ -75,15 +77,12 @@ def demo(out: Path = Path("runs/demo"), *, seed: int = 0) -> list[dict[str, Any]
     write_atomically(out / "results.json", to_json(entries, indent=2) + "\n")
     print_table(table_of_runs(entries))
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
-    has_report = write_report(folders, out / "report.html", samples=EXAMPLES)
-    print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
-    shown = visible(str(out))
-    if has_report:
-        print(f"  {shown}/report.html           the runs to look at, in a browser")
-    print(f"  {shown}/results.json          this table")
-    print(f"  {shown}/protoclip-teacher/    configuration, metrics and checkpoint of one run")
-    print(f"  tensorboard --logdir {shown}  curves")
-    return entries
+    return {
+        **write_report(folders, out / "report.html", samples=EXAMPLES),
+        f"{out}/results.json": "this table",
+        f"{out}/protoclip-teacher/": "configuration, metrics and checkpoint of one run",
+        f"tensorboard --logdir {out}": "curves",
+    }
 
 
 def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
@@ -109,33 +108,32 @@ def arms(*, seed: int = 0, out: str | None = None) -> dict[str, Config]:
     }
 
 
-def quick(out: Path = Path("runs/quick"), *, seed: int = 0) -> dict[str, Any]:
-    """Train, evaluate and show a small model; return its results, as `train` does.
+def quick(out: Path, *, seed: int = 0) -> dict[str, str]:
+    """Train, evaluate and show a small model; return what to look at.
 
     What is finished is kept, and an interrupted run continues.
-
-    Raises:
-        ValueError: The folder holds something else than this demonstration.
     """
     import pyarrow.parquet as pq
 
-    from protoclip.progress import duration
     from protoclip.training.run import train
 
-    started, explorer, page = time.monotonic(), out / "explorer", out / "report.html"
     seen, unseen = write_pairs(out)
     results = train(quick_config(out, seen, unseen, seed=seed), resume="auto")
     exit_if_stopped(results)
-    has_report = write_report([out / "model"], page, samples=QUICK_EXAMPLES)
-    explores = all(find_spec(name) for name in explore.NEEDED)
-    if explores and not explorer.exists():
-        explore.Explore(
-            models=[str(out / "model")],
-            data=str(unseen),
-            class_column="group",
-            map="pca",  # umap compiles for as long as all of this takes
-            static=str(explorer),
-        )()
+    places = write_report([out / "model"], out / "report.html", samples=QUICK_EXAMPLES)
+    if is_installed("explore"):
+        pages, model, data = out / "explorer", str(out / "model"), str(unseen)
+        if not pages.exists():
+            Explore(
+                models=[model],
+                data=data,
+                class_column="group",
+                map="pca",  # umap compiles for as long as all of this takes
+                static=str(pages),
+            )()
+        places[f"{pages}/index.html"] = "a map of these drawings"
+        command = f"protoclip explore {shlex.quote(model)} --data {shlex.quote(data)}"
+        places[command] = "a clearer map, and search"
     number = pq.read_metadata(unseen).num_rows
     known = "of emoji that it knows from other artists"
     print(f"Of {number} drawings by an artist new to the model, {known}, percent:")
@@ -143,17 +141,7 @@ def quick(out: Path = Path("runs/quick"), *, seed: int = 0) -> dict[str, Any]:
         recall = 100 * results["metrics"][f"eval/validation/retrieval/{way}@{FIRST}"]
         print(f"  the right {what:<7} is among the first {FIRST}: {recall:.1f}")
     print(f"  by chance it is: {100 * FIRST / number:.1f}")
-    print(f"Done in {duration(time.monotonic() - started)}. Where to look, in a browser:")
-    if has_report:
-        print(f"  {visible(str(page))}   how it learned, and what it finds")
-    if not explores:
-        print("  pip install 'protoclip[explore]', and the same command makes a map of them")
-        return results
-    index, model = explorer / "index.html", shlex.quote(str(out / "model"))
-    print(f"  {visible(str(index))}   a map of these drawings")
-    data = shlex.quote(str(unseen))
-    print(f"  protoclip explore {model} --data {data}   a clearer map, and search")
-    return results
+    return places
 
 
 def quick_config(out: Path, seen: Path, unseen: Path, *, seed: int) -> Config:
@@ -210,14 +198,21 @@ def write_pairs(out: Path) -> tuple[Path, Path]:
     return paths
 
 
-def write_report(folders: Iterable[Path], path: Path, *, samples: int) -> bool:
-    """Write the report of runs; whether its libraries are there."""
-    try:
-        report.require()
-    except ValueError as error:
-        say(f"note: no report.html: {error}")
-        return False
+def write_report(folders: list[Path], path: Path, *, samples: int) -> dict[str, str]:
+    """Write the report of runs, if its libraries are there; return what to look at."""
+    if not is_installed("report"):
+        return {}
     from protoclip.results import page
 
-    page.write_report(list(folders), path, samples=samples)
+    page.write_report(folders, path, samples=samples)
+    return {str(path): "how it learned, and what it finds, in a browser"}
+
+
+def is_installed(command: str) -> bool:
+    """Whether the libraries of a command are there; says what to install if not."""
+    try:
+        require_libraries(command)
+    except ValueError as error:
+        say(f"note: {error}")
+        return False
     return True

@@ -5,10 +5,11 @@ Tasks are run in `evaluation/suite.py`; records are printed and written by `resu
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from protoclip.cli.data import print_notes
 from protoclip.cli.spec import (
     BatchOption,
     EncodingOptions,
@@ -17,6 +18,7 @@ from protoclip.cli.spec import (
     open_device,
     quick_imports,
 )
+from protoclip.config import DataConfig
 from protoclip.files import locked, to_json
 from protoclip.rules import require_data_set, require_folder, require_model, require_place
 from protoclip.terminal import say
@@ -63,39 +65,45 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             from protoclip.results import compare
             from protoclip.results.table import print_table, table_of_records
 
-        device, on_all_ranks = open_device(self.device), collectives.raise_on_all_ranks
+        references = [*dict.fromkeys([self.compare_to or self.models[0], *self.models])]
+        # Root and class column are given to each data set by themselves.
+        config = replace(DataConfig(**self.data_settings()), root=None, class_column=None)
+
+        def open_all() -> tuple[Any, ...]:
+            for reference in references:  # or a later one is refused after the first was evaluated
+                find_start(reference)
+            names = self.data or [usual_data(references)]
+            data = [
+                validation.open_data(
+                    name,
+                    root=self.root,
+                    class_column=self.class_column,
+                    split=self.split,
+                    config=config,
+                )
+                for name in names
+            ]
+            templates = read_templates(self.templates) if self.templates else None
+            tasks = suite.choose_tasks(data, self.split, self.tasks, templates)
+            return names, data, templates, tasks
+
+        device = open_device(self.device)
         with collectives.process_group(device):
-            references = dict.fromkeys([self.compare_to or self.models[0], *self.models])
-            # A later one would else be refused after the first was evaluated.
-            on_all_ranks(lambda: [*map(find_start, references)])
-            names = self.data or [on_all_ranks(lambda: usual_data(references))]
-            config = replace(self.data_config(), root=None)  # which is given by itself
-            open_data = partial(
-                validation.open_data,
-                root=self.root,
-                class_column=self.class_column,
-                split=self.split,
-                config=config,
-            )
-            data = on_all_ranks(lambda: [*map(open_data, names)])
-            notes = [f"note: {note}" for opened in data for note in opened.notes]
-            counts = dict[tuple[str, str], dict[str, Any]]()  # by model and data set
-            for reference in references if collectives.rank() == 0 else ():
-                for name, opened in zip(names, data, strict=True):
+            names, data, templates, tasks = collectives.raise_on_all_ranks(open_all)
+            counts = dict[tuple[str, str], Mapping[str, int]]()  # by model and data set
+            if collectives.rank() == 0:
+                for opened in data:
+                    print_notes(opened.notes)
+                for reference, (name, opened) in product(references, zip(names, data, strict=True)):
                     count = validation.count_trained(reference, name, opened, self.split, config)
-                    counts[reference, opened.name] = {"trained_on": count} if count else {}
-                    notes += warn_of_training_pairs(reference, name, count)
-            for note in notes if collectives.rank() == 0 else ():
-                say(note)
-            templates = self.templates and on_all_ranks(lambda: read_templates(str(self.templates)))
-            tasks = on_all_ranks(  # before models are loaded
-                lambda: suite.choose_tasks(data, self.split, self.tasks, templates)
-            )
+                    counts[reference, opened.name] = count
+                    warn_of_training_pairs(reference, name, count)
             by_model = {}
             for reference in references:
                 results = self.evaluate(reference, data, tasks, templates, device)
                 for record in (result.record for result in results):
-                    record |= counts.get((reference, record["dataset"]), {})
+                    if counted := counts.get((reference, record["dataset"])):
+                        record["trained_on"] = counted
                 by_model[reference] = compare.add_means(results)
         if collectives.read_launcher()[0] > 0:
             return
@@ -168,17 +176,15 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         )
 
 
-def warn_of_training_pairs(reference: str, name: str, count: Mapping[str, int]) -> list[str]:
-    """A warning of data, by their name, if a model was trained on some of the pairs."""
-    if not count.get("images"):
-        return []
-    pairs = f"{count['images']:,} of these {count['pairs']:,} pairs"
-    if count["images"] == count["pairs"]:
-        pairs = "these pairs"
-    return [
-        f"warning: {name}: {reference} was trained on {pairs} and does better on them than on new "
-        "ones"
-    ]
+def warn_of_training_pairs(reference: str, name: str, count: Mapping[str, int]) -> None:
+    """Warn of data, by their name, if a model was trained on some of the pairs."""
+    images, number = count.get("images", 0), count.get("pairs", 0)
+    if images:
+        pairs = "these pairs" if images == number else f"{images:,} of these {number:,} pairs"
+        say(
+            f"warning: {name}: {reference} was trained on {pairs} and does better on them than on "
+            "new ones"
+        )
 
 
 def usual_data(models: Collection[str]) -> str:

@@ -6,17 +6,24 @@ What the pages show, and how they are served, is in `explore/`.
 import errno
 import socket
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from protoclip.cli.spec import BatchOption, ChosenOptions, open_device, quick_imports
+from protoclip.cli.data import open_source, print_notes
+from protoclip.cli.spec import (
+    BatchOption,
+    ChosenOptions,
+    open_device,
+    quick_imports,
+    require_libraries,
+)
 from protoclip.config import Count, DataConfig
 from protoclip.rules import (
     require_data_paths,
-    require_empty,
     require_model,
+    require_new,
     require_place,
     require_source,
 )
@@ -24,10 +31,8 @@ from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     from protoclip.explore.explorer import Explorer
-    from protoclip.explore.pairs import ExploredPairs
 
-USUAL_PORT = 8000
-NEEDED = ("bokeh", "jinja2", "starlette", "uvicorn")
+PORTS = range(8000, 8100)  # of which the first free one is taken
 
 
 @dataclass(frozen=True)
@@ -52,28 +57,7 @@ class Explore(ChosenOptions, BatchOption):
     cache: bool = True  # Keep features and the map for the next start.
 
     def __call__(self) -> None:
-        if not 1 <= len(self.models) <= 2:
-            raise ValueError(f"{len(self.models)} models: give one or two")
-        if self.atlas is not None and len(self.models) > 1:
-            raise ValueError("--atlas: takes one model")
-        if not self.host.strip():
-            raise ValueError("--host: is empty, which would be all addresses; name one")
-        for model in self.models:
-            require_model("", model)
-        if self.data is not None:
-            require_source("--data", self.data)
-        require_data_paths(DataConfig(only=self.only, without=self.without, root=self.root))
-        if self.static is not None:
-            require_place("--static", self.static, is_folder=True)
-            require_empty("--static", Path(self.static))
-        if self.atlas is not None:
-            require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
-            if Path(self.atlas).exists():  # it may hold somebody's pairs
-                raise ValueError(f"--atlas: {self.atlas}: exists; choose another name")
-        if missing := [name for name in NEEDED if find_spec(name) is None]:
-            raise ValueError(
-                f"explore: needs {' and '.join(missing)}; pip install 'protoclip[explore]'"
-            )
+        self.check()
         # At once, since libraries, model and pairs take a while.
         opening = f"opening {' and '.join(self.models)}{f' on {self.data}' if self.data else ''}"
         if self.static is None and self.atlas is None:
@@ -95,37 +79,74 @@ class Explore(ChosenOptions, BatchOption):
             image = " --image image" if rows <= 2 * MAP_PAIRS else ""
             print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
 
+    def check(self) -> None:
+        """Refuse what cannot be opened or written, before anything slow."""
+        if not 1 <= len(self.models) <= 2:
+            raise ValueError(f"{len(self.models)} models: give one or two")
+        if self.atlas is not None and len(self.models) > 1:
+            raise ValueError("--atlas: takes one model")
+        if not self.host.strip():
+            raise ValueError("--host: is empty, which would be all addresses; name one")
+        for model in self.models:
+            require_model("", model)
+        if self.data is not None:
+            require_source("--data", self.data)
+        require_data_paths(DataConfig(only=self.only, without=self.without, root=self.root))
+        if self.static is not None:
+            require_place("--static", self.static, is_folder=True)
+            require_new("--static", self.static)
+        if self.atlas is not None:
+            require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
+            require_new("--atlas", self.atlas)  # it may hold somebody's pairs
+        require_libraries("explore")
+
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""
         with quick_imports():
-            from protoclip.explore.explorer import open_explorer
+            from protoclip.explore.explorer import open_explorer, read_run_config
+            from protoclip.explore.pairs import explore_pairs
 
-        device, pairs, layout = open_device(), self.pairs(), self.layout()
-        return [
-            open_explorer(
-                model,
-                pairs,
-                device=device,
-                layout=layout,
-                number=self.groups,
-                trained_on=self.shows_data_of(model),
-                batch_size=self.batch_size,
-                workers=self.workers,
-                cache=self.cache,
+        device, data = open_device(), self.settings()
+        try:
+            samples, notes = open_source(data)
+        except (ValueError, OSError) as error:
+            if self.data is not None:
+                raise
+            raise ValueError(f"{error}; name the pairs with --data if they have moved") from None
+        print_notes(notes)
+        pairs = explore_pairs(samples, class_column=self.class_column)
+        layout, explorers = self.layout(), []
+        for model in self.models:
+            config = read_run_config(model)
+            explorers.append(
+                open_explorer(
+                    model,
+                    pairs,
+                    device=device,
+                    layout=layout,
+                    number=self.groups,
+                    trained_on=config is not None and places_of(data) <= places_of(config.data),
+                    batch_size=self.batch_size,
+                    workers=self.workers,
+                    cache=self.cache,
+                )
             )
-            for model in self.models
-        ]
+        return explorers
 
-    def shows_data_of(self, model: str) -> bool:
-        """Whether the pairs are of the data that a model's run was trained on, or of a part."""
+    def settings(self) -> DataConfig:
+        """What the options say; of data that is not named, what the first run's settings say."""
+        if self.data is not None:
+            return DataConfig(train=self.data, **self.data_settings())
         from protoclip.explore.explorer import read_run_config
 
-        def places(data: DataConfig) -> set[Path]:
-            paths = [source.path for source in data.sources] or [data.train]
-            return {Path(path).resolve() for path in paths}
-
-        config = read_run_config(model)
-        return config is not None and places(self.settings()) <= places(config.data)
+        config = read_run_config(self.models[0]) if Path(self.models[0]).exists() else None
+        if config is None:
+            raise ValueError(
+                f"{self.models[0]}: is no run that says which data it was trained on; name some "
+                "with --data"
+            )
+        # A run may have streamed shards that lie here, where they can be read in any order too.
+        return replace(config.data, read="auto", **self.data_settings())
 
     def layout(self) -> Literal["pca", "umap"]:
         """How the map is made. Says so where a better one could be."""
@@ -148,64 +169,30 @@ class Explore(ChosenOptions, BatchOption):
         say("Ctrl-C ends it")
         make_server(pages, host=self.host, token=token).run(sockets=[listening])
 
-    def pairs(self) -> "ExploredPairs":
-        """The pairs to look at. Prints what was noticed about them."""
-        from protoclip.cli.data import open_source, print_notes
-        from protoclip.explore.pairs import explore_pairs
 
-        data = self.settings()
-        try:
-            samples, notes = open_source(data)
-        except (ValueError, OSError) as error:
-            if self.data is not None:
-                raise
-            raise ValueError(f"{error}; name the pairs with --data if they have moved") from None
-        print_notes(notes)
-        return explore_pairs(samples, class_column=self.class_column)
-
-    def settings(self) -> DataConfig:
-        """What the options say; of data that is not named, what the first run's settings say."""
-        from protoclip.explore.explorer import read_run_config
-
-        options = {entry.name: getattr(self, entry.name) for entry in fields(ChosenOptions)}
-        given: dict[str, Any] = {k: v for k, v in options.items() if v not in (None, False)}
-        if self.data is not None:
-            return replace(DataConfig(train=self.data, class_column=self.class_column), **given)
-        config = read_run_config(self.models[0]) if Path(self.models[0]).exists() else None
-        if config is None:
-            raise ValueError(
-                f"{self.models[0]}: is no run that says which data it was trained on; name some "
-                "with --data"
-            )
-        column = self.class_column or config.data.class_column
-        # A run may have streamed shards that lie here, where they can be read in any order too.
-        return replace(config.data, read="auto", class_column=column, **given)
+def places_of(data: DataConfig) -> set[Path]:
+    """Where the sources are, which tells whether two settings read the same pairs."""
+    paths = [source.path for source in data.sources] or [data.train]
+    return {Path(path).resolve() for path in paths}
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens: on the port, or without one on the first from 8000 on that is free.
+    """A socket that listens: on the port, or without one on the first of `PORTS` that is free.
 
     Raises:
         ValueError: The port is taken or may not be used, or the host is none of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    number = USUAL_PORT if port is None else port
-    while True:
+    for number in PORTS if port is None else [port]:
         try:
-            listening = socket.create_server((host, number), family=family, backlog=256)
-        except (OSError, UnicodeError) as error:
-            code = getattr(error, "errno", None)
-            if port is None and code == errno.EADDRINUSE:
-                number += 1
-                continue
-            setting = "--port" if code in (errno.EADDRINUSE, errno.EACCES) else "--host"
-            reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
-            raise ValueError(
-                f"{setting}: cannot listen on {host} port {number} ({reason}); choose another"
-            ) from None
-        if port is None and number != USUAL_PORT:
-            say(f"note: port {USUAL_PORT} is taken; pages will be on port {number}")
-        return listening
+            return socket.create_server((host, number), family=family, backlog=256)
+        except OSError as error:
+            reason = str(error.strerror).partition(" (while")[0]
+            if error.errno != errno.EADDRINUSE:
+                break
+    raise ValueError(
+        f"--port: cannot listen on {host} port {number} ({reason}); choose another, or a --host"
+    )
 
 
 def address(listening: socket.socket, host: str, token: str) -> str:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from glob import iglob
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType, NoneType
@@ -44,16 +45,18 @@ if TYPE_CHECKING:  # `--help` does without
 
 Command = TypeVar("Command")
 SECTIONS = {section.name for section in fields(Config)}
+# Libraries that a command needs, which come with an extra of its name.
+LIBRARIES = {
+    "report": ("jinja2", "matplotlib"),
+    "explore": ("bokeh", "jinja2", "starlette", "uvicorn"),
+}
 # Settings that may name a file or folder beside the recipe, and words there that name none.
 PATH_SETTINGS = (
     *("data.train", "data.sources.path", "data.sources.root", "data.validation", "data.root"),
-    *("data.only", "data.without", "run.guard", "model.start", "model.image.name"),
-    *("model.image.weights", "model.text.name", "teacher.features", "teachers.features"),
-    "align.features",
+    *("data.only", "data.without", "run.guard", "model.start", "teacher.features"),
+    *("teachers.features", "align.features"),
 )
-NO_PATHS = ("emoji", "published", "minilm", START, *HALVES.values())
-# What may stand before a path; behind it may stand options, as in `pairs.tsv,root=images`.
-PATH_PREFIX = re.compile("local-dir:|hf:|reference:|wds:|karpathy:|root=")
+NO_PATHS = ("emoji", START, *HALVES.values())
 
 
 # Options that commands share
@@ -105,12 +108,11 @@ class TableOptions:
     root: str | None = None  # Folder that holds all images of a table.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
-    def data_config(self, **more: Any) -> DataConfig:
-        """These settings, those of `ChosenOptions` and `PairsOptions`, and more of them."""
-        kinds = (TableOptions, ChosenOptions, PairsOptions)
-        names = {entry.name for kind in kinds if isinstance(self, kind) for entry in fields(kind)}
-        names -= {"data"}
-        return DataConfig(**{name: getattr(self, name) for name in names}, **more)
+    def data_settings(self) -> dict[str, Any]:
+        """The options of this command that are given and are settings of `data` by their names."""
+        names = {entry.name for entry in fields(DataConfig)}
+        given = {name: value for name, value in vars(self).items() if name in names}
+        return {k: v for k, v in given.items() if v is not None and v is not False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +166,14 @@ def open_device(name: str = "auto") -> "torch.device":
 
     torch.set_flush_denormal(True)  # CPUs are very slow with the denormals of soft targets
     return collectives.choose_device(name, setting="device" if name == "auto" else "--device")
+
+
+def require_libraries(command: str) -> None:
+    """Refuse a command whose libraries are missing, with what to install."""
+    if missing := [name for name in LIBRARIES[command] if find_spec(name) is None]:
+        raise ValueError(
+            f"{command}: needs {' and '.join(missing)}; pip install 'protoclip[{command}]'"
+        )
 
 
 # From words to a command
@@ -341,24 +351,11 @@ def locate(value: Any, folder: Path, name: str) -> Any:
         return [locate(inner, folder, name) for inner in value]
     if not isinstance(value, str) or name not in PATH_SETTINGS or value in NO_PATHS:
         return value
-    if value.startswith("~/"):
-        value = os.path.expanduser(value)  # noqa: PTH111
-    located = ",".join(locate_path(part, folder) for part in re.split(r",(?=\w+=)", value))
-    if located != value and name == "model.image.name":
-        from protoclip.models.timm import is_image_name
-
-        return value if is_image_name(value) else located
-    return located
-
-
-def locate_path(path: str, folder: Path) -> str:
-    prefix = PATH_PREFIX.match(path)
-    before = prefix[0] if prefix else ""
-    path = path.removeprefix(before)
+    path = os.path.expanduser(value)  # noqa: PTH111
     pattern = re.sub(r"\{.*\}", "*", path)
     # Path.glob refuses absolute patterns.
     here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
-    return before + (str(folder / path) if beside and not here else path)
+    return str(folder / path) if beside and not here else path
 
 
 def merge_trees(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

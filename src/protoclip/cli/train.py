@@ -1,6 +1,7 @@
-"""`protoclip train`: its options, and how the results of any run are printed.
+"""`protoclip train`, `align` and `finetune`: their options, and how results are printed.
 
-The model is trained in `training/run.py`.
+The run is in `training/run.py`, and the defaults of `align` and `finetune` in
+`training/defaults.py`.
 """
 
 import os
@@ -8,31 +9,102 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from protoclip.cli.spec import JsonOption, Recipes, quick_imports
-from protoclip.config import Config, Settings
+from protoclip.cli.spec import JsonOption, Recipes, merge_trees, quick_imports, read_recipe
+from protoclip.config import Config
 from protoclip.files import to_json
-from protoclip.rules import check, require_paths, require_place
+from protoclip.rules import require_paths, require_place
 from protoclip.terminal import say, visible
+from protoclip.training.defaults import ALIGN, ALIGN_HELP, FINETUNE, FINETUNE_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Config, Recipes, JsonOption):
     """Train a model and evaluate it."""
 
+    command: ClassVar[str] = "train"
+
     resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
 
     def __call__(self) -> None:
-        config = Config.from_dict(self.settings())
-        check(config)
-        check_paths(config, resume=self.resume)
-        show_results(perform("train", config, resume=self.resume), as_json=self.json)
+        show_results(perform(self.command, self.settings(), resume=self.resume), self.json)
 
 
-def perform(command: str, settings: Settings, **options: Any) -> dict[str, Any]:
-    """The results of `train`, `align` or `finetune`, after the imports of their libraries."""
+@dataclass(frozen=True, kw_only=True)
+class Align(Train):
+    """Train heads between two frozen pretrained encoders.
+
+    Each image and each caption is encoded once. Name the encoders by
+    --model.image.name and --model.text.name. Other defaults follow from the
+    data; notes say which.
+    """
+
+    command = "align"
+    # With words where they follow from the data.
+    defaults: ClassVar[Mapping[str, Any]] = {**ALIGN, "model.image.name": None, **ALIGN_HELP}
+
+
+@dataclass(frozen=True)
+class Finetune(Config, Recipes, JsonOption):
+    """Adapt a model to your own pairs without losing what it knew.
+
+    What is left out follows from the start and the data; notes say how. At the
+    end models between start and end are evaluated (WiSE-FT), and the best is the
+    run's model.
+    """
+
+    # The pairs have to be named. With words where they follow from the data.
+    defaults: ClassVar[Mapping[str, Any]] = {"data.train": None, **FINETUNE, **FINETUNE_HELP}
+
+    start: str | None = None  # Model to start from: a run, open_clip:NAME/TAG, hf:NAME, a folder.
+    _: KW_ONLY
+    alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
+    resume: Literal["never", "auto"] = "never"  # auto goes on: START may be the run to go on with.
+
+    def __call__(self) -> None:
+        results = perform("finetune", self.settings(), alpha=self.alpha, resume=self.resume)
+        from protoclip.distributed import collectives
+        from protoclip.training.evaluate import read_record
+
+        if {"stopped", "overfit"} & results.keys() or collectives.read_launcher()[0] > 0:
+            show_results(results, self.json)
+            return
+        record = read_record(Path(results["folder"]))
+        if self.json:
+            print(to_json({**results, "wise_ft": record}, indent=2))
+        else:
+            show_sweep(record)
+            show_metrics(results)
+            print(f"written to {visible(results['folder'])}")
+
+    def settings(self) -> dict[str, Any]:
+        """What recipes and the command line set, and START.
+
+        Settings of a fine-tuned run to go on with come first, if no other data are named.
+        """
+        given = super().settings()
+        if self.start is None:
+            return given
+        recipe = Path(self.start) / "config.toml"
+        if self.resume == "auto" and not {"train", "sources"} & given.get("data", {}).keys():
+            began = read_recipe(recipe) if recipe.is_file() else {}
+            if {"start", "pretrained"} & began.get("model", {}).keys():
+                say(f"note: going on with {self.start} by its own settings")
+                return merge_trees(merge_trees(began, given), {"run": {"out": self.start}})
+        return merge_trees(given, {"model": {"start": self.start}})
+
+
+def perform(command: str, settings: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The results of `train`, `align` or `finetune`. Typos are refused before slow imports."""
+    config = Config.from_dict(settings)
+    # A finished run needs its data no more. If there are several ranks, rank 0 reports a mistake.
+    if options["resume"] == "never" and "RANK" not in os.environ:
+        require_paths(config)
+    if config.run.out is not None:
+        require_place("run.out", config.run.out, is_folder=True)
     with quick_imports():
         import torch
 
@@ -43,43 +115,75 @@ def perform(command: str, settings: Settings, **options: Any) -> dict[str, Any]:
     return results
 
 
-def check_paths(config: Config, *, resume: str) -> None:
-    """Refuse typos in paths before slow imports; a finished run needs its data no more."""
-    # Of several ranks rank 0 reports a mistake, once they know each other.
-    if resume == "never" and "RANK" not in os.environ:
-        require_paths(config)
-    if config.run.out is not None:
-        require_place("run.out", config.run.out, is_folder=True)
-
-
-def show_results(results: Mapping[str, Any], *, as_json: bool, explores: bool = False) -> None:
-    """Print the results of a run on rank 0, or where it stands if a signal stopped it.
-
-    With `explores` the last line names the command that shows what the model has learned.
-    """
+def show_results(results: Mapping[str, Any], as_json: bool) -> None:
+    """Print the results of a run on rank 0, or where it stands if a signal stopped it."""
     from protoclip.distributed import collectives
 
-    if collectives.read_launcher()[0] > 0:
-        exit_if_stopped(results)
-        return
-    if as_json:
-        print(to_json(results, indent=2))
-    else:
-        for name, value in results["metrics"].items():
-            print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
-    if "stopped" in results:
-        say(
-            f"{results['stopped']}: stopped after step {results['steps']}; the same command "
-            "with --resume auto goes on"
-        )
-        exit_if_stopped(results)
-    elif not as_json:
-        command = f"protoclip explore {shlex.quote(results['folder'])}"
-        look = f"; look at its pairs with {command}" if explores else ""
-        print(f"written to {visible(results['folder'])}{look}")
+    if collectives.read_launcher()[0] == 0:
+        if as_json:
+            print(to_json(results, indent=2))
+        else:
+            for name, value in results["metrics"].items():
+                print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
+        if "stopped" in results:
+            say(
+                f"{results['stopped']}: stopped after step {results['steps']}; the same command "
+                "with --resume auto goes on"
+            )
+        elif not as_json:
+            command = f"protoclip explore {shlex.quote(results['folder'])}"
+            print(f"written to {visible(results['folder'])}; look at its pairs with {command}")
+    exit_if_stopped(results)
 
 
 def exit_if_stopped(results: Mapping[str, Any]) -> None:
     """After a stop by a signal, exit as shells report one: with 128 plus its number."""
     if (name := results.get("stopped")) is not None:
         sys.exit(128 + signal.Signals[name])
+
+
+def show_sweep(record: Mapping[str, Any]) -> None:
+    """Print a table of the sweep: one row an alpha, one column a data set."""
+    from protoclip.results.table import Cell, Row, Table, print_table
+
+    points = record["points"]
+    if not points:
+        return
+    names, rows = [*points[0]["scores"]], []
+    for point in points:
+        mark = "*" if point["alpha"] == record["alpha"] else ""
+        values = [*(point["scores"][name] for name in names), point["mean"]]
+        cells = [Cell(value=f"{100 * value:.1f}") for value in values]
+        rows.append(Row(heading=[f"{point['alpha']:g}{mark}"], cells=cells))
+    title, columns = "From start (0) to end (1), percent", [[name] for name in (*names, "mean")]
+    print_table(Table(title=title, heading=["alpha"], columns=columns, rows=rows))
+    best, by = record["best_alpha"], ""
+    if best != record["alpha"]:
+        by = f" by --alpha; the rule's best is {best:g}"
+    print(f"* chosen{by}; {record['rule']}")
+    if best == record["alpha"] == 0:
+        print("no weights but the start's were best: the model is the start")
+
+
+def show_metrics(results: Mapping[str, Any]) -> None:
+    """Print the metrics of the start and of the chosen weights, and what they differ by."""
+    from protoclip.results.table import decimals, describe_clear
+
+    before = results["start_metrics"]
+    gains = results.get("differences", {})  # versions up to 1.0.0 wrote none
+    if results["metrics"]:
+        chosen = f"alpha {results['alpha']:g}"
+        print(f"{'metric':<45} {'start':>10} {chosen:>10}" + "  difference" * bool(gains))
+    for name, value in results["metrics"].items():
+        values = ["-" if v is None else decimals(v, 4) for v in (before[name], value)]
+        line = f"{visible(name):<45} {values[0]:>10} {values[1]:>10}"
+        if name in gains:
+            mean, ends = gains[name]["mean"], gains[name]["interval"]
+            line += f"  {decimals(mean, 4, '+')}"
+            if ends is not None:
+                low, high = (decimals(end, 4, "+") for end in ends)
+                line += f" [{low}, {high}]" + "*" * gains[name]["beyond"]
+        print(line)
+    if any(gain["interval"] is not None for gain in gains.values()):
+        clear = describe_clear(gains.values())
+        print(f"in brackets: the 95% interval over test samples; * if {clear}")

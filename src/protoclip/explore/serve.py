@@ -40,7 +40,6 @@ from protoclip.explore.pages import (
 )
 from protoclip.files import checksum, naming, replacing
 from protoclip.progress import Progress
-from protoclip.rules import require_empty
 from protoclip.terminal import visible
 
 MAX_BODY_BYTES = 20_000_000  # of a query image
@@ -261,10 +260,8 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     They are those of `PAGES` that can be files; the others need the model.
 
     Raises:
-        ValueError: The folder holds something.
-        OSError: The pages cannot be written; names the folder.
+        OSError: The folder holds something, or cannot be written; names it.
     """
-    require_empty("--static", folder)
     pages, number = Pages(explorers, live=False), 0
     rows = {row for site in pages.sites for row in site.atlas.rows[site.atlas.drawn].tolist()}
     real = folder.resolve()  # a link is left as it is

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import reduce
 from itertools import permutations
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -103,53 +103,14 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
     assert config.teacher.features == "start"  # the model that the run starts from
     for path in ("emoji", "torchvision:CIFAR10", "s3://b/*.tar", "hf:a/b"):
         assert located(path) == path
+    for name in ("model.name", "run.name"):
+        recipe.write_text(f"{name} = 'more'")
+        config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
+        assert attrgetter(name)(config) == "more"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert located("~/a.tsv") == f"{tmp_path}/a.tsv"
     typed: Config = parse(COMMANDS["train"], ["--data.root=~/images"])  # as shells leave it
     assert typed.data.root == f"{tmp_path}/images"
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "expected"),
-    [
-        ("model.start", "local-dir:model", "local-dir:recipes/model"),
-        ("model.start", "hf:model", "hf:recipes/model"),
-        ("model.start", "reference:a.pt,model=RN50", "reference:recipes/a.pt,model=RN50"),
-        ("model.image.name", "model", "recipes/model"),
-        ("model.image.name", "resnet10t", "resnet10t"),
-        ("model.image.name", "./resnet10t", "recipes/resnet10t"),
-        ("model.image.weights", "a.pt", "recipes/a.pt"),
-        ("model.image.weights", "published", "published"),
-        ("model.text.name", "hf:bert/tiny", "hf:recipes/bert/tiny"),
-        ("model.text.name", "bert/none", "bert/none"),
-        ("model.text.name", "minilm", "minilm"),
-        ("model.name", "model", "model"),
-        ("run.name", "model", "model"),
-        ("data.validation", "a.pt", "recipes/a.pt"),
-        ("run.guard", ["a.pt,class_column=kind"], ["recipes/a.pt,class_column=kind"]),
-        ("run.guard", ["a.pt,root=model"], ["recipes/a.pt,root=recipes/model"]),
-        ("run.guard", ["no.csv,root=none", "emoji"], ["no.csv,root=none", "emoji"]),
-        (
-            "run.guard",
-            ["karpathy:a.pt,root=model", "torchvision:CIFAR10,root=model"],
-            ["karpathy:recipes/a.pt,root=recipes/model", "torchvision:CIFAR10,root=recipes/model"],
-        ),
-        (
-            "run.guard",
-            ["wds:model", "wds:https://x.org/a"],
-            ["wds:recipes/model", "wds:https://x.org/a"],
-        ),
-    ],
-)
-def test_models_and_data_in_a_recipe_start_there(setting, value, expected, tmp_path, monkeypatch):
-    """But for the words that stand for no file, whatever lies there."""
-    for name in ("model", "resnet10t", "bert/tiny", "published", "minilm"):
-        (tmp_path / "recipes" / name).mkdir(parents=True)
-    (tmp_path / "recipes" / "a.pt").touch()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes" / "r.toml").write_text(f"{setting} = {value!r}\n")
-    config: Config = parse(COMMANDS["train"], ["--config", "recipes/r.toml"])
-    assert reduce(getattr, setting.split("."), config) == expected
 
 
 def test_arguments_and_options_may_mix_in_any_order():

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 from numbered import Numbered
 
-from protoclip.cli.finetune import Finetune
+from protoclip.cli.train import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
 from protoclip.data.sources import join_sources, open_source

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.cli.finetune import show_sweep
+from protoclip.cli.train import show_sweep
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS

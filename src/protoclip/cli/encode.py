@@ -1,0 +1,209 @@
+"""`protoclip embed`, `embed-teacher` and `match`: their options, and what they print.
+
+Models encode in `encode/`, and `evaluation/match.py` ranks encoders.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from protoclip.cli.data import open_source, print_notes
+from protoclip.cli.spec import (
+    BatchOption,
+    DeviceOption,
+    EncodingOptions,
+    JsonOption,
+    PairsOptions,
+    Recipes,
+    open_device,
+    quick_imports,
+)
+from protoclip.config import Count, DataConfig, Seed
+from protoclip.files import to_json
+from protoclip.rules import require_data_paths, require_model, require_place
+from protoclip.terminal import say, visible
+
+FEW = 1000  # pairs; with fewer a note says that numbers say little
+
+
+@dataclass(frozen=True)
+class Embed(PairsOptions, EncodingOptions):
+    """Write a model's vectors of a data set as Parquet.
+
+    One vector for each image and each caption, for search engines;
+    docs/embed.md has the columns. After an interruption the same command
+    continues.
+    """
+
+    model: str  # A run, or whatever else protoclip.load opens.
+    _: KW_ONLY
+    out: str  # Parquet file to write.
+    class_column: str | None = None  # Column of a table that holds the class.
+    max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of a CSV's lines that may be bad.
+    num_samples: Count | None = None  # Samples of a stream to read.
+    batch_size: Count | None = None  # Images or captions at once.
+    workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
+    overwrite: bool = False  # Replace a file of other settings.
+
+    def __call__(self) -> None:
+        data = DataConfig(train=self.data, **self.data_settings())
+        require_model("", self.model)
+        require_data_paths(data)
+        require_place("--out", self.out, is_folder=False, suffix=".parquet")
+        with quick_imports():
+            from protoclip.distributed import collectives
+            from protoclip.encode.embed import embed
+
+        device = open_device(self.device)
+        with collectives.process_group(device):
+            embed(
+                self.model,
+                data,
+                self.out,
+                batch_size=self.batch_size,
+                device=device,
+                precision=self.precision,
+                num_samples=self.num_samples,
+                overwrite=self.overwrite,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
+    """Write a frozen model's features of a data set.
+
+    After an interruption the same command continues.
+    """
+
+    teacher: str  # hf:NAME, minilm, open_clip:MODEL/TAG, timm:MODEL, run or file.
+    out: str  # Folder of the features, for teacher.features.
+    modality: Literal["auto", "text", "image"] = "auto"  # auto prefers images.
+    pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
+    width: Count | None = None  # Reduce the features to this width by PCA.
+    num_samples: Count | None = None  # Samples of a stream to read.
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __call__(self) -> None:
+        require_data_paths(self.data)
+        require_model("--teacher", self.teacher, "teacher")
+        require_place("--out", self.out, is_folder=True)
+        with quick_imports():
+            from protoclip.distributed import collectives
+            from protoclip.encode.teachers import embed_teacher
+
+        device = open_device(self.device)
+        with collectives.process_group(device):
+            samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
+            if collectives.rank() == 0:
+                print_notes(notes)
+            facts = embed_teacher(
+                self.teacher,
+                samples,
+                Path(self.out),
+                modality=self.modality,
+                pooling=self.pooling,
+                width=self.width,
+                batch_size=self.batch_size,
+                device=device,
+                precision=self.precision,
+                num_samples=self.num_samples,
+                threads=None if self.data.workers == "auto" else self.data.workers,
+            )
+        if collectives.read_launcher()[0] > 0:
+            return
+        if self.json:
+            print(to_json(facts, indent=2))
+            return
+        for name, value in facts.items():
+            shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
+            print(f"{name:<24} {shown}")
+        out = visible(self.out)
+        say(f"written to {out}; train with --teacher.features {shlex.quote(out)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match(PairsOptions, DeviceOption, JsonOption):
+    """Rank pretrained encoders before anything is trained.
+
+    Each encoder takes some pairs once. A row shows an image encoder with a text
+    half. The first row has the highest recall@10 of what align begins with, on
+    pairs that this has not seen. docs/match.md explains the rest.
+    """
+
+    images: tuple[str, ...]  # Image encoders: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
+    texts: tuple[str, ...]  # Text encoders: minilm, hf:NAME, runs, open_clip:NAME/TAG.
+    pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
+    seed: Seed = 0  # Seed of the draw and of the splits.
+    pooling: Literal["mean", "cls", "pooler"] | None = None  # Of tokens; else by its files.
+    batch_size: Count = 64  # Captions or images at once.
+    cache: bool = True  # Keep features, so that another encoder is quick.
+
+    def __call__(self) -> None:
+        for encoder in self.images:
+            require_model("--images", encoder, "half")
+        for encoder in self.texts:
+            require_model("--texts", encoder, "half")
+        data = DataConfig(train=self.data, **self.data_settings())
+        require_data_paths(data)
+        with quick_imports():
+            from protoclip.data.access import cache_folder
+            from protoclip.evaluation.match import match
+
+        device = open_device(self.device)
+        source, _ = open_source(data, seed=self.seed, max_bad_share=data.max_bad_share)
+        print_notes([*getattr(source, "notes", ())])  # but not those on ids, which nothing keeps
+        records = match(
+            self.images,
+            self.texts,
+            source,
+            pairs=self.pairs,
+            seed=self.seed,
+            pooling=self.pooling,
+            batch_size=self.batch_size,
+            cache=cache_folder() / "features" if self.cache else None,
+            device=device,
+        )
+        if skipped := records[0]["skipped"]:
+            say(f"note: {source.name}: {skipped:,} of the pairs cannot be read; left out")
+        if (number := records[0]["apart"]) < FEW:
+            say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
+        if self.json:
+            print(to_json(records, indent=2))
+        else:
+            show_encoders(records)
+
+
+def show_encoders(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with one row a pair of encoders."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from protoclip.results.table import print_rich
+
+    first = records[0]
+    table = Table("image encoder", "text encoder", title="Pretrained encoders, the best pair first")
+    measures = ("recall@10", "mutual\n10-NN", "linear\nCKA", "groups\nagree", "widths")
+    for name in (*measures, "images/s\ncaptions/s"):
+        table.add_column(name, justify="right")
+    for record in records:
+        rates = (record["images_per_second"], record["captions_per_second"])
+        table.add_row(
+            *(escape(visible(record[modality])) for modality in ("image", "text")),
+            f"{100 * record['recall@10']:.1f}%",
+            f"{100 * record['mutual_neighbours']:.1f}%",
+            f"{record['cka']:.3f}",
+            f"{record['agreement']:.3f}",
+            f"{record['image_width']}\n{record['text_width']}",
+            "\n".join("kept" if rate is None else f"{rate:,.0f}" for rate in rates),
+        )
+    table.caption_justify = "left"
+    table.caption = (
+        f"Ordered by recall@10: the mean of both ways between an image and its text, by what align "
+        f"begins with, fitted on {first['pairs'] - first['judged']:,} pairs and evaluated on "
+        f"{first['judged']:,} others (by chance {100 * first['recall@10/by_chance']:.1f}%). The "
+        f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
+        "caption."
+    )
+    print_rich(table)

@@ -1,0 +1,130 @@
+"""`protoclip compare`, `analyze` and `report`: their options.
+
+What they show of runs is computed, and written, in `results/`.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated
+
+from protoclip.cli.spec import JsonOption, open_device, quick_imports, require_libraries
+from protoclip.config import Count, DataConfig, Positive, Seed, build
+from protoclip.files import to_json
+from protoclip.rules import (
+    require_data_paths,
+    require_path,
+    require_place,
+    require_source,
+    with_options,
+)
+from protoclip.terminal import say
+
+
+@dataclass(frozen=True)
+class Compare(JsonOption):
+    """Compare finished runs, with 95% intervals.
+
+    Runs of one name share a column. Differences to the first are paired, by
+    seed or else by test sample.
+    """
+
+    runs: list[str]  # Run folders; the others are compared with the first one's name.
+
+    def __call__(self) -> None:
+        require_runs(self.runs)
+        from protoclip.evaluation.paired import read_results
+        from protoclip.results.compare import compare_runs
+        from protoclip.results.table import print_table, table_of_runs
+
+        entries = compare_runs([read_results(path) for path in self.runs])
+        if self.json:
+            print(to_json(entries, indent=2))
+        else:
+            print_table(table_of_runs(entries))
+
+
+@dataclass(frozen=True)
+class Analyze(JsonOption):
+    """Measure how runs group images and texts, by checkpoint.
+
+    Writes analysis.json into the folder of each run; report draws its curves.
+    On the pairs that the runs held out, report --checkpoints does both.
+    """
+
+    runs: list[str]  # Run folders.
+    _: KW_ONLY
+    data: str | None = None  # Other pairs: a source, or SOURCE,caption_column=NAME.
+    samples: Count = 5000  # Most pairs to use, drawn evenly.
+    groups: Count | None = None  # Groups of each modality; else as many as prototypes.
+    allow_links: bool = False  # Follow symbolic links that leave the root.
+
+    def __call__(self) -> None:
+        require_runs(self.runs)
+        data = None
+        if self.data is not None:
+            reference, options = with_options(self.data)
+            require_source("--data", reference)
+            given = {"train": reference, "allow_links": self.allow_links, **options}
+            data = build(DataConfig, given)
+            require_data_paths(data)
+        with quick_imports():
+            from protoclip.results.examples import analyze_runs, table_of_groupings
+            from protoclip.results.table import print_table
+
+        analyses = analyze_runs(
+            self.runs,
+            data=data,
+            samples=self.samples,
+            num_groups=self.groups,
+            allow_links=self.allow_links,
+            device=open_device(),
+        )
+        if self.json:
+            print(to_json(analyses, indent=2))
+        else:
+            print_table(table_of_groupings(analyses))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a report of runs: one HTML file to read and to send.
+
+    Runs may be unfinished. The first one's name is what others are compared to.
+    """
+
+    runs: list[str]  # Run folders.
+    _: KW_ONLY
+    out: str = "report.html"  # The file to write.
+    samples: Annotated[int, 1, 10_000] = 1000  # Most example pairs, on which models are shown.
+    minutes: Positive = 10.0  # After this long no further model is run on examples.
+    seed: Seed = 0  # Draws the examples.
+    checkpoints: bool = False  # First measure grouping at all checkpoints, as analyze does.
+    overwrite: bool = False  # Replace a file that is no report.
+    allow_links: bool = False  # Follow symbolic links that leave the root.
+
+    def __call__(self) -> None:
+        require_libraries("report")
+        require_runs(self.runs)
+        require_place("--out", self.out, is_folder=False, suffix=".html")
+        with quick_imports():
+            from protoclip.results.examples import analyze_runs
+            from protoclip.results.page import write_report
+
+        device = open_device()
+        if self.checkpoints:
+            analyze_runs(self.runs, allow_links=self.allow_links, device=device)
+        path = write_report(
+            self.runs,
+            self.out,
+            samples=self.samples,
+            minutes=self.minutes,
+            seed=self.seed,
+            device=device,
+            overwrite=self.overwrite,
+            allow_links=self.allow_links,
+        )
+        say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def require_runs(folders: list[str]) -> None:
+    for folder in folders:
+        require_path("", folder, "no such run folder")
