@@ -7,6 +7,7 @@ differences of metrics are means and differences of arrays. Influences are NaN w
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from protoclip.data.sources import PairsView
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.evaluation.features import Encoder, build_encoder
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import clustering
 from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, sum_by_group
 from protoclip.evaluation.probes import REGULARISATIONS, fit_linear_probes, knn_predict
@@ -64,9 +65,10 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
     def encoder() -> Encoder:
         if not encoders:
             model, transform, tokenizer = loading.load(folder)
+            given: dict[str, Any] = {"transform": transform, "tokenizer": tokenizer}
             # What frozen encoders make of transfer sets is the same whatever joins them.
-            cache = cache_folder() / "features" if model.joins_encoders else None
-            encoders.append(build_encoder(model, transform, tokenizer, cache=cache))
+            given["cache"] = cache_folder() / "features" if model.joins_encoders else None
+            encoders.append(Encoder(model=model, **given))
         return encoders[0]
 
     def on_held_out() -> Judged:

@@ -193,8 +193,10 @@ def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(choose_before_data("align", given).given)
     (data,) = split_validation(settings, sources.open_samples(settings)).data
-    encoder = evaluated.Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
-    whole = evaluate_run(encoder, data=data, split="validation", show=False)
+    encoder = evaluated.Encoder(
+        model=model, transform=transform, tokenizer=tokenizer, workers=0, whole=True
+    )
+    whole = evaluate_run(encoder, data=data, split="validation")
     assert {k for k in results["metrics"] if "retrieval" in k}
     for name, value in whole.items():
         assert results["metrics"][name] == pytest.approx(value, abs=1e-4)

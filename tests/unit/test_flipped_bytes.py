@@ -18,7 +18,7 @@ from protoclip.data.split import hold_out_rows
 from protoclip.data.tables import ROWS, build_index
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
-from protoclip.evaluation.features import StoredList, read_list, write_list
+from protoclip.evaluation.features import read_hashes, write_hashes
 from protoclip.evaluation.metrics import SampleResults
 from protoclip.files import read_toml
 from protoclip.training.folder import find_newest_intact, inspect_folder
@@ -97,14 +97,14 @@ def kept_features(folder: Path) -> Read:
     hashes = hash_ids(str(row) for row in range(5))
     store = Store(folder / "a", dtype=FULL, is_optional=True)
     store.add(hashes, np.eye(5, dtype=np.float32))
-    write_list(folder / "a" / "mine.npz", StoredList(hashes=hashes, bad=[(5, "broken")]))
+    write_hashes(folder / "a" / "mine.hashes", hashes)
 
     def read() -> object:
         again = Store(folder / "a", dtype=FULL, is_optional=True)
-        listed = read_list(folder / "a" / "mine.npz")
-        if listed is None or not again.has(listed.hashes).all():
+        listed = read_hashes(folder / "a" / "mine.hashes", 5)
+        if not again.has(listed).all():
             raise ValueError("damaged, and made again")
-        return listed.hashes.tolist(), listed.bad, again.fetch(listed.hashes).tolist()
+        return listed.tolist(), again.fetch(listed).tolist()
 
     return read
 

@@ -144,7 +144,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed.collectives import raise_on_all_ranks
         from protoclip.evaluation import suite
-        from protoclip.evaluation.features import build_encoder
+        from protoclip.evaluation.features import Encoder
         from protoclip.models import loading
         from protoclip.models.protoclip import autocast_encoding
 
@@ -152,10 +152,10 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if self.fast_resize and isinstance(transform, PillowTransform):
             transform = replace(transform, fast=True)
-        encoder = build_encoder(
-            loading.to_device(model, device),
-            transform,
-            tokenizer,
+        encoder = Encoder(
+            model=loading.to_device(model, device),
+            transform=transform,
+            tokenizer=tokenizer,
             batch_size=self.batch_size,
             workers=self.workers,
             cache=cache_folder() / "features" if self.cache else None,

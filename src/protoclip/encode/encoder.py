@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.data.captions import trim_padding
-from protoclip.data.decode import decode, decode_crop
+from protoclip.data.decode import crop_image, decode, decode_crop
 from protoclip.data.pairs import Sample
-from protoclip.data.transforms import EvaluationTransform
+from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import parallel
 from protoclip.files import checksum
 from protoclip.models.layers import layers_of
@@ -163,21 +163,43 @@ def image_encoder(
     transform: Callable[[Image.Image], Tensor],
     **settings: Any,
 ) -> Encoder:
-    """The encoder of a frozen image model."""
+    """The encoder of a frozen image model. Our own transforms finish on its device."""
+    ours = transform if isinstance(transform, EvaluationTransform | PillowTransform) else None
+    if ours is None:
+        examples = [transform(Image.fromarray(RAMP))]
+    else:
+        ramp = torch.arange(ours.size**2 * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
+        examples = [ramp.view(ours.size, ours.size, 3)]
 
-    def prepare(sample: Sample) -> Tensor:
-        return transform(Image.fromarray(decode(sample.image)))
+    def encode(images: list[Tensor]) -> Tensor:
+        batch = torch.stack(images).to(device, non_blocking=True)
+        return forward(batch if ours is None else ours.finish(batch, torch.zeros(len(batch), 0)))
 
+    given: dict[str, Any] = {"facts": lambda: repr(transform), **settings}
     return Encoder(
         module=module,
         device=device,
         reads="image",
-        prepare=prepare,
-        forward=lambda images: forward(torch.stack(images).to(device)),
-        examples=[transform(Image.fromarray(RAMP))],
-        facts=lambda: repr(transform),
-        **settings,
+        prepare=lambda sample: prepare_image(sample.image, transform),
+        forward=encode,
+        examples=examples,
+        **given,
     )
+
+
+def prepare_image(image: bytes | Image.Image, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """What `image_encoder` takes: the bytes of a crop `(s, s, 3)` for one of our own transforms.
+
+    Raises `ValueError` for bytes that are no image.
+    """
+    if isinstance(transform, EvaluationTransform):
+        crop = decode_crop if isinstance(image, bytes) else crop_image
+        box = partial(transform.box, draws=np.zeros(0, np.float32))
+        pixels = crop(image, box, transform.size)  # type: ignore[arg-type]
+        return torch.from_numpy(np.require(pixels, requirements="W"))
+    if isinstance(image, bytes):
+        image = Image.fromarray(decode(image))
+    return transform.pixels(image) if isinstance(transform, PillowTransform) else transform(image)
 
 
 def text_side(encoders: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autocast) -> Encoder:
@@ -202,27 +224,12 @@ def image_side(
     encoders: FrozenEncoders, transform: EvaluationTransform, *, autocast: Autocast
 ) -> Encoder:
     """The image side of `align`. Features have any norm: its projection reads them so."""
-    size, no_draws = transform.size, np.zeros(0, np.float32)
-
-    def prepare(sample: Sample) -> Tensor:
-        """The crop of an image as bytes."""
-        box = partial(transform.box, draws=no_draws)
-        crop = decode_crop(sample.image, box, size)
-        return torch.from_numpy(np.require(crop, requirements="W"))
-
-    def forward(crops: list[Tensor]) -> Tensor:
-        pixels = torch.stack(crops).to(device_of(encoders))
-        return encoders.encode_image(transform.finish(pixels, torch.zeros(len(crops), 0)))
-
-    ramp = torch.arange(size * size * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
     name = getattr(encoders.visual, "pretrained_cfg", {}).get("architecture")
-    return Encoder(
-        module=encoders.visual,
-        device=device_of(encoders),
-        reads="image",
-        prepare=prepare,
-        forward=forward,
-        examples=[ramp.view(size, size, 3)],
+    return image_encoder(
+        encoders.visual,
+        device_of(encoders),
+        encoders.encode_image,
+        transform,
         facts=lambda: f"{name} {transform}",
         unit_norm=False,
         autocast=autocast,

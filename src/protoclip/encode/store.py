@@ -40,8 +40,12 @@ DAMAGED = (
 
 def hash_ids(sample_ids: Iterable[str]) -> Hashes:
     """64 bits of BLAKE2b for each id."""
-    digests = (blake2b(i.encode(), digest_size=8).digest() for i in sample_ids)
-    return np.fromiter((int.from_bytes(d, "little") for d in digests), dtype=np.uint64)
+    return np.fromiter((hash_bytes(sample_id.encode()) for sample_id in sample_ids), np.uint64)
+
+
+def hash_bytes(data: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def find_rows(hashes: Hashes, ascending: Hashes, rows: Numbers) -> Numbers:

@@ -96,7 +96,7 @@ class MtebModel:
                 raise ValueError(encoded.bad[0][1])
             features.append(encoded.features)
         if "text" in batch:
-            features.append(self.encoder.encode_texts(batch["text"], stage=self.reference))
+            features.append(self.encoder.encode_texts([*batch["text"]], stage=self.reference))
         if not features:
             raise ValueError(f"{self.reference}: a batch has neither image nor text")
         return torch.stack(features).sum(dim=0)

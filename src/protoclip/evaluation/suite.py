@@ -30,7 +30,6 @@ from protoclip.evaluation.features import (
     Model,
     Tokenizer,
     Transform,
-    build_encoder,
     encode_split,
 )
 from protoclip.evaluation.metrics import (
@@ -172,10 +171,10 @@ def evaluate(
             "model: evaluate takes a model, its transform and tokenizer: "
             f"protoclip.evaluate(*protoclip.load({shown(str(model))}), data)"
         )
-    encoder = build_encoder(
-        model,
-        image_transform,
-        tokenizer,
+    encoder = Encoder(
+        model=model,
+        transform=image_transform,
+        tokenizer=tokenizer,
         batch_size=batch_size,
         workers=workers,
         cache=cache,
@@ -428,7 +427,6 @@ def evaluate_run(
     split: Literal["validation", "test"],
     data: EvaluationData | None = None,
     quick: bool = False,
-    show: bool = True,
     samples_to: Path | None = None,
 ) -> dict[str, float]:
     """A run's own evaluation, on the bundled emoji if no other data are given.
@@ -447,8 +445,8 @@ def evaluate_run(
     data = data or datasets.emoji()
     default = QUICK if quick else TASKS
     (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
-    features = encode_data(encoder.with_progress(show), data, tasks, split=split)
-    measurements = measure(features, leave_out_probe(tasks, features), show=show)
+    features = encode_data(encoder, data, tasks, split=split)
+    measurements = measure(features, leave_out_probe(tasks, features), show=encoder.show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from protoclip.config import Config
 from protoclip.data.access import cache_folder, start_thread
-from protoclip.data.decode import decode, dimensions
+from protoclip.data.decode import dimensions
 from protoclip.data.pairs import BadSample, Rows
-from protoclip.evaluation.features import RETRIED, Encoder, JoinedEncoder, build_encoder
+from protoclip.encode.encoder import prepare_image
+from protoclip.evaluation.features import Encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,
     MODALITIES,
@@ -40,7 +40,7 @@ from protoclip.explore.atlas import (
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.models import loading
 from protoclip.models.checkpoint import is_aligned, read_config, read_prototypes, run_of
-from protoclip.models.protoclip import ProtoCLIP, evaluation_mode, to_float
+from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.start import find_start
 from protoclip.terminal import say
 
@@ -48,6 +48,7 @@ SEARCH_PIXELS = 50_000_000  # of a query image; decoding takes 20 bytes a pixel
 MAX_QUERY = 1000  # characters of a query text
 ARTICLE = re.compile(r"^(a|an|the)\s+(?=\S)", re.IGNORECASE)
 ROWS = 1 << 16  # in memory at a time
+RETRIED = 20  # bad images that are tried again before a stored map is used
 
 # Words of captions that explain answers, and how many an answer names at most. A word is near to
 # something if its cosine is this many standard deviations above the mean of all words.
@@ -187,7 +188,7 @@ class Explorer:
         text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
         if not text:
             raise ValueError("an empty text finds nothing; write some words")
-        return self._answer("texts", ARTICLE.sub("", text), number)
+        return self._answer("text", ARTICLE.sub("", text), number)
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
@@ -195,8 +196,7 @@ class Explorer:
         if width * height > SEARCH_PIXELS:
             limit = f"more than the limit ({SEARCH_PIXELS})"
             raise ValueError(f"{width} x {height} pixels are {limit}")
-        image = Image.fromarray(decode(encoded))
-        return self._answer("images", self.encoder.transform(image), number)
+        return self._answer("image", prepare_image(encoded, self.encoder.transform), number)
 
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """The images and texts nearest to a pair's image or text, except its own."""
@@ -213,11 +213,10 @@ class Explorer:
         return Answer(images=images, texts=texts)
 
     @torch.inference_mode()
-    def _answer(self, kind: str, query: Any, number: int) -> Answer:
+    def _answer(self, modality: str, query: Any, number: int) -> Answer:
         """What is near to a query, the words near to it, and those also near to each result."""
         with self._lock:
-            with evaluation_mode(self.encoder.model):
-                features = self.encoder.towers[kind].encode([query])
+            features = self.encoder.encode_input(modality, query)
             answer, (words, of_words) = self.near(features[0], number), self.words
         if not words:
             return answer
@@ -269,10 +268,10 @@ def open_explorer(
     model, transform, tokenizer = loading.load(reference)
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else read_run_config(reference)
-    encoder = build_encoder(
-        loading.to_device(model, device),
-        transform,
-        tokenizer,
+    encoder = Encoder(
+        model=loading.to_device(model, device),
+        transform=transform,
+        tokenizer=tokenizer,
         aligned_by=config,
         batch_size=batch_size,
         workers=workers,
@@ -364,25 +363,25 @@ def encode_to_map(
     """The features of all pairs that can be read, and for a model of two frozen encoders also
     theirs; with all captions if the model was aligned on these pairs."""
     rows = pairs.find_captioned()
-    if not isinstance(encoder, JoinedEncoder):
-        return encode_pairs(encoder, pairs, rows), None
-    features = encode_pairs(encoder.frozen, pairs, rows)
+    features = encode_pairs(encoder, pairs, rows, project=False)
+    if encoder.frozen is None:
+        return features, None
     if aligned:
-        features = add_captions(encoder.frozen, pairs, features)
+        features = add_captions(encoder, pairs, features)
     image = encoder.project("image", features.image)
     text = encoder.project("text", features.text)
     return replace(features, image=image, text=text, captions=None, counts=None), features
 
 
-def encode_pairs(encoder: Encoder, pairs: ExploredPairs, rows: Rows) -> Features:
+def encode_pairs(
+    encoder: Encoder, pairs: ExploredPairs, rows: Rows, *, project: bool = True
+) -> Features:
     """Features of those rows whose image can be read; all have captions."""
     if not len(rows):
         raise ValueError(f"{pairs.name}: no pair has a caption")
-    images = encoder.encode_images(pairs.images(rows), stage="images")
-    captions = (pairs.caption(row) for row in rows.tolist())
-    texts = encoder.encode_texts(
-        captions, stage="captions", content=f"first captions of {pairs.key}"
-    )
+    images = encoder.encode_images(pairs.images(rows), stage="images", project=project)
+    captions = [pairs.caption(row) for row in rows.tolist()]
+    texts = encoder.encode_texts(captions, stage="captions", project=project)
     is_read = torch.ones(len(rows), dtype=torch.bool)
     is_read[[row for row, _ in images.bad]] = False
     has_hashes = len(images.content) == len(images.features)  # features from `align` have none
@@ -400,7 +399,7 @@ def add_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> 
     others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()]
     if not any(others):
         return features
-    texts = encoder.encode_texts(chain(*others), stage="other captions")
+    texts = encoder.encode_texts([*chain(*others)], stage="other captions", project=False)
     counts = torch.tensor([*map(len, others)])
     owner = torch.arange(len(others)).repeat_interleave(counts)
     order = torch.argsort(torch.cat([torch.arange(len(others)), owner]), stable=True)

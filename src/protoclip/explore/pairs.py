@@ -22,8 +22,7 @@ from protoclip.data.pairs import (
     split_by_source,
 )
 from protoclip.data.sources import AllBut, PairsView
-from protoclip.encode.store import hash_ids
-from protoclip.evaluation.features import hash_bytes
+from protoclip.encode.store import hash_bytes, hash_ids
 from protoclip.evaluation.validation import list_sources
 from protoclip.progress import Progress
 from protoclip.results.examples import make_thumbnail

@@ -25,7 +25,7 @@ from protoclip.config import Config, flatten
 from protoclip.data import sources
 from protoclip.data.access import cache_folder, is_url
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.evaluation.features import build_encoder
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.paired import RunResults, read_results
 from protoclip.export.open_clip import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically
@@ -247,10 +247,10 @@ def read_captions(run: Path, *, allow_links: bool) -> list[str]:
 @torch.inference_mode()
 def project(source: Source, captions: Sequence[str]) -> Float[Tensor, "n p"]:
     """The normalised projections of captions."""
-    encoder = build_encoder(
-        source.model,
-        source.transform,
-        source.tokenizer,
+    encoder = Encoder(
+        model=source.model,
+        transform=source.transform,
+        tokenizer=source.tokenizer,
         cache=cache_folder() / "features",
         show=True,
     )

@@ -34,7 +34,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Encoder, build_encoder
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
 from protoclip.models import loading
@@ -241,7 +241,13 @@ def open_encoder(reference: Path, device: torch.device) -> Encoder:
 
 def make_encoder(model: Any, transform: Any, tokenizer: Any, *, device: torch.device) -> Encoder:
     model = loading.to_device(model, device).eval()
-    return build_encoder(model, transform, tokenizer, workers=0, cache=cache_folder() / "features")
+    return Encoder(
+        model=model,
+        transform=transform,
+        tokenizer=tokenizer,
+        workers=0,
+        cache=cache_folder() / "features",
+    )
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ Which data evaluate a run is decided in `evaluation/validation.py`; tasks and me
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from protoclip.distributed.collectives import rank, rank0_first
 from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.datasets import Split as SplitData
-from protoclip.evaluation.features import Encoder, build_encoder, remove_features
+from protoclip.evaluation.features import Encoder, remove_features
 from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.evaluation.suite import evaluate_run
@@ -75,31 +75,30 @@ class RunEvaluator:
         # On a CPU a model is measured in fp32, in whatever precision it trains.
         precision = config.run.precision if device.type == "cuda" else "fp32"
         self._make = partial(
-            build_encoder,
+            Encoder,
+            model=model,
             transform=loading.evaluation_transform(model),
             tokenizer=tokenizer,
             batch_size=min(most, config.episodes.micro_batch_size or most),
             workers=workers,
-            show=True,
             autocast=autocast_encoding(precision, device),
         )
         # Sharded, compiled or with adapters a model rounds other than when its run is opened.
         is_plain = config.model.lora is None and not config.parallel.compile
         self._keeps = not aligns and is_plain and not parallel.is_sharded(model)
         self.encoder: Encoder = self._make(
-            model,
-            aligned_by=config if self._keeps else None,  # or encoders were projected in other ways
+            whole=not (aligns or self._keeps),
             cache=features_folder(config) if aligns else None,
         )
 
-    def make_keeping_encoder(self) -> Encoder:
+    def make_keeping_encoder(self, *, show: bool = True) -> Encoder:
         """The encoder of the model with the weights that it has now.
 
         It keeps features, which another run or command that opens these weights will find.
         """
         if not self._keeps:
-            return self.encoder
-        encoder: Encoder = self._make(self.model, cache=cache_folder() / "features")
+            return replace(self.encoder, show=show)
+        encoder: Encoder = self._make(cache=cache_folder() / "features", show=show)
         _ = encoder.folders  # by the weights that the model has now
         return encoder
 
@@ -242,8 +241,8 @@ def choose_weights(
         if rank() == 0:
             progress.update(done, f"alpha {alpha:g}")
         load(alpha)
-        encoder = encoders[alpha] = evaluator.make_keeping_encoder()
-        metrics = evaluator.evaluate("validation", quick=True, encoder=encoder, show=False)
+        encoder = encoders[alpha] = evaluator.make_keeping_encoder(show=False)
+        metrics = evaluator.evaluate("validation", quick=True, encoder=encoder)
         scores = score_data(metrics)
         mean = float(np.mean([*scores.values()]))
         points[alpha] = {"alpha": alpha, "scores": scores, "mean": mean, "metrics": metrics}

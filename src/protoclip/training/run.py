@@ -510,8 +510,8 @@ class Run:
         step, keep_best, early_stop = self.trainer.step, self.config.run.keep_best, self.early_stop
         # The start may have been evaluated before, and the end is evaluated again at the very end.
         at_an_end = step == 0 or self.trainer.episode == self.config.episodes.count
-        encoder = self.evaluator.make_keeping_encoder() if at_an_end else None
-        metrics = self.evaluator.evaluate("validation", encoder=encoder, show=False)
+        encoder = self.evaluator.make_keeping_encoder(show=False) if at_an_end else None
+        metrics = self.evaluator.evaluate("validation", encoder=encoder)
         self.write(self.trainer.episode, metrics)
         if keep_best is not None and step > 0:  # before the first step there is no checkpoint
             self.writer.rate(step, metrics[keep_best])

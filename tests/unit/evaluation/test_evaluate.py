@@ -22,7 +22,7 @@ from solid import Guessing, Knowing, Solid, judge, part, solid_data, tokenizer, 
 import protoclip
 from protoclip.evaluation import datasets, suite
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.evaluation.features import Encoded, build_encoder, make_part
+from protoclip.evaluation.features import Encoded, Encoder, make_part
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.readers import LazySplits
 
@@ -60,8 +60,8 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     records = judge(Knowing(), few, ["zero_shot", "linear_probe"])
     assert [*records["zeroshot_classification"]["metrics"]] == ["acc1", "mean_per_class_recall"]
     assert [*records["linear_probe"]["metrics"]] == ["lp_acc1", "lp_mean_per_class_recall"]
-    encoder = build_encoder(Knowing(), transform, tokenizer)
-    of_run = suite.evaluate_run(encoder, split="test", data=few, show=False)
+    encoder = Encoder(model=Knowing(), transform=transform, tokenizer=tokenizer)
+    of_run = suite.evaluate_run(encoder, split="test", data=few)
     assert [*of_run] == suite.list_metrics(few, "test")
     names = [name.removeprefix("eval/x/") for name in of_run]
     assert [name for name in names if "shot" in name] == ["zero_shot/acc1"]

@@ -4,20 +4,19 @@ import copy
 import io
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 from solid import Guessing, Knowing, Solid, tokenizer, transform
 from torch import nn
 
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import Sample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.encode.encoder import image_encoder
 from protoclip.encode.run import encode, units_of_rank
-from protoclip.evaluation.features import Encoder, Reader
+from protoclip.evaluation.features import Encoder
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed
 
@@ -61,14 +60,15 @@ def test_decoding_from_bytes_equals_the_transform(size, kind):
         pixels = np.random.default_rng(seed).integers(256, size=(*size, 3)).astype(np.uint8)
         files.append(io.BytesIO())
         Image.fromarray(pixels).save(files[-1], ["PNG", "WebP", "JPEG"][seed % 3])
-    rows = [{"image": file.getvalue(), "caption": "a"} for file in files]
-    pairs = ImageTextPairs(pa.Table.from_pylist(rows), name="x")
-    reader = Reader(pairs, own)
-    batch = torch.stack([reader.read(row)[0] for row in range(6)])
-    expected = torch.stack([own(pairs.image(row)) for row in range(6)])
-    assert batch.dtype == torch.uint8
-    assert torch.equal(reader.finish(batch), expected)
-    assert torch.equal(reader.finish(reader.blank()[None])[0], own(Image.new("RGB", (32, 32))))
+    made = image_encoder(nn.Identity(), torch.device("cpu"), lambda images: images, own)
+    samples = [
+        Sample(sample_id="x", image=file.getvalue(), captions=(), where="x") for file in files
+    ]
+    batch = [made.prepare(sample) for sample in samples]
+    assert batch[0].dtype == made.examples[0].dtype == torch.uint8
+    assert batch[0].shape == made.examples[0].shape
+    expected = torch.stack([own(Image.open(file)) for file in files])
+    assert torch.equal(made.forward(batch), expected)
 
 
 class TinyTowers(nn.Module):

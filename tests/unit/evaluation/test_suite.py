@@ -20,7 +20,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets, probes, suite
 from protoclip.evaluation.datasets import make_concept_data, match_captions
-from protoclip.evaluation.features import Encoder, build_encoder
+from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import METRICS, TASKS, SampleResults, list_columns
 from protoclip.evaluation.suite import encode_data
 from protoclip.training.run import train
@@ -182,7 +182,7 @@ def test_the_probe_never_chooses_on_what_is_measured(split, left_out, given, mon
 def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):
     """On the bundled data; a folder that cannot be written costs a warning."""
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
-    encoder = build_encoder(Guessing(), transform, tokenizer, show=True)
+    encoder = Encoder(model=Guessing(), transform=transform, tokenizer=tokenizer, show=True)
     metrics = suite.evaluate_run(encoder, split="validation", samples_to=tmp_path / "results")
     expected, samples = measure(Guessing(), TINY, "validation")
     assert metrics == expected
@@ -191,7 +191,7 @@ def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):
     assert list(read.texts["sample_id"]) == list(samples.texts["sample_id"])
     (tmp_path / "file").write_text("")
     again = suite.evaluate_run(
-        encoder, split="validation", show=False, samples_to=tmp_path / "file"
+        replace(encoder, show=False), split="validation", samples_to=tmp_path / "file"
     )
     assert again == expected
     (line,) = capsys.readouterr().err.splitlines()
@@ -244,9 +244,8 @@ def test_a_run_of_two_ranks_evaluates_as_one_process_does(tmp_path, monkeypatch)
     """During training, which goes on after it, and at the end, as its checkpoint scores alone."""
     first, second = run_distributed(trained, 2, "fsdp", str(tmp_path / "run"))
     monkeypatch.setattr(datasets, "emoji", lambda: TINY)
-    alone = suite.evaluate_run(
-        build_encoder(*protoclip.load(tmp_path / "run")), split="test", show=False
-    )
+    opened = zip(("model", "transform", "tokenizer"), protoclip.load(tmp_path / "run"), strict=True)
+    alone = suite.evaluate_run(Encoder(**dict(opened)), split="test")
     assert len(alone) == 18
     assert first == second
     # Filters in another order in memory change the last digits.

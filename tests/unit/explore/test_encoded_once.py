@@ -18,7 +18,7 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.encode import run as running
 from protoclip.encode.run import Round
-from protoclip.evaluation.features import Encoder, Reader
+from protoclip.evaluation.features import Encoder
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import layers, loading
@@ -95,7 +95,6 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
 
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
-    monkeypatch.setattr(Reader, "read", Mock(side_effect=AssertionError))
     monkeypatch.setattr(running, "encode", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 

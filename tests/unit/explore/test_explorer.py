@@ -171,10 +171,10 @@ def test_the_next_start_encodes_nothing(
     (after,) = explorers(DataConfig(train=str(table)))
     before_map, after_map = (one.atlas.map_position["image"] for one in (before, after))
     assert np.array_equal(before_map, after_map)
-    # Features are opened without reading a caption or an image.
+    # Features are opened without reading an image.
     monkeypatch.undo()
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    for name in ("caption", "read_encoded", "find_captioned"):
+    for name in ("read_encoded", "find_captioned"):
         monkeypatch.setattr(ExploredPairs, name, fail)
     for modality in ("image", "text"):
         first, again = (one.spaces[modality].features for one in (before, after))

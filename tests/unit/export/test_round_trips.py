@@ -33,8 +33,7 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
-from protoclip.evaluation.features import Reader
-from protoclip.evaluation.mteb import MemoryImages
+from protoclip.encode.encoder import image_encoder, prepare_image
 from protoclip.export.card import project
 from protoclip.export.open_clip import open_source
 from protoclip.files import file_checksum
@@ -288,16 +287,6 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     assert "the run's data cannot be opened (" in facts["captions"]
 
 
-class EncodedImage(MemoryImages):
-    """One image by the bytes of its file."""
-
-    def __init__(self, file: bytes) -> None:
-        self.file = file
-
-    def read_encoded(self, row: int) -> bytes:
-        return self.file
-
-
 @pytest.fixture(scope="module")
 def run_and_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run, and with what it is exported as."""
@@ -346,10 +335,11 @@ def test_every_door_makes_one_tensor_of_an_image(door, run_and_export, tmp_path)
         "hf SigLIP": lambda: f"hf:{save_siglip(tmp_path / 'model')}",
     }
     _, transform, _ = protoclip.load(references[door]())
+    encoder = image_encoder(torch.nn.Identity(), torch.device("cpu"), lambda x: x, transform)
     for name, (file, plain) in files_and_images().items():
-        image, embedded = Image.open(io.BytesIO(file)), Reader(EncodedImage(file), transform)
-        tensor = transform(image)
-        assert torch.equal(tensor, embedded.finish(embedded.read(0)[0][None])[0]), name
+        tensor = transform(Image.open(io.BytesIO(file)))
+        embedded = encoder.forward([prepare_image(file, transform)])[0]
+        assert torch.equal(tensor, embedded), name
         # What is turned after it was resized may differ by a step of 255.
         torch.testing.assert_close(tensor, transform(plain), atol=0.016, rtol=0, msg=name)
 
