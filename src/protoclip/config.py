@@ -512,7 +512,15 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     if origin is Annotated:
         return check_limits(name, read_value(name, value, inner[0]), *inner[1:])
     if origin in (Union, UnionType):
-        return read_union(name, value, [kind for kind in inner if kind is not NoneType])
+        if value is None and NoneType in inner:
+            return None
+        errors = []
+        for kind in (kind for kind in inner if kind is not NoneType):
+            try:
+                return read_value(name, value, kind)
+            except ValueError as error:
+                errors.append(error)
+        raise errors[-1 if isinstance(value, str) else 0]  # words, and text, come last
     if origin is Literal:
         if isinstance(value, str) and value in inner:  # an array has no one answer
             return value
@@ -539,24 +547,6 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def read_union(name: str, value: Any, kinds: list[Any]) -> Any:
-    """The value of a setting that may be of several types, or None."""
-    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    if value is None or (isinstance(value, str) and value in words):
-        return value
-    kinds = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
-    if words and isinstance(value, str) and type_of(kinds[0])[1] is int:
-        raise ValueError(f"{name}: {shown(value)} is no number, and none of {', '.join(words)}")
-    wanted = float if type(value) is int else type(value)
-    kind = next((kind for kind in kinds if wanted in type_of(kind)), kinds[-1])
-    return read_value(name, value, kind)
-
-
-def type_of(hint: Any) -> tuple[Any, ...]:
-    """A type, and what it is a form of: `list[str]` of a list, a number with limits of a number."""
-    return hint, get_args(hint)[0] if get_origin(hint) is Annotated else get_origin(hint)
-
-
 def check_limits(name: str, value: Any, least: int | float, most: int | float) -> Any:
     """A number, if it is from `least` to `most`; raises `ValueError` if not."""
     if value < least == ABOVE_0:
@@ -573,13 +563,8 @@ def to_plain(value: Any) -> Any:
     """A value as TOML would hold it: paths as text, and NumPy's numbers as those of Python."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    # So has a tensor of one number. NumPy is not imported for this.
-    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
-        return value
-    number = value.item()
-    # The shortest decimal of a narrow float: 0.001 and not 0.0010000000474974513.
-    is_narrow = isinstance(number, float) and type(value).__module__ == "numpy"
-    return float(str(value)) if is_narrow else number
+    is_number = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_number else value
 
 
 def shown(value: Any) -> str:

@@ -23,13 +23,6 @@ from protoclip.terminal import OBEYED, say
 QUIET_SECONDS = 10.0  # that a process waits for another without a word
 SEAL = "checksum"  # key in a JSON object of the checksum of the rest
 UNFINISHED = re.compile(r"\..+\.\d+\.tmp", re.ASCII | re.DOTALL)  # what `replacing` writes to
-FILE_KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe"}
-FILE_KINDS |= {stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-
-
-def kind_of(status: os.stat_result) -> str:
-    """What a path names: `a file`, `a folder`, `a pipe`, `a device` ..."""
-    return FILE_KINDS.get(stat.S_IFMT(status.st_mode), "something else")
 
 
 def open_local(path: str | Path) -> io.BufferedReader:
@@ -40,8 +33,8 @@ def open_local(path: str | Path) -> io.BufferedReader:
 
 def require_regular(path: str | Path) -> None:
     """Refuse what is no regular file, before a library opens it; raises as `open_local`."""
-    if (kind := kind_of(Path(path).stat())) != "a file":
-        raise ValueError(f"is {kind}, not a file")
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError("is a folder, pipe or device, not a file")
 
 
 def open_to_append(path: Path) -> io.FileIO:

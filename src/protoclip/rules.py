@@ -7,9 +7,10 @@ These are values that do not go together, and typos in paths. The limits of sing
 import difflib
 import os
 import re
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -24,7 +25,6 @@ from protoclip.config import (
     DataConfig,
     EpisodeConfig,
 )
-from protoclip.files import kind_of
 
 SIZES = ("width", "heads", "layers")  # of small text towers
 # What names something else than a local file or folder, as the beginning of a reference.
@@ -59,17 +59,14 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
     Raises:
         ValueError: In one line that names the setting and the way out.
     """
-    refuse(combinations(config))
+    rows = combinations(config)
     if is_whole:
-        check_amounts(config)
-    return without_effect(config)
-
-
-def refuse(rows: Mapping[str, object]) -> None:
-    """Raise the first message whose condition holds."""
+        check_sizes(config.episodes)
+        rows |= amounts(config)
     for message, is_wrong in rows.items():
         if is_wrong:
             raise ValueError(message)
+    return without_effect(config)
 
 
 def combinations(config: Config) -> dict[str, object]:
@@ -117,28 +114,27 @@ def combinations(config: Config) -> dict[str, object]:
     }
 
 
-def check_amounts(config: Config) -> None:
-    """Refuse sizes that do not fit each other, and weights that leave nothing to train."""
+def amounts(config: Config) -> dict[str, object]:
+    """As `combinations`: sizes that do not fit each other, and weights that train nothing."""
     episodes, loss = config.episodes, config.loss
-    check_sizes(episodes)
-    count, stages = episodes.count, episodes.warm_up + config.locked_episodes
-    for name, number in config.prototype_numbers.items():
-        if episodes.size and number and not 2 <= number <= episodes.size:
-            limits = f"between 2 and episodes.size ({episodes.size})"
-            raise ValueError(f"{name}.number: {number} needs to be {limits}")
+    size, count, stages = episodes.size, episodes.count, episodes.warm_up + config.locked_episodes
     always, distils = loss.info_nce or loss.keep, bool(config.distilled_teachers)
     needs_loss = config.locked_episodes if distils else stages
-    refuse(
-        {
-            f"episodes.count: {count} is less than episodes.warm_up + episodes.locked_image "
-            f"({stages}); raise it above that, or lower these": count and stages > count,
-            "loss: all weights are 0, so there is nothing to train; raise one": not always
-            and not config.uses_prototypes
-            and not distils,
-            "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; raise it, "
-            "or set episodes.warm_up and episodes.locked_image to 0": not always and needs_loss,
-        }
-    )
+    return {
+        **{
+            f"{name}.number: {number} needs to be between 2 and episodes.size ({size})": size
+            and number
+            and not 2 <= number <= size
+            for name, number in config.prototype_numbers.items()
+        },
+        f"episodes.count: {count} is less than episodes.warm_up + episodes.locked_image "
+        f"({stages}); raise it above that, or lower these": count and stages > count,
+        "loss: all weights are 0, so there is nothing to train; raise one": not always
+        and not config.uses_prototypes
+        and not distils,
+        "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; raise it, "
+        "or set episodes.warm_up and episodes.locked_image to 0": not always and needs_loss,
+    }
 
 
 def check_sizes(episodes: EpisodeConfig) -> None:
@@ -180,7 +176,12 @@ def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and changes nothing in this run."""
     usual, reasons = Config(), dict[str, str]()
     for setting, is_idle, why in causes(config):
-        if is_idle and differs(setting, config, usual):
+        path = setting.removesuffix(".*")
+        value, default = attrgetter(path)(config), attrgetter(path)(usual)
+        if is_dataclass(default):  # a plan fills those that are unset
+            names = [name for name, unset in vars(default).items() if unset is not UNSET]
+            value, default = ([getattr(x, name) for name in names] for x in (value, default))
+        if is_idle and value != default:
             reasons.setdefault(setting, why)
     notes = [f"{setting}: no effect, since {why}" for setting, why in reasons.items()]
     episodes, locked = config.episodes, config.locked_episodes
@@ -192,20 +193,6 @@ def without_effect(config: Config) -> list[str]:
             "episodes.warm_up and episodes.locked_image take; raise it, or lower these"
         )
     return notes
-
-
-def differs(setting: str, config: Config, usual: Config) -> bool:
-    """Whether a setting, or one of a section (`prototypes.*`), is not at its default.
-
-    In a section those that a plan fills do not count.
-    """
-    path = setting.removesuffix(".*")
-    value, default = attrgetter(path)(config), attrgetter(path)(usual)
-    if not is_dataclass(default):
-        return bool(value != default)
-    names = [entry.name for entry in fields(default)]
-    set_names = [name for name in names if getattr(default, name) is not UNSET]
-    return any(getattr(value, name) != getattr(default, name) for name in set_names)
 
 
 def causes(config: Config) -> list[tuple[str, object, str]]:
@@ -341,14 +328,14 @@ def require_path(setting: str, path: str, what: str) -> None:
     if "://" in path:
         return
     try:
-        kind = kind_of(Path(path).expanduser().stat())
+        mode = Path(path).expanduser().stat().st_mode
     except FileNotFoundError:
         raise ValueError(f"{start}: {what}{suggestion(path)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{start}: cannot be opened ({reason}); check the path") from None
-    if kind not in ("a file", "a folder"):  # may block, or have no end
-        raise ValueError(f"{start}: is {kind}, not a file; name a file that can be read again")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # may block, or have no end
+        raise ValueError(f"{start}: is a pipe or device; name a file that can be read again")
 
 
 def require_new(setting: str, path: str) -> None:
@@ -386,12 +373,9 @@ def require_place(setting: str, path: str, *, is_folder: bool, suffix: str = "")
 
 def suggestion(path: str) -> str:
     """What to say about a name close to that of a path which does not exist; or nothing."""
+    missing = Path(path)
     with suppress(OSError, ValueError):
-        missing = Path(path)
-        while not missing.parent.exists():  # a folder above may be the one that is misspelt
-            missing = missing.parent
         names = [entry.name for entry in islice(missing.parent.iterdir(), 10_000)]
         for close in difflib.get_close_matches(missing.name, names, n=1):
-            near = missing.with_name(close) / Path(path).relative_to(missing)
-            return f"; did you mean {near}?" if near.exists() else ""
+            return f"; did you mean {missing.with_name(close)}?"
     return ""

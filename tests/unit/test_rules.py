@@ -22,7 +22,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("tree", "message"),
     [
         ({"data": {"train": "pairs.tvs"}}, "data.train: pairs.tvs: no such file; did you mean"),
-        ({"data": {"train": "fodler/in/a.tsv"}}, "no such file; did you mean folder/in/a.tsv"),
         ({"data": {"train": ""}}, "data.train: is empty; name a file or folder"),
         ({"data": {"train": "pairs.tsv/a"}}, "pairs.tsv/a: cannot be opened .Not a directory"),
         ({"data": {"train": "a\ud800"}}, "cannot be opened .'utf-8' codec can't encode"),

@@ -40,9 +40,9 @@ CELLS = {
     "../secret.jpg": r"set data.root to the folder that holds the images \(--data.root /\)",
     "/etc/passwd": "lies outside of",
     "link.jpg": "leads out; --data.allow_links true follows it, to .*secret.jpg",
-    "fifo.jpg": "is a pipe, not a file",
-    "zero.jpg": "is a device, not a file",
-    "deep": "is a folder, not a file",
+    "fifo.jpg": "is a folder, pipe or device",
+    "zero.jpg": "is a folder, pipe or device",
+    "deep": "is a folder, pipe or device",
     "closed.jpg": "cannot be read",
 }
 
