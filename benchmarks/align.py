@@ -40,7 +40,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.data.sources import AllBut
 from protoclip.encode.encoder import image_side
-from protoclip.encode.rows import PairRows, open_listing, write_listing
+from protoclip.encode.rows import PairRows, find_mapped, open_listing, write_listing
 from protoclip.encode.run import encode_missing, read_image
 from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, hash_ids
 from protoclip.losses.info_nce import info_nce
@@ -207,12 +207,7 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
     before, start = anonymous(), time.process_time()
     listing = open_listing(write_listing(pairs, folder))
     image, text = Store(folder / "image"), Store(folder / "text")
-    numbers = [
-        half.find(hashes).astype(np.int32)
-        for half, hashes in ((image, listing.images), (text, listing.texts))
-    ]
-    for half in (image, text):
-        half.forget_order()
+    numbers = [find_mapped(image, listing.images), find_mapped(text, listing.texts)]
     assert min(each.min() for each in numbers) >= 0
     encoded = PairRows(
         listing=listing,

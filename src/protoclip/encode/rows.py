@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,8 +104,7 @@ def encode_sides(
         return read_image(pairs, int(listing.rows[number]))
 
     encode_missing(images, encoder, hashes, read_listed_image, batch_size=at_once, threads=threads)
-    image_numbers = images.find(listing.images).astype(np.int32)
-    images.forget_order()
+    image_numbers = find_mapped(images, listing.images)
     bad = (np.diff(listing.first) == 0) | (image_numbers < 0)
 
     encoder = text_side(encoders, tokenizer, autocast=autocast)
@@ -124,8 +124,7 @@ def encode_sides(
             lambda number: read_text(int(order[number])),
             batch_size=4 * at_once,
         )
-    text_numbers = texts.find(listing.texts).astype(np.int32)
-    texts.forget_order()
+    text_numbers = find_mapped(texts, listing.texts)
     return PairRows(
         listing=listing,
         image=images,
@@ -135,6 +134,15 @@ def encode_sides(
         texts=lambda number: read_text(number).captions[0],
         good=AllBut(len(bad), np.flatnonzero(bad)),
     )
+
+
+def find_mapped(store: Store, hashes: Hashes) -> npt.NDArray[np.int32]:
+    """The numbers of ids in a store, in a file without a name: memory is for other things."""
+    with TemporaryFile() as file:
+        numbers = np.memmap(file, np.int32, "w+", shape=max(len(hashes), 1))[: len(hashes)]
+        numbers[:] = store.find(hashes)
+    store.forget_order()
+    return numbers
 
 
 class Listing(NamedTuple):

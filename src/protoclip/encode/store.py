@@ -1,6 +1,5 @@
 """Where features of frozen models are encoded to, once, whoever asks, and found by id."""
 
-import mmap
 import os
 import socket
 import time
@@ -28,7 +27,7 @@ Numbers = npt.NDArray[np.int64]
 
 HALF, FULL = "<f2", "<f4"  # how features are stored
 BLOCK_ROWS = 2**12  # that a store writes at once
-VOLUME_ROWS = 2**18  # which are lost together if a file is damaged
+VOLUME_ROWS = 2**22  # which are lost together if a file is damaged
 ROW = np.dtype([("hash", "<u8"), ("checksum", "<u4")])
 FEATURES_END, ROWS_END = ".features", ".rows"  # of a volume's files
 # What is raised for a damaged file: NumPy reads the header of an array as Python.
@@ -67,12 +66,44 @@ def row_checksums(hashes: Hashes, features: Features) -> npt.NDArray[np.uint32]:
     return np.fromiter((zlib.crc32(row, start) for row, start in rows), np.uint32, len(features))
 
 
+class RowFile:
+    """An array `(n, q)` in a file, of which rows are read by their numbers.
+
+    Mapped into memory, it would take twice the time to read rows here and there, and its pages
+    would pile up in this process.
+    """
+
+    def __init__(
+        self, path: Path, dtype: npt.DTypeLike, shape: tuple[int, int], start: int = 0
+    ) -> None:
+        self.path, self.dtype, self.shape, self.start = path, np.dtype(dtype), shape, start
+        self.file = path.open("rb", buffering=0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a worker process that does not begin as a copy of this one."""
+        return RowFile, (self.path, self.dtype, self.shape, self.start)
+
+    def __getitem__(self, rows: npt.NDArray[np.integer]) -> Features:
+        size, file = self.shape[1] * self.dtype.itemsize, self.file.fileno()
+        features: Features = np.empty((len(rows), self.shape[1]), self.dtype)
+        order = np.argsort(rows, kind="stable")  # in the order of the file each page is read once
+        for begin in range(0, len(rows), BLOCK_ROWS):
+            some = order[begin : begin + BLOCK_ROWS]
+            wanted = rows[some].astype(np.int64)
+            first = np.flatnonzero(np.diff(wanted, prepend=-2) != 1)  # of each run of rows
+            lengths = (size * np.diff(first, append=len(wanted))).tolist()
+            starts = (size * wanted[first] + self.start).tolist()
+            runs = [os.pread(file, *run) for run in zip(lengths, starts, strict=True)]
+            features[some] = np.frombuffer(b"".join(runs), self.dtype).reshape(len(some), -1)
+        return features
+
+
 class Volume(NamedTuple):
-    """Rows of a `Store` in two files, mapped into memory, or in memory alone."""
+    """Rows of a `Store` in two files, or in memory alone."""
 
     name: str  # of the files without their endings
     rows: npt.NDArray[Any]  # the hash of each row's id, and the row's checksum `(n,)`
-    features: Features  # `(n, q)`
+    features: Features | RowFile  # `(n, q)`
 
 
 class Store:
@@ -154,21 +185,16 @@ class Store:
     def read(self, numbers: npt.NDArray[np.integer]) -> Features:
         """Rows by their numbers, as they are stored; `ValueError` names a damaged file."""
         features: Features = np.empty((len(numbers), self.width), self.dtype)
-        order = np.argsort(numbers)  # in the order of the file each page is read once
-        ends = np.searchsorted(numbers[order], self.starts)
-        for volume, start, first, end in zip(
-            self.volumes, self.starts, ends, ends[1:], strict=False
-        ):
-            if first < end:
-                some = order[first:end]
-                rows = numbers[some] - start
-                features[some], facts = volume.features[rows], volume.rows[rows]
-                if (row_checksums(facts["hash"], features[some]) != facts["checksum"]).any():
-                    raise ValueError(
-                        f"{volume.name}{FEATURES_END}: damaged (a checksum differs); delete it, "
-                        "and give the command again"
-                    )
-                release(volume.features)
+        which = np.searchsorted(self.starts, numbers, side="right") - 1
+        for number in np.unique(which):
+            volume, some = self.volumes[number], np.flatnonzero(which == number)
+            rows = numbers[some] - self.starts[number]
+            features[some], facts = volume.features[rows], volume.rows[rows]
+            if (row_checksums(facts["hash"], features[some]) != facts["checksum"]).any():
+                raise ValueError(
+                    f"{volume.name}{FEATURES_END}: damaged (a checksum differs); delete it, and "
+                    "give the command again"
+                )
         return features
 
     def add(self, hashes: Hashes, features: Features) -> None:
@@ -224,12 +250,10 @@ class Store:
 
     def _map(self, name: str, facts: tuple[int, bytes]) -> Volume:
         assert self.folder is not None
-        path, number = self.folder / name, facts[0]
+        path, number = str(self.folder / name), facts[0]
         rows = np.memmap(f"{path}{ROWS_END}", ROW, "r", shape=(number,))
-        shape = (number, width_of(name))
-        # Writable in memory alone, as PyTorch wants it.
-        features = np.memmap(f"{path}{FEATURES_END}", self.dtype, "c", shape=shape)
-        return Volume(str(path), rows, features)
+        features = RowFile(Path(path + FEATURES_END), self.dtype, (number, width_of(name)))
+        return Volume(path, rows, features)
 
     def _write(self, hashes: Hashes, features: Features) -> bool:
         """Whether the folder can be written, which all but an optional one must be."""
@@ -285,11 +309,3 @@ def write_behind(path: Path, number: int, items: npt.NDArray[Any]) -> None:
         file.write(items.tobytes())
         file.flush()
         os.fsync(file.fileno())
-
-
-def release(features: Features) -> None:
-    """Let go of the pages of a mapped file, which random reads would pile up in this process; the
-    system's cache keeps them."""
-    base = features.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)

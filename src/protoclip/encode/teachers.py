@@ -70,10 +70,10 @@ from protoclip.encode.store import (
     HALF,
     Hashes,
     Numbers,
+    RowFile,
     Store,
     find_rows,
     hash_ids,
-    release,
     row_checksums,
 )
 from protoclip.encode.stream import encode_stream, read_skipped
@@ -464,21 +464,13 @@ class StoredFeatures(TeacherFeatures):
         features: Features,
         checksums: npt.NDArray[np.uint32] | None = None,
     ) -> None:
-        self.name, self.features, self.width = name, features, int(features.shape[1])
+        self.name, self.width = name, int(features.shape[1])
+        self.features: Features | RowFile = features
+        if isinstance(features, np.memmap) and features.flags.c_contiguous:
+            path, start = Path(str(features.filename)), features.offset
+            self.features = RowFile(path, features.dtype, features.shape, start)
         self.checksums = checksums
         self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a worker process that does not begin as a copy of this one, which maps the file."""
-        state = vars(self).copy()
-        if isinstance(self.features, np.memmap):
-            state["features"] = Path(str(self.features.filename))
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if isinstance(self.features, Path):
-            self.features = np.load(self.features, mmap_mode="r")
 
     @classmethod
     def in_memory(
@@ -520,8 +512,7 @@ class StoredFeatures(TeacherFeatures):
         """Damaged rows have no part in it; `lookup` tells of them when it meets one."""
         # Hashes are as good as random, so every so many of them are a fair sample.
         step = max(1, len(self.hashes) // SAMPLE)
-        order = np.argsort(self.row_of_hash[::step])
-        hashes, rows = self.hashes[::step][order], self.row_of_hash[::step][order]
+        hashes, rows = self.hashes[::step], self.row_of_hash[::step]
         read: Features = self.features[rows]
         if self.checksums is not None:
             read = read[row_checksums(hashes, read) == self.checksums[rows]]
@@ -551,8 +542,6 @@ class StoredFeatures(TeacherFeatures):
         hashes = hash_ids(sample_ids)
         rows = self.find(hashes)
         known = np.flatnonzero(rows >= 0)
-        # In the order of the file each page is read once.
-        known = known[np.argsort(rows[known], kind="stable")]
         stored = self.features[rows[known]]
         if self.checksums is not None:
             checksums = row_checksums(hashes[known], stored)
@@ -564,7 +553,6 @@ class StoredFeatures(TeacherFeatures):
         half = self.features.dtype == np.float16
         features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
         features[known] = stored
-        release(self.features)
         return torch.from_numpy(features)
 
 

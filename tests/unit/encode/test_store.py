@@ -1,0 +1,53 @@
+"""Where features are encoded to: what a store holds when others write it, or when it cannot be."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from protoclip.encode.store import FULL, RowFile, Store, hash_ids
+from protoclip.files import locked
+
+HASHES = hash_ids("abc")
+FEATURES = np.arange(6, dtype=np.float32).reshape(3, 2)
+
+
+@pytest.mark.parametrize("what", ["a file in its place", "another process that adds to it"])
+def test_an_optional_store_holds_in_memory_what_cannot_be_written(tmp_path, what, capsys):
+    folder = tmp_path / "store"
+    if what.startswith("a file"):
+        folder.write_text("")
+        store = Store(folder, dtype=FULL, is_optional=True)
+        store.add(HASHES, FEATURES)
+        assert "warning: features are not kept" in capsys.readouterr().err
+    else:
+        store = Store(folder, dtype=FULL, is_optional=True)
+        with locked(folder):
+            store.add(HASHES, FEATURES)
+        assert not capsys.readouterr().err
+    store.open()  # as at the end of each encoding
+    store.add(hash_ids("d"), FEATURES[:1])
+    store.open()
+    assert np.array_equal(store.fetch(hash_ids("cad")), FEATURES[[2, 0, 0]])
+    assert len(store) == 4
+    assert folder.is_file() or not len(Store(folder, dtype=FULL))
+
+
+def test_an_optional_store_passes_over_ids_that_it_has(tmp_path):
+    store = Store(tmp_path / "store", dtype=FULL, is_optional=True)
+    store.add(hash_ids("aab"), FEATURES)
+    store.add(HASHES, 10 + FEATURES)
+    for each in (store, Store(tmp_path / "store", dtype=FULL)):
+        assert len(each) == 3
+        assert np.array_equal(each.fetch(HASHES), [FEATURES[0], FEATURES[2], 10 + FEATURES[2]])
+
+
+def test_rows_of_a_file_are_those_of_its_array(tmp_path, monkeypatch):
+    monkeypatch.setattr("protoclip.encode.store.BLOCK_ROWS", 4)
+    array = np.random.default_rng(0).random((20, 3)).astype(np.float16)
+    (tmp_path / "rows").write_bytes(b"head" + array.tobytes())
+    file = RowFile(tmp_path / "rows", array.dtype, array.shape, 4)
+    for rows in ([], [7], [3, 3, 2, 19, 0, 1, 2], range(20), range(19, -1, -1)):
+        numbers = np.array(rows, np.int32)
+        assert np.array_equal(file[numbers], array[numbers])
+        assert np.array_equal(pickle.loads(pickle.dumps(file))[numbers], array[numbers])
