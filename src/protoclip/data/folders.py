@@ -1,16 +1,13 @@
 """Folders of pairs: images with captions beside them, and folders that hold a table.
 
-The table itself is read in `tables.py`. Folders of classes are told from these here, and read for
-evaluation in `evaluation/readers.py`.
+The table itself is read in `tables.py`. Folders of classes are read in `evaluation/readers.py`.
 """
 
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,20 +32,13 @@ from protoclip.data.tables import (
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
-from protoclip.terminal import line, visible
+from protoclip.terminal import line
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif"),
     *(".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
 )
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jp2")
-#: What the folder of a split may be called.
-SPLIT_FOLDERS = {
-    "test": ("test",),
-    "validation": ("validation", "val", "valid"),
-    "train": ("train",),
-}
-NUM_SHARDS = "nshards.txt"  # in the folder of a split, in CLIP_benchmark's layout
 UNREAD = "images of a kind that is not read"
 CONVERT = "convert them to JPEG, PNG, WebP, GIF, BMP or TIFF"
 
@@ -150,45 +140,24 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     stamps = [(image, file, file and file_status(str(folder / file))) for image, file in images]
     facts = {"commands": False, "links": links}  # as versions had it that ran commands
     key = digest({**facts, "folder": str(folder.resolve()), "known": stamps, "keys": keys})
-    has_captions = any(file for _, file in images)
     tables = [path for path in files_like(folder, "*") if path.suffix.lower() in TEXT_SUFFIXES]
-    table = tables[0] if images and tables else None
-    way_out = _advise(folder, table, may_be_classes=bool(images) and not has_captions, data=data)
+    if images and tables:
+        way_out = f"{tables[0]} looks like a table of captions: name it instead of the folder"
+    elif needed:
+        way_out = (
+            f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}; "
+            f"folders of classes need none for protoclip evaluate MODEL --data {folder}"
+        )
+    else:
+        way_out = f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
     built = key if needed else f"{key}-images"  # the pairs are known by `key` in both
     index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
     pairs = open_pairs(index, settings, key=key, label=str(folder), name=name, root=str(folder))
     pairs.notes += unread.notes
-    if table is not None and not has_captions:
+    if tables and not any(file for _, file in images):
         pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")
     return pairs
-
-
-def _advise(folder: Path, table: Path | None, *, may_be_classes: bool, data: DataConfig) -> str:
-    """Advice if no image of a folder has captions, in a line."""
-    if table is not None:
-        return f"{table} looks like a table of captions: name it instead of the folder"
-    if split := shard_split(folder, first="train"):
-        return f"its folder {split} holds shards: name {folder / split}/*.tar"
-    if not data.needs_captions:
-        return f"name a folder with images in it ({', '.join(IMAGE_SUFFIXES)})"
-    advice = f"put a caption beside each image (a.jpg: a.txt or a.json), or all in {METADATA[0]}"
-    with suppress(OSError, ValueError):  # what cannot be read or written down is no class
-        splits = class_folders(folder).values() if may_be_classes else ()
-        if len({name for split in splits for name in classes_in(split)}) > 1:
-            advice += (
-                "; its folders look like classes, and images are classified without captions by "
-                f"protoclip evaluate MODEL --data {shlex.quote(str(folder))}"
-            )
-    return advice
-
-
-def shard_split(folder: Path, first: str = "test") -> str | None:
-    """A split of a folder in CLIP_benchmark's layout, which keeps shards, by the name of its
-    folder: the `first` one, if there is one. Of another folder None."""
-    names = [name for names in SPLIT_FOLDERS.values() for name in names]
-    names.sort(key=lambda name: name != first)
-    return next((name for name in names if os.path.isfile(folder / name / NUM_SHARDS)), None)  # noqa: PTH113 (a name may be of any length)
 
 
 def _walk(top: Path, left_out: LeftOut, unread: LeftOut) -> Iterator[tuple[str, str | None]]:
@@ -246,55 +215,3 @@ def _read_captions(
     except (OSError, ValueError, RecursionError):
         raise ValueError("images whose caption file cannot be read") from None
     return [text for text in list_captions(record, keys) if text.strip()]
-
-
-def class_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each split, if classes are folders of images in it; else nothing.
-
-    A folder of classes without splits is a `test` split.
-    """
-    if not folder.is_dir() or _holds_table(folder):
-        return {}
-    folders: dict[str, Path] = {}
-    for split, names in SPLIT_FOLDERS.items():
-        for name in names:
-            if split not in folders and _has_classes(folder / name):
-                folders[split] = folder / name
-    return folders or ({"test": folder} if _has_classes(folder) else {})
-
-
-def _holds_table(folder: Path) -> bool:
-    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
-    return any(path for table in tables for path in folder.glob(table))
-
-
-def _has_classes(folder: Path) -> bool:
-    """Whether subfolders hold images, and none there or here has captions or is in a table."""
-    if not folder.is_dir() or _holds_table(folder):
-        return False
-    classes = classes_in(folder)
-    return bool(classes) and not any(_holds_captions(folder / name) for name in ("", *classes))
-
-
-def _holds_captions(folder: Path) -> bool:
-    """Whether a text lies beside an image, by its name."""
-    files = list(folder.iterdir())
-    texts = {path.stem for path in files if path.suffix.lower() in (".txt", ".json")}
-    return any(path.stem in texts for path in files if is_image(path))
-
-
-def classes_in(folder: Path) -> list[str]:
-    """The names of the subfolders that hold an image, sorted; hidden ones are passed over."""
-    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sorted(name_of(path) for path in folders if any(map(is_image, path.iterdir())))
-
-
-def name_of(path: Path) -> str:
-    """The name of a file or folder, which tables and keys hold as UTF-8."""
-    if describe_fault(path.name):
-        raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
-    return path.name
-
-
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")

@@ -19,10 +19,10 @@ import multiprocessing
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -83,7 +83,6 @@ INDEX_FORM = "tar shards, 3"
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # Where the image is in the tar; null if there is none.
 SHARD_ROWS = pa.schema([*ROWS.remove(0), ("offset", pa.int64()), ("size", pa.int64())])
-SET_ROWS = SHARD_ROWS.append(pa.field("image", pa.dictionary(pa.int32(), pa.string())))
 NOT_ENOUGH = "unexpected end of data"
 BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks are in memory
 SHARDS, PART = 1000, 1 << 14  # shards of which parts are read, and how many bytes of a part
@@ -159,25 +158,28 @@ class _Forward:
 class ShardSample:
     """A sample as a shard holds it; `fault` says why the shard ends with it, if it breaks off.
 
-    `files` are its files by extension, where `read_samples` is asked for a further one.
+    `beside` is the content of the further file that `read_samples` is asked for.
     """
 
     sample_id: str
     captions: list[bytes]
     image: Member | None = None
     fault: str = ""
-    files: Mapping[str, Member] = field(default_factory=dict)
+    beside: bytes | None = None
 
 
-def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
-    """Open the local tar shards `data.train`. New and changed shards are indexed first.
+def open_shards(
+    links: Sequence[str], data: DataConfig, *, name: str, beside: str | None = None
+) -> ImageTextPairs:
+    """Open local tar shards. New and changed ones are indexed first.
 
-    `name` is what messages call the pairs. Raises `ValueError` if a shard is missing, remote,
-    compressed or not a tar, if two samples share an id, or if there is no sample.
+    `name` is what messages call the pairs. Their table has the content of the file with the
+    extension `beside` of each sample in a column of that name. Raises `ValueError` if a shard is
+    missing, remote, compressed or not a tar, if two samples share an id, or if there is no sample.
     """
-    pattern, folder = data.train, index_folder()
+    folder = index_folder()
     settings = {"form": INDEX_FORM, "captions": caption_columns(data) or None}
-    links = expand_shards(pattern)
+    settings |= {"beside": beside} if beside else {}
     paths = [str(Path(link).resolve()) for link in links]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
         prints = list(pool.map(fingerprint, paths))
@@ -189,21 +191,21 @@ def open_shards(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
         keys.append(digest({**settings, **facts}))
         shards.append((path, stem, keys[-1]))
     key = digest({**settings, "shards": keys})
-    index_one = partial(_index_shard, caption_keys=settings["captions"], folder=folder)
+    index_one = partial(_index_shard, caption_keys=settings["captions"], beside=beside)
     index = build_index(
         key,
         partial(_join_indexes, shards, index_one),
         folder=folder,
-        label=pattern,
+        label=name,
         way_out="name the files of a sample as in 000.jpg, 000.txt",
     )
     way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
-    data, name = replace(data, root=None), name or pattern
+    data = replace(data, root=None)
     return open_pairs(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
 
 
 def _index_shard(
-    shard: tuple[str, str, str], *, caption_keys: Sequence[str] | None, folder: Path
+    shard: tuple[str, str, str], *, caption_keys: Sequence[str] | None, beside: str | None
 ) -> ArrowIndex:
     """The index of one shard, given its path, its stem and its key."""
     path, stem, key = shard
@@ -213,7 +215,7 @@ def _index_shard(
             if file.peek(6).startswith(tuple(COMPRESSED)):
                 raise ValueError(f"{path}: is compressed; stream it, or unpack it once (gunzip)")
             try:
-                samples = list(read_samples(file, stem, caption_keys, stream=False))
+                samples = [*read_samples(file, stem, caption_keys, stream=False, beside=beside)]
             except Exception as error:
                 raise ValueError(f"{path}: {reason_of(error)}") from None
         if samples and samples[-1].fault:
@@ -225,9 +227,13 @@ def _index_shard(
             "offset": [image and image.offset_data for image in images],
             "size": [image and image.size for image in images],
         }
-        yield pa.RecordBatch.from_pydict(columns, SHARD_ROWS)
+        schema = SHARD_ROWS
+        if beside:
+            columns["beside"] = [s.beside for s in samples]
+            schema = schema.append(pa.field("beside", pa.binary()))
+        yield pa.RecordBatch.from_pydict(columns, schema)
 
-    return build_index(key, build, folder=folder, label=path, way_out="")
+    return build_index(key, build, folder=index_folder(), label=path, way_out="")
 
 
 def _join_indexes(
@@ -250,8 +256,7 @@ def _join_indexes(
         faults += index.notes
         for batch in index.table.to_batches():
             rows = pa.array(np.full(len(batch), number, dtype=np.int32))
-            column = pa.DictionaryArray.from_arrays(rows, names)
-            yield pa.RecordBatch.from_arrays([*batch.columns, column], schema=SET_ROWS)
+            yield batch.append_column("image", pa.DictionaryArray.from_arrays(rows, names))
     facts["notes"] = [
         f"{len(faults)} of {len(shards)} shards break off, such as {fault}" for fault in faults[:1]
     ]
@@ -453,27 +458,29 @@ def read_shard(
             magic = file.peek(6)
             packed = next((r for start, r in COMPRESSED.items() if magic.startswith(start)), None)
             unpacked = importlib.import_module(packed).open(file) if packed else file
-            for sample in read_samples(unpacked, stem, caption_keys, stream=True):
-                if sample.fault or keeps(sample.sample_id):
-                    is_repeated = sample.sample_id in seen
-                    yield _check_sample(sample, shard, is_repeated, needs_captions)
-                seen.add(sample.sample_id)
+            for found in read_samples(unpacked, stem, caption_keys, stream=True):
+                sample_id, reason = found.sample_id, found.fault
+                if sample_id in seen:
+                    reason = reason or "the same sample id as one before it in the shard"
+                seen.add(sample_id)
+                if not (found.fault or keeps(sample_id)):
+                    continue
+                image, texts = found.image and found.image.data, tuple[str, ...]()
+                try:
+                    if image is None:
+                        raise ValueError("no image")
+                    texts = clean_captions(found.captions, needed=needs_captions)
+                except ValueError as error:
+                    reason = reason or str(error)
+                if reason:
+                    yield BadSample(sample_id, shard, reason)
+                else:
+                    yield Sample(
+                        sample_id=sample_id, image=image or b"", captions=texts, where=shard
+                    )
     except Exception as error:  # file systems and decompressors have their own errors
         part = f" after {len(seen)} samples; the rest" if seen else "; all"
         yield BadSample(stem, shard, f"{reason_of(error)}{part} {LOST}")
-
-
-def _check_sample(sample: ShardSample, shard: str, is_repeated: bool, needs_captions: bool) -> Item:
-    again = "the same sample id as one before it in the shard" if is_repeated else ""
-    reason = sample.fault or again
-    image = sample.image.data if sample.image else None
-    if not reason and image is not None:
-        try:
-            texts = clean_captions(sample.captions, needed=needs_captions)
-            return Sample(sample_id=sample.sample_id, image=image, captions=texts, where=shard)
-        except ValueError as error:
-            reason = str(error)
-    return BadSample(sample.sample_id, shard, reason or "no image")
 
 
 def shard_facts(path: str, is_read: bool) -> list[Any]:
@@ -584,35 +591,56 @@ def read_samples(
 
     Ids start with `stem`. Captions are in the `.json` under `caption_keys`, or if that is None in
     the `.txt`, or without one under the first of the usual keys that is there. A stream is read
-    front to back, images included; otherwise images are skipped by seeking. With `beside`,
-    samples are images and files with that extension, such as `cls`, not captions.
+    front to back, images included; otherwise images are skipped by seeking. `beside` is the
+    extension of a further file of each sample, such as `cls`.
 
     Raises `ValueError` if it is not a tar; an error of `file` at the beginning is raised as it is.
     """
-    texts = TEXTS if beside is None else {beside}
-    members = _Members(file, texts, stream)
+    source: Any = _Forward(file) if stream else file
+    options: dict[str, Any] = {"fileobj": source, "tarinfo": Member}
+    try:
+        tar: Any = tarfile.TarFile(**options, encoding="utf-8", errors="backslashreplace")
+    except tarfile.TarError as error:
+        raise ValueError("not a tar file") from error
+    texts = TEXTS | {beside or "txt"}
     key, files, before, number = "", dict[str, Member](), set[str](), 0
-
-    def make_sample() -> ShardSample:
-        sample = _sample(stem, key, files, caption_keys)
-        return sample if beside is None else replace(sample, files=files)
-
-    for next_key, kind, member in members:
-        used = kind in IMAGES or kind in texts
-        # A second file of one kind starts another sample. It has the same id and is refused.
-        if used and files and (next_key != key or kind in files):
-            yield make_sample()
-            before, files, number = set(files), {}, number + 1
-        if used:
+    reading = fault = ""  # the file that is being read, and why there is no more
+    try:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # or tarfile would keep all headers
+            skipped = tar.offset - member.offset_data
+            if member.size < 0 or not 0 <= skipped <= MAX_SKIPPED_BYTES:
+                raise tarfile.ReadError("damaged header")
+            if not member.isreg() or member.issparse():
+                continue  # nothing opens what a link or device names
+            reading, size = member.name, member.size
+            next_key, kind = split_name(member.name)
+            if size <= MAX_MEMBER_BYTES and (kind in texts or (stream and kind in IMAGES)):
+                member.data = source.read(size)
+                if len(member.data) < size:
+                    raise tarfile.ReadError(NOT_ENOUGH)
+            elif size:
+                source.seek(member.offset_data + size - 1)
+                if not source.read(1):
+                    raise tarfile.ReadError(NOT_ENOUGH)
+            reading = ""
+            if kind not in texts and kind not in IMAGES:
+                continue
+            # A second file of one kind starts another sample. It has the same id and is refused.
+            if files and (next_key != key or kind in files):
+                yield _make_sample(stem, key, files, caption_keys, beside)
+                before, files, number = set(files), {}, number + 1
             key, files[kind] = next_key, member
-    cut = split_name(members.reading)[0]
+    except Exception as error:
+        fault = reason_of(error)
+    cut = split_name(reading)[0]
     # The last sample counts if a later file had begun, or it has all parts that the one before had.
-    if files and (not members.fault or (key != cut if cut else set(files) == before)):
-        yield make_sample()
+    if files and (not fault or (key != cut if cut else set(files) == before)):
+        yield _make_sample(stem, key, files, caption_keys, beside)
         files, number = {}, number + 1
-    if members.fault:
-        file_name = f" in {visible(members.reading[:200])}" if members.reading else ""
-        reason = f"{members.fault}{file_name} after {number} samples; the rest {LOST}"
+    if fault:
+        file_name = f" in {visible(reading[:200])}" if reading else ""
+        reason = f"{fault}{file_name} after {number} samples; the rest {LOST}"
         sample_id = _sample_id(stem, key if files else cut)
         yield ShardSample(sample_id=sample_id, captions=[], fault=reason)
 
@@ -621,61 +649,24 @@ def _sample_id(*parts: str) -> str:
     return "/".join(filter(None, parts)).encode("utf-8", "backslashreplace").decode()
 
 
-def _sample(
-    stem: str, key: str, files: dict[str, Member], caption_keys: Sequence[str] | None
+def _make_sample(
+    stem: str,
+    key: str,
+    files: Mapping[str, Member],
+    caption_keys: Sequence[str] | None,
+    beside: str | None,
 ) -> ShardSample:
-    texts = {kind: file.data or b"" for kind, file in files.items() if kind in TEXTS}
+    texts = {kind: file.data or b"" for kind, file in files.items() if kind not in IMAGES}
     record: Any = {}
     if "json" in texts:
         with suppress(ValueError, RecursionError):  # a damaged one has no caption
             record = json.loads(texts["json"])
     plain = "txt" in texts and caption_keys is None
-    captions = [texts["txt"]] if plain else list_captions(record, caption_keys or ())
     name = record.get("sample_id") if isinstance(record, dict) else None
-    parts = (name,) if name and isinstance(name, str) else (stem, key)
     images = (file for kind, file in files.items() if kind in IMAGES)
-    image = next((image for image in images if image.size <= MAX_MEMBER_BYTES), None)
-    return ShardSample(sample_id=_sample_id(*parts), captions=captions, image=image)
-
-
-class _Members:
-    """The key, the extension and the file of each member of a tar.
-
-    Files with `texts` have their content, and in a stream images, too. `fault` says why iteration
-    ended before the tar did, if so, and `reading` names the file that was being read then.
-    """
-
-    def __init__(self, file: io.BufferedIOBase, texts: Set[str], stream: bool) -> None:
-        self.source: Any = _Forward(file) if stream else file
-        self.read = IMAGES | texts if stream else texts
-        self.fault = self.reading = ""
-        options: dict[str, Any] = {"fileobj": self.source, "tarinfo": Member}
-        options |= {"encoding": "utf-8", "errors": "backslashreplace"}
-        try:
-            self.tar: Any = tarfile.TarFile(**options)
-        except tarfile.TarError as error:
-            raise ValueError("not a tar file") from error
-
-    def __iter__(self) -> Iterator[tuple[str, str, Member]]:
-        try:
-            while (member := self.tar.next()) is not None:
-                self.tar.members.clear()  # or tarfile would keep all headers
-                skipped = self.tar.offset - member.offset_data
-                if member.size < 0 or not 0 <= skipped <= MAX_SKIPPED_BYTES:
-                    raise tarfile.ReadError("damaged header")
-                if not member.isreg() or member.issparse():
-                    continue  # nothing opens what a link or device names
-                self.reading, size = member.name, member.size
-                key, kind = split_name(member.name)
-                if size <= MAX_MEMBER_BYTES and kind in self.read:
-                    member.data = self.source.read(size)
-                    if len(member.data) < size:
-                        raise tarfile.ReadError(NOT_ENOUGH)
-                elif size:
-                    self.source.seek(member.offset_data + size - 1)
-                    if not self.source.read(1):
-                        raise tarfile.ReadError(NOT_ENOUGH)
-                self.reading = ""
-                yield key, kind, member
-        except Exception as error:
-            self.fault = reason_of(error)
+    return ShardSample(
+        sample_id=_sample_id(name) if name and isinstance(name, str) else _sample_id(stem, key),
+        captions=[texts["txt"]] if plain else list_captions(record, caption_keys or ()),
+        image=next((image for image in images if image.size <= MAX_MEMBER_BYTES), None),
+        beside=texts.get(beside or ""),
+    )

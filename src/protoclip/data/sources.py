@@ -43,7 +43,7 @@ from protoclip.data.pairs import (
     split_by_source,
 )
 from protoclip.data.sampler import ORDER_STREAM, generator
-from protoclip.data.shards import ShardStream, open_shards
+from protoclip.data.shards import ShardStream, expand_shards, open_shards
 from protoclip.data.split import Chosen, read_chosen
 from protoclip.data.tables import caption_columns, describe_bad_lines, open_hub, open_table
 from protoclip.distributed.collectives import world_size
@@ -218,7 +218,7 @@ def open_source(
         opener = open_folder if local and Path(path).is_dir() else open_table
         return (open_hub if path.startswith("hf:") and local else opener)(data, name=name)
     if local and not streaming:
-        return open_shards(data, name=name)
+        return open_shards(expand_shards(path), data, name=name or path)
     return ShardStream(
         path,
         caption_keys=caption_columns(data) or None,

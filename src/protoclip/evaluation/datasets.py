@@ -25,7 +25,6 @@ from torch import Tensor
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import cache_folder, digest, fingerprint, is_url, join, reason_of
 from protoclip.data.emoji import emoji_path, emoji_table
-from protoclip.data.folders import class_folders, classes_in, shard_split
 from protoclip.data.pairs import BadSample, ImageTextPairs, read_cells
 from protoclip.data.sources import PairsView, open_source
 from protoclip.evaluation import readers
@@ -33,9 +32,12 @@ from protoclip.evaluation.readers import (
     LazySplits,
     ShardFolder,
     TorchvisionImages,
+    class_folders,
+    classes_in,
     parse_class,
     parse_templates,
     read_templates,
+    shard_split,
 )
 from protoclip.files import read_local
 from protoclip.rules import DATA_HINT, with_options

@@ -6,6 +6,7 @@ torchvision's data sets; `datasets.py` makes data sets of them.
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,24 +16,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Bool, Int
 from PIL import Image
 from torch import Tensor
 
-from protoclip.data.access import (
-    digest,
-    download,
-    fingerprint,
-    is_url,
-    read_file,
-    reason_of,
-)
+from protoclip.config import ImagesConfig
+from protoclip.data.access import digest, download, is_url, read_file, reason_of
 from protoclip.data.decode import upright
-from protoclip.data.folders import NUM_SHARDS, SPLIT_FOLDERS, is_image, name_of
-from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, clean_captions
-from protoclip.data.shards import COMPRESSED, IMAGES, read_samples
-from protoclip.data.tables import ArrowIndex, build_index
+from protoclip.data.folders import IMAGE_SUFFIXES
+from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
+from protoclip.data.shards import open_shards
+from protoclip.data.tables import describe_fault
 from protoclip.files import (
     checksum,
     in_turn,
@@ -49,18 +45,13 @@ CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.tx
 DATASET_TYPE = "dataset_type.txt"
 #: For each type of data, the extension of the file beside an image that labels it.
 BESIDE_IMAGE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-MAX_BESIDE_BYTES = 1 << 20
-ROWS = pa.schema(
-    {
-        "sample_id": pa.string(),
-        "image": pa.string(),  # its tar
-        "offset": pa.int64(),
-        "size": pa.int64(),
-        "content": pa.binary(),  # the file beside it
-    }
-)
-# Part of the key of an index. Change it when the rows change.
-INDEX_FORM = "evaluation shards, 2"
+#: What the folder of a split may be called.
+SPLIT_FOLDERS = {
+    "test": ("test",),
+    "validation": ("validation", "val", "valid"),
+    "train": ("train",),
+}
+NUM_SHARDS = "nshards.txt"  # in the folder of a split, in CLIP_benchmark's layout
 HUB_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|raw|blob)/(.+))?")
 
 
@@ -114,14 +105,23 @@ class ShardFolder:
         }
 
     def read_split(self, split: str, extension: str) -> tuple[ImageTextPairs, list[bytes]]:
-        """The images of a split, and the content of the file beside each."""
+        """The images of a split, and the content of the file beside each.
+
+        Raises `ValueError` if a tar is missing, compressed or damaged, or a sample lacks a file.
+        """
         folder = self.folders[split]
-        index = index_shards(
-            self.find_shards(folder), extension, folder=self.cache.parent / "index"
-        )
-        name, key = f"{self.location}/{folder}", index.path.stem
-        pairs = ImageTextPairs(index, name=name, caption_columns=(), table_key=key, in_ranges=True)
-        return pairs, index.table.column("content").to_pylist()
+        shards, images = [*map(str, self.find_shards(folder))], ImagesConfig()
+        pairs = open_shards(shards, images, name=f"{self.location}/{folder}", beside=extension)
+        if pairs.notes:
+            raise ValueError(pairs.notes[0])
+        for column, what in (("offset", "image"), ("beside", f".{extension}")):
+            if (row := pc.index(pairs.table[column].is_null(), True).as_py()) >= 0:
+                types = ", ".join(f"{name}: .{kind}" for name, kind in BESIDE_IMAGE.items())
+                raise ValueError(
+                    f"{pairs.where(row)}: sample '{visible(pairs.sample_id(row))}' has no {what}; "
+                    f"{DATASET_TYPE} says which file lies beside an image ({types})"
+                )
+        return pairs, pairs.table["beside"].to_pylist()
 
     def find_shards(self, folder: str) -> list[Path]:
         """The tars of a split, which are downloaded if they are remote."""
@@ -154,62 +154,6 @@ def read_text(file: str) -> str:
         return ""
     except Exception as error:
         raise ValueError(f"{file}: {reason_of(error)}") from None
-
-
-def index_shards(paths: Sequence[Path], extension: str, *, folder: Path) -> ArrowIndex:
-    """An index of images in uncompressed tars: their positions, and the file beside each.
-
-    Raises `ValueError` if a tar is missing, compressed or damaged, or an image or the file beside
-    it is missing or there twice.
-    """
-    prints = [fingerprint(str(path)) for path in paths]
-    key = digest({"form": INDEX_FORM, "extension": extension, "shards": prints})
-
-    def build(_: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        for path in paths:
-            try:
-                rows = list(list_rows(path, extension))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path}: {reason_of(error)}") from None
-            yield pa.RecordBatch.from_pylist(rows, ROWS)
-
-    return build_index(key, build, folder=folder, label=str(paths[0].parent), way_out="")
-
-
-def list_rows(path: Path, extension: str) -> Iterator[dict[str, Any]]:
-    """A row for each sample of a tar."""
-    seen = set[str]()
-    with open_local(path) as file:
-        if file.peek(6).startswith(tuple(COMPRESSED)):
-            raise ValueError("is compressed; unpack it once (gunzip)")
-        for sample in read_samples(file, path.stem, stream=False, beside=extension):
-            if sample.fault:
-                raise ValueError(sample.fault.partition(f"; the rest {LOST}")[0])
-            key = visible(sample.sample_id.removeprefix(f"{path.stem}/"))
-            images = [member for kind, member in sample.files.items() if kind in IMAGES]
-            beside = sample.files.get(extension)
-            if len(images) > 1 or key in seen:
-                what = "images" if len(images) > 1 else "groups of files"
-                raise ValueError(
-                    f"sample '{key}' has two {what}; keys must differ, and the files of a sample "
-                    "follow each other (tar --sort=name)"
-                )
-            seen.add(key)
-            if not images:
-                raise ValueError(f"sample '{key}' has no image ({', '.join(sorted(IMAGES))})")
-            if beside is None or beside.data is None or beside.size > MAX_BESIDE_BYTES:
-                types = ", ".join(f"{name}: .{kind}" for name, kind in BESIDE_IMAGE.items())
-                raise ValueError(
-                    f"sample '{key}' has no .{extension}; {DATASET_TYPE} says which file lies "
-                    f"beside an image ({types})"
-                )
-            yield {
-                "sample_id": sample.sample_id,
-                "image": str(path),
-                "offset": images[0].offset_data,
-                "size": images[0].size,
-                "content": beside.data,
-            }
 
 
 def parse_each(
@@ -249,6 +193,66 @@ def parse_presence(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
 def parse_captions(content: bytes, _: int) -> tuple[str, ...]:
     """The content of a `.txt` file."""
     return clean_captions(content.decode().splitlines())
+
+
+def shard_split(folder: Path, first: str = "test") -> str | None:
+    """A split of a folder in CLIP_benchmark's layout, which keeps shards, by the name of its
+    folder: the `first` one, if there is one. Of another folder None."""
+    names = [name for names in SPLIT_FOLDERS.values() for name in names]
+    names.sort(key=lambda name: name != first)
+    return next((name for name in names if os.path.isfile(folder / name / NUM_SHARDS)), None)  # noqa: PTH113 (a name may be of any length)
+
+
+def class_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each split, if classes are folders of images in it; else nothing.
+
+    A folder of classes without splits is a `test` split.
+    """
+    if not folder.is_dir() or _holds_table(folder):
+        return {}
+    folders: dict[str, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        for name in names:
+            if split not in folders and _has_classes(folder / name):
+                folders[split] = folder / name
+    return folders or ({"test": folder} if _has_classes(folder) else {})
+
+
+def _holds_table(folder: Path) -> bool:
+    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
+    return any(path for table in tables for path in folder.glob(table))
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether subfolders hold images, and none there or here has captions or is in a table."""
+    if not folder.is_dir() or _holds_table(folder):
+        return False
+    classes = classes_in(folder)
+    return bool(classes) and not any(_holds_captions(folder / name) for name in ("", *classes))
+
+
+def _holds_captions(folder: Path) -> bool:
+    """Whether a text lies beside an image, by its name."""
+    files = list(folder.iterdir())
+    texts = {path.stem for path in files if path.suffix.lower() in (".txt", ".json")}
+    return any(path.stem in texts for path in files if is_image(path))
+
+
+def classes_in(folder: Path) -> list[str]:
+    """The names of the subfolders that hold an image, sorted; hidden ones are passed over."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    return sorted(name_of(path) for path in folders if any(map(is_image, path.iterdir())))
+
+
+def name_of(path: Path) -> str:
+    """The name of a file or folder, which tables and keys hold as UTF-8."""
+    if describe_fault(path.name):
+        raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
+    return path.name
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def read_class_folder(

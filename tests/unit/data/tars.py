@@ -7,7 +7,7 @@ from pathlib import Path
 
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
-from protoclip.data.shards import open_shards
+from protoclip.data.shards import expand_shards, open_shards
 
 
 def write_tar(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]], **options) -> Path:
@@ -31,7 +31,8 @@ def numbered(*numbers: int) -> dict[str, bytes]:
 
 def index(pattern: Path | str, keys: list[str] | None = None) -> ImageTextPairs:
     """The pairs in shards."""
-    return open_shards(DataConfig(train=str(pattern), caption_column=keys))
+    shards, data = expand_shards(str(pattern)), DataConfig(caption_column=keys)
+    return open_shards(shards, data, name=str(pattern))
 
 
 def facts(items: Iterable[Sample | BadSample]) -> list[tuple]:

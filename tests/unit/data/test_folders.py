@@ -226,8 +226,7 @@ FAULTS = {
     "empty": ({}, "holds no sample; no pair is left: put a caption beside each image"),
     "classes without captions": (
         {"a/a.jpg": b"A", "b/b.jpg": b"B"},
-        r"all in metadata.jsonl; its folders look like classes, and images are classified without "
-        r"captions by protoclip evaluate MODEL --data \S*/data$",
+        r"all in metadata.jsonl; folders of classes need none for protoclip evaluate MODEL --data",
     ),
     "a table beside the images": (
         {"a.jpg": b"A", "captions.csv": "filename,caption\na.jpg,a\n"},
@@ -254,7 +253,6 @@ def test_a_structural_fault_is_named_in_one_line(tmp_path, fault):
     with pytest.raises(ValueError, match=message) as error:
         opened(tmp_path / "data")
     assert str(error.value).startswith(str(tmp_path / "data"))
-    assert ("look like classes" in str(error.value)) == ("classes" in fault)
     assert "\n" not in str(error.value)
 
 

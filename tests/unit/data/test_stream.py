@@ -6,6 +6,7 @@ import re
 import tarfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tars import facts, numbered, write_tar
@@ -185,14 +186,13 @@ def test_a_stream_without_a_good_sample_ends(tmp_path, monkeypatch, files, optio
 def test_memory_is_that_of_two_blocks(folder, monkeypatch):
     """Samples are freed as they are handed out."""
     made: list[weakref.ref] = []
-    original = streams._check_sample
 
-    def remember(*args, **options):
-        sample = original(*args, **options)
-        made.append(weakref.ref(sample))
-        return sample
+    class Remembered(Sample):
+        def __init__(self, **fields: Any) -> None:
+            super().__init__(**fields)
+            made.append(weakref.ref(self))
 
-    monkeypatch.setattr(streams, "_check_sample", remember)
+    monkeypatch.setattr(streams, "Sample", Remembered)
     items = stream(folder, shuffle=10).samples()
     most = 0
     for _ in range(100):

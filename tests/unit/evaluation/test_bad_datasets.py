@@ -43,7 +43,7 @@ BAD = [
     ),
     (lambda t: wds_with(t, "npy", classnames="a\nb\nc"), r"'0/s00': shape \(2,\) in its .npy, but"),
     (lambda t: wds_with(t, "txt", beside=[b"a", b" ", b"c"]), r"sample '0/s01': empty caption$"),
-    (lambda t: tar_with(t, {"a.txt": b"0", "a.png": b"1"}), r"0.tar: sample 'a' has no .cls; dat"),
+    (lambda t: tar_with(t, {"a.txt": b"0", "a.png": b"1"}), r"0.tar: sample '0/a' has no .cls; da"),
     (lambda t: table_with(t), r"no column with captions; write ,caption_column=NAME behind it"),
     (lambda t: table_with(t, "k", k=[1, None, 2]), r"'t.parquet/1' has no class; fill it in, or"),
     (lambda t: as_class_label(t, [1, -1, 0])[0], r"'pets.parquet/1' has no class; fill it in"),
