@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.config import AlignConfig, Config, EpisodeConfig
+from protoclip.config import AlignConfig, Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
@@ -29,7 +29,7 @@ from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, Facts, Pairs, SampleStream, content, evenly_spaced
 from protoclip.data.shards import facts_that_may_move, shard_stem
 from protoclip.data.sources import PairsView, drop_rows
-from protoclip.data.summary import Summary, summarize
+from protoclip.data.summary import summarize
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -57,7 +57,7 @@ from protoclip.models.start import Start, resolve_start
 from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
-from protoclip.training.presets import Choices, choose_with_data, fill_settings
+from protoclip.training.presets import Choices, Command, choose_with_data, fill_settings
 
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
@@ -71,56 +71,46 @@ class Outline:
 
     Attributes:
         config: The settings, which follow their start.
+        start: What the model starts from.
+        command: The command that trains.
+        choices: Those of `align` and of `finetune`; `train` leaves nothing to choose.
         notes: What the user should know of this.
         unsure: Notes on settings without effect, where a command chooses more settings later.
-        choices: Those of `align` and of `finetune`; `train` leaves nothing to choose.
     """
 
     config: Config
     start: Start
-    notes: list[str]
-    unsure: Sequence[str] = ()
+    command: Command = "train"
     choices: Choices | None = None
-
-    @property
-    def aligns(self) -> bool:
-        return self.choices is not None and self.choices.command == "align"
+    notes: Sequence[str] = ()
+    unsure: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run is going to do, and with which data.
+class Plan(Outline):
+    """What a run is going to do, with settings that are filled, and with which data.
 
     Attributes:
-        config: The settings, with all filled that the module's first lines do not leave open.
-        start: What the model starts from.
         samples: The pairs to train on.
-        teachers: The external teachers by name, but for those that the run makes of its start or
+        teachers: The external teachers by name, except those that the run makes of its start or
             its encoders.
         captions: Those of a visit to an image.
         held_out: The data sets that the run is evaluated on, of pairs that are not trained on.
         guards: The data sets of `run.guard`.
-        choices: Those of `align` and of `finetune`, as in the outline.
         encoded_from: All pairs, where the samples are those that frozen encoders could encode.
-        notes: What the user should know of all this.
     """
 
-    config: Config
-    start: Start
     samples: Pairs | SampleStream
     teachers: Mapping[str, StoredFeatures] = field(default_factory=dict)
     captions: CaptionDraw = ONE
     held_out: Sequence[EvaluationData] = ()
     guards: Sequence[EvaluationData] = ()
-    choices: Choices | None = None
     encoded_from: Pairs | None = None
-    notes: Sequence[str] = ()
 
     @property
     def chooses_weights(self) -> bool:
         """Whether WiSE-FT follows the training."""
-        finetunes = self.choices is not None and self.choices.command == "finetune"
-        return finetunes and self.config.run.overfit is None
+        return self.command == "finetune" and self.config.run.overfit is None
 
     @property
     def amount(self) -> str:
@@ -155,9 +145,9 @@ def make_plan(given: Config | Outline) -> Plan:
     if world_size() > 1:
         seen = all_gather_object(raise_on_all_ranks(lambda: describe_data(plan)))
         raise_on_all_ranks(lambda: require_same_data(seen))
-    if outline.aligns and not isinstance(plan.samples, Pairs):
+    if plan.command == "align" and not isinstance(plan.samples, Pairs):
         plan = replace(plan, samples=encode_stream_pairs(plan, plan.samples))
-    config, captions, notes = rank0_first(lambda: decide_settings(outline, plan))
+    config, captions, notes = rank0_first(lambda: decide_settings(plan))
     start = replace(plan.start, model=config.model)
     return replace(plan, config=config, start=start, captions=captions, notes=notes)
 
@@ -200,6 +190,7 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
         start=start,
         notes=notes,
         unsure=[] if is_whole else without_effect,
+        command="train" if choices is None else choices.command,
         choices=choices,
     )
 
@@ -225,17 +216,15 @@ def open_data(outline: Outline) -> Plan:
     said, teachers = list[str](), dict[str, StoredFeatures]()
     if config.teachers or config.teacher.features:
         teachers = external.open_teachers(config, training, said.append)
-    if outline.aligns and isinstance(training, Pairs):
+    if outline.command == "align" and isinstance(training, Pairs):
         said = []  # it tells of the pairs that it could encode
+    notes = [*outline.notes, *notes, *said, *(note for guard in watched for note in guard.notes)]
     return Plan(
-        config=config,
-        start=outline.start,
+        **{**vars(outline), "notes": notes},
         samples=training,
         held_out=held_out,
         guards=watched,
         teachers=teachers,
-        choices=outline.choices,
-        notes=[*notes, *said, *(note for guard in watched for note in guard.notes)],
     )
 
 
@@ -271,13 +260,12 @@ def check_metrics(
     better = [name for name in names if is_share(name.split("/", 2)[2])]
     for setting in ("keep_best", "stop_by"):
         metric = getattr(config.run, setting)
-        if metric is None or metric in better:
-            continue
-        close = difflib.get_close_matches(metric, better, n=3, cutoff=0.0) or ["none"]
-        if metric in names:
-            other = f"choose another, such as {close[0]}" if better else "leave it out"
-            raise ValueError(f"run.{setting}: higher is not better of {metric}; {other}")
-        raise ValueError(f"run.{setting}: no metric {metric!r}; the closest are {', '.join(close)}")
+        if metric is not None and metric not in better:
+            close = difflib.get_close_matches(metric, better, n=3, cutoff=0.0) or ["none"]
+            raise ValueError(
+                f"run.{setting}: no metric {metric!r} of which higher is better; the closest are "
+                f"{', '.join(close)}"
+            )
 
 
 def describe_data(plan: Plan) -> tuple[str, str, dict[str, Facts]]:
@@ -310,15 +298,15 @@ def require_same_data(seen: Sequence[tuple[str, str, Mapping[str, Facts]]]) -> N
             )
 
 
-def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
+def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     """The settings with all filled that is unset, the captions of a visit, and all notes.
 
     Raises:
         ValueError: Settings do not go with each other or with the data.
     """
-    config, samples, aligns, choices = plan.config, plan.samples, outline.aligns, plan.choices
+    config, samples, choices, notes = plan.config, plan.samples, plan.choices, [*plan.notes]
+    model, captions, aligns = config.model, ONE, plan.command == "align"
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
-    model, notes, captions = config.model, list[str](), ONE
     is_named = model.start is not None or model.name is not None
     leaves_size_open = not is_named and None in (model.image.size, model.text.context_length)
     summary = summarize(
@@ -327,18 +315,14 @@ def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, 
         # align makes one sample of equal images, and finetune counts them
         compares_images=not aligns and (are_negatives or choices is not None),
     )
+    chosen = list[str]()
     if choices is not None:
         is_judged = bool(plan.held_out or plan.guards)
-        config, notes = choose_with_data(
+        config, chosen = choose_with_data(
             choices, config, plan.start, samples, summary, is_judged=is_judged
         )
-    config, said = fill_settings(config, plan.start, samples, summary)
-    notes = [note for note in check(config) if note in outline.unsure] + notes + said
-    if config.run.precision == "fp16" and is_cpu(config.run.device):
-        notes.append("run.precision: fp16 is slow on a CPU; auto is faster")
-    part, batch = config.episodes.micro_batch_size, config.episodes.batch_size
-    if part is not None and part >= (share := batch // world_size()):
-        notes.append(f"episodes.micro_batch_size: no effect: a rank has {share} pairs")
+    config, filled = fill_settings(config, plan.start, samples, summary)
+    notes += [*(note for note in check(config) if note in plan.unsure), *chosen, *filled]
     if config.teachers or config.teacher.features:
         config, said = external.fill_teachers(config, plan.teachers)
         notes += said
@@ -347,11 +331,18 @@ def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, 
         notes += said
         if config.align != AlignConfig():
             notes.append("align.*: no effect, since protoclip align alone aligns encoders")
-    if summary.captions:
-        start = replace(plan.start, model=config.model)
-        sentences = None if aligns else config.data.captions == "sentences"
-        notes += note_cut_captions(summary, start, sentences=sentences)
-    notes += plan.notes
+    if texts := summary.captions:
+        start, what = replace(plan.start, model=config.model), "captions"
+        way_out = "raise it" if aligns else "raise it, or draw sentences by data.captions"
+        if config.data.captions == "sentences" and not aligns:
+            texts = [part for text in texts for part in BETWEEN_SENTENCES.split(text)]
+            what, way_out = "sentences", "raise it"
+        cut, length = start.count_cut_captions(texts)
+        if cut:
+            notes.append(
+                f"model.text.context_length = {length} cuts {cut:,} of {len(texts):,} {what} that "
+                f"were looked at; {way_out}"
+            )
     is_often = are_negatives and summary.repeated > SHARED * summary.compared
     if is_often and not config.data.is_emoji:  # which are bundled as they are
         notes.append(
@@ -364,34 +355,7 @@ def decide_settings(outline: Outline, plan: Plan) -> tuple[Config, CaptionDraw, 
     notes += summary.notes
     if config.run.evaluate and not plan.held_out and not plan.guards:
         notes.append("no evaluation at the end, since no pairs are held out")
-    return config, captions, [*outline.notes, *notes]
-
-
-def is_cpu(device: str) -> bool:
-    """Whether a device is the CPU. One that is named need not be here: the plan may be for another
-    machine."""
-    return device == "cpu" or (device == "auto" and collectives.choose_device(device).type == "cpu")
-
-
-def note_cut_captions(summary: Summary, start: Start, *, sentences: bool | None) -> list[str]:
-    """A note on how many of some captions the model's context length cuts, if it cuts any.
-
-    Args:
-        sentences: Whether training draws sentences of captions, which are counted then; None if it
-            never could.
-    """
-    texts = summary.captions
-    if sentences:
-        texts = [part for text in texts for part in BETWEEN_SENTENCES.split(text)]
-    cut, length = start.count_cut_captions(texts)
-    if not cut:
-        return []
-    what = "sentences" if sentences else "captions"
-    way_out = "raise it, or draw sentences by data.captions" if sentences is False else "raise it"
-    return [
-        f"model.text.context_length = {length} cuts {cut:,} of {len(texts):,} {what} that were "
-        f"looked at; {way_out}"
-    ]
+    return config, captions, notes
 
 
 # The phase of `align` before training: two frozen encoders encode each pair once. Then their
@@ -445,7 +409,8 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     left = len(samples) - len(left_out)
     if not left:
         raise ValueError(f"{samples.name}: no pair can be used; {notes[-1]}")
-    episodes = config.episodes
+    episodes, choices = config.episodes, plan.choices
+    assert choices is not None
     if config.run.overfit is not None:  # each pair that is left, in one batch
         episodes = replace(episodes, size=left, batch_size=left)
     else:  # with `run.overfit` all pairs may be known before the first step
@@ -455,14 +420,16 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         for tower in (towers.visual, towers.text):
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
                 collectives.broadcast(parameter.data)
-        if len(left_out):
-            assert plan.choices is not None
-            episodes, said_too = fit_episodes(plan.choices, episodes, left)
-            notes += said_too
+        size = max(episodes.batch_size, left // episodes.batch_size * episodes.batch_size)
+        if size < episodes.size and not choices.is_given("episodes.size"):
+            episodes = replace(episodes, size=size)
+            notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
+        if left < episodes.size and not choices.is_given("episodes.replacement"):
+            episodes = replace(episodes, replacement=True)
     config = replace(config, episodes=episodes)
-    captions, said_too = raise_on_all_ranks(lambda: caption_draw(config, rows))
     encoded: Pairs = drop_rows(samples, left_out) if len(left_out) else samples
-    notes += said_too
+    captions, draw_notes = raise_on_all_ranks(lambda: caption_draw(config, rows))
+    notes += draw_notes
     for name, teacher in plan.teachers.items():
         notes += raise_on_all_ranks(partial(external.note_unknown, name, teacher, encoded))
     plan = replace(
@@ -474,23 +441,6 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         notes=notes,
     )
     return plan, rows
-
-
-def fit_episodes(
-    choices: Choices, episodes: EpisodeConfig, pairs: int
-) -> tuple[EpisodeConfig, list[str]]:
-    """Episodes of the pairs that are left: what was chosen adapts. And notes on it."""
-    notes, batch = list[str](), episodes.batch_size
-    if pairs < episodes.size and not choices.is_given("episodes.size"):
-        size = max(batch, pairs // batch * batch)
-        if size != episodes.size:
-            notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
-        episodes = replace(episodes, size=size)
-    is_chosen = not choices.is_given("episodes.replacement")
-    if pairs < episodes.size and is_chosen and not episodes.replacement:
-        notes.append("episodes.replacement = true, since an episode is larger than what is left")
-        episodes = replace(episodes, replacement=True)
-    return episodes, notes
 
 
 def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:

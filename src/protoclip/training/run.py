@@ -33,10 +33,14 @@ from protoclip.encode import teachers as external
 from protoclip.encode.rows import PairRows, RowLoader, side_teachers
 from protoclip.encode.teachers import TeacherFeatures, embed_start
 from protoclip.files import sealed, to_json, write_atomically
+from protoclip.losses.balance import Balance
+from protoclip.losses.objective import loss_weights
+from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, read_checkpoint
 from protoclip.models.projections import AlignedModel, require_same_encoders
 from protoclip.models.protoclip import (
+    Precision,
     ProtoCLIP,
     autocast,
     grad_scaler,
@@ -59,6 +63,7 @@ from protoclip.training.folder import (
     keep_chosen,
     keep_pooling,
     name_folder,
+    read_begun,
     to_toml,
 )
 from protoclip.training.log import MetricsLog
@@ -71,7 +76,7 @@ from protoclip.training.plan import (
     resolve_settings,
 )
 from protoclip.training.presets import Command, choose_before_data, read_given
-from protoclip.training.trainer import make_trainer
+from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
 from protoclip.training.watch import Watch
 
 
@@ -205,16 +210,21 @@ def look_at_folder(
     that goes on keeps what it chose.
     """
     choices = choose_before_data(command, given, alpha=alpha)
-    if resume and (before := sync.find_begun(choices.config)) is not None:
+    url, folder = choices.config.run.sync, name_folder(choices.config)
+    before, there = read_begun(folder), None if url is None else sync.ask_store(url)
+    if before is None and there is not None:
+        before = there[2]
+    if resume and before is not None:
         given = keep_chosen(command, given, before)
         choices = choose_before_data(command, given, alpha=alpha)
         choices.config = keep_pooling(choices.config, before)
     if command != "align":
         external.refuse_sides(choices.config)
     outline = resolve_settings(choices.config, None if command == "train" else choices)
-    sync.fetch_run(outline, resume=resume)
+    if there is not None:
+        sync.fetch_run(outline, *there, resume=resume)
     outline, results = inspect_folder(outline, resume=resume)
-    folder, config = name_folder(choices.config), choices.config
+    config = choices.config
     if results is None:
         return outline, None
     is_done = is_evaluated(folder, config.run)
@@ -289,19 +299,7 @@ class Run:
         self.loader.features_of.update({name: t.rows for name, t in self.teachers.items()})
         self.start = loading.frozen_start(config, device, plan.start) if config.uses_start else None
         self.autocast = autocast(precision, device)
-        self.trainer = make_trainer(
-            config,
-            self.trained,
-            source=self.make_feature_source(),
-            captions=plan.captions.number,
-            start=self.start if config.loss.keep else None,
-            scaler=grad_scaler(precision, device),
-            autocast=self.autocast,
-            report=folder / f"diverged{suffix}.json",
-            throughput=watch.make_throughput(
-                plan.start if rows is None else None, device, precision, plan.captions.number
-            ),
-        )
+        self.trainer = self.make_trainer(precision, folder / f"diverged{suffix}.json")
         self.evaluator = RunEvaluator(
             plan,
             model,
@@ -394,6 +392,37 @@ class Run:
         if stopped:  # all ranks wait, since a launcher ends all when one has ended
             raise_on_all_ranks(lambda: self.copies.finish(sync.STOPPED_SECONDS))
         return stopped, choice
+
+    def make_trainer(self, precision: Precision, report: Path) -> Trainer:
+        config, plan, aligns = self.config, self.plan, self.rows is not None
+        episodes, captions, device = config.episodes, plan.captions.number, self.loader.device
+        balance = Balance() if config.sets_strengths else None
+        weights = loss_weights(config, geometry=config.align.geometry * aligns)
+        optimizer = optim.make_optimizer(config, self.trained)
+        return Trainer(
+            model=self.trained,
+            stage=partial(optim.find_stage, config),
+            prototypes=EpisodePrototypes(
+                source=self.make_feature_source(),
+                cluster=Clusterings(config, captions=captions),
+                make_targets=target_maker(config),
+                groups_modalities=bool(weights.prototypical) or balance is not None,
+            ),
+            weights=weights,
+            balance=balance,
+            start=self.start if config.loss.keep else None,
+            guard=watch.NonFiniteGuard(optimizer, grad_scaler(precision, device), report),
+            schedule=optim.make_schedule(config),
+            clip_norm=config.optim.clip_norm,
+            autocast=self.autocast,
+            micro_batch_size=episodes.micro_batch_size,
+            batches=episodes.size // episodes.batch_size,
+            batch_size=episodes.batch_size,
+            throughput=watch.make_throughput(
+                None if aligns else plan.start, device, precision, captions
+            ),
+            recalls=config.run.overfit is not None,
+        )
 
     def make_feature_source(self) -> ExtractedFeatures:
         """The features to cluster come from a pass over each episode, or from a queue."""

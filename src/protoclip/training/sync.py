@@ -32,7 +32,6 @@ from protoclip.training.folder import (
     list_settings,
     name_folder,
     parse_begun,
-    read_begun,
 )
 from protoclip.training.plan import Outline
 
@@ -69,7 +68,7 @@ def open_store(url: str) -> Store:
 
 
 @contextmanager
-def naming_store(url: str) -> Iterator[None]:
+def name_store(url: str) -> Iterator[None]:
     """Turn what goes wrong in the store, before the run begins, into a `ValueError`."""
     try:
         yield
@@ -102,35 +101,29 @@ def ask_store(url: str) -> tuple[Store, set[str], Config | None]:
             raise OSError("what was written there is not listed")
         return names, store.cat_file(SETTINGS).decode() if SETTINGS in names else None
 
-    with naming_store(url):
+    with name_store(url):
         names, text = access.within(ANSWER_SECONDS, ask)
-    if text is None:
-        return store, names, None
-    return store, names, parse_begun(text, f"run.sync: {url}/{SETTINGS}")
+    begun = None if text is None else parse_begun(text, f"run.sync: {url}/{SETTINGS}")
+    return store, names, begun
 
 
-def find_begun(config: Config) -> Config | None:
-    """The settings of the run in the folder or, if it holds none, in the store; None if new."""
-    begun = read_begun(name_folder(config))
-    if begun is None and config.run.sync is not None:
-        _, _, begun = ask_store(config.run.sync)
-    return begun
-
-
-def fetch_run(outline: Outline, *, resume: bool) -> None:
+def fetch_run(
+    outline: Outline, store: Store, names: set[str], begun: Config | None, *, resume: bool
+) -> None:
     """Bring a run folder that is missing or older to the newest state in the store.
 
+    Args:
+        store, names, begun: Of `ask_store`.
+
     Raises:
-        ValueError: The store does not answer or may not be written, it or the run folder holds
-            another run, or it holds one and `resume` is not set. Nothing was written here. Or
-            every checkpoint there is damaged, and there is none here.
+        ValueError: The store may not be written, it or the run folder holds another run, or it
+            holds one and `resume` is not set. Nothing was written here. Or every checkpoint there
+            is damaged, and there is none here.
     """
     config, url, folder = outline.config, outline.config.run.sync, name_folder(outline.config)
-    if url is None:
-        return
+    assert url is not None
     if folder.exists():  # or what it holds would become the run of the store
         inspect_folder(outline, resume=True)
-    store, names, begun = ask_store(url)
     if not names:
         return
     if begun is None or not resume:
@@ -146,25 +139,24 @@ def fetch_run(outline: Outline, *, resume: bool) -> None:
         return
     beside = {name for name in names if not name.startswith("checkpoints/")}
     fetched = None
-    with claim_folder(folder, resume=True), naming_store(url):
+    with claim_folder(folder, resume=True), name_store(url):
         # What has settings is a run, so these come first.
         for name in sorted(beside - {*DONE}, key=lambda name: name != SETTINGS):
             get_file(store, name, folder)
-        for step in reversed(newer):
-            if (newest := get_checkpoint(store, step, names, folder)) is None:
-                continue
+        while newer and fetched is None:
+            fetched = get_checkpoint(store, newer.pop(), names, folder)
+        if fetched is not None:
             # The best first and the newest last, so that a fetch that is cut short is done again.
-            best = read_json(newest / STATE).get("best")
-            name = f"step-{int(best[0]):09}" if best else step
-            if name in complete - {step, *intact}:
-                publish_checkpoint(get_checkpoint(store, name, names, folder))
-            publish_checkpoint(newest)
-            fetched = step
-            break
+            best = read_json(fetched / STATE).get("best")
+            step = f"step-{int(best[0]):09}" if best else ""
+            if step in complete - intact and step not in fetched.name:
+                publish_checkpoint(get_checkpoint(store, step, names, folder))
+            publish_checkpoint(fetched)
         for name in beside & {*DONE}:
             get_file(store, name, folder)
-    if fetched or is_done:
-        say(f"note: {folder}: {fetched or 'its results'} fetched from {url}")
+    if fetched is not None or is_done:
+        what = "its results" if fetched is None else fetched.name.split(".")[1]
+        say(f"note: {folder}: {what} fetched from {url}")
     elif not intact:
         raise ValueError(
             f"run.sync: {url}: every checkpoint there is damaged; restore one from a copy, remove "
@@ -180,11 +172,7 @@ def get_file(store: Store, name: str, folder: Path) -> None:
 
 
 def get_checkpoint(store: Store, step: str, names: set[str], folder: Path) -> Path | None:
-    """Bring a checkpoint to a hidden folder here; None, with a warning, if it is damaged.
-
-    Args:
-        names: Of the files in the store.
-    """
+    """Bring a checkpoint to a hidden folder here; None, with a warning, if it is damaged."""
     temporary = folder / "checkpoints" / f".{step}.fetched"
     for name in names:
         if name.startswith(f"checkpoints/{step}/"):
@@ -232,15 +220,12 @@ class Copies:
                 self._thread.start()
 
     def list_in_use(self) -> set[Path]:
-        """The checkpoints to leave where they are: that which is copied, and that which will be.
-
-        A slow copy would never end otherwise, as each checkpoint would be gone before it is whole.
-        """
+        """The checkpoints to keep: one that is copied, and the next. Or a slow copy never ends."""
         with self._lock:
             return {path for path in (self._copying, self._wanted) if path is not None}
 
     def finish(self, seconds: float) -> None:
-        """Copy what has changed, and wait for it; after so many seconds there is a warning."""
+        """Copy what has changed, and wait for it up to this many seconds, or warn."""
         self.start(max(checkpoints(self.folder), default=self.folder))
         thread = self._thread
         if thread is None:  # done already

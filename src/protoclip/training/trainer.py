@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +29,10 @@ from protoclip.losses.grad_cache import (
     random_state,
     set_random_state,
 )
-from protoclip.losses.objective import LossWeights, loss_weights, objective
-from protoclip.losses.prototypical import Target, target_maker
+from protoclip.losses.objective import LossWeights, objective
+from protoclip.losses.prototypical import Target
 from protoclip.losses.tiles import mean_positives
 from protoclip.models import layers
-from protoclip.models.projections import AlignedModel
 from protoclip.models.protoclip import Autocast, Embeddings, ProtoCLIP, TowerPair
 from protoclip.prototypes.features import Assignments, ExtractedFeatures
 from protoclip.prototypes.kmeans import KMeans, kmeans, nearest
@@ -44,9 +42,6 @@ from protoclip.training.log import feature_statistics, to_floats
 from protoclip.training.optim import (
     Stage,
     enter_stage,
-    find_stage,
-    make_optimizer,
-    make_schedule,
     set_learning_rate,
 )
 from protoclip.training.presets import PAIRS_A_PROTOTYPE
@@ -116,7 +111,7 @@ class EpisodePrototypes:
     reached: dict[str, Tensor] = field(default_factory=dict)
 
     def make(self, episode: Episode) -> dict[str, float]:
-        """Features, clusters and back-translated targets of an episode; returns metrics."""
+        """Cluster an episode's features, and back-translate the prototypes; returns metrics."""
         times = [time.monotonic()]
         self.clusters = {}
         features = self.source.features(episode)
@@ -347,8 +342,7 @@ class Trainer:
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)
-        spent = self._tick()
-        self._trained += spent
+        self._trained += self._tick()
         return metrics
 
     @property
@@ -413,9 +407,10 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
         """The embeddings of a batch's pairs, and what is left to do after `backward`."""
-        size = self.micro_batch_size
+        assert self._stage is not None, "start_episode comes first"
+        size, projects = self.micro_batch_size, self._stage.projects
         if size is None or size >= len(batch.image):
-            embeddings = self._embed(batch.image, batch.text, project=self._projects, teach=True)
+            embeddings = self._embed(batch.image, batch.text, project=projects, teach=True)
             return embeddings.paired(), lambda: None
         number = number_of_chunks(len(batch.image), size)
         images, texts = batch.image.tensor_split(number), batch.text.tensor_split(number)
@@ -426,7 +421,7 @@ class Trainer:
             no_sync=parallel.no_sync(self._module),
         )
         with self.autocast():
-            embeddings = self.model.embeddings(outputs[0], outputs[1], self._projects, teach=True)
+            embeddings = self.model.embeddings(outputs[0], outputs[1], projects, teach=True)
         return embeddings.paired(), backward
 
     def _embed(
@@ -445,11 +440,6 @@ class Trainer:
         # DDP averages gradients once, with the last part, those of the heads too.
         zero = parallel.reach_everything(output, self.model.image_head, self.model.text_head)
         return tuple(each + zero for each in outputs)
-
-    @property
-    def _projects(self) -> bool:
-        assert self._stage is not None, "start_episode comes first"
-        return self._stage.projects
 
     @torch.no_grad()
     def _start_features(self, batch: Batch) -> StartFeatures | None:
@@ -526,52 +516,6 @@ class Trainer:
         if self.balance is not None:
             self.balance.load_state_dict(state["balance"])
         self.prototypes.load_state_dict(state)
-
-
-def make_trainer(
-    config: Config,
-    model: ProtoCLIP,
-    *,
-    source: ExtractedFeatures,
-    captions: int,
-    start: TowerPair | None,
-    scaler: torch.amp.GradScaler,
-    autocast: Autocast,
-    report: Path,
-    throughput: Throughput,
-) -> Trainer:
-    """The trainer of a run whose settings are filled.
-
-    Args:
-        source: Gives the features to cluster.
-        captions: Of an image, each a row of these features.
-        report: File that gets the losses and the samples of the last batch of a diverged run.
-    """
-    episodes, balance = config.episodes, Balance() if config.sets_strengths else None
-    aligns = isinstance(model, AlignedModel)
-    weights = loss_weights(config, geometry=config.align.geometry * aligns)
-    return Trainer(
-        model=model,
-        stage=partial(find_stage, config),
-        prototypes=EpisodePrototypes(
-            source=source,
-            cluster=Clusterings(config, captions=captions),
-            make_targets=target_maker(config),
-            groups_modalities=bool(weights.prototypical) or balance is not None,
-        ),
-        weights=weights,
-        balance=balance,
-        start=start,
-        guard=NonFiniteGuard(make_optimizer(config, model), scaler, report),
-        schedule=make_schedule(config),
-        clip_norm=config.optim.clip_norm,
-        autocast=autocast,
-        micro_batch_size=episodes.micro_batch_size,
-        batches=episodes.size // episodes.batch_size,
-        batch_size=episodes.batch_size,
-        throughput=throughput,
-        recalls=config.run.overfit is not None,
-    )
 
 
 def name_images(batch: Batch, names: dict[str, str]) -> list[str]:

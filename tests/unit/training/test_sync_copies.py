@@ -15,7 +15,7 @@ from interrupting import with_changes, with_out
 from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage
 from protoclip.training.folder import CheckpointWriter, to_toml
 from protoclip.training.plan import resolve_settings
-from protoclip.training.sync import Copies, fetch_run, open_store
+from protoclip.training.sync import Copies, ask_store, fetch_run, open_store
 from testing import tiny_config
 
 
@@ -184,7 +184,8 @@ def test_a_checkpoint_stays_until_it_is_copied(saving, monkeypatch):
 def fetched(folder: Path, *, resume: bool = True, **changes: Any) -> list[int]:
     """The steps of the intact checkpoints in a run folder after a fetch."""
     config = with_changes(with_out(CONFIG, str(folder)), {"run": changes})
-    fetch_run(resolve_settings(config), resume=resume)
+    assert config.run.sync is not None
+    fetch_run(resolve_settings(config), *ask_store(config.run.sync), resume=resume)
     return [int(path.name[-9:]) for path in checkpoints(folder) if damage(path) is None]
 
 
