@@ -202,8 +202,6 @@ def choose_with_data(
             choose.
     """
     choices.config = config
-    if choices.command == "train":
-        return config, []
     if choices.command == "align":
         assert isinstance(samples, Pairs)  # a stream has passed by now
         choose_to_align_pairs(choices, samples)
@@ -267,6 +265,7 @@ def refuse_for_align(config: Config) -> None:
         "parallel.activation_checkpointing": parallel.activation_checkpointing,
         "parallel.compile": parallel.compile,
         "parallel.sync_batch_norm": parallel.sync_batch_norm,
+        "parallel.strategy": parallel.strategy == "fsdp",
         "loss.keep": config.loss.keep,
         "teacher.distil": any(each.distil for each in (config.teacher, *config.teachers)),
     }
@@ -276,8 +275,6 @@ def refuse_for_align(config: Config) -> None:
                 f"{setting}: align leaves the encoders as they are; protoclip finetune trains them "
                 "afterwards; leave it out"
             )
-    if parallel.strategy == "fsdp":
-        raise ValueError("parallel.strategy: fsdp shards towers that train; align takes ddp")
     if config.data.captions == "sentences":
         raise ValueError(
             "data.captions: align encodes whole captions; give a table whose captions are the "
@@ -287,19 +284,13 @@ def refuse_for_align(config: Config) -> None:
 
 def choose_to_align_pairs(choices: Choices, pairs: Pairs) -> None:
     """Episodes, by the pairs: an episode is a pass, up to the largest one."""
-    config, choose = choices.config, choices.choose
     # An image that several rows show is one sample with all their captions.
-    path = write_listing(pairs, features_folder(config))
+    path = write_listing(pairs, features_folder(choices.config))
     rows = len(open_listing(path).rows)
-    size = config.episodes.size
-    batch = choose("episodes.batch_size", choose_align_batch(size or rows, divides=bool(size)))
-    # In larger ones the prototypes of a teacher would grow with the pairs.
-    most = min(rows, LARGEST_EPISODE)
-    size = choose("episodes.size", max(batch, most // batch * batch))
-    if size <= rows:
-        choose("episodes.replacement", False)
-    count = choose("episodes.count", count_episodes(ALIGN_PASSES * rows, size, batch))
-    choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
+    batch = floor_power((choices.config.episodes.size or rows) // 2, 2, ALIGN_LARGEST_BATCH)
+    # In larger episodes the prototypes of a teacher would grow with the pairs.
+    size = min(rows, LARGEST_EPISODE)
+    choose_episodes(choices, rows, batch=batch, size=size, total=ALIGN_PASSES * rows)
 
 
 def note_closed_formats(config: Config, start: Start) -> list[str]:
@@ -312,14 +303,6 @@ def note_closed_formats(config: Config, start: Start) -> list[str]:
         f"the run cannot be exported as {name}: {reason}"
         for name, reason in closed_formats(built.towers, start.open_clip_config).items()
     ]
-
-
-def choose_align_batch(pairs: int, *, divides: bool) -> int:
-    """Pairs of a batch, by the number of all; if it `divides` that, one that does if possible."""
-    batch = 2
-    while batch < ALIGN_LARGEST_BATCH and 4 * batch <= pairs:
-        batch *= 2
-    return choose_batch(batch, dividing=pairs if divides else None)
 
 
 # `finetune`: a model that is adapted to pairs
@@ -365,20 +348,11 @@ def choose_to_finetune_on(choices: Choices, start: Start, summary: Summary) -> l
         enough = min(rows, SMALLEST_BATCH * LEAST_STEPS)
         images = max(summary.images or rows, math.ceil(rows / FINETUNE_PASSES), enough)
     wanted = given.size or min(FINETUNE_LARGEST_EPISODE, images)
-    batch = SMALLEST_BATCH
-    while batch < LARGEST_BATCH and wanted // (2 * batch) >= LEAST_STEPS:
-        batch *= 2
-    usual = choose_batch(min(batch, wanted), dividing=given.size)
-    batch = choose("episodes.batch_size", usual)
-    size = choose("episodes.size", max(batch, wanted // batch * batch))
-    if rows is not None and size <= rows:
-        choose("episodes.replacement", False)
-    usual = count_episodes(FINETUNE_PASSES * images, size, batch) if images else 1
-    count = choose("episodes.count", usual)
+    batch = min(wanted, floor_power(wanted // LEAST_STEPS, SMALLEST_BATCH, LARGEST_BATCH))
+    choose_episodes(choices, rows, batch=batch, size=wanted, total=FINETUNE_PASSES * images)
     config = choices.config
     rate = 1e-3 if start.tower_kind is None else 1e-5 if config.model.lora is None else 1e-4
     choose("optim.learning_rate", rate)
-    choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
     features = None
     if config.loss.teacher > 0 and not config.teachers:
         # A stream has no end, so its captions cannot all be embedded before the run.
@@ -397,7 +371,26 @@ def choose_to_finetune_on(choices: Choices, start: Start, summary: Summary) -> l
     return []
 
 
-# What every run fills
+# What both commands, or every run, fill
+
+
+def choose_episodes(
+    choices: Choices, rows: int | None, *, batch: int, size: int, total: int
+) -> None:
+    """Episodes of about this `size` and these batches, which have `total` pairs together."""
+    choose = choices.choose
+    usual = choose_batch(batch, dividing=choices.config.episodes.size)
+    batch = choose("episodes.batch_size", usual)
+    size = choose("episodes.size", max(batch, size // batch * batch))
+    if rows is not None and size <= rows:
+        choose("episodes.replacement", False)
+    count = choose("episodes.count", count_episodes(total, size, batch))
+    choose("optim.warm_up_steps", min(500, max(1, count * (size // batch) // 20)))
+
+
+def floor_power(number: int, least: int, most: int) -> int:
+    """The largest power of two up to a number, within limits that are powers of two."""
+    return min(most, max(least, 1 << max(0, number.bit_length() - 1)))
 
 
 def fill(section: Section, values: Mapping[str, Any]) -> Section:
@@ -413,8 +406,7 @@ def fill_settings(
 
     Small towers that start untrained get the largest image size that crops of half of the images
     have, and the smallest caption length that cuts at most one caption of 20. Above 40 pixels they
-    get crops alone, which keep colours: captions name these, and only drawings of 40 pixels need
-    more augmentation (docs/results.md). Other models get the paper's.
+    get crops alone, which keep the colours that captions name (docs/results.md).
     """
     notes, model, data = list[str](), config.model, config.data
     sides = summary.sides
@@ -465,10 +457,10 @@ def fill_episodes(
 ) -> tuple[Config, list[str]]:
     """The size and number of episodes, and the numbers of prototypes; and notes on these.
 
-    An episode is the largest power of two that `rows` pairs fill, at most 131,072, in whole
-    batches; so many for a stream, whose length is None. There are 35 episodes, or more for 20
-    passes over the pairs or for 280 steps. A prototype stands for ten pairs, as in the paper, but
-    there are no more than different captions among `pairs`: captions may name few classes.
+    An episode is the largest power of two that `rows` pairs fill, up to 131,072 as for a stream
+    (None), in whole batches. There are 35 episodes, or more for 20 passes over the pairs or for 280
+    steps. A prototype stands for ten pairs, as in the paper, but there are no more than different
+    captions among `pairs`.
     """
     notes, batch, size = list[str](), config.episodes.batch_size, config.episodes.size
     if size is None:
