@@ -47,6 +47,7 @@ from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.projections import AlignedModel, FrozenEncoders
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.start import resolve_start
 from protoclip.training.watch import describe_environment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -71,7 +72,9 @@ def model_of(folder: Path) -> ProtoCLIP:
         image=ImageTowerConfig(name="tf_efficientnet_lite0", size=224),
         text=TextTowerConfig(name=str(folder), context_length=20),
     )
-    return loading.to_device(loading.model(halves, seed=0), torch.device("cpu"))
+    return loading.to_device(
+        loading.build_model(resolve_start(halves), seed=0), torch.device("cpu")
+    )
 
 
 def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:

@@ -65,6 +65,7 @@ from protoclip.models import checkpoint as saved
 from protoclip.models import loading
 from protoclip.models.checkpoint import OPTIMIZER, WEIGHTS
 from protoclip.models.protoclip import Precision, autocast, grad_scaler, image_size
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
 from protoclip.prototypes.kmeans import Bfloat16Search, KMeans, bfloat16_pays, kmeans, nearest
@@ -314,7 +315,7 @@ def grad_cache(machine: Machine) -> Iterator[Row]:
     size = 32 if machine.small else 224
     name = "test_vit.r160_in1k" if machine.small else "vit_small_patch16_224"
     tower = ImageTowerConfig(name=name.partition(".")[0], size=size)
-    built = loading.model(replace(tiny_model(), image=tower), seed=0)
+    built = loading.build_model(resolve_start(replace(tiny_model(), image=tower)), seed=0)
     batch, chunk = (8, 3) if machine.small else (32, 12)
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     tokens = torch.randint(1, 400, (batch, 8), generator=torch.Generator().manual_seed(1))
@@ -405,7 +406,7 @@ def first_step(
     tower = "test_vit" if machine.small else "vit_small_patch16_224"
     side, batch, prototypes = (32, 32, 8) if machine.small else (224, 64, 16)
     config = replace(tiny_model(), image=ImageTowerConfig(name=tower, size=side))
-    built = loading.to_device(loading.model(config, seed=0), device).train()
+    built = loading.to_device(loading.build_model(resolve_start(config), seed=0), device).train()
     if compiled:
         for part in (built.towers.visual, built.towers.transformer):
             part.compile()  # type: ignore[operator, union-attr]
@@ -498,14 +499,14 @@ def pinned(machine: Machine) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         config = tiny(folder, machine)
     samples = sources.open_samples(config)
-    built = loading.model(config.model, seed=0)
+    built = loading.build_model(resolve_start(config.model), seed=0)
     episode = sampler.episodes(config, samples)(0)
 
     def batches(device: torch.device, workers: int) -> list[Batch]:
         own = data_loader.loader(
             replace(config, data=replace(config.data, workers=workers)),
             samples,
-            tokenizer=loading.tokenizer(config.model),
+            tokenizer=resolve_start(config.model).tokenizer(),
             transform=loading.training_transform(built, "light"),
             device=device,
             on_read=lambda number, bad: None,
@@ -653,11 +654,13 @@ def steps(name: str, machine: Machine) -> Iterator[Row]:
 def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, str]:
     """Seconds of each step, operations of a pair (forward and backward), and what else there is."""
     machine.reset_peak()
-    model = loading.to_device(loading.model(config.model, seed=0), machine.device)
+    model = loading.to_device(
+        loading.build_model(resolve_start(config.model), seed=0), machine.device
+    )
     with tempfile.TemporaryDirectory() as folder:
         built = run.Run(make_plan(config), model, folder=Path(folder))
     trainer, size = built.trainer, config.episodes.batch_size
-    side, length = image_size(model.towers), loading.context_length(config.model)
+    side, length = image_size(model.towers), resolve_start(config.model).context_length
     device = machine.device
     image = torch.randn(size, 3, side, side, device=device)
     image = image.contiguous(memory_format=torch.channels_last)

@@ -39,6 +39,7 @@ from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.models import layers, loading
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
 from protoclip.prototypes import kmeans
 from protoclip.prototypes.features import QueuedFeatures
@@ -191,7 +192,7 @@ def count(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
 def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     torch.manual_seed(0)
     share, width = sizes.episode // ranks, sizes.model.heads.projection_dim
-    model = hollow(loading.model(sizes.model, seed=0))
+    model = hollow(loading.build_model(resolve_start(sizes.model), seed=0))
     for head in (model.image_head, model.text_head):
         layers.synchronise(head, torch.device("cpu"))
     source = QueuedFeatures(

@@ -28,6 +28,7 @@ from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.models import loading
 from protoclip.models.protoclip import resolve_precision
+from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
 from protoclip.training import run, watch
 from protoclip.training.plan import make_plan
@@ -52,7 +53,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
     torch.set_flush_denormal(True)
     device = torch.device("cpu")
     with collectives.process_group(device), tempfile.TemporaryDirectory() as folder:
-        model = loading.to_device(loading.model(config.model, seed=0), device)
+        model = loading.to_device(loading.build_model(resolve_start(config.model), seed=0), device)
         loading.parallelise(config, model)
         built = run.Run(make_plan(config), model, folder=Path(folder))
         for index in range(2 if profiled else config.episodes.count):

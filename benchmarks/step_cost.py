@@ -149,7 +149,7 @@ def episode_seconds(
         config, episodes=replace(config.episodes, count=1 + COUNTED, warm_up=1, locked_image=0)
     )
     device = collectives.choose_device(config.run.device)
-    model = loading.to_device(loading.model(config.model, seed=0), device)
+    model = loading.to_device(loading.build_model(resolve_start(config.model), seed=0), device)
     parts: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, timed_batches() as waits:
         opened = open_teachers(config, samples, print)

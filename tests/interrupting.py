@@ -27,6 +27,7 @@ from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
 from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
+from protoclip.models.start import resolve_start
 from protoclip.training import run
 from protoclip.training.trainer import Trainer
 from testing import tiny_config
@@ -98,7 +99,9 @@ def relative_difference(
 ) -> float:
     """Distance of all parameters, as a share of the way that they went from the start."""
     plain = with_changes(config, {"model": {"lora": None}})  # adapters start at 0
-    start = loading.training_model(plain, torch.device("cpu"))[0].state_dict()
+    start = loading.training_model(plain, torch.device("cpu"), resolve_start(plain.model))[
+        0
+    ].state_dict()
     names = [n for n in expected if "running_" not in n and "num_batches" not in n]
 
     def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -33,6 +33,9 @@ from protoclip.config import (
     TeacherConfig,
     TextTowerConfig,
 )
+from protoclip.models import loading
+from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.start import Start, resolve_start
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220)}
 SHAPES = ("square", "stripe", "corner")
@@ -77,6 +80,14 @@ def tiny_model() -> ModelConfig:
         text=TextTowerConfig(context_length=8, width=16, heads=2, layers=1),
         heads=HeadConfig(hidden_dim=32, projection_dim=8),
     )
+
+
+def build_model(
+    section: ModelConfig | Start, *, seed: int, notes: list[str] | None = None
+) -> ProtoCLIP:
+    """The model of a start, or of a section of settings."""
+    start = section if isinstance(section, Start) else resolve_start(section)
+    return loading.build_model(start, seed=seed, notes=notes)
 
 
 def tiny_config(train: str = "emoji", *, out: str, teacher: str | None = None) -> Config:

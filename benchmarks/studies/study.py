@@ -72,7 +72,6 @@ from protoclip.evaluation.metrics import half_of_samples, half_of_seeds, interva
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, WEIGHTS, write_checkpoint
-from protoclip.models.start import resolve_start
 from protoclip.progress import Progress, duration
 from protoclip.rules import check
 from protoclip.training import presets, run
@@ -384,8 +383,8 @@ def displaced(
     text tower, so that the model stays what it is. The start is a run, or untrained.
     """
     seed = config.run.seed
-    resolved = make_plan(config).config.model
-    model = loading.load(before)[0] if before is not None else loading.model(resolved, seed=seed)
+    start = make_plan(config).start
+    model = loading.load(before)[0] if before else loading.build_model(start, seed=seed)
     towers: Any = model.towers
     if not isinstance(getattr(towers, "text_projection", None), torch.Tensor):
         raise ValueError(f"{config.run.name}: rotate and shift need the small text tower")
@@ -399,13 +398,12 @@ def displaced(
             samples = sources.open_samples(config)
             assert isinstance(samples, Pairs)
             rows = range(min(256, len(samples)))
-            tokens = loading.tokenizer(resolved)([samples.sample_captions(row)[0] for row in rows])
+            tokens = start.tokenizer()([samples.sample_captions(row)[0] for row in rows])
             length = model.eval().encode_text(tokens).norm(dim=1).mean()
             # The bias before the projection moves features within the space that these fill.
             way = torch.randn(width, generator=generator)
             way *= shift * length / (way @ towers.text_projection).norm()
             towers.ln_final.bias.add_(way)
-    start = resolve_start(resolved)
     facts = {MODEL: start.description}
     write_checkpoint(folder, {WEIGHTS: dict(model.state_dict())}, facts)
 

@@ -37,7 +37,6 @@ from protoclip.data import sources, tools
 from protoclip.data.pairs import ImageTextPairs, Pairs
 from protoclip.distributed import collectives
 from protoclip.evaluation import datasets
-from protoclip.models import loading
 from protoclip.models.checkpoint import (
     MODEL,
     WEIGHTS,
@@ -48,7 +47,7 @@ from protoclip.models.checkpoint import (
 )
 from protoclip.training.plan import make_plan
 from protoclip.training.run import train
-from testing import run_distributed, tiny_config
+from testing import build_model, run_distributed, tiny_config
 
 FEATURES = {
     "source": ("parquet", "folder", "shards", "stream", "emoji"),
@@ -313,7 +312,7 @@ def model_for(row: Row, base: ModelConfig, data: Path) -> ModelConfig:
     if row["start"] == "yes":
         start = data / f"start-{base.image.name}"
         if not start.exists():
-            weights = dict(loading.model(base, seed=1).state_dict())
+            weights = dict(build_model(base, seed=1).state_dict())
             write_checkpoint(start, {WEIGHTS: weights}, {MODEL: model_json(base, None)})
         base = replace(base, start=str(start))
     return replace(base, lora=2 if row["lora"] == "yes" else None)

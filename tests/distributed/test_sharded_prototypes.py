@@ -14,11 +14,10 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.losses.prototypical import make_targets
-from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import EpisodeFeatures, QueuedFeatures
 from protoclip.prototypes.targets import cluster_spaces
-from testing import run_distributed, tiny_model
+from testing import build_model, run_distributed, tiny_model
 
 Owners = Callable[[int, int], Tensor]
 
@@ -197,7 +196,7 @@ def test_targets_of_ranks_are_those_of_one_process(world_size, back_translation,
 def queue_of(state: dict[str, Any], steps: range) -> tuple[dict[str, Any], EpisodeFeatures | None]:
     """The queue after some global batches of 8 samples, and what it gives once it is full."""
     source = QueuedFeatures(
-        model=loading.model(tiny_model(), seed=0),
+        model=build_model(tiny_model(), seed=0),
         batches=lambda episode: [],
         teachers={},
         autocast=nullcontext,

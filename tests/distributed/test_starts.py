@@ -16,6 +16,7 @@ from protoclip.config import (
 )
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.models.loading import training_model
+from protoclip.models.start import resolve_start
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 from tiny_hugging_face import NO_DROPOUT, save_bert, save_dual_encoder, save_siglip
@@ -67,7 +68,7 @@ def test_ranks_train_what_one_process_trains(start, strategies, tmp_path):
 
 def sharded_layers(config: Config) -> list[str]:
     """The layers of a sharded model that are gathered one by one."""
-    built, _ = training_model(config, torch.device("cpu"))
+    built, _ = training_model(config, torch.device("cpu"), resolve_start(config.model))
     return [name for name, part in built.named_modules() if name and isinstance(part, FSDPModule)]
 
 

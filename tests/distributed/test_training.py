@@ -34,11 +34,12 @@ from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import prepare
 from protoclip.models import layers, loading
 from protoclip.models.checkpoint import RESUME, find_checkpoint, read_tensors
+from protoclip.models.start import resolve_start
 from protoclip.prototypes.features import EpisodeFeatures, ExtractedFeatures
 from protoclip.training.optim import PROTOTYPICAL, enter_stage
 from protoclip.training.run import train
 from protoclip.training.trainer import Trainer
-from testing import run_distributed, tiny_config, tiny_model, tiny_pairs
+from testing import build_model, run_distributed, tiny_config, tiny_model, tiny_pairs
 
 PAIRS, PROTOTYPES, WIDTH = 16, 6, 8
 
@@ -54,7 +55,7 @@ def gradients(
 
     `frozen` is the BatchNorm of the towers, `sharded` the model, by FSDP2.
     """
-    model = loading.model(tiny_model(), seed=0).double()
+    model = build_model(tiny_model(), seed=0).double()
     if "sigmoid" in terms:
         model.add_logit_bias()
     distils = [term for term in terms if term.startswith("distil")]
@@ -354,10 +355,12 @@ def test_a_stream_goes_on_with_other_ranks(serve, tmp_path):
 def built(config: Config) -> tuple[int, dict[str, Tensor], dict[str, Tensor], int]:
     """Whole models made; weights, buffers and parameters on this rank of the sharded model."""
     with pytest.MonkeyPatch.context() as patch:
-        model = Mock(wraps=loading.model)
-        patch.setattr(loading, "model", model)
+        model = Mock(wraps=loading.build_model)
+        patch.setattr(loading, "build_model", model)
         torch.manual_seed(collectives.rank())  # the state of a rank must not matter
-        sharded, _ = loading.training_model(config, torch.device("cpu"))
+        sharded, _ = loading.training_model(
+            config, torch.device("cpu"), resolve_start(config.model)
+        )
     held = sum(p.detach().to_local().numel() for p in sharded.parameters() if p.ndim)
     return model.call_count, parallel.gather_weights(sharded), dict(sharded.named_buffers()), held
 
@@ -370,7 +373,7 @@ def test_fsdp_builds_the_whole_model_on_rank_0_only():
         model=replace(tiny_model(), image=image),
         parallel=ParallelConfig(strategy="fsdp"),
     )
-    whole = loading.model(config.model, seed=config.run.seed)
+    whole = build_model(config.model, seed=config.run.seed)
     expected, buffers = whole.state_dict(), dict(whole.named_buffers())
     assert "towers.attn_mask" in buffers.keys() - expected.keys()
     (made, first, *one), (made_by_other, second, *other) = run_distributed(built, 2, config)

@@ -42,7 +42,7 @@ from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data
 from protoclip.training.run import align
 from protoclip.training.trainer import Trainer
-from testing import run_distributed, tiny_pairs
+from testing import build_model, run_distributed, tiny_pairs
 from tiny_align import changed, rows_of, weights_of
 
 
@@ -66,7 +66,7 @@ def ended(given, tmp_path_factory) -> Path:
 
 def test_only_what_lies_between_the_halves_trains(given, ended):
     after = weights_of(ended)
-    before = loading.model(choose_before_data("align", given).config.model, seed=0).state_dict()
+    before = build_model(choose_before_data("align", given).config.model, seed=0).state_dict()
     between = (
         "towers.visual.head.",
         "towers.text.proj.",
@@ -159,7 +159,7 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     plan, encoded, model = rows_of(given)
     settings: dict[str, Any] = {
         "pairs": plan.samples,
-        "tokenizer": loading.tokenizer(plan.start),
+        "tokenizer": plan.start.tokenizer(),
         "transform": loading.evaluation_transform(model),
         "batch_size": 16,
         "seed": 0,

@@ -15,11 +15,10 @@ from PIL import Image
 import protoclip
 from interrupting import with_changes
 from protoclip.config import ModelConfig, TextTowerConfig, build
-from protoclip.models import loading
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.start import resolve_start
 from protoclip.training.run import align
-from testing import tiny_config
+from testing import build_model, tiny_config
 from tiny_align import changed, tiny_alignment
 from tiny_hugging_face import (
     save_bert,
@@ -105,7 +104,7 @@ def test_a_half_is_the_tower_of_another_model(image, text, given, models, tmp_pa
         )
         torch.testing.assert_close(between.encode_text(features["text"]), model.encode_text(tokens))
         for tower, reference in (("image", image), ("text", text)):
-            start = loading.model(ModelConfig(start=models[reference]), seed=0).eval()
+            start = build_model(ModelConfig(start=models[reference]), seed=0).eval()
             known = original(start, tower, tokens)
             torch.testing.assert_close(features[tower], known, atol=1e-5, rtol=1e-5)
 
@@ -145,11 +144,11 @@ def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_pat
         save_pooling(folder, pooling)
     text = TextTowerConfig(name=str(folder), context_length=16)
     start = resolve_start(ModelConfig(text=text)).model
-    tokens = loading.tokenizer(start)(TEXTS)
+    tokens = start.tokenizer()(TEXTS)
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
-        found = FrozenEncoders(loading.model(start, seed=0).towers).eval().encode_text(tokens)
+        found = FrozenEncoders(build_model(start, seed=0).towers).eval().encode_text(tokens)
         inputs = words(TEXTS, return_tensors="pt", padding=True)
         states, mask = theirs(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         mean = (states * mask).sum(1) / mask.sum(1)
@@ -184,7 +183,7 @@ def test_a_trunk_whose_classifier_projects_is_a_half(given, tmp_path):
     vision |= {"image_size": 32, "timm_pool": "avg"}
     model = str(save_open_clip(tmp_path / "model", {**CLIP, "vision_cfg": vision}))
     start = resolve_start(build(ModelConfig, settings_of(given, model, None)["model"], "model."))
-    halves = FrozenEncoders(loading.model(start, seed=0).towers).eval()
+    halves = FrozenEncoders(build_model(start, seed=0).towers).eval()
     trunk = protoclip.load(model)[0].towers.visual.trunk.eval()
     with torch.inference_mode():
         expected = trunk.forward_head(trunk.forward_features(PIXELS), pre_logits=True)

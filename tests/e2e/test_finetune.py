@@ -27,12 +27,11 @@ from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import SampleResults, difference, influences, mark_clear
 from protoclip.evaluation.paired import read_results
 from protoclip.models import checkpoint as saved
-from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training import evaluate
 from protoclip.training.evaluate import ALPHAS, RunEvaluator, interpolate
 from protoclip.training.run import finetune, train
-from testing import run_distributed, tiny_config
+from testing import build_model, run_distributed, tiny_config
 
 GUARD = "eval/general/zero_shot/acc1"
 FEW = (0.0, 0.5, 1.0)
@@ -231,7 +230,7 @@ def test_every_command_takes_the_chosen_weights(top, copied, tmp_path, capsys):
     assert torch.equal(scale, chosen["towers.logit_scale"])
     config = tiny_config(f"{top}/own.parquet", out=str(tmp_path / "next"))
     config = with_changes(config, {"model": {"start": str(copied)}})
-    first = loading.model(config.model, seed=0).state_dict()
+    first = build_model(config.model, seed=0).state_dict()
     assert all(torch.equal(first[name], value) for name, value in chosen.items())
     capsys.readouterr()
     words = f"{copied} --data {top}/own.parquet --tasks retrieval --no-cache --json"

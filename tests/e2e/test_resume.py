@@ -24,11 +24,10 @@ from interrupting import (
     with_out,
 )
 from protoclip.models import checkpoint as saved
-from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
 from protoclip.training import run, watch
 from protoclip.training.folder import claim_folder
-from testing import tiny_config, tiny_pairs
+from testing import build_model, tiny_config, tiny_pairs
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tiny_parquet, tmp_path, monkeypatch):
@@ -148,7 +147,7 @@ def test_another_teacher_or_start_at_the_same_path_does_not_go_on(
         np.save(path, draw.normal(size=(len(ids), 8)).astype(np.float32))
 
     def start(seed: int) -> None:
-        weights = dict(loading.model(base.model, seed=seed).state_dict())
+        weights = dict(build_model(base.model, seed=seed).state_dict())
         facts = {MODEL: model_json(base.model, None)}
         saved.write_checkpoint(tmp_path / "start", {WEIGHTS: weights}, facts)
 

@@ -28,13 +28,12 @@ from protoclip.config import (
     flatten,
 )
 from protoclip.evaluation import datasets, probes
-from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint
 from protoclip.rules import check
 from protoclip.training import run
 from protoclip.training.folder import to_toml
 from protoclip.training.plan import make_plan
-from testing import tiny_config
+from testing import build_model, tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +182,7 @@ def test_fp16_trains_with_its_scaler(tiny_run, tiny_parquet, tmp_path):
     first, exact = (metrics_of(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
     assert first == pytest.approx(exact, rel=0.01)
     assert first != exact
-    start = loading.model(config.model, seed=0).state_dict()
+    start = build_model(config.model, seed=0).state_dict()
     end = load_file(find_checkpoint(tmp_path / "fp16") / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in end.values())
     for part in ("towers.visual.trunk.conv1.0.weight", "towers.text_projection"):

@@ -120,14 +120,13 @@ def data_of(source: str, data: DataConfig) -> DataConfig:
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int | None]:
     """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
-    from protoclip.models.loading import context_length, tokenizer
     from protoclip.models.opening import count_tokens
     from protoclip.models.start import resolve_start
 
     start = resolve_start(model)
     names = (model.name, model.start, model.text.name, model.text.context_length)
     is_chosen = any(name is not None for name in names)
-    return partial(count_tokens, tokenizer(start)), context_length(start) if is_chosen else None
+    return partial(count_tokens, start.tokenizer()), start.context_length if is_chosen else None
 
 
 def open_source(

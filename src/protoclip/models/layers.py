@@ -64,15 +64,14 @@ def add_adapters(
     new = PROJECTIONS if new_projections else ()
     chosen: dict[str, str] = {}
     parts = []
-    called = adaptable(model, tokens)
+    called = {n: k for n, k in adaptable(model, tokens).items() if not f"{n}.".startswith(new)}
     for tower in ("image", "text"):
         if tower in locked:
             continue
-        of_image = tower == "image"
-        layers = {n: k for n, k in called.items() if n.startswith("visual.") == of_image}
-        layers = {n: k for n, k in layers.items() if not f"{n}.".startswith(new)}
-        if any(k != "convolutional" and not is_projection(n) for n, k in layers.items()):
-            layers = {n: k for n, k in layers.items() if k != "convolutional"}
+        layers = {n: k for n, k in called.items() if n.startswith("visual.") == (tower == "image")}
+        inner = [kind for n, kind in layers.items() if not f"{n}.".startswith(PROJECTIONS)]
+        if {*inner} - {"convolutional"}:
+            layers = {n: kind for n, kind in layers.items() if kind != "convolutional"}
         if not layers:
             raise ValueError(
                 f"model.lora: peft can adapt no layer of the {tower} tower; leave model.lora out, "
@@ -100,10 +99,6 @@ def add_adapters(
         f"model.lora = {rank}: adapters for {', and for '.join(parts)}; "
         f"{sum(p.numel() for p in added):,} parameters train beside the towers' {whole:,}"
     ]
-
-
-def is_projection(name: str) -> bool:
-    return f"{name}.".startswith(PROJECTIONS)
 
 
 @torch.no_grad()

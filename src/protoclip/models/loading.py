@@ -33,7 +33,7 @@ from protoclip.models.protoclip import (
     resolve_precision,
     seed_weights,
 )
-from protoclip.models.start import Start, find_start, resolve_start
+from protoclip.models.start import Start, find_start
 from protoclip.models.transformers import auto_model, max_tokens, transformers_config
 from protoclip.progress import three_digits
 from protoclip.rules import require_path
@@ -78,12 +78,7 @@ def pin_newest(reference: str) -> str:
     return rank0_first(newest)
 
 
-def start_of(source: ModelConfig | Start) -> Start:
-    """The start itself, or that of a `[model]` section, which is looked up then."""
-    return source if isinstance(source, Start) else resolve_start(source)
-
-
-def model(source: ModelConfig | Start, *, seed: int, notes: list[str] | None = None) -> ProtoCLIP:
+def build_model(start: Start, *, seed: int, notes: list[str] | None = None) -> ProtoCLIP:
     """The model of a start, with its weights, or with new ones where it has none.
 
     New weights depend on the seed alone; the global random state is not changed. Adds a note on
@@ -92,7 +87,6 @@ def model(source: ModelConfig | Start, *, seed: int, notes: list[str] | None = N
     Raises:
         ValueError: There is no such model, or its weights are damaged or of another model.
     """
-    start = start_of(source)
     with seed_weights(seed):
         built = start.build()
         resized = start.fill(built)
@@ -101,31 +95,21 @@ def model(source: ModelConfig | Start, *, seed: int, notes: list[str] | None = N
     return built
 
 
-def tokenizer(source: ModelConfig | Start) -> Tokenizer:
-    return start_of(source).tokenizer()
-
-
-def context_length(source: ModelConfig | Start) -> int:
-    """Number of tokens that the model's captions are cut to."""
-    return int(tokenizer(source)(["a"]).shape[1])
-
-
 def training_model(
-    config: Config, device: torch.device, start: Start | None = None
+    config: Config, device: torch.device, start: Start
 ) -> tuple[ProtoCLIP, list[str]]:
     """The model that a run trains, parallel as `[parallel]` says, and notes for the user.
 
     Collective. With FSDP only rank 0 holds the whole model, on its CPU, until every rank has its
     shard. The sigmoid loss gets the logit bias that it needs.
     """
-    start = start or resolve_start(config.model)
     sharded = config.parallel.strategy == "fsdp" and world_size() > 1
 
     def build() -> tuple[ProtoCLIP, ProtoCLIP | None, list[str]]:
         notes: list[str] = []
         whole = None
         if not sharded or rank() == 0:
-            whole = model(start, seed=config.run.seed, notes=notes)
+            whole = build_model(start, seed=config.run.seed, notes=notes)
         if sharded:
             with torch.random.fork_rng(devices=[]):
                 built = start.build(on_meta=True)
@@ -136,7 +120,7 @@ def training_model(
             notes += layers.add_adapters(
                 built,
                 config.model.lora,
-                tokens=tokenizer(start)(["a"]),
+                tokens=start.tokenizer()(["a"]),
                 locked=config.model.locked,
                 new_projections=config.model.projections_are_new,
                 seed=config.run.seed,
@@ -166,7 +150,7 @@ def frozen_start(config: Config, device: torch.device, start: Start) -> TowerPai
 
     In evaluation mode and without gradients. Every rank holds them whole.
     """
-    pair = TowerPair(model(start, seed=config.run.seed).towers)
+    pair = TowerPair(build_model(start, seed=config.run.seed).towers)
     return to_device(pair.eval().requires_grad_(False), device)
 
 
@@ -199,12 +183,6 @@ def parallelise(config: Config, built: ProtoCLIP, device: torch.device) -> list[
     return notes
 
 
-def check_parallel(config: Config, start: Start) -> None:
-    """Refuse what `[parallel]` asks of towers that cannot do it, before data are read."""
-    if config.parallel.activation_checkpointing:
-        recompute_activations(start.build(on_meta=True).towers, start.model)
-
-
 def recompute_activations(towers: nn.Module, config: ModelConfig) -> None:
     """Make towers compute their activations again in the backward pass, to save memory."""
     setting, image = "parallel.activation_checkpointing", towers.get_submodule("visual")
@@ -233,9 +211,8 @@ def describe_training(
     text = config.text.name or f"a text transformer of {layers_of_text}"
     if aligns:
         return f"trains what lies between {config.image.name} and {text}, both frozen, at {sizes}"
-    hint = ""
-    if config.image.weights is None and config.text.name is None:
-        hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50"
+    is_new = config.image.weights is None and config.text.name is None
+    hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50" * is_new
     return f"trains {config.image.name} and {text}, at {sizes}{hint}"
 
 

@@ -106,8 +106,10 @@ def build_towers(
     """
     settings = deepcopy(dict(config))
     vision, text = settings["vision_cfg"], settings["text_cfg"]
-    require_fitting_size(image_size, vision, name)
     if image_size is not None:
+        # open_clip's ResNets halve the image five times before they attend to what is left.
+        stride = 32 if isinstance(vision.get("layers"), list) else 1
+        require_multiple(image_size, vision.get("patch_size") or stride, name)
         vision["image_size"] = image_size
     if context_length is not None:
         text["context_length"] = context_length
@@ -119,7 +121,7 @@ def build_towers(
         # open_clip would offer to run code.
         of_text = transformers_config(text["hf_model_name"])
         if context_length:
-            require_length(context_length, of_text, name)
+            require_length(context_length, of_text, text["hf_model_name"])
     is_custom = settings.pop("custom_text", False) or "hf_model_name" in text
     kind: Any = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
     kind = open_clip.CoCa if is_custom and "multimodal_cfg" in settings else kind
@@ -128,14 +130,6 @@ def build_towers(
     set_model_preprocess_cfg(built, {**images, "size": built.visual.image_size})
     set_trunk_size(built, image_size, name)
     return built
-
-
-def require_fitting_size(size: int | None, vision: Mapping[str, Any], name: str) -> None:
-    """Refuse an image size that the patches of an image tower of open_clip do not divide."""
-    if size is not None:
-        # open_clip's ResNets halve the image five times before they attend to what is left.
-        stride = 32 if isinstance(vision.get("layers"), list) else 1
-        require_multiple(size, vision.get("patch_size") or stride, name)
 
 
 def set_trunk_size(built: Any, size: int | None, name: str) -> None:

@@ -56,36 +56,25 @@ class Projections(nn.Module):
         return projected
 
 
-def start_projections(
-    whole: ProtoCLIP, image: Float[Tensor, "q k"], text: Float[Tensor, "r k"]
-) -> None:
+@torch.no_grad()
+def start_projections(towers: Any, image: Float[Tensor, "q k"], text: Float[Tensor, "r k"]) -> None:
     """Let the projections of both towers begin as linear maps, whose first columns matter most.
 
     What they leave free stays as drawn, at a tenth of its size: it may train, and disturbs little.
     """
-    towers: Any = whole.towers
     for tower, linear in ((towers.visual, image), (towers.text, text)):
-        start_projection(getattr(tower, projection_name(tower)), linear)
-
-
-@torch.no_grad()
-def start_projection(projection: Tensor | nn.Module, linear: Float[Tensor, "q k"]) -> None:
-    """One of them: a matrix, as in open_clip's own towers, or a linear layer."""
-    if not isinstance(projection, Tensor):
-        (layer,) = (part for part in projection.modules() if isinstance(part, nn.Linear))
-        if layer.bias is not None:
-            layer.bias.zero_()
-        projection = layer.weight.T
-    write(projection, linear)
-
-
-def write(weight: Float[Tensor, "q d"], values: Float[Tensor, "p k"]) -> None:
-    """Put values into the corner of a matrix, scaled to the size that layers are drawn at."""
-    weight.mul_(0.1)
-    rows, columns = min(len(weight), len(values)), min(weight.shape[1], values.shape[1])
-    values = values[:rows, :columns]
-    size = len(weight) ** -0.5 / values.square().mean().sqrt().clamp(min=1e-12)
-    weight[:rows, :columns] = (values * size).to(weight)
+        weight = getattr(tower, projection_name(tower))  # a matrix in open_clip's own towers
+        if not isinstance(weight, Tensor):
+            (layer,) = (part for part in weight.modules() if isinstance(part, nn.Linear))
+            if layer.bias is not None:
+                layer.bias.zero_()
+            weight = layer.weight.T
+        weight.mul_(0.1)
+        rows, columns = min(len(weight), len(linear)), min(weight.shape[1], linear.shape[1])
+        values = linear[:rows, :columns]
+        # At the size that layers are drawn at.
+        size = len(weight) ** -0.5 / values.square().mean().sqrt().clamp(min=1e-12)
+        weight[:rows, :columns] = (values * size).to(weight)
 
 
 class AlignedModel(ProtoCLIP):

@@ -204,9 +204,8 @@ class Start:
 
     def count_cut_captions(self, texts: list[str]) -> tuple[int, int]:
         """How many captions are longer than the model's context length, and that length."""
-        tokenizer = self.tokenizer()
-        length = self.sizes["context_length"] or int(tokenizer(["a"]).shape[1])
-        return sum(number > length for number in count_tokens(tokenizer, texts)), length
+        length = self.context_length
+        return sum(number > length for number in count_tokens(self.tokenizer(), texts)), length
 
     def describe(self) -> dict[str, Any]:
         """`towers_json`, or the same of the towers that `model` describes.
@@ -271,16 +270,17 @@ class Start:
         return {"image_size": image.size or size, "context_length": text.context_length or length}
 
     @property
+    def context_length(self) -> int:
+        """How many tokens captions are cut to."""
+        return self.sizes["context_length"] or int(self.tokenizer()(["a"]).shape[1])
+
+    @property
     def is_resized(self) -> bool:
         """Whether `model` has other sizes than the weights."""
-        if not self.has_weights:
-            return False
-        size, length = self.own.image.size, self.own.text.context_length
-        if (config := self.open_clip_config) is not None:
-            size = size or config["vision_cfg"].get("image_size", 224)
-            length = length or config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
-        image, text = self.model.image, self.model.text
-        return image.size not in (None, size) or text.context_length not in (None, length)
+        own, model = self.own, self.model
+        is_same = own.image.size == model.image.size
+        is_same &= own.text.context_length == model.text.context_length
+        return self.has_weights and not is_same
 
     @property
     def tower_kind(self) -> TowerKind | None:
@@ -710,9 +710,6 @@ class SmallTowers(Start):
     def build_towers(self, *, pretrained_text: bool = True) -> nn.Module:
         """The towers with the weights that `model` names; without any on the meta device."""
         image, text, size = self.model.image, self.model.text, self.sizes["image_size"]
-        if text.name is not None:
-            length = self.sizes["context_length"]
-            transformers.require_text_tower(text.name, self.text_source, context_length=length)
         built: Any = super().build_towers()
         trunk = built.visual.trunk
         if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
@@ -726,8 +723,9 @@ class SmallTowers(Start):
             pool = "" if image.pooling == "own" else "avg"
             trunk.load_state_dict(timm.read_image_weights(image.name, image.weights, size, pool))
         if text.name is not None:
-            weights = transformers.read_text_weights(text.name, self.text_source)
-            built.text.transformer.load_state_dict(weights)
+            with transformers.explain_errors(text.name, self.text_source):
+                encoder = transformers.read_library_model(self.text_source, add_pooling_layer=False)
+            built.text.transformer.load_state_dict(encoder.state_dict())
         return built  # type: ignore[no-any-return]
 
     def fill(self, built: ProtoCLIP) -> list[str]:
@@ -737,9 +735,13 @@ class SmallTowers(Start):
 def small_start(section: ModelConfig) -> SmallTowers:
     """The start of a section that describes the towers, with each tower's way of pooling."""
     section = replace(section, image=timm.add_pooling(section.image))
-    name = section.text.name
-    if name is not None and section.text.pooling is None:
-        pooling = transformers.find_pooling(name)
+    if (name := section.text.name) is not None:
+        kind, kinds = text_config(name, text_source(name)).model_type, transformers.TEXT_KINDS
+        if kind not in kinds:
+            raise ValueError(
+                f"model.text.name: {name} is of kind {kind}; text towers are of {', '.join(kinds)}"
+            )
+        pooling = section.text.pooling or transformers.find_pooling(name)
         section = replace(section, text=replace(section.text, pooling=pooling))
     return SmallTowers(reference=section.image.name, model=section, own=section)
 
@@ -833,7 +835,6 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
         "vision_cfg": {**vision_cfg, "image_size": native_size},
         "text_cfg": text_cfg,
     }
-    open_clip_models.require_fitting_size(section.image.size, vision_cfg, image.reference)
     # Sizes of a tower that starts untrained follow from the data.
     model = section
     if not isinstance(image, SmallTowers) or section.image.weights is not None:

@@ -21,6 +21,7 @@ from protoclip.models.opening import (
     readable_errors,
     unreachable,
 )
+from protoclip.models.protoclip import evaluation_mode
 from protoclip.rules import require_path
 
 PUBLISHED = "published"
@@ -153,21 +154,13 @@ def set_input_size(trunk: Any, size: int, name: str) -> None:
         return
     settings = getattr(trunk, "pretrained_cfg", None) or {}
     native_size = settings.get("input_size", (3, size))[-1]
-    if native_size != size and settings.get("fixed_input_size") and not can_read(trunk, size):
+    if native_size == size or not settings.get("fixed_input_size"):
+        return
+    try:
+        with torch.no_grad(), evaluation_mode(trunk):
+            trunk(torch.zeros(1, 3, size, size, device=next(trunk.parameters()).device))
+    except Exception as error:  # each of timm's models has its own
         raise ValueError(
             f"model.image.size: {name} cannot read images of {size} pixels; its own are of "
             f"{native_size}"
-        )
-
-
-def can_read(trunk: Any, size: int) -> bool:
-    """Whether an image tower of timm can read images of this size."""
-    trains = trunk.training
-    try:
-        with torch.no_grad():
-            trunk.eval()(torch.zeros(1, 3, size, size, device=next(trunk.parameters()).device))
-    except Exception:  # each of timm's models has its own
-        return False
-    finally:
-        trunk.train(trains)
-    return True
+        ) from error

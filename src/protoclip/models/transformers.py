@@ -232,11 +232,8 @@ def build_library_towers(
 ) -> HuggingFaceTowers:
     """New towers of a description; nothing is read."""
     config, images = config_of(described), dict(described["preprocess_cfg"])
-    text, vision, is_masked = (
-        config.text_config,
-        config.vision_config,
-        config.model_type == MASKED_KIND,
-    )
+    text, vision = config.text_config, config.vision_config
+    is_masked = config.model_type == MASKED_KIND
     if image_size not in (None, images["size"]):
         if is_masked:
             raise ValueError(
@@ -509,7 +506,13 @@ def find_pooling(name: str) -> Literal["mean", "cls"]:
         file = cached_file(source, POOLING, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return "mean"
-    ways = pooling_modes(json.loads(read_local(Path(file))))
+    settings = json.loads(read_local(Path(file)))
+    # Newer files name the way, or several. Older ones have a flag for each, such as
+    # `pooling_mode_cls_token`.
+    if (ways := settings.get("pooling_mode")) is None:
+        flags = [flag for flag in settings if flag.startswith("pooling_mode_") and settings[flag]]
+        ways = [re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags]
+    ways = {ways} if isinstance(ways, str) else {*ways}
     if ways == {"cls"}:
         return "cls"
     if ways - {"mean"}:
@@ -518,18 +521,6 @@ def find_pooling(name: str) -> Literal["mean", "cls"]:
             "towers take the mean or the first token, so choose one with model.text.pooling"
         )
     return "mean"
-
-
-def pooling_modes(settings: dict[str, Any]) -> set[str]:
-    """How sentence-transformers pools tokens, by a file of its settings.
-
-    Newer files name the way, or several. Older ones have a flag for each, such as
-    `pooling_mode_cls_token`.
-    """
-    if (named := settings.get("pooling_mode")) is not None:
-        return {named} if isinstance(named, str) else {*named}
-    flags = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
-    return {re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags}
 
 
 def max_tokens(config: Any) -> int:
@@ -549,24 +540,6 @@ def require_length(context_length: int, config: Any, name: str) -> None:
         raise ValueError(
             f"model.text.context_length: {context_length} is too large; {name} reads at most {most}"
         )
-
-
-def require_text_tower(name: str, source: str, *, context_length: int) -> None:
-    """Refuse a text model that open_clip cannot hold, or that reads fewer tokens."""
-    config = text_config(name, source)
-    if config.model_type not in TEXT_KINDS:
-        raise ValueError(
-            f"model.text.name: {name} is of kind {config.model_type}; text towers are of "
-            f"{', '.join(TEXT_KINDS)}"
-        )
-    require_length(context_length, config, name)
-
-
-def read_text_weights(name: str, source: str) -> dict[str, Tensor]:
-    """The weights of a Hugging Face text model without its pooling layer; safetensors only."""
-    with explain_errors(name, source):
-        state: dict[str, Tensor] = read_library_model(source, add_pooling_layer=False).state_dict()
-    return state
 
 
 def read_library_model(name: str, **settings: Any) -> Any:

@@ -21,6 +21,7 @@ from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import checkpoint, loading
+from protoclip.models.start import resolve_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.examples import (
@@ -145,8 +146,9 @@ def map_before(
         captions=[examples.captions[row] for row in rows],
     )
     try:
-        model = loading.model(config.model, seed=config.run.seed)
-        transform, tokenizer = loading.evaluation_transform(model), loading.tokenizer(config.model)
+        start = resolve_start(config.model)
+        model = loading.build_model(start, seed=config.run.seed)
+        transform, tokenizer = loading.evaluation_transform(model), start.tokenizer()
     except (ValueError, OSError):
         return []
     encoder = make_encoder(model, transform, tokenizer, device=device)

@@ -179,7 +179,8 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
                 "loss.positives = shared, since all captions that a visit brings are an image's own"
             )
     if config.parallel.activation_checkpointing:
-        loading.check_parallel(config, start)
+        towers = start.build(on_meta=True).towers
+        loading.recompute_activations(towers, start.model)
     if loss.instance == "auto":
         sigmoid = start.has_logit_bias
         loss = replace(loss, instance="sigmoid" if sigmoid else "info_nce")
@@ -382,7 +383,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     rows = encode_sides(
         encoders,
         samples,
-        tokenizer=loading.tokenizer(plan.start),
+        tokenizer=plan.start.tokenizer(),
         transform=loading.evaluation_transform(model),
         root=features_folder(config),
         threads=count_threads(config),
@@ -415,7 +416,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         episodes = replace(episodes, size=left, batch_size=left)
     else:  # with `run.overfit` all pairs may be known before the first step
         moments = rows.second_moments(device)
-        start_projections(model, *canonical_projections(moments))
+        start_projections(model.towers, *canonical_projections(moments))
         towers: Any = model.towers
         for tower in (towers.visual, towers.text):
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
@@ -451,7 +452,7 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
     """
     config, root = plan.config, features_folder(plan.config)
     device = collectives.choose_device(config.run.device)
-    model = loading.to_device(loading.model(plan.start, seed=config.run.seed), device)
+    model = loading.to_device(loading.build_model(plan.start, seed=config.run.seed), device)
     encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
     encoder = image_side(
         encoders,

@@ -277,7 +277,7 @@ class Run:
         self.loader = data_loader.loader(
             config,
             samples,
-            tokenizer=loading.tokenizer(plan.start),
+            tokenizer=plan.start.tokenizer(),
             captions=plan.captions,
             transform=loading.evaluation_transform(model)
             if config.run.overfit

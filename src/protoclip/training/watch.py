@@ -37,7 +37,6 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.files import to_json, write_atomically
-from protoclip.models.loading import context_length
 from protoclip.models.protoclip import PROJECTIONS, Precision, ProtoCLIP, image_size
 from protoclip.models.start import Start
 from protoclip.terminal import say
@@ -167,10 +166,7 @@ def count_forward_flops(start: Start) -> Forward:
     without a batch. Matrix products and convolutions count."""
     model = start.build(on_meta=True)
     pair: Any = model.towers
-    size = image_size(pair)
-    length = pair.context_length if hasattr(pair, "context_length") else context_length(start)
-    if start.model.name is None and start.model.start is None:
-        size, length = start.sizes.values()
+    size, length = image_size(pair), start.context_length
     samples = 2  # BatchNorm needs more than one
 
     def count(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:

@@ -5,7 +5,7 @@ import pytest
 
 from protoclip.cli.data import Index, tokens_of
 from protoclip.config import DataConfig, ModelConfig, SourceConfig, TextTowerConfig
-from protoclip.models.loading import context_length
+from protoclip.models.start import resolve_start
 
 CAPTIONS = ["a dog", "", "x" * 500, "Ünïcode 猫 👩\u200d🚀 don't  &amp;\n<b> go"]
 
@@ -22,7 +22,7 @@ def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
     # A word of megabytes would take the tokenizer hours; no tower reads its end.
     assert count(["x" * 9_999 + " dog"]) == count(["x" * 500 + " dog"])
     # Without a model it follows from the captions.
-    assert length == (None if model == ModelConfig() else context_length(model))
+    assert length == (None if model == ModelConfig() else resolve_start(model).context_length)
 
 
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,8 @@ from protoclip.data.split import Chosen
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.distributed import collectives
 from protoclip.encode.store import hash_ids
-from protoclip.models import loading
 from protoclip.prototypes.features import ExtractedFeatures
-from testing import run_distributed, tiny_model, tiny_pairs
+from testing import build_model, run_distributed, tiny_model, tiny_pairs
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
@@ -295,7 +294,7 @@ def test_no_sample_has_the_prototype_of_another(lost):
     }
     names = [extracted[position] for position in range(240)]
     features = ExtractedFeatures(
-        model=loading.model(tiny_model(), seed=0),
+        model=build_model(tiny_model(), seed=0),
         batches=lambda _: [],
         teachers={},
         autocast=nullcontext,

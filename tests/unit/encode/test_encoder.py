@@ -20,9 +20,9 @@ from protoclip.config import ModelConfig, TextTowerConfig
 from protoclip.data.pairs import Sample
 from protoclip.data.transforms import OfMiddle
 from protoclip.encode.encoder import Encoder, open_encoder, text_encoder
-from protoclip.models import loading
 from protoclip.models.loading import MAX_TOKENS
 from protoclip.models.open_clip import open_clip_tokenizer
+from protoclip.models.start import resolve_start
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_bert, save_dual_encoder, save_mpnet, save_roberta
@@ -187,4 +187,4 @@ def test_a_long_caption_is_cut_to_the_positions_of_the_model(save, tmp_path):
     torch.testing.assert_close(long, longer)
     assert teacher.encode(["a dog " * MAX_TOKENS]).isfinite().all()
     half = ModelConfig(text=TextTowerConfig(name=str(folder)))
-    assert loading.context_length(half) == 24
+    assert resolve_start(half).context_length == 24

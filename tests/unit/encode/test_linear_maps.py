@@ -1,6 +1,7 @@
 """PCA and whitening, where two frozen spaces agree, and heads that start there."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from protoclip.encode.linear_maps import (
     moments_of_pairs,
     out_of_fold,
 )
-from protoclip.models.projections import AlignedModel, start_projection
+from protoclip.models.projections import AlignedModel, start_projections
 from testing import run_distributed
 from tiny_align import changed, rows_of, tiny_alignment
 
@@ -106,7 +107,9 @@ def test_a_projection_starts_as_a_linear_map(made):
     if isinstance(projection, nn.Sequential):
         width = next(m for m in projection.modules() if isinstance(m, nn.Linear)).in_features
     features, linear = torch.randn(10, width), torch.randn(width, 4)
-    start_projection(projection, linear)
+    towers = SimpleNamespace(visual=nn.Module(), text=nn.Module())
+    towers.visual.proj, towers.text.proj = projection, nn.Linear(width, 4)
+    start_projections(towers, linear, linear)
     with torch.no_grad():
         is_matrix = isinstance(projection, nn.Parameter)
         outputs = features @ projection if is_matrix else projection(features)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from protoclip.config import ModelConfig
-from protoclip.models import loading
 from protoclip.models.checkpoint import write_checkpoint
+from testing import build_model
 
 
 def save_run(folder: Path, config: ModelConfig, *, alpha: float | None = None) -> Path:
     """A run with one checkpoint, with `alpha` one of chosen weights; returns its folder."""
     described = {"model": asdict(config)} | ({} if alpha is None else {"alpha": alpha})
     facts = {"model.json": described, "state.json": {}}
-    weights = loading.model(config, seed=1).state_dict()
+    weights = build_model(config, seed=1).state_dict()
     tensors = {"model.safetensors": weights, "resume.safetensors": {}}
     write_checkpoint(folder / "checkpoints" / "step-000000004", tensors, facts)
     return folder

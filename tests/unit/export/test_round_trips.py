@@ -37,12 +37,12 @@ from protoclip.encode.encoder import image_encoder, prepare_image
 from protoclip.export.card import project
 from protoclip.export.open_clip import open_source
 from protoclip.files import file_checksum
-from protoclip.models import loading
 from protoclip.models.checkpoint import CHECKSUMS, MODEL, find_checkpoint
 from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.start import resolve_start
 from protoclip.training import run
 from protoclip.training.plan import resolve_settings
-from testing import tiny_config, tiny_model, tiny_pairs
+from testing import build_model, tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, save_open_clip
 
@@ -164,8 +164,8 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
     config, notes = planned.config, planned.notes
     assert config.loss.instance == ("sigmoid" if kind in SIGMOID else "info_nce")
     assert not [note for note in notes if "resizes images" in note]
-    built = loading.model(config.model, seed=0).eval()
-    reads = loading.tokenizer(config.model)
+    built = build_model(config.model, seed=0).eval()
+    reads = resolve_start(config.model).tokenizer()
     assert all(map(torch.equal, features((built, None, reads), pixels), expected))
     run.train(training(pairs, tmp_path / "run", given))
     shutil.rmtree(tmp_path / "moved")
@@ -232,7 +232,7 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(save, pairs, tmp_path,
     # The checkpoint itself starts a run, with its heads. It was trained on cropped images.
     outlined = resolve_settings(Config(model=ModelConfig(start=str(tmp_path / "parts"))))
     assert not any("resizes images by" in note for note in outlined.notes)
-    again = loading.model(outlined.config.model, seed=1)
+    again = build_model(outlined.config.model, seed=1)
     assert all(torch.equal(value, whole[key]) for key, value in again.state_dict().items())
 
 

@@ -16,8 +16,7 @@ from protoclip.losses.balance import MOST, Balance, measure
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.models import loading
-from testing import tiny_config, tiny_model
+from testing import build_model, tiny_config, tiny_model
 
 TAKEN = torch.tensor(True)
 EQUAL = {"image": 1.0, "text": 1.0}  # weights
@@ -77,7 +76,7 @@ def test_prototypes_that_hardly_pull_are_not_blown_up():
 @pytest.mark.parametrize("chunk", [8, 3])
 def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
     """Of both branches apart, in one pass and with GradCache; once taken, they start anew."""
-    model = loading.model(tiny_model(), seed=0).eval()
+    model = build_model(tiny_model(), seed=0).eval()
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(8, 3, 32, 32, generator=generator)
     tokens = torch.randint(1, 90, (8, 8), generator=generator)
@@ -121,7 +120,7 @@ def test_pulls_are_norms_of_gradients_at_the_outputs_of_the_towers(chunk):
 
 def test_start_and_teacher_have_no_part_in_the_pull_of_info_nce():
     """Or prototypes would grow with what is distilled. The gradient is that of all."""
-    model = loading.model(tiny_model(), seed=0).eval().double()
+    model = build_model(tiny_model(), seed=0).eval().double()
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(8, 3, 32, 32, generator=generator).double()
     tokens = torch.randint(1, 90, (8, 8), generator=generator)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
-from protoclip.models import layers, loading
+from protoclip.models import layers
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training.optim import PROTOTYPICAL, enter_stage, limit_stage
-from testing import tiny_model
+from testing import build_model, tiny_model
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import halves
 
@@ -79,7 +79,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     else:
         config = config_of(name, monkeypatch)
         expected = f"{TOWERS[name]} layers of the image tower"
-    model, plain = (loading.model(config, seed=0) for _ in range(2))
+    model, plain = (build_model(config, seed=0) for _ in range(2))
     before = [part.clone() for part in features(model.eval())]
     state = torch.get_rng_state()
     note = with_adapters(model, new_projections=config.projections_are_new)
@@ -120,13 +120,13 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
 
 def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
     config = halves(tmp_path, size=32)
-    model = loading.model(config, seed=0)
+    model = build_model(config, seed=0)
     note = with_adapters(model, locked=["image"], new_projections=True)
     assert "image tower" not in note
     adapted = [name for name, _ in layers.list_adapted_layers(model)]
     assert len(adapted) == 6
     assert not [name for name in adapted if "visual" in name or name.endswith("text.proj")]
-    model = loading.model(config, seed=0)
+    model = build_model(config, seed=0)
     with_adapters(model)
     assert {"towers.visual.head.proj", "towers.text.proj"} <= {
         n for n, _ in layers.list_adapted_layers(model)

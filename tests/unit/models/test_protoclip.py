@@ -16,7 +16,7 @@ from protoclip.data.captions import trim_padding
 from protoclip.models import loading
 from protoclip.models.checkpoint import write_checkpoint
 from protoclip.models.start import resolve_start
-from testing import tiny_model
+from testing import build_model, tiny_model
 from tiny_starts import halves
 
 
@@ -25,7 +25,7 @@ def test_weights_are_a_function_of_the_seed(monkeypatch):
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     state = torch.get_rng_state()
-    first, second, other = (loading.model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
+    first, second, other = (build_model(tiny_model(), seed=s).state_dict() for s in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
     assert seeded == []
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -34,7 +34,7 @@ def test_weights_are_a_function_of_the_seed(monkeypatch):
 
 def test_heads_start_equal_and_scales_stay_in_range():
     """Heads begin with the same weights. The scale of the sigmoid loss alone has no limits."""
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     for a, b in zip(model.image_head.parameters(), model.text_head.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a is not b
@@ -52,7 +52,7 @@ def test_only_a_model_of_the_sigmoid_loss_has_a_logit_bias(tmp_path):
     """It starts with scale 10 and bias -10, and comes back from a checkpoint with what it learned.
     One that has a bias keeps what it has."""
     config = tiny_model()
-    model = loading.model(config, seed=0)
+    model = build_model(config, seed=0)
     plain = model.state_dict()
     assert model(torch.zeros(2, 3, 32, 32), torch.ones(2, 8, dtype=torch.long)).logit_bias is None
     model.add_logit_bias()
@@ -75,7 +75,7 @@ def test_only_a_model_of_the_sigmoid_loss_has_a_logit_bias(tmp_path):
 
 def test_embeddings_have_unit_norm_and_encoders_agree():
     """Features and projections lie on the sphere; encode_* with normalize equals forward."""
-    model = loading.model(tiny_model(), seed=0).eval()
+    model = build_model(tiny_model(), seed=0).eval()
     images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 99, (3, 8))
     out = model(images, tokens)
     for space in ("image_features", "text_features", "image_projections", "text_projections"):
@@ -90,16 +90,16 @@ def test_embeddings_have_unit_norm_and_encoders_agree():
 def test_a_vision_transformer_reads_images_of_any_size_its_patches_divide():
     """timm builds it for 224 pixels. A size that its patches do not divide is refused."""
     config = replace(tiny_model(), image=ImageTowerConfig(name="vit_tiny_patch16_224", size=48))
-    built = loading.model(config, seed=0)
+    built = build_model(config, seed=0)
     assert built.encode_image(torch.zeros(2, 3, 48, 48)).shape == (2, 16)
     odd = replace(config, image=replace(config.image, size=40))
     with pytest.raises(ValueError, match=r"model\.image\.size: 40 is no multiple of the 16 pixels"):
-        loading.model(odd, seed=0)
+        build_model(odd, seed=0)
 
 
 def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients of a sum of features, and how often a layer of the image tower was computed."""
-    model = loading.model(given, seed=0).train()
+    model = build_model(given, seed=0).train()
     config = Config(model=given, parallel=ParallelConfig(activation_checkpointing=again))
     loading.parallelise(config, model, torch.device("cpu"))
     layer, calls = model.towers.visual.trunk.blocks[0], []
@@ -130,8 +130,8 @@ def test_activations_computed_again_give_the_same_gradients(kind, tmp_path):
 def test_padding_that_no_caption_of_a_batch_needs_changes_nothing(kind, tmp_path):
     """Features and gradients are those of tokens of the whole length."""
     given = halves(tmp_path, size=32) if kind == "halves" else tiny_model()
-    model = loading.model(given, seed=0).eval()
-    tokens = loading.tokenizer(given)(["a dog", "red"])
+    model = build_model(given, seed=0).eval()
+    tokens = resolve_start(given).tokenizer()(["a dog", "red"])
     short = trim_padding(tokens)
     assert model.ignores_padding
     assert short.shape[1] < tokens.shape[1]

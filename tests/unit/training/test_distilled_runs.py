@@ -14,13 +14,12 @@ import protoclip
 from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
 from protoclip.config import Config, TeacherConfig
 from protoclip.explore.explorer import read_run_config
-from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.results.page import describe_run
 from protoclip.results.read import read_run
 from protoclip.training import trainer
 from protoclip.training.run import train
-from testing import tiny_pairs
+from testing import build_model, tiny_pairs
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def test_a_tower_without_a_loss_stays(micro_batch, data, tmp_path):
     episodes = {"locked_image": 0, "warm_up": 0, "micro_batch_size": micro_batch}
     config = with_changes(config, {"episodes": episodes, "optim": {"weight_decay": 10.0}})
     config = replace(config, teachers=[config.teachers[0]])
-    before = loading.model(config.model, seed=config.run.seed).state_dict()
+    before = build_model(config.model, seed=config.run.seed).state_dict()
     train(config)
     after = read_tensors(find_checkpoint(tmp_path / "run") / "model.safetensors")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}

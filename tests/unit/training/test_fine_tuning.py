@@ -40,7 +40,7 @@ from protoclip.training.optim import (
 )
 from protoclip.training.presets import choose_optimizer, fill
 from protoclip.training.run import train
-from testing import tiny_config, tiny_model, tiny_pairs
+from testing import build_model, tiny_config, tiny_model, tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[2]))
 from tiny_hugging_face import save_dual_encoder, save_siglip
@@ -189,7 +189,7 @@ def test_layer_decay_lowers_the_rate_of_early_layers():
         optim=OptimConfig(layer_decay=0.5, image_lr_scale=0.1, heads_lr_scale=0.3),
     )
     config = replace(config, optim=fill(config.optim, choose_optimizer(config, None)))
-    model = loading.model(config.model, seed=0)
+    model = build_model(config.model, seed=0)
     groups = {id(p): g for g in make_optimizer(config, model).param_groups for p in g["params"]}
     scales = {name: groups[id(p)]["scale"] for name, p in model.named_parameters()}
     assert scales["towers.visual.head.proj.weight"] == pytest.approx(0.1)
@@ -204,7 +204,7 @@ def test_layer_decay_lowers_the_rate_of_early_layers():
 
 def test_frozen_batch_norm_keeps_statistics_and_trains_the_rest():
     """Of the towers alone: the heads are new, and need statistics of their own."""
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     enter_stage(model, limit_stage(PROTOTYPICAL, replace(tiny_model(), frozen_batch_norm=True)))
     before = {name: value.clone() for name, value in model.named_buffers()}
     out = model(*BATCH)
@@ -232,7 +232,7 @@ def test_a_locked_tower_stays_as_it_is(tower, start):
     """
     settings = replace(tiny_model(), locked=[tower], start="a run" if start == "run" else None)
     config = replace(tiny_config(out="unused"), model=settings)
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     for episode in range(4):
         stage = find_stage(config, episode)
         enter_stage(model, stage)
@@ -308,7 +308,7 @@ def test_a_run_goes_on_to_the_bit_and_loads_without_peft(way, pairs, starts, tmp
         assert train(config("parts"))["steps"] == 6
     train(config("parts"), resume="auto")
     assert_equal_ends(tmp_path / "parts", tmp_path / "whole")
-    first = loading.model(ModelConfig(start=starts(model)), seed=0)
+    first = build_model(ModelConfig(start=starts(model)), seed=0)
     monkeypatch.setitem(sys.modules, "peft", None)
     last, _, _ = protoclip.load(tmp_path / "whole")
     assert last.state_dict().keys() - {"towers.logit_bias"} == first.state_dict().keys()
@@ -332,8 +332,8 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
     )
     model = ModelConfig(start=starts(tiny_model()))
     config = replace(config, model=resolve_start(model).model)
-    samples, tokenizer = sources.open_samples(config), loading.tokenizer(config.model)
-    start = loading.frozen_start(config, torch.device("cpu"), loading.start_of(config.model))
+    samples, tokenizer = sources.open_samples(config), resolve_start(config.model).tokenizer()
+    start = loading.frozen_start(config, torch.device("cpu"), resolve_start(config.model))
     folders = {"cache": tmp_path / "features", "of_run": tmp_path / "run"}
     given = partial(embed_start, start, tokenizer, autocast=torch.no_grad, **folders)
     found = given(samples)

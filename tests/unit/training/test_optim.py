@@ -14,7 +14,6 @@ from protoclip.config import (
     ModelConfig,
     OptimConfig,
 )
-from protoclip.models import loading
 from protoclip.models.protoclip import autocast, grad_scaler, resolve_precision
 from protoclip.training.optim import (
     LOCKED_IMAGE,
@@ -29,7 +28,7 @@ from protoclip.training.optim import (
 )
 from protoclip.training.plan import resolve_settings
 from protoclip.training.presets import choose_optimizer, fill
-from testing import tiny_config, tiny_model
+from testing import build_model, tiny_config, tiny_model
 
 
 def short(**optim: object) -> Config:
@@ -44,7 +43,7 @@ def test_parameters_have_the_decay_and_rate_of_their_part(heads_decay):
     """Gains, biases and scales have no decay, and temperatures keep the common rate."""
     scales = {"image_lr_scale": 0.1, "heads_lr_scale": 0.05}
     config = short(**scales, heads_weight_decay=heads_decay)
-    model = loading.model(config.model, seed=0)
+    model = build_model(config.model, seed=0)
     model.add_logit_bias()
     adamw = make_optimizer(config, model)
     set_learning_rate(adamw, 2.0)
@@ -117,7 +116,7 @@ def test_the_order_of_the_stages():
 
 def test_the_locked_stage_fixes_the_image_tower():
     """Neither weights nor BatchNorm statistics of the image tower move; the text tower trains."""
-    model = loading.model(tiny_model(), seed=0)
+    model = build_model(tiny_model(), seed=0)
     enter_stage(model, LOCKED_IMAGE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = model(torch.randn(4, 3, 32, 32), torch.randint(1, 99, (4, 8)), project=False)
@@ -160,7 +159,7 @@ def test_cards_that_imitate_bf16_train_in_fp16(monkeypatch):
 def test_what_is_behind_the_last_stage_keeps_the_whole_rate(image, behind, last):
     """Or counts to it, where timm groups it so."""
     config = replace(tiny_model(), image=replace(tiny_model().image, name=image))
-    distances = layer_distances(loading.model(config, seed=0))
+    distances = layer_distances(build_model(config, seed=0))
     trunk = "towers.visual.trunk."
     of = {
         part: {d for name, d in distances.items() if name.startswith(f"{trunk}{part}.")}

@@ -38,7 +38,6 @@ from protoclip.data.sampler import episodes
 from protoclip.data.sources import PairsView
 from protoclip.data.split import BEGINNING, count_repeated_images
 from protoclip.data.summary import summarize
-from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
@@ -59,7 +58,7 @@ from protoclip.training.presets import (
     fill_settings,
     read_given,
 )
-from testing import tiny_config, tiny_model, tiny_pairs
+from testing import build_model, tiny_config, tiny_model, tiny_pairs
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 # What a plan leaves open, as its module says.
@@ -400,7 +399,7 @@ def test_who_cannot_learn_from_a_teacher_has_its_groups(tmp_path: Path):
     features = pa.array(list(np.eye(48, 8, dtype=np.float32)))
     own = {"sample_id": table["sample_id"], "features": features}
     pq.write_table(pa.table(own), tmp_path / "own.parquet")
-    weights = loading.model(tiny_model(), seed=1).state_dict()
+    weights = build_model(tiny_model(), seed=1).state_dict()
     description = model_json(tiny_model(), None)
     write_checkpoint(tmp_path / "start", {WEIGHTS: weights}, {MODEL: description})
     config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))

@@ -10,12 +10,11 @@ from torch import Tensor
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.models import loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.training.optim import PROTOTYPICAL
 from protoclip.training.trainer import Trainer
-from testing import tiny_model
+from testing import build_model, tiny_model
 
 IMAGES, EACH = 5, 3
 PAIRS = IMAGES * EACH
@@ -33,7 +32,7 @@ def model_and_batch() -> tuple[ProtoCLIP, Batch]:
         captions=[str(pair).encode() for pair in range(PAIRS)],
         groups=torch.arange(PAIRS)[:, None] // EACH,
     )
-    return loading.model(tiny_model(), seed=0).double().eval(), batch
+    return build_model(tiny_model(), seed=0).double().eval(), batch
 
 
 def embed(model: ProtoCLIP, batch: Batch, micro_batch: int | None) -> tuple[Any, Any]:

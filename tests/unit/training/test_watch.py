@@ -15,7 +15,6 @@ from torch import Tensor
 
 from interrupting import with_changes
 from protoclip.distributed import collectives
-from protoclip.models import loading
 from protoclip.training.optim import (
     LOCKED_IMAGE,
     PROTOTYPICAL,
@@ -34,7 +33,7 @@ from protoclip.training.watch import (
     find_peak,
     measure_repeats,
 )
-from testing import run_distributed, tiny_config, tiny_model, tiny_pairs
+from testing import build_model, run_distributed, tiny_config, tiny_model, tiny_pairs
 
 NAN, INF = math.nan, math.inf
 
@@ -317,7 +316,7 @@ def test_the_peak_is_that_of_cards_that_are_known(card, precision, expected):
 
 def test_the_share_of_the_peak_follows_from_what_trains(monkeypatch):
     """60 pairs in a second, with 3 passes each, or one of a locked image tower."""
-    model, now = loading.model(tiny_model(), seed=0), Mock()
+    model, now = build_model(tiny_model(), seed=0), Mock()
     measured = Throughput(peak=1e15, forward=FORWARD, captions=2)
     monkeypatch.setattr(time, "monotonic", now)
     for stage, flops in ((PROTOTYPICAL, 3 * 30e9 + 2 * 3 * 10e9), (LOCKED_IMAGE, 90e9)):
