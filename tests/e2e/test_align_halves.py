@@ -144,7 +144,7 @@ def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_pat
         save_pooling(folder, pooling)
     text = TextTowerConfig(name=str(folder), context_length=16)
     start = resolve_start(ModelConfig(text=text)).model
-    tokens = start.tokenizer()(TEXTS)
+    tokens = resolve_start(start).tokenizer()(TEXTS)
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
