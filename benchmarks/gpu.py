@@ -1,7 +1,7 @@
 """Is everything right on a CUDA card, and how fast is it? One command, under nine minutes.
 
 Compares every path that differs on a GPU with the CPU, then measures what a step, a clustering and
-the decoding of images cost. Needs the package alone; faiss is measured too where it is installed.
+the decoding of images cost, beside open_clip_train and faiss where they are installed.
 
     python benchmarks/gpu.py [--only losses,kmeans] [--minutes 8.8] [--out gpu.md]
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -72,13 +73,19 @@ from protoclip.prototypes.kmeans import Bfloat16Search, KMeans, bfloat16_pays, k
 from protoclip.prototypes.targets import back_translate
 from protoclip.training import run
 from protoclip.training.plan import make_plan
-from protoclip.training.watch import NonFiniteGuard, describe_environment
+from protoclip.training.watch import NonFiniteGuard, describe_environment, find_peak
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from testing import tiny_config, tiny_model
 
 # In float32 the losses lose up to five digits, since logits go up to 100. TF32 would lose seven.
 FLOAT32 = 1e-4
+# Shares of a card's peak that a step of a ViT should reach, and what open_clip's reached.
+PASSES, GOOD = 0.12, 0.2
+PUBLISHED = {
+    "ViT-B-32": "open_clip 11% (773 pairs/s), A100",
+    "ViT-B-16": "open_clip 13% (332 pairs/s), A100",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -646,9 +653,71 @@ def steps(name: str, machine: Machine) -> Iterator[Row]:
             share = flops * batch / middle / rate
             value = f"{span(seconds)}, {batch / middle:,.0f} pairs/s, "
             yield Figure(what=what, value=f"{value}{share:.0%} of the matrix rate, {about}")
+            if arm == "CLIP" and micro is None:
+                yield from beside_peer(config, batch / middle, flops, machine)
         if len(middles) == 2:
             what = f"ProtoCLIP over CLIP, batch {batch:,}"
             yield Figure(what=what, value=f"{middles[1] / middles[0]:.3f} times the step")
+
+
+def beside_peer(config: Config, pairs: float, flops: float, machine: Machine) -> Iterator[Row]:
+    """Ours, in pairs a second, beside open_clip_train's and beside published shares of a peak."""
+    size = config.episodes.batch_size
+    try:
+        seconds = peer_seconds(config, machine)
+    except ImportError:
+        yield Figure(what="open_clip_train", value="needs pip install 'open_clip_torch[training]'")
+    else:
+        theirs = size / statistics.median(seconds)
+        value = f"{span(seconds)}, {theirs:,.0f} pairs/s; ours are {pairs / theirs:.2f} times that"
+        yield Figure(what=f"open_clip_train, batch {size:,}", value=value)
+    peak = None if machine.small else find_peak(torch.cuda.get_device_name(), "bf16")
+    if peak is not None and config.model.name in PUBLISHED:
+        share = pairs * flops / peak
+        verdict = "good" if share >= GOOD else "passes" if share >= PASSES else "**too little**"
+        value = f"{share:.1%}: {verdict} ({PASSES:.0%} pass, {GOOD:.0%} are good); published: "
+        value += f"{PUBLISHED[config.model.name]}; NeMo 20.6%, ViT-g/14, H100"
+        yield Figure(what="share of the card's bf16 peak", value=value)
+
+
+def peer_seconds(config: Config, machine: Machine) -> list[float]:
+    """Seconds of a step by open_clip_train's own loop, on the same towers."""
+    from open_clip import ClipLoss
+    from open_clip_train.train import train_one_epoch
+
+    machine.reset_peak()
+    towers: Any = loading.model(config.model, seed=0).towers.to(machine.device)
+    towers.output_dict = True
+    number, size = 2 if machine.small else 8, config.episodes.batch_size
+    side, length = image_size(towers), loading.context_length(config.model)
+    image = torch.randn(size, 3, side, side, device=machine.device)
+    text = torch.randint(1, 49_000, (size, length), device=machine.device)
+    text[:, -1] = 49_407
+    loader: Any = BatchList([(image, text)] * number)
+    loader.num_batches, loader.num_samples = number, number * size
+    data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+    settings = SimpleNamespace(
+        device=str(machine.device),
+        precision="fp32" if machine.small else "amp_bf16",
+        batch_size=size,
+        grad_clip_norm=10.0,
+        accum_freq=1,
+        distill=False,
+        skip_scheduler=True,
+        world_size=1,
+        rank=0,
+        log_every_n_steps=1000,
+        wandb=False,
+    )
+    optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6)
+    loss = ClipLoss(cache_labels=True)
+    epoch = partial(train_one_epoch, towers, data, loss, 0, optimizer, None, None, None, settings)
+    epoch()  # the first steps are slower
+    return [machine.timed(epoch)[0] / number for _ in range(3)]
+
+
+class BatchList(list[Any]):
+    """Batches in memory, which take the attributes that open_clip_train reads of a loader."""
 
 
 def timed_steps(config: Config, machine: Machine) -> tuple[list[float], float, str]:
@@ -803,6 +872,7 @@ PARTS: dict[str, Part] = {
     "resume": Part(title="Checkpoint and resume", budget=60, rows=resume),
     "compile": Part(title="torch.compile", budget=90, rows=compiled),
     "rn50": Part(title="Steps of RN50 at 224", budget=70, rows=partial(steps, "RN50")),
+    "vit32": Part(title="Steps of ViT-B/32 at 224", budget=60, rows=partial(steps, "ViT-B-32")),
     "vit": Part(title="Steps of ViT-B/16 at 224", budget=70, rows=partial(steps, "ViT-B-16")),
     "clustering": Part(title="K-means, time", budget=60, rows=kmeans_speed),
     "decode": Part(title="Decoding", budget=25, rows=decode),
