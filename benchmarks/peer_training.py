@@ -35,7 +35,7 @@ import open_clip
 import torch
 from safetensors.torch import save_model
 
-from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from protoclip.config import ModelConfig
 from protoclip.files import to_json
 from protoclip.models.opening import OPEN_CLIP_CONFIG
 from protoclip.models.start import resolve_start
@@ -75,11 +75,12 @@ def write_start(options: argparse.Namespace, folder: Path, seed: int) -> None:
     if options.model is not None:
         shutil.copytree(options.model, folder)
     else:
-        image, text = ImageTowerConfig(size=options.size), TextTowerConfig(context_length=32)
-        towers = ModelConfig(image=image, text=text)
-        settings = {"model_cfg": resolve_start(towers).open_clip_config, "preprocess_cfg": {}}
+        towers = resolve_start(ModelConfig()).open_clip_config or {}
+        towers["vision_cfg"]["image_size"] = options.size
+        towers["text_cfg"]["context_length"] = 32
         folder.mkdir()
-        (folder / OPEN_CLIP_CONFIG).write_text(to_json(settings), encoding="utf-8")
+        text = to_json({"model_cfg": towers, "preprocess_cfg": {}})
+        (folder / OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
     torch.manual_seed(seed)
     logging.disable(logging.WARNING)  # it warns that the model is untrained
     built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)

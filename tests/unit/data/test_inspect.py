@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 from PIL import Image
 from tars import write_tar
 
-from protoclip.data import decode
+from protoclip.data import decode, tools
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
-from protoclip.data.tools import UNCOUNTED, advise, inspect
+from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect
 from testing import tiny_pairs
+
+SPEED = ("images_per_second", "processes", "enough_for_cards")
 
 
 def count_words(texts: list[str]) -> list[int]:
@@ -30,8 +33,11 @@ def encoded(width: int, height: int, *, format: str = "JPEG", mode: str = "RGB")
 
 
 def look(source: Any, **settings: Any) -> dict[str, Any]:
-    settings = {"workers": 1, "context_length": 6, **settings}
-    return inspect(source, count_tokens=count_words, **settings)
+    settings = {"workers": 1, "context_length": 6, "count_tokens": count_words, **settings}
+    found = inspect(source, **settings)
+    for name in SPEED:
+        assert found.pop(name)  # which differs each time
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,22 @@ MEASURED = {
     "captions_per_image": [1, 1, 2],
     "tokens": [3, 5, 8],  # 3, 3, 3, 5, 5, 5, 8
 }
+
+
+def test_the_speed_is_that_of_reading_and_cropping(monkeypatch):
+    """Images a second of a process, without what is counted besides; and over those of cards."""
+
+    def count_slowly(texts: list[str]) -> list[int]:
+        time.sleep(0.1)
+        return count_words(texts)
+
+    monkeypatch.setattr(tools, "decode_crop", lambda *arguments: time.sleep(0.01))
+    pairs = ImageTextPairs(tiny_pairs(5), name="tiny")
+    found = inspect(pairs, count_tokens=count_slowly, context_length=6, workers=1)
+    rate, processes, cards = (found[name] for name in SPEED)
+    assert processes == 1
+    assert 10 < rate <= 100
+    assert cards == {card: pytest.approx(rate / CARDS[card], abs=0.01) for card in CARDS}
 
 
 def test_processes_find_what_one_finds(mixed):
