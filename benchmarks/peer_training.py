@@ -3,13 +3,13 @@
 Trains the same towers from the same new weights with `open_clip_train` and with `protoclip train
 --loss.prototypical 0`, in turn: same pairs, batch, passes, rates, crops, precision and threads.
 Prints pairs a second of the first pass and of later ones, and the recall of held-out pairs, whose
-differences have paired 95% intervals. On a card both train in bf16.
+differences have paired 95% intervals.
 
-    python benchmarks/peer_training.py --data pairs.tsv [--model EXPORT] [--repeats 3] [--out FILE]
+    python benchmarks/peer_training.py --data pairs.tsv [--model EXPORT] [--repeats 3] > FILE
 
 The table has the columns `filepath`, relative to its folder, and `title`. EXPORT is a folder with
 `open_clip_config.json`, whose weights are not read; unset, the demonstration's towers are trained.
-Needs `pip install 'open_clip_torch[training]'`. Images are read once before; caches are empty.
+Needs `pip install 'open_clip_torch[training]'`. Images are read once before.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import importlib
 import json
 import logging
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -36,9 +35,12 @@ import torch
 from safetensors.torch import save_model
 
 from protoclip.config import ModelConfig
+from protoclip.distributed.collectives import choose_device
 from protoclip.files import to_json
 from protoclip.models.opening import OPEN_CLIP_CONFIG
+from protoclip.models.protoclip import resolve_precision
 from protoclip.models.start import resolve_start
+from protoclip.training.watch import describe_environment
 
 WEIGHTS = "open_clip_model.safetensors"
 RATE, WARM_UP = 1e-3, 10  # peak, and steps until it
@@ -89,14 +91,14 @@ def write_start(options: argparse.Namespace, folder: Path, seed: int) -> None:
 
 def command_line(arm: str, options: argparse.Namespace, folder: Path, seed: int) -> list[str]:
     """The words of a training command; temporary paths have no spaces."""
-    on_card, start, train = torch.cuda.is_available(), folder / "start", folder.parent / "train.tsv"
-    bf16 = on_card or options.precision == "bf16"
+    bf16, device = options.precision == "bf16", choose_device("auto").type
+    start, train = folder / "start", folder.parent / "train.tsv"
     if arm == "open_clip_train":
         line = f"""--model local-dir:{start} --train-data {train} --dataset-type csv --seed {seed}
             --batch-size {options.batch} --epochs {options.passes} --workers {options.workers}
             --lr {RATE} --warmup {WARM_UP} --wd 0.2 --beta1 0.9 --beta2 0.98 --eps 1e-6
             --grad-clip-norm 10 --precision {"amp_bf16" if bf16 else "fp32"} --save-frequency 0
-            --device {"cuda" if on_card else "cpu"} --logs {folder} --name {arm}"""
+            --device {device} --logs {folder} --name {arm}"""
     else:
         line = f"""train --model.start {start} --data.train {train} --data.root / --run.seed {seed}
             --episodes.batch_size {options.batch} --episodes.size {options.pairs}
@@ -104,8 +106,8 @@ def command_line(arm: str, options: argparse.Namespace, folder: Path, seed: int)
             --episodes.locked_image 0 --loss.prototypical 0 --data.augmentation clip
             --optim.learning_rate {RATE} --optim.warm_up_steps {WARM_UP} --optim.weight_decay 0.2
             --optim.betas [0.9,0.98] --optim.eps 1e-6 --optim.clip_norm 10
-            --run.precision {"bf16" if bf16 else "fp32"} --data.validation 0 --run.evaluate false
-            --run.out {folder / arm}"""
+            --run.precision {options.precision} --data.validation 0 --run.evaluate false
+            --run.device {device} --run.out {folder / arm}"""
     return line.split()
 
 
@@ -128,14 +130,14 @@ def train_timed(arm: str, file: Path, words: list[str]) -> None:
         module = importlib.import_module("open_clip_train.main")
         time_calls(module, "train_one_epoch")
         module.main(words)
+        passes = spans
     else:
         trainer = importlib.import_module("protoclip.training.trainer").Trainer
         time_calls(trainer, "start_episode")
         time_calls(trainer, "end_episode")
         importlib.import_module("protoclip.cli").main(words)
-    ends = [end for _, end in spans]
-    ends = ends if arm == "open_clip_train" else ends[1::2]
-    file.write_text(json.dumps([spans[0][0], *ends]), encoding="utf-8")
+        passes = spans[1::2]
+    file.write_text(json.dumps([spans[0][0], *(end for _, end in passes)]), encoding="utf-8")
 
 
 def run(arm: str, options: argparse.Namespace, folder: Path, seed: int) -> list[float]:
@@ -176,15 +178,14 @@ def span(values: list[float], form: str = ",.0f") -> str:
 
 def report(options: argparse.Namespace, times: dict[str, list[list[float]]], recalls: Any) -> str:
     """The tables in Markdown."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    device = describe_environment(choose_device("auto"))["device"]
     command = " ".join(["python benchmarks/peer_training.py", *sys.argv[1:]])
     text = f"""# Training beside open_clip_train
 
-`{command}`, {datetime.date.today().isoformat()}; {device}, {options.threads} threads, \
-open_clip_torch {version("open_clip_torch")}, torch {version("torch")}. {options.pairs:,} pairs, \
-batch {options.batch}, {options.passes} passes; open_clip_train reads images in {options.workers} \
-processes. Median [least, most] of {options.repeats} runs, in turn; ratios are of the two runs of \
-a turn.
+`{command}`, {datetime.date.today().isoformat()}; {device}, torch {version("torch")}, \
+open_clip_torch {version("open_clip_torch")}. {options.pairs:,} pairs, {options.passes} passes, \
+batch {options.batch}, {options.precision}; {options.workers} processes read for open_clip_train. \
+Median [least, most] of {options.repeats} runs, in turn; ratios are of the two runs of a turn.
 
 | pairs a second | open_clip_train | protoclip | ratio | wanted |
 |---|---|---|---|---|
@@ -226,9 +227,10 @@ def main() -> None:
     numbers |= {"repeats": 3, "threads": cores, "workers": cores}  # workers of open_clip_train
     for name, number in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=number, help=f"default: {number}")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="on a CPU")
-    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
+    usual = resolve_precision("auto", choose_device("auto"))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=usual)
     options, times, recalls = parser.parse_args(), dict[str, list[list[float]]](), []
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         options.pairs = split_table(options, Path(temporary))
         for seed in range(options.repeats):
@@ -238,10 +240,7 @@ def main() -> None:
             for arm in ARMS[:: -1 if seed % 2 else 1]:
                 times.setdefault(arm, []).append(run(arm, options, folder, seed))
             recalls.append(compare_recall(options, folder))
-    text = report(options, times, recalls)
-    print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    print(report(options, times, recalls))
 
 
 if __name__ == "__main__":
