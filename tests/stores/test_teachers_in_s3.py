@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protoclip.encode.teachers import StoredFeatures, read_teacher, write_folder
+from protoclip.encode.teachers import TeacherFeatures, read_teacher, write_folder
 
 IDS = ["a", "b", "c"]
 
@@ -19,7 +19,7 @@ def put_teacher(store: Any, folder: Path, *, times: float = 1.0) -> str:
     return url
 
 
-def rows_of(teacher: StoredFeatures) -> list[list[float]]:
+def rows_of(teacher: TeacherFeatures) -> list[list[float]]:
     rows: list[list[float]] = teacher.rows(IDS).tolist()
     return rows
 

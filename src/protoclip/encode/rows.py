@@ -7,8 +7,7 @@ starts read it, and hash no name and no caption again.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, Config
@@ -36,12 +34,10 @@ from protoclip.distributed.collectives import (
     rank0_first,
     require_shared,
 )
-from protoclip.encode import teachers
 from protoclip.encode.encoder import Encoder, image_side, text_side
 from protoclip.encode.linear_maps import (
     BLOCK,
     SAMPLE,
-    Features,
     SecondMoments,
     add_moments,
     moments_of_images,
@@ -56,7 +52,7 @@ from protoclip.encode.run import (
     read_image,
 )
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
-from protoclip.encode.teachers import TeacherFeatures
+from protoclip.encode.teachers import TeacherFeatures, index_pairs
 from protoclip.files import checksum, to_json
 from protoclip.models.opening import Tokenizer
 from protoclip.models.projections import FrozenEncoders
@@ -293,51 +289,26 @@ def open_listing(path: Path) -> Listing:
     return Listing(**cells)
 
 
-class SideTeacher(TeacherFeatures):
-    """A side of `align` as an external teacher: it groups pairs by their features.
-
-    These never change, so all are whitened at once, and stay in memory: 128 bytes a pair.
-    """
-
-    def __init__(self, read: Callable[[Numbers], Tensor], index: Hashes, width: int) -> None:
-        self.read, self.width = read, width
-        self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
-
-    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
-        """Features of these samples, all of which are known."""
-        return self.read(self.row_of_hash[np.searchsorted(self.hashes, hash_ids(sample_ids))])
-
-    def whiten(self, width: int) -> None:
-        super().whiten(width)
-        if self.whitening is None:
-            return
-        rows = np.arange(len(self.hashes))
-        blocks = np.array_split(rows, -(-len(rows) // BLOCK))
-        whitened = torch.cat([self.whitened(self.read(block)).half() for block in blocks])
-        self.read, self.width, self.whitening = whitened.__getitem__, whitened.shape[1], None
-
-    def sample(self) -> Features:
-        step = max(1, len(self.hashes) // teachers.SAMPLE)
-        rows: Features = self.read(np.sort(self.row_of_hash[::step])).numpy()
-        return rows
-
-
-def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, SideTeacher]:
+def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, TeacherFeatures]:
     """The sides that group the pairs of a run, by the names of its teachers."""
-    chosen = {
-        name: teacher.features
-        for name, teacher in config.external_teachers.items()
-        if teacher.features in HALVES.values()
+    sides = {
+        HALVES["image_half"]: (encoded.image_rows, encoded.image.width),
+        HALVES["text_half"]: (encoded.mean_text_rows, encoded.text.width),
     }
-    if not chosen:
-        return {}
-    index = teachers.index_pairs(pairs)
-    image = SideTeacher(encoded.image_rows, index, encoded.image.width)
-    text = SideTeacher(encoded.mean_text_rows, index, encoded.text.width)
-    return {
-        name: copy(image if features == HALVES["image_half"] else text)
-        for name, features in chosen.items()
-    }
+    chosen = {n: t.features for n, t in config.external_teachers.items() if t.features in sides}
+    index = index_pairs(pairs) if chosen else np.empty(0, np.uint64)
+
+    def open_side(features: str) -> TeacherFeatures:
+        read, width = sides[features]
+        return TeacherFeatures(
+            name=features,
+            index=index,
+            read=lambda rows: read(rows).numpy(),
+            width=width,
+            is_in_memory=True,  # they never change
+        )
+
+    return {name: open_side(str(features)) for name, features in chosen.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,9 @@ and each row is compared with its checksum when it is read.
 
 import shutil
 import socket
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.config import HALVES, START, Config, TeacherConfig
+from protoclip.config import HALVES, START, Config
 from protoclip.data.access import cache_folder, digest, download, fingerprint, is_url, reason_of
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.loader import Tokenizer
@@ -55,11 +53,10 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
 )
-from protoclip.encode.encoder import Encoder, open_encoder, text_encoder
+from protoclip.encode.encoder import Encoder, device_of, open_encoder, text_encoder
 from protoclip.encode.linear_maps import Features, Whitening, fit_pca
 from protoclip.encode.run import (
     encode_missing,
-    hash_captions,
     hash_images,
     read_captions,
     read_image,
@@ -275,7 +272,7 @@ def convert_file(
     rows = stored.find(ids)
     known = [sample_id for sample_id, row in zip(ids, rows, strict=True) if row >= 0]
     facts = {**settings, "bad": bad}
-    return write_reduced(out, known, stored.features.__getitem__, rows[rows >= 0], facts)
+    return write_reduced(out, known, stored.read, rows[rows >= 0], facts)
 
 
 def write_teacher(
@@ -357,81 +354,31 @@ def embed_start(
     cache: Path,
     of_run: Path,
     autocast: Autocast,
-) -> "StoredFeatures":
+) -> "TeacherFeatures":
     """Text features of the model that a run starts from, for all its samples. All ranks call it.
 
-    They are in a folder in `cache`, by the model and by the samples with their captions. Several
+    They are in a store in `cache`, by the model and by the samples with their captions. Several
     hosts, which may have a cache each, take the folder `of_run`.
     """
-    device = next(start.parameters()).device
     encoder = text_encoder(
-        start, device, tokenizer, start.encode_text, autocast=autocast, name="the start"
+        start, device_of(start), tokenizer, start.encode_text, autocast=autocast, name="the start"
     )
-
-    def key_of_captions() -> str:
-        captions, counts = hash_captions(samples)
-        return checksum(captions.tobytes() + counts.tobytes())
-
-    settings = {
-        "teacher": START,
-        "samples": len(samples),
-        "ids": rank0_first(lambda: identify(samples, None)["ids"]),
-        "reduced_to": None,
-        "weights": encoder.checksum(),
-        "modality": "text",
-        "captions": rank0_first(key_of_captions),
-    }
-    key, out = rank0_first(encoder.key), of_run
-    if len({*all_gather_object(socket.gethostname())}) == 1:
-        out = cache / checksum(f"{key} {settings['ids']} {settings['captions']}".encode())
+    key, hashes = rank0_first(encoder.key), hash_texts(samples)
+    root = cache if len({*all_gather_object(socket.gethostname())}) == 1 else of_run
+    folder = root / rank0_first(lambda: checksum(f"{key} {checksum(hashes.tobytes())}".encode()))
     with ExitStack() as stack:
-        rank0_first(lambda: out.parent.mkdir(parents=True, exist_ok=True))
-        rank0_first(lambda: stack.enter_context(in_turn(out)))
-        if not rank0_first(lambda: read_finished(out, settings)):
-            store = Store(out / PARTS / key, setting="run.out")
-            write_teacher(encoder, samples, store, out, settings, batch_size=256)
-    way_out = "delete the folder, and give the command again"
-    return raise_on_all_ranks(lambda: open_folder(out, way_out=way_out))
-
-
-class TeacherFeatures(ABC):
-    """Features by sample id, whitened when they are looked up, once `whiten` was called."""
-
-    width: int  # before whitening
-    modality: str | None = None  # `image` or `text`, where it is known what they were made of
-    whitening: Whitening | None = None
-
-    @abstractmethod
-    def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
-        """Features of these samples in this order; a row of NaN for one without."""
-
-    @abstractmethod
-    def sample(self) -> Features:
-        """Some thousand of the features, evenly drawn."""
-
-    def whiten(self, width: int) -> None:
-        """Whiten what is looked up from now on, if it is wider. Collective.
-
-        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
-        ranks are clustered together.
-        """
-
-        def fit() -> Whitening | None:
-            rows = self.sample()
-            # Few different rows would lie equally far from each other along as many directions.
-            most = min(width, len(np.unique(rows, axis=0)) // ROWS_A_DIRECTION)
-            return Whitening.fit(torch.from_numpy(rows.astype(np.float32)), most) if most else None
-
-        if self.width > width:
-            self.whitening = rank0_first(fit)
-
-    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
-        """These rows in float32, on their device; whitened if `whiten` was called."""
-        if self.whitening is None:
-            return rows.float()
-        if self.whitening.mean.device != rows.device:  # moved once
-            self.whitening = self.whitening.to(rows.device)
-        return self.whitening(rows.float())
+        rank0_first(lambda: root.mkdir(parents=True, exist_ok=True))
+        rank0_first(lambda: stack.enter_context(in_turn(folder)))
+        store = Store(folder, setting="run.out")
+        encode_missing(store, encoder, hashes, partial(read_captions, samples), batch_size=256)
+    ids, rows = index_pairs(samples)
+    numbers = store.find(hashes)[rows.view(np.int64)]
+    return TeacherFeatures(
+        name=str(folder),
+        index=np.stack([ids, numbers.view(np.uint64)])[:, numbers >= 0],
+        read=store.read,
+        width=store.width,
+    )
 
 
 def build_index(hashes: Hashes, sample_id: Callable[[int], str], *, name: str) -> Hashes:
@@ -450,9 +397,20 @@ def index_pairs(samples: Pairs) -> Hashes:
     return build_index(hash_ids(samples.sample_ids()), samples.sample_id, name=samples.name)
 
 
-class StoredFeatures(TeacherFeatures):
-    """Features of a frozen model `(n, q)`, found by sample id; `name` is for messages."""
+class TeacherFeatures:
+    """Features of a frozen model by sample id, whitened when they are looked up, if asked.
 
+    Args:
+        name: For messages.
+        index: As `build_index` makes it.
+        read: Some rows of the features by their numbers: `(n,)` to `(n, q)`.
+        width: Of the features, before whitening.
+        checksums: `row_checksums` of the rows, where they are known.
+        is_in_memory: Whiten all features at once, which then take 128 bytes a sample.
+    """
+
+    modality: str | None = None  # `image` or `text`, where it is known what they were made of
+    whitening: Whitening | None = None
     way_out = "delete the folder, and run protoclip embed-teacher again"  # of damaged features
     made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
 
@@ -461,26 +419,22 @@ class StoredFeatures(TeacherFeatures):
         *,
         name: str,
         index: Hashes,
-        features: Features,
+        read: Callable[[Numbers], Features],
+        width: int,
         checksums: npt.NDArray[np.uint32] | None = None,
+        is_in_memory: bool = False,
     ) -> None:
-        self.name, self.width = name, int(features.shape[1])
-        self.features: Features | RowFile = features
-        if isinstance(features, np.memmap) and features.flags.c_contiguous:
-            path, start = Path(str(features.filename)), features.offset
-            self.features = RowFile(path, features.dtype, features.shape, start)
-        self.checksums = checksums
+        self.name, self.read, self.width, self.checksums = name, read, width, checksums
         self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
+        self.is_in_memory = is_in_memory
 
     @classmethod
-    def in_memory(
+    def of_array(
         cls, *, name: str, sample_ids: Sequence[str], features: npt.NDArray[Any]
-    ) -> "StoredFeatures":
+    ) -> "TeacherFeatures":
         """Features that are not in a teacher folder; refuses those that are not finite."""
         if len(sample_ids) != len(features):
             raise ValueError(f"{name}: {len(sample_ids)} sample ids for {len(features)} features")
-        if features.dtype.kind not in "fiu":
-            raise ValueError(f"{name}: holds {features.dtype} values; features are real numbers")
         # A sum is finite if all its terms are, and needs no memory.
         bad = np.flatnonzero(~np.isfinite(features.sum(1, dtype=np.float64)))
         if len(bad):
@@ -489,12 +443,11 @@ class StoredFeatures(TeacherFeatures):
                 f"'{sample_ids[bad[0]]}'"
             )
         index = build_index(hash_ids(sample_ids), sample_ids.__getitem__, name=name)
-        return cls(name=name, index=index, features=features)
+        return cls(name=name, index=index, read=row_reader(features), width=features.shape[1])
 
-    def find(self, sample_ids: Iterable[str] | Hashes) -> Numbers:
-        """The row of each id, or of the id with each hash; -1 where there is none."""
-        hashes = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
-        return find_rows(hashes, self.hashes, self.row_of_hash)
+    def find(self, sample_ids: Iterable[str]) -> Numbers:
+        """The row of each id; -1 where there is none."""
+        return find_rows(hash_ids(sample_ids), self.hashes, self.row_of_hash)
 
     def missing(self, sample_ids: Iterable[str]) -> int:
         """The number of these samples that have no features; refuses features of other data."""
@@ -508,15 +461,38 @@ class StoredFeatures(TeacherFeatures):
             )
         return int(missing.sum())
 
+    def whiten(self, width: int) -> None:
+        """Whiten what is looked up from now on, if it is wider. Collective.
+
+        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
+        ranks are clustered together.
+        """
+
+        def fit() -> Whitening | None:
+            rows = self.sample()
+            # Few different rows would lie equally far from each other along as many directions.
+            most = min(width, len(np.unique(rows, axis=0)) // ROWS_A_DIRECTION)
+            return Whitening.fit(torch.from_numpy(rows.astype(np.float32)), most) if most else None
+
+        if self.width > width:
+            self.whitening = rank0_first(fit)
+        if self.is_in_memory and self.whitening is not None:
+            rows = np.arange(len(self.hashes))
+            blocks = map(self.read, np.array_split(rows, -(-len(rows) // BLOCK_ROWS)))
+            whitened = torch.cat([self.whitened(torch.from_numpy(b)).half() for b in blocks])
+            self.read, self.width = whitened.numpy().__getitem__, whitened.shape[1]
+            self.whitening = None
+
     def sample(self) -> Features:
-        """Damaged rows have no part in it; `lookup` tells of them when it meets one."""
+        """Some thousand of the features, without damaged ones; `lookup` tells of these."""
         # Hashes are as good as random, so every so many of them are a fair sample.
         step = max(1, len(self.hashes) // SAMPLE)
-        hashes, rows = self.hashes[::step], self.row_of_hash[::step]
-        read: Features = self.features[rows]
+        order = np.argsort(self.row_of_hash[::step])
+        hashes, rows = self.hashes[::step][order], self.row_of_hash[::step][order]
+        features = self.read(rows)
         if self.checksums is not None:
-            read = read[row_checksums(hashes, read) == self.checksums[rows]]
-        return read
+            features = features[row_checksums(hashes, features) == self.checksums[rows]]
+        return features
 
     @property
     def content(self) -> dict[str, Any]:
@@ -526,7 +502,7 @@ class StoredFeatures(TeacherFeatures):
         if self.checksums is not None:
             checksums = self.checksums[rows]
         else:
-            checksums = row_checksums(hashes, self.features[rows])
+            checksums = row_checksums(hashes, self.read(rows))
         return {
             "rows": len(self.hashes),
             "ids": checksum(self.hashes.tobytes()),
@@ -538,11 +514,14 @@ class StoredFeatures(TeacherFeatures):
         return self.whitened(self.rows(sample_ids))
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
-        """As `TeacherFeatures.rows`, in half precision if they are stored so, else in float32."""
+        """Features of these samples in this order; a row of NaN for one without.
+
+        In half precision if they are stored so, else in float32.
+        """
         hashes = hash_ids(sample_ids)
-        rows = self.find(hashes)
+        rows = find_rows(hashes, self.hashes, self.row_of_hash)
         known = np.flatnonzero(rows >= 0)
-        stored = self.features[rows[known]]
+        stored = self.read(rows[known])
         if self.checksums is not None:
             checksums = row_checksums(hashes[known], stored)
             if len(wrong := np.flatnonzero(checksums != self.checksums[rows[known]])):
@@ -550,21 +529,29 @@ class StoredFeatures(TeacherFeatures):
                     f"{self.name}: damaged (the checksum of the features of "
                     f"'{sample_ids[known[wrong[0]]]}' differs in {FEATURES}); {self.way_out}"
                 )
-        half = self.features.dtype == np.float16
+        half = stored.dtype == np.float16
         features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
         features[known] = stored
         return torch.from_numpy(features)
 
+    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+        """These rows in float32, on their device; whitened if `whiten` was called."""
+        if self.whitening is None:
+            return rows.float()
+        if self.whitening.mean.device != rows.device:  # moved once
+            self.whitening = self.whitening.to(rows.device)
+        return self.whitening(rows.float())
 
-def load_array(path: Path) -> npt.NDArray[Any]:
-    """The array in an `.npy` file, memory-mapped; raises as `DAMAGED`."""
-    array = np.load(path, mmap_mode="r")
-    if not isinstance(array, np.ndarray):  # an .npz file under another name
-        raise ValueError("holds several arrays")
-    return array
+
+def row_reader(features: npt.NDArray[Any]) -> Callable[[Numbers], Features]:
+    """Reads rows of an array, from its file if it is mapped into memory."""
+    if not isinstance(features, np.memmap) or not features.flags.c_contiguous:
+        return features.__getitem__
+    path, shape = Path(str(features.filename)), features.shape
+    return RowFile(path, features.dtype, shape, features.offset).__getitem__
 
 
-def open_folder(folder: Path, *, way_out: str = StoredFeatures.way_out) -> StoredFeatures:
+def open_folder(folder: Path, *, way_out: str = TeacherFeatures.way_out) -> TeacherFeatures:
     """The features in a folder; raises `ValueError` if it is not finished, or damaged."""
     facts = read_facts(folder)
     if "rows" not in facts:
@@ -575,7 +562,7 @@ def open_folder(folder: Path, *, way_out: str = StoredFeatures.way_out) -> Store
     try:
         for name in (FEATURES, INDEX):
             require_regular(folder / name)
-        features, index = (load_array(folder / name) for name in (FEATURES, INDEX))
+        features, index = (np.load(folder / name, mmap_mode="r") for name in (FEATURES, INDEX))
         if features.shape != (facts["rows"], facts["width"]) or index.shape != (2, len(features)):
             raise ValueError(f"not {facts['rows']} rows of width {facts['width']}")
         if features.dtype != HALF or not features.flags.c_contiguous:
@@ -583,11 +570,17 @@ def open_folder(folder: Path, *, way_out: str = StoredFeatures.way_out) -> Store
         for name, written in facts["checksums"].items():
             if file_checksum(folder / name) != written:
                 raise ValueError(f"{name} is not what was written: its checksum differs")
-        checksums = load_array(folder / CHECKSUMS)
+        checksums = np.load(folder / CHECKSUMS, mmap_mode="r")
     except DAMAGED as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{folder}: damaged ({reason}); {way_out}") from None
-    opened = StoredFeatures(name=str(folder), index=index, features=features, checksums=checksums)
+    opened = TeacherFeatures(
+        name=str(folder),
+        index=index,
+        read=row_reader(features),
+        width=facts["width"],
+        checksums=checksums,
+    )
     opened.way_out = way_out
     opened.modality, opened.made_of = facts.get("modality"), facts.get("content", ())
     return opened
@@ -641,7 +634,7 @@ def write_folder(
     return facts
 
 
-def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> StoredFeatures:
+def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -> TeacherFeatures:
     """Open a teacher folder, or a user's file of features.
 
     The file is Parquet with the columns `sample_id` and `features` (lists of numbers), or an array
@@ -667,7 +660,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
         raise ValueError(f"teacher.features: {path}: {what}")
     try:
         if path.suffix == ".npy":
-            features, text = load_array(path), path.with_suffix(".ids.txt")
+            features, text = np.load(path, mmap_mode="r"), path.with_suffix(".ids.txt")
             if text.is_file():
                 sample_ids = text.read_text("utf-8-sig").removesuffix("\n").split("\n")
             elif sample_ids is None:
@@ -683,7 +676,7 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     except DAMAGED as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{path}: not a file of teacher features ({reason})") from None
-    return StoredFeatures.in_memory(name=path.name, sample_ids=sample_ids, features=features)
+    return TeacherFeatures.of_array(name=path.name, sample_ids=sample_ids, features=features)
 
 
 def local_copy(path: str | Path) -> Path:
@@ -764,13 +757,13 @@ def is_list(kind: pa.DataType) -> bool:
 
 def open_teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
-) -> dict[str, StoredFeatures]:
+) -> dict[str, TeacherFeatures]:
     """The external teachers by name, except the frozen start, which is embedded when the run
     begins, and the sides of `align`. Notes how many samples a teacher has no features of."""
     sources = zip(samples.sources, list_entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
-    loaded: dict[str, StoredFeatures] = {}
+    loaded: dict[str, TeacherFeatures] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
         if teacher.features == START and not isinstance(samples, Pairs):
@@ -784,7 +777,7 @@ def open_teachers(
             plain, features = read_parquet(emoji_teacher_path())
             ids = [prefix + sample_id for prefix in prefixes or [""] for sample_id in plain]
             features = np.tile(features, (len(ids) // len(plain), 1))
-            stored = StoredFeatures.in_memory(name=name, sample_ids=ids, features=features)
+            stored = TeacherFeatures.of_array(name=name, sample_ids=ids, features=features)
             stored.modality = "text"
         else:
             stored = read_teacher(teacher.features)
@@ -796,7 +789,7 @@ def open_teachers(
     return loaded
 
 
-def require_same_rows(stored: StoredFeatures, source: Any) -> None:
+def require_same_rows(stored: TeacherFeatures, source: Any) -> None:
     """Refuse features of another table, where ids are the numbers of rows."""
     if not isinstance(source, ImageTextPairs) or source.id_column is not None:
         return
@@ -815,7 +808,7 @@ def require_same_rows(stored: StoredFeatures, source: Any) -> None:
             )
 
 
-def note_unknown(name: str, stored: StoredFeatures, samples: Pairs | SampleStream) -> list[str]:
+def note_unknown(name: str, stored: TeacherFeatures, samples: Pairs | SampleStream) -> list[str]:
     """A note on the samples that a teacher has no features of; of a stream on rank 0 alone."""
     if isinstance(samples, Pairs):
         rows = evenly_spaced(len(samples), min(len(samples), LOOKED_UP), seed=0)
@@ -842,101 +835,3 @@ def note_unknown(name: str, stored: StoredFeatures, samples: Pairs | SampleStrea
         "made of other data, or under other names, teaches nothing"
     )
     return [note] if ids and (stored.find(ids) < 0).all() else []
-
-
-def refuse_sides(config: Config) -> None:
-    """Refuse teachers that `align` alone has."""
-    for teacher in config.external_teachers.values():
-        if teacher.features in HALVES.values():
-            raise ValueError(
-                f"teacher.features: {teacher.features} is a half of protoclip align; name a file, "
-                "a folder of protoclip embed-teacher, or emoji"
-            )
-
-
-def whiten_teachers(config: Config, teachers: Mapping[str, TeacherFeatures]) -> None:
-    """Whiten each teacher as its settings say. Collective."""
-    for name, teacher in config.grouping_teachers.items():
-        if teacher.whiten:
-            teachers[name].whiten(teacher.whiten)
-
-
-def select_grouping(
-    config: Config, teachers: Mapping[str, TeacherFeatures]
-) -> dict[str, TeacherFeatures]:
-    """Those of the teachers whose features are clustered."""
-    return {name: each for name, each in teachers.items() if name in config.grouping_teachers}
-
-
-def change_teachers(config: Config, change: Callable[[TeacherConfig], TeacherConfig]) -> Config:
-    """The settings with every teacher changed."""
-    if config.teachers:
-        return replace(config, teachers=[change(teacher) for teacher in config.teachers])
-    return replace(config, teacher=change(config.teacher))
-
-
-def leave_out_distillation(config: Config) -> Config:
-    """The settings with `teacher.distil` 0 where it is unset, as for other commands than `train`:
-    what it brings was measured there."""
-    return change_teachers(config, lambda t: replace(t, distil=0.0) if t.distil is None else t)
-
-
-def fill_teachers(
-    config: Config, teachers: Mapping[str, TeacherFeatures]
-) -> tuple[Config, list[str]]:
-    """The settings with `teacher.distil` and `teacher.tower` of each teacher, and notes on them.
-
-    Distillation is 1 for a teacher that groups, if a tower can learn from it. Beside groups at the
-    default weights that is the best use of a teacher on four kinds of pairs, or within 0.3 points
-    of it (docs/teachers.md). The tower that learns is that of the teacher's modality.
-
-    Raises:
-        ValueError: A tower is not known, or the run leaves it as it is.
-    """
-    notes = list[str]()
-
-    def is_fixed(tower: str) -> bool:
-        return tower in config.model.locked and not config.model.projections_are_new
-
-    def find_weight(teacher: TeacherConfig, tower: str | None) -> float:
-        name = teacher.name
-        if name not in config.grouping_teachers or teacher.features == START:
-            return 0.0
-        if tower is None:
-            notes.append(
-                f"{name}.distil = 0, since {teacher.features} does not say what it was made of; "
-                f"with {name}.tower, image or text, that tower learns from its features too"
-            )
-            return 0.0
-        if is_fixed(tower):
-            notes.append(f"{name}.distil = 0, since model.locked leaves the {tower} tower as it is")
-            return 0.0
-        notes.append(f"{name}.distil = 1, so the {tower} tower learns from its features too")
-        return 1.0
-
-    def fill(teacher: TeacherConfig) -> TeacherConfig:
-        name, stored = teacher.name, teachers.get(teacher.name)
-        modality = "text" if teacher.features == START else stored and stored.modality
-        tower: Any = teacher.tower or modality
-        if teacher.distil is None:
-            teacher = replace(teacher, distil=find_weight(teacher, tower))
-        if name not in config.external_teachers or not teacher.distil:
-            return teacher
-        if tower not in ("image", "text"):
-            raise ValueError(
-                f"teacher.tower: {teacher.features} does not say what it was made of; name the "
-                "tower that learns it, image or text"
-            )
-        if is_fixed(tower):
-            raise ValueError(
-                f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
-                f"it is; set teacher.distil = 0, or unlock the tower"
-            )
-        if modality not in (None, tower):
-            notes.append(
-                f"{name}.tower = {tower}, though its features were made of {modality}s; {modality} "
-                "is usual"
-            )
-        return replace(teacher, tower=tower)
-
-    return change_teachers(config, fill), notes

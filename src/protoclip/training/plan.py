@@ -10,7 +10,7 @@ held out, and without being asked a run goes on without any if they are few.
 import difflib
 import math
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.config import AlignConfig, Config
+from protoclip.config import START, AlignConfig, Config, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
@@ -38,13 +38,12 @@ from protoclip.distributed.collectives import (
     rank0_first,
     world_size,
 )
-from protoclip.encode import teachers as external
 from protoclip.encode.encoder import image_side
 from protoclip.encode.linear_maps import canonical_projections
 from protoclip.encode.rows import PairRows, encode_sides, features_folder, open_side
 from protoclip.encode.run import images_at_once
 from protoclip.encode.stream import encode_stream
-from protoclip.encode.teachers import StoredFeatures, TeacherFeatures
+from protoclip.encode.teachers import TeacherFeatures, note_unknown, open_teachers
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import list_metrics
@@ -101,7 +100,7 @@ class Plan(Outline):
     """
 
     samples: Pairs | SampleStream
-    teachers: Mapping[str, StoredFeatures] = field(default_factory=dict)
+    teachers: Mapping[str, TeacherFeatures] = field(default_factory=dict)
     captions: CaptionDraw = ONE
     held_out: Sequence[EvaluationData] = ()
     guards: Sequence[EvaluationData] = ()
@@ -163,7 +162,7 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
         ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
     """
     is_whole = choices is None
-    config = config if is_whole else external.leave_out_distillation(config)
+    config = config if is_whole else leave_out_distillation(config)
     without_effect = check(config, is_whole=is_whole)
     start, given = resolve_start(config.model), config.model.start
     notes = [*(without_effect if is_whole else ()), *start.notes]
@@ -214,9 +213,9 @@ def open_data(outline: Outline) -> Plan:
     watched = open_guards(config, held_out) if config.run.guard else []
     if config.run.keep_best is not None or config.run.stop_by is not None:
         check_metrics(config, held_out, watched)
-    said, teachers = list[str](), dict[str, StoredFeatures]()
+    said, teachers = list[str](), dict[str, TeacherFeatures]()
     if config.teachers or config.teacher.features:
-        teachers = external.open_teachers(config, training, said.append)
+        teachers = open_teachers(config, training, said.append)
     if outline.command == "align" and isinstance(training, Pairs):
         said = []  # it tells of the pairs that it could encode
     notes = [*outline.notes, *notes, *said, *(note for guard in watched for note in guard.notes)]
@@ -325,7 +324,7 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     config, filled = fill_settings(config, plan.start, samples, summary)
     notes += [*(note for note in check(config) if note in plan.unsure), *chosen, *filled]
     if config.teachers or config.teacher.features:
-        config, said = external.fill_teachers(config, plan.teachers)
+        config, said = fill_teachers(config, plan.teachers)
         notes += said
     if not aligns:  # it draws whole captions, and those of the pairs that it could encode
         captions, said = caption_draw(config, samples)
@@ -432,7 +431,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     captions, draw_notes = raise_on_all_ranks(lambda: caption_draw(config, rows))
     notes += draw_notes
     for name, teacher in plan.teachers.items():
-        notes += raise_on_all_ranks(partial(external.note_unknown, name, teacher, encoded))
+        notes += raise_on_all_ranks(partial(note_unknown, name, teacher, encoded))
     plan = replace(
         plan,
         config=config,
@@ -484,19 +483,88 @@ def explain_bad(samples: Pairs, row: int) -> str:
     return f"sample '{samples.sample_id(row)}', which can be read by now"
 
 
+def change_teachers(config: Config, change: Callable[[TeacherConfig], TeacherConfig]) -> Config:
+    """The settings with every teacher changed."""
+    if config.teachers:
+        return replace(config, teachers=[change(teacher) for teacher in config.teachers])
+    return replace(config, teacher=change(config.teacher))
+
+
+def leave_out_distillation(config: Config) -> Config:
+    """The settings with `teacher.distil` 0 where it is unset, as for other commands than `train`:
+    what it brings was measured there."""
+    return change_teachers(config, lambda t: replace(t, distil=0.0) if t.distil is None else t)
+
+
+def fill_teachers(
+    config: Config, teachers: Mapping[str, TeacherFeatures]
+) -> tuple[Config, list[str]]:
+    """The settings with `teacher.distil` and `teacher.tower` of each teacher, and notes on them.
+
+    Distillation is 1 for a teacher that groups, if a tower can learn from it. Beside groups at the
+    default weights that is the best use of a teacher on four kinds of pairs, or within 0.3 points
+    of it (docs/teachers.md). The tower that learns is that of the teacher's modality.
+
+    Raises:
+        ValueError: A tower is not known, or the run leaves it as it is.
+    """
+    notes = list[str]()
+
+    def is_fixed(tower: str) -> bool:
+        return tower in config.model.locked and not config.model.projections_are_new
+
+    def find_weight(teacher: TeacherConfig, tower: str | None) -> float:
+        name = teacher.name
+        if name not in config.grouping_teachers or teacher.features == START:
+            return 0.0
+        if tower is None:
+            notes.append(
+                f"{name}.distil = 0, since {teacher.features} does not say what it was made of; "
+                f"with {name}.tower, image or text, that tower learns from its features too"
+            )
+            return 0.0
+        if is_fixed(tower):
+            notes.append(f"{name}.distil = 0, since model.locked leaves the {tower} tower as it is")
+            return 0.0
+        notes.append(f"{name}.distil = 1, so the {tower} tower learns from its features too")
+        return 1.0
+
+    def fill(teacher: TeacherConfig) -> TeacherConfig:
+        name, stored = teacher.name, teachers.get(teacher.name)
+        modality = "text" if teacher.features == START else stored and stored.modality
+        tower: Any = teacher.tower or modality
+        if teacher.distil is None:
+            teacher = replace(teacher, distil=find_weight(teacher, tower))
+        if name not in config.external_teachers or not teacher.distil:
+            return teacher
+        if tower not in ("image", "text"):
+            raise ValueError(
+                f"teacher.tower: {teacher.features} does not say what it was made of; name the "
+                "tower that learns it, image or text"
+            )
+        if is_fixed(tower):
+            raise ValueError(
+                f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
+                f"it is; set teacher.distil = 0, or unlock the tower"
+            )
+        if modality not in (None, tower):
+            notes.append(
+                f"{name}.tower = {tower}, though its features were made of {modality}s; {modality} "
+                "is usual"
+            )
+        return replace(teacher, tower=tower)
+
+    return change_teachers(config, fill), notes
+
+
 # What a run folder is known by
 
 
-def list_contents(
-    plan: Plan,
-    teachers: Mapping[str, TeacherFeatures],
-    start: TowerPair | Mapping[str, Tensor],
-) -> dict[str, list[Facts]]:
+def list_contents(plan: Plan, start: TowerPair | Mapping[str, Tensor]) -> dict[str, list[Facts]]:
     """Fingerprints of what a run reads, by kind: `sources` of the pairs to train on, `validation`
     if it is a source, `teachers` that are stored, and the `start`.
 
     Args:
-        teachers: By name; those that the run makes of its start or its encoders follow from these.
         start: This start at the run's sizes, or its weights; none where nothing needs them.
     """
     encoded = None if plan.encoded_from is None else plan.samples
@@ -507,8 +575,7 @@ def list_contents(
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):
         facts["validation"] = content(images)
-    stored = {name: each for name, each in teachers.items() if isinstance(each, StoredFeatures)}
-    facts["teachers"] = [{"name": name, **each.content} for name, each in stored.items()]
+    facts["teachers"] = [{"name": n, **teacher.content} for n, teacher in plan.teachers.items()]
     weights = start.state_dict() if isinstance(start, TowerPair) else start
     # Machines make embeddings of positions with other last digits, which they interpolate; and
     # LoRA is what a run adds.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import START, Config, Settings
+from protoclip.config import HALVES, START, Config, Settings
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.access import cache_folder
@@ -29,7 +29,6 @@ from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.data.split import read_chosen
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
-from protoclip.encode import teachers as external
 from protoclip.encode.rows import PairRows, RowLoader, side_teachers
 from protoclip.encode.teachers import TeacherFeatures, embed_start
 from protoclip.files import sealed, to_json, write_atomically
@@ -219,7 +218,12 @@ def look_at_folder(
         choices = choose_before_data(command, given, alpha=alpha)
         choices.config = keep_pooling(choices.config, before)
     if command != "align":
-        external.refuse_sides(choices.config)
+        for teacher in choices.config.external_teachers.values():
+            if teacher.features in HALVES.values():
+                raise ValueError(
+                    f"teacher.features: {teacher.features} is a half of protoclip align; name a "
+                    "file, a folder of protoclip embed-teacher, or emoji"
+                )
     outline = resolve_settings(choices.config, None if command == "train" else choices)
     if there is not None:
         sync.fetch_run(outline, *there, resume=resume)
@@ -328,7 +332,7 @@ class Run:
             ValueError: No checkpoint is intact; or as `check_checkpoint`.
         """
         plan, config, folder = self.plan, self.config, self.folder
-        self.content = list_contents(plan, self.teachers, self.start or start)
+        self.content = list_contents(plan, self.start or start)
         lines = list[str]()
         checkpoint = find_newest_intact(folder, lines)
         if checkpoint is not None:
@@ -434,7 +438,7 @@ class Run:
         settings: dict[str, Any] = {
             "model": self.trained,
             "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
-            "teachers": external.select_grouping(config, self.teachers),
+            "teachers": self.list_grouping_teachers(),
             "autocast": self.autocast,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
             "micro_batch_size": config.episodes.micro_batch_size,
@@ -444,13 +448,18 @@ class Run:
             return QueuedFeatures(size=size, **settings)
         return ExtractedFeatures(**settings)
 
+    def list_grouping_teachers(self) -> dict[str, TeacherFeatures]:
+        """The teachers whose features are clustered; that of the start once it is there."""
+        names = self.config.grouping_teachers
+        return {name: each for name, each in self.teachers.items() if name in names}
+
     def prepare_teachers(self) -> None:
         """Let the frozen start embed all captions, and whiten teachers. Collective."""
         samples = self.plan.samples
         names = [n for n, t in self.config.external_teachers.items() if t.features == START]
         if names:
             assert self.start is not None
-            assert isinstance(samples, Pairs)  # `external.teachers` refuses streams
+            assert isinstance(samples, Pairs)  # `open_teachers` refuses streams
             features = embed_start(
                 self.start,
                 self.loader.tokenizer,
@@ -463,10 +472,10 @@ class Run:
             self.loader.features_of.update(dict.fromkeys(names, features.rows))
         if not self.config.loss.keep:
             self.start = None  # a whole model, which nothing needs any more
-        external.whiten_teachers(self.config, self.teachers)
-        self.trainer.prototypes.source.teachers.update(
-            external.select_grouping(self.config, self.teachers)
-        )
+        for name, teacher in self.config.grouping_teachers.items():
+            if teacher.whiten:
+                self.teachers[name].whiten(teacher.whiten)
+        self.trainer.prototypes.source.teachers.update(self.list_grouping_teachers())
 
     def training_pass(self, index: int, start: int = 0) -> Pass:
         """The pass that trains on an episode; it brings what a loss needs of the teachers then."""

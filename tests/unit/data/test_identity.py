@@ -22,7 +22,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.encode import teachers
-from protoclip.encode.teachers import StoredFeatures
+from protoclip.encode.teachers import TeacherFeatures
 
 NUMBER, SIDE = 6, 32
 NAMES = ("a", "b")
@@ -121,7 +121,7 @@ def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
     samples = [(source, number) for source in range(2) for number in range(NUMBER)]
     ids = [f"{NAMES[s]}/{own[s].format(n)}" for s, n in samples]
     features = np.array(samples, dtype=np.float32)
-    teacher = StoredFeatures.in_memory(name="teacher", sample_ids=ids, features=features)
+    teacher = TeacherFeatures.of_array(name="teacher", sample_ids=ids, features=features)
     loader = loader_of(config)
     if isinstance(loader.pairs, Pairs):
         assert list(loader.pairs.sample_ids()) == ids

@@ -26,7 +26,7 @@ from protoclip.encode import teachers
 from protoclip.encode.encoder import text_encoder
 from protoclip.encode.linear_maps import Whitening, fit_pca
 from protoclip.encode.teachers import (
-    StoredFeatures,
+    TeacherFeatures,
     embed_teacher,
     read_teacher,
     write_folder,
@@ -310,10 +310,10 @@ def test_a_teacher_of_other_rows_under_the_same_numbers(modality, rows, change, 
     teachers.require_same_rows(read_teacher_of(source, modality), source.subset(np.arange(9)))
 
 
-def read_teacher_of(source: ImageTextPairs, modality: str) -> StoredFeatures:
+def read_teacher_of(source: ImageTextPairs, modality: str) -> TeacherFeatures:
     features = np.zeros((len(source), 2), np.float32)
     made = {"sample_ids": [*source.sample_ids()], "features": features}
-    stored = StoredFeatures.in_memory(name="teacher", **made)
+    stored = TeacherFeatures.of_array(name="teacher", **made)
     teachers.require_same_rows(stored, source)  # of an earlier version, it says nothing
     stored.made_of = teachers.read_content(source, modality)
     return stored
@@ -342,23 +342,23 @@ def rows(count: int, width: int = 6) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, width)).astype(np.float16)
 
 
-def in_memory(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
-    return StoredFeatures.in_memory(name="mine", sample_ids=ids, features=features)
+def in_memory(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
+    return TeacherFeatures.of_array(name="mine", sample_ids=ids, features=features)
 
 
-def from_folder(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
+def from_folder(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
     (folder / "t").mkdir(parents=True)
     write_folder(folder / "t", ids, np.array_split(features, 4), {"teacher": "test"})
     return read_teacher(folder / "t")
 
 
-def from_parquet(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
+def from_parquet(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
     flat = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
     pq.write_table(pa.table({"sample_id": ids, "features": flat}), folder / "mine.parquet")
     return read_teacher(folder / "mine.parquet")
 
 
-def from_array(ids: list[str], features: np.ndarray, folder: Path) -> StoredFeatures:
+def from_array(ids: list[str], features: np.ndarray, folder: Path) -> TeacherFeatures:
     np.save(folder / "mine.npy", features)
     (folder / "mine.ids.txt").write_text("\n".join(ids) + "\n", encoding="utf-8-sig")
     return read_teacher(folder / "mine.npy")
@@ -424,11 +424,11 @@ def test_of_many_samples_some_are_looked_up(monkeypatch):
     monkeypatch.setattr(teachers, "LOOKED_UP", 10)
     ids = names(1000)
     pairs = ImageTextPairs(pa.table({"sample_id": ids, "image": ids, "caption": ids}), name="made")
-    half = StoredFeatures.in_memory(name="half", sample_ids=names(500), features=rows(500))
+    half = TeacherFeatures.of_array(name="half", sample_ids=names(500), features=rows(500))
     assert "half: no features of 5 of 10 " in teachers.note_unknown("half", half, pairs)[0]
-    few = StoredFeatures.in_memory(name="few", sample_ids=["sample/1"], features=rows(1))
+    few = TeacherFeatures.of_array(name="few", sample_ids=["sample/1"], features=rows(1))
     assert "few: no features of 999 of 1000 " in teachers.note_unknown("few", few, pairs)[0]
-    other = StoredFeatures.in_memory(name="other", sample_ids=["x"], features=rows(1))
+    other = TeacherFeatures.of_array(name="other", sample_ids=["x"], features=rows(1))
     with pytest.raises(ValueError, match=r"^other: no teacher features for 1000 of 1000"):
         teachers.note_unknown("other", other, pairs)
 
@@ -474,27 +474,12 @@ def test_a_teacher_whitens_what_is_looked_up(tmp_path):
     assert found[1].isnan().all()
 
 
-@pytest.mark.parametrize(("whiten", "width"), [(0, 6), (4, 4), (5, 5)])
-def test_a_run_whitens_its_teachers_as_it_is_told(whiten, width, tmp_path):
-    ids = [f"pairs.tsv/{row}" for row in range(60)]
-    rows = "".join(f"{row}.jpg\tcaption {row}\n" for row in range(60))
-    (tmp_path / "pairs.tsv").write_text("image\tcaption\n" + rows)
-    (tmp_path / "t").mkdir()
-    write_folder(tmp_path / "t", ids, [correlated(60, 6).astype(np.float16)], {"teacher": "test"})
-    teacher = {"features": str(tmp_path / "t"), "whiten": whiten}
-    data = {"train": str(tmp_path / "pairs.tsv")}
-    config = Config.from_dict({"data": data, "teacher": teacher})
-    found = teachers.open_teachers(config, sources.open_samples(config), print)
-    teachers.whiten_teachers(config, found)
-    assert found["teacher"].lookup(ids).shape == (60, width)
-
-
 def test_few_rows_keep_their_groups():
     """Along 64 directions 40 rows would all be equally far from each other."""
     centres = np.repeat(10 * np.eye(5, 80), 8, axis=0)
     features = centres + np.random.default_rng(0).normal(size=centres.shape)
     ids = [str(row) for row in range(40)]
-    teacher = StoredFeatures.in_memory(name="mine", sample_ids=ids, features=features)
+    teacher = TeacherFeatures.of_array(name="mine", sample_ids=ids, features=features)
     teacher.whiten(64)
     found = teacher.lookup(ids)
     assert found.shape == (40, 5)

@@ -15,7 +15,7 @@ from protoclip import KMeans
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.encode.store import hash_ids
-from protoclip.encode.teachers import StoredFeatures
+from protoclip.encode.teachers import TeacherFeatures
 from protoclip.models.protoclip import Embeddings
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.training import run
@@ -31,7 +31,7 @@ def rows(count: int, width: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(values, dim=1)
 
 
-def batch(names: list[str], first: int = 0, **teachers: StoredFeatures) -> Batch:
+def batch(names: list[str], first: int = 0, **teachers: TeacherFeatures) -> Batch:
     return Batch(
         position=torch.arange(first, first + len(names)),
         sample_id=names,
@@ -53,9 +53,9 @@ def embeddings(count: int, seed: int, *, project: bool = True) -> Embeddings:
     )
 
 
-def teacher(names: list[str]) -> StoredFeatures:
+def teacher(names: list[str]) -> TeacherFeatures:
     features = np.random.default_rng(0).normal(size=(len(names), 3)).astype(np.float32)
-    return StoredFeatures.in_memory(name="bert", sample_ids=names, features=features)
+    return TeacherFeatures.of_array(name="bert", sample_ids=names, features=features)
 
 
 def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None) -> KMeans:
@@ -63,7 +63,7 @@ def clusters(k: int, width: int, seed: int, assignments: list[int] | None = None
     return KMeans(centroids=rows(k, width, seed), assignments=given, inertia=0.0, history=())
 
 
-def settings(batches: Callable[[Episode], list[Batch]], **teachers: StoredFeatures) -> dict:
+def settings(batches: Callable[[Episode], list[Batch]], **teachers: TeacherFeatures) -> dict:
     model = build_model(tiny_model(), seed=0)
     return {"model": model, "batches": batches, "teachers": teachers, "autocast": nullcontext}
 
@@ -72,7 +72,7 @@ def no_pass(episode: Episode) -> list[Batch]:
     raise AssertionError("an extraction pass")
 
 
-def queued(**teachers: StoredFeatures) -> QueuedFeatures:
+def queued(**teachers: TeacherFeatures) -> QueuedFeatures:
     return QueuedFeatures(**settings(no_pass, **teachers), size=8)
 
 

@@ -15,7 +15,7 @@ from protoclip.data.loader import EpisodeLoader
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
-from protoclip.encode.teachers import StoredFeatures
+from protoclip.encode.teachers import TeacherFeatures
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import Target
@@ -46,10 +46,10 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, device=META)
 
 
-def teacher_of(pairs: ImageTextPairs) -> StoredFeatures:
+def teacher_of(pairs: ImageTextPairs) -> TeacherFeatures:
     rows = np.random.default_rng(0).normal(size=(len(pairs), TEACHER_WIDTH)).astype(np.float16)
     ids = list(pairs.sample_ids())
-    teacher = StoredFeatures.in_memory(name="bert", sample_ids=ids, features=rows)
+    teacher = TeacherFeatures.of_array(name="bert", sample_ids=ids, features=rows)
     teacher.whiten(WHITENED)
     return teacher
 
