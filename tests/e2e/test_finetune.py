@@ -203,7 +203,7 @@ def test_the_sweep_measures_the_models_between_the_ends(top, finished):
         assert {name: line[name] for name in points[alpha]} == points[alpha]
     results = read(finished / "results.json")
     model, transform, tokenizer = protoclip.load(finished)
-    data = datasets.open_data(f"{top}/general.parquet", class_column="kind")
+    data = datasets.open_data(f"{top}/general.parquet,class_column=kind")
     (zero_shot,) = protoclip.evaluate(model, transform, tokenizer, data, ["zero_shot"])
     assert zero_shot["metrics"]["acc1"] == results["metrics"][GUARD]
     assert results["start_metrics"][GUARD] == points[0.0][GUARD]

@@ -66,25 +66,15 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             from protoclip.results.table import print_table, table_of_records
 
         references = [*dict.fromkeys([self.compare_to or self.models[0], *self.models])]
-        # Root and class column are given to each data set by themselves.
-        config = replace(DataConfig(**self.data_settings()), root=None, class_column=None)
+        config = DataConfig(**self.data_settings())
 
         def open_all() -> tuple[Any, ...]:
             for reference in references:  # or a later one is refused after the first was evaluated
                 find_start(reference)
             names = self.data or [usual_data(references)]
-            data = [
-                validation.open_data(
-                    name,
-                    root=self.root,
-                    class_column=self.class_column,
-                    split=self.split,
-                    config=config,
-                )
-                for name in names
-            ]
+            data = [validation.open_data(name, split=self.split, config=config) for name in names]
             templates = read_templates(self.templates) if self.templates else None
-            tasks = suite.choose_tasks(data, self.split, self.tasks, templates)
+            tasks = suite.choose_tasks(data, self.split, self.tasks)
             return names, data, templates, tasks
 
         device = open_device(self.device)

@@ -109,12 +109,7 @@ class EvaluationData:
 
 
 def open_data(
-    reference: str,
-    *,
-    root: str | None = None,
-    class_column: str | None = None,
-    split: str = "test",
-    config: DataConfig | None = None,
+    reference: str, *, split: str = "test", config: DataConfig | None = None
 ) -> EvaluationData:
     """Open the data set that a reference names. Only the given split is read at once.
 
@@ -128,15 +123,14 @@ def open_data(
     * `karpathy:FILE.json`: captions of COCO or Flickr30k.
 
     A reference may end in `,class_column=NAME`, other columns of a table and `,root=FOLDER`, which
-    win over the arguments and settings of these names. One source of pairs is taken as the
-    requested split. From folders or torchvision, ImageNet's validation images are the `test` split,
-    since everyone measures on them.
+    win over the settings of these names. One source of pairs is taken as the requested split. From
+    folders or torchvision, ImageNet's validation images are the `test` split, since everyone
+    measures on them.
 
     Args:
-        root: Folder of the images of tables, of `karpathy:` and of `torchvision:`.
-        class_column: Column of a table with classes: texts or whole numbers.
         split: The split to measure: `test`, `validation` or `train`.
-        config: Columns, `allow_links` and the cache folder of the data.
+        config: Columns of tables, `allow_links`, and as `root` the folder of the images of tables,
+            `karpathy:` and `torchvision:`.
 
     Raises:
         ValueError: The reference or a file is missing or damaged, or the split is missing, empty
@@ -145,10 +139,8 @@ def open_data(
     if split not in SPLITS:
         raise ValueError(f"split: '{split}' is none of {', '.join(SPLITS)}")
     reference, options = with_options(reference)
-    class_column = options.get("class_column", class_column)
-    settings = replace(config or DataConfig(), sources=[], read="auto")
-    values: dict[str, Any] = {"root": root or settings.root, **options}
-    settings = replace(settings, **values)
+    values: dict[str, Any] = {"sources": [], "read": "auto", **options}
+    settings = replace(config or DataConfig(), **values)
     kind, _, location = reference.partition(":")
     if shard_split(Path(reference)):
         kind, location = "wds", reference
@@ -168,7 +160,7 @@ def open_data(
             raise ValueError(
                 f"{reference}: no such file, and no reference to a data set ({DATA_HINT})"
             )
-        data = open_pairs(reference, settings, split, class_column)
+        data = open_pairs(reference, settings, split)
     if data.splits[split].labels is not None and len(data.class_names) < 2:
         names = visible(", ".join(data.class_names)[:60]) or "no names"
         raise ValueError(f"{reference}: has fewer than two classes ({names})")
@@ -180,11 +172,8 @@ def open_data(
     return data
 
 
-def open_pairs(
-    reference: str, config: DataConfig, split: str, class_column: str | None
-) -> EvaluationData:
+def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData:
     """Captions, classes or both, of one source of pairs."""
-    config = replace(config, class_column=class_column or config.class_column)
     try:
         pairs = open_source(config, SourceConfig(path=add_split(reference, split)))
     except ValueError as error:  # the settings of `data` belong to other pairs

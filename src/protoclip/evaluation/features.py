@@ -397,9 +397,9 @@ class Features:
         return self.parts[self.split]
 
 
-def encode_split(encoder: Encoder, data: EvaluationData, split: str, *, stage: str) -> Part:
+def encode_split(encoder: Encoder, data: EvaluationData, split: str) -> Part:
     """Encode the images of a split; rank 0 names the first bad ones."""
-    whole = data.splits[split]
+    whole, stage = data.splits[split], f"{data.name} images: {split}"
     encoded = encoder.encode_images(whole.images, stage=stage)
     if encoded.bad and rank() == 0 and split not in data.warned_splits:
         data.warned_splits.add(split)

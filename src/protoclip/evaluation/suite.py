@@ -6,7 +6,6 @@ and `SCORES` here, and its metrics into `metrics.METRICS`.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +48,6 @@ from protoclip.evaluation.metrics import (
 from protoclip.evaluation.readers import check_templates, read_templates
 from protoclip.evaluation.validation import open_data
 from protoclip.progress import Progress
-from protoclip.rules import DATA_OPTIONS
 from protoclip.terminal import say
 
 Data = str | Path | Mapping[str, Any] | EvaluationData
@@ -76,8 +74,6 @@ QUICK = ("zero_shot", "retrieval")
 DEFAULT = (*QUICK, "geometry")
 # CLIP_benchmark's names of tasks, where they differ from ours.
 RECORD_TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
-# Settings of `[data]` that say how a data set is read; the others are for training.
-READ_SETTINGS = ("train", *DATA_OPTIONS, "allow_links")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +183,7 @@ def evaluate(
         prompts = read_templates(templates) if isinstance(templates, str) else templates
         check_templates(prompts or (), "templates")
         names = [tasks] if isinstance(tasks, str) else tasks
-        return data_sets, choose_tasks(data_sets, split, names, prompts), prompts
+        return data_sets, choose_tasks(data_sets, split, names), prompts
 
     data_sets, chosen, prompts = raise_on_all_ranks(open_all)
     results = compute_results(
@@ -206,28 +202,19 @@ def open_any(data: Any, split: str) -> EvaluationData:
     """Open a data set of any kind that `evaluate` takes."""
     if isinstance(data, EvaluationData):
         return data
-    if isinstance(data, str | Path):
-        return open_data(str(data), split=split)
-    if not isinstance(data, Mapping):
+    section = {"train": str(data)} if isinstance(data, str | Path) else data
+    if not isinstance(section, Mapping):
         raise ValueError(
             f"data: {shown(data)} is no data set; give a file, or a [data] section as a dictionary"
         )
-    settings = build(DataConfig, data, "data.")
-    if others := [name for name in data if name not in READ_SETTINGS]:
-        raise ValueError(
-            f"data.{others[0]}: has no effect on evaluation, which takes "
-            f"{', '.join(READ_SETTINGS)}; leave it out"
-        )
-    return open_data(
-        settings.train, class_column=settings.class_column, split=split, config=settings
-    )
+    config = build(DataConfig, section, "data.")
+    return open_data(config.train, split=split, config=config)
 
 
 def choose_tasks(
     data: Sequence[EvaluationData],
     split: str,
     tasks: Sequence[str] | None = None,
-    templates: Sequence[str] | None = None,
     *,
     default: Collection[str] = DEFAULT,
 ) -> list[list[str]]:
@@ -236,14 +223,11 @@ def choose_tasks(
     Opens, and perhaps downloads, the train splits that tasks need.
 
     Raises:
-        ValueError: There is no such task or split, no data set can serve a task, two data sets
-            have one name, which records need to tell them apart, or no task reads the `templates`.
+        ValueError: There is no such task or split, no data set can serve a task, or two data sets
+            have one name, which records need to tell them apart.
     """
-    for task in tasks or ():
-        if task not in TASKS:
-            close = get_close_matches(task, TASKS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose of {', '.join(TASKS)}"
-            raise ValueError(f"tasks: no task '{task}'; {hint}")
+    if unknown := [task for task in tasks or () if task not in TASKS]:
+        raise ValueError(f"tasks: no task '{unknown[0]}'; choose of {', '.join(TASKS)}")
     names = [data_set.name for data_set in data]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(
@@ -256,23 +240,11 @@ def choose_tasks(
     missing = {
         task: [MISSING[task](data_set, split) for data_set in data] for task in tasks or default
     }
-    shown_names = ", ".join(names)
-    for task, reasons in missing.items():
-        if tasks and all(reasons):
-            raise ValueError(
-                f"{shown_names}: {task} needs {reasons[0]}; choose other data or --tasks"
-            )
-    if all(all(reasons) for reasons in missing.values()):
-        why = "; ".join(f"{task} needs {reasons[0]}" for task, reasons in missing.items())
-        others = "; --tasks names others" if default is DEFAULT else ""
-        raise ValueError(f"{shown_names}: can serve no task ({why}{others})")
-    chosen = [[task for task in missing if not missing[task][n]] for n in range(len(data))]
-    if templates and not any("zero_shot" in names for names in chosen):
-        raise ValueError(
-            "templates: no effect, since zero_shot alone reads them, which runs on no data here; "
-            "leave them out"
-        )
-    return chosen
+    unserved = {task: reasons[0] for task, reasons in missing.items() if all(reasons)}
+    if unserved and (tasks or len(unserved) == len(missing)):
+        why = "; ".join(f"{task} needs {reason}" for task, reason in unserved.items())
+        raise ValueError(f"{', '.join(names)}: {why}; choose other data or --tasks")
+    return [[task for task in missing if not missing[task][n]] for n in range(len(data))]
 
 
 def compute_results(
@@ -302,7 +274,7 @@ def compute_results(
             keys = {
                 name: METRICS[name].key
                 for name in measurements.metrics
-                if METRICS[name].task == task and is_defined(name, data_set, split)
+                if METRICS[name].task == task
             }
             values = {key: measurements.metrics[name] for name, key in keys.items()}
             by_key = {
@@ -344,13 +316,7 @@ def encode_data(
         validation = data.splits.get("validation")
         splits += ["validation"] * (validation is not None and validation.labels is not None)
     for name in [*splits, split]:
-        stage = f"{data.name} images: {name}"
-        if name == "validation" != split:
-            stage = f"{data.name}: images that set the probe's strength ({name})"
-        elif name != split:
-            learning = " and ".join(task for task in ("knn", "linear_probe") if task in tasks)
-            stage = f"{data.name}: images that {learning} learn from ({name})"
-        parts[name] = encode_split(encoder, data, name, stage=stage)
+        parts[name] = encode_split(encoder, data, name)
     texts, part = {}, parts[split]
     if part.captions is not None and not {"retrieval", "geometry"}.isdisjoint(tasks):
         captions = encoder.encode_texts(part.captions.texts, stage=f"{data.name} captions")
@@ -412,7 +378,11 @@ def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> 
     for result in results:
         values |= result.metrics
     return Measurements(
-        metrics={name: values[name] for name in METRICS if name in values},
+        metrics={
+            name: values[name]
+            for name in METRICS
+            if name in values and is_defined(name, data, features.split)
+        },
         samples=samples,
         scores=next((result.scores for result in results if result.scores is not None), None),
     )
@@ -453,8 +423,11 @@ def evaluate_run(
             measurements.samples.write(path)
         except OSError as error:
             say(f"warning: {path}: not written ({error})")
-    names = select_run_metrics(measurements.metrics, data, split)
-    return {f"eval/{data.name}/{name}": measurements.metrics[name] for name in names}
+    return {
+        f"eval/{data.name}/{name}": value
+        for name, value in measurements.metrics.items()
+        if METRICS[name].in_runs
+    }
 
 
 def list_metrics(
@@ -462,34 +435,27 @@ def list_metrics(
 ) -> list[str]:
     """The keys of a run's evaluation on a data set, in the order of `METRICS`."""
     (tasks,) = choose_tasks([data], split, default=QUICK if quick else TASKS)
-    labels = data.splits[split].labels
-    absent = {MULTILABEL}
-    if labels is not None and labels.ndim == 2:
-        absent = {f"zero_shot/acc{k}" for k in (1, 5)}
-    if split not in data.image_names:
-        absent |= {f"zero_shot_subgroup/acc{k}" for k in (1, 5)}
-    names = [name for name, metric in METRICS.items() if metric.task in tasks]
-    names = select_run_metrics([name for name in names if name not in absent], data, split)
-    return [f"eval/{data.name}/{name}" for name in names]
-
-
-def select_run_metrics(names: Collection[str], data: EvaluationData, split: str) -> list[str]:
-    """The metrics among these that a run's evaluation has, in the order of `METRICS`."""
     return [
-        name
+        f"eval/{data.name}/{name}"
         for name, metric in METRICS.items()
-        if name in names and metric.in_runs and is_defined(name, data, split)
+        if metric.task in tasks and metric.in_runs and is_defined(name, data, split)
     ]
 
 
 def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
-    """Whether the data have enough classes for a metric: acc5 needs five or more."""
+    """Whether data that can serve a metric's task have the metric: acc5 needs five classes."""
+    labels, image_names = data.splits[split].labels, data.image_names.get(split)
+    if metric.startswith("zero_shot_subgroup") and image_names is None:
+        return False
+    if metric.startswith("zero_shot/"):
+        is_multilabel = labels is not None and labels.ndim == 2
+        if is_multilabel != (metric == MULTILABEL):
+            return False
     if not metric.endswith("acc5"):
         return True
     if METRICS[metric].task == "linear_probe":  # it predicts the classes of `train`
         labels = data.splits["train"].labels
         return labels is not None and len(set(labels.tolist())) >= 5
-    if split in data.image_names:
-        return len(set(data.image_names[split])) >= 5
-    labels = data.splits[split].labels
+    if image_names is not None:
+        return len(set(image_names)) >= 5
     return labels is None or len(data.class_names or set(labels.tolist())) >= 5

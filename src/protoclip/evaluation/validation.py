@@ -303,25 +303,17 @@ def join_rows(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]
 
 
 def open_data(
-    reference: str,
-    *,
-    root: str | None = None,
-    class_column: str | None = None,
-    split: str = "test",
-    config: DataConfig | None = None,
+    reference: str, *, split: str = "test", config: DataConfig | None = None
 ) -> EvaluationData:
     """What a reference names, as `datasets.open_data` does; for a run, the pairs that it held out.
 
     Those are read as the run read them, and have the name of any split that is asked for but
     `train`.
     """
-    config = config or DataConfig()
     run = find_run(reference)
     if run is None:
-        return datasets.open_data(
-            reference, root=root, class_column=class_column, split=split, config=config
-        )
-    return open_held_out(run, split=split, allowed=config)
+        return datasets.open_data(reference, split=split, config=config)
+    return open_held_out(run, split=split, allowed=config or DataConfig())
 
 
 def find_run(reference: str) -> Path | None:

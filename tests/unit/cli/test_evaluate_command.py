@@ -45,7 +45,7 @@ def test_several_models_on_several_data_sets(made_up, tmp_path, capsys):
     words += f" --compare-to open_clip:guessing/tag --json --no-cache --root here --out {tmp_path}"
     main(words.split())
     records = json.loads(capsys.readouterr().out)
-    settings = {"root": "here", "class_column": None, "split": "test", "config": DataConfig()}
+    settings = {"split": "test", "config": DataConfig(root="here")}
     assert made_up == [("a", settings), ("b", settings)]
     places = [(record["model"], record["dataset"], record["task"]) for record in records]
     tasks = ("knn", "zeroshot_classification")
@@ -118,8 +118,8 @@ def test_settings_reach_the_data_and_the_encoder(made_up, monkeypatch, capsys):
     main(["evaluate", "knowing", *words.split()])
     (_, settings), (encoder,) = made_up[0], used
     columns = {"image_column": "x", "caption_column": "y"}
-    config = DataConfig(**columns, allow_links=True)
-    assert settings == {"root": "/", "class_column": None, "split": "test", "config": config}
+    config = DataConfig(**columns, root="/", allow_links=True)
+    assert settings == {"split": "test", "config": config}
     assert encoder.transform == replace(exact, fast=True)
     with encoder.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -172,7 +172,7 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
     ("words", "message"),
     [
         ("none --data a --data a", "data: two data sets are called 'a'; evaluate them one after"),
-        ("knowing --data a --tasks knns", "tasks: no task 'knns'; did you mean knn?"),
+        ("knowing --data a --tasks knns", "tasks: no task 'knns'; choose of zero_shot"),
         ("knowing --tasks", "--tasks: needs a value"),
         ("knowing --data a --templates none.txt", "none.txt: no file of prompts"),
     ],

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from written import as_class_label, npy, write, write_table, write_tar, write_wds
-
-from protoclip.evaluation.datasets import open_data
+from written import as_class_label, npy, open_data, write, write_table, write_tar, write_wds
 
 
 def wds_with(tmp_path, extension="cls", splits=("test",), beside=None, **files):

@@ -13,6 +13,7 @@ from written import (
     NAMES,
     REDS,
     as_class_label,
+    open_data,
     png,
     write,
     write_table,
@@ -21,7 +22,8 @@ from written import (
 
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
-from protoclip.evaluation.datasets import Images, emoji, open_data, sort_names
+from protoclip.evaluation import datasets
+from protoclip.evaluation.datasets import Images, emoji, sort_names
 from protoclip.evaluation.readers import read_templates
 
 
@@ -184,7 +186,7 @@ def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
     )
     usual = DataConfig(image_column="none", caption_column="caption")
     reference = f"{path},image_column=image,caption_column=name,id_column=number"
-    split = open_data(reference, config=usual).splits["test"]
+    split = datasets.open_data(reference, config=usual).splits["test"]
     assert list(split.captions or ()) == [("d",), ("e",), ("f",)]
     assert split.images.sample_id(2) == "3"
     given = as_karpathy(tmp_path / "k")

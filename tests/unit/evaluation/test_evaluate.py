@@ -311,11 +311,19 @@ def test_what_is_no_model_or_data_set_is_refused_by_its_type():
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ({}, {"tasks": ["zero_shots"]}, "tasks: no task 'zero_shots'; did you mean zero_shot?"),
+        (
+            {},
+            {"tasks": ["zero_shots"]},
+            "tasks: no task 'zero_shots'; choose of",
+        ),
         ({}, {"split": "validation"}, "x: no split 'validation'; it has test"),
         ({}, {"tasks": ["knn"]}, "x: knn needs a labelled train split"),
         ({"class_names": ()}, {"tasks": ["zero_shot"]}, "x: zero_shot needs class names"),
-        ({"labels": None, "captions": None}, {}, "x: can serve no task (zero_shot needs labels"),
+        (
+            {"labels": None, "captions": None},
+            {},
+            "x: zero_shot needs labels; retrieval",
+        ),
         ({"labels": torch.arange(18)}, {}, "x: sample 'test/27' has class 6, but there are names"),
         ({"labels": torch.ones(18).long()}, {"tasks": ["clustering"]}, "images of two classes"),
         ({"captions": [("a",)] * 17 + [()]}, {}, "x: sample 'test/59' has no caption"),

@@ -2,12 +2,23 @@
 
 import io
 import tarfile
+from typing import Any
 
 import datasets as hugging_face
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from protoclip.config import DataConfig
+from protoclip.evaluation import datasets
+from protoclip.evaluation.datasets import EvaluationData
+
+
+def open_data(reference: str, *, split: str = "test", **settings: Any) -> EvaluationData:
+    """A data set that is read with these settings of `[data]`."""
+    return datasets.open_data(reference, split=split, config=DataConfig(**settings))
+
 
 # The images of every split below, by the red of their pixels, with class and captions.
 REDS, NAMES, CLASSES = (10, 20, 30), ["cat", "big dog"], [1, 0, 1]
