@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protoclip.config import Config
 from protoclip.data.access import cache_folder
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import rank, rank0_first
@@ -40,6 +41,7 @@ from protoclip.progress import Progress
 from protoclip.terminal import say, without_secrets
 from protoclip.training.folder import CheckpointWriter
 from protoclip.training.plan import Plan
+from protoclip.training.presets import Choices
 
 Split = Literal["validation", "test"]
 FILE = "wise_ft.json"
@@ -92,10 +94,7 @@ class RunEvaluator:
         )
 
     def make_keeping_encoder(self, *, show: bool = True) -> Encoder:
-        """The encoder of the model with the weights that it has now.
-
-        It keeps features, which another run or command that opens these weights will find.
-        """
+        """The encoder of the model as it is now; what opens these weights finds its features."""
         if not self._keeps:
             return replace(self.encoder, show=show)
         encoder: Encoder = self._make(cache=cache_folder() / "features", show=show)
@@ -107,12 +106,8 @@ class RunEvaluator:
     ) -> dict[str, float]:
         """Metrics on the split, of the data that have it; else on the other one.
 
-        Args:
-            quick: For a comparison of models: zero-shot and retrieval alone, and of a mixture all
-                sources together.
-            encoder: Unset or, for weights that will be measured again, as those that a run starts
-                or ends with, of `make_keeping_encoder`.
-            more: As for `evaluate_run`.
+        A `quick` evaluation compares models: zero-shot and retrieval alone, and all sources of a
+        mixture together. Weights that are measured again have a `make_keeping_encoder`.
         """
         encoder, metrics = encoder or self.encoder, dict[str, float]()
         for data in self.plan.held_out[:1] if quick else self.plan.held_out:
@@ -131,10 +126,7 @@ class RunEvaluator:
         ]
 
     def digest_data(self) -> dict[str, str]:
-        """Of what chooses weights, by name: a digest of its images, captions, classes and prompts.
-
-        That of squashed images is another one than of crops.
-        """
+        """By data set that chooses weights, a digest of images, captions, classes and prompts."""
         digests, squashed = dict[str, str](), ["squashed"] * self.model.squashes
         for data, split in self.list_splits():
             texts = (split.captions, list(data.class_names), list(data.templates))
@@ -146,11 +138,8 @@ class RunEvaluator:
 class EarlyStop:
     """Decides after each evaluation whether the run ends there.
 
-    Attributes:
-        metric: Higher is better; a value that is not finite is no better than any other.
-        best, best_step: The best value so far, and the step that it is of.
-        step: The step of the last evaluation.
-        waited: Evaluations since the best one.
+    `metric` names what is watched; higher is better, and a value that is not finite counts as no
+    better. `waited` evaluations came since the best one.
     """
 
     metric: str
@@ -204,17 +193,12 @@ def choose_weights(
 ) -> dict[str, Any] | None:
     """The phase of fine-tuning after training: a sweep over alpha, and the best weights as model.
 
-    `wise_ft.json` holds the points of the sweep, and is written when it is complete. Then the
-    chosen weights are written to the run folder itself. Collective.
+    Writes `wise_ft.json` with the points of the complete sweep, then the chosen weights to the run
+    folder. Collective. `start` holds the weights before the first step, on rank 0; the model has
+    those after `step` steps.
 
-    Args:
-        evaluator: That of the run, whose model has the weights of its end, after `step` steps.
-        start: The weights before the first step, on rank 0.
-        asked_to_stop: Whether a signal asks any rank to stop. Collective.
-
-    Returns:
-        `alpha` (the plan's, or the best by `RULE`), `best_alpha` and `start_metrics`, for
-        `results.json`. None if a signal stopped the sweep.
+    Returns `alpha` (the plan's, or the best by `RULE`), `best_alpha` and `start_metrics`, for
+    `results.json`; None if a signal stopped the sweep.
     """
     model, plan, folder = evaluator.model, evaluator.plan, writer.run
     end = parallel.gather_weights(model)
@@ -288,10 +272,9 @@ def choose_weights(
 def interpolate(
     start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """Weights `(1 - alpha) start + alpha end`, statistics of BatchNorm included.
+    """Weights `(1 - alpha) start + alpha end` of two state dicts on the CPU.
 
-    Both are state dicts of one model, on the CPU. The result is exactly `start` at 0 and `end` at
-    1. Between them whole numbers, such as counts of batches, are those of `end`.
+    It is exactly `start` at 0 and `end` at 1. Between them whole numbers are those of `end`.
     """
     assert start.keys() == end.keys()
     if alpha == 0:
@@ -305,13 +288,10 @@ def interpolate(
 
 
 def score_data(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What the rule looks at, by data set: a fraction from 0 to 1.
+    """What the rule looks at, by data set, from metrics by `eval/<data set>/<task>/<metric>`.
 
-    The zero-shot accuracy (of images with several classes the mean average precision) or, of a data
-    set without classes, the mean of recall@1, 5 and 10 both ways.
-
-    Args:
-        metrics: By `eval/<data set>/<task>/<metric>`.
+    Zero-shot accuracy (mean average precision of images with several classes) or, without classes,
+    the mean of recall@1, 5 and 10 both ways.
     """
     scores = dict[str, float]()
     for data in dict.fromkeys(name.split("/")[1] for name in metrics):
@@ -333,23 +313,30 @@ def find_best(points: Sequence[Point]) -> float | None:
 
 
 def is_done(
-    folder: Path, results: Mapping[str, Any], *, alpha: float | None, guards: Sequence[str]
+    folder: Path, results: Mapping[str, Any], config: Config, choices: Choices | None
 ) -> bool:
-    """Whether the model of a finished run is that of this alpha; unset, of the best one by all
-    these guards."""
-    if not {*map(without_secrets, guards)} <= {*checkpoint.read_config(folder).run.guard}:
+    """Whether a finished run was evaluated as it is asked for now, by these guards too, and its
+    model is that of the alpha of `choices`, or the best one."""
+    was = checkpoint.read_config(folder).run
+    if config.run.evaluate and not was.evaluate:
         return False
-    wanted, model = results.get("best_alpha") if alpha is None else alpha, folder / checkpoint.MODEL
+    finetunes = choices is not None and choices.command == "finetune"
+    chooses = finetunes and config.run.overfit is None
+    has_guards = {*map(without_secrets, config.run.guard)} <= {*was.guard}
+    if not has_guards and (config.run.evaluate or chooses):
+        return False
+    if not chooses:
+        return True
+    assert choices is not None
+    wanted = results.get("best_alpha") if choices.alpha is None else choices.alpha
+    model = folder / checkpoint.MODEL
     if wanted is None or results.get("alpha") != wanted or not model.is_file():
         return False
     return bool(read_json(model).get("alpha") == wanted)
 
 
 def read_points(evaluator: RunEvaluator, folder: Path, step: int) -> dict[float, Point]:
-    """By alpha, the points of a complete sweep of this run up to this step by the same data sets.
-
-    None of a sweep by others: their means would stand beside each other.
-    """
+    """By alpha, the points of a complete sweep up to this step by the same data sets."""
     record = read_record(folder) if (folder / FILE).is_file() else {}
     now = evaluator.digest_data()
     if record.get("steps") != step or record.get("data", now) != now:  # 1.0.0 wrote no data
@@ -359,11 +346,7 @@ def read_points(evaluator: RunEvaluator, folder: Path, step: int) -> dict[float,
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `wise_ft.json` in a run folder holds.
-
-    Raises:
-        ValueError: It is damaged or missing; names it.
-    """
+    """What `wise_ft.json` of a run holds; raises `ValueError` if it is damaged or missing."""
     try:
         return read_sealed(folder / FILE)
     except ValueError as error:
@@ -377,11 +360,8 @@ def measure_differences(
 ) -> dict[str, dict[str, Any]]:
     """How much higher each metric of the chosen weights is than that of the start.
 
-    Both were measured on the same samples, whose results are in the run folder. So a difference has
-    an interval over them, as `protoclip compare` gives it.
-
-    Returns:
-        By metric the `mean`; its 95% `interval`, or None; and whether it is clear, `beyond`.
+    Returns by metric the `mean`; its 95% `interval` over the samples, as `protoclip compare` gives
+    it, or None; and whether it is clear, `beyond`.
     """
     reader, chosen = make_reader(), results["metrics"]
     before, after = (

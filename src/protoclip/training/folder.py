@@ -1,9 +1,10 @@
 """The folder of a run: who holds it, whether a run may go on there, and its checkpoints.
 
 A run goes on with equal settings, data and arithmetic, or is refused with what differs. The files
-of a checkpoint are in `models/checkpoint.py`, and copies of a folder in `sync.py`.
+of a checkpoint are in `models/checkpoint.py`.
 """
 
+import json
 import math
 import re
 import shutil
@@ -15,22 +16,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
+import fsspec
 import tomli_w
 from filelock import FileLock, Timeout
+from fsspec.implementations.dirfs import DirFileSystem
 
 from protoclip.config import (
     HALVES,
     START,
     Config,
     LossConfig,
-    RunConfig,
     TeacherConfig,
     flatten,
     shown,
 )
+from protoclip.data import access
 from protoclip.data.pairs import difference
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.distributed.parallel import are_parts
@@ -41,9 +44,19 @@ from protoclip.files import (
     has_changed,
     read_json,
     read_local,
+    replacing,
 )
 from protoclip.models import checkpoint
-from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, damage, facts_of, is_aligned
+from protoclip.models.checkpoint import (
+    CHECKSUMS,
+    MODEL,
+    SETTINGS,
+    STATE,
+    checkpoints,
+    damage,
+    facts_of,
+    is_aligned,
+)
 from protoclip.models.start import Start, names_model
 from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
@@ -52,6 +65,18 @@ from protoclip.training.plan import Outline, Plan
 from protoclip.training.presets import Command, fill
 
 LOCK, RESULTS = ".lock", "results.json"
+# Where copies may be: where data come from, Azure, and a folder that is mounted. Protocols that
+# read what a URL brings along are left out, since a recipe may come from a stranger.
+PLACES = (*access.STORES, "az", "abfs", "file")
+Store = Any  # an fsspec file system, whose paths are names relative to the folder there
+ANSWER_SECONDS = 60.0  # that a store may take to answer before a run begins
+# Seconds that the end of a run waits for its last copy: after a signal, and after the results.
+STOPPED_SECONDS, END_SECONDS = 60.0, 1800.0
+PROBE = ".protoclip"
+DONE = (MODEL, RESULTS)  # files that say that a run is done
+LEFT_OUT = ("checkpoints", "wandb", "start_features")  # copied apart, elsewhere, made anew
+RUN_ID = "wandb/run-id"  # with it Weights & Biases goes on with the run's curves
+MARKER = re.compile(rf"checkpoints/(step-\d+)/{re.escape(CHECKSUMS)}", re.ASCII)
 # What is meant where it is unset.
 UNSAID = {"loss.positives": "pair", "model.image.pooling": "avg", "teacher.distil": 0.0}
 # Defaults of version 1.0, with which its runs go on.
@@ -92,20 +117,13 @@ def name_folder(config: Config) -> Path:
 
 
 def slugify(name: str) -> str:
-    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`.
-
-    Letters of all scripts stay.
-    """
+    """A run's name as a folder name: `ProtoCLIP + teacher` is `protoclip-teacher`."""
     return "-".join(re.findall(r"[\w.]+", unicodedata.normalize("NFC", name.lower()))) or "run"
 
 
 @contextmanager
 def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Hold a run's folder, which is made if need be, and remove what killed processes left.
-
-    Raises:
-        ValueError: Another process holds it.
-    """
+    """Hold a run's folder, which may be new; raises `ValueError` if another process does."""
     try:
         folder.mkdir(parents=True, exist_ok=resume)  # which `inspect_folder` did not find
         lock = FileLock(folder / LOCK, timeout=0).acquire()
@@ -119,14 +137,12 @@ def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
 
 
 def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str, Any] | None]:
-    """What the folder of a run holds of it; writes nothing.
+    """The outline as the run in its folder began, and the results of that run if it is finished.
 
-    Returns:
-        The outline, where what its settings leave open is as the run in the folder began with; and
-        the content of `results.json`, if the run is finished.
+    Writes nothing.
 
     Raises:
-        ValueError: It exists, and there is no run to go on with; or as `check_settings`.
+        ValueError: The folder exists, and there is no run to go on with; or as `check_settings`.
     """
     folder = name_folder(outline.config)
     begun = read_begun(folder)
@@ -166,13 +182,6 @@ def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str
     return outline, {**results, "folder": str(folder)}
 
 
-def is_evaluated(folder: Path, asked: RunConfig) -> bool:
-    """Whether a finished run was evaluated as it is asked for now, by these guards too."""
-    was = checkpoint.read_config(folder).run
-    guards = {*map(without_secrets, asked.guard)}
-    return not asked.evaluate or (was.evaluate and guards <= {*was.guard})
-
-
 # Settings: what a run began with, and what may change when it goes on
 
 
@@ -189,11 +198,7 @@ def read_begun(folder: Path) -> Config | None:
 
 
 def parse_begun(text: str, source: str) -> Config:
-    """The settings that a run began with, from what its `config.toml` holds.
-
-    Raises:
-        ValueError: It is damaged, or a setting has a value that is gone; names the source.
-    """
+    """The settings that a run began with, from the text of its `config.toml`."""
     try:
         tree = tomllib.loads(text)
         for section, setting in (("run", "wandb"), ("data", "cache")):  # they changed no batch
@@ -215,10 +220,7 @@ def keep_chosen(command: Command, given: Mapping[str, Any], begun: Config) -> Ma
 
 
 def keep_pooling(config: Config, begun: Config | None) -> Config:
-    """The settings with the image tower's pooling as the run began with, if it is unset.
-
-    Runs of versions up to 1.0.0 have the mean, which is no longer what follows from all weights.
-    """
+    """The settings with the image tower's pooling as the run began; up to 1.0.0 it was the mean."""
     model = config.model
     is_timm = model.projections_are_new and not names_model("image", model.image.name)
     if begun is None or not is_timm:
@@ -228,8 +230,7 @@ def keep_pooling(config: Config, begun: Config | None) -> Config:
 
 
 def keep_resizing(start: Start, folder: Path) -> Start:
-    """The start, with images squashed or cropped as by the newest checkpoint of the run in a
-    folder, so that all evaluations of the run measure alike.
+    """The start, with images squashed or cropped as by the run's newest checkpoint.
 
     Runs of versions up to 1.0.0 crop them, whatever they started from.
     """
@@ -286,12 +287,7 @@ def check_settings(
 ) -> list[str]:
     """Refuse to go on with settings that would make another run; returns notes on the others.
 
-    Args:
-        place: What holds the run, for messages.
-        before, now: As `list_settings`.
-
-    Raises:
-        ValueError: A setting differs that may not; see `FREE`.
+    `place` is what holds the run, for messages; `before` and `now` are as `list_settings`.
     """
     differ = {
         key: f"{key} ({show(before, key)} before, {show(now, key)} now)"
@@ -421,12 +417,8 @@ def find_newest_intact(run: Path, notes: list[str]) -> Path | None:
 def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse to go on from a checkpoint with other arithmetic or other data.
 
-    Another device or precision would round differently, unless the settings name it. Other lists
-    of sample ids, and other pairs, would mean that its validation set may have been trained on.
-
-    Args:
-        inputs: `arithmetic`: device and precision by setting. `chosen`: what identifies the lists
-            of sample ids, by setting. `content`: of `list_contents`.
+    Another device or precision would round differently, unless the settings name it. The validation
+    set of other data may have been trained on. `inputs` are `Run.inputs`.
     """
     arithmetic, content = inputs["arithmetic"], inputs["content"]
     for setting, before in facts_of(checkpoint, "arithmetic").items():
@@ -460,13 +452,11 @@ def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[
 
 
 class CheckpointWriter:
-    """Decides when to write a checkpoint of a run, writes it in a thread, and removes old ones.
+    """Writes checkpoints of a run in a thread when it is time, and removes old ones.
 
     If one cannot be written there is a warning, and training goes on; only `finish` insists. It
-    keeps the newest `keep` checkpoints, the best, and those `in_use`. `description` is what builds
-    the model again, with `text_files` for a Hugging Face text tower or tokenizer. `then` gets each
-    folder when it is written. All ranks write a sharded model, each its part; rank 0 alone decides,
-    warns and removes.
+    keeps the newest `keep` checkpoints, the best, and those `in_use`. `then` gets each folder when
+    it is written. All ranks write a sharded model, each its part; rank 0 alone decides and removes.
     """
 
     def __init__(
@@ -502,11 +492,7 @@ class CheckpointWriter:
             self.ratings[step] = value
 
     def find_best(self, step: int | None = None) -> tuple[int, float] | None:
-        """Step and value of the best evaluation whose checkpoint is there; of equal ones the first.
-
-        Args:
-            step: Its checkpoint counts too: it is about to be written.
-        """
+        """Step and value of the best evaluation that has a checkpoint, as `step` will have."""
         there = [key for key in list(self.ratings) if key == step or self.folder(key).is_dir()]
         best = max(there, key=lambda key: (self.ratings[key], -key), default=None)
         return None if best is None else (best, self.ratings[best])
@@ -550,13 +536,7 @@ class CheckpointWriter:
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint; if it could not be written, try again for a minute.
-
-        Collective.
-
-        Raises:
-            OSError: It cannot be written; says what to do.
-        """
+        """Wait for the last checkpoint, and try again for a minute if need be. Collective."""
         self.wait()
         for pause in LAST_RETRIES:
             if self.failed_step is None:
@@ -564,16 +544,16 @@ class CheckpointWriter:
             warn(f"trying to save step {self.failed_step} again in {pause:g} s")
             time.sleep(pause)
             self._write()
-        raise_on_all_ranks(self._require_written)
 
-    def _require_written(self) -> None:
-        if self.failed_step is not None and rank() == 0:
-            left = checkpoints(self.run)
-            start = left[-1] if left else "the beginning"
-            raise OSError(
-                f"{self._problem}: this checkpoint is lost; trying again did not help; make room, "
-                f"then the same command with --resume auto goes on from {start}"
-            )
+        def require_written() -> None:
+            if self.failed_step is not None and rank() == 0:
+                start = max(checkpoints(self.run), default="the beginning")
+                raise OSError(
+                    f"{self._problem}: this checkpoint is lost; trying again did not help; make "
+                    f"room, then the same command with --resume auto goes on from {start}"
+                )
+
+        raise_on_all_ranks(require_written)
 
     def _write(self) -> None:
         step, folder, began = self.saved_step, self.folder(self.saved_step), time.monotonic()
@@ -610,3 +590,259 @@ class CheckpointWriter:
 def warn(text: str) -> None:
     if rank() == 0:
         say(f"warning: {text}")
+
+
+# `run.sync`: a copy of the run folder in a store, from which a fresh machine goes on. A checkpoint
+# is complete there if its `checksums.json` is, which comes last and goes first. The files beside
+# checkpoints come before them, so that a complete checkpoint has its metrics; those that say that a
+# run is done come after all others.
+
+
+def open_store(url: str) -> Store:
+    """The folder that `run.sync` names; raises `ValueError` if it may not be one."""
+    protocol, _, path = url.partition("://")
+    protocol, path = protocol.lower(), re.sub("//+", "/", path)  # s3fs lists no nameless folder
+    try:
+        if protocol not in PLACES or not path.strip("/"):
+            places = ", ".join(PLACES)
+            raise ValueError(f"is no folder of a store ({places}); name one, as s3://bucket/folder")
+        access.require_allowed(url, protocols=PLACES)
+        options = {"auto_mkdir": True} if protocol == "file" else {}
+        files, root = fsspec.core.url_to_fs(f"{protocol}://{path}", **options)
+        if protocol == "file" and not Path(root).parent.is_dir():  # or it would fill another disk
+            raise ValueError(f"there is no folder {Path(root).parent}; mount it, or name another")
+    except (ValueError, OSError, ImportError) as error:  # or its client is not installed
+        raise ValueError(f"run.sync: {url or repr(url)}: {access.reason_of(error)}") from None
+    return DirFileSystem(root, files)
+
+
+@contextmanager
+def name_store(url: str) -> Iterator[None]:
+    """Turn what goes wrong in the store, before the run begins, into a `ValueError`."""
+    try:
+        yield
+    except Exception as error:  # the clients of stores have exceptions of their own
+        raise ValueError(
+            f"run.sync: {url}: {access.first_line(error)}; check name, credentials, network and "
+            "room, or leave run.sync out"
+        ) from None
+
+
+def list_files(store: Store) -> set[str]:
+    """All files by name, without hidden ones and without those that lead out of a run folder."""
+    store.fs.invalidate_cache()
+    names = store.find("")
+    return {n for n in names if all(p and p[0] != "." for p in re.split(r"[/\\]", n))}
+
+
+def ask_store(url: str) -> tuple[Store, set[str], Config | None]:
+    """The store of a run folder, the names of its files, and the settings of a run there."""
+    store = open_store(url)
+
+    def ask() -> tuple[set[str], str | None]:
+        store.pipe_file(PROBE, b"")
+        names = list_files(store)
+        if PROBE not in store.find(""):
+            raise OSError("what was written there is not listed")
+        return names, store.cat_file(SETTINGS).decode() if SETTINGS in names else None
+
+    with name_store(url):
+        names, text = access.within(ANSWER_SECONDS, ask)
+    begun = None if text is None else parse_begun(text, f"run.sync: {url}/{SETTINGS}")
+    return store, names, begun
+
+
+def fetch_run(
+    outline: Outline, store: Store, names: set[str], begun: Config | None, *, resume: bool
+) -> None:
+    """Bring a run folder that is missing or older to the newest state in the store.
+
+    `store`, `names` and `begun` are of `ask_store`.
+
+    Raises:
+        ValueError: It or the run folder holds another run, or it holds one and `resume` is not set;
+            nothing was written here. Or every checkpoint there is damaged, and there is none here.
+    """
+    config, url, folder = outline.config, outline.config.run.sync, name_folder(outline.config)
+    assert url is not None
+    if folder.exists():  # or what it holds would become the run of the store
+        inspect_folder(outline, resume=True)
+    if not names:
+        return
+    if begun is None or not resume:
+        way = "other files;" if begun is None else "a run; go on with --resume auto, or"
+        raise ValueError(f"run.sync: {url}: holds {way} choose another folder")
+    is_done = RESULTS in names
+    now = list_settings(keep_begun(config, begun))
+    check_settings(f"run.sync: {url}", list_settings(begun), now, finished=is_done)
+    intact = {path.name for path in checkpoints(folder) if damage(path) is None}
+    complete = {match[1] for name in names if (match := MARKER.fullmatch(name))}
+    newer = sorted(step for step in complete if step > max(intact, default=""))
+    if (folder / RESULTS).is_file() or not (newer or is_done):
+        return
+    beside = {name for name in names if not name.startswith("checkpoints/")}
+    fetched = None
+    with claim_folder(folder, resume=True), name_store(url):
+        # What has settings is a run, so these come first.
+        for name in sorted(beside - {*DONE}, key=lambda name: name != SETTINGS):
+            get_file(store, name, folder)
+        while newer and fetched is None:
+            fetched = get_checkpoint(store, newer.pop(), names, folder)
+        if fetched is not None:
+            # The best first and the newest last, so that a fetch that is cut short is done again.
+            best = read_json(fetched / STATE).get("best")
+            step = f"step-{int(best[0]):09}" if best else ""
+            if step in complete - intact and step not in fetched.name:
+                publish_checkpoint(get_checkpoint(store, step, names, folder))
+            publish_checkpoint(fetched)
+        for name in beside & {*DONE}:
+            get_file(store, name, folder)
+    if fetched is not None or is_done:
+        what = "its results" if fetched is None else fetched.name.split(".")[1]
+        say(f"note: {folder}: {what} fetched from {url}")
+    elif not intact:
+        raise ValueError(
+            f"run.sync: {url}: every checkpoint there is damaged; restore one from a copy, remove "
+            f"all of them and {folder} to start again, or choose another folder"
+        )
+
+
+def get_file(store: Store, name: str, folder: Path) -> None:
+    """Bring a file here, where it appears whole or not at all."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / name) as temporary:
+        store.get_file(name, str(temporary))
+
+
+def get_checkpoint(store: Store, step: str, names: set[str], folder: Path) -> Path | None:
+    """Bring a checkpoint to a hidden folder here; None, with a warning, if it is damaged."""
+    temporary = folder / "checkpoints" / f".{step}.fetched"
+    for name in names:
+        if name.startswith(f"checkpoints/{step}/"):
+            path = temporary / name.split("/", 2)[2]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, str(path))
+    if (wrong := damage(temporary)) is not None:
+        say(f"warning: run.sync: {step} there is passed over: {wrong}")
+        return None
+    return temporary
+
+
+def publish_checkpoint(temporary: Path | None) -> None:
+    if temporary is not None:
+        target = temporary.with_name(temporary.name.split(".")[1])
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
+        temporary.rename(target)
+
+
+class Copies:
+    """Copies a run folder to its store in a thread, one copy at a time; the newest state wins.
+
+    A checkpoint that cannot be copied costs a warning. What was complete in the store stays so
+    until a newer checkpoint is. Of the checkpoints that other machines left there, the newest stay,
+    up to `run.keep_checkpoints`. Only rank 0 copies, if there is a URL.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.url, self.folder, self.keep = config.run.sync, folder, config.run.keep_checkpoints
+        self.store: Store = open_store(self.url) if self.url and rank() == 0 else None
+        self._copied: dict[str, tuple[int, int]] = {}  # size and time of files beside checkpoints
+        self._wanted: Path | None = None  # the newest checkpoint that was not copied yet
+        self._copying: Path | None = None
+        self._thread: Thread | None = None
+        self._lock = Lock()
+
+    def start(self, newest: Path) -> None:
+        """Copy all up to this checkpoint, after the copy that is under way; returns at once."""
+        if self.store is None:
+            return
+        with self._lock:
+            self._wanted = newest
+            if self._thread is None:
+                self._thread = Thread(target=self._work, name="protoclip-sync", daemon=True)
+                self._thread.start()
+
+    def list_in_use(self) -> set[Path]:
+        """The checkpoints to keep: one that is copied, and the next. Or a slow copy never ends."""
+        with self._lock:
+            return {path for path in (self._copying, self._wanted) if path is not None}
+
+    def finish(self, seconds: float) -> None:
+        """Copy what has changed, and wait for it up to this many seconds, or warn."""
+        self.start(max(checkpoints(self.folder), default=self.folder))
+        thread = self._thread
+        if thread is None:  # done already
+            return
+        thread.join(min(1.0, seconds))
+        if thread.is_alive():
+            say(f"note: run.sync: waiting up to {seconds:g} s for the copy to {self.url}")
+            thread.join(seconds)
+        if thread.is_alive():
+            self._warn(f"not done within {seconds:g} s")
+
+    def _warn(self, reason: str) -> None:
+        say(
+            f"warning: run.sync: {self.url}: not copied ({reason}); what was complete there stays, "
+            "and the next copy, or --resume auto, tries again"
+        )
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                newest = self._copying = self._wanted
+                self._wanted = None
+                if newest is None:
+                    self._thread = None
+                    return
+            try:
+                self._copy(newest)
+            except Exception as error:  # nobody else would hear of it in a thread
+                self._warn(access.first_line(error))
+
+    def _copy(self, newest: Path) -> None:
+        there, folder = list_files(self.store), self.folder
+        tops = [p for p in folder.iterdir() if p.name[0] != "." and p.name not in LEFT_OUT]
+        paths = [*tops, *(path for top in tops for path in top.rglob("*")), folder / RUN_ID]
+        beside = [p for p in paths if p.is_file() and p.name[0] != "."]
+        # What has settings is a run, so these come first.
+        for path in sorted(beside, key=lambda path: path.name != SETTINGS):
+            if path.name not in DONE:
+                self._put_if_changed(path)
+        # Later ones are damaged: the run went on from one before them.
+        for path in reversed([p for p in checkpoints(folder) if p <= newest]):
+            try:
+                self._put_checkpoint(path, there)
+            except FileNotFoundError:  # it was removed meanwhile, since newer ones are whole
+                if path == newest:
+                    raise
+        for path in beside:
+            if path.name in DONE:
+                self._put_if_changed(path)
+        here = {path.name for path in checkpoints(folder)}
+        complete = {match[1] for name in there if (match := MARKER.fullmatch(name))}
+        stays = here | {*sorted(here | complete)[-self.keep :]}
+        for step in {n.split("/")[1] for n in there if n.startswith("checkpoints/")} - stays:
+            self._remove(f"checkpoints/{step}", there)
+
+    def _remove(self, step: str, there: set[str]) -> None:
+        """Remove what is there of a checkpoint, its checksums first."""
+        if f"{step}/{CHECKSUMS}" in there:
+            self.store.rm_file(f"{step}/{CHECKSUMS}")
+        if any(name.startswith(f"{step}/") for name in there):
+            self.store.rm(step, recursive=True)
+
+    def _put_if_changed(self, path: Path) -> None:
+        name, status = path.relative_to(self.folder).as_posix(), path.stat()
+        if self._copied.get(name) != (status.st_size, status.st_mtime_ns):
+            self.store.put_file(str(path), name)
+            self._copied[name] = status.st_size, status.st_mtime_ns
+
+    def _put_checkpoint(self, path: Path, there: set[str]) -> None:
+        name = f"checkpoints/{path.name}"
+        marker, checksums = f"{name}/{CHECKSUMS}", (path / CHECKSUMS).read_bytes()
+        if marker in there and self.store.cat_file(marker) == checksums:
+            return
+        self._remove(name, there)  # of other files under this name, or of an upload cut short
+        for file in json.loads(checksums):
+            self.store.put_file(str(path / file), f"{name}/{file}")
+        self.store.pipe_file(marker, checksums)

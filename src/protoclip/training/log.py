@@ -65,9 +65,8 @@ def to_floats(report: Mapping[str, Tensor | float]) -> dict[str, float]:
 class JsonLines:
     """Writes one line of JSON for each call, to a file that never holds part of a line.
 
-    Lines that cannot be written wait, in order, for the next call. A checkpoint does not hold the
-    lines that wait: a run that goes on from one made meanwhile lacks them. `size` is the
-    number of bytes that are whole lines; anything after them is cut off.
+    Lines that cannot be written wait, in order, for the next call; no checkpoint holds them. `size`
+    is the number of bytes that are whole lines; anything after them is cut off.
     """
 
     def __init__(self, path: Path, *, size: int) -> None:
@@ -87,14 +86,14 @@ class JsonLines:
         if self._waiting:
             self._append()
         if self._waiting:
-            warn(self.path.name, "its last lines could not be written and are lost")
+            say(f"warning: {self.path.name}: its last lines could not be written and are lost")
 
     def _append(self) -> None:
         """Write all lines that wait, or none."""
         data = b"".join(self._waiting)
         try:
-            # Opened each time, since a handle goes stale when a network file system is away for a
-            # while, and some file systems report a failed write only when the file is closed.
+            # Opened each time: handles of network file systems go stale, and some report a failed
+            # write only when the file is closed.
             with open_to_append(self.path) as file:
                 self.size = min(self.size, file.tell())
                 file.truncate(self.size)
@@ -106,7 +105,10 @@ class JsonLines:
                     raise
         except OSError as error:
             if not self._warned:
-                warn(self.path.name, f"{error}; training goes on, lines wait to be written")
+                say(
+                    f"warning: {self.path.name}: {error}; training goes on, lines wait to be "
+                    "written"
+                )
             self._warned = True
             return
         self.size += len(data)
@@ -175,14 +177,10 @@ class MetricsLog:
                 work()
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warn(name, f"{reason}; training goes on without it")
+            say(f"warning: {name}: {reason}; training goes on without it")
             with suppress(Exception), redirect_stdout(sys.stderr):
                 if logger := self._loggers.pop(name, None):
                     within(CLOSE_SECONDS, logger.close)
-
-
-def warn(name: str, reason: str) -> None:
-    say(f"warning: {name}: {reason}")
 
 
 # Loggers
@@ -205,8 +203,7 @@ class Logger(Protocol):
 class TensorBoard:
     """An event file in `tensorboard/`, which hides what older files hold of steps after `step`.
 
-    Each call writes all, so that an error is that call's. torch's SummaryWriter writes in a thread,
-    which prints a traceback when the disk is full.
+    torch's SummaryWriter writes in a thread, which prints a traceback when the disk is full.
     """
 
     def __init__(self, folder: Path, *, config: Mapping[str, Any], step: int) -> None:

@@ -83,10 +83,7 @@ def limit_stage(stage: Stage, model: ModelConfig) -> Stage:
 
 
 def trains(name: str, stage: Stage) -> bool:
-    """Whether a parameter of `ProtoCLIP`, by its name, trains in a stage.
-
-    The towers' logit scale and bias always do.
-    """
+    """Whether a parameter of `ProtoCLIP` trains in a stage; the logit scale and bias always do."""
     if name.startswith(HEADS):
         return stage.needs_prototypes
     assert name.startswith("towers."), f"{name} is of no tower"
@@ -130,8 +127,8 @@ def warm_up_cosine(step: int, *, peak: float, warm_up: int, total: int) -> float
 def make_schedule(config: Config) -> Callable[[int], float]:
     """The learning rate by step: one cosine, and a second one for the locked-image stage.
 
-    The reference cools the text tower's rate to nearly zero before the locked-image stage starts.
-    A second cosine lets it move there. `locked_learning_rate = 0` gives the reference's one cosine.
+    With `locked_learning_rate = 0` there is the reference's one cosine, whose rate is nearly zero
+    when that stage starts.
     """
     peak, warm_up = config.optim.learning_rate, config.optim.warm_up_steps
     locked_peak = config.optim.locked_learning_rate
@@ -160,10 +157,8 @@ def steps_to_peak(config: Config) -> int:
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     """Fused AdamW. Weight decay applies to matrices and filters, not to gains, biases, scales.
 
-    Towers and heads have parameter groups of their own where the configuration gives them a
-    learning-rate scale or a weight decay, and layers with `layer_decay` (see `layer_distances`):
-    the further from the output, the lower the rate, as in fine-tuning by ELECTRA (arXiv 2003.10555)
-    and BEiT (arXiv 2106.08254).
+    Towers, heads and (with `layer_decay`; see `layer_distances`) layers have parameter groups of
+    their own where their learning rate or weight decay differs.
     """
     settings = config.optim
     # Learning-rate scale and weight decay by prefix of names; the first prefix that matches counts.
@@ -198,11 +193,8 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
 def layer_distances(model: Any) -> dict[str, int]:
     """How many layers each parameter of the towers is away from its tower's output, by name.
 
-    A layer is a block of a transformer or a stage of a convolutional tower, as timm groups them;
-    embeddings are one more. What is behind the last block, such as the projection, is at 0.
-
-    Raises:
-        ValueError: It is not known which layers a tower has.
+    A layer is a block of a transformer or a stage of a convolutional tower; embeddings are one
+    more. What is behind the last block is at 0. Raises `ValueError` if layers are not known.
     """
     towers = model.towers
     trunk, prefix_of_trunk = getattr(towers.visual, "trunk", None), "visual.trunk."

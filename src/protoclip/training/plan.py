@@ -154,12 +154,8 @@ def make_plan(given: Config | Outline) -> Plan:
 def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
     """Check the settings, and let the model follow its start.
 
-    Args:
-        choices: Of a command that chooses more settings when it knows the data. Then `make_plan`
-            checks sizes and weights, and says what has no effect.
-
-    Raises:
-        ValueError: A setting is wrong, there is no such start, or it cannot be trained so.
+    `choices` are those of a command that chooses more settings when it knows the data. Then
+    `make_plan` checks sizes and weights, and says what has no effect.
     """
     is_whole = choices is None
     config = config if is_whole else leave_out_distillation(config)
@@ -196,11 +192,7 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
 
 
 def open_data(outline: Outline) -> Plan:
-    """Open the pairs of a run and its teachers, and hold out its validation set.
-
-    Raises:
-        ValueError: They are wrong or too few, or nothing measures what a setting names.
-    """
+    """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
     require_paths(config)
     if config.model.image.weights is not None and rank() == 0:
@@ -229,11 +221,7 @@ def open_data(outline: Outline) -> Plan:
 
 
 def choose_few(samples: Pairs | SampleStream, config: Config) -> Pairs:
-    """The pairs that `run.overfit` learns by heart, drawn evenly.
-
-    Raises:
-        ValueError: They cannot be drawn, or are to be shared by several ranks.
-    """
+    """The pairs that `run.overfit` learns by heart, drawn evenly."""
     number = config.run.overfit
     assert number is not None
     if not isinstance(samples, Pairs):
@@ -299,11 +287,7 @@ def require_same_data(seen: Sequence[tuple[str, str, Mapping[str, Facts]]]) -> N
 
 
 def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
-    """The settings with all filled that is unset, the captions of a visit, and all notes.
-
-    Raises:
-        ValueError: Settings do not go with each other or with the data.
-    """
+    """The settings with all filled that is unset, the captions of a visit, and all notes."""
     config, samples, choices, notes = plan.config, plan.samples, plan.choices, [*plan.notes]
     model, captions, aligns = config.model, ONE, plan.command == "align"
     are_negatives = config.loss.positives == "pair" and config.loss.info_nce > 0
@@ -368,12 +352,8 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     The projections of the model get their start from the features, in closed form.
 
     Returns:
-        The plan with the pairs that could be encoded, to which an episode that was chosen shrinks;
-        and their rows, which make the batches.
-
-    Raises:
-        ValueError: The store cannot be used, more pairs are bad than `data.max_bad_share` says, or
-            a visit cannot bring the captions that `data.captions` names.
+        The plan with the pairs that could be encoded, to which a chosen episode shrinks; and their
+        rows, which make the batches.
     """
     samples, config = plan.samples, plan.config
     assert isinstance(samples, Pairs)
@@ -444,11 +424,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
 
 
 def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
-    """Encode the images of a stream as they pass, each once, and keep the captions. Collective.
-
-    Raises:
-        ValueError: As `encode_pairs`.
-    """
+    """Encode the images of a stream as they pass, each once, and keep the captions. Collective."""
     config, root = plan.config, features_folder(plan.config)
     device = collectives.choose_device(config.run.device)
     model = loading.to_device(loading.build_model(plan.start, seed=config.run.seed), device)
@@ -561,12 +537,8 @@ def fill_teachers(
 
 
 def list_contents(plan: Plan, start: TowerPair | Mapping[str, Tensor]) -> dict[str, list[Facts]]:
-    """Fingerprints of what a run reads, by kind: `sources` of the pairs to train on, `validation`
-    if it is a source, `teachers` that are stored, and the `start`.
-
-    Args:
-        start: This start at the run's sizes, or its weights; none where nothing needs them.
-    """
+    """Fingerprints of what a run reads: `sources` of the pairs to train on, `validation` if it is a
+    source, `teachers` that are stored, and the `start`, if its weights are needed."""
     encoded = None if plan.encoded_from is None else plan.samples
     samples = plan.encoded_from or plan.samples
     of_sources = zip(content(samples, encoded=encoded), samples.sources, strict=True)

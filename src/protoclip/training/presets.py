@@ -113,9 +113,6 @@ def read_given(command: Command, settings: Any) -> dict[str, Any]:
     """The settings that a command was given, as a recipe holds them, with those of `run.overfit`.
 
     Of a `Config` these are the ones that differ from the defaults.
-
-    Raises:
-        ValueError: They hold no settings, or wrong ones, or lack what the command needs.
     """
     tree = Config.from_dict(settings) if isinstance(settings, Config) else tree_of(settings)
     given = list_given(tree, Config())
@@ -162,11 +159,7 @@ def list_given(section: Any, usual: Any) -> dict[str, Any]:
 def choose_before_data(
     command: Command, given: Mapping[str, Any], *, alpha: float | None = None
 ) -> Choices:
-    """What a command chooses before the data are opened.
-
-    Raises:
-        ValueError: A setting is wrong, or is none of this command.
-    """
+    """What a command chooses before the data are opened."""
     choices = Choices(command, given, alpha=alpha)
     if command == "train":
         return choices
@@ -194,12 +187,7 @@ def choose_with_data(
 ) -> tuple[Config, list[str]]:
     """The settings with what a command chooses by the pairs to train on; notes on all it chose.
 
-    Args:
-        is_judged: Whether pairs are held out, or a guard is named.
-
-    Raises:
-        ValueError: A stream has no length, or nothing evaluates the weights that fine-tuning could
-            choose.
+    `is_judged` says whether pairs are held out, or a guard is named.
     """
     choices.config = config
     if choices.command == "align":
@@ -219,11 +207,7 @@ def choose_with_data(
 
 
 def choose_to_align(choices: Choices) -> None:
-    """The encoders, and what depends on nothing else.
-
-    Raises:
-        ValueError: An encoder or pairs are missing, a setting is wrong, or for towers that train.
-    """
+    """The encoders, and what depends on nothing else."""
     config = choices.config
     model, image, teacher = config.model, config.model.image, config.teacher
     for setting, value in (("name", model.name), ("start", model.start)):
@@ -327,14 +311,11 @@ def choose_to_finetune(choices: Choices) -> None:
 
 
 def choose_to_finetune_on(choices: Choices, start: Start, summary: Summary) -> list[str]:
-    """Episodes, the rate and the losses, by the pairs: an episode is a pass over the images.
+    """Episodes, the rate and the losses, by the pairs; a note where they show fewer images.
 
-    So a table with a row a caption takes as long as one with a row an image. The peak learning rate
-    is FLYP's (arXiv 2212.00638), or ten times as much for LoRA, which moves few weights. Small
-    towers that were trained from scratch learn on at the rate at which they learned: at FLYP's they
-    learn nothing in a few passes (docs/LOG.md).
-
-    Returns a note where pairs show fewer images.
+    An episode is a pass over the images, so rows of one image take no longer. The peak learning
+    rate is FLYP's (arXiv 2212.00638), ten times as much for LoRA, and for small towers the one at
+    which they were trained: at FLYP's they learn nothing in a few passes (docs/LOG.md).
     """
     choose, rows, given = choices.choose, summary.rows, choices.config.episodes
     has_amounts = given.size is not None and choices.is_given("episodes.count")
@@ -500,8 +481,7 @@ def count_episodes(pairs: int, size: int, batch: int) -> int:
 def choose_batch(usual: int, *, dividing: int | None) -> int:
     """A batch of about the usual size, which ranks share evenly, with at least two pairs each.
 
-    It divides the number `dividing`, if one can that is at least half as large: in small batches
-    there is little to tell apart.
+    It divides the number `dividing`, if one can that is at least half as large.
     """
     ranks = collectives.world_size()
     usual = max(2 * ranks, usual // ranks * ranks)
@@ -515,16 +495,9 @@ def choose_optimizer(config: Config, kind: str | None) -> dict[str, Any]:
     """The settings of `[optim]` that depend on the model.
 
     Small towers that start untrained, of no `kind`, get values that suit the bundled emoji, and
-    half of their rate above 40 pixels, which suits photographs (docs/LOG.md). Other models,
-    transformers or convolutional, get values between the recipes known for such models.
-    With extraction their heads learn as fast as the towers, as in the paper, and with a queue
-    slowly. As batch, peak rate, warm-up of all steps, decay:
-
-    - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
-    - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
-    - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
-    - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
-      of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
+    half of their rate above 40 pixels (docs/LOG.md). Other models, transformers or convolutional,
+    get values between the recipes of CLIP, open_clip's RN50 and the reference ProtoCLIP
+    (docs/training.md). With extraction their heads learn as fast as the towers, as in the paper.
     """
     episodes, given = config.episodes, config.optim
     if kind is None:

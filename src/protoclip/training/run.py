@@ -49,16 +49,20 @@ from protoclip.models.protoclip import (
 from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
-from protoclip.training import evaluate, optim, sync, watch
+from protoclip.training import evaluate, optim, watch
 from protoclip.training.evaluate import EarlyStop, RunEvaluator
 from protoclip.training.folder import (
+    END_SECONDS,
     RESULTS,
+    STOPPED_SECONDS,
     CheckpointWriter,
+    Copies,
+    ask_store,
     check_checkpoint,
     claim_folder,
+    fetch_run,
     find_newest_intact,
     inspect_folder,
-    is_evaluated,
     keep_chosen,
     keep_pooling,
     name_folder,
@@ -193,24 +197,24 @@ def perform_phases(
             # From here on a signal ends the process.
             results = run.results(stopped=stopped, choice=choice)
         except BaseException:  # the store of `run.sync` gets the last state
-            run.copies.finish(sync.STOPPED_SECONDS)
+            run.copies.finish(STOPPED_SECONDS)
             raise
         if not stopped:
-            raise_on_all_ranks(lambda: run.copies.finish(sync.END_SECONDS))
+            raise_on_all_ranks(lambda: run.copies.finish(END_SECONDS))
     return results
 
 
 def look_at_folder(
     command: Command, given: Mapping[str, Any], resume: bool, alpha: float | None
 ) -> tuple[Outline, dict[str, Any] | None]:
-    """The outline of a run, and its results if nothing is left to do. On rank 0.
+    """The outline of a run, and its results if nothing is left to do. On rank 0; opens no data.
 
-    It opens no data. What the store of `run.sync` has and the folder lacks is fetched first. A run
-    that goes on keeps what it chose.
+    What the store of `run.sync` has and the folder lacks is fetched first. A run that goes on keeps
+    what it chose.
     """
     choices = choose_before_data(command, given, alpha=alpha)
     url, folder = choices.config.run.sync, name_folder(choices.config)
-    before, there = read_begun(folder), None if url is None else sync.ask_store(url)
+    before, there = read_begun(folder), None if url is None else ask_store(url)
     if before is None and there is not None:
         before = there[2]
     if resume and before is not None:
@@ -226,16 +230,13 @@ def look_at_folder(
                 )
     outline = resolve_settings(choices.config, None if command == "train" else choices)
     if there is not None:
-        sync.fetch_run(outline, *there, resume=resume)
+        fetch_run(outline, *there, resume=resume)
     outline, results = inspect_folder(outline, resume=resume)
     config = choices.config
     if results is None:
         return outline, None
-    is_done = is_evaluated(folder, config.run)
-    if command == "finetune" and config.run.overfit is None:
-        is_done &= evaluate.is_done(folder, results, alpha=alpha, guards=config.run.guard)
-    if is_done:
-        sync.Copies(config, folder).finish(sync.END_SECONDS)
+    if is_done := evaluate.is_done(folder, results, config, outline.choices):
+        Copies(config, folder).finish(END_SECONDS)
     elif not checkpoints(folder):
         raise ValueError(
             f"{folder}: holds no checkpoint of its end any more; choose another folder with "
@@ -311,7 +312,7 @@ class Run:
             workers=self.loader.workers,
             aligns=rows is not None,
         )
-        self.copies = sync.Copies(config, folder)
+        self.copies = Copies(config, folder)
         self.writer = CheckpointWriter(
             folder,
             description=plan.start.description,
@@ -327,9 +328,6 @@ class Run:
         """Begin or go on in the folder, which is claimed; the checkpoint to go on from, if any.
 
         Says all notes of the run, of which these are on the built model. On rank 0.
-
-        Raises:
-            ValueError: No checkpoint is intact; or as `check_checkpoint`.
         """
         plan, config, folder = self.plan, self.config, self.folder
         self.content = list_contents(plan, self.start or start)
@@ -394,7 +392,7 @@ class Run:
             if self.log is not None:
                 self.log.close()
         if stopped:  # all ranks wait, since a launcher ends all when one has ended
-            raise_on_all_ranks(lambda: self.copies.finish(sync.STOPPED_SECONDS))
+            raise_on_all_ranks(lambda: self.copies.finish(STOPPED_SECONDS))
         return stopped, choice
 
     def make_trainer(self, precision: Precision, report: Path) -> Trainer:
@@ -531,12 +529,7 @@ class Run:
                 return
 
     def finish_training(self) -> None:
-        """Wait for the last checkpoint, and say how many steps were skipped.
-
-        Raises:
-            OSError: It cannot be written.
-            ValueError: Most steps were skipped.
-        """
+        """Wait for the last checkpoint, and say how many steps were skipped; not most of them."""
         self.writer.finish()
         last = self.writer.folder(self.trainer.step) if self.is_finished else None
         skipped = raise_on_all_ranks(lambda: self.trainer.guard.summarize(self.trainer.step, last))
@@ -638,11 +631,7 @@ class Run:
         raise_on_all_ranks(lambda: self.writer.save(trainer.step, state) if writes else None)
 
     def restore(self, checkpoint: Path) -> int:
-        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then.
-
-        Raises:
-            ValueError: The checkpoint does not fit this version or this run.
-        """
+        """Go on from a checkpoint; returns the bytes of the metrics that were logged until then."""
         state = raise_on_all_ranks(lambda: read_checkpoint(checkpoint, self.model))
         config = self.config
         if self.trained is not self.model:
@@ -665,7 +654,10 @@ class Run:
         if self.early_stop is not None:
             self.early_stop.load_state_dict(state["early_stop"])
         self.recall = state.get("recall", 0.0)
-        self.machines = watch.list_machines(state, *self.machines, over=self.is_finished)
+        machines = [watch.Machines(**saved) for saved in state.get("machines", [])]  # not in 1.0.0
+        if not machines or not (self.is_finished or machines[-1] == self.machines[0]):
+            machines += self.machines
+        self.machines = machines
         # Not written again: a process that is killed meanwhile would leave neither.
         self.writer.saved_step = self.trainer.step
         if rank() == 0:
@@ -679,11 +671,7 @@ class Run:
         return int(state["metrics_bytes"])
 
     def results(self, *, stopped: bool, choice: dict[str, Any] | None) -> dict[str, Any]:
-        """Evaluate, write and return the results; or where a run stands that a signal stopped.
-
-        Args:
-            choice: What `evaluate.choose_weights` returned, if it chose any.
-        """
+        """Evaluate, write and return the results; or where a run stands that a signal stopped."""
         config, trainer, best = self.config, self.trainer, self.writer.find_best()
         results = {"name": config.run.name, "folder": str(self.folder), "steps": trainer.step}
         if stopped:  # as all ranks agreed; a signal may come later

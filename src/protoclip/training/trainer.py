@@ -87,14 +87,10 @@ class Clusterings:
 
 @dataclass(kw_only=True)
 class EpisodePrototypes:
-    """Makes the prototypes of each episode, and looks up those of each batch.
-
-    With several ranks every method is collective.
+    """Makes the prototypes of each episode, and looks up those of each batch. Collective.
 
     Attributes:
         source: Gives the features to cluster, and the prototypes that samples belong to.
-        cluster: K-means of one space.
-        make_targets: `losses.prototypical.make_targets` with its settings.
         groups_modalities: Cluster the projections, too, beside what teachers know.
         targets: By `(student, teacher)`, of the episode under way; empty without prototypes.
         clusters: Of the episode under way, or else of the last one that had prototypes.
@@ -353,11 +349,7 @@ class Trainer:
     def _details(
         self, batch: Batch, embeddings: Embeddings, pulls: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What is reported of a step beside its losses. Collective.
-
-        Args:
-            pulls: As `measure` returns them.
-        """
+        """What is reported of a step beside its losses. Collective."""
         report = feature_statistics(
             all_gather(embeddings.image_features.detach()),
             all_gather(embeddings.text_features.detach()),
@@ -373,10 +365,7 @@ class Trainer:
         return report
 
     def _drop_gradients_without_loss(self) -> None:
-        """Where a tower has no loss, let it have no gradient, either.
-
-        Several ranks, and micro-batches, give it zeros, by which its weights would decay.
-        """
+        """Where a tower has no loss, let it have no gradient, or its weights would decay."""
         weights = self.weights
         if self._tells_pairs_apart or weights.keep or weights.geometry or self.prototypes.targets:
             return

@@ -50,8 +50,7 @@ CARDS = {
     r"NVIDIA GeForce RTX 4090": "RTX-4090",
     r"NVIDIA GeForce RTX 2080 Ti": "RTX-2080-Ti",
 }
-# Steps at the full rate before a loss at chance is worth a word. Towers from scratch may stay there
-# for some dozens; a hundred more cost little, and a word too early costs trust.
+# Steps at the full rate before a loss at chance is worth a word; towers from scratch take dozens.
 PATIENCE = 300
 AT_CHANCE = 0.97  # of the way from the least possible loss to that of a guess
 RISEN = 1.5  # times the loss of a guess: only a model that is sure of what is wrong gets there
@@ -97,13 +96,10 @@ class Machines:
         return f"{hosts}, {self.ranks} rank{'s' * (self.ranks > 1)} on {self.devices}"
 
     def describe(self, batch: int) -> str:
-        """Where a run trains with so many pairs of a batch on each rank, in words."""
-        if self.ranks == 1:
-            return f"{self}, with {batch} pairs of every batch"
-        return (
-            f"{self}, each with {batch} pairs of every batch; learning rate, batch and episode are "
-            "for all ranks together"
-        )
+        """In words, with the number of pairs of a batch that each rank has."""
+        shared = "; learning rate, batch and episode are for all ranks together"
+        several, each = self.ranks > 1, " each" * (self.ranks > 1)
+        return f"{self},{each} with {batch} pairs of every batch{shared * several}"
 
 
 def gather_machines(device: torch.device) -> Machines:
@@ -115,13 +111,6 @@ def gather_machines(device: torch.device) -> Machines:
     return Machines(hosts, world_size(), devices)
 
 
-def list_machines(state: Mapping[str, Any], now: Machines, *, over: bool) -> list[Machines]:
-    """The machines of a run one after the other: those that a checkpoint has saved, and those of
-    now, unless they are the same, or training is over."""
-    before = [Machines(**saved) for saved in state.get("machines", [])]  # 1.0.0 saved none
-    return before if before and (over or before[-1] == now) else [*before, now]
-
-
 def find_peak(device_name: str, precision: Precision) -> float | None:
     """FLOP/s that a card can reach in this precision; None if that is not known."""
     peaks = (PEAK[card] for name, card in CARDS.items() if re.fullmatch(name, device_name))
@@ -129,11 +118,8 @@ def find_peak(device_name: str, precision: Precision) -> float | None:
 
 
 def count_passes(parameters: Iterable[nn.Parameter]) -> float:
-    """How many forward passes a training step of a tower is worth in FLOPs.
-
-    One, one more for the gradients of activations if anything trains, and for those of weights the
-    share of the weights that trains.
-    """
+    """Forward passes that a training step of a tower is worth in FLOPs: one, one for the gradients
+    of activations if anything trains, and for those of weights the share that trains."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     trained = sum(size for size, trains in sizes if trains)
     return 1 + (trained > 0) + trained / max(1, sum(size for size, _ in sizes))
@@ -162,8 +148,7 @@ class Forward:
 
 
 def count_forward_flops(start: Start) -> Forward:
-    """Count the FLOPs of a start's towers at its sizes, on the meta device: without weights and
-    without a batch. Matrix products and convolutions count."""
+    """Count the FLOPs of a start's towers at its sizes, on the meta device."""
     model = start.build(on_meta=True)
     pair: Any = model.towers
     size, length = image_size(pair), start.context_length
@@ -333,7 +318,6 @@ class Watch:
         warnings["repeats"] = self._find_repeats(metrics)
         loss, positives = metrics.get("train/loss/info_nce"), metrics.get("train/positives", 0.0)
         if loss is not None and math.isfinite(loss):
-            warnings["risen"] = self._find_rise(loss)
             warnings["chance"] = self._find_chance(loss, positives, step - self.warm_up)
             self._lowest = min(self._lowest, loss)
         new = {name: line for name, line in warnings.items() if line and name not in self._told}
@@ -371,26 +355,18 @@ class Watch:
             "each other; give captions that say more of each image"
         )
 
-    def _find_rise(self, loss: float) -> str | None:
-        """Whether InfoNCE rose far above that of a guess."""
-        if loss < RISEN * max(self.chance, self._lowest):
-            return None
-        return (
-            f"train/loss/info_nce rose to {loss:.4g}, far above {self.chance:.4g}, that of a "
-            "guess; lower optim.learning_rate, or raise optim.warm_up_steps"
-        )
-
     def _find_chance(self, loss: float, positives: float, steps: int) -> str | None:
-        """Whether InfoNCE is that of a guess after so many steps at the full rate.
-
-        No loss can tell the other pairs apart that a pair matches, on average `positives`.
-        """
-        chance, least = self.chance, math.log1p(positives)
+        """Whether InfoNCE rose far above that of a guess, or is there after many steps at the full
+        rate. No loss can tell the other pairs apart that a pair matches, on average `positives`."""
+        chance, least, lowest = self.chance, math.log1p(positives), self._lowest
+        text = f"train/loss/info_nce is {loss:.4g}, and {chance:.4g} is that of a guess"
+        way_out = "lower optim.learning_rate, or raise optim.warm_up_steps"
+        if loss >= RISEN * max(chance, lowest):
+            return f"{text}, though it was {lowest:.4g}; {way_out}"
         if steps < PATIENCE or least > chance / 2 or loss < least + AT_CHANCE * (chance - least):
             return None
-        text = f"train/loss/info_nce is {loss:.4g}, and {chance:.4g} is that of a guess"
-        if self._lowest < least + 0.9 * (chance - least):
-            return f"{text}, though it was {self._lowest:.4g}; lower optim.learning_rate"
+        if lowest < least + 0.9 * (chance - least):
+            return f"{text}, though it was {lowest:.4g}; {way_out}"
         trial = "" if self.overfits else ", and try --overfit 64"
         return (
             f"{text}, after {steps} steps at the full rate; check that captions belong to their "
@@ -408,8 +384,7 @@ class NonFiniteGuard:
     about each step; the host counts them in `count_skipped`, on a GPU when metrics are fetched.
 
     A step without a gradient, where no teacher and no prototype knows a sample of the batch, is
-    skipped too, or weights would decay and follow their momentum. It is no fault: it is counted
-    apart, and lowers no loss scale.
+    skipped too, or weights would decay. It is counted apart, and lowers no loss scale.
 
     Args:
         optimizer: A fused one, which changes nothing where its `found_inf` is 1.
@@ -456,11 +431,7 @@ class NonFiniteGuard:
             found_inf.copy_(skipped)
 
     def count_skipped(self) -> None:
-        """Count the steps that were skipped since the last call.
-
-        Raises:
-            ValueError: Ten steps in a row were not finite, those without a gradient left out.
-        """
+        """Count the steps that were skipped since the last call; raises after ten in a row."""
         pending, self._pending = self._pending, []
         values = torch.stack([pair for _, pair, _ in pending]).tolist() if pending else []
         for (number, _, sample_ids), (loss, norm) in zip(pending, values, strict=True):
@@ -499,18 +470,16 @@ class NonFiniteGuard:
         )
 
     def summarize(self, steps: int, last: Path | None) -> str:
-        """How many of so many steps were skipped, and why; empty if none was.
+        """How many of all steps were skipped, and why; empty if none was.
 
-        Raises:
-            ValueError: The run is finished, with this `last` checkpoint, and half of its steps or
-                more were skipped, in fp16 more than its loss scale may need to settle.
+        Raises `ValueError` if the run is finished, with this `last` checkpoint, and half of its
+        steps were skipped, in fp16 beyond those that its loss scale may need to settle.
         """
+        what = f"of {steps:,} steps"
         lines = []
         if self.skipped:
-            lines.append(
-                f"{self.skipped:,} of {steps:,} steps were skipped: their loss or gradient was not "
-                "finite"
-            )
+            problem = "were skipped: their loss or gradient was not finite"
+            lines.append(f"{self.skipped:,} {what} {problem}")
         # In fp16 the loss scale starts at 2^16, and the steps that halve it are skipped.
         settling = 16 if self.scaler.is_enabled() else 0
         if last is not None and self.skipped > settling and 2 * self.skipped >= steps:
@@ -519,9 +488,9 @@ class NonFiniteGuard:
                 f"[loss] or prototypes.target_temperature (the last checkpoint is {last})"
             )
         if self.without_gradient:
+            why = "as where no teacher knows a sample of the batch"
             lines.append(
-                f"{self.without_gradient:,} of {steps:,} steps had no gradient and changed "
-                "nothing, as where no teacher knows a sample of the batch"
+                f"{self.without_gradient:,} {what} had no gradient and changed nothing, {why}"
             )
         return "; ".join(lines)
 
@@ -537,10 +506,7 @@ class NonFiniteGuard:
 
 
 def describe_out_of_memory(error: BaseException, way_out: str | None = None) -> str | None:
-    """One line that names the settings to lower, if the error says that memory ran out.
-
-    `way_out` is said instead, of what does not train.
-    """
+    """One line that names the settings to lower (or `way_out`), if memory ran out."""
     text = str(error)
     # What PyTorch's allocator says, the system when a file is mapped into memory, and oneDNN.
     on_host = (

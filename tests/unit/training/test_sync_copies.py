@@ -13,9 +13,15 @@ import torch
 
 from interrupting import with_changes, with_out
 from protoclip.models.checkpoint import CHECKSUMS, checkpoints, damage
-from protoclip.training.folder import CheckpointWriter, to_toml
+from protoclip.training.folder import (
+    CheckpointWriter,
+    Copies,
+    ask_store,
+    fetch_run,
+    open_store,
+    to_toml,
+)
 from protoclip.training.plan import resolve_settings
-from protoclip.training.sync import Copies, ask_store, fetch_run, open_store
 from testing import tiny_config
 
 
