@@ -80,6 +80,7 @@ Share = Annotated[float, 0, BELOW_1]
 LayerDecay = Annotated[float, ABOVE_0, 1]
 Captions = Annotated[int, 1, 1000] | Literal["one", "all", "sentences"]
 Positives = Literal["pair", "shared"]
+EngineName = Literal["auto", "torch", "onnx", "openvino"]
 # `Open` settings are unset (None) until a run's plan fills them (training/plan.py). What comes
 # after the plan finds a value in each, so that is what mypy sees, for which `MYPY` is true.
 UNSET: Any = None
@@ -305,6 +306,11 @@ class AlignConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    engine: EngineName = "auto"  # Of frozen image models on a CPU; auto: the fastest.
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards the model (FSDP2).
     activation_checkpointing: bool = False  # Less memory; not with BatchNorm.
@@ -326,6 +332,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod

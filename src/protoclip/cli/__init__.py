@@ -64,6 +64,7 @@ PAGES = {
     "teacher": "teachers.md",
     "loss": "method.md#the-sum",
     "optim": "training.md#the-model-and-what-follows-from-it",
+    "encode": "embed.md#engines",
     "parallel": "scaling.md",
 }
 SETTING = re.compile(r"(?:--)?([a-z]+)\.[a-z_.]+(?=[:\[\s])|([a-z]+): ")

@@ -65,6 +65,7 @@ class Embed(PairsOptions, EncodingOptions):
                 batch_size=self.batch_size,
                 device=device,
                 precision=self.precision,
+                engine=self.engine,
                 num_samples=self.num_samples,
                 overwrite=self.overwrite,
             )
@@ -108,6 +109,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
                 batch_size=self.batch_size,
                 device=device,
                 precision=self.precision,
+                engine=self.engine,
                 num_samples=self.num_samples,
                 threads=None if self.data.workers == "auto" else self.data.workers,
             )
@@ -164,6 +166,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
             batch_size=self.batch_size,
             cache=cache_folder() / "features" if self.cache else None,
             device=device,
+            engine=self.engine,
         )
         if skipped := records[0]["skipped"]:
             say(f"note: {source.name}: {skipped:,} of the pairs cannot be read; left out")

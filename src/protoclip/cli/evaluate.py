@@ -151,6 +151,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             cache=cache_folder() / "features" if self.cache else None,
             show=True,
             autocast=autocast_encoding(self.precision, device),
+            engine=self.engine,
         )
         name, tag = reference, "none"
         if reference.startswith("open_clip:"):

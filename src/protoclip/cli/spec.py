@@ -84,6 +84,7 @@ class JsonOption:
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
+    engine: Literal["auto", "torch", "onnx", "openvino"] = "auto"  # As encode.engine.
 
 
 @dataclass(frozen=True, kw_only=True)

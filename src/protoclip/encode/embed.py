@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip import __version__
-from protoclip.config import Config, DataConfig, build
+from protoclip.config import Config, DataConfig, EngineName, build
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Sample, SampleStream, content
@@ -81,6 +81,7 @@ def embed(
     batch_size: int | None = None,
     device: str | torch.device = "auto",
     precision: Literal["auto"] | Precision = "auto",
+    engine: EngineName = "auto",
     num_samples: int | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -109,6 +110,7 @@ def embed(
         device: As `run.device`.
         precision: Of forward passes. `auto` is that of a file that is there, or in which a run of
             `align` was trained; else bf16 or fp16 on a card, as in training, and fp32 elsewhere.
+        engine: As `encode.engine`.
         num_samples: Samples to read of a stream; unset, all.
         overwrite: Replace a file that is of something else.
 
@@ -170,6 +172,7 @@ def embed(
                     open_side(texts, working, root, heads.encode_text),
                 )
             images.name = texts.name = settings["reference"]
+            images.engine = engine
             workers = config.data.workers
             passing: dict[str, Any] = {
                 "batch_size": batch_size or images_at_once(model),

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from protoclip.config import EngineName
 from protoclip.data.captions import trim_padding
 from protoclip.data.decode import crop_image, decode, decode_crop
 from protoclip.data.pairs import Sample
@@ -24,7 +25,7 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import parallel
 from protoclip.files import checksum
 from protoclip.models.layers import layers_of
-from protoclip.models.loading import Pooling, open_frozen_encoder, to_device
+from protoclip.models.loading import Pooling, open_frozen_encoder
 from protoclip.models.opening import TELLING, Tokenizer
 from protoclip.models.projections import FrozenEncoders
 from protoclip.models.protoclip import Autocast, autocast_encoding
@@ -44,18 +45,20 @@ class Encoder:
     device: torch.device
     reads: Literal["image", "text"]
     prepare: Callable[[Sample], Any]  # to a tensor, or captions; raises `ValueError` for a bad one
-    forward: Callable[[list[Any]], Tensor]  # to features of any norm, on the device
+    collate: Callable[[list[Any]], Any]  # to a batch on the device
+    forward: Callable[[Any], Tensor]  # of a batch, to features of any norm
     examples: Sequence[Any]  # inputs that tell one model from another
     facts: Callable[[], str]  # what the inputs depend on
     unit_norm: bool = True  # bring features to norm 1
     autocast: Autocast = nullcontext  # makes the context of forward passes
     name: str = "the model"  # for messages
+    engine: EngineName = "auto"  # of forward passes on a CPU
 
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
         """Features in float32 on the CPU."""
         with parallel.without_gradients(self.module):
             with self.autocast():
-                features = self.forward(inputs)
+                features = self.forward(self.collate(inputs))
             features = features.float()
             return (F.normalize(features, dim=-1) if self.unit_norm else features).cpu()
 
@@ -111,9 +114,9 @@ def open_encoder(
 
 
 def freeze(module: Any, device: torch.device) -> Any:
-    """A model in float32 for evaluation alone, on the device."""
+    """A model in float32 for evaluation alone, on the device, where convolutions are fast."""
     module = module.float().eval().requires_grad_(False)
-    return to_device(module, device) if device.type == "cuda" else module.to(device)
+    return module.to(device, memory_format=torch.channels_last)
 
 
 def text_encoder(
@@ -134,16 +137,17 @@ def text_encoder(
     if ignores_padding is None:
         ignores_padding = getattr(module, "ignores_padding", False)
 
-    def encode(texts: list[str]) -> Tensor:
+    def collate(texts: list[str]) -> Any:
         batch = tokenizer(texts)
-        return forward((trim_padding(batch) if ignores_padding else batch).to(device))
+        return (trim_padding(batch) if ignores_padding else batch).to(device)
 
     return Encoder(
         module=module,
         device=device,
         reads="text",
         prepare=lambda sample: sample.captions,
-        forward=encode,
+        collate=collate,
+        forward=forward,
         examples=examples,
         facts=lambda: f"{facts} {describe_batch(tokenizer([*EXAMPLES, TELLING]))}",
         **settings,
@@ -171,9 +175,9 @@ def image_encoder(
         ramp = torch.arange(ours.size**2 * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
         examples = [ramp.view(ours.size, ours.size, 3)]
 
-    def encode(images: list[Tensor]) -> Tensor:
+    def collate(images: list[Tensor]) -> Tensor:
         batch = torch.stack(images).to(device, non_blocking=True)
-        return forward(batch if ours is None else ours.finish(batch, torch.zeros(len(batch), 0)))
+        return batch if ours is None else ours.finish(batch, torch.zeros(len(batch), 0))
 
     given: dict[str, Any] = {"facts": lambda: repr(transform), **settings}
     return Encoder(
@@ -181,7 +185,8 @@ def image_encoder(
         device=device,
         reads="image",
         prepare=lambda sample: prepare_image(sample.image, transform),
-        forward=encode,
+        collate=collate,
+        forward=forward,
         examples=examples,
         **given,
     )
@@ -221,7 +226,7 @@ def text_side(encoders: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autoc
 
 
 def image_side(
-    encoders: FrozenEncoders, transform: EvaluationTransform, *, autocast: Autocast
+    encoders: FrozenEncoders, transform: EvaluationTransform, **settings: Any
 ) -> Encoder:
     """The image side of `align`. Features have any norm: its projection reads them so."""
     name = getattr(encoders.visual, "pretrained_cfg", {}).get("architecture")
@@ -232,8 +237,8 @@ def image_side(
         transform,
         facts=lambda: f"{name} {transform}",
         unit_norm=False,
-        autocast=autocast,
         name="the image encoder",
+        **settings,
     )
 
 

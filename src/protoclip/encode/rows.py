@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from protoclip.config import HALVES, Config
+from protoclip.config import HALVES, Config, EngineName
 from protoclip.data.access import cache_folder, index_folder
 from protoclip.data.captions import Key, normalise, number_of
 from protoclip.data.loader import Batch, EpisodeLoader, Packed, Pass, pair_numbers
@@ -82,6 +82,7 @@ def encode_sides(
     transform: EvaluationTransform,
     root: Path,
     autocast: Autocast,
+    engine: EngineName = "auto",
     threads: int | None = None,
 ) -> "PairRows":
     """Encode what is not in the stores below `root` yet, and open them. All ranks call it."""
@@ -91,7 +92,7 @@ def encode_sides(
     require_shared(path.with_suffix(".json"), by=SETTING)
     listing = raise_on_all_ranks(lambda: open_listing(path))
 
-    encoder = image_side(encoders, transform, autocast=autocast)
+    encoder = image_side(encoders, transform, autocast=autocast, engine=engine)
     images, hashes = open_side(encoder, root), listing.images
     if rank() and not images.has(hashes).all():  # files have to be named as on the first rank
         hashes = hash_ids(image_key(pairs, int(row)) for row in listing.rows)

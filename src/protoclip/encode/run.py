@@ -36,6 +36,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode.encoder import Encoder, device_of
+from protoclip.encode.engine import accelerate, note_engine
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.files import checksum, locked
 from protoclip.models import layers
@@ -110,7 +111,7 @@ def encode_missing(
 
         encode_into(
             store,
-            encoder,
+            accelerate(encoder, len(missing)),
             units_of_rank(missing.tolist(), TEXTS_AT_ONCE if is_text else batch_size),
             prepare,
             batch_size=batch_size if is_text else None,
@@ -385,6 +386,8 @@ def encode_into(
                     f"{np.finfo(store.dtype).max:g}; the model has diverged, or choose another"
                 )
             store.add(np.concatenate([hashes for hashes, _ in new]), features)
+            if rank() == 0:
+                note_engine(encoder, store.folder)
             new.clear()
             if not len(store):  # or hosts would learn at the end that they do not share it
                 store.open()

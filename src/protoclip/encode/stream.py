@@ -36,6 +36,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode.encoder import Encoder
+from protoclip.encode.engine import accelerate
 from protoclip.encode.run import Prepared, Round, encode_into, prepare_sample
 from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
@@ -55,6 +56,7 @@ FOLDER, NOTES, TABLE, FACTS, BAD = "streams", "shards", "pairs.arrow", "facts.js
 SCHEMA = pa.schema(
     {"sample_id": pa.string(), "image": pa.string(), "captions": pa.list_(pa.string())}
 )
+USUAL_SHARD = 1000  # samples of a shard, where nothing says how many it has
 WAIT = 3600.0  # seconds for another process that reads the stream or adds to the store
 
 
@@ -266,6 +268,7 @@ def read_shards(
 
         rank0_first(write)
 
+    encoder = accelerate(encoder, number or USUAL_SHARD * len(stream.shards))
     encode_into(store, encoder, units(), prepare, threads=threads, after=take, written=write_notes)
 
 

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.config import HALVES, START, Config
+from protoclip.config import HALVES, START, Config, EngineName
 from protoclip.data.access import cache_folder, digest, download, fingerprint, is_url, reason_of
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.loader import Tokenizer
@@ -120,6 +120,7 @@ def embed_teacher(
     batch_size: int = 256,
     device: torch.device,
     precision: Literal["auto"] | Precision = "auto",
+    engine: EngineName = "auto",
     num_samples: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -136,6 +137,7 @@ def embed_teacher(
         width: Dimensions kept by PCA; all if unset.
         precision: Of forward passes; `auto` is that of a folder that is there, else bf16 or fp16 on
             a card, as in training, and fp32 elsewhere.
+        engine: As `encode.engine`.
         num_samples: Samples to read of a stream; unset, all.
         threads: How many read images; one a core if unset.
 
@@ -168,7 +170,7 @@ def embed_teacher(
             lambda: open_encoder(newest, modality=modality, pooling=pooling, device=device)
         )
         encoder.name = settings["teacher"]
-        encoder.autocast = autocast_encoding(precision, device)
+        encoder.autocast, encoder.engine = autocast_encoding(precision, device), engine
         settings |= {
             "content": rank0_first(lambda: read_content(samples, encoder.reads)),
             "weights": encoder.checksum(),

@@ -20,12 +20,13 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from protoclip.config import Config
+from protoclip.config import Config, EngineName
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.sources import PairsView
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import all_gather_object, rank, rank0_first, world_size
 from protoclip.encode import encoder as encoders
+from protoclip.encode.engine import accelerate
 from protoclip.encode.rows import SETTING, features_folder
 from protoclip.encode.run import Outcome, Round, encode_into, hash_images, units_of_rank
 from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_bytes, hash_ids
@@ -80,6 +81,8 @@ class Encoder:
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
             `autocast_encoding`.
+        engine: As `encode.engine`. A model in training mode, whose weights will be others soon,
+            stays with PyTorch.
         whole: Encode by the whole model, whatever it is: sharded, compiled or with adapters.
         aligned_by: The settings of the run of `align` that made the model. What it encoded for
             training, by the files of images and the words of captions, is read from its store.
@@ -93,6 +96,7 @@ class Encoder:
     cache: Path | None = None
     show: bool = False
     autocast: Autocast | None = None
+    engine: EngineName = "auto"
     whole: bool = False
     aligned_by: Config | None = None
 
@@ -270,10 +274,12 @@ class Encoder:
                 progress.update(min(len(outcomes) * world_size(), len(rows)))
 
         if rows:
+            engine: EngineName = "torch" if self.model.training else self.engine
+            tower = replace(self.towers[modality], name=stage, engine=engine)
             with evaluation_mode(self.frozen or self.model):
                 encode_into(
                     store,
-                    replace(self.towers[modality], name=stage),
+                    accelerate(tower, len(rows)),
                     units_of_rank(rows, self.batch_size),
                     read,
                     threads=self.workers if modality == "image" else 0,

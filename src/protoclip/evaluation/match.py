@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from protoclip.config import EngineName
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
 from protoclip.encode.encoder import Encoder, open_encoder
@@ -91,6 +92,7 @@ def match(
     batch_size: int = 64,
     cache: Path | None = None,
     device: torch.device,
+    engine: EngineName = "auto",
 ) -> list[Record]:
     """Hold each image encoder against each text encoder.
 
@@ -104,6 +106,7 @@ def match(
         seed: Of the draw, of K-means and of the split that fits and evaluates.
         pooling: How a Hugging Face model's tokens become one feature; unset, as its files say.
         cache: Folder in which features are stored by content; unset, none are.
+        engine: As `encode.engine`.
 
     Returns:
         A record for each image encoder and text encoder, the highest `recall@10` first.
@@ -125,6 +128,7 @@ def match(
         half = open_encoder(
             name, modality=modality, pooling=pools or "mean", device=device, setting=way
         )
+        half.engine = engine
         progress.update(1)
         return half
 

@@ -17,6 +17,7 @@ from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from torch import Tensor, nn
 
+from protoclip.encode.engine import LEAST_OPSET, write_graph
 from protoclip.export.open_clip import Features, Source, Unavailable
 from protoclip.export.timm import trunk_arguments
 from protoclip.models import transformers as transformers_models
@@ -38,8 +39,6 @@ RESAMPLE = {
 }
 SIGLIP2_LENGTH = 64  # tokens to which its processor pads captions, whatever its tokenizer has
 ONNX_FOLDER = "onnx"
-LEAST_OPSET = 18  # the oldest that torch exports to
-LARGEST = 1_900_000_000  # bytes of weights that fit into one file
 
 
 def write_model(source: Source, folder: Path) -> str:
@@ -288,26 +287,11 @@ def write_graphs(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> s
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
     (folder / ONNX_FOLDER).mkdir()
     image, text = ImageGraph(source.model), TextGraph(source.model)
-    write_graph(image, images, "image_embeds", folder / ONNX_FOLDER / "vision_model.onnx", opset)
-    write_graph(text, inputs, "text_embeds", folder / ONNX_FOLDER / "text_model.onnx", opset)
-    return f"opset {opset}"
-
-
-def write_graph(
-    module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path, opset: int
-) -> None:
-    torch.onnx.export(
-        module.eval(),
-        tuple(inputs.values()),
-        str(path),
-        input_names=list(inputs),
-        output_names=[output],
-        dynamic_shapes={name: {0: "batch"} for name in inputs},
-        opset_version=opset,
-        external_data=sum(value.nbytes for value in module.state_dict().values()) > LARGEST,
-        dynamo=True,
-        verbose=False,
+    write_graph(
+        image, images, "image_embeds", folder / ONNX_FOLDER / "vision_model.onnx", opset=opset
     )
+    write_graph(text, inputs, "text_embeds", folder / ONNX_FOLDER / "text_model.onnx", opset=opset)
+    return f"opset {opset}"
 
 
 def embed_graph_samples(

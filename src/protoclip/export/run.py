@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.data.emoji import emoji_table
+from protoclip.encode.engine import LEAST_OPSET
 from protoclip.export import card, huggingface, open_clip, timm
 from protoclip.export.open_clip import Features, Source, Unavailable, open_source, quiet
 from protoclip.files import naming
@@ -47,7 +48,7 @@ def export(
     folder: str | Path,
     formats: str | Sequence[str] = ("open_clip", "hf"),
     *,
-    opset: int = huggingface.LEAST_OPSET,
+    opset: int = LEAST_OPSET,
     license: str = "unknown",
     push_to_hub: str | None = None,
     allow_links: bool = False,
@@ -148,8 +149,8 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
                     f"formats: {kind} needs {package}; pip install 'protoclip[export]', or choose "
                     "other formats"
                 )
-    if opset < huggingface.LEAST_OPSET:
-        raise ValueError(f"opset: {opset} is too old; {huggingface.LEAST_OPSET} or later")
+    if opset < LEAST_OPSET:
+        raise ValueError(f"opset: {opset} is too old; {LEAST_OPSET} or later")
     if name is not None and not HUB_NAME.fullmatch(name):
         raise ValueError(f"push_to_hub: '{name}' is no name on the hub, such as me/model")
     if name is not None and huggingface_hub.get_token() is None:

@@ -92,7 +92,7 @@ FREE = (
 # These change memory, time and rounding alone, so a run that lacks memory can go on with others.
 ROUNDING = (
     *("run.device", "run.precision", "episodes.micro_batch_size", "parallel.strategy"),
-    *("parallel.activation_checkpointing", "parallel.compile"),
+    *("parallel.activation_checkpointing", "parallel.compile", "encode.engine"),
 )
 # These say where data are, as `data.root` does. They may move, if what is there is the same.
 MOVABLE = (

@@ -315,6 +315,8 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
         notes += said
         if config.align != AlignConfig():
             notes.append("align.*: no effect, since protoclip align alone aligns encoders")
+        if config.encode.engine != "auto":
+            notes.append("encode.engine: no effect, since protoclip align alone encodes images")
     if texts := summary.captions:
         start, what = replace(plan.start, model=config.model), "captions"
         way_out = "raise it" if aligns else "raise it, or draw sentences by data.captions"
@@ -367,6 +369,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         root=features_folder(config),
         threads=count_threads(config),
         autocast=autocast(resolve_precision(config.run.precision, device), device),
+        engine=config.encode.engine,
     )
     shown, notes = rows.listing.shown, [*plan.notes]
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
@@ -433,6 +436,7 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
         encoders,
         loading.evaluation_transform(model),
         autocast=autocast(resolve_precision(config.run.precision, device), device),
+        engine=config.encode.engine,
     )
     return encode_stream(
         stream,

@@ -33,6 +33,7 @@ def test_images_are_read_while_the_model_is_at_those_before(tmp_path):
         device=torch.device("cpu"),
         reads="image",
         prepare=prepare,
+        collate=lambda rows: rows,
         forward=forward,
         examples=[0],
         facts=str,

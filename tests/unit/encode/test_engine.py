@@ -1,0 +1,167 @@
+"""The engines of image encoders on a CPU: the same features as PyTorch's, faster."""
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from protoclip.data.access import cache_folder
+from protoclip.data.pairs import Sample
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.encode import engine as module
+from protoclip.encode.encoder import Encoder, freeze, image_encoder, text_encoder
+from protoclip.encode.engine import PACKAGES, accelerate
+from protoclip.encode.run import encode_missing
+from protoclip.encode.store import FULL, Store, hash_ids
+from testing import tiny_pairs
+
+CPU = torch.device("cpu")
+NUMBER, SIZE = 30, 16
+
+
+class Model(nn.Module):
+    """A small convolutional net; a `fixed` one can only be traced for batches of one size."""
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.first, self.norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8 * 49, 12)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.norm(self.first(images)).relu()
+        return self.last(rows.reshape(len(rows), -1) if self.fixed else rows.flatten(1))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "LEAST_IMAGES", 0)
+    monkeypatch.setattr(module, "LEAST_WORK", 0)
+
+
+def make_encoder(engine: Any, *, fixed: bool = False, **settings: Any) -> Encoder:
+    torch.manual_seed(0)
+    model = freeze(Model(fixed=fixed), CPU)
+    transform = EvaluationTransform(size=SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    return image_encoder(model, CPU, model, transform, engine=engine, **settings)
+
+
+def encode_pairs(encoder: Encoder, folder: Path | None = None) -> np.ndarray:
+    """Features of tiny pairs, in batches of 4 of which the last is smaller."""
+    folder = folder or Path(tempfile.mkdtemp(dir=cache_folder().parent))
+    images = tiny_pairs(NUMBER)["image"].to_pylist()
+    store, hashes = Store(folder, dtype=FULL), hash_ids(map(str, range(NUMBER)))
+
+    def read(row: int) -> Sample:
+        return Sample(sample_id=str(row), image=images[row], captions=(), where="")
+
+    assert encode_missing(store, encoder, hashes, read, batch_size=4) == {}
+    return store.fetch(hashes)
+
+
+def needs(engine: str) -> None:
+    for package in PACKAGES[engine]:
+        pytest.importorskip(package)
+
+
+def list_cache() -> list[str]:
+    """The names of files except locks."""
+    return sorted(path.name for path in cache_folder().rglob("*.*") if path.suffix != ".lock")
+
+
+@pytest.mark.parametrize("engine", PACKAGES)
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_an_engine_gives_the_features_of_pytorch(engine, unit_norm, tmp_path):
+    """By the same key; the store says what made them."""
+    needs(engine)
+    plain, fast = (make_encoder(name, unit_norm=unit_norm) for name in ("torch", engine))
+    expected = encode_pairs(plain, tmp_path / "torch")
+    np.testing.assert_allclose(encode_pairs(fast, tmp_path / "fast"), expected, atol=1e-5)
+    assert plain.key() == fast.key()
+    assert not (tmp_path / "torch" / "engines.txt").exists()
+    assert (tmp_path / "fast" / "engines.txt").read_text().startswith(PACKAGES[engine][-1])
+
+
+def test_the_fastest_is_taken_once_and_for_all(monkeypatch, capsys):
+    """Later passes time nothing. If PyTorch is nearly as fast it stays, and nothing is kept."""
+    needs("onnx")
+    monkeypatch.setattr(module, "PACKAGES", {"onnx": PACKAGES["onnx"]})
+    rates = iter([100.0, 120.0])
+    monkeypatch.setattr(module, "measure_rate", lambda *_: next(rates))
+    first = encode_pairs(make_encoder("auto"))
+    assert "engine onnx (images a second: torch 100, onnx 120)" in capsys.readouterr().err
+    assert np.array_equal(encode_pairs(make_encoder("auto")), first)
+    assert "note" not in capsys.readouterr().err
+    folder = next((cache_folder() / "engines").iterdir())
+    assert list_cache() == ["choice.json", "model.onnx"]
+    assert json.loads((folder / "choice.json").read_text())["engine"] == "onnx"
+
+    (folder / "choice.json").unlink()
+    rates = iter([100.0, 109.0])
+    assert np.array_equal(encode_pairs(make_encoder("auto")), encode_pairs(make_encoder("torch")))
+    assert list_cache() == ["choice.json"]
+
+
+def test_an_engine_that_differs_is_not_used(monkeypatch, capsys):
+    """With a note, and with the same bits."""
+    needs("onnx")
+    expected = encode_pairs(make_encoder("torch"))
+
+    def open_wrong(*arguments: Any) -> Any:
+        forward = module.open_onnx(*arguments)
+        return lambda images: forward(images) + 1e-3
+
+    monkeypatch.setitem(module.OPENERS, "onnx", open_wrong)
+    assert np.array_equal(encode_pairs(make_encoder("onnx")), expected)
+    assert "engine onnx is not used (it differs from PyTorch by" in capsys.readouterr().err
+
+
+def test_a_model_that_no_engine_can_run_stays_with_pytorch(capsys):
+    """With a note, also where the setting names the engine."""
+    needs("onnx")
+    encoder = make_encoder("onnx", fixed=True, name="mine")
+    assert np.array_equal(encode_pairs(encoder), encode_pairs(make_encoder("torch")))
+    assert "note: mine: engine onnx is not used ([ONNXRuntimeError]" in capsys.readouterr().err
+
+
+def test_little_work_stays_with_pytorch(monkeypatch):
+    """By the number of images, and of operations: 2 for each weight and place of a filter."""
+    needs("onnx")
+    encoder = make_encoder("auto")
+    operations = 2 * (8 * 3 * 9 * 49 + 8 * 49 * 12)
+    assert module.count_operations(encoder) == operations
+    monkeypatch.setattr(module, "LEAST_WORK", 10 * operations)
+    assert accelerate(encoder, 9) is encoder
+    assert accelerate(encoder, 10) is not encoder
+    monkeypatch.setattr(module, "LEAST_IMAGES", 11)
+    assert accelerate(encoder, 10) is encoder
+    assert accelerate(make_encoder("onnx"), 1).forward is not encoder.forward
+
+
+def test_others_stay_with_pytorch():
+    """Encoders of texts, those on a card, and those that compute in bfloat16."""
+    half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    model = nn.Embedding(2, 2)
+    others = [
+        make_encoder("torch"),
+        make_encoder("onnx", autocast=half),
+        text_encoder(model, CPU, lambda texts: torch.zeros(len(texts), 1), model, engine="onnx"),
+    ]
+    others.append(make_encoder("onnx"))
+    others[-1].device = torch.device("cuda")
+    assert [accelerate(encoder, 10**9) for encoder in others] == others
+
+
+def test_an_engine_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda package: None)
+    encoder = make_encoder("auto")
+    assert accelerate(encoder, 10**9) is encoder
+    with pytest.raises(ValueError, match=r"^encode\.engine: openvino needs: pip install onnx"):
+        accelerate(make_encoder("openvino"), 1)
