@@ -52,7 +52,7 @@ from protoclip.config import (
 )
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
-from protoclip.data.loader import Batch, EpisodeLoader
+from protoclip.data.loader import Batch, EpisodeLoader, Pass
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
@@ -518,7 +518,7 @@ def pinned(machine: Machine) -> Iterator[Row]:
             device=device,
             on_read=lambda number, bad: None,
         )
-        return list(own.batches(episode))
+        return list(own.batches(Pass(episode)))
 
     wanted = batches(torch.device("cpu"), 0)
     for workers in (0,) if machine.small else (0, 2):
@@ -841,8 +841,10 @@ def decode(machine: Machine) -> Iterator[Row]:
         workers=workers,
     )
     episode = Episode(index=0, rows=torch.arange(number) % len(files))
-    list(own.batches(Episode(index=1, rows=episode.rows[: batch * max(1, workers)])))
-    seconds, _ = machine.timed(lambda: sum(len(each.sample_id) for each in own.batches(episode)))
+    list(own.batches(Pass(Episode(index=1, rows=episode.rows[: batch * max(1, workers)]))))
+    seconds, _ = machine.timed(
+        lambda: sum(len(each.sample_id) for each in own.batches(Pass(episode)))
+    )
     size = statistics.mean(map(len, files)) / 1000
     yield Figure(
         what=f"{cores} cores, {max(1, workers)} processes, files of {size:.0f} KB",

@@ -44,7 +44,7 @@ from torchvision import transforms
 
 from protoclip.data.access import read_file
 from protoclip.data.decode import MemoryCache, decode_crop
-from protoclip.data.loader import EpisodeLoader
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.sampler import Episode
 from protoclip.data.shards import ShardStream
@@ -167,7 +167,7 @@ def our_loader(paths: list[Path], name: str, workers: int) -> int:
         workers=workers,
     )
     episode = Episode(index=0, rows=torch.arange(len(paths)))
-    return sum(len(batch.image) for batch in loader.batches(episode))
+    return sum(len(batch.image) for batch in loader.batches(Pass(episode)))
 
 
 @contextmanager

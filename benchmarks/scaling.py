@@ -60,7 +60,7 @@ def train(arm: str, out: Path, *, profiled: bool) -> None:
             if profiler is not None and index == 1:
                 profiler.start()
             built.trainer.start_episode(built.episode(index))
-            for batch in built.loader.batches_of(built.training_pass(index)):
+            for batch in built.loader.batches(built.training_pass(index)):
                 built.trainer.train_step(batch, detailed=False)
             built.trainer.end_episode()
             ends.append(time.perf_counter())

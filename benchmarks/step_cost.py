@@ -159,7 +159,7 @@ def episode_seconds(
         trainer = built.trainer
 
         def batches(episode: Episode) -> Iterator[Batch]:
-            return built.loader.batches_of(built.training_pass(episode.index))
+            return built.loader.batches(built.training_pass(episode.index))
 
         if case == "rn50":
             batches = synthetic(config, device)

@@ -139,7 +139,7 @@ def trace_steps(folder: Path) -> dict[str, Trace]:
 
     run, steps["model and run"] = trace(set_up)
     run.trainer.start_episode(run.episode(0))
-    batches = run.loader.batches_of(run.training_pass(0))
+    batches = run.loader.batches(run.training_pass(0))
     batch, steps["first batch"] = trace(lambda: next(batches))
     batches.close()
 

@@ -5,6 +5,7 @@ are opened in `data/access.py`.
 """
 
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -154,7 +155,10 @@ def locked(
 
 @contextmanager
 def in_turn(path: Path) -> Iterator[None]:
-    """Let one process after the other work on a file; who waits for long says so, once a job."""
+    """Let one process after the other write a file; who waits for long says so, once a job.
+
+    What `replacing` left of it, when its process was killed, is removed.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(f"{path}.lock")
@@ -165,6 +169,8 @@ def in_turn(path: Path) -> Iterator[None]:
             say(f"note: waiting for another process to be done with {path}")
         lock.acquire()
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

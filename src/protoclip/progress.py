@@ -50,25 +50,26 @@ class Progress:
 
     A terminal shows a line for each task; elsewhere a line is printed every 15 seconds. The time
     that is left follows from what came after the first report: before it lie what is made once,
-    and what a resume skips.
+    and what a resume skips. A `quiet` task that ends before it was shown is not shown at all.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
         self.label, self.total, self.first = visible(label), total, -1
         # None if standard error is closed.
         self.stream: TextIO | None = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         shows = self.stream and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.display = display(self.stream) if self.stream and shows else None
         self.task: Any = None
-        self.interval = 0.2 if self.display else 15.0
+        self.interval, self.quiet = 0.2 if self.display else 15.0, quiet
         self.started = self.first_at = self.last_shown = time.monotonic()
 
     def update(self, done: int, detail: str = "") -> None:
         """Report `done` units of work, counted from the task's beginning (before a resume too)."""
-        now, finished = time.monotonic(), done >= self.total
+        now, finished, done = time.monotonic(), done >= self.total, min(done, self.total)
         if self.first < 0:
             self.first, self.first_at = done, now
-        if now - self.last_shown < self.interval and not finished:
+        is_new = self.quiet and self.last_shown == self.started
+        if now - self.last_shown < self.interval and (is_new or not finished):
             return
         self.last_shown = now
         with suppress(OSError):  # what cannot be shown stops nothing

@@ -23,7 +23,7 @@ from protoclip.cli import main
 from protoclip.cli.train import Align
 from protoclip.config import Config
 from protoclip.data import sources
-from protoclip.data.loader import EpisodeLoader
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.distributed.collectives import rank
 from protoclip.encode import rows as encoded_rows
@@ -167,8 +167,8 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     }
     episode = EpisodeSampler(len(plan.samples), 32, seed=0).episode(0)
     by = {"group_by": ("caption", "image")}
-    rows = RowLoader(**settings, encoded=encoded).batches(episode, **by)
-    pixels = EpisodeLoader(**settings).batches(episode, **by)
+    rows = RowLoader(**settings, encoded=encoded).batches(Pass(episode, **by))
+    pixels = EpisodeLoader(**settings).batches(Pass(episode, **by))
     on_rows = AlignedModel(model).eval()
     model.eval()
     number = 0

@@ -114,7 +114,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     names = {image for image, _ in images}
 
     def read_rows() -> Iterator[tuple[str, list[bytes], str]]:
-        progress = Progress(f"read captions of {folder}", len(images))
+        progress = Progress(f"read captions of {folder}", len(images), quiet=True)
         for done, (image, file) in enumerate(images):
             progress.update(done)
             try:
@@ -129,8 +129,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
             else:
                 lack = "images whose .json has no caption" if file else "images without a caption"
                 left_out.add(lack, image)
-        if progress.last_shown > progress.started:  # it took long enough to be shown
-            progress.update(len(images))
+        progress.update(len(images))
 
     def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         yield from batch_rows(read_rows(), ROWS)

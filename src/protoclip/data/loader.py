@@ -374,11 +374,7 @@ class EpisodeLoader:
     notes: tuple[str, ...] = ()
     _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
-    def batches(self, episode: Episode, start: int = 0, **settings: Any) -> Iterator[Batch]:
-        """The batches of a `Pass` with these settings."""
-        return self.batches_of(Pass(episode, start, **settings))
-
-    def batches_of(self, wanted: Pass) -> Iterator[Batch]:
+    def batches(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass, one pass at a time.
 
         A pure function of the pass, with any number of workers and any cache. All ranks together

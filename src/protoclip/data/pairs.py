@@ -309,7 +309,7 @@ class ImageTextPairs(Pairs):
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, to_json(sealed(facts)))
-        some = evenly_spaced(len(self), min(IMAGES, len(self)), seed=0) if images else []
+        some = evenly_spaced(len(self), IMAGES, seed=0) if images else []
         hashes = [""] * len(some)  # of what is behind a URL, or cannot be read now
         for number, row in enumerate(some):
             with suppress(BadSample):
@@ -539,7 +539,8 @@ class ImageTextPairs(Pairs):
 
 
 def evenly_spaced(total: int, number: int, seed: int) -> list[int]:
-    """`number` different row numbers below `total`, one from each of equal parts."""
+    """`number` different row numbers below `total`, one from each of equal parts; or all."""
+    number = min(number, total)
     if not number:
         return []
     bounds = np.arange(number + 1, dtype=np.int64) * total // number

@@ -355,7 +355,7 @@ class ShardStream(SampleStream):
         read.
         """
         number = len(self.shards)
-        read = {self.shards[n] for n in evenly_spaced(number, min(SHARDS, number), 0)}
+        read = {self.shards[n] for n in evenly_spaced(number, SHARDS, 0)}
         parts = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in self.shards]
         return {"shards": checksum(to_json(parts).encode())}
 

@@ -22,13 +22,7 @@ import numpy as np
 from PIL import Image
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
-from protoclip.data.access import (
-    GO_ON,
-    digest,
-    files_like,
-    is_url,
-    require_allowed,
-)
+from protoclip.data.access import GO_ON, digest, files_like, is_url, require_allowed
 from protoclip.data.decode import dimensions
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
@@ -44,7 +38,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.sampler import ORDER_STREAM, generator
 from protoclip.data.shards import ShardStream, expand_shards, open_shards
-from protoclip.data.split import Chosen, read_chosen
+from protoclip.data.split import read_chosen
 from protoclip.data.tables import caption_columns, describe_bad_lines, open_hub, open_table
 from protoclip.distributed.collectives import world_size
 from protoclip.terminal import without_secrets
@@ -64,8 +58,8 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data = config.data if needs_captions else ImagesConfig(**vars(config.data))
-    chosen = read_chosen(data)
-    opened = [open_source(data, entry, seed=config.run.seed) for entry in list_entries(data)]
+    chosen, entries = read_chosen(data), list_entries(data)
+    opened = [open_source(data, entry, seed=config.run.seed) for entry in entries]
     tables = [source for source in opened if isinstance(source, ImageTextPairs)]
     streams = [source for source in opened if isinstance(source, ShardStream)]
     if tables and streams:
@@ -73,45 +67,30 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
             "data.sources: a stream mixes only with streams; set data.read = streaming, and name "
             "tar shards only"
         )
-    return _join_streams(config, streams, chosen) if streams else _join(config, tables, chosen)
-
-
-def _join(
-    config: Config, tables: list[ImageTextPairs], chosen: Chosen | None
-) -> "ImageTextPairs | PairsView":
-    """Pairs that can be read in any order: those that are chosen, of all tables."""
-    data = config.data
-    for table in tables:
-        if fault := describe_bad_lines(table, data.max_bad_share):
-            raise ValueError(fault)
-        if table.needs_captions and not table.caption_columns:
-            raise ValueError(f"{table.name}: no column with captions; set caption_column to one")
-    if chosen is not None:
-        tables = chosen.select(tables)
-        for table, entry in zip(tables, list_entries(data), strict=True):
-            if entry.weight is not None and not len(table):
-                raise ValueError(
-                    f"{chosen.settings}: no sample is left of '{table.name}', which has a "
-                    "weight; take it out of data.sources"
-                )
-    return tables[0] if len(tables) == 1 else mix_pairs(tables)
-
-
-def _join_streams(
-    config: Config, streams: list[ShardStream], chosen: Chosen | None
-) -> "ShardStream | MixedStreams":
-    """Streams, of which what is chosen passes."""
     for stream in streams if chosen is not None else ():
         stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(streams) > 1 else ""
         stream.notes.append(
             f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
         )
-    if len(streams) == 1:
-        return streams[0]
-    weights = [entry.weight for entry in list_entries(config.data) if entry.weight is not None]
-    if len(weights) < len(streams):
+    weights = [entry.weight for entry in entries if entry.weight is not None]
+    if len(streams) > 1 and len(weights) < len(streams):
         raise ValueError("data.sources: streams have no known length; give each a weight")
-    return MixedStreams(streams, weights=weights, seed=config.run.seed)
+    if streams:
+        mixed = len(streams) > 1
+        return MixedStreams(streams, weights, seed=config.run.seed) if mixed else streams[0]
+    for table in tables:
+        if fault := describe_bad_lines(table, data.max_bad_share):
+            raise ValueError(fault)
+        if table.needs_captions and not table.caption_columns:
+            raise ValueError(f"{table.name}: no column with captions; set caption_column to one")
+    tables = chosen.select(tables) if chosen else tables
+    for table, entry in zip(tables, entries, strict=True):
+        if chosen and entry.weight is not None and not len(table):
+            raise ValueError(
+                f"{chosen.settings}: no sample is left of '{table.name}', which has a weight; "
+                "take it out of data.sources"
+            )
+    return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
 def require_readable(named: str, rows: int, read: Callable[[int], object]) -> None:
@@ -121,7 +100,7 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
     and the source; `read` raises `ValueError` for a bad row, as this does for a bad source.
     """
     bad = list[ValueError]()
-    for row in evenly_spaced(rows, min(rows, TRIED), seed=0):
+    for row in evenly_spaced(rows, TRIED, seed=0):
         try:
             read(row)
             return
@@ -174,13 +153,6 @@ def list_notes(samples: Pairs | SampleStream) -> list[str]:
         for table in tables
         if table.id_column is None
     ]
-    several = [pairs for pairs in tables if len(pairs)] if len(tables) > 1 else []
-    by_number = [pairs.name for pairs in several if pairs.class_of(0).isdecimal()]
-    if len(by_number) > 1:
-        noticed.append(
-            f"{' and '.join(by_number)}: have numbers as classes, and equal numbers count as one "
-            "class; write names in their class columns if they mean different things"
-        )
     return [*noticed, *samples.notes]
 
 
@@ -420,7 +392,7 @@ class MixedStreams(SampleStream):
     """
 
     def __init__(
-        self, streams: Sequence[SampleStream], *, weights: Sequence[float], seed: int
+        self, streams: Sequence[SampleStream], weights: Sequence[float], *, seed: int
     ) -> None:
         self.name, self._streams, self.seed = _join_names(streams), list(streams), seed
         self.notes = [note for stream in streams for note in stream.notes]

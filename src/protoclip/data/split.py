@@ -44,7 +44,7 @@ from protoclip.data.pairs import (
     split_by_source,
 )
 from protoclip.distributed.collectives import count_cores
-from protoclip.files import checksum, in_turn, open_local, replacing
+from protoclip.files import checksum, in_turn, read_local, replacing
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 
@@ -145,7 +145,7 @@ def count_shared(
 
 def identify_rows(source: ImageTextPairs) -> str:
     """Identifies the pairs of a source, by size and time of some of its image files, too."""
-    rows = evenly_spaced(len(source), min(LOOKED_AT, len(source)), seed=0)
+    rows = evenly_spaced(len(source), LOOKED_AT, seed=0)
     files = [file_status(source.where(row)) for row in rows]
     return digest({"rows": source.rows_key, "files": files})
 
@@ -241,7 +241,8 @@ class _Copies:
         vocabulary = vocabulary.filter(pc.greater(pc.binary_length(vocabulary), 0))
 
         def find() -> Iterator[tuple[Rows, Rows]]:
-            first, progress = 0, Progress("comparing texts of pairs", self.starts[-1])
+            first = 0
+            progress = Progress("comparing texts of pairs", self.starts[-1], quiet=True)
             for source in self.sources:
                 for part in source.split_into_blocks():
                     positions, texts = read(part)
@@ -249,8 +250,7 @@ class _Copies:
                     is_known = keys >= 0
                     yield keys[is_known], first + positions[is_known]
                     first += len(part)
-                    if progress.total > BLOCK:
-                        progress.update(first)
+                    progress.update(first)
 
         keys = _positions(of_rows, vocabulary)
         is_known = keys >= 0
@@ -269,7 +269,7 @@ class _Copies:
         """
         rows = rows[self.sizes[rows] >= 0]
         sizes, pages = np.unique(self.sizes[rows]), self._hash_images(rows, page=True)
-        progress = Progress("comparing images with those held out", len(self.sizes))
+        progress = Progress("comparing images with those held out", len(self.sizes), quiet=True)
         alike, pages_alike = [rows], [pages]
         for first in range(0, len(self.sizes) if len(rows) else 0, READ_AT_ONCE):
             is_likely = np.isin(self.sizes[first : first + READ_AT_ONCE], sizes)
@@ -278,8 +278,7 @@ class _Copies:
             is_equal = np.isin(of_likely, pages)
             alike.append(likely[is_equal])
             pages_alike.append(of_likely[is_equal])
-            if progress.total > READ_AT_ONCE:
-                progress.update(min(first + READ_AT_ONCE, progress.total))
+            progress.update(first + READ_AT_ONCE)
         _, number, count = np.unique(
             np.concatenate(pages_alike), return_inverse=True, return_counts=True
         )
@@ -303,13 +302,12 @@ class _Copies:
     def sizes(self) -> npt.NDArray[np.int32]:
         """Bytes of each image; -1 where that is unknown."""
         sizes, first = np.empty(self.starts[-1], np.int32), 0
-        progress = Progress("looking at the sizes of images", len(sizes))
+        progress = Progress("looking at the sizes of images", len(sizes), quiet=True)
         for source in self.sources:
             for part in source.split_into_blocks():
                 sizes[first : first + len(part)] = part.image_sizes()
                 first += len(part)
-                if progress.total > BLOCK:
-                    progress.update(first)
+                progress.update(first)
         return sizes
 
     @cached_property
@@ -329,11 +327,10 @@ class _Copies:
                 if levels.std() >= FLAT:
                     looks[row] = (levels - levels.mean()) / (levels.std() * len(levels) ** 0.5)
 
-        progress = Progress("comparing thumbnails", len(looks))
+        progress = Progress("comparing thumbnails", len(looks), quiet=True)
         for first in range(0, len(looks), BLOCK):
             _run_threads(look, range(first, min(first + BLOCK, len(looks))), threads=count_cores())
-            if progress.total > BLOCK:
-                progress.update(min(first + BLOCK, len(looks)))
+            progress.update(first + BLOCK)
         return looks
 
     def _hash_images(self, rows: Rows, *, page: bool) -> Rows:
@@ -479,8 +476,6 @@ def _compute_once(
         folder.mkdir(parents=True, exist_ok=True)
         with in_turn(path):  # one process chooses, the others wait for it
             if (rows := _read_rows(path)) is None:
-                for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                    left.unlink(missing_ok=True)
                 rows = compute(copies)
                 if not copies.unread:
                     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -575,46 +570,30 @@ def read_ids(setting: str, path: str) -> frozenset[str]:
     if the file cannot be read, holds something else, or no id.
     """
     try:
-        with open_local(path) as file:
-            text = file.read().decode("utf-8-sig")
+        text = read_local(path, encoding="utf-8-sig")
         is_json = text.lstrip().startswith(("[", "{")) or path.lower().endswith(".json")
-        ids = _parse_json_ids(text) if is_json else _parse_csv_ids(text)
-        if not ids:
-            raise ValueError("it holds no id")
-    except UnicodeDecodeError:
-        raise ValueError(f"data.{setting}: {path}: it is not UTF-8; save it as UTF-8") from None
+        entries = json.loads(text) if is_json else _read_csv_column(text)
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("it needs to be a list of ids, or of objects with a sample_id")
+        ids = [entry.get(COLUMN) if isinstance(entry, dict) else entry for entry in entries]
+        for number, value in enumerate(ids, 1):
+            if not isinstance(value, str | int) or value == "":  # a column may hold whole numbers
+                raise ValueError(f"entry {number} has no {COLUMN}")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"data.{setting}: {path}: {reason_of(error)}") from None
-    return frozenset(ids)
+    return frozenset(map(str, ids))
 
 
-def _parse_json_ids(text: str) -> set[str]:
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"it is not JSON ({reason_of(error)})") from None
-    if not isinstance(entries, list):
-        raise ValueError("it needs to be a list of ids, or of objects with a sample_id")
-    ids = [entry.get(COLUMN) if isinstance(entry, dict) else entry for entry in entries]
-    for number, value in enumerate(ids, 1):
-        # A column of ids may hold whole numbers.
-        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-            raise ValueError(f"entry {number} has no sample_id")
-    return {*map(str, ids)}
-
-
-def _parse_csv_ids(text: str) -> set[str]:
-    first = next((line for line in text.splitlines() if line.strip()), "")
+def _read_csv_column(text: str) -> list[str]:
+    """The cells of the column of ids, empty where a row has another length than the header."""
+    first = next(filter(str.strip, text.splitlines()), "")
     separator = next((mark for mark in "\t,;" if mark in first), ",")
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows = (row for row in lines if any(cell.strip() for cell in row))
-    header = [cell.strip() for cell in next(rows, [])]
-    if len(header) > 1 and COLUMN not in header:
-        raise ValueError(f"it has no column {COLUMN}, only {visible(', '.join(header)[:80])}")
-    column = header.index(COLUMN) if COLUMN in header else 0
-    ids = set(header) - {COLUMN} if len(header) == 1 else set()
-    for row in rows:
-        if len(row) != len(header) or not row[column]:
-            raise ValueError(f"line {lines.line_num} has no {COLUMN}")
-        ids.add(row[column])
-    return ids
+    header, *rows = [row for row in lines if any(map(str.strip, row))] or [[]]
+    names = [cell.strip() for cell in header]
+    if len(names) > 1 and COLUMN not in names:
+        raise ValueError(f"it has no column {COLUMN}, only {visible(', '.join(names)[:80])}")
+    if COLUMN not in names:
+        return [cell for row in (names, *rows) for cell in row[:1]]
+    column = names.index(COLUMN)
+    return [row[column] if len(row) == len(names) else "" for row in rows]

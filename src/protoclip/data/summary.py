@@ -72,7 +72,7 @@ def summarize(
     captions, sides, captions_of_images = list[str](), list[int](), list[str]()
     rows = len(samples) if isinstance(samples, Pairs) else None
     if isinstance(samples, Pairs):
-        for row in evenly_spaced(len(samples), min(len(samples), COUNTED), seed=0):
+        for row in evenly_spaced(len(samples), COUNTED, seed=0):
             with suppress(BadSample):
                 captions += islice(samples.sample_captions(row), CAPTIONS_A_PAIR)
     for sample in read_some(samples, LOOKED_AT) if looks_at_images else ():
@@ -83,7 +83,7 @@ def summarize(
     for source in samples.sources if compares_images and rows is not None else ():
         neighbours = set[int]()
         if isinstance(source, ImageTextPairs):
-            for first in evenly_spaced(len(source), min(len(source), BLOCKS), seed=0):
+            for first in evenly_spaced(len(source), BLOCKS, seed=0):
                 neighbours.update(range(first, min(len(source), first + BLOCK_ROWS)))
         again = count_repeated_images(source, sorted(neighbours)) if neighbours else 0
         compared, repeated = compared + len(neighbours), repeated + again
@@ -104,7 +104,7 @@ def summarize(
 def count_captions(samples: Pairs, size: int, *, most: int) -> int:
     """How many first captions differ among `size` evenly drawn pairs; reads on up to `most`."""
     captions = set[str]()
-    for row in evenly_spaced(len(samples), min(len(samples), size), seed=0):
+    for row in evenly_spaced(len(samples), size, seed=0):
         with suppress(BadSample):
             captions.add(samples.sample_captions(row)[0])
         if len(captions) == most:
@@ -121,7 +121,7 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
                 return samples.sample(row)
             return None
 
-        rows = evenly_spaced(len(samples), min(number, len(samples)), seed=0)
+        rows = evenly_spaced(len(samples), number, seed=0)
         with ThreadPoolExecutor(READERS) as pool:
             yield from filter(None, pool.map(read, rows))
         return

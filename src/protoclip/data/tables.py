@@ -455,15 +455,14 @@ def read_lines(path: str) -> Iterator[str]:
     with open_file(path) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
         size = 0 if is_url(path) else Path(path).stat().st_size
-        progress = Progress(f"read {path}", size)
+        progress = Progress(f"read {path}", size, quiet=True)
         for number, read in enumerate(iter(partial(text.readline, MAX_LINE), ""), 1):
             if size and number % SHOWN_LINES == 0:
                 progress.update(min(raw.tell(), size - 1))
             yield read
             while len(read) >= MAX_LINE and not read.endswith("\n"):
                 read = text.readline(MAX_LINE)
-        if progress.last_shown > progress.started:  # it took long enough to be shown
-            progress.update(size)
+        progress.update(size)
 
 
 def describe_fault(text: str) -> str:
@@ -619,8 +618,6 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
         with in_turn(path):
             with suppress(OSError, ValueError):
                 return ArrowIndex(path)
-            for left in folder.glob(f".{key}.*.tmp"):  # of a process that was killed
-                left.unlink(missing_ok=True)
             with replacing(path) as scratch:
                 parts = iter(build(facts))
                 first = next(parts, None)

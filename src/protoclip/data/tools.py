@@ -40,7 +40,6 @@ from protoclip.files import (
     locked,
     read_json,
     replacing,
-    require_regular,
     write_atomically,
 )
 from protoclip.progress import Progress
@@ -328,11 +327,6 @@ def pack(
     key, skipped = digest({"sources": facts}), out / SKIPPED
     with locked(out):
         out.mkdir(parents=True, exist_ok=True)
-        if skipped.exists():
-            try:
-                require_regular(skipped)
-            except ValueError as error:
-                raise ValueError(f"{skipped}: {error}; remove it") from error
         manifest = _read_manifest(out, settings, key)
         if not manifest["complete"]:
             _write_shards(source, out, manifest)
@@ -353,23 +347,18 @@ def pack(
 
 def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
     """The manifest of an earlier run, up to its first missing shard."""
-    new: dict[str, Any] = {"settings": settings, "key": key, "complete": False, "shards": []}
     if not (out / MANIFEST).exists():
-        names = [path.name for path in out.iterdir() if path.name[0] != "."]
-        if names:
-            other = min(names, key=lambda name: (not name.endswith(".tar"), name))
+        if other := min((path.name for path in out.iterdir() if path.name[0] != "."), default=""):
             raise ValueError(
-                f"{out}: holds {'tar ' if other.endswith('.tar') else ''}files of another origin, "
-                f"such as {visible(other)}; choose a new folder"
+                f"{out}: holds files of another origin, such as {visible(other)}; choose a new "
+                "folder"
             )
-        return new
+        return {"settings": settings, "key": key, "complete": False, "shards": []}
     manifest = read_json(out / MANIFEST)
-    if new.keys() - manifest.keys():
-        raise ValueError(f"{out / MANIFEST}: not what pack writes; choose another folder")
-    for name, value in settings.items():
-        if (before := manifest["settings"].get(name)) != value:
-            reason = f"was packed with {name} = {shown(before)}, not {shown(value)}"
-            raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
+    before = manifest.get("settings", {})
+    for name in [name for name in settings if before.get(name) != settings[name]]:
+        reason = f"was packed with {name} = {shown(before.get(name))}, not {shown(settings[name])}"
+        raise ValueError(f"{out}: {reason}; keep that, or choose another folder")
     if manifest["key"] != key:
         raise ValueError(f"{out}: was packed from other pairs than these; choose another folder")
     for number, shard in enumerate(manifest["shards"]):

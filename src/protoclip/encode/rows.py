@@ -321,7 +321,7 @@ class RowLoader(EpisodeLoader):
 
     encoded: PairRows
 
-    def batches_of(self, wanted: Pass) -> Iterator[Batch]:
+    def batches(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass: a pure function of it, with any number of ranks."""
         assert isinstance(self.pairs, Pairs)
         episode, all_rows = wanted.episode, wanted.episode.rows.numpy()

@@ -435,7 +435,7 @@ class Run:
         self.extraction_pass: Callable[[Episode], Pass] = over
         settings: dict[str, Any] = {
             "model": self.trained,
-            "batches": lambda episode: self.loader.batches_of(self.extraction_pass(episode)),
+            "batches": lambda episode: self.loader.batches(self.extraction_pass(episode)),
             "teachers": self.list_grouping_teachers(),
             "autocast": self.autocast,
             "each_pair_once": isinstance(self.plan.samples, Pairs) and evaluating,
@@ -508,7 +508,7 @@ class Run:
                 loss = ""  # the next stage has others
             self.write(index, trainer.start_episode(episode))  # cluster, back-translate, freeze
             collectives.barrier()  # a logger of rank 0 may have taken long
-            batches = self.loader.batches_of(self.training_pass(index, trainer.batch))
+            batches = self.loader.batches(self.training_pass(index, trainer.batch))
             for batch in trainer.wait_for(batches):
                 number = trainer.step + 1
                 detailed = number % config.run.log_every == 0 or number == steps

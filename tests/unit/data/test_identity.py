@@ -17,7 +17,7 @@ from tars import write_tar
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
-from protoclip.data.loader import EpisodeLoader
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
@@ -129,7 +129,7 @@ def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
     episode = sampler.episodes(config, loader.pairs)(0)
     for _ in ("cold", "warm"):
         met = []
-        for batch in loader.batches(episode):
+        for batch in loader.batches(Pass(episode)):
             said = [(int(source), int(number)) for source, number in batch.text]
             met += said
             colours = (batch.image.mean((2, 3)) * 255).round().int().tolist()
@@ -164,7 +164,7 @@ def test_equal_bad_samples_of_two_sources_are_two(tmp_path):
         (tmp_path / name / "0003.png").write_bytes(b"nonsense")
     bad: list[BadSample] = []
     loader = replace(loader_of(config), on_read=lambda number, found: bad.extend(found))
-    list(loader.batches(Episode(index=0, rows=torch.arange(2 * NUMBER))))
+    list(loader.batches(Pass(Episode(index=0, rows=torch.arange(2 * NUMBER)))))
     assert {sample.sample_id for sample in bad} == {"a/0003", "b/0003"}
 
 

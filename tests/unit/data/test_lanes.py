@@ -195,7 +195,7 @@ def all_ranks(
     for rank in range(ranks):
         made = loader(DamagedStream(lanes), rank, ranks)
         made = replace(made, on_read=lambda *counts: read.append(counts))
-        parts.append([*made.batches(WHOLE, start, **settings)])
+        parts.append([*made.batches(Pass(WHOLE, start, **settings))])
     batches = [
         ([name for part in each for name in part.sample_id], torch.cat([b.image for b in each]))
         for each in zip(*parts, strict=True)
@@ -286,7 +286,7 @@ def test_no_sample_has_the_prototype_of_another(lost):
             for rank, each in enumerate(ranks):
                 each.close()
                 each.pairs.loses = LOSSES[lost].get((rank, number), 0)
-                passes[-1] += [*each.batches(episode, stream=kind)]
+                passes[-1] += [*each.batches(Pass(episode, stream=kind))]
     extracted = {
         position: name
         for batch in passes[0]
@@ -317,7 +317,7 @@ def batches_of_lane(loses: int) -> int:
     stream.loses = loses if rank == 1 else 0
     made = 0
     with good_shards(24, []), suppress(ValueError):
-        for _ in loader(stream, rank, 2).batches(Episode(index=0, rows=torch.arange(240))):
+        for _ in loader(stream, rank, 2).batches(Pass(Episode(index=0, rows=torch.arange(240)))):
             made += 1
     return made
 
@@ -338,6 +338,6 @@ def test_passes_go_on_where_they_stood(extracts):
         for index in range(40):
             episode = Episode(index=index, rows=torch.arange(EPISODE))
             for kind in [EXTRACTION_STREAM] * extracts + [TRANSFORM_STREAM]:
-                used += sum(len(batch.image) for batch in one.batches(episode, stream=kind))
+                used += sum(len(batch.image) for batch in one.batches(Pass(episode, stream=kind)))
         one.close()
     assert len(read_of_shards) < 1.5 * used

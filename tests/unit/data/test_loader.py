@@ -108,7 +108,7 @@ def test_pairs_that_show_the_same_have_a_key_in_common():
     table = pa.table({name: list(values) for name, values in named})
     made = loader(pairs=ImageTextPairs(table, name="p"), batch_size=6)
     by = ("caption", "image")
-    batch = next(made.batches(episode_of(7), group_by=by))
+    batch = next(made.batches(Pass(episode_of(7), group_by=by)))
     assert batch.sample_id == [f"p/{row}" for row in (6, 1, 2, 3, 4, 5)]
     same = (batch.groups[:, None] == batch.groups).permute(2, 0, 1)
     expected = [{(1, 2), (4, 5)}, {(1, 3), (0, 2)}]
@@ -127,16 +127,16 @@ def test_workers_serve_episodes_from_any_position(kind):
     processes = set()
     for index in (0, 1):
         episode = episode_of(64, index) if stream else EpisodeSampler(96, 64, seed=0).episode(index)
-        everything = list(alone.batches(episode))
+        everything = list(alone.batches(Pass(episode)))
         if stream:
             ids = [sample_id for batch in everything for sample_id in batch.sample_id]
             assert ids == [f"tiny/{(index * 64 + i) % 96}" for i in range(64)]
-        left = ours.batches(episode)
+        left = ours.batches(Pass(episode))
         assert_same([next(left)], everything[:1])
         left.close()
         for settings in ({}, extraction, {"group_by": ("caption", "image")}, {"start": 3}):
-            expected = list(alone.batches(episode, **settings))
-            assert_same(list(ours.batches(episode, **settings)), expected)
+            expected = list(alone.batches(Pass(episode, **settings)))
+            assert_same(list(ours.batches(Pass(episode, **settings))), expected)
         assert_same(expected, everything[3:])
         assert stream is None or stream.open <= 2  # one for each kind of pass
         processes.add(tuple(worker.pid for worker in ours._loader._iterator._workers))
@@ -181,18 +181,18 @@ def test_batches_bring_features_of_their_samples(workers):
     """Only where they are asked for; what is wrong with them is one line."""
     lengths = {"length": lambda ids: torch.tensor([[float(len(name))] for name in ids]).half()}
     source = loader(workers, with_bad({3}), features_of=lengths)
-    for batch in source.batches(episode_of(32), with_features=True):
+    for batch in source.batches(Pass(episode_of(32), with_features=True)):
         expected = [[float(len(name))] for name in batch.sample_id]
         assert batch.features["length"].tolist() == expected
         assert batch.captions == [row.numpy().tobytes() for row in batch.text]
-    assert not next(source.batches(episode_of(32))).features
+    assert not next(source.batches(Pass(episode_of(32)))).features
 
     def damaged(ids: list[str]) -> torch.Tensor:
         raise ValueError(f"features: damaged at {ids[0]}")
 
     source = loader(workers, features_of={"length": damaged})
     with pytest.raises(ValueError, match=r"\Afeatures: damaged at tiny/0\Z"):
-        list(source.batches(episode_of(32), with_features=True))
+        list(source.batches(Pass(episode_of(32), with_features=True)))
 
 
 def test_a_gpu_gets_batches_from_pinned_memory(monkeypatch):
@@ -221,8 +221,8 @@ def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):
         with_bad(bad) if kind == "rows" else NumberedStream(frozenset(bad)),
         on_read=lambda number, found: read.append((number, found)),
     )
-    clean = list(loader().batches(episode_of(64)))
-    batches = list(source.batches(episode_of(64)))
+    clean = list(loader().batches(Pass(episode_of(64))))
+    batches = list(source.batches(Pass(episode_of(64))))
     expected = [list(batch.sample_id) for batch in clean]
     # 23 itself would stand in for 7, and is bad too.
     expected[0][3], expected[0][7] = "tiny/19", "tiny/39"
@@ -253,7 +253,7 @@ def test_what_replaces_a_bad_sample_follows_from_its_place(batches):
         parts = [
             [
                 *loader(0, with_bad(bad), batch_size=16 // ranks, rank=r, world_size=ranks).batches(
-                    episode
+                    Pass(episode)
                 )
             ]
             for r in range(ranks)
@@ -262,13 +262,13 @@ def test_what_replaces_a_bad_sample_follows_from_its_place(batches):
             [[n for b in batches for n in b.sample_id] for batches in zip(*parts, strict=True)]
         )
     assert found[0] == found[1] == found[2]
-    (alone,) = [next(iter(loader(0, with_bad({rows[5]})).batches(episode)))]
+    (alone,) = [next(iter(loader(0, with_bad({rows[5]})).batches(Pass(episode))))]
     assert alone.sample_id[5] == found[0][0][5]
 
 
 def test_a_batch_of_bad_samples_ends_the_run():
     with pytest.raises(ValueError, match="tiny: a batch found only bad samples"):
-        list(loader(0, with_bad(set(range(96)))).batches(episode_of(64)))
+        list(loader(0, with_bad(set(range(96)))).batches(Pass(episode_of(64))))
 
 
 def test_a_visit_brings_several_captions_of_an_image():
@@ -279,7 +279,7 @@ def test_a_visit_brings_several_captions_of_an_image():
     words = open_clip_tokenizer({}, context_length=8)(list("abcd"))
     source = loader(0, pairs, captions=CaptionDraw(number=2), features_of={"row": row_numbers})
     settings = {"with_features": True, "group_by": ("caption", "image")}
-    batch = list(source.batches(episode_of(64), **settings))[1]
+    batch = list(source.batches(Pass(episode_of(64), **settings)))[1]
     assert batch.image.shape[0] == 16
     assert batch.position.tolist() == list(range(32, 64))
     assert batch.sample_id == [f"tiny/{row}" for row in range(16, 32) for _ in range(2)]
@@ -291,7 +291,7 @@ def test_a_visit_brings_several_captions_of_an_image():
     same_text = batch.text[:, None].eq(batch.text).all(2)
     assert torch.equal(captions[:, None] == captions, same_text)
     assert torch.equal(images[::2], images[1::2])
-    again = list(source.batches(episode_of(64), **settings))
+    again = list(source.batches(Pass(episode_of(64), **settings)))
     assert_same([again[1]], [batch])
 
 
@@ -327,7 +327,7 @@ def kill(texts: list[str]) -> torch.Tensor:
 def test_a_killed_worker_is_an_error_and_no_hang():
     """As the system kills a process when memory runs out."""
     with pytest.raises(ValueError, match=r"data\.workers: a worker process was killed"):
-        list(replace(loader(2), tokenizer=kill).batches(episode_of(64)))
+        list(replace(loader(2), tokenizer=kill).batches(Pass(episode_of(64))))
 
 
 def test_remembered_tokens_are_those_of_the_tokenizer():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from interrupting import with_changes
 from protoclip import KMeans
-from protoclip.data.loader import Batch
+from protoclip.data.loader import Batch, Pass
 from protoclip.data.sampler import Episode
 from protoclip.encode.store import hash_ids
 from protoclip.encode.teachers import TeacherFeatures
@@ -204,7 +204,7 @@ def test_extraction_through_the_training_transform(tmp_path):
         episode, source = made.episode(0), made.trainer.prototypes.source
         found[transform] = source.features(episode)
         assert torch.equal(source.features(episode).image, found[transform].image)
-        trained = next(iter(made.loader.batches(episode, 0)))
+        trained = next(iter(made.loader.batches(Pass(episode, 0))))
         assert not torch.equal(next(iter(source.batches(episode))).image, trained.image)
     rows = episode.rows.tolist()
     earlier = [rows.index(row) for row in rows]

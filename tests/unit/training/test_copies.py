@@ -11,7 +11,7 @@ import torch
 
 from copying import Copies
 from protoclip.data.captions import Key
-from protoclip.data.loader import EpisodeLoader
+from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sampler import Episode
 from protoclip.data.transforms import light_transform
@@ -130,7 +130,7 @@ def test_a_step_copies_its_batch_at_once(monkeypatch: pytest.MonkeyPatch, case: 
     episode = Episode(index=0, rows=torch.arange(NUMBER))
     trainer.start_episode(episode)
     by: tuple[Key, ...] = ("caption", "image")
-    batches = loader.batches(episode, with_features=True, group_by=by)
+    batches = loader.batches(Pass(episode, with_features=True, group_by=by))
     for number in range(trainer.batches):
         with Copies() as of_batch:
             batch = next(batches)

@@ -19,7 +19,7 @@ from protoclip.cli.spec import merge_trees
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, SourceConfig, flatten
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler, sources
-from protoclip.data.loader import Batch
+from protoclip.data.loader import Batch, Pass
 from protoclip.data.transforms import EvaluationTransform, Transform, light_transform
 from protoclip.models import checkpoint as saved
 from protoclip.models.open_clip import open_clip_tokenizer
@@ -96,7 +96,7 @@ def batches(config: Config) -> list[Batch]:
     return [
         batch
         for transform in transforms * 2
-        for batch in replace(loader, transform=transform).batches(episode)
+        for batch in replace(loader, transform=transform).batches(Pass(episode))
     ]
 
 
