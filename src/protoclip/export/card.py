@@ -37,10 +37,8 @@ from protoclip.models.checkpoint import (
     find_checkpoint,
     read_clusters,
     read_config,
-    read_tensors,
     run_of,
 )
-from protoclip.models.protoclip import ProtoCLIP
 from protoclip.prototypes.targets import back_translate
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import decimals, format_cell, markdown_lines
@@ -139,96 +137,77 @@ inputs = {"pixel_values": preprocess(image)[None], "input_ids": tokens}""",
 }
 
 
-def write_prototypes(source: Source, folder: Path) -> str | None:
-    """Write the prototypes of a checkpoint, or return the reason why there are none.
+def write_prototypes(
+    source: Source, folder: Path, *, allow_links: bool = False
+) -> tuple[str | None, str | None]:
+    """Write the prototypes of a checkpoint, and the captions nearest to them.
 
     `prototypes.safetensors` holds for image, text and each teacher `SPACE.centroids` `(k, p)` and
     `SPACE.sizes` `(k,)`, the number of members; and `image_head.*` and `text_head.*`, the heads
     that turn features into the space of the centroids. For image and teachers, whose spaces differ
     from the captions', `SPACE.in_text` `(k, p)` is the mean of the text centroids of a prototype's
-    members. `prototypes.json` describes these tensors.
+    members, and the nearest captions are those of this mean: no loss brings the projections of
+    images and captions together. `prototypes.json` describes these tensors, and has the captions
+    nearest to each prototype that has members.
+
+    Returns:
+        Why there are no prototypes, and why no captions; None where there are.
     """
     checkpoint = source.checkpoint
     alpha = None if checkpoint is None else read_json(checkpoint / MODEL).get("alpha")
     if checkpoint is not None and alpha is not None and checkpoints(checkpoint):
-        end = checkpoints(checkpoint)[-1]
+        end, part = checkpoints(checkpoint)[-1], f"this is alpha {alpha:g}"
         if alpha < 1:
-            return f"they are of the end of fine-tuning, and this is alpha {alpha:g}; export {end}"
+            return f"they are of the end of fine-tuning, and {part}; export {end}", None
         checkpoint = end
     if checkpoint is None or not (checkpoint / RESUME).is_file():
-        return "no checkpoint of a run"
-    clusters = read_clusters(checkpoint)
-    if not clusters:
-        return "the checkpoint holds none"
-    tensors: dict[str, Tensor] = {}
+        return "no checkpoint of a run", None
+    if not (clusters := read_clusters(checkpoint)):
+        return "the checkpoint holds none", None
+    no_captions, captions = None, list[str]()
+    if "text" in clusters:
+        try:
+            captions = read_captions(run_of(checkpoint), allow_links=allow_links)
+        except (ValueError, OSError) as error:
+            no_captions = f"the run's data cannot be opened ({line(str(error))})"
+    projected = project(source, captions) if captions else None
+    tensors, spaces = dict[str, Tensor](), dict[str, Any]()
     for space, (centroids, assignments) in clusters.items():
         valid = assignments >= 0
-        tensors[f"{space}.centroids"] = centroids
-        tensors[f"{space}.sizes"] = torch.bincount(assignments[valid], minlength=len(centroids))
+        sizes = torch.bincount(assignments[valid], minlength=len(centroids))
+        tensors |= {f"{space}.centroids": centroids, f"{space}.sizes": sizes}
+        spaces[space] = {"number": len(centroids), "width": centroids.shape[1]}
+        spaces[space]["sizes"] = sizes.tolist()
+        in_text = centroids
         if space != "text" and "text" in clusters:
             text_centroids = clusters["text"][0][clusters["text"][1]]
-            tensors[f"{space}.in_text"] = back_translate(
-                assignments[valid], text_centroids[valid], len(centroids)
-            )
-    if isinstance(source.model, ProtoCLIP):
-        for name in ("image_head", "text_head"):
-            head = getattr(source.model, name).state_dict()
-            tensors |= {f"{name}.{key}": value for key, value in head.items()}
+            in_text = back_translate(assignments[valid], text_centroids[valid], len(centroids))
+            tensors[f"{space}.in_text"] = in_text
+        if projected is not None:
+            # Projections have unit norm, so the largest product is the smallest distance.
+            order = (in_text @ projected.T).topk(min(NEAREST, len(captions))).indices.tolist()
+            spaces[space]["nearest_captions"] = [
+                [captions[number] for number in row] if size else []
+                for row, size in zip(order, sizes.tolist(), strict=True)
+            ]
+    for name in ("image_head", "text_head"):
+        head = source.model.get_submodule(name).state_dict()
+        tensors |= {f"{name}.{key}": value for key, value in head.items()}
     contiguous = {key: value.contiguous() for key, value in tensors.items()}
     write_atomically(folder / f"{PROTOTYPES}.safetensors", save(contiguous))
-    spaces = {
-        space: {
-            "number": len(centroids),
-            "width": centroids.shape[1],
-            "sizes": tensors[f"{space}.sizes"].tolist(),
-        }
-        for space, (centroids, _) in clusters.items()
-    }
     facts = {
         "about": "K-means of one episode's projections: h = normalize(head(features))",
         "spaces": spaces,
-        "heads": str(getattr(source.model, "image_head", None)),
+        "heads": str(source.model.get_submodule("image_head")),
     }
     write_atomically(folder / f"{PROTOTYPES}.json", to_json(facts, indent=2) + "\n")
-    return None
+    return None, no_captions
 
 
-def add_captions(source: Source, folder: Path, *, allow_links: bool = False) -> str | None:
-    """Add the captions nearest to each prototype to `prototypes.json`; returns why there are none.
-
-    No loss brings the projections of images and captions together, so an image prototype gets the
-    captions nearest to its `in_text`. They come from at most `PAIRS` of the run's pairs, evenly
-    spread; a prototype without members gets none.
-    """
-    path = folder / f"{PROTOTYPES}.json"
-    facts = read_json(path) if path.is_file() else {"spaces": {}}
-    if "text" not in facts["spaces"] or not isinstance(source.model, ProtoCLIP):
-        return None
-    run = None if source.checkpoint is None else run_of(source.checkpoint)
+def read_captions(run: Path | None, *, allow_links: bool) -> list[str]:
+    """Captions of at most `PAIRS` of a run's pairs, evenly spread; raises `ValueError` for none."""
     if run is None:
-        return "the checkpoint is not in the folder of its run"
-    try:
-        captions = read_captions(run, allow_links=allow_links)
-    except (ValueError, OSError) as error:
-        return f"the run's data cannot be opened ({line(str(error))})"
-    if not captions:
-        return "the run's data has none"
-    tensors = read_tensors(path.with_suffix(".safetensors"))
-    projected = project(source, captions)
-    for space, about in facts["spaces"].items():
-        means = tensors["text.centroids" if space == "text" else f"{space}.in_text"]
-        # Projections have unit norm, so the largest product is the smallest distance.
-        order = (means @ projected.T).topk(min(NEAREST, len(captions))).indices.tolist()
-        about["nearest_captions"] = [
-            [captions[number] for number in row] if size else []
-            for row, size in zip(order, about["sizes"], strict=True)
-        ]
-    write_atomically(path, to_json(facts, indent=2) + "\n")
-    return None
-
-
-def read_captions(run: Path, *, allow_links: bool) -> list[str]:
-    """Captions of a run's pairs; raises `ValueError` if they are out of reach."""
+        raise ValueError("the checkpoint is not in the folder of its run")
     config = read_config(run)
     config = replace(config, data=replace(config.data, allow_links=allow_links))
     for entry in sources.list_entries(config.data):
@@ -241,6 +220,8 @@ def read_captions(run: Path, *, allow_links: bool) -> list[str]:
     for row in np.unique(np.linspace(0, len(pairs) - 1, PAIRS).astype(int)):
         with suppress(BadSample):
             captions |= dict.fromkeys(pairs.sample_captions(int(row)))
+    if not captions:
+        raise ValueError("it has no captions")
     return list(captions)
 
 
@@ -312,8 +293,7 @@ def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str
             rows.append([name, kind, *("-" if v is None else f"{v:.1e}" for v in values)])
     code = f"folder = {json.dumps(Path(facts['folder']).name)}"
     if hub_name is not None:
-        code = f'folder = huggingface_hub.snapshot_download("{hub_name}")'
-        code = f"import huggingface_hub\n{code}"
+        code = f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{hub_name}")'
     return [
         "Features were compared with those of the original model, on images and captions of the",
         "emoji data. The largest difference is relative to the mean norm of the features.",

@@ -17,7 +17,7 @@ from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from protoclip.encode.engine import LEAST_OPSET, write_graph
+from protoclip.encode.engine import write_graph
 from protoclip.export.open_clip import Features, Source, Unavailable
 from protoclip.export.timm import trunk_arguments
 from protoclip.models import transformers as transformers_models
@@ -273,25 +273,25 @@ class TextGraph(ImageGraph):
         return text(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[no-any-return]
 
 
-def write_graphs(source: Source, folder: Path, *, opset: int = LEAST_OPSET) -> str:
+def write_graphs(source: Source, folder: Path) -> str:
     """Write `vision_model.onnx` and `text_model.onnx`, for batches of any size."""
-    towers, length = source.towers, source.context_length
-    kind = towers.kind if isinstance(towers, HuggingFaceTowers) else ""
+    kind = source.towers.kind if isinstance(source.towers, HuggingFaceTowers) else ""
     if kind == "siglip2":
         raise Unavailable("it reads images as patches, whose number differs by image")
-    size = source.image_size
-    tokens = torch.ones(2, length, dtype=torch.long)
-    inputs = {"input_ids": tokens}
-    if kind == MASKED_KIND:
-        inputs["attention_mask"] = torch.ones_like(tokens)
+    size, tokens = source.image_size, torch.ones(2, source.context_length, dtype=torch.long)
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
+    texts = {"input_ids": tokens}
+    if kind == MASKED_KIND:
+        texts["attention_mask"] = torch.ones_like(tokens)
     (folder / ONNX_FOLDER).mkdir()
-    image, text = ImageGraph(source.model), TextGraph(source.model)
-    write_graph(
-        image, images, "image_embeds", folder / ONNX_FOLDER / "vision_model.onnx", opset=opset
-    )
-    write_graph(text, inputs, "text_embeds", folder / ONNX_FOLDER / "text_model.onnx", opset=opset)
-    return f"opset {opset}"
+    graphs: list[tuple[str, nn.Module, str, dict[str, Tensor]]] = [
+        ("vision", ImageGraph(source.model), "image_embeds", images),
+        ("text", TextGraph(source.model), "text_embeds", texts),
+    ]
+    for name, module, output, inputs in graphs:
+        path = folder / ONNX_FOLDER / f"{name}_model.onnx"
+        write_graph(module, inputs, output, path, opset=source.opset)
+    return f"opset {source.opset}"
 
 
 def embed_graph_samples(
@@ -300,15 +300,15 @@ def embed_graph_samples(
     """Features that ONNX Runtime computes from the folder; masked padding has token -1."""
     import onnxruntime
 
-    def run_graph(name: str, inputs: dict[str, Tensor]) -> Tensor:
-        graph = str(folder / ONNX_FOLDER / name)
+    def run_graph(name: str) -> Tensor:
+        graph = str(folder / ONNX_FOLDER / f"{name}_model.onnx")
         session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         arrays = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
         return torch.from_numpy(session.run(None, arrays)[0])
 
-    mask = tokens >= 0
-    text = {"input_ids": tokens.clamp(min=0), "attention_mask": mask.long()}
-    return {
-        "image": run_graph("vision_model.onnx", {"pixel_values": images.contiguous()}),
-        "text": run_graph("text_model.onnx", text),
+    inputs = {
+        "pixel_values": images.contiguous(),
+        "input_ids": tokens.clamp(min=0),
+        "attention_mask": (tokens >= 0).long(),
     }
+    return {"image": run_graph("vision"), "text": run_graph("text")}

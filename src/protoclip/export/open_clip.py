@@ -4,13 +4,9 @@ Once it is uploaded, open_clip reads that folder as `hf-hub:NAME`. `models/start
 that a reference names.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
+from protoclip.encode.engine import LEAST_OPSET
 from protoclip.files import read_json, to_json
 from protoclip.models.open_clip import FILES, has_quick_gelu
 from protoclip.models.opening import OPEN_CLIP_CONFIG, ImageTransform, Tokenizer
@@ -44,6 +41,7 @@ class Source:
         checkpoint: The checkpoint folder of a model of ours.
         config: open_clip's description of the towers; None if they are of `transformers`.
         license: Of the weights, as the hub writes it.
+        opset: Of ONNX graphs.
     """
 
     reference: str
@@ -53,6 +51,7 @@ class Source:
     tokenizer: Tokenizer
     config: Mapping[str, Any] | None
     license: str
+    opset: int
 
     @property
     def towers(self) -> Any:
@@ -102,7 +101,7 @@ class Source:
         return height
 
 
-def open_source(reference: str, *, license: str = "unknown") -> Source:
+def open_source(reference: str, *, license: str = "unknown", opset: int = LEAST_OPSET) -> Source:
     """Load the model to export; raises as `protoclip.load`."""
     start = find_start(reference)
     model, transform, tokenizer = start.open()
@@ -128,23 +127,8 @@ def open_source(reference: str, *, license: str = "unknown") -> Source:
         tokenizer=tokenizer,
         config=config,
         license=license,
+        opset=opset,
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Use other libraries without the hub, their logs, their warnings and their progress bars."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
-    constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before
 
 
 def write_model(source: Source, folder: Path) -> str:
@@ -164,41 +148,28 @@ def write_model(source: Source, folder: Path) -> str:
         source.text_tokenizer.tokenizer.save_pretrained(folder)
     if config["text_cfg"].get("hf_model_name"):
         built.text.config.save_pretrained(folder)
+    if names_its_path(folder):
         point_to(folder, str(folder.absolute()))
     return type(built).__name__
 
 
-def point_to(folder: Path, address: str) -> bool:
-    """Let open_clip find a Hugging Face text tower that has no name on the hub at `address`.
+def names_its_path(folder: Path) -> bool:
+    """Whether open_clip finds a Hugging Face text tower by the path of a folder."""
+    path = folder / OPEN_CLIP_CONFIG
+    text = read_json(path)["model_cfg"]["text_cfg"] if path.is_file() else {}
+    name = text.get("hf_model_name") or text.get("hf_tokenizer_name") or ""
+    return bool(name) and (Path(name).is_absolute() or Path(name).exists())
 
-    It reads the tower's configuration there: the path of the folder itself, or its hub name.
-    Returns whether there is such a tower.
+
+def point_to(folder: Path, address: str) -> None:
+    """Let open_clip find the configuration of a Hugging Face text tower at an address.
+
+    That is the path of the folder itself, or its name on the hub.
     """
-    path = folder / OPEN_CLIP_CONFIG
-    if not path.is_file():
-        return False
-    settings = read_json(path)
+    settings = read_json(folder / OPEN_CLIP_CONFIG)
     text = settings["model_cfg"]["text_cfg"]
-    names = [name for name in ("hf_model_name", "hf_tokenizer_name") if text.get(name)]
-    if not any(Path(text[name]).is_absolute() or Path(text[name]).exists() for name in names):
-        return False
-    text |= dict.fromkeys(names, address)
-    path.write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
-    return True
-
-
-@contextmanager
-def point_or_restore(folder: Path, address: str) -> Iterator[None]:
-    """`point_to`, undone if the block raises."""
-    path = folder / OPEN_CLIP_CONFIG
-    before = path.read_bytes() if path.is_file() else None
-    point_to(folder, address)
-    try:
-        yield
-    except BaseException:
-        if before is not None:
-            path.write_bytes(before)
-        raise
+    text |= dict.fromkeys({"hf_model_name", "hf_tokenizer_name"} & text.keys(), address)
+    (folder / OPEN_CLIP_CONFIG).write_text(to_json(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:

@@ -7,10 +7,9 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,16 @@ from torch import Tensor
 from protoclip.data.emoji import emoji_table
 from protoclip.encode.engine import LEAST_OPSET
 from protoclip.export import card, huggingface, open_clip, timm
-from protoclip.export.open_clip import Features, Source, Unavailable, open_source, quiet
+from protoclip.export.open_clip import (
+    Features,
+    Source,
+    Unavailable,
+    open_source,
+)
 from protoclip.files import naming
 from protoclip.models import loading
 from protoclip.models.open_clip import closed_formats
-from protoclip.models.opening import HUB_NAME, Tokenizer
+from protoclip.models.opening import HUB_NAME, Tokenizer, quiet_libraries
 from protoclip.models.protoclip import TowerPair
 from protoclip.terminal import line, say, visible
 
@@ -89,21 +93,31 @@ def export(
     folder, formats = Path(folder), [formats] if isinstance(formats, str) else formats
     require_new(folder, str(reference), overwrite=overwrite)
     check_arguments(formats, opset, push_to_hub)
-    source = open_source(str(reference), license=license)
+    source = open_source(str(reference), license=license, opset=opset)
     with stage_folder(folder, overwrite=overwrite) as temporary:
-        facts = write_formats(source, temporary, formats, opset=opset, beside=folder.parent)
+        facts = write_formats(source, temporary, formats, beside=folder.parent)
         facts = {"folder": str(folder), **facts, "license": license}
         facts["differences"] = check_features(source, temporary, list(facts["formats"]))
         # Only now, since the libraries read the folder under its temporary name.
-        facts["names_its_path"] = open_clip.point_to(temporary, str(folder.absolute()))
-        facts["prototypes"] = card.write_prototypes(source, temporary)
-        facts["captions"] = card.add_captions(source, temporary, allow_links=allow_links)
+        if names_its_path := open_clip.names_its_path(temporary):
+            open_clip.point_to(temporary, str(folder.absolute()))
+        facts["names_its_path"] = names_its_path
+        reasons = card.write_prototypes(source, temporary, allow_links=allow_links)
+        facts["prototypes"], facts["captions"] = reasons
         with naming(folder):
             card.write_card(source, temporary, facts, hub_name=push_to_hub)
-            share_permissions(temporary)
+        # Those of the card: safetensors lets only the owner of weights read them.
+        mode = stat.S_IMODE((temporary / card.CARD).stat().st_mode)
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(mode)
     if push_to_hub is not None and agrees((folder / card.CARD).read_text(encoding="utf-8")):
-        with open_clip.point_or_restore(folder, push_to_hub):
+        if names_its_path:
+            open_clip.point_to(folder, push_to_hub)
+        try:
             facts["url"] = upload(folder, push_to_hub)
+        finally:
+            if names_its_path:
+                open_clip.point_to(folder, str(folder.absolute()))
     return facts
 
 
@@ -115,27 +129,15 @@ def stage_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     folder = folder.resolve()  # a link to a folder stays a link
     temporary = folder.with_name(f".{folder.name}.protoclip")
-    old = folder.with_name(f".{folder.name}.replaced.protoclip")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if overwrite and folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
+            shutil.rmtree(folder)
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def share_permissions(folder: Path) -> None:
-    """Give weights the permissions of the card: safetensors lets only their owner read them."""
-    mode = stat.S_IMODE((folder / "README.md").stat().st_mode)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(mode)
 
 
 def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> None:
@@ -158,23 +160,21 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
 
 
 def write_formats(
-    source: Source, folder: Path, formats: Sequence[str], *, opset: int, beside: Path
+    source: Source, folder: Path, formats: Sequence[str], *, beside: Path
 ) -> dict[str, Any]:
     """Write each format; returns what was written, and why others are left out.
 
     Messages name `beside`, where the user wants the folder, and not the temporary one.
     """
-    graphs: Callable[[Source, Path], str] = partial(huggingface.write_graphs, opset=opset)
-    writers = {**FORMATS, "onnx": graphs}
     written: dict[str, str] = {}
     left_out: dict[str, str] = {}
     closed = closed_formats(source.towers, source.config) if source.config else {}
     for name in dict.fromkeys(formats):
         try:
-            with quiet():
+            with quiet_libraries(offline=True), redirect_stderr(StringIO()):
                 if name in closed:
                     raise Unavailable(closed[name])
-                written[name] = writers[name](source, folder)
+                written[name] = FORMATS[name](source, folder)
         except Unavailable as error:
             left_out[name] = str(error)
         except Exception as error:  # what these libraries raise has no common class
@@ -206,7 +206,7 @@ def check_features(
     differences: dict[str, dict[str, float | None]] = {}
     for name in [*formats, *["protoclip"] * loads]:
         try:
-            with quiet():
+            with quiet_libraries(offline=True), redirect_stderr(StringIO()):
                 computed = readers[name]()
         except Exception as error:
             raise ValueError(

@@ -4,7 +4,6 @@ Its outputs are the image features: if timm's model has no layer for the project
 space, that becomes its classifier.
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def write_model(source: Source, folder: Path) -> str:
         model = add_projection(source, name, arguments)
     else:
         name, arguments = find_arguments(source)
-        model = build_model(name, {**arguments, "num_classes": int(config["embed_dim"])})
+        model = timm.create_model(name, num_classes=int(config["embed_dim"]), **arguments)
         convert: Any = byobnet if isinstance(visual, ModifiedResNet) else vision_transformer
         weights = {f"visual.{key}": value for key, value in visual.state_dict().items()}
         weights = convert.checkpoint_filter_fn(weights, model)
@@ -54,8 +53,8 @@ def write_model(source: Source, folder: Path) -> str:
     settings, side = source.preprocessing, source.image_size
     if settings["resize_mode"] not in CROP_MODES:
         raise Unavailable(f"timm does not resize images as it does ({settings['resize_mode']})")
-    # timm's own entries are about the weights that it publishes.
     data = {
+        # timm's own entries are about the weights that it publishes.
         **{"tag": "", "origin_url": "", "license": source.license},
         **{"input_size": [3, side, side], "test_input_size": [3, side, side], "test_crop_pct": 1.0},
         "mean": list(settings["mean"]),
@@ -97,7 +96,7 @@ def trunk_arguments(source: Source) -> tuple[str, dict[str, Any]]:
     for more in ({}, {"fc_norm": False}):
         arguments = {**base, **more}
         try:
-            model = build_model(name, {**arguments, "num_classes": trunk.num_classes})
+            model = timm.create_model(name, num_classes=trunk.num_classes, **arguments)
         except TypeError:
             continue
         if not misfits(model, trunk.state_dict()):
@@ -111,7 +110,7 @@ def add_projection(source: Source, name: str, arguments: Mapping[str, Any]) -> A
     if not len(visual.head):
         return visual.trunk
     projection = visual.head.proj
-    model = build_model(name, {**arguments, "num_classes": projection.out_features})
+    model: Any = timm.create_model(name, num_classes=projection.out_features, **arguments)
     classifier = model.get_classifier()
     model.load_state_dict(visual.trunk.state_dict(), strict=False)
     with torch.no_grad():
@@ -142,7 +141,3 @@ def find_arguments(source: Source) -> tuple[str, dict[str, Any]]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.c_fc.out_features / block.attn.embed_dim,
     }
-
-
-def build_model(name: str, arguments: Mapping[str, Any]) -> Any:
-    return timm.create_model(name, pretrained=False, **copy.deepcopy(dict(arguments)))

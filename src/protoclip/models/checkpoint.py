@@ -130,8 +130,8 @@ def run_of(path: str | Path) -> Path | None:
     """The folder of the run that a run or checkpoint folder is of; None if it is of no run."""
     start = Path(path)
     for folder in (start, start.resolve()):  # a link may lead to a checkpoint
-        above = [folder.parent.parent] if folder.parent.name == "checkpoints" else []
-        for run in (folder, *above):
+        is_checkpoint = folder.parent.name == "checkpoints"
+        for run in (folder, *[folder.parent.parent] * is_checkpoint):
             if (run / SETTINGS).is_file():
                 return run
     return None

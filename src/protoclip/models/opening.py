@@ -105,13 +105,29 @@ def unreachable(reference: str) -> ValueError:
 
 
 @contextmanager
+def quiet_libraries(*, offline: bool) -> Iterator[None]:
+    """Use other libraries without their logs and warnings, and without the hub if `offline`."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = offline
+    logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they advise options that are not ours
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before
+
+
+@contextmanager
 def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
     """Turn what other libraries raise into one line.
 
     They reach the hub only for a `repository`, and only if it answers within seconds; else they
     read what was downloaded before.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, errors
 
     if repository and not HUB_NAME.fullmatch(repository):
         raise ValueError(f"{reference}: no such folder")
@@ -129,12 +145,8 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
             )
         require_safetensors(reference, files)
     ours = ("model.", f"{reference}: ", f"{reference}/")
-    before = constants.HF_HUB_OFFLINE, logging.root.manager.disable
-    constants.HF_HUB_OFFLINE = answer is None
-    logging.disable(logging.ERROR)  # they log what they raise, and that a new model is untrained
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # they advise options that are not ours
+        with quiet_libraries(offline=answer is None):
             yield
     except ImportError as error:
         raise ValueError(
@@ -158,5 +170,3 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
             ) from error
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{reference}: cannot be opened ({line(reason)})") from error
-    finally:
-        constants.HF_HUB_OFFLINE, logging.root.manager.disable = before

@@ -40,15 +40,7 @@ from protoclip.models.checkpoint import (
     read_tensors,
     require_intact,
 )
-from protoclip.models.open_clip import (
-    TowerKind,
-    build_towers,
-    find_config,
-    find_weights,
-    open_clip_tokenizer,
-    text_repository,
-    tower_kind,
-)
+from protoclip.models.open_clip import TowerKind, find_config, find_weights, tower_kind
 from protoclip.models.opening import (
     HUGGING_FACE_CONFIG,
     OPEN_CLIP_CONFIG,
@@ -69,12 +61,6 @@ from protoclip.models.protoclip import (
     image_size,
     projection_head,
     seed_weights,
-)
-from protoclip.models.transformers import (
-    MINILM,
-    HuggingFaceTowers,
-    text_config,
-    text_source,
 )
 from protoclip.terminal import say
 
@@ -184,7 +170,7 @@ class Start:
         if "transformers" in described:
             return transformers.build_library_towers(described, **self.sizes)
         with self._reading():
-            built: nn.Module = build_towers(
+            built: nn.Module = open_clip_models.build_towers(
                 described["model_cfg"],
                 described.get("preprocess_cfg", {}),
                 **self.sizes,
@@ -200,7 +186,7 @@ class Start:
                 name, config = str(self.tokenizer_source), self.library_config
                 return transformers.open_tokenizer(name, config, context_length=length)
             text, source = described["model_cfg"]["text_cfg"], self.tokenizer_source
-            return open_clip_tokenizer(text, context_length=length, source=source)
+            return open_clip_models.open_clip_tokenizer(text, context_length=length, source=source)
 
     def count_cut_captions(self, texts: list[str]) -> tuple[int, int]:
         """How many captions are longer than the model's context length, and that length."""
@@ -253,7 +239,7 @@ class Start:
     @property
     def text_source(self) -> str:
         """Where a small model's Hugging Face text tower is; "" if it has none."""
-        return str(self.text_files or text_source(self.model.text.name))
+        return str(self.text_files or transformers.text_source(self.model.text.name))
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -265,7 +251,7 @@ class Start:
         if image.weights is not None:
             size = timm.timm_settings(image.name).input_size[-1]
         if text.name is not None:
-            config = text_config(text.name, self.text_source)
+            config = transformers.text_config(text.name, self.text_source)
             length = min(transformers.NAMED_CONTEXT_LENGTH, transformers.max_tokens(config))
         return {"image_size": image.size or size, "context_length": text.context_length or length}
 
@@ -326,10 +312,10 @@ class Start:
         if self.is_small:  # whose files were asked for before
             name = self.model.text.name
             return readable_errors(self.label if name is None else f"model.text.name: {name}")
-        repository: str | None = None
+        repository: str | None = ""
         if self.text_files is None:
-            config, source = self.open_clip_config, str(self.tokenizer_source)
-            repository = hub_name(source) if config is None else text_repository(config)
+            named, config = hub_name(str(self.tokenizer_source)), self.open_clip_config
+            repository = open_clip_models.text_repository(config) if config else named
         return readable_errors(self.label, repository or "")
 
 
@@ -369,7 +355,7 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
     if size != size_before:
         open_clip_models.set_trunk_size(source.towers, size, name)
     weights = source.towers.state_dict()
-    if isinstance(built.towers, HuggingFaceTowers):
+    if isinstance(built.towers, transformers.HuggingFaceTowers):
         transformers.interpolate_positions(weights, built.towers)
     else:
         open_clip_models.interpolate_positions(weights, built.towers)
@@ -527,7 +513,7 @@ class TransformersStart(Start):
 
     def open_pair(self) -> TowerPair:
         pair, _, tokenizer = self.open()
-        assert isinstance(pair.towers, HuggingFaceTowers)
+        assert isinstance(pair.towers, transformers.HuggingFaceTowers)
         if pair.towers.kind != "clip":
             return pair
         eos = pair.towers.config.text_config.eos_token_id
@@ -611,16 +597,12 @@ def reference_weights(reference: str, file: Path) -> dict[str, Tensor]:
         content = dict(content.get("state_dict", content))
         if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
             raise ValueError("holds more than tensors by name")
-    return {reference_name(key): value for key, value in content.items()}
-
-
-def reference_name(key: str) -> str:
-    """Our name of a tensor that the reference code saved."""
-    key = key.removeprefix("module.")
-    for theirs, ours in REFERENCE_NAMES.items():
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
-    return f"towers.{key}"
+    weights: dict[str, Tensor] = {}
+    for name, value in content.items():
+        key = name.removeprefix("module.")
+        theirs = next((prefix for prefix in REFERENCE_NAMES if key.startswith(prefix)), "")
+        weights[REFERENCE_NAMES.get(theirs, "towers.") + key.removeprefix(theirs)] = value
+    return weights
 
 
 KINDS: Mapping[str, Callable[[str, str], Start]] = {
@@ -736,7 +718,7 @@ def small_start(section: ModelConfig) -> SmallTowers:
     """The start of a section that describes the towers, with each tower's way of pooling."""
     section = replace(section, image=timm.add_pooling(section.image))
     if (name := section.text.name) is not None:
-        kind, kinds = text_config(name, text_source(name)).model_type, transformers.TEXT_KINDS
+        kind, kinds = transformers.text_config(name).model_type, transformers.TEXT_KINDS
         if kind not in kinds:
             raise ValueError(
                 f"model.text.name: {name} is of kind {kind}; text towers are of {', '.join(kinds)}"
@@ -756,13 +738,13 @@ def names_model(modality: Modality, name: str | None) -> bool:
         return True
     if modality == "image":
         return Path(name).is_dir() and not timm.is_image_name(name)
-    if name == MINILM:
+    if name == transformers.MINILM:
         return False
     folder = Path(name.removeprefix("hf:"))
     is_hugging_face = (folder / HUGGING_FACE_CONFIG).is_file()
     if folder.is_dir() and ((folder / OPEN_CLIP_CONFIG).is_file() or not is_hugging_face):
         return True  # such as a run
-    return hasattr(text_config(name, text_source(name)), "vision_config")
+    return hasattr(transformers.text_config(name), "vision_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -863,7 +845,7 @@ def start_of_tower(modality: Modality, section: ModelConfig) -> Start:
             return small_start(ModelConfig(image=section.image))
         small = small_start(ModelConfig(text=section.text))
         small = replace(small, reference=name or "a small text transformer")
-        if name is not None and Path(folder := text_source(name)).is_dir():
+        if name is not None and Path(folder := transformers.text_source(name)).is_dir():
             small = replace(small, text_files=Path(folder), tokenizer_source=folder)
         return small
     assert name is not None
@@ -882,16 +864,19 @@ def start_of_tower(modality: Modality, section: ModelConfig) -> Start:
 
 def tower_config(modality: Modality, start: Start) -> tuple[bool | None, dict[str, Any]]:
     """Whether a tower has QuickGELU, None where that says nothing, and its part of `model_cfg`."""
-    config = start.open_clip_config
-    if config is None or "multimodal_cfg" in config:
-        raise unjoinable(modality, start)
-    part: dict[str, Any] = dict(config["vision_cfg" if modality == "image" else "text_cfg"])
+    config = start.open_clip_config or {}
+    part: dict[str, Any] = dict(config.get("vision_cfg" if modality == "image" else "text_cfg", {}))
     is_open_clips = not any(name.endswith("_model_name") for name in part)
     # open_clip's ResNets project within their pooling.
     has_none = part.get("proj_type") == "none" or part.get("output_tokens")
     has_none = has_none or (modality == "image" and isinstance(part.get("layers"), list))
-    if is_open_clips and has_none:
-        raise unjoinable(modality, start)
+    if not config or "multimodal_cfg" in config or (is_open_clips and has_none):
+        instead = "a model of timm (it has DINOv2, ViT, SigLIP and CLIP's ResNets)"
+        instead = instead if modality == "image" else "a text model such as minilm"
+        raise ValueError(
+            f"model.{modality}.name: {start.reference}: its tower ends in no linear projection "
+            f"that open_clip can replace; name {instead}, or another CLIP"
+        )
     if not is_open_clips and modality == "image":
         part |= {"timm_proj": "linear", "timm_model_pretrained": False}
     elif not is_open_clips:
@@ -904,13 +889,3 @@ def tower_config(modality: Modality, start: Start) -> tuple[bool | None, dict[st
         length = start.sizes["context_length"]
         part["context_length"] = length or part.get("context_length") or DEFAULT_CONTEXT_LENGTH
     return bool(config.get("quick_gelu")) if is_open_clips else None, part
-
-
-def unjoinable(modality: Modality, start: Start) -> ValueError:
-    instead = "a model of timm (it has DINOv2, ViT, SigLIP and CLIP's ResNets)"
-    if modality == "text":
-        instead = "a text model such as minilm"
-    return ValueError(
-        f"model.{modality}.name: {start.reference}: its tower ends in no linear projection that "
-        f"open_clip can replace; name {instead}, or another CLIP"
-    )

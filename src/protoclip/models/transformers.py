@@ -479,8 +479,9 @@ def text_source(name: str | None) -> str:
 
 
 @cache  # a run asks several times, and each asks the hub
-def text_config(name: str, source: str) -> Any:
+def text_config(name: str, source: str | None = None) -> Any:
     """The configuration of a Hugging Face text model; raises `ValueError` if there is none."""
+    source = source or text_source(name)
     with explain_errors(name, source):
         return transformers_config(source)
 
