@@ -338,7 +338,7 @@ def test_every_door_makes_one_tensor_of_an_image(door, run_and_export, tmp_path)
     encoder = image_encoder(torch.nn.Identity(), torch.device("cpu"), lambda x: x, transform)
     for name, (file, plain) in files_and_images().items():
         tensor = transform(Image.open(io.BytesIO(file)))
-        embedded = encoder.forward([prepare_image(file, transform)])[0]
+        embedded = encoder.collate([prepare_image(file, transform)])[0]
         assert torch.equal(tensor, embedded), name
         # What is turned after it was resized may differ by a step of 255.
         torch.testing.assert_close(tensor, transform(plain), atol=0.016, rtol=0, msg=name)
