@@ -17,7 +17,7 @@ import protoclip
 from protoclip import cli
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.encode import encoder as encoding
-from protoclip.encode.run import Round
+from protoclip.encode import run as running
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import features
 from protoclip.explore import atlas
@@ -244,16 +244,20 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     A run whose image encoder is another one encodes no caption that judges.
     """
     run, encoded = tmp_path / "run", list[int]()
-    check = features.encode_into
+    gather = running.gather_rows
 
-    def watched(*given: Any, after: Any, **more: Any) -> None:
-        def count(made: Round) -> None:
-            encoded.append(len(made.hashes))
-            after(made)
+    def watched(hashes: Any, *given: Any) -> Any:
+        encoded.append(len(hashes))
+        return gather(hashes, *given)
 
-        check(*given, after=count, **more)
+    encode_into = features.encode_into
 
-    monkeypatch.setattr(features, "encode_into", watched)
+    def watch(*given: Any, **more: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "gather_rows", watched)
+            encode_into(*given, **more)
+
+    monkeypatch.setattr(features, "encode_into", watch)
     for tower in ("encode_image", "encode_text"):
         # Nothing passes the whole model.
         monkeypatch.setattr(ProtoCLIP, tower, Mock(side_effect=AssertionError))

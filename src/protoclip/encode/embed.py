@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -41,6 +40,7 @@ from protoclip.encode.encoder import (
     text_encoder,
     text_side,
 )
+from protoclip.encode.linear_maps import Features
 from protoclip.encode.rows import features_folder
 from protoclip.encode.run import (
     encode_missing,
@@ -261,37 +261,19 @@ class Side:
     """How vectors of one modality are made."""
 
     encoder: Encoder
-    store: Store  # what this call encodes
-    aligned: Store  # what `align` encoded; empty for other models
+    store: Store  # of what this call encodes, and of what `align` did before
     project: Callable[[Tensor], Tensor] | None = None  # where features are not the vectors
 
-    def encode(
-        self, hashes: Hashes, read: Callable[[int], Sample], **settings: Any
-    ) -> dict[int, BadSample]:
-        """Encode what is nowhere yet, as `encode_missing`."""
-        new = np.flatnonzero(~self.aligned.has(hashes))
-        return encode_missing(
-            self.store, self.encoder, hashes[new], lambda n: read(int(new[n])), **settings
-        )
-
-    def has(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        return self.store.has(hashes) | self.aligned.has(hashes)
-
     @torch.inference_mode()
-    def vectors(self, hashes: Hashes) -> npt.NDArray[np.float16]:
+    def vectors(self, hashes: Hashes) -> Features:
         """Vectors of unit norm, in half precision, by ids that are there."""
-        assert self.has(hashes).all()
-        features = np.empty((len(hashes), self.encoder.width), np.float16)
-        for store in (self.store, self.aligned):
-            numbers = store.find(hashes)
-            if len(store):
-                features[numbers >= 0] = store.read(numbers[numbers >= 0])
+        features = self.store.fetch(hashes)
         if self.project is None:
             return features
         rows = torch.from_numpy(features).float().to(self.encoder.device)
         with self.encoder.autocast():
             projected = self.project(rows).float()
-        vectors: npt.NDArray[np.float16] = F.normalize(projected, dim=-1).half().cpu().numpy()
+        vectors: Features = F.normalize(projected, dim=-1).half().cpu().numpy()
         return vectors
 
 
@@ -303,12 +285,9 @@ def open_side(
 ) -> Side:
     """A side that encodes into a working folder, and reads what `align` has below a root."""
     key = rank0_first(encoder.key)
-    return Side(
-        encoder=encoder,
-        store=Store(working / key, setting="--out"),
-        aligned=Store(None if root is None else root / checksum(key.encode())),
-        project=project,
-    )
+    aligned = None if root is None else Store(root / checksum(key.encode()))
+    store = Store(working / key, setting="--out", before=aligned)
+    return Side(encoder=encoder, store=store, project=project)
 
 
 def encode_file(
@@ -329,11 +308,13 @@ def encode_file(
         row = int(np.searchsorted(ends, number, side="right"))
         return read_captions(samples, row, number - int(ends[row] - counts[row]))
 
-    bad = images.encode(image_hashes, partial(read_image, samples), **passing)
-    texts.encode(text_hashes, read_text, **passing)
+    bad = encode_missing(
+        images.store, images.encoder, image_hashes, partial(read_image, samples), **passing
+    )
+    encode_missing(texts.store, texts.encoder, text_hashes, read_text, **passing)
 
     def write() -> dict[str, Any]:
-        skipped, is_good = read_skipped(samples), images.has(image_hashes)
+        skipped, is_good = read_skipped(samples), images.store.has(image_hashes)
         for row in np.flatnonzero(~is_good | (counts == 0)).tolist():
             error = bad.get(int(image_hashes[row]))
             try:
@@ -345,8 +326,8 @@ def encode_file(
         rows = np.flatnonzero(is_good)
         write_skipped(skipped_of(out), skipped, samples.name, good=len(rows))
         kept = {
-            "images": int(images.aligned.has(image_hashes[rows]).sum()),
-            "captions": int(texts.aligned.has(text_hashes[np.repeat(is_good, counts)]).sum()),
+            "images": images.store.count_before(image_hashes[rows]),
+            "captions": texts.store.count_before(text_hashes[np.repeat(is_good, counts)]),
         }
         without = int((counts[rows] == 0).sum())
         facts = {**settings, "rows": len(rows), "bad": len(skipped), "without_captions": without}
@@ -385,7 +366,7 @@ def encode_file(
 
 
 def make_columns(
-    samples: Any, rows: Sequence[int], image_vectors: npt.NDArray[np.float16], texts: Side
+    samples: Any, rows: Sequence[int], image_vectors: Features, texts: Side
 ) -> dict[str, Any]:
     """The columns of some rows, also the class."""
     captions = [samples.sample_captions(row) for row in rows]
@@ -404,7 +385,7 @@ def make_columns(
     }
 
 
-def list_rows(vectors: npt.NDArray[np.float16]) -> pa.Array:
+def list_rows(vectors: Features) -> pa.Array:
     """Each row of an array as a list."""
     number, width = vectors.shape
     starts = np.arange(number + 1, dtype=np.int32) * width

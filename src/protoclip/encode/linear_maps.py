@@ -8,6 +8,7 @@ Canonical correlation analysis (CCA) with a ridge is where the projections of `a
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import reduce
+from operator import add
 from typing import Any, cast
 
 import numpy as np
@@ -115,23 +116,6 @@ def moments_of_images(
     )
 
 
-def moments_of_pairs(images: Float[Tensor, "p q"], texts: Float[Tensor, "p r"]) -> SecondMoments:
-    """Second moments of features in memory: each pair is a sample with one text."""
-    x, y = images.double(), texts.double()
-    return SecondMoments(
-        image=x.T @ x,
-        text=y.T @ y,
-        cross=x.T @ y,
-        sum_of_images=x.sum(0),
-        sum_of_texts=y.sum(0),
-        samples=len(x),
-    )
-
-
-def add_moments(parts: Iterable[SecondMoments]) -> SecondMoments:
-    return reduce(SecondMoments.__add__, parts)
-
-
 def out_of_fold(
     images: Float[Tensor, "p q"],
     captions: Float[Tensor, "c r"],
@@ -168,8 +152,8 @@ def out_of_fold(
             shift = (first[rows] - (many.cumsum(0) - many)).repeat_interleave(many)
             of_rows = captions[shift + torch.arange(len(shift))]
             moments.append(moments_of_images(images[rows], of_rows, many))
-        parts.append(add_moments(moments))
-    total = add_moments(parts)
+        parts.append(reduce(add, moments))
+    total = reduce(add, parts)
     for rows, part in zip(folds, parts, strict=True):
         image, text = (linear.float() for linear in canonical_projections(total - part))
         led = images[rows].float() @ image, captions[first[rows]].float() @ text

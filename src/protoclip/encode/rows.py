@@ -9,6 +9,8 @@ starts read it, and hash no name and no caption again.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NamedTuple
@@ -39,7 +41,6 @@ from protoclip.encode.linear_maps import (
     BLOCK,
     SAMPLE,
     SecondMoments,
-    add_moments,
     moments_of_images,
 )
 from protoclip.encode.run import (
@@ -235,7 +236,7 @@ class PairRows:
             x = self.image_rows(rows).to(device)
             y = self.text_rows(self.all_captions(rows)).to(device)
             parts.append(moments_of_images(x, y, counts))
-        return add_moments(parts)
+        return reduce(add, parts)
 
 
 def list_pairs(pairs: Pairs) -> Listing:

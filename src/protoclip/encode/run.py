@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,7 +44,6 @@ from protoclip.progress import Progress
 BLOCK_ROWS = 2**11  # that are encoded before they are written
 TURNS = 2**7  # of the loop after which what was encoded is written, however little it is
 TEXTS_AT_ONCE = 2**13  # items of texts among which those of similar length are encoded together
-ROWS_AT_ONCE = 2**14  # whose captions are in memory
 WAIT = 60.0  # seconds for another process that writes to the store
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -100,12 +98,12 @@ def encode_missing(
             return {}
         progress = Progress(f"encode {encoder.reads}s with {encoder.name}", len(missing))
 
-        def count(made: Round) -> None:
+        def note_outcomes(items: Sequence[tuple[int, Outcome]]) -> None:
             nonlocal done
-            for number, outcome in made.items:
+            for number, outcome in items:
                 if isinstance(outcome, BadSample):
                     bad[int(hashes[number])] = outcome
-            done += len(made.items) * world_size()
+            done += len(items) * world_size()
             if rank() == 0:
                 progress.update(min(done, len(missing) - 1))
 
@@ -116,7 +114,7 @@ def encode_missing(
             prepare,
             batch_size=batch_size if is_text else None,
             threads=0 if is_text else threads,
-            after=count,
+            after=note_outcomes,
         )
         if rank() == 0:
             progress.update(len(missing))
@@ -169,16 +167,16 @@ def hash_images(pairs: Pairs) -> Hashes:
 
 def hash_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:
     """The hashes of all captions, row after row; and how many each row has, which may be none."""
-    parts, counts = [], np.zeros(len(pairs), np.int64)
-    for start in range(0, len(pairs), ROWS_AT_ONCE):
-        texts: list[str] = []
-        for row in range(start, min(start + ROWS_AT_ONCE, len(pairs))):
+    counts = np.zeros(len(pairs), np.int64)
+
+    def read_rows() -> Iterator[str]:
+        for row in range(len(pairs)):
             with suppress(BadSample):
                 captions = pairs.sample_captions(row)
                 counts[row] = len(captions)
-                texts += captions
-        parts.append(hash_ids(texts))
-    return np.concatenate(parts), counts
+                yield from captions
+
+    return hash_ids(read_rows()), counts
 
 
 def read_image(pairs: Any, row: int) -> Sample:
@@ -198,69 +196,87 @@ def read_captions(pairs: Pairs, row: int, place: int | None = None) -> Sample:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """What became of one unit of each rank."""
-
-    items: Sequence[tuple[Any, Outcome]]  # this rank's, each with what came of it
-    hashes: Hashes  # of the ids of all ranks' items that were encoded
-    features: Float[Tensor, "n q"]  # of these, in float32 on the CPU
-
-
 def units_of_rank(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """This rank's share of items, some at a time."""
     for first in range(rank() * size, len(items), world_size() * size):
         yield items[first : first + size]
 
 
-def encode(
+def encode_into(
+    store: Store,
     encoder: Encoder,
     units: Iterable[Sequence[T]],
     prepare: Callable[[T], Prepared],
     *,
     batch_size: int | None = None,
     threads: int | None = None,
-) -> Generator[Round, None, None]:
-    """What a frozen model makes of items, a unit of each rank at a time. All ranks call it.
+    after: Callable[[Sequence[tuple[T, Outcome]]], None] = lambda _: None,
+    written: Callable[[], None] = lambda: None,
+) -> None:
+    """Encode items into a store, a unit of each rank at a time. All ranks call it.
 
     Args:
         units: This rank's items, some at a time.
-        prepare: Reads an item; a `ValueError`, such as `BadSample`, marks a bad one.
+        prepare: Reads an item; raises `BadSample` for a bad one.
         batch_size: How many texts of a unit are encoded at once, those of similar length together,
             so that little is padding; unset, all are.
         threads: How many prepare a unit while the model is at the one before; unset, one a core; 0
             for none.
+        after: Is called by each rank after each unit, with its items and what came of them.
+        written: Is called by all ranks when all rows so far are in the store.
 
     Raises:
-        ValueError: A unit cannot be read, or for long no remote image could be; on all ranks.
+        ValueError: A unit cannot be read, features are not finite, or for long no remote image
+            could be read; on all ranks.
     """
     # Attention with adapters changes the order of its parameters in each pass, and by their order
     # ranks send them to each other. So a rank without inputs takes an example.
     all_pass = parallel.is_sharded(encoder.module) or layers.has_adapters(encoder.module)
-    coming = read_ahead(units, prepare, threads)
-    try:
-        while True:
-            read = raise_on_all_ranks(lambda: next(coming, None))
-            prepared = [one for _, one in read or () if not isinstance(one, BadSample)]
-            new = [(hash_, given) for hash_, given in prepared if given is not None]
-            goes_on, has_new = any_rank([read is not None, bool(new)])
+    rows = list[tuple[Hashes, Tensor]]()  # which are not written yet
+
+    def write() -> None:
+        if rows:
+            features = torch.cat([features for _, features in rows]).numpy()
+            with np.errstate(over="ignore"):
+                features = features.astype(store.dtype)
+            if not np.isfinite(features).all():  # the same bits on every rank
+                raise ValueError(
+                    f"{encoder.name}: features are not finite in {store.dtype}, or larger than "
+                    f"{np.finfo(store.dtype).max:g}; the model has diverged, or choose another"
+                )
+            store.add(np.concatenate([hashes for hashes, _ in rows]), features)
+            if rank() == 0:
+                note_engine(encoder, store.folder)
+            rows.clear()
+            if not len(store):  # or hosts would learn at the end that they do not share it
+                store.open()
+        written()
+
+    with closing(read_ahead(units, prepare, threads)) as coming:
+        for turn in count(1):
+            unit = raise_on_all_ranks(lambda: next(coming, None))
+            prepared = [made for _, made in unit or () if not isinstance(made, BadSample)]
+            new = [(hash_, made) for hash_, made in prepared if made is not None]
+            goes_on, has_new = any_rank([unit is not None, bool(new)])
             if not goes_on:
-                return
-            hashes, features = np.empty(0, np.uint64), torch.zeros(0, 0)
+                break
             if has_new:
-                inputs = [given for _, given in new]
+                inputs = [made for _, made in new]
                 if all_pass:  # a rank that fails in it ends, since others wait there
-                    made = encoder.encode(inputs or [*encoder.examples[:1]])[: len(new)]
+                    features = encoder.encode(inputs or [*encoder.examples[:1]])[: len(new)]
                 else:
-                    made = raise_on_all_ranks(partial(encode_some, encoder, inputs, batch_size))
-                own = np.array([hash_ for hash_, _ in new], np.uint64)
-                hashes, features = gather_rows(own, made, encoder.device)
-            items = [
-                (item, one if isinstance(one, BadSample) else one[0]) for item, one in read or ()
+                    features = raise_on_all_ranks(partial(encode_some, encoder, inputs, batch_size))
+                hashes = np.array([hash_ for hash_, _ in new], np.uint64)
+                rows.append(gather_rows(hashes, features, encoder.device))
+            outcomes = [
+                (item, made if isinstance(made, BadSample) else made[0])
+                for item, made in unit or ()
             ]
-            yield Round(items=items, hashes=hashes, features=features)
-    finally:
-        coming.close()
+            raise_on_all_ranks(partial(after, outcomes))
+            if turn % TURNS == 0 or sum(len(hashes) for hashes, _ in rows) >= BLOCK_ROWS:
+                write()
+        write()
+    store.open()
 
 
 def encode_some(
@@ -312,13 +328,13 @@ def is_kept_back(bad: BadSample) -> bool:
 def read_ahead(
     units: Iterable[Sequence[T]], prepare: Callable[[T], Made], threads: int | None
 ) -> Generator[list[tuple[T, Made | BadSample]], None, None]:
-    """Items with what `prepare` makes of them, a unit at a time; see `encode`.
+    """Items with what `prepare` makes of them, a unit at a time; see `encode_into`.
 
     Who leaves before the last unit closes the iterator, or the garbage collector may do so in one
     of its threads, which cannot wait for itself.
     """
 
-    def prepared(item: T) -> tuple[Made | BadSample, float, float]:
+    def prepare_timed(item: T) -> tuple[Made | BadSample, float, float]:
         began = time.monotonic()
         made: Made | BadSample
         try:
@@ -329,14 +345,14 @@ def read_ahead(
 
     if threads == 0:
         for unit in units:
-            yield [(item, prepared(item)[0]) for item in unit]
+            yield [(item, prepare_timed(item)[0]) for item in unit]
         return
     failed, since, following = 0, 0.0, iter(units)  # remote images in a row, and since when
     pool, reader = ThreadPoolExecutor(threads or count_cores()), ThreadPoolExecutor(1)
 
     def begin_next() -> "list[tuple[T, Future[Any]]] | None":
         unit = next(following, None)
-        return None if unit is None else [(item, pool.submit(prepared, item)) for item in unit]
+        return None if unit is None else [(item, pool.submit(prepare_timed, item)) for item in unit]
 
     try:
         coming = reader.submit(begin_next)
@@ -354,52 +370,3 @@ def read_ahead(
     finally:
         reader.shutdown(cancel_futures=True)
         pool.shutdown(cancel_futures=True)  # or what is left of a unit would be read first
-
-
-def encode_into(
-    store: Store,
-    encoder: Encoder,
-    units: Iterable[Sequence[T]],
-    prepare: Callable[[T], Prepared],
-    *,
-    batch_size: int | None = None,
-    threads: int | None = None,
-    after: Callable[[Round], None],
-    written: Callable[[], None] = lambda: None,
-) -> None:
-    """Encode items into a store, some thousand at a time. All ranks call it; see `encode`.
-
-    Args:
-        after: Is called by each rank after each round.
-        written: Is called by all ranks when all rows so far are in the store.
-    """
-    new = list[tuple[Hashes, Tensor]]()
-
-    def write() -> None:
-        if new:
-            features = torch.cat([rows for _, rows in new]).numpy()
-            with np.errstate(over="ignore"):
-                features = features.astype(store.dtype)
-            if not np.isfinite(features).all():  # the same bits on every rank
-                raise ValueError(
-                    f"{encoder.name}: features are not finite in {store.dtype}, or larger than "
-                    f"{np.finfo(store.dtype).max:g}; the model has diverged, or choose another"
-                )
-            store.add(np.concatenate([hashes for hashes, _ in new]), features)
-            if rank() == 0:
-                note_engine(encoder, store.folder)
-            new.clear()
-            if not len(store):  # or hosts would learn at the end that they do not share it
-                store.open()
-        written()
-
-    rounds = encode(encoder, units, prepare, batch_size=batch_size, threads=threads)
-    with closing(rounds):
-        for turn, made in enumerate(rounds, 1):
-            raise_on_all_ranks(partial(after, made))
-            if len(made.hashes):
-                new.append((made.hashes, made.features))
-            if turn % TURNS == 0 or sum(len(hashes) for hashes, _ in new) >= BLOCK_ROWS:
-                write()
-        write()
-    store.open()

@@ -121,6 +121,7 @@ class Store:
             folder that some rank does not see counts as empty.
         is_optional: What cannot be written is kept in memory alone, with a warning, and so is what
             is added while another process adds to the folder.
+        before: Another store of the same model, whose rows are read like those of this one.
     """
 
     def __init__(
@@ -130,11 +131,13 @@ class Store:
         dtype: str = HALF,
         setting: str = "",
         is_optional: bool = False,
+        before: "Store | None" = None,
     ) -> None:
         self.folder, self.dtype, self.setting = folder, np.dtype(dtype), setting
         self.is_optional, self._is_writable = is_optional, folder is not None
         self.refusal: OSError | ValueError | None = None  # why rows cannot be added
-        self._use([])
+        self.before: Sequence[Volume] = before.volumes if before else ()
+        self._use(self.before)
         self.open()
 
     def open(self) -> None:
@@ -143,8 +146,11 @@ class Store:
             return
         listed = rank0_first(self._list_volumes)
         seen = raise_on_all_ranks(lambda: self._sees(listed))
-        listed = {} if any_rank([not seen])[0] else listed
-        self._use(raise_on_all_ranks(lambda: [self._map(*facts) for facts in listed.items()]))
+        if any_rank([not seen])[0]:  # what is added stays in memory
+            self._is_writable = False
+            return
+        opened = raise_on_all_ranks(lambda: [self._map(*facts) for facts in listed.items()])
+        self._use([*self.before, *opened])
 
     def _use(self, volumes: Sequence[Volume]) -> None:
         self.volumes: list[Volume] = [*volumes]
@@ -178,6 +184,10 @@ class Store:
         is_known: npt.NDArray[np.bool_] = self.find(hashes) >= 0
         return is_known
 
+    def count_before(self, hashes: Hashes) -> int:
+        """How many of these ids, which are all here, were in the store before."""
+        return int((self.find(hashes) < self.starts[len(self.before)]).sum())
+
     def fetch(self, hashes: Hashes) -> Features:
         """The rows of these ids, which are all here; `ValueError` names a damaged file."""
         return self.read(self.find(hashes))
@@ -189,12 +199,13 @@ class Store:
         for number in np.unique(which):
             volume, some = self.volumes[number], np.flatnonzero(which == number)
             rows = numbers[some] - self.starts[number]
-            features[some], facts = volume.features[rows], volume.rows[rows]
-            if (row_checksums(facts["hash"], features[some]) != facts["checksum"]).any():
+            stored, facts = volume.features[rows], volume.rows[rows]
+            if (row_checksums(facts["hash"], stored) != facts["checksum"]).any():
                 raise ValueError(
                     f"{volume.name}{FEATURES_END}: damaged (a checksum differs); delete it, and "
                     "give the command again"
                 )
+            features[some] = stored
         return features
 
     def add(self, hashes: Hashes, features: Features) -> None:

@@ -6,7 +6,7 @@ into a table. Whoever asked reads this table then, whose pairs have no images an
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import compress
@@ -37,7 +37,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.engine import accelerate
-from protoclip.encode.run import Prepared, Round, encode_into, prepare_sample
+from protoclip.encode.run import Outcome, Prepared, encode_into, prepare_sample
 from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
     checksum,
@@ -228,9 +228,9 @@ def read_shards(
         hashes = hash_ids([f"{note['key']} {item.sample_id}"])
         return int(hashes[0]), None if store.has(hashes)[0] else prepare_sample(encoder, item)
 
-    def take(made: Round) -> None:
+    def take(items: Sequence[tuple[Read, Outcome]]) -> None:
         nonlocal lost, last
-        for (note, item), outcome in made.items:
+        for (note, item), outcome in items:
             if isinstance(outcome, BadSample):
                 note["bad"].append(vars(outcome))
             elif isinstance(item, Sample):

@@ -28,7 +28,7 @@ from protoclip.distributed.collectives import all_gather_object, rank, rank0_fir
 from protoclip.encode import encoder as encoders
 from protoclip.encode.engine import accelerate
 from protoclip.encode.rows import SETTING, features_folder
-from protoclip.encode.run import Outcome, Round, encode_into, hash_images, units_of_rank
+from protoclip.encode.run import Outcome, encode_into, hash_images, units_of_rank
 from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_bytes, hash_ids
 from protoclip.evaluation.datasets import Captions, EvaluationData, Images, match_captions
 from protoclip.files import checksum, replacing
@@ -268,8 +268,8 @@ class Encoder:
         show = self.show and rank() == 0 and len(rows) > 0
         progress = Progress(f"evaluate: {stage}", len(rows)) if show else None
 
-        def count(made: Round) -> None:
-            outcomes.update(made.items)
+        def count(items: Sequence[tuple[int, Outcome]]) -> None:
+            outcomes.update(items)
             if progress:
                 progress.update(min(len(outcomes) * world_size(), len(rows)))
 

@@ -25,7 +25,7 @@ from protoclip.config import EngineName
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
 from protoclip.encode.encoder import Encoder, open_encoder
-from protoclip.encode.linear_maps import canonical_projections, moments_of_pairs
+from protoclip.encode.linear_maps import canonical_projections, moments_of_images
 from protoclip.encode.run import encode_missing
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.evaluation import retrieval
@@ -398,7 +398,9 @@ def canonical_recall(
     number_of: dict[str, int] = {}
     text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])
     is_tested = draw_half(group_pairs(image_of_pair, text_of_pair), seed)
-    maps = canonical_projections(moments_of_pairs(images[~is_tested], texts[~is_tested]))
+    counts = torch.ones(int((~is_tested).sum()), dtype=torch.long)
+    moments = moments_of_images(images[~is_tested], texts[~is_tested], counts)
+    maps = canonical_projections(moments)
     (rows,) = is_tested.nonzero(as_tuple=True)
     tested = match_captions(
         [(captions[pair],) for pair in rows.tolist()],

@@ -19,7 +19,6 @@ from protoclip.encode.linear_maps import (
     canonical_projections,
     fit_pca,
     moments_of_images,
-    moments_of_pairs,
     out_of_fold,
 )
 from protoclip.models.projections import AlignedModel, start_projections
@@ -27,6 +26,10 @@ from testing import run_distributed
 from tiny_align import changed, rows_of, tiny_alignment
 
 CPU = torch.device("cpu")
+
+
+def moments_of_pairs(images: torch.Tensor, texts: torch.Tensor) -> SecondMoments:
+    return moments_of_images(images, texts, torch.ones(len(images), dtype=torch.long))
 
 
 def test_moments_count_an_image_once_however_many_captions_it_has(tmp_path):

@@ -1,12 +1,15 @@
 """Where features are encoded to: what a store holds when others write it, or when it cannot be."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from protoclip.distributed.collectives import rank
 from protoclip.encode.store import FULL, RowFile, Store, hash_ids
 from protoclip.files import locked
+from testing import run_distributed
 
 HASHES = hash_ids("abc")
 FEATURES = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -40,6 +43,29 @@ def test_an_optional_store_passes_over_ids_that_it_has(tmp_path):
     for each in (store, Store(tmp_path / "store", dtype=FULL)):
         assert len(each) == 3
         assert np.array_equal(each.fetch(HASHES), [FEATURES[0], FEATURES[2], 10 + FEATURES[2]])
+
+
+def add_unseen(folder: Path) -> list[list[float]]:
+    """A store of which each rank sees another folder, as hosts do that have a cache each."""
+    store = Store(folder / str(rank()), dtype=FULL, is_optional=True)
+    store.add(HASHES, FEATURES)
+    store.open()
+    return store.fetch(HASHES).tolist()
+
+
+def test_hosts_with_a_cache_each_hold_what_they_add(tmp_path):
+    assert run_distributed(add_unseen, 2, tmp_path) == 2 * [FEATURES.tolist()]
+
+
+def test_a_store_reads_on_in_the_one_before(tmp_path):
+    before = Store(tmp_path / "before", setting="x")
+    before.add(hash_ids("ab"), FEATURES[:2])
+    before.open()
+    store = Store(tmp_path / "store", dtype=FULL, setting="x", before=before)
+    store.add(hash_ids("c"), FEATURES[2:])
+    store.open()
+    assert np.array_equal(store.fetch(HASHES), FEATURES)
+    assert (store.count_before(HASHES), len(Store(tmp_path / "store", dtype=FULL))) == (2, 1)
 
 
 def test_rows_of_a_file_are_those_of_its_array(tmp_path, monkeypatch):

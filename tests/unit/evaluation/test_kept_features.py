@@ -15,7 +15,8 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.encode.encoder import image_encoder
-from protoclip.encode.run import encode, units_of_rank
+from protoclip.encode.run import encode_into, units_of_rank
+from protoclip.encode.store import FULL, Store
 from protoclip.evaluation.features import Encoder
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed
@@ -96,9 +97,9 @@ def encode_numbers(model, number, broken=None):
 
     cpu = torch.device("cpu")
     encoder = image_encoder(model, cpu, model.encode_image, blank, unit_norm=False)
-    units = units_of_rank(range(number), 2)
-    rounds = [*encode(encoder, units, read)]
-    return torch.cat([torch.zeros(0, 4), *(made.features for made in rounds if len(made.hashes))])
+    store = Store(None, dtype=FULL, is_optional=True)
+    encode_into(store, encoder, units_of_rank(range(number), 2), read)
+    return torch.from_numpy(store.read(np.arange(len(store)))).view(-1, 4)
 
 
 def sharded_features(numbers):

@@ -95,7 +95,9 @@ def test_canonical_recall_equals_a_slow_restatement():
     captions = [f"caption {row}" for row in range(120)]
     judged = match.draw_half(torch.arange(120), 0)
     found = match.canonical_recall(images, texts, torch.arange(120), captions)
-    fitted = match.moments_of_pairs(images[~judged], texts[~judged])
+    fitted = match.moments_of_images(
+        images[~judged], texts[~judged], torch.ones(int((~judged).sum()), dtype=torch.long)
+    )
     one, other = (
         (of[judged].double() @ projection).numpy()
         for of, projection in zip((images, texts), match.canonical_projections(fitted), strict=True)

@@ -1,6 +1,5 @@
 """The same model over the same data, or some of them, is encoded once, whoever asks first."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.encode import run as running
-from protoclip.encode.run import Round
+from protoclip.encode.store import Store
+from protoclip.evaluation import features
 from protoclip.evaluation.features import Encoder
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
@@ -73,14 +72,14 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     encoded = list[int]()
-    check = running.encode
+    check = features.encode_into
 
-    def watched(tower: Any, *given: Any, **more: Any) -> Iterator[Round]:
-        for made in check(tower, *given, **more):
-            encoded.append(len(made.hashes) * (tower.reads == "image"))
-            yield made
+    def watched(store: Store, tower: Any, *given: Any, **more: Any) -> None:
+        before = len(store)
+        check(store, tower, *given, **more)
+        encoded.append((len(store) - before) * (tower.reads == "image"))
 
-    monkeypatch.setattr(running, "encode", watched)
+    monkeypatch.setattr(features, "encode_into", watched)
     data = str(run.parent / "pairs.parquet")
     first(run, data)
     assert sum(encoded) == PAIRS
@@ -95,7 +94,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
 
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
-    monkeypatch.setattr(running, "encode", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(features, "encode_into", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 
 
