@@ -13,7 +13,7 @@ from typing import Any
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from moto.s3.models import s3_backends
+from moto.s3.models import get_canned_acl, s3_backends
 from werkzeug.serving import make_server
 
 MESSAGES = {
@@ -67,6 +67,12 @@ class Server:
             if path.is_file():
                 self.put(f"{to}/{path.relative_to(folder).as_posix()}", path.read_bytes())
         return f"{self.url}/{to}"
+
+    def publish(self) -> None:
+        """Let everybody read all that the bucket holds."""
+        self.backend.put_bucket_acl(self.name, get_canned_acl("public-read"))
+        for name in self.objects():
+            self.backend.put_object_acl(self.name, name, get_canned_acl("public-read"))
 
     def objects(self) -> dict[str, Any]:
         return dict(self.backend.buckets[self.name].keys.items())

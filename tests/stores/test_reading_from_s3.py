@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from fsspec.config import conf, set_conf_env
 from PIL import Image
 
 from interrupting import assert_equal_ends, config_for
@@ -166,6 +167,20 @@ def test_credentials_are_asked_for_in_one_line(store, keys, what):
     keys()
     if what != "wds":  # there is none
         READS[what](store.url)
+
+
+def test_a_public_bucket_is_read_without_credentials(store, monkeypatch):
+    """By FSSPEC_S3_ANON=true, as the message says that a user without any gets."""
+    images, shards, settings = put_table(store), put_shards(store), dict[str, Any]()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert "FSSPEC_S3_ANON=true reads what is public" in failure("table", store.url)
+    store.publish()
+    monkeypatch.setenv("FSSPEC_S3_ANON", "true")
+    set_conf_env(settings)  # as fsspec does when it is imported
+    monkeypatch.setitem(conf, "s3", settings["s3"])
+    assert images_of(opened(f"{store.url}/table/pairs.csv")) == images
+    assert streamed(f"{store.url}/shards/*.tar", len(shards)) == shards
 
 
 def test_a_server_that_fails_for_a_while_loses_no_sample(store):

@@ -58,6 +58,20 @@ def test_search_by_text_and_image_and_neighbours(one: Explorer) -> None:
     assert [value for _, value in near.images] == sorted((v for _, v in near.images), reverse=True)
 
 
+def test_a_damaged_map_is_made_again(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
+    (first,) = explorers(DataConfig(train=str(table)))
+    (path,) = tmp_path.glob("atlas/*.npz")
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:200] + bytes(99) + whole[299:], b""):
+        path.write_bytes(damaged)
+        (again,) = explorers(DataConfig(train=str(table)))
+        assert np.array_equal(again.atlas.map_position["text"], first.atlas.map_position["text"])
+        assert path.read_bytes()[:1000] == whole[:1000]
+
+
 @pytest.fixture(scope="module", params=["by path", "in the table"])
 def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty images, each with two captions on rows that follow each other."""
