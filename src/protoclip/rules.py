@@ -264,7 +264,7 @@ def require_data_paths(data: DataConfig) -> None:
         require_folder("data.root", data.root)
     for name, path in (("only", data.only), ("without", data.without)):
         if path is not None:
-            require_file(f"data.{name}", path)
+            require_path(f"data.{name}", path, "no such file")
 
 
 def require_source(setting: str, path: str, what: str = "no such file") -> None:
@@ -303,13 +303,6 @@ def require_model(setting: str, reference: str | None, kind: str = "model") -> N
         return
     if kind == "model" or reference != "minilm":
         require_path(setting, reference, INSTEAD[kind])
-
-
-def require_file(setting: str, path: str) -> None:
-    """Refuse a file or folder that does not exist, a URL, and a pipe or device."""
-    require_path(setting, path, "no such file")
-    if "://" in path:
-        raise ValueError(f"{setting}: {path}: is not read from a URL; copy it here first")
 
 
 def require_folder(setting: str, path: str | None) -> None:

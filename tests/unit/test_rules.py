@@ -32,7 +32,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"data": {"only": "none.csv"}}, "data.only: none.csv: no such file"),
         ({"model": {"start": "runn"}}, "no such run or checkpoint folder; .*; did you mean run"),
         ({"teacher": {"features": "none.npy"}}, "teacher.features: none.npy: no such file"),
-        ({"data": {"only": "s3://bucket/a"}}, "data.only: s3://bucket/a: is not read from a URL"),
         ({"run": {"guard": ["none.tsv,class_column=a"]}}, "run.guard: none.tsv: no such file"),
         ({"run": {"guard": ["emoji,root=none"]}}, "run.guard: root: none: no such folder"),
     ],

@@ -67,7 +67,6 @@ PAGES = {
     "encode": "embed.md#engines",
     "parallel": "scaling.md",
 }
-SETTING = re.compile(r"(?:--)?([a-z]+)\.[a-z_.]+(?=[:\[\s])|([a-z]+): ")
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the command again",
     errno.EDQUOT: "make room, and give the command again",
@@ -191,13 +190,11 @@ def with_page(message: str, command: str) -> str:
     'data.train: cc12m: no such file (docs/data.md)'
     >>> with_page("runs/mine: no run folder", "report")
     'runs/mine: no run folder (docs/report.md)'
-    >>> with_page("all the input array dimensions must match", "train")
-    'all the input array dimensions must match'
     """
     if not command or ": " not in message or ".md" in message:
         return message
-    named = SETTING.match(message)
-    section = (named[1] or named[2]) if named else ""
+    named = re.match(r"(?:--)?([a-z]+)[.:]", message)
+    section = named[1] if named else ""
     return f"{message} (docs/{page_of(section if section in SECTIONS else command)})"
 
 

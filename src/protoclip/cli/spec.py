@@ -38,7 +38,7 @@ from typing import (
 
 from protoclip.config import HALVES, START, Config, Count, DataConfig, build, describe_unknown
 from protoclip.files import read_local
-from protoclip.rules import require_file
+from protoclip.rules import require_path
 
 if TYPE_CHECKING:  # `--help` does without
     import torch
@@ -186,7 +186,7 @@ def parse(kind: type[Command], words: list[str]) -> Command:
     Raises:
         ValueError: In one line that names the option, or the recipe and its setting.
     """
-    hints = get_type_hints(kind)
+    hints, sections = get_type_hints(kind), get_type_hints(Config)
     typed, rest = read_options(kind, words)
     for name in positional(kind):
         if rest and get_origin(hints[name]) is list:
@@ -197,8 +197,8 @@ def parse(kind: type[Command], words: list[str]) -> Command:
         raise ValueError(f"{rest[0]}: unexpected argument")
     given: dict[str, Any] = {}
     for path in typed.get("config", []):
-        require_file("--config", path)
-        recipe, sections = read_recipe(Path(path)), get_type_hints(Config)
+        require_path("--config", path, "no such file")
+        recipe = read_recipe(Path(path))
         given = merge_trees(given, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
     given = merge_trees(given, typed)
     command = build(kind, given)
@@ -235,11 +235,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
             rest.append(word)
             continue
         option, is_joined, value = word.partition("=")
-        if value.startswith("~/"):  # which shells leave as it is behind "="
-            value = os.path.expanduser(value)  # noqa: PTH111
         name = option.lstrip("-").replace("-", "_")
-        if name in positional(kind):
-            raise ValueError(f"{option}: is an argument, not an option; give it without {option}")
         flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), known)
         name = full_name(name, known)
         if name in known:
@@ -248,13 +244,14 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
             name, values = flag, ["false"]
         else:
             raise ValueError(describe_unknown(name, [*known]))
-        if not values or (list in origins(known[name]) and values == [""]):
+        if not values:
             raise ValueError(f"{option}: needs a value")
-        given[name] = [*given.get(name, ()), *values] if grows(known[name]) else values
+        hints = (known[name], *get_args(known[name]))
+        grows = list in containers(known[name]) or any(... in get_args(hint) for hint in hints)
+        given[name] = [*given.get(name, ()), *values] if grows else values
     tree: dict[str, Any] = {}
     for name, values in given.items():
-        several = {list, tuple} & origins(known[name])
-        setting = value_of(values if several else values[0], known[name])
+        setting = read_words(values, known[name])
         for part in reversed(name.split(".")):
             setting = {part: setting}
         tree = merge_trees(tree, setting)
@@ -263,55 +260,48 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
 
 def full_name(name: str, known: Collection[str]) -> str:
     """The option that is meant: `run.seed` by `seed`, if nothing else ends in it."""
-    if name in known:
-        return name
     # Some commands take settings of `data` by their own names.
-    if name.removeprefix("data.") in known and "data.train" not in known:
-        return name.removeprefix("data.")
+    if "data.train" not in known:
+        name = name.removeprefix("data.")
     meant = [option for option in known if option.endswith(f".{name}")]
-    return meant[0] if len(meant) == 1 else name
+    return meant[0] if name not in known and len(meant) == 1 else name
 
 
 def take_values(left: list[str], hint: Any) -> list[str]:
     """Remove an option's value from the words behind it: for a tuple all up to the next option."""
     if hint is bool and (not left or left[0].lower() not in ("true", "false")):
         return ["true"]
-    most = len(left) if tuple in origins(hint) else 1
+    most = len(left) if tuple in containers(hint) else 1
     values = [*takewhile(lambda word: not word.startswith("--"), left[:most])]
     del left[: len(values)]
     return values
 
 
-def grows(hint: Any) -> bool:
-    """Whether a value has any number of parts: a list, or a tuple of no fixed length."""
-    return list in origins(hint) or any(... in get_args(part) for part in (hint, *get_args(hint)))
-
-
-def origins(hint: Any) -> set[Any]:
+def containers(hint: Any) -> set[Any]:
     """The kinds of container that a value may be, such as `list` of `list[str] | None`."""
     return {get_origin(hint), *map(get_origin, get_args(hint))}
 
 
-def value_of(words: Any, hint: Any) -> Any:
-    """The words of an option as the value that a recipe would hold; text if they are not one."""
-    inner = get_args(hint)
-    if isinstance(words, list):
-        if words in (["none"], ["null"]) and NoneType in inner and str not in inner:
-            return None
-        values = [value_of(word, hint) for word in words]
-        alone = len(values) == 1 and (isinstance(values[0], list) or str in inner[1:])
-        return values[0] if alone else values
+def read_words(words: list[str], hint: Any) -> Any:
+    """The words of an option as the value that a recipe would hold."""
+    values = [read_word(word, hint) for word in words]
+    is_list = values[0] is None or isinstance(values[0], list) or str in get_args(hint)[1:]
+    has_parts = {list, tuple} & containers(hint) and not (len(values) == 1 and is_list)
+    return values if has_parts else values[0]
+
+
+def read_word(word: str, hint: Any) -> Any:
+    """A word as a number, a flag, a list or None, if it is one; else as text."""
+    kinds = get_args(hint)
     if hint is str or get_origin(hint) is Literal:
-        return words
-    if hint is bool and words.lower() in ("true", "false"):
-        return words.lower() == "true"
-    if words.lower() in ("none", "null") and NoneType in inner:
+        return word
+    if word.lower() in ("none", "null") and NoneType in kinds:
         return None
-    if str not in inner or float in inner or words.startswith("["):
+    if str not in kinds or float in kinds or word.startswith("["):
         for reader in (json.loads, ast.literal_eval, float):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                return reader(words)
-    return words
+                return reader(word)
+    return word
 
 
 # Recipes
