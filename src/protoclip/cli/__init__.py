@@ -64,7 +64,7 @@ PAGES = {
     "teacher": "teachers.md",
     "loss": "method.md#the-sum",
     "optim": "training.md#the-model-and-what-follows-from-it",
-    "encode": "embed.md#engines",
+    "encode": "embed.md",
     "parallel": "scaling.md",
 }
 WAYS_OUT = {
