@@ -307,7 +307,7 @@ class AlignConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    engine: EngineName = "auto"  # Of frozen image models on a CPU; auto: the fastest.
+    engine: EngineName = "auto"  # Encoder on a CPU; auto: fastest.
 
 
 @dataclass(frozen=True, kw_only=True)
