@@ -241,12 +241,10 @@ def require_paths(config: Config) -> None:
         ValueError: Names the setting, and a file or folder of nearly that name if there is one.
     """
     require_data_paths(config.data)
-    if config.model.start is not None:
-        require_model("model.start", config.model.start)
+    require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
-        features = teacher.features
-        if features is not None and features not in ("emoji", START, *HALVES.values()):
-            require_path("teacher.features", features, "no such file")
+        if teacher.features not in ("emoji", START, *HALVES.values()):
+            require_path("teacher.features", teacher.features)
     for guard in config.run.guard:
         require_data_set("run.guard", guard)
 
@@ -260,11 +258,9 @@ def require_data_paths(data: DataConfig) -> None:
         require_folder(f"data.sources[{number}].root", source.root)
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
-    if data.root is not None:
-        require_folder("data.root", data.root)
-    for name, path in (("only", data.only), ("without", data.without)):
-        if path is not None:
-            require_path(f"data.{name}", path, "no such file")
+    require_folder("data.root", data.root)
+    require_path("data.only", data.only)
+    require_path("data.without", data.without)
 
 
 def require_source(setting: str, path: str, what: str = "no such file") -> None:
@@ -307,19 +303,18 @@ def require_model(setting: str, reference: str | None, kind: str = "model") -> N
 
 def require_folder(setting: str, path: str | None) -> None:
     """Refuse a folder that does not exist, or is none."""
-    if path is not None:
-        require_path(setting, path, "no such folder")
-        if "://" not in path and not Path(path).is_dir():
-            raise ValueError(f"{setting}: {path}: is a file, not a folder; name a folder")
+    require_path(setting, path, "no such folder")
+    if path is not None and "://" not in path and not Path(path).is_dir():
+        raise ValueError(f"{setting}: {path}: is a file, not a folder; name a folder")
 
 
-def require_path(setting: str, path: str, what: str) -> None:
-    """Refuse a local path that does not exist, as `what`, and a pipe or device."""
+def require_path(setting: str, path: str | None, what: str = "no such file") -> None:
+    """Refuse a local path that does not exist, as `what`, and a pipe or device; None passes."""
+    if path is None or "://" in path:
+        return
     start = f"{setting}: {path}" if setting else path
     if not path.strip():
         raise ValueError(f"{setting or 'an argument'}: is empty; name a file or folder")
-    if "://" in path:
-        return
     try:
         mode = Path(path).expanduser().stat().st_mode
     except FileNotFoundError:

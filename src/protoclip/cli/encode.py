@@ -180,20 +180,13 @@ class Match(PairsOptions, DeviceOption, JsonOption):
 
 def show_encoders(records: Sequence[Mapping[str, Any]]) -> None:
     """Print a table with one row a pair of encoders."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from protoclip.results.table import print_rich
+    from protoclip.results.table import Cell, Row, Table, print_table
 
     first = records[0]
-    table = Table("image encoder", "text encoder", title="Pretrained encoders, the best pair first")
-    measures = ("recall@10", "mutual\n10-NN", "linear\nCKA", "groups\nagree", "widths")
-    for name in (*measures, "images/s\ncaptions/s"):
-        table.add_column(name, justify="right")
+    rows = []
     for record in records:
         rates = (record["images_per_second"], record["captions_per_second"])
-        table.add_row(
-            *(escape(visible(record[modality])) for modality in ("image", "text")),
+        values = (
             f"{100 * record['recall@10']:.1f}%",
             f"{100 * record['mutual_neighbours']:.1f}%",
             f"{record['cka']:.3f}",
@@ -201,12 +194,22 @@ def show_encoders(records: Sequence[Mapping[str, Any]]) -> None:
             f"{record['image_width']}\n{record['text_width']}",
             "\n".join("kept" if rate is None else f"{rate:,.0f}" for rate in rates),
         )
-    table.caption_justify = "left"
-    table.caption = (
+        cells = [Cell(value=value) for value in values]
+        rows.append(Row(heading=[record["image"], record["text"]], cells=cells))
+    measures = ["recall@10", "mutual 10-NN", "linear CKA", "groups agree", "widths"]
+    note = (
         f"Ordered by recall@10: the mean of both ways between an image and its text, by what align "
         f"begins with, fitted on {first['pairs'] - first['judged']:,} pairs and evaluated on "
         f"{first['judged']:,} others (by chance {100 * first['recall@10/by_chance']:.1f}%). The "
         f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
         "caption."
     )
-    print_rich(table)
+    print_table(
+        Table(
+            title="Pretrained encoders, the best pair first",
+            heading=["image encoder", "text encoder"],
+            columns=[name.split() for name in (*measures, "images/s captions/s")],
+            rows=rows,
+            notes=[note],
+        )
+    )

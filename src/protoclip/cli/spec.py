@@ -197,7 +197,7 @@ def parse(kind: type[Command], words: list[str]) -> Command:
         raise ValueError(f"{rest[0]}: unexpected argument")
     given: dict[str, Any] = {}
     for path in typed.get("config", []):
-        require_path("--config", path, "no such file")
+        require_path("--config", path)
         recipe = read_recipe(Path(path))
         given = merge_trees(given, {k: v for k, v in recipe.items() if hints.get(k) == sections[k]})
     given = merge_trees(given, typed)

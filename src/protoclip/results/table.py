@@ -406,22 +406,13 @@ def print_table(table: Table) -> None:
     drawn.add_section()
     for row in table.footer:
         drawn.add_row(*map(escape, [*row.heading, *(cell.text for cell in row.cells)]))
-    print_rich(drawn)
-
-
-def print_rich(table: rich.table.Table) -> None:
-    """Print a table of `rich`, outside a terminal as wide as it needs.
-
-    On a narrow terminal long words go on in the next line: names that are cut may look alike, as
-    those of metrics do.
-    """
-    for column in table.columns:
-        column.overflow = "fold"
+    for column in drawn.columns:
+        column.overflow = "fold"  # names that are cut may look alike
     console = Console()
     if not console.is_terminal:
         unlimited = console.options.update_width(WIDEST)
-        console = Console(width=console.measure(table, options=unlimited).maximum)
-    console.print(table)
+        console = Console(width=console.measure(drawn, options=unlimited).maximum)
+    console.print(drawn)
 
 
 def markdown_lines(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
