@@ -33,7 +33,7 @@ from protoclip.models.protoclip import (
     resolve_precision,
     seed_weights,
 )
-from protoclip.models.start import Start, find_start
+from protoclip.models.start import KINDS, Start, find_start
 from protoclip.models.transformers import auto_model, max_tokens, transformers_config
 from protoclip.progress import three_digits
 from protoclip.rules import require_path
@@ -42,7 +42,6 @@ Pair = TypeVar("Pair", bound=TowerPair)
 Pooling = Literal["mean", "cls", "pooler"]
 
 MAX_TOKENS = 512  # longer captions are cut, if the limit of model or tokenizer is not lower
-PAIRS = ("open_clip", "local-dir", "reference", "hf")  # references to models with two towers
 
 
 def load(reference: str | Path) -> Loaded:
@@ -304,7 +303,7 @@ def open_frozen_encoder(
             return open_timm_model(name)
         if kind == "open_clip" and name and "/" not in name:
             raise ValueError("name the weights too, as in open_clip:RN50/openai")
-        if not Path(reference).is_dir() and not (name and kind in PAIRS):
+        if not Path(reference).is_dir() and not (name and kind in KINDS):
             models = "hf:NAME_OR_FOLDER, minilm, open_clip:MODEL/TAG, timm:MODEL"
             models += "" if setting else ", or a .npy or .parquet file"
             raise ValueError(f"no run folder, and none of {models}")

@@ -138,7 +138,7 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
             "check its name, or set HF_TOKEN"
         )
     files = [file.rfilename for file in getattr(answer, "siblings", None) or ()]
-    if files and reference.startswith("hf:"):
+    if files and "hf:" in reference:
         if OPEN_CLIP_CONFIG in files and HUGGING_FACE_CONFIG not in files:
             raise ValueError(
                 f"{reference}: is open_clip's; download the repository, and load the folder"

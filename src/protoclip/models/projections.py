@@ -10,11 +10,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from protoclip.models.protoclip import PROJECTIONS, Embeddings, ProtoCLIP, to_float
+from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, to_float
 
 NAMES = ("head", "proj", "text_projection")  # of a tower's projection, which is the first it has
 
@@ -38,21 +37,29 @@ class Projection(nn.Module):
 
 
 class Projections(nn.Module):
-    """The projections of both towers, under the names that they have in the whole towers."""
+    """The projections of both towers, under the names that they have in the whole towers.
 
-    def __init__(self, towers: Any) -> None:
+    In training, `dropout` is the share of the features that a forward pass leaves out.
+    """
+
+    def __init__(self, towers: Any, dropout: float = 0.0) -> None:
         super().__init__()
         self.visual, self.text = Projection(towers.visual), Projection(towers.text)
         self.logit_scale = towers.logit_scale
         if getattr(towers, "logit_bias", None) is not None:
             self.logit_bias = towers.logit_bias
+        self.dropout = nn.Dropout(dropout)
 
-    def encode_image(self, rows: Float[Tensor, "b q"]) -> Float[Tensor, "b d"]:
-        projected: Tensor = self.visual(rows)
+    def encode_image(
+        self, rows: Float[Tensor, "b q"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        projected: Tensor = self.visual(self.dropout(to_float(rows)))
         return projected
 
-    def encode_text(self, rows: Float[Tensor, "b q"]) -> Float[Tensor, "b d"]:
-        projected: Tensor = self.text(rows)
+    def encode_text(
+        self, rows: Float[Tensor, "b q"], normalize: bool = False
+    ) -> Float[Tensor, "b d"]:
+        projected: Tensor = self.text(self.dropout(to_float(rows)))
         return projected
 
 
@@ -87,33 +94,11 @@ class AlignedModel(ProtoCLIP):
 
     def __init__(self, whole: ProtoCLIP, *, dropout: float = 0.0) -> None:
         nn.Module.__init__(self)
-        self.towers = Projections(whole.towers)
+        self.towers = Projections(whole.towers, dropout)
         self.image_head, self.text_head = whole.image_head, whole.text_head
         self.prototype_logit_scale = whole.prototype_logit_scale
         self.pulls: dict[str, Tensor] = {}
         self.distils: dict[str, str] = {}
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        images: Float[Tensor, "b q"],
-        tokens: Float[Tensor, "n r"],
-        project: bool = True,
-        teach: bool = False,
-    ) -> Embeddings:
-        return self.embeddings(self.encode_image(images), self.encode_text(tokens), project, teach)
-
-    def encode_image(
-        self, images: Float[Tensor, "b q"], normalize: bool = False
-    ) -> Float[Tensor, "b d"]:
-        features = to_float(self.towers.encode_image(self.dropout(to_float(images))))  # type: ignore[operator]
-        return F.normalize(features, dim=-1) if normalize else features
-
-    def encode_text(
-        self, tokens: Float[Tensor, "b q"], normalize: bool = False
-    ) -> Float[Tensor, "b d"]:
-        features = to_float(self.towers.encode_text(self.dropout(to_float(tokens))))  # type: ignore[operator]
-        return F.normalize(features, dim=-1) if normalize else features
 
 
 class FrozenEncoders(nn.Module):

@@ -16,7 +16,7 @@ import open_clip
 import torch
 import torch.export
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -120,6 +120,8 @@ class _ShortTexts(nn.Module):
 class TowerPair(nn.Module):
     """An image tower and a text tower with one joint space.
 
+    They read images `(b, 3, h, w)` and tokens `(b, c)`; in `align`, features of encoders.
+
     Args:
         towers: A model with `encode_image` and `encode_text`, such as open_clip's. Both take
             `normalize`, which is true by default in open_clip's CoCa.
@@ -130,14 +132,14 @@ class TowerPair(nn.Module):
         self.towers = towers
 
     def encode_image(
-        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
+        self, images: Float[Tensor, "b *_"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Image features in the joint space; of unit norm if `normalize` is set."""
         features = to_float(self.towers.encode_image(images, normalize=False))  # type: ignore[operator]
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(
-        self, tokens: Int[Tensor, "b c"], normalize: bool = False
+        self, tokens: Shaped[Tensor, "b c"], normalize: bool = False
     ) -> Float[Tensor, "b d"]:
         """Text features in the joint space; of unit norm if `normalize` is set.
 
@@ -208,8 +210,8 @@ class ProtoCLIP(TowerPair):
 
     def forward(
         self,
-        images: Float[Tensor, "b 3 h w"],
-        tokens: Int[Tensor, "n c"],
+        images: Float[Tensor, "b *_"],
+        tokens: Shaped[Tensor, "n c"],
         project: bool = True,
         teach: bool = False,
     ) -> Embeddings:

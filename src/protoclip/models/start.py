@@ -77,7 +77,7 @@ class Start:
     """A model to start from or to open, which is there; its weights are unread.
 
     Attributes:
-        reference: As messages name it.
+        reference: As messages name it, with the setting that brought it.
         model: The `[model]` section that builds a model from it, once it is resolved.
         own: That section at the sizes that the weights have, and with their heads.
         towers_json: What describes the towers in `model.json`: the content of open_clip's
@@ -89,7 +89,6 @@ class Start:
         has_heads: Whether it has projection heads, as runs have.
         has_weights: Whether it has weights of its own for the whole model.
         squashes: Whether images are evaluated squashed to squares, as of `ProtoCLIP`.
-        setting: What messages name where a setting brought the start.
         notes: For the user.
     """
 
@@ -103,7 +102,6 @@ class Start:
     has_heads: bool = False
     has_weights: bool = True
     squashes: bool = False
-    setting: str | None = None
     notes: tuple[str, ...] = ()
 
     def read_weights(self, pair: TowerPair) -> None:
@@ -118,7 +116,11 @@ class Start:
         pair = self.open_pair()
         for note in self.notes:
             say(f"note: {note}")
-        return pair.eval(), self.transform_of(pair), replace(self, model=self.own).tokenizer()
+        if self.checkpoint is None:
+            transform: ImageTransform = open_clip_models.image_transform(pair.towers)
+        else:
+            transform = evaluation_transform(**image_input(pair.towers), squash=self.squashes)
+        return pair.eval(), transform, replace(self, model=self.own).tokenizer()
 
     def open_pair(self) -> TowerPair:
         """The model at its own sizes with its weights; new ones are those of seed 0.
@@ -134,10 +136,6 @@ class Start:
     def trainable(self) -> "Start":
         """The same with the towers that training gives it, which opening it does not need."""
         return self
-
-    def transform_of(self, pair: TowerPair) -> ImageTransform:
-        """How `open` prepares images for a model of this start."""
-        return open_clip_models.image_transform(pair.towers)
 
     def build(self, *, on_meta: bool = False) -> ProtoCLIP:
         """The model with weights from torch's global generator, or without any on the meta device.
@@ -302,21 +300,16 @@ class Start:
         """Whether it has no projection heads, or heads that never trained."""
         return not self.has_heads
 
-    @property
-    def label(self) -> str:
-        """What messages name."""
-        return self.setting or self.reference
-
     def _reading(self) -> AbstractContextManager[None]:
         """Turns what libraries raise into a line; they may ask the hub for a text tower."""
         if self.is_small:  # whose files were asked for before
             name = self.model.text.name
-            return readable_errors(self.label if name is None else f"model.text.name: {name}")
+            return readable_errors(self.reference if name is None else f"model.text.name: {name}")
         repository: str | None = ""
         if self.text_files is None:
             named, config = hub_name(str(self.tokenizer_source)), self.open_clip_config
             repository = open_clip_models.text_repository(config) if config else named
-        return readable_errors(self.label, repository or "")
+        return readable_errors(self.reference, repository or "")
 
 
 def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any]:
@@ -391,9 +384,6 @@ class RunStart(Start):
         require_intact(self.file.parent, WEIGHTS)
         pair.load_state_dict(read_tensors(self.file))
 
-    def transform_of(self, pair: TowerPair) -> ImageTransform:
-        return evaluation_transform(**image_input(pair.towers), squash=self.squashes)
-
     @property
     def heads_are_new(self) -> bool:
         """Both heads begin alike, and stay so in a run without prototypes, such as `align`.
@@ -448,7 +438,7 @@ class OpenClipStart(Start):
         name, tag = self.own.name or OPEN_CLIP_CONFIG, self.own.pretrained
         published = {} if tag is None else find_weights(name, tag)
         repository = str(published.get("hf_hub", "").rpartition("/")[0])
-        with readable_errors(self.label, repository):
+        with readable_errors(self.reference, repository):
             file = self.file or open_clip.download_pretrained(published)
             open_clip.load_checkpoint(pair.towers, str(file))
 
@@ -518,7 +508,7 @@ class TransformersStart(Start):
             return pair
         eos = pair.towers.config.text_config.eos_token_id
         if not transformers.reads_as_clip(tokenizer, eos):
-            raise ValueError(f"model.start: {self.reference}: its tokenizer is not CLIP's")
+            raise ValueError(f"{self.reference}: its tokenizer is not CLIP's")
         towers = replace(self, model=self.own).build_towers()
         towers.load_state_dict(transformers.convert_weights(pair.towers))
         return TowerPair(towers)
@@ -555,11 +545,11 @@ class ReferenceStart(OpenClipStart):
 
     def read_weights(self, pair: TowerPair) -> None:
         assert self.file is not None
-        weights = reference_weights(self.label, self.file)
+        weights = reference_weights(self.reference, self.file)
         if isinstance(pair, ProtoCLIP) and not self.has_heads:
             others = pair.state_dict().items()
             weights |= {name: value for name, value in others if not name.startswith("towers.")}
-        with readable_errors(self.label):
+        with readable_errors(self.reference):
             pair.load_state_dict(weights)
 
 
@@ -645,7 +635,7 @@ def resolve_start(section: ModelConfig) -> Start:
     if reference is None:
         setting = f"model.name: {name}" + (f"/{section.pretrained}" if section.pretrained else "")
         start: Start = open_clip_start("model.name", f"{name}/{section.pretrained or ''}")
-        start = replace(start, reference=setting, model=section, notes=())
+        start = replace(start, model=section, notes=())
     else:
         try:
             start = find_start(reference).trainable()
@@ -659,7 +649,7 @@ def resolve_start(section: ModelConfig) -> Start:
     if "multimodal_cfg" in (start.open_clip_config or {}):
         raise ValueError(f"{setting} is a CoCa, whose decoder cannot be trained here")
     notes = tuple(f"model.start: {note}" for note in start.notes)
-    return replace(start, setting=setting, notes=notes)
+    return replace(start, reference=setting, notes=notes)
 
 
 def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
@@ -824,14 +814,14 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
     if not isinstance(text, SmallTowers) or section.text.name is not None:
         model = replace(model, text=replace(section.text, context_length=length))
     return JoinedTowers(
-        reference=f"{image.reference} and {text.reference}",
+        # Libraries of towers read no more than the text tower.
+        reference=f"model.text.name: {text.reference}",
         model=model,
         own=model,
         towers_json={"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}},
         text_files=text.text_files,
         tokenizer_source=text.tokenizer_source,
         squashes=image.squashes,
-        setting=f"model.text.name: {text.reference}",  # libraries of towers read no more than that
         image=image,
         text=text,
     )
