@@ -270,12 +270,11 @@ def fingerprint(path: str) -> str:
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that match a pattern, sorted.
+    """The files of a folder that match a pattern, sorted, without hidden ones.
 
-    Hidden ones are passed over, as in a shell, such as the `._NAME` that macOS leaves beside files.
+    Such as the `._NAME` that macOS leaves beside files.
     """
-    files = sorted(folder.glob(pattern))
-    return [file for file in files if pattern.startswith(".") or not file.name.startswith(".")]
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def list_urls(pattern: str) -> list[str]:

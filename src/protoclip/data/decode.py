@@ -196,12 +196,6 @@ def open_image(encoded: bytes) -> ImageFile.ImageFile:
     if width * height > MAX_IMAGE_PIXELS:
         limit = f"more than the limit ({MAX_IMAGE_PIXELS})"
         raise ValueError(f"{width} x {height} pixels are {limit}")
-    if image.format == "PNG" and "exif" not in image.info and b"eXIf" in encoded:
-        # The orientation stands behind the pixels, so PIL knows it once it has read these.
-        try:
-            image.load()
-        except Exception as error:
-            raise _decode_error(error) from error
     return image
 
 

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,6 @@ from protoclip.terminal import visible, without_secrets
 
 Rows = npt.NDArray[np.int64]
 Facts = dict[str, Any]
-Parts = tuple[bytes, bytes, memoryview | bytes]  # see `text_parts`
 # How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
 # many.
 LOST = "of the shard is lost"
@@ -330,7 +329,7 @@ class ImageTextPairs(Pairs):
             lengths = count_bytes(encoded)
             if names is not None:
                 lengths = pc.coalesce(lengths, count_bytes(names))
-            hashed = hash_columns([self.take_rows(lengths)], length_parts)
+            hashed = hash_columns([self.take_rows(lengths)], are_lengths=True)
         facts = {
             "rows": len(self),
             "ids": hash_named(self.id_column) if self.id_column else f"{self.name}/row",
@@ -681,7 +680,7 @@ def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
     return counts, values.cast(pa.large_binary())
 
 
-def text_parts(values: pa.Array) -> Parts:
+def text_parts(values: pa.Array) -> tuple[bytes, bytes, memoryview | bytes]:
     """The lengths of lists, the lengths of texts, and the texts: each goes on in the next chunk."""
     counts, texts = flat_texts(values)
     _, offsets, data = texts.buffers()
@@ -692,26 +691,23 @@ def text_parts(values: pa.Array) -> Parts:
     return b"" if counts is None else as_bytes(counts), as_bytes(pc.binary_length(texts)), content
 
 
-def length_parts(lengths: pa.Array) -> Parts:
-    """The same of encoded images of these lengths; their bytes do not count."""
-    return b"", as_bytes(lengths), b""
-
-
 def as_bytes(numbers: pa.Array) -> bytes:
     """Whole numbers as bytes; -1 for null."""
     whole: bytes = pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False).astype("<i4").tobytes()
     return whole
 
 
-def hash_columns(
-    columns: Sequence[pa.ChunkedArray], parts_of: Callable[[pa.Array], Parts] = text_parts
-) -> str:
-    """A hash of columns' values in order, however they are stored and divided into chunks."""
+def hash_columns(columns: Sequence[pa.ChunkedArray], *, are_lengths: bool = False) -> str:
+    """A hash of columns' values in order, however they are stored and divided into chunks.
+
+    Or of values of these lengths, whose bytes do not count.
+    """
     whole = hashlib.blake2b(digest_size=16)
     for column in columns:
         kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]
         for chunk in column.iterchunks():
-            for kind, part in zip(kinds, parts_of(chunk), strict=True):
+            parts = (b"", as_bytes(chunk), b"") if are_lengths else text_parts(chunk)
+            for kind, part in zip(kinds, parts, strict=True):
                 kind.update(part)
         for kind in kinds:
             whole.update(kind.digest())

@@ -13,7 +13,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -93,16 +93,17 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
     return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
-def require_readable(named: str, rows: int, read: Callable[[int], object]) -> None:
+def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], bytes]) -> None:
     """Refuse a source none of whose rows can be used; some are read until one is good.
 
     A run would notice late, and leave a folder in the way of the next one. `named` has the setting
-    and the source; `read` raises `ValueError` for a bad row, as this does for a bad source.
+    and the source. `read` gives the image of a row, or raises `ValueError` for a bad one, as this
+    does for a bad source.
     """
     bad = list[ValueError]()
-    for row in evenly_spaced(rows, TRIED, seed=0):
+    for number in evenly_spaced(len(rows), TRIED, seed=0):
         try:
-            read(row)
+            dimensions(read(int(rows[number])))
             return
         except ValueError as error:
             bad.append(error)
@@ -118,15 +119,14 @@ def require_readable(named: str, rows: int, read: Callable[[int], object]) -> No
 def require_usable(data: DataConfig, samples: Pairs) -> None:
     """Raises `ValueError` if more pairs than `data.max_bad_share` allows are in sources of which no
     sample can be used."""
-
-    def read(source: Pairs, rows: Sequence[int], number: int) -> object:
-        image = source.sample(int(rows[number])).image
-        return dimensions(image)
-
     reasons, bad = list[ValueError](), 0
     for source, rows in samples.parts:
+
+        def read_image(row: int, source: Any = source) -> bytes:
+            return bytes(source.sample(row).image)
+
         try:
-            require_readable(f"data.train: {source.name}", len(rows), partial(read, source, rows))
+            require_readable(f"data.train: {source.name}", rows, read_image)
         except ValueError as error:
             reasons.append(error)
             bad += len(rows)
@@ -293,13 +293,9 @@ class PairsView(Pairs):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def source_of(self, row: int) -> int:
-        """The number of the source that has a row."""
-        return bisect_right(self._starts, row) - 1
-
     def locate(self, row: int) -> "tuple[Source, int]":
         """The source that has a row, and the number of the row there."""
-        number = self.source_of(row)
+        number = bisect_right(self._starts, row) - 1
         source, rows = self._parts[number]
         return source, int(rows[row - self._starts[number]])
 

@@ -96,7 +96,8 @@ def open_other_source(config: Config, samples: Pairs | SampleStream, name: str) 
     held_out, notes = list_sources(opened), list[str](getattr(opened, "notes", ()))
     if config.run.evaluate or config.run.evaluate_every > 0:
         for source in held_out:
-            sources.require_readable(f"data.validation: {source.name}", len(source), source.image)
+            named, rows = f"data.validation: {source.name}", range(len(source))
+            sources.require_readable(named, rows, source.read_encoded)
     training = list_sources(samples)
     before = find_earlier_pairs(config, notes)
     trained = [*((source, NONE) for source in training), *chain(*before.values())]

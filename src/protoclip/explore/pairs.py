@@ -47,7 +47,7 @@ class ExploredPairs(PairsView):
         return any(source.class_column for source in self.sources)
 
     def source_name(self, row: int) -> str:
-        return str(self.sources[self.source_of(row)].name)
+        return self.locate(row)[0].name
 
     def caption(self, row: int) -> str:
         """The first caption; raises `BadSample` if there is none."""
