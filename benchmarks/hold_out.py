@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.data import split
-from protoclip.data.pairs import ImageTextPairs, content
+from protoclip.data.pairs import ImageTextPairs, fingerprint_sources
 from protoclip.data.split import PAGE, SHARE, hold_out_rows
 from protoclip.evaluation.validation import probe_rows
 
@@ -142,7 +142,7 @@ def main() -> None:
         cost = of_files(Path(temporary))
         pairs, sizes = simulated(arguments.rows)
         start = time.process_time()
-        content(pairs)
+        fingerprint_sources(pairs)
         fingerprint = time.process_time() - start
         pairs.read.clear()
         with watched() as seen:

@@ -17,8 +17,8 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import shards as streams
 from protoclip.data import sources
 from protoclip.data.access import (
+    describe_error,
     read_file,
-    reason_of,
 )
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import ShardStream, expand_shards
@@ -147,7 +147,7 @@ def failure(what: str, url: str) -> str:
     with pytest.raises(Exception, match=r"^[^\n]+$") as error:  # s3fs has some of its own
         next(READS[what](url))
     is_ours = isinstance(error.value, ValueError)
-    text = str(error.value) if is_ours else reason_of(error.value)
+    text = str(error.value) if is_ours else describe_error(error.value)
     assert "secret" not in text
     return text
 

@@ -170,7 +170,7 @@ def read_file(location: str) -> bytes:
             raise ValueError(f"has more than {MAX_FILE_BYTES} bytes")
         return data
 
-    return within(TOTAL_SECONDS, read) if is_url(location) else read()
+    return run_within(TOTAL_SECONDS, read) if is_url(location) else read()
 
 
 def download(location: str, copy: Path) -> None:
@@ -193,7 +193,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     return data
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
+def run_within(seconds: float, action: Callable[[], T]) -> T:
     """The result of an action, or `TimeoutError`; its thread then goes on by itself."""
     coming = start_thread(action, name="protoclip-read")
     if not wait([coming], timeout=seconds).done:
@@ -223,7 +223,7 @@ def hub_answer(question: Callable[..., T]) -> T | Exception | None:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        return within(HUB_SECONDS, partial(question, timeout=HUB_SECONDS))
+        return run_within(HUB_SECONDS, partial(question, timeout=HUB_SECONDS))
     except errors.HfHubHTTPError as refusal:
         return refusal
     except Exception:  # no network, in one of many ways
@@ -254,7 +254,7 @@ def fingerprint(path: str) -> str:
             else:
                 filesystem, place = _store(path)
                 filesystem.invalidate_cache(place)
-                said = within(TOTAL_SECONDS, partial(filesystem.info, place))
+                said = run_within(TOTAL_SECONDS, partial(filesystem.info, place))
             facts = {name: value for name, value in said.items() if name.lower() in URL_FACTS}
             has_etag = any(name.lower() == "etag" for name in facts)
             return digest({"url": path.partition("?")[0] if has_etag else path, **facts})
@@ -264,7 +264,7 @@ def fingerprint(path: str) -> str:
             file.seek(max(0, status.st_size - (1 << 16)))
             ends = hashlib.blake2b(ends + file.read(), digest_size=16).digest()
     except Exception as error:  # the clients of stores have exceptions of their own
-        raise ValueError(f"{without_secrets(path)}: {reason_of(error)}") from None
+        raise ValueError(f"{without_secrets(path)}: {describe_error(error)}") from None
     facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends.hex()}
     return digest({**facts, "time": status.st_mtime_ns})
 
@@ -295,7 +295,7 @@ def too_slow(what: str, last: object) -> str:
     return f"{what} took over {minutes} minutes and could not be read, such as {last}; {GO_ON}"
 
 
-def reason_of(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """`first_line`, and what to do where a store's client finds no credentials, or wrong ones."""
     refused = isinstance(error, PermissionError) and error.errno is None  # not by the system
     refused |= type(error).__name__ in WITHOUT_KEYS

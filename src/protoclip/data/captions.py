@@ -107,7 +107,7 @@ def trim_padding(tokens: Int[torch.Tensor, "b c"]) -> Int[torch.Tensor, "b l"]:
     return tokens[:, : int(changes.max()) + 2 if len(changes) else 1]
 
 
-def number_of(content: bytes | str) -> int:
+def hash_content(content: bytes | str) -> int:
     """64 bits of BLAKE2b, as a signed integer."""
     data = content.encode() if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
@@ -131,8 +131,8 @@ def normalise_texts(captions: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
 
 def hash_keys(by: tuple[Key, ...], sample: Sample, captions: list[str]) -> list[list[int]]:
     """The keys of a sample with each of its captions on this visit."""
-    image = number_of(sample.image) if "image" in by else 0  # a microsecond a kilobyte
+    image = hash_content(sample.image) if "image" in by else 0  # a microsecond a kilobyte
     return [
-        [number_of(normalise(caption)) if key == "caption" else image for key in by]
+        [hash_content(normalise(caption)) if key == "caption" else image for key in by]
         for caption in captions
     ]

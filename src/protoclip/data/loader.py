@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from protoclip import signals
 from protoclip.config import Config
 from protoclip.data import access
-from protoclip.data.captions import ONE, CaptionDraw, Key, hash_keys, number_of, trim_padding
+from protoclip.data.captions import ONE, CaptionDraw, Key, hash_content, hash_keys, trim_padding
 from protoclip.data.decode import MemoryCache, decode_crop
 from protoclip.data.pairs import (
     LOST,
@@ -93,7 +93,7 @@ class Batch:
     @cached_property
     def keys(self) -> Int[Tensor, " n"]:
         """A hash of each row's sample id, as `encode.store.hash_ids` makes them."""
-        keys = torch.tensor([number_of(name) for name in self.sample_id])
+        keys = torch.tensor([hash_content(name) for name in self.sample_id])
         return cast("Tensor", Packed.pack({"keys": keys}).send(self.position.device)["keys"])
 
 
@@ -525,7 +525,7 @@ class EpisodeLoader:
             )
 
 
-def share_of(batch_size: int) -> int:
+def divide_batch(batch_size: int) -> int:
     """The pairs of a batch that a rank has; raises `ValueError` if ranks cannot share it evenly."""
     share, rest = divmod(batch_size, world_size())
     if rest or share < 2:
@@ -582,7 +582,7 @@ def loader(
     kind: Callable[..., EpisodeLoader] = EpisodeLoader,
 ) -> EpisodeLoader:
     """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
-    share = share_of(config.episodes.batch_size)
+    share = divide_batch(config.episodes.batch_size)
     workers, note = choose_workers(config.data, samples, image_size=transform.size)
     # Workers share no memory: what one of them keeps, the others decode again.
     keeps = config.data.cache_gb > 0 and not workers

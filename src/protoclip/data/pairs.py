@@ -22,13 +22,13 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from protoclip.data.access import (
+    describe_error,
     digest,
     index_folder,
     is_url,
     join,
     read_file,
     read_range,
-    reason_of,
     resolve_cell,
 )
 from protoclip.data.decode import decode
@@ -410,7 +410,7 @@ class ImageTextPairs(Pairs):
         features = facts.get("info", {}).get("features", {})
         return list(features.get(self.class_column, {}).get("names") or ())
 
-    def class_of(self, row: int) -> str:
+    def read_class(self, row: int) -> str:
         """The class by its name; empty where there is none."""
         if self.class_column is None:
             return ""
@@ -450,7 +450,7 @@ class ImageTextPairs(Pairs):
         except MemoryError:
             raise
         except Exception as error:  # the clients of stores have exceptions of their own
-            reason = reason_of(error)
+            reason = describe_error(error)
             if not isinstance(error, FileNotFoundError):
                 reason = f"cannot be read ({reason})"
             elif "\\" in image:  # as Windows writes paths
@@ -627,7 +627,7 @@ def clean_captions(texts: Iterable[str | bytes | None], *, needed: bool = True) 
     return captions
 
 
-def content(samples: Any, *, encoded: Any = None) -> list[Facts]:
+def fingerprint_sources(samples: Any, *, encoded: Any = None) -> list[Facts]:
     """The fingerprint of each source of the samples, and which of their rows are left out.
 
     `encoded` is what is left of them where frozen encoders encoded all.
@@ -642,7 +642,9 @@ def content(samples: Any, *, encoded: Any = None) -> list[Facts]:
     return facts
 
 
-def difference(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str | None:
+def describe_change(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> str | None:
     """What differs, in a few words; None if nothing does. A fact that is unknown equals any."""
     if len(before) != len(now):
         return f"{len(before)} sources before, {len(now)} now"

@@ -35,6 +35,7 @@ from braceexpand import braceexpand
 from protoclip.config import DataConfig
 from protoclip.data.access import (
     GO_ON,
+    describe_error,
     digest,
     files_like,
     fingerprint,
@@ -42,7 +43,6 @@ from protoclip.data.access import (
     is_url,
     list_urls,
     open_file,
-    reason_of,
     require_allowed,
     start_thread,
 )
@@ -217,7 +217,7 @@ def _index_shard(
             try:
                 samples = [*read_samples(file, stem, caption_keys, stream=False, beside=beside)]
             except Exception as error:
-                raise ValueError(f"{path}: {reason_of(error)}") from None
+                raise ValueError(f"{path}: {describe_error(error)}") from None
         if samples and samples[-1].fault:
             facts["notes"] = [f"{path}: {samples.pop().fault}"]
         images = [s.image for s in samples]
@@ -480,7 +480,7 @@ def read_shard(
                     )
     except Exception as error:  # file systems and decompressors have their own errors
         part = f" after {len(seen)} samples; the rest" if seen else "; all"
-        yield BadSample(stem, shard, f"{reason_of(error)}{part} {LOST}")
+        yield BadSample(stem, shard, f"{describe_error(error)}{part} {LOST}")
 
 
 def shard_facts(path: str, is_read: bool) -> list[Any]:
@@ -552,7 +552,7 @@ def _expand(name: str) -> list[str]:
         if is_url(name) and ("*" in name or name.endswith("/")):
             return list_urls(f"{name}*.tar" if name.endswith("/") else name)
     except Exception as error:  # every store has its own errors
-        raise ValueError(f"{without_secrets(name)}: {reason_of(error)}") from None
+        raise ValueError(f"{without_secrets(name)}: {describe_error(error)}") from None
     if is_url(name):
         return [name]
     path = Path(name).expanduser()
@@ -632,7 +632,7 @@ def read_samples(
                 before, files, number = set(files), {}, number + 1
             key, files[kind] = next_key, member
     except Exception as error:
-        fault = reason_of(error)
+        fault = describe_error(error)
     cut = split_name(reading)[0]
     # The last sample counts if a later file had begun, or it has all parts that the one before had.
     if files and (not fault or (key != cut if cut else set(files) == before)):

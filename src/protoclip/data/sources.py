@@ -315,9 +315,9 @@ class PairsView(Pairs):
         source, number = self.locate(row)
         return source.image_name(number)
 
-    def class_of(self, row: int) -> str:
+    def read_class(self, row: int) -> str:
         source, number = self.locate(row)
-        return source.class_of(number)
+        return source.read_class(number)
 
     def image(self, row: int) -> Image.Image:
         source, number = self.locate(row)

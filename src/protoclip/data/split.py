@@ -30,8 +30,8 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from protoclip.config import DataConfig
-from protoclip.data.access import digest, explain_unwritable, is_url, reason_of
-from protoclip.data.captions import normalise_texts, number_of
+from protoclip.data.access import describe_error, digest, explain_unwritable, is_url
+from protoclip.data.captions import hash_content, normalise_texts
 from protoclip.data.decode import decode
 from protoclip.data.pairs import (
     BLOCK,
@@ -346,7 +346,7 @@ class _Copies:
             first = max(0, (size - PAGE) // 2)
             part = slice(first, min(size, first + PAGE)) if page else None
             try:
-                hashes[number] = number_of(b"%d " % size + source.read_encoded(position, part))
+                hashes[number] = hash_content(b"%d " % size + source.read_encoded(position, part))
             except BadSample:
                 self.unread.add(row)
 
@@ -580,7 +580,7 @@ def read_ids(setting: str, path: str) -> frozenset[str]:
             if not isinstance(value, str | int) or value == "":  # a column may hold whole numbers
                 raise ValueError(f"entry {number} has no {COLUMN}")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"data.{setting}: {path}: {reason_of(error)}") from None
+        raise ValueError(f"data.{setting}: {path}: {describe_error(error)}") from None
     return frozenset(map(str, ids))
 
 

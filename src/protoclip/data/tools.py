@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from protoclip.config import shown
 from protoclip.data.access import MISSING, digest
-from protoclip.data.captions import number_of
+from protoclip.data.captions import hash_content
 from protoclip.data.decode import decode, decode_crop, dimensions, open_image
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.loader import iterate_items, read_image
@@ -188,8 +188,8 @@ def _measure_part(
             samples.append(error)
             continue
         seconds += time.perf_counter() - started
-        facts["image"] = [(number_of(sample.image), sample.sample_id)]
-        facts["caption"] = [(number_of(text), text) for text in sample.captions]
+        facts["image"] = [(hash_content(sample.image), sample.sample_id)]
+        facts["caption"] = [(hash_content(text), text) for text in sample.captions]
         facts["captions_per_image"] = [len(sample.captions)]
         facts["tokens"] = count_tokens(list(sample.captions))
         samples.append(facts)

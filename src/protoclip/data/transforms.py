@@ -218,7 +218,7 @@ class TrainingTransform(Finishes):
 
 
 @dataclass(frozen=True)
-class OfMiddle:
+class MiddleTransform:
     """A library's transform that keeps an image's shape, given the middle alone of a long one."""
 
     apply: Callable[[Image.Image], Tensor]

@@ -28,7 +28,7 @@ from protoclip import __version__
 from protoclip.config import Config, DataConfig, EngineName, build
 from protoclip.data import sources
 from protoclip.data.access import digest
-from protoclip.data.pairs import BadSample, Sample, SampleStream, content
+from protoclip.data.pairs import BadSample, Sample, SampleStream, fingerprint_sources
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
@@ -148,7 +148,7 @@ def embed(
             **identity,
             "class_column": config.data.class_column,
             "data": digest(samples.state_dict(0)) if is_stream else samples.key,
-            **({"content": rank0_first(lambda: content(samples))} if is_stream else {}),
+            **({"content": rank0_first(lambda: fingerprint_sources(samples))} if is_stream else {}),
             "weights": images.checksum(),
             "width": images.width,
             "precision": usual,
@@ -381,7 +381,7 @@ def make_columns(
         "captions": [several or None for several in captions],
         # The data may name images by URLs with passwords.
         "image": [None if name is None else without_secrets(name) for name in names],
-        "class": [samples.class_of(row) or None for row in rows],
+        "class": [samples.read_class(row) or None for row in rows],
     }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from protoclip.config import HALVES, Config, EngineName
 from protoclip.data.access import cache_folder, index_folder
-from protoclip.data.captions import Key, normalise, number_of
+from protoclip.data.captions import Key, hash_content, normalise
 from protoclip.data.loader import Batch, EpisodeLoader, Packed, Pass, pair_numbers
 from protoclip.data.pairs import Pairs, Sample
 from protoclip.data.sampler import caption_draws
@@ -205,10 +205,10 @@ class PairRows:
         for key in by:
             if key == "caption":
                 texts = map(self.texts, self.listing.captions[captions].tolist())
-                keys.append([number_of(normalise(text)) for text in texts])
+                keys.append([hash_content(normalise(text)) for text in texts])
             else:
                 features = self.image_rows(rows).numpy()
-                keys.append([number_of(row.tobytes()) for row in features])
+                keys.append([hash_content(row.tobytes()) for row in features])
         return np.stack([np.array(numbers) for numbers in keys], axis=1)
 
     def all_captions(self, rows: Numbers) -> Numbers:

@@ -31,7 +31,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import HALVES, START, Config, EngineName
-from protoclip.data.access import cache_folder, digest, download, fingerprint, is_url, reason_of
+from protoclip.data.access import (
+    cache_folder,
+    describe_error,
+    digest,
+    download,
+    fingerprint,
+    is_url,
+)
 from protoclip.data.emoji import emoji_teacher_path
 from protoclip.data.loader import Tokenizer
 from protoclip.data.pairs import (
@@ -41,9 +48,9 @@ from protoclip.data.pairs import (
     Pairs,
     Sample,
     SampleStream,
-    content,
-    difference,
+    describe_change,
     evenly_spaced,
+    fingerprint_sources,
 )
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import list_entries
@@ -214,7 +221,10 @@ def identify(samples: Pairs | SampleStream, num_samples: int | None) -> dict[str
 def read_content(samples: Pairs | SampleStream, modality: str) -> list[Facts]:
     """The facts of what a tower reads of samples, wherever they lie."""
     unread = {"classes", *{"image": ["captions"], "text": ["images", "sample"]}[modality]}
-    return [{k: v for k, v in facts.items() if k not in unread} for facts in content(samples)]
+    return [
+        {k: v for k, v in facts.items() if k not in unread}
+        for facts in fingerprint_sources(samples)
+    ]
 
 
 def read_finished(
@@ -245,7 +255,7 @@ def find_difference(
             continue
         old: Any = facts[key]
         if key == "content":
-            if what := difference(old, value):
+            if what := describe_change(old, value):
                 return what
         elif old != value:
             return f"other {key}" if key in HASHED else f"{key} {old}, not {value}"
@@ -727,7 +737,7 @@ def fetch_files(files: Mapping[str, str], folder: Path) -> None:
         try:
             download(url, folder / name)
         except Exception as error:  # the clients of stores have exceptions of their own
-            raise ValueError(f"{without_secrets(url)}: {reason_of(error)}") from None
+            raise ValueError(f"{without_secrets(url)}: {describe_error(error)}") from None
 
 
 def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
@@ -801,7 +811,7 @@ def require_same_rows(stored: TeacherFeatures, source: Any) -> None:
     for facts in stored.made_of:
         is_of_source, images = facts.get("ids") == f"{source.name}/row", "sample" in facts
         known = (s.fingerprint(images=images) for s in (whole, source))
-        changes = [is_of_source and difference([facts], [current]) for current in known]
+        changes = [is_of_source and describe_change([facts], [current]) for current in known]
         if all(changes):
             raise ValueError(
                 f"teacher.features: {stored.name} was made of another table ({changes[0]}), and "

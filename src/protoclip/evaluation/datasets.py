@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.data.access import cache_folder, digest, fingerprint, is_url, join, reason_of
+from protoclip.data.access import cache_folder, describe_error, digest, fingerprint, is_url, join
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.pairs import BadSample, ImageTextPairs, read_cells
 from protoclip.data.sources import PairsView, open_source
@@ -305,7 +305,7 @@ def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Eva
         try:
             return read_local(path).rstrip().splitlines() if path.is_file() else []
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as UTF-8 ({reason_of(error)})") from None
+            raise ValueError(f"{path}: cannot be read as UTF-8 ({describe_error(error)})") from None
 
     classes = sort_names(name for path in splits.values() for name in classes_in(path))
     names = [name.strip() for name in read_beside(readers.CLASS_NAMES)]
@@ -440,7 +440,7 @@ def open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
         except Exception as error:  # damaged files make torchvision raise anything
             raise ValueError(
                 f"{reference}: its {split} split in {root} is missing or damaged "
-                f"({reason_of(error)}); {way_out}"
+                f"({describe_error(error)}); {way_out}"
             ) from None
 
     samples = open_samples("test")

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import ImagesConfig
-from protoclip.data.access import digest, download, is_url, read_file, reason_of
+from protoclip.data.access import describe_error, digest, download, is_url, read_file
 from protoclip.data.decode import upright
 from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
@@ -141,7 +141,7 @@ class ShardFolder:
                     if not copy.exists():
                         download(shard, copy)
             except Exception as error:  # the clients of stores have exceptions of their own
-                raise ValueError(f"{shard}: {reason_of(error)}") from None
+                raise ValueError(f"{shard}: {describe_error(error)}") from None
             progress.update(done)
         return copies
 
@@ -153,7 +153,7 @@ def read_text(file: str) -> str:
     except FileNotFoundError:
         return ""
     except Exception as error:
-        raise ValueError(f"{file}: {reason_of(error)}") from None
+        raise ValueError(f"{file}: {describe_error(error)}") from None
 
 
 def parse_each(
@@ -166,7 +166,7 @@ def parse_each(
             values.append(parse(content, num_classes))
         except (ValueError, EOFError, MemoryError) as error:
             sample = f"{images.name}: sample '{images.sample_id(row)}'"
-            raise ValueError(visible(f"{sample}: {reason_of(error)}")) from None
+            raise ValueError(visible(f"{sample}: {describe_error(error)}")) from None
     return values
 
 
@@ -311,9 +311,9 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
                 sentences = clean_captions(sentence["raw"] for sentence in image["sentences"])
                 splits.setdefault(split, {})[path] = sentences
     except OSError as error:
-        raise ValueError(f"{file}: {reason_of(error)}") from None
+        raise ValueError(f"{file}: {describe_error(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        missing = f"no {error}" if isinstance(error, KeyError) else reason_of(error)
+        missing = f"no {error}" if isinstance(error, KeyError) else describe_error(error)
         raise ValueError(
             f"{file}: is neither Karpathy's JSON (images, each with filename, split and sentences) "
             f"nor COCO's captions ({missing})"
@@ -345,7 +345,8 @@ def read_templates(reference: str) -> list[str]:
         text = read_local(reference)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{reference}: no file of prompts ({reason_of(error)}); give openai, simple or a file"
+            f"{reference}: no file of prompts ({describe_error(error)}); give openai, simple or a "
+            "file"
         ) from None
     return parse_templates(text, reference)
 
@@ -384,7 +385,7 @@ class TorchvisionImages:
         try:
             return upright(self.samples[row][0])
         except Exception as error:  # damaged files make readers raise anything
-            raise BadSample(self.sample_id(row), self.name, reason_of(error)) from error
+            raise BadSample(self.sample_id(row), self.name, describe_error(error)) from error
 
     def labels(self) -> Iterable[Any]:
         """The class numbers, without reading the images if the data set lists them."""

@@ -26,9 +26,9 @@ from protoclip.data.pairs import (
     Pairs,
     Rows,
     SampleStream,
-    content,
-    difference,
+    describe_change,
     evenly_spaced,
+    fingerprint_sources,
     split_by_source,
 )
 from protoclip.data.sources import NONE, PairsView, drop_rows, join_sources, to_array
@@ -437,9 +437,13 @@ def find_change(
     """
     saved = checkpoints(run)
     state = read_json(saved[-1] / STATE).get("content", {}) if saved else {}
-    differs = difference(state["sources"], content(training)) if "sources" in state else None
+    differs = (
+        describe_change(state["sources"], fingerprint_sources(training))
+        if "sources" in state
+        else None
+    )
     if differs is None and "validation" in state and isinstance(held_out, PairsView):
-        differs = difference(state["validation"], content(held_out))
+        differs = describe_change(state["validation"], fingerprint_sources(held_out))
     return differs
 
 
@@ -480,7 +484,7 @@ def note_trained_guards(
 ) -> list[str]:
     """A note on each guard of a run whose pairs the run trains on."""
     names = [source.path for source in sources.list_entries(config.data)]
-    facts = content(training) if guards else []
+    facts = fingerprint_sources(training) if guards else []
     return [
         f"run.guard: {without_secrets(reference)}: is what the run trains on, so its numbers are "
         "too good, also to choose by; name other data"
@@ -518,7 +522,7 @@ def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
     Pairs that a run held out are none of them if it had the same sources and held out the same.
     """
     run = find_run(reference)
-    if run is not None and difference(read_sources(run), trained) is None:
+    if run is not None and describe_change(read_sources(run), trained) is None:
         return False
     for source in getattr(split.images, "sources", ()):
         if isinstance(source, ImageTextPairs):

@@ -451,7 +451,7 @@ class Site:
             captions=captions,
             origin=shorten(source.where(index), 200),
             source=shorten(source.name, 60),
-            group=shorten(self.pairs.class_of(row), 80),
+            group=shorten(self.pairs.read_class(row), 80),
             distance=float(self.atlas.distance[position]),
             loss=float(self.atlas.loss[position]),
             prototypes={m: int(self.atlas.prototype[m][position]) for m in MODALITIES},
@@ -601,7 +601,7 @@ def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         numbers = atlas.prototype[modality][drawn].tolist()
         add_categories(data, ways, f"{modality} prototype", [*map(str, numbers)])
     if pairs.has_classes:
-        add_categories(data, ways, "class", [*map(pairs.class_of, listed)])
+        add_categories(data, ways, "class", [*map(pairs.read_class, listed)])
     if len(pairs.sources) > 1:
         add_categories(data, ways, "source", [*map(pairs.source_name, listed)])
     for measure in ("distance", "loss"):

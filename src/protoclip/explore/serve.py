@@ -326,7 +326,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
                 "sample_id": ids,
                 "image_row": rows,
                 "source": [*map(pairs.source_name, rows)],
-                "class": [*map(pairs.class_of, rows)],
+                "class": [*map(pairs.read_class, rows)],
                 "prototype": atlas.prototype[modality],
                 "distance": atlas.distance.astype(np.float32),
                 "loss": atlas.loss.astype(np.float32),

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
-from protoclip.data.transforms import EvaluationTransform, OfMiddle, TrainingTransform
+from protoclip.data.transforms import EvaluationTransform, MiddleTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.files import naming
@@ -337,7 +337,7 @@ def open_timm_model(name: str) -> FrozenEncoder:
     settings = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     transform = timm.data.create_transform(**settings, is_training=False)  # type: ignore[attr-defined]
     if settings["crop_mode"] != "squash":
-        transform = OfMiddle(transform)
+        transform = MiddleTransform(transform)
     return FrozenEncoder(module=model, prepare=transform, forward=model)
 
 

@@ -23,7 +23,7 @@ from open_clip.transformer import QuickGELU
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from protoclip.data.transforms import LibraryTransform, OfMiddle, PillowTransform
+from protoclip.data.transforms import LibraryTransform, MiddleTransform, PillowTransform
 from protoclip.models.opening import (
     ImageTransform,
     RememberingTokenizer,
@@ -161,7 +161,7 @@ def image_transform(built: Any) -> ImageTransform:
         return PillowTransform(size=sides[0], mean=mean, std=std)
     apply = image_transform_v2(settings, is_train=False)
     if settings.resize_mode != "squash":
-        apply = OfMiddle(apply)
+        apply = MiddleTransform(apply)
     return LibraryTransform(settings=str(settings), apply=apply)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from protoclip.data.transforms import EvaluationTransform, LibraryTransform, OfMiddle
+from protoclip.data.transforms import EvaluationTransform, LibraryTransform, MiddleTransform
 from protoclip.files import read_local
 from protoclip.models.opening import (
     ImageTransform,
@@ -318,7 +318,7 @@ def transform_of(processor: Any) -> ImageTransform:
         pack_patches if name.startswith("Siglip2") else process, processor
     )
     if {"shortest_edge", "longest_edge"} & resized_to.keys():
-        apply = OfMiddle(apply)
+        apply = MiddleTransform(apply)
     return LibraryTransform(settings=f"{name}({' '.join(text.split())})", apply=apply)
 
 

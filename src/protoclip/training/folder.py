@@ -34,7 +34,7 @@ from protoclip.config import (
     shown,
 )
 from protoclip.data import access
-from protoclip.data.pairs import difference
+from protoclip.data.pairs import describe_change
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.distributed.parallel import are_parts
 from protoclip.evaluation.paired import read_results
@@ -447,7 +447,7 @@ def check_checkpoint(checkpoint: Path, plan: Plan, inputs: Mapping[str, Mapping[
         "start": "model.start: not what the run began with",
     }.items():
         now = content.get(kind, [])
-        if differs := difference(facts.get(kind) or now, now):
+        if differs := describe_change(facts.get(kind) or now, now):
             raise ValueError(f"{what} ({differs}); restore them, or {WAY_OUT}")
 
 
@@ -612,7 +612,7 @@ def open_store(url: str) -> Store:
         if protocol == "file" and not Path(root).parent.is_dir():  # or it would fill another disk
             raise ValueError(f"there is no folder {Path(root).parent}; mount it, or name another")
     except (ValueError, OSError, ImportError) as error:  # or its client is not installed
-        raise ValueError(f"run.sync: {url or repr(url)}: {access.reason_of(error)}") from None
+        raise ValueError(f"run.sync: {url or repr(url)}: {access.describe_error(error)}") from None
     return DirFileSystem(root, files)
 
 
@@ -647,7 +647,7 @@ def ask_store(url: str) -> tuple[Store, set[str], Config | None]:
         return names, store.cat_file(SETTINGS).decode() if SETTINGS in names else None
 
     with name_store(url):
-        names, text = access.within(ANSWER_SECONDS, ask)
+        names, text = access.run_within(ANSWER_SECONDS, ask)
     begun = None if text is None else parse_begun(text, f"run.sync: {url}/{SETTINGS}")
     return store, names, begun
 

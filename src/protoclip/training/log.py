@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from protoclip.config import LOGGERS
-from protoclip.data.access import within
+from protoclip.data.access import run_within
 from protoclip.distributed.collectives import all_reduce, world_size
 from protoclip.files import open_to_append, to_json, write_atomically
 from protoclip.terminal import say, without_secrets
@@ -161,7 +161,7 @@ class MetricsLog:
         self._lines.close()
         for name, logger in [*self._loggers.items()]:
             # One that hangs would hold the run, which hears no signal meanwhile.
-            self._try(name, partial(within, CLOSE_SECONDS, logger.close))
+            self._try(name, partial(run_within, CLOSE_SECONDS, logger.close))
             self._loggers.pop(name, None)
 
     def _start(self, name: str, folder: Path, config: Mapping[str, Any], step: int) -> None:
@@ -180,7 +180,7 @@ class MetricsLog:
             say(f"warning: {name}: {reason}; training goes on without it")
             with suppress(Exception), redirect_stdout(sys.stderr):
                 if logger := self._loggers.pop(name, None):
-                    within(CLOSE_SECONDS, logger.close)
+                    run_within(CLOSE_SECONDS, logger.close)
 
 
 # Loggers

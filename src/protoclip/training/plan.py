@@ -26,7 +26,14 @@ from protoclip.data.access import digest
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
-from protoclip.data.pairs import BadSample, Facts, Pairs, SampleStream, content, evenly_spaced
+from protoclip.data.pairs import (
+    BadSample,
+    Facts,
+    Pairs,
+    SampleStream,
+    evenly_spaced,
+    fingerprint_sources,
+)
 from protoclip.data.shards import facts_that_may_move, shard_stem
 from protoclip.data.sources import PairsView, drop_rows
 from protoclip.data.summary import summarize
@@ -545,12 +552,12 @@ def list_contents(plan: Plan, start: TowerPair | Mapping[str, Tensor]) -> dict[s
     source, `teachers` that are stored, and the `start`, if its weights are needed."""
     encoded = None if plan.encoded_from is None else plan.samples
     samples = plan.encoded_from or plan.samples
-    of_sources = zip(content(samples, encoded=encoded), samples.sources, strict=True)
+    of_sources = zip(fingerprint_sources(samples, encoded=encoded), samples.sources, strict=True)
     facts = {"sources": [facts_that_may_move(one, source) for one, source in of_sources]}
     images = plan.held_out[0].splits["validation"].images if plan.held_out else None
     is_source = isinstance(plan.config.data.validation, str)  # others follow from these or stay
     if is_source and isinstance(images, PairsView):
-        facts["validation"] = content(images)
+        facts["validation"] = fingerprint_sources(images)
     facts["teachers"] = [{"name": n, **teacher.content} for n, teacher in plan.teachers.items()]
     weights = start.state_dict() if isinstance(start, TowerPair) else start
     # Machines make embeddings of positions with other last digits, which they interpolate; and

@@ -22,7 +22,7 @@ from protoclip.config import (
     shown,
     tree_of,
 )
-from protoclip.data.loader import share_of
+from protoclip.data.loader import divide_batch
 from protoclip.data.pairs import Pairs, SampleStream
 from protoclip.data.summary import Summary, choose_context_length, count_captions
 from protoclip.distributed import collectives
@@ -166,7 +166,7 @@ def choose_before_data(
     episodes = choices.config.episodes
     # Sizes that do not fit are refused before hours of reading or encoding.
     if choices.is_given("episodes.batch_size") and choices.config.run.overfit is None:
-        share_of(episodes.batch_size)
+        divide_batch(episodes.batch_size)
         if choices.is_given("episodes.size"):
             check_sizes(episodes)
     if command == "align":

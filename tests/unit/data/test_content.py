@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from protoclip.data.pairs import ImageTextPairs, content, difference
+from protoclip.data.pairs import ImageTextPairs, describe_change, fingerprint_sources
 from protoclip.data.shards import ShardStream, facts_that_may_move
 from protoclip.data.sources import drop_rows, mix_pairs
 from protoclip.data.tools import pack
@@ -15,7 +15,7 @@ from testing import tiny_pairs
 
 
 def of(table: pa.Table, name: str = "tiny", **more: Any) -> list[dict[str, Any]]:
-    return content(ImageTextPairs(table, name=name, **more))
+    return fingerprint_sources(ImageTextPairs(table, name=name, **more))
 
 
 def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
@@ -51,13 +51,13 @@ OTHER: dict[str, tuple[Callable[[], pa.Table], str]] = {
 
 @pytest.mark.parametrize("way", EQUAL)
 def test_equal_content_is_equal(way):
-    assert difference(of(TINY), of(EQUAL[way]())) is None
+    assert describe_change(of(TINY), of(EQUAL[way]())) is None
 
 
 @pytest.mark.parametrize("way", OTHER)
 def test_other_content_is_told(way):
     table, words = OTHER[way]
-    assert difference(of(TINY), of(table())) == words
+    assert describe_change(of(TINY), of(table())) == words
 
 
 def test_the_ends_of_texts_and_of_lists_count():
@@ -66,34 +66,36 @@ def test_the_ends_of_texts_and_of_lists_count():
         with_column(TINY[:2], "caption", pa.array(captions))
         for captions in (["ab", "c"], ["a", "bc"])
     )
-    assert difference(of(one), of(other)) == "other captions"
+    assert describe_change(of(one), of(other)) == "other captions"
     one, other = (
         with_column(TINY[:2], "caption", pa.array(captions))
         for captions in ([["a", "b"], ["c"]], [["a"], ["b", "c"]])
     )
-    assert difference(of(one), of(other)) == "other captions"
-    assert difference(of(one), of(pa.concat_tables([one[:1], one[1:]]))) is None
+    assert describe_change(of(one), of(other)) == "other captions"
+    assert describe_change(of(one), of(pa.concat_tables([one[:1], one[1:]]))) is None
 
 
 def test_equal_images_under_other_ids_and_file_names(tmp_path):
     """Row numbers are ids with the file's name; a mixture names its sources."""
     plain = TINY.drop_columns("sample_id")
-    assert difference(of(plain), of(plain)) is None
-    assert difference(of(plain), of(plain, "other")) == "other sample ids, or their order"
+    assert describe_change(of(plain), of(plain)) is None
+    assert describe_change(of(plain), of(plain, "other")) == "other sample ids, or their order"
     one, other = (
-        content(mix_pairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")]))
+        fingerprint_sources(
+            mix_pairs([ImageTextPairs(TINY, name="a"), ImageTextPairs(table, name="b")])
+        )
         for table in (TINY, TINY[:9])
     )
-    assert difference(one, other) == "number of rows of 'b': 40 before, 9 now"
-    assert difference(one, of(TINY)) == "2 sources before, 1 now"
+    assert describe_change(one, other) == "number of rows of 'b': 40 before, 9 now"
+    assert describe_change(one, of(TINY)) == "2 sources before, 1 now"
     for row, image in enumerate(PNG):
         (tmp_path / f"{row}.png").write_bytes(image)
     files = with_column(TINY, "image", pa.array([f"{row}.png" for row in range(40)]))
     known = of(files, root=str(tmp_path))
     (tmp_path / "3.png").unlink()  # what cannot be read now is not known to differ
-    assert difference(known, of(files, root=str(tmp_path))) is None
+    assert describe_change(known, of(files, root=str(tmp_path))) is None
     (tmp_path / "5.png").write_bytes(PNG[6])
-    assert difference(known, of(files, root=str(tmp_path))) == "other images"
+    assert describe_change(known, of(files, root=str(tmp_path))) == "other images"
 
 
 def test_a_stream_is_known_by_its_shards(tmp_path):
@@ -102,10 +104,13 @@ def test_a_stream_is_known_by_its_shards(tmp_path):
         pack(ImageTextPairs(table, name="tiny"), folder, samples_per_shard=8)
         return ShardStream(str(folder), seed=0)
 
-    known = content(stream(TINY))
-    assert difference(known, content(stream(TINY))) is None
-    assert difference(known, content(stream(TINY[:32]))) == "other shards"
-    assert difference(known, content(stream(TINY.take(list(range(40))[::-1])))) == "other shards"
+    known = fingerprint_sources(stream(TINY))
+    assert describe_change(known, fingerprint_sources(stream(TINY))) is None
+    assert describe_change(known, fingerprint_sources(stream(TINY[:32]))) == "other shards"
+    assert (
+        describe_change(known, fingerprint_sources(stream(TINY.take(list(range(40))[::-1]))))
+        == "other shards"
+    )
 
 
 def test_a_stream_moves_between_a_disk_and_a_store_and_stays_a_stream(tmp_path):
@@ -115,32 +120,37 @@ def test_a_stream_moves_between_a_disk_and_a_store_and_stays_a_stream(tmp_path):
 
     def facts(pattern: str) -> list[dict[str, Any]]:
         stream = ShardStream(pattern, seed=0, name="tiny")
-        return [facts_that_may_move(of_one, stream) for of_one in content(stream)]
+        return [facts_that_may_move(of_one, stream) for of_one in fingerprint_sources(stream)]
 
     local, remote = facts(f"{tmp_path}/{{00000..00004}}.tar"), facts("s3://b/{00000..00004}.tar")
-    before = content(ShardStream("s3://a/{00000..00004}.tar", seed=0))  # of an earlier version
+    before = fingerprint_sources(
+        ShardStream("s3://a/{00000..00004}.tar", seed=0)
+    )  # of an earlier version
     for one, other in ((local, remote), (remote, local), (before, remote), (before, local)):
-        assert difference(one, other) is None
-    assert difference(remote, facts("s3://b/{00000..00003}.tar")) == "other shards"
+        assert describe_change(one, other) is None
+    assert describe_change(remote, facts("s3://b/{00000..00003}.tar")) == "other shards"
     (tmp_path / "00003.tar").write_bytes(b"other")
-    assert difference(local, facts(f"{tmp_path}/*.tar")) == "other shards"
+    assert describe_change(local, facts(f"{tmp_path}/*.tar")) == "other shards"
     for stream in (local, remote, before):
-        assert difference(stream, of(TINY)) == (
+        assert describe_change(stream, of(TINY)) == (
             "a stream before, pairs in any order now; set data.read = streaming"
         )
-        assert difference(of(TINY), stream) == "pairs in any order before, a stream now"
+        assert describe_change(of(TINY), stream) == "pairs in any order before, a stream now"
 
 
 def test_pairs_of_which_some_are_held_out_now_are_others():
     """Whether they are may follow from settings that a run may change; unknown is no difference."""
     pairs = mix_pairs([ImageTextPairs(TINY, name="a")])
-    whole, part = content(pairs), content(drop_rows(pairs, np.array([3, 5])))
-    assert difference(whole, part) == difference(part, whole)
-    assert difference(whole, part) == (
+    whole, part = (
+        fingerprint_sources(pairs),
+        fingerprint_sources(drop_rows(pairs, np.array([3, 5]))),
+    )
+    assert describe_change(whole, part) == describe_change(part, whole)
+    assert describe_change(whole, part) == (
         "other pairs that are held out, as by another run.guard or run.evaluate_every"
     )
     del whole[0]["held_out"]  # as in a checkpoint of an earlier version
-    assert difference(whole, part) is None
+    assert describe_change(whole, part) is None
 
 
 def test_changed_classes_and_names_of_rows_are_other_content():
@@ -150,8 +160,8 @@ def test_changed_classes_and_names_of_rows_are_other_content():
         TINY.append_column("kind", pa.array(kinds)), class_column="kind", table_key="same"
     )
     changed = TINY.append_column("kind", pa.array(kinds[::-1]))
-    assert difference(with_classes, of(changed, class_column="kind")) == "other classes"
-    assert difference(of(TINY), with_classes) is None
+    assert describe_change(with_classes, of(changed, class_column="kind")) == "other classes"
+    assert describe_change(of(TINY), with_classes) is None
     without_ids = TINY.drop_columns(["sample_id"])
     one, other = (of(without_ids, name, id_column=None, table_key="x") for name in ("a", "b"))
     assert (one[0]["ids"], other[0]["ids"]) == ("a/row", "b/row")

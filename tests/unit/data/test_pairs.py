@@ -85,7 +85,7 @@ def test_an_unknown_class_is_none():
     for values, metadata in (of_numbers, (["dog", " ", "cat"], {})):
         table = pa.table({**columns, "kind": values}).replace_schema_metadata(metadata)
         pairs = ImageTextPairs(table, name="t", class_column="kind")
-        assert [pairs.class_of(row) for row in range(3)] == ["dog", "", "cat"]
+        assert [pairs.read_class(row) for row in range(3)] == ["dog", "", "cat"]
 
 
 def not_utf8(texts: list[bytes]) -> pa.Array:
@@ -111,7 +111,7 @@ def test_a_string_that_is_not_utf8_costs_its_row_alone(tmp_path):
         with pytest.raises(BadSample, match=f"a/0.*{reason}"):
             pairs.sample(0)
         pairs.sample(1)
-        assert [pairs.class_of(row) for row in (0, 1)] == ["caf\ufffd", "x"]
+        assert [pairs.read_class(row) for row in (0, 1)] == ["caf\ufffd", "x"]
         assert read_classes(pairs, [1, 0]) == ["x", "caf\ufffd"]
         assert pairs.column("kind").tolist() == ["caf\ufffd", "x"]
         assert pairs.key

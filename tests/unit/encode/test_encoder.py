@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import protoclip
 from protoclip.config import ModelConfig, TextTowerConfig
 from protoclip.data.pairs import Sample
-from protoclip.data.transforms import OfMiddle
+from protoclip.data.transforms import MiddleTransform
 from protoclip.encode.encoder import Encoder, open_encoder, text_encoder
 from protoclip.models.loading import MAX_TOKENS
 from protoclip.models.open_clip import open_clip_tokenizer
@@ -102,7 +102,7 @@ def test_timm_models_give_pooled_features(tmp_path):
     found = encoder.encode([prepared(encoder, Image.fromarray(pixels))])[0]
     torch.testing.assert_close(found, expected / expected.norm())
     long = Image.fromarray(np.tile(pixels, (1, 9, 1)))
-    torch.testing.assert_close(prepared(encoder, long), OfMiddle(transform)(long))
+    torch.testing.assert_close(prepared(encoder, long), MiddleTransform(transform)(long))
     assert encoder.facts() == repr(transform)  # or all would be encoded anew
     save_file({"fc.weight": torch.ones(3)}, tmp_path / "others.safetensors")
     with pytest.raises(ValueError, match=r"cannot be opened .*others.safetensors lacks conv1"):

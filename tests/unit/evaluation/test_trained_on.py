@@ -9,7 +9,7 @@ import pytest
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.pairs import content
+from protoclip.data.pairs import fingerprint_sources
 from protoclip.data.sources import drop_rows
 from protoclip.evaluation.datasets import open_data
 from protoclip.evaluation.validation import count_trained
@@ -34,7 +34,7 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     step = Path("run/checkpoints/step-1")
     step.mkdir(parents=True)
     Path("run/config.toml").write_text('[data]\ntrain = "own.parquet"\n')
-    state = to_json({"content": {"sources": content(pairs)}})
+    state = to_json({"content": {"sources": fingerprint_sources(pairs)}})
     (step / "state.json").write_text(state)
     (step / "checksums.json").write_text(to_json({"state.json": checksum(state.encode())}))
     Path(folder).mkdir(exist_ok=True)

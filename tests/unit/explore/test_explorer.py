@@ -154,11 +154,11 @@ def test_a_mixture_has_sources_and_classes(table: Path) -> None:
     (one,) = explorers(DataConfig(sources=entries, class_column="kind"))
     rows = one.atlas.rows
     assert len(rows) == 116
-    assert [one.pairs.source_of(row) for row in (0, 59, 60, 119)] == [0, 0, 1, 1]
+    assert [one.pairs.source_name(row) for row in (0, 59, 60, 119)] == ["a", "a", "b", "b"]
     assert one.pairs.sample_id(61) == "b/tiny/1"
     for row in (0, 1, 61):
-        assert one.pairs.class_of(row) == one.pairs.caption(row).split()[1]
-    assert one.pairs.class_of(7) == ""
+        assert one.pairs.read_class(row) == one.pairs.caption(row).split()[1]
+    assert one.pairs.read_class(7) == ""
 
 
 def test_the_next_start_encodes_nothing(
@@ -205,7 +205,7 @@ def test_a_stream_and_a_missing_class_column_are_refused(table: Path) -> None:
     mixed = [SourceConfig(path=str(table)), SourceConfig(path="emoji")]  # of which one has it
     samples = sources.open_samples(Config(data=DataConfig(sources=mixed)))
     pairs = explore_pairs(samples, class_column="kind")
-    assert (pairs.class_of(0) != "", pairs.class_of(len(pairs) - 1)) == (True, "")
+    assert (pairs.read_class(0) != "", pairs.read_class(len(pairs) - 1)) == (True, "")
     with pytest.raises(ValueError, match="no column 'nothing'; it has "):
         explore_pairs(samples, class_column="nothing")
 

@@ -33,7 +33,7 @@ from protoclip.config import (
     flatten,
 )
 from protoclip.data import sources
-from protoclip.data.pairs import ImageTextPairs, content
+from protoclip.data.pairs import ImageTextPairs, fingerprint_sources
 from protoclip.data.sampler import episodes
 from protoclip.data.sources import PairsView
 from protoclip.data.split import BEGINNING, count_repeated_images
@@ -536,7 +536,7 @@ def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, wo
     def opened(**changes: Any) -> tuple[Plan, Counter[str]]:
         work.clear()
         plan = make_plan(replace(config, **changes))
-        content(plan.samples)
+        fingerprint_sources(plan.samples)
         return plan, Counter(work)
 
     first, cold = opened()
