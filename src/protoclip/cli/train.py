@@ -167,7 +167,7 @@ def show_sweep(record: Mapping[str, Any]) -> None:
 
 def show_metrics(results: Mapping[str, Any]) -> None:
     """Print the metrics of the start and of the chosen weights, and what they differ by."""
-    from protoclip.results.table import decimals, describe_clear
+    from protoclip.results.table import decimals, describe_clear, format_interval
 
     before = results["start_metrics"]
     gains = results.get("differences", {})  # versions up to 1.0.0 wrote none
@@ -181,8 +181,7 @@ def show_metrics(results: Mapping[str, Any]) -> None:
             mean, ends = gains[name]["mean"], gains[name]["interval"]
             line += f"  {decimals(mean, 4, '+')}"
             if ends is not None:
-                low, high = (decimals(end, 4, "+") for end in ends)
-                line += f" [{low}, {high}]" + "*" * gains[name]["beyond"]
+                line += f" {format_interval(ends, 1.0, 4, '+')}" + "*" * gains[name]["beyond"]
         print(line)
     if any(gain["interval"] is not None for gain in gains.values()):
         clear = describe_clear(gains.values())
