@@ -5,6 +5,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -269,16 +270,14 @@ class Store:
     def _write(self, hashes: Hashes, features: Features) -> bool:
         """Whether the folder can be written, which all but an optional one must be."""
         assert self.folder is not None
-        if not self.is_optional:
-            self._write_blocks(hashes, features)
-            return True
         try:
-            with locked(self.folder):
+            with locked(self.folder) if self.is_optional else nullcontext():
                 self._write_blocks(hashes, features)
-        except OSError as error:
-            say(f"warning: features are not kept ({error})")
-            return False
-        except ValueError:  # another process adds to it
+        except (OSError, ValueError) as error:
+            if not self.is_optional:
+                raise
+            if isinstance(error, OSError):  # else another process adds to it
+                say(f"warning: features are not kept ({error})")
             return False
         return True
 

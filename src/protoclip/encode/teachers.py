@@ -60,7 +60,7 @@ from protoclip.distributed.collectives import (
     rank,
     rank0_first,
 )
-from protoclip.encode.encoder import Encoder, device_of, open_encoder, text_encoder
+from protoclip.encode.encoder import device_of, open_encoder, text_encoder
 from protoclip.encode.linear_maps import Features, Whitening, fit_pca
 from protoclip.encode.run import (
     encode_missing,
@@ -199,9 +199,23 @@ def embed_teacher(
                 threads=threads,
                 number=num_samples,
             )
-        return write_teacher(
-            encoder, samples, store, out, settings, batch_size=batch_size, threads=threads
-        )
+        pairs = samples
+        if encoder.reads == "image":
+            hashes, read = hash_images(pairs), partial(read_image, pairs)
+        else:
+            hashes, read = hash_texts(pairs), partial(read_captions, pairs)
+        bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size, threads=threads)
+
+        def write() -> dict[str, Any]:
+            numbers, skipped = store.find(hashes), read_skipped(pairs)
+            for row in np.flatnonzero(numbers < 0).tolist():
+                skipped.append({**vars(bad[int(hashes[row])]), "sample_id": pairs.sample_id(row)})
+            known = numbers[numbers >= 0]
+            write_skipped(out / SKIPPED, skipped, pairs.name, good=len(known))
+            ids = hash_ids(pairs.sample_ids())[numbers >= 0]
+            return write_reduced(out, ids, store.read, known, {**settings, "bad": len(skipped)})
+
+        return rank0_first(write)
 
 
 def identify(samples: Pairs | SampleStream, num_samples: int | None) -> dict[str, Any]:
@@ -287,36 +301,6 @@ def convert_file(
     return write_reduced(out, known, stored.read, rows[rows >= 0], facts)
 
 
-def write_teacher(
-    encoder: Encoder,
-    samples: Pairs,
-    store: Store,
-    out: Path,
-    settings: Mapping[str, Any],
-    *,
-    batch_size: int,
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """Encode what a store lacks of samples, and make it a teacher folder; its facts. Collective."""
-    if encoder.reads == "image":
-        hashes, read = hash_images(samples), partial(read_image, samples)
-    else:
-        hashes, read = hash_texts(samples), partial(read_captions, samples)
-    bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size, threads=threads)
-
-    def write() -> dict[str, Any]:
-        numbers = store.find(hashes)
-        skipped = read_skipped(samples)
-        for row in np.flatnonzero(numbers < 0).tolist():
-            skipped.append({**vars(bad[int(hashes[row])]), "sample_id": samples.sample_id(row)})
-        known = numbers[numbers >= 0]
-        write_skipped(out / SKIPPED, skipped, samples.name, good=len(known))
-        ids = hash_ids(samples.sample_ids())[numbers >= 0]
-        return write_reduced(out, ids, store.read, known, {**settings, "bad": len(skipped)})
-
-    return rank0_first(write)
-
-
 def hash_texts(samples: Pairs) -> Hashes:
     """Hashes of each sample's id and captions."""
 
@@ -385,6 +369,7 @@ def embed_start(
         encode_missing(store, encoder, hashes, partial(read_captions, samples), batch_size=256)
     ids, rows = index_pairs(samples)
     numbers = store.find(hashes)[rows.view(np.int64)]
+    store.forget_order()
     return TeacherFeatures(
         name=str(folder),
         index=np.stack([ids, numbers.view(np.uint64)])[:, numbers >= 0],
@@ -717,7 +702,13 @@ def local_copy(path: str | Path) -> Path:
             # If the fetch breaks off, the next one may have another name.
             with TemporaryDirectory(dir=copy.parent, prefix=".") as folder:
                 scratch = Path(folder, copy.name)
-                fetch_files(files, scratch)
+                for name, file in files.items():
+                    try:
+                        download(file, scratch / name)
+                    except Exception as error:  # the clients of stores have exceptions of their own
+                        raise ValueError(
+                            f"{without_secrets(file)}: {describe_error(error)}"
+                        ) from None
                 if FACTS in files:
                     try:
                         open_folder(scratch)
@@ -729,15 +720,6 @@ def local_copy(path: str | Path) -> Path:
                     )
                 scratch.rename(copy)
     return copy if FACTS in files else copy / next(iter(files))
-
-
-def fetch_files(files: Mapping[str, str], folder: Path) -> None:
-    """Copy files to a new folder."""
-    for name, url in files.items():
-        try:
-            download(url, folder / name)
-        except Exception as error:  # the clients of stores have exceptions of their own
-            raise ValueError(f"{without_secrets(url)}: {describe_error(error)}") from None
 
 
 def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
@@ -763,8 +745,7 @@ def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_kind(kind) for is_kind in kinds)
+    return isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
 
 
 def open_teachers(
