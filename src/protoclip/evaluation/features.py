@@ -204,10 +204,10 @@ class Encoder:
             features = encode_rows(np.arange(len(texts))).features
         return self.project("text", features) if project else features
 
-    def encode_input(self, modality: str, model_input: Any) -> Float[Tensor, "1 d"]:
-        """The features of one image, as `prepare_image` made it, or of one text."""
+    def encode_inputs(self, modality: str, inputs: list[Any]) -> Float[Tensor, "b d"]:
+        """Features of a batch of images, as `prepare_image` made them, or of texts."""
         with evaluation_mode(self.frozen or self.model):
-            features = self.towers[modality].encode([model_input])
+            features = self.towers[modality].encode(inputs)
         return self.project(modality, features)
 
     def _encode_images(self, images: Images, stage: str) -> Encoded:
@@ -377,8 +377,35 @@ class Part:
 
     @cached_property
     def sample_groups(self) -> tuple[list[str], list[str]]:
-        """The groups of images and of texts, each by the id of an image."""
-        return group_samples(self.ids, self.groups.tolist(), self.content, self.captions)
+        """The groups of images and of texts, each by the id of an image.
+
+        Images of a concept belong together, an image and its captions, equal images, and images
+        with an equal caption: rarest first, while no group grows beyond `LARGEST` images and a
+        fiftieth of all.
+        """
+        group, members = self.groups.tolist(), dict[int, list[int]]()
+        for image, number in enumerate(group):
+            members.setdefault(number, []).append(image)
+        images_with: dict[str | int, list[int]] = {}
+        for image, key in enumerate(self.content):
+            images_with.setdefault(key, []).append(image)
+        first_image: dict[int, int] = {}
+        if (captions := self.captions) is not None:
+            pairs = torch.stack([captions.image_of_pair, captions.text_of_pair], dim=1)
+            for image, text in pairs.tolist():
+                images_with.setdefault(captions.texts[text], []).append(image)
+                first_image.setdefault(text, image)
+        for images in sorted(images_with.values(), key=len):
+            numbers = {group[image] for image in images}
+            together = [image for number in numbers for image in members[number]]
+            if len(numbers) > 1 and len(together) <= max(LARGEST, len(group) // 50):
+                number = min(numbers)
+                members[number] = together
+                for image in together:
+                    group[image] = number
+        image_groups = [self.ids[min(members[number])] for number in group]
+        text_groups = [image_groups[first_image[text]] for text in range(len(first_image))]
+        return image_groups, text_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,43 +470,3 @@ def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
         captions=captions,
         names=None if names is None else [names[row] for row in rows],
     )
-
-
-def group_samples(
-    ids: Sequence[str],
-    groups: Sequence[int],
-    content: Sequence[int],
-    captions: Captions | None,
-) -> tuple[list[str], list[str]]:
-    """The groups of images, given what the data say of them, and of their texts.
-
-    Images of a concept belong together, an image and its captions, equal images, and images with an
-    equal caption: rarest first, while no group grows beyond `LARGEST` images and a fiftieth of all.
-
-    Args:
-        ids, groups, content: For each image its id, a number that images of a concept share, and
-            one that equal images share.
-    """
-    group, members = [*groups], dict[int, list[int]]()
-    for image, number in enumerate(group):
-        members.setdefault(number, []).append(image)
-    images_with: dict[str | int, list[int]] = {}
-    for image, key in enumerate(content):
-        images_with.setdefault(key, []).append(image)
-    first_image: dict[int, int] = {}
-    if captions is not None:
-        pairs = zip(captions.image_of_pair.tolist(), captions.text_of_pair.tolist(), strict=True)
-        for image, text in pairs:
-            images_with.setdefault(captions.texts[text], []).append(image)
-            first_image.setdefault(text, image)
-    for images in sorted(images_with.values(), key=len):
-        numbers = {group[image] for image in images}
-        together = [image for number in numbers for image in members[number]]
-        if len(numbers) > 1 and len(together) <= max(LARGEST, len(group) // 50):
-            number = min(numbers)
-            members[number] = together
-            for image in together:
-                group[image] = number
-    image_groups = [ids[min(members[number])] for number in group]
-    text_groups = [image_groups[first_image[text]] for text in range(len(first_image))]
-    return image_groups, text_groups

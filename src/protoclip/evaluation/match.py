@@ -5,13 +5,13 @@ image encoder is compared with every text encoder, by pure functions of features
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Drawn:
 
     images: Sequence[Item]  # the row of each, or the sample that a stream gave
     contents: Sequence[str]  # a checksum of each image
-    captions: Sequence[str]
+    captions: tuple[str, ...]
     image_of_pair: Int[Tensor, " p"]
     text_of_pair: Int[Tensor, " p"]
     skipped: int  # pairs that could not be read
@@ -60,7 +60,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Half:
+class Side:
     """What an encoder makes of the images, or of the captions; NaN where one cannot be read."""
 
     name: str
@@ -69,12 +69,11 @@ class Half:
     reason: str = ""  # why the first that cannot be read could not
 
 
-@dataclass(frozen=True, kw_only=True)
-class Space:
+class Space(NamedTuple):
     """An encoder's features by pair; of the pairs that share nothing also their own, their nearest
     others and their groups."""
 
-    half: Half
+    side: Side
     pairs: Float[Tensor, "p d"]
     distinct: Float[Tensor, "n d"]
     nearest: Int[Tensor, "n k"]
@@ -100,7 +99,7 @@ def match(
     caption; the first of those that do is taken.
 
     Args:
-        images, texts: Halves, as `open_encoder` takes them.
+        images, texts: Encoders, as `open_encoder` takes them.
         pairs: How many pairs to draw, evenly; of a stream the first ones. Of several captions of a
             sample the first is taken.
         seed: Of the draw, of K-means and of the split that fits and evaluates.
@@ -119,30 +118,38 @@ def match(
     if pairs < LEAST:
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
-    def open_half(name: str, modality: str, way: str) -> Encoder:
-        progress, pools = Progress(f"open {name}", 1), pooling
+    def open_one(name: str, modality: str) -> Encoder:
+        pools = pooling
         # `open_encoder` tells what is wrong with an encoder, or is not installed.
         with suppress(ValueError, ImportError):
             if pools is None and (name == MINILM or name.startswith("hf:")):
                 pools = find_pooling(name)
-        half = open_encoder(
-            name, modality=modality, pooling=pools or "mean", device=device, setting=way
+        setting = f"--{modality}s"
+        encoder = open_encoder(
+            name, modality=modality, pooling=pools or "mean", device=device, setting=setting
         )
-        half.engine = engine
-        progress.update(1)
-        return half
+        encoder.engine = engine
+        return encoder
 
-    image_encoders = {name: open_half(name, "image", "--images") for name in dict.fromkeys(images)}
-    text_encoders = {name: open_half(name, "text", "--texts") for name in dict.fromkeys(texts)}
+    image_encoders = {name: open_one(name, "image") for name in dict.fromkeys(images)}
+    text_encoders = {name: open_one(name, "text") for name in dict.fromkeys(texts)}
     drawn = draw(source, pairs, seed)
     require_enough(drawn, source)
-    image_halves = [
-        encode(name, encoder, source, drawn.images, drawn.contents, batch_size, cache)
+
+    def read_image(number: int) -> Sample:
+        return read_sample(source, drawn.images[number])
+
+    def read_caption(number: int) -> Sample:
+        captions = drawn.captions[number : number + 1]
+        return Sample(sample_id=str(number), image=b"", captions=captions, where=source.name)
+
+    image_spaces = [
+        encode(name, encoder, drawn.contents, read_image, batch_size, cache)
         for name, encoder in image_encoders.items()
     ]
-    can_be_read = torch.stack([half.features.isfinite().all(dim=1) for half in image_halves]).all(0)
+    can_be_read = torch.stack([side.features.isfinite().all(dim=1) for side in image_spaces]).all(0)
     is_usable = can_be_read[drawn.image_of_pair]
-    reasons = (half.reason for half in image_halves if half.reason)
+    reasons = (side.reason for side in image_spaces if side.reason)
     drawn = replace(
         drawn,
         image_of_pair=drawn.image_of_pair[is_usable],
@@ -151,15 +158,11 @@ def match(
         reason=drawn.reason or next(reasons, ""),
     )
     require_enough(drawn, source)
-    captions = [
-        Sample(sample_id=str(number), image=b"", captions=(caption,), where=source.name)
-        for number, caption in enumerate(drawn.captions)
-    ]
-    text_halves = [
-        encode(name, encoder, source, captions, drawn.captions, batch_size, cache)
+    text_spaces = [
+        encode(name, encoder, drawn.captions, read_caption, batch_size, cache)
         for name, encoder in text_encoders.items()
     ]
-    return measure_halves(image_halves, text_halves, drawn, seed)
+    return measure(image_spaces, text_spaces, drawn, seed)
 
 
 def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
@@ -201,7 +204,7 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     return Drawn(
         images=images,
         contents=[*image_of],
-        captions=[*text_of],
+        captions=(*text_of,),
         image_of_pair=numbers[:, 0],
         text_of_pair=numbers[:, 1],
         skipped=len(bad),
@@ -223,62 +226,46 @@ def require_enough(drawn: Drawn, source: Pairs | SampleStream) -> None:
 def encode(
     name: str,
     encoder: Encoder,
-    source: Pairs | SampleStream,
-    items: Sequence[Item],
     contents: Sequence[str],
+    read: Callable[[int], Sample],
     batch_size: int,
-    cache: Path | None = None,
-) -> Half:
-    """Let an encoder take each item that is not kept; `contents` tell items apart in any data."""
+    cache: Path | None,
+) -> Side:
+    """Encode each item that is not stored; `contents` tell items apart in any data."""
     folder = None if cache is None else cache / encoder.key()
     store, hashes = Store(folder, dtype=FULL, is_optional=True), hash_ids(contents)
-    missing, started = len(items) - int(store.has(hashes).sum()), time.monotonic()
-
-    def read(number: int) -> Sample:
-        return read_sample(source, items[number])
-
+    missing, started = int((~store.has(hashes)).sum()), time.monotonic()
     bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size)
     seconds, encoded = max(time.monotonic() - started, 1e-9), missing - len(bad)
-    features = torch.full((len(items), encoder.width), torch.nan)
+    features = torch.full((len(hashes), encoder.width), torch.nan)
     known = store.has(hashes)
     if known.any():
         features[known] = torch.from_numpy(store.fetch(hashes[known]))
-    reason = str(next(iter(bad.values()), ""))
-    return Half(
+    return Side(
         name=name,
         features=features,
         per_second=encoded / seconds if encoded else None,
-        reason=reason,
+        reason=str(next(iter(bad.values()), "")),
     )
 
 
-def measure_halves(
-    images: Sequence[Half], texts: Sequence[Half], drawn: Drawn, seed: int
-) -> list[Record]:
+def measure(images: Sequence[Side], texts: Sequence[Side], drawn: Drawn, seed: int) -> list[Record]:
     """Measure each image encoder with each text encoder, from their features."""
-    groups = group_pairs(drawn.image_of_pair, drawn.text_of_pair).tolist()
-    first = {group: pair for pair, group in reversed([*enumerate(groups)])}
-    distinct = torch.tensor(sorted(first.values()))
+    groups = group_pairs(drawn.image_of_pair, drawn.text_of_pair)
+    distinct = torch.from_numpy(np.sort(np.unique(groups.numpy(), return_index=True)[1]))
     captions = [drawn.captions[number] for number in drawn.text_of_pair.tolist()]
     progress = Progress("match", len(images) + len(texts) + len(images) * len(texts))
     spaces: dict[str, list[Space]] = {"image": [], "text": []}
-    for modality, halves, numbers in (
+    for modality, sides, numbers in (
         ("image", images, drawn.image_of_pair),
         ("text", texts, drawn.text_of_pair),
     ):
-        for half in halves:
-            features = half.features[numbers]
-            rows = features[distinct]
+        for side in sides:
+            pairs = side.features[numbers]
+            rows = pairs[distinct]
             number = max(2, len(rows) // PAIRS_PER_GROUP)
-            clusters = kmeans(rows, number, iterations=ITERATIONS, seed=seed)
-            space = Space(
-                half=half,
-                pairs=features,
-                distinct=rows,
-                nearest=nearest_others(rows),
-                groups=clusters.assignments,
-            )
-            spaces[modality].append(space)
+            groups = kmeans(rows, number, iterations=ITERATIONS, seed=seed).assignments
+            spaces[modality].append(Space(side, pairs, rows, nearest_others(rows), groups))
             progress.update(sum(map(len, spaces.values())))
     records: list[Record] = []
     for image, text in product(spaces["image"], spaces["text"]):
@@ -288,8 +275,8 @@ def measure_halves(
         }
         records.append(
             {
-                "image": image.half.name,
-                "text": text.half.name,
+                "image": image.side.name,
+                "text": text.side.name,
                 **canonical_recall(
                     image.pairs, text.pairs, drawn.image_of_pair, captions, seed=seed
                 ),
@@ -299,8 +286,8 @@ def measure_halves(
                 **ways,
                 "image_width": image.pairs.shape[1],
                 "text_width": text.pairs.shape[1],
-                "images_per_second": image.half.per_second,
-                "captions_per_second": text.half.per_second,
+                "images_per_second": image.side.per_second,
+                "captions_per_second": text.side.per_second,
                 "pairs": len(captions),
                 "apart": len(distinct),
                 "skipped": drawn.skipped,
@@ -356,7 +343,7 @@ def linear_cka(one: Float[Tensor, "n d"], other: Float[Tensor, "n e"]) -> float:
     Args:
         one, other: Four rows or more.
     """
-    rows, others = (of.double() - of.double().mean(dim=0) for of in (one, other))
+    rows, others = (space.double() - space.double().mean(dim=0) for space in (one, other))
     between = unbiased_hsic(rows, others)
     within = unbiased_hsic(rows, rows) * unbiased_hsic(others, others)
     return between / within**0.5 if within > 0 else 0.0
@@ -365,10 +352,10 @@ def linear_cka(one: Float[Tensor, "n d"], other: Float[Tensor, "n e"]) -> float:
 def unbiased_hsic(rows: Float[Tensor, "n d"], others: Float[Tensor, "n e"]) -> float:
     """HSIC of two linear kernels times n (n - 3), from centred rows: no matrix of n times n."""
     number = len(rows)
-    norms, of_others = rows.square().sum(dim=1), others.square().sum(dim=1)
+    norms, other_norms = rows.square().sum(dim=1), others.square().sum(dim=1)
     joint = (rows.T @ others).square().sum()
-    same = (norms @ of_others) * number / (number - 2)
-    means = norms.sum() * of_others.sum() / ((number - 1) * (number - 2))
+    same = (norms @ other_norms) * number / (number - 2)
+    means = norms.sum() * other_norms.sum() / ((number - 1) * (number - 2))
     return float(joint - same + means)
 
 

@@ -2,16 +2,16 @@
 
 An *influence* is how far a group of samples moves a metric; the sum of their squares is the
 metric's variance over other test sets. Influences of means and differences of metrics are means and
-differences of influences, so models are compared group by group. The functions that compute metrics
-are in the files of their tasks.
+differences of influences, so models are compared group by group.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,33 +35,21 @@ KS = (1, 5, 10)  # of recall@k of retrieval
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """One metric. Means over samples and the mean average precision have intervals."""
 
-    A mean over samples has the `column` of their results: a sample is right if that is true, or is
-    a rank below `k` (ranks count from zero). With `by` the mean is taken first over the samples of
-    each class in that column. `crowding` is the column of what each candidate takes from the mean.
-    These means and the mean average precision have intervals.
-
-    Attributes:
-        task: The task of `evaluate` that measures it.
-        name: Our name, after `eval/<data set>/`.
-        key: Its name in records of the task: CLIP_benchmark's if there is one.
-        label: Its name for people.
-        emoji_label: Its name for people on the emoji, if that differs.
-        in_runs: Whether a run's own evaluation has it.
-    """
-
-    task: str
-    name: str
-    key: str
-    label: str
+    task: str  # of `evaluate`
+    name: str  # after `eval/<data set>/`
+    key: str  # in records of the task: CLIP_benchmark's name if there is one
+    label: str  # for people
     _: KW_ONLY
-    emoji_label: str = ""
-    in_runs: bool = True
+    emoji_label: str = ""  # on the emoji, if that differs
+    in_runs: bool = True  # whether a run's own evaluation has it
+    #: Of a mean over samples: the column of their results, which is true or a rank below `k`, from
+    #: 0, for a sample that is right.
     column: str | None = None
     k: int | None = None
-    by: str | None = None
-    crowding: str | None = None
+    by: str | None = None  # the column of classes over which the mean is taken first
+    crowding: str | None = None  # the column of what each candidate takes from the mean
 
     @property
     def has_text_samples(self) -> bool:
@@ -142,12 +130,12 @@ METRICS: dict[str, Metric] = {
         Metric("clustering", "clustering/ari", "ari", "K-means ARI"),
         *(
             Metric(
-                *("geometry", f"modality_gap/{key}", key, key.replace("_", " ")), in_runs=in_runs
+                *("geometry", f"modality_gap/{key}", key, key.replace("_", " ")),
+                in_runs=not key.startswith("effective_rank"),
             )
-            for key, in_runs in (
-                *(("gap", True), ("alignment", True)),
-                *(("uniformity_image", True), ("uniformity_text", True)),
-                *(("effective_rank_image", False), ("effective_rank_text", False)),
+            for key in (
+                *("gap", "alignment", "uniformity_image", "uniformity_text"),
+                *("effective_rank_image", "effective_rank_text"),
             )
         ),
     )
@@ -197,14 +185,6 @@ class TaskResult:
     scores: Scores | None = None
 
 
-class Groups(NamedTuple):
-    """The names of groups, and the number of each image's and each text's group."""
-
-    names: npt.NDArray[Any]
-    images: Ints
-    texts: Ints
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleResults:
     """Results of each image and each caption of a split, by column; both have `sample_id`.
@@ -229,11 +209,16 @@ class SampleResults:
             and {metric.column, metric.by or metric.column} <= self.rows(name).keys()
         ]
 
-    def groups(self) -> Groups:
-        """Without a `group` column, as in files of version 1.0.0, each sample is a group."""
+    @cached_property
+    def groups(self) -> tuple[int, Ints, Ints]:
+        """How many groups there are, and the number of each image's and each text's group.
+
+        Without a `group` column, as in files of version 1.0.0, each sample is a group.
+        """
         columns = [side.get("group", side["sample_id"]) for side in (self.images, self.texts)]
         names, numbers = np.unique(np.concatenate(columns), return_inverse=True)
-        return Groups(names, *np.split(numbers, [len(columns[0])]))
+        images, texts = np.split(numbers, [len(columns[0])])
+        return len(names), images, texts
 
     def values(self, metric: str) -> Floats:
         """Whether each sample is right, 0 or 1, for one of `means`."""
@@ -293,29 +278,29 @@ def influences(results: SampleResults) -> dict[str, Floats]:
 
     With a single group there is none, and no interval.
     """
-    groups = results.groups()
-    if len(groups.names) < 2:
+    number, image_groups, text_groups = results.groups
+    if number < 2:
         return {}
     by_metric = {}
     for metric in results.means():
         rows, values, by = results.rows(metric), results.values(metric), METRICS[metric].by
-        group = groups.texts if rows is results.texts else groups.images
+        group = text_groups if rows is results.texts else image_groups
         parts = (values - values.mean()) / len(values)
         if by is not None:
             parts = deviations(values, rows[by], group)
-        by_metric[metric] = sum_by_group(parts, group, len(groups.names))
-        by_metric[metric] += sum_crowding(results, metric, groups)
+        by_metric[metric] = sum_by_group(parts, group, number) + sum_crowding(results, metric)
     return by_metric
 
 
-def sum_crowding(results: SampleResults, metric: str, groups: Groups) -> Floats:
-    """What the candidates of each group take from a recall; zeros for other metrics."""
-    candidates, group = results.texts, groups.texts
+def sum_crowding(results: SampleResults, metric: str) -> Floats | float:
+    """What the candidates of each group take from a recall; 0 for other metrics."""
+    number, image_groups, text_groups = results.groups
+    candidates, group = results.texts, text_groups
     if METRICS[metric].has_text_samples:
-        candidates, group = results.images, groups.images
+        candidates, group = results.images, image_groups
     if (crowding := METRICS[metric].crowding) not in candidates:
-        return np.zeros(len(groups.names))
-    return sum_by_group(candidates[str(crowding)].astype(np.float64), group, len(groups.names))
+        return 0.0
+    return sum_by_group(candidates[str(crowding)].astype(np.float64), group, number)
 
 
 def find_crowded(results: SampleResults, influence: Mapping[str, Floats]) -> set[str]:
@@ -324,13 +309,11 @@ def find_crowded(results: SampleResults, influence: Mapping[str, Floats]) -> set
     Such a recall depends on a few candidates that are near to very many queries, and its variance
     cannot be seen in a test set that happens to lack them. Two models share most of it.
     """
-    groups = results.groups()
     return {
         metric
         for metric in results.means()
         if metric in influence
-        and 2 * np.square(sum_crowding(results, metric, groups)).sum()
-        > np.square(influence[metric]).sum()
+        and 2 * np.square(sum_crowding(results, metric)).sum() > np.square(influence[metric]).sum()
     }
 
 
@@ -414,10 +397,8 @@ def differs_in_few(gain: float, influence: Floats) -> bool:
 
 
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
-    """How much higher a metric of one model is than that of another.
-
-    Args:
-        gains, influence: As `interval_of_difference` takes them.
+    """How much higher a metric of one model is than that of another, by the arguments of
+    `interval_of_difference`.
 
     Returns:
         `mean`; `interval`, its 95% interval, or None; `p`, the level at which the interval would
@@ -497,9 +478,6 @@ def half_of_samples(influence: Floats, level: float = LEVEL) -> float:
     """Half an interval over samples: Student's t with one degree of freedom less than groups.
 
     The variation between seeds is in `half_of_seeds`, so it is subtracted here.
-
-    Args:
-        influence: As `interval_of_difference` takes it.
     """
     pairs = np.atleast_2d(influence)
     number, groups = pairs.shape

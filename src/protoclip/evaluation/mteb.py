@@ -5,7 +5,7 @@ and `mteb_model_meta`.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from protoclip.data.decode import upright
+from protoclip.encode.encoder import prepare_image
 from protoclip.evaluation.features import Encoder
 from protoclip.models import loading
 
@@ -91,34 +91,14 @@ class MtebModel:
     def _encode(self, batch: Mapping[str, Any]) -> Float[Tensor, "b d"]:
         features = []
         if "image" in batch:
-            encoded = self.encoder.encode_images(MemoryImages(batch["image"]), stage=self.reference)
-            if encoded.bad:
-                raise ValueError(encoded.bad[0][1])
-            features.append(encoded.features)
+            transform = self.encoder.transform
+            images = [prepare_image(upright(image), transform) for image in batch["image"]]
+            features.append(self.encoder.encode_inputs("image", images))
         if "text" in batch:
-            features.append(self.encoder.encode_texts([*batch["text"]], stage=self.reference))
+            features.append(self.encoder.encode_inputs("text", [*batch["text"]]))
         if not features:
             raise ValueError(f"{self.reference}: a batch has neither image nor text")
         return torch.stack(features).sum(dim=0)
-
-
-class MemoryImages:
-    """Images in memory, in any of Pillow's modes."""
-
-    name, key = "batch", ""
-
-    def __init__(self, images: Sequence[Image.Image]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def sample_id(self, row: int) -> str:
-        return str(row)
-
-    def image(self, row: int) -> Image.Image:
-        """The image as RGB, upright and on white where it is transparent."""
-        return upright(self.images[row])
 
 
 def unit(vectors: Vectors) -> Float[Tensor, "*n d"]:

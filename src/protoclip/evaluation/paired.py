@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -135,21 +135,18 @@ def find_samples(folder: Path) -> dict[str, Path]:
 
 
 def make_reader() -> Reader:
-    """A function that reads files of `RunResults.samples`, each once.
+    """A function that reads files of `RunResults.samples`, each once."""
+    return cache(read_samples)
 
-    For a damaged file it prints a warning and returns None.
-    """
 
-    @cache
-    def read_samples(path: Path) -> WithInfluences | None:
-        try:
-            samples = SampleResults.read(path)
-        except ValueError as error:
-            say(f"warning: {error}")
-            return None
-        return samples, influences(samples)
-
-    return read_samples
+def read_samples(path: Path) -> WithInfluences | None:
+    """Results by sample with their influences; for a damaged file a warning, and None."""
+    try:
+        samples = SampleResults.read(path)
+    except ValueError as error:
+        say(f"warning: {error}")
+        return None
+    return samples, influences(samples)
 
 
 def compute_intervals(runs: Sequence[RunResults], read: Reader) -> dict[str, dict[str, Any]]:
@@ -186,15 +183,6 @@ def describe_leaks(counts: Iterable[Counts]) -> dict[str, str]:
     }
 
 
-class Common(NamedTuple):
-    """The samples of two runs for a metric."""
-
-    samples: SampleResults  # of the first run
-    same: bool  # whether the second run has the same samples
-    #: The influence of each group on the second run less that on the first `(groups,)`, if known.
-    change: Floats | None = None
-
-
 def compare_metric(
     key: str,
     first: Mapping[int, RunResults],
@@ -216,12 +204,15 @@ def compare_metric(
         `difference`; `of_some`, whether either model has more seeds, which count only in its mean;
         and `other_samples`, whether the runs are known to have different samples.
     """
-    one, two = list_by_seed(key, first), list_by_seed(key, second)
+    one, two = (
+        {seed: np.float64(run.metrics[key]) for seed, run in runs.items() if key in run.metrics}
+        for runs in (first, second)
+    )
     seeds = [seed for seed in two if seed in one]
     pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
-    results = [find_common(key, first[left], second[right], read) for left, right in pairs]
-    commons = [common for common in results if common is not None]
-    others = not all(common.same for common in commons)
+    results = [find_change(key, first[left], second[right], read) for left, right in pairs]
+    commons = [result for result in results if result is not None]
+    others = not all(is_same for _, is_same, _ in commons)
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
         no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "of_some": False}
@@ -230,10 +221,10 @@ def compare_metric(
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     # The influence of each group of samples on the difference of each pair of runs `(pairs,
     # groups)`: known if all runs have results of the same samples.
-    changes = [common.change for common in commons if common.change is not None]
+    changes = [change for _, _, change in commons if change is not None]
     influence = None
     if len(changes) == len(seeds) and all(
-        have_same_samples(common.samples, commons[0].samples, name) for common in commons
+        have_same_samples(samples, commons[0][0], name) for samples, *_ in commons
     ):
         influence = np.stack(changes)
     metric = METRICS.get(name)
@@ -241,7 +232,7 @@ def compare_metric(
     has_interval = metric is None or metric.column is not None or name == MULTILABEL
     if others or not has_interval:
         gains, influence = [float(np.mean(gains))], None  # one gain alone has no interval
-    samples = None if influence is None else len(commons[0].samples.rows(name)["sample_id"])
+    samples = None if influence is None else len(commons[0][0].rows(name)["sample_id"])
     counts = {"seeds": len(gains)} if len(gains) > 1 else {}
     if samples is not None:
         counts["samples"] = samples
@@ -259,13 +250,16 @@ def compare_metric(
     }
 
 
-def list_by_seed(key: str, runs: Mapping[int, RunResults]) -> dict[int, np.float64]:
-    """The values of a metric for the runs that have it."""
-    return {s: np.float64(run.metrics[key]) for s, run in runs.items() if key in run.metrics}
+def find_change(
+    key: str, one: RunResults, two: RunResults, read: Reader
+) -> tuple[SampleResults, bool, Floats | None] | None:
+    """How each group of samples moves a metric from one run to another.
 
-
-def find_common(key: str, one: RunResults, two: RunResults, read: Reader) -> Common | None:
-    """The samples of two runs for a metric; None unless both have results by sample."""
+    Returns:
+        The samples of the first run; whether the second one has the same; and the influence of each
+        group on the second one less that on the first `(groups,)`, if known. None unless both have
+        results by sample.
+    """
     if key.count("/") < 2:
         return None
     _, data, metric = key.split("/", 2)
@@ -276,12 +270,12 @@ def find_common(key: str, one: RunResults, two: RunResults, read: Reader) -> Com
         return None
     (samples, first), (others, second) = left, right
     if not have_same_samples(samples, others, metric):
-        return Common(samples, same=False)
+        return samples, False, None
     if metric not in first.keys() & second.keys():
-        return Common(samples, same=True)
+        return samples, True, None
     if len(first[metric]) != len(second[metric]):  # groups of texts that only one has
-        return Common(samples, same=False)
-    return Common(samples, same=True, change=second[metric] - first[metric])
+        return samples, False, None
+    return samples, True, second[metric] - first[metric]
 
 
 def have_same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -422,7 +423,7 @@ class LazySplits(Mapping[str, Any]):
     def __init__(
         self, read: Callable[[str], Any], names: Iterable[str], *, first: str, source: str
     ) -> None:
-        self._read, self._names, self._opened = read, sorted(names), dict[str, Any]()
+        self._read, self._names = cache(read), sorted(names)
         if first not in self._names:
             present = ", ".join(self._names) or "none"
             raise ValueError(f"{source}: has no split '{first}', only {present}")
@@ -432,9 +433,7 @@ class LazySplits(Mapping[str, Any]):
     def __getitem__(self, split: str) -> Any:
         if split not in self._names:
             raise KeyError(split)
-        if split not in self._opened:
-            self._opened[split] = self._read(split)
-        return self._opened[split]
+        return self._read(split)
 
     def __contains__(self, split: object) -> bool:
         return split in self._names

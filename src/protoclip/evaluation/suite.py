@@ -99,10 +99,11 @@ class Measurements:
     @cached_property
     def influences(self) -> dict[str, Floats]:
         """The influence of each group of samples on each metric that has an interval."""
-        by_metric, groups = influences(self.samples), self.samples.groups()
-        if self.scores is not None and len(groups.names) > 1:
+        by_metric = influences(self.samples)
+        number, image_groups, _ = self.samples.groups
+        if self.scores is not None and number > 1:
             parts = zero_shot.mean_average_precision_parts(*self.scores)
-            by_metric[MULTILABEL] = sum_by_group(parts, groups.images, len(groups.names))
+            by_metric[MULTILABEL] = sum_by_group(parts, image_groups, number)
         return by_metric
 
 
@@ -346,9 +347,8 @@ def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> 
 
     def score_share() -> list[TaskResult]:
         share, results = tasks[rank() :: world_size()], []
-        progress = None
-        if show and rank() == 0:
-            progress = Progress(f"evaluate: {data.name} metrics", len(share))
+        shows = show and rank() == 0
+        progress = Progress(f"evaluate: {data.name} metrics", len(share)) if shows else None
         for done, task in enumerate(share, 1):
             results.append(SCORES[task](features))
             if progress:

@@ -216,7 +216,7 @@ class Explorer:
     def _answer(self, modality: str, query: Any, number: int) -> Answer:
         """What is near to a query, the words near to it, and those also near to each result."""
         with self._lock:
-            features = self.encoder.encode_input(modality, query)
+            features = self.encoder.encode_inputs(modality, [query])
             answer, (words, of_words) = self.near(features[0], number), self.words
         if not words:
             return answer

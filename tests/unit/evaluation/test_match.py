@@ -166,7 +166,7 @@ def test_equal_images_and_captions_are_read_once():
     table = pa.table({"image": images, "caption": captions})
     drawn = match.draw(ImageTextPairs(table, name="tiny"), 100, 0)
     assert len(drawn.images) == len({*images[:4], *images[5:]})
-    assert drawn.captions == list(dict.fromkeys(filter(None, captions)))
+    assert drawn.captions == tuple(dict.fromkeys(filter(None, captions)))
     assert (len(drawn.image_of_pair), drawn.skipped) == (58, 1)
     assert drawn.image_of_pair[0] == drawn.image_of_pair[1]
     assert drawn.text_of_pair[2] == drawn.text_of_pair[3]
