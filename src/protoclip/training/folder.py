@@ -211,22 +211,17 @@ def parse_begun(text: str, source: str) -> Config:
 
 
 def keep_chosen(command: Command, given: Mapping[str, Any], begun: Config) -> Mapping[str, Any]:
-    """The settings that are given, and below them what the command chose when the run began."""
+    """The settings that are given, and below them what the command chose when the run began, and
+    how the image tower pools: up to 1.0.0 by the mean."""
     settings, tree = flatten(tomllib.loads(to_toml(begun))), dict(given)
     for name in sorted(settings.keys() & CHOSEN[command]):
         section, key = name.split(".")
         tree[section] = {key: settings[name], **tree.get(section, {})}
+    model, image = tree.get("model", {}), begun.model.image
+    if begun.model.projections_are_new and not names_model("image", image.name):
+        pooling = {"pooling": image.pooling or "avg", **model.get("image", {})}
+        tree["model"] = {**model, "image": pooling}
     return tree
-
-
-def keep_pooling(config: Config, begun: Config | None) -> Config:
-    """The settings with the image tower's pooling as the run began; up to 1.0.0 it was the mean."""
-    model = config.model
-    is_timm = model.projections_are_new and not names_model("image", model.image.name)
-    if begun is None or not is_timm:
-        return config
-    image = fill(model.image, {"pooling": begun.model.image.pooling or "avg"})
-    return replace(config, model=replace(model, image=image))
 
 
 def keep_resizing(start: Start, folder: Path) -> Start:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.config import START, AlignConfig, Config, TeacherConfig
+from protoclip.config import START, AlignConfig, Config, DataConfig, TeacherConfig
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
@@ -63,7 +63,7 @@ from protoclip.models.start import Start, resolve_start
 from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
-from protoclip.training.presets import Choices, Command, choose_with_data, fill_settings
+from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
 
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
@@ -165,7 +165,8 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
     `make_plan` checks sizes and weights, and says what has no effect.
     """
     is_whole = choices is None
-    config = config if is_whole else leave_out_distillation(config)
+    if not is_whole:  # what distillation brings was measured with `train`
+        config = change_teachers(config, lambda teacher: fill(teacher, {"distil": 0.0}))
     without_effect = check(config, is_whole=is_whole)
     start, given = resolve_start(config.model), config.model.start
     notes = [*(without_effect if is_whole else ()), *start.notes]
@@ -317,14 +318,17 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     if config.teachers or config.teacher.features:
         config, said = fill_teachers(config, plan.teachers)
         notes += said
-    if not aligns:  # it draws whole captions, and those of the pairs that it could encode
+    if not aligns and config.data.captions != DataConfig().captions:
+        # align draws whole captions, and those of the pairs that it could encode
         captions, said = caption_draw(config, samples)
         notes += said
-        if config.align != AlignConfig():
-            notes.append("align.*: no effect, since protoclip align alone aligns encoders")
-        if config.encode.engine != "auto":
-            notes.append("encode.engine: no effect, since protoclip align alone encodes images")
-    if texts := summary.captions:
+    if not aligns and config.align != AlignConfig():
+        notes.append("align.*: no effect, since protoclip align alone aligns encoders")
+    if not aligns and config.encode.engine != "auto":
+        notes.append("encode.engine: no effect, since protoclip align alone encodes images")
+    # A length that was chosen here suits them.
+    suits = leaves_size_open and model.text.context_length is None and model.text.name is None
+    if (texts := summary.captions) and not suits:
         start, what = replace(plan.start, model=config.model), "captions"
         way_out = "raise it" if aligns else "raise it, or draw sentences by data.captions"
         if config.data.captions == "sentences" and not aligns:
@@ -477,12 +481,6 @@ def change_teachers(config: Config, change: Callable[[TeacherConfig], TeacherCon
     return replace(config, teacher=change(config.teacher))
 
 
-def leave_out_distillation(config: Config) -> Config:
-    """The settings with `teacher.distil` 0 where it is unset, as for other commands than `train`:
-    what it brings was measured there."""
-    return change_teachers(config, lambda t: replace(t, distil=0.0) if t.distil is None else t)
-
-
 def fill_teachers(
     config: Config, teachers: Mapping[str, TeacherFeatures]
 ) -> tuple[Config, list[str]]:
@@ -491,57 +489,46 @@ def fill_teachers(
     Distillation is 1 for a teacher that groups, if a tower can learn from it. Beside groups at the
     default weights that is the best use of a teacher on four kinds of pairs, or within 0.3 points
     of it (docs/teachers.md). The tower that learns is that of the teacher's modality.
-
-    Raises:
-        ValueError: A tower is not known, or the run leaves it as it is.
     """
     notes = list[str]()
 
-    def is_fixed(tower: str) -> bool:
-        return tower in config.model.locked and not config.model.projections_are_new
-
-    def find_weight(teacher: TeacherConfig, tower: str | None) -> float:
-        name = teacher.name
-        if name not in config.grouping_teachers or teacher.features == START:
-            return 0.0
-        if tower is None:
-            notes.append(
-                f"{name}.distil = 0, since {teacher.features} does not say what it was made of; "
-                f"with {name}.tower, image or text, that tower learns from its features too"
-            )
-            return 0.0
-        if is_fixed(tower):
-            notes.append(f"{name}.distil = 0, since model.locked leaves the {tower} tower as it is")
-            return 0.0
-        notes.append(f"{name}.distil = 1, so the {tower} tower learns from its features too")
-        return 1.0
-
-    def fill(teacher: TeacherConfig) -> TeacherConfig:
-        name, stored = teacher.name, teachers.get(teacher.name)
-        modality = "text" if teacher.features == START else stored and stored.modality
+    def fill_teacher(teacher: TeacherConfig) -> TeacherConfig:
+        name, kind, stored = teacher.name, teacher.features, teachers.get(teacher.name)
+        modality = "text" if kind == START else stored and stored.modality
         tower: Any = teacher.tower or modality
+        is_fixed = tower in config.model.locked and not config.model.projections_are_new
         if teacher.distil is None:
-            teacher = replace(teacher, distil=find_weight(teacher, tower))
+            groups = name in config.grouping_teachers and kind != START
+            learns = groups and tower is not None and not is_fixed
+            why = f"so the {tower} tower learns from its features too"
+            if tower is None:
+                why = (
+                    f"since {kind} does not say what it was made of; with {name}.tower, image or "
+                    "text, that tower learns from its features too"
+                )
+            elif is_fixed:
+                why = f"since model.locked leaves the {tower} tower as it is"
+            if groups:
+                notes.append(f"{name}.distil = {int(learns)}, {why}")
+            teacher = replace(teacher, distil=float(learns))
         if name not in config.external_teachers or not teacher.distil:
             return teacher
         if tower not in ("image", "text"):
             raise ValueError(
-                f"teacher.tower: {teacher.features} does not say what it was made of; name the "
-                "tower that learns it, image or text"
+                f"teacher.tower: {kind} does not say what it was made of; name the tower that "
+                "learns it, image or text"
             )
-        if is_fixed(tower):
+        if is_fixed:
             raise ValueError(
                 f"teacher.distil: {name} is for the {tower} tower, which model.locked leaves as "
                 f"it is; set teacher.distil = 0, or unlock the tower"
             )
         if modality not in (None, tower):
-            notes.append(
-                f"{name}.tower = {tower}, though its features were made of {modality}s; {modality} "
-                "is usual"
-            )
+            made = f"its features were made of {modality}s; {modality} is usual"
+            notes.append(f"{name}.tower = {tower}, though {made}")
         return replace(teacher, tower=tower)
 
-    return change_teachers(config, fill), notes
+    return change_teachers(config, fill_teacher), notes
 
 
 # What a run folder is known by

@@ -69,10 +69,7 @@ LEAST_STEPS = 32  # in a pass over the data, if batches can be small enough
 class Choices:
     """The settings that a command was given, and what it chooses for others.
 
-    Attributes:
-        given: As a recipe holds them.
-        config: The settings that are given and those that were chosen so far.
-        alpha: That of `finetune`, if it was given.
+    `config` has both, as far as they were chosen; `alpha` is for `finetune`.
     """
 
     def __init__(
@@ -402,7 +399,9 @@ def fill_settings(
         lengths = count_tokens(open_clip_tokenizer({}), summary.captions_of_images)
         length = choose_context_length(lengths)
         model = replace(model, text=replace(model.text, context_length=length))
-        notes.append(f"model.text.context_length = {length}, {reason}")
+        cut = sum(number > length for number in lengths)
+        few = f", which cuts {cut:,} of {len(lengths):,} captions" if cut else ""
+        notes.append(f"model.text.context_length = {length}, {reason}{few}")
     start = replace(start, model=model)
     if start.is_small:  # towers that timm or `transformers` knows have sizes
         size, length = start.sizes["image_size"], start.sizes["context_length"]
@@ -496,8 +495,13 @@ def choose_optimizer(config: Config, kind: str | None) -> dict[str, Any]:
 
     Small towers that start untrained, of no `kind`, get values that suit the bundled emoji, and
     half of their rate above 40 pixels (docs/LOG.md). Other models, transformers or convolutional,
-    get values between the recipes of CLIP, open_clip's RN50 and the reference ProtoCLIP
-    (docs/training.md). With extraction their heads learn as fast as the towers, as in the paper.
+    get values between known recipes. As batch, peak rate, warm-up of all steps, decay:
+
+    - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
+    - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
+    - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
+    - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
+      of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
     """
     episodes, given = config.episodes, config.optim
     if kind is None:

@@ -64,7 +64,6 @@ from protoclip.training.folder import (
     find_newest_intact,
     inspect_folder,
     keep_chosen,
-    keep_pooling,
     name_folder,
     read_begun,
     to_toml,
@@ -112,13 +111,7 @@ def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> 
             "timm:vit_small_patch14_dinov2.lvd142m"}, "text": {"name": "minilm"}}, "data":
             {"train": "pairs.tsv"}}`. Others get the values that suit aligning; see `presets.py`.
             Those of a `Config` that are at their default count as not given.
-        resume: As for `train`.
-
-    Returns:
-        The content of `results.json`, as `train` returns.
-
-    Raises:
-        ValueError: As for `train`; or an encoder is missing, or cannot be one.
+        resume: As for `train`, and so are what it returns and raises.
     """
     return perform_run("align", settings, resume=resume == "auto")
 
@@ -141,12 +134,7 @@ def finetune(
         resume: As for `train`. On a finished run another `alpha` costs no training.
 
     Returns:
-        The content of `results.json`: as `train` returns, with metrics of the chosen weights,
-        `alpha`, `best_alpha` and `start_metrics`.
-
-    Raises:
-        ValueError: As for `train`; or there is no start, no pairs are named, or nothing evaluates
-            the weights.
+        As `train`, with metrics of the chosen weights, `alpha`, `best_alpha` and `start_metrics`.
     """
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha: {alpha} is not between 0, the start, and 1, the end")
@@ -220,7 +208,6 @@ def look_at_folder(
     if resume and before is not None:
         given = keep_chosen(command, given, before)
         choices = choose_before_data(command, given, alpha=alpha)
-        choices.config = keep_pooling(choices.config, before)
     if command != "align":
         for teacher in choices.config.external_teachers.values():
             if teacher.features in HALVES.values():

@@ -232,7 +232,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
         self._module: nn.Module = self.model  # the model, wrapped for the stage
-        self._image_names: dict[str, str] = {}  # by sample id, where it recalls
+        self._checksums: dict[str, str] = {}  # of images by sample id, where it recalls
         self._now = 0.0  # the time until which `seconds` counts
         self._waited = self._trained = 0.0  # seconds of this episode
 
@@ -277,10 +277,8 @@ class Trainer:
             yield batch
 
     def train_step(self, batch: Batch, *, detailed: bool = True) -> dict[str, float]:
-        """Forward, backward, one optimizer step with this rank's share of a batch.
-
-        Returns metrics if `detailed`, which takes time and waits for the device.
-        """
+        """One optimizer step with this rank's share of a batch; metrics if `detailed`, for which
+        it waits for the device."""
         self._tick()
         rate, targets = self.schedule(self.step), self.prototypes.targets
         optimizer, scaler = self.guard.optimizer, self.guard.scaler
@@ -357,8 +355,7 @@ class Trainer:
         if batch.groups is not None:
             report["train/positives"] = mean_positives(all_gather(batch.groups))
         if self.recalls:
-            images = name_images(batch, self._image_names)
-            report["train/recall"] = measure_recall(embeddings, images, batch.captions)
+            report["train/recall"] = measure_recall(embeddings, batch, self._checksums)
         if self._tells_pairs_apart and self.prototypes.targets:
             for student, (instance, prototypes) in pulls.items():
                 report[f"train/pull/{student}"] = prototypes / instance
@@ -507,26 +504,18 @@ class Trainer:
         self.prototypes.load_state_dict(state)
 
 
-def name_images(batch: Batch, names: dict[str, str]) -> list[str]:
-    """What tells the images of a batch's pairs apart, by content: each is transformed alike.
-
-    `names` are those by sample id so far, and gets the new ones.
-    """
-    captions = len(batch.sample_id) // len(batch.image)
-    for image, sample_id in zip(batch.image, batch.sample_id[::captions], strict=True):
-        if sample_id not in names:
-            names[sample_id] = checksum(image.contiguous().cpu().numpy().tobytes())
-    return [names[sample_id] for sample_id in batch.sample_id]
-
-
 def measure_recall(
-    embeddings: Embeddings, images: list[str], captions: list[bytes]
+    embeddings: Embeddings, batch: Batch, checksums: dict[str, str]
 ) -> Float[Tensor, ""]:
     """The share of images and texts whose nearest text or image is of their pair, or of a pair with
-    an equal image or caption."""
+    an equal image or caption. `checksums` of images by sample id, all transformed alike, grow."""
     image, text = embeddings.image_features.detach(), embeddings.text_features.detach()
+    captions = len(batch.sample_id) // len(batch.image)
+    for pixels, name in zip(batch.image, batch.sample_id[::captions], strict=True):
+        if name not in checksums:
+            checksums[name] = checksum(pixels.contiguous().cpu().numpy().tobytes())
     same = torch.zeros(len(image), len(text), dtype=torch.bool, device=image.device)
-    for names in (images, captions):
+    for names in ([checksums[name] for name in batch.sample_id], batch.captions):
         numbers = {name: number for number, name in enumerate(names)}
         keys = torch.tensor([numbers[name] for name in names], device=image.device)
         same |= keys[:, None] == keys

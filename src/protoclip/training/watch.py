@@ -172,19 +172,12 @@ def count_forward_flops(start: Start) -> Forward:
 
 @dataclass(kw_only=True)
 class Throughput:
-    """What a rank measures from one report to the next.
+    """What a rank measures from one report to the next."""
 
-    Attributes:
-        peak: FLOP/s of this rank's card, if it is known.
-        forward: FLOPs of a pair, if they are known, where both towers run in a step.
-        captions: Texts of an image.
-        waited: Seconds of waiting for data since the last report.
-    """
-
-    peak: float | None = None
-    forward: Forward | None = None
-    captions: int = 1
-    waited: float = 0.0
+    peak: float | None = None  # FLOP/s of this rank's card, if it is known
+    forward: Forward | None = None  # FLOPs of a pair, if known, where both towers run in a step
+    captions: int = 1  # of an image
+    waited: float = 0.0  # seconds for data, since the last report
     _flops: float = 0.0  # of a pair, in the stage under way
     _last: tuple[float, int] = (0.0, 0)  # time, and samples seen
     _steps: int = 0
@@ -290,13 +283,8 @@ BAD: Mapping[str, tuple[Callable[[int, float], bool], str]] = {
 class Watch:
     """Finds what ends in a bad model though every number is finite, and says each thing once.
 
-    It sees what is logged, and has no state worth saving.
-
-    Args:
-        pairs: In a batch, of all ranks, so that a guess has an InfoNCE of ln(pairs).
-        warm_up: Steps until the full rate.
-        overfits: Whether this is a run of `--overfit`, which is not advised again, and whose few
-            pairs may repeat.
+    A batch has `pairs`, so a guess has an InfoNCE of ln(pairs); `warm_up` steps lead to the full
+    rate. A run that `overfits` is not advised to, and its few pairs may repeat.
     """
 
     def __init__(self, *, pairs: int, warm_up: int, overfits: bool = False) -> None:

@@ -28,7 +28,7 @@ from protoclip.training.folder import (
     FREE,
     ROUNDING,
     check_settings,
-    keep_pooling,
+    keep_chosen,
     keep_resizing,
     list_settings,
     parse_begun,
@@ -205,13 +205,14 @@ def test_what_decides_when_a_run_ends_stays():
 def test_the_pooling_of_an_image_half_stays_what_it_was():
     """That of versions up to 1.0.0, which had no such setting, was the mean for all weights."""
     image = ImageTowerConfig(name="test_vit", weights="vit.safetensors")
-    given = Config(model=ModelConfig(image=image))
-    assert keep_pooling(given, None) == given
-    for pooling, kept in ((None, "avg"), ("own", "own")):
-        begun = replace(given, model=replace(given.model, image=replace(image, pooling=pooling)))
-        assert keep_pooling(given, begun).model.image.pooling == kept
+    begun = Config(model=ModelConfig(image=image))
+    given = {"model": {"image": {"name": "test_vit", "weights": "vit.safetensors"}}}
+    for pooling, expected in ((None, "avg"), ("own", "own")):
+        model = replace(begun.model, image=replace(image, pooling=pooling))
+        tree = keep_chosen("train", given, replace(begun, model=model))
+        assert tree["model"]["image"] == {**given["model"]["image"], "pooling": expected}
     for other in (ModelConfig(name="RN50"), ModelConfig(start="runs/a")):
-        assert keep_pooling(Config(model=other), given) == Config(model=other)
+        assert keep_chosen("train", {}, Config(model=other)) == {}
 
 
 def test_images_stay_squashed_or_cropped_as_the_newest_readable_checkpoint_has_them(tmp_path):
