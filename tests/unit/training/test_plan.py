@@ -70,7 +70,7 @@ WITHOUT = {
     *("model.text.name", "model.text.pooling"),
 }
 BY_MACHINE_OR_SOURCE = {
-    *("run.device", "run.precision", "data.workers", "data.read"),
+    *("run.device", "run.precision", "data.workers", "data.read", "encode.engine"),
 }
 
 
