@@ -661,7 +661,14 @@ class SkipLog:
             if sample.reason.endswith(LOST):
                 self.broken.add(sample.sample_id)
                 say(f"warning: {sample.where}: {sample.reason}")
-            self._write(sample)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with naming(self.path), open_to_append(self.path) as file:
+                    file.write(f"{to_json(vars(sample))}\n".encode())
+            except OSError as error:  # a full disk costs a warning, and not the run
+                if not self._warned:
+                    say(f"warning: {error}; skipped samples are counted, and not listed there")
+                self._warned = True
         if self.skipped > self.max_share * max(self.read, self.at_least):
             way = f", or {access.GO_ON}" if bad and access.is_url(bad[-1].where) else ""
             raise ValueError(
@@ -669,14 +676,3 @@ class SkipLog:
                 f"data.max_bad_share ({self.max_share:g}) allows; mend the data or raise it{way} "
                 f"({'; '.join(self._reasons)}; all in {self.path})"
             )
-
-    def _write(self, sample: BadSample) -> None:
-        """Add a line; a full disk costs a warning, and not the run."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with naming(self.path), open_to_append(self.path) as file:
-                file.write(f"{to_json(vars(sample))}\n".encode())
-        except OSError as error:
-            if not self._warned:
-                say(f"warning: {error}; samples that are skipped are counted, and not listed there")
-            self._warned = True
