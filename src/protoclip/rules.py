@@ -174,8 +174,36 @@ def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
 
 def without_effect(config: Config) -> list[str]:
     """One note for each setting that differs from its default and changes nothing in this run."""
+    data, loss, model, teacher = config.data, config.loss, config.model, config.teacher
+    clip = (not config.uses_prototypes, "no loss uses prototypes")
+    in_workers = data.cache_gb > 0 and data.workers not in (0, "auto")
+    no_features = loss.teacher > 0 and not config.grouping_teachers
+    no_teacher = not (loss.teacher or teacher.distil)
+    no_instance = (loss.info_nce == 0, "loss.info_nce is 0")
+    image_locked = "image" in model.locked and not model.projections_are_new
+    named = (model.name is not None, f"model.name is {model.name}")
+    text_named = (model.text.name is not None, f"model.text.name is {model.text.name}")
+    # Whether a setting has no effect here, and why; of several rows the first that holds counts.
+    causes: list[tuple[str, object, str]] = [
+        ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
+        ("model.heads.*", *clip),
+        ("prototypes.*", clip[0], "loss.prototypical is 0"),
+        ("episodes.warm_up", *clip),
+        ("teacher.*", not teacher.features, "teacher.features is not set"),
+        ("teacher.features", no_teacher, "loss.teacher is 0"),
+        ("loss.teacher", no_features, "no teacher has features"),
+        ("loss.strengths", *clip),
+        ("loss.strengths", *no_instance),
+        ("loss.instance", *no_instance),
+        ("loss.positives", *no_instance),
+        ("optim.image_lr_scale", image_locked, "the image tower is locked"),
+        ("model.embed_dim", *named),
+        ("model.image.name", *named),
+        *((f"model.text.{size}", *named) for size in SIZES),
+        *((f"model.text.{size}", *text_named) for size in SIZES),
+    ]
     usual, reasons = Config(), dict[str, str]()
-    for setting, is_idle, why in causes(config):
+    for setting, is_idle, why in causes if config.run.overfit is None else ():
         path = setting.removesuffix(".*")
         value, default = attrgetter(path)(config), attrgetter(path)(usual)
         if is_dataclass(default):  # a plan fills those that are unset
@@ -193,42 +221,6 @@ def without_effect(config: Config) -> list[str]:
             "episodes.warm_up and episodes.locked_image take; raise it, or lower these"
         )
     return notes
-
-
-def causes(config: Config) -> list[tuple[str, object, str]]:
-    """Each setting that may have no effect, whether it has none here, and why.
-
-    A setting may have several rows; the first one that holds counts.
-    """
-    if config.run.overfit is not None:  # it sets the weights itself
-        return []
-    data, loss, model, teacher = config.data, config.loss, config.model, config.teacher
-    clip = (not config.uses_prototypes, "no loss uses prototypes")
-    in_workers = data.cache_gb > 0 and data.workers not in (0, "auto")
-    no_features = loss.teacher > 0 and not config.grouping_teachers
-    no_teacher = not (loss.teacher or teacher.distil)
-    no_instance = (loss.info_nce == 0, "loss.info_nce is 0")
-    locked = "image" in model.locked and not model.projections_are_new
-    named = (model.name is not None, f"model.name is {model.name}")
-    text_named = (model.text.name is not None, f"model.text.name is {model.text.name}")
-    return [
-        ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
-        ("model.heads.*", *clip),
-        ("prototypes.*", clip[0], "loss.prototypical is 0"),
-        ("episodes.warm_up", *clip),
-        ("teacher.*", not teacher.features, "teacher.features is not set"),
-        ("teacher.features", no_teacher, "loss.teacher is 0"),
-        ("loss.teacher", no_features, "no teacher has features"),
-        ("loss.strengths", *clip),
-        ("loss.strengths", *no_instance),
-        ("loss.instance", *no_instance),
-        ("loss.positives", *no_instance),
-        ("optim.image_lr_scale", locked, "the image tower is locked"),
-        ("model.embed_dim", *named),
-        ("model.image.name", *named),
-        *((f"model.text.{size}", *named) for size in SIZES),
-        *((f"model.text.{size}", *text_named) for size in SIZES),
-    ]
 
 
 # Paths

@@ -193,41 +193,26 @@ class Trainer:
 
     For each episode call `start_episode`, `train_step` with each batch of `wait_for`, and
     `end_episode`; they return metrics by name. With several ranks every method is collective.
-
-    Attributes:
-        stage: The stage of each episode, by its number.
-        prototypes: Those of the episode under way.
-        balance: Sets the strengths of the prototypical losses; unset, they are the weights.
-        start: The frozen towers that the model started from, where a loss keeps it close to them.
-        schedule: The learning rate of each step, by the number of steps before it.
-        guard: Takes the steps of the optimizer that it has.
-        clip_norm: Largest norm of the whole gradient.
-        recalls: Report how many pairs of a batch are nearest to each other.
-        micro_batch_size: Images that pass through the towers at once, with their captions; unset
-            for the whole batch.
-        batches, batch_size: Batches of an episode, and images in one, of all ranks.
-        episode, batch: Episodes finished, and batches of the next one.
-        seconds: Wall clock without evaluation.
     """
 
     model: ProtoCLIP
-    stage: Callable[[int], Stage]
-    prototypes: EpisodePrototypes
+    stage: Callable[[int], Stage]  # of each episode, by its number
+    prototypes: EpisodePrototypes  # those of the episode under way
     weights: LossWeights
-    guard: NonFiniteGuard
-    schedule: Callable[[int], float]
+    guard: NonFiniteGuard  # takes the steps of the optimizer that it has
+    schedule: Callable[[int], float]  # the learning rate, by the number of steps before it
     autocast: Autocast
-    clip_norm: float
-    micro_batch_size: int | None
-    batches: int
-    batch_size: int
+    clip_norm: float  # largest norm of the whole gradient
+    micro_batch_size: int | None  # images that pass through the towers at once; None for all
+    batches: int  # of an episode
+    batch_size: int  # images in a batch, of all ranks
     throughput: Throughput = field(default_factory=Throughput)
-    balance: Balance | None = None
-    start: TowerPair | None = None
-    recalls: bool = False
-    episode: int = 0
-    batch: int = 0
-    seconds: float = 0.0
+    balance: Balance | None = None  # sets the strengths of prototypical losses; else the weights do
+    start: TowerPair | None = None  # frozen towers, where a loss keeps the model close to them
+    recalls: bool = False  # report how many pairs of a batch are nearest to each other
+    episode: int = 0  # finished ones
+    batch: int = 0  # finished ones of the next episode
+    seconds: float = 0.0  # wall clock without evaluation
 
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
