@@ -95,9 +95,8 @@ def export(
     check_arguments(formats, opset, push_to_hub)
     source = open_source(str(reference), license=license, opset=opset)
     with stage_folder(folder, overwrite=overwrite) as temporary:
-        facts = write_formats(source, temporary, formats, beside=folder.parent)
-        facts = {"folder": str(folder), **facts, "license": license}
-        facts["differences"] = check_features(source, temporary, list(facts["formats"]))
+        facts = write_formats(source, temporary, formats)
+        facts |= {"folder": str(folder), "license": license}
         # Only now, since the libraries read the folder under its temporary name.
         if names_its_path := open_clip.names_its_path(temporary):
             open_clip.point_to(temporary, str(folder.absolute()))
@@ -159,40 +158,11 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
         raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
 
 
-def write_formats(
-    source: Source, folder: Path, formats: Sequence[str], *, beside: Path
-) -> dict[str, Any]:
-    """Write each format; returns what was written, and why others are left out.
+def write_formats(source: Source, folder: Path, formats: Sequence[str]) -> dict[str, Any]:
+    """Write each format, and compare the features that its library computes from the folder.
 
-    Messages name `beside`, where the user wants the folder, and not the temporary one.
+    Returns what was written, why others are left out, and the largest differences of features.
     """
-    written: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    closed = closed_formats(source.towers, source.config) if source.config else {}
-    for name in dict.fromkeys(formats):
-        try:
-            with quiet_libraries(offline=True), redirect_stderr(StringIO()):
-                if name in closed:
-                    raise Unavailable(closed[name])
-                written[name] = FORMATS[name](source, folder)
-        except Unavailable as error:
-            left_out[name] = str(error)
-        except Exception as error:  # what these libraries raise has no common class
-            raise ValueError(
-                f"{source.reference}: cannot be exported as {name} ({line(str(error))}) into "
-                f"{beside}"
-            ) from error
-    if not written:
-        reasons = "; ".join(f"not as {name}: {reason}" for name, reason in left_out.items())
-        raise ValueError(f"{source.reference}: {reasons}; choose other formats")
-    return {"formats": written, "left_out": left_out}
-
-
-@torch.inference_mode()
-def check_features(
-    source: Source, folder: Path, formats: list[str]
-) -> dict[str, dict[str, float | None]]:
-    """The largest differences of features by format; raises `ValueError` if one is too large."""
     images, captions = make_samples(source)
     expected = embed_samples(source.model, source.tokenizer, images, captions)
     readers: dict[str, Callable[[], Features]] = {
@@ -202,16 +172,26 @@ def check_features(
         "onnx": lambda: huggingface.embed_graph_samples(folder, images, source.tokenizer(captions)),
         "protoclip": lambda: embed_samples(*loading.load(folder)[::2], images, captions),
     }
-    loads = bool({"open_clip", "hf"} & set(formats))
+    closed = closed_formats(source.towers, source.config) if source.config else {}
+    written, left_out = dict[str, str](), dict[str, str]()
     differences: dict[str, dict[str, float | None]] = {}
-    for name in [*formats, *["protoclip"] * loads]:
+    for name in dict.fromkeys([*formats, "protoclip"]):
+        if name == "protoclip" and not {"open_clip", "hf"} & written.keys():
+            continue
         try:
             with quiet_libraries(offline=True), redirect_stderr(StringIO()):
+                if name in closed:
+                    raise Unavailable(closed[name])
+                if name in FORMATS:
+                    written[name] = FORMATS[name](source, folder)
                 computed = readers[name]()
-        except Exception as error:
+        except Unavailable as error:
+            left_out[name] = str(error)
+            continue
+        except Exception as error:  # what these libraries raise has no common class
             raise ValueError(
-                f"{source.reference}: not exported: {name} cannot load what was written "
-                f"({line(str(error))})"
+                f"{source.reference}: cannot be exported as {name} ({line(str(error))}) into "
+                f"{folder.parent}"
             ) from error
         differences[name] = {"image": None, "text": None}
         for modality, features in computed.items():
@@ -223,9 +203,13 @@ def check_features(
                     f"{source.reference}: not exported: the {modality} features of {name} differ "
                     f"by {value:.1e}, more than {TOLERANCE}; choose other formats"
                 )
-    return differences
+    if not written:
+        reasons = "; ".join(f"not as {name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"{source.reference}: {reasons}; choose other formats")
+    return {"formats": written, "left_out": left_out, "differences": differences}
 
 
+@torch.inference_mode()
 def embed_samples(
     model: TowerPair, tokenizer: Tokenizer, images: Float[Tensor, "n 3 h w"], captions: list[str]
 ) -> Features:
