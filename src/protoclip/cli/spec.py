@@ -235,6 +235,8 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
             rest.append(word)
             continue
         option, is_joined, value = word.partition("=")
+        if value.startswith("~/"):  # which shells leave as it is behind "="
+            value = os.path.expanduser(value)  # noqa: PTH111
         name = option.lstrip("-").replace("-", "_")
         flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), known)
         name = full_name(name, known)

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -78,14 +79,15 @@ class RowFile:
         self, path: Path, dtype: npt.DTypeLike, shape: tuple[int, int], start: int = 0
     ) -> None:
         self.path, self.dtype, self.shape, self.start = path, np.dtype(dtype), shape, start
-        self.file = path.open("rb", buffering=0)
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For a worker process that does not begin as a copy of this one."""
         return RowFile, (self.path, self.dtype, self.shape, self.start)
 
     def __getitem__(self, rows: npt.NDArray[np.integer]) -> Features:
-        size, file = self.shape[1] * self.dtype.itemsize, self.file.fileno()
+        size = self.shape[1] * self.dtype.itemsize
         features: Features = np.empty((len(rows), self.shape[1]), self.dtype)
         order = np.argsort(rows, kind="stable")  # in the order of the file each page is read once
         for begin in range(0, len(rows), BLOCK_ROWS):
@@ -94,7 +96,7 @@ class RowFile:
             first = np.flatnonzero(np.diff(wanted, prepend=-2) != 1)  # of each run of rows
             lengths = (size * np.diff(first, append=len(wanted))).tolist()
             starts = (size * wanted[first] + self.start).tolist()
-            runs = [os.pread(file, *run) for run in zip(lengths, starts, strict=True)]
+            runs = [os.pread(self.file, *run) for run in zip(lengths, starts, strict=True)]
             features[some] = np.frombuffer(b"".join(runs), self.dtype).reshape(len(some), -1)
         return features
 

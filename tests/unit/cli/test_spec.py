@@ -109,6 +109,8 @@ def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypa
         assert attrgetter(name)(config) == "more"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert located("~/a.tsv") == f"{tmp_path}/a.tsv"
+    typed: Config = parse(COMMANDS["train"], ["--data.root=~/images"])  # as shells leave it
+    assert typed.data.root == f"{tmp_path}/images"
 
 
 def test_arguments_and_options_may_mix_in_any_order():
