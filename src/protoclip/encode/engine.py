@@ -6,6 +6,7 @@ on the first images that are to be encoded.
 """
 
 import json
+import sys
 import timeit
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -152,6 +153,8 @@ def open_onnx(graph: str, threads: int) -> Forward:
 
 
 def open_openvino(graph: str, threads: int) -> Forward:
+    # Its import would send an event to its makers; without this module it does not.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     # By default it computes in bfloat16 where the processor can.
