@@ -686,10 +686,11 @@ def peer_seconds(config: Config, machine: Machine) -> list[float]:
     from open_clip_train.train import train_one_epoch
 
     machine.reset_peak()
-    towers: Any = loading.model(config.model, seed=0).towers.to(machine.device)
+    start = resolve_start(config.model)
+    towers: Any = loading.build_model(start, seed=0).towers.to(machine.device)
     towers.output_dict = True
     number, size = 2 if machine.small else 8, config.episodes.batch_size
-    side, length = image_size(towers), loading.context_length(config.model)
+    side, length = image_size(towers), start.context_length
     image = torch.randn(size, 3, side, side, device=machine.device)
     text = torch.randint(1, 49_000, (size, length), device=machine.device)
     text[:, -1] = 49_407
