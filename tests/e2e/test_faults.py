@@ -84,12 +84,12 @@ def fill_disk(steps: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[s
     """Let no checkpoint of these steps be written; returns a list that gets every attempt."""
     write, attempts = saved.write_checkpoint, []
 
-    def full(folder: Path, *given: Any) -> None:
+    def full(folder: Path, *given: Any, **more: Any) -> None:
         attempts.append(folder.name)
         with monkeypatch.context() as patch:
             if int(folder.name[-9:]) in steps:
                 patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
-            write(folder, *given)
+            write(folder, *given, **more)
 
     monkeypatch.setattr(saved, "write_checkpoint", full)
     monkeypatch.setattr(run_folder, "LAST_RETRIES", (0.0, 0.0))

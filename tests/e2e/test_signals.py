@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from socket import socket
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
@@ -113,9 +114,9 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint(
             to_group(name)
         return start_episode(trainer, episode)
 
-    def interrupted(*parts: object) -> None:
+    def interrupted(*given: Any, **more: Any) -> None:
         to_group(name)
-        write(*parts)
+        write(*given, **more)
 
     monkeypatch.setattr(Trainer, "start_episode", to_all)
     monkeypatch.setattr(saved, "write_checkpoint", interrupted)

@@ -54,7 +54,7 @@ NEEDS: dict[str, str] = {
     "evaluate hf:nobody/model --data emoji": f"hf:nobody/model: {NO_HUB}",
     "evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data emoji": f"laion2b_s34b_b79k: {NO_HUB}",
     "evaluate open_clip:RN50/openai --data emoji": f"open_clip:RN50/openai: {NO_HUB}",
-    "train --model.name RN50 --model.pretrained openai": f"pretrained: RN50/openai: {NO_HUB}",
+    "train --model.name RN50 --model.pretrained openai": f"model.name: RN50/openai: {NO_HUB}",
     "train --model.text.name nobody/model": f"model.text.name: nobody/model: {NO_HUB}",
     "data inspect hf:nobody/data": f"hf:nobody/data: {NO_HUB}",
     "data inspect https://example.com/pairs.parquet": "https://example.com/pairs.parquet: {reason}",

@@ -131,8 +131,9 @@ def show_results(results: Mapping[str, Any], as_json: bool) -> None:
                 "with --resume auto goes on"
             )
         elif not as_json:
-            command = f"protoclip explore {shlex.quote(results['folder'])}"
-            print(f"written to {visible(results['folder'])}; look at its pairs with {command}")
+            folder, quoted = results["folder"], shlex.quote(results["folder"])
+            look = visible(f"look at its pairs with protoclip explore {quoted}")
+            print(f"written to {visible(folder)}; {look}")
     exit_if_stopped(results)
 
 

@@ -151,7 +151,9 @@ def count_forward_flops(start: Start) -> Forward:
     """Count the FLOPs of a start's towers at its sizes, on the meta device."""
     model = start.build(on_meta=True)
     pair: Any = model.towers
-    size, length = image_size(pair), start.context_length
+    size, length = image_size(pair), start.sizes["context_length"]
+    if length is None:  # what the towers say needs no tokenizer
+        length = getattr(pair, "context_length", None) or start.context_length
     samples = 2  # BatchNorm needs more than one
 
     def count(part: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, float]:
